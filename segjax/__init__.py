@@ -1,0 +1,1 @@
+"""segjax: semantic segmentation in JAX/Flax, proven equal to PyTorch."""
