@@ -1,0 +1,90 @@
+"""The models by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import segformer
+
+MODELS = {
+    f"segformer_{variant}": partial(segformer.SegFormer, **sizes) for variant, sizes in segformer.VARIANTS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What `create` was called with, so that a checkpoint can say how to build its model again."""
+
+    name: str
+    num_classes: int
+    overrides: tuple[tuple[str, object], ...]
+
+
+def settings(name: str) -> dict[str, object]:
+    """What `create(name, ...)` can override, with the defaults of that name."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"no model {name!r}.{hint} The models are {', '.join(MODELS)}")
+    reserved = ("num_classes", "dtype", "param_dtype", "rngs")
+    # The signature of the class itself is its metaclass's (*args, **kwargs).
+    parameters = inspect.signature(MODELS[name].func.__init__).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    return {key: value for key, value in (defaults | MODELS[name].keywords).items() if key not in reserved}
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    **overrides,
+) -> nnx.Module:
+    """Builds a model in evaluation mode, with published initial weights drawn from `seed`. Traceable (nnx.eval_shape).
+
+    Args:
+      name: a key of `MODELS`, for example "segformer_b0".
+      num_classes: K; 1 for a binary model (sigmoid).
+      seed: of the initial weights and of the model's own dropout streams.
+      dtype: of the computation; bfloat16 keeps norms, softmax and logits in float32.
+      param_dtype: of the stored parameters.
+      **overrides: settings of the model's class, for example dims=..., decoder_dim=...; `settings(name)` lists them.
+
+    Returns:
+      A module: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the model's own
+      stride. `model.spec` tells how it was made.
+
+    Raises:
+      KeyError: unknown name; lists the names.
+      TypeError: unknown override; names it and those that exist.
+      ValueError: num_classes below one, sizes that do not fit one another, or float64 while jax_enable_x64 is off.
+    """
+    known = settings(name)
+    if unknown := sorted(set(overrides) - set(known)):
+        raise TypeError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+    for label, kind in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if jnp.dtype(kind) == jnp.float64 and not jax.config.jax_enable_x64:
+            raise ValueError(f"{label}=float64 needs jax.config.update('jax_enable_x64', True) first")
+    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    params_key, dropout_key = jax.random.split(jax.random.key(seed))
+    model = MODELS[name](
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        rngs=nnx.Rngs(params=params_key, dropout=dropout_key),
+        **frozen,
+    )
+    model.eval()
+    model.spec = ModelSpec(name, num_classes, tuple(sorted(frozen.items())))
+    return model

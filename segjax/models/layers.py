@@ -1,0 +1,419 @@
+"""What torch's layers compute, once, for every model of this package.
+
+Activations are (B, H, W, C) throughout. Attribute names follow the one rule that conversion relies on: `kernel` is
+torch's `weight` of a convolution (HWIO) or a linear layer (in, out), `scale` is the `weight` of a norm, `mean` and
+`var` are the running statistics. Two dtypes meet in every layer: `param_dtype` is what is stored, `dtype` is what is
+multiplied; norms, softmax and sums of logits never compute in less than float32.
+
+Several functions come in two forms, a plain one and one that XLA's CPU backend runs faster; `parity/test_ops.py`
+holds them equal. Which form runs is decided in `fast_cpu_forms` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+# timm's and torch's trunc_normal_ cut at the absolute values -2 and 2, which is 100 standard deviations for std 0.02:
+# in effect a plain normal. jax's initializer of the same name cuts at two standard deviations and loses 12% of the std.
+LINEAR_STD = 0.02
+
+
+def linear_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Truncated normal of std 0.02, cut at the absolute values ±2, as the official MiT initialises linear layers."""
+    return LINEAR_STD * jax.random.truncated_normal(key, -2 / LINEAR_STD, 2 / LINEAR_STD, shape, dtype)
+
+
+def fan_out_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, groups: int = 1) -> jax.Array:
+    """Normal of std sqrt(2 / fan_out), fan_out = kh * kw * out / groups: the official MiT's convolutions."""
+    kernel_height, kernel_width, _, out_channels = shape
+    fan_out = kernel_height * kernel_width * out_channels // groups
+    return math.sqrt(2.0 / fan_out) * jax.random.normal(key, shape, dtype)
+
+
+def fast_cpu_forms() -> bool:
+    """True where XLA's CPU backend will run the computation, for which several layers have a faster form.
+
+    Measured on two cores (wall time of the plain form / of the fast one): depthwise 3x3 forward and backward 4 to 184,
+    bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for narrower floating types, else the type itself: the precision of norms, softmax and logits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------ linear, convolution
+
+
+class Linear(nnx.Module):
+    """torch.nn.Linear over the last axis: (..., in) -> (..., out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Callable = linear_init,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """torch.nn.Conv2d: cross-correlation with explicit, symmetric zero padding; (B, H, W, in) -> (B, H', W', out).
+
+    `'SAME'` is never used: on a stride of 2 it pads on one side only, where torch pads on both.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        use_bias: bool = True,
+        kernel_init: Callable | None = None,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.padding = (padding, padding) if isinstance(padding, int) else padding
+        self.stride = stride
+        self.groups = groups
+        self.dtype = dtype
+        init = partial(fan_out_init, groups=groups) if kernel_init is None else kernel_init
+        shape = (*self.kernel_size, in_channels // groups, out_channels)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = conv(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
+    """Convolution (B, H, W, in) with an HWIO kernel, in whichever of the equal forms below is fastest.
+
+    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128); a depthwise kernel
+    of stride 1 goes to `depthwise`; all else to `conv_plain`.
+    """
+    kernel_height, kernel_width, in_per_group, out_channels = kernel.shape
+    if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0) and groups == 1:
+        return jnp.matmul(x, kernel[0, 0])
+    keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
+    if groups == out_channels and in_per_group == 1 and stride == 1 and keeps_size and fast_cpu_forms():
+        return depthwise(x, kernel)
+    return conv_plain(x, kernel, stride=stride, padding=padding, groups=groups)
+
+
+def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
+    """The convolution as XLA offers it."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=[(padding[0], padding[0]), (padding[1], padding[1])],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _shifted(x: jax.Array, kernel_size: tuple[int, int]) -> list[list[jax.Array]]:
+    """The zero-padded input moved under every tap of an odd kernel: [i][j] -> (B, H, W, C)."""
+    (kernel_height, kernel_width), (height, width) = kernel_size, x.shape[1:3]
+    top, left = kernel_height // 2, kernel_width // 2
+    padded = jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+    return [[padded[:, i : i + height, j : j + width] for j in range(kernel_width)] for i in range(kernel_height)]
+
+
+@jax.custom_vjp
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Depthwise convolution of stride 1 that keeps the size, as a sum of shifted products.
+
+    Equal to `conv_plain(..., groups=C)`. XLA:CPU lowers a grouped convolution to a scalar loop, 23 to 41 times slower
+    than torch; a sum of shifted products it vectorises. The weight gradient has a rule of its own for the same reason.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (kh, kw, 1, C), both sides odd.
+    """
+    shifted = _shifted(x, kernel.shape[:2])
+    total = None
+    for i, row in enumerate(shifted):
+        for j, moved in enumerate(row):
+            product = moved * kernel[i, j, 0]
+            total = product if total is None else total + product
+    return total
+
+
+def _depthwise_forward(x, kernel):
+    return depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(residuals, gradient):
+    x, kernel = residuals
+    # The input's gradient is the same convolution with the kernel turned by 180 degrees.
+    input_gradient = depthwise(gradient, kernel[::-1, ::-1])
+    taps = [_sum_over_pixels(moved * gradient) for row in _shifted(x, kernel.shape[:2]) for moved in row]
+    kernel_gradient = jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+    return input_gradient, kernel_gradient
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _sum_over_pixels(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (C,), summed in at least float32."""
+    return jnp.sum(x, axis=(0, 1, 2), dtype=at_least_float32(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+class LayerNorm(nnx.Module):
+    """torch.nn.LayerNorm over the last axis, two-pass, in at least float32.
+
+    The variance is the mean of squared deviations: the one-pass form E[x²] - E[x]² loses all digits of a map whose
+    mean is large (3e-3 at mean 100) and can turn negative.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(self.dtype))
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        normed = centered * lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """torch.nn.BatchNorm2d over (B, H, W), two-pass, in at least float32, across devices.
+
+    In training it normalises with the biased variance of the whole batch and moves the running variance by the
+    unbiased one, as torch does (flax's own layer stores the biased one). Under `pmap` the layer must know the mapped
+    axis: `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are global by themselves.
+
+    Attributes:
+      momentum: weight of the new observation, torch's convention (0.1), not flax's (0.9).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+    ):
+        self.epsilon = epsilon
+        self.momentum = momentum
+        self.dtype = dtype
+        self.use_running_average = True
+        self.axis_name: str | None = None
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        statistics_dtype = at_least_float32(param_dtype)
+        self.mean = nnx.BatchStat(jnp.zeros((features,), statistics_dtype))
+        self.var = nnx.BatchStat(jnp.ones((features,), statistics_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(self.dtype))
+        if self.use_running_average:
+            mean, variance = self.mean[...].astype(wide.dtype), self.var[...].astype(wide.dtype)
+        else:
+            mean, variance = self._observe(wide)
+        factor = lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(wide.dtype)
+        return ((wide - mean) * factor + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+
+    def _observe(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and biased variance of the whole batch, (C,) each; moves the running ones."""
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        count = x.size // x.shape[-1] * devices
+        if count < 2:
+            raise ValueError(
+                f"BatchNorm in training needs more than one value per channel but got a map of shape {x.shape}; "
+                "use a larger batch or image, or model.eval()"
+            )
+        mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
+        variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+        unbiased = variance * (count / (count - 1))
+        self.mean[...] = _move(self.mean[...], mean, self.momentum)
+        self.var[...] = _move(self.var[...], unbiased, self.momentum)
+        return mean, variance
+
+    def _across_devices(self, x: jax.Array) -> jax.Array:
+        return x if self.axis_name is None else lax.pmean(x, self.axis_name)
+
+
+def _move(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
+    return (1 - momentum) * old + momentum * lax.stop_gradient(new).astype(old.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- dropping
+
+
+class _Drop(nnx.Module):
+    """Zeroes whole slices of a map at random in training and scales the rest by 1 / (1 - rate).
+
+    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples. Under
+    `pmap` (axis_name set) the mask is drawn for the whole batch and each device takes its part, so that the result does
+    not depend on the number of devices.
+    """
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs):
+        if not 0 <= rate < 1:
+            raise ValueError(f"a drop rate lies in [0, 1); got {rate}")
+        self.rate = rate
+        self.deterministic = True
+        self.axis_name: str | None = None
+        self.stream = rngs.dropout.fork() if rate > 0 else None
+
+    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.deterministic or self.stream is None:
+            return x
+        batch, *rest = self.mask_shape(x)
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        kept = jax.random.bernoulli(self.stream(), 1 - self.rate, (devices * batch, *rest))
+        if self.axis_name is not None:
+            kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(self.axis_name) * batch, batch)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+class DropPath(_Drop):
+    """Stochastic depth (Huang et al., 2016): drops the whole branch of a sample. (B, H, W, C) -> the same."""
+
+    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
+        return (x.shape[0], 1, 1, 1)
+
+
+class Dropout2d(_Drop):
+    """torch.nn.Dropout2d: drops whole channels of a sample. (B, H, W, C) -> the same."""
+
+    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
+        return (x.shape[0], 1, 1, x.shape[-1])
+
+
+# -------------------------------------------------------------------------------------------- activations, attention
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU by the error function; jax's default is the tanh approximation, 4.7e-4 away."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D)) v with the softmax in at least float32.
+
+    Args:
+      query: (B, h, N, D); key, value: (B, h, M, D). Head-major, so that both products are plain batched ones.
+
+    Returns:
+      (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
+      float64 inputs (1e-7).
+    """
+    wide = at_least_float32(query.dtype)
+    scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=wide)  # (B, h, N, M)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
+
+
+# ------------------------------------------------------------------------------------------------------------ resize
+
+
+def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) -> jax.Array:
+    """torch.nn.functional.interpolate(mode="bilinear", size=size): (B, H, W, C) -> (B, *size, C).
+
+    Args:
+      align_corners: True maps the centres of the corner pixels onto each other; False (torch's default) the outer
+        edges of the images.
+    """
+    if x.shape[1:3] == tuple(size):
+        return x
+    if align_corners:
+        return _resize_aligned(x, size)
+    factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
+    if all(factors) and fast_cpu_forms():
+        return resize_by_phases(x, tuple(factors))
+    return resize_plain(x, size)
+
+
+def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Half-pixel bilinear. Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away)."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
+
+
+def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
+    """Half-pixel bilinear enlargement by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
+
+    Output pixel f * i + p always blends the same two neighbours with the same weights, so each of the f phases is one
+    blend of the whole map with itself moved by one, edges repeated: slices and a reshape instead of a gather.
+    """
+    for axis, factor in zip((1, 2), factors, strict=True):
+        if factor == 1:
+            continue
+        length = x.shape[axis]
+        first = lax.slice_in_dim(x, 0, 1, axis=axis)
+        last = lax.slice_in_dim(x, length - 1, length, axis=axis)
+        before = jnp.concatenate([first, lax.slice_in_dim(x, 0, length - 1, axis=axis)], axis)
+        after = jnp.concatenate([lax.slice_in_dim(x, 1, length, axis=axis), last], axis)
+        phases = []
+        for phase in range(factor):
+            # Position of the output pixel's centre, in input pixels, relative to the centre of input pixel i.
+            offset = (phase + 0.5) / factor - 0.5
+            neighbour, weight = (before, -offset) if offset < 0 else (after, offset)
+            phases.append(x * (1 - weight) + neighbour * weight)
+        shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
+        x = jnp.stack(phases, axis=axis + 1).reshape(shape)
+    return x
+
+
+def _resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear with aligned corners as two matrix products, (B, H, W, C) -> (B, *size, C)."""
+    rows = _aligned_matrix(x.shape[1], size[0], x.dtype)
+    columns = _aligned_matrix(x.shape[2], size[1], x.dtype)
+    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns)
+
+
+def _aligned_matrix(old: int, new: int, dtype: jnp.dtype) -> jax.Array:
+    """(new, old) interpolation weights; a single output pixel takes the first input pixel, as torch does."""
+    scale = (old - 1) / (new - 1) if new > 1 else 0.0
+    position = jnp.arange(new, dtype=at_least_float32(dtype)) * scale
+    distance = jnp.abs(position[:, None] - jnp.arange(old, dtype=position.dtype)[None, :])
+    return jnp.maximum(0, 1 - distance).astype(dtype)

@@ -1,0 +1,320 @@
+"""SegFormer: a hierarchical transformer without position codes, and a decoder of linear layers.
+
+Xie, Wang, Yu, Anandkumar, Alvarez, Luo: "SegFormer: Simple and Efficient Design for Semantic Segmentation with
+Transformers", NeurIPS 2021, arXiv:2105.15203. Sizes from its table 6; attribute names are the keys of the published
+checkpoints; settings that the paper leaves open are those of the official code, found from its outputs:
+LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
+drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
+
+Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `SegFormerHead.fuse_levels`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax.models import layers
+
+# Widths C1..C4, blocks per stage and decoder width C of table 6. B0 is the smallest, B5 the largest.
+VARIANTS = {
+    "b0": dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), decoder_dim=256),
+    "b1": dict(dims=(64, 128, 320, 512), depths=(2, 2, 2, 2), decoder_dim=256),
+    "b2": dict(dims=(64, 128, 320, 512), depths=(3, 4, 6, 3), decoder_dim=768),
+    "b3": dict(dims=(64, 128, 320, 512), depths=(3, 4, 18, 3), decoder_dim=768),
+    "b4": dict(dims=(64, 128, 320, 512), depths=(3, 8, 27, 3), decoder_dim=768),
+    "b5": dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), decoder_dim=768),
+}
+
+
+class OverlapPatchEmbed(nnx.Module):
+    """Overlapping patches by a strided convolution, then LayerNorm: (B, H, W, in) -> (B, ⌈H/s⌉, ⌈W/s⌉, out)."""
+
+    def __init__(self, in_channels, dim, *, kernel_size, stride, norm_eps, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.proj = layers.Conv(
+            in_channels, dim, kernel_size, stride=stride, padding=kernel_size // 2, rngs=rngs, **kinds
+        )
+        self.norm = layers.LayerNorm(dim, epsilon=norm_eps, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.proj(x))
+
+
+class Attention(nnx.Module):
+    """Efficient self-attention: keys and values come from a map reduced `sr_ratio` times on each side (eq. 2)."""
+
+    def __init__(self, dim, *, num_heads, sr_ratio, norm_eps, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.num_heads = num_heads
+        self.q = layers.Linear(dim, dim, rngs=rngs, **kinds)
+        self.kv = layers.Linear(dim, 2 * dim, rngs=rngs, **kinds)
+        self.proj = layers.Linear(dim, dim, rngs=rngs, **kinds)
+        if sr_ratio > 1:
+            self.sr = layers.Conv(dim, dim, sr_ratio, stride=sr_ratio, rngs=rngs, **kinds)
+            self.norm = layers.LayerNorm(dim, epsilon=norm_eps, **kinds)
+        else:
+            self.sr = self.norm = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        heads, width = self.num_heads, C // self.num_heads
+        query = self.q(x).reshape(B, H * W, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
+        reduced = x if self.sr is None else self.norm(self.sr(x))  # (B, H/r, W/r, C)
+        key, value = (
+            self.kv(reduced).reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
+        )
+        mixed = layers.attention(query, key, value)  # (B, h, N, D)
+        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+
+
+class DWConv(nnx.Module):
+    """The 3x3 depthwise convolution of the Mix-FFN, which stands in for position codes. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, *, dtype, param_dtype, rngs):
+        self.dwconv = layers.Conv(dim, dim, 3, padding=1, groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dwconv(x)
+
+
+class Mlp(nnx.Module):
+    """Mix-FFN (eq. 3): linear, depthwise 3x3, GELU, linear. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = layers.Linear(dim, hidden_dim, **kinds)
+        self.dwconv = DWConv(hidden_dim, **kinds)
+        self.fc2 = layers.Linear(hidden_dim, dim, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block; drop path on both branches. (B, H, W, C) -> the same."""
+
+    def __init__(
+        self,
+        dim,
+        *,
+        num_heads,
+        mlp_ratio,
+        sr_ratio,
+        drop_path_rate,
+        block_norm_eps,
+        patch_norm_eps,
+        dtype,
+        param_dtype,
+        rngs,
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.norm1 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
+        self.attn = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, norm_eps=patch_norm_eps, rngs=rngs, **kinds)
+        self.norm2 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), rngs=rngs, **kinds)
+        self.drop_path1 = layers.DropPath(drop_path_rate, rngs=rngs)
+        self.drop_path2 = layers.DropPath(drop_path_rate, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class MixTransformer(nnx.Module):
+    """The MiT encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
+
+    def __init__(
+        self,
+        *,
+        dims,
+        depths,
+        num_heads,
+        mlp_ratios,
+        sr_ratios,
+        drop_path_rate,
+        block_norm_eps,
+        patch_norm_eps,
+        dtype,
+        param_dtype,
+        rngs,
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.sr_ratios = sr_ratios
+        rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
+        for stage in range(4):
+            embed = OverlapPatchEmbed(
+                3 if stage == 0 else dims[stage - 1],
+                dims[stage],
+                kernel_size=7 if stage == 0 else 3,
+                stride=4 if stage == 0 else 2,
+                norm_eps=patch_norm_eps,
+                rngs=rngs,
+                **kinds,
+            )
+            blocks = [
+                Block(
+                    dims[stage],
+                    num_heads=num_heads[stage],
+                    mlp_ratio=mlp_ratios[stage],
+                    sr_ratio=sr_ratios[stage],
+                    drop_path_rate=rates[sum(depths[:stage]) + index],
+                    block_norm_eps=block_norm_eps,
+                    patch_norm_eps=patch_norm_eps,
+                    rngs=rngs,
+                    **kinds,
+                )
+                for index in range(depths[stage])
+            ]
+            setattr(self, f"patch_embed{stage + 1}", embed)
+            setattr(self, f"block{stage + 1}", nnx.List(blocks))
+            setattr(self, f"norm{stage + 1}", layers.LayerNorm(dims[stage], epsilon=block_norm_eps, **kinds))
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        features = []
+        for stage in range(4):
+            x = getattr(self, f"patch_embed{stage + 1}")(x)
+            if min(x.shape[1:3]) < self.sr_ratios[stage]:
+                raise ValueError(
+                    f"the image is too small: stage {stage + 1} sees a map of {x.shape[1]}x{x.shape[2]} and reduces it "
+                    f"{self.sr_ratios[stage]} times; use images of at least 32x32 pixels"
+                )
+            for block in getattr(self, f"block{stage + 1}"):
+                x = block(x)
+            x = getattr(self, f"norm{stage + 1}")(x)
+            features.append(x)
+        return features
+
+
+class LevelProjection(nnx.Module):
+    """The decoder's linear layer of one level, (B, h, w, C_level) -> (B, h, w, C). Named MLP in the paper."""
+
+    def __init__(self, in_features, out_features, *, dtype, param_dtype, rngs):
+        self.proj = layers.Linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(x)
+
+
+class ConvModule(nnx.Module):
+    """1x1 convolution without bias and its BatchNorm."""
+
+    def __init__(self, in_channels, out_channels, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.conv = layers.Conv(in_channels, out_channels, 1, use_bias=False, rngs=rngs, **kinds)
+        self.bn = layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds)
+
+
+class SegFormerHead(nnx.Module):
+    """All-MLP decoder (section 3.2): four maps -> logits (B, H/4, W/4, K)."""
+
+    def __init__(self, *, dims, decoder_dim, num_classes, dropout_rate, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dtype = dtype
+        self.linear_c4 = LevelProjection(dims[3], decoder_dim, **kinds)
+        self.linear_c3 = LevelProjection(dims[2], decoder_dim, **kinds)
+        self.linear_c2 = LevelProjection(dims[1], decoder_dim, **kinds)
+        self.linear_c1 = LevelProjection(dims[0], decoder_dim, **kinds)
+        self.linear_fuse = ConvModule(4 * decoder_dim, decoder_dim, **kinds)
+        self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
+        self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds)
+
+    def __call__(self, features: list[jax.Array]) -> jax.Array:
+        fused = jax.nn.relu(self.linear_fuse.bn(self.fuse_levels(features)))
+        return self.linear_pred(self.dropout(fused))
+
+    def levels(self) -> list[layers.Linear]:
+        """The four projections in the order in which their outputs are concatenated: deepest level first."""
+        return [self.linear_c4.proj, self.linear_c3.proj, self.linear_c2.proj, self.linear_c1.proj]
+
+    def fuse_levels_plain(self, features: list[jax.Array]) -> jax.Array:
+        """As the paper writes it: project, enlarge to 1/4, concatenate, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        size = features[0].shape[1:3]
+        deepest_first = features[::-1]
+        projected = [level(x) for level, x in zip(self.levels(), deepest_first, strict=True)]
+        enlarged = [layers.resize(x, size) for x in projected]
+        return self.linear_fuse.conv(jnp.concatenate(enlarged, axis=-1))
+
+    def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
+        """The same, cheaper. Nothing non-linear stands between projection and convolution, and a 1x1 convolution
+        commutes with resizing, whose weights sum to one: multiply each level by (projection @ its slice of the
+        convolution) at its own resolution, enlarge, add. -> (B, H/4, W/4, C).
+        """
+        size = features[0].shape[1:3]
+        # The two matrices are multiplied as stored: rounding their product once is closer than rounding each factor.
+        slices = jnp.split(self.linear_fuse.conv.kernel[...][0, 0], 4)  # 4 x (C, C)
+        total = None
+        for level, part, x in zip(self.levels(), slices, features[::-1], strict=True):
+            combined = (level.kernel[...] @ part).astype(self.dtype)  # (C_level, C)
+            bias = (level.bias[...] @ part).astype(self.dtype)  # (C,)
+            y = layers.resize(jnp.matmul(x.astype(self.dtype), combined) + bias, size)
+            total = y if total is None else total + y
+        return total
+
+
+class SegFormer(nnx.Module):
+    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+
+    Args of the constructor, all keyword:
+      num_classes: K.
+      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
+      decoder_dim: width of the decoder.
+      drop_path_rate: of the last block; the first has 0, those between lie on a line.
+      dropout_rate: share of channels dropped in front of the classifier.
+      block_norm_eps: LayerNorm eps in blocks and after stages. patch_norm_eps: in patch embeddings and after the
+        spatial reduction.
+      dtype: of the computation. param_dtype: of what is stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        decoder_dim: int,
+        num_heads: tuple[int, ...] = (1, 2, 5, 8),
+        mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
+        sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
+        drop_path_rate: float = 0.1,
+        dropout_rate: float = 0.1,
+        block_norm_eps: float = 1e-6,
+        patch_norm_eps: float = 1e-5,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        for name, value in dict(
+            dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
+        ).items():
+            if len(value) != 4:
+                raise ValueError(f"{name} needs four numbers, one per stage; got {tuple(value)}")
+        for stage, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
+            if dim % heads:
+                raise ValueError(f"stage {stage + 1}: width {dim} does not divide into {heads} heads; set num_heads")
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dtype = dtype
+        self.backbone = MixTransformer(
+            dims=dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+            drop_path_rate=drop_path_rate,
+            block_norm_eps=block_norm_eps,
+            patch_norm_eps=patch_norm_eps,
+            **kinds,
+        )
+        self.decode_head = SegFormerHead(
+            dims=dims, decoder_dim=decoder_dim, num_classes=num_classes, dropout_rate=dropout_rate, **kinds
+        )
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be (B, H, W, 3); got {images.shape}")
+        features = self.backbone(images.astype(self.dtype))
+        logits = self.decode_head(features)
+        taps = {f"feature{i}": feature for i, feature in enumerate(features)}
+        return logits.astype(layers.at_least_float32(self.dtype)), taps
