@@ -7,6 +7,7 @@ module knows names, arrays and records, and nothing of models but how to ask for
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def save_model(folder: Path, model: nnx.Module, *, about: Mapping[str, object]) 
 
 
 def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
-    """The model of a converted folder, of one training checkpoint, or of the newest one under a training workdir.
+    """The model in a converted folder, in one training checkpoint, or in the newest one of a training workdir.
 
     Args:
       dtype: of the computation; float32 (float64 for float64 weights) unless given.
@@ -75,8 +76,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
       CheckpointError: no checkpoint of segjax is there, or it is damaged.
     """
     found = _find(folder)
-    weights, about = _read(found)
-    record = about["model"]
+    weights, record = _read_arrays(found / WEIGHTS), _read_about(found)["model"]
     param_dtype = jnp.dtype(record["param_dtype"])
     if param_dtype == np.float64:
         jax.config.update("jax_enable_x64", True)
@@ -99,6 +99,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
 
 
 def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
+    """Every name that is missing, unexpected, or of another shape (and dtype, where it is part of the tuples)."""
     lines = [f"  missing: {path}" for path in expected if path not in found]
     lines += [f"  unexpected: {path}" for path in found if path not in expected]
     return lines + [
@@ -119,20 +120,93 @@ def _find(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{ABOUT}` nor numbered steps)")
 
 
-def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
+def _read_about(folder: Path) -> dict[str, object]:
+    import orbax.checkpoint as ocp
+
+    with _damage(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder.absolute(), ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+
+
+def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """One item of a checkpoint as numpy arrays, whatever devices it was saved from."""
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
+    with _damage(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in tree}
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=restore_args))
+
+
+@contextlib.contextmanager
+def _damage(folder: Path):
+    # Orbax and tensorstore raise many types for a damaged folder; all mean the same to the caller.
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            about = checkpointer.restore(folder, ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder / WEIGHTS).item_metadata.tree
-            restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in tree}
-            weights = checkpointer.restore(folder / WEIGHTS, ocp.args.PyTreeRestore(restore_args=restore_args))
+        yield
     except Exception as error:
-        # Orbax and tensorstore raise many types for a damaged folder; all mean the same to the caller.
-        raise CheckpointError(
-            f"{folder}: a damaged checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
-    return weights, about
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{folder}: a damaged checkpoint ({type(error).__name__}: {first})") from error
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run, by step. Saving runs beside the training; `close` waits for it."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def newest(self) -> int | None:
+        """The last step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, weights: Mapping, training: Mapping, about: Mapping[str, object]) -> None:
+        """Saves flat dicts of arrays and a JSON record; returns once the arrays may change again."""
+        if step == self.newest():
+            return
+        args = self._ocp.args
+        items = {
+            WEIGHTS: args.StandardSave(dict(weights)),
+            TRAINING: args.StandardSave(dict(training)),
+            ABOUT: args.JsonSave(dict(about)),
+        }
+        self._manager.save(step, args=args.Composite(**items))
+
+    def read_about(self, step: int) -> dict[str, object]:
+        return _read_about(Path(self._manager.directory) / str(step))
+
+    def restore(self, step: int, weights: Mapping, training: Mapping) -> tuple[dict, dict]:
+        """Reads what `save` wrote, against templates of what is expected.
+
+        Raises:
+          CheckpointError: names, shapes or dtypes differ from the templates; lists all.
+        """
+        folder = Path(self._manager.directory) / str(step)
+        found = {item: _read_arrays(folder / item) for item in (WEIGHTS, TRAINING)}
+        problems = []
+        for item, template in ((WEIGHTS, weights), (TRAINING, training)):
+            expected = {name: _kind(array) for name, array in template.items()}
+            problems += _differences(expected, {name: _kind(array) for name, array in found[item].items()})
+        if problems:
+            raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
+        return found[WEIGHTS], found[TRAINING]
+
+    def close(self) -> None:
+        """Waits until the last save is whole."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _kind(array) -> tuple:
+    return (*np.shape(array), str(array.dtype))

@@ -177,9 +177,11 @@ class MixTransformer(nnx.Module):
         for stage in range(4):
             x = getattr(self, f"patch_embed{stage + 1}")(x)
             if min(x.shape[1:3]) < self.sr_ratios[stage]:
+                # A map of stage s has ⌈side / stride⌉ pixels, stride 4, 8, 16, 32.
+                least = max((ratio - 1) * 4 * 2**s + 1 for s, ratio in enumerate(self.sr_ratios))
                 raise ValueError(
                     f"the image is too small: stage {stage + 1} sees a map of {x.shape[1]}x{x.shape[2]} and reduces it "
-                    f"{self.sr_ratios[stage]} times; use images of at least 32x32 pixels"
+                    f"{self.sr_ratios[stage]} times; use images of at least {least}x{least} pixels"
                 )
             for block in getattr(self, f"block{stage + 1}"):
                 x = block(x)

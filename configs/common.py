@@ -1,0 +1,114 @@
+"""Every default of a run, once, each with its unit and where it comes from."""
+
+from ml_collections import ConfigDict, config_dict
+
+DATASETS = ("streets", "camvid", "folder")
+
+
+def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
+    """ "b2,camvid" -> ("b2", "camvid"); the order does not matter and either may be left out.
+
+    Raises:
+      ValueError: a word that is neither a variant nor a dataset; lists both.
+    """
+    variant, dataset = variants[0], DATASETS[0]
+    for word in filter(None, (word.strip() for word in argument.split(","))):
+        if word in variants:
+            variant = word
+        elif word in DATASETS:
+            dataset = word
+        else:
+            raise ValueError(
+                f"{word!r} is neither a variant ({', '.join(variants)}) nor a dataset ({', '.join(DATASETS)})"
+            )
+    return variant, dataset
+
+
+def get_config(dataset: str) -> ConfigDict:
+    config = ConfigDict()
+    # Of initial weights, order of images, augmentation and dropout.
+    config.seed = 0
+    # "jit" over a data mesh of all devices, or "pmap".
+    config.parallel = "jit"
+
+    config.model = ConfigDict()
+    # A name of segjax.MODELS; each configs/<family>.py sets it.
+    config.model.name = ""
+    # Type of the computation: "float32", or "bfloat16" (parameters stay float32).
+    config.model.dtype = "float32"
+
+    config.data = ConfigDict()
+    config.data.name = dataset
+    # Folder that camvid and folder are prepared from at first use (images/, labels/, classes.json).
+    config.data.source = config_dict.placeholder(str)
+    # Where prepared datasets are kept; unset is TFDS's own ~/tensorflow_datasets.
+    config.data.dir = config_dict.placeholder(str)
+    # Splits to train on, and to evaluate and draw predictions from.
+    config.data.train_split = "train"
+    config.data.eval_split = "test"
+
+    config.augment = ConfigDict()
+    # Height and width of the training crop, pixels.
+    config.augment.crop = (512, 512)
+    # Smallest and largest random scale of the image before the crop.
+    config.augment.scale = (0.5, 2.0)
+    # Probability of a horizontal flip.
+    config.augment.flip = 0.5
+    # Random brightness, contrast, saturation and hue.
+    config.augment.photometric = True
+
+    config.train = ConfigDict()
+    # Updates of the weights, and images per update over all devices.
+    config.train.steps = 40_000
+    config.train.batch = 8
+    # Steps between two lines of metrics.jsonl.
+    config.train.log_every = 50
+
+    config.optim = ConfigDict()
+    # "adamw" or "sgd".
+    config.optim.name = "adamw"
+    # Learning rate at the height of the schedule. SegFormer's Cityscapes recipe: 6e-5 on pretrained weights.
+    config.optim.lr = 6e-5
+    config.optim.end_lr = 0.0
+    # lr * (1 - step / steps) ** power, times a linear warm-up from warmup_ratio to 1 over warmup_steps.
+    config.optim.power = 1.0
+    config.optim.warmup_steps = 1500
+    config.optim.warmup_ratio = 1e-6
+    config.optim.weight_decay = 0.01
+    # AdamW's moments; eps as in torch.
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.999
+    config.optim.eps = 1e-8
+    # SGD's momentum.
+    config.optim.momentum = 0.9
+    # Regular expressions over dotted parameter names. Published: whatever has `norm` in its name does not decay (other
+    # biases do), and the learning rate of the head is ten times that of the backbone.
+    config.optim.no_decay = "norm"
+    config.optim.head = "head"
+    config.optim.head_multiplier = 10.0
+
+    config.eval = ConfigDict()
+    # Images per evaluation batch over all devices.
+    config.eval.batch = 8
+    # Steps between two evaluations; 0 evaluates at the end alone.
+    config.eval.every = 0
+    # How many images get a picture in predictions/.
+    config.eval.pictures = 8
+
+    config.checkpoint = ConfigDict()
+    # Steps between two checkpoints, and how many are kept.
+    config.checkpoint.every = 1000
+    config.checkpoint.keep = 2
+
+    if dataset == "streets":
+        config.data.eval_split = "val"
+        # Scenes drawn for training and for evaluation, and their height and width, pixels.
+        config.data.train_images = 400
+        config.data.eval_images = 64
+        config.data.size = (128, 256)
+        config.augment.crop = (128, 256)
+    elif dataset == "camvid":
+        # CamVid's images are 360x480; a larger crop would be mostly padding.
+        config.augment.crop = (360, 480)
+        config.train.steps = 20_000
+    return config

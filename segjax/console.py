@@ -1,0 +1,169 @@
+"""What a person sees of a run: plain lines that fit 80 columns, a progress bar on a terminal, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from segjax.data import specs
+from segjax.step import Parallel
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def describe(
+    config: ConfigDict,
+    workdir: Path,
+    params: Mapping[str, jax.Array],
+    training: specs.Split,
+    evaluation: specs.Split,
+    spec: specs.DatasetSpec,
+    parallel: Parallel,
+    start: int,
+) -> None:
+    """What the run will do."""
+    height, width = config.augment.crop
+    count = sum(array.size for array in params.values())
+    kind = parallel.devices[0].device_kind
+    say(f"model    {config.model.name}, {count:,} parameters, computes in {config.model.dtype}")
+    say(
+        f"data     {spec.name}: {len(training.images)} images to train on ({config.data.train_split}), "
+        f"{len(evaluation.images)} to evaluate ({config.data.eval_split}), {spec.num_classes} classes"
+    )
+    say(f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}, {config.optim.name}")
+    say(f"device   {len(parallel.devices)} x {kind}, {parallel.kind}")
+    say(f"workdir  {workdir}")
+    if start:
+        say(f"resuming at step {start} of {config.train.steps}")
+    if start < config.train.steps:
+        say("compiling the training step; the first time takes longest ...")
+
+
+def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None:
+    say(f"{workdir} is finished: mIoU {score(result['mean_iou'])} at step {result['step']} (result.json)")
+    say(f"  to train longer:   add --config.train.steps={2 * max(config.train.steps, 1)}")
+    say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")
+
+
+def stopped(step: int, config: ConfigDict, workdir: Path) -> None:
+    say(f"stopped at step {step} of {config.train.steps} and saved in {workdir}")
+    say("  to go on: the same command again")
+
+
+def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
+    """The table of classes and where the files are."""
+    say("")
+    # A binary model measures background and its one class.
+    names = spec.class_names if spec.num_classes > 1 else ("background", *spec.class_names)
+    cells = [f"{name:<20.20} {score(iou):>6}" for name, iou in zip(names, result["per_class_iou"], strict=True)]
+    half = (len(cells) + 1) // 2
+    say(f"{'class':<20} {'IoU':>6}      {'class':<20} {'IoU':>6}")
+    for row in range(half):
+        right = cells[row + half] if row + half < len(cells) else ""
+        say(f"{cells[row]}      {right}".rstrip())
+    say("")
+    say(f"mIoU {score(result['mean_iou'])}   pixel accuracy {score(result['pixel_accuracy'])}   step {result['step']}")
+    if result["images_per_second"]:
+        say(f"trained at {result['images_per_second']:.1f} images per second")
+    say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/")
+
+
+class Meter:
+    """Images per second of training alone: saving, evaluating and compiling are left out."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._images = self._seconds = 0.0
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def lap(self, step: int) -> None:
+        """Counts the steps since the last lap or restart; the device must have finished them."""
+        self._images += (step - self._step) * self._batch_size
+        self._seconds += time.perf_counter() - self._since
+        self.restart(step)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Mean so far; None before anything was counted."""
+        return self._images / self._seconds if self._images else None
+
+
+class Progress:
+    """A bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, start: int, total: int):
+        self._total = total
+        self._started = self._said = time.perf_counter()
+        self._start = start
+        self._bar = (
+            tqdm(total=total, initial=start, unit="step", ncols=80, file=sys.stderr, smoothing=0.1)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, step: int, loss: float, images_per_second: float | None) -> None:
+        rate = "" if images_per_second is None else f"{images_per_second:.1f} img/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        if now - self._said >= 10 or step == self._total:
+            left = (now - self._started) / max(step - self._start, 1) * (self._total - step)
+            say(f"step {step}/{self._total}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
+            self._said = now
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            say(line)
+
+
+class StopRequest:
+    """Ctrl-C asks to stop after the step; a second one stops at once, which leaves the last checkpoint whole."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        # Python delivers signals to the main thread alone, where a library user may not be.
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, *_) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""Intersection over union from one confusion matrix, summed over every image before anything is divided."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int, ignore_label: int) -> np.ndarray:
+    """Pixel counts by (truth, prediction): int64 (K, K); K = 2 for a binary model of one class.
+
+    Args:
+      labels, predicted: integers of one shape; pixels labelled `ignore_label` do not count.
+
+    Raises:
+      ValueError: a label that is neither a train id nor the ignore label; names the values.
+    """
+    classes = max(num_classes, 2)
+    valid = labels != ignore_label
+    truth = labels[valid].astype(np.int64)
+    if truth.size and (truth.max() >= classes or truth.min() < 0):
+        strangers = np.unique(truth[(truth >= classes) | (truth < 0)]).tolist()
+        raise ValueError(
+            f"label values {strangers} are neither in 0..{classes - 1} nor the ignore label {ignore_label}"
+        )
+    pairs = truth * classes + predicted[valid].astype(np.int64)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def summarise(confusion: np.ndarray) -> dict[str, object]:
+    """`mean_iou`, `pixel_accuracy` and `per_class_iou` (a list, None where a class is in neither truth nor prediction).
+
+    A class that occurs nowhere has no IoU and does not enter the mean. With nothing counted at all, the means are None.
+    """
+    right = np.diag(confusion).astype(np.float64)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
+    per_class = [float(hit / total) if total else None for hit, total in zip(right, union, strict=True)]
+    present = [iou for iou in per_class if iou is not None]
+    total = int(confusion.sum())
+    return {
+        "mean_iou": float(np.mean(present)) if present else None,
+        "pixel_accuracy": float(right.sum() / total) if total else None,
+        "per_class_iou": per_class,
+    }

@@ -1,0 +1,94 @@
+"""Pictures that a run leaves behind: predictions beside the truth, and learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from segjax.data import specs
+
+
+def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
+    """Train ids (H, W) -> RGB uint8 (H, W, 3) in the dataset's colours; the ignore label is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: spec.num_classes] = spec.colors
+    return palette[labels]
+
+
+def save_prediction(
+    path: Path, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec, *, title: str
+) -> None:
+    """One PNG: image, truth, prediction, and the classes that occur in either.
+
+    Args:
+      image: uint8 (H, W, 3). truth, predicted: train ids (H, W).
+    """
+    figure = _figure(*_three_panels(image.shape[:2]))
+    panels = figure.subplots(1, 3)
+    # Where the truth says nothing the prediction is left out too: the eye should compare what the metric compares.
+    shown = np.where(truth == spec.ignore_label, spec.ignore_label, predicted)
+    names = ("image", "truth", "prediction")
+    pictures = (image, colourise(truth, spec), colourise(shown, spec))
+    for panel, name, picture in zip(panels, names, pictures, strict=True):
+        panel.imshow(picture, interpolation="nearest")
+        panel.set_title(name, fontsize=9)
+        panel.axis("off")
+    figure.suptitle(title, fontsize=9)
+    _legend(figure, [k for k in np.union1d(truth, shown) if k != spec.ignore_label], spec)
+    _save(figure, path)
+
+
+def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
+    """Loss and learning rate over steps, and mean IoU where it was measured, as one PNG."""
+    figure = _figure(7.0, 3.6)
+    axis = figure.subplots()
+    steps = [record["step"] for record in records if "loss" in record]
+    losses = [record["loss"] for record in records if "loss" in record]
+    axis.plot(steps, losses, color="tab:blue", linewidth=1, label="training loss")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss, nats per pixel")
+    axis.set_ylim(bottom=0)
+    scores = [(record["step"], record["mean_iou"]) for record in records if record.get("mean_iou") is not None]
+    lines = axis.get_lines()
+    if scores:
+        right = axis.twinx()
+        right.plot(*zip(*scores, strict=True), "o-", color="tab:orange", markersize=4, label="mean IoU")
+        right.set_ylabel("mean IoU")
+        right.set_ylim(0, 1)
+        lines = [*lines, *right.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False, loc="upper center")
+    _save(figure, path)
+
+
+def _three_panels(size: tuple[int, int]) -> tuple[float, float]:
+    """Width and height of the figure, inches, for three images of one height and width side by side."""
+    height, width = size
+    return 10.5, 3.5 * height / width + 1.1
+
+
+def _figure(width: float, height: float):
+    # Figures without pyplot: no window system is looked for and nothing is kept open.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=np.array(spec.colors[k]) / 255, label=spec.class_names[k]) for k in classes]
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=min(max(len(patches), 1), 10), fontsize=7, frameon=False
+    )
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
