@@ -19,10 +19,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default:
 
 def main(_):
     # After the flags, so that a mistyped one is answered at once.
-    from segjax import compile_cache, loop
+    from segjax import runtime, loop
 
     logging.set_verbosity(logging.WARNING)
-    compile_cache.enable()
+    runtime.prepare()
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or loop.default_workdir(config))
     try:

@@ -122,12 +122,14 @@ class Conv(nnx.Module):
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
     """Convolution (B, H, W, in) with an HWIO kernel, in whichever of the equal forms below is fastest.
 
-    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128); a depthwise kernel
-    of stride 1 goes to `depthwise`; all else to `conv_plain`.
+    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128), on a CPU so is a
+    kernel that steps by its own size, and a depthwise kernel of stride 1 goes to `depthwise`; all else is `conv_plain`.
     """
     kernel_height, kernel_width, in_per_group, out_channels = kernel.shape
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0) and groups == 1:
         return jnp.matmul(x, kernel[0, 0])
+    if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and fast_cpu_forms():
+        return conv_of_patches(x, kernel)
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
     if groups == out_channels and in_per_group == 1 and stride == 1 and keeps_size and fast_cpu_forms():
         return depthwise(x, kernel)
@@ -144,6 +146,23 @@ def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[i
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution whose stride is its kernel's size, without padding: one matrix product over disjoint patches.
+
+    Equal to `conv_plain(..., stride=r)`; rows and columns that fill no patch are left out, as there. Its input gradient
+    is a product too, where XLA:CPU's dilated convolution is slow (8x8 on 32 channels, forward and backward: 3.3 to
+    0.5 ms).
+
+    Args:
+      x: (B, H, W, C). kernel: (r, r, C, out).
+    """
+    r, _, channels, out_channels = kernel.shape
+    batch, height, width = x.shape[0], x.shape[1] // r, x.shape[2] // r
+    whole = x[:, : height * r, : width * r].reshape(batch, height, r, width, r, channels)
+    patches = whole.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, r * r * channels)
+    return jnp.matmul(patches, kernel.reshape(r * r * channels, out_channels))
 
 
 def _shifted(x: jax.Array, kernel_size: tuple[int, int]) -> list[list[jax.Array]]:
@@ -335,7 +354,34 @@ class Dropout2d(_Drop):
 
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU by the error function; jax's default is the tanh approximation, 4.7e-4 away."""
+    return gelu_with_saved_slope(x) if fast_cpu_forms() else gelu_plain(x)
+
+
+def gelu_plain(x: jax.Array) -> jax.Array:
+    """x Φ(x), differentiated by jax."""
     return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def gelu_with_saved_slope(x: jax.Array) -> jax.Array:
+    """The same, keeping Φ(x) + x φ(x) for the backward pass.
+
+    XLA:CPU otherwise computes the error function anew inside every reduction that reads the gradient, 18 times in front
+    of a depthwise 3x3: a Mix-FFN of 128 channels at 4x32x64, forward and backward, falls from 35 to 11 ms.
+    """
+    return gelu_plain(x)
+
+
+def _gelu_forward(x):
+    below = 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
+    return x * below, below + x * jnp.exp(-0.5 * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_backward(slope, gradient):
+    return (gradient * slope,)
+
+
+gelu_with_saved_slope.defvjp(_gelu_forward, _gelu_backward)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
