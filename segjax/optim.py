@@ -22,6 +22,8 @@ def poly_schedule(
     """
 
     def rate(step):
+        # As a float first: an int32 divided stays float32 where jax computes in float64.
+        step = jnp.asarray(step, float)
         progress = jnp.clip(step / steps, 0, 1)
         decayed = (base - end) * (1 - progress) ** power + end
         if not warmup_steps:

@@ -59,8 +59,12 @@ def train_step(
     loss, gradients = across((loss, gradients))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    metrics = {"loss": loss, "gradient_norm": _norm(gradients)}
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def _norm(tree) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def eval_step(
@@ -108,9 +112,9 @@ class Parallel:
         return jax.device_put(stacked, self.split)
 
     def fetch(self, tree):
-        """Undoes `replicate`: one copy of every array, on the host."""
+        """Undoes `replicate`: one copy of every array, on the host, which no later step can touch."""
         one = tree if self.kind == "jit" else jax.tree.map(lambda x: x[0], tree)
-        return jax.device_get(one)
+        return jax.tree.map(np.array, jax.device_get(one))
 
     def batch(self, gather: Callable) -> Callable:
         """Compiles `gather(arrays, indices (B,))` -> arrays (B, ...), whose result is spread over the devices."""

@@ -79,7 +79,7 @@ def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndar
     """
     native = {}
     for path, variable in named_variables(model).items():
-        native[torch_name(path)] = to_torch_layout(path, np.asarray(variable[...]))
+        native[torch_name(path)] = to_torch_layout(path, np.array(variable[...]))
         if path.endswith(".var"):
             native[path.removesuffix("var") + BATCH_COUNTER] = np.zeros((), np.int64)
     if dialect not in DIALECTS:
@@ -263,7 +263,9 @@ def _announce(plan: _Plan) -> None:
     if plan.dropped:
         logger.info("not used from the checkpoint (%d): %s", len(plan.dropped), shorten(plan.dropped))
     if plan.kept:
-        logger.info("left as initialised (%d): %s", len(plan.kept), shorten(plan.kept))
+        # By layer: a list of every kernel and bias hides what it says.
+        kept = dict.fromkeys(path.rpartition(".")[0] for path in plan.kept)
+        logger.info("left as initialised (%d): %s", len(plan.kept), shorten(kept))
 
 
 def _filled(model: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.State:
@@ -272,9 +274,14 @@ def _filled(model: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.State:
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
         value = values.get(".".join(map(str, path)))
         if value is not None:
-            variable = variable.replace(jnp.asarray(value, variable.get_value().dtype))
+            variable = variable.replace(_own(value, variable))
         flat.append((path, variable))
     return nnx.from_flat_state(flat)
+
+
+def _own(value: np.ndarray, variable: nnx.Variable) -> jax.Array:
+    """A copy in the variable's dtype: jnp.asarray may share memory with a tensor that its owner goes on changing."""
+    return jnp.array(value, variable.get_value().dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------- a model made for a checkpoint
@@ -360,8 +367,7 @@ def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.M
     graphdef, weights, streams = nnx.split(abstract, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat = []
     for path, variable in nnx.to_flat_state(weights):
-        value = jnp.asarray(values[".".join(map(str, path))], variable.get_value().dtype)
-        flat.append((path, variable.replace(value)))
+        flat.append((path, variable.replace(_own(values[".".join(map(str, path))], variable))))
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(nnx.to_flat_state(streams)) + 1))
     drawn = []
     for path, variable in nnx.to_flat_state(streams):

@@ -1,0 +1,37 @@
+"""Parity runs at float32 "highest", and ends with a table of every error that was measured."""
+
+import jax
+import pytest
+
+from parity import tolerances
+
+# On an NVIDIA GPU float32 products default to TF32, 1e-2 away: that gap is no property of the models.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+_rows: dict[tuple[str, str, str], float] = {}
+
+
+@pytest.fixture
+def within(request):
+    """Asserts an error against its one bound in `tolerances` and puts it into the closing table.
+
+    Called as within("output", dtype, error, "what was compared").
+    """
+
+    def assert_within(kind: str, dtype, error: float, what: str) -> None:
+        limit = tolerances.bound(kind, dtype)
+        name = jax.numpy.dtype(dtype).name
+        _rows[kind, name, what] = max(error, _rows.get((kind, name, what), 0.0))
+        assert error <= limit, f"{what}: {kind} error {error:.1e} in {name} is above {limit:.0e}"
+
+    return assert_within
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _rows:
+        return
+    terminalreporter.section("measured errors, JAX against PyTorch")
+    terminalreporter.write_line(f"{'kind':<11} {'type':<8} {'error':>8} {'bound':>7}  what")
+    for (kind, dtype, what), error in sorted(_rows.items()):
+        limit = tolerances.bound(kind, dtype)
+        terminalreporter.write_line(f"{kind:<11} {dtype:<8} {error:>8.1e} {limit:>7.0e}  {what}")

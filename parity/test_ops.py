@@ -1,0 +1,258 @@
+"""Every layer against torch's, and every fast form against its plain one, with gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+
+from parity import compare
+from segjax.models import layers, segformer
+
+DTYPES = ("float64", "float32")
+
+
+def normal(*shape, seed, dtype):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def values_and_gradients(function, *arguments):
+    """Output, and gradients of a fixed random weighting of it with respect to every argument.
+
+    The output is that of the forward pass which a gradient takes: a form with a rule of its own computes it apart.
+    """
+    shape = jax.eval_shape(function, *arguments)
+    weights = normal(*shape.shape, seed=99, dtype=shape.dtype)
+
+    @jax.jit
+    def run(*given):
+        output, backward = jax.vjp(function, *given)
+        return output, *backward(weights)
+
+    return run(*arguments)
+
+
+def torch_values_and_gradients(function, *arguments):
+    """The same in torch; `function` maps channels-first tensors to a channels-first one."""
+    leaves = [torch.from_numpy(np.array(argument)).requires_grad_() for argument in arguments]
+    output = function(*leaves)
+    weights = torch.from_numpy(normal(*output.shape, seed=99, dtype=output.detach().numpy().dtype))
+    return output, *torch.autograd.grad((output * weights).sum(), leaves)
+
+
+def assert_forms_equal(fast, plain, arguments, dtype, within, what):
+    without_gradient = compare.relative_error(jax.jit(fast)(*arguments), jax.jit(plain)(*arguments))
+    within("output", dtype, without_gradient, what)
+    results = zip(values_and_gradients(fast, *arguments), values_and_gradients(plain, *arguments), strict=True)
+    for kind, (one, other) in zip(("output", *["gradient"] * len(arguments)), results, strict=True):
+        within(kind, dtype, compare.relative_error(one, other), what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel_size", [(3, 3), (5, 5), (1, 7), (21, 1)])
+@pytest.mark.parametrize("shape", [(2, 13, 22, 6), (3, 5, 4, 1)])
+def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, kernel_size, dtype, float64, within):
+    x = normal(*shape, seed=0, dtype=dtype)
+    kernel = normal(*kernel_size, 1, shape[-1], seed=1, dtype=dtype)
+    padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+
+    def plain(x, kernel):
+        return layers.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
+
+    assert_forms_equal(layers.depthwise, plain, (x, kernel), dtype, within, "depthwise, fast form = plain form")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [2, 4, 8])
+def test_convolution_of_disjoint_patches_equals_the_strided_convolution(r, dtype, float64, within):
+    # Sizes that leave a rest, which both forms must leave out.
+    x, kernel = normal(2, 2 * r + 1, 3 * r + r // 2, 5, seed=2, dtype=dtype), normal(r, r, 5, 7, seed=3, dtype=dtype)
+
+    def plain(x, kernel):
+        return layers.conv_plain(x, kernel, stride=r, padding=(0, 0), groups=1)
+
+    assert_forms_equal(layers.conv_of_patches, plain, (x, kernel), dtype, within, "patches, fast form = plain form")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_by_one_convolution_as_a_product_equals_the_convolution(dtype, float64, within):
+    x, kernel = normal(3, 5, 9, 6, seed=4, dtype=dtype), normal(1, 1, 6, 4, seed=5, dtype=dtype)
+    settings = dict(stride=1, padding=(0, 0), groups=1)
+    assert_forms_equal(
+        lambda x, k: layers.conv(x, k, **settings),
+        lambda x, k: layers.conv_plain(x, k, **settings),
+        (x, kernel),
+        dtype,
+        within,
+        "1x1, fast form = plain form",
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_with_saved_slope_equals_the_plain_one_and_torch(dtype, float64, within):
+    x = np.concatenate([normal(4000, seed=6, dtype=dtype), np.linspace(-40, 40, 999, dtype=dtype)])
+    assert_forms_equal(
+        layers.gelu_with_saved_slope, layers.gelu_plain, (x,), dtype, within, "GELU, fast form = plain form"
+    )
+    ours, theirs = values_and_gradients(layers.gelu_with_saved_slope, x), torch_values_and_gradients(F.gelu, x)
+    for kind, one, other in zip(("output", "gradient"), ours, theirs, strict=True):
+        within(kind, dtype, compare.relative_error(one, other.detach()), "GELU = torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [(2, 2), (4, 4), (8, 8), (3, 1), (1, 5)])
+def test_resizing_by_phases_equals_the_plain_form_and_torch(factors, dtype, float64, within):
+    x = normal(2, 5, 7, 3, seed=7, dtype=dtype)
+    size = (5 * factors[0], 7 * factors[1])
+    assert_forms_equal(
+        lambda x: layers.resize_by_phases(x, factors),
+        lambda x: layers.resize_plain(x, size),
+        (x,),
+        dtype,
+        within,
+        "resize, fast form = plain form",
+    )
+    theirs = F.interpolate(compare.to_nchw(x), size=size, mode="bilinear", align_corners=False)
+    ours = layers.resize_by_phases(jnp.asarray(x), factors)
+    within("output", dtype, compare.relative_error(ours, compare.to_nhwc(theirs)), "resize = torch")
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((5, 7), (17, 25)), ((9, 13), (3, 4)), ((1, 6), (4, 12)), ((8, 8), (1, 3)), ((3, 4), (3, 4))],
+)
+def test_resizing_by_any_ratio_equals_torch(old, new, align_corners, float64, within):
+    x = normal(2, *old, 3, seed=8, dtype="float64")
+    theirs = F.interpolate(compare.to_nchw(x), size=new, mode="bilinear", align_corners=align_corners)
+    ours = layers.resize(jnp.asarray(x), new, align_corners=align_corners)
+    within("output", "float64", compare.relative_error(ours, compare.to_nhwc(theirs)), "resize = torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 24), (17, 25)])
+def test_the_fused_decoder_equals_the_one_of_the_paper(size, dtype, float64, within):
+    dims = (4, 8, 10, 16)
+    head = segformer.SegFormerHead(
+        dims=dims,
+        decoder_dim=12,
+        num_classes=7,
+        dropout_rate=0.0,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+        rngs=nnx.Rngs(0),
+    )
+    for level in head.levels():
+        level.bias[...] = normal(12, seed=9, dtype=dtype)
+    maps = [(-(-size[0] // 2**i), -(-size[1] // 2**i)) for i in range(4)]
+    features = [normal(2, *maps[i], dims[i], seed=10 + i, dtype=dtype) for i in range(4)]
+    graphdef, state = nnx.split(head)
+
+    def form(name):
+        return lambda state, *features: getattr(nnx.merge(graphdef, state), name)(list(features))
+
+    weights = normal(2, *size, 12, seed=20, dtype=dtype)
+    params, rest = nnx.split_state(state, nnx.Param, ...)
+    outputs, gradients = [], []
+    for name in ("fuse_levels", "fuse_levels_plain"):
+        outputs.append(jax.jit(form(name))(state, *features))
+
+        def loss(params, features, name=name):
+            return jnp.sum(form(name)(nnx.merge_state(params, rest), *features) * weights)
+
+        gradients.append(jax.jit(jax.grad(loss, argnums=(0, 1)))(params, features))
+    within("output", dtype, compare.relative_error(*outputs), "decoder, fused = plain")
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        if np.any(other):
+            within("gradient", dtype, compare.relative_error(one, other), "decoder, fused = plain")
+
+
+def to_torch_kernel(kernel):
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(kernel).transpose(3, 2, 0, 1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 30)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups"), [(7, 4, 3, 1), (3, 2, 1, 1), (3, 1, 1, 2), (8, 8, 0, 1)]
+)
+def test_convolution_equals_torch(kernel, stride, padding, groups, size, dtype, float64, within):
+    layer = layers.Conv(
+        4,
+        6,
+        kernel,
+        stride=stride,
+        padding=padding,
+        groups=groups,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+        rngs=nnx.Rngs(1),
+    )
+    layer.bias[...] = normal(6, seed=30, dtype=dtype)
+    x = normal(2, *size, 4, seed=31, dtype=dtype)
+    bias = torch.from_numpy(np.array(layer.bias[...]))
+    theirs = F.conv2d(compare.to_nchw(x), to_torch_kernel(layer.kernel[...]), bias, stride, padding, 1, groups)
+    within(
+        "output", dtype, compare.relative_error(layer(jnp.asarray(x)), compare.to_nhwc(theirs)), "convolution = torch"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_equals_torch_also_far_from_zero(dtype, float64, within):
+    layer = layers.LayerNorm(24, epsilon=1e-6, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    layer.scale[...], layer.bias[...] = normal(24, seed=40, dtype=dtype), normal(24, seed=41, dtype=dtype)
+    x = normal(2, 5, 7, 24, seed=42, dtype=dtype) + 100
+    scale, bias = (torch.from_numpy(np.array(value[...])) for value in (layer.scale, layer.bias))
+    theirs = F.layer_norm(torch.from_numpy(x), (24,), scale, bias, 1e-6)
+    within("output", dtype, compare.relative_error(layer(jnp.asarray(x)), theirs), "LayerNorm = torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_and_its_running_statistics_equal_torch(training, dtype, float64, within):
+    theirs = torch.nn.BatchNorm2d(5, eps=1e-5, momentum=0.1).to(getattr(torch, dtype))
+    layer = layers.BatchNorm(5, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    for mine, other, seed in (
+        (layer.scale, theirs.weight, 50),
+        (layer.bias, theirs.bias, 51),
+        (layer.mean, theirs.running_mean, 52),
+        (layer.var, theirs.running_var, 53),
+    ):
+        value = np.abs(normal(5, seed=seed, dtype=dtype)) + 0.5
+        mine[...] = value
+        other.data.copy_(torch.from_numpy(value))
+    layer.use_running_average = not training
+    theirs.train(training)
+    for seed in (54, 55):
+        x = 3 * normal(2, 3, 4, 5, seed=seed, dtype=dtype) + 2
+        ours = layer(jnp.asarray(x))
+        within(
+            "output",
+            dtype,
+            compare.relative_error(ours, compare.to_nhwc(theirs(compare.to_nchw(x)))),
+            "BatchNorm = torch",
+        )
+    for mine, other in ((layer.mean, theirs.running_mean), (layer.var, theirs.running_var)):
+        within("statistics", dtype, compare.relative_error(mine[...], other), "BatchNorm = torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_equals_torch(dtype, float64, within):
+    query, key, value = (normal(2, 5, n, 8, seed=60 + n, dtype=dtype) for n in (30, 12, 12))
+    ours = layers.attention(*map(jnp.asarray, (query, key, value)))
+    theirs = F.scaled_dot_product_attention(*map(torch.from_numpy, (query, key, value)))
+    within("output", dtype, compare.relative_error(ours, theirs), "attention = torch")
+
+
+def test_initial_weights_have_the_published_spread():
+    kinds = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(3))
+    linear = np.asarray(layers.Linear(300, 400, **kinds).kernel[...])
+    assert abs(linear.std() - 0.02) < 2e-4
+    # A cut at two standard deviations, which is what jax's initializer of the same name does, would end at 0.04.
+    assert 0.07 < np.abs(linear).max() < 0.12
+    dense = np.asarray(layers.Conv(64, 96, 3, **kinds).kernel[...])
+    assert abs(dense.std() / np.sqrt(2 / (9 * 96)) - 1) < 0.02
+    depthwise = np.asarray(layers.Conv(512, 512, 3, groups=512, **kinds).kernel[...])
+    assert abs(depthwise.std() / np.sqrt(2 / 9) - 1) < 0.03
