@@ -76,7 +76,8 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
       CheckpointError: no checkpoint of segjax is there, or it is damaged.
     """
     found = _find(folder)
-    weights, record = _read_arrays(found / WEIGHTS), _read_about(found)["model"]
+    weights, about = _read(found, WEIGHTS, ABOUT)
+    record = about["model"]
     param_dtype = jnp.dtype(record["param_dtype"])
     if param_dtype == np.float64:
         jax.config.update("jax_enable_x64", True)
@@ -120,22 +121,27 @@ def _find(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{ABOUT}` nor numbered steps)")
 
 
-def _read_about(folder: Path) -> dict[str, object]:
-    import orbax.checkpoint as ocp
+def _read(folder: Path, *items: str) -> list:
+    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; `about` as a dict.
 
-    with _damage(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder.absolute(), ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
-
-
-def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """One item of a checkpoint as numpy arrays, whatever devices it was saved from."""
+    Raises:
+      CheckpointError: the folder is damaged.
+    """
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
-    with _damage(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-        restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in tree}
-        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=restore_args))
+    handlers = {item: ocp.JsonCheckpointHandler() if item == ABOUT else ocp.PyTreeCheckpointHandler() for item in items}
+    with _damage(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        found = checkpointer.metadata(folder).item_metadata
+
+        def argument(item):
+            if item == ABOUT:
+                return ocp.args.JsonRestore()
+            restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found[item].tree}
+            return ocp.args.PyTreeRestore(restore_args=restore_args)
+
+        restored = checkpointer.restore(folder, ocp.args.Composite(**{item: argument(item) for item in items}))
+        return [restored[item] for item in items]
 
 
 @contextlib.contextmanager
@@ -176,7 +182,7 @@ class RunCheckpoints:
         self._manager.save(step, args=args.Composite(**items))
 
     def read_about(self, step: int) -> dict[str, object]:
-        return _read_about(Path(self._manager.directory) / str(step))
+        return _read(Path(self._manager.directory) / str(step), ABOUT)[0]
 
     def restore(self, step: int, weights: Mapping, training: Mapping) -> tuple[dict, dict]:
         """Reads what `save` wrote, against templates of what is expected.
@@ -185,7 +191,7 @@ class RunCheckpoints:
           CheckpointError: names, shapes or dtypes differ from the templates; lists all.
         """
         folder = Path(self._manager.directory) / str(step)
-        found = {item: _read_arrays(folder / item) for item in (WEIGHTS, TRAINING)}
+        found = dict(zip((WEIGHTS, TRAINING), _read(folder, WEIGHTS, TRAINING), strict=True))
         problems = []
         for item, template in ((WEIGHTS, weights), (TRAINING, training)):
             expected = {name: _kind(array) for name, array in template.items()}

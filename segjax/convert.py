@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import models
+from segjax import models, runtime
 from segjax.dialects import DIALECTS
 from segjax.files import read_file, write_file
 from segjax.weights import CheckpointError, from_torch, logger, named_variables, to_torch
@@ -63,11 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that SRC cannot tell")
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)
+    runtime.keep_compiled_programs()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
     try:
         return _run(options)
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         print(f"segjax.convert: {message}", file=sys.stderr)
         return 2

@@ -273,9 +273,8 @@ class BatchNorm(nnx.Module):
         self.axis_name: str | None = None
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-        statistics_dtype = at_least_float32(param_dtype)
-        self.mean = nnx.BatchStat(jnp.zeros((features,), statistics_dtype))
-        self.var = nnx.BatchStat(jnp.ones((features,), statistics_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros((features,), param_dtype))
+        self.var = nnx.BatchStat(jnp.ones((features,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(at_least_float32(self.dtype))
@@ -307,7 +306,7 @@ class BatchNorm(nnx.Module):
 
 
 def _move(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
-    return (1 - momentum) * old + momentum * lax.stop_gradient(new).astype(old.dtype)
+    return ((1 - momentum) * old.astype(new.dtype) + momentum * lax.stop_gradient(new)).astype(old.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- dropping
