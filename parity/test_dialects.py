@@ -143,6 +143,15 @@ def test_variants_are_recognised_by_their_sizes(variant, caplog):
         assert sum(f"assumed {setting}=" in line for line in lines) == 1
 
 
+def test_a_variant_with_another_decoder_keeps_its_name():
+    # segmentation-models-pytorch gives every backbone a decoder of 256.
+    sizes = dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 512))
+    model = segjax.create("segformer_b2", num_classes=3, decoder_dim=256)
+    again = segjax.from_torch(segjax.to_torch(model, dialect="smp"))
+    assert (again.spec.name, again.spec.overrides) == ("segformer_b2", (("decoder_dim", 256),))
+    assert all(segjax.models.settings("segformer_b2")[key] == value for key, value in sizes.items())
+
+
 def test_an_unused_classifier_of_the_original_is_dropped_by_itself_and_said(caplog):
     caplog.set_level(logging.INFO, "segjax")
     model = segjax.create(narrow.MODEL, num_classes=3, **narrow.SIZES)

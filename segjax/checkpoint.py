@@ -130,7 +130,10 @@ def _read(folder: Path, *items: str) -> list:
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
-    handlers = {item: ocp.JsonCheckpointHandler() if item == ABOUT else ocp.PyTreeCheckpointHandler() for item in items}
+    # Also for items that are not asked for: orbax warns of every item that it has no handler for.
+    handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
+    if (folder / TRAINING).exists():
+        handlers[TRAINING] = ocp.PyTreeCheckpointHandler()
     with _damage(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         found = checkpointer.metadata(folder).item_metadata
 

@@ -415,5 +415,11 @@ def _read_segformer(foreign: Mapping[str, np.ndarray], native: Mapping[str, np.n
 
 
 def _nearest_variant(read: Mapping[str, object]) -> str:
-    """The name in MODELS with most of the sizes that were read; the smallest of several."""
-    return max(models.MODELS, key=lambda name: sum(models.settings(name)[key] == value for key, value in read.items()))
+    """The name in MODELS with most of the sizes that were read, the backbone first; the smallest of several."""
+
+    def fit(name: str) -> tuple[int, int]:
+        settings = models.settings(name)
+        agreeing = [key for key, value in read.items() if settings[key] == value]
+        return sum(key in ("dims", "depths") for key in agreeing), len(agreeing)
+
+    return max(models.MODELS, key=fit)

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from segjax.data import builders, specs
+from segjax.data import builders, folder, specs
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -41,7 +41,7 @@ def png(rows: np.ndarray, depth: int = 8, color_type: int = 0, extra: bytes = b"
     width = rows.reshape(height, -1).view(np.uint8).shape[1] * 8 // (depth * channels)
     header = png_header(width, height, depth, color_type)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return builders._PNG + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return folder._PNG + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def palette_png(mask: np.ndarray) -> bytes:
@@ -288,7 +288,7 @@ def test_the_data_directory_defaults_to_that_of_tfds(tree, data, monkeypatch):
 
 def test_an_unchanged_folder_is_not_prepared_again(tree, data, monkeypatch):
     first = prepare(tree, data)
-    monkeypatch.setattr(builders, "_check_contents", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(folder, "check_contents", lambda *_: pytest.fail("checked again"))
     assert prepare(tree, data) == first
 
 
@@ -454,13 +454,13 @@ REFUSED = {
     "truncated PNG": (bad_image(png(IMAGE, color_type=2)[:-20]), ["images/train/b.png: is truncated"]),
     "truncated JPEG": (bad_image(jpeg(random_image(0, (50, 70)))[:-100]), ["images/train/b.png: is truncated"]),
     "damaged PNG": (bad_image(png(IMAGE, color_type=2).replace(b"IDATx", b"IDATy")), ["train/b.png: is damaged at"]),
-    "PNG without header": (bad_image(builders._PNG + chunk(b"IEND", b"")), ["images/train/b.png: has no PNG header"]),
+    "PNG without header": (bad_image(folder._PNG + chunk(b"IEND", b"")), ["images/train/b.png: has no PNG header"]),
     "PNG without pixels": (
-        bad_mask(builders._PNG + png_header(7, 5) + chunk(b"IEND", b"")),
+        bad_mask(folder._PNG + png_header(7, 5) + chunk(b"IEND", b"")),
         ["labels/train/b.png: does not decode"],
     ),
     "PNG beyond OpenCV's limits": (
-        bad_mask(builders._PNG + png_header(1 << 16, 1 << 16) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")),
+        bad_mask(folder._PNG + png_header(1 << 16, 1 << 16) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")),
         ["labels/train/b.png: does not decode"],
     ),
     "no picture": (bad_image(b"GIF89a, or so"), ["images/train/b.png: begins with b'GIF89a, '"]),
@@ -566,8 +566,8 @@ def test_no_beginning_of_a_png_or_jpeg_passes_for_the_whole():
         plain[:2] + thumbnail + plain[2:],
         plain[:2] + b"\xff\xff" + thumbnail[1:] + plain[2:],
     ):
-        assert builders._damage(whole) is None and builders._damage(whole + b"trailing bytes") is None
-        assert all(builders._damage(whole[:length]) for length in range(len(whole)))
+        assert folder._damage(whole) is None and folder._damage(whole + b"trailing bytes") is None
+        assert all(folder._damage(whole[:length]) for length in range(len(whole)))
 
 
 def test_exif_that_turns_nothing_is_accepted(tree, data):
@@ -591,7 +591,7 @@ def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, mess
 
 
 def test_a_failure_midway_leaves_nothing_and_the_next_run_starts_cleanly(tree, data, monkeypatch):
-    check = builders._check_contents
+    check = folder.check_contents
 
     def check_then_lose_a_file(*args):
         result = check(*args)
@@ -599,7 +599,7 @@ def test_a_failure_midway_leaves_nothing_and_the_next_run_starts_cleanly(tree, d
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(builders, "_check_contents", check_then_lose_a_file)
+        patch.setattr(folder, "check_contents", check_then_lose_a_file)
         with pytest.raises(FileNotFoundError, match=r"a\.png"):
             prepare(tree, data)
     assert not [path for path in data.rglob("*") if path.is_file() or path.name == "1.0.0" or "incomplete" in path.name]
@@ -610,14 +610,14 @@ def test_a_failure_midway_leaves_nothing_and_the_next_run_starts_cleanly(tree, d
 def test_a_killed_run_leaves_nothing_that_passes_for_complete(tree, data):
     code = f"""
 import os
-from segjax.data import builders
+from segjax.data import builders, folder
 
 def bar(items, what, total):
     if what == "writing val":
         os._exit(9)
     return items
 
-builders._bar = bar
+folder.progress = bar
 builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.DEVNULL).returncode == 9
@@ -628,7 +628,7 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
 
 
 def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatch):
-    bar, inner = builders._bar, []
+    bar, inner = folder.progress, []
 
     def bar_with_a_rival(items, what, total):
         if what == "writing val" and not inner:
@@ -636,7 +636,7 @@ def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatc
             inner[0] = prepare(tree, data)
         return bar(items, what, total)
 
-    monkeypatch.setattr(builders, "_bar", bar_with_a_rival)
+    monkeypatch.setattr(folder, "progress", bar_with_a_rival)
     outer = prepare(tree, data)
     assert outer == inner[0] and outer.load("train").names == ("a", "b")
     assert not list(data.rglob("*incomplete*"))

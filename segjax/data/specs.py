@@ -96,8 +96,8 @@ STREETS = DatasetSpec(
     ignore_label=255,
 )
 
-# Brostow et al., "Semantic object classes in video", 2009, in the 11-class form of SegNet (Badrinarayanan et al., 2017);
-# mask value 11 is "unlabelled".
+# Brostow et al., "Semantic object classes in video", 2009, in the 11-class form of SegNet (Badrinarayanan et al.,
+# 2017); mask value 11 is "unlabelled".
 CAMVID = DatasetSpec(
     name="camvid",
     class_names=(
