@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default:
 
 def main(_):
     # After the flags, so that a mistyped one is answered at once.
-    from segjax import runtime, loop
+    from segjax import loop, runtime
 
     logging.set_verbosity(logging.WARNING)
     runtime.prepare()

@@ -67,9 +67,8 @@ def stopped(step: int, config: ConfigDict, workdir: Path) -> None:
 def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
     """The table of classes and where the files are."""
     say("")
-    # A binary model measures background and its one class.
-    names = spec.class_names if spec.num_classes > 1 else ("background", *spec.class_names)
-    cells = [f"{name:<20.20} {score(iou):>6}" for name, iou in zip(names, result["per_class_iou"], strict=True)]
+    ious = zip(spec.label_names, result["per_class_iou"], strict=True)
+    cells = [f"{name:<20.20} {score(iou):>6}" for name, iou in ious]
     half = (len(cells) + 1) // 2
     say(f"{'class':<20} {'IoU':>6}      {'class':<20} {'IoU':>6}")
     for row in range(half):
@@ -104,14 +103,17 @@ class Meter:
         """Mean so far; None before anything was counted."""
         return self._images / self._seconds if self._images else None
 
+    def seconds_for(self, steps: int) -> float | None:
+        """How long so many steps take at that rate."""
+        return steps * self._batch_size * self._seconds / self._images if self._images else None
+
 
 class Progress:
     """A bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, start: int, total: int):
         self._total = total
-        self._started = self._said = time.perf_counter()
-        self._start = start
+        self._said = time.perf_counter()
         self._bar = (
             tqdm(total=total, initial=start, unit="step", ncols=80, file=sys.stderr, smoothing=0.1)
             if sys.stderr.isatty()
@@ -125,16 +127,17 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, step: int, loss: float, images_per_second: float | None) -> None:
-        rate = "" if images_per_second is None else f"{images_per_second:.1f} img/s"
+    def show(self, step: int, loss: float, meter: Meter) -> None:
+        rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
         if now - self._said >= 10 or step == self._total:
-            left = (now - self._started) / max(step - self._start, 1) * (self._total - step)
-            say(f"step {step}/{self._total}  loss {loss:.4f}  {rate}  {left / 60:.1f} min left")
+            left = meter.seconds_for(self._total - step)
+            remaining = "" if left is None else f"  {left / 60:.1f} min left"
+            say(f"step {step}/{self._total}  loss {loss:.4f}  {rate}{remaining}")
             self._said = now
 
     def say(self, line: str) -> None:

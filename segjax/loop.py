@@ -113,7 +113,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 meter.lap(done)
                 rate = float(schedule(done - 1))
                 log.write({"step": done, "loss": loss, "lr": rate, "images_per_second": meter.images_per_second})
-                progress.show(done, loss, meter.images_per_second)
+                progress.show(done, loss, meter)
             if done % config.checkpoint.every == 0 or done == config.train.steps or stop.requested:
                 save(done)
                 meter.restart(done)

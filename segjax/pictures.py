@@ -13,7 +13,7 @@ from segjax.data import specs
 def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
     """Train ids (H, W) -> RGB uint8 (H, W, 3) in the dataset's colours; the ignore label is black."""
     palette = np.zeros((256, 3), np.uint8)
-    palette[: spec.num_classes] = spec.colors
+    palette[: len(spec.label_colors)] = spec.label_colors
     return palette[labels]
 
 
@@ -81,7 +81,7 @@ def _figure(width: float, height: float):
 def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=np.array(spec.colors[k]) / 255, label=spec.class_names[k]) for k in classes]
+    patches = [Patch(color=np.array(spec.label_colors[k]) / 255, label=spec.label_names[k]) for k in classes]
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(max(len(patches), 1), 10), fontsize=7, frameon=False
     )

@@ -1,7 +1,7 @@
 """A folder of images and masks: what it holds, whether it can be used, and how its files decode.
 
     images/<split>/<stem>.jpg   or .jpeg, .png; 8 bits a channel; grey is repeated over RGB, alpha is dropped
-    labels/<split>/<stem>.png   8-bit grey: one train id (0..K-1) or the ignore value per pixel
+    labels/<split>/<stem>.png   8-bit grey: one train id (0..K-1; 0 and 1 for a single class) or the ignore value
     classes.json                {"names": [K strings], "colors": [K of [r, g, b]], "ignore": 255, "name": "optional"}
 
 Nothing here writes. Problems are collected by kind, each kind worded with its remedy, so that one report can list all.
@@ -81,8 +81,10 @@ def _faults_of_classes(name, names, colors, ignore) -> Iterator[str]:
         yield f'{len(names)} "names" but {len(colors)} "colors"'
     if not is_byte(ignore):
         yield f'"ignore" is missing or no integer in 0..255: {ignore!r:.80}'
-    elif ignore < len(names):
-        yield f'"ignore" is {ignore}, which is also the id of class {names[ignore]!r}'
+    elif ignore < max(len(names), 2):
+        # A single class has the labels 0, background, and 1.
+        meaning = repr(names[ignore]) if len(names) > 1 else "'background' or the one class"
+        yield f'"ignore" is {ignore}, which is also the id of class {meaning}'
 
 
 def find_pairs(root: Path, problems: Problems) -> Pairs:
@@ -189,10 +191,12 @@ def _check_pair(root: Path, spec: specs.DatasetSpec | None, image_path: Path, ma
         faults.append(("masks of another size (height x width) than their image", sizes))
     if spec is not None and mask is not None:
         pixels = np.bincount(mask.ravel(), minlength=256)
-        stray = [value for value in np.flatnonzero(pixels) if value >= spec.num_classes and value != spec.ignore_label]
+        stray = [
+            value for value in np.flatnonzero(pixels) if value >= len(spec.label_names) and value != spec.ignore_label
+        ]
         if stray:
             kind = (
-                f"mask values that are neither a class (0..{spec.num_classes - 1}) nor the ignore value "
+                f"mask values that are neither a class (0..{len(spec.label_names) - 1}) nor the ignore value "
                 f'({spec.ignore_label}); correct the masks, or "names" and "ignore" in classes.json'
             )
             faults.append((kind, f"{name}: {_listed([f'{value} ({pixels[value]} pixels)' for value in stray])}"))

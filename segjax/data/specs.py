@@ -38,15 +38,26 @@ class DatasetSpec:
             )
         if not 0 <= self.ignore_label <= 255:
             raise ValueError(f"{self.name}: ignore label {self.ignore_label} does not fit an 8-bit mask (0..255)")
-        if self.ignore_label < len(self.class_names):
+        if self.ignore_label < len(self.label_names):
             raise ValueError(
-                f"{self.name}: ignore label {self.ignore_label} is also the train id of "
-                f"'{self.class_names[self.ignore_label]}'; use a value of at least {len(self.class_names)}"
+                f"{self.name}: ignore label {self.ignore_label} is also the label of "
+                f"'{self.label_names[self.ignore_label]}'; use a value of at least {len(self.label_names)}"
             )
 
     @property
     def num_classes(self) -> int:
+        """K, the width of a model's output; 1 is a binary task."""
         return len(self.class_names)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What each label value means: the classes, or for a single class 0 background and 1 the class."""
+        return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
+
+    @property
+    def label_colors(self) -> tuple[tuple[int, int, int], ...]:
+        """RGB of each label value, as `label_names`."""
+        return self.colors if self.num_classes > 1 else ((60, 60, 60), *self.colors)
 
 
 class Split(NamedTuple):
