@@ -17,7 +17,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/segformer.py", "Set
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/<config>-<variant>-<dataset>.")
 
 
-def main(_):
+def main(arguments):
+    if len(arguments) > 1:
+        stray = " ".join(arguments[1:])
+        print(f"train.py: what is {stray!r}? Settings are flags, as in --config.train.steps=100", file=sys.stderr)
+        return 2
     # After the flags, so that a mistyped one is answered at once.
     from segjax import loop, runtime
 
