@@ -12,8 +12,8 @@ import jax
 
 def prepare() -> None:
     """For the start of a command: compiled programs are kept on disk, freed memory is kept by the process."""
-    keep_compiled_programs()
     keep_freed_memory()
+    keep_compiled_programs()
 
 
 def keep_compiled_programs() -> None:
@@ -30,7 +30,8 @@ def keep_freed_memory() -> None:
 
     XLA's CPU backend allocates the temporaries of a program anew at every call. glibc maps such blocks and unmaps them
     when they are freed, so that the kernel zeroes every page of every step: on two cores that is half of a SegFormer-B0
-    forward pass and a third of a training step. Without effect where the C library is another one.
+    forward pass and a third to a half of a training step. Must come before the first computation, whose threads would
+    take arenas of their own, too small for such blocks. Without effect where the C library is another one.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -38,6 +39,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, mmap_max = -1, -4
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
