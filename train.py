@@ -7,13 +7,20 @@ The word after the colon picks the variant and the dataset; every setting of con
 The run is in --workdir; the same command takes it up again.
 """
 
+import os
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/segformer.py", "Settings: FILE or FILE:VARIANT,DATASET.")
+try:
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", "configs/segformer.py", "Settings: FILE or FILE:VARIANT,DATASET."
+    )
+except (AttributeError, KeyError, OSError) as error:
+    # The definition reads the flags by itself, and raises for a setting that is not there.
+    sys.exit(f"train.py: {error.args[0] if isinstance(error, KeyError) else error}")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/<config>-<variant>-<dataset>.")
 
 
@@ -27,14 +34,29 @@ def main(arguments):
 
     logging.set_verbosity(logging.WARNING)
     runtime.prepare()
-    config = _CONFIG.value
-    workdir = Path(_WORKDIR.value or loop.default_workdir(config))
     try:
+        # The first use of a config file that could not be loaded raises.
+        config = _CONFIG.value
+        workdir = Path(_WORKDIR.value or loop.default_workdir(config))
         return loop.train(config, workdir)
-    except ValueError as error:
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; the last checkpoint is whole", file=sys.stderr, flush=True)
+        # Threads that save or read would each report that the interpreter is going away.
+        os._exit(loop.INTERRUPTED)
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 
+def parse(argv):
+    """absl's own parsing, with one line instead of a traceback for what a person mistyped."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, OSError) as error:
+        message = str(error).strip()
+        # ml_collections quotes a whole traceback, whose last line says what is wrong.
+        sys.exit(f"train.py: {message.splitlines()[-1].strip() if 'Traceback' in message else message}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

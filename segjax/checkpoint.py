@@ -8,19 +8,22 @@ module knows names, arrays and records, and nothing of models but how to ask for
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from segjax import models
+from segjax.state import params_sha256
 from segjax.weights import CheckpointError, from_values, named_variables
 
 WEIGHTS, ABOUT, TRAINING = "weights", "about", "training"
+HASH = "sha256"
 
 
 def model_record(model: nnx.Module) -> dict[str, object]:
@@ -53,7 +56,7 @@ def save_model(folder: Path, model: nnx.Module, *, about: Mapping[str, object]) 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = {
             WEIGHTS: ocp.args.StandardSave(weights),
-            ABOUT: ocp.args.JsonSave({"model": model_record(model), **about}),
+            ABOUT: ocp.args.JsonSave({"model": model_record(model), **about, HASH: params_sha256(weights)}),
         }
         checkpointer.save(beside, ocp.args.Composite(**items))
     if folder.exists():
@@ -73,30 +76,37 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
       dtype: of the computation; float32 (float64 for float64 weights) unless given.
 
     Raises:
-      CheckpointError: no checkpoint of segjax is there, or it is damaged.
+      CheckpointError: no checkpoint of segjax is there, it is damaged, or it holds float64 while jax_enable_x64 is off.
     """
     found = _find(folder)
     weights, about = _read(found, WEIGHTS, ABOUT)
-    record = about["model"]
-    param_dtype = jnp.dtype(record["param_dtype"])
-    if param_dtype == np.float64:
-        jax.config.update("jax_enable_x64", True)
-    model = nnx.eval_shape(
-        lambda: models.create(
-            record["name"],
-            num_classes=record["num_classes"],
-            dtype=dtype or jnp.promote_types(param_dtype, jnp.float32),
-            param_dtype=param_dtype,
-            **record["overrides"],
+    _refuse_changed(found, weights, about)
+    try:
+        record = about["model"]
+        param_dtype = jnp.dtype(record["param_dtype"])
+        model = nnx.eval_shape(
+            lambda: models.create(
+                record["name"],
+                num_classes=record["num_classes"],
+                dtype=dtype or jnp.promote_types(param_dtype, jnp.float32),
+                param_dtype=param_dtype,
+                **record["overrides"],
+            )
         )
-    )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{found}: the model it describes cannot be built: {error}") from error
     expected = {path: variable.get_value().shape for path, variable in named_variables(model).items()}
     # Orbax restores a tree that differs from the expected one without a word.
     if differing := _differences(expected, {path: value.shape for path, value in weights.items()}):
-        raise CheckpointError(
-            f"{found}: its weights do not fit its own record of {record['name']}:\n" + "\n".join(differing)
-        )
+        listed = "\n".join(differing)
+        raise CheckpointError(f"{found}: its weights do not fit its own record of {record['name']}:\n{listed}")
     return from_values(model, weights)
+
+
+def holds_float64(folder: Path) -> bool:
+    """Whether `load_model` needs jax_enable_x64."""
+    (about,) = _read(_find(folder), ABOUT)
+    return about.get("model", {}).get("param_dtype") == "float64"
 
 
 def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
@@ -108,6 +118,12 @@ def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> l
         for path, shape in expected.items()
         if path in found and found[path] != shape
     ]
+
+
+def _refuse_changed(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping) -> None:
+    # The storage format keeps no checksum of its own: a flipped bit would load as another weight.
+    if params_sha256(arrays) != about.get(HASH):
+        raise CheckpointError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
 def _find(folder: Path) -> Path:
@@ -149,12 +165,23 @@ def _read(folder: Path, *items: str) -> list:
 
 @contextlib.contextmanager
 def _damage(folder: Path):
-    # Orbax and tensorstore raise many types for a damaged folder; all mean the same to the caller.
+    """Turns whatever orbax and tensorstore raise for a damaged folder into one CheckpointError."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable):
+        # At the first error orbax closes its event loop; each read still in flight would report that, by the hundred,
+        # and after the error has left here, which is why the hook then stays.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
     try:
         yield
     except Exception as error:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{folder}: a damaged checkpoint ({type(error).__name__}: {first})") from error
+    sys.unraisablehook = previous
 
 
 class RunCheckpoints:
@@ -180,7 +207,7 @@ class RunCheckpoints:
         items = {
             WEIGHTS: args.StandardSave(dict(weights)),
             TRAINING: args.StandardSave(dict(training)),
-            ABOUT: args.JsonSave(dict(about)),
+            ABOUT: args.JsonSave({**about, HASH: params_sha256(dict(weights))}),
         }
         self._manager.save(step, args=args.Composite(**items))
 
@@ -194,7 +221,9 @@ class RunCheckpoints:
           CheckpointError: names, shapes or dtypes differ from the templates; lists all.
         """
         folder = Path(self._manager.directory) / str(step)
-        found = dict(zip((WEIGHTS, TRAINING), _read(folder, WEIGHTS, TRAINING), strict=True))
+        *arrays, about = _read(folder, WEIGHTS, TRAINING, ABOUT)
+        found = dict(zip((WEIGHTS, TRAINING), arrays, strict=True))
+        _refuse_changed(folder, found[WEIGHTS], about)
         problems = []
         for item, template in ((WEIGHTS, weights), (TRAINING, training)):
             expected = {name: _kind(array) for name, array in template.items()}

@@ -40,9 +40,10 @@ def describe(
     count = sum(array.size for array in params.values())
     kind = parallel.devices[0].device_kind
     say(f"model    {config.model.name}, {count:,} parameters, computes in {config.model.dtype}")
+    say(f"data     {spec.name}, {spec.num_classes} classes")
     say(
-        f"data     {spec.name}: {len(training.images)} images to train on ({config.data.train_split}), "
-        f"{len(evaluation.images)} to evaluate ({config.data.eval_split}), {spec.num_classes} classes"
+        f"images   {len(training.images)} to train on ({config.data.train_split}), "
+        f"{len(evaluation.images)} to evaluate ({config.data.eval_split})"
     )
     say(f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}, {config.optim.name}")
     say(f"device   {len(parallel.devices)} x {kind}, {parallel.kind}")
@@ -55,7 +56,7 @@ def describe(
 
 def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None:
     say(f"{workdir} is finished: mIoU {score(result['mean_iou'])} at step {result['step']} (result.json)")
-    say(f"  to train longer:   add --config.train.steps={2 * max(config.train.steps, 1)}")
+    say(f"  to train longer:   add --config.train.steps={2 * max(result['step'], 1)}")
     say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")
 
 

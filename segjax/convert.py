@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import models, runtime
+from segjax import checkpoint, models, runtime
 from segjax.dialects import DIALECTS
 from segjax.files import read_file, write_file
 from segjax.weights import CheckpointError, from_torch, logger, named_variables, to_torch
@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     logger.info("%s -> %s", options.source, options.destination)
+    if options.source.is_dir() and checkpoint.holds_float64(options.source):
+        jax.config.update("jax_enable_x64", True)
     source = read_file(options.source)
     about: dict[str, object] = {"source": options.source.name}
     if isinstance(source, nnx.Module):

@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     key = jax.random.key(config.seed)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
-    log = MetricsLog(workdir / "metrics.jsonl", start)
+    log = MetricsLog(workdir / "metrics.jsonl", start, finished=start >= config.train.steps)
     schedule = optim.schedule(config.optim, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
 
@@ -114,13 +114,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 rate = float(schedule(done - 1))
                 log.write({"step": done, "loss": loss, "lr": rate, "images_per_second": meter.images_per_second})
                 progress.show(done, loss, meter)
-            if done % config.checkpoint.every == 0 or done == config.train.steps or stop.requested:
+            if done % config.checkpoint.every == 0 or done == config.train.steps:
                 save(done)
                 meter.restart(done)
             if config.eval.every and done % config.eval.every == 0 and done < config.train.steps:
                 progress.say(f"step {done}: mIoU {console.score(measure(done)[0]['mean_iou'])}")
                 meter.restart(done)
     if stop.requested and done < config.train.steps:
+        # Here and not in the loop: the request may have come at any line of it.
+        save(done)
         saved.close()
         console.stopped(done, config, workdir)
         return INTERRUPTED
@@ -164,6 +166,10 @@ def check(config: ConfigDict) -> None:
         ),
         f"augment.crop is (height, width), at least 32 each, not {tuple(crop)}": len(crop) != 2 or min(crop) < 32,
         f"augment.scale is (smallest, largest), not {tuple(scale)}": len(scale) != 2 or not 0 < scale[0] <= scale[1],
+        f"augment.flip is a probability, not {config.augment.flip}": not 0 <= config.augment.flip <= 1,
+        f"optim.warmup_steps must not be negative: {config.optim.warmup_steps}": config.optim.warmup_steps < 0,
+        f"eval.every must not be negative: {config.eval.every}": config.eval.every < 0,
+        f"eval.pictures must not be negative: {config.eval.pictures}": config.eval.pictures < 0,
         f"train.steps must not be negative: {config.train.steps}": config.train.steps < 0,
         f"train.log_every must be at least 1: {config.train.log_every}": config.train.log_every < 1,
         f"checkpoint.every must be at least 1: {config.checkpoint.every}": config.checkpoint.every < 1,
@@ -301,10 +307,13 @@ def draw(workdir: Path, log: MetricsLog, split: specs.Split, spec: specs.Dataset
 class MetricsLog:
     """metrics.jsonl: one record per line; on resuming, records of steps that will be made again are dropped."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, start: int, *, finished: bool):
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
+        records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
+        # Where no step is left to do, what is made again is the evaluation of the last one.
+        redone = start if finished else None
+        self.records = [record for record in records if "mean_iou" not in record or record["step"] != redone]
         checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict) -> None:

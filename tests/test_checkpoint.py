@@ -1,0 +1,358 @@
+"""Checkpoints come back bit for bit, and what is not whole or does not fit is refused before it is used."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import tiny_model
+
+from configs import common
+from segjax import checkpoint, loop, optim, weights
+from segjax.checkpoint import RunCheckpoints, load_model, save_model
+from segjax.state import Skeleton, TrainState, params_sha256
+from segjax.weights import CheckpointError
+
+REPO = Path(__file__).parents[1]
+
+
+def make_state(seed, *, name="adamw", step=3):
+    """A training state whose every array is noise, optimizer's included."""
+    params, batch_stats = Skeleton(tiny_model(seed)).arrays()
+    settings = common.get_config("folder").optim
+    settings.name = name
+    state = TrainState(jnp.int32(step), params, batch_stats, optim.optimizer(settings, params, steps=10).init(params))
+    rng = np.random.default_rng(seed)
+
+    def noise(array):
+        if array.dtype == jnp.int32:
+            return np.int32(step)
+        return rng.standard_normal(array.shape).astype(array.dtype)
+
+    return jax.tree.map(noise, state)
+
+
+def save(folder, state, *, keep=2, step=None, about=None):
+    run = RunCheckpoints(folder, keep=keep)
+    step = int(state.step) if step is None else step
+    run.save(step, state.params | state.batch_stats, loop.flat_training(state), about or {})
+    run.close()
+
+
+def assert_same_bits(a, b):
+    leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b)]
+    assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
+    for (path, x), (_, y) in zip(*leaves, strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
+
+
+def files_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------- a run's checkpoints
+
+
+@pytest.mark.parametrize("seed, name", [(0, "adamw"), (1, "sgd")])
+def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name):
+    state = make_state(seed, name=name)
+    save(tmp_path / "run", state, about={"what": [1, {"deep": None}]})
+    again = RunCheckpoints(tmp_path / "run", keep=2)
+    assert again.newest() == 3
+    assert again.read_about(3)["what"] == [1, {"deep": None}]
+    other = make_state(seed + 5, name=name, step=0)
+    assert_same_bits(loop.restored(again, 3, other), state)
+    again.close()
+
+
+def test_special_values_come_back_bit_for_bit(tmp_path):
+    special = np.array([np.nan, -0.0, np.inf, 1e-45, 3.4e38], np.float32)
+    run = RunCheckpoints(tmp_path / "run", keep=1)
+    run.save(1, {"a.scale": special}, {"step": np.int32(7)}, {})
+    run.close()
+    run = RunCheckpoints(tmp_path / "run", keep=1)
+    found, training = run.restore(1, {"a.scale": special}, {"step": np.int32(0)})
+    run.close()
+    assert found["a.scale"].tobytes() == special.tobytes() and training["step"] == 7
+
+
+def test_the_newest_checkpoints_are_kept_and_an_empty_folder_has_none(tmp_path):
+    state = make_state(0)
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    assert run.newest() is None
+    for step in (1, 2, 5):
+        run.save(step, state.params, loop.flat_training(state), {"step": step})
+    run.close()
+    again = RunCheckpoints(tmp_path / "run", keep=2)
+    assert again.newest() == 5 and again.read_about(2)["step"] == 2
+    again.close()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "5"]
+
+
+def test_saving_a_step_a_second_time_changes_nothing(tmp_path):
+    first, second = make_state(0), make_state(1)
+    save(tmp_path / "run", first)
+    save(tmp_path / "run", second)
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    assert_same_bits(loop.restored(run, 3, second), first)
+    run.close()
+
+
+def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
+    state = make_state(0)
+    arrays = {name: jnp.array(value) for name, value in state.params.items()}
+    host = {name: np.array(value) for name, value in state.params.items()}
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    run.save(1, arrays, {"step": np.int32(1)}, {})
+    run.save(2, host, {"step": np.int32(2)}, {})
+    for name in arrays:
+        arrays[name].delete()  # as a training step that is given its state for good
+        host[name][:] = -1
+    run.close()
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    for step in (1, 2):
+        assert_same_bits(run.restore(step, state.params, {"step": np.int32(0)})[0], dict(state.params))
+    run.close()
+
+
+def test_a_state_that_does_not_fit_is_refused_with_everything_that_differs(tmp_path):
+    save(tmp_path / "run", make_state(0))
+    expected = make_state(0)
+    params = dict(expected.params)
+    params["decode_head.extra.kernel"] = params.pop("decode_head.linear_pred.kernel")
+    params["backbone.norm1.bias"] = np.zeros(7, np.float32)
+    params["backbone.norm2.scale"] = params["backbone.norm2.scale"].astype(np.float16)
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    with pytest.raises(CheckpointError) as caught:
+        run.restore(3, params | expected.batch_stats, {"step": np.int32(0)})
+    run.close()
+    message = str(caught.value)
+    assert "missing: decode_head.extra.kernel" in message
+    assert "unexpected: decode_head.linear_pred.kernel" in message
+    assert "backbone.norm1.bias: (4, 'float32') instead of (7, 'float32')" in message
+    assert "backbone.norm2.scale: (8, 'float32') instead of (8, 'float16')" in message
+    assert "unexpected: optimizer" in message
+    assert str(tmp_path / "run" / "3") in message
+
+
+def test_an_optimizer_of_another_kind_is_refused(tmp_path):
+    save(tmp_path / "run", make_state(0, name="sgd"))
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    with pytest.raises(CheckpointError, match=r"missing: optimizer.*\.mu\."):
+        loop.restored(run, 3, make_state(0, name="adamw"))
+    run.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- a model
+
+
+@pytest.mark.parametrize(
+    "seed, num_classes, overrides", [(0, 5, {}), (1, 1, {"drop_path_rate": 0.25, "mlp_ratios": (2, 3, 4, 2)})]
+)
+def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed, num_classes, overrides):
+    model = tiny_model(seed, num_classes=num_classes, **overrides)
+    save_model(tmp_path / "deep" / "model", model, about={"dataset": {"name": "noise"}})
+    again = load_model(tmp_path / "deep" / "model")
+    assert again.spec == model.spec
+    assert_same_bits(weights.to_torch(again), weights.to_torch(model))
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
+
+
+def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick_compile):
+    save_model(tmp_path / "model", tiny_model(0, dropout_rate=0.5, drop_path_rate=0.5), about={})
+    model = load_model(tmp_path / "model")
+    images = jnp.array(np.random.default_rng(0).standard_normal((2, 32, 40, 3)), jnp.float32)
+    logits = nnx.jit(lambda model, images: model(images)[0])
+    np.testing.assert_array_equal(logits(model, images), logits(model, images))
+    model.train()
+    assert not np.array_equal(logits(model, images), logits(model, images))
+
+
+def test_a_float64_model_comes_back_as_one(tmp_path, float64):
+    model = tiny_model(0, dtype=jnp.float64)
+    save_model(tmp_path / "model", model, about={})
+    again = load_model(tmp_path / "model")
+    with jax.enable_x64(False), pytest.raises(weights.CheckpointError, match="jax_enable_x64"):
+        load_model(tmp_path / "model")
+    assert_same_bits(weights.to_torch(again), weights.to_torch(model))
+    assert again.dtype == jnp.float64
+
+
+def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
+    old, new = tiny_model(0), tiny_model(1, num_classes=3)
+    save_model(tmp_path / "model", old, about={})
+    save_model(tmp_path / "model", new, about={})
+    assert_same_bits(weights.to_torch(load_model(tmp_path / "model")), weights.to_torch(new))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "holiday.jpg").write_bytes(b"dear")
+    file = tmp_path / "file"
+    file.write_text("also dear")
+    for place in (foreign, file):
+        with pytest.raises(CheckpointError, match=f"{place} exists and is no checkpoint of segjax"):
+            save_model(place, tiny_model(0), about={})
+    assert files_below(tmp_path) == [file, foreign / "holiday.jpg"]
+    assert file.read_text() == "also dear" and (foreign / "holiday.jpg").read_bytes() == b"dear"
+
+
+def test_a_model_that_fails_to_be_saved_leaves_the_older_one(tmp_path):
+    model = tiny_model(0)
+    save_model(tmp_path / "model", model, about={})
+    with pytest.raises(TypeError):
+        save_model(tmp_path / "model", tiny_model(1), about={"no JSON": object()})
+    assert_same_bits(weights.to_torch(load_model(tmp_path / "model")), weights.to_torch(model))
+
+
+def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_path):
+    model = tiny_model(3)
+    params, batch_stats = Skeleton(model).arrays()
+    other = {name: value + 1 for name, value in (params | batch_stats).items()}
+    run = RunCheckpoints(tmp_path / "checkpoints", keep=3)
+    for step, arrays in ((9, other), (10, params | batch_stats)):
+        # 10 comes before 9 in the order of letters.
+        run.save(step, arrays, {"step": np.int32(step)}, {"model": checkpoint.model_record(model)})
+    run.close()
+    for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
+        assert_same_bits(weights.to_torch(load_model(place)), weights.to_torch(model))
+    older = load_model(tmp_path / "checkpoints" / "9")
+    found = {name: variable.get_value() for name, variable in weights.named_variables(older).items()}
+    assert params_sha256(found) == params_sha256(other)
+
+
+def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
+    save_model(tmp_path / "model", tiny_model(0), about={})
+    model = load_model(tmp_path / "model", dtype=jnp.bfloat16)
+    assert model.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype(np.float32)}
+
+
+# ---------------------------------------------------------------------------------------------------- what is not whole
+
+
+def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=f"{place}: no checkpoint of segjax in this folder"):
+            load_model(place)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    model = tiny_model(7)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(folder, model, about={})
+    return folder, weights.to_torch(model)
+
+
+# Loads the folder, and after it the folder with each of its files harmed in turn. In a process of its own, because what
+# background threads complain about reaches no exception handler, only stderr.
+HARM_EVERY_FILE = """
+import json, shutil, sys
+from pathlib import Path
+from segjax import weights
+from segjax.checkpoint import CheckpointError, load_model
+from segjax.state import params_sha256
+
+def outcome(place):
+    try:
+        return params_sha256(weights.to_torch(load_model(place)))
+    except CheckpointError as error:
+        assert str(place) in str(error), error
+        return "refused"
+
+folder, broken = map(Path, sys.argv[1:3])
+outcomes = {"whole": outcome(folder)}
+print("", file=sys.stderr)
+for file in [path for path in folder.rglob("*") if path.is_file()]:
+    content = file.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:] if content else b""
+    for harm, changed in dict(removed=None, halved=content[:middle], flipped=flipped).items():
+        shutil.copytree(folder, broken)
+        victim = broken / file.relative_to(folder)
+        victim.unlink() if changed is None else victim.write_bytes(changed)
+        outcomes[f"{harm} {file.relative_to(folder)}"] = outcome(broken)
+        shutil.rmtree(broken)
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def harmed(saved_model, tmp_path_factory):
+    folder, broken = saved_model[0], tmp_path_factory.mktemp("harmed") / "broken"
+    command = [sys.executable, "-c", HARM_EVERY_FILE, folder, broken]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("harm", ["removed", "halved", "flipped"])
+def test_whatever_file_is_damaged_the_model_is_refused_or_whole(harmed, harm):
+    outcomes, _ = harmed
+    whole = outcomes["whole"]
+    assert whole != "refused"
+    harmed_files = {what: result for what, result in outcomes.items() if what.startswith(harm)}
+    assert list(harmed_files.values()).count("refused") >= 3
+    assert {what: result for what, result in harmed_files.items() if result not in ("refused", whole)} == {}
+
+
+def test_loading_a_whole_checkpoint_prints_nothing(harmed):
+    assert harmed[1].splitlines()[0] == ""
+
+
+def test_a_damaged_checkpoint_gives_its_error_and_no_tracebacks_of_other_threads(harmed):
+    tracebacks = [line for line in harmed[1].splitlines() if "Traceback" in line or "never retrieved" in line]
+    assert tracebacks == []
+
+
+def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(saved_model[0], broken)
+    (record,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
+    content = json.loads(record.read_text())
+    content["model"]["overrides"]["dims"] = [4, 8, 15, 16]
+    record.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"do not fit its own record of segformer_b0:\n.*\n.*instead of"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"model": {"name": "segformer_b9", "num_classes": 5, "overrides": {}, "param_dtype": "float32"}}]
+)
+def test_a_record_that_names_no_known_model_is_refused(saved_model, tmp_path, record):
+    broken = tmp_path / "broken"
+    shutil.copytree(saved_model[0], broken)
+    (path,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=str(broken)):
+        load_model(broken)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_refused(tmp_path):
+    state = make_state(0)
+    save(tmp_path / "run", state)
+    damaged = tmp_path / "run" / "3" / "training" / "_METADATA"
+    damaged.write_bytes(damaged.read_bytes()[:10])
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+    with pytest.raises(CheckpointError, match=r"run/3\S*: a damaged checkpoint"):
+        loop.restored(run, 3, state)
+    run.close()
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    checkpoint.write_text(path, "first")
+    checkpoint.write_text(path, "second")
+    assert path.read_text() == "second" and files_below(tmp_path) == [path]
+    with pytest.raises(UnicodeEncodeError):
+        checkpoint.write_text(path, "third \ud800")
+    assert path.read_text() == "second"

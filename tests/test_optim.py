@@ -1,0 +1,184 @@
+"""Schedules and optimizers against plain Python and numpy of what mmsegmentation and torch document."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import segjax
+from configs import common, segformer
+from segjax import optim
+from segjax.models import layers
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def poly_by_hand(step, *, base, steps, power, warmup, ratio, end):
+    """mmsegmentation's PolyLrUpdaterHook with warmup='linear', and `end` after the last step."""
+    progress = min(step / steps, 1.0)
+    rate = (base - end) * (1 - progress) ** power + end
+    if step < warmup:
+        rate *= 1 - (1 - step / warmup) * (1 - ratio)
+    return rate
+
+
+@pytest.mark.parametrize("power, end, warmup, ratio", [(1.0, 0.0, 15, 1e-6), (0.9, 1e-5, 7, 0.1), (2.0, 0.0, 0, 0.5)])
+def test_the_rate_is_a_polynomial_times_a_linear_warm_up(power, end, warmup, ratio):
+    base, steps = 6e-4, 120
+    rate = jax.jit(
+        optim.poly_schedule(base, steps=steps, power=power, warmup_steps=warmup, warmup_ratio=ratio, end=end)
+    )
+    for step in (0, 1, 6, 7, 8, 14, 15, 16, 60, steps - 1, steps, steps + 1, 10 * steps):
+        expected = poly_by_hand(step, base=base, steps=steps, power=power, warmup=warmup, ratio=ratio, end=end)
+        np.testing.assert_allclose(rate(jnp.int32(step)), expected, rtol=2e-6, atol=1e-7 * base, err_msg=str(step))
+
+
+def test_the_schedule_of_a_config_takes_every_one_of_its_settings():
+    settings = common.get_config("streets").optim
+    settings.update(lr=0.2, end_lr=0.01, power=0.7, warmup_steps=4, warmup_ratio=0.25)
+    rate = optim.schedule(settings, steps=30)
+    for step in (0, 3, 4, 11, 29, 30):
+        expected = poly_by_hand(step, base=0.2, steps=30, power=0.7, warmup=4, ratio=0.25, end=0.01)
+        np.testing.assert_allclose(rate(step), expected, rtol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- update by update
+
+SHAPES = {
+    "backbone.fc.kernel": (3, 5),
+    "backbone.fc.bias": (5,),
+    "backbone.norm1.scale": (5,),
+    "decode_head.fuse.kernel": (1, 1, 5, 2),
+    "decode_head.norm.bias": (2,),
+}
+LR, STEPS, DECAY = 0.03, 7, 0.05
+
+
+def rate(step):
+    """The poly schedule below: power 0.9, warm-up over two steps from a half."""
+    return poly_by_hand(step, base=LR, steps=STEPS, power=0.9, warmup=2, ratio=0.5, end=0.0)
+
+
+def settings_of(name):
+    settings = common.get_config("streets").optim
+    settings.update(name=name, lr=LR, power=0.9, warmup_steps=2, warmup_ratio=0.5, weight_decay=DECAY)
+    settings.update(beta1=0.8, beta2=0.95, eps=1e-3, momentum=0.7, head_multiplier=10.0)
+    return settings
+
+
+def group(name):
+    """Learning rate multiplier and weight decay of a parameter, as torch's param groups would give them."""
+    return 10.0 if name.startswith("decode_head") else 1.0, 0.0 if "norm" in name else DECAY
+
+
+def adamw_by_hand(name, values, gradients):
+    """torch.optim.AdamW: p *= 1 - lr * decay; p -= lr * m_hat / (sqrt(v_hat) + eps)."""
+    multiplier, decay = group(name)
+    m, v = np.zeros_like(values), np.zeros_like(values)
+    for step, gradient in enumerate(gradients):
+        lr = multiplier * rate(step)
+        values = values * (1 - lr * decay)
+        m = 0.8 * m + (1 - 0.8) * gradient
+        v = 0.95 * v + (1 - 0.95) * gradient**2
+        m_hat, v_hat = m / (1 - 0.8 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+        values = values - lr * m_hat / (np.sqrt(v_hat) + 1e-3)
+    return values
+
+
+def sgd_by_hand(name, values, gradients):
+    """torch.optim.SGD: g += decay * p; buffer = momentum * buffer + g (g at first); p -= lr * buffer."""
+    multiplier, decay = group(name)
+    buffer = None
+    for step, gradient in enumerate(gradients):
+        gradient = gradient + decay * values
+        buffer = gradient if buffer is None else 0.7 * buffer + gradient
+        values = values - multiplier * rate(step) * buffer
+    return values
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name, by_hand", [("adamw", adamw_by_hand), ("sgd", sgd_by_hand)])
+def test_three_updates_are_those_of_torch_with_param_groups(name, by_hand, seed, float64):
+    rng = np.random.default_rng(seed)
+    start = {key: rng.standard_normal(shape) for key, shape in SHAPES.items()}
+    gradients = [{key: rng.standard_normal(shape) for key, shape in SHAPES.items()} for _ in range(3)]
+    transform = optim.optimizer(settings_of(name), SHAPES, steps=STEPS)
+    params = jax.tree.map(jnp.array, start)
+    state = transform.init(params)
+    for gradient in gradients:
+        updates, state = transform.update(jax.tree.map(jnp.array, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    for key in SHAPES:
+        expected = by_hand(key, start[key], [gradient[key] for gradient in gradients])
+        np.testing.assert_allclose(params[key], expected, rtol=1e-12, err_msg=key)
+        assert np.abs(expected - start[key]).max() > 1e-3, key
+
+
+def test_another_optimizer_is_refused_by_name():
+    with pytest.raises(ValueError, match="'adamw' or 'sgd'; got 'adam'"):
+        optim.optimizer(settings_of("adam"), SHAPES, steps=STEPS)
+
+
+# --------------------------------------------------------------------------------------------- which parameters it is
+
+
+@pytest.fixture(scope="module")
+def b0():
+    return nnx.eval_shape(lambda: segjax.create("segformer_b0", num_classes=19))
+
+
+def parameter_names(model):
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def names_below(model, kind):
+    """Parameters that belong to modules of one kind."""
+    found = set()
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, kind):
+            found |= {".".join(map(str, (*path, name))) for name in ("scale", "bias")}
+    return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_of_segformer_exactly_the_layer_norms_do_not_decay(b0, name):
+    names = parameter_names(b0)
+    settings = segformer.get_config("b0").optim
+    settings.update(name=name, lr=0.1, warmup_steps=0)
+    transform = optim.optimizer(settings, names, steps=10)
+    ones = {key: jnp.ones(2) for key in names}
+    # With no gradient, what moves is what decays.
+    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, ones), transform.init(ones), ones)
+    still = {key for key in names if not np.asarray(updates[key]).any()}
+    assert still == {key for key in names if "norm" in key}
+    assert still == names_below(b0, layers.LayerNorm)
+    # 4 patch embeddings, 4 stages, 2 in each of 8 blocks, and 1 in each of the 6 blocks that reduce; scale and bias.
+    assert len(still) == 2 * (4 + 4 + 16 + 6)
+    assert names_below(b0, layers.BatchNorm) == {f"decode_head.linear_fuse.bn.{part}" for part in ("scale", "bias")}
+    assert not still & names_below(b0, layers.BatchNorm)
+
+
+def test_of_segformer_exactly_the_decoder_learns_faster(b0):
+    names = parameter_names(b0)
+    settings = segformer.get_config("b0").optim
+    settings.update(name="sgd", lr=0.1, warmup_steps=0, weight_decay=0.0, head_multiplier=10.0)
+    transform = optim.optimizer(settings, names, steps=10)
+    ones = {key: jnp.ones(2) for key in names}
+    updates, _ = transform.update(ones, transform.init(ones), ones)
+    fast = {key for key in names if np.allclose(updates[key], -1.0)}
+    slow = {key for key in names if np.allclose(updates[key], -0.1)}
+    assert fast == {key for key in names if key.startswith("decode_head.")} and len(fast) == 2 * 4 + 1 + 2 + 2
+    assert slow == {key for key in names if key.startswith("backbone.")}
+    assert fast | slow == set(names)
+
+
+def test_names_are_searched_by_regular_expression_anywhere():
+    names = ["a.norm1.scale", "a.fc.bias", "b.head.norm.bias"]
+    found = optim.by_name(names, r"norm\d|\.bias$")
+    assert found == {name: bool(re.search(r"norm\d|\.bias$", name)) for name in names}
+    assert list(found.values()) == [True, True, True]
+    assert list(optim.by_name(names, "head").values()) == [False, False, True]
