@@ -228,6 +228,27 @@ def test_a_backbone_alone_loads_with_drop_and_keep_said_out_loud(caplog):
     assert "head.weight" in said and "decode_head.linear_pred" in said
 
 
+def test_a_lone_pattern_is_one_pattern_and_foreign_names_can_be_kept():
+    source = segjax.create(narrow.MODEL, num_classes=3, seed=7, **narrow.SIZES)
+    model = segjax.create(narrow.MODEL, num_classes=3, seed=8, **narrow.SIZES)
+    weights = segjax.to_torch(source, dialect="hf")
+    del weights["decode_head.classifier.weight"]
+    segjax.load_torch(model, weights | {"head.weight": np.ones(3)}, drop="head.*", keep="decode_head.classifier.*")
+    loaded, expected = segjax.to_torch(model), segjax.to_torch(source)
+    differing = [key for key in expected if not np.array_equal(loaded[key], expected[key])]
+    assert differing == ["decode_head.linear_pred.weight"]
+    with pytest.raises(CheckpointError, match="nothing"):
+        segjax.load_torch(model, weights, drop="*", keep="*")
+
+
+@pytest.mark.parametrize(("dims", "hidden"), [((11, 22, 55, 88), 15), ((26, 44, 60, 96), 120)])
+def test_any_width_is_read_back_from_the_shapes(dims, hidden):
+    ratios = tuple(hidden / dim for dim in dims)
+    model = segjax.create(narrow.MODEL, num_classes=3, dims=dims, mlp_ratios=ratios, depths=(1, 1, 1, 1), decoder_dim=8)
+    again = segjax.to_torch(segjax.from_torch(segjax.to_torch(model)))
+    assert again["backbone.block2.0.mlp.fc1.weight"].shape == (hidden, dims[1])
+
+
 def test_from_torch_takes_a_backbone_alone_once_it_knows_the_number_of_classes():
     source = segjax.to_torch(segjax.create(narrow.MODEL, num_classes=3, seed=7, **narrow.SIZES))
     with pytest.raises(CheckpointError, match="number of classes"):

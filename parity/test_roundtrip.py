@@ -59,7 +59,14 @@ def test_other_storage_types_survive_the_command_line(weights, dtype, tmp_path):
     torch.save(tensors, tmp_path / "a.pth")
     # A process of its own, because float64 switches jax to 64 bits for good.
     for source, destination in (("a.pth", "b"), ("b", "c.pth")):
-        command = [sys.executable, "-m", "segjax.convert", str(tmp_path / source), str(tmp_path / destination)]
+        command = [
+            sys.executable,
+            "-m",
+            "segjax.convert",
+            str(tmp_path / source),
+            str(tmp_path / destination),
+            "--verify",
+        ]
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     after = torch.load(tmp_path / "c.pth", weights_only=True)
     assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in tensors.items())

@@ -1,7 +1,7 @@
 """How far the two implementations may lie apart, each with its reason. Nothing else in parity/ holds a bound on them.
 
-Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same per parameter, against the
-largest gradient of its module's kind where the true one is zero; of trajectories the norm of the difference over the
+Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same for the worst single
+parameter (see test_grad.gradient_errors); of trajectories the norm of the difference over the
 norm of the distance moved. float64 shows mistakes: anything but rounding is orders above its bounds. float32 shows what
 a user gets: sums in another order, through up to 52 blocks.
 """
@@ -15,11 +15,13 @@ BOUNDS = {
     ("output", "float32"): 5e-5,
     # Each gradient is a sum over all pixels, with cancellation: 1e-14 was measured on the largest parameters.
     ("gradient", "float64"): 1e-10,
-    # Gradients of single parameters cancel to a thousandth of their terms; 2e-4 was measured on the worst.
-    ("gradient", "float32"): 5e-3,
+    # 8e-6 is usual, but a ReLU whose input lies within rounding of zero may let its pixel pass on one side only: one of
+    # the 1275 pixels of a narrow test did, which moved the gradient of linear_fuse by 4e-3.
+    ("gradient", "float32"): 1e-2,
     # AdamW divides by the root of the second moment: a gradient near zero turns a rounding into a step. 5e-12 measured.
     ("trajectory", "float64"): 1e-8,
-    # The same in float32: 6e-3 measured after 20 steps of AdamW at lr 1e-3, 1e-3 of SGD.
+    # 3e-4 measured of parameters after 20 steps of AdamW at lr 1e-3, 2e-6 of SGD; 1e-2 of the running statistics under
+    # AdamW, whose means follow biases that have no gradient but rounding.
     ("trajectory", "float32"): 3e-2,
     # Means and variances over a batch.
     ("statistics", "float64"): 1e-11,

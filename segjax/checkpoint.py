@@ -122,7 +122,7 @@ def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> l
 
 def _refuse_changed(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping) -> None:
     # The storage format keeps no checksum of its own: a flipped bit would load as another weight.
-    if params_sha256(arrays) != about.get(HASH):
+    if HASH in about and params_sha256(arrays) != about[HASH]:
         raise CheckpointError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
@@ -232,9 +232,12 @@ class RunCheckpoints:
             raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
         return found[WEIGHTS], found[TRAINING]
 
-    def close(self) -> None:
-        """Waits until the last save is whole."""
+    def wait(self) -> None:
+        """Returns once the last save is whole."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self._manager.close()
 
 

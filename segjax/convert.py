@@ -32,7 +32,7 @@ def _parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator:
-            raise CheckpointError(f"--overrides takes KEY=VALUE, for example num_heads=(1,2,5,8); got {pair!r}")
+            raise CheckpointError(f"--overrides takes KEY=VALUE, for example 'num_heads=(1,2,5,8)'; got {pair!r}")
         try:
             overrides[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -76,6 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     logger.info("%s -> %s", options.source, options.destination)
+    if options.destination.suffix in (".pt", ".bin", ".ckpt", ".npz", ".onnx"):
+        raise CheckpointError(f"{options.destination}: write *.pth or *.safetensors; a name without suffix is a folder")
+    if options.destination.exists() and options.source.exists() and options.destination.samefile(options.source):
+        raise CheckpointError(f"{options.destination} is the source itself; choose another name")
     if options.source.is_dir() and checkpoint.holds_float64(options.source):
         jax.config.update("jax_enable_x64", True)
     source = read_file(options.source)
@@ -99,6 +103,7 @@ def _run(options: argparse.Namespace) -> int:
             name=options.model,
             dialect=options.dialect,
             num_classes=options.num_classes,
+            dtype=jnp.promote_types(storage, jnp.float32),
             param_dtype=storage,
             **_parse_overrides(options.overrides),
         )

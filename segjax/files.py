@@ -51,7 +51,10 @@ def _read_safetensors(source: Path) -> dict[str, np.ndarray]:
 
     try:
         return load_file(source)
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:
+        if isinstance(error, AttributeError):
+            # The reader looks numpy up for a type that numpy does not have, such as float8.
+            raise CheckpointError(f"{source}: holds a number type that cannot be read ({error})") from None
         raise CheckpointError(
             f"{source}: a safetensors file that is damaged or cut short ({error}); fetch it again"
         ) from None
@@ -75,7 +78,8 @@ def _read_pth(source: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{source}: not a PyTorch checkpoint, or a damaged one ({reason.splitlines()[0]})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A damaged file makes torch raise almost anything, from struct.error to AssertionError.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{source}: a PyTorch checkpoint that is damaged or cut short ({first}); fetch it again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
         state = restored(saved, start, state)
     console.describe(config, workdir, params, training, evaluation, spec, parallel, start)
 
+    # An image too small for the model must not be found out after the training.
+    height, width = min(evaluation.sizes.tolist(), key=min)
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    jax.eval_shape(partial(eval_step, skeleton, normalise), params, batch_stats, image)
+
     batches = TrainBatches(training, batch_size=config.train.batch, seed=config.seed, parallel=parallel)
     augmentation = partial(augment, settings=config.augment, ignore_label=spec.ignore_label)
     step_fn = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, spec.ignore_label))
@@ -84,6 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     meter = console.Meter(config.train.batch)
 
     def save(step: int) -> None:
+        refuse_not_finite(losses, step)
         host = parallel.fetch(state)
         saved.save(step, host.params | host.batch_stats, flat_training(host), about)
 
@@ -106,10 +113,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 meter.restart(done)
             if done % config.train.log_every == 0 or done == config.train.steps:
                 # Reading a value waits for the device, hence once in log_every steps.
-                loss = float(np.mean([np.ravel(value)[0] for value in jax.device_get(losses)]))
+                loss = refuse_not_finite(losses, done)
                 losses.clear()
-                if not math.isfinite(loss):
-                    raise RunError(f"the loss became {loss} before step {done}; try a lower config.optim.lr")
                 meter.lap(done)
                 rate = float(schedule(done - 1))
                 log.write({"step": done, "loss": loss, "lr": rate, "images_per_second": meter.images_per_second})
@@ -126,6 +131,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         saved.close()
         console.stopped(done, config, workdir)
         return INTERRUPTED
+    # Whatever happens while evaluating, the training is safe.
+    saved.wait()
 
     console.say(f"evaluating on {len(evaluation.images)} images ({config.data.eval_split}) ...")
     shown = np.unique(np.linspace(0, len(evaluation.images) - 1, config.eval.pictures).astype(int)).tolist()
@@ -164,8 +171,12 @@ def check(config: ConfigDict) -> None:
         f"eval.batch={config.eval.batch} does not divide among {devices} devices": (
             config.eval.batch < 1 or config.eval.batch % devices
         ),
-        f"augment.crop is (height, width), at least 32 each, not {tuple(crop)}": len(crop) != 2 or min(crop) < 32,
+        f"augment.crop is (height, width), at least 32 each, not {tuple(crop)}": (
+            len(crop) != 2 or not all(isinstance(side, int) and side >= 32 for side in crop)
+        ),
         f"augment.scale is (smallest, largest), not {tuple(scale)}": len(scale) != 2 or not 0 < scale[0] <= scale[1],
+        f"optim.no_decay is no regular expression: {config.optim.no_decay}": not _is_pattern(config.optim.no_decay),
+        f"optim.head is no regular expression: {config.optim.head}": not _is_pattern(config.optim.head),
         f"augment.flip is a probability, not {config.augment.flip}": not 0 <= config.augment.flip <= 1,
         f"optim.warmup_steps must not be negative: {config.optim.warmup_steps}": config.optim.warmup_steps < 0,
         f"eval.every must not be negative: {config.eval.every}": config.eval.every < 0,
@@ -177,6 +188,14 @@ def check(config: ConfigDict) -> None:
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise RunError("the settings cannot be used:\n" + "\n".join(f"  config.{line}" for line in problems))
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def load_data(config: ConfigDict) -> tuple[specs.Split, specs.Split, specs.DatasetSpec]:
@@ -228,6 +247,19 @@ def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
         "colors": [list(color) for color in spec.colors],
         "ignore_label": spec.ignore_label,
     }
+
+
+def refuse_not_finite(losses: list, step: int) -> float | None:
+    """Mean of the losses since the last log line, None where there are none; RunError where one is not finite."""
+    if not losses:
+        return None
+    loss = float(np.mean([np.ravel(value)[0] for value in jax.device_get(losses)]))
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss became {loss} before step {step}; nothing of it was saved. Try a lower config.optim.lr, "
+            "in another --workdir"
+        )
+    return loss
 
 
 def plain(config: ConfigDict) -> dict[str, object]:

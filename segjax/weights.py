@@ -23,7 +23,7 @@ from segjax.dialects import BATCH_COUNTER, DIALECTS, Dialect, Renaming, recognis
 logger = logging.getLogger("segjax")
 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# How training scripts wrap a state dict, outermost first; the last is torch's DataParallel.
+# How training scripts wrap a state dict, and what torch's DataParallel puts before every key.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PARALLEL_PREFIX = "module."
 
@@ -109,7 +109,11 @@ def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
             return as_arrays(state_dict[wrapper])
     arrays, strangers = {}, []
     for key, value in state_dict.items():
-        array = _as_array(value)
+        try:
+            array = _as_array(value)
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+            kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
+            raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
         if array is None or not isinstance(key, str):
             strangers.append(f"{key}: {type(value).__name__}")
         else:
@@ -123,7 +127,7 @@ def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
 
 
 def _as_array(value) -> np.ndarray | None:
-    if isinstance(value, np.ndarray | jax.Array):
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value)
     if not hasattr(value, "detach"):
         return None
@@ -177,7 +181,11 @@ def load_torch(
     """
     foreign = as_arrays(state_dict)
     found, renaming, _ = recognise(foreign, dialect=dialect)
-    plan = _plan(model, foreign, found, renaming, drop=tuple(drop), keep=tuple(keep))
+    # A lone pattern is meant as one, not as its letters.
+    drop, keep = ((patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (drop, keep))
+    plan = _plan(model, foreign, found, renaming, drop=drop, keep=keep)
+    if not plan.values:
+        raise CheckpointError("drop and keep leave nothing of the checkpoint to load")
     _announce(plan)
     nnx.update(model, _filled(model, plan.values))
 
@@ -209,9 +217,7 @@ def _plan(
     dropped = sorted(key for key in foreign if _matches(key, drop) or _matches(key, dialect.unused))
     given = {key: value for key, value in foreign.items() if key not in set(dropped) | counters}
     missing = [key for key in expected if key not in given]
-    kept = sorted(
-        {owner[key] for key in missing if _matches(owner[key], keep) or _matches(torch_name(owner[key]), keep)}
-    )
+    kept = sorted({owner[key] for key in missing if any(_matches(n, keep) for n in _names_of(key, owner[key]))})
     missing = [key for key in missing if owner[key] not in kept]
     unexpected = [key for key in given if key not in expected]
     misshapen = [
@@ -244,6 +250,11 @@ def _plan(
     native = renaming.to_native({key: given[key] for key in expected if owner[key] not in kept})
     values = {path: from_torch_layout(path, native[torch_name(path)]) for path in variables if path not in set(kept)}
     return _Plan(values=values, dropped=dropped, kept=kept)
+
+
+def _names_of(key: str, path: str) -> tuple[str, str, str]:
+    """A parameter as the checkpoint, our modules and the native state dict name it."""
+    return key, path, torch_name(path)
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

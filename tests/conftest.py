@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+# These tests count on the four CPU devices of the root's conftest.py; `pytest parity/` alone uses a GPU if there is one.
+jax.config.update("jax_platforms", "cpu")
+
 
 @pytest.fixture(scope="module")
 def quick_compile():

@@ -414,7 +414,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path, monkeypatc
         return state, {"loss": jnp.where(state.step == 3, value, scalars["loss"])}
 
     monkeypatch.setattr(loop, "train_step", diverging_step)
-    with pytest.raises(loop.RunError, match=rf"the loss became {value} before step 4; try a lower config\.optim\.lr"):
+    with pytest.raises(
+        loop.RunError,
+        match=rf"the loss became {value} before step 4; nothing of it was saved. Try a lower config\.optim\.lr",
+    ):
         run(make_config(), tmp_path)
     assert [record["step"] for record in records_of(tmp_path)] == [2]
     # What diverged is not kept: a checkpoint of it could only be gone on from to the same end.

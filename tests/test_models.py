@@ -125,6 +125,22 @@ def test_float64_is_float64_throughout(float64):
     assert "f64" in text and "f32" not in text
 
 
+def test_logits_under_bfloat16_are_sums_of_float32_and_not_rounded_before():
+    model = segjax.create("segformer_b0", num_classes=5, dtype=jnp.bfloat16, **TINY)
+    logits = np.asarray(call(model, jax.random.normal(jax.random.key(2), (2, 64, 96, 3))))
+    assert logits.dtype == np.float32
+    rounded = logits.astype(jnp.bfloat16).astype(np.float32)
+    assert (logits != rounded).mean() > 0.9
+
+
+def test_storage_narrower_than_the_computation_loses_nothing_more(float64):
+    x = jax.random.normal(jax.random.key(3), (2, 64, 96, 3), jnp.float64)
+    narrow = segjax.create("segformer_b0", num_classes=5, dtype=jnp.float64, param_dtype=jnp.float32, **TINY)
+    wide = segjax.create("segformer_b0", num_classes=5, dtype=jnp.float64, param_dtype=jnp.float64, **TINY)
+    segjax.load_torch(wide, segjax.to_torch(narrow))
+    np.testing.assert_allclose(call(narrow, x), call(wide, x), rtol=1e-12, atol=1e-14)
+
+
 def test_under_bfloat16_norms_and_softmax_are_float32_and_weights_keep_their_type():
     model = nnx.eval_shape(lambda: segjax.create("segformer_b0", num_classes=5, dtype=jnp.bfloat16, **TINY))
     assert {v.get_value().dtype for v in named_variables(model).values()} == {jnp.dtype("float32")}

@@ -222,15 +222,17 @@ def test_batch_norm_uses_the_statistics_of_the_whole_batch(kind, devices, seed, 
     layer.use_running_average, layer.axis_name = False, parallel.axis_name
     graph, variables = nnx.split(layer)
 
-    def body(x):
+    # The state as an argument: closed over, it sends jaxlib 0.11.2's compiler for pmap into a segmentation fault.
+    def body(variables, x):
         module = nnx.merge(graph, variables, copy=True)
         return module(x), module.mean[...], module.var[...]
 
     if kind == "pmap":
-        y, mean, var = jax.pmap(body, axis_name=AXIS, devices=parallel.devices)(x.reshape(4, 2, *x.shape[1:]))
+        mapped = jax.pmap(body, axis_name=AXIS, in_axes=(None, 0), devices=parallel.devices)
+        y, mean, var = mapped(variables, x.reshape(4, 2, *x.shape[1:]))
         y, mean, var = y.reshape(x.shape), mean[0], var[0]
     else:
-        y, mean, var = jax.jit(body)(jax.device_put(x, parallel.split))
+        y, mean, var = jax.jit(body)(variables, jax.device_put(x, parallel.split))
     over = (0, 1, 2)
     np.testing.assert_allclose(y, (x - x.mean(over)) / np.sqrt(x.var(over) + 1e-3), rtol=0, atol=1e-11)
     np.testing.assert_allclose(mean, 0.2 * x.mean(over), rtol=1e-13)

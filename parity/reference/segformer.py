@@ -149,7 +149,7 @@ class Block(nn.Module):
         dim: int,
         *,
         num_heads: int,
-        mlp_ratio: int,
+        mlp_ratio: float,
         sr_ratio: int,
         drop_path_rate: float,
         block_norm_eps: float,
@@ -159,7 +159,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=block_norm_eps)
         self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps=patch_norm_eps)
         self.norm2 = nn.LayerNorm(dim, eps=block_norm_eps)
-        self.mlp = MixFFN(dim, int(dim * mlp_ratio))
+        self.mlp = MixFFN(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, tokens: Tensor, H: int, W: int) -> Tensor:
@@ -179,7 +179,7 @@ class MixTransformer(nn.Module):
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
-        mlp_ratios: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
         sr_ratios: tuple[int, ...],
         drop_path_rate: float,
         block_norm_eps: float,

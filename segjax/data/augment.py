@@ -14,7 +14,8 @@ from segjax.data import specs
 
 def normalise(images: jax.Array) -> jax.Array:
     """RGB 0..255 (..., 3) of any type -> float32 with ImageNet's mean and deviation removed."""
-    return (images.astype(jnp.float32) - jnp.array(specs.IMAGENET_MEAN)) / jnp.array(specs.IMAGENET_STD)
+    mean, std = (jnp.array(values, jnp.float32) for values in (specs.IMAGENET_MEAN, specs.IMAGENET_STD))
+    return (images.astype(jnp.float32) - mean) / std
 
 
 def augment(

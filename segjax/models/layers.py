@@ -127,6 +127,13 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+def classify(layer: Conv, x: jax.Array) -> jax.Array:
+    """A 1x1 convolution to logits (B, H, W, K), summed and kept in at least float32 whatever its inputs are."""
+    wide = at_least_float32(layer.dtype)
+    kernel = layer.kernel[...][0, 0].astype(layer.dtype)
+    return jnp.matmul(x.astype(layer.dtype), kernel, preferred_element_type=wide) + layer.bias[...].astype(wide)
+
+
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
     """Convolution (B, H, W, in) with an HWIO kernel, in whichever of the equal forms below is fastest.
 

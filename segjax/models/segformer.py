@@ -114,7 +114,7 @@ class Block(nnx.Module):
         self.norm1 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
         self.attn = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, norm_eps=patch_norm_eps, rngs=rngs, **kinds)
         self.norm2 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), rngs=rngs, **kinds)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
         self.drop_path1 = layers.DropPath(drop_path_rate, rngs=rngs)
         self.drop_path2 = layers.DropPath(drop_path_rate, rngs=rngs)
 
@@ -225,7 +225,7 @@ class SegFormerHead(nnx.Module):
 
     def __call__(self, features: list[jax.Array]) -> jax.Array:
         fused = jax.nn.relu(self.linear_fuse.bn(self.fuse_levels(features)))
-        return self.linear_pred(self.dropout(fused))
+        return layers.classify(self.linear_pred, self.dropout(fused))
 
     def levels(self) -> list[layers.Linear]:
         """The four projections in the order in which their outputs are concatenated: deepest level first."""
@@ -245,12 +245,13 @@ class SegFormerHead(nnx.Module):
         convolution) at its own resolution, enlarge, add. -> (B, H/4, W/4, C).
         """
         size = features[0].shape[1:3]
-        # The two matrices are multiplied as stored: rounding their product once is closer than rounding each factor.
-        slices = jnp.split(self.linear_fuse.conv.kernel[...][0, 0], 4)  # 4 x (C, C)
+        # The two matrices are multiplied wide: rounding their product once is closer than rounding each factor.
+        wide = jnp.promote_types(self.linear_fuse.conv.kernel[...].dtype, layers.at_least_float32(self.dtype))
+        slices = jnp.split(self.linear_fuse.conv.kernel[...][0, 0].astype(wide), 4)  # 4 x (C, C)
         total = None
         for level, part, x in zip(self.levels(), slices, features[::-1], strict=True):
-            combined = (level.kernel[...] @ part).astype(self.dtype)  # (C_level, C)
-            bias = (level.bias[...] @ part).astype(self.dtype)  # (C,)
+            combined = (level.kernel[...].astype(wide) @ part).astype(self.dtype)  # (C_level, C)
+            bias = (level.bias[...].astype(wide) @ part).astype(self.dtype)  # (C,)
             y = layers.resize(jnp.matmul(x.astype(self.dtype), combined) + bias, size)
             total = y if total is None else total + y
         return total
@@ -319,4 +320,4 @@ class SegFormer(nnx.Module):
         features = self.backbone(images.astype(self.dtype))
         logits = self.decode_head(features)
         taps = {f"feature{i}": feature for i, feature in enumerate(features)}
-        return logits.astype(layers.at_least_float32(self.dtype)), taps
+        return logits, taps
