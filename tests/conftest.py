@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-# These tests count on the four CPU devices of the root's conftest.py; `pytest parity/` alone uses a GPU if there is one.
+# These tests count on four CPU devices; `pytest parity/` alone uses a GPU where there is one.
 jax.config.update("jax_platforms", "cpu")
 
 
