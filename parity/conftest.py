@@ -1,6 +1,9 @@
 """Parity runs at float32 "highest", and ends with a table of every error that was measured."""
 
+from pathlib import Path
+
 import jax
+import numpy as np
 import pytest
 
 from parity import tolerances
@@ -9,6 +12,13 @@ from parity import tolerances
 jax.config.update("jax_default_matmul_precision", "highest")
 
 _rows: dict[tuple[str, str, str], float] = {}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Figures of the original code: weights, inputs, outputs, gradients."""
+    with np.load(Path(__file__).parent / "goldens" / "segformer_nvlabs.npz") as file:
+        return dict(file)
 
 
 @pytest.fixture

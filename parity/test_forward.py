@@ -1,7 +1,5 @@
 """Outputs: ours against the original code's golden, the reference and transformers, per layer and whole."""
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,14 +9,7 @@ import segjax
 from parity import compare, narrow, tolerances
 from segjax.losses import cross_entropy
 
-GOLDEN = Path(__file__).parent / "goldens" / "segformer_nvlabs.npz"
 DTYPES = ("float64", "float32")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
 
 
 def golden_weights(golden):

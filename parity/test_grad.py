@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import segjax
 from parity import compare, narrow
-from parity.test_forward import golden, golden_weights  # noqa: F401  (a fixture is used by its name)
+from parity.test_forward import golden_weights
 from segjax.losses import cross_entropy
 from segjax.state import Skeleton
 from segjax.weights import to_torch_layout, torch_name
@@ -43,7 +43,7 @@ def gradient_errors(ours, theirs, *, training=False):
         yield key, float(np.abs(ours[key] - value).max() / (largest if is_idle else np.abs(value).max()))
 
 
-def test_gradients_equal_the_original_code(golden, float64, within):  # noqa: F811
+def test_gradients_equal_the_original_code(golden, float64, within):
     model = segjax.from_torch(golden_weights(golden), dtype=jnp.float64, param_dtype=jnp.float64)
     x = np.moveaxis(golden["case0/input_nchw"], 1, -1).astype(np.float64)
     _, ours, _ = our_gradients(model, x, jnp.asarray(golden["case0/label"]), training=False)
@@ -53,7 +53,7 @@ def test_gradients_equal_the_original_code(golden, float64, within):  # noqa: F8
         within("gradient", "float64", error, f"golden NVlabs, {'backbone' if 'backbone' in key else 'head'}")
 
 
-def test_training_forward_equals_the_original_code(golden, float64, within):  # noqa: F811
+def test_training_forward_equals_the_original_code(golden, float64, within):
     # The golden's running statistics are those from before its forward pass, so that they say nothing; those after it
     # are compared with the reference and with transformers.
     model = segjax.from_torch(
