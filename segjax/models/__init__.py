@@ -11,11 +11,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import segformer
+from segjax.models import (
+    hrnet,
+    ocr,
+    segformer,
+    segformer_mmseg,
+    segformer_plain,
+    segformer_simple,
+    segformer_zuppichini,
+    segnext,
+)
 
-MODELS = {
-    f"segformer_{variant}": partial(segformer.SegFormer, **sizes) for variant, sizes in segformer.VARIANTS.items()
-}
+
+def _variants(pattern: str, model: type, variants: dict[str, dict]) -> dict[str, partial]:
+    return {pattern.format(variant): partial(model, **sizes) for variant, sizes in variants.items()}
+
+
+MODELS = (
+    _variants("segformer_{}", segformer.SegFormer, segformer.VARIANTS)
+    | _variants("segformer_plain_{}", segformer_plain.SegFormerPlain, segformer_plain.VARIANTS)
+    | _variants("segformer_mmseg_{}", segformer_mmseg.SegFormerMMSeg, segformer_mmseg.VARIANTS)
+    | _variants("segformer_simple{}", segformer_simple.SegFormerSimple, segformer_simple.VARIANTS)
+    | _variants("segformer_zuppichini{}", segformer_zuppichini.SegFormerZuppichini, segformer_zuppichini.VARIANTS)
+    | _variants("hrnet_{}", hrnet.HRNet, hrnet.VARIANTS)
+    | _variants("hrnet_{}_ocr", ocr.HRNetOCR, ocr.VARIANTS)
+    | _variants("segnext_{}", segnext.SegNeXt, segnext.VARIANTS)
+)
 
 
 @dataclasses.dataclass(frozen=True)

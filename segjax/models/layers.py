@@ -11,9 +11,12 @@ holds them equal. Which form runs is decided in `fast_cpu_forms` alone.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +48,63 @@ def fan_out_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, grou
     return _normal(key, tuple(shape), dtype, math.sqrt(2.0 / fan_out))
 
 
+def classifier_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Normal of std 0.01: the classifier of mmsegmentation's decoders."""
+    return _normal(key, tuple(shape), dtype, 0.01)
+
+
+def joint_projection_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Xavier-uniform of torch.nn.MultiheadAttention's joint (3C, C) projection, for any part of it, (C, out)."""
+    bound = math.sqrt(6 / (4 * shape[0]))
+    return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+
+def fan_in_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Uniform within ±1 / sqrt(fan_in): what torch.nn.Linear and Conv2d draw unless told otherwise."""
+    return fan_in_bias_init(key, shape, dtype, fan_in=math.prod(shape[:-1]))
+
+
+def fan_in_bias_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, fan_in: int) -> jax.Array:
+    """The same for their biases, whose fan_in is that of the kernel."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+
+def _bias(init: Callable | None, kernel: nnx.Param, *, rngs: nnx.Rngs) -> nnx.Param:
+    """Zeros where there is no `init`."""
+    *inner, features = kernel.shape
+    if init is None:
+        return nnx.Param(jnp.zeros((features,), kernel.dtype))
+    return nnx.Param(init(rngs.params(), (features,), kernel.dtype, fan_in=math.prod(inner)))
+
+
+_AS_PUBLISHED = contextvars.ContextVar("as_published", default=False)
+
+
+@contextlib.contextmanager
+def published_forms():
+    """Models called inside run every layer as its publication writes it, in no equal but cheaper form.
+
+    What is counted (`segjax.summary`) and what a fast form is compared with.
+    """
+    token = _AS_PUBLISHED.set(True)
+    try:
+        yield
+    finally:
+        _AS_PUBLISHED.reset(token)
+
+
+def as_published() -> bool:
+    return _AS_PUBLISHED.get()
+
+
 def fast_cpu_forms() -> bool:
     """True where XLA's CPU backend will run the computation, for which several layers have a faster form.
 
     Measured on two cores (wall time of the plain form / of the fast one): depthwise 3x3 forward and backward 4 to 184,
     bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
     """
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not as_published()
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -72,13 +125,14 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         kernel_init: Callable = linear_init,
+        bias_init: Callable | None = None,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.bias = _bias(bias_init, self.kernel, rngs=rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
@@ -102,6 +156,7 @@ class Conv(nnx.Module):
         groups: int = 1,
         use_bias: bool = True,
         kernel_init: Callable | None = None,
+        bias_init: Callable | None = None,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -114,7 +169,7 @@ class Conv(nnx.Module):
         init = partial(fan_out_init, groups=groups) if kernel_init is None else kernel_init
         shape = (*self.kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype)) if use_bias else None
+        self.bias = _bias(bias_init, self.kernel, rngs=rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = conv(
@@ -146,8 +201,10 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
     if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and fast_cpu_forms():
         return conv_of_patches(x, kernel)
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
-    if groups == out_channels and in_per_group == 1 and stride == 1 and keeps_size and fast_cpu_forms():
-        return depthwise(x, kernel)
+    if in_per_group == 1 and stride == 1 and keeps_size and fast_cpu_forms():
+        # Where a channel has several outputs, they are neighbours.
+        repeated = x if groups == out_channels else jnp.repeat(x, out_channels // groups, axis=-1)
+        return depthwise(repeated, kernel)
     return conv_plain(x, kernel, stride=stride, padding=padding, groups=groups)
 
 
@@ -312,6 +369,27 @@ class BatchNorm(nnx.Module):
         return x if self.axis_name is None else lax.pmean(x, self.axis_name)
 
 
+class GroupNorm(nnx.Module):
+    """torch.nn.GroupNorm over (H, W) and the channels of a group, two-pass, in at least float32."""
+
+    def __init__(self, groups: int, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        if features % groups:
+            raise ValueError(f"{features} channels do not divide into {groups} groups")
+        self.groups = groups
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        wide = x.astype(at_least_float32(self.dtype)).reshape(B, H, W, self.groups, C // self.groups)
+        centered = wide - jnp.mean(wide, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=(1, 2, 4), keepdims=True)
+        normed = (centered * lax.rsqrt(variance + self.epsilon)).reshape(B, H, W, C)
+        return (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+
+
 def _move(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
     return ((1 - momentum) * old.astype(new.dtype) + momentum * lax.stop_gradient(new)).astype(old.dtype)
 
@@ -319,12 +397,23 @@ def _move(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------------- dropping
 
 
+def draw_per_sample(draw: Callable, stream, x: jax.Array, axis_name: str | None) -> jax.Array:
+    """`draw(key, number of samples)` for every sample of `x` (B, ...).
+
+    Under `pmap` (axis_name set) it is drawn for the whole batch and each device takes its part, so that the result
+    does not depend on the number of devices.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    drawn = draw(stream(), devices * x.shape[0])
+    if axis_name is None:
+        return drawn
+    return lax.dynamic_slice_in_dim(drawn, lax.axis_index(axis_name) * x.shape[0], x.shape[0])
+
+
 class _Drop(nnx.Module):
     """Zeroes whole slices of a map at random in training and scales the rest by 1 / (1 - rate).
 
-    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples. Under
-    `pmap` (axis_name set) the mask is drawn for the whole batch and each device takes its part, so that the result does
-    not depend on the number of devices.
+    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples.
     """
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
@@ -335,32 +424,67 @@ class _Drop(nnx.Module):
         self.axis_name: str | None = None
         self.stream = rngs.dropout.fork() if rate > 0 else None
 
-    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
+    def keep(self, x: jax.Array) -> jax.Array:
+        """What survives, boolean, of a shape that spreads over `x`."""
         raise NotImplementedError
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.stream is None:
             return x
-        batch, *rest = self.mask_shape(x)
-        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
-        kept = jax.random.bernoulli(self.stream(), 1 - self.rate, (devices * batch, *rest))
-        if self.axis_name is not None:
-            kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(self.axis_name) * batch, batch)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        return jnp.where(self.keep(x), x / (1 - self.rate), jnp.zeros_like(x))
 
 
 class DropPath(_Drop):
     """Stochastic depth (Huang et al., 2016): drops the whole branch of a sample. (B, H, W, C) -> the same."""
 
-    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
-        return (x.shape[0], 1, 1, 1)
+    def keep(self, x: jax.Array) -> jax.Array:
+        def draw(key, samples):
+            return jax.random.bernoulli(key, 1 - self.rate, (samples, 1, 1, 1))
+
+        return draw_per_sample(draw, self.stream, x, self.axis_name)
+
+
+class DropPathOfBatch(_Drop):
+    """Stochastic depth that drops a branch for the whole batch at once: torchvision's mode "batch"."""
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(self.stream(), 1 - self.rate)
 
 
 class Dropout2d(_Drop):
     """torch.nn.Dropout2d: drops whole channels of a sample. (B, H, W, C) -> the same."""
 
-    def mask_shape(self, x: jax.Array) -> tuple[int, ...]:
-        return (x.shape[0], 1, 1, x.shape[-1])
+    def keep(self, x: jax.Array) -> jax.Array:
+        def draw(key, samples):
+            return jax.random.bernoulli(key, 1 - self.rate, (samples, 1, 1, x.shape[-1]))
+
+        return draw_per_sample(draw, self.stream, x, self.axis_name)
+
+
+# --------------------------------------------------------------------------------------------------------- containers
+
+
+class Sequential(nnx.List):
+    """torch.nn.Sequential: an element's name is its index, so that published keys such as `fuse.2` fit."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class ReLU(nnx.Module):
+    """A place in a Sequential."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x)
+
+
+class GELU(nnx.Module):
+    """A place in a Sequential."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return gelu(x)
 
 
 # -------------------------------------------------------------------------------------------- activations, attention
@@ -434,6 +558,11 @@ def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) 
     return resize_plain(x, size)
 
 
+def enlarge_nearest(x: jax.Array, factor: int) -> jax.Array:
+    """torch.nn.Upsample(mode="nearest", scale_factor=factor): (B, H, W, C) -> (B, H * factor, W * factor, C)."""
+    return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
+
+
 def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Half-pixel bilinear. Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away)."""
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
@@ -477,3 +606,104 @@ def _aligned_matrix(old: int, new: int, dtype: jnp.dtype) -> jax.Array:
     position = jnp.arange(new, dtype=at_least_float32(dtype)) * scale
     distance = jnp.abs(position[:, None] - jnp.arange(old, dtype=position.dtype)[None, :])
     return jnp.maximum(0, 1 - distance).astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------- decoders of several levels
+
+
+def conv1x1_of_resized(
+    layer: Conv, levels: Sequence[jax.Array], enlarge: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Enlarges maps to one size, concatenates them and applies the 1x1 convolution `layer`, in a cheaper order.
+
+    Args:
+      levels: maps (B, h, w, C_level), their channels in the order of the kernel's.
+      enlarge: resizes a map to the common size.
+
+    Returns:
+      (B, H, W, C).
+    """
+    if as_published():
+        return layer(jnp.concatenate([enlarge(x) for x in levels], axis=-1))
+    ends = list(accumulate(x.shape[-1] for x in levels))
+    kernels = jnp.split(layer.kernel[...][0, 0].astype(layer.dtype), ends[:-1])
+    fused = _sum_of_levels([x.astype(layer.dtype) for x in levels], kernels, None, enlarge)
+    return fused if layer.bias is None else fused + layer.bias[...].astype(layer.dtype)
+
+
+def _sum_of_levels(
+    levels: Sequence[jax.Array],
+    kernels: Sequence[jax.Array],
+    biases: Sequence[jax.Array] | None,
+    enlarge: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Sum of enlarge(level @ kernel + bias): a 1x1 convolution of the enlarged and concatenated levels.
+
+    A 1x1 convolution commutes with resizing, whose weights sum to one, and over a concatenation it is a sum: so each
+    level is multiplied by its slice of the kernel at its own resolution.
+    """
+    total = None
+    for index, (x, kernel) in enumerate(zip(levels, kernels, strict=True)):
+        y = jnp.matmul(x, kernel)
+        y = enlarge(y if biases is None else y + biases[index])
+        total = y if total is None else total + y
+    return total
+
+
+def project_and_fuse(
+    levels: Sequence[jax.Array],
+    projections: Sequence[Linear | Conv],
+    fuse: Conv,
+    enlarge: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Projects each level, enlarges, concatenates and applies the 1x1 convolution `fuse`, in a cheaper order.
+
+    Nothing non-linear stands between projection and convolution, so that their product is one matrix (C_level, C).
+    A projection after the enlargement gives the same.
+
+    Args:
+      projections: 1x1, with bias, each to as many channels as `fuse` has outputs per level.
+
+    Returns:
+      (B, H, W, C) in the dtype of `fuse`.
+    """
+    dtype = fuse.dtype
+    # The two matrices are multiplied wide: rounding their product once is closer than rounding each factor.
+    wide = jnp.promote_types(fuse.kernel[...].dtype, at_least_float32(dtype))
+    slices = jnp.split(fuse.kernel[...][0, 0].astype(wide), len(levels))  # (C, C) each
+    matrices = [p.kernel[...].reshape(p.kernel.shape[-2:]).astype(wide) for p in projections]  # (C_level, C) each
+    kernels = [(matrix @ part).astype(dtype) for matrix, part in zip(matrices, slices, strict=True)]
+    biases = [p.bias[...].astype(wide) @ part for p, part in zip(projections, slices, strict=True)]
+    fused = _sum_of_levels([x.astype(dtype) for x in levels], kernels, [b.astype(dtype) for b in biases], enlarge)
+    return fused if fuse.bias is None else fused + fuse.bias[...].astype(dtype)
+
+
+def feature_taps(features: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """The encoder's four maps as `feature0` (the largest) to `feature3`."""
+    return {f"feature{i}": feature for i, feature in enumerate(features)}
+
+
+def require_four(**settings: Sequence) -> None:
+    """Raises ValueError for a setting that does not have one number for each of the four stages."""
+    for name, value in settings.items():
+        if len(value) != 4:
+            raise ValueError(f"{name} needs four numbers, one per stage; got {tuple(value)}")
+
+
+def require_whole_heads(dims: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Raises ValueError for a stage whose width its heads do not divide."""
+    for stage, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
+        if dim % heads:
+            raise ValueError(f"stage {stage + 1}: width {dim} does not divide into {heads} heads; set num_heads")
+
+
+def require_images(images: jax.Array, *, multiple: int = 1) -> None:
+    """Raises ValueError unless `images` are (B, H, W, 3) whose sides divide by `multiple`."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be (B, H, W, 3); got {images.shape}")
+    if any(side % multiple or not side for side in images.shape[1:3]):
+        height, width = (-(-side // multiple) * multiple for side in images.shape[1:3])
+        raise ValueError(
+            f"this model takes images whose height and width divide by {multiple}; got {images.shape[1]}x"
+            f"{images.shape[2]}. Pad or crop them, for example to {height}x{width}"
+        )

@@ -6,7 +6,7 @@ checkpoints; settings that the paper leaves open are those of the official code,
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
 drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
 
-Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `SegFormerHead.fuse_levels`.
+Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `MLPDecoder.fuse_levels`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class OverlapPatchEmbed(nnx.Module):
 class Attention(nnx.Module):
     """Efficient self-attention: keys and values come from a map reduced `sr_ratio` times on each side (eq. 2)."""
 
-    def __init__(self, dim, *, num_heads, sr_ratio, norm_eps, dtype, param_dtype, rngs):
+    def __init__(self, dim, *, num_heads, sr_ratio, norm_eps, qkv_init, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.num_heads = num_heads
-        self.q = layers.Linear(dim, dim, rngs=rngs, **kinds)
-        self.kv = layers.Linear(dim, 2 * dim, rngs=rngs, **kinds)
+        self.q = layers.Linear(dim, dim, kernel_init=qkv_init, rngs=rngs, **kinds)
+        self.kv = layers.Linear(dim, 2 * dim, kernel_init=qkv_init, rngs=rngs, **kinds)
         self.proj = layers.Linear(dim, dim, rngs=rngs, **kinds)
         if sr_ratio > 1:
             self.sr = layers.Conv(dim, dim, sr_ratio, stride=sr_ratio, rngs=rngs, **kinds)
@@ -106,13 +106,22 @@ class Block(nnx.Module):
         drop_path_rate,
         block_norm_eps,
         patch_norm_eps,
+        qkv_init,
         dtype,
         param_dtype,
         rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.norm1 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
-        self.attn = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, norm_eps=patch_norm_eps, rngs=rngs, **kinds)
+        self.attn = Attention(
+            dim,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            norm_eps=patch_norm_eps,
+            qkv_init=qkv_init,
+            rngs=rngs,
+            **kinds,
+        )
         self.norm2 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
         self.mlp = Mlp(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
         self.drop_path1 = layers.DropPath(drop_path_rate, rngs=rngs)
@@ -137,6 +146,7 @@ class MixTransformer(nnx.Module):
         drop_path_rate,
         block_norm_eps,
         patch_norm_eps,
+        qkv_init=layers.linear_init,
         dtype,
         param_dtype,
         rngs,
@@ -163,6 +173,7 @@ class MixTransformer(nnx.Module):
                     drop_path_rate=rates[sum(depths[:stage]) + index],
                     block_norm_eps=block_norm_eps,
                     patch_norm_eps=patch_norm_eps,
+                    qkv_init=qkv_init,
                     rngs=rngs,
                     **kinds,
                 )
@@ -209,23 +220,29 @@ class ConvModule(nnx.Module):
         self.bn = layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds)
 
 
-class SegFormerHead(nnx.Module):
-    """All-MLP decoder (section 3.2): four maps -> logits (B, H/4, W/4, K)."""
+class MLPDecoder(nnx.Module):
+    """The decoder up to its fusion (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused.
+
+    What follows the fusing convolution is each form's own: `SegFormerHead` here, `PlainHead` in `segformer_plain.py`.
+    """
 
     def __init__(self, *, dims, decoder_dim, num_classes, dropout_rate, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.dtype = dtype
         self.linear_c4 = LevelProjection(dims[3], decoder_dim, **kinds)
         self.linear_c3 = LevelProjection(dims[2], decoder_dim, **kinds)
         self.linear_c2 = LevelProjection(dims[1], decoder_dim, **kinds)
         self.linear_c1 = LevelProjection(dims[0], decoder_dim, **kinds)
-        self.linear_fuse = ConvModule(4 * decoder_dim, decoder_dim, **kinds)
+        self.make_fuse(4 * decoder_dim, decoder_dim, **kinds)
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds)
 
-    def __call__(self, features: list[jax.Array]) -> jax.Array:
-        fused = jax.nn.relu(self.linear_fuse.bn(self.fuse_levels(features)))
-        return layers.classify(self.linear_pred, self.dropout(fused))
+    def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
+        """Sets the layers under the names that the published checkpoint gives them."""
+        raise NotImplementedError
+
+    def fusion(self) -> layers.Conv:
+        """The 1x1 convolution over the concatenated levels."""
+        raise NotImplementedError
 
     def levels(self) -> list[layers.Linear]:
         """The four projections in the order in which their outputs are concatenated: deepest level first."""
@@ -234,27 +251,30 @@ class SegFormerHead(nnx.Module):
     def fuse_levels_plain(self, features: list[jax.Array]) -> jax.Array:
         """As the paper writes it: project, enlarge to 1/4, concatenate, 1x1 convolution. -> (B, H/4, W/4, C)."""
         size = features[0].shape[1:3]
-        deepest_first = features[::-1]
-        projected = [level(x) for level, x in zip(self.levels(), deepest_first, strict=True)]
+        projected = [level(x) for level, x in zip(self.levels(), features[::-1], strict=True)]
         enlarged = [layers.resize(x, size) for x in projected]
-        return self.linear_fuse.conv(jnp.concatenate(enlarged, axis=-1))
+        return self.fusion()(jnp.concatenate(enlarged, axis=-1))
 
     def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
-        """The same, cheaper. Nothing non-linear stands between projection and convolution, and a 1x1 convolution
-        commutes with resizing, whose weights sum to one: multiply each level by (projection @ its slice of the
-        convolution) at its own resolution, enlarge, add. -> (B, H/4, W/4, C).
-        """
+        """The same, cheaper: see `layers.project_and_fuse`. -> (B, H/4, W/4, C)."""
+        if layers.as_published():
+            return self.fuse_levels_plain(features)
         size = features[0].shape[1:3]
-        # The two matrices are multiplied wide: rounding their product once is closer than rounding each factor.
-        wide = jnp.promote_types(self.linear_fuse.conv.kernel[...].dtype, layers.at_least_float32(self.dtype))
-        slices = jnp.split(self.linear_fuse.conv.kernel[...][0, 0].astype(wide), 4)  # 4 x (C, C)
-        total = None
-        for level, part, x in zip(self.levels(), slices, features[::-1], strict=True):
-            combined = (level.kernel[...].astype(wide) @ part).astype(self.dtype)  # (C_level, C)
-            bias = (level.bias[...].astype(wide) @ part).astype(self.dtype)  # (C,)
-            y = layers.resize(jnp.matmul(x.astype(self.dtype), combined) + bias, size)
-            total = y if total is None else total + y
-        return total
+        return layers.project_and_fuse(features[::-1], self.levels(), self.fusion(), lambda x: layers.resize(x, size))
+
+
+class SegFormerHead(MLPDecoder):
+    """All-MLP decoder (section 3.2): four maps -> logits (B, H/4, W/4, K)."""
+
+    def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
+        self.linear_fuse = ConvModule(in_channels, out_channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def fusion(self) -> layers.Conv:
+        return self.linear_fuse.conv
+
+    def __call__(self, features: list[jax.Array]) -> jax.Array:
+        fused = jax.nn.relu(self.linear_fuse.bn(self.fuse_levels(features)))
+        return layers.classify(self.linear_pred, self.dropout(fused))
 
 
 class SegFormer(nnx.Module):
@@ -289,14 +309,8 @@ class SegFormer(nnx.Module):
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(
-            dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
-        ).items():
-            if len(value) != 4:
-                raise ValueError(f"{name} needs four numbers, one per stage; got {tuple(value)}")
-        for stage, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
-            if dim % heads:
-                raise ValueError(f"stage {stage + 1}: width {dim} does not divide into {heads} heads; set num_heads")
+        layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        layers.require_whole_heads(dims, num_heads)
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.backbone = MixTransformer(
@@ -315,9 +329,6 @@ class SegFormer(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be (B, H, W, 3); got {images.shape}")
+        layers.require_images(images)
         features = self.backbone(images.astype(self.dtype))
-        logits = self.decode_head(features)
-        taps = {f"feature{i}": feature for i, feature in enumerate(features)}
-        return logits, taps
+        return self.decode_head(features), layers.feature_taps(features)

@@ -1,0 +1,283 @@
+"""HRNet: branches at four resolutions side by side, which exchange what they know after every module.
+
+Wang, Sun, Cheng et al.: "Deep High-Resolution Representation Learning for Visual Recognition", TPAMI 2020,
+arXiv:1908.07919 (HRNetV2: all four branches enlarged and concatenated). Sizes from its section 3; attribute names are
+the keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation), which jo-jstrm/segmentation_pytorch shares.
+
+`align_corners` is how bilinear enlargements place their pixels, in the fusions and in the head: False for the
+Cityscapes checkpoints without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and everything with OCR. A
+checkpoint does not tell.
+
+Initial weights: normal of std 0.001 for every convolution, torch's own for biases. BatchNorm momentum 0.1, as in the
+branch of the code that has OCR; its master branch has 0.01.
+
+Deviations: jo-jstrm/segmentation_pytorch enlarges the logits to its crop size at the end; ours stay at 1/4. The 1x1
+convolution over the concatenated branches runs in the equal, cheaper order of `layers.conv1x1_of_resized`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import layers
+
+# Width of the branch with the highest resolution; the others have 2, 4 and 8 times as many channels.
+VARIANTS = {"w18": dict(width=18), "w32": dict(width=32), "w48": dict(width=48)}
+STEM_CHANNELS = 64
+BOTTLENECK_EXPANSION = 4
+
+
+def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return 0.001 * jax.random.normal(key, shape, dtype)
+
+
+def conv3x3(in_channels, out_channels, *, stride=1, dtype, param_dtype, rngs) -> layers.Conv:
+    return layers.Conv(
+        in_channels,
+        out_channels,
+        3,
+        stride=stride,
+        padding=1,
+        use_bias=False,
+        kernel_init=conv_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def conv1x1(in_channels, out_channels, *, dtype, param_dtype, rngs) -> layers.Conv:
+    return layers.Conv(
+        in_channels,
+        out_channels,
+        1,
+        use_bias=False,
+        kernel_init=conv_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def batch_norm(channels, *, dtype, param_dtype) -> layers.BatchNorm:
+    return layers.BatchNorm(channels, epsilon=1e-5, momentum=0.1, dtype=dtype, param_dtype=param_dtype)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolution around a shortcut: (B, H, W, in) -> (B, H, W, 4 * planes)."""
+
+    def __init__(self, in_channels, planes, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        out_channels = BOTTLENECK_EXPANSION * planes
+        self.conv1 = conv1x1(in_channels, planes, rngs=rngs, **kinds)
+        self.bn1 = batch_norm(planes, **kinds)
+        self.conv2 = conv3x3(planes, planes, rngs=rngs, **kinds)
+        self.bn2 = batch_norm(planes, **kinds)
+        self.conv3 = conv1x1(planes, out_channels, rngs=rngs, **kinds)
+        self.bn3 = batch_norm(out_channels, **kinds)
+        if in_channels == out_channels:
+            self.downsample = None
+        else:
+            self.downsample = layers.Sequential(
+                [conv1x1(in_channels, out_channels, rngs=rngs, **kinds), batch_norm(out_channels, **kinds)]
+            )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        y = jax.nn.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return jax.nn.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions around a shortcut. (B, H, W, C) -> the same."""
+
+    def __init__(self, channels, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.conv1 = conv3x3(channels, channels, rngs=rngs, **kinds)
+        self.bn1 = batch_norm(channels, **kinds)
+        self.conv2 = conv3x3(channels, channels, rngs=rngs, **kinds)
+        self.bn2 = batch_norm(channels, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        return jax.nn.relu(self.bn2(self.conv2(y)) + x)
+
+
+def halving(in_channels, out_channels, *, relu, dtype, param_dtype, rngs) -> layers.Sequential:
+    """3x3 convolution of stride 2 and BatchNorm, with or without ReLU."""
+    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    parts = [conv3x3(in_channels, out_channels, stride=2, rngs=rngs, **kinds), batch_norm(out_channels, **kinds)]
+    return layers.Sequential([*parts, layers.ReLU()] if relu else parts)
+
+
+class HighResolutionModule(nnx.Module):
+    """Blocks in every branch, then each branch becomes the sum of all, brought to its size (figure 3)."""
+
+    def __init__(self, channels, num_blocks, *, align_corners, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.align_corners = align_corners
+        self.branches = nnx.List(
+            [
+                layers.Sequential([BasicBlock(width, rngs=rngs, **kinds) for _ in range(num_blocks)])
+                for width in channels
+            ]
+        )
+        self.fuse_layers = nnx.List(
+            [
+                nnx.List([_exchange(channels, source, target, rngs=rngs, **kinds) for source in range(len(channels))])
+                for target in range(len(channels))
+            ]
+        )
+
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+        fused = []
+        for target, exchanges in enumerate(self.fuse_layers):
+            total = None
+            for exchange, x in zip(exchanges, maps, strict=True):
+                y = x if exchange is None else exchange(x)
+                y = layers.resize(y, maps[target].shape[1:3], align_corners=self.align_corners)
+                total = y if total is None else total + y
+            fused.append(jax.nn.relu(total))
+        return fused
+
+
+def _exchange(channels, source, target, *, dtype, param_dtype, rngs) -> layers.Sequential | None:
+    """What brings branch `source` to the channels, and if it is larger to the size, of branch `target`."""
+    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    if source == target:
+        return None
+    if source > target:
+        parts = [conv1x1(channels[source], channels[target], rngs=rngs, **kinds), batch_norm(channels[target], **kinds)]
+        return layers.Sequential(parts)
+    # The channels change, and the ReLU is missing, at the last of the halvings.
+    inner = [
+        halving(channels[source], channels[source], relu=True, rngs=rngs, **kinds) for _ in range(target - source - 1)
+    ]
+    last = halving(channels[source], channels[target], relu=False, rngs=rngs, **kinds)
+    return layers.Sequential([*inner, last])
+
+
+def transition(before, after, *, dtype, param_dtype, rngs) -> nnx.List:
+    """What makes the branches of the next stage: a 3x3 where channels change, and a halving for the new branch."""
+    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    parts = nnx.List([])
+    for source, target in zip(before, after, strict=False):
+        if source == target:
+            parts.append(None)
+        else:
+            convolution = conv3x3(source, target, rngs=rngs, **kinds)
+            parts.append(layers.Sequential([convolution, batch_norm(target, **kinds), layers.ReLU()]))
+    parts.append(layers.Sequential([halving(before[-1], after[-1], relu=True, rngs=rngs, **kinds)]))
+    return parts
+
+
+def branch(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
+    """Applies a transition; the new branch starts from the smallest map."""
+    sources = [*maps, maps[-1]]
+    return [x if part is None else part(x) for part, x in zip(parts, sources, strict=True)]
+
+
+class HighResolutionNet(nnx.Module):
+    """The backbone, whose names stand at the top of a checkpoint: images (B, H, W, 3) -> four maps from 1/4 to 1/32."""
+
+    def __init__(self, *, width, stage1_channels, stage_modules, stage_blocks, align_corners, dtype, param_dtype, rngs):
+        layers.require_four(stage_modules=stage_modules, stage_blocks=stage_blocks)
+        if stage_modules[0] != 1:
+            raise ValueError(f"stage_modules: the first stage has one module; got {stage_modules[0]}")
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.dtype = dtype
+        self.align_corners = align_corners
+        self.conv1 = conv3x3(3, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
+        self.bn1 = batch_norm(STEM_CHANNELS, **kinds)
+        self.conv2 = conv3x3(STEM_CHANNELS, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
+        self.bn2 = batch_norm(STEM_CHANNELS, **kinds)
+        wide = BOTTLENECK_EXPANSION * stage1_channels
+        self.layer1 = layers.Sequential(
+            [
+                Bottleneck(STEM_CHANNELS if index == 0 else wide, stage1_channels, rngs=rngs, **kinds)
+                for index in range(stage_blocks[0])
+            ]
+        )
+        channels = [wide]
+        for stage in (2, 3, 4):
+            before, channels = channels, [width * 2**level for level in range(stage)]
+            setattr(self, f"transition{stage - 1}", transition(before, channels, rngs=rngs, **kinds))
+            modules = [
+                HighResolutionModule(channels, stage_blocks[stage - 1], align_corners=align_corners, rngs=rngs, **kinds)
+                for _ in range(stage_modules[stage - 1])
+            ]
+            setattr(self, f"stage{stage}", layers.Sequential(modules))
+
+    def branches(self, images: jax.Array) -> list[jax.Array]:
+        layers.require_images(images)
+        x = images.astype(self.dtype)
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        x = jax.nn.relu(self.bn2(self.conv2(x)))
+        maps = [self.layer1(x)]
+        for stage in (2, 3, 4):
+            maps = branch(getattr(self, f"transition{stage - 1}"), maps)
+            maps = getattr(self, f"stage{stage}")(maps)
+        return maps
+
+    def enlarge_to(self, size: tuple[int, int]):
+        """Resizes a map to `size`, for the head."""
+        return partial(layers.resize, size=size, align_corners=self.align_corners)
+
+
+class HRNet(HighResolutionNet):
+    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, the branches.
+
+    Args of the constructor, all keyword:
+      num_classes: K.
+      width: channels of the branch with the highest resolution.
+      stage1_channels: inner width of the first stage's bottlenecks.
+      stage_modules: modules of each stage, the first 1. stage_blocks: blocks of each branch of a module.
+      align_corners: of every bilinear enlargement.
+      dtype: of the computation. param_dtype: of what is stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        stage1_channels: int = 64,
+        stage_modules: tuple[int, ...] = (1, 1, 4, 3),
+        stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
+        align_corners: bool = False,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        super().__init__(
+            width=width,
+            stage1_channels=stage1_channels,
+            stage_modules=stage_modules,
+            stage_blocks=stage_blocks,
+            align_corners=align_corners,
+            rngs=rngs,
+            **kinds,
+        )
+        total = 15 * width
+        biased = dict(kernel_init=conv_init, bias_init=layers.fan_in_bias_init, rngs=rngs, **kinds)
+        self.last_layer = layers.Sequential(
+            [
+                layers.Conv(total, total, 1, **biased),
+                batch_norm(total, **kinds),
+                layers.ReLU(),
+                layers.Conv(total, num_classes, 1, **biased),
+            ]
+        )
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        maps = self.branches(images)
+        convolution, norm, relu, classifier = self.last_layer
+        fused = layers.conv1x1_of_resized(convolution, maps, self.enlarge_to(maps[0].shape[1:3]))
+        return layers.classify(classifier, relu(norm(fused))), layers.feature_taps(maps)

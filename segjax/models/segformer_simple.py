@@ -1,0 +1,246 @@
+"""The "simple" SegFormer: P. Wang's rewriting (lucidrains, segformer-pytorch on PyPI), which
+jo-jstrm/segmentation_pytorch has as `segformer_simple.py`.
+
+After Xie et al., arXiv:2105.15203, but another network: patches are unfolded and go through a 1x1 convolution, without
+a norm; LayerNorm is (x - mean) / (sqrt(var) + 1e-5) over channels; attention has no biases and takes keys and values
+from one strided convolution, without a norm; the Mix-FFN's depthwise convolution is followed by a pointwise one; stages
+end without a norm; the decoder enlarges by nearest neighbours and is linear. No dropout of any kind. Every stage
+shrinks its map by a whole factor, so that the sides of an image must divide by 32.
+
+Sizes are the package's defaults. Initial weights are torch's own. Attribute names are its keys: a number is the place
+in a torch ModuleList or Sequential.
+
+Deviations: none in what is computed. Unfolding and its 1x1 convolution run as the one k x k convolution that they are,
+and the decoder in the order of `layers.project_and_fuse`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import layers
+
+VARIANTS = {
+    "": dict(
+        dims=(32, 64, 160, 256),
+        depths=(2, 2, 2, 2),
+        num_heads=(1, 2, 5, 8),
+        mlp_ratios=(8, 8, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        decoder_dim=256,
+    )
+}
+# Kernel, stride and padding of the four patch embeddings.
+PATCHES = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
+LARGEST_STRIDE = 32
+TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels: eps stands outside the root, unlike everywhere else."""
+
+    def __init__(self, dim, *, dtype, param_dtype):
+        self.dtype = dtype
+        self.g = nnx.Param(jnp.ones((1, dim, 1, 1), param_dtype))
+        self.b = nnx.Param(jnp.zeros((1, dim, 1, 1), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(layers.at_least_float32(self.dtype))
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        scale, shift = (value[...].reshape(-1).astype(wide.dtype) for value in (self.g, self.b))  # (C,)
+        return (centered / (jnp.sqrt(variance) + 1e-5) * scale + shift).astype(self.dtype)
+
+
+class PreNorm(nnx.Module):
+    """`fn` of the normalised map."""
+
+    def __init__(self, dim, fn, *, dtype, param_dtype):
+        self.fn = fn
+        self.norm = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fn(self.norm(x))
+
+
+class EfficientSelfAttention(nnx.Module):
+    """Attention without biases; keys and values are one convolution of kernel and stride `sr_ratio`."""
+
+    def __init__(self, dim, *, num_heads, sr_ratio, dtype, param_dtype, rngs):
+        kinds = dict(use_bias=False, kernel_init=layers.fan_in_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.num_heads = num_heads
+        self.to_q = layers.Conv(dim, dim, 1, **kinds)
+        self.to_kv = layers.Conv(dim, 2 * dim, sr_ratio, stride=sr_ratio, **kinds)
+        self.to_out = layers.Conv(dim, dim, 1, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        heads, width = self.num_heads, C // self.num_heads
+        query = self.to_q(x).reshape(B, H * W, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
+        key, value = self.to_kv(x).reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
+        mixed = layers.attention(query, key, value)  # (B, h, N, D)
+        return self.to_out(mixed.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+
+
+class DsConv2d(nnx.Module):
+    """Depthwise 3x3 and pointwise convolution. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
+        self.net = layers.Sequential(
+            [layers.Conv(dim, dim, 3, padding=1, groups=dim, **kinds), layers.Conv(dim, dim, 1, **kinds)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net(x)
+
+
+class MixFeedForward(nnx.Module):
+    """1x1, depthwise 3x3 and 1x1, GELU, 1x1. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.net = layers.Sequential(
+            [
+                layers.Conv(dim, hidden_dim, 1, **kinds, **TORCH_INIT),
+                DsConv2d(hidden_dim, **kinds),
+                layers.GELU(),
+                layers.Conv(hidden_dim, dim, 1, **kinds, **TORCH_INIT),
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net(x)
+
+
+class Unfold(nnx.Module):
+    """Overlapping patches as channels, a channel's pixels together: (B, H, W, C) -> (B, H/s, W/s, C * k * k)."""
+
+    def __init__(self, kernel_size, stride, padding):
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated_patches(
+            x,
+            (self.kernel_size, self.kernel_size),
+            (self.stride, self.stride),
+            [(self.padding, self.padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
+    """`projection(unfold(x))` as one convolution: (B, H, W, C) -> (B, H/s, W/s, dim)."""
+    if layers.as_published():
+        return projection(unfold(x))
+    side, channels = unfold.kernel_size, x.shape[-1]
+    kernel = projection.kernel[...].reshape(channels, side, side, -1).transpose(1, 2, 0, 3)  # (k, k, C, dim)
+    dtype = projection.dtype
+    padding = (unfold.padding, unfold.padding)
+    y = layers.conv(x.astype(dtype), kernel.astype(dtype), stride=unfold.stride, padding=padding, groups=1)
+    return y + projection.bias[...].astype(dtype)
+
+
+class MiT(nnx.Module):
+    """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
+
+    def __init__(self, *, dims, depths, num_heads, mlp_ratios, sr_ratios, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        stages = []
+        for stage, (kernel_size, stride, padding) in enumerate(PATCHES):
+            dim, channels = dims[stage], 3 if stage == 0 else dims[stage - 1]
+            projection = layers.Conv(channels * kernel_size**2, dim, 1, rngs=rngs, **kinds, **TORCH_INIT)
+            blocks = []
+            for _ in range(depths[stage]):
+                attention = EfficientSelfAttention(
+                    dim, num_heads=num_heads[stage], sr_ratio=sr_ratios[stage], rngs=rngs, **kinds
+                )
+                feed_forward = MixFeedForward(dim, round(dim * mlp_ratios[stage]), rngs=rngs, **kinds)
+                blocks.append(nnx.List([PreNorm(dim, attention, **kinds), PreNorm(dim, feed_forward, **kinds)]))
+            stages.append(nnx.List([Unfold(kernel_size, stride, padding), projection, nnx.List(blocks)]))
+        self.stages = nnx.List(stages)
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        features = []
+        for unfold, projection, blocks in self.stages:
+            x = embed_patches(unfold, projection, x)
+            for attention, feed_forward in blocks:
+                x = attention(x) + x
+                x = feed_forward(x) + x
+            features.append(x)
+        return features
+
+
+class Upsample(nnx.Module):
+    """Enlargement by nearest neighbours."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layers.enlarge_nearest(x, self.factor)
+
+
+class SegFormerSimple(nnx.Module):
+    """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+
+    Args of the constructor, all keyword:
+      num_classes: K.
+      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
+      decoder_dim: width of the decoder.
+      dtype: of the computation. param_dtype: of what is stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
+        sr_ratios: tuple[int, ...],
+        decoder_dim: int,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        layers.require_whole_heads(dims, num_heads)
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dtype = dtype
+        self.mit = MiT(
+            dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios, **kinds
+        )
+        self.to_fused = nnx.List(
+            [
+                layers.Sequential([layers.Conv(dim, decoder_dim, 1, **kinds, **TORCH_INIT), Upsample(2**stage)])
+                for stage, dim in enumerate(dims)
+            ]
+        )
+        self.to_segmentation = layers.Sequential(
+            [
+                layers.Conv(4 * decoder_dim, decoder_dim, 1, **kinds, **TORCH_INIT),
+                layers.Conv(decoder_dim, num_classes, 1, **kinds, **TORCH_INIT),
+            ]
+        )
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        layers.require_images(images, multiple=LARGEST_STRIDE)
+        features = self.mit(images.astype(self.dtype))
+        fuse, classifier = self.to_segmentation
+        return layers.classify(classifier, self.fuse_levels(features, fuse)), layers.feature_taps(features)
+
+    def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
+        """Project, enlarge to 1/4, concatenate from the largest map on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        if layers.as_published():
+            return fuse(jnp.concatenate([level(x) for level, x in zip(self.to_fused, features, strict=True)], axis=-1))
+        height = features[0].shape[1]
+        return layers.project_and_fuse(
+            features,
+            [level[0] for level in self.to_fused],
+            fuse,
+            lambda x: layers.enlarge_nearest(x, height // x.shape[1]),
+        )

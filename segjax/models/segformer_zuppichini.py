@@ -1,0 +1,294 @@
+"""The SegFormer of F. Zuppichini's article "Implementing SegFormer in PyTorch" (2021).
+
+After Xie et al., arXiv:2105.15203, but another network: patch convolutions without bias; torch's multi-head attention
+with one joint projection; the reducing convolution and its norm at every ratio, 1 included; a Mix-FFN of a 1x1 from C
+to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path on the FFN branch alone and for the whole batch at once
+(torchvision's mode "batch"); levels enlarged with aligned corners before their 1x1 convolution; ReLU before
+BatchNorm in the head; no dropout in front of the classifier. LayerNorm eps is 1e-5 everywhere. Levels are enlarged by
+whole factors, so that the sides of an image must divide by 32.
+
+Sizes are the article's. Initial weights are torch's own. Attribute names are its keys: a number is the place in a torch
+Sequential.
+
+Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `layers.project_and_fuse`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax.models import layers
+
+VARIANTS = {
+    "": dict(
+        dims=(64, 128, 256, 512),
+        depths=(3, 4, 6, 3),
+        num_heads=(1, 2, 4, 8),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        decoder_dim=256,
+    )
+}
+# Kernel and stride of the four patch embeddings.
+PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))
+LARGEST_STRIDE = 32
+NORM_EPS = 1e-5
+TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+
+
+class MultiheadAttention(nnx.Module):
+    """torch.nn.MultiheadAttention: tokens (B, N, C) that look at tokens (B, M, C) -> (B, N, C)."""
+
+    def __init__(self, dim, *, num_heads, dtype, param_dtype, rngs):
+        self.num_heads = num_heads
+        self.dtype = dtype
+        # Queries, keys and values one below the other, (3C, C): torch's own layout.
+        joint = layers.joint_projection_init(rngs.params(), (dim, 3 * dim), param_dtype).T
+        self.in_proj_weight = nnx.Param(joint)
+        self.in_proj_bias = nnx.Param(jnp.zeros((3 * dim,), param_dtype))
+        self.out_proj = layers.Linear(
+            dim, dim, kernel_init=layers.fan_in_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(self, tokens: jax.Array, others: jax.Array) -> jax.Array:
+        B, N, C = tokens.shape
+        heads, width = self.num_heads, C // self.num_heads
+        weight, bias = self.in_proj_weight[...].astype(self.dtype), self.in_proj_bias[...].astype(self.dtype)
+        query = tokens.astype(self.dtype) @ weight[:C].T + bias[:C]  # (B, N, C)
+        key_value = others.astype(self.dtype) @ weight[C:].T + bias[C:]  # (B, M, 2C)
+        query = query.reshape(B, N, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
+        key, value = key_value.reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
+        mixed = layers.attention(query, key, value)  # (B, h, N, D)
+        return self.out_proj(mixed.transpose(0, 2, 1, 3).reshape(B, N, C))
+
+
+class EfficientMultiHeadAttention(nnx.Module):
+    """Attention of all pixels to a map reduced `sr_ratio` times on each side. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, *, num_heads, sr_ratio, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.reducer = layers.Sequential(
+            [
+                layers.Conv(dim, dim, sr_ratio, stride=sr_ratio, rngs=rngs, **kinds, **TORCH_INIT),
+                layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds),
+            ]
+        )
+        self.att = MultiheadAttention(dim, num_heads=num_heads, rngs=rngs, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        reduced = self.reducer(x).reshape(B, -1, C)  # (B, M, C)
+        return self.att(x.reshape(B, H * W, C), reduced).reshape(B, H, W, C)
+
+
+def mix_mlp(dim, hidden_dim, *, dtype, param_dtype, rngs) -> layers.Sequential:
+    """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C."""
+    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
+    return layers.Sequential(
+        [
+            layers.Conv(dim, dim, 1, **kinds),
+            layers.Conv(dim, hidden_dim, 3, padding=1, groups=dim, **kinds),
+            layers.GELU(),
+            layers.Conv(hidden_dim, dim, 1, **kinds),
+        ]
+    )
+
+
+class ResidualAdd(nnx.Module):
+    """x + fn(x)."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fn(x) + x
+
+
+class EncoderStage(nnx.Module):
+    """Patch embedding, blocks, LayerNorm: (B, H, W, in) -> (B, ⌈H/s⌉, ⌈W/s⌉, dim)."""
+
+    def __init__(
+        self, in_channels, dim, *, patch, drop_path_rates, num_heads, mlp_ratio, sr_ratio, dtype, param_dtype, rngs
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kernel_size, stride = patch
+        self.overlap_patch_merge = layers.Sequential(
+            [
+                layers.Conv(
+                    in_channels,
+                    dim,
+                    kernel_size,
+                    stride=stride,
+                    padding=kernel_size // 2,
+                    use_bias=False,
+                    kernel_init=layers.fan_in_init,
+                    rngs=rngs,
+                    **kinds,
+                ),
+                layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds),
+            ]
+        )
+        blocks = []
+        for rate in drop_path_rates:
+            attention = EfficientMultiHeadAttention(dim, num_heads=num_heads, sr_ratio=sr_ratio, rngs=rngs, **kinds)
+            mlp = mix_mlp(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
+            attend = [layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds), attention]
+            feed = [
+                layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds),
+                mlp,
+                layers.DropPathOfBatch(rate, rngs=rngs),
+            ]
+            blocks.append(
+                layers.Sequential([ResidualAdd(layers.Sequential(attend)), ResidualAdd(layers.Sequential(feed))])
+            )
+        self.blocks = layers.Sequential(blocks)
+        self.norm = layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.blocks(self.overlap_patch_merge(x)))
+
+
+class Encoder(nnx.Module):
+    """(B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
+
+    def __init__(self, *, dims, depths, num_heads, mlp_ratios, sr_ratios, drop_path_rate, dtype, param_dtype, rngs):
+        rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
+        self.stages = nnx.List(
+            [
+                EncoderStage(
+                    3 if stage == 0 else dims[stage - 1],
+                    dims[stage],
+                    patch=patch,
+                    drop_path_rates=rates[sum(depths[:stage]) : sum(depths[: stage + 1])],
+                    num_heads=num_heads[stage],
+                    mlp_ratio=mlp_ratios[stage],
+                    sr_ratio=sr_ratios[stage],
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for stage, patch in enumerate(PATCHES)
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class Upsample(nnx.Module):
+    """Bilinear enlargement by a whole factor with aligned corners."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = (x.shape[1] * self.factor, x.shape[2] * self.factor)
+        return layers.resize(x, size, align_corners=True)
+
+
+class Decoder(nnx.Module):
+    """Each level enlarged to 1/4 and projected by a 1x1 convolution, the deepest first."""
+
+    def __init__(self, *, dims, decoder_dim, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.stages = nnx.List(
+            [
+                layers.Sequential([Upsample(2**stage), layers.Conv(dims[stage], decoder_dim, 1, **kinds, **TORCH_INIT)])
+                for stage in (3, 2, 1, 0)
+            ]
+        )
+
+    def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
+        return [stage(x) for stage, x in zip(self.stages, features[::-1], strict=True)]
+
+
+class Head(nnx.Module):
+    """Fusion of the concatenated levels (1x1 without bias, ReLU, BatchNorm), and the classifier."""
+
+    def __init__(self, *, decoder_dim, num_classes, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.fuse = layers.Sequential(
+            [
+                layers.Conv(
+                    4 * decoder_dim,
+                    decoder_dim,
+                    1,
+                    use_bias=False,
+                    kernel_init=layers.fan_in_init,
+                    rngs=rngs,
+                    **kinds,
+                ),
+                layers.ReLU(),
+                layers.BatchNorm(decoder_dim, **kinds),
+            ]
+        )
+        self.predict = layers.Conv(decoder_dim, num_classes, 1, rngs=rngs, **kinds, **TORCH_INIT)
+
+
+class SegFormerZuppichini(nnx.Module):
+    """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+
+    Args of the constructor, all keyword:
+      num_classes: K.
+      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage; mlp_ratios whole ones.
+      decoder_dim: width of the decoder.
+      drop_path_rate: of the last block; the first has 0, those between lie on a line.
+      dtype: of the computation. param_dtype: of what is stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        mlp_ratios: tuple[int, ...],
+        sr_ratios: tuple[int, ...],
+        decoder_dim: int,
+        drop_path_rate: float = 0.0,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        layers.require_whole_heads(dims, num_heads)
+        if any(ratio != round(ratio) for ratio in mlp_ratios):
+            raise ValueError(f"mlp_ratios must be whole: the 3x3 has as many groups as channels; got {mlp_ratios}")
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dtype = dtype
+        self.encoder = Encoder(
+            dims=dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+            drop_path_rate=drop_path_rate,
+            **kinds,
+        )
+        self.decoder = Decoder(dims=dims, decoder_dim=decoder_dim, **kinds)
+        self.head = Head(decoder_dim=decoder_dim, num_classes=num_classes, **kinds)
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        layers.require_images(images, multiple=LARGEST_STRIDE)
+        features = self.encoder(images.astype(self.dtype))
+        convolution, relu, norm = self.head.fuse
+        fused = norm(relu(self.fuse_levels(features, convolution)))
+        return layers.classify(self.head.predict, fused), layers.feature_taps(features)
+
+    def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
+        """Enlarge to 1/4, project, concatenate from the deepest level on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        if layers.as_published():
+            return fuse(jnp.concatenate(self.decoder(features), axis=-1))
+        size = features[0].shape[1:3]
+        projections = [stage[1] for stage in self.decoder.stages]
+        return layers.project_and_fuse(
+            features[::-1], projections, fuse, lambda x: layers.resize(x, size, align_corners=True)
+        )
