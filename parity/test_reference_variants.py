@@ -609,6 +609,19 @@ def test_dropout_before_the_classifier_drops_whole_channels(name, classifier):
     torch.testing.assert_close(dropped, torch.where(whole[:, :, None, None], 0.0, 2.0 * kept))
 
 
+def test_the_heads_of_zuppichinis_model_are_by_default_those_of_the_article():
+    with torch.device("meta"):
+        model = SegFormerZuppichini(num_classes=100)
+    heads = [module.num_heads for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    assert heads == [1] * 3 + [2] * 4 + [4] * 6 + [8] * 3
+
+
+def test_the_plain_model_is_by_default_the_one_without_batchnorm():
+    with torch.device("meta"):
+        keys = SegFormerPlain(**NARROW).state_dict().keys()
+    assert keys == golden.weights("segformer_jo_jstrm").keys()
+
+
 def test_default_rates_are_those_of_the_originals():
     def dropout(model):
         return [module.p for module in model.modules() if isinstance(module, nn.Dropout2d)]

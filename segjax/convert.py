@@ -1,6 +1,6 @@
 """Command line: weights between PyTorch and segjax.
 
-    python -m segjax.convert SRC DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp]
+    python -m segjax.convert SRC DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
                                      [--overrides KEY=VALUE ...] [--verify]
 
 SRC is a `.pth`, a `.safetensors` or an orbax folder, told apart by its content; DST is one of the three by its suffix.
@@ -22,9 +22,9 @@ import numpy as np
 from flax import nnx
 
 from segjax import checkpoint, models, runtime
-from segjax.dialects import DIALECTS
+from segjax.dialects import DIALECTS, OF_VARIANT
 from segjax.files import read_file, write_file
-from segjax.weights import CheckpointError, from_torch, logger, named_variables, to_torch
+from segjax.weights import CheckpointError, form_of, from_torch, logger, named_variables, to_torch
 
 
 def _parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
@@ -57,9 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="auto", help=f"insist on one of {', '.join(models.MODELS)}")
     parser.add_argument("--num-classes", type=int, help="needed for a backbone alone, else checked")
     parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names SRC has")
-    parser.add_argument(
-        "--to", default="native", choices=list(DIALECTS), help="whose names DST gets (.pth, .safetensors)"
-    )
+    parser.add_argument("--to", default="native", choices=DIALECTS, help="whose names DST gets (.pth, .safetensors)")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that SRC cannot tell")
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)
@@ -128,11 +126,12 @@ def _warn_of_settings(model: nnx.Module, options: argparse.Namespace) -> None:
     if options.destination.suffix not in (".pth", ".safetensors"):
         return
     settings = models.settings(model.spec.name) | dict(model.spec.overrides)
-    for setting, value in DIALECTS[options.to].settings:
-        if settings[setting] != value:
+    form = form_of(model, options.to)
+    for setting, value in form.settings:
+        if value is not OF_VARIANT and settings[setting] != value:
             logger.info(
                 "note: %s computes with %s=%s, this model with %s",
-                DIALECTS[options.to].package,
+                form.package,
                 setting,
                 value,
                 settings[setting],

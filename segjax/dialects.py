@@ -1,215 +1,642 @@
-"""How other packages name the same weights: tables of renames and merges onto the native names, both ways.
+"""How each package writes each family's weights: tables of renames, splits and merges onto the native names, both ways.
 
-A *naming* is a list of rules. A rule pairs a native module name with a foreign one, everything after it (`.weight`,
-`.running_var`, ...) stays. In a name `{s}` is the stage 1..4, `{z}` the stage from zero, `{r}` the stage from the deep
-end from zero, `{b}` the number of a block. Where the foreign side is a tuple, its tensors stacked along the first axis
-make up the native one. A *dialect* is one package's naming, with the older ones it also reads and what it
-leaves unsaid in its files.
+Native names are the attribute paths of our modules, which are the keys that the first publisher of a family used. A
+*rule* pairs native names with foreign ones; `{t}` is the tensor's own name (`weight`, `running_var`, ...), which stays,
+and stands at the end where a name does not place it. Where one side has several names, its tensors stacked along the
+first axis make up the other side. In a name `{s}` is the stage 1..4, `{z}` the stage from zero, `{r}` the stage from
+the deep end from zero, `{b}` a number, `{rest}` anything.
+
+A *naming* is a list of rules. A *form* is how one package (the dialect) writes one family: its naming, older ones that
+it also reads, and what its files leave unsaid.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 BATCH_COUNTER = "num_batches_tracked"
-
-# SegFormer. Native is what NVlabs publishes, and the attribute path of our modules.
-_MIT = (
-    ("patch_embed{s}.proj", "patch_embeddings.{z}.proj", "stages.{z}.patch_embeddings.proj"),
-    ("patch_embed{s}.norm", "patch_embeddings.{z}.layer_norm", "stages.{z}.patch_embeddings.layer_norm"),
-    ("block{s}.{b}.norm1", "block.{z}.{b}.layer_norm_1", "stages.{z}.blocks.{b}.layernorm_before"),
-    ("block{s}.{b}.attn.q", "block.{z}.{b}.attention.self.query", "stages.{z}.blocks.{b}.attention.q_proj"),
-    (
-        "block{s}.{b}.attn.kv",
-        ("block.{z}.{b}.attention.self.key", "block.{z}.{b}.attention.self.value"),
-        ("stages.{z}.blocks.{b}.attention.k_proj", "stages.{z}.blocks.{b}.attention.v_proj"),
-    ),
-    (
-        "block{s}.{b}.attn.sr",
-        "block.{z}.{b}.attention.self.sr",
-        "stages.{z}.blocks.{b}.attention.sequence_reduction.sequence_reduction",
-    ),
-    (
-        "block{s}.{b}.attn.norm",
-        "block.{z}.{b}.attention.self.layer_norm",
-        "stages.{z}.blocks.{b}.attention.sequence_reduction.layer_norm",
-    ),
-    ("block{s}.{b}.attn.proj", "block.{z}.{b}.attention.output.dense", "stages.{z}.blocks.{b}.attention.o_proj"),
-    ("block{s}.{b}.norm2", "block.{z}.{b}.layer_norm_2", "stages.{z}.blocks.{b}.layernorm_after"),
-    ("block{s}.{b}.mlp.fc1", "block.{z}.{b}.mlp.dense1", "stages.{z}.blocks.{b}.mlp.fc1"),
-    ("block{s}.{b}.mlp.dwconv.dwconv", "block.{z}.{b}.mlp.dwconv.dwconv", "stages.{z}.blocks.{b}.mlp.dwconv.dwconv"),
-    ("block{s}.{b}.mlp.fc2", "block.{z}.{b}.mlp.dense2", "stages.{z}.blocks.{b}.mlp.fc2"),
-    ("norm{s}", "layer_norm.{z}", "stages.{z}.layer_norm"),
-)
-# (native, transformers on disk, transformers v5 in memory, smp)
-_HEAD = (
-    ("linear_c{s}.proj", "linear_c.{z}.proj", "linear_projections.{z}.proj", "decoder.mlp_stage.{r}.linear"),
-    ("linear_fuse.conv", "linear_fuse", "linear_fuse", "decoder.fuse_stage.0"),
-    ("linear_fuse.bn", "batch_norm", "batch_norm", "decoder.fuse_stage.1"),
-    ("linear_pred", "classifier", "classifier", "segmentation_head.0"),
-)
-
-
-def _prefixed(prefix: str, names):
-    return tuple(prefix + name for name in names) if isinstance(names, tuple) else prefix + names
-
-
-def _segformer(encoder: tuple[str, int], head: tuple[str, int]) -> tuple:
-    """Rules from a prefix and a column of `_MIT`, and a prefix and a column of `_HEAD`."""
-    (encoder_prefix, mit), (head_prefix, column) = encoder, head
-    rules = [("backbone." + row[0], _prefixed(encoder_prefix, row[mit])) for row in _MIT]
-    return tuple(rules + [("decode_head." + row[0], _prefixed(head_prefix, row[column])) for row in _HEAD])
+# A setting that a checkpoint cannot tell and that differs between the published variants of a family.
+OF_VARIANT = object()
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialect:
-    """One package's way of writing a family of models.
+class Rule:
+    """Native names and foreign names of the same numbers.
 
     Attributes:
-      name: as in `--dialect`.
+      native, foreign: templates; several stand for tensors stacked along the first axis.
+      shares: relative lengths of the native parts, where there are several.
+      as_conv: a linear layer (out, in) here is a 1x1 convolution (out, in, 1, 1) there.
+    """
+
+    native: tuple[str, ...]
+    foreign: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    as_conv: bool = False
+
+
+def _rule(native, foreign, **settings) -> Rule:
+    return Rule(_names(native), _names(foreign), **settings)
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name if "{t}" in name or "{rest}" in name else name + ".{t}"
+        for name in (names if isinstance(names, tuple) else (names,))
+    )
+
+
+def _prefixed(native_prefix: str, foreign_prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    return tuple(
+        dataclasses.replace(
+            rule,
+            native=tuple(native_prefix + name for name in rule.native),
+            foreign=tuple(foreign_prefix + name for name in rule.foreign),
+        )
+        for rule in rules
+    )
+
+
+def _same(*names: str) -> tuple[Rule, ...]:
+    return tuple(_rule(name, name) for name in names)
+
+
+# -------------------------------------------------------------------------------------------------- SegFormer's encoder
+
+_MIT = _same(
+    *(
+        "patch_embed{s}.proj",
+        "patch_embed{s}.norm",
+        "block{s}.{b}.norm1",
+        "block{s}.{b}.attn.q",
+        "block{s}.{b}.attn.kv",
+    ),
+    *("block{s}.{b}.attn.sr", "block{s}.{b}.attn.norm", "block{s}.{b}.attn.proj", "block{s}.{b}.norm2"),
+    *("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.dwconv.dwconv", "block{s}.{b}.mlp.fc2", "norm{s}"),
+)
+# transformers as written to disk, and version 5 in memory.
+_MIT_HF = (
+    _rule("patch_embed{s}.proj", "patch_embeddings.{z}.proj"),
+    _rule("patch_embed{s}.norm", "patch_embeddings.{z}.layer_norm"),
+    _rule("block{s}.{b}.norm1", "block.{z}.{b}.layer_norm_1"),
+    _rule("block{s}.{b}.attn.q", "block.{z}.{b}.attention.self.query"),
+    _rule("block{s}.{b}.attn.kv", ("block.{z}.{b}.attention.self.key", "block.{z}.{b}.attention.self.value")),
+    _rule("block{s}.{b}.attn.sr", "block.{z}.{b}.attention.self.sr"),
+    _rule("block{s}.{b}.attn.norm", "block.{z}.{b}.attention.self.layer_norm"),
+    _rule("block{s}.{b}.attn.proj", "block.{z}.{b}.attention.output.dense"),
+    _rule("block{s}.{b}.norm2", "block.{z}.{b}.layer_norm_2"),
+    _rule("block{s}.{b}.mlp.fc1", "block.{z}.{b}.mlp.dense1"),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "block.{z}.{b}.mlp.dwconv.dwconv"),
+    _rule("block{s}.{b}.mlp.fc2", "block.{z}.{b}.mlp.dense2"),
+    _rule("norm{s}", "layer_norm.{z}"),
+)
+_REDUCTION = "stages.{z}.blocks.{b}.attention.sequence_reduction"
+_MIT_HF5 = (
+    _rule("patch_embed{s}.proj", "stages.{z}.patch_embeddings.proj"),
+    _rule("patch_embed{s}.norm", "stages.{z}.patch_embeddings.layer_norm"),
+    _rule("block{s}.{b}.norm1", "stages.{z}.blocks.{b}.layernorm_before"),
+    _rule("block{s}.{b}.attn.q", "stages.{z}.blocks.{b}.attention.q_proj"),
+    _rule("block{s}.{b}.attn.kv", ("stages.{z}.blocks.{b}.attention.k_proj", "stages.{z}.blocks.{b}.attention.v_proj")),
+    _rule("block{s}.{b}.attn.sr", f"{_REDUCTION}.sequence_reduction"),
+    _rule("block{s}.{b}.attn.norm", f"{_REDUCTION}.layer_norm"),
+    _rule("block{s}.{b}.attn.proj", "stages.{z}.blocks.{b}.attention.o_proj"),
+    _rule("block{s}.{b}.norm2", "stages.{z}.blocks.{b}.layernorm_after"),
+    _rule("block{s}.{b}.mlp.fc1", "stages.{z}.blocks.{b}.mlp.fc1"),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "stages.{z}.blocks.{b}.mlp.dwconv.dwconv"),
+    _rule("block{s}.{b}.mlp.fc2", "stages.{z}.blocks.{b}.mlp.fc2"),
+    _rule("norm{s}", "stages.{z}.layer_norm"),
+)
+# mmsegmentation: torch's joint projection of queries, keys and values; the Mix-FFN's linear layers as convolutions.
+_MIT_MMSEG = (
+    _rule("patch_embed{s}.proj", "layers.{z}.0.projection"),
+    _rule("patch_embed{s}.norm", "layers.{z}.0.norm"),
+    _rule("block{s}.{b}.norm1", "layers.{z}.1.{b}.norm1"),
+    _rule(("block{s}.{b}.attn.q", "block{s}.{b}.attn.kv"), "layers.{z}.1.{b}.attn.attn.in_proj_{t}", shares=(1, 2)),
+    _rule("block{s}.{b}.attn.sr", "layers.{z}.1.{b}.attn.sr"),
+    _rule("block{s}.{b}.attn.norm", "layers.{z}.1.{b}.attn.norm"),
+    _rule("block{s}.{b}.attn.proj", "layers.{z}.1.{b}.attn.attn.out_proj"),
+    _rule("block{s}.{b}.norm2", "layers.{z}.1.{b}.norm2"),
+    _rule("block{s}.{b}.mlp.fc1", "layers.{z}.1.{b}.ffn.layers.0", as_conv=True),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "layers.{z}.1.{b}.ffn.layers.1"),
+    _rule("block{s}.{b}.mlp.fc2", "layers.{z}.1.{b}.ffn.layers.4", as_conv=True),
+    _rule("norm{s}", "layers.{z}.2"),
+)
+
+# ------------------------------------------------------------------------------------------------- SegFormer's decoders
+
+_OFFICIAL_HEAD = _same("linear_c{s}.proj", "linear_fuse.conv", "linear_fuse.bn", "linear_pred")
+_HF_HEAD = (
+    _rule("linear_c{s}.proj", "linear_c.{z}.proj"),
+    _rule("linear_fuse.conv", "linear_fuse"),
+    _rule("linear_fuse.bn", "batch_norm"),
+    _rule("linear_pred", "classifier"),
+)
+_HF5_HEAD = (_rule("linear_c{s}.proj", "linear_projections.{z}.proj"), *_HF_HEAD[1:])
+_SMP_HEAD = (
+    _rule("linear_c{s}.proj", "decoder.mlp_stage.{r}.linear"),
+    _rule("linear_fuse.conv", "decoder.fuse_stage.0"),
+    _rule("linear_fuse.bn", "decoder.fuse_stage.1"),
+    _rule("linear_pred", "segmentation_head.0"),
+)
+_PLAIN_HEAD = _same("linear_c{s}.proj", "linear_fuse", "linear_fuse_bn", "linear_pred")
+_MMSEG_HEAD = _same("convs.{b}.conv", "convs.{b}.bn", "fusion_conv.conv", "fusion_conv.bn", "conv_seg")
+
+
+def _segformer(encoder: str, mit: tuple[Rule, ...], head: str, decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """An encoder's rules and a decoder's, each behind the foreign prefix in front of it."""
+    return _prefixed("backbone.", encoder, mit) + _prefixed("decode_head.", head, decoder)
+
+
+# ------------------------------------------------------------------------------------------------------- other families
+
+_HRNET = _same("conv1", "bn1", "conv2", "bn2", "layer1.{rest}", "transition{b}.{rest}", "stage{b}.{rest}")
+_HRNET_HEAD = _same("last_layer.{b}")
+_OCR_HEADS = _same("conv3x3_ocr.{rest}", "ocr_distri_head.{rest}", "cls_head", "aux_head.{b}")
+_MMSEG_FCN = (
+    _rule("0", "convs.0.conv"),
+    _rule("1", "convs.0.bn"),
+    _rule("3", "conv_seg"),
+)
+_CONTEXT = "ocr_distri_head.object_context_block"
+
+
+def _mmseg_projection(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (_rule(f"{_CONTEXT}.{ours}.0", f"{theirs}.conv"), _rule(f"{_CONTEXT}.{ours}.1.0", f"{theirs}.bn"))
+
+
+_MMSEG_OCR = (
+    *(_rule("conv3x3_ocr.0", "bottleneck.conv"), _rule("conv3x3_ocr.1", "bottleneck.bn")),
+    *_mmseg_projection("f_pixel", "object_context_block.query_project.0"),
+    _rule(f"{_CONTEXT}.f_pixel.2", "object_context_block.query_project.1.conv"),
+    _rule(f"{_CONTEXT}.f_pixel.3.0", "object_context_block.query_project.1.bn"),
+    *_mmseg_projection("f_object", "object_context_block.key_project.0"),
+    _rule(f"{_CONTEXT}.f_object.2", "object_context_block.key_project.1.conv"),
+    _rule(f"{_CONTEXT}.f_object.3.0", "object_context_block.key_project.1.bn"),
+    *_mmseg_projection("f_down", "object_context_block.value_project"),
+    *_mmseg_projection("f_up", "object_context_block.out_project"),
+    _rule("ocr_distri_head.conv_bn_dropout.0", "object_context_block.bottleneck.conv"),
+    _rule("ocr_distri_head.conv_bn_dropout.1.0", "object_context_block.bottleneck.bn"),
+    _rule("cls_head", "conv_seg"),
+)
+
+
+def _mscan(dwconv: str) -> tuple[Rule, ...]:
+    attention = [f"spatial_gating_unit.conv{name}" for name in ("0", "0_1", "0_2", "1_1", "1_2", "2_1", "2_2", "3")]
+    return (
+        *_same("patch_embed1.proj.{b}", "patch_embed{s}.proj", "patch_embed{s}.norm", "norm{s}"),
+        *_same("block{s}.{b}.norm1", "block{s}.{b}.norm2", "block{s}.{b}.layer_scale_{t}"),
+        *_same(*(f"block{{s}}.{{b}}.attn.{name}" for name in ("proj_1", *attention, "proj_2"))),
+        *_same("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.fc2"),
+        _rule("block{s}.{b}.mlp.dwconv.dwconv", f"block{{s}}.{{b}}.mlp.{dwconv}"),
+    )
+
+
+_HAM = _same(
+    *("squeeze.conv", "squeeze.gn", "hamburger.ham_in.conv", "hamburger.ham_out.conv", "hamburger.ham_out.gn"),
+    *("align.conv", "align.gn"),
+)
+
+
+def _segnext(encoder: str, dwconv: str, head: str, classifier: str) -> tuple[Rule, ...]:
+    decoder = (*_HAM, _rule("conv_seg", classifier))
+    return _prefixed("backbone.", encoder, _mscan(dwconv)) + _prefixed("decode_head.", head, decoder)
+
+
+# ----------------------------------------------------------------------------------------------------------- the forms
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One package's way of writing one family.
+
+    Attributes:
+      dialect: as in `--dialect`. family: a key of `segjax.families.FAMILIES`.
       package: for messages.
-      namings: rules; the first is the one that is written, all are read.
+      namings: the first is the one that is written, all are read.
       unused: patterns of keys that the package writes but its model never reads, dropped without being asked.
       backbone_extras: patterns of keys that come with a backbone alone (an ImageNet classifier).
       settings: what the published model has that its checkpoint cannot tell, setting -> value.
+      without_bias: names of convolutions whose bias the package leaves out, since a BatchNorm follows, and the names
+        of those norms: the bias is zero on the way in and taken from the running mean on the way out.
+      encoder_only: the package has no place for the decoder.
     """
 
-    name: str
+    dialect: str
+    family: str
     package: str
-    namings: tuple[tuple, ...]
-    unused: tuple[str, ...]
-    backbone_extras: tuple[str, ...]
+    namings: tuple[tuple[Rule, ...], ...]
     settings: tuple[tuple[str, object], ...]
+    unused: tuple[str, ...] = ()
+    backbone_extras: tuple[str, ...] = ()
+    without_bias: tuple[tuple[str, str], ...] = ()
+    encoder_only: bool = False
 
 
-# Published for every MiT, in every package.
-_MIT_HEADS = ("num_heads", (1, 2, 5, 8))
+def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
+    # The heads are published alike for every MiT, in every package.
+    return (("num_heads", (1, 2, 5, 8)), ("block_norm_eps", block), ("patch_norm_eps", patch))
 
-DIALECTS = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect(
-            name="native",
-            package="NVlabs SegFormer",
-            namings=(
-                _segformer(("backbone.", 0), ("decode_head.", 0)),
-                # A backbone as published on its own: the same names without a prefix.
-                _segformer(("", 0), ("decode_head.", 0)),
-            ),
-            unused=("decode_head.conv_seg.*",),
-            backbone_extras=("head.*",),
-            settings=(_MIT_HEADS, ("block_norm_eps", 1e-6), ("patch_norm_eps", 1e-5)),
-        ),
-        Dialect(
-            name="hf",
-            package="transformers",
-            namings=(
-                _segformer(("segformer.encoder.", 1), ("decode_head.", 1)),
-                _segformer(("segformer.", 2), ("decode_head.", 2)),
-                # SegformerModel saved on its own, in both namings.
-                _segformer(("encoder.", 1), ("decode_head.", 1)),
-                _segformer(("", 2), ("decode_head.", 2)),
-            ),
-            unused=(),
-            backbone_extras=("classifier.*",),
-            settings=(_MIT_HEADS, ("block_norm_eps", 1e-5), ("patch_norm_eps", 1e-5)),
-        ),
-        Dialect(
-            name="smp",
-            package="segmentation-models-pytorch",
-            namings=(_segformer(("encoder.", 0), ("", 3)),),
-            unused=(),
-            backbone_extras=(),
-            settings=(_MIT_HEADS, ("block_norm_eps", 1e-6), ("patch_norm_eps", 1e-5)),
-        ),
+
+_IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "classifier.*")
+_SEED = "jo-jstrm/segmentation_pytorch"
+_MMSEG = "mmsegmentation"
+_MMSEG_UNUSED = ("data_preprocessor.*",)
+_HRNET_FORM = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+
+
+def _backbone(family: str, package: str, *namings: tuple[Rule, ...], settings, backbone_extras) -> Form:
+    """The encoder alone, as files pretrained on ImageNet are."""
+    return Form(
+        dialect="backbone",
+        family=family,
+        package=package,
+        namings=tuple(_prefixed("backbone.", "", naming) for naming in namings),
+        settings=settings,
+        backbone_extras=backbone_extras,
+        encoder_only=True,
     )
-}
+
+
+# Of several that fit a file equally well the first is taken.
+FORMS = (
+    Form(
+        dialect="native",
+        family="segformer",
+        package="NVlabs SegFormer",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _OFFICIAL_HEAD),),
+        unused=("decode_head.conv_seg.*",),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="hf",
+        family="segformer",
+        package="transformers",
+        namings=(
+            _segformer("segformer.encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
+            _segformer("segformer.", _MIT_HF5, "decode_head.", _HF5_HEAD),
+            # SegformerModel saved on its own, in both namings.
+            _segformer("encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
+            _segformer("", _MIT_HF5, "decode_head.", _HF5_HEAD),
+        ),
+        backbone_extras=("classifier.*",),
+        settings=_eps(1e-5, 1e-5),
+    ),
+    Form(
+        dialect="smp",
+        family="segformer",
+        package="segmentation-models-pytorch",
+        namings=(_segformer("encoder.", _MIT, "", _SMP_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="native",
+        family="segformer_plain",
+        package=f"{_SEED}, with the official prefixes",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="segmentation_pytorch",
+        family="segformer_plain",
+        package=_SEED,
+        namings=(_segformer("", _MIT, "", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="native",
+        family="segformer_mmseg",
+        package=f"{_MMSEG}'s SegFormer, with the official encoder's names",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _MMSEG_HEAD),),
+        settings=_eps(1e-6, 1e-6),
+    ),
+    Form(
+        dialect="mmseg",
+        family="segformer_mmseg",
+        package=_MMSEG,
+        namings=(
+            _segformer("backbone.", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
+            _segformer("", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
+        ),
+        unused=_MMSEG_UNUSED,
+        settings=_eps(1e-6, 1e-6),
+    ),
+    *(
+        _backbone(
+            family,
+            "a MiT encoder alone",
+            *(_MIT, _MIT_MMSEG),
+            settings=_eps(1e-6, patch_eps),
+            backbone_extras=("head.*",),
+        )
+        for family, patch_eps in (("segformer", 1e-5), ("segformer_plain", 1e-5), ("segformer_mmseg", 1e-6))
+    ),
+    *(
+        Form(
+            dialect=dialect,
+            family="segformer_simple",
+            package=package,
+            namings=(_same("mit.stages.{rest}", "to_fused.{rest}", "to_segmentation.{rest}"),),
+            settings=(("num_heads", (1, 2, 5, 8)),),
+        )
+        for dialect, package in (("native", "segformer-pytorch"), ("segmentation_pytorch", _SEED))
+    ),
+    Form(
+        dialect="native",
+        family="segformer_zuppichini",
+        package="F. Zuppichini's article",
+        namings=(_same("encoder.stages.{rest}", "decoder.stages.{rest}", "head.fuse.{rest}", "head.predict"),),
+        settings=(("num_heads", (1, 2, 4, 8)),),
+    ),
+    *(
+        Form(
+            dialect=dialect,
+            family="hrnet",
+            package=package,
+            namings=(_HRNET + _HRNET_HEAD,),
+            settings=(("align_corners", False),),
+            **_HRNET_FORM,
+        )
+        for dialect, package in (("native", "HRNet-Semantic-Segmentation"), ("segmentation_pytorch", _SEED))
+    ),
+    Form(
+        dialect="timm",
+        family="hrnet",
+        package="timm, features of the raw branches",
+        namings=(_HRNET,),
+        settings=(("align_corners", False),),
+        backbone_extras=_IMAGENET_HRNET,
+        encoder_only=True,
+    ),
+    Form(
+        dialect="mmseg",
+        family="hrnet",
+        package=_MMSEG,
+        namings=(_prefixed("", "backbone.", _HRNET) + _prefixed("last_layer.", "decode_head.", _MMSEG_FCN),),
+        unused=_MMSEG_UNUSED,
+        without_bias=(("last_layer.0", "last_layer.1"),),
+        settings=(("align_corners", False),),
+    ),
+    Form(
+        dialect="native",
+        family="hrnet_ocr",
+        package="HRNet-Semantic-Segmentation, with OCR",
+        namings=(_HRNET + _OCR_HEADS,),
+        settings=(("align_corners", True),),
+        **_HRNET_FORM,
+    ),
+    Form(
+        dialect="timm",
+        family="hrnet_ocr",
+        package="timm, features of the raw branches",
+        namings=(_HRNET,),
+        settings=(("align_corners", True),),
+        backbone_extras=_IMAGENET_HRNET,
+        encoder_only=True,
+    ),
+    Form(
+        dialect="mmseg",
+        family="hrnet_ocr",
+        package=_MMSEG,
+        namings=(
+            _prefixed("", "backbone.", _HRNET)
+            + _prefixed("aux_head.", "decode_head.0.", _MMSEG_FCN)
+            + _prefixed("", "decode_head.1.", _MMSEG_OCR),
+        ),
+        unused=_MMSEG_UNUSED,
+        without_bias=(("aux_head.0", "aux_head.1"), ("conv3x3_ocr.0", "conv3x3_ocr.1")),
+        settings=(("align_corners", False),),
+    ),
+    Form(
+        dialect="native",
+        family="segnext",
+        package="Visual-Attention-Network/SegNeXt",
+        namings=(_segnext("backbone.", "dwconv.dwconv", "decode_head.", "conv_seg"),),
+        settings=(("ham_rank", OF_VARIANT),),
+    ),
+    Form(
+        dialect="mmseg",
+        family="segnext",
+        package=_MMSEG,
+        namings=(
+            _segnext("backbone.", "dwconv", "decode_head.", "conv_seg"),
+            _segnext("", "dwconv", "decode_head.", "conv_seg"),
+        ),
+        unused=_MMSEG_UNUSED,
+        settings=(("ham_rank", 16),),
+    ),
+    Form(
+        dialect="cvpytorch",
+        family="segnext",
+        package="CvPytorch",
+        namings=(_segnext("backbone.", "dwconv.dwconv", "head.", "cls_seg"),),
+        settings=(("ham_rank", 64),),
+    ),
+    _backbone(
+        "segnext",
+        "an MSCAN encoder alone",
+        _mscan("dwconv.dwconv"),
+        settings=(("ham_rank", OF_VARIANT),),
+        backbone_extras=("head.*",),
+    ),
+)
+# What `dialect=` takes, in the order of their first appearance.
+DIALECTS = tuple(dict.fromkeys(form.dialect for form in FORMS))
+
+
+# ---------------------------------------------------------------------------------------------------- applying a naming
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Keys on both sides that hold the same numbers, and how those are cut."""
+
+    native: tuple[str, ...]
+    foreign: tuple[str, ...]
+    shares: tuple[int, ...]
+    as_conv: bool
+
+    def to_foreign(self, native: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        whole = _joined([native[key] for key in self.native])
+        if self.as_conv and whole.ndim == 2:
+            whole = whole[:, :, None, None]
+        return dict(zip(self.foreign, _parts(whole, (1,) * len(self.foreign)), strict=True))
+
+    def to_native(self, foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        whole = _joined([foreign[key] for key in self.foreign])
+        if self.as_conv and whole.shape[2:] == (1, 1):
+            whole = whole[:, :, 0, 0]
+        return dict(zip(self.native, _parts(whole, self.shares), strict=True))
+
+
+def _joined(values: list[np.ndarray]) -> np.ndarray:
+    # A counter is a scalar: each part has its own, all alike.
+    return values[0] if len(values) == 1 or not values[0].ndim else np.concatenate(values)
+
+
+def _parts(whole: np.ndarray, shares: tuple[int, ...]) -> list[np.ndarray]:
+    if len(shares) == 1:
+        return [whole]
+    if not whole.ndim:
+        return [whole] * len(shares)
+    ends = [len(whole) * end // sum(shares) for end in itertools.accumulate(shares)]
+    return np.split(whole, ends[:-1])
 
 
 class Renaming:
-    """One naming, ready to be applied in both directions to whole state dicts."""
+    """One naming of a form, ready to be applied in both directions to whole state dicts."""
 
-    def __init__(self, rules: tuple):
-        self._to_foreign: list[tuple[re.Pattern, tuple[str, ...]]] = []
-        self._to_native: list[tuple[re.Pattern, str, int]] = []
-        for native, foreign in rules:
-            for stage in range(1, 5) if "{s}" in native else (0,):
-                fields = {"s": stage, "z": stage - 1, "r": 4 - stage, "b": "{b}"}
-                here = native.format(**fields)
-                there = tuple(n.format(**fields) for n in (foreign if isinstance(foreign, tuple) else (foreign,)))
-                self._to_foreign.append((_pattern(here), there))
-                for part, name in enumerate(there):
-                    self._to_native.append((_pattern(name), here, part))
+    def __init__(self, rules: tuple[Rule, ...], without_bias: tuple[tuple[str, str], ...] = ()):
+        self._rules = [
+            (tuple(map(_Template, native)), tuple(map(_Template, foreign)), rule)
+            for rule in rules
+            for native, foreign in _by_stage(rule)
+        ]
+        # (bias, running mean) in native names.
+        self.folded = tuple((f"{layer}.bias", f"{norm}.running_mean") for layer, norm in without_bias)
 
-    def foreign_names(self, key: str) -> tuple[str, ...]:
-        """Foreign keys whose tensors make up the native `key`; empty where no rule fits."""
-        for pattern, names in self._to_foreign:
-            if match := pattern.match(key):
-                return tuple(_fill(name, match) for name in names)
-        return ()
+    def groups(self, keys: Iterable[str], *, foreign: bool = False) -> list[Group]:
+        """The groups that native (or foreign) keys belong to, without those that no rule fits."""
+        found = {}
+        for key in keys:
+            group = self._group(key, foreign)
+            if group is not None:
+                found[group.native] = group
+        return list(found.values())
 
-    def native_name(self, key: str) -> str | None:
-        """The native key that the foreign `key` is, or is a part of; None where no rule fits."""
-        for pattern, name, _ in self._to_native:
-            if match := pattern.match(key):
-                return _fill(name, match)
+    def _group(self, key: str, foreign: bool) -> Group | None:
+        for native_side, foreign_side, rule in self._rules:
+            for template in foreign_side if foreign else native_side:
+                if fields := template.match(key):
+                    return Group(
+                        tuple(name.fill(fields) for name in native_side),
+                        tuple(name.fill(fields) for name in foreign_side),
+                        rule.shares,
+                        rule.as_conv,
+                    )
         return None
 
+    def fits(self, key: str) -> bool:
+        """Whether a foreign key has a place."""
+        return self._group(key, foreign=True) is not None
+
+    def foreign_names(self, key: str) -> tuple[str, ...]:
+        """Foreign keys of a native one; empty where no rule fits."""
+        group = self._group(key, foreign=False)
+        return () if group is None else group.foreign
+
     def to_foreign(self, native: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames and splits. Raises KeyError for a native key that the dialect has no place for."""
-        foreign = {}
-        for key, value in native.items():
-            names = self.foreign_names(key)
-            if not names:
+        """Renames, splits and merges. Raises KeyError for a native key that the dialect has no place for."""
+        native = dict(native)
+        for bias, mean in self.folded:
+            if bias in native and mean in native:
+                # (x + bias - mean) is what the norm sees.
+                native[mean] = native[mean] - native.pop(bias)
+        groups = self.groups(native)
+        placed = {key for group in groups for key in group.native}
+        for key in itertools.chain(native, placed):
+            if key not in placed or key not in native:
                 raise KeyError(key)
-            # A counter is a scalar: nothing to split, and each part has its own.
-            parts = np.split(value, len(names)) if value.ndim else [value] * len(names)
-            foreign.update(zip(names, parts, strict=True))
+        foreign = {}
+        for group in groups:
+            foreign |= group.to_foreign(native)
         return foreign
 
     def to_native(self, foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames and merges; keys that no rule fits are left out, incomplete merges too."""
+        """Renames, splits and merges; keys that no rule fits are left out, incomplete groups too."""
         native = {}
-        for key in foreign:
-            name = self.native_name(key)
-            if name is None or name in native:
-                continue
-            parts = self.foreign_names(name)
-            if all(part in foreign for part in parts):
-                values = [foreign[part] for part in parts]
-                native[name] = values[0] if len(values) == 1 else np.concatenate(values)
+        for group in self.groups(foreign, foreign=True):
+            if all(key in foreign for key in group.foreign):
+                native |= group.to_native(foreign)
+        for bias, mean in self.folded:
+            if mean in native and bias not in native:
+                native[bias] = np.zeros_like(native[mean])
         return native
 
 
-def _pattern(name: str) -> re.Pattern:
-    """Matches `name` + "." + the tensor's own name, which holds no dot."""
-    return re.compile("^" + re.escape(name).replace(re.escape("{b}"), r"(?P<b>\d+)") + r"\.(?P<tensor>\w+)$")
+def _by_stage(rule: Rule) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Native and foreign templates with the stage filled in, once for each stage where there is one."""
+    stages = range(1, 5) if any("{s}" in name for name in rule.native) else (0,)
+    for stage in stages:
+        fields = {"{s}": stage, "{z}": stage - 1, "{r}": 4 - stage}
+
+        def at_stage(names, fields=fields):
+            for field, value in fields.items():
+                names = tuple(name.replace(field, str(value)) for name in names)
+            return names
+
+        yield at_stage(rule.native), at_stage(rule.foreign)
 
 
-def _fill(name: str, match: re.Match) -> str:
-    return name.replace("{b}", match.groupdict().get("b", "")) + "." + match["tensor"]
+_FIELDS = {"{b}": r"(?P<b>\d+)", "{t}": r"(?P<t>\w+)", "{rest}": r"(?P<rest>.+)"}
 
 
-RENAMINGS = {name: tuple(Renaming(rules) for rules in dialect.namings) for name, dialect in DIALECTS.items()}
+class _Template:
+    """A name with fields `{b}`, `{t}`, `{rest}`."""
+
+    def __init__(self, text: str):
+        self.text = text
+        pattern = re.escape(text)
+        for field, expression in _FIELDS.items():
+            pattern = pattern.replace(re.escape(field), expression)
+        self._start = re.split(r"[{]", text)[0]
+        self._pattern = re.compile(pattern)
+
+    def match(self, key: str) -> dict[str, str] | None:
+        if not key.startswith(self._start):
+            return None
+        found = self._pattern.fullmatch(key)
+        return None if found is None else found.groupdict()
+
+    def fill(self, fields: Mapping[str, str]) -> str:
+        return self.text.format(**fields)
 
 
-def recognise(keys, *, dialect: str = "auto") -> tuple[Dialect, Renaming, int]:
-    """The dialect and naming that fit most of `keys`, and how many they fit.
+RENAMINGS = {
+    (form.dialect, form.family): tuple(Renaming(rules, form.without_bias) for rules in form.namings) for form in FORMS
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """The form and naming that fit most keys of a file.
+
+    Attributes:
+      fitting: how many of the keys have a place in it.
+    """
+
+    form: Form
+    renaming: Renaming
+    fitting: int
+
+
+def recognise(keys: Iterable[str], *, dialect: str = "auto", family: str | None = None) -> Recognised:
+    """What a file with these keys is most likely to be.
+
+    Args:
+      dialect: "auto", or one of `DIALECTS` to insist on one. family: to insist on one.
 
     Raises:
-      KeyError: an unknown dialect; lists the names.
+      KeyError: an unknown dialect, or one without a form for `family`; lists those that there are.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are auto, {', '.join(DIALECTS)}")
-    names = DIALECTS if dialect == "auto" else (dialect,)
+    forms = [form for form in FORMS if dialect in ("auto", form.dialect) and family in (None, form.family)]
+    if not forms:
+        raise KeyError(f"the dialect {dialect!r} has no form for {family}; those with one are {dialects_of(family)}")
+    keys = list(keys)
     candidates = [
-        (sum(renaming.native_name(key) is not None for key in keys), DIALECTS[name], renaming)
-        for name in names
-        for renaming in RENAMINGS[name]
+        Recognised(form, renaming, sum(map(renaming.fits, keys)))
+        for form in forms
+        for renaming in RENAMINGS[form.dialect, form.family]
     ]
-    fitting, found, renaming = max(candidates, key=lambda candidate: candidate[0])
-    return found, renaming, fitting
+    return max(candidates, key=lambda candidate: candidate.fitting)
+
+
+def dialects_of(family: str) -> str:
+    """The dialects that a family can be written in, as text."""
+    return ", ".join(form.dialect for form in FORMS if form.family == family)

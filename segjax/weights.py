@@ -8,7 +8,6 @@ packages' names are tables in `dialects.py`.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -18,14 +17,27 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
-from segjax.dialects import BATCH_COUNTER, DIALECTS, Dialect, Renaming, recognise
+from segjax.dialects import (
+    BATCH_COUNTER,
+    DIALECTS,
+    FORMS,
+    OF_VARIANT,
+    RENAMINGS,
+    Form,
+    Recognised,
+    dialects_of,
+    recognise,
+)
+from segjax.families import ENCODER_SIZES, FAMILIES, Missing, family_of, matches, nearest_variant
 
 logger = logging.getLogger("segjax")
 
-_TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# How training scripts wrap a state dict, and what torch's DataParallel puts before every key.
+_TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# How training scripts wrap a state dict, and what torch's DataParallel, or a wrapper of a network and its loss, puts
+# before every key.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PARALLEL_PREFIX = "module."
+_PREFIXES = ("module.", "model.")
+_LOSS_PREFIX = "loss."
 
 
 class CheckpointError(ValueError):
@@ -42,9 +54,9 @@ def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def torch_name(path: str) -> str:
-    """ "backbone.norm1.scale" -> "backbone.norm1.weight"."""
+    """ "backbone.norm1.scale" -> "backbone.norm1.weight"; a name that is torch's own stays."""
     module, _, tensor = path.rpartition(".")
-    return f"{module}.{_TORCH_NAMES[tensor]}"
+    return f"{module}.{_TORCH_NAMES.get(tensor, tensor)}"
 
 
 def to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
@@ -69,25 +81,46 @@ def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndar
     """The model's weights as a state dict that strict-loads in the original.
 
     Args:
-      dialect: whose names to write: "native", "hf" or "smp".
+      dialect: whose names to write, one of `segjax.dialects.DIALECTS`. "backbone" and "timm" have no place for a
+        decoder; what they leave out is an INFO line of the logger `segjax`.
 
     Returns:
       Arrays under the dialect's keys in the model's param_dtype; `num_batches_tracked` is int64 0.
 
     Raises:
-      CheckpointError: the dialect has no place for a weight of this model.
+      CheckpointError: the dialect has no form for this family of models.
+      KeyError: unknown dialect.
     """
+    form = form_of(model, dialect)
     native = {}
     for path, variable in named_variables(model).items():
         native[torch_name(path)] = to_torch_layout(path, np.array(variable[...]))
         if path.endswith(".var"):
             native[path.removesuffix("var") + BATCH_COUNTER] = np.zeros((), np.int64)
+    if form.encoder_only:
+        head = [key for key in native if FAMILIES[form.family].in_head(key)]
+        native = {key: value for key, value in native.items() if key not in head}
+        parts = dict.fromkeys(key.rpartition(".")[0] for key in head)
+        logger.info("left out, because %s has no place for it (%d): %s", form.package, len(head), shorten(parts))
+    return RENAMINGS[form.dialect, form.family][0].to_foreign(native)
+
+
+def form_of(model: nnx.Module, dialect: str) -> Form:
+    """How `dialect` writes the family of `model`.
+
+    Raises:
+      CheckpointError: it does not. KeyError: unknown dialect.
+    """
     if dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are {', '.join(DIALECTS)}")
-    try:
-        return recognise((), dialect=dialect)[1].to_foreign(native)
-    except KeyError as error:
-        raise CheckpointError(f"{DIALECTS[dialect].package} has no place for {error.args[0]}") from None
+    family = family_of(model.spec.name)
+    for form in FORMS:
+        if (form.dialect, form.family) == (dialect, family):
+            return form
+    raise CheckpointError(
+        f"{model.spec.name} cannot be written as {dialect}, which has no network that computes the same; "
+        f"{FAMILIES[family].title} can be written as {dialects_of(family)}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ state dicts as given
@@ -121,8 +154,9 @@ def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
     if strangers or not arrays:
         found = f"it holds {shorten(strangers)}" if strangers else "it is empty"
         raise CheckpointError(f"this is not a state dict (names to arrays): {found}")
-    if all(key.startswith(_PARALLEL_PREFIX) for key in arrays):
-        arrays = {key.removeprefix(_PARALLEL_PREFIX): value for key, value in arrays.items()}
+    for prefix in _PREFIXES:
+        if all(key.startswith((prefix, _LOSS_PREFIX)) for key in arrays):
+            arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
     return arrays
 
 
@@ -180,10 +214,10 @@ def load_torch(
       KeyError: unknown dialect.
     """
     foreign = as_arrays(state_dict)
-    found, renaming, _ = recognise(foreign, dialect=dialect)
+    found = recognise(foreign, dialect=dialect, family=family_of(model.spec.name))
     # A lone pattern is meant as one, not as its letters.
     drop, keep = ((patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (drop, keep))
-    plan = _plan(model, foreign, found, renaming, drop=drop, keep=keep)
+    plan = _plan(model, foreign, found, drop=drop, keep=keep)
     if not plan.values:
         raise CheckpointError("drop and keep leave nothing of the checkpoint to load")
     _announce(plan)
@@ -199,26 +233,42 @@ class _Plan:
     kept: list[str]
 
 
-def _plan(
-    model: nnx.Module, foreign: dict[str, np.ndarray], dialect: Dialect, renaming: Renaming, *, drop: tuple, keep: tuple
-) -> _Plan:
+def _plan(model: nnx.Module, foreign: dict[str, np.ndarray], found: Recognised, *, drop: tuple, keep: tuple) -> _Plan:
+    renaming = found.renaming
     variables = named_variables(model)
-    shapes = {path: _torch_shape(path, variable.get_value().shape) for path, variable in variables.items()}
-    # Comparing in the checkpoint's own names lets every message name a key that its owner can find.
-    expected: dict[str, tuple[int, ...]] = {}
-    owner: dict[str, str] = {}
-    counters = set()
-    for path, shape in shapes.items():
-        blank = np.broadcast_to(np.zeros((), np.int8), shape)
-        for key, part in renaming.to_foreign({torch_name(path): blank}).items():
-            expected[key], owner[key] = part.shape, path
-        if path.endswith(".var"):
-            counters |= set(renaming.foreign_names(path.removesuffix("var") + BATCH_COUNTER))
-    dropped = sorted(key for key in foreign if _matches(key, drop) or _matches(key, dialect.unused))
+    paths = {torch_name(path): path for path in variables}
+    # Comparing in the checkpoint's own names lets every message name a key that its owner can find. What the dialect
+    # has no name for (a decoder, where it knows encoders alone) goes by ours.
+    blank = np.zeros((), np.int8)
+    blanks = {
+        key: np.broadcast_to(blank, _torch_shape(path, variables[path].get_value().shape))
+        for key, path in paths.items()
+    }
+    groups = renaming.groups(blanks)
+    without_bias = {bias: mean for bias, mean in renaming.folded if bias in blanks}
+    placed = {key for group in groups for key in group.native}
+    owners = {key: group.native for group in groups for key in group.foreign if group.native[0] not in without_bias}
+    owners |= {key: (key,) for key in blanks if key not in placed}
+    expected = renaming.to_foreign({key: value for key, value in blanks.items() if key in placed})
+    expected = {key: value.shape for key, value in expected.items()}
+    expected |= {key: blanks[key].shape for key in blanks if key not in placed}
+    counters = {
+        name
+        for key in blanks
+        if key.endswith(".running_var")
+        for name in renaming.foreign_names(key.removesuffix("running_var") + BATCH_COUNTER)
+    }
+    dropped = sorted(key for key in foreign if matches(key, drop) or matches(key, found.form.unused))
     given = {key: value for key, value in foreign.items() if key not in set(dropped) | counters}
     missing = [key for key in expected if key not in given]
-    kept = sorted({owner[key] for key in missing if any(_matches(n, keep) for n in _names_of(key, owner[key]))})
-    missing = [key for key in missing if owner[key] not in kept]
+    kept = {
+        native
+        for key in missing
+        if any(matches(name, keep) for name in (key, *owners[key], *(paths[native] for native in owners[key])))
+        for native in owners[key]
+    }
+    missing = [key for key in missing if not kept.issuperset(owners[key])]
+    kept |= {bias for bias, mean in without_bias.items() if mean in kept}
     unexpected = [key for key in given if key not in expected]
     misshapen = [
         f"{key}: checkpoint {given[key].shape}, model {shape}"
@@ -242,23 +292,14 @@ def _plan(
     ]
     if problems:
         raise CheckpointError(
-            f"the checkpoint (read as {dialect.name}: {dialect.package}) does not fit {model.spec.name} with "
+            f"the checkpoint (read as {found.form.dialect}: {found.form.package}) does not fit {model.spec.name} with "
             f"{model.spec.num_classes} classes; nothing was loaded.\n  "
             + "\n  ".join(problems)
             + _advice(missing, unexpected)
         )
-    native = renaming.to_native({key: given[key] for key in expected if owner[key] not in kept})
-    values = {path: from_torch_layout(path, native[torch_name(path)]) for path in variables if path not in set(kept)}
-    return _Plan(values=values, dropped=dropped, kept=kept)
-
-
-def _names_of(key: str, path: str) -> tuple[str, str, str]:
-    """A parameter as the checkpoint, our modules and the native state dict name it."""
-    return key, path, torch_name(path)
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+    native = renaming.to_native({key: given[key] for key in expected if not kept.intersection(owners[key])})
+    values = {path: from_torch_layout(path, native[key]) for key, path in paths.items() if key not in kept}
+    return _Plan(values=values, dropped=dropped, kept=sorted(paths[key] for key in kept))
 
 
 def _advice(missing: list[str], unexpected: list[str]) -> str:
@@ -326,12 +367,16 @@ def from_torch(
       KeyError: unknown name or dialect.
     """
     foreign = as_arrays(state_dict)
-    found, renaming, _ = recognise(foreign, dialect=dialect)
-    native = renaming.to_native(foreign)
-    read = _read_segformer(foreign, native)
-    logger.info("read as %s (%s)", found.name, found.package)
-    has_head = any(key.startswith("decode_head.") for key in native)
-    in_file = read.pop("num_classes", None)
+    if name != "auto":
+        models.settings(name)
+    found = recognise(foreign, dialect=dialect, family=None if name == "auto" else family_of(name))
+    family = FAMILIES[found.form.family]
+    native = found.renaming.to_native(foreign)
+    try:
+        read, in_file = family.read(native)
+    except Missing as error:
+        raise CheckpointError(_no_fit(foreign, found, error.args[0])) from None
+    logger.info("read as %s (%s)", found.form.dialect, found.form.package)
     if num_classes is None and in_file is None:
         raise CheckpointError("the checkpoint is a backbone alone and has no classifier; give the number of classes")
     if num_classes is not None and in_file is not None and num_classes != in_file:
@@ -339,38 +384,64 @@ def from_torch(
             f"the checkpoint has {in_file} classes, not {num_classes}; to put a new classifier on its weights, create "
             "the model and call load_torch with drop and keep"
         )
-    for setting, value in found.settings:
-        if setting not in overrides:
-            read[setting] = value
-            logger.info("assumed %s=%s: a checkpoint does not tell; published for %s", setting, value, found.package)
-    name = _nearest_variant(read) if name == "auto" else name
+    name = nearest_variant(family, read) if name == "auto" else name
     defaults = models.settings(name)
+    read |= _assumed(found.form, name, overrides)
     wrong = [
         f"{key} is {read[key]}, in {name} {defaults[key]}"
-        for key in ("dims", "depths")
-        if key not in overrides and defaults[key] != read[key]
+        for key in ENCODER_SIZES
+        if key in read and key not in overrides and defaults[key] != read[key]
     ]
-    if wrong and name != (nearest := _nearest_variant(read)):
+    if wrong and name != (nearest := nearest_variant(family, read)):
         raise CheckpointError(
             f"the checkpoint is not {name}: {'; '.join(wrong)}. The nearest model is {nearest}; "
             "or pass the sizes as overrides"
         )
-    if not has_head and "decoder_dim" not in overrides:
-        logger.info("the decoder is as wide as in %s: %s", name, defaults["decoder_dim"])
+    for setting in ("decoder_dim", "ham_channels"):
+        if in_file is None and setting in defaults and setting not in overrides:
+            logger.info("the decoder is as wide as in %s: %s", name, defaults[setting])
     changed = {key: value for key, value in read.items() if defaults[key] != value} | overrides
     arguments = dict(num_classes=num_classes or in_file, dtype=dtype, param_dtype=param_dtype)
     if changed:
         logger.info("unlike %s: %s", name, ", ".join(f"{key}={value}" for key, value in sorted(changed.items())))
-    if not has_head:
+    if in_file is None:
         # The decoder keeps its random weights, so the model must really be initialised.
         model = models.create(name, **arguments, **changed)
         logger.info("a backbone alone: the decoder stays as initialised")
-        load_torch(model, foreign, dialect=found.name, drop=found.backbone_extras, keep=("decode_head.*",))
+        plan = _plan(model, foreign, found, drop=found.form.backbone_extras, keep=family.head)
+        _announce(plan)
+        nnx.update(model, _filled(model, plan.values))
         return model
     model = nnx.eval_shape(lambda: models.create(name, **arguments, **changed))
-    plan = _plan(model, foreign, found, renaming, drop=(), keep=())
+    plan = _plan(model, foreign, found, drop=(), keep=())
     _announce(plan)
     return from_values(model, plan.values)
+
+
+def _assumed(form: Form, name: str, overrides: Mapping[str, object]) -> dict[str, object]:
+    """The settings that a checkpoint of this form cannot tell, each said out loud; those in `overrides` are known."""
+    assumed = {}
+    for setting, value in form.settings:
+        if setting in overrides:
+            continue
+        source = name if value is OF_VARIANT else form.package
+        assumed[setting] = models.settings(name)[setting] if value is OF_VARIANT else value
+        logger.info("assumed %s=%s: a checkpoint does not tell; published for %s", setting, assumed[setting], source)
+    return assumed
+
+
+def _no_fit(foreign: Mapping[str, np.ndarray], found: Recognised, missing: str) -> str:
+    """Why a state dict without the native key `missing` fits no model: the nearest family, and what differs."""
+    strangers = [key for key in foreign if not found.renaming.fits(key)]
+    lacking = found.renaming.foreign_names(missing) or (missing,)
+    differences = f"it lacks {' and '.join(lacking)}"
+    if strangers:
+        differences += f", and has no place for {shorten(strangers, most=6)}"
+    return (
+        f"the checkpoint fits no model of segjax. The nearest family is {FAMILIES[found.form.family].title} as "
+        f"{found.form.dialect} ({found.form.package}) writes it: {found.fitting} of {len(foreign)} keys have a place "
+        f"there, but {differences}"
+    )
 
 
 def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.Module:
@@ -386,51 +457,3 @@ def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.M
         drawn.append((path, variable.replace(next(keys) if is_key else jnp.zeros((), jnp.uint32))))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(drawn))
     return model
-
-
-def _read_segformer(foreign: Mapping[str, np.ndarray], native: Mapping[str, np.ndarray]) -> dict[str, object]:
-    """Sizes of a SegFormer from its keys and shapes; `num_classes` and `decoder_dim` only where there is a decoder."""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in native:
-            raise CheckpointError(
-                f"the checkpoint fits no model of segjax. The nearest family is SegFormer, for which it lacks {key} "
-                f"(or its name in another dialect); its own keys are {shorten(foreign, most=6)}. "
-                f"{len(native)} of its {len(foreign)} keys have a place in a SegFormer"
-            )
-        return native[key].shape
-
-    dims = tuple(shape(f"backbone.patch_embed{s}.proj.weight")[0] for s in range(1, 5))
-    depths = tuple(
-        next(b for b in range(len(native) + 1) if f"backbone.block{s}.{b}.norm1.weight" not in native)
-        for s in range(1, 5)
-    )
-    if 0 in depths:
-        shape(f"backbone.block{depths.index(0) + 1}.0.norm1.weight")
-    first_blocks = [f"backbone.block{s}.0" for s in range(1, 5)]
-    hidden = [shape(f"{block}.mlp.fc1.weight")[0] for block in first_blocks]
-    read: dict[str, object] = {
-        "dims": dims,
-        "depths": depths,
-        "mlp_ratios": tuple(
-            width // dim if width % dim == 0 else width / dim for width, dim in zip(hidden, dims, strict=True)
-        ),
-        "sr_ratios": tuple(
-            native[key].shape[-1] if (key := f"{block}.attn.sr.weight") in native else 1 for block in first_blocks
-        ),
-    }
-    if any(key.startswith("decode_head.") for key in native):
-        read["decoder_dim"] = shape("decode_head.linear_c1.proj.weight")[0]
-        read["num_classes"] = shape("decode_head.linear_pred.weight")[0]
-    return read
-
-
-def _nearest_variant(read: Mapping[str, object]) -> str:
-    """The name in MODELS with most of the sizes that were read, the backbone first; the smallest of several."""
-
-    def fit(name: str) -> tuple[int, int]:
-        settings = models.settings(name)
-        agreeing = [key for key, value in read.items() if settings[key] == value]
-        return sum(key in ("dims", "depths") for key in agreeing), len(agreeing)
-
-    return max(models.MODELS, key=fit)

@@ -1,0 +1,243 @@
+"""What a state dict tells of its model: for each family, how its sizes are read off names and shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from segjax import models
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Missing(KeyError):  # noqa: N818
+    """A key without which sizes cannot be read."""
+
+
+class _Reader(dict):
+    """Shapes by native key; a key that is not there raises `Missing`."""
+
+    def __missing__(self, key: str):
+        raise Missing(key)
+
+    def count(self, pattern: str) -> int:
+        """How many numbers from zero on fill `{}` in the key."""
+        number = 0
+        while pattern.format(number) in self:
+            number += 1
+        return number
+
+    def blocks(self, pattern: str) -> int:
+        """The same, at least one."""
+        return self.count(pattern) or self[pattern.format(0)][0]
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    return hidden // dim if hidden % dim == 0 else hidden / dim
+
+
+def _mit(shapes: _Reader) -> dict[str, object]:
+    dims = tuple(shapes[f"backbone.patch_embed{s}.proj.weight"][0] for s in range(1, 5))
+    blocks = [f"backbone.block{s}.0" for s in range(1, 5)]
+    hidden = [shapes[f"{block}.mlp.fc1.weight"][0] for block in blocks]
+    return {
+        "dims": dims,
+        "depths": tuple(shapes.blocks(f"backbone.block{s}.{{}}.norm1.weight") for s in range(1, 5)),
+        "mlp_ratios": tuple(map(_ratio, hidden, dims)),
+        "sr_ratios": tuple(shapes[key][-1] if (key := f"{block}.attn.sr.weight") in shapes else 1 for block in blocks),
+    }
+
+
+def _official_head(shapes: _Reader) -> dict[str, object]:
+    return {
+        "decoder_dim": shapes["decode_head.linear_c1.proj.weight"][0],
+        "num_classes": shapes["decode_head.linear_pred.weight"][0],
+    }
+
+
+def _plain_head(shapes: _Reader) -> dict[str, object]:
+    normalised = "decode_head.linear_fuse_bn.weight" in shapes
+    return _official_head(shapes) | {"fuse": "conv_bn" if normalised else "conv"}
+
+
+def _mmseg_head(shapes: _Reader) -> dict[str, object]:
+    return {
+        "decoder_dim": shapes["decode_head.convs.0.conv.weight"][0],
+        "num_classes": shapes["decode_head.conv_seg.weight"][0],
+    }
+
+
+def _simple(shapes: _Reader) -> dict[str, object]:
+    dims = tuple(shapes[f"mit.stages.{s}.1.weight"][0] for s in range(4))
+    blocks = [f"mit.stages.{s}.2.0" for s in range(4)]
+    hidden = [shapes[f"{block}.1.fn.net.0.weight"][0] for block in blocks]
+    return {
+        "dims": dims,
+        "depths": tuple(shapes.blocks(f"mit.stages.{s}.2.{{}}.0.fn.to_q.weight") for s in range(4)),
+        "mlp_ratios": tuple(map(_ratio, hidden, dims)),
+        "sr_ratios": tuple(shapes[f"{block}.0.fn.to_kv.weight"][-1] for block in blocks),
+    }
+
+
+def _simple_head(shapes: _Reader) -> dict[str, object]:
+    return {
+        "decoder_dim": shapes["to_fused.0.0.weight"][0],
+        "num_classes": shapes["to_segmentation.1.weight"][0],
+    }
+
+
+def _zuppichini(shapes: _Reader) -> dict[str, object]:
+    dims = tuple(shapes[f"encoder.stages.{s}.norm.weight"][0] for s in range(4))
+    blocks = [f"encoder.stages.{s}.blocks.0" for s in range(4)]
+    hidden = [shapes[f"{block}.1.fn.1.1.weight"][0] for block in blocks]
+    return {
+        "dims": dims,
+        "depths": tuple(shapes.blocks(f"encoder.stages.{s}.blocks.{{}}.0.fn.0.weight") for s in range(4)),
+        "mlp_ratios": tuple(map(_ratio, hidden, dims)),
+        "sr_ratios": tuple(shapes[f"{block}.0.fn.1.reducer.0.weight"][-1] for block in blocks),
+    }
+
+
+def _zuppichini_head(shapes: _Reader) -> dict[str, object]:
+    return {"decoder_dim": shapes["head.predict.weight"][1], "num_classes": shapes["head.predict.weight"][0]}
+
+
+def _hrnet(shapes: _Reader) -> dict[str, object]:
+    return {
+        "width": shapes["stage2.0.branches.0.0.conv1.weight"][0],
+        "stage1_channels": shapes["layer1.0.conv1.weight"][0],
+        "stage_modules": (1, *(shapes.blocks(f"stage{s}.{{}}.branches.0.0.conv1.weight") for s in (2, 3, 4))),
+        "stage_blocks": (
+            shapes.blocks("layer1.{}.conv1.weight"),
+            *(shapes.blocks(f"stage{s}.0.branches.0.{{}}.conv1.weight") for s in (2, 3, 4)),
+        ),
+    }
+
+
+def _hrnet_head(shapes: _Reader) -> dict[str, object]:
+    return {"num_classes": shapes["last_layer.3.weight"][0]}
+
+
+def _ocr_heads(shapes: _Reader) -> dict[str, object]:
+    return {
+        "ocr_channels": shapes["conv3x3_ocr.0.weight"][0],
+        "ocr_key_channels": shapes["ocr_distri_head.object_context_block.f_down.0.weight"][0],
+        "num_classes": shapes["cls_head.weight"][0],
+    }
+
+
+def _mscan(shapes: _Reader) -> dict[str, object]:
+    dims = tuple(shapes[f"backbone.norm{s}.weight"][0] for s in range(1, 5))
+    hidden = [shapes[f"backbone.block{s}.0.mlp.fc1.weight"][0] for s in range(1, 5)]
+    return {
+        "dims": dims,
+        "depths": tuple(shapes.blocks(f"backbone.block{s}.{{}}.norm1.weight") for s in range(1, 5)),
+        "mlp_ratios": tuple(map(_ratio, hidden, dims)),
+    }
+
+
+def _ham_head(shapes: _Reader) -> dict[str, object]:
+    return {
+        "ham_channels": shapes["decode_head.squeeze.conv.weight"][0],
+        "num_classes": shapes["decode_head.conv_seg.weight"][0],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that share one constructor.
+
+    Attributes:
+      title: for messages.
+      names: in `segjax.MODELS`.
+      head: patterns of native keys that are not the encoder's.
+      read_encoder, read_head: sizes from shapes by native key.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    head: tuple[str, ...]
+    read_encoder: Callable[[_Reader], dict[str, object]]
+    read_head: Callable[[_Reader], dict[str, object]]
+
+    def read(self, native: Mapping[str, np.ndarray]) -> tuple[dict[str, object], int | None]:
+        """Settings of the model that a native state dict belongs to, and its number of classes; None without a head.
+
+        Raises:
+          Missing: a key that is needed for it.
+        """
+        shapes = _Reader({key: value.shape for key, value in native.items()})
+        sizes = self.read_encoder(shapes)
+        if not any(map(self.in_head, native)):
+            return sizes, None
+        sizes |= self.read_head(shapes)
+        return sizes, sizes.pop("num_classes")
+
+    def in_head(self, key: str) -> bool:
+        return matches(key, self.head)
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether one of several shell-style patterns fits."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _family(title: str, names: str, head: tuple[str, ...], read_encoder, read_head) -> Family:
+    named = tuple(name for name in models.MODELS if re.fullmatch(names, name))
+    return Family(title, named, head, read_encoder, read_head)
+
+
+_DECODE_HEAD = ("decode_head.*",)
+
+FAMILIES = {
+    "segformer": _family("SegFormer", r"segformer_b\d", _DECODE_HEAD, _mit, _official_head),
+    "segformer_plain": _family(
+        "the SegFormer of jo-jstrm/segmentation_pytorch", r"segformer_plain_b\d", _DECODE_HEAD, _mit, _plain_head
+    ),
+    "segformer_mmseg": _family(
+        "the SegFormer of mmsegmentation", r"segformer_mmseg_b\d", _DECODE_HEAD, _mit, _mmseg_head
+    ),
+    "segformer_simple": _family(
+        "the simple SegFormer", "segformer_simple", ("to_fused.*", "to_segmentation.*"), _simple, _simple_head
+    ),
+    "segformer_zuppichini": _family(
+        "the SegFormer of F. Zuppichini's article",
+        "segformer_zuppichini",
+        ("decoder.*", "head.*"),
+        _zuppichini,
+        _zuppichini_head,
+    ),
+    "hrnet": _family("HRNet", r"hrnet_w\d+", ("last_layer.*",), _hrnet, _hrnet_head),
+    "hrnet_ocr": _family(
+        "HRNet with OCR",
+        r"hrnet_w\d+_ocr",
+        ("conv3x3_ocr.*", "ocr_distri_head.*", "cls_head.*", "aux_head.*"),
+        _hrnet,
+        _ocr_heads,
+    ),
+    "segnext": _family("SegNeXt", r"segnext_\w", _DECODE_HEAD, _mscan, _ham_head),
+}
+
+
+def family_of(name: str) -> str:
+    """The key of FAMILIES that a name of `segjax.MODELS` belongs to."""
+    return next(key for key, family in FAMILIES.items() if name in family.names)
+
+
+# Settings that tell the variants of a family apart, whatever its decoder.
+ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
+
+
+def nearest_variant(family: Family, sizes: Mapping[str, object]) -> str:
+    """The family's name with most of the sizes that were read, the encoder's first; the smallest of several."""
+
+    def fit(name: str) -> tuple[int, int]:
+        settings = models.settings(name)
+        agreeing = [key for key, value in sizes.items() if settings[key] == value]
+        return sum(key in ENCODER_SIZES for key in agreeing), len(agreeing)
+
+    return max(family.names, key=fit)
