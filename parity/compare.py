@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,16 +23,36 @@ import torch
 from flax import nnx
 
 from parity import tolerances
-from parity.reference import segformer as reference_segformer
+from parity.reference import (
+    hrnet,
+    segformer,
+    segformer_mmseg,
+    segformer_plain,
+    segformer_simple,
+    segformer_zuppichini,
+    segnext,
+)
+from parity.reference.randomise import randomise
 from segjax import models, runtime
 from segjax.data.augment import normalise
 from segjax.dialects import BATCH_COUNTER, recognise
+from segjax.families import FAMILIES, family_of
 from segjax.losses import predictions
+from segjax.models.segnext import evaluation_bases
 from segjax.weights import as_arrays, from_torch, to_torch
 
-# What is added to whole channels in front of the decoder's BatchNorm, which takes it out again in training: the true
-# gradient is zero, and what either side computes for it is rounding.
-WITHOUT_GRADIENT = r"decode_head\.linear_c\d\.proj\.bias|backbone\.norm4\.bias"
+REFERENCES = {
+    "segformer": segformer.SegFormer,
+    "segformer_plain": segformer_plain.SegFormerPlain,
+    "segformer_mmseg": segformer_mmseg.SegFormerMMSeg,
+    "segformer_simple": segformer_simple.SegFormerSimple,
+    "segformer_zuppichini": segformer_zuppichini.SegFormerZuppichini,
+    "hrnet": hrnet.HRNet,
+    "hrnet_ocr": hrnet.HRNetOCR,
+    "segnext": segnext.SegNeXt,
+}
+# The simple reference's block adds the shortcut that ours leaves to the encoder.
+UNLIKE = {"segformer_simple": r"mit\.stages\.\d\.2\.\d+\.[01]"}
 
 # ------------------------------------------------------------------------------------------------------- the two sides
 
@@ -43,7 +64,7 @@ def settings_of(model: nnx.Module) -> dict[str, object]:
 def reference_for(model: nnx.Module, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
     """The PyTorch reference of our model in evaluation mode, strictly loaded with `weights` (its own by default)."""
     weights = to_torch(model) if weights is None else weights
-    reference = reference_segformer.SegFormer(num_classes=model.spec.num_classes, **settings_of(model))
+    reference = REFERENCES[family_of(model.spec.name)](num_classes=model.spec.num_classes, **settings_of(model))
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}
     (dtype,) = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     reference.to(dtype).load_state_dict(tensors, strict=True)
@@ -55,13 +76,26 @@ def randomised_pair(
 ) -> tuple[nnx.Module, torch.nn.Module]:
     """A model and its reference with the same weights, of which every one shows in the output."""
     sizes = models.settings(name) | overrides
-    reference = reference_segformer.SegFormer(num_classes=num_classes, **sizes)
-    reference_segformer.randomise(reference, seed)
+    reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
     reference.to(torch.float64 if jnp.dtype(dtype) == jnp.float64 else torch.float32).eval()
     model = from_torch(
-        reference.state_dict(), name=name, num_classes=num_classes, dtype=dtype, param_dtype=dtype, **overrides
+        reference.state_dict(), name=name, num_classes=num_classes, dtype=dtype, param_dtype=dtype, **sizes
     )
     return model, reference
+
+
+def bases_for(model: nnx.Module, batch: int) -> tuple[np.ndarray, ...]:
+    """What the model takes beside images: SegNeXt's bases (B, C, R), different for every image, else nothing."""
+    if family_of(model.spec.name) != "segnext":
+        return ()
+    ham = model.decode_head.hamburger
+    fixed = evaluation_bases(ham.channels, ham.rank)
+    return (np.stack([np.roll(fixed, number, axis=0) for number in range(batch)]).astype(model.dtype),)
+
+
+def run_reference(reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray):
+    """The reference's (logits, taps), NCHW, on images (B, H, W, 3)."""
+    return reference(to_nchw(x), *map(torch.from_numpy, bases))
 
 
 def images(batch: int, size: tuple[int, int], *, seed: int, dtype) -> np.ndarray:
@@ -90,11 +124,11 @@ def relative_error(ours, theirs) -> float:
 def compiled(model: nnx.Module) -> Callable:
     """The model as one compiled function of images, in float32 "highest" where the hardware has a choice."""
     graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    run = jax.jit(lambda state, x, *bases: nnx.merge(graphdef, state)(x, *bases))
 
-    def call(x):
+    def call(x, *bases):
         with jax.default_matmul_precision("highest"):
-            return run(state, jnp.asarray(x))
+            return run(state, jnp.asarray(x), *map(jnp.asarray, bases))
 
     return call
 
@@ -120,21 +154,22 @@ class LayerError:
 def layer_errors(model: nnx.Module, reference: torch.nn.Module, x: np.ndarray) -> list[LayerError]:
     """Runs the reference on (B, H, W, 3), then each of our layers on what its counterpart received."""
     received, produced = {}, {}
+    unlike = UNLIKE.get(family_of(model.spec.name), "(?!)")
 
     def record(name):
-        def hook(_, arguments, output):
-            received[name], produced[name] = _as_ours(arguments), _as_ours(output)
+        def hook(layer, arguments, output):
+            received[name], produced[name] = _arguments(layer, arguments), _as_ours(layer, output)
 
         return hook
 
     handles = [
         layer.register_forward_hook(record(name))
         for name, layer in reference.named_modules()
-        if callable(_layer_at(model, name))
+        if _layer_at(model, name) is not None and not re.fullmatch(unlike, name)
     ]
     try:
         with torch.no_grad():
-            reference(to_nchw(x))
+            run_reference(reference, x, *bases_for(model, len(x)))
     finally:
         for handle in handles:
             handle.remove()
@@ -143,11 +178,7 @@ def layer_errors(model: nnx.Module, reference: torch.nn.Module, x: np.ndarray) -
     # One program for all layers: a program each would spend minutes in the compiler.
     def run(state, received):
         bound = nnx.merge(graphdef, state)
-        outputs = {}
-        for name, value in received.items():
-            output = _layer_at(bound, name)(value)
-            outputs[name] = output[0] if isinstance(output, tuple) else output
-        return outputs
+        return {name: _first(_layer_at(bound, name)(*values)) for name, values in received.items()}
 
     with jax.default_matmul_precision("highest"):
         ours = jax.jit(run)(state, received)
@@ -163,22 +194,39 @@ def _layer_at(model: nnx.Module, name: str):
     """Our layer at a dotted path of the reference; None where ours has none that can be called."""
     layer = model
     for part in filter(None, name.split(".")):
-        layer = layer[int(part)] if part.isdigit() else getattr(layer, part, None)
+        if part.isdigit():
+            layer = layer[int(part)] if isinstance(layer, nnx.List) and int(part) < len(layer) else None
+        else:
+            layer = getattr(layer, part, None)
         if layer is None:
             return None
-    return layer if callable(layer) else None
+    return layer if isinstance(layer, nnx.Module) and callable(layer) else None
 
 
-def _as_ours(value):
-    """NCHW -> NHWC; tokens (B, N, C), H, W -> (B, H, W, C); lists and the first of several results likewise."""
-    if isinstance(value, torch.Tensor):
-        return to_nhwc(value) if value.ndim == 4 else value.detach().numpy()
-    if isinstance(value, list):
-        return [_as_ours(item) for item in value]
-    first, *rest = value
+def _arguments(layer: torch.nn.Module, arguments: tuple) -> list:
+    """What our counterpart of `layer` is called with."""
+    first, *rest = arguments
     if len(rest) == 2 and all(isinstance(item, int) for item in rest):
-        return first.detach().numpy().reshape(first.shape[0], *rest, first.shape[-1])
-    return _as_ours(first)
+        # Tokens (B, N, C), H, W.
+        return [first.detach().numpy().reshape(first.shape[0], *rest, first.shape[-1])]
+    if isinstance(layer, torch.nn.MultiheadAttention):
+        # Keys and values are the same tokens.
+        arguments = arguments[:2]
+    return [_as_ours(layer, argument) for argument in arguments if argument is not None]
+
+
+def _as_ours(layer: torch.nn.Module, value):
+    """NCHW -> NHWC but for torch's LayerNorm, which is given NHWC; lists likewise; the first of several results."""
+    if isinstance(value, torch.Tensor):
+        channels_first = value.ndim == 4 and type(layer) is not torch.nn.LayerNorm
+        return to_nhwc(value) if channels_first else value.detach().numpy()
+    if isinstance(value, list):
+        return [_as_ours(layer, item) for item in value]
+    return _as_ours(layer, value[0])
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
 
 
 # ----------------------------------------------------------------------------------------- verification of a checkpoint
@@ -224,7 +272,7 @@ def verify(model: nnx.Module, state_dict: Mapping) -> Report:
     dtype = next(iter(to_torch(model).values())).dtype
     x = x.astype(np.float64 if dtype == np.float64 else np.float32)
     against, theirs = _run_theirs(model, as_arrays(state_dict), x)
-    ours = np.asarray(compiled(model)(x)[0])
+    ours = np.asarray(compiled(model)(x, *bases_for(model, len(x)))[0])
     size = picture.shape[:2]
     labels = [np.asarray(predictions(jnp.asarray(logits), size)) for logits in (ours, theirs)]
     return Report(
@@ -238,10 +286,10 @@ def verify(model: nnx.Module, state_dict: Mapping) -> Report:
 
 def _run_theirs(model: nnx.Module, foreign: dict[str, np.ndarray], x: np.ndarray) -> tuple[str, np.ndarray]:
     """Name of the PyTorch model and its logits (B, h, w, K), computed in the type of `x`."""
-    dialect, renaming, _ = recognise(foreign)
-    native = renaming.to_native(foreign)
-    whole = any(key.startswith("decode_head.") for key in native)
-    if dialect.name == "hf" and whole:
+    family = family_of(model.spec.name)
+    found = recognise(foreign, family=family)
+    native = found.renaming.to_native(foreign)
+    if found.form.dialect == "hf" and any(map(FAMILIES[family].in_head, native)):
         network = _transformers_model(model, foreign).to(torch.from_numpy(x).dtype).eval()
         import transformers
 
@@ -252,7 +300,8 @@ def _run_theirs(model: nnx.Module, foreign: dict[str, np.ndarray], x: np.ndarray
     weights |= {key: value for key, value in native.items() if key in weights}
     weights = {key: value if value.dtype == np.int64 else value.astype(x.dtype) for key, value in weights.items()}
     with torch.no_grad():
-        return "the PyTorch reference (parity/reference)", to_nhwc(reference_for(model, weights)(to_nchw(x))[0])
+        logits, _ = run_reference(reference_for(model, weights), x, *bases_for(model, len(x)))
+    return "the PyTorch reference (parity/reference)", to_nhwc(logits)
 
 
 def _transformers_model(model: nnx.Module, foreign: Mapping[str, np.ndarray]) -> torch.nn.Module:

@@ -42,9 +42,12 @@ def linear_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.A
 
 
 def fan_out_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, groups: int = 1) -> jax.Array:
-    """Normal of std sqrt(2 / fan_out), fan_out = kh * kw * out / groups: the official MiT's convolutions."""
-    kernel_height, kernel_width, _, out_channels = shape
-    fan_out = kernel_height * kernel_width * out_channels // groups
+    """Normal of std sqrt(2 / fan_out), fan_out = kh * kw * out / groups: the official MiT's convolutions.
+
+    A linear layer's (in, out) counts as a 1x1 convolution.
+    """
+    *window, _, out_channels = shape
+    fan_out = math.prod(window) * out_channels // groups
     return _normal(key, tuple(shape), dtype, math.sqrt(2.0 / fan_out))
 
 

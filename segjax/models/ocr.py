@@ -36,14 +36,14 @@ def conv_bn_relu(in_channels, out_channels, *, dtype, param_dtype, rngs) -> tupl
 
 
 def gather_objects(features: jax.Array, aux_logits: jax.Array) -> jax.Array:
-    """One vector per class, the mean of all pixels weighted by softmax over pixels: (B, K, C) (eq. 2)."""
+    """One vector per class, the mean of all pixels weighted by softmax over pixels: (B, K, 1, C) (eq. 2)."""
     B, H, W, C = features.shape
     shares = jax.nn.softmax(aux_logits.reshape(B, H * W, -1), axis=1).astype(features.dtype)  # (B, N, K)
-    return jnp.einsum("bnk,bnc->bkc", shares, features.reshape(B, H * W, C))
+    return jnp.einsum("bnk,bnc->bkc", shares, features.reshape(B, H * W, C))[:, :, None, :]
 
 
 class ObjectAttention(nnx.Module):
-    """Pixels (B, H, W, C) ask the classes (B, K, C) -> context (B, H, W, C) (eq. 3 to 5)."""
+    """Pixels (B, H, W, C) ask the classes (B, K, 1, C) -> context (B, H, W, C) (eq. 3 to 5)."""
 
     def __init__(self, channels, key_channels, *, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -60,16 +60,15 @@ class ObjectAttention(nnx.Module):
 
     def __call__(self, features: jax.Array, objects: jax.Array) -> jax.Array:
         B, H, W, _ = features.shape
-        regions = objects[:, :, None, :]  # (B, K, 1, C), so that the 1x1 convolutions apply
         query = self.f_pixel(features).reshape(B, 1, H * W, -1)  # (B, 1, N, D)
-        key, value = self.f_object(regions), self.f_down(regions)  # (B, K, 1, D)
+        key, value = self.f_object(objects), self.f_down(objects)  # (B, K, 1, D)
         key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))  # (B, 1, K, D)
         context = layers.attention(query, key, value)  # (B, 1, N, D)
         return self.f_up(context.reshape(B, H, W, -1))
 
 
 class SpatialOCR(nnx.Module):
-    """Context beside the pixels' own features, fused: (B, H, W, C), (B, K, C) -> (B, H, W, C)."""
+    """Context beside the pixels' own features, fused: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
 
     def __init__(self, channels, key_channels, *, dropout_rate, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)

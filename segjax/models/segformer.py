@@ -83,11 +83,11 @@ class DWConv(nnx.Module):
 class Mlp(nnx.Module):
     """Mix-FFN (eq. 3): linear, depthwise 3x3, GELU, linear. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
+    def __init__(self, dim, hidden_dim, *, kernel_init, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc1 = layers.Linear(dim, hidden_dim, **kinds)
+        self.fc1 = layers.Linear(dim, hidden_dim, kernel_init=kernel_init, **kinds)
         self.dwconv = DWConv(hidden_dim, **kinds)
-        self.fc2 = layers.Linear(hidden_dim, dim, **kinds)
+        self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
@@ -107,6 +107,7 @@ class Block(nnx.Module):
         block_norm_eps,
         patch_norm_eps,
         qkv_init,
+        mlp_init,
         dtype,
         param_dtype,
         rngs,
@@ -123,7 +124,7 @@ class Block(nnx.Module):
             **kinds,
         )
         self.norm2 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), kernel_init=mlp_init, rngs=rngs, **kinds)
         self.drop_path1 = layers.DropPath(drop_path_rate, rngs=rngs)
         self.drop_path2 = layers.DropPath(drop_path_rate, rngs=rngs)
 
@@ -147,6 +148,7 @@ class MixTransformer(nnx.Module):
         block_norm_eps,
         patch_norm_eps,
         qkv_init=layers.linear_init,
+        mlp_init=layers.linear_init,
         dtype,
         param_dtype,
         rngs,
@@ -174,6 +176,7 @@ class MixTransformer(nnx.Module):
                     block_norm_eps=block_norm_eps,
                     patch_norm_eps=patch_norm_eps,
                     qkv_init=qkv_init,
+                    mlp_init=mlp_init,
                     rngs=rngs,
                     **kinds,
                 )

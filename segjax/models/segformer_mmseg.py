@@ -93,7 +93,9 @@ class SegFormerMMSeg(nnx.Module):
             drop_path_rate=drop_path_rate,
             block_norm_eps=block_norm_eps,
             patch_norm_eps=patch_norm_eps,
+            # Its joint projection keeps torch's own start, and its Mix-FFN is made of 1x1 convolutions.
             qkv_init=layers.joint_projection_init,
+            mlp_init=layers.fan_out_init,
             **kinds,
         )
         self.decode_head = MMSegHead(

@@ -1,0 +1,102 @@
+"""One small model of every family, and what tests must know of it.
+
+Sizes keep a test in seconds while every stage, ratio and head count differs from its neighbours.
+"""
+
+import dataclasses
+
+_MIT = dict(dims=(8, 16, 20, 32), depths=(2, 1, 1, 1))
+_HRNET = dict(width=6, stage1_channels=8, stage_modules=(1, 1, 2, 1), stage_blocks=(2, 1, 1, 2))
+# Batch and (height, width): wide, odd, and not even near a multiple of 32.
+_ANY = ((2, (64, 96)), (3, (65, 97)), (2, (40, 136)))
+_MULTIPLES = ((2, (64, 96)), (3, (96, 32)), (2, (32, 160)))
+NUM_CLASSES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A narrow model.
+
+    Attributes:
+      name: in `segjax.MODELS`. sizes: overrides that make it narrow.
+      inputs: batch and (height, width) of its inputs.
+      still: overrides that switch off whatever is random in training.
+      without_gradient: regular expression of parameters whose gradient in training is zero: what is added to whole
+        channels in front of a BatchNorm, which takes it out again. What either side computes for it is rounding.
+      full: names whose full width is compared, in the plain tier and in the slow one.
+    """
+
+    name: str
+    sizes: dict
+    inputs: tuple = _ANY
+    still: tuple[str, ...] = ("drop_path_rate", "dropout_rate")
+    without_gradient: str = "(?!)"
+    full: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+    @property
+    def fixed(self) -> dict:
+        """`sizes` and nothing random."""
+        return self.sizes | dict.fromkeys(self.still, 0.0)
+
+
+SUBJECTS = {
+    "segformer": Subject(
+        "segformer_b0",
+        _MIT | dict(decoder_dim=24),
+        without_gradient=r"decode_head\.linear_c\d\.proj\.bias|backbone\.norm4\.bias",
+        full=("segformer_b0",),
+        slow=("segformer_b2", "segformer_b5"),
+    ),
+    "plain, conv": Subject(
+        "segformer_plain_b0", _MIT | dict(decoder_dim=24, fuse="conv"), slow=("segformer_plain_b5",)
+    ),
+    "plain, conv_bn": Subject(
+        "segformer_plain_b0",
+        _MIT | dict(decoder_dim=24, fuse="conv_bn"),
+        without_gradient=r"decode_head\.linear_(c\d\.proj|fuse)\.bias|backbone\.norm4\.bias",
+    ),
+    "mmseg": Subject(
+        "segformer_mmseg_b0",
+        _MIT | dict(decoder_dim=24),
+        without_gradient=r"backbone\.norm4\.bias",
+        slow=("segformer_mmseg_b5",),
+    ),
+    "simple": Subject(
+        "segformer_simple",
+        _MIT | dict(mlp_ratios=(2, 3, 4, 5), decoder_dim=24),
+        inputs=_MULTIPLES,
+        still=(),
+        full=("segformer_simple",),
+    ),
+    "zuppichini": Subject(
+        "segformer_zuppichini",
+        _MIT | dict(num_heads=(1, 2, 5, 8), mlp_ratios=(2, 3, 4, 5), decoder_dim=24),
+        inputs=_MULTIPLES,
+        still=("drop_path_rate",),
+        slow=("segformer_zuppichini",),
+    ),
+    "hrnet": Subject(
+        "hrnet_w18",
+        _HRNET,
+        still=(),
+        without_gradient=r"last_layer\.0\.bias",
+        slow=("hrnet_w18", "hrnet_w48"),
+    ),
+    "hrnet, corners": Subject(
+        "hrnet_w18", _HRNET | dict(align_corners=True), still=(), without_gradient=r"last_layer\.0\.bias"
+    ),
+    "ocr": Subject(
+        "hrnet_w18_ocr",
+        _HRNET | dict(ocr_channels=24, ocr_key_channels=12),
+        still=("dropout_rate",),
+        without_gradient=r"(aux_head|conv3x3_ocr)\.0\.bias",
+        slow=("hrnet_w48_ocr",),
+    ),
+    "segnext": Subject(
+        "segnext_t",
+        _MIT | dict(mlp_ratios=(2, 3, 4, 5), ham_channels=64, ham_rank=8),
+        full=("segnext_t",),
+        slow=("segnext_l",),
+    ),
+}
