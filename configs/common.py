@@ -26,6 +26,8 @@ def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
 
 def get_config(dataset: str) -> ConfigDict:
     config = ConfigDict()
+    # What a run is called: it lies in runs/<label>-<dataset> unless --workdir says otherwise.
+    config.label = ""
     # Of initial weights, order of images, augmentation and dropout.
     config.seed = 0
     # "jit" over a data mesh of all devices, or "pmap".
@@ -61,6 +63,8 @@ def get_config(dataset: str) -> ConfigDict:
     # Updates of the weights, and images per update over all devices.
     config.train.steps = 40_000
     config.train.batch = 8
+    # Weight of the loss of auxiliary logits beside that of the main ones; OCR alone has some.
+    config.train.aux_weight = 0.4
     # Steps between two lines of metrics.jsonl.
     config.train.log_every = 50
 
@@ -112,3 +116,22 @@ def get_config(dataset: str) -> ConfigDict:
         config.augment.crop = (360, 480)
         config.train.steps = 20_000
     return config
+
+
+def from_scratch(config: ConfigDict) -> None:
+    """AdamW for random weights, which want one high rate throughout."""
+    config.optim.lr = 2e-3
+    config.optim.head_multiplier = 1.0
+    config.optim.warmup_steps = 200
+
+
+def minutes_on_a_cpu(config: ConfigDict) -> None:
+    """A short training on the streets, which wants a higher rate still and little augmentation."""
+    config.train.steps = 800
+    config.train.batch = 4
+    config.train.log_every = 10
+    config.checkpoint.every = 200
+    config.optim.lr = 3e-3
+    config.optim.warmup_steps = 50
+    config.augment.scale = (0.75, 1.5)
+    config.augment.photometric = False

@@ -1,73 +1,167 @@
-"""Outputs: ours against the original code's golden, the reference and transformers, per layer and whole."""
+"""Outputs: ours against the original code's goldens, the references and published packages, per layer and whole."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import segjax
-from parity import compare, narrow, tolerances
+from parity import compare, golden, tolerances
+from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax.losses import cross_entropy
+from segjax.models import layers
 
 DTYPES = ("float64", "float32")
+SUBJECT = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
 
 
-def golden_weights(golden):
-    return {key.removeprefix("sd/"): value for key, value in golden.items() if key.startswith("sd/")}
+def golden_model(file, **overrides):
+    """Ours, in float64, holding the weights of a golden."""
+    name, sizes = golden.MODELS[file]
+    return segjax.from_torch(
+        golden.weights(file), name=name, dtype=jnp.float64, param_dtype=jnp.float64, **sizes | overrides
+    )
 
 
-@pytest.mark.parametrize("case", [0, 1])
-def test_output_features_and_loss_equal_the_original_code(golden, case, float64, within):
-    model = segjax.from_torch(golden_weights(golden), dtype=jnp.float64, param_dtype=jnp.float64)
-    x = np.moveaxis(golden[f"case{case}/input_nchw"], 1, -1).astype(np.float64)
-    logits, taps = compare.compiled(model)(x)
-    pairs = {"logits": (logits, golden[f"case{case}/eval/output0"])}
-    pairs |= {f"feature{i}": (taps[f"feature{i}"], golden[f"case{case}/eval/feature{i}"]) for i in range(4)}
-    for name, (ours, theirs) in pairs.items():
-        within("output", "float64", compare.relative_error(ours, np.moveaxis(theirs, 1, -1)), f"golden NVlabs, {name}")
-    total, count = cross_entropy(logits, jnp.asarray(golden[f"case{case}/label"]), ignore_label=255)
-    loss = golden[f"case{case}/eval/loss"]
-    within("output", "float64", abs(float(total / count) - loss) / loss, "golden NVlabs, loss")
+def channels_last(x):
+    return np.moveaxis(x, 1, -1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "size"), narrow.INPUTS)
-def test_every_layer_equals_the_reference_given_the_same_input(batch, size, dtype, float64, within):
+@pytest.mark.parametrize("file", golden.MODELS)
+def test_outputs_features_and_loss_equal_the_original_code(file, float64, within):
+    model = golden_model(file)
+    run = compare.compiled(model)
+    for case in golden.cases(file):
+        bases = () if case.bases is None else (case.bases,)
+        logits, taps = run(channels_last(case.images), *bases)
+        if file == "hrnet_seed":
+            # The original enlarges its output to its crop size.
+            logits = layers.resize(logits, case.outputs[-1].shape[2:])
+        pairs = {"logits": (logits, case.outputs[-1])}
+        pairs |= {f"feature{i}": (taps[f"feature{i}"], feature) for i, feature in enumerate(case.features)}
+        if len(case.outputs) == 2:
+            pairs["auxiliary logits"] = taps["aux_logits"], case.outputs[0]
+        assert len(pairs) == len(case.outputs) + 4
+        for ours, theirs in pairs.values():
+            within("output", "float64", compare.relative_error(ours, channels_last(theirs)), f"golden {file}")
+        if file != "hrnet_seed":
+            total, count = cross_entropy(logits, jnp.asarray(case.labels), ignore_label=golden.IGNORE)
+            error = abs(float(total / count) - case.loss) / case.loss
+            within("output", "float64", error, f"golden {file}, loss")
+
+
+@pytest.mark.parametrize("file", [file for file in golden.MODELS if golden.cases(file)[0].training_outputs])
+def test_training_forward_equals_the_original_code(file, float64, within):
+    still = {
+        key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in segjax.models.settings(golden.MODELS[file][0])
+    }
+    model = golden_model(file, **still)
+    model.train()
+    case = golden.cases(file)[0]
+    bases = () if case.bases is None else (case.bases,)
+    logits, taps = compare.compiled(model)(channels_last(case.images), *bases)
+    ours = [logits] if len(case.training_outputs) == 1 else [taps["aux_logits"], logits]
+    for mine, theirs in zip(ours, case.training_outputs, strict=True):
+        error = compare.relative_error(mine, channels_last(theirs))
+        within("output", "float64", error, f"golden {file}, training")
+
+
+@SUBJECT
+def test_every_layer_equals_the_reference_given_the_same_input(subject, float64, within):
+    assert_layers_equal(subject, *subject.inputs[1], "float64", within)
+
+
+@SUBJECT
+def test_every_layer_equals_the_reference_in_float32(subject, within):
+    assert_layers_equal(subject, *subject.inputs[2], "float32", within)
+
+
+def assert_layers_equal(subject, batch, size, dtype, within):
     model, reference = compare.randomised_pair(
-        narrow.MODEL, num_classes=narrow.NUM_CLASSES, seed=batch, dtype=dtype, **narrow.SIZES
+        subject.name, num_classes=NUM_CLASSES, seed=batch, dtype=dtype, **subject.sizes
     )
     rows = compare.layer_errors(model, reference, compare.images(batch, size, seed=7, dtype=dtype))
-    # Every layer of the reference that holds parameters has its counterpart.
+    # Every layer of the reference that holds parameters has its counterpart. A multi-head attention's own projection
+    # is never called as a layer; the attention is.
     leaves = {name for name, layer in reference.named_modules() if not list(layer.children())}
     holding = {name for name in leaves if list(reference.get_submodule(name).parameters())}
-    assert holding <= {row.name for row in rows}
+    assert {name.removesuffix(".out_proj") for name in holding} <= {row.name for row in rows}
+    family = compare.family_of(subject.name)
     for row in rows:
-        within("output", dtype, row.error, "narrow, worst layer" if row.name != "(whole model)" else "narrow, whole")
+        what = "whole" if row.name == "(whole model)" else "worst layer"
+        within("output", dtype, row.error, f"{family}, narrow, {what}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "size"), narrow.INPUTS)
-def test_b0_at_full_width_equals_the_reference(batch, size, dtype, float64, within):
-    assert_outputs_equal("segformer_b0", batch, size, dtype, within)
+@SUBJECT
+def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, float64, within):
+    model, reference = compare.randomised_pair(
+        subject.name, num_classes=NUM_CLASSES, seed=5, dtype=dtype, **subject.sizes
+    )
+    run = compare.compiled(model)
+    for batch, size in subject.inputs:
+        assert_outputs_equal(run, model, reference, batch, size, dtype, within, "narrow")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for subject in SUBJECTS.values() for name in subject.full])
+def test_small_models_at_full_width_equal_the_reference(name, dtype, float64, within):
+    assert_full_width_equal(name, dtype, within)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["b2", "b5"])
-def test_large_variants_at_full_width_equal_the_reference(variant, dtype, float64, within):
-    assert_outputs_equal(f"segformer_{variant}", 2, (65, 97), dtype, within)
+@pytest.mark.parametrize("name", [name for subject in SUBJECTS.values() for name in subject.slow])
+def test_large_models_at_full_width_equal_the_reference(name, dtype, float64, within):
+    assert_full_width_equal(name, dtype, within)
 
 
-def assert_outputs_equal(name, batch, size, dtype, within):
-    model, reference = compare.randomised_pair(name, num_classes=19, seed=batch, dtype=dtype)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_simple_model_as_large_as_b5_equals_the_reference(dtype, float64, within):
+    sizes = dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), decoder_dim=768)
+    assert_full_width_equal("segformer_simple", dtype, within, **sizes)
+
+
+def assert_full_width_equal(name, dtype, within, **sizes):
+    model, reference = compare.randomised_pair(name, num_classes=19, seed=2, dtype=dtype, **sizes)
+    (inputs,) = {subject.inputs for subject in SUBJECTS.values() if name in (*subject.full, *subject.slow)}
+    run = compare.compiled(model)
+    assert_outputs_equal(run, model, reference, *inputs[1], dtype, within, name)
+
+
+def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what):
     x = compare.images(batch, size, seed=11, dtype=dtype)
+    bases = compare.bases_for(model, batch)
     with torch.no_grad():
-        their_logits, their_taps = reference(compare.to_nchw(x))
-    logits, taps = compare.compiled(model)(x)
+        their_logits, their_taps = compare.run_reference(reference, x, *bases)
+    logits, taps = run(x, *bases)
     assert logits.dtype == jnp.dtype(dtype)
-    within("output", dtype, compare.relative_error(logits, compare.to_nhwc(their_logits)), f"{name}, logits")
+    assert taps.keys() == their_taps.keys()
+    what = f"{compare.family_of(model.spec.name)}, {what}"
+    within("output", dtype, compare.relative_error(logits, compare.to_nhwc(their_logits)), f"{what}, logits")
     for tap, theirs in their_taps.items():
-        within("output", dtype, compare.relative_error(taps[tap], compare.to_nhwc(theirs)), f"{name}, features")
+        within("output", dtype, compare.relative_error(taps[tap], compare.to_nhwc(theirs)), f"{what}, taps")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@SUBJECT
+def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, dtype, float64, within):
+    model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=4, dtype=dtype, **subject.sizes)
+    batch, size = subject.inputs[2]
+    x, bases = compare.images(batch, size, seed=3, dtype=dtype), compare.bases_for(model, batch)
+    graphdef, state = nnx.split(model)
+
+    def as_published(state, x, *bases):
+        with layers.published_forms():
+            return nnx.merge(graphdef, state)(x, *bases)
+
+    plain, _ = jax.jit(as_published)(state, x, *bases)
+    fast, _ = compare.compiled(model)(x, *bases)
+    family = compare.family_of(subject.name)
+    within("output", dtype, compare.relative_error(fast, plain), f"{family}, fast forms = published forms")
 
 
 def transformers_network(name, *, num_classes, seed):
@@ -116,12 +210,28 @@ def assert_equals_transformers(name, within):
     within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), f"transformers, {name}")
 
 
-def test_bfloat16_stays_near_float32_and_keeps_logits_wide():
-    model, _ = compare.randomised_pair("segformer_b0", num_classes=19, seed=0, dtype="float32")
-    half = segjax.create("segformer_b0", num_classes=19, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("size", [(64, 96), (160, 32)])
+def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_output(size, float64, within):
+    from segformer_pytorch import Segformer
+
+    torch.manual_seed(6)
+    network = Segformer(num_classes=5).double().eval()
+    model = segjax.from_torch(network.state_dict(), dtype=jnp.float64, param_dtype=jnp.float64)
+    assert (model.spec.name, model.spec.num_classes, model.spec.overrides) == ("segformer_simple", 5, ())
+    x = compare.images(2, size, seed=5, dtype="float64")
+    with torch.no_grad():
+        theirs = compare.to_nhwc(network(compare.to_nchw(x)))
+    within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), "segformer-pytorch")
+
+
+@SUBJECT
+def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject):
+    model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
+    half = segjax.create(subject.name, num_classes=NUM_CLASSES, dtype=jnp.bfloat16, **subject.sizes)
     segjax.load_torch(half, segjax.to_torch(model))
-    x = compare.images(2, (64, 96), seed=1, dtype="float32")
-    exact, rounded = (np.asarray(compare.compiled(m)(x)[0]) for m in (model, half))
+    x = compare.images(*subject.inputs[0], seed=1, dtype="float32")
+    bases = compare.bases_for(model, len(x))
+    exact, rounded = (np.asarray(compare.compiled(m)(x, *bases)[0]) for m in (model, half))
     assert rounded.dtype == np.float32
     # bfloat16 has 8 bits: half a percent per product, averaged over many.
     assert 1e-4 < compare.relative_error(rounded, exact) < 0.1

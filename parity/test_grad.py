@@ -9,24 +9,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import segjax
-from parity import compare, narrow
-from parity.test_forward import golden_weights
+from parity import compare, golden
+from parity.subjects import NUM_CLASSES, SUBJECTS
+from parity.test_forward import channels_last, golden_model
 from segjax.losses import cross_entropy
 from segjax.state import Skeleton
 from segjax.weights import to_torch_layout, torch_name
 
 DTYPES = ("float64", "float32")
+AUX_WEIGHT = 0.4
 
 
-def our_gradients(model, x, labels, *, training):
+def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
     """Loss, gradients by torch key and layout, and running statistics after the forward pass by torch key."""
     skeleton = Skeleton(model)
     params, batch_stats = skeleton.arrays()
 
     def loss_of(params):
         bound = skeleton.bind(params, batch_stats, key=jax.random.key(0) if training else None)
-        total, count = cross_entropy(bound(x)[0], labels, ignore_label=255)
+        logits, taps = bound(x, *bases)
+        total, count = cross_entropy(logits, labels, ignore_label=255)
+        if "aux_logits" in taps:
+            total += aux_weight * cross_entropy(taps["aux_logits"], labels, ignore_label=255)[0]
         return total / count, skeleton.batch_stats_of(bound)
 
     (loss, stats), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
@@ -34,74 +38,88 @@ def our_gradients(model, x, labels, *, training):
     return float(loss), by_key, {torch_name(path): np.asarray(value) for path, value in stats.items()}
 
 
-def gradient_errors(ours, theirs, *, training=False):
+def their_loss(reference, x, labels, *bases):
+    """The loss that a published recipe trains on, from a reference in the mode it is in."""
+    labels = torch.from_numpy(labels).long()
+
+    def loss_of(logits):
+        enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(enlarged, labels, ignore_index=255)
+
+    logits, taps = compare.run_reference(reference, x, *bases)
+    return loss_of(logits) + (AUX_WEIGHT * loss_of(taps["aux_logits"]) if "aux_logits" in taps else 0)
+
+
+def gradient_errors(ours, theirs, is_idle):
     """Per parameter, relative to its own largest gradient, or to the largest of all where the true one is zero."""
     assert ours.keys() == theirs.keys()
     largest = max(np.abs(value).max() for value in theirs.values())
     for key, value in theirs.items():
-        is_idle = training and re.fullmatch(compare.WITHOUT_GRADIENT, key)
-        yield key, float(np.abs(ours[key] - value).max() / (largest if is_idle else np.abs(value).max()))
+        scale = largest if is_idle(key) else np.abs(value).max()
+        yield key, float(np.abs(ours[key] - value).max() / scale)
 
 
-def test_gradients_equal_the_original_code(golden, float64, within):
-    model = segjax.from_torch(golden_weights(golden), dtype=jnp.float64, param_dtype=jnp.float64)
-    x = np.moveaxis(golden["case0/input_nchw"], 1, -1).astype(np.float64)
-    _, ours, _ = our_gradients(model, x, jnp.asarray(golden["case0/label"]), training=False)
-    prefix = "case0/eval/grad/"
-    theirs = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
-    for key, error in gradient_errors(ours, theirs):
-        within("gradient", "float64", error, f"golden NVlabs, {'backbone' if 'backbone' in key else 'head'}")
+@pytest.mark.parametrize("file", [file for file in golden.MODELS if golden.cases(file)[0].gradients])
+def test_gradients_equal_the_original_code(file, float64, within):
+    case = golden.cases(file)[0]
+    bases = () if case.bases is None else (case.bases,)
+    # The golden's loss is that of the last output alone.
+    x, labels = channels_last(case.images), jnp.asarray(case.labels)
+    _, ours, _ = our_gradients(golden_model(file), x, labels, *bases, training=False, aux_weight=0)
+    theirs = case.gradients
+    largest = max(np.abs(value).max() for value in theirs.values())
+
+    def is_idle(key):
+        # Rounding on the original's side: ReLU has stopped all that feeds it, or a softmax or norm takes it out.
+        return np.abs(theirs[key]).max() < 1e-12 * largest
+
+    assert sum(map(is_idle, theirs)) <= 0.06 * len(theirs)
+    for _, error in gradient_errors(ours, theirs, is_idle):
+        within("gradient", "float64", error, f"golden {file}")
 
 
-def test_training_forward_equals_the_original_code(golden, float64, within):
-    # The golden's running statistics are those from before its forward pass, so that they say nothing; those after it
-    # are compared with the reference and with transformers.
-    model = segjax.from_torch(
-        golden_weights(golden), dtype=jnp.float64, param_dtype=jnp.float64, drop_path_rate=0.0, dropout_rate=0.0
+# float64 finds mistakes; float32 shows what rounding does.
+CASES = [("float64", 1), ("float32", 2)]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("dtype", "which"), CASES)
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+def test_gradient_of_every_parameter_equals_the_reference(subject, which, dtype, training, float64, within):
+    batch, size = subject.inputs[which]
+    model, reference = compare.randomised_pair(
+        subject.name, num_classes=NUM_CLASSES, seed=batch, dtype=dtype, **subject.fixed
     )
-    model.train()
-    x = np.moveaxis(golden["case0/input_nchw"], 1, -1).astype(np.float64)
-    theirs = np.moveaxis(golden["case0/train/output0"], 1, -1)
-    within(
-        "output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), "golden NVlabs, training"
-    )
-
-
-# float64 finds mistakes, at every size; float32 shows what rounding does, for which one size is enough.
-CASES = [("float64", *case) for case in narrow.INPUTS] + [("float32", *narrow.INPUTS[1])]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("dtype", "batch", "size"), CASES)
-def test_gradient_of_every_parameter_equals_the_reference(batch, size, dtype, training, float64, within):
-    assert_gradients_equal(narrow.MODEL, batch, size, dtype, training, within, "narrow", **narrow.SIZES)
+    assert_gradients_equal(subject, model, reference, batch, size, dtype, training, within, "narrow")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["b0", "b2"])
-def test_gradients_at_full_width_equal_the_reference(variant, dtype, float64, within):
-    assert_gradients_equal(f"segformer_{variant}", 2, (64, 96), dtype, True, within, variant)
+@pytest.mark.parametrize("name", ["segformer_b0", "segformer_b2"])
+def test_gradients_at_full_width_equal_the_reference(name, dtype, float64, within):
+    still = dict.fromkeys(SUBJECTS["segformer"].still, 0.0)
+    model, reference = compare.randomised_pair(name, num_classes=NUM_CLASSES, seed=2, dtype=dtype, **still)
+    assert_gradients_equal(SUBJECTS["segformer"], model, reference, 2, (64, 96), dtype, True, within, name)
 
 
-def assert_gradients_equal(name, batch, size, dtype, training, within, what, **sizes):
-    model, reference = compare.randomised_pair(
-        name, num_classes=7, seed=batch, dtype=dtype, drop_path_rate=0.0, dropout_rate=0.0, **sizes
-    )
-    x = compare.images(batch, size, seed=13, dtype=dtype)
-    labels = np.random.default_rng(17).integers(0, 7, (batch, *size)).astype(np.uint8)
+def assert_gradients_equal(subject, model, reference, batch, size, dtype, training, within, what):
+    x, bases = compare.images(batch, size, seed=13, dtype=dtype), compare.bases_for(model, batch)
+    labels = np.random.default_rng(17).integers(0, NUM_CLASSES, (batch, *size)).astype(np.uint8)
     labels[:, : size[0] // 4] = 255
     reference.train(training)
-    logits = F.interpolate(reference(compare.to_nchw(x))[0], size=size, mode="bilinear", align_corners=False)
-    loss = F.cross_entropy(logits, torch.from_numpy(labels).long(), ignore_index=255)
+    loss = their_loss(reference, x, labels, *bases)
     loss.backward()
-    our_loss, ours, stats = our_gradients(model, x, jnp.asarray(labels), training=training)
-    mode = "training" if training else "evaluation"
-    within("output", dtype, abs(our_loss - loss.item()) / loss.item(), f"{what}, loss, {mode}")
+    our_loss, ours, stats = our_gradients(model, x, jnp.asarray(labels), *bases, training=training)
+    what = f"{compare.family_of(model.spec.name)}, {what}, {'training' if training else 'evaluation'}"
+    within("output", dtype, abs(our_loss - loss.item()) / loss.item(), f"{what}, loss")
     theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
-    for _, error in gradient_errors(ours, theirs, training=training):
-        within("gradient", dtype, error, f"{what}, worst parameter, {mode}")
+
+    def is_idle(key):
+        return training and re.fullmatch(subject.without_gradient, key)
+
+    for _, error in gradient_errors(ours, theirs, is_idle):
+        within("gradient", dtype, error, f"{what}, worst parameter")
     their_stats = {key: value.numpy() for key, value in reference.named_buffers() if "running" in key}
     assert stats.keys() == their_stats.keys()
     for key, value in their_stats.items():
-        within("statistics", dtype, compare.relative_error(stats[key], value), f"{what}, running statistics, {mode}")
+        within("statistics", dtype, compare.relative_error(stats[key], value), f"{what}, running statistics")

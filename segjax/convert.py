@@ -27,7 +27,8 @@ from segjax.files import read_file, write_file
 from segjax.weights import CheckpointError, form_of, from_torch, logger, named_variables, to_torch
 
 
-def _parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
+def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
+    """Python literals from KEY=VALUE; CheckpointError for what is none."""
     overrides = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -103,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
             num_classes=options.num_classes,
             dtype=jnp.promote_types(storage, jnp.float32),
             param_dtype=storage,
-            **_parse_overrides(options.overrides),
+            **parse_overrides(options.overrides),
         )
     parameters = sum(variable.get_value().size for variable in _parameters(model))
     logger.info("%s, %d classes, %s parameters", model.spec.name, model.spec.num_classes, f"{parameters:,}")

@@ -37,8 +37,8 @@ class RunError(ValueError):
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    """runs/<family>-<variant>-<dataset>, for example runs/segformer-b0-streets."""
-    return Path("runs") / f"{config.model.name.replace('_', '-')}-{config.data.name}"
+    """runs/<label>-<dataset>, for example runs/segformer-b0-streets."""
+    return Path("runs") / f"{config.label}-{config.data.name}"
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -80,7 +80,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
     batches = TrainBatches(training, batch_size=config.train.batch, seed=config.seed, parallel=parallel)
     augmentation = partial(augment, settings=config.augment, ignore_label=spec.ignore_label)
-    step_fn = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, spec.ignore_label))
+    step_fn = parallel.compile_train(
+        partial(train_step, skeleton, optimizer, augmentation, spec.ignore_label, config.train.aux_weight)
+    )
     predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
     key = jax.random.key(config.seed)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.

@@ -25,6 +25,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     augment: Augment,
     ignore_label: int,
+    aux_weight: float,
     state: TrainState,
     batch: dict[str, jax.Array],
     key: jax.Array,
@@ -34,6 +35,7 @@ def train_step(
     """One update. The gradient is that of (sum of losses) / (count of pixels), both over all devices.
 
     Args:
+      aux_weight: of the loss of a model's auxiliary logits, where it has any.
       batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2), "position" int32 (B,): each
         sample's place in the whole batch, from which its random numbers follow, whatever device it is on.
       key: of the run; the step's own is folded from it.
@@ -51,8 +53,11 @@ def train_step(
 
     def loss_of(params):
         model = skeleton.bind(params, state.batch_stats, key=dropout_key)
-        logits, _ = model(images)
+        logits, taps = model(images)
         total, _ = losses.cross_entropy(logits, labels, ignore_label=ignore_label)
+        if "aux_logits" in taps:
+            aux_total, _ = losses.cross_entropy(taps["aux_logits"], labels, ignore_label=ignore_label)
+            total = total + aux_weight * aux_total
         return total / count, skeleton.batch_stats_of(model)
 
     (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

@@ -15,9 +15,9 @@ What is counted:
   with a matrix of weights (two neighbours in each row of it, the rest zeros) and patches unfolded by a convolution with
   ones and zeros. Their number is that of the form chosen here and says nothing about the model.
 - activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, enlargements and
-  unfoldings, for one image, in the type each is computed in. That is about what a training step has to keep when nothing
-  is computed twice; sums and products by elements are left out, as is what a compiler saves. Of attention it includes
-  the (h, N, M) weights.
+  unfoldings, for one image, in the type each is computed in; of attention that includes the (h, N, M) weights. About
+  what a training step has to keep when nothing is computed twice. Sums and products by elements are left out, and so
+  is what a compiler saves.
 - layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
 
 The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax import models
-from segjax.convert import _parse_overrides
+from segjax.convert import parse_overrides
 from segjax.models import hrnet, layers, ocr, segformer, segformer_plain, segformer_simple, segnext
 
 # Kinds of multiply-adds, as `Summary.multiply_adds` and the table call them.
@@ -195,7 +195,9 @@ def _noting_calls(model: nnx.Module, calls: list[_Call]) -> Iterator[None]:
 
 
 def _trace(model: nnx.Module, size: tuple[int, int]) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
-    """The calls and equations of an abstract `model` on one image; the first output is the logits."""
+    """The calls and equations of an abstract `model` on one image; the output is the logits."""
+    if any(side < 1 for side in size):
+        raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
     calls: list[_Call] = []
     graph, state = nnx.split(model)
 
@@ -246,9 +248,8 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: 
         yield from found
 
 
-def _abstract(name: str, size: tuple[int, int], num_classes: int, overrides: Mapping) -> nnx.Module:
-    if any(side < 1 for side in size):
-        raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
+def _abstract(name: str, num_classes: int, overrides: Mapping) -> nnx.Module:
+    """The model, of shapes alone."""
     return nnx.eval_shape(lambda: models.create(name, num_classes=num_classes, **overrides))
 
 
@@ -267,7 +268,7 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
     Raises:
       What `models.create` raises, and ValueError for a size that the model cannot take.
     """
-    model = _abstract(name, size, num_classes, overrides)
+    model = _abstract(name, num_classes, overrides)
     calls, jaxpr = _trace(model, size)
     counts = dict.fromkeys([*KINDS, *NOT_COUNTED], 0)
     activations = 0
@@ -319,7 +320,7 @@ def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **over
         raise ValueError(
             f"jo-jstrm/segmentation_pytorch, whose convention modelsummary is, has no {name}; it has {', '.join(known)}"
         )
-    model = _abstract(name, size, num_classes, overrides)
+    model = _abstract(name, num_classes, overrides)
     calls, _ = _trace(model, size)
     modules = dict(nnx.iter_modules(model))
     counts: Counter[str] = Counter()
@@ -428,8 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     count = summarise if options.convention == "true" else modelsummary
     try:
-        summary = count(options.name, tuple(options.size), options.num_classes, **_parse_overrides(options.overrides))
-    except (KeyError, TypeError, ValueError) as error:
+        summary = count(options.name, tuple(options.size), options.num_classes, **parse_overrides(options.overrides))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         print(f"segjax.summary: {message}", file=sys.stderr)
         return 2

@@ -689,8 +689,8 @@ def feature_taps(features: Sequence[jax.Array]) -> dict[str, jax.Array]:
 def require_four(**settings: Sequence) -> None:
     """Raises ValueError for a setting that does not have one number for each of the four stages."""
     for name, value in settings.items():
-        if len(value) != 4:
-            raise ValueError(f"{name} needs four numbers, one per stage; got {tuple(value)}")
+        if not isinstance(value, Sequence) or len(value) != 4:
+            raise ValueError(f"{name} needs four numbers, one per stage; got {value}")
 
 
 def require_whole_heads(dims: Sequence[int], num_heads: Sequence[int]) -> None:
