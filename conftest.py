@@ -15,3 +15,11 @@ def float64():
     """Switches jax to 64 bits for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compiles in half the time to slower programs, which do not get to run for long in a test."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,7 +1,7 @@
 """The SegFormer of F. Zuppichini's article: `--config configs/segformer_zuppichini.py:article,camvid`.
 
-`article` has the sizes of the article, `small` is a narrow one for a CPU; on streets (the default), camvid or folder. The
-article ends before training; the recipe is SegFormer's (`configs/segformer.py`).
+`article` has the sizes of the article, `small` is a narrow one for a CPU; on streets (the default), camvid or folder.
+The article ends before training; the recipe is SegFormer's (`configs/segformer.py`).
 """
 
 from configs import common

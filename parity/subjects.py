@@ -4,6 +4,7 @@ Sizes keep a test in seconds while every stage, ratio and head count differs fro
 """
 
 import dataclasses
+import re
 
 _MIT = dict(dims=(8, 16, 20, 32), depths=(2, 1, 1, 1))
 _HRNET = dict(width=6, stage1_channels=8, stage_modules=(1, 1, 2, 1), stage_blocks=(2, 1, 1, 2))
@@ -23,6 +24,7 @@ class Subject:
       still: overrides that switch off whatever is random in training.
       without_gradient: regular expression of parameters whose gradient in training is zero: what is added to whole
         channels in front of a BatchNorm, which takes it out again. What either side computes for it is rounding.
+      without_gradient_ever: the same in evaluation too: what a softmax takes out, but for what a ReLU stops.
       full: names whose full width is compared, in the plain tier and in the slow one.
     """
 
@@ -31,8 +33,14 @@ class Subject:
     inputs: tuple = _ANY
     still: tuple[str, ...] = ("drop_path_rate", "dropout_rate")
     without_gradient: str = "(?!)"
+    without_gradient_ever: str = "(?!)"
     full: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
+
+    def is_idle(self, key: str, *, training: bool) -> bool:
+        """Whether the true gradient of a parameter is zero."""
+        patterns = [self.without_gradient_ever] + [self.without_gradient] * training
+        return any(re.fullmatch(pattern, key) for pattern in patterns)
 
     @property
     def fixed(self) -> dict:
@@ -91,11 +99,14 @@ SUBJECTS = {
         _HRNET | dict(ocr_channels=24, ocr_key_channels=12),
         still=("dropout_rate",),
         without_gradient=r"(aux_head|conv3x3_ocr)\.0\.bias",
+        # Moves all keys alike.
+        without_gradient_ever=r".*f_object\.3\.0\.bias",
         slow=("hrnet_w48_ocr",),
     ),
     "segnext": Subject(
         "segnext_t",
         _MIT | dict(mlp_ratios=(2, 3, 4, 5), ham_channels=64, ham_rank=8),
+        without_gradient=r"backbone\.patch_embed(1\.proj\.[03]|[234]\.proj)\.bias",
         full=("segnext_t",),
         slow=("segnext_l",),
     ),

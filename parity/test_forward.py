@@ -227,8 +227,7 @@ def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_ou
 @SUBJECT
 def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
-    half = segjax.create(subject.name, num_classes=NUM_CLASSES, dtype=jnp.bfloat16, **subject.sizes)
-    segjax.load_torch(half, segjax.to_torch(model))
+    half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)
     x = compare.images(*subject.inputs[0], seed=1, dtype="float32")
     bases = compare.bases_for(model, len(x))
     exact, rounded = (np.asarray(compare.compiled(m)(x, *bases)[0]) for m in (model, half))
