@@ -111,3 +111,5 @@ SUBJECTS = {
         slow=("segnext_l",),
     ),
 }
+# All but the one that differs from another by how it resizes alone.
+FAMILIES = {name: subject for name, subject in SUBJECTS.items() if name != "hrnet, corners"}

@@ -9,11 +9,12 @@ from flax import nnx
 
 import segjax
 from parity import compare, golden, tolerances
-from parity.subjects import NUM_CLASSES, SUBJECTS
+from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS
 from segjax.losses import cross_entropy
 from segjax.models import layers
 
 DTYPES = ("float64", "float32")
+FAMILY = pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
 SUBJECT = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
 
 
@@ -68,12 +69,12 @@ def test_training_forward_equals_the_original_code(file, float64, within):
         within("output", "float64", error, f"golden {file}, training")
 
 
-@SUBJECT
+@FAMILY
 def test_every_layer_equals_the_reference_given_the_same_input(subject, float64, within):
     assert_layers_equal(subject, *subject.inputs[1], "float64", within)
 
 
-@SUBJECT
+@FAMILY
 def test_every_layer_equals_the_reference_in_float32(subject, within):
     assert_layers_equal(subject, *subject.inputs[2], "float32", within)
 
@@ -147,7 +148,7 @@ def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@SUBJECT
+@FAMILY
 def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, dtype, float64, within):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=4, dtype=dtype, **subject.sizes)
     batch, size = subject.inputs[2]
@@ -224,7 +225,7 @@ def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_ou
     within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), "segformer-pytorch")
 
 
-@SUBJECT
+@FAMILY
 def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
     half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)

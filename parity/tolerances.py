@@ -15,9 +15,9 @@ BOUNDS = {
     ("output", "float32"): 5e-5,
     # Each gradient is a sum over all pixels, with cancellation: 1e-14 was measured on the largest parameters.
     ("gradient", "float64"): 1e-10,
-    # 1e-4 was measured on B2. One narrow case reaches 4e-3 in linear_fuse: of its 30,600 ReLU inputs one, 1.7e-7 from
-    # zero, passes on one side only (none does in float64, nor in float32 compiled without 64-bit mode: 8e-6).
-    ("gradient", "float32"): 5e-3,
+    # 1e-4 was measured on B2 and on OCR. A ReLU input within rounding of zero can pass on one side only: then 4e-3 and
+    # more, so that test_grad takes inputs that have none.
+    ("gradient", "float32"): 1e-3,
     # AdamW divides by the root of the second moment: a gradient near zero turns a rounding into a step. 5e-12 measured.
     ("trajectory", "float64"): 1e-8,
     # 3e-4 measured of parameters after 20 steps of AdamW at lr 1e-3, 2e-6 of SGD; 1e-2 of the running statistics under

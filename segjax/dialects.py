@@ -262,7 +262,8 @@ def _backbone(family: str, package: str, *namings: tuple[Rule, ...], settings, b
     )
 
 
-# Of several that fit a file equally well the first is taken.
+# Of several that fit a file equally well the first is taken. So a MiT encoder alone is mmsegmentation's if it has its
+# names, else the official one; jo-jstrm's, whose names begin alike, comes after both.
 FORMS = (
     Form(
         dialect="native",
@@ -295,20 +296,6 @@ FORMS = (
     ),
     Form(
         dialect="native",
-        family="segformer_plain",
-        package=f"{_SEED}, with the official prefixes",
-        namings=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
-        settings=_eps(1e-6, 1e-5),
-    ),
-    Form(
-        dialect="segmentation_pytorch",
-        family="segformer_plain",
-        package=_SEED,
-        namings=(_segformer("", _MIT, "", _PLAIN_HEAD),),
-        settings=_eps(1e-6, 1e-5),
-    ),
-    Form(
-        dialect="native",
         family="segformer_mmseg",
         package=f"{_MMSEG}'s SegFormer, with the official encoder's names",
         namings=(_segformer("backbone.", _MIT, "decode_head.", _MMSEG_HEAD),),
@@ -334,6 +321,20 @@ FORMS = (
             backbone_extras=("head.*",),
         )
         for family, patch_eps in (("segformer", 1e-5), ("segformer_plain", 1e-5), ("segformer_mmseg", 1e-6))
+    ),
+    Form(
+        dialect="native",
+        family="segformer_plain",
+        package=f"{_SEED}, with the official prefixes",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="segmentation_pytorch",
+        family="segformer_plain",
+        package=_SEED,
+        namings=(_segformer("", _MIT, "", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
     ),
     *(
         Form(
@@ -547,10 +548,12 @@ class Renaming:
         return foreign
 
     def to_native(self, foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames, splits and merges; keys that no rule fits are left out, incomplete groups too."""
+        """Renames, splits and merges; keys that no rule fits are left out, and groups that lack a part or whose parts
+        are of shapes that cannot be stacked."""
         native = {}
         for group in self.groups(foreign, foreign=True):
-            if all(key in foreign for key in group.foreign):
+            parts = [foreign[key] for key in group.foreign if key in foreign]
+            if len(parts) == len(group.foreign) and len({(part.ndim, part.shape[1:]) for part in parts}) == 1:
                 native |= group.to_native(foreign)
         for bias, mean in self.folded:
             if mean in native and bias not in native:

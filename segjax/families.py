@@ -18,26 +18,41 @@ class Missing(KeyError):  # noqa: N818
     """A key without which sizes cannot be read."""
 
 
+class Unreadable(ValueError):  # noqa: N818
+    """A key whose shape has no sizes to read."""
+
+
 class _Reader(dict):
     """Shapes by native key; a key that is not there raises `Missing`."""
+
+    asked: str = ""
+
+    def __getitem__(self, key: str) -> tuple[int, ...]:
+        self.asked = key
+        return super().__getitem__(key)
 
     def __missing__(self, key: str):
         raise Missing(key)
 
-    def count(self, pattern: str) -> int:
-        """How many numbers from zero on fill `{}` in the key."""
-        number = 0
-        while pattern.format(number) in self:
-            number += 1
-        return number
+    def has(self, prefix: str) -> bool:
+        """Whether any key begins so: one tensor of a layer may be missing and is to be called that."""
+        return any(key.startswith(prefix) for key in self)
 
     def blocks(self, pattern: str) -> int:
-        """The same, at least one."""
-        return self.count(pattern) or self[pattern.format(0)][0]
+        """How many blocks there are, numbered at `{}` from zero on; the first must have the key."""
+        number = 1 if self[pattern.format(0)] else 0
+        while self.has(f"{pattern.partition('{}')[0]}{number}."):
+            number += 1
+        return number
 
 
 def _ratio(hidden: int, dim: int) -> float:
     return hidden // dim if hidden % dim == 0 else hidden / dim
+
+
+def _reduction(shapes: _Reader, block: str) -> int:
+    reduces = shapes.has(f"{block}.attn.sr.") or shapes.has(f"{block}.attn.norm.")
+    return shapes[f"{block}.attn.sr.weight"][-1] if reduces else 1
 
 
 def _mit(shapes: _Reader) -> dict[str, object]:
@@ -48,7 +63,7 @@ def _mit(shapes: _Reader) -> dict[str, object]:
         "dims": dims,
         "depths": tuple(shapes.blocks(f"backbone.block{s}.{{}}.norm1.weight") for s in range(1, 5)),
         "mlp_ratios": tuple(map(_ratio, hidden, dims)),
-        "sr_ratios": tuple(shapes[key][-1] if (key := f"{block}.attn.sr.weight") in shapes else 1 for block in blocks),
+        "sr_ratios": tuple(_reduction(shapes, block) for block in blocks),
     }
 
 
@@ -60,7 +75,7 @@ def _official_head(shapes: _Reader) -> dict[str, object]:
 
 
 def _plain_head(shapes: _Reader) -> dict[str, object]:
-    normalised = "decode_head.linear_fuse_bn.weight" in shapes
+    normalised = shapes.has("decode_head.linear_fuse_bn.")
     return _official_head(shapes) | {"fuse": "conv_bn" if normalised else "conv"}
 
 
@@ -168,13 +183,16 @@ class Family:
         """Settings of the model that a native state dict belongs to, and its number of classes; None without a head.
 
         Raises:
-          Missing: a key that is needed for it.
+          Missing: a key that is needed for it. Unreadable: a key that is needed has no such axis, or an empty one.
         """
         shapes = _Reader({key: value.shape for key, value in native.items()})
-        sizes = self.read_encoder(shapes)
-        if not any(map(self.in_head, native)):
-            return sizes, None
-        sizes |= self.read_head(shapes)
+        try:
+            sizes = self.read_encoder(shapes)
+            if not any(map(self.in_head, native)):
+                return sizes, None
+            sizes |= self.read_head(shapes)
+        except (IndexError, ZeroDivisionError):
+            raise Unreadable(shapes.asked) from None
         return sizes, sizes.pop("num_classes")
 
     def in_head(self, key: str) -> bool:

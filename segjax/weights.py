@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from segjax.dialects import (
     dialects_of,
     recognise,
 )
-from segjax.families import ENCODER_SIZES, FAMILIES, Missing, family_of, matches, nearest_variant
+from segjax.families import ENCODER_SIZES, FAMILIES, Missing, Unreadable, family_of, matches, nearest_variant
 
 logger = logging.getLogger("segjax")
 
@@ -331,7 +331,7 @@ def _filled(model: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def _own(value: np.ndarray, variable: nnx.Variable) -> jax.Array:
+def _own(value: np.ndarray | jax.Array, variable: nnx.Variable) -> jax.Array:
     """A copy in the variable's dtype: jnp.asarray may share memory with a tensor that its owner goes on changing."""
     return jnp.array(value, variable.get_value().dtype, copy=True)
 
@@ -376,6 +376,12 @@ def from_torch(
         read, in_file = family.read(native)
     except Missing as error:
         raise CheckpointError(_no_fit(foreign, found, error.args[0])) from None
+    except Unreadable as error:
+        (key,) = error.args
+        raise CheckpointError(
+            f"{' and '.join(found.renaming.foreign_names(key))}: shape {native[key].shape}, which is that of no "
+            f"{family.title} (the checkpoint was read as {found.form.dialect}: {found.form.package})"
+        ) from None
     logger.info("read as %s (%s)", found.form.dialect, found.form.package)
     if num_classes is None and in_file is None:
         raise CheckpointError("the checkpoint is a backbone alone and has no classifier; give the number of classes")
@@ -384,7 +390,8 @@ def from_torch(
             f"the checkpoint has {in_file} classes, not {num_classes}; to put a new classifier on its weights, create "
             "the model and call load_torch with drop and keep"
         )
-    name = nearest_variant(family, read) if name == "auto" else name
+    nearest = nearest_variant(family, read)
+    name = nearest if name == "auto" else name
     defaults = models.settings(name)
     read |= _assumed(found.form, name, overrides)
     wrong = [
@@ -392,7 +399,7 @@ def from_torch(
         for key in ENCODER_SIZES
         if key in read and key not in overrides and defaults[key] != read[key]
     ]
-    if wrong and name != (nearest := nearest_variant(family, read)):
+    if wrong and name != nearest:
         raise CheckpointError(
             f"the checkpoint is not {name}: {'; '.join(wrong)}. The nearest model is {nearest}; "
             "or pass the sizes as overrides"
@@ -401,21 +408,40 @@ def from_torch(
         if in_file is None and setting in defaults and setting not in overrides:
             logger.info("the decoder is as wide as in %s: %s", name, defaults[setting])
     changed = {key: value for key, value in read.items() if defaults[key] != value} | overrides
-    arguments = dict(num_classes=num_classes or in_file, dtype=dtype, param_dtype=param_dtype)
+    classes = in_file if num_classes is None else num_classes
+
+    def create():
+        try:
+            return models.create(name, num_classes=classes, dtype=dtype, param_dtype=param_dtype, **changed)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint's sizes make no {name}: {error}") from None
+
     if changed:
         logger.info("unlike %s: %s", name, ", ".join(f"{key}={value}" for key, value in sorted(changed.items())))
-    if in_file is None:
-        # The decoder keeps its random weights, so the model must really be initialised.
-        model = models.create(name, **arguments, **changed)
+    model = nnx.eval_shape(create)
+    alone = in_file is None
+    if alone:
         logger.info("a backbone alone: the decoder stays as initialised")
-        plan = _plan(model, foreign, found, drop=found.form.backbone_extras, keep=family.head)
-        _announce(plan)
-        nnx.update(model, _filled(model, plan.values))
-        return model
-    model = nnx.eval_shape(lambda: models.create(name, **arguments, **changed))
-    plan = _plan(model, foreign, found, drop=(), keep=())
+    plan = _plan(
+        model,
+        foreign,
+        found,
+        drop=found.form.backbone_extras if alone else (),
+        keep=family.head if alone else (),
+    )
     _announce(plan)
-    return from_values(model, plan.values)
+    return from_values(model, plan.values | (_initial(create, plan.kept) if alone else {}))
+
+
+def _initial(create: Callable[[], nnx.Module], paths: list[str]) -> dict[str, jax.Array]:
+    """Initial values at these paths of the model that `create` makes."""
+
+    def draw():
+        variables = named_variables(create())
+        return {path: variables[path].get_value() for path in paths}
+
+    # As one program, from which the compiler strikes the rest of the model: `create` itself compiles one a shape, 20 s.
+    return jax.jit(draw)()
 
 
 def _assumed(form: Form, name: str, overrides: Mapping[str, object]) -> dict[str, object]:
@@ -444,7 +470,7 @@ def _no_fit(foreign: Mapping[str, np.ndarray], found: Recognised, missing: str) 
     )
 
 
-def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.Module:
+def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
     """A concrete model from an abstract one whose every parameter is in `values`; random streams start from key 0."""
     graphdef, weights, streams = nnx.split(abstract, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat = []

@@ -1,4 +1,6 @@
-"""What several tests share: the smallest SegFormer that has all parts, and street scenes of few pixels."""
+"""What several tests share: a model of every family, the smallest that has all of its parts."""
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,19 +10,45 @@ import segjax
 from segjax import weights
 
 SIZES = dict(dims=(4, 8, 10, 16), depths=(1, 1, 1, 1), decoder_dim=12)
+_HRNET = dict(width=2, stage1_channels=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
+_SEGNEXT = SIZES | dict(mlp_ratios=(2, 3, 1, 2), ham_channels=32, ham_rank=7)
+del _SEGNEXT["decoder_dim"]
+
+# Family: a name of segjax.MODELS, and what makes it small.
+FAMILIES = {
+    "segformer": ("segformer_b0", SIZES),
+    "plain": ("segformer_plain_b0", SIZES),
+    "plain with norm": ("segformer_plain_b0", SIZES | dict(fuse="conv_bn")),
+    "mmseg": ("segformer_mmseg_b0", SIZES),
+    "simple": ("segformer_simple", SIZES | dict(mlp_ratios=(2, 3, 1, 2))),
+    "zuppichini": ("segformer_zuppichini", SIZES | dict(num_heads=(1, 2, 5, 8), mlp_ratios=(2, 3, 1, 2))),
+    "hrnet": ("hrnet_w18", _HRNET),
+    "ocr": ("hrnet_w18_ocr", _HRNET | dict(ocr_channels=8, ocr_key_channels=4)),
+    "segnext": ("segnext_t", _SEGNEXT),
+}
 
 
-def tiny_model(seed, *, num_classes=5, dtype=jnp.float32, **overrides):
+@functools.cache
+def abstract_model(name, num_classes=19, **settings):
+    """A model of which only the shapes are known; for reading, since all who ask get the same."""
+    return nnx.eval_shape(lambda: segjax.create(name, num_classes=num_classes, **settings))
+
+
+def abstract_family(family, **settings):
+    """The same for one of `FAMILIES`, with 5 classes."""
+    name, sizes = FAMILIES[family]
+    return abstract_model(name, 5, **sizes | settings)
+
+
+def tiny_model(seed, family="segformer", *, num_classes=5, dtype=jnp.float32, param_dtype=None, **overrides):
     """Random weights from numpy: to draw them with jax, every shape of them has to be compiled."""
-    abstract = nnx.eval_shape(
-        lambda: segjax.create(
-            "segformer_b0", num_classes=num_classes, dtype=dtype, param_dtype=dtype, **SIZES, **overrides
-        )
-    )
+    name, sizes = FAMILIES[family]
+    settings = dict(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype)
+    abstract = abstract_model(name, num_classes, **settings, **sizes | overrides)
     rng = np.random.default_rng(seed)
     values = {}
-    for name, variable in weights.named_variables(abstract).items():
+    for key, variable in weights.named_variables(abstract).items():
         noise = 0.3 * rng.standard_normal(variable.get_value().shape)
-        kind = name.rpartition(".")[2]
-        values[name] = {"scale": 1 + noise, "var": 1 + np.abs(noise)}.get(kind, noise)
+        kind = key.rpartition(".")[2]
+        values[key] = {"scale": 1 + noise, "g": 1 + noise, "var": 1 + np.abs(noise)}.get(kind, noise)
     return weights.from_values(abstract, values)
