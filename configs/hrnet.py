@@ -25,6 +25,9 @@ def get_config(argument=""):
         config.model.stage1_channels = 16
         config.model.stage_modules = (1, 1, 2, 1)
         config.model.stage_blocks = (2, 2, 2, 2)
+    if variant.endswith("_ocr"):
+        # Of the channels in front of the classifier.
+        config.model.dropout_rate = 0.05
     if variant == "small_ocr":
         config.model.ocr_channels = 64
         config.model.ocr_key_channels = 32

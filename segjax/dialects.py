@@ -497,6 +497,8 @@ class Renaming:
             for rule in rules
             for native, foreign in _by_stage(rule)
         ]
+        # All foreign templates in one pattern: `recognise` asks every naming about every key.
+        self._foreign = re.compile("|".join(template.anonymous for _, side, _ in self._rules for template in side))
         # (bias, running mean) in native names.
         self.folded = tuple((f"{layer}.bias", f"{norm}.running_mean") for layer, norm in without_bias)
 
@@ -523,7 +525,7 @@ class Renaming:
 
     def fits(self, key: str) -> bool:
         """Whether a foreign key has a place."""
-        return self._group(key, foreign=True) is not None
+        return self._foreign.fullmatch(key) is not None
 
     def foreign_names(self, key: str) -> tuple[str, ...]:
         """Foreign keys of a native one; empty where no rule fits."""
@@ -588,6 +590,7 @@ class _Template:
             pattern = pattern.replace(re.escape(field), expression)
         self._start = re.split(r"[{]", text)[0]
         self._pattern = re.compile(pattern)
+        self.anonymous = re.sub(r"\(\?P<\w+>", "(?:", pattern)
 
     def match(self, key: str) -> dict[str, str] | None:
         if not key.startswith(self._start):

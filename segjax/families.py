@@ -29,7 +29,10 @@ class _Reader(dict):
 
     def __getitem__(self, key: str) -> tuple[int, ...]:
         self.asked = key
-        return super().__getitem__(key)
+        shape = super().__getitem__(key)
+        if 0 in shape:
+            raise Unreadable(key)
+        return shape
 
     def __missing__(self, key: str):
         raise Missing(key)
@@ -191,7 +194,7 @@ class Family:
             if not any(map(self.in_head, native)):
                 return sizes, None
             sizes |= self.read_head(shapes)
-        except (IndexError, ZeroDivisionError):
+        except IndexError:
             raise Unreadable(shapes.asked) from None
         return sizes, sizes.pop("num_classes")
 

@@ -379,8 +379,8 @@ def from_torch(
     except Unreadable as error:
         (key,) = error.args
         raise CheckpointError(
-            f"{' and '.join(found.renaming.foreign_names(key))}: shape {native[key].shape}, which is that of no "
-            f"{family.title} (the checkpoint was read as {found.form.dialect}: {found.form.package})"
+            f"{' and '.join(found.renaming.foreign_names(key))}: {family.title} has no shape {native[key].shape} there "
+            f"(the checkpoint was read as {found.form.dialect}: {found.form.package})"
         ) from None
     logger.info("read as %s (%s)", found.form.dialect, found.form.package)
     if num_classes is None and in_file is None:

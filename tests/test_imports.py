@@ -87,9 +87,10 @@ def test_the_table_of_models_imports_models_alone():
     assert all(name.startswith("segjax.models.") for name in inside(imports_of("segjax.models"), "segjax"))
 
 
-@pytest.mark.parametrize(
-    "name", ["segjax.losses", "segjax.metrics", "segjax.weights", "segjax.dialects", "segjax.convert", "segjax.optim"]
-)
+WITHOUT_TRAINING = ("losses", "metrics", "weights", "dialects", "families", "files", "convert", "summary", "optim")
+
+
+@pytest.mark.parametrize("name", [f"segjax.{name}" for name in WITHOUT_TRAINING])
 def test_what_is_used_without_training_imports_no_training(name):
     training = ("segjax.loop", "segjax.step", "segjax.data.pipeline", "segjax.data.augment", "segjax.evaluate")
     assert inside(reached(name), *training) == set()
@@ -105,6 +106,13 @@ def test_nothing_below_the_loop_imports_the_loop_or_the_configs(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_slow_or_optional_is_imported_with_a_module(name):
     assert inside(imports_of(name, only_module_level=True), *LATE) == set()
+
+
+def test_configs_import_nothing_but_configs():
+    paths = sorted((REPO / "configs").glob("*.py"))
+    assert len(paths) >= 7
+    for path in paths:
+        assert imported(path, ast.walk(ast.parse(path.read_text()))) <= {"configs", "ml_collections"}, path
 
 
 def test_only_parity_imports_torch_at_module_level():

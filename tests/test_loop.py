@@ -18,28 +18,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import SIZES
+from tiny import FAMILIES, SIZES, numpy_draws
 
-from configs import common, segformer
+from configs import common, hrnet, segformer, segnext
 from segjax import console, loop, optim
 from segjax.checkpoint import load_model
 from segjax.data import specs, streets
 from segjax.data.augment import normalise
 from segjax.losses import predictions
+from segjax.models import layers
 from segjax.state import params_sha256
 from segjax.weights import named_variables
 
 REPO = Path(__file__).parents[1]
 STEPS = 6
+FAMILY_CONFIGS = {"segformer": (segformer, "b0"), "ocr": (hrnet, "small_ocr"), "segnext": (segnext, "small")}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def make_config(**changes):
-    """Six steps of a tiny SegFormer; `changes` by dotted name, dots written as two underscores."""
-    config = segformer.get_config("b0,streets")
-    config.model.update(SIZES)
+def make_config(family="segformer", **changes):
+    """Six steps of a tiny model; `changes` by dotted name, dots written as two underscores."""
+    recipe, variant = FAMILY_CONFIGS[family]
+    config = recipe.get_config(f"{variant},streets")
+    config.model.update(FAMILIES[family][1])
     config.data.update(train_images=7, eval_images=5, size=(40, 64))
     config.augment.crop = (32, 48)
     config.train.update(steps=STEPS, batch=4, log_every=2)
@@ -89,7 +92,7 @@ def finished(tmp_path_factory, quick_compile):
     return workdir, *run(make_config(eval__pictures=3), workdir)
 
 
-def cheap_step(skeleton, optimizer, augment, ignore_label, state, batch, key, *, axis_name=None):
+def cheap_step(skeleton, optimizer, augment, ignore_label, aux_weight, state, batch, key, *, axis_name=None):
     """In place of a training step where only the loop is looked at: shifts all weights by what is in the batch."""
     total = jnp.sum(batch["image"], dtype=jnp.int32)
     if axis_name is not None:
@@ -229,6 +232,48 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
     assert result["params_sha256"] == expected["params_sha256"]
     assert result["per_class_iou"] == expected["per_class_iou"]
     assert [record["step"] for record in records_of(tmp_path)] == [2, 4, 6, 6]
+
+
+@pytest.mark.parametrize("family", ["ocr", "segnext"])
+def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(family, tmp_path, monkeypatch):
+    seen = []
+
+    def make_skeleton(*args, original=loop.make_skeleton):
+        with numpy_draws():
+            return original(*args)
+
+    def train_step(*args, original=loop.train_step, **kwargs):
+        seen.append(args[4])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "make_skeleton", make_skeleton)
+    monkeypatch.setattr(loop, "train_step", train_step)
+    config = make_config(
+        family, train__steps=3, train__aux_weight=0.3, checkpoint__every=2, model__dropout_rate=0.2, data__eval_images=2
+    )
+    # Without the fast forms, which take longer to compile.
+    with layers.published_forms():
+        assert run(config, tmp_path / "whole")[0] == 0
+        with monkeypatch.context() as patch:
+            interrupt_before(patch, 0)
+            assert run(config, tmp_path / "stopped")[0] == 130
+        status, printed = run(config, tmp_path / "stopped")
+    assert status == 0 and "resuming at step 1 of 3" in printed
+    assert set(seen) == {0.3}
+    result, expected = result_of(tmp_path / "stopped"), result_of(tmp_path / "whole")
+    for same in ("params_sha256", "mean_iou", "per_class_iou"):
+        assert result[same] == expected[same]
+    losses = [record["loss"] for record in records_of(tmp_path / "whole") if "loss" in record]
+    assert len(losses) == 2 and all(1 < loss < 10 for loss in losses)
+
+    hashes = {}
+    for step in (2, 3):
+        model = load_model(tmp_path / "whole" / "checkpoints" / str(step))
+        variables = named_variables(model).items()
+        hashes[step] = params_sha256({name: v.get_value() for name, v in variables if isinstance(v, nnx.Param)})
+    assert hashes[3] == expected["params_sha256"] != hashes[2]
+    assert (model.spec.name, model.spec.num_classes) == (FAMILIES[family][0], 19)
+    assert dict(model.spec.overrides).items() >= FAMILIES[family][1].items()
 
 
 def test_a_run_that_was_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp_path, monkeypatch):
@@ -669,7 +714,7 @@ def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line
         ("--config.augment.crop=(8,8)", "config.augment.crop is (height, width), at least 32 each, not (8, 8)"),
         ("--config.train.steps=many", "--config.train.steps=many"),
         ("--config.trian.steps=3", "trian"),
-        ("--config=configs/segformer.py:b9", "'b9' is neither a variant (b0, b1, b2, b3, b4, b5) nor a dataset"),
+        ("--config=configs/segformer.py:b9", "'b9' is neither a variant (b0, b1, b2, b3, b4, b5, plain_b0, "),
         ("--config=configs/nothing.py", "configs/nothing.py"),
         ("--workdri=runs/x", "workdri"),
         ("config.train.steps=3", "config.train.steps=3"),

@@ -17,13 +17,14 @@ from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import TrainBatches
 from segjax.evaluate import evaluate
-from segjax.models import layers
+from segjax.models import layers, segnext
 from segjax.state import Skeleton, TrainState
 from segjax.step import AXIS, Parallel, eval_step, train_step
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 KINDS = [("jit", 4), ("pmap", 4), ("jit", 1)]
 STEPS = 3
+AUX_WEIGHT = 0.4
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -43,21 +44,29 @@ def parallel_of(kind, devices):
     return Parallel(kind, jax.devices()[:devices])
 
 
-def tiny_skeleton(parallel, seed=0):
-    model = tiny_model(seed, dtype=jnp.float64, drop_path_rate=0.4, dropout_rate=0.4)
+# What is random in training, beside SegNeXt's bases.
+RATES = {
+    "segformer": dict(drop_path_rate=0.4, dropout_rate=0.4),
+    "ocr": dict(dropout_rate=0.4),
+    "segnext": dict(drop_path_rate=0.4, dropout_rate=0.4),
+}
+
+
+def tiny_skeleton(parallel, seed=0, family="segformer"):
+    model = tiny_model(seed, family, dtype=jnp.float64, **RATES[family])
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     return Skeleton(model)
 
 
-def train(parallel, skeleton, augmentation):
+def train(parallel, skeleton, augmentation, size=(40, 56)):
     """Three steps of SGD -> the state on the devices, host copies of it, and of the scalars of every step."""
     settings = common.get_config("folder").optim
     settings.update(name="sgd", lr=0.05, warmup_steps=0)
     params, batch_stats = skeleton.arrays()
     optimizer = optim.optimizer(settings, params, steps=10)
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
-    step = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, SPEC.ignore_label))
-    batches = TrainBatches(make_split(11, (40, 56), 0), batch_size=8, seed=0, parallel=parallel)
+    step = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, SPEC.ignore_label, AUX_WEIGHT))
+    batches = TrainBatches(make_split(11, size, 0), batch_size=8, seed=0, parallel=parallel)
     state, scalars = parallel.replicate(jax.tree.map(jnp.copy, state)), []
     for i in range(STEPS):
         state, now = step(state, batches.at(i), jax.random.key(7))
@@ -65,13 +74,22 @@ def train(parallel, skeleton, augmentation):
     return state, parallel.fetch(state), scalars
 
 
+def as_it_is(keys, batch):
+    return normalise(batch["image"]), batch["label"]
+
+
 @functools.cache
-def trained(kind, devices):
-    """SegFormer with drop path, dropout and every augmentation on."""
+def trained(kind, devices, family="segformer"):
+    """With everything random on; of SegFormer every augmentation, too."""
     settings = ConfigDict(dict(crop=(32, 48), scale=(0.5, 2.0), flip=0.5, photometric=True))
-    augmentation = partial(augment, settings=settings, ignore_label=SPEC.ignore_label)
+    everything = partial(augment, settings=settings, ignore_label=SPEC.ignore_label)
     parallel = parallel_of(kind, devices)
-    return train(parallel, tiny_skeleton(parallel), augmentation)
+    skeleton = tiny_skeleton(parallel, family=family)
+    if family == "segformer":
+        return train(parallel, skeleton, everything)
+    # Without the fast forms: SegNeXt's strips, written out, take four times as long to compile.
+    with layers.published_forms():
+        return train(parallel, skeleton, as_it_is, (32, 40))
 
 
 def distance(a, b):
@@ -80,10 +98,11 @@ def distance(a, b):
     return max(jax.tree.leaves(ratios))
 
 
+@pytest.mark.parametrize("family", RATES)
 @pytest.mark.parametrize("kind, devices", [("jit", 4), ("pmap", 4)])
-def test_training_on_four_devices_equals_training_on_one(kind, devices, float64):
-    _, state, metrics = trained(kind, devices)
-    _, expected, expected_metrics = trained("jit", 1)
+def test_training_on_four_devices_equals_training_on_one(kind, devices, family, float64):
+    _, state, metrics = trained(kind, devices, family)
+    _, expected, expected_metrics = trained("jit", 1, family)
     assert int(state.step) == int(expected.step) == STEPS
     assert {array.dtype for array in state.params.values()} == {np.dtype(np.float64)}
     assert distance(state.params, expected.params) < 1e-10
@@ -92,9 +111,10 @@ def test_training_on_four_devices_equals_training_on_one(kind, devices, float64)
     assert distance(metrics, expected_metrics) < 1e-10
 
 
-def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_differ(float64):
-    params, batch_stats = tiny_skeleton(parallel_of("jit", 1)).arrays()
-    _, state, scalars = trained("jit", 1)
+@pytest.mark.parametrize("family", RATES)
+def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_differ(family, float64):
+    params, batch_stats = tiny_skeleton(parallel_of("jit", 1), family=family).arrays()
+    _, state, scalars = trained("jit", 1, family)
     for before, after in ((params, state.params), (batch_stats, state.batch_stats)):
         for name in before:
             if not name.endswith(".bias"):  # in front of a norm some biases have no gradient
@@ -109,20 +129,17 @@ class Layers(nnx.Module):
     def __init__(self):
         kinds = dict(dtype=jnp.float64, param_dtype=jnp.float64)
         rngs = nnx.Rngs(0)
-        self.conv = layers.Conv(3, 6, 4, stride=4, rngs=rngs, **kinds)
-        self.bn = layers.BatchNorm(6, **kinds)
+        self.conv = layers.Conv(3, 32, 4, stride=4, rngs=rngs, **kinds)
+        self.bn = layers.BatchNorm(32, **kinds)
         self.path = layers.DropPath(0.5, rngs=rngs)
         self.dropout = layers.Dropout2d(0.5, rngs=rngs)
-        self.pred = layers.Conv(6, 5, 1, rngs=rngs, **kinds)
+        self.ham = segnext.Hamburger(32, 3, rngs=rngs, **kinds)
+        self.pred = layers.Conv(32, 5, 1, rngs=rngs, **kinds)
         self.spec = None
 
     def __call__(self, images):
         x = self.bn(self.conv(images.astype(jnp.float64)))
-        return self.pred(self.dropout(x + self.path(jnp.sin(x)))), {}
-
-
-def as_it_is(keys, batch):
-    return normalise(batch["image"]), batch["label"]
+        return self.pred(self.dropout(self.ham(x + self.path(jnp.sin(x)), None))), {}
 
 
 def trained_layers(kind, devices, told):
@@ -133,9 +150,10 @@ def trained_layers(kind, devices, told):
     return train(parallel, Skeleton(model), as_it_is)[1]
 
 
-def test_under_pmap_a_layer_that_does_not_know_its_axis_trains_to_something_else(float64):
-    # The trap that axis_name is there for: statistics and masks of each device's own part of the batch.
-    everything = ("bn", "path", "dropout")
+def test_under_pmap_a_layer_that_does_not_know_its_axis_trains_to_something_else(float64, monkeypatch):
+    monkeypatch.setattr(segnext, "TRAINING_STEPS", 1)
+    # The trap that axis_name is there for: statistics, masks and bases of each device's own part of the batch.
+    everything = ("bn", "path", "dropout", "ham")
     expected = trained_layers("jit", 1, everything)
     assert distance(trained_layers("pmap", 4, everything).params, expected.params) < 1e-10
     for forgotten in everything:
@@ -202,13 +220,48 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
         batch = {"image": split.images, "label": labels, "size": split.sizes, "position": np.arange(8, dtype=np.int32)}
         if kind == "pmap":
             batch = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
-        step = parallel.compile_train(partial(train_step, skeleton, optimizer, as_it_is, 255))
+        step = parallel.compile_train(partial(train_step, skeleton, optimizer, as_it_is, 255, AUX_WEIGHT))
         state, scalars = (parallel.fetch(part) for part in step(state, batch, jax.random.key(0)))
         np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-13)
         share = np.bincount(labels[labels != 255], minlength=5) / (labels != 255).sum()
         gradient = np.exp(logits) / np.exp(logits).sum() - share
         np.testing.assert_allclose(state.params["bias"], logits - gradient, rtol=1e-6)
         np.testing.assert_allclose(scalars["gradient_norm"], np.linalg.norm(gradient), rtol=1e-12)
+
+
+def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
+    parallel = parallel_of("jit", 1)
+    skeleton = tiny_skeleton(parallel, family="ocr")
+    split = make_split(2, (32, 40), 1)
+    batch = {"image": split.images, "label": split.labels % 5, "size": split.sizes, "position": np.arange(2)}
+    settings = common.get_config("folder").optim
+    settings.update(name="sgd", lr=1.0, warmup_steps=0, momentum=0.0, weight_decay=0.0, head_multiplier=1.0)
+    params, batch_stats = skeleton.arrays()
+    optimizer = optim.optimizer(settings, params, steps=10)
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+
+    @jax.jit
+    def step(aux_weight):
+        after, scalars = train_step(skeleton, optimizer, as_it_is, 255, aux_weight, state, batch, jax.random.key(0))
+        return {name: after.params[name] - params[name] for name in params}, scalars["loss"]
+
+    with layers.published_forms():
+        without, main = step(0.0)
+    found, loss = step(0.4)
+    whole, both = step(1.0)
+    # On its own the auxiliary loss of five classes is of the size of the main one.
+    assert 0.5 < float(both - main) < 10
+    np.testing.assert_allclose(loss, main + 0.4 * (both - main), rtol=1e-12)
+    moved = 0
+    for name in params:
+        expected = without[name] + 0.4 * (whole[name] - without[name])
+        scale = np.abs(whole[name]).max() + np.abs(without[name]).max()
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-9 * scale + 1e-13, err_msg=name)
+        moved += float(np.abs(found[name] - without[name]).max()) > 1e-3 * scale
+    assert moved > len(params) / 2
+    # Behind the auxiliary head and beside it nothing changes.
+    for name in ("cls_head.kernel", "ocr_distri_head.object_context_block.f_up.0.kernel"):
+        np.testing.assert_allclose(found[name], without[name], rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

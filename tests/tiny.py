@@ -1,13 +1,17 @@
 """What several tests share: a model of every family, the smallest that has all of its parts."""
 
+import contextlib
 import functools
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import segjax
 from segjax import weights
+from segjax.models import layers
 
 SIZES = dict(dims=(4, 8, 10, 16), depths=(1, 1, 1, 1), decoder_dim=12)
 _HRNET = dict(width=2, stage1_channels=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
@@ -29,9 +33,13 @@ FAMILIES = {
 
 
 @functools.cache
+def _abstract(name, num_classes, settings):
+    return nnx.eval_shape(lambda: segjax.create(name, num_classes=num_classes, **dict(settings)))
+
+
 def abstract_model(name, num_classes=19, **settings):
     """A model of which only the shapes are known; for reading, since all who ask get the same."""
-    return nnx.eval_shape(lambda: segjax.create(name, num_classes=num_classes, **settings))
+    return _abstract(name, num_classes, tuple(sorted(settings.items())))
 
 
 def abstract_family(family, **settings):
@@ -52,3 +60,30 @@ def tiny_model(seed, family="segformer", *, num_classes=5, dtype=jnp.float32, pa
         kind = key.rpartition(".")[2]
         values[key] = {"scale": 1 + noise, "g": 1 + noise, "var": 1 + np.abs(noise)}.get(kind, noise)
     return weights.from_values(abstract, values)
+
+
+def _numbers(key):
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def _normal(key, shape, dtype):
+    return _numbers(key).standard_normal(shape).astype(dtype)
+
+
+def _uniform(key, shape, dtype, low=0.0, high=1.0):
+    return _numbers(key).uniform(low, high, shape).astype(dtype)
+
+
+@contextlib.contextmanager
+def numpy_draws():
+    """Initial weights drawn inside come from NumPy's generator, started from jax's key.
+
+    The models' initializers and keys are what they are; jax's own generator takes seconds to compile for all the shapes
+    of a family.
+    """
+    with (
+        mock.patch.object(jax.random, "normal", _normal),
+        mock.patch.object(jax.random, "uniform", _uniform),
+        mock.patch.object(layers, "_normal", layers._normal.__wrapped__),
+    ):
+        yield
