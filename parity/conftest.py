@@ -26,6 +26,12 @@ def quick_compile_of_float64(request):
 
 
 @pytest.fixture
+def quick_to_compile(quick_compile_of_float64):
+    """Quick compilation of float32 too, where forms of the weights are compared and not programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def within(request):
     """Asserts an error against its one bound in `tolerances` and puts it into the closing table.
 

@@ -118,12 +118,6 @@ def test_round_trip_through_every_form_is_bitwise(label, form, dtype):
     assert differing(back, expected) == []
 
 
-@pytest.fixture
-def quick_to_compile(quick_compile_of_float64):
-    """Quick compilation of float32 too, where one form of the weights is compared with another."""
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("label", FOLDED)
 def test_folding_a_bias_into_the_running_mean_changes_no_output(label, training, within, quick_to_compile):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,12 +34,6 @@ FAMILY = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def weights():
     return original("segformer", 3, seed=1)
-
-
-@pytest.fixture
-def quick_to_compile(quick_compile_of_float64):
-    """Quick compilation of float32 too: the programs that users get are compared in test_forward."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def save_pth(path, weights):

@@ -108,10 +108,11 @@ def _run(options: argparse.Namespace) -> int:
         )
     parameters = sum(variable.get_value().size for variable in _parameters(model))
     logger.info("%s, %d classes, %s parameters", model.spec.name, model.spec.num_classes, f"{parameters:,}")
+    # Before the verification, so that names which cannot express this model are refused at once.
+    _warn_of_settings(model, options)
     if options.verify and not _verify(model, foreign):
         print("segjax.convert: not written, because the outputs differ", file=sys.stderr)
         return 1
-    _warn_of_settings(model, options)
     write_file(options.destination, model, dialect=options.to, about=about)
     kind = f"{options.to} names" if options.destination.suffix in (".pth", ".safetensors") else "orbax folder"
     logger.info("wrote %s (%s)", options.destination, kind)

@@ -102,6 +102,8 @@ def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndar
         native = {key: value for key, value in native.items() if key not in head}
         parts = dict.fromkeys(key.rpartition(".")[0] for key in head)
         logger.info("left out, because %s has no place for it (%d): %s", form.package, len(head), shorten(parts))
+    for layer, norm in form.without_bias:
+        logger.info("%s.bias is taken from the running mean of %s: %s has no bias there", layer, norm, form.package)
     return RENAMINGS[form.dialect, form.family][0].to_foreign(native)
 
 
