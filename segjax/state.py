@@ -46,6 +46,7 @@ class Skeleton:
         self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
         self._streams = nnx.to_flat_state(streams)
         self.spec = model.spec
+        self.size_multiple = model.size_multiple
 
     def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and running statistics that the model was made with."""

@@ -319,8 +319,17 @@ MIT_WEIGHTS = {
     r".*bias": constant(0.0),
 }
 INITIAL = {
-    "segformer": MIT_WEIGHTS,
-    "plain": MIT_WEIGHTS,
+    "segformer": {
+        r"decode_head\.linear_(c\d\.proj|pred)\.kernel": FAN_IN,
+        r"decode_head\.linear_(c\d\.proj|pred)\.bias": BIAS_FAN_IN,
+    }
+    | MIT_WEIGHTS,
+    # Its decoder's start is not published; ours takes the encoder's rule.
+    "plain": {
+        r"decode_head\.linear_c\d\.proj\.kernel": MIT_LINEAR,
+        r"decode_head\.linear_pred\.kernel": FAN_OUT,
+    }
+    | MIT_WEIGHTS,
     "mmseg": {
         r".*attn\.(q|kv)\.kernel": ("uniform", xavier_bound),
         r".*attn\.proj\.kernel": MIT_LINEAR,
@@ -374,12 +383,7 @@ def test_initial_weights_are_the_published_ones(family):
     pools = {"normal": [], "uniform": [], "bias": []}
     for name, value in values.items():
         rules = NORM_VALUES | INITIAL[family]
-        found = [rule for pattern, rule in rules.items() if re.fullmatch(pattern, name)]
-        if not found:
-            # Decoder layers that the papers and the names leave open.
-            assert re.fullmatch(r"decode_head\.linear_(c\d\.proj|pred)\.kernel", name), name
-            continue
-        kind, scale = found[0]
+        kind, scale = next(rule for pattern, rule in rules.items() if re.fullmatch(pattern, name))
         if kind == "constant":
             np.testing.assert_array_equal(value, np.float32(scale(value.shape)), err_msg=name)
             continue

@@ -39,6 +39,13 @@ MODELS = (
 )
 
 
+# Models that do not take images of any size.
+SIZE_MULTIPLES = {
+    segformer_simple.SegFormerSimple: segformer_simple.LARGEST_STRIDE,
+    segformer_zuppichini.SegFormerZuppichini: segformer_zuppichini.LARGEST_STRIDE,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """What `create` was called with, so that a checkpoint can say how to build its model again."""
@@ -82,7 +89,7 @@ def create(
 
     Returns:
       A module: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the model's own
-      stride. `model.spec` tells how it was made.
+      stride. `model.spec` tells how it was made, `model.size_multiple` what the sides of images must divide by.
 
     Raises:
       KeyError: unknown name; lists the names.
@@ -108,4 +115,5 @@ def create(
     )
     model.eval()
     model.spec = ModelSpec(name, num_classes, tuple(sorted(frozen.items())))
+    model.size_multiple = SIZE_MULTIPLES.get(type(model), 1)
     return model

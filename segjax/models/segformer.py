@@ -11,6 +11,8 @@ Deviations: none in what is computed. The decoder runs in the equal, cheaper ord
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,8 +209,8 @@ class MixTransformer(nnx.Module):
 class LevelProjection(nnx.Module):
     """The decoder's linear layer of one level, (B, h, w, C_level) -> (B, h, w, C). Named MLP in the paper."""
 
-    def __init__(self, in_features, out_features, *, dtype, param_dtype, rngs):
-        self.proj = layers.Linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, in_features, out_features, *, dtype, param_dtype, rngs, **init):
+        self.proj = layers.Linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.proj(x)
@@ -229,15 +231,18 @@ class MLPDecoder(nnx.Module):
     What follows the fusing convolution is each form's own: `SegFormerHead` here, `PlainHead` in `segformer_plain.py`.
     """
 
+    # Published code initialises the decoder's projections and classifier no further than torch does.
+    INIT = types.MappingProxyType(dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init))
+
     def __init__(self, *, dims, decoder_dim, num_classes, dropout_rate, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.linear_c4 = LevelProjection(dims[3], decoder_dim, **kinds)
-        self.linear_c3 = LevelProjection(dims[2], decoder_dim, **kinds)
-        self.linear_c2 = LevelProjection(dims[1], decoder_dim, **kinds)
-        self.linear_c1 = LevelProjection(dims[0], decoder_dim, **kinds)
+        self.linear_c4 = LevelProjection(dims[3], decoder_dim, **kinds, **self.INIT)
+        self.linear_c3 = LevelProjection(dims[2], decoder_dim, **kinds, **self.INIT)
+        self.linear_c2 = LevelProjection(dims[1], decoder_dim, **kinds, **self.INIT)
+        self.linear_c1 = LevelProjection(dims[0], decoder_dim, **kinds, **self.INIT)
         self.make_fuse(4 * decoder_dim, decoder_dim, **kinds)
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
-        self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds)
+        self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
 
     def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
         """Sets the layers under the names that the published checkpoint gives them."""

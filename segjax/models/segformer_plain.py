@@ -12,6 +12,8 @@ Deviations: logits stay in the type of the computation, at least float32, where 
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,6 +28,9 @@ FUSES = ("conv", "conv_bn")
 
 class PlainHead(MLPDecoder):
     """Four maps -> logits (B, H/4, W/4, K), linear but for the dropout."""
+
+    # What the repository does here is not known to us: the encoder's rule.
+    INIT = types.MappingProxyType({})
 
     def __init__(self, *, fuse, **settings):
         self.fuse = fuse
