@@ -226,6 +226,8 @@ TAKEN_FOR = {
     ("segmentation_pytorch", "hrnet"): ("native", "hrnet"),
     ("timm", "hrnet"): ("native", "hrnet"),
     ("timm", "hrnet_ocr"): ("native", "hrnet"),
+    ("backbone", "hrnet"): ("native", "hrnet"),
+    ("backbone", "hrnet_ocr"): ("native", "hrnet"),
 }
 
 
@@ -239,7 +241,7 @@ def test_every_variant_is_recognised_in_every_form(name, ask, caplog):
         weights = renamed(blank(name), form)
         found, classes, overrides = ask(weights, num_classes=19 if form.encoder_only else None)
         renamed_to = name.replace(family, taken) if "segformer" in family else name
-        assert found == (name.removesuffix("_ocr") if form.dialect == "timm" else renamed_to)
+        assert found == (name.removesuffix("_ocr") if form.encoder_only and "hrnet" in name else renamed_to)
         assert classes == (19 if form.encoder_only else 150)
         assert any(text.startswith(f"read as {dialect} (") for text in caplog.messages)
         # Nothing is unlike the variant but what the package is known for.
@@ -507,6 +509,7 @@ PUBLISHED = {
         r"backbone\.(.*)": r"backbone.\1",
     },
     ("segnext", "backbone"): {r"backbone\.(.*)": r"\1"},
+    ("hrnet", "backbone"): {r"((layer1|transition\d|stage\d|conv\d|bn\d)\..*)": r"\1"},
 }
 
 
@@ -524,7 +527,8 @@ def test_the_names_we_write_are_the_published_ones(label, dialect):
             expected[names[0]] = value
         else:
             unnamed.add(key.partition(".")[0])
-    assert unnamed == ({"timm": {"last_layer"}, "backbone": {"decode_head"}}.get(dialect, set()))
+    head = {"last_layer"} if label == "hrnet" else {"decode_head"}
+    assert unnamed == (head if dialect in ("timm", "backbone") else set())
     assert differing(segjax.to_torch(model_of(label), dialect=dialect), expected) == []
 
 

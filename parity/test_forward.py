@@ -9,6 +9,7 @@ from flax import nnx
 
 import segjax
 from parity import compare, golden, tolerances
+from parity.reference import hrnet, segformer, segformer_mmseg, segformer_plain, segnext
 from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS
 from segjax.losses import cross_entropy
 from segjax.models import layers
@@ -235,6 +236,23 @@ def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject):
     assert rounded.dtype == np.float32
     # bfloat16 has 8 bits: half a percent per product, averaged over many.
     assert 1e-4 < compare.relative_error(rounded, exact) < 0.1
+
+
+PUBLISHED_SIZES = {
+    "segformer_{}": segformer.VARIANTS,
+    "segformer_plain_{}": segformer_plain.VARIANTS,
+    "segformer_mmseg_{}": segformer_mmseg.VARIANTS,
+    "hrnet_{}": hrnet.VARIANTS,
+    "hrnet_{}_ocr": hrnet.VARIANTS,
+    "segnext_{}": segnext.VARIANTS,
+}
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED_SIZES)
+def test_variants_have_the_sizes_of_the_reference(pattern):
+    for variant, sizes in PUBLISHED_SIZES[pattern].items():
+        ours = segjax.models.settings(pattern.format(variant))
+        assert {key: ours[key] for key in sizes} == sizes, variant
 
 
 def test_a_tolerance_table_has_no_bound_that_cannot_fail():

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="auto", help=f"insist on one of {', '.join(models.MODELS)}")
     parser.add_argument("--num-classes", type=int, help="needed for a backbone alone, else checked")
     parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names SRC has")
-    parser.add_argument("--to", default="native", choices=DIALECTS, help="whose names DST gets (.pth, .safetensors)")
+    parser.add_argument("--to", choices=DIALECTS, help="whose names DST gets (.pth, .safetensors); default native")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that SRC cannot tell")
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)
@@ -79,6 +79,13 @@ def _run(options: argparse.Namespace) -> int:
         raise CheckpointError(f"{options.destination}: write *.pth or *.safetensors; a name without suffix is a folder")
     if options.destination.exists() and options.source.exists() and options.destination.samefile(options.source):
         raise CheckpointError(f"{options.destination} is the source itself; choose another name")
+    is_folder = options.destination.suffix not in (".pth", ".safetensors")
+    if is_folder and options.to is not None:
+        raise CheckpointError(
+            f"--to names the keys of a .pth or .safetensors, and {options.destination} becomes an orbax folder, which "
+            "has our own; leave --to out, or choose another name"
+        )
+    options.to = options.to or "native"
     if options.source.is_dir() and checkpoint.holds_float64(options.source):
         jax.config.update("jax_enable_x64", True)
     source = read_file(options.source)
@@ -89,8 +96,10 @@ def _run(options: argparse.Namespace) -> int:
             raise CheckpointError(f"{options.source} holds {model.spec.name}, not {options.model}")
         if options.num_classes not in (None, model.spec.num_classes):
             raise CheckpointError(f"{options.source} has {model.spec.num_classes} classes, not {options.num_classes}")
-        if options.overrides:
-            raise CheckpointError("an orbax folder says how its model was made; --overrides is for PyTorch checkpoints")
+        if options.overrides or options.dialect != "auto":
+            raise CheckpointError(
+                "an orbax folder says how its model was made; --overrides and --dialect are for PyTorch checkpoints"
+            )
     else:
         foreign = source
         about["sha256"] = hashlib.sha256(options.source.read_bytes()).hexdigest()

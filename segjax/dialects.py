@@ -224,6 +224,7 @@ class Form:
       without_bias: names of convolutions whose bias the package leaves out, since a BatchNorm follows, and the names
         of those norms: the bias is zero on the way in and taken from the running mean on the way out.
       encoder_only: the package has no place for the decoder.
+      note: what the package computes besides, or otherwise, with the same weights; said with every conversion.
     """
 
     dialect: str
@@ -235,6 +236,7 @@ class Form:
     backbone_extras: tuple[str, ...] = ()
     without_bias: tuple[tuple[str, str], ...] = ()
     encoder_only: bool = False
+    note: str = ""
 
 
 def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
@@ -259,6 +261,25 @@ def _backbone(family: str, package: str, *namings: tuple[Rule, ...], settings, b
         settings=settings,
         backbone_extras=backbone_extras,
         encoder_only=True,
+    )
+
+
+_RESIZED_TWICE = "its HRNet resizes twice between branches, and equals ours where 32 divides the image's sides"
+
+
+def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[Form, ...]:
+    """HRNet's branches alone: timm's features, and files pretrained on ImageNet, which have the same names."""
+    kinds = dict(
+        family=family,
+        namings=(_HRNET,),
+        settings=(("align_corners", align_corners),),
+        backbone_extras=_IMAGENET_HRNET,
+        encoder_only=True,
+    )
+    nearest = "its modules enlarge by nearest neighbours between branches, ours bilinearly"
+    return (
+        Form(dialect="timm", package="timm, features of the raw branches", note=nearest, **kinds),
+        Form(dialect="backbone", package="an HRNet encoder alone", **kinds),
     )
 
 
@@ -293,6 +314,7 @@ FORMS = (
         package="segmentation-models-pytorch",
         namings=(_segformer("encoder.", _MIT, "", _SMP_HEAD),),
         settings=_eps(1e-6, 1e-5),
+        note="its model enlarges the logits fourfold, with aligned corners",
     ),
     Form(
         dialect="native",
@@ -360,19 +382,15 @@ FORMS = (
             package=package,
             namings=(_HRNET + _HRNET_HEAD,),
             settings=(("align_corners", False),),
+            note=note,
             **_HRNET_FORM,
         )
-        for dialect, package in (("native", "HRNet-Semantic-Segmentation"), ("segmentation_pytorch", _SEED))
+        for dialect, package, note in (
+            ("native", "HRNet-Semantic-Segmentation", ""),
+            ("segmentation_pytorch", _SEED, "its model enlarges the logits to the size of its training crop"),
+        )
     ),
-    Form(
-        dialect="timm",
-        family="hrnet",
-        package="timm, features of the raw branches",
-        namings=(_HRNET,),
-        settings=(("align_corners", False),),
-        backbone_extras=_IMAGENET_HRNET,
-        encoder_only=True,
-    ),
+    *_hrnet_encoder("hrnet", align_corners=False),
     Form(
         dialect="mmseg",
         family="hrnet",
@@ -381,6 +399,7 @@ FORMS = (
         unused=_MMSEG_UNUSED,
         without_bias=(("last_layer.0", "last_layer.1"),),
         settings=(("align_corners", False),),
+        note=_RESIZED_TWICE,
     ),
     Form(
         dialect="native",
@@ -390,15 +409,7 @@ FORMS = (
         settings=(("align_corners", True),),
         **_HRNET_FORM,
     ),
-    Form(
-        dialect="timm",
-        family="hrnet_ocr",
-        package="timm, features of the raw branches",
-        namings=(_HRNET,),
-        settings=(("align_corners", True),),
-        backbone_extras=_IMAGENET_HRNET,
-        encoder_only=True,
-    ),
+    *_hrnet_encoder("hrnet_ocr", align_corners=True),
     Form(
         dialect="mmseg",
         family="hrnet_ocr",
@@ -411,6 +422,7 @@ FORMS = (
         unused=_MMSEG_UNUSED,
         without_bias=(("aux_head.0", "aux_head.1"), ("conv3x3_ocr.0", "conv3x3_ocr.1")),
         settings=(("align_corners", False),),
+        note=_RESIZED_TWICE,
     ),
     Form(
         dialect="native",

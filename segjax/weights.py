@@ -102,6 +102,8 @@ def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndar
         native = {key: value for key, value in native.items() if key not in head}
         parts = dict.fromkeys(key.rpartition(".")[0] for key in head)
         logger.info("left out, because %s has no place for it (%d): %s", form.package, len(head), shorten(parts))
+    if form.note:
+        logger.info("note on %s: %s", form.package, form.note)
     for layer, norm in form.without_bias:
         logger.info("%s.bias is taken from the running mean of %s: %s has no bias there", layer, norm, form.package)
     return RENAMINGS[form.dialect, form.family][0].to_foreign(native)
@@ -385,6 +387,8 @@ def from_torch(
             f"(the checkpoint was read as {found.form.dialect}: {found.form.package})"
         ) from None
     logger.info("read as %s (%s)", found.form.dialect, found.form.package)
+    if found.form.note:
+        logger.info("note on %s: %s", found.form.package, found.form.note)
     if num_classes is None and in_file is None:
         raise CheckpointError("the checkpoint is a backbone alone and has no classifier; give the number of classes")
     if num_classes is not None and in_file is not None and num_classes != in_file:
@@ -464,7 +468,15 @@ def _no_fit(foreign: Mapping[str, np.ndarray], found: Recognised, missing: str) 
     lacking = found.renaming.foreign_names(missing) or (missing,)
     differences = f"it lacks {' and '.join(lacking)}"
     if strangers:
-        differences += f", and has no place for {shorten(strangers, most=6)}"
+        differences += f", and there is no place for {shorten(strangers, most=6)}"
+    free = recognise(foreign)
+    if free.fitting > found.fitting:
+        # A name or a dialect was insisted on.
+        return (
+            f"the checkpoint is not {FAMILIES[found.form.family].title} as {found.form.dialect} "
+            f"({found.form.package}) writes it: {differences}. It looks like {FAMILIES[free.form.family].title} as "
+            f"{free.form.dialect} ({free.form.package}) writes it: {free.fitting} of {len(foreign)} keys fit"
+        )
     return (
         f"the checkpoint fits no model of segjax. The nearest family is {FAMILIES[found.form.family].title} as "
         f"{found.form.dialect} ({found.form.package}) writes it: {found.fitting} of {len(foreign)} keys have a place "

@@ -30,7 +30,8 @@ PARAMETERS = {
     "segformer_b4": 64_007_635,
     "segformer_b5": 84_607_955,
     "segformer_plain_b0": 3_718_771,
-    "segformer_plain_b1": 13_682_131 - 256,
+    # Its decoder is 768 wide.
+    "segformer_plain_b1": 16_315_603,
     "segformer_plain_b2": 27_361_235 - 768,
     "segformer_plain_b3": 47_237_075 - 768,
     "segformer_plain_b4": 64_007_635 - 768,
@@ -324,7 +325,6 @@ INITIAL = {
         r"decode_head\.linear_(c\d\.proj|pred)\.bias": BIAS_FAN_IN,
     }
     | MIT_WEIGHTS,
-    # Its decoder's start is not published; ours takes the encoder's rule.
     "plain": {
         r"decode_head\.linear_c\d\.proj\.kernel": MIT_LINEAR,
         r"decode_head\.linear_pred\.kernel": FAN_OUT,

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from segjax.models import (
@@ -68,6 +69,13 @@ def settings(name: str) -> dict[str, object]:
     return {key: value for key, value in (defaults | MODELS[name].keywords).items() if key not in reserved}
 
 
+def _frozen(value: object) -> object:
+    """Lists and numpy's numbers as Python's own, which a checkpoint's record can hold."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def create(
     name: str,
     *,
@@ -104,7 +112,7 @@ def create(
     for label, kind in (("dtype", dtype), ("param_dtype", param_dtype)):
         if jnp.dtype(kind) == jnp.float64 and not jax.config.jax_enable_x64:
             raise ValueError(f"{label}=float64 needs jax.config.update('jax_enable_x64', True) first")
-    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    frozen = {key: _frozen(value) for key, value in overrides.items()}
     params_key, dropout_key = jax.random.split(jax.random.key(seed))
     model = MODELS[name](
         num_classes=num_classes,

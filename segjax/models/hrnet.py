@@ -177,7 +177,7 @@ def transition(before, after, *, dtype, param_dtype, rngs) -> nnx.List:
     return parts
 
 
-def branch(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
+def apply_transition(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
     """Applies a transition; the new branch starts from the smallest map."""
     sources = [*maps, maps[-1]]
     return [x if part is None else part(x) for part, x in zip(parts, sources, strict=True)]
@@ -221,7 +221,7 @@ class HighResolutionNet(nnx.Module):
         x = jax.nn.relu(self.bn2(self.conv2(x)))
         maps = [self.layer1(x)]
         for stage in (2, 3, 4):
-            maps = branch(getattr(self, f"transition{stage - 1}"), maps)
+            maps = apply_transition(getattr(self, f"transition{stage - 1}"), maps)
             maps = getattr(self, f"stage{stage}")(maps)
         return maps
 

@@ -597,10 +597,13 @@ def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
 
 
 def _resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear with aligned corners as two matrix products, (B, H, W, C) -> (B, *size, C)."""
+    """Bilinear with aligned corners as two matrix products, (B, H, W, C) -> (B, *size, C).
+
+    In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.
+    """
     rows = _aligned_matrix(x.shape[1], size[0], x.dtype)
     columns = _aligned_matrix(x.shape[2], size[1], x.dtype)
-    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns)
+    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
 
 
 def _aligned_matrix(old: int, new: int, dtype: jnp.dtype) -> jax.Array:
@@ -675,8 +678,9 @@ def project_and_fuse(
     wide = jnp.promote_types(fuse.kernel[...].dtype, at_least_float32(dtype))
     slices = jnp.split(fuse.kernel[...][0, 0].astype(wide), len(levels))  # (C, C) each
     matrices = [p.kernel[...].reshape(p.kernel.shape[-2:]).astype(wide) for p in projections]  # (C_level, C) each
-    kernels = [(matrix @ part).astype(dtype) for matrix, part in zip(matrices, slices, strict=True)]
-    biases = [p.bias[...].astype(wide) @ part for p, part in zip(projections, slices, strict=True)]
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    kernels = [product(matrix, part).astype(dtype) for matrix, part in zip(matrices, slices, strict=True)]
+    biases = [product(p.bias[...].astype(wide), part) for p, part in zip(projections, slices, strict=True)]
     fused = _sum_of_levels([x.astype(dtype) for x in levels], kernels, [b.astype(dtype) for b in biases], enlarge)
     return fused if fuse.bias is None else fused + fuse.bias[...].astype(dtype)
 

@@ -29,7 +29,7 @@ class ConvModule(nnx.Module):
     def __init__(self, in_channels, out_channels, *, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.conv = layers.Conv(in_channels, out_channels, 1, use_bias=False, rngs=rngs, **kinds)
-        self.bn = layers.BatchNorm(out_channels, **kinds)
+        self.bn = layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.activate(self.conv(x))

@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers
-from segjax.models.segformer import VARIANTS, MixTransformer, MLPDecoder
+from segjax.models import layers, segformer
+from segjax.models.segformer import MixTransformer, MLPDecoder
 
-__all__ = ["VARIANTS", "SegFormerPlain"]
-
+# As in the paper, but that B1's decoder is as wide as that of the larger ones.
+VARIANTS = segformer.VARIANTS | {"b1": segformer.VARIANTS["b1"] | dict(decoder_dim=768)}
 FUSES = ("conv", "conv_bn")
 
 
 class PlainHead(MLPDecoder):
     """Four maps -> logits (B, H/4, W/4, K), linear but for the dropout."""
 
-    # What the repository does here is not known to us: the encoder's rule.
+    # Encoder and decoder are one module there, which is initialised by one rule: the encoder's.
     INIT = types.MappingProxyType({})
 
     def __init__(self, *, fuse, **settings):
@@ -39,7 +39,9 @@ class PlainHead(MLPDecoder):
     def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.linear_fuse = layers.Conv(in_channels, out_channels, 1, rngs=rngs, **kinds)
-        self.linear_fuse_bn = layers.BatchNorm(out_channels, **kinds) if self.fuse == "conv_bn" else None
+        self.linear_fuse_bn = (
+            layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds) if self.fuse == "conv_bn" else None
+        )
 
     def fusion(self) -> layers.Conv:
         return self.linear_fuse

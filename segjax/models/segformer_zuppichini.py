@@ -226,7 +226,7 @@ class Head(nnx.Module):
                     **kinds,
                 ),
                 layers.ReLU(),
-                layers.BatchNorm(decoder_dim, **kinds),
+                layers.BatchNorm(decoder_dim, epsilon=1e-5, momentum=0.1, **kinds),
             ]
         )
         self.predict = layers.Conv(decoder_dim, num_classes, 1, rngs=rngs, **kinds, **TORCH_INIT)

@@ -20,11 +20,13 @@ reach 4e4, near float16's limit. The squeezing 1x1 convolution runs in the equal
 from __future__ import annotations
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from segjax.models import layers
 
@@ -211,20 +213,25 @@ def factorise(x: jax.Array, bases: jax.Array, *, steps: int) -> jax.Array:
     Returns:
       (B, N, C), of rank R.
     """
-    # Both factors are used by updates of the other; a last update of the coefficients stays without one of the bases.
-    coefficients = jax.nn.softmax(jnp.einsum("bnc,bcr->bnr", x, bases), axis=-1)  # (B, N, R)
+    coefficients = jax.nn.softmax(_product("bnc,bcr->bnr", x, bases), axis=-1)  # (B, N, R)
     for _ in range(steps):
         coefficients = _updated_coefficients(x, bases, coefficients)
-        numerator = jnp.einsum("bnc,bnr->bcr", x, coefficients)
-        denominator = bases @ jnp.einsum("bnr,bns->brs", coefficients, coefficients)
+        numerator = _product("bnc,bnr->bcr", x, coefficients)  # (B, C, R)
+        squares = _product("bnr,bns->brs", coefficients, coefficients)  # (B, R, R)
+        denominator = _product("bcr,brs->bcs", bases, squares)  # (B, C, R)
         bases = bases * numerator / (denominator + NMF_EPS)
     coefficients = _updated_coefficients(x, bases, coefficients)
-    return jnp.einsum("bnr,bcr->bnc", coefficients, bases)
+    return _product("bnr,bcr->bnc", coefficients, bases)
+
+
+# On a GPU or TPU float32 products would be rounded to fewer bits by default, in every one of the updates.
+_product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def _updated_coefficients(x: jax.Array, bases: jax.Array, coefficients: jax.Array) -> jax.Array:
-    numerator = jnp.einsum("bnc,bcr->bnr", x, bases)
-    denominator = coefficients @ jnp.einsum("bcr,bcs->brs", bases, bases)
+    numerator = _product("bnc,bcr->bnr", x, bases)  # (B, N, R)
+    squares = _product("bcr,bcs->brs", bases, bases)  # (B, R, R)
+    denominator = _product("bnr,brs->bns", coefficients, squares)  # (B, N, R)
     return coefficients * numerator / (denominator + NMF_EPS)
 
 
