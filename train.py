@@ -7,12 +7,30 @@ The word after the colon picks the variant and the dataset; every setting of con
 The run is in --workdir; the same command takes it up again.
 """
 
+import ast
 import os
+import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+
+def explain(error):
+    """What a person mistyped, in one line."""
+    text = str(error.args[0] if error.args and not isinstance(error, OSError) else error).strip()
+    if text[:1] in "\"'" and text[-1:] == text[:1]:
+        # ml_collections hands on a message that Python has quoted.
+        text = ast.literal_eval(text)
+    lines = text.strip().splitlines()
+    if "Traceback" in text:
+        return lines[-1].strip()
+    if re.fullmatch(r"\W?\w+\W?", lines[0]):
+        # The name of a setting that is not there, and at most one that is like it.
+        lines[0] = f"this config has no setting {lines[0]}"
+    return ". ".join(line.strip() for line in lines)
+
 
 try:
     _CONFIG = config_flags.DEFINE_config_file(
@@ -20,7 +38,7 @@ try:
     )
 except (AttributeError, KeyError, OSError) as error:
     # The definition reads the flags by itself, and raises for a setting that is not there.
-    sys.exit(f"train.py: {error.args[0] if isinstance(error, KeyError) else error}")
+    sys.exit(f"train.py: {explain(error)}")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/<config>-<variant>-<dataset>.")
 
 
@@ -53,9 +71,7 @@ def parse(argv):
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, OSError) as error:
-        message = str(error).strip()
-        # ml_collections quotes a whole traceback, whose last line says what is wrong.
-        sys.exit(f"train.py: {message.splitlines()[-1].strip() if 'Traceback' in message else message}")
+        sys.exit(f"train.py: {explain(error)}")
 
 
 if __name__ == "__main__":

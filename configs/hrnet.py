@@ -25,6 +25,8 @@ def get_config(argument=""):
         config.model.stage1_channels = 16
         config.model.stage_modules = (1, 1, 2, 1)
         config.model.stage_blocks = (2, 2, 2, 2)
+    # Of every bilinear enlargement: as published for Cityscapes.
+    config.model.align_corners = variant.endswith("_ocr")
     if variant.endswith("_ocr"):
         # Of the channels in front of the classifier.
         config.model.dropout_rate = 0.05

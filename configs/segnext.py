@@ -20,6 +20,8 @@ def get_config(argument=""):
     # Of the last block, and of the channels in front of the classifier.
     config.model.drop_path_rate = 0.3 if variant == "l" else 0.1
     config.model.dropout_rate = 0.1
+    # Of the decoder's factorisation.
+    config.model.ham_rank = 64 if variant in ("b", "l") else 16
     if variant == "small":
         config.model.dims = (16, 32, 80, 128)
         config.model.depths = (2, 2, 3, 2)
