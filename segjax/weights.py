@@ -37,7 +37,6 @@ _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "
 # before every key.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "model.")
-_LOSS_PREFIX = "loss."
 
 
 class CheckpointError(ValueError):
@@ -159,7 +158,8 @@ def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
         found = f"it holds {shorten(strangers)}" if strangers else "it is empty"
         raise CheckpointError(f"this is not a state dict (names to arrays): {found}")
     for prefix in _PREFIXES:
-        if all(key.startswith((prefix, _LOSS_PREFIX)) for key in arrays):
+        # Not all: beside the network there may be a loss with weights of its own.
+        if 2 * sum(key.startswith(prefix) for key in arrays) > len(arrays):
             arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
     return arrays
 
@@ -299,19 +299,21 @@ def _plan(model: nnx.Module, foreign: dict[str, np.ndarray], found: Recognised, 
             f"the checkpoint (read as {found.form.dialect}: {found.form.package}) does not fit {model.spec.name} with "
             f"{model.spec.num_classes} classes; nothing was loaded.\n  "
             + "\n  ".join(problems)
-            + _advice(missing, unexpected)
+            + _advice(missing, unexpected, FAMILIES[found.form.family].head[0])
         )
     native = renaming.to_native({key: given[key] for key in expected if not kept.intersection(owners[key])})
     values = {path: from_torch_layout(path, native[key]) for key, path in paths.items() if key not in kept}
     return _Plan(values=values, dropped=dropped, kept=sorted(paths[key] for key in kept))
 
 
-def _advice(missing: list[str], unexpected: list[str]) -> str:
+def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     lines = []
     if missing:
-        lines.append("to leave parameters as they are initialised: keep=(pattern, ...), for example 'decode_head.*'")
+        lines.append(
+            f"to leave parameters as they are initialised, load_torch takes keep=(pattern, ...), as in {head!r}"
+        )
     if unexpected:
-        lines.append("to leave keys of the checkpoint unused: drop=(pattern, ...), for example 'head.*'")
+        lines.append("to leave keys of the checkpoint unused, load_torch takes drop=(pattern, ...), as in 'head.*'")
     return "".join(f"\n  {line}" for line in lines)
 
 
@@ -357,7 +359,8 @@ def from_torch(
 
     Sizes and the number of classes are read off the shapes. What no checkpoint tells (heads, eps) is the published
     setting of the dialect, or an override; each such assumption is an INFO line of the logger `segjax`. For a backbone
-    alone `num_classes` must be given; its decoder stays as initialised.
+    alone `num_classes` must be given; its decoder stays as initialised. Streams of dropout and of random bases start
+    from key 0.
 
     Args:
       state_dict: as for `load_torch`.
