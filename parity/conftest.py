@@ -41,10 +41,26 @@ def within(request):
     def assert_within(kind: str, dtype, error: float, what: str) -> None:
         limit = tolerances.bound(kind, dtype)
         name = jax.numpy.dtype(dtype).name
-        _rows[kind, name, what] = max(error, _rows.get((kind, name, what), 0.0))
+        _keep_worst([(kind, name, what, error)])
         assert error <= limit, f"{what}: {kind} error {error:.1e} in {name} is above {limit:.0e}"
 
     return assert_within
+
+
+def _keep_worst(rows) -> None:
+    for kind, dtype, what, error in rows:
+        _rows[kind, dtype, what] = max(error, _rows.get((kind, dtype, what), 0.0))
+
+
+def pytest_sessionfinish(session):
+    # Where pytest runs in several processes, each hands its part of the table to the first.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["errors"] = [[*key, error] for key, error in _rows.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _keep_worst(getattr(node, "workeroutput", {}).get("errors", []))
 
 
 def pytest_terminal_summary(terminalreporter):
