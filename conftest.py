@@ -23,3 +23,10 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are kept for as long as a process lives: several GiB in the end."""
+    yield
+    jax.clear_caches()

@@ -91,9 +91,16 @@ RUNS = [
 ] + [("segformer", "sgd")]
 
 
+# float64 shows mistakes; float32 trajectories of the first family show rounding, those of the others are the slow tier.
+CASES = [
+    pytest.param(*run, dtype, marks=[pytest.mark.slow] if dtype == "float32" and run[0] != "segformer" else [])
+    for run in RUNS
+    for dtype in ("float64", "float32")
+]
+
+
 @pytest.mark.long_running
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize(("subject", "name"), RUNS, ids=[", ".join(run) for run in RUNS])
+@pytest.mark.parametrize(("subject", "name", "dtype"), CASES, ids=lambda part: part)
 def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, float64, within, monkeypatch):
     subject, settings = SUBJECTS[subject], recipe(name)
     model, reference = compare.randomised_pair(
