@@ -55,7 +55,7 @@ def _keep_worst(rows) -> None:
 def pytest_sessionfinish(session):
     # Where pytest runs in several processes, each hands its part of the table to the first.
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["errors"] = [[*key, error] for key, error in _rows.items()]
+        session.config.workeroutput["errors"] = [[*key, float(error)] for key, error in _rows.items()]
 
 
 @pytest.hookimpl(optionalhook=True)
