@@ -184,7 +184,7 @@ def test_counters_may_be_absent():
 # --------------------------------------------------------------------------------------------- recognised by themselves
 
 
-class Found(Exception):  # noqa: N818
+class FoundError(Exception):
     """What from_torch asks `create` for: name, classes, overrides."""
 
 
@@ -195,13 +195,13 @@ def ask(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "segjax")
 
     def create(name, *, num_classes, dtype, param_dtype, **overrides):
-        raise Found(name, num_classes, overrides)
+        raise FoundError(name, num_classes, overrides)
 
     monkeypatch.setattr(models, "create", create)
 
     def asked(weights, **settings):
         caplog.clear()
-        with pytest.raises(Found) as found:
+        with pytest.raises(FoundError) as found:
             segjax.from_torch(weights, **settings)
         return found.value.args
 

@@ -14,16 +14,16 @@ from segjax import models
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Missing(KeyError):  # noqa: N818
+class MissingKeyError(KeyError):
     """A key without which sizes cannot be read."""
 
 
-class Unreadable(ValueError):  # noqa: N818
+class UnreadableShapeError(ValueError):
     """A key whose shape has no sizes to read."""
 
 
 class _Reader(dict):
-    """Shapes by native key; a key that is not there raises `Missing`."""
+    """Shapes by native key; a key that is not there raises `MissingKeyError`."""
 
     asked: str = ""
 
@@ -31,11 +31,11 @@ class _Reader(dict):
         self.asked = key
         shape = super().__getitem__(key)
         if 0 in shape:
-            raise Unreadable(key)
+            raise UnreadableShapeError(key)
         return shape
 
     def __missing__(self, key: str):
-        raise Missing(key)
+        raise MissingKeyError(key)
 
     def has(self, prefix: str) -> bool:
         """Whether any key begins so: one tensor of a layer may be missing and is to be called that."""
@@ -186,7 +186,8 @@ class Family:
         """Settings of the model that a native state dict belongs to, and its number of classes; None without a head.
 
         Raises:
-          Missing: a key that is needed for it. Unreadable: a key that is needed has no such axis, or an empty one.
+          MissingKeyError: a key that is needed for it.
+          UnreadableShapeError: a key that is needed has no such axis, or an empty one.
         """
         shapes = _Reader({key: value.shape for key, value in native.items()})
         try:
@@ -195,7 +196,7 @@ class Family:
                 return sizes, None
             sizes |= self.read_head(shapes)
         except IndexError:
-            raise Unreadable(shapes.asked) from None
+            raise UnreadableShapeError(shapes.asked) from None
         return sizes, sizes.pop("num_classes")
 
     def in_head(self, key: str) -> bool:

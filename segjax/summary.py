@@ -244,7 +244,7 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: 
             for product in _products(getattr(value, "jaxpr", value), inner, times * equation.params.get("length", 1))
         ]
         if found and name in ("while", "cond"):
-            raise NotImplementedError(f"{'/'.join(inner)}: how often a product inside {name} runs is not in its shapes")
+            raise ValueError(f"{'/'.join(inner)}: how often a product inside {name} runs is not in its shapes")
         yield from found
 
 

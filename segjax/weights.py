@@ -28,7 +28,15 @@ from segjax.dialects import (
     dialects_of,
     recognise,
 )
-from segjax.families import ENCODER_SIZES, FAMILIES, Missing, Unreadable, family_of, matches, nearest_variant
+from segjax.families import (
+    ENCODER_SIZES,
+    FAMILIES,
+    MissingKeyError,
+    UnreadableShapeError,
+    family_of,
+    matches,
+    nearest_variant,
+)
 
 logger = logging.getLogger("segjax")
 
@@ -147,7 +155,8 @@ def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
     for key, value in state_dict.items():
         try:
             array = _as_array(value)
-        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        except (TypeError, RuntimeError, AttributeError) as error:
+            # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
             kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
             raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
         if array is None or not isinstance(key, str):
@@ -381,9 +390,9 @@ def from_torch(
     native = found.renaming.to_native(foreign)
     try:
         read, in_file = family.read(native)
-    except Missing as error:
+    except MissingKeyError as error:
         raise CheckpointError(_no_fit(foreign, found, error.args[0])) from None
-    except Unreadable as error:
+    except UnreadableShapeError as error:
         (key,) = error.args
         raise CheckpointError(
             f"{' and '.join(found.renaming.foreign_names(key))}: {family.title} has no shape {native[key].shape} there "

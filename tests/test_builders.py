@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from segjax.data import builders, folder, specs
 
@@ -551,10 +552,9 @@ def test_a_report_shows_ten_of_a_kind_and_counts_the_rest(tmp_path, data):
 
 
 def test_following_the_advice_on_palette_masks_keeps_their_ids(tree, data):
-    image_module = pytest.importorskip("PIL.Image")
     path = write(tree / "labels/val/a.png", palette_png(random_mask(0) % 3))
     assert "Image.fromarray(np.array(Image.open(path))).save(path)" in refused(tree, data)
-    image_module.fromarray(np.array(image_module.open(path))).save(path)
+    Image.fromarray(np.array(Image.open(path))).save(path)
     np.testing.assert_array_equal(prepare(tree, data).load("val").labels[0], random_mask(0) % 3)
 
 
@@ -656,7 +656,10 @@ def test_a_directory_in_the_place_of_the_data_is_refused(tree, data):
 def camvid_source() -> Path:
     given = os.environ.get("SEGJAX_CAMVID")
     root = Path(given) if given else REPO.parent / "shared" / "camvid"
+    if given and not root.is_dir():
+        pytest.fail(f"SEGJAX_CAMVID names {root}, where there is no folder")
     if not root.is_dir():
+        # The data set's licence is unclear, so that it cannot come with the repository.
         pytest.skip(f"no CamVid at {root}; set SEGJAX_CAMVID to a folder with images/, labels/ and classes.json")
     return root
 

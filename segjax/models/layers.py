@@ -416,7 +416,8 @@ def draw_per_sample(draw: Callable, stream, x: jax.Array, axis_name: str | None)
 class _Drop(nnx.Module):
     """Zeroes whole slices of a map at random in training and scales the rest by 1 / (1 - rate).
 
-    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples.
+    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples. A subclass
+    has `keep(x)`: what survives, boolean, of a shape that spreads over `x`.
     """
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
@@ -426,10 +427,6 @@ class _Drop(nnx.Module):
         self.deterministic = True
         self.axis_name: str | None = None
         self.stream = rngs.dropout.fork() if rate > 0 else None
-
-    def keep(self, x: jax.Array) -> jax.Array:
-        """What survives, boolean, of a shape that spreads over `x`."""
-        raise NotImplementedError
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.stream is None:

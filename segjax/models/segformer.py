@@ -229,6 +229,8 @@ class MLPDecoder(nnx.Module):
     """The decoder up to its fusion (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused.
 
     What follows the fusing convolution is each form's own: `SegFormerHead` here, `PlainHead` in `segformer_plain.py`.
+    A form has `make_fuse`, which sets the fusing layers under the names that its checkpoints give them, and `fusion`,
+    the 1x1 convolution among them.
     """
 
     # Published code initialises the decoder's projections and classifier no further than torch does.
@@ -243,14 +245,6 @@ class MLPDecoder(nnx.Module):
         self.make_fuse(4 * decoder_dim, decoder_dim, **kinds)
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
-
-    def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
-        """Sets the layers under the names that the published checkpoint gives them."""
-        raise NotImplementedError
-
-    def fusion(self) -> layers.Conv:
-        """The 1x1 convolution over the concatenated levels."""
-        raise NotImplementedError
 
     def levels(self) -> list[layers.Linear]:
         """The four projections in the order in which their outputs are concatenated: deepest level first."""
