@@ -63,9 +63,11 @@ def settings(name: str) -> dict[str, object]:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise KeyError(f"no model {name!r}.{hint} The models are {', '.join(MODELS)}")
     reserved = ("num_classes", "dtype", "param_dtype", "rngs")
-    # The signature of the class itself is its metaclass's (*args, **kwargs).
-    parameters = inspect.signature(MODELS[name].func.__init__).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    defaults = {}
+    for base in reversed(MODELS[name].func.__mro__):
+        # A constructor names its own settings and hands the rest on to its base.
+        parameters = inspect.signature(base.__init__).parameters.values()
+        defaults |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     return {key: value for key, value in (defaults | MODELS[name].keywords).items() if key not in reserved}
 
 

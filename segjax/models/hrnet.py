@@ -186,7 +186,18 @@ def apply_transition(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
 class HighResolutionNet(nnx.Module):
     """The backbone, whose names stand at the top of a checkpoint: images (B, H, W, 3) -> four maps from 1/4 to 1/32."""
 
-    def __init__(self, *, width, stage1_channels, stage_modules, stage_blocks, align_corners, dtype, param_dtype, rngs):
+    def __init__(
+        self,
+        *,
+        width: int,
+        stage1_channels: int = 64,
+        stage_modules: tuple[int, ...] = (1, 1, 4, 3),
+        stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
+        align_corners: bool = False,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         layers.require_four(stage_modules=stage_modules, stage_blocks=stage_blocks)
         if stage_modules[0] != 1:
             raise ValueError(f"stage_modules: the first stage has one module; got {stage_modules[0]}")
@@ -243,28 +254,10 @@ class HRNet(HighResolutionNet):
     """
 
     def __init__(
-        self,
-        *,
-        num_classes: int,
-        width: int,
-        stage1_channels: int = 64,
-        stage_modules: tuple[int, ...] = (1, 1, 4, 3),
-        stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
-        align_corners: bool = False,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, *, num_classes: int, width: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs, **settings
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        super().__init__(
-            width=width,
-            stage1_channels=stage1_channels,
-            stage_modules=stage_modules,
-            stage_blocks=stage_blocks,
-            align_corners=align_corners,
-            rngs=rngs,
-            **kinds,
-        )
+        super().__init__(width=width, rngs=rngs, **kinds, **settings)
         total = 15 * width
         biased = dict(kernel_init=conv_init, bias_init=layers.fan_in_bias_init, rngs=rngs, **kinds)
         self.last_layer = layers.Sequential(

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers
-from segjax.models.hrnet import VARIANTS, HighResolutionNet, batch_norm
+from segjax.models import hrnet, layers
+from segjax.models.hrnet import HighResolutionNet, batch_norm
 
-__all__ = ["VARIANTS", "HRNetOCR"]
+# Corners are aligned in every published model with OCR.
+VARIANTS = {name: sizes | dict(align_corners=True) for name, sizes in hrnet.VARIANTS.items()}
 
 TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
@@ -95,27 +96,16 @@ class HRNetOCR(HighResolutionNet):
         *,
         num_classes: int,
         width: int,
-        stage1_channels: int = 64,
-        stage_modules: tuple[int, ...] = (1, 1, 4, 3),
-        stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
-        align_corners: bool = True,
         ocr_channels: int = 512,
         ocr_key_channels: int = 256,
         dropout_rate: float = 0.05,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        **settings,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        super().__init__(
-            width=width,
-            stage1_channels=stage1_channels,
-            stage_modules=stage_modules,
-            stage_blocks=stage_blocks,
-            align_corners=align_corners,
-            rngs=rngs,
-            **kinds,
-        )
+        super().__init__(width=width, rngs=rngs, **kinds, **settings)
         total = 15 * width
         biased = dict(rngs=rngs, **kinds, **TORCH_INIT)
         self.conv3x3_ocr = layers.Sequential(

@@ -293,6 +293,9 @@ class SegFormer(nnx.Module):
       dtype: of the computation. param_dtype: of what is stored.
     """
 
+    # Initial distributions of the encoder other than its own.
+    ENCODER_INIT = types.MappingProxyType({})
+
     def __init__(
         self,
         *,
@@ -324,11 +327,16 @@ class SegFormer(nnx.Module):
             drop_path_rate=drop_path_rate,
             block_norm_eps=block_norm_eps,
             patch_norm_eps=patch_norm_eps,
+            **self.ENCODER_INIT,
             **kinds,
         )
-        self.decode_head = SegFormerHead(
+        self.decode_head = self.make_head(
             dims=dims, decoder_dim=decoder_dim, num_classes=num_classes, dropout_rate=dropout_rate, **kinds
         )
+
+    def make_head(self, **sizes) -> nnx.Module:
+        """The decoder: what a form of its own replaces."""
+        return SegFormerHead(**sizes)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         layers.require_images(images)

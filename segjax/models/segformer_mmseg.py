@@ -12,15 +12,15 @@ Deviations: none in what is computed.
 
 from __future__ import annotations
 
+import types
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import layers, segformer
-from segjax.models.segformer import MixTransformer
 
 # Sizes of the paper's table 6; the decoder is 256 wide in every published configuration.
-VARIANTS = {name: sizes | dict(decoder_dim=256) for name, sizes in segformer.VARIANTS.items()}
+VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, sizes in segformer.VARIANTS.items()}
 
 
 class ConvModule(nnx.Module):
@@ -56,53 +56,14 @@ class MMSegHead(nnx.Module):
         return layers.classify(self.conv_seg, self.dropout(self.fusion_conv.activate(fused)))
 
 
-class SegFormerMMSeg(nnx.Module):
+class SegFormerMMSeg(segformer.SegFormer):
     """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor: those of `segformer.SegFormer`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        dims: tuple[int, ...],
-        depths: tuple[int, ...],
-        decoder_dim: int,
-        num_heads: tuple[int, ...] = (1, 2, 5, 8),
-        mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
-        sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
-        drop_path_rate: float = 0.1,
-        dropout_rate: float = 0.1,
-        block_norm_eps: float = 1e-6,
-        patch_norm_eps: float = 1e-6,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
-        layers.require_whole_heads(dims, num_heads)
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.dtype = dtype
-        self.backbone = MixTransformer(
-            dims=dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            sr_ratios=sr_ratios,
-            drop_path_rate=drop_path_rate,
-            block_norm_eps=block_norm_eps,
-            patch_norm_eps=patch_norm_eps,
-            # Its joint projection keeps torch's own start, and its Mix-FFN is made of 1x1 convolutions.
-            qkv_init=layers.joint_projection_init,
-            mlp_init=layers.fan_out_init,
-            **kinds,
-        )
-        self.decode_head = MMSegHead(
-            dims=dims, decoder_dim=decoder_dim, num_classes=num_classes, dropout_rate=dropout_rate, **kinds
-        )
+    # Its joint projection keeps torch's own start, and its Mix-FFN is made of 1x1 convolutions.
+    ENCODER_INIT = types.MappingProxyType(dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init))
 
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images)
-        features = self.backbone(images.astype(self.dtype))
-        return self.decode_head(features), layers.feature_taps(features)
+    def make_head(self, **sizes) -> MMSegHead:
+        return MMSegHead(**sizes)

@@ -15,14 +15,15 @@ from __future__ import annotations
 import types
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from segjax.models import layers, segformer
-from segjax.models.segformer import MixTransformer, MLPDecoder
+from segjax.models.segformer import MLPDecoder
 
-# As in the paper, but that B1's decoder is as wide as that of the larger ones.
-VARIANTS = segformer.VARIANTS | {"b1": segformer.VARIANTS["b1"] | dict(decoder_dim=768)}
+# As in the paper, but that B1's decoder is as wide as that of the larger ones, and that no channel is dropped.
+VARIANTS = {
+    name: sizes | dict(decoder_dim=256 if name == "b0" else 768, dropout_rate=0.0)
+    for name, sizes in segformer.VARIANTS.items()
+}
 FUSES = ("conv", "conv_bn")
 
 
@@ -53,54 +54,18 @@ class PlainHead(MLPDecoder):
         return layers.classify(self.linear_pred, self.dropout(fused))
 
 
-class SegFormerPlain(nnx.Module):
+class SegFormerPlain(segformer.SegFormer):
     """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor: those of `segformer.SegFormer`, and
       fuse: "conv" or "conv_bn".
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        dims: tuple[int, ...],
-        depths: tuple[int, ...],
-        decoder_dim: int,
-        num_heads: tuple[int, ...] = (1, 2, 5, 8),
-        mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
-        sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
-        fuse: str = "conv",
-        drop_path_rate: float = 0.1,
-        dropout_rate: float = 0.0,
-        block_norm_eps: float = 1e-6,
-        patch_norm_eps: float = 1e-5,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
-        layers.require_whole_heads(dims, num_heads)
+    def __init__(self, *, fuse: str = "conv", **settings):
         if fuse not in FUSES:
             raise ValueError(f"fuse is one of {', '.join(map(repr, FUSES))}; got {fuse!r}")
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.dtype = dtype
-        self.backbone = MixTransformer(
-            dims=dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            sr_ratios=sr_ratios,
-            drop_path_rate=drop_path_rate,
-            block_norm_eps=block_norm_eps,
-            patch_norm_eps=patch_norm_eps,
-            **kinds,
-        )
-        self.decode_head = PlainHead(
-            fuse=fuse, dims=dims, decoder_dim=decoder_dim, num_classes=num_classes, dropout_rate=dropout_rate, **kinds
-        )
+        self.fuse = fuse
+        super().__init__(**settings)
 
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images)
-        features = self.backbone(images.astype(self.dtype))
-        return self.decode_head(features), layers.feature_taps(features)
+    def make_head(self, **sizes) -> PlainHead:
+        return PlainHead(fuse=self.fuse, **sizes)
