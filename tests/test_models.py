@@ -220,10 +220,12 @@ def test_an_unknown_setting_is_refused_with_those_that_exist(name):
         ("segformer_plain_b0", dict(fuse="bn"), "fuse is one of 'conv', 'conv_bn'; got 'bn'"),
         ("segformer_zuppichini", dict(mlp_ratios=(4, 4, 2.5, 4)), r"mlp_ratios must be whole.*got \(4, 4, 2.5, 4\)"),
         ("hrnet_w18", dict(stage_modules=(2, 1, 4, 3)), "stage_modules: the first stage has one module; got 2"),
-        ("hrnet_w48_ocr", dict(stage_modules=(0, 1, 4, 3)), "the first stage has one module; got 0"),
+        ("hrnet_w48_ocr", dict(stage_modules=(3, 1, 4, 3)), "the first stage has one module; got 3"),
         ("segnext_t", dict(ham_channels=48, depths=(1, 1, 1, 1)), "48 channels do not divide into 32 groups"),
-        ("segformer_b0", dict(drop_path_rate=1.0), r"a drop rate lies in \[0, 1\); got 1.0"),
-        ("segnext_t", dict(drop_path_rate=-0.1), r"a drop rate lies in \[0, 1\); got -0.0"),
+        ("segformer_b0", dict(drop_path_rate=1.0), r"drop_path_rate lies in \[0, 1\); got 1.0"),
+        ("segnext_t", dict(drop_path_rate=-0.1), r"drop_path_rate lies in \[0, 1\); got -0.1"),
+        ("segnext_t", dict(ham_rank=0), "ham_rank must be positive; got 0"),
+        ("segformer_b0", dict(depths=(2, 2, 0, 2)), r"depths must be positive; got \(2, 2, 0, 2\)"),
     ],
 )
 def test_settings_that_do_not_fit_one_another_are_refused(name, overrides, message):

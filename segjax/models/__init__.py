@@ -78,6 +78,17 @@ def _frozen(value: object) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
+def _require_in_range(overrides: dict[str, object]) -> None:
+    """Raises ValueError for a rate outside [0, 1) and for any other number that is not positive."""
+    for key, value in overrides.items():
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int | float)]
+        if key.endswith("_rate"):
+            if not all(0 <= number < 1 for number in numbers):
+                raise ValueError(f"{key} lies in [0, 1); got {value}")
+        elif not all(number > 0 or isinstance(number, bool) for number in numbers):
+            raise ValueError(f"{key} must be positive; got {value}")
+
+
 def create(
     name: str,
     *,
@@ -104,7 +115,7 @@ def create(
     Raises:
       KeyError: unknown name; lists the names.
       TypeError: unknown override; names it and those that exist.
-      ValueError: num_classes below one, sizes that do not fit one another, or float64 while jax_enable_x64 is off.
+      ValueError: num_classes below one, settings out of range or that do not fit one another, or float64 while jax_enable_x64 is off.
     """
     known = settings(name)
     if unknown := sorted(set(overrides) - set(known)):
@@ -115,6 +126,7 @@ def create(
         if jnp.dtype(kind) == jnp.float64 and not jax.config.jax_enable_x64:
             raise ValueError(f"{label}=float64 needs jax.config.update('jax_enable_x64', True) first")
     frozen = {key: _frozen(value) for key, value in overrides.items()}
+    _require_in_range(frozen)
     params_key, dropout_key = jax.random.split(jax.random.key(seed))
     model = MODELS[name](
         num_classes=num_classes,

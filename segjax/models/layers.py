@@ -421,8 +421,6 @@ class _Drop(nnx.Module):
     """
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
-        if not 0 <= rate < 1:
-            raise ValueError(f"a drop rate lies in [0, 1); got {rate}")
         self.rate = rate
         self.deterministic = True
         self.axis_name: str | None = None
