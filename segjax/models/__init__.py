@@ -115,7 +115,8 @@ def create(
     Raises:
       KeyError: unknown name; lists the names.
       TypeError: unknown override; names it and those that exist.
-      ValueError: num_classes below one, settings out of range or that do not fit one another, or float64 while jax_enable_x64 is off.
+      ValueError: num_classes below one, settings out of range or that do not fit one another, or float64 while
+        jax_enable_x64 is off.
     """
     known = settings(name)
     if unknown := sorted(set(overrides) - set(known)):
