@@ -63,10 +63,41 @@ def get_config(dataset: str) -> ConfigDict:
     # Updates of the weights, and images per update over all devices.
     config.train.steps = 40_000
     config.train.batch = 8
-    # Weight of the loss of auxiliary logits beside that of the main ones; OCR alone has some.
-    config.train.aux_weight = 0.4
+    # Micro-batches that a batch is computed in, one after the other: less memory, the same gradient.
+    config.train.accumulate = 1
+    # Decay of a moving average of weights and statistics, evaluated and saved instead of them; 0 keeps none.
+    config.train.ema = 0.0
+    # Steps in a row that may be left out because their loss is not finite; one more ends the run.
+    config.train.may_skip = 0
+    # Compile equal blocks once, as a loop: deep models compile sooner. Compute blocks again in the backward pass
+    # instead of keeping what is in them: less memory, more time. Neither changes the result.
+    config.train.scan_blocks = False
+    config.train.remat = False
     # Steps between two lines of metrics.jsonl.
     config.train.log_every = 50
+
+    config.loss = ConfigDict()
+    # Factors of the terms whose sum is the loss; 0 leaves a term out. See segjax.losses for each.
+    config.loss.cross_entropy = 1.0
+    # Cross-entropy of the hard pixels of each image alone.
+    config.loss.ohem = 0.0
+    config.loss.dice = 0.0
+    config.loss.focal = 0.0
+    config.loss.lovasz = 0.0
+    # Weights by class of the pixels of cross_entropy, ohem and focal: none, "median_frequency" of the training split,
+    # "cityscapes" as published with HRNet, or one number for each class, as in "(1.0, 2.5)".
+    config.loss.class_weights = config_dict.placeholder(object)
+    # Share of the label that cross_entropy spreads over all classes, as torch does.
+    config.loss.label_smoothing = 0.0
+    # Exponent. The focal loss's paper: 2 was best.
+    config.loss.focal_gamma = 2.0
+    # Hard is a pixel whose true class has a lower probability than this; mmsegmentation and BiSeNet: 0.7.
+    config.loss.ohem_threshold = 0.7
+    # Share of the labelled pixels of an image that are kept in any case, the hardest first. Published: 1/16 of the
+    # pixels (BiSeNet); 100,000 of two crops of 512x1024, 1/10 (mmsegmentation). A share suits crops of all sizes.
+    config.loss.ohem_min_kept = 1 / 16
+    # Weight of the loss of auxiliary logits beside that of the main ones; OCR alone has some.
+    config.loss.aux_weight = 0.4
 
     config.optim = ConfigDict()
     # "adamw" or "sgd".
@@ -74,7 +105,10 @@ def get_config(dataset: str) -> ConfigDict:
     # Learning rate at the height of the schedule. SegFormer's Cityscapes recipe: 6e-5 on pretrained weights.
     config.optim.lr = 6e-5
     config.optim.end_lr = 0.0
-    # lr * (1 - step / steps) ** power, times a linear warm-up from warmup_ratio to 1 over warmup_steps.
+    # "poly" or "cosine".
+    config.optim.schedule = "poly"
+    # poly: lr * (1 - step / steps) ** power. Either one times a linear warm-up from warmup_ratio to 1 over
+    # warmup_steps.
     config.optim.power = 1.0
     config.optim.warmup_steps = 1500
     config.optim.warmup_ratio = 1e-6
@@ -85,17 +119,28 @@ def get_config(dataset: str) -> ConfigDict:
     config.optim.eps = 1e-8
     # SGD's momentum.
     config.optim.momentum = 0.9
-    # Regular expressions over dotted parameter names. Published: whatever has `norm` in its name does not decay (other
-    # biases do), and the learning rate of the head is ten times that of the backbone.
+    # Gradients are scaled down to this norm where theirs is larger; 0 leaves them.
+    config.optim.clip_norm = 0.0
+    # Regular expressions over dotted parameter names; one that is found in none is an error. What does not decay (""
+    # for nothing), (pattern, factor) pairs for the learning rate, and what is not trained at all. Published: whatever
+    # has `norm` in its name does not decay (other biases do), and the head learns ten times as fast as the backbone.
     config.optim.no_decay = "norm"
-    config.optim.head = "head"
-    config.optim.head_multiplier = 10.0
+    config.optim.lr_multipliers = (("head", 10.0),)
+    config.optim.frozen = ()
+
+    config.init = ConfigDict()
+    # Checkpoint to start from: whatever segjax.convert reads, or the folder of another run. An encoder alone will do.
+    config.init["from"] = ""
+    # Patterns (* and ?) of parameters that stay random all the same, such as "decode_head.linear_pred.*".
+    config.init.keep = ()
 
     config.eval = ConfigDict()
     # Images per evaluation batch over all devices.
     config.eval.batch = 8
     # Steps between two evaluations; 0 evaluates at the end alone.
     config.eval.every = 0
+    # Evaluations in a row without a better mIoU after which training ends; 0 goes on to the last step.
+    config.eval.patience = 0
     # How many images get a picture in predictions/.
     config.eval.pictures = 8
 
@@ -103,6 +148,10 @@ def get_config(dataset: str) -> ConfigDict:
     # Steps between two checkpoints, and how many are kept.
     config.checkpoint.every = 1000
     config.checkpoint.keep = 2
+
+    config.debug = ConfigDict()
+    # When a loss is not finite, compute that step again layer by layer to say where it began.
+    config.debug.nans = False
 
     if dataset == "streets":
         config.data.eval_split = "val"
@@ -121,7 +170,7 @@ def get_config(dataset: str) -> ConfigDict:
 def from_scratch(config: ConfigDict) -> None:
     """AdamW for random weights, which want one high rate throughout."""
     config.optim.lr = 2e-3
-    config.optim.head_multiplier = 1.0
+    config.optim.lr_multipliers = ()
     config.optim.warmup_steps = 200
 
 

@@ -12,7 +12,6 @@ from configs import common
 
 WIDTHS = ("small", "w18", "w32", "w48")
 VARIANTS = (*WIDTHS, *(f"{width}_ocr" for width in WIDTHS))
-NOTHING = "(?!)"
 
 
 def get_config(argument=""):
@@ -43,8 +42,8 @@ def get_config(argument=""):
     config.optim.weight_decay = 5e-4
     config.optim.power = 0.9
     config.optim.warmup_steps = 0
-    config.optim.no_decay = NOTHING
-    config.optim.head_multiplier = 1.0
+    config.optim.no_decay = ""
+    config.optim.lr_multipliers = ()
     if dataset == "camvid":
         config.augment.crop = (360, 480)
         config.train.steps = 20_000

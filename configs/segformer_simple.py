@@ -23,7 +23,7 @@ def get_config(argument=""):
         config.model.mlp_ratios = (4, 4, 4, 4)
         config.model.decoder_dim = 768
     # Its norms are called so too; everything behind the encoder is the head.
-    config.optim.head = "to_fused|to_segmentation"
+    config.optim.lr_multipliers = (("to_fused|to_segmentation", 10.0),)
     # Its sides must divide by 32.
     if dataset == "camvid":
         config.augment.crop = (352, 480)

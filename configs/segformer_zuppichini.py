@@ -22,7 +22,7 @@ def get_config(argument=""):
         config.model.num_heads = (1, 2, 5, 8)
     # Norms have numbers here: these are the places of LayerNorms and of the head's BatchNorm.
     config.optim.no_decay = r"overlap_patch_merge\.1|blocks\.\d+\.[01]\.fn\.0|reducer\.1|\.norm\.|fuse\.2"
-    config.optim.head = r"^(decoder|head)\."
+    config.optim.lr_multipliers = ((r"^(decoder|head)\.", 10.0),)
     # Its sides must divide by 32.
     if dataset == "camvid":
         config.augment.crop = (352, 480)

@@ -11,8 +11,9 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,13 @@ from segjax import models
 from segjax.state import params_sha256
 from segjax.weights import CheckpointError, from_values, named_variables
 
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is torn, cut short or changed since it was written."""
+
+
 WEIGHTS, ABOUT, TRAINING = "weights", "about", "training"
-HASH = "sha256"
+HASH, TRAINING_HASH = "sha256", "sha256_training"
 
 
 def model_record(model: nnx.Module) -> dict[str, object]:
@@ -44,19 +50,24 @@ def save_model(folder: Path, model: nnx.Module, *, about: Mapping[str, object]) 
     Raises:
       CheckpointError: something that is not such a folder lies there.
     """
+    weights = {path: np.asarray(variable[...]) for path, variable in named_variables(model).items()}
+    save_weights(folder, weights, about={"model": model_record(model), **about})
+
+
+def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, about: Mapping[str, object]) -> None:
+    """The same for arrays by dotted name; `about["model"]` says how to build their model."""
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and (folder / ABOUT).is_dir()):
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
-    weights = {path: np.asarray(variable[...]) for path, variable in named_variables(model).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = {
-            WEIGHTS: ocp.args.StandardSave(weights),
-            ABOUT: ocp.args.JsonSave({"model": model_record(model), **about, HASH: params_sha256(weights)}),
+            WEIGHTS: ocp.args.StandardSave(dict(weights)),
+            ABOUT: ocp.args.JsonSave({**about, HASH: params_sha256(dict(weights))}),
         }
         checkpointer.save(beside, ocp.args.Composite(**items))
     if folder.exists():
@@ -80,7 +91,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
     """
     found = _find(folder)
     weights, about = _read(found, WEIGHTS, ABOUT)
-    _refuse_changed(found, weights, about)
+    _refuse_changed(found, weights, about.get(HASH))
     try:
         record = about["model"]
         param_dtype = jnp.dtype(record["param_dtype"])
@@ -120,10 +131,10 @@ def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> l
     ]
 
 
-def _refuse_changed(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping) -> None:
-    # The storage format keeps no checksum of its own: a flipped bit would load as another weight.
-    if HASH in about and params_sha256(arrays) != about[HASH]:
-        raise CheckpointError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
+def _refuse_changed(folder: Path, arrays: Mapping[str, np.ndarray], saved: str | None) -> None:
+    # The storage format keeps no checksum of its own: a flipped bit would load as another number.
+    if saved is not None and params_sha256(arrays) != saved:
+        raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
 def _find(folder: Path) -> Path:
@@ -180,8 +191,17 @@ def _damage(folder: Path):
     except Exception as error:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         first = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{folder}: a damaged checkpoint ({type(error).__name__}: {first})") from error
+        raise DamagedError(f"{folder}: a damaged checkpoint ({type(error).__name__}: {first})") from error
     sys.unraisablehook = previous
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was saved: flat dicts of numpy arrays, and the record."""
+
+    step: int
+    weights: dict[str, np.ndarray]
+    training: dict[str, np.ndarray]
+    about: dict[str, object]
 
 
 class RunCheckpoints:
@@ -195,46 +215,97 @@ class RunCheckpoints:
             folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         )
 
-    def newest(self) -> int | None:
-        """The last step that was saved whole."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps that were saved."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
+    ) -> Restored | None:
+        """The newest checkpoint that is whole; None where there is none. Damaged ones are put aside.
+
+        Args:
+          weights, training: templates of what is expected.
+          refuse: raises for a record of a run that is another.
+          say: told of every checkpoint that is put aside.
+
+        Raises:
+          CheckpointError: names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
+            damaged.
+        """
+        damaged: list[Path] = []
+        for step in reversed(self.steps()):
+            folder = Path(self._manager.directory) / str(step)
+            try:
+                found = self._read_whole(step, folder, weights, training, refuse)
+            except DamagedError as error:
+                say(f"{error}; looking for one before it")
+                damaged.append(folder)
+                continue
+            for folder in damaged:
+                aside = folder.parent.with_name("damaged") / folder.name
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                say(f"put aside as {aside}")
+            self._manager.reload()
+            return found
+        if damaged:
+            listed = ", ".join(str(folder) for folder in damaged)
+            raise CheckpointError(f"every checkpoint of this run is damaged: {listed}. Remove them to start anew")
+        return None
+
+    @staticmethod
+    def _read_whole(step, folder, weights, training, refuse) -> Restored:
+        (about,) = _read(folder, ABOUT)
+        refuse(about)
+        *arrays, about = _read(folder, WEIGHTS, TRAINING, ABOUT)
+        found = Restored(step, *arrays, about)
+        _refuse_changed(folder, found.weights, about.get(HASH))
+        _refuse_changed(folder, found.training, about.get(TRAINING_HASH))
+        problems = []
+        for template, arrays in ((weights, found.weights), (training, found.training)):
+            expected = {name: _kind(array) for name, array in template.items()}
+            problems += _differences(expected, {name: _kind(array) for name, array in arrays.items()})
+        if problems:
+            raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
+        return found
 
     def save(self, step: int, weights: Mapping, training: Mapping, about: Mapping[str, object]) -> None:
-        """Saves flat dicts of arrays and a JSON record; returns once the arrays may change again."""
-        if step == self.newest():
+        """Saves flat dicts of arrays and a JSON record; returns once the arrays may change again.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written.
+        """
+        if step == self._manager.latest_step():
             return
         args = self._ocp.args
         items = {
             WEIGHTS: args.StandardSave(dict(weights)),
             TRAINING: args.StandardSave(dict(training)),
-            ABOUT: args.JsonSave({**about, HASH: params_sha256(dict(weights))}),
+            ABOUT: args.JsonSave(
+                {**about, HASH: params_sha256(dict(weights)), TRAINING_HASH: params_sha256(dict(training))}
+            ),
         }
-        self._manager.save(step, args=args.Composite(**items))
+        with self._failure():
+            self._manager.save(step, args=args.Composite(**items))
 
-    def read_about(self, step: int) -> dict[str, object]:
-        return _read(Path(self._manager.directory) / str(step), ABOUT)[0]
-
-    def restore(self, step: int, weights: Mapping, training: Mapping) -> tuple[dict, dict]:
-        """Reads what `save` wrote, against templates of what is expected.
-
-        Raises:
-          CheckpointError: names, shapes or dtypes differ from the templates; lists all.
-        """
-        folder = Path(self._manager.directory) / str(step)
-        *arrays, about = _read(folder, WEIGHTS, TRAINING, ABOUT)
-        found = dict(zip((WEIGHTS, TRAINING), arrays, strict=True))
-        _refuse_changed(folder, found[WEIGHTS], about)
-        problems = []
-        for item, template in ((WEIGHTS, weights), (TRAINING, training)):
-            expected = {name: _kind(array) for name, array in template.items()}
-            problems += _differences(expected, {name: _kind(array) for name, array in found[item].items()})
-        if problems:
-            raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
-        return found[WEIGHTS], found[TRAINING]
+    @contextlib.contextmanager
+    def _failure(self):
+        """Turns whatever orbax and tensorstore raise for a full or broken disk into one CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{self._manager.directory}: cannot be written ({type(error).__name__}: {first}). What was saved "
+                "before is whole; make room, and give the same command again"
+            ) from error
 
     def wait(self) -> None:
-        """Returns once the last save is whole."""
-        self._manager.wait_until_finished()
+        """Returns once the last save is whole; raises CheckpointError where it could not be written."""
+        with self._failure():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()

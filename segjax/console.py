@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from segjax.data import specs
+from segjax.settings import RunError
 from segjax.step import Parallel
 
 
@@ -82,6 +83,30 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
     say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/")
 
 
+def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
+    """The training step as a program, with how long that took and what memory it needs."""
+    since = time.perf_counter()
+    program = step.lower(*arguments).compile()
+    seconds = time.perf_counter() - since
+    analysis = program.memory_analysis()
+    # Arguments that are used up are counted among the outputs too.
+    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    there = (parallel.devices[0].memory_stats() or {}).get("bytes_limit")
+    of = f" of {_gib(there)}" if there else ""
+    say(f"compiled in {seconds:.1f} s; a step needs {_gib(needed)}{of} on each device")
+    if there and needed > there:
+        raise RunError(
+            f"a step needs {_gib(needed)}, the device has {_gib(there)}: try --config.train.accumulate=2 (the same "
+            "batch in two parts), --config.train.remat=True, --config.model.dtype=bfloat16, or a smaller batch or crop"
+        )
+    return program
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
 class Meter:
     """Images per second of training alone: saving, evaluating and compiling are left out."""
 
@@ -128,17 +153,17 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, step: int, loss: float, meter: Meter) -> None:
+    def show(self, step: int, loss: float | None, meter: Meter) -> None:
         rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate}", refresh=False)
+            self._bar.set_postfix_str(f"loss {score(loss)}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
         if now - self._said >= 10 or step == self._total:
             left = meter.seconds_for(self._total - step)
             remaining = "" if left is None else f"  {left / 60:.1f} min left"
-            say(f"step {step}/{self._total}  loss {loss:.4f}  {rate}{remaining}")
+            say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{remaining}")
             self._said = now
 
     def say(self, line: str) -> None:
@@ -149,25 +174,44 @@ class Progress:
             say(line)
 
 
+class StoppedError(Exception):
+    """A person or the system has asked to stop."""
+
+
 class StopRequest:
-    """Ctrl-C asks to stop after the step; a second one stops at once, which leaves the last checkpoint whole."""
+    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once, which leaves the last save whole.
+
+    Attributes:
+      signal: the number of the first one that came; None before.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.requested = False
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def refuse_when_requested(self, function: Callable, *args):
+        """`function(*args)`, or StoppedError."""
+        if self.requested:
+            raise StoppedError
+        return function(*args)
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread alone, where a library user may not be.
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if self._is_main:
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS if is_main}
         return self
 
     def __exit__(self, *_) -> None:
-        if self._is_main:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _on_signal(self, *_) -> None:
+    def _on_signal(self, number: int, _frame) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        self.signal = number
+        print("\nstopping after this step and saving; once more stops at once", file=sys.stderr, flush=True)

@@ -1,15 +1,16 @@
 """The one loop over training steps: read `train` top to bottom.
 
-Order of a start: check the settings, load data, make the model, take up the newest checkpoint if there is one, then
-step, log, save and evaluate until the last step, then evaluate and write the result. A batch and all random numbers
-follow from (seed, step) alone, so that a run that was stopped goes on exactly as if it had not been.
+Order of a start: check the settings, load data, make the model, take up the newest checkpoint that is whole or else the
+weights to start from, then step, log, evaluate and save until the last step, then evaluate and write the result. A
+batch and all random numbers follow from (seed, step) alone, so that a run that was stopped goes on exactly as if it had
+not been.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-import re
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from segjax import checkpoint, console, metrics, models, optim, pictures
+from segjax import checkpoint, console, debug, metrics, optim, parts, pictures
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import TrainBatches
 from segjax.evaluate import evaluate
-from segjax.state import Skeleton, TrainState, params_sha256
-from segjax.step import Parallel, eval_step, train_step
+from segjax.log import Log
+from segjax.settings import RunError, check, plain, refuse_other_run
+from segjax.state import TrainState, params_sha256
+from segjax.step import Parallel, TrainStep, eval_step
 
-# Settings that may differ when a run is taken up again: none of them changes what was computed so far.
-FREE_ON_RESUME = ("train.steps", "train.log_every", "eval.", "checkpoint.", "data.source", "data.dir", "parallel")
-# What a shell reports for a program that Ctrl-C has ended.
-INTERRUPTED = 130
-
-
-class RunError(ValueError):
-    """A run that cannot go on as asked; the message says why and what to do."""
+# What a shell reports for a program that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM.
+BY_SIGNAL = 128
+INTERRUPTED = BY_SIGNAL + signal.SIGINT
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -44,34 +42,44 @@ def default_workdir(config: ConfigDict) -> Path:
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains, or goes on training, and leaves everything in `workdir`.
 
-    Writes checkpoints/ and metrics.jsonl, and at the end result.json, curve.png and predictions/.
+    Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
 
     Returns:
-      Exit status: 0, or 130 where Ctrl-C stopped the run after a save.
+      Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run after a save.
 
     Raises:
       RunError: settings that contradict one another or the run in `workdir`; a loss that is not finite.
-      ValueError: data that cannot be used.
+      ValueError: data, weights or checkpoints that cannot be used.
     """
-    check(config)
+    check(config, workdir)
     if finished := _finished_result(config, workdir):
         console.already_finished(finished, config, workdir)
         return 0
 
-    training, evaluation, spec = load_data(config)
+    training, evaluation, spec = parts.load_data(config)
     parallel = Parallel(config.parallel)
-    skeleton = make_skeleton(config, spec.num_classes, parallel)
-    params, batch_stats = skeleton.arrays()
-    optimizer = optim.optimizer(config.optim, params, steps=config.train.steps)
-    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
-
-    about = {"model": models_record(config, spec), "config": plain(config), "dataset": dataset_record(spec)}
     saved = checkpoint.RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    start = saved.newest() or 0
-    if start:
-        refuse_other_run(saved.read_about(start), about, workdir)
-        state = restored(saved, start, state)
-    console.describe(config, workdir, params, training, evaluation, spec, parallel, start)
+    skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
+    params, batch_stats = skeleton.arrays()
+    trained = skeleton.trained(params)
+    optimizer = optim.optimizer(config.optim, trained, steps=config.train.steps)
+    state = TrainState.start(params, batch_stats, optimizer.init(trained), ema=config.train.ema > 0)
+
+    about = {
+        "model": parts.model_record(config, spec),
+        "config": plain(config),
+        "dataset": parts.dataset_record(spec),
+    }
+    found = saved.restore(
+        parts.weights_of(state),
+        parts.training_of(state),
+        refuse=lambda before: refuse_other_run(before, about, workdir),
+        say=console.say,
+    )
+    first, scores = 0, Scores()
+    if found:
+        first, scores = found.step, Scores(**found.about["scores"])
+        state = parts.restored(found, state, may_skip=config.train.may_skip)
 
     # An image too small for the model must not be found out after the training.
     height, width = min(evaluation.sizes.tolist(), key=min)
@@ -79,71 +87,126 @@ def train(config: ConfigDict, workdir: Path) -> int:
     jax.eval_shape(partial(eval_step, skeleton, normalise), params, batch_stats, image)
 
     batches = TrainBatches(training, batch_size=config.train.batch, seed=config.seed, parallel=parallel)
-    augmentation = partial(augment, settings=config.augment, ignore_label=spec.ignore_label)
-    step_fn = parallel.compile_train(
-        partial(train_step, skeleton, optimizer, augmentation, spec.ignore_label, config.train.aux_weight)
+    train_step = TrainStep(
+        skeleton=skeleton,
+        optimizer=optimizer,
+        augment=partial(augment, settings=config.augment, ignore_label=spec.ignore_label),
+        criterion=parts.make_criterion(config, spec, training),
+        aux_weight=config.loss.aux_weight,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema,
+        may_skip=config.train.may_skip,
     )
-    predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
     key = jax.random.key(config.seed)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
-    log = MetricsLog(workdir / "metrics.jsonl", start, finished=start >= config.train.steps)
-    schedule = optim.schedule(config.optim, steps=config.train.steps)
+    console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
+    step_fn = parallel.compile_train(train_step)
+    if first < config.train.steps:
+        step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
+    predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
+    rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
+    log = Log(workdir, first, finished=first >= config.train.steps)
 
     def save(step: int) -> None:
-        refuse_not_finite(losses, step)
+        log.cut(step)
         host = parallel.fetch(state)
-        saved.save(step, host.params | host.batch_stats, flat_training(host), about)
+        record = about | {"scores": dataclasses.asdict(scores)}
+        saved.save(step, parts.weights_of(host), parts.training_of(host), record)
 
-    def measure(step: int, keep=()) -> tuple[dict, dict[int, np.ndarray]]:
-        predict_now = partial(predict, state.params, state.batch_stats)
-        confusion, kept = evaluate(predict_now, evaluation, spec, batch_size=config.eval.batch, keep=keep)
+    def measure(step: int) -> tuple[dict, dict[int, np.ndarray]]:
+        predict_now = partial(stop.refuse_when_requested, partial(predict, *state.evaluated))
+        confusion, kept = evaluate(predict_now, evaluation, spec, batch_size=config.eval.batch, keep=shown)
         summary = metrics.summarise(confusion)
-        log.write({"step": step, "mean_iou": summary["mean_iou"], "pixel_accuracy": summary["pixel_accuracy"]})
+        by_class = dict(zip(spec.label_names, summary["per_class_iou"], strict=True))
+        log.write({"step": step} | {key: summary[key] for key in ("mean_iou", "pixel_accuracy")} | {"iou": by_class})
+        for number, labels in kept.items():
+            log.picture(step, *_sample(evaluation, number), labels, spec)
         return summary, kept
 
-    done, losses = start, []
-    with console.StopRequest() as stop, console.Progress(start, config.train.steps) as progress:
-        while done < config.train.steps and not stop.requested:
-            state, scalars = step_fn(state, batches.at(done), key)
-            losses.append(scalars["loss"])
-            done += 1
-            if done == start + 1:
-                # The first step waits for the compiler, which is not training.
-                jax.block_until_ready(state)
-                meter.restart(done)
-            if done % config.train.log_every == 0 or done == config.train.steps:
-                # Reading a value waits for the device, hence once in log_every steps.
-                loss = refuse_not_finite(losses, done)
-                losses.clear()
-                meter.lap(done)
-                rate = float(schedule(done - 1))
-                log.write({"step": done, "loss": loss, "lr": rate, "images_per_second": meter.images_per_second})
-                progress.show(done, loss, meter)
-            if done % config.checkpoint.every == 0 or done == config.train.steps:
-                save(done)
-                meter.restart(done)
-            if config.eval.every and done % config.eval.every == 0 and done < config.train.steps:
-                progress.say(f"step {done}: mIoU {console.score(measure(done)[0]['mean_iou'])}")
-                meter.restart(done)
-    if stop.requested and done < config.train.steps:
-        # Here and not in the loop: the request may have come at any line of it.
-        save(done)
-        saved.close()
-        console.stopped(done, config, workdir)
-        return INTERRUPTED
-    # Whatever happens while evaluating, the training is safe.
-    saved.wait()
+    def read(step: int) -> dict[str, float | None]:
+        """Means over the steps since the last call. It waits for the device, hence not at every step."""
+        if not unread:
+            return {}
+        scalars = parallel.scalars(unread)
+        unread.clear()
+        if len(stopped := np.flatnonzero(scalars["stopped"])):
+            bad = step - len(scalars["stopped"]) + int(stopped[0])
+            names = [training.names[number] for number in batches.indices(bad)]
+            host = parallel.fetch(state)
+            culprit = debug.first_not_finite(train_step, host, batches.at(bad), key) if config.debug.nans else ""
+            save(bad)
+            saved.close()
+            raise RunError(_not_finite(scalars["loss"][stopped[0]], bad, names, culprit, workdir))
+        finite = np.isfinite(scalars["loss"]) & np.isfinite(scalars["gradient_norm"])
+        for index in np.flatnonzero(~finite):
+            names = ", ".join(training.names[number] for number in batches.indices(step - len(finite) + index))
+            progress.say(f"step {step - len(finite) + index + 1} left out: loss {scalars['loss'][index]} on {names}")
+        # A step that is left out does not move the schedule.
+        rate = rates(step - 1 - int(parallel.fetch(state.skipped)[0]))
+        if not finite.any():
+            return {"loss": None, "gradient_norm": None, **rate}
+        return {name: float(np.mean(scalars[name][finite])) for name in ("loss", "gradient_norm")} | rate
 
-    console.say(f"evaluating on {len(evaluation.images)} images ({config.data.eval_split}) ...")
     shown = np.unique(np.linspace(0, len(evaluation.images) - 1, config.eval.pictures).astype(int)).tolist()
-    summary, predicted = measure(done, keep=shown)
+    done, unread = first, []
+    with log, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
+        try:
+            if _evaluation_is_due(first, config) and log.evaluated(first) is None:
+                # The run was stopped while it evaluated.
+                scores = scores.after(first, measure(first)[0]["mean_iou"])
+            while done < config.train.steps and not stop.requested and not scores.given_up(config.eval.patience):
+                state, scalars = step_fn(state, batches.at(done), key)
+                unread.append(scalars)
+                done += 1
+                is_last = done == config.train.steps
+                if done == first + 1:
+                    # The first step may wait for data, which is not training.
+                    jax.block_until_ready(state)
+                    meter.restart(done)
+                if done % config.train.log_every == 0 or is_last:
+                    values = read(done)
+                    meter.lap(done)
+                    log.write({"step": done, **values, "images_per_second": meter.images_per_second})
+                    progress.show(done, values["loss"], meter)
+                if _evaluation_is_due(done, config):
+                    read(done)
+                    score = measure(done)[0]["mean_iou"]
+                    scores = scores.after(done, score)
+                    progress.say(
+                        f"step {done}: mIoU {console.score(score)}{', the best so far' * (scores.step == done)}"
+                    )
+                    if scores.step == done:
+                        weights = parts.weights_of(parallel.fetch(state))
+                        record = about | {"step": done, "mean_iou": score}
+                        checkpoint.save_weights(workdir / "best", weights, about=record)
+                    meter.restart(done)
+                if done % config.checkpoint.every == 0 or is_last or scores.given_up(config.eval.patience):
+                    read(done)
+                    save(done)
+                    meter.restart(done)
+            if done < config.train.steps and not scores.given_up(config.eval.patience):
+                raise console.StoppedError
+            # Whatever happens while evaluating, the training is safe.
+            saved.wait()
+            console.say(f"evaluating on {len(evaluation.images)} images ({config.data.eval_split}) ...")
+            log.begin_final(done)
+            summary, predicted = measure(done)
+        except console.StoppedError:
+            read(done)
+            save(done)
+            saved.close()
+            console.stopped(done, config, workdir)
+            return BY_SIGNAL + stop.signal
+
     result = summary | {
         "step": done,
+        "stopped_early": done < config.train.steps,
+        "best": scores.after(done, summary["mean_iou"]).best,
         "images_per_second": meter.images_per_second,
         "config": plain(config),
-        "params_sha256": params_sha256(parallel.fetch(state).params),
+        "params_sha256": params_sha256(parallel.fetch(state.evaluated[0])),
     }
     saved.close()
     draw(workdir, log, evaluation, spec, predicted)
@@ -156,209 +219,71 @@ def train(config: ConfigDict, workdir: Path) -> int:
 # ------------------------------------------------------------------------------------------------------------ pieces
 
 
-def check(config: ConfigDict) -> None:
-    """Everything that is wrong with the settings, in one error, before anything slow happens."""
-    devices = jax.device_count()
-    crop, scale = config.augment.crop, config.augment.scale
-    wrong = {
-        f"model.name: no model {config.model.name!r}": config.model.name not in models.MODELS,
-        f"model.dtype is 'float32' or 'bfloat16', not {config.model.dtype!r}": (
-            config.model.dtype not in ("float32", "bfloat16")
-        ),
-        f"parallel is 'jit' or 'pmap', not {config.parallel!r}": config.parallel not in ("jit", "pmap"),
-        f"optim.name is 'adamw' or 'sgd', not {config.optim.name!r}": config.optim.name not in ("adamw", "sgd"),
-        f"train.batch={config.train.batch} does not divide among {devices} devices": (
-            config.train.batch < 1 or config.train.batch % devices
-        ),
-        f"eval.batch={config.eval.batch} does not divide among {devices} devices": (
-            config.eval.batch < 1 or config.eval.batch % devices
-        ),
-        f"augment.crop is (height, width), at least 32 each, not {tuple(crop)}": (
-            len(crop) != 2 or not all(isinstance(side, int) and side >= 32 for side in crop)
-        ),
-        f"augment.scale is (smallest, largest), not {tuple(scale)}": len(scale) != 2 or not 0 < scale[0] <= scale[1],
-        f"optim.no_decay is no regular expression: {config.optim.no_decay}": not _is_pattern(config.optim.no_decay),
-        f"optim.head is no regular expression: {config.optim.head}": not _is_pattern(config.optim.head),
-        f"augment.flip is a probability, not {config.augment.flip}": not 0 <= config.augment.flip <= 1,
-        f"optim.warmup_steps must not be negative: {config.optim.warmup_steps}": config.optim.warmup_steps < 0,
-        f"eval.every must not be negative: {config.eval.every}": config.eval.every < 0,
-        f"eval.pictures must not be negative: {config.eval.pictures}": config.eval.pictures < 0,
-        f"train.steps must not be negative: {config.train.steps}": config.train.steps < 0,
-        f"train.log_every must be at least 1: {config.train.log_every}": config.train.log_every < 1,
-        f"checkpoint.every must be at least 1: {config.checkpoint.every}": config.checkpoint.every < 1,
-        f"checkpoint.keep must be at least 1: {config.checkpoint.keep}": config.checkpoint.keep < 1,
-    }
-    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
-        raise RunError("the settings cannot be used:\n" + "\n".join(f"  config.{line}" for line in problems))
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The best evaluation so far, and what stops a run early.
+
+    Attributes:
+      best: its mean IoU. step: when it was. worse: evaluations since then.
+    """
+
+    best: float | None = None
+    step: int | None = None
+    worse: int = 0
+
+    def after(self, step: int, score: float | None) -> Scores:
+        if score is not None and (self.best is None or score > self.best):
+            return Scores(score, step, 0)
+        return dataclasses.replace(self, worse=self.worse + 1)
+
+    def given_up(self, patience: int) -> bool:
+        """Whether so many evaluations in a row were no better; a patience of 0 never gives up."""
+        return 0 < patience <= self.worse
 
 
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+def _evaluation_is_due(step: int, config: ConfigDict) -> bool:
+    """The evaluation of the last step is that of the result."""
+    every = config.eval.every
+    return bool(every) and 0 < step < config.train.steps and step % every == 0
 
 
-def load_data(config: ConfigDict) -> tuple[specs.Split, specs.Split, specs.DatasetSpec]:
-    """Training split, evaluation split, and what the dataset is."""
-    if config.data.name == "streets":
-        from segjax.data import streets
-
-        size, seed = tuple(config.data.size), config.seed
-        console.say(f"drawing {config.data.train_images + config.data.eval_images} street scenes ...")
-        training = streets.load(config.data.train_split, num_images=config.data.train_images, size=size, seed=seed)
-        evaluation = streets.load(config.data.eval_split, num_images=config.data.eval_images, size=size, seed=seed)
-        return training, evaluation, specs.STREETS
-    from segjax.data import builders
-
-    prepared = builders.prepare(config.data.name, source=config.data.source, data_dir=config.data.dir)
-    return prepared.load(config.data.train_split), prepared.load(config.data.eval_split), prepared.spec
+def _sample(split: specs.Split, number: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Name, image and label without their padding."""
+    height, width = split.sizes[number]
+    return split.names[number], split.images[number, :height, :width], split.labels[number, :height, :width]
 
 
-def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel) -> Skeleton:
-    model = models.create(
-        config.model.name,
-        num_classes=num_classes,
-        seed=config.seed,
-        dtype=jnp.dtype(config.model.dtype),
-        **_overrides(config),
+def _not_finite(loss: float, step: int, names: list[str], culprit: str, workdir: Path) -> str:
+    return (
+        f"the loss became {loss} at step {step + 1}, on {', '.join(names)}. {culprit}"
+        f"The state before it is saved in {workdir}/checkpoints/{step}.\n"
+        "  to go on from there with another rate, in another place:\n"
+        f"    --workdir NEW --config.init.from={workdir} --config.optim.lr=... (or --config.optim.clip_norm=1.0)\n"
+        "  to leave such steps out: --config.train.may_skip=N, at most N in a row\n"
+        "  to find the layer: --config.debug.nans=True"
     )
-    model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
-    return Skeleton(model)
-
-
-def _overrides(config: ConfigDict) -> dict[str, object]:
-    return {key: value for key, value in config.model.items() if key not in ("name", "dtype")}
-
-
-def models_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]:
-    """How to build the model again, as `checkpoint.load_model` reads it."""
-    return {
-        "name": config.model.name,
-        "num_classes": spec.num_classes,
-        "overrides": _overrides(config),
-        "param_dtype": "float32",
-    }
-
-
-def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
-    return {
-        "name": spec.name,
-        "class_names": list(spec.class_names),
-        "colors": [list(color) for color in spec.colors],
-        "ignore_label": spec.ignore_label,
-    }
-
-
-def refuse_not_finite(losses: list, step: int) -> float | None:
-    """Mean of the losses since the last log line, None where there are none; RunError where one is not finite."""
-    if not losses:
-        return None
-    loss = float(np.mean([np.ravel(value)[0] for value in jax.device_get(losses)]))
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss became {loss} before step {step}; nothing of it was saved. Try a lower config.optim.lr, "
-            "in another --workdir"
-        )
-    return loss
-
-
-def plain(config: ConfigDict) -> dict[str, object]:
-    """The config as JSON has it: tuples are lists."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
-    """Raises RunError where the run in `workdir` was made with settings or data that cannot be mixed with these."""
-    old, new = (_flat({part: about[part] for part in ("config", "dataset")}) for about in (before, now))
-    differing = [
-        f"  {key}: {old.get(key)} there, {new.get(key)} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.removeprefix("config.").startswith(FREE_ON_RESUME)
-    ]
-    if differing:
-        raise RunError(
-            f"{workdir} holds a run with other settings:\n"
-            + "\n".join(differing)
-            + "\n  give those settings again to go on with it, or another --workdir to start anew"
-        )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _finished_result(config: ConfigDict, workdir: Path) -> dict | None:
-    """The result in `workdir` where it already reaches the steps asked for."""
+    """The result in `workdir` where nothing is left to do."""
     path = workdir / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    if result["step"] < config.train.steps:
+    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
+    if result["step"] < config.train.steps and not gave_up:
         return None
-    refuse_other_run({"config": result["config"], "dataset": {}}, {"config": plain(config), "dataset": {}}, workdir)
+    refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
     return result
 
 
-def flat_training(state: TrainState) -> dict[str, np.ndarray]:
-    """What a checkpoint holds besides the weights, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path({"step": state.step, "optimizer": state.opt_state})
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def restored(saved: checkpoint.RunCheckpoints, step: int, state: TrainState) -> TrainState:
-    """The state of a checkpoint, in the structure of `state`."""
-    weights, training = saved.restore(step, state.params | state.batch_stats, flat_training(state))
-    names = list(flat_training(state))
-    structure = jax.tree.structure({"step": state.step, "optimizer": state.opt_state})
-    rest = jax.tree.unflatten(structure, [training[name] for name in names])
-    return TrainState(
-        step=rest["step"],
-        params={name: weights[name] for name in state.params},
-        batch_stats={name: weights[name] for name in state.batch_stats},
-        opt_state=rest["optimizer"],
-    )
-
-
-def draw(workdir: Path, log: MetricsLog, split: specs.Split, spec: specs.DatasetSpec, predicted: dict) -> None:
+def draw(workdir: Path, log: Log, split: specs.Split, spec: specs.DatasetSpec, predicted: dict) -> None:
     """curve.png, and one picture per prediction."""
     pictures.save_curves(workdir / "curve.png", log.records)
     for number, labels in predicted.items():
-        height, width = labels.shape
-        image, truth = split.images[number, :height, :width], split.labels[number, :height, :width]
-        name = split.names[number]
+        name, image, truth = _sample(split, number)
         confusion = metrics.confusion_matrix(
             truth, labels, num_classes=spec.num_classes, ignore_label=spec.ignore_label
         )
         title = f"{name}   mIoU of this image {console.score(metrics.summarise(confusion)['mean_iou'])}"
         pictures.save_prediction(workdir / "predictions" / f"{name}.png", image, truth, labels, spec, title=title)
-
-
-class MetricsLog:
-    """metrics.jsonl: one record per line; on resuming, records of steps that will be made again are dropped."""
-
-    def __init__(self, path: Path, start: int, *, finished: bool):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
-        # Where no step is left to do, what is made again is the evaluation of the last one.
-        redone = start if finished else None
-        self.records = [record for record in records if "mean_iou" not in record or record["step"] != redone]
-        checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-
-    def write(self, record: dict) -> None:
-        self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _parsed(line: str) -> dict | None:
-    # The last line may be cut where the machine stopped.
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
+
+
+def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """A linear warm-up that multiplies a decay, as in mmsegmentation."""
+
+    def rate(step):
+        # As a float first: an int32 divided stays float32 where jax computes in float64.
+        step = jnp.asarray(step, float)
+        if not warmup_steps:
+            return decayed(step)
+        missing = jnp.clip(1 - step / warmup_steps, 0, 1)
+        return decayed(step) * (1 - missing * (1 - warmup_ratio))
+
+    return rate
 
 
 def poly_schedule(
@@ -21,34 +37,106 @@ def poly_schedule(
       warmup_steps: over which the factor grows from `warmup_ratio` to 1.
     """
 
-    def rate(step):
-        # As a float first: an int32 divided stays float32 where jax computes in float64.
-        step = jnp.asarray(step, float)
-        progress = jnp.clip(step / steps, 0, 1)
-        decayed = (base - end) * (1 - progress) ** power + end
-        if not warmup_steps:
-            return decayed
-        missing = jnp.clip(1 - step / warmup_steps, 0, 1)
-        return decayed * (1 - missing * (1 - warmup_ratio))
+    def decayed(step):
+        return (base - end) * (1 - jnp.clip(step / steps, 0, 1)) ** power + end
 
-    return rate
+    return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+
+
+def cosine_schedule(
+    base: float, *, steps: int, warmup_steps: int, warmup_ratio: float, end: float = 0.0
+) -> optax.Schedule:
+    """Half a cosine from `base` to `end` (Loshchilov, Hutter, 2017, without restarts), with the same warm-up."""
+
+    def decayed(step):
+        return end + (base - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(step / steps, 0, 1)))
+
+    return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+
+
+SCHEDULES = ("poly", "cosine")
 
 
 def schedule(settings, *, steps: int) -> optax.Schedule:
-    """Learning rate by step for the `optim` part of a config."""
-    return poly_schedule(
-        settings.lr,
-        steps=steps,
-        power=settings.power,
-        warmup_steps=settings.warmup_steps,
-        warmup_ratio=settings.warmup_ratio,
-        end=settings.end_lr,
+    """Learning rate by step for the `optim` part of a config.
+
+    Raises:
+      ValueError: a schedule other than `SCHEDULES`.
+    """
+    shape = dict(
+        steps=steps, warmup_steps=settings.warmup_steps, warmup_ratio=settings.warmup_ratio, end=settings.end_lr
     )
+    if settings.schedule == "poly":
+        return poly_schedule(settings.lr, power=settings.power, **shape)
+    if settings.schedule == "cosine":
+        return cosine_schedule(settings.lr, **shape)
+    raise ValueError(f"optim.schedule is one of {', '.join(SCHEDULES)}; got {settings.schedule!r}")
 
 
-def by_name(names: Iterable[str], pattern: str) -> dict[str, bool]:
-    """Which parameters a regular expression is found in, by dotted name."""
-    return {name: re.search(pattern, name) is not None for name in names}
+def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[str]:
+    """The dotted names that a regular expression is found in.
+
+    Raises:
+      ValueError: it is found in none, so that it was mistyped or meant for another model; names `setting`.
+    """
+    names = list(names)
+    found = frozenset(name for name in names if re.search(pattern, name))
+    if not found:
+        raise ValueError(
+            f"{setting}: {pattern!r} is found in no parameter of this model, whose names are like {names[0]!r} and "
+            f"{names[-1]!r}"
+        )
+    return found
+
+
+def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
+    """The parameters that `optim.frozen` keeps as they are.
+
+    Raises:
+      ValueError: a pattern that is found in no name, or patterns that leave nothing to train.
+    """
+    names = list(names)
+    frozen = frozenset().union(*(found_in(pattern, names, setting="optim.frozen") for pattern in patterns))
+    if len(frozen) == len(names):
+        raise ValueError(f"optim.frozen: {tuple(patterns)} leave no parameter to train")
+    return frozen
+
+
+def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by: the product over all patterns found in its name.
+
+    Raises:
+      ValueError: a pattern that is found in no name.
+    """
+    names = list(names)
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in multipliers:
+        for name in found_in(pattern, names, setting="optim.lr_multipliers"):
+            factors[name] *= factor
+    return factors
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """torch.nn.utils.clip_grad_norm_: all gradients times min(1, largest / (their norm + 1e-6))."""
+
+    def update(gradients, _params=None):
+        factor = jnp.minimum(1.0, largest / (norm(gradients) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+
+    return optax.stateless(update)
+
+
+def norm(tree) -> jax.Array:
+    """Euclidean norm over all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def _scale_by_name(factors: dict[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _params=None: {
+            name: update if factors[name] == 1 else factors[name] * update for name, update in updates.items()
+        }
+    )
 
 
 def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTransformation:
@@ -56,15 +144,15 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
 
     Args:
       settings: the `optim` part of a config.
-      names: dotted parameter names.
+      names: dotted names of the parameters that are trained.
       steps: length of the schedule.
 
     Raises:
-      ValueError: a name other than adamw and sgd.
+      ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
     """
     names = list(names)
-    no_decay = by_name(names, settings.no_decay)
-    decay = optax.add_decayed_weights(settings.weight_decay, mask={name: not no_decay[name] for name in names})
+    no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
+    decay = optax.add_decayed_weights(settings.weight_decay, mask={name: name not in no_decay for name in names})
     if settings.name == "adamw":
         # torch's AdamW: decay beside the moments, eps outside the root, both scaled by the learning rate.
         rule = [optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
@@ -73,9 +161,21 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
         rule = [decay, optax.trace(decay=settings.momentum)]
     else:
         raise ValueError(f"optim.name is 'adamw' or 'sgd'; got {settings.name!r}")
-    head = by_name(names, settings.head)
     return optax.chain(
+        *([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []),
         *rule,
-        optax.masked(optax.scale(settings.head_multiplier), head),
+        _scale_by_name(lr_factors(settings.lr_multipliers, names)),
         optax.scale_by_learning_rate(schedule(settings, steps=steps)),
     )
+
+
+def learning_rates(settings, names: Iterable[str], *, steps: int):
+    """`rates(step)` -> that step's rates for a log: "lr", and "lr x10" and the like where parameters have a factor."""
+    factors = sorted(set(lr_factors(settings.lr_multipliers, names).values()) - {1.0})
+    base = schedule(settings, steps=steps)
+
+    def rates(step: int) -> dict[str, float]:
+        rate = float(base(step))
+        return {"lr": rate} | {f"lr x{factor:g}": rate * factor for factor in factors}
+
+    return rates

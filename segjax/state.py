@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from segjax.models import layers
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +20,34 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-      step: int32 scalar, number of steps done.
-      params: trainable arrays by dotted name.
+      step: int32 scalar, number of batches taken.
+      skipped: int32 (2,), how many of them changed nothing, because loss or gradient were not finite: in all, and in a
+        row up to now.
+      params: parameters by dotted name.
       batch_stats: running statistics by dotted name.
       opt_state: optax's.
+      ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
     """
 
     step: jax.Array
+    skipped: jax.Array
     params: dict[str, jax.Array]
     batch_stats: dict[str, jax.Array]
     opt_state: optax.OptState
+    ema: dict[str, jax.Array] | None
+
+    @classmethod
+    def start(cls, params: dict, batch_stats: dict, opt_state: optax.OptState, *, ema: bool = False) -> TrainState:
+        """The state before the first step."""
+        moving = params | batch_stats if ema else None
+        return cls(jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), params, batch_stats, opt_state, moving)
+
+    @property
+    def evaluated(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Parameters and statistics that the model is evaluated and used with: their average, where one is kept."""
+        if self.ema is None:
+            return self.params, self.batch_stats
+        return tuple({name: self.ema[name] for name in part} for part in (self.params, self.batch_stats))
 
 
 class Skeleton:
@@ -37,10 +57,29 @@ class Skeleton:
     conversion want.
     """
 
-    def __init__(self, model: nnx.Module):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        frozen: frozenset[str] = frozenset(),
+        execution: layers.BlockExecution = layers.PLAIN,
+    ):
+        """Takes the model apart.
+
+        Args:
+          frozen: dotted names of parameters that training leaves as they are. A BatchNorm all of whose parameters are
+            among them keeps its statistics too and normalises with them, as after `eval()` in torch.
+          execution: how training goes through rows of equal blocks.
+        """
+        self.frozen = frozen
+        self.execution = execution
         model.eval()
         self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
+        for path, module in nnx.iter_modules(model):
+            names = {".".join(map(str, (*path, part))) for part in ("scale", "bias")}
+            if isinstance(module, layers.BatchNorm) and names <= frozen:
+                module.use_running_average = True
         self._training, params, batch_stats, streams = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.eval()
         self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
@@ -54,6 +93,10 @@ class Skeleton:
             {name: variable.get_value() for name, (_, variable) in part.items()}
             for part in (self._params, self._batch_stats)
         )
+
+    def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Those parameters that training changes."""
+        return {name: value for name, value in params.items() if name not in self.frozen}
 
     def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> nnx.Module:
         """A model holding these arrays: in training mode where a key for its random streams is given."""

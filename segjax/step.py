@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from segjax import losses
+from segjax import losses, optim
+from segjax.models import layers
 from segjax.state import Skeleton, TrainState
 
 AXIS = "data"
@@ -20,56 +22,125 @@ AXIS = "data"
 Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
 
 
-def train_step(
-    skeleton: Skeleton,
-    optimizer: optax.GradientTransformation,
-    augment: Augment,
-    ignore_label: int,
-    aux_weight: float,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    key: jax.Array,
-    *,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. The gradient is that of (sum of losses) / (count of pixels), both over all devices.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """One update, as a pure function of state, batch and key.
 
-    Args:
+    The gradient is that of (sum of losses) / (what they are counted by), both over all devices and micro-batches: it
+    does not depend on how the batch is spread. Statistics of a BatchNorm do depend on micro-batches, each of which is
+    normalised by its own, one after the other, as torch does it.
+
+    Attributes:
+      augment: uint8 batch -> normalised images and labels.
+      criterion: of `losses.criterion`.
       aux_weight: of the loss of a model's auxiliary logits, where it has any.
-      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2), "position" int32 (B,): each
-        sample's place in the whole batch, from which its random numbers follow, whatever device it is on.
-      key: of the run; the step's own is folded from it.
-      axis_name: of the mapped axis under pmap.
-
-    Returns:
-      The next state, and scalars "loss" and "gradient_norm".
+      accumulate: number of micro-batches that a batch is computed in, for the sake of memory.
+      ema_decay: of the moving average; 0 keeps none. It is smaller at first, (1 + step) / (10 + step), so that the
+        random weights of the start are soon forgotten.
+      may_skip: how many steps in a row may be left out because loss or gradient are not finite. One more, and no later
+        step changes anything either, so that the state before it is there when the host finds out.
     """
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    sample_keys = jax.vmap(partial(jax.random.fold_in, augment_key))(batch["position"])
-    images, labels = augment(sample_keys, batch)
-    across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
-    # A batch without a labelled pixel has loss 0 and gradient 0 rather than 0 / 0.
-    count = jnp.maximum(across(jnp.sum(labels != ignore_label, dtype=jnp.int32)), 1)
 
-    def loss_of(params):
-        model = skeleton.bind(params, state.batch_stats, key=dropout_key)
-        logits, taps = model(images)
-        total, _ = losses.cross_entropy(logits, labels, ignore_label=ignore_label)
-        if "aux_logits" in taps:
-            aux_total, _ = losses.cross_entropy(taps["aux_logits"], labels, ignore_label=ignore_label)
-            total = total + aux_weight * aux_total
-        return total / count, skeleton.batch_stats_of(model)
+    skeleton: Skeleton
+    optimizer: optax.GradientTransformation
+    augment: Augment
+    criterion: losses.Criterion
+    aux_weight: float = 0.0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    may_skip: int = 0
 
-    (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    loss, gradients = across((loss, gradients))
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": _norm(gradients)}
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    def __call__(
+        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The next state, and scalars "loss", "gradient_norm" (before clipping) and "stopped".
 
+        Args:
+          batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2), "position" int32 (B,): each
+            sample's place in the whole batch, from which its random numbers follow, whatever device it is on.
+          key: of the run; the step's own is folded from it.
+          axis_name: of the mapped axis under pmap.
+        """
+        images, labels, dropout_key = self.inputs(state, batch, key)
+        across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
+        # A count of labels alone, so that micro-batches and devices can divide by that of the whole batch.
+        counts = across(self.criterion.counts(labels))
+        loss, gradients, batch_stats = self.gradients(state, images, labels, counts, dropout_key)
+        loss, gradients = across((loss, gradients))
+        gradient_norm = optim.norm(gradients)
+        trained = self.skeleton.trained(state.params)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        params = state.params | optax.apply_updates(trained, updates)
+        ema = self._moved_ema(state, params | batch_stats)
 
-def _norm(tree) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+        state = self._unless_not_finite(
+            jnp.isfinite(loss) & jnp.isfinite(gradient_norm),
+            state,
+            dict(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema),
+        )
+        stopped = state.skipped[1] > self.may_skip
+        return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
+
+    def inputs(self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
+        """Augmented images and labels, and the key of the model's own random streams."""
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        sample_keys = jax.vmap(partial(jax.random.fold_in, augment_key))(batch["position"])
+        return *self.augment(sample_keys, batch), dropout_key
+
+    def gradients(self, state, images, labels, counts, dropout_key):
+        """Loss, gradients of the trained parameters, and the statistics that the batch has moved."""
+
+        def loss_of(trained, batch_stats, images, labels, key):
+            model = self.skeleton.bind(state.params | trained, batch_stats, key=key)
+            with layers.blocks_executed(self.skeleton.execution):
+                logits, taps = model(images)
+            total = self.criterion.total(logits, labels, counts)
+            if "aux_logits" in taps:
+                total = total + self.aux_weight * self.criterion.total(taps["aux_logits"], labels, counts)
+            return total, self.skeleton.batch_stats_of(model)
+
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        trained = self.skeleton.trained(state.params)
+        if self.accumulate == 1:
+            (loss, batch_stats), gradients = value_and_grad(trained, state.batch_stats, images, labels, dropout_key)
+            return loss, gradients, batch_stats
+
+        def add(sums, part):
+            batch_stats, *sums = sums
+            images, labels, index = part
+            key = jax.random.fold_in(dropout_key, index)
+            (loss, batch_stats), gradients = value_and_grad(trained, batch_stats, images, labels, key)
+            return (batch_stats, *jax.tree.map(jnp.add, sums, [loss, gradients])), None
+
+        def in_parts(x):
+            # Every device keeps its own samples: (B, ...) -> (A, B / A, ...), part a has samples a, a + A, a + 2A ...
+            return jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
+
+        nothing = jnp.zeros((), counts.dtype), jax.tree.map(jnp.zeros_like, trained)
+        parts = in_parts(images), in_parts(labels), jnp.arange(self.accumulate)
+        (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
+        return loss, gradients, batch_stats
+
+    def _moved_ema(self, state: TrainState, new: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
+        if state.ema is None:
+            return None
+        decay = jnp.minimum(self.ema_decay, (1 + state.step) / (10 + state.step))
+        share = 1 - decay
+        return {name: old + share.astype(old.dtype) * (new[name] - old) for name, old in state.ema.items()}
+
+    def _unless_not_finite(self, finite: jax.Array, before: TrainState, changed: dict) -> TrainState:
+        """The state with what the step has changed, or without it."""
+        in_all, in_a_row = before.skipped
+        was_stopped = in_a_row > self.may_skip
+        in_a_row = jnp.where(was_stopped, in_a_row, jnp.where(finite, 0, in_a_row + 1))
+        stopped = in_a_row > self.may_skip
+        kept = {name: getattr(before, name) for name in changed}
+        chosen = jax.tree.map(lambda new, old: jnp.where(finite & ~stopped, new, old), changed, kept)
+        return TrainState(
+            step=before.step + jnp.where(stopped, 0, 1),
+            skipped=jnp.stack([in_all + jnp.where(finite | stopped, 0, 1), in_a_row]),
+            **chosen,
+        )
 
 
 def eval_step(
@@ -128,6 +199,11 @@ class Parallel:
         """Undoes `replicate`: one copy of every array, on the host, which no later step can touch."""
         one = tree if self.kind == "jit" else jax.tree.map(lambda x: x[0], tree)
         return jax.tree.map(np.array, jax.device_get(one))
+
+    def scalars(self, steps: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+        """What several steps gave, one number a step, by name."""
+        rows = [{name: np.ravel(value)[0] for name, value in row.items()} for row in jax.device_get(steps)]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def batch(self, gather: Callable) -> Callable:
         """Compiles `gather(arrays, indices (B,))` -> arrays (B, ...), whose result is spread over the devices."""

@@ -135,7 +135,7 @@ class HighResolutionModule(nnx.Module):
         )
 
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
-        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+        maps = [layers.run_blocks(branch, x) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
         for target, exchanges in enumerate(self.fuse_layers):
             total = None
@@ -230,10 +230,10 @@ class HighResolutionNet(nnx.Module):
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = jax.nn.relu(self.bn2(self.conv2(x)))
-        maps = [self.layer1(x)]
+        maps = [layers.run_blocks(self.layer1, x)]
         for stage in (2, 3, 4):
             maps = apply_transition(getattr(self, f"transition{stage - 1}"), maps)
-            maps = getattr(self, f"stage{stage}")(maps)
+            maps = layers.run_blocks(getattr(self, f"stage{stage}"), maps)
         return maps
 
     def enlarge_to(self, size: tuple[int, int]):

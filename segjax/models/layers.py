@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -422,6 +423,8 @@ class _Drop(nnx.Module):
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
         self.rate = rate
+        # Rounded once, in double precision, as torch does it.
+        self.survival = 1 - rate
         self.deterministic = True
         self.axis_name: str | None = None
         self.stream = rngs.dropout.fork() if rate > 0 else None
@@ -429,7 +432,7 @@ class _Drop(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.stream is None:
             return x
-        return jnp.where(self.keep(x), x / (1 - self.rate), jnp.zeros_like(x))
+        return jnp.where(self.keep(x), x / jnp.asarray(self.survival, x.dtype), jnp.zeros_like(x))
 
 
 class DropPath(_Drop):
@@ -437,7 +440,7 @@ class DropPath(_Drop):
 
     def keep(self, x: jax.Array) -> jax.Array:
         def draw(key, samples):
-            return jax.random.bernoulli(key, 1 - self.rate, (samples, 1, 1, 1))
+            return jax.random.bernoulli(key, self.survival, (samples, 1, 1, 1))
 
         return draw_per_sample(draw, self.stream, x, self.axis_name)
 
@@ -446,7 +449,7 @@ class DropPathOfBatch(_Drop):
     """Stochastic depth that drops a branch for the whole batch at once: torchvision's mode "batch"."""
 
     def keep(self, x: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(self.stream(), 1 - self.rate)
+        return jax.random.bernoulli(self.stream(), self.survival)
 
 
 class Dropout2d(_Drop):
@@ -454,7 +457,7 @@ class Dropout2d(_Drop):
 
     def keep(self, x: jax.Array) -> jax.Array:
         def draw(key, samples):
-            return jax.random.bernoulli(key, 1 - self.rate, (samples, 1, 1, x.shape[-1]))
+            return jax.random.bernoulli(key, self.survival, (samples, 1, 1, x.shape[-1]))
 
         return draw_per_sample(draw, self.stream, x, self.axis_name)
 
@@ -483,6 +486,107 @@ class GELU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return gelu(x)
+
+
+# ------------------------------------------------------------------------------------------------ rows of equal blocks
+
+
+class BlockExecution(NamedTuple):
+    """How `run_blocks` goes through a row of blocks; none of it changes what is computed.
+
+    Attributes:
+      scan: compiles equal neighbours once, as the body of a loop: a deep model compiles in a fraction of the time.
+      remat: keeps nothing of a block for the backward pass but its input, and computes the rest a second time.
+    """
+
+    scan: bool = False
+    remat: bool = False
+
+
+# Variables that a call may move: running statistics and the counters of random streams.
+CHANGED_BY_A_CALL = nnx.Any(nnx.BatchStat, nnx.RngState)
+
+PLAIN = BlockExecution()
+
+_BLOCK_EXECUTION = contextvars.ContextVar("block_execution", default=PLAIN)
+
+
+@contextlib.contextmanager
+def blocks_executed(execution: BlockExecution):
+    """Models called inside go through their rows of blocks so."""
+    token = _BLOCK_EXECUTION.set(execution)
+    try:
+        yield
+    finally:
+        _BLOCK_EXECUTION.reset(token)
+
+
+def run_blocks(blocks: Sequence[nnx.Module], x, call: Callable = lambda block, x: block(x)):
+    """`x = call(block, x)` for one block after the other; `x` is an array, or a tree of arrays."""
+    execution = _BLOCK_EXECUTION.get()
+    if execution == PLAIN:
+        for block in blocks:
+            x = call(block, x)
+        return x
+    for row in _equal_neighbours(blocks) if execution.scan else [[block] for block in blocks]:
+        x = _run_row(row, x, call, remat=execution.remat)
+    return x
+
+
+def _run_row(row: list[nnx.Module], x, call: Callable, *, remat: bool):
+    """Through equal blocks: one alone as it is, several as one scanned body over their stacked arrays."""
+    if len(row) == 1 and not remat:
+        return call(row[0], x)
+    parts = [_split_without_rates(block) for block in row]
+    graph = parts[0][0]
+
+    def body(x, part):
+        params, rest, survival = part
+        block = nnx.merge(graph, params, rest, copy=True)
+        for drop, kept in zip(_drops(block), survival, strict=True):
+            drop.survival = nnx.data(kept)
+        return call(block, x), nnx.state(block, CHANGED_BY_A_CALL)
+
+    if remat:
+        body = jax.checkpoint(body)
+    if len(row) == 1:
+        x, moved = body(x, parts[0][1:])
+        nnx.update(row[0], moved)
+        return x
+    x, moved = lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1:] for part in parts)))
+    for index, block in enumerate(row):
+        nnx.update(block, jax.tree.map(lambda leaf, index=index: leaf[index], moved))
+    return x
+
+
+def _equal_neighbours(blocks: Sequence[nnx.Module]) -> list[list[nnx.Module]]:
+    """Blocks that differ in nothing but their arrays and rates, as far as they stand side by side."""
+    rows, kinds = [], []
+    for block in blocks:
+        graph, *arrays = _split_without_rates(block)
+        kind = graph, jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), arrays)
+        if kinds and kinds[-1] == kind:
+            rows[-1].append(block)
+        else:
+            rows.append([block])
+        kinds.append(kind)
+    return rows
+
+
+def _split_without_rates(block: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, list[float]]:
+    """Structure in which no rate shows, parameters, other variables, and what each drop layer keeps."""
+    drops = _drops(block)
+    rates = [(drop.rate, drop.survival) for drop in drops]
+    for drop in drops:
+        drop.rate = drop.survival = None
+    graph, params, rest = nnx.split(block, nnx.Param, ...)
+    for drop, (rate, survival) in zip(drops, rates, strict=True):
+        drop.rate, drop.survival = rate, survival
+    return graph, params, rest, [survival for _, survival in rates]
+
+
+def _drops(block: nnx.Module) -> list[_Drop]:
+    return [module for _, module in nnx.iter_modules(block) if isinstance(module, _Drop)]
 
 
 # -------------------------------------------------------------------------------------------- activations, attention

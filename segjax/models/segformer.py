@@ -199,8 +199,7 @@ class MixTransformer(nnx.Module):
                     f"the image is too small: stage {stage + 1} sees a map of {x.shape[1]}x{x.shape[2]} and reduces it "
                     f"{self.sr_ratios[stage]} times; use images of at least {least}x{least} pixels"
                 )
-            for block in getattr(self, f"block{stage + 1}"):
-                x = block(x)
+            x = layers.run_blocks(getattr(self, f"block{stage + 1}"), x)
             x = getattr(self, f"norm{stage + 1}")(x)
             features.append(x)
         return features

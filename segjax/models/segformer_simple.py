@@ -143,6 +143,13 @@ def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.
     return y + projection.bias[...].astype(dtype)
 
 
+def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
+    """Attention and feed-forward, each around a shortcut."""
+    for part in parts:
+        x = part(x) + x
+    return x
+
+
 class MiT(nnx.Module):
     """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
@@ -166,9 +173,7 @@ class MiT(nnx.Module):
         features = []
         for unfold, projection, blocks in self.stages:
             x = embed_patches(unfold, projection, x)
-            for attention, feed_forward in blocks:
-                x = attention(x) + x
-                x = feed_forward(x) + x
+            x = layers.run_blocks(blocks, x, _block)
             features.append(x)
         return features
 

@@ -148,7 +148,7 @@ class EncoderStage(nnx.Module):
         self.norm = layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.blocks(self.overlap_patch_merge(x)))
+        return self.norm(layers.run_blocks(self.blocks, self.overlap_patch_merge(x)))
 
 
 class Encoder(nnx.Module):

@@ -187,8 +187,7 @@ class MSCAN(nnx.Module):
         features = []
         for stage in range(1, 5):
             x = getattr(self, f"patch_embed{stage}")(x)
-            for block in getattr(self, f"block{stage}"):
-                x = block(x)
+            x = layers.run_blocks(getattr(self, f"block{stage}"), x)
             x = getattr(self, f"norm{stage}")(x)
             features.append(x)
         return features
