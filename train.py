@@ -17,6 +17,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 
+def renamed(argument):
+    """`from` is a word of Python's, which ml_collections refuses as the name of a setting."""
+    return re.sub(r"^(--?config\.init\.from)(?=$|=)", r"\1_", argument)
+
+
+# Before the definition of the config below, which reads the flags by itself.
+sys.argv[1:] = map(renamed, sys.argv[1:])
+
+
 def explain(error):
     """What a person mistyped, in one line."""
     text = str(error.args[0] if error.args and not isinstance(error, OSError) else error).strip()

@@ -41,9 +41,9 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
         dtype=jnp.dtype(config.model.dtype),
         **model_overrides(config),
     )
-    if pretrained and config.init["from"]:
-        console.say(f"initial weights from {config.init['from']}")
-        load_pretrained(model, config.init["from"], keep=config.init.keep)
+    if pretrained and config.init.from_:
+        console.say(f"initial weights from {config.init.from_}")
+        load_pretrained(model, config.init.from_, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     names = list(Skeleton(model).arrays()[0])
     return Skeleton(

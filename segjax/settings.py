@@ -83,11 +83,11 @@ def check(config: ConfigDict, workdir: Path) -> None:
             len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]
         ),
         f"augment.flip is a probability, not {augment.flip}": not 0 <= augment.flip <= 1,
-        f"init.from: there is nothing at {config.init['from']}": (
-            bool(config.init["from"]) and not Path(config.init["from"]).expanduser().exists()
+        f"init.from: there is nothing at {config.init.from_}": (
+            bool(config.init.from_) and not Path(config.init.from_).expanduser().exists()
         ),
         "init.keep names what stays random of a checkpoint, and needs init.from": (
-            bool(config.init.keep) and not config.init["from"]
+            bool(config.init.keep) and not config.init.from_
         ),
     }
     patterns = [("optim.no_decay", optimizer.no_decay)]
