@@ -48,6 +48,11 @@ try:
 except (AttributeError, KeyError, OSError) as error:
     # The definition reads the flags by itself, and raises for a setting that is not there.
     sys.exit(f"train.py: {explain(error)}")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT of the first, or auto for what the cluster's environment says."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/<config>-<variant>-<dataset>.")
 
 
@@ -57,11 +62,14 @@ def main(arguments):
         print(f"train.py: what is {stray!r}? Settings are flags, as in --config.train.steps=100", file=sys.stderr)
         return 2
     # After the flags, so that a mistyped one is answered at once.
-    from segjax import loop, runtime
+    from segjax import distributed, loop, runtime
 
     logging.set_verbosity(logging.WARNING)
     runtime.prepare()
     try:
+        if _COORDINATOR.value:
+            address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
+            distributed.initialize(address, _NUM_PROCESSES.value, _PROCESS_ID.value)
         # The first use of a config file that could not be loaded raises.
         config = _CONFIG.value
         workdir = Path(_WORKDIR.value or loop.default_workdir(config))

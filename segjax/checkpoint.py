@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import models
+from segjax import distributed, models
 from segjax.state import params_sha256
 from segjax.weights import CheckpointError, from_values, named_variables
 
@@ -30,6 +31,26 @@ class DamagedError(CheckpointError):
 
 WEIGHTS, ABOUT, TRAINING = "weights", "about", "training"
 HASH, TRAINING_HASH = "sha256", "sha256_training"
+
+
+def _this_process_alone():
+    """Without it every process would wait for all others at each file."""
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    if jax.process_count() == 1:
+        return MultiprocessingOptions()
+    return MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+
+
+def _checkpointer(**handlers):
+    import orbax.checkpoint as ocp
+
+    options = _this_process_alone()
+    # The handler has a barrier of its own.
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def model_record(model: nnx.Module) -> dict[str, object]:
@@ -64,7 +85,7 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, about: Mapp
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         items = {
             WEIGHTS: ocp.args.StandardSave(dict(weights)),
             ABOUT: ocp.args.JsonSave({**about, HASH: params_sha256(dict(weights))}),
@@ -161,7 +182,7 @@ def _read(folder: Path, *items: str) -> list:
     handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
         handlers[TRAINING] = ocp.PyTreeCheckpointHandler()
-    with _damage(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+    with _damage(folder), _checkpointer(**handlers) as checkpointer:
         found = checkpointer.metadata(folder).item_metadata
 
         def argument(item):
@@ -205,19 +226,26 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, by step. Saving runs beside the training; `close` waits for it."""
+    """The checkpoints of one training run, by step. Saving runs beside the training; `close` waits for it.
+
+    Of several processes, all of which hold the same arrays, the first alone reads and writes files, and tells the
+    others.
+    """
 
     def __init__(self, folder: Path, *, keep: int):
-        import orbax.checkpoint as ocp
+        self._folder = folder.absolute()
+        self._manager = None
+        if distributed.is_lead():
+            import orbax.checkpoint as ocp
 
-        self._ocp = ocp
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, multiprocessing_options=_this_process_alone()
+            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> list[int]:
         """The steps that were saved."""
-        return sorted(self._manager.all_steps())
+        return distributed.from_lead(lambda: sorted(self._manager.all_steps()))
 
     def restore(
         self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
@@ -233,9 +261,12 @@ class RunCheckpoints:
           CheckpointError: names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
             damaged.
         """
+        return distributed.from_lead(lambda: self._restore(weights, training, refuse, say))
+
+    def _restore(self, weights, training, refuse, say) -> Restored | None:
         damaged: list[Path] = []
-        for step in reversed(self.steps()):
-            folder = Path(self._manager.directory) / str(step)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self._folder / str(step)
             try:
                 found = self._read_whole(step, folder, weights, training, refuse)
             except DamagedError as error:
@@ -277,9 +308,10 @@ class RunCheckpoints:
         Raises:
           CheckpointError: this save, or the one before it, could not be written.
         """
-        if step == self._manager.latest_step():
+        if self._manager is None or step == self._manager.latest_step():
             return
-        args = self._ocp.args
+        from orbax.checkpoint import args
+
         items = {
             WEIGHTS: args.StandardSave(dict(weights)),
             TRAINING: args.StandardSave(dict(training)),
@@ -298,18 +330,20 @@ class RunCheckpoints:
         except Exception as error:
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"{self._manager.directory}: cannot be written ({type(error).__name__}: {first}). What was saved "
+                f"{self._folder}: cannot be written ({type(error).__name__}: {first}). What was saved "
                 "before is whole; make room, and give the same command again"
             ) from error
 
     def wait(self) -> None:
         """Returns once the last save is whole; raises CheckpointError where it could not be written."""
-        with self._failure():
-            self._manager.wait_until_finished()
+        if self._manager is not None:
+            with self._failure():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,13 +13,16 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from segjax import distributed
 from segjax.data import specs
 from segjax.settings import RunError
 from segjax.step import Parallel
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Of several processes, one speaks for all."""
+    if distributed.is_lead():
+        print(line, flush=True)
 
 
 def score(value: float | None) -> str:
@@ -142,7 +145,7 @@ class Progress:
         self._said = time.perf_counter()
         self._bar = (
             tqdm(total=total, initial=start, unit="step", ncols=80, file=sys.stderr, smoothing=0.1)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and distributed.is_lead()
             else None
         )
 
@@ -181,18 +184,31 @@ class StoppedError(Exception):
 class StopRequest:
     """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once, which leaves the last save whole.
 
+    Of several processes all must stop at the same step: a request counts once they have agreed on it.
+
     Attributes:
-      signal: the number of the first one that came; None before.
+      signal: the number of the first one that came to this process; None before.
+      requested: whether to stop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.signal: int | None = None
+        self._agreed = False
 
     @property
     def requested(self) -> bool:
-        return self.signal is not None
+        return self._agreed or (self.signal is not None and jax.process_count() == 1)
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell reports for a program that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def agree(self) -> None:
+        """Asks the other processes; each of them has to, at the same step."""
+        self._agreed = distributed.anywhere(self.signal is not None)
 
     def refuse_when_requested(self, function: Callable, *args):
         """`function(*args)`, or StoppedError."""
@@ -211,7 +227,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame) -> None:
-        if self.requested:
+        if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         print("\nstopping after this step and saving; once more stops at once", file=sys.stderr, flush=True)

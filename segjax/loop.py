@@ -23,15 +23,15 @@ from segjax import checkpoint, console, debug, metrics, optim, parts, pictures
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import TrainBatches
+from segjax.distributed import from_lead, is_lead
 from segjax.evaluate import evaluate
 from segjax.log import Log
 from segjax.settings import RunError, check, plain, refuse_other_run
 from segjax.state import TrainState, params_sha256
 from segjax.step import Parallel, TrainStep, eval_step
 
-# What a shell reports for a program that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM.
-BY_SIGNAL = 128
-INTERRUPTED = BY_SIGNAL + signal.SIGINT
+# What a shell reports for a program that Ctrl-C has ended.
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
       ValueError: data, weights or checkpoints that cannot be used.
     """
     check(config, workdir)
-    if finished := _finished_result(config, workdir):
+    if finished := from_lead(lambda: _finished_result(config, workdir)):
         console.already_finished(finished, config, workdir)
         return 0
 
@@ -76,9 +76,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         refuse=lambda before: refuse_other_run(before, about, workdir),
         say=console.say,
     )
-    first, scores = 0, Scores()
+    first, scores, window = 0, Scores(), []
     if found:
-        first, scores = found.step, Scores(**found.about["scores"])
+        first, scores, window = found.step, Scores(**found.about["scores"]), found.about["window"]
         state = parts.restored(found, state, may_skip=config.train.may_skip)
 
     # An image too small for the model must not be found out after the training.
@@ -107,12 +107,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
     predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
     rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
-    log = Log(workdir, first, finished=first >= config.train.steps)
+    log = Log(workdir, first, finished=first >= config.train.steps, active=is_lead())
 
     def save(step: int) -> None:
         log.cut(step)
         host = parallel.fetch(state)
-        record = about | {"scores": dataclasses.asdict(scores)}
+        record = about | {"scores": dataclasses.asdict(scores), "window": window}
         saved.save(step, parts.weights_of(host), parts.training_of(host), record)
 
     def measure(step: int) -> tuple[dict, dict[int, np.ndarray]]:
@@ -125,17 +125,18 @@ def train(config: ConfigDict, workdir: Path) -> int:
             log.picture(step, *_sample(evaluation, number), labels, spec)
         return summary, kept
 
-    def read(step: int) -> dict[str, float | None]:
-        """Means over the steps since the last call. It waits for the device, hence not at every step."""
+    def read(step: int) -> None:
+        """Puts what the last steps gave into `window`. It waits for the device, hence not at every step."""
         if not unread:
-            return {}
+            return
         scalars = parallel.scalars(unread)
         unread.clear()
         if len(stopped := np.flatnonzero(scalars["stopped"])):
             bad = step - len(scalars["stopped"]) + int(stopped[0])
             names = [training.names[number] for number in batches.indices(bad)]
-            host = parallel.fetch(state)
-            culprit = debug.first_not_finite(train_step, host, batches.at(bad), key) if config.debug.nans else ""
+            culprit = ""
+            if config.debug.nans and jax.process_count() == 1:
+                culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(bad), key)
             save(bad)
             saved.close()
             raise RunError(_not_finite(scalars["loss"][stopped[0]], bad, names, culprit, workdir))
@@ -143,11 +144,17 @@ def train(config: ConfigDict, workdir: Path) -> int:
         for index in np.flatnonzero(~finite):
             names = ", ".join(training.names[number] for number in batches.indices(step - len(finite) + index))
             progress.say(f"step {step - len(finite) + index + 1} left out: loss {scalars['loss'][index]} on {names}")
+        window.extend(np.stack([scalars["loss"], scalars["gradient_norm"]], axis=1)[finite].tolist())
+
+    def log_window(step: int) -> float | None:
+        """Writes the means since the last call; returns that of the loss."""
+        loss, gradient_norm = np.mean(window, axis=0).tolist() if window else (None, None)
+        window.clear()
         # A step that is left out does not move the schedule.
         rate = rates(step - 1 - int(parallel.fetch(state.skipped)[0]))
-        if not finite.any():
-            return {"loss": None, "gradient_norm": None, **rate}
-        return {name: float(np.mean(scalars[name][finite])) for name in ("loss", "gradient_norm")} | rate
+        means = {"loss": loss, "gradient_norm": gradient_norm, **rate}
+        log.write({"step": step, **means, "images_per_second": meter.images_per_second})
+        return loss
 
     shown = np.unique(np.linspace(0, len(evaluation.images) - 1, config.eval.pictures).astype(int)).tolist()
     done, unread = first, []
@@ -166,10 +173,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     jax.block_until_ready(state)
                     meter.restart(done)
                 if done % config.train.log_every == 0 or is_last:
-                    values = read(done)
+                    read(done)
                     meter.lap(done)
-                    log.write({"step": done, **values, "images_per_second": meter.images_per_second})
-                    progress.show(done, values["loss"], meter)
+                    progress.show(done, log_window(done), meter)
+                    stop.agree()
                 if _evaluation_is_due(done, config):
                     read(done)
                     score = measure(done)[0]["mean_iou"]
@@ -177,7 +184,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     progress.say(
                         f"step {done}: mIoU {console.score(score)}{', the best so far' * (scores.step == done)}"
                     )
-                    if scores.step == done:
+                    if scores.step == done and is_lead():
                         weights = parts.weights_of(parallel.fetch(state))
                         record = about | {"step": done, "mean_iou": score}
                         checkpoint.save_weights(workdir / "best", weights, about=record)
@@ -198,7 +205,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             save(done)
             saved.close()
             console.stopped(done, config, workdir)
-            return BY_SIGNAL + stop.signal
+            return stop.exit_status
 
     result = summary | {
         "step": done,
