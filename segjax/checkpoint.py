@@ -111,8 +111,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or it holds float64 while jax_enable_x64 is off.
     """
     found = _find(folder)
-    weights, about = _read(found, WEIGHTS, ABOUT)
-    _refuse_changed(found, weights, about.get(HASH))
+    weights, about = load_weights(found)
     try:
         record = about["model"]
         param_dtype = jnp.dtype(record["param_dtype"])
@@ -133,6 +132,18 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
         listed = "\n".join(differing)
         raise CheckpointError(f"{found}: its weights do not fit its own record of {record['name']}:\n{listed}")
     return from_values(model, weights)
+
+
+def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Arrays by dotted name, and the record beside them, of any folder that `load_model` takes.
+
+    Raises:
+      CheckpointError: no checkpoint of segjax is there, or it is damaged.
+    """
+    found = _find(folder)
+    weights, about = _read(found, WEIGHTS, ABOUT)
+    _refuse_changed(found, weights, about.get(HASH))
+    return weights, about
 
 
 def holds_float64(folder: Path) -> bool:

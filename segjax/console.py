@@ -69,8 +69,8 @@ def stopped(step: int, config: ConfigDict, workdir: Path) -> None:
     say("  to go on: the same command again")
 
 
-def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
-    """The table of classes and where the files are."""
+def table(result: Mapping, spec: specs.DatasetSpec) -> None:
+    """IoU by class, and the means."""
     say("")
     ious = zip(spec.label_names, result["per_class_iou"], strict=True)
     cells = [f"{name:<20.20} {score(iou):>6}" for name, iou in ious]
@@ -81,9 +81,14 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
         say(f"{cells[row]}      {right}".rstrip())
     say("")
     say(f"mIoU {score(result['mean_iou'])}   pixel accuracy {score(result['pixel_accuracy'])}   step {result['step']}")
+
+
+def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
+    """The table of classes and where the files are."""
+    table(result, spec)
     if result["images_per_second"]:
         say(f"trained at {result['images_per_second']:.1f} images per second")
-    say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/")
+    say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/, tensorboard/")
 
 
 def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:

@@ -1,8 +1,18 @@
-"""Evaluation as published: logits enlarged to the label's size, argmax, one confusion matrix over all images."""
+"""Evaluation as published: logits enlarged to the label's size, argmax, one confusion matrix over all images.
+
+    python -m segjax.evaluate --workdir DIR [--best]
+
+evaluates the last weights of a training, or its best ones, on the data and with the settings of that training.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -46,3 +56,57 @@ def evaluate(
     if pending is None:
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
     return confusion + count(*pending), kept
+
+
+def evaluate_run(workdir: Path, *, best: bool) -> dict[str, object]:
+    """Evaluates what a training has saved, as the training itself does, and prints the table of classes.
+
+    Returns:
+      `metrics.summarise`, and "step".
+
+    Raises:
+      CheckpointError: there is nothing saved, or it is damaged. ValueError: its data cannot be used.
+    """
+    from ml_collections import ConfigDict
+
+    from segjax import checkpoint, console, parts
+    from segjax.data.augment import normalise
+    from segjax.step import Parallel, eval_step
+
+    weights, about = checkpoint.load_weights(workdir / "best" if best else workdir)
+    config = ConfigDict(about["config"])
+    _, evaluation, spec = parts.load_data(config)
+    parallel = Parallel("jit")
+    skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=False)
+    arrays = parallel.replicate([{name: weights[name] for name in part} for part in skeleton.arrays()])
+    predict = partial(parallel.compile_eval(partial(eval_step, skeleton, normalise)), *arrays)
+    console.say(f"evaluating step {about['step']} on {len(evaluation.images)} images ({config.data.eval_split}) ...")
+    confusion, _ = evaluate(predict, evaluation, spec, batch_size=config.eval.batch)
+    summary = metrics.summarise(confusion) | {"step": about["step"]}
+    console.table(summary, spec)
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from segjax import console, runtime
+
+    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training")
+    parser.add_argument("--best", action="store_true", help="the weights of its best evaluation, not the last ones")
+    options = parser.parse_args(arguments)
+    runtime.prepare()
+    try:
+        summary = evaluate_run(options.workdir, best=options.best)
+    except (ValueError, OSError) as error:
+        print(f"segjax.evaluate: {error}", file=sys.stderr)
+        return 2
+    result = options.workdir / "result.json"
+    if result.exists() and not options.best:
+        recorded = json.loads(result.read_text())
+        same = all(recorded[key] == summary[key] for key in summary)
+        console.say(f"{'exactly' if same else 'NOT'} what {result} says (mIoU {console.score(recorded['mean_iou'])})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,7 +112,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     def save(step: int) -> None:
         log.cut(step)
         host = parallel.fetch(state)
-        record = about | {"scores": dataclasses.asdict(scores), "window": window}
+        record = about | {"step": step, "scores": dataclasses.asdict(scores), "window": window}
         saved.save(step, parts.weights_of(host), parts.training_of(host), record)
 
     def measure(step: int) -> tuple[dict, dict[int, np.ndarray]]:
@@ -124,6 +124,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
         for number, labels in kept.items():
             log.picture(step, *_sample(evaluation, number), labels, spec)
         return summary, kept
+
+    def judged(step: int, summary: dict) -> float | None:
+        """The mean IoU; the weights that reached the best one are kept in best/."""
+        nonlocal scores
+        score = summary["mean_iou"]
+        scores = scores.after(step, score)
+        if scores.step == step and config.eval.every and is_lead():
+            weights = parts.weights_of(parallel.fetch(state))
+            checkpoint.save_weights(workdir / "best", weights, about=about | {"step": step, "mean_iou": score})
+        return score
 
     def read(step: int) -> None:
         """Puts what the last steps gave into `window`. It waits for the device, hence not at every step."""
@@ -162,7 +172,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         try:
             if _evaluation_is_due(first, config) and log.evaluated(first) is None:
                 # The run was stopped while it evaluated.
-                scores = scores.after(first, measure(first)[0]["mean_iou"])
+                judged(first, measure(first)[0])
             while done < config.train.steps and not stop.requested and not scores.given_up(config.eval.patience):
                 state, scalars = step_fn(state, batches.at(done), key)
                 unread.append(scalars)
@@ -179,15 +189,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     stop.agree()
                 if _evaluation_is_due(done, config):
                     read(done)
-                    score = measure(done)[0]["mean_iou"]
-                    scores = scores.after(done, score)
+                    score = judged(done, measure(done)[0])
                     progress.say(
                         f"step {done}: mIoU {console.score(score)}{', the best so far' * (scores.step == done)}"
                     )
-                    if scores.step == done and is_lead():
-                        weights = parts.weights_of(parallel.fetch(state))
-                        record = about | {"step": done, "mean_iou": score}
-                        checkpoint.save_weights(workdir / "best", weights, about=record)
                     meter.restart(done)
                 if done % config.checkpoint.every == 0 or is_last or scores.given_up(config.eval.patience):
                     read(done)
@@ -200,6 +205,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             console.say(f"evaluating on {len(evaluation.images)} images ({config.data.eval_split}) ...")
             log.begin_final(done)
             summary, predicted = measure(done)
+            judged(done, summary)
         except console.StoppedError:
             read(done)
             save(done)
@@ -210,7 +216,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     result = summary | {
         "step": done,
         "stopped_early": done < config.train.steps,
-        "best": scores.after(done, summary["mean_iou"]).best,
+        "best": {"step": scores.step, "mean_iou": scores.best},
         "images_per_second": meter.images_per_second,
         "config": plain(config),
         "params_sha256": params_sha256(parallel.fetch(state.evaluated[0])),
