@@ -43,7 +43,7 @@ def evaluate(
 
     def count(labels, numbers, predicted):
         predicted = np.asarray(predicted)[: len(numbers)]
-        kept.update({number: predicted[row] for row, number in enumerate(numbers) if number in keep})
+        kept.update({number: predicted[row] for row, number in enumerate(numbers.tolist()) if number in keep})
         return metrics.confusion_matrix(
             labels[: len(numbers)], predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
         )

@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import common
-from segjax import evaluate, optim
+from segjax import evaluate, optim, runtime
 from segjax.data import specs
 from segjax.data.augment import augment
 from segjax.data.pipeline import StreamBatches, TrainBatches, load, order
@@ -108,5 +108,7 @@ def _order(step):
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)
+    runtime.prepare()
     jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
     print(json.dumps({kind: results(Parallel(kind)) for kind in ("jit", "pmap")}))

@@ -16,6 +16,8 @@ from segjax.step import Parallel
 
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def of_two():
@@ -43,7 +45,7 @@ def of_two():
 
 
 @pytest.fixture(scope="module")
-def of_one():
+def of_one(quick_compile):
     return processes.results(Parallel("jit", jax.devices()[:1]))
 
 

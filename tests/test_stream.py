@@ -130,7 +130,7 @@ def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
                 )
                 for ours, expected in zip(one, other, strict=True):
                     np.testing.assert_array_equal(ours, expected)
-                assert len(np.unique(one[1])) == 6  # five classes, and some padding
+                assert {0, 1, 2, 3, 4} <= set(np.unique(one[1]).tolist())
 
 
 def test_no_more_than_a_window_of_a_large_image_is_sent():

@@ -78,9 +78,11 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
     name, size = records.names[number], tuple(records.sizes[number].tolist())
     try:
         image, label = records[number]
+    except RecordError:
+        raise
     except BaseException as error:
         # BaseException, because what ends a thread in silence would leave the training waiting for it.
-        raise RecordError(f"{name} cannot be read: {error or type(error).__name__}") from error
+        raise RecordError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
     # np.shape, because what could not be decoded may be None.
     shapes = np.shape(image), np.shape(label)
     if shapes != ((*size, 3), size):
@@ -104,7 +106,7 @@ def load(records: Records, *, ignore_label: int) -> specs.Split:
 
 
 class CachedRecords:
-    """Records of which as many as fit into `limit` bytes stay in memory, decoded.
+    """Records, read by `read`, of which as many as fit into `limit` bytes stay in memory, decoded.
 
     What is kept stays: where every image comes up once an epoch, making room for the newest would drop each one just
     before it is asked for again.
@@ -122,7 +124,7 @@ class CachedRecords:
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number in self._kept:
             return self._kept[number]
-        image, label = self._records[number]
+        image, label = read(self._records, number)
         size = image.nbytes + label.nbytes
         with self._lock:
             if number not in self._kept and size <= self._free:
@@ -198,7 +200,7 @@ class TrainBatches:
 class _WindowLoader:
     """Makes this process's part of a step's batch, in host memory."""
 
-    records: Records
+    records: CachedRecords
     order: Callable[[int], np.ndarray]  # step -> numbers of the images (B,)
     rows: np.ndarray  # int32 (b,), those of the batch that this process makes
     draw: Callable[[np.int32, np.ndarray], Crops]  # step, sizes (b, 2) -> crops of these rows
@@ -211,7 +213,7 @@ class _WindowLoader:
         shape = (len(numbers), *self.window)
         images, labels = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
         for row, (number, (top, left)) in enumerate(zip(numbers, crops.origin, strict=True)):
-            for windows, whole in zip((images, labels), read(self.records, number), strict=True):
+            for windows, whole in zip((images, labels), self.records[number], strict=True):
                 part = whole[top : top + shape[1], left : left + shape[2]]
                 windows[row, : part.shape[0], : part.shape[1]] = part
         return {"image": images, "label": labels, "size": sizes, "position": self.rows, "crop": crops}
