@@ -40,6 +40,32 @@ def save_prediction(
     _save(figure, path)
 
 
+def save_samples(
+    path: Path, images: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, titles: Sequence[str]
+) -> None:
+    """One PNG of images, each beside its label, and the classes that occur; what is ignored is striped.
+
+    Args:
+      images: uint8 (B, H, W, 3). labels: train ids (B, H, W).
+    """
+    pairs = 2 if len(images) > 1 else 1
+    rows = -(-len(images) // pairs)
+    height, width = labels.shape[1:]
+    panel = 3.6  # inches
+    figure = _figure(2 * pairs * panel, rows * (panel * height / width + 0.25) + 0.8)
+    panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
+    for axis in panels.flat:
+        axis.axis("off")
+    stripes = np.add.outer(np.arange(height), np.arange(width)) // 3 % 2 * 255
+    for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
+        ignored = label == spec.ignore_label
+        left.imshow(image, interpolation="nearest")
+        left.set_title(title, fontsize=8, loc="left")
+        right.imshow(np.where(ignored[..., None], stripes[..., None], colourise(label, spec)), interpolation="nearest")
+    _legend(figure, [k for k in np.unique(labels) if k != spec.ignore_label], spec, ignored=spec.ignore_label in labels)
+    _save(figure, path)
+
+
 def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
     """Loss and learning rate over steps, and mean IoU where it was measured, as one PNG."""
     figure = _figure(7.0, 3.6)
@@ -78,10 +104,12 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec) -> None:
+def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored: bool = False) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=np.array(spec.label_colors[k]) / 255, label=spec.label_names[k]) for k in classes]
+    if ignored:
+        patches.append(Patch(facecolor="white", edgecolor="black", hatch="//////", label="ignored"))
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(max(len(patches), 1), 10), fontsize=7, frameon=False
     )

@@ -18,8 +18,14 @@ from segjax.state import Skeleton, TrainState
 
 AXIS = "data"
 
-# An augmentation: (keys (B,), {"image", "label", "size"}) -> (normalised images (B, h, w, 3), labels (B, h, w)).
+# An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, 3), labels (B, h, w)).
 Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
+
+
+def step_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a step draws from: a key (B,) for each sample at `positions` of the batch, and one for dropout."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+    return jax.vmap(partial(jax.random.fold_in, augment_key))(positions), dropout_key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,8 +62,8 @@ class TrainStep:
         """The next state, and scalars "loss", "gradient_norm" (before clipping) and "stopped".
 
         Args:
-          batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2), "position" int32 (B,): each
-            sample's place in the whole batch, from which its random numbers follow, whatever device it is on.
+          batch: what `augment` takes, and "position" int32 (B,): each sample's place in the whole batch, from which its
+            random numbers follow, whatever device it is on.
           key: of the run; the step's own is folded from it.
           axis_name: of the mapped axis under pmap.
         """
@@ -83,8 +89,7 @@ class TrainStep:
 
     def inputs(self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         """Augmented images and labels, and the key of the model's own random streams."""
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        sample_keys = jax.vmap(partial(jax.random.fold_in, augment_key))(batch["position"])
+        sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
         return *self.augment(sample_keys, batch), dropout_key
 
     def gradients(self, state, images, labels, counts, dropout_key):
@@ -167,7 +172,8 @@ class Parallel:
     """Where arrays live and how a step body is compiled: `jit` over a data mesh, or `pmap`.
 
     Both give the numbers of one device with the whole batch: under jit the compiler sees whole arrays; under pmap the
-    body sums over the named axis, and the model's layers do where they need to.
+    body sums over the named axis, and the model's layers do where they need to. Of several processes each one calls the
+    same; arrays of `jit` span them all, while those of `pmap` are the process's own part.
     """
 
     def __init__(self, kind: str, devices: list[jax.Device] | None = None):
@@ -176,6 +182,9 @@ class Parallel:
         self.kind = kind
         self.devices = jax.devices() if devices is None else devices
         mesh = Mesh(np.array(self.devices), (AXIS,))
+        self.own_devices = list(mesh.local_mesh.devices)
+        if kind == "pmap":
+            mesh = mesh.local_mesh
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.split = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -192,7 +201,7 @@ class Parallel:
         """The same arrays on every device: under pmap with a leading axis of devices."""
         if self.kind == "jit":
             return jax.device_put(tree, self.whole)
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.devices), *jnp.shape(x))), tree)
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.own_devices), *jnp.shape(x))), tree)
         return jax.device_put(stacked, self.split)
 
     def fetch(self, tree):
@@ -205,14 +214,30 @@ class Parallel:
         rows = [{name: np.ravel(value)[0] for name, value in row.items()} for row in jax.device_get(steps)]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
-    def batch(self, gather: Callable) -> Callable:
-        """Compiles `gather(arrays, indices (B,))` -> arrays (B, ...), whose result is spread over the devices."""
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Which rows of a batch the devices of this process hold, in their order: int64 (b,)."""
+        share = batch_size // len(self.devices)
+        own = [place for place, device in enumerate(self.devices) if device in self.own_devices]
+        return np.concatenate([np.arange(place * share, (place + 1) * share) for place in own])
 
-        def shaped(arrays, indices):
-            batch = gather(arrays, indices)
-            if self.kind == "jit":
-                return batch
-            return jax.tree.map(lambda x: x.reshape(len(self.devices), -1, *x.shape[1:]), batch)
+    def spread(self, batch):
+        """Arrays (b, ...) of this process's `rows` -> the whole batch on the devices, as `compile_train` takes it."""
+        if self.kind == "jit":
+            return jax.make_array_from_process_local_data(self.split, batch)
+        return jax.device_put(jax.tree.map(self._by_device, batch), self.split)
+
+    def _by_device(self, array):
+        return array.reshape(len(self.own_devices), -1, *array.shape[1:])
+
+    def batch(self, gather: Callable) -> Callable:
+        """Compiles `gather(arrays, rows (b,)) -> arrays (b, ...)`, whose result is spread over the devices.
+
+        Under jit `rows` are those of the whole batch, under pmap those of this process.
+        """
+
+        def shaped(arrays, rows):
+            batch = gather(arrays, rows)
+            return batch if self.kind == "jit" else jax.tree.map(self._by_device, batch)
 
         return jax.jit(shaped, out_shardings=self.split)
 

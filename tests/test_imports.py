@@ -11,7 +11,17 @@ REPO = Path(__file__).parents[1]
 # What only commands and the loop may lean on. `runtime` changes the process, which no library call may do.
 ABOVE = ("segjax.loop", "segjax.console", "segjax.runtime", "configs", "train")
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
-LATE = ("torch", "tensorflow", "tensorflow_datasets", "cv2", "orbax", "matplotlib", "safetensors", "array_record")
+LATE = (
+    "torch",
+    "tensorflow",
+    "tensorflow_datasets",
+    "cv2",
+    "orbax",
+    "matplotlib",
+    "safetensors",
+    "array_record",
+    "grain",
+)
 
 
 def module_name(path):

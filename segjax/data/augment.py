@@ -6,10 +6,30 @@ pad. Padding comes last, so that a padded pixel is 0 after normalisation and car
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segjax.data import specs
+
+
+class Crops(NamedTuple):
+    """Where the crop of each sample lies, and which part of its image is there to take it from.
+
+    Attributes:
+      scaled: int32 (B, 2), height and width of the scaled image.
+      offset: int32 (B, 2), the crop's first row and column in the scaled image.
+      flip: bool (B,).
+      origin: int32 (B, 2), row and column of the image that the stored pixels begin with; 0 where all of it is stored.
+    """
+
+    scaled: jax.Array
+    offset: jax.Array
+    flip: jax.Array
+    origin: jax.Array
 
 
 def normalise(images: jax.Array) -> jax.Array:
@@ -25,49 +45,84 @@ def augment(
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of what is not
-        padding.
+      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image.
+        What is stored beyond it is never seen. "crop" is there where the crops were drawn ahead, from the same keys and
+        by `draw_crops`, because no more than a window of each image was sent.
       settings: the `augment` part of a config.
 
     Returns:
       float32 (B, h, w, 3), normalised, and uint8 (B, h, w); (h, w) is settings.crop.
     """
+    crops = batch["crop"] if "crop" in batch else draw_crops(keys, batch["size"], settings)
 
-    def one(key, image, label, size):
-        geometry, photometry = jax.random.split(key)
-        image, label, inside = _scale_crop_flip(geometry, image, label, size, settings, ignore_label)
+    def one(key, image, label, size, crop):
+        image, label, inside = _scale_crop_flip(image, label, size, crop, settings.crop, ignore_label)
         if settings.photometric:
+            _, photometry = jax.random.split(key)
             image = distort(photometry, image)
         return jnp.where(inside[..., None], normalise(image), 0.0), label
 
-    return jax.vmap(one)(keys, batch["image"], batch["label"], batch["size"])
+    return jax.vmap(one)(keys, batch["image"], batch["label"], batch["size"], crops)
 
 
-def _scale_crop_flip(key, image, label, size, settings, ignore_label):
+def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
+    """Scale, place and flip of each sample, by its key (B,) and the size (B, 2) of its image."""
+
+    def one(key, size):
+        geometry, _ = jax.random.split(key)
+        scale_key, *offset_keys, flip_key = jax.random.split(geometry, 4)
+        scale = jax.random.uniform(scale_key, minval=settings.scale[0], maxval=settings.scale[1])
+        scaled = jnp.maximum(jnp.round(size * scale).astype(jnp.int32), 1)
+        room = jnp.maximum(scaled - jnp.array(settings.crop), 0)
+        offset = [jax.random.randint(key, (), 0, most + 1) for key, most in zip(offset_keys, room, strict=True)]
+        flip = jax.random.bernoulli(flip_key, settings.flip)
+        return Crops(scaled, jnp.stack(offset).astype(jnp.int32), flip, jnp.zeros(2, jnp.int32))
+
+    return jax.vmap(one)(keys, sizes)
+
+
+# Pixels beside those between the first and the last position of a crop: one in front and one behind that interpolation
+# reaches, as much again because the device rounds positions on its own, and one because a fence has one more post.
+_MARGIN = 5
+
+
+def window_size(sizes: np.ndarray, settings) -> tuple[int, int]:
+    """Height and width of the part of an image that is enough for any crop of any image of the sizes (N, 2)."""
+    # A scaled side is rounded, by half a pixel at most, before its pixels are spread over the image.
+    needed = (math.ceil((side + 0.5) / settings.scale[0]) + _MARGIN for side in settings.crop)
+    return tuple(min(side, int(largest)) for side, largest in zip(needed, sizes.max(axis=0), strict=True))
+
+
+def with_origins(crops: Crops, sizes: np.ndarray, window: tuple[int, int]) -> Crops:
+    """The same crops, to be taken from windows (h, w) of images of the sizes (B, 2); on the host."""
+    scaled, offset, flip, _ = map(np.asarray, crops)
+    first = np.floor((offset + 0.5) * (sizes / scaled) - 0.5).astype(np.int32) - _MARGIN // 2
+    origin = np.clip(first, 0, np.maximum(sizes - window, 0)).astype(np.int32)
+    return Crops(scaled, offset, flip, origin)
+
+
+def _scale_crop_flip(image, label, size, crop, lengths, ignore_label):
     """-> float32 (h, w, 3) in 0..255, uint8 (h, w), bool (h, w): what is not padding."""
-    scale_key, top_key, left_key, flip_key = jax.random.split(key, 4)
-    scale = jax.random.uniform(scale_key, minval=settings.scale[0], maxval=settings.scale[1])
-    scaled = jnp.maximum(jnp.round(size * scale).astype(jnp.int32), 1)
-    rows, rows_inside = _source_positions(top_key, settings.crop[0], size[0], scaled[0], flip=False)
-    flip = jax.random.bernoulli(flip_key, settings.flip)
-    columns, columns_inside = _source_positions(left_key, settings.crop[1], size[1], scaled[1], flip=flip)
+    rows, rows_inside = _source_positions(lengths[0], size[0], crop.scaled[0], crop.offset[0], flip=False)
+    columns, columns_inside = _source_positions(lengths[1], size[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
     # One axis after the other: two small gathers instead of four of every pixel.
-    resampled = _interpolate(_interpolate(image.astype(jnp.float32), rows, size[0], axis=0), columns, size[1], axis=1)
-    nearest = label[_nearest(rows, size[0])][:, _nearest(columns, size[1])]
+    resampled = _interpolate(image.astype(jnp.float32), rows, size[0], crop.origin[0], axis=0)
+    resampled = _interpolate(resampled, columns, size[1], crop.origin[1], axis=1)
+    nearest = label[_nearest(rows, size[0]) - crop.origin[0]][:, _nearest(columns, size[1]) - crop.origin[1]]
     inside = rows_inside[:, None] & columns_inside[None, :]
     return resampled, jnp.where(inside, nearest, ignore_label).astype(jnp.uint8), inside
 
 
-def _source_positions(key, length, size, scaled, *, flip):
+def _source_positions(length, size, scaled, offset, *, flip):
     """Where the pixels of a crop lie in the source along one axis.
 
     Args:
-      length: of the crop. size: of the image. scaled: of the scaled image. flip: mirrors what is inside.
+      length: of the crop. size: of the image. scaled: of the scaled image. offset: of the crop in it. flip: mirrors
+        what is inside.
 
     Returns:
       float32 (length,) positions in source pixels, half-pixel centres as in cv2.resize; bool (length,) inside.
     """
-    offset = jax.random.randint(key, (), 0, jnp.maximum(scaled - length, 0) + 1)
     inside_length = jnp.minimum(length, scaled - offset)
     target = jnp.arange(length)
     mirrored = jnp.where(flip, inside_length - 1 - target, target)
@@ -75,15 +130,15 @@ def _source_positions(key, length, size, scaled, *, flip):
     return position, target < inside_length
 
 
-def _interpolate(image, positions, size, *, axis):
-    """Linear interpolation along `axis` at `positions`, edges repeated."""
+def _interpolate(image, positions, size, origin, *, axis):
+    """Linear interpolation along `axis` at `positions`, edges repeated; `image` begins at `origin`."""
     position = jnp.clip(positions, 0, size - 1)
     before = jnp.floor(position).astype(jnp.int32)
     after = jnp.minimum(before + 1, size - 1)
     shape = [1, 1, 1]
     shape[axis] = -1
     weight = (position - before).reshape(shape)
-    return jnp.take(image, before, axis) * (1 - weight) + jnp.take(image, after, axis) * weight
+    return jnp.take(image, before - origin, axis) * (1 - weight) + jnp.take(image, after - origin, axis) * weight
 
 
 def _nearest(positions, size):

@@ -1,63 +1,396 @@
-"""Batches: for training from arrays that live on the device, for evaluation image by image in groups of one size."""
+"""Batches: for training from the device's memory or streamed from disk, for evaluation in groups of one size.
+
+A dataset comes as a `Split`, which is all in memory, or as `Records`, which are decoded when they are asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from segjax.data import specs
-from segjax.step import Parallel
+from segjax.data.augment import Crops, draw_crops, window_size, with_origins
+from segjax.step import Parallel, step_keys
+
+THREADS = min(16, os.cpu_count() or 1)  # OpenCV decodes, and NumPy copies, outside the interpreter's lock
+
+
+class RecordError(ValueError):
+    """An image or a label that cannot be used; the message names it."""
+
+
+class Records(Protocol):
+    """A split on disk. Several threads read at once.
+
+    Attributes:
+      sizes: int32 (N, 2), height and width of each image.
+      names: N names, for messages and file names.
+    """
+
+    sizes: np.ndarray
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 image (H, W, 3), RGB, and uint8 label (H, W), train ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRecords:
+    """The images of a split without the padding that they are stored with."""
+
+    split: specs.Split
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.split.sizes
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.split.names
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        height, width = self.split.sizes[number]
+        return self.split.images[number, :height, :width], self.split.labels[number, :height, :width]
+
+
+def records_of(data: specs.Split | Records) -> Records:
+    return SplitRecords(data) if isinstance(data, specs.Split) else data
+
+
+def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One image and its label; RecordError, which names it, whatever goes wrong."""
+    name, size = records.names[number], tuple(records.sizes[number].tolist())
+    try:
+        image, label = records[number]
+    except RecordError:
+        raise
+    except BaseException as error:
+        # BaseException, because what ends a thread in silence would leave the training waiting for it.
+        raise RecordError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
+    # np.shape, because what could not be decoded may be None.
+    shapes = np.shape(image), np.shape(label)
+    if shapes != ((*size, 3), size):
+        raise RecordError(f"{name} should be of size {size}, but its image and label have the shapes {shapes}")
+    return image, label
+
+
+def load(records: Records, *, ignore_label: int) -> specs.Split:
+    """Reads all of it into memory, padded to the largest image: 4 * N * H * W bytes."""
+    canvas = (len(records), *records.sizes.max(axis=0))
+    images, labels = np.zeros((*canvas, 3), np.uint8), np.full(canvas, ignore_label, np.uint8)
+
+    def fill(number: int) -> None:
+        height, width = records.sizes[number]
+        images[number, :height, :width], labels[number, :height, :width] = read(records, number)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(fill, range(len(records))):
+            pass
+    return specs.Split(images, labels, records.sizes, tuple(records.names))
+
+
+class CachedRecords:
+    """Records, read by `read`, of which as many as fit into `limit` bytes stay in memory, decoded.
+
+    What is kept stays: where every image comes up once an epoch, making room for the newest would drop each one just
+    before it is asked for again.
+    """
+
+    def __init__(self, records: Records, limit: float):
+        self._records, self._free = records, limit
+        self.sizes, self.names = records.sizes, records.names
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number in self._kept:
+            return self._kept[number]
+        image, label = read(self._records, number)
+        size = image.nbytes + label.nbytes
+        with self._lock:
+            if number not in self._kept and size <= self._free:
+                self._kept[number] = image, label
+                self._free -= size
+        return image, label
+
+
+def _ahead(items, work: Callable, *, threads: int):
+    """Grain's dataset of `work(item)` in the order of the items, computed ahead by threads."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    return grain.MapDataset.source(items).map(work).to_iter_dataset(options)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which images step `step` (from 0) trains on: int64 (B,).
+
+    The samples are one endless row of permutations, a new one each epoch, so that every image comes up once per epoch
+    also where the batch does not divide their number.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = np.divmod(positions, num_images)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_images) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
 class TrainBatches:
     """Training batches as a pure function of (seed, step): a resumed run needs to know nothing but its step.
 
-    The split lies on every device as uint8. The samples are one endless row of permutations, a new one each epoch, so
-    that every image comes up once per epoch also where the batch does not divide their number.
+    The split lies on every device as uint8. Here nothing ever waits; `waited` and `close` are there because a stream
+    has them.
     """
+
+    waited = 0.0
 
     def __init__(self, split: specs.Split, *, batch_size: int, seed: int, parallel: Parallel):
         parallel.check(batch_size)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_images = len(split.images)
-        resident = jax.device_put((split.images, split.labels, split.sizes), parallel.whole)
+        self.indices = partial(order, num_images=len(split.images), batch_size=batch_size, seed=seed)
 
-        def gather(resident, indices):
+        def everywhere(array):
+            # Not device_put, which sends an array between all processes to see whether it is the same in each.
+            return jax.make_array_from_callback(array.shape, parallel.whole, lambda index: array[index])
+
+        def gather(resident, rows):
+            indices, position = rows
             images, labels, sizes = (jnp.take(array, indices, axis=0) for array in resident)
-            position = jnp.arange(batch_size, dtype=jnp.int32)
             return {"image": images, "label": labels, "size": sizes, "position": position}
 
-        self._gather, self._resident = parallel.batch(gather), resident
-
-    def indices(self, step: int) -> np.ndarray:
-        """Which images step `step` (from 0) trains on: int64 (B,)."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = np.divmod(positions, self.num_images)
-        orders = {
-            epoch: np.random.default_rng([self.seed, epoch]).permutation(self.num_images) for epoch in np.unique(epochs)
-        }
-        return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+        self._positions = np.arange(batch_size) if parallel.kind == "jit" else parallel.rows(batch_size)
+        self._gather, self._resident = parallel.batch(gather), jax.tree.map(everywhere, tuple(split[:3]))
 
     def at(self, step: int) -> dict[str, jax.Array]:
         """The batch of step `step`, on the devices: image, label, size and position in the batch."""
-        return self._gather(self._resident, self.indices(step))
+        rows = self.indices(step)[self._positions], self._positions.astype(np.int32)
+        return self._gather(self._resident, rows)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
 
 
-def evaluation_batches(split: specs.Split, *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every image once, at its own size, without the padding it is stored with.
+@dataclasses.dataclass(frozen=True)
+class _WindowLoader:
+    """Makes this process's part of a step's batch, in host memory."""
+
+    records: CachedRecords
+    order: Callable[[int], np.ndarray]  # step -> numbers of the images (B,)
+    rows: np.ndarray  # int32 (b,), those of the batch that this process makes
+    draw: Callable[[np.int32, np.ndarray], Crops]  # step, sizes (b, 2) -> crops of these rows
+    window: tuple[int, int]
+
+    def __call__(self, step: int) -> dict[str, object]:
+        numbers = self.order(step)[self.rows]
+        sizes = self.records.sizes[numbers]
+        crops = with_origins(self.draw(np.int32(step), sizes), sizes, self.window)
+        shape = (len(numbers), *self.window)
+        images, labels = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
+        for row, (number, (top, left)) in enumerate(zip(numbers, crops.origin, strict=True)):
+            for windows, whole in zip((images, labels), self.records[number], strict=True):
+                part = whole[top : top + shape[1], left : left + shape[2]]
+                windows[row, : part.shape[0], : part.shape[1]] = part
+        return {"image": images, "label": labels, "size": sizes, "position": self.rows, "crop": crops}
+
+
+def _compiled_draw(key: jax.Array, rows: np.ndarray, settings) -> Callable[[np.int32, np.ndarray], Crops]:
+    """`(step, sizes (b, 2)) -> Crops` as the training step draws them, computed on the host."""
+    key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
+
+    def draw(key, step, sizes):
+        sample_keys, _ = step_keys(key, step, rows)
+        return draw_crops(sample_keys, sizes, settings)
+
+    # Compiled here, since the threads that call it do not know of a `jax.enable_x64` around this one.
+    compiled = jax.jit(draw).lower(key, np.int32(0), np.zeros((len(rows), 2), np.int32)).compile()
+    return partial(compiled, key)
+
+
+class StreamBatches:
+    """The batches of `TrainBatches`, bit for bit after `augment`, of records that need not fit into any memory.
+
+    The crop of a sample follows from the run's key: so it is drawn ahead, and only the window of the image that it is
+    taken from goes to the device. Threads decode and cut; one more sends batches to the devices, where two wait at
+    most. Of several processes each reads what its own devices train on.
+
+    Attributes:
+      waited: seconds that `at` has waited for images.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        *,
+        batch_size: int,
+        seed: int,
+        parallel: Parallel,
+        settings,
+        key: jax.Array,
+        start: int = 0,
+        threads: int = THREADS,
+        cache_bytes: float = 0,
+    ):
+        """Begins to read.
+
+        Args:
+          settings: the `augment` part of a config.
+          key: of the run, as `train_step` gets it.
+          start: the step that `at` will first be asked for.
+          cache_bytes: of decoded images that are kept in memory.
+        """
+        parallel.check(batch_size)
+        rows = parallel.rows(batch_size).astype(np.int32)
+        self.waited = 0.0
+        self.indices = partial(order, num_images=len(records), batch_size=batch_size, seed=seed)
+        # Apart from this object, which running threads would otherwise hold on to, and it on to them.
+        self._load = _WindowLoader(
+            CachedRecords(records, cache_bytes),
+            self.indices,
+            rows,
+            _compiled_draw(key, rows, settings),
+            window_size(records.sizes, settings),
+        )
+        self._threads, self._spread = threads, parallel.spread
+        self._batches = None
+        self._go_to(start)
+
+    def _go_to(self, step: int) -> None:
+        import grain
+
+        self.close()
+        endless = range(step, step + 2**62)
+        placed = _ahead(endless, self._load, threads=self._threads).map(self._spread)
+        self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=1))
+        self._batches.start_prefetch()
+        self._next = step
+
+    def at(self, step: int) -> dict[str, object]:
+        """The batch of step `step`, on the devices. Steps are best asked for one after the other; others start anew.
+
+        Raises:
+          RecordError: an image or a label cannot be used.
+        """
+        since = time.perf_counter()
+        if self._batches is None or step != self._next:
+            self._go_to(step)
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        self._next = step + 1
+        self.waited += time.perf_counter() - since
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads: they end with the batch that they are at."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __enter__(self) -> StreamBatches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def batches_for(
+    data: specs.Split | Records,
+    *,
+    resident_gb: float,
+    cache_gb: float,
+    ignore_label: int,
+    batch_size: int,
+    seed: int,
+    parallel: Parallel,
+    settings,
+    key: jax.Array,
+    start: int,
+) -> tuple[TrainBatches | StreamBatches, str]:
+    """Training batches from the device's memory where `data` fits into `resident_gb` of it, else streamed.
+
+    Returns:
+      The batches, and a line that says which.
+    """
+    records = records_of(data)
+    height, width = records.sizes.max(axis=0).tolist()
+    gigabytes = 4 * len(records) * height * width / 1e9
+    if gigabytes <= resident_gb:
+        split = data if isinstance(data, specs.Split) else load(records, ignore_label=ignore_label)
+        batches = TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
+        return batches, f"on every device, {gigabytes:.2f} GB"
+    batches = StreamBatches(
+        records,
+        batch_size=batch_size,
+        seed=seed,
+        parallel=parallel,
+        settings=settings,
+        key=key,
+        start=start,
+        cache_bytes=1e9 * cache_gb,
+    )
+    return batches, f"streamed by {THREADS} threads, {cache_gb:g} of {gigabytes:.1f} GB are kept decoded"
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_batches(
+    data: specs.Split | Records, *, batch_size: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Every image once, at its own size, read ahead by threads.
+
+    Args:
+      part: (i, n) yields the i-th of n parts, of almost equal numbers of batches.
 
     Yields:
       uint8 (B, H, W, 3), uint8 (B, H, W) and int64 (n,) image numbers. Images of one size share batches; the last batch
       of a size repeats its last image up to B rows, and n < B says how many rows count.
+
+    Raises:
+      RecordError: an image or a label cannot be used.
     """
-    for size in np.unique(split.sizes, axis=0):
-        height, width = size
-        numbers = np.flatnonzero((split.sizes == size).all(axis=1))
-        for start in range(0, len(numbers), batch_size):
-            chosen = numbers[start : start + batch_size]
-            rows = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
-            yield split.images[rows, :height, :width], split.labels[rows, :height, :width], chosen
+    records = records_of(data)
+    groups = []
+    for size in np.unique(records.sizes, axis=0):
+        numbers = np.flatnonzero((records.sizes == size).all(axis=1))
+        groups += [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    groups = groups[part[0] :: part[1]]
+    if not groups:
+        return
+
+    def work(numbers):
+        pairs = [read(records, number) for number in numbers]
+        pairs += pairs[-1:] * (batch_size - len(pairs))
+        images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+        return images, labels, numbers
+
+    with contextlib.closing(iter(_ahead(groups, work, threads=THREADS))) as batches:
+        yield from batches

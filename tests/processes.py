@@ -1,0 +1,114 @@
+"""What `test_processes.py` runs in two processes of two devices each, and in one of one, to compare.
+
+python processes.py PORT NUMBER
+"""
+
+import json
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import common
+from segjax import evaluate, optim, runtime
+from segjax.data import specs
+from segjax.data.augment import augment
+from segjax.data.pipeline import StreamBatches, TrainBatches, load, order
+from segjax.state import Skeleton, TrainState
+from segjax.step import Parallel, train_step
+
+SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
+SETTINGS = SimpleNamespace(crop=(16, 20), scale=(0.5, 2.0), flip=0.5, photometric=True)
+BATCH, STEPS, SEED = 8, 3, 5
+
+
+class Noise:
+    """Records that tell which were read."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.sizes = rng.integers(20, 70, (30, 2)).astype(np.int32)
+        self.names = tuple(f"image{i}" for i in range(30))
+        self.pairs = [
+            (rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 5, size, dtype=np.uint8))
+            for size in self.sizes
+        ]
+        self.read = set()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, number):
+        self.read.add(int(number))
+        return self.pairs[number]
+
+
+class Colours(nnx.Module):
+    """Logits that are linear in a pixel's colour."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.array(np.random.default_rng(1).standard_normal((3, 5)), jnp.float32))
+        self.spec, self.size_multiple = None, 1
+
+    def __call__(self, images):
+        return images @ self.kernel[...], {}
+
+
+def trained(parallel, batches):
+    """Weights and losses after a few steps of SGD on these batches, as lists."""
+    settings: ConfigDict = common.get_config("folder").optim
+    settings.update(name="sgd", lr=0.5, warmup_steps=0)
+    skeleton = Skeleton(Colours())
+    params, _ = skeleton.arrays()
+    optimizer = optim.optimizer(settings, params, steps=10)
+    state = parallel.replicate(TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params)))
+    augmentation = partial(augment, settings=SETTINGS, ignore_label=SPEC.ignore_label)
+    step = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, SPEC.ignore_label, 0.4))
+    losses = []
+    for i in range(STEPS):
+        state, scalars = step(state, batches.at(i), jax.random.key(SEED))
+        losses.append(float(parallel.fetch(scalars)["loss"]))
+    return parallel.fetch(state).params["kernel"].tolist(), losses
+
+
+def results(parallel):
+    records = Noise()
+    split = load(records, ignore_label=255)
+    records.read.clear()
+    options = dict(batch_size=BATCH, seed=SEED, parallel=parallel)
+    streaming = dict(settings=SETTINGS, key=jax.random.key(SEED), threads=1)
+    with StreamBatches(records, **options, **streaming) as streamed:
+        from_stream = trained(parallel, streamed)
+    read = sorted(records.read)
+    confusion, kept = evaluate.evaluate(lambda images: images[..., 0] % 5, records, SPEC, batch_size=2, keep=range(30))
+    rows = parallel.rows(BATCH)
+    # More steps than could have been read ahead.
+    own = {int(number) for i in range(STEPS + 10) for number in _order(i)[rows]}
+    return {
+        "streamed": from_stream,
+        "resident": trained(parallel, TrainBatches(split, **options)),
+        "rows": rows.tolist(),
+        "read others": sorted(set(read) - own),
+        "read": len(read),
+        "confusion": confusion.tolist(),
+        "evaluated": sorted(kept),
+        "large sum": evaluate._sum_over_processes(np.array([2**40 + jax.process_index()])).tolist(),
+    }
+
+
+def _order(step):
+    return order(step, num_images=30, batch_size=BATCH, seed=SEED)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)
+    runtime.prepare()
+    jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+    print(json.dumps({kind: results(Parallel(kind)) for kind in ("jit", "pmap")}))
