@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-DATASETS = ("streets", "camvid", "folder")
+DATASETS = ("streets", "camvid", "cityscapes", "ade20k", "voc", "pet", "folder")
 
 
 def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
@@ -41,7 +41,8 @@ def get_config(dataset: str) -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = dataset
-    # Folder that camvid and folder are prepared from at first use (images/, labels/, classes.json).
+    # Folder that a dataset is prepared from at first use: the official archives or what they hold, and for camvid and
+    # folder images/, labels/ and classes.json. See segjax/data/builders.py.
     config.data.source = config_dict.placeholder(str)
     # Where prepared datasets are kept; unset is TFDS's own ~/tensorflow_datasets.
     config.data.dir = config_dict.placeholder(str)
@@ -165,6 +166,12 @@ def get_config(dataset: str) -> ConfigDict:
         # CamVid's images are 360x480; a larger crop would be mostly padding.
         config.augment.crop = (360, 480)
         config.train.steps = 20_000
+    elif dataset in ("cityscapes", "ade20k", "voc"):
+        # Of Cityscapes and VOC the labels of test are not published, and ADE20K's benchmark has none.
+        config.data.eval_split = "val"
+        if dataset == "cityscapes":
+            # SegFormer, section 4.1.
+            config.augment.crop = (1024, 1024)
     return config
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.data import builders, folder, specs
+from segjax.data import builders, codec, conversion, specs
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -42,7 +42,7 @@ def png(rows: np.ndarray, depth: int = 8, color_type: int = 0, extra: bytes = b"
     width = rows.reshape(height, -1).view(np.uint8).shape[1] * 8 // (depth * channels)
     header = png_header(width, height, depth, color_type)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return folder._PNG + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return codec.PNG + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def palette_png(mask: np.ndarray) -> bytes:
@@ -273,7 +273,7 @@ def test_nothing_but_the_dataset_is_left_on_the_disk(tree, data, monkeypatch):
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     path = prepare(tree, data).path
-    assert path == data / "segjax_folder" / path.parent.name / "1.0.0"
+    assert path == data / "segjax_folder" / path.parent.name / "1.1.0"
     kinds = {p.suffix or p.name.split(".")[1].split("-")[0] for p in data.rglob("*") if p.is_file()}
     assert kinds == {".json", ".array_record-00000-of-00001"} and not (data / "downloads").exists()
     assert not list(temporary.iterdir())
@@ -289,7 +289,7 @@ def test_the_data_directory_defaults_to_that_of_tfds(tree, data, monkeypatch):
 
 def test_an_unchanged_folder_is_not_prepared_again(tree, data, monkeypatch):
     first = prepare(tree, data)
-    monkeypatch.setattr(folder, "check_contents", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(conversion, "convert", lambda *_: pytest.fail("checked again"))
     assert prepare(tree, data) == first
 
 
@@ -336,7 +336,7 @@ def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, data):
 
 def test_camvid_once_prepared_needs_no_source(tiny_camvid, data):
     prepared = prepare(tiny_camvid, data, "camvid")
-    assert prepared.spec == specs.CAMVID and prepared.path == data / "segjax_camvid/1.0.0"
+    assert prepared.spec == specs.CAMVID and prepared.path == data / "segjax_camvid/1.1.0"
     shutil.rmtree(tiny_camvid)
     again = builders.prepare("camvid", source=None, data_dir=str(data))
     assert again == prepared and again.load("train").labels.max() == 11
@@ -455,13 +455,13 @@ REFUSED = {
     "truncated PNG": (bad_image(png(IMAGE, color_type=2)[:-20]), ["images/train/b.png: is truncated"]),
     "truncated JPEG": (bad_image(jpeg(random_image(0, (50, 70)))[:-100]), ["images/train/b.png: is truncated"]),
     "damaged PNG": (bad_image(png(IMAGE, color_type=2).replace(b"IDATx", b"IDATy")), ["train/b.png: is damaged at"]),
-    "PNG without header": (bad_image(folder._PNG + chunk(b"IEND", b"")), ["images/train/b.png: has no PNG header"]),
+    "PNG without header": (bad_image(codec.PNG + chunk(b"IEND", b"")), ["images/train/b.png: has no PNG header"]),
     "PNG without pixels": (
-        bad_mask(folder._PNG + png_header(7, 5) + chunk(b"IEND", b"")),
+        bad_mask(codec.PNG + png_header(7, 5) + chunk(b"IEND", b"")),
         ["labels/train/b.png: does not decode"],
     ),
     "PNG beyond OpenCV's limits": (
-        bad_mask(folder._PNG + png_header(1 << 16, 1 << 16) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")),
+        bad_mask(codec.PNG + png_header(1 << 16, 1 << 16) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")),
         ["labels/train/b.png: does not decode"],
     ),
     "no picture": (bad_image(b"GIF89a, or so"), ["images/train/b.png: begins with b'GIF89a, '"]),
@@ -566,8 +566,8 @@ def test_no_beginning_of_a_png_or_jpeg_passes_for_the_whole():
         plain[:2] + thumbnail + plain[2:],
         plain[:2] + b"\xff\xff" + thumbnail[1:] + plain[2:],
     ):
-        assert folder._damage(whole) is None and folder._damage(whole + b"trailing bytes") is None
-        assert all(folder._damage(whole[:length]) for length in range(len(whole)))
+        assert codec.damage(whole) is None and codec.damage(whole + b"trailing bytes") is None
+        assert all(codec.damage(whole[:length]) for length in range(len(whole)))
 
 
 def test_exif_that_turns_nothing_is_accepted(tree, data):
@@ -576,10 +576,10 @@ def test_exif_that_turns_nothing_is_accepted(tree, data):
 
 
 @pytest.mark.parametrize("name, source, message", [
-    ("folder", None, "folder needs a source: pass --config.data.source=DIR, where DIR holds images/<split>/"),
-    ("folder", "not/there", "--config.data.source=not/there is no directory"),
-    ("camvid", "not/there", "--config.data.source=not/there is no directory"),
-    ("cityscapes", None, "no dataset 'cityscapes' to prepare; there are 'camvid' and 'folder'"),
+    ("folder", None, "folder needs a source: pass --config.data.source=DIR (train.py) or --source"),
+    ("folder", "not/there", "folder: not/there is no directory"),
+    ("camvid", "not/there", "camvid: not/there is no directory"),
+    ("kitti", None, "no dataset 'kitti' to prepare; there are camvid, cityscapes, ade20k, voc, pet, folder"),
 ])  # fmt: skip
 def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, message):
     with pytest.raises(builders.DataError) as error:
@@ -590,34 +590,36 @@ def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, mess
 # Nothing half-prepared
 
 
-def test_a_failure_midway_leaves_nothing_and_the_next_run_starts_cleanly(tree, data, monkeypatch):
-    check = folder.check_contents
+def test_a_failure_midway_leaves_no_dataset_and_the_next_run_goes_on(tree, data, monkeypatch, capsys):
+    convert = conversion.convert
 
-    def check_then_lose_a_file(*args):
-        result = check(*args)
+    def convert_then_lose_a_file(*args):
+        result = convert(*args)
         (tree / "labels/val/a.png").rename(tree / "elsewhere.png")  # train will have been written by then
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "check_contents", check_then_lose_a_file)
+        patch.setattr(conversion, "convert", convert_then_lose_a_file)
         with pytest.raises(FileNotFoundError, match=r"a\.png"):
             prepare(tree, data)
-    assert not [path for path in data.rglob("*") if path.is_file() or path.name == "1.0.0" or "incomplete" in path.name]
+    left = [path for path in data.rglob("*") if path.is_file() or path.name == "1.1.0" or "incomplete" in path.name]
+    assert [path.name for path in left] == ["checked.jsonl"]
     (tree / "elsewhere.png").rename(tree / "labels/val/a.png")
     assert prepare(tree, data).load("val").names == ("a",)
+    assert "Taking over 3 of 3 images" in capsys.readouterr().out and not list(data.rglob("*converting*"))
 
 
 def test_a_killed_run_leaves_nothing_that_passes_for_complete(tree, data):
     code = f"""
 import os
-from segjax.data import builders, folder
+from segjax.data import builders
 
 def bar(items, what, total):
     if what == "writing val":
         os._exit(9)
     return items
 
-folder.progress = bar
+builders.progress = bar
 builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.DEVNULL).returncode == 9
@@ -625,10 +627,11 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
     assert not complete_datasets(data)
     prepared = prepare(tree, data)
     assert complete_datasets(data) == [prepared.path] and prepared.load("val").names == ("a",)
+    assert not list(data.rglob("*incomplete*")) and not list(data.rglob("*converting*"))
 
 
 def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatch):
-    bar, inner = folder.progress, []
+    bar, inner = builders.progress, []
 
     def bar_with_a_rival(items, what, total):
         if what == "writing val" and not inner:
@@ -636,7 +639,7 @@ def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatc
             inner[0] = prepare(tree, data)
         return bar(items, what, total)
 
-    monkeypatch.setattr(folder, "progress", bar_with_a_rival)
+    monkeypatch.setattr(builders, "progress", bar_with_a_rival)
     outer = prepare(tree, data)
     assert outer == inner[0] and outer.load("train").names == ("a", "b")
     assert not list(data.rglob("*incomplete*"))

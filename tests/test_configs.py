@@ -77,12 +77,12 @@ def test_without_a_word_it_is_the_first_variant_on_streets(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("word", ["b9", "cityscapes", "small-", "w18_ocr_", "B0"])
+@pytest.mark.parametrize("word", ["b9", "cityscape", "small-", "w18_ocr_", "B0"])
 def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(name, word):
     with pytest.raises(ValueError) as caught:
         CONFIGS[name].get_config(f"{word},camvid")
     assert f"{word!r} is neither a variant ({', '.join(CONFIGS[name].VARIANTS)}) nor a dataset (" in str(caught.value)
-    assert "streets, camvid, folder" in str(caught.value)
+    assert "streets, camvid, cityscapes, ade20k, voc, pet, folder" in str(caught.value)
 
 
 @pytest.mark.parametrize("name, variant, dataset", COMBINATIONS)
@@ -235,4 +235,4 @@ def test_the_head_is_all_that_is_not_the_encoder(name, variant):
             assert config.optim.head_multiplier == 1.0
         else:
             assert matched(model_of(config), config.optim.head) == set(names) - encoder
-            assert config.optim.head_multiplier == (10.0 if dataset == "folder" else 1.0)
+            assert config.optim.head_multiplier == (1.0 if dataset in ("streets", "camvid") else 10.0)

@@ -100,6 +100,14 @@ CITYSCAPES_CLASSES = (
     ("bicycle", (119, 11, 32)),
 )
 
+CITYSCAPES = DatasetSpec(
+    name="cityscapes",
+    class_names=tuple(name for name, _ in CITYSCAPES_CLASSES),
+    colors=tuple(color for _, color in CITYSCAPES_CLASSES),
+    ignore_label=255,
+    splits=(("train", 2975), ("val", 500), ("test", 1525)),
+)
+
 STREETS = DatasetSpec(
     name="streets",
     class_names=tuple(name for name, _ in CITYSCAPES_CLASSES),
@@ -139,4 +147,76 @@ CAMVID = DatasetSpec(
     ),
     ignore_label=11,
     splits=(("train", 367), ("val", 101), ("test", 233)),
+)
+
+# Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017: the benchmark's 150 classes by their first names
+# in objectInfo150, with the palette of color150 as rrggbb.
+_ADE20K = """
+    wall 787878, building b47878, sky 06e6e6, floor 503232, tree 04c803, ceiling 787850, road 8c8c8c, bed cc05ff,
+    windowpane e6e6e6, grass 04fa07, cabinet e005ff, sidewalk ebff07, person 96053d, earth 787846, door 08ff33,
+    table ff0652, mountain 8fff8c, plant ccff04, curtain ff3307, chair cc4603, car 0066c8, water 3de6fa,
+    painting ff0633, sofa 0b66ff, shelf ff0747, house ff09e0, sea 0907e6, mirror dcdcdc, rug ff095c, field 7009ff,
+    armchair 08ffd6, seat 07ffe0, fence ffb806, desk 0aff47, rock ff290a, wardrobe 07ffff, lamp e0ff08,
+    bathtub 6608ff, railing ff3d06, cushion ffc207, base ff7a08, box 00ff14, column ff0829, signboard ff0599,
+    chest of drawers 0633ff, counter eb0cff, sand a09614, sink 00a3ff, skyscraper 8c8c8c, fireplace fa0a0f,
+    refrigerator 14ff00, grandstand 1fff00, path ff1f00, stairs ffe000, runway 99ff00, case 0000ff, pool table ff4700,
+    pillow 00ebff, screen door 00adff, stairway 1f00ff, river 0bc8c8, bridge ff5200, bookcase 00fff5, blind 003dff,
+    coffee table 00ff70, toilet 00ff85, flower ff0000, book ffa300, hill ff6600, bench c2ff00, countertop 008fff,
+    stove 33ff00, palm 0052ff, kitchen island 00ff29, computer 00ffad, swivel chair 0a00ff, boat adff00, bar 00ff99,
+    arcade machine ff5c00, hovel ff00ff, bus ff00f5, towel ff0066, light ffad00, truck ff0014, tower ffb8b8,
+    chandelier 001fff, awning 00ff3d, streetlight 0047ff, booth ff00cc, television 00ffc2, airplane 00ff52,
+    dirt track 000aff, apparel 0070ff, pole 3300ff, land 00c2ff, bannister 007aff, escalator 00ffa3, ottoman ff9900,
+    bottle 00ff0a, buffet ff7000, poster 8fff00, stage 5200ff, van a3ff00, ship ffeb00, fountain 08b8aa,
+    conveyer belt 8500ff, canopy 00ff5c, washer b800ff, plaything ff001f, swimming pool 00b8ff, stool 00d6ff,
+    barrel ff0070, basket 5cff00, waterfall 00e0ff, tent 70e0ff, bag 46b8a0, minibike a300ff, cradle 9900ff,
+    oven 47ff00, ball ff00a3, food ffcc00, step ff008f, tank 00ffeb, trade name 85ff00, microwave ff00eb, pot f500ff,
+    animal ff007a, bicycle fff500, lake 0abed4, dishwasher d6ff00, screen 00ccff, blanket 1400ff, sculpture ffff00,
+    hood 0099ff, sconce 0029ff, vase 00ffcc, traffic light 2900ff, tray 29ff00, ashcan ad00ff, fan 00f5ff,
+    pier 4700ff, crt screen 7a00ff, plate 00ffb8, monitor 005cff, bulletin board b8ff00, shower 0085ff,
+    radiator ffd600, glass 19c2c2, clock 66ff00, flag 5c00ff
+"""
+
+
+def _named_colors(text: str) -> dict[str, tuple[int, int, int]]:
+    """name -> RGB, of "name rrggbb" entries between commas."""
+    pairs = (entry.strip().rpartition(" ") for entry in text.split(","))
+    return {name: tuple(bytes.fromhex(color)) for name, _, color in pairs}
+
+
+ADE20K = DatasetSpec(
+    name="ade20k",
+    class_names=tuple(_named_colors(_ADE20K)),
+    colors=tuple(_named_colors(_ADE20K).values()),
+    ignore_label=255,
+    splits=(("train", 20210), ("val", 2000)),
+)
+
+
+def _voc_color(value: int) -> tuple[int, int, int]:
+    """The development kit's colour of a value: its bits 0, 3, 6 from the top of red, 1, 4, 7 of green, 2, 5 of blue."""
+    return tuple(sum((value >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3))
+
+
+# Everingham et al., "The PASCAL Visual Object Classes Challenge 2012"; 255 marks outlines and what is left out.
+_VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+VOC = DatasetSpec(
+    name="voc",
+    class_names=_VOC_CLASSES,
+    colors=tuple(map(_voc_color, range(len(_VOC_CLASSES)))),
+    ignore_label=255,
+    splits=(("train", 1464), ("val", 1449)),
+)
+
+# Parkhi et al., "Cats and Dogs", CVPR 2012: the animal against what is around it; the colour is ours. The train split
+# is the one that is published as trainval.
+PET = DatasetSpec(
+    name="pet",
+    class_names=("pet",),
+    colors=((220, 20, 60),),
+    ignore_label=255,
+    splits=(("train", 3680), ("test", 3669)),
 )
