@@ -46,6 +46,10 @@ def get_config(dataset: str) -> ConfigDict:
     config.data.source = config_dict.placeholder(str)
     # Where prepared datasets are kept; unset is TFDS's own ~/tensorflow_datasets.
     config.data.dir = config_dict.placeholder(str)
+    # Splits that take up to so many gigabytes, decoded and padded, are kept in memory, that for training on every
+    # device; larger ones are streamed, with so many gigabytes of decoded images kept by each process.
+    config.data.resident_gb = 2.0
+    config.data.cache_gb = 8.0
     # Splits to train on, and to evaluate and draw predictions from.
     config.data.train_split = "train"
     config.data.eval_split = "test"

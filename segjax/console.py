@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from segjax import distributed
 from segjax.data import specs
+from segjax.data.pipeline import Records
 from segjax.settings import RunError
 from segjax.step import Parallel
 
@@ -33,8 +34,8 @@ def describe(
     config: ConfigDict,
     workdir: Path,
     params: Mapping[str, jax.Array],
-    training: specs.Split,
-    evaluation: specs.Split,
+    training: Records,
+    evaluation: Records,
     spec: specs.DatasetSpec,
     parallel: Parallel,
     start: int,
@@ -46,11 +47,12 @@ def describe(
     say(f"model    {config.model.name}, {count:,} parameters, computes in {config.model.dtype}")
     say(f"data     {spec.name}, {spec.num_classes} classes")
     say(
-        f"images   {len(training.images)} to train on ({config.data.train_split}), "
-        f"{len(evaluation.images)} to evaluate ({config.data.eval_split})"
+        f"images   {len(training)} to train on ({config.data.train_split}), "
+        f"{len(evaluation)} to evaluate ({config.data.eval_split})"
     )
     say(f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}, {config.optim.name}")
-    say(f"device   {len(parallel.devices)} x {kind}, {parallel.kind}")
+    where = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"device   {len(parallel.devices)} x {kind}{where}, {parallel.kind}")
     say(f"workdir  {workdir}")
     if start:
         say(f"resuming at step {start} of {config.train.steps}")
@@ -120,17 +122,24 @@ class Meter:
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
-        self._images = self._seconds = 0.0
-        self.restart(0)
+        self._images = self._seconds = self._waited = 0.0
+        self.restart(0, 0.0)
 
-    def restart(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
+    def restart(self, step: int, waited: float) -> None:
+        """Begins to count at `step`; `waited` is how long the run has waited for data so far, seconds."""
+        self._step, self._since, self._waited_before = step, time.perf_counter(), waited
 
-    def lap(self, step: int) -> None:
+    def lap(self, step: int, waited: float) -> None:
         """Counts the steps since the last lap or restart; the device must have finished them."""
         self._images += (step - self._step) * self._batch_size
         self._seconds += time.perf_counter() - self._since
-        self.restart(step)
+        self._waited += waited - self._waited_before
+        self.restart(step, waited)
+
+    @property
+    def waiting(self) -> float | None:
+        """Share of the time that was spent waiting for data."""
+        return self._waited / self._seconds if self._seconds else None
 
     @property
     def images_per_second(self) -> float | None:
@@ -163,6 +172,8 @@ class Progress:
 
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
         rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
+        if meter.waiting:
+            rate += f", {meter.waiting:.0%} waiting for data"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {score(loss)}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)

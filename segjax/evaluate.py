@@ -97,13 +97,16 @@ def evaluate_run(workdir: Path, *, best: bool) -> dict[str, object]:
 
     weights, about = checkpoint.load_weights(workdir / "best" if best else workdir)
     config = ConfigDict(about["config"])
-    _, evaluation, spec = parts.load_data(config)
+    data = parts.load_data(config)
+    spec = data.spec
     parallel = Parallel("jit")
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=False)
     arrays = parallel.replicate([{name: weights[name] for name in part} for part in skeleton.arrays()])
     predict = partial(parallel.compile_eval(partial(eval_step, skeleton, normalise)), *arrays)
-    console.say(f"evaluating step {about['step']} on {len(evaluation.images)} images ({config.data.eval_split}) ...")
-    confusion, _ = evaluate(predict, evaluation, spec, batch_size=config.eval.batch)
+    console.say(
+        f"evaluating step {about['step']} on {len(records_of(data.evaluation))} images ({config.data.eval_split}) ..."
+    )
+    confusion, _ = evaluate(predict, data.evaluation, spec, batch_size=config.eval.batch)
     summary = metrics.summarise(confusion) | {"step": about["step"]}
     console.table(summary, spec)
     return summary

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from segjax import checkpoint, console, debug, metrics, optim, parts, pictures
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
-from segjax.data.pipeline import TrainBatches
+from segjax.data.pipeline import Records, records_of
 from segjax.distributed import from_lead, is_lead
 from segjax.evaluate import evaluate
 from segjax.log import Log
@@ -56,7 +56,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         console.already_finished(finished, config, workdir)
         return 0
 
-    training, evaluation, spec = parts.load_data(config)
+    data = parts.load_data(config)
+    spec, training, evaluation = data.spec, records_of(data.training), records_of(data.evaluation)
     parallel = Parallel(config.parallel)
     saved = checkpoint.RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
@@ -86,25 +87,27 @@ def train(config: ConfigDict, workdir: Path) -> int:
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     jax.eval_shape(partial(eval_step, skeleton, normalise), params, batch_stats, image)
 
-    batches = TrainBatches(training, batch_size=config.train.batch, seed=config.seed, parallel=parallel)
     train_step = TrainStep(
         skeleton=skeleton,
         optimizer=optimizer,
         augment=partial(augment, settings=config.augment, ignore_label=spec.ignore_label),
-        criterion=parts.make_criterion(config, spec, training),
+        criterion=parts.make_criterion(config, data),
         aux_weight=config.loss.aux_weight,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema,
         may_skip=config.train.may_skip,
     )
     key = jax.random.key(config.seed)
+    batches = parts.make_batches(config, data, parallel, key, first)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
     console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
     if first < config.train.steps:
         step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
-    predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
+    # Of several processes, each evaluates its part of the images by itself.
+    local = Parallel(config.parallel, parallel.own_devices)
+    predict = local.compile_eval(partial(eval_step, skeleton, normalise))
     rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
     log = Log(workdir, first, finished=first >= config.train.steps, active=is_lead())
@@ -116,13 +119,17 @@ def train(config: ConfigDict, workdir: Path) -> int:
         saved.save(step, parts.weights_of(host), parts.training_of(host), record)
 
     def measure(step: int) -> tuple[dict, dict[int, np.ndarray]]:
-        predict_now = partial(stop.refuse_when_requested, partial(predict, *state.evaluated))
-        confusion, kept = evaluate(predict_now, evaluation, spec, batch_size=config.eval.batch, keep=shown)
+        arrays = state.evaluated
+        if jax.process_count() > 1:
+            arrays = local.replicate(parallel.fetch(arrays))
+        predict_now = partial(stop.refuse_when_requested, partial(predict, *arrays))
+        batch_size = config.eval.batch // jax.process_count()
+        confusion, kept = evaluate(predict_now, data.evaluation, spec, batch_size=batch_size, keep=shown)
         summary = metrics.summarise(confusion)
         by_class = dict(zip(spec.label_names, summary["per_class_iou"], strict=True))
         log.write({"step": step} | {key: summary[key] for key in ("mean_iou", "pixel_accuracy")} | {"iou": by_class})
         for number, labels in kept.items():
-            log.picture(step, *_sample(evaluation, number), labels, spec)
+            log.picture(step, evaluation.names[number], *evaluation[number], labels, spec)
         return summary, kept
 
     def judged(step: int, summary: dict) -> float | None:
@@ -163,12 +170,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # A step that is left out does not move the schedule.
         rate = rates(step - 1 - int(parallel.fetch(state.skipped)[0]))
         means = {"loss": loss, "gradient_norm": gradient_norm, **rate}
-        log.write({"step": step, **means, "images_per_second": meter.images_per_second})
+        log.write({"step": step, **means, "images_per_second": meter.images_per_second, "waiting": meter.waiting})
         return loss
 
-    shown = np.unique(np.linspace(0, len(evaluation.images) - 1, config.eval.pictures).astype(int)).tolist()
+    shown = np.unique(np.linspace(0, len(evaluation) - 1, config.eval.pictures).astype(int)).tolist()
     done, unread = first, []
-    with log, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
+    with log, batches, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
         try:
             if _evaluation_is_due(first, config) and log.evaluated(first) is None:
                 # The run was stopped while it evaluated.
@@ -181,10 +188,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 if done == first + 1:
                     # The first step may wait for data, which is not training.
                     jax.block_until_ready(state)
-                    meter.restart(done)
+                    meter.restart(done, batches.waited)
                 if done % config.train.log_every == 0 or is_last:
                     read(done)
-                    meter.lap(done)
+                    meter.lap(done, batches.waited)
                     progress.show(done, log_window(done), meter)
                     stop.agree()
                 if _evaluation_is_due(done, config):
@@ -193,16 +200,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     progress.say(
                         f"step {done}: mIoU {console.score(score)}{', the best so far' * (scores.step == done)}"
                     )
-                    meter.restart(done)
+                    meter.restart(done, batches.waited)
                 if done % config.checkpoint.every == 0 or is_last or scores.given_up(config.eval.patience):
                     read(done)
                     save(done)
-                    meter.restart(done)
+                    meter.restart(done, batches.waited)
             if done < config.train.steps and not scores.given_up(config.eval.patience):
                 raise console.StoppedError
             # Whatever happens while evaluating, the training is safe.
             saved.wait()
-            console.say(f"evaluating on {len(evaluation.images)} images ({config.data.eval_split}) ...")
+            console.say(f"evaluating on {len(evaluation)} images ({config.data.eval_split}) ...")
             log.begin_final(done)
             summary, predicted = measure(done)
             judged(done, summary)
@@ -222,9 +229,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         "params_sha256": params_sha256(parallel.fetch(state.evaluated[0])),
     }
     saved.close()
-    draw(workdir, log, evaluation, spec, predicted)
-    # Last, because its presence says that the run is finished.
-    checkpoint.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    if is_lead():
+        draw(workdir, log, evaluation, spec, predicted)
+        # Last, because its presence says that the run is finished.
+        checkpoint.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     console.report(result, spec, workdir)
     return 0
 
@@ -260,12 +268,6 @@ def _evaluation_is_due(step: int, config: ConfigDict) -> bool:
     return bool(every) and 0 < step < config.train.steps and step % every == 0
 
 
-def _sample(split: specs.Split, number: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Name, image and label without their padding."""
-    height, width = split.sizes[number]
-    return split.names[number], split.images[number, :height, :width], split.labels[number, :height, :width]
-
-
 def _not_finite(loss: float, step: int, names: list[str], culprit: str, workdir: Path) -> str:
     return (
         f"the loss became {loss} at step {step + 1}, on {', '.join(names)}. {culprit}"
@@ -290,11 +292,11 @@ def _finished_result(config: ConfigDict, workdir: Path) -> dict | None:
     return result
 
 
-def draw(workdir: Path, log: Log, split: specs.Split, spec: specs.DatasetSpec, predicted: dict) -> None:
+def draw(workdir: Path, log: Log, evaluation: Records, spec: specs.DatasetSpec, predicted: dict) -> None:
     """curve.png, and one picture per prediction."""
     pictures.save_curves(workdir / "curve.png", log.records)
     for number, labels in predicted.items():
-        name, image, truth = _sample(split, number)
+        name, (image, truth) = evaluation.names[number], evaluation[number]
         confusion = metrics.confusion_matrix(
             truth, labels, num_classes=spec.num_classes, ignore_label=spec.ignore_label
         )

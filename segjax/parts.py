@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from segjax import checkpoint, console, losses, models, optim
-from segjax.data import specs
+from segjax.data import pipeline, specs
+from segjax.data.pipeline import Records
 from segjax.models import layers
 from segjax.pretrained import load_pretrained
 from segjax.settings import model_overrides
@@ -16,8 +21,26 @@ from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel
 
 
-def load_data(config: ConfigDict) -> tuple[specs.Split, specs.Split, specs.DatasetSpec]:
-    """Training split, evaluation split, and what the dataset is."""
+class Data(NamedTuple):
+    """What a run trains on and is evaluated on.
+
+    Attributes:
+      training, evaluation: splits in memory, or records to be read.
+      pixel_counts: () -> pixels of each label value in the training split, (K,), or (2,) for a single class.
+    """
+
+    training: specs.Split | Records
+    evaluation: specs.Split | Records
+    spec: specs.DatasetSpec
+    pixel_counts: Callable[[], np.ndarray]
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The splits of a config; such as fit into `data.resident_gb` are read into memory.
+
+    Raises:
+      ValueError: data that cannot be used, or a split without published labels.
+    """
     if config.data.name == "streets":
         from segjax.data import streets
 
@@ -25,11 +48,26 @@ def load_data(config: ConfigDict) -> tuple[specs.Split, specs.Split, specs.Datas
         console.say(f"drawing {config.data.train_images + config.data.eval_images} street scenes ...")
         training = streets.load(config.data.train_split, num_images=config.data.train_images, size=size, seed=seed)
         evaluation = streets.load(config.data.eval_split, num_images=config.data.eval_images, size=size, seed=seed)
-        return training, evaluation, specs.STREETS
+        return Data(training, evaluation, specs.STREETS, partial(_pixel_counts, training, specs.STREETS))
     from segjax.data import builders
 
     prepared = builders.prepare(config.data.name, source=config.data.source, data_dir=config.data.dir)
-    return prepared.load(config.data.train_split), prepared.load(config.data.eval_split), prepared.spec
+    train_split, eval_split = config.data.train_split, config.data.eval_split
+    prepared.pixel_counts(eval_split)
+
+    def read(split):
+        records = prepared.records(split)
+        if pipeline.padded_gigabytes(records) > config.data.resident_gb:
+            return records
+        return pipeline.load(records, ignore_label=prepared.spec.ignore_label)
+
+    counts = np.array(prepared.pixel_counts(train_split))
+    return Data(read(train_split), read(eval_split), prepared.spec, lambda: counts)
+
+
+def _pixel_counts(split: specs.Split, spec: specs.DatasetSpec) -> np.ndarray:
+    counts = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
+    return counts[: len(spec.label_names)]
 
 
 def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> Skeleton:
@@ -53,20 +91,33 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     )
 
 
-def make_criterion(config: ConfigDict, spec: specs.DatasetSpec, training: specs.Split) -> losses.Criterion:
-    """The loss of a config; class weights that follow from frequencies are counted in the training split."""
-    choice = config.loss.class_weights
-    counts = pixel_counts(training, spec) if choice == "median_frequency" else None
-    weights = losses.class_weights(choice, spec, counts)
+def make_criterion(config: ConfigDict, data: Data) -> losses.Criterion:
+    """The loss of a config, with class weights that may follow from the training split."""
+    choice, spec = config.loss.class_weights, data.spec
+    counts = data.pixel_counts() if choice == "median_frequency" else None
     return losses.criterion(
-        config.loss, num_classes=spec.num_classes, ignore_label=spec.ignore_label, class_weights=weights
+        config.loss,
+        num_classes=spec.num_classes,
+        ignore_label=spec.ignore_label,
+        class_weights=losses.class_weights(choice, spec, counts),
     )
 
 
-def pixel_counts(split: specs.Split, spec: specs.DatasetSpec) -> np.ndarray:
-    """Pixels of each label value, int64 (K,), or (2,) for a single class."""
-    counts = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
-    return counts[: len(spec.label_names)]
+def make_batches(
+    config: ConfigDict, data: Data, parallel: Parallel, key: jax.Array, start: int
+) -> pipeline.TrainBatches | pipeline.StreamBatches:
+    """Training batches from the devices' memory where the split was read into memory, else streamed."""
+    common = dict(batch_size=config.train.batch, seed=config.seed, parallel=parallel)
+    if isinstance(data.training, specs.Split):
+        return pipeline.TrainBatches(data.training, **common)
+    return pipeline.StreamBatches(
+        data.training,
+        settings=config.augment,
+        key=key,
+        start=start,
+        cache_bytes=1e9 * config.data.cache_gb,
+        **common,
+    )
 
 
 def model_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]:

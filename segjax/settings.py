@@ -24,7 +24,6 @@ FREE_ON_RESUME = (
     "data.dir",
     "data.resident_gb",
     "data.cache_gb",
-    "data.workers",
     "debug.",
     "parallel",
 )

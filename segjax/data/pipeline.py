@@ -90,6 +90,12 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
+def padded_gigabytes(records: Records) -> float:
+    """What `load` would take."""
+    height, width = records.sizes.max(axis=0).tolist()
+    return 4 * len(records) * height * width / 1e9
+
+
 def load(records: Records, *, ignore_label: int) -> specs.Split:
     """Reads all of it into memory, padded to the largest image: 4 * N * H * W bytes."""
     canvas = (len(records), *records.sizes.max(axis=0))
@@ -319,44 +325,6 @@ class StreamBatches:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def batches_for(
-    data: specs.Split | Records,
-    *,
-    resident_gb: float,
-    cache_gb: float,
-    ignore_label: int,
-    batch_size: int,
-    seed: int,
-    parallel: Parallel,
-    settings,
-    key: jax.Array,
-    start: int,
-) -> tuple[TrainBatches | StreamBatches, str]:
-    """Training batches from the device's memory where `data` fits into `resident_gb` of it, else streamed.
-
-    Returns:
-      The batches, and a line that says which.
-    """
-    records = records_of(data)
-    height, width = records.sizes.max(axis=0).tolist()
-    gigabytes = 4 * len(records) * height * width / 1e9
-    if gigabytes <= resident_gb:
-        split = data if isinstance(data, specs.Split) else load(records, ignore_label=ignore_label)
-        batches = TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
-        return batches, f"on every device, {gigabytes:.2f} GB"
-    batches = StreamBatches(
-        records,
-        batch_size=batch_size,
-        seed=seed,
-        parallel=parallel,
-        settings=settings,
-        key=key,
-        start=start,
-        cache_bytes=1e9 * cache_gb,
-    )
-    return batches, f"streamed by {THREADS} threads, {cache_gb:g} of {gigabytes:.1f} GB are kept decoded"
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
