@@ -11,6 +11,7 @@ import ast
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -79,8 +80,12 @@ def main(arguments):
         # Threads that save or read would each report that the interpreter is going away.
         os._exit(loop.INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        if distributed.is_lead():
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return distributed.leave(2)
+    except Exception:
+        traceback.print_exc()
+        return distributed.leave(1)
 
 
 def parse(argv):

@@ -249,8 +249,10 @@ class RunCheckpoints:
         if distributed.is_lead():
             import orbax.checkpoint as ocp
 
+            # Orbax makes no folder for one process of several.
+            self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, multiprocessing_options=_this_process_alone()
+                max_to_keep=keep, create=False, multiprocessing_options=_this_process_alone()
             )
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
