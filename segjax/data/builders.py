@@ -159,8 +159,9 @@ def _write(
         if not path.exists():
             raise
     scratch.remove()
-    for left in path.parent.glob(f"incomplete.*_{path.name}"):  # by processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    for pattern in (f"incomplete.*_{path.name}", ".converting-*"):
+        for left in path.parent.glob(pattern):  # by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
     return _refuse_other_files(open_prepared(path), identity)
 
 
