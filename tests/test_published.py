@@ -1,6 +1,7 @@
 """Published datasets, in made-up archives of their form: every form gives the same, and what is wrong is refused."""
 
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 
 from segjax.data import __main__ as command
-from segjax.data import builders, codec, conversion, published, specs
+from segjax.data import builders, codec, conversion, published, sources, specs
 
 REPO = Path(__file__).parents[1]
 NAMES = list(published.PUBLISHED)
@@ -445,8 +446,19 @@ def test_large_splits_are_written_as_several_files_in_order(few, tmp_path, data,
 def test_too_little_space_is_said_before_anything_is_written(few, tmp_path, data, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(builders.DataError, match=r"needs at least 0\.0 GB, and 0\.0 GB are free there; make room"):
-        prepare("pet", data, Made(tmp_path / "made", "pet").root)
+        prepare("pet", data, *Made(tmp_path / "made", "pet").packed(tmp_path))
     assert not data.exists()
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(few, tmp_path, data, monkeypatch):
+    archives = Made(tmp_path / "made", "pet").packed(tmp_path)
+
+    def write_to_a_full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources, "_unpacked", write_to_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare("pet", data, *archives)
 
 
 # Interrupted and taken up again
@@ -512,6 +524,7 @@ def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path,
     os.utime(made.root / FIRST_MASK["ade20k"], ns=(0, 1))
     assert prepare("ade20k", data, made.root).splits == COUNTS["ade20k"]
     assert "Taking over" not in capsys.readouterr().out
+    assert [path.name for path in (data / "segjax_ade20k").iterdir()] == ["1.1.0"]
 
 
 def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
