@@ -102,7 +102,7 @@ def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
     # Arguments that are used up are counted among the outputs too.
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    there = (parallel.devices[0].memory_stats() or {}).get("bytes_limit")
+    there = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {_gib(there)}" if there else ""
     say(f"compiled in {seconds:.1f} s; a step needs {_gib(needed)}{of} on each device")
     if there and needed > there:
