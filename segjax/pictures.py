@@ -56,10 +56,11 @@ def save_samples(
     panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
     for axis in panels.flat:
         axis.axis("off")
-    stripes = np.add.outer(np.arange(height), np.arange(width)) // 3 % 2 * 255
+    # As broad on the page whatever the size of the images, and of no class's colour in any place.
+    stripes = np.add.outer(np.arange(height), np.arange(width)) // max(width // 80, 1) % 2 * 255
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
-        left.imshow(image, interpolation="nearest")
+        left.imshow(image)
         left.set_title(title, fontsize=8, loc="left")
         right.imshow(np.where(ignored[..., None], stripes[..., None], colourise(label, spec)), interpolation="nearest")
     _legend(figure, [k for k in np.unique(labels) if k != spec.ignore_label], spec, ignored=spec.ignore_label in labels)
