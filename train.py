@@ -8,6 +8,7 @@ The run is in --workdir; the same command takes it up again.
 """
 
 import ast
+import errno
 import os
 import re
 import sys
@@ -63,7 +64,7 @@ def main(arguments):
         print(f"train.py: what is {stray!r}? Settings are flags, as in --config.train.steps=100", file=sys.stderr)
         return 2
     # After the flags, so that a mistyped one is answered at once.
-    from segjax import distributed, loop, runtime
+    from segjax import console, distributed, loop, runtime
 
     logging.set_verbosity(logging.WARNING)
     runtime.prepare()
@@ -75,17 +76,24 @@ def main(arguments):
         config = _CONFIG.value
         workdir = Path(_WORKDIR.value or loop.default_workdir(config))
         return loop.train(config, workdir)
-    except KeyboardInterrupt:
-        print("train.py: stopped at once; the last checkpoint is whole", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        print("train.py: stopped at once; what was saved is whole", file=sys.stderr, flush=True)
         # Threads that save or read would each report that the interpreter is going away.
-        os._exit(loop.INTERRUPTED)
+        os._exit(error.args[0] if error.args else loop.INTERRUPTED)
     except (ValueError, OSError) as error:
         if distributed.is_lead():
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+            print(console.wrapped(f"train.py: {error}{advice(error)}"), file=sys.stderr, flush=True)
         return distributed.leave(2)
     except Exception:
         traceback.print_exc()
         return distributed.leave(1)
+
+
+def advice(error):
+    """For a disk that became full, of which Python says no more than that."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    return ".\n  What was saved before is whole: make room, and give the same command again"
 
 
 def parse(argv):

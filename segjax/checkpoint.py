@@ -8,7 +8,10 @@ module knows names, arrays and records, and nothing of models but how to ask for
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -30,7 +33,7 @@ class DamagedError(CheckpointError):
 
 
 WEIGHTS, ABOUT, TRAINING = "weights", "about", "training"
-HASH, TRAINING_HASH = "sha256", "sha256_training"
+HASH, TRAINING_HASH, RECORD_HASH = "sha256", "sha256_training", "sha256_record"
 
 
 def _this_process_alone():
@@ -42,9 +45,38 @@ def _this_process_alone():
     return MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
 
 
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _report_errors_once() -> None:
+    """Orbax logs an error from each of its threads, with a traceback each, before it raises it: a hundred lines."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    previous = sys.unraisablehook
+    if previous.__module__ == __name__:
+        return
+
+    def hook(unraisable):
+        # At the first error orbax closes its event loop; each read or write still in flight reports that, by the
+        # hundred, and after the error has left here.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _reason(error: Exception) -> str:
+    """What is left of an error without tensorstore's specification of the array, which fills a screen."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first.partition(' [')[0].rpartition(': ')[2]}"
+
+
 def _checkpointer(**handlers):
     import orbax.checkpoint as ocp
 
+    _report_errors_once()
     options = _this_process_alone()
     # The handler has a barrier of its own.
     handler = ocp.CompositeCheckpointHandler(
@@ -82,23 +114,31 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, about: Mapp
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and (folder / ABOUT).is_dir()):
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    with _checkpointer() as checkpointer:
-        items = {
-            WEIGHTS: ocp.args.StandardSave(dict(weights)),
-            ABOUT: ocp.args.JsonSave({**about, HASH: params_sha256(dict(weights))}),
-        }
-        checkpointer.save(beside, ocp.args.Composite(**items))
+    beside, retired = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+
+    def clean():
+        # Orbax writes to a name of its own before it renames.
+        for left in folder.parent.glob(f"{beside.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    clean()
+    items = {
+        WEIGHTS: ocp.args.StandardSave(dict(weights)),
+        ABOUT: ocp.args.JsonSave(_signed({**about, HASH: params_sha256(dict(weights))})),
+    }
+    try:
+        with _failure(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(beside, ocp.args.Composite(**items))
+    finally:
+        if not beside.exists():
+            clean()
+    shutil.rmtree(retired, ignore_errors=True)
     if folder.exists():
-        retired = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
         folder.rename(retired)
-        beside.rename(folder)
-        shutil.rmtree(retired)
-    else:
-        beside.rename(folder)
+    beside.rename(folder)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
@@ -142,7 +182,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
     """
     found = _find(folder)
     weights, about = _read(found, WEIGHTS, ABOUT)
-    _refuse_changed(found, weights, about.get(HASH))
+    _refuse_changed(found, about, weights)
     return weights, about
 
 
@@ -163,10 +203,19 @@ def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> l
     ]
 
 
-def _refuse_changed(folder: Path, arrays: Mapping[str, np.ndarray], saved: str | None) -> None:
+def _signed(record: Mapping[str, object]) -> dict[str, object]:
+    """A copy of the record with a hash of itself."""
+    text = json.dumps({key: value for key, value in record.items() if key != RECORD_HASH}, sort_keys=True)
+    return json.loads(text) | {RECORD_HASH: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _refuse_changed(folder: Path, about: Mapping, weights: Mapping | None = None, training: Mapping | None = None):
     # The storage format keeps no checksum of its own: a flipped bit would load as another number.
-    if saved is not None and params_sha256(arrays) != saved:
-        raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
+    if RECORD_HASH in about and _signed(about) != about:
+        raise DamagedError(f"{folder}: a damaged checkpoint (its record is not the one that was saved)")
+    for arrays, key in ((weights, HASH), (training, TRAINING_HASH)):
+        if arrays is not None and key in about and params_sha256(arrays) != about[key]:
+            raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
 def _find(folder: Path) -> Path:
@@ -208,23 +257,26 @@ def _read(folder: Path, *items: str) -> list:
 
 @contextlib.contextmanager
 def _damage(folder: Path):
-    """Turns whatever orbax and tensorstore raise for a damaged folder into one CheckpointError."""
-    previous = sys.unraisablehook
-
-    def hook(unraisable):
-        # At the first error orbax closes its event loop; each read still in flight would report that, by the hundred,
-        # and after the error has left here, which is why the hook then stays.
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            previous(unraisable)
-
-    sys.unraisablehook = hook
+    """Turns whatever orbax and tensorstore raise for a damaged folder into one DamagedError."""
     try:
         yield
     except Exception as error:
+        # Of what was in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        first = (str(error).splitlines() or [""])[0]
-        raise DamagedError(f"{folder}: a damaged checkpoint ({type(error).__name__}: {first})") from error
-    sys.unraisablehook = previous
+        raise DamagedError(f"{folder}: a damaged checkpoint ({_reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _failure(folder: Path):
+    """Turns whatever orbax and tensorstore raise for a full or broken disk into one CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise CheckpointError(
+            f"{folder}: cannot be written ({_reason(error)}).\n"
+            "  What was saved before is whole: make room, and give the same command again"
+        ) from error
 
 
 class Restored(NamedTuple):
@@ -252,8 +304,13 @@ class RunCheckpoints:
             # Orbax makes no folder for one process of several.
             self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=False, multiprocessing_options=_this_process_alone()
+                max_to_keep=keep,
+                create=False,
+                # What a save leaves that was killed.
+                cleanup_tmp_directories=True,
+                multiprocessing_options=_this_process_alone(),
             )
+            _report_errors_once()
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> list[int]:
@@ -283,7 +340,7 @@ class RunCheckpoints:
             try:
                 found = self._read_whole(step, folder, weights, training, refuse)
             except DamagedError as error:
-                say(f"{error}; looking for one before it")
+                say(f"{error}")
                 damaged.append(folder)
                 continue
             for folder in damaged:
@@ -302,11 +359,13 @@ class RunCheckpoints:
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
         (about,) = _read(folder, ABOUT)
+        _refuse_changed(folder, about)
+        # Before the arrays, because those of another model cannot be compared with these.
         refuse(about)
-        *arrays, about = _read(folder, WEIGHTS, TRAINING, ABOUT)
-        found = Restored(step, *arrays, about)
-        _refuse_changed(folder, found.weights, about.get(HASH))
-        _refuse_changed(folder, found.training, about.get(TRAINING_HASH))
+        if RECORD_HASH not in about:
+            raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
+        found = Restored(step, *_read(folder, WEIGHTS, TRAINING), about)
+        _refuse_changed(folder, about, found.weights, found.training)
         problems = []
         for template, arrays in ((weights, found.weights), (training, found.training)):
             expected = {name: _kind(array) for name, array in template.items()}
@@ -329,28 +388,16 @@ class RunCheckpoints:
             WEIGHTS: args.StandardSave(dict(weights)),
             TRAINING: args.StandardSave(dict(training)),
             ABOUT: args.JsonSave(
-                {**about, HASH: params_sha256(dict(weights)), TRAINING_HASH: params_sha256(dict(training))}
+                _signed({**about, HASH: params_sha256(dict(weights)), TRAINING_HASH: params_sha256(dict(training))})
             ),
         }
-        with self._failure():
+        with _failure(self._folder):
             self._manager.save(step, args=args.Composite(**items))
-
-    @contextlib.contextmanager
-    def _failure(self):
-        """Turns whatever orbax and tensorstore raise for a full or broken disk into one CheckpointError."""
-        try:
-            yield
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            raise CheckpointError(
-                f"{self._folder}: cannot be written ({type(error).__name__}: {first}). What was saved "
-                "before is whole; make room, and give the same command again"
-            ) from error
 
     def wait(self) -> None:
         """Returns once the last save is whole; raises CheckpointError where it could not be written."""
         if self._manager is not None:
-            with self._failure():
+            with _failure(self._folder):
                 self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,10 +22,16 @@ from segjax.settings import RunError
 from segjax.step import Parallel
 
 
-def say(line: str) -> None:
+def wrapped(text: str) -> str:
+    """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
+    width = {"width": 80, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(line if line[:1].isspace() else textwrap.fill(line, **width) for line in text.splitlines())
+
+
+def say(text: str) -> None:
     """Of several processes, one speaks for all."""
     if distributed.is_lead():
-        print(line, flush=True)
+        print(wrapped(text), flush=True)
 
 
 def score(value: float | None) -> str:
@@ -62,7 +70,12 @@ def describe(
 
 def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None:
     say(f"{workdir} is finished: mIoU {score(result['mean_iou'])} at step {result['step']} (result.json)")
-    say(f"  to train longer:   add --config.train.steps={2 * max(result['step'], 1)}")
+    if result["stopped_early"]:
+        patience = result["config"]["eval"]["patience"]
+        say(f"  it stopped early:  no better mIoU in {patience} evaluations")
+        say(f"  to train longer:   add --config.eval.patience={2 * patience}, or 0 to go on to the last step")
+    else:
+        say(f"  to train longer:   add --config.train.steps={2 * max(result['step'], 1)}")
     say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")
 
 
@@ -103,18 +116,25 @@ def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     there = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
-    of = f" of {_gib(there)}" if there else ""
-    say(f"compiled in {seconds:.1f} s; a step needs {_gib(needed)}{of} on each device")
+    of = f" of {_amount(there)}" if there else ""
+    say(f"compiled in {seconds:.1f} s; a step needs {_amount(needed)}{of} on each device")
     if there and needed > there:
         raise RunError(
-            f"a step needs {_gib(needed)}, the device has {_gib(there)}: try --config.train.accumulate=2 (the same "
-            "batch in two parts), --config.train.remat=True, --config.model.dtype=bfloat16, or a smaller batch or crop"
+            f"a step needs {_amount(needed)}, the device has {_amount(there)}. What needs less:\n"
+            "  --config.train.accumulate=2 (the same batch in two parts)\n"
+            "  --config.train.remat=True\n"
+            "  --config.model.dtype=bfloat16\n"
+            "  or a smaller batch or crop"
         )
     return program
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 2 * 3600 else f"{seconds / 60:.1f} min"
 
 
 class Meter:
@@ -181,16 +201,16 @@ class Progress:
         now = time.perf_counter()
         if now - self._said >= 10 or step == self._total:
             left = meter.seconds_for(self._total - step)
-            remaining = "" if left is None else f"  {left / 60:.1f} min left"
+            remaining = f"  {_duration(left)} left" if left else ""
             say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{remaining}")
             self._said = now
 
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+    def say(self, text: str) -> None:
+        """Lines of their own, above the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
+            self._bar.write(wrapped(text), file=sys.stdout)
         else:
-            say(line)
+            say(text)
 
 
 class StoppedError(Exception):
@@ -244,6 +264,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(128 + number)
         self.signal = number
-        print("\nstopping after this step and saving; once more stops at once", file=sys.stderr, flush=True)
+        # Not print: where the signal came in the middle of one, to stderr too, Python refuses a second.
+        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")

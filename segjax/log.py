@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +22,28 @@ class Log:
 
     Args of the constructor:
       start: the step that the run goes on from; records of later ones are dropped.
-      finished: no step is left to do; what is made again is the evaluation of the last one.
+      evaluated: whether the evaluation after that step is part of what the run goes on from; else it will be made
+        again, and its record is dropped too.
       active: whether this process writes. Of several, one does.
     """
 
-    def __init__(self, workdir: Path, start: int, *, finished: bool, active: bool = True):
+    def __init__(self, workdir: Path, start: int, *, evaluated: bool, active: bool = True):
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
         self._active = active
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
-        redone = start if finished else None
-        self.records = [record for record in records if "mean_iou" not in record or record["step"] != redone]
+        self.records = [record for record in records if evaluated or record["step"] < start or "mean_iou" not in record]
         self._writer = None
+        self._stretch = f"from-{start:09d}"
         if active:
             checkpoint.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):
-                kind, step = re.search(r"\.(from|final)-(\d+)$", path.name).groups()
-                if int(step) > start or (int(step) == start and (kind == "from" or finished)):
-                    path.unlink()
-            self._open(f"from-{start:09d}")
-
-    def evaluated(self, step: int) -> dict | None:
-        """The record of the evaluation after so many steps."""
-        found = [record for record in self.records if record["step"] == step and "mean_iou" in record]
-        return found[-1] if found else None
+                # Others may keep files there: TensorBoard's profiler does.
+                if found := re.search(r"\.(from|final)-(\d+)$", path.name):
+                    begins = int(found[2])
+                    if begins > start or (begins == start and (found[1] == "from" or not evaluated)):
+                        path.unlink()
 
     def write(self, record: Mapping[str, object]) -> None:
         """One record of numbers and of dicts of numbers; "step" says where it belongs."""
@@ -54,52 +52,66 @@ class Log:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._scalar(f"{key}/{name}", number, record["step"])
-            elif key != "step":
-                self._scalar(key, value, record["step"])
+        from tensorboardX import summary
 
-    def _scalar(self, tag: str, value: float | None, step: int) -> None:
-        if value is not None:
-            self._writer.add_scalar(tag, value, step)
+        for tag, number in _scalars(record):
+            self._event(record["step"], summary.scalar(tag, number))
+        if self._writer is not None:
+            self._writer.flush()
 
     def picture(
         self, step: int, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec
     ) -> None:
         """Image, truth and prediction side by side, for TensorBoard alone."""
         if self._active:
+            from tensorboardX import summary
+
             row = [image, pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
-            self._writer.add_image(f"predictions/{name}", np.concatenate(row, axis=1), step, dataformats="HWC")
+            joined = np.concatenate(row, axis=1)
+            self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
+
+    def _event(self, step: int, summary) -> None:
+        # Not tensorboardX's SummaryWriter: it writes in a thread of its own, and where that dies of a full disk, the
+        # run waits for it for ever.
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto.event_pb2 import Event
+
+        if self._writer is None:
+            self._events.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads files in the order of their names.
+            self._writer = RecordWriter(str(self._events / f"events.out.tfevents.{time.time():.6f}.{self._stretch}"))
+            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def cut(self, step: int) -> None:
         """To be called before a checkpoint of `step`: what was written belongs to it, what comes is made again."""
-        self._reopen(f"from-{step:09d}")
+        self._begin(f"from-{step:09d}")
 
     def begin_final(self, step: int) -> None:
         """To be called before the evaluation of the last step, whose checkpoint is there."""
-        self._reopen(f"final-{step:09d}")
+        self._begin(f"final-{step:09d}")
 
-    def _reopen(self, suffix: str) -> None:
-        if self._active:
-            self._writer.close()
-            self._open(suffix)
-
-    def _open(self, suffix: str) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(self._events), filename_suffix=f".{suffix}")
+    def _begin(self, stretch: str) -> None:
+        self.close()
+        self._stretch = stretch
 
     def close(self) -> None:
-        if self._active:
-            self._writer.close()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _scalars(record: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of a record: it knows no missing numbers."""
+    for key, value in record.items():
+        named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+        yield from ((tag, number) for tag, number in named.items() if number is not None and tag != "step")
 
 
 def _parsed(line: str) -> dict | None:

@@ -52,8 +52,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
       ValueError: data, weights or checkpoints that cannot be used.
     """
     check(config, workdir)
-    if finished := from_lead(lambda: _finished_result(config, workdir)):
-        console.already_finished(finished, config, workdir)
+    ended = from_lead(lambda: _earlier_result(config, workdir))
+    if ended and _is_finished(ended, config):
+        console.already_finished(ended, config, workdir)
         return 0
 
     data = parts.load_data(config)
@@ -80,6 +81,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
     first, scores, window = 0, Scores(), []
     if found:
         first, scores, window = found.step, Scores(**found.about["scores"]), found.about["window"]
+        if ended and ended["step"] == first:
+            # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
+            scores = scores.after(first, ended["mean_iou"])
         state = parts.restored(found, state, may_skip=config.train.may_skip)
 
     # An image too small for the model must not be found out after the training.
@@ -110,7 +114,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     predict = local.compile_eval(partial(eval_step, skeleton, normalise))
     rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
-    log = Log(workdir, first, finished=first >= config.train.steps, active=is_lead())
+    log = Log(workdir, first, evaluated=scores.evaluated == first, active=is_lead())
 
     def save(step: int) -> None:
         log.cut(step)
@@ -126,21 +130,24 @@ def train(config: ConfigDict, workdir: Path) -> int:
         batch_size = config.eval.batch // jax.process_count()
         confusion, kept = evaluate(predict_now, data.evaluation, spec, batch_size=batch_size, keep=shown)
         summary = metrics.summarise(confusion)
-        by_class = dict(zip(spec.label_names, summary["per_class_iou"], strict=True))
-        log.write({"step": step} | {key: summary[key] for key in ("mean_iou", "pixel_accuracy")} | {"iou": by_class})
-        for number, labels in kept.items():
-            log.picture(step, evaluation.names[number], *evaluation[number], labels, spec)
+        if scores.evaluated != step:
+            means = {key: summary[key] for key in ("mean_iou", "pixel_accuracy")}
+            by_class = dict(zip(spec.label_names, summary["per_class_iou"], strict=True))
+            log.write({"step": step, **means, "iou": by_class})
+            for number, labels in kept.items():
+                log.picture(step, evaluation.names[number], *evaluation[number], labels, spec)
         return summary, kept
 
-    def judged(step: int, summary: dict) -> float | None:
-        """The mean IoU; the weights that reached the best one are kept in best/."""
+    def judged(step: int, summary: dict) -> None:
+        """The weights that reached the best mean IoU are kept in best/."""
         nonlocal scores
         score = summary["mean_iou"]
         scores = scores.after(step, score)
         if scores.step == step and config.eval.every and is_lead():
             weights = parts.weights_of(parallel.fetch(state))
             checkpoint.save_weights(workdir / "best", weights, about=about | {"step": step, "mean_iou": score})
-        return score
+        if step < config.train.steps:
+            progress.say(f"step {step}: mIoU {console.score(score)}{', the best so far' * (scores.step == step)}")
 
     def read(step: int) -> None:
         """Puts what the last steps gave into `window`. It waits for the device, hence not at every step."""
@@ -148,20 +155,26 @@ def train(config: ConfigDict, workdir: Path) -> int:
             return
         scalars = parallel.scalars(unread)
         unread.clear()
-        if len(stopped := np.flatnonzero(scalars["stopped"])):
-            bad = step - len(scalars["stopped"]) + int(stopped[0])
-            names = [training.names[number] for number in batches.indices(bad)]
-            culprit = ""
-            if config.debug.nans and jax.process_count() == 1:
-                culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(bad), key)
-            save(bad)
-            saved.close()
-            raise RunError(_not_finite(scalars["loss"][stopped[0]], bad, names, culprit, workdir))
-        finite = np.isfinite(scalars["loss"]) & np.isfinite(scalars["gradient_norm"])
-        for index in np.flatnonzero(~finite):
-            names = ", ".join(training.names[number] for number in batches.indices(step - len(finite) + index))
-            progress.say(f"step {step - len(finite) + index + 1} left out: loss {scalars['loss'][index]} on {names}")
-        window.extend(np.stack([scalars["loss"], scalars["gradient_norm"]], axis=1)[finite].tolist())
+        rows = zip(*(scalars[name].tolist() for name in ("loss", "gradient_norm", "stopped")), strict=True)
+        for number, (loss, gradient_norm, stopped) in enumerate(rows, step - len(scalars["loss"])):
+            if np.isfinite([loss, gradient_norm]).all():
+                window.append([loss, gradient_norm])
+                continue
+            names = ", ".join(training.names[image] for image in batches.indices(number))
+            became = f"the gradient became {gradient_norm}" if np.isfinite(loss) else f"the loss became {loss}"
+            what = f"{became} at step {number + 1}, on {names}"
+            if stopped:
+                stop_before(number, what)
+            progress.say(f"{what}: left out")
+
+    def stop_before(step: int, what: str) -> None:
+        """The state that the steps since then have left as it was is saved."""
+        culprit = ""
+        if config.debug.nans and jax.process_count() == 1:
+            culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(step), key)
+        save(step)
+        saved.close()
+        raise RunError(_not_finite(what, culprit, step, workdir))
 
     def log_window(step: int) -> float | None:
         """Writes the means since the last call; returns that of the loss."""
@@ -177,7 +190,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     done, unread = first, []
     with log, batches, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
         try:
-            if _evaluation_is_due(first, config) and log.evaluated(first) is None:
+            if _evaluation_is_due(first, config) and scores.evaluated != first:
                 # The run was stopped while it evaluated.
                 judged(first, measure(first)[0])
             while done < config.train.steps and not stop.requested and not scores.given_up(config.eval.patience):
@@ -196,10 +209,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     stop.agree()
                 if _evaluation_is_due(done, config):
                     read(done)
-                    score = judged(done, measure(done)[0])
-                    progress.say(
-                        f"step {done}: mIoU {console.score(score)}{', the best so far' * (scores.step == done)}"
-                    )
+                    judged(done, measure(done)[0])
                     meter.restart(done, batches.waited)
                 if done % config.checkpoint.every == 0 or is_last or scores.given_up(config.eval.patience):
                     read(done)
@@ -209,10 +219,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 raise console.StoppedError
             # Whatever happens while evaluating, the training is safe.
             saved.wait()
+            if done < config.train.steps:
+                console.say(f"stopped early at step {done}: no better mIoU in {scores.worse} evaluations")
             console.say(f"evaluating on {len(evaluation)} images ({config.data.eval_split}) ...")
             log.begin_final(done)
             summary, predicted = measure(done)
-            judged(done, summary)
+            if scores.evaluated != done:
+                judged(done, summary)
         except console.StoppedError:
             read(done)
             save(done)
@@ -246,16 +259,21 @@ class Scores:
 
     Attributes:
       best: its mean IoU. step: when it was. worse: evaluations since then.
+      evaluated: the step of the last one.
     """
 
     best: float | None = None
     step: int | None = None
     worse: int = 0
+    evaluated: int | None = None
 
     def after(self, step: int, score: float | None) -> Scores:
+        """These and one more; the same where that one is among them."""
+        if step == self.evaluated:
+            return self
         if score is not None and (self.best is None or score > self.best):
-            return Scores(score, step, 0)
-        return dataclasses.replace(self, worse=self.worse + 1)
+            return Scores(best=score, step=step, evaluated=step)
+        return dataclasses.replace(self, worse=self.worse + 1, evaluated=step)
 
     def given_up(self, patience: int) -> bool:
         """Whether so many evaluations in a row were no better; a patience of 0 never gives up."""
@@ -268,28 +286,30 @@ def _evaluation_is_due(step: int, config: ConfigDict) -> bool:
     return bool(every) and 0 < step < config.train.steps and step % every == 0
 
 
-def _not_finite(loss: float, step: int, names: list[str], culprit: str, workdir: Path) -> str:
+def _not_finite(what: str, culprit: str, step: int, workdir: Path) -> str:
     return (
-        f"the loss became {loss} at step {step + 1}, on {', '.join(names)}. {culprit}"
-        f"The state before it is saved in {workdir}/checkpoints/{step}.\n"
-        "  to go on from there with another rate, in another place:\n"
-        f"    --workdir NEW --config.init.from={workdir} --config.optim.lr=... (or --config.optim.clip_norm=1.0)\n"
+        f"{what}. {culprit}The state before it is saved in {workdir}/checkpoints/{step}.\n"
+        "  to go on from there in another place, with a lower rate or clipped gradients:\n"
+        f"    --workdir=NEW --config.init.from={workdir}\n"
+        "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
         "  to leave such steps out: --config.train.may_skip=N, at most N in a row\n"
         "  to find the layer: --config.debug.nans=True"
     )
 
 
-def _finished_result(config: ConfigDict, workdir: Path) -> dict | None:
-    """The result in `workdir` where nothing is left to do."""
+def _earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
+    """What the run in `workdir` has ended with, where it has."""
     path = workdir / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
-    if result["step"] < config.train.steps and not gave_up:
-        return None
     refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
     return result
+
+
+def _is_finished(result: dict, config: ConfigDict) -> bool:
+    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
+    return result["step"] >= config.train.steps or gave_up
 
 
 def draw(workdir: Path, log: Log, evaluation: Records, spec: specs.DatasetSpec, predicted: dict) -> None:
