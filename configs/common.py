@@ -130,7 +130,7 @@ def get_config(dataset: str) -> ConfigDict:
 
     config.init = ConfigDict()
     # Checkpoint to start from: whatever segjax.convert reads, or the folder of another run. An encoder alone will do.
-    config.init["from"] = ""
+    config.init.checkpoint = ""
     # Patterns (* and ?) of parameters that stay random all the same, such as "decode_head.linear_pred.*".
     config.init.keep = ()
 

@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
     params, batch_stats = skeleton.arrays()
     trained = skeleton.trained(params)
-    optimizer = optim.optimizer(config.optim, trained, steps=config.train.steps)
+    optimizer = optim.optimizer(config.optim, params, steps=config.train.steps)
     state = TrainState.start(params, batch_stats, optimizer.init(trained), ema=config.train.ema > 0)
 
     about = {
@@ -105,7 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if first < config.train.steps:
         step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
     predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
-    rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
+    rates = optim.learning_rates(config.optim, params, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
     log = Log(workdir, first, finished=first >= config.train.steps)
 
@@ -258,7 +258,8 @@ def _not_finite(loss: float, step: int, names: list[str], culprit: str, workdir:
         f"the loss became {loss} at step {step + 1}, on {', '.join(names)}. {culprit}"
         f"The state before it is saved in {workdir}/checkpoints/{step}.\n"
         "  to go on from there with another rate, in another place:\n"
-        f"    --workdir NEW --config.init.from={workdir} --config.optim.lr=... (or --config.optim.clip_norm=1.0)\n"
+        f"    --workdir NEW --config.init.checkpoint={workdir} --config.optim.lr=..."
+        " (or --config.optim.clip_norm=1.0)\n"
         "  to leave such steps out: --config.train.may_skip=N, at most N in a row\n"
         "  to find the layer: --config.debug.nans=True"
     )

@@ -33,7 +33,7 @@ def load_data(config: ConfigDict) -> tuple[specs.Split, specs.Split, specs.Datas
 
 
 def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> Skeleton:
-    """The model of a config; with `pretrained`, on the weights of init.from where that is set."""
+    """The model of a config; with `pretrained`, on the weights of init.checkpoint where that is set."""
     model = models.create(
         config.model.name,
         num_classes=num_classes,
@@ -41,9 +41,10 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
         dtype=jnp.dtype(config.model.dtype),
         **model_overrides(config),
     )
-    if pretrained and config.init["from"]:
-        console.say(f"initial weights from {config.init['from']}")
-        load_pretrained(model, config.init["from"], keep=config.init.keep)
+    if pretrained and config.init.checkpoint:
+        console.say(f"initial weights from {config.init.checkpoint}")
+        with console.log_said():
+            load_pretrained(model, config.init.checkpoint, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     names = list(Skeleton(model).arrays()[0])
     return Skeleton(
