@@ -107,7 +107,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
     console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
-    if first < config.train.steps:
+    # Compiled ahead of time, a pmap wants the arrays of all processes at once.
+    if first < config.train.steps and (parallel.kind == "jit" or jax.process_count() == 1):
         step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
     # Of several processes, each evaluates its part of the images by itself.
     local = Parallel(config.parallel, parallel.own_devices)

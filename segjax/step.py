@@ -260,9 +260,14 @@ class Parallel:
         )
 
     def compile_eval(self, body: Callable) -> Callable:
-        """`body(params, batch_stats, images (B, ...)) -> (B, ...)` over all devices; takes and gives whole batches."""
+        """`body(params, batch_stats, images (B, ...)) -> (B, ...)` over all devices; takes and gives whole batches.
+
+        The devices are those of this process alone: each evaluates by itself.
+        """
         if self.kind == "jit":
-            return jax.jit(body, in_shardings=(self.whole, self.whole, self.split), out_shardings=self.split)
+            compiled = jax.jit(body, out_shardings=self.split)
+            # Of several processes, jit would take the images for those of all.
+            return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
         mapped = jax.pmap(body, axis_name=AXIS, devices=self.devices)
 
         def whole(params, batch_stats, images):
