@@ -68,6 +68,27 @@ def get_config(dataset: str) -> ConfigDict:
     # Steps between two lines of metrics.jsonl.
     config.train.log_every = 50
 
+    config.loss = ConfigDict()
+    # Factors of the terms whose sum is the loss; 0 leaves a term out. See segjax.losses for each.
+    config.loss.cross_entropy = 1.0
+    # Cross-entropy of the hard pixels of each image alone.
+    config.loss.ohem = 0.0
+    config.loss.dice = 0.0
+    config.loss.focal = 0.0
+    config.loss.lovasz = 0.0
+    # Weights by class of the pixels of cross_entropy, ohem and focal: none, "median_frequency" of the training split,
+    # "cityscapes" as published with HRNet, or one number for each class, as in "(1.0, 2.5)".
+    config.loss.class_weights = config_dict.placeholder(object)
+    # Share of the label that cross_entropy spreads over all classes, as torch does.
+    config.loss.label_smoothing = 0.0
+    # Exponent. The focal loss's paper: 2 was best.
+    config.loss.focal_gamma = 2.0
+    # Hard is a pixel whose true class has a lower probability than this; mmsegmentation and BiSeNet: 0.7.
+    config.loss.ohem_threshold = 0.7
+    # Share of the labelled pixels of an image that are kept in any case, the hardest first. Published: 1/16 of the
+    # pixels (BiSeNet); 100,000 of two crops of 512x1024, 1/10 (mmsegmentation). A share suits crops of all sizes.
+    config.loss.ohem_min_kept = 1 / 16
+
     config.optim = ConfigDict()
     # "adamw" or "sgd".
     config.optim.name = "adamw"

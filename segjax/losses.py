@@ -1,11 +1,289 @@
-"""Losses at the resolution of the labels, as sums and counts: means are taken once, over the whole batch."""
+"""Losses at the resolution of the labels, as sums over pixels or images and counts that depend on the labels alone.
+
+A mean is taken once, over the whole batch: counts of devices or of micro-batches are added first, and what the parts
+give, each divided by the counts of the whole, adds up to the loss and the gradient of the whole batch.
+
+Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. Dice loss, Milletari et al., "V-Net",
+2016. Hard pixels alone (OHEM), Shrivastava et al., 2016, in the form for pixels of Wu et al., "Bridging Category-level
+and Instance-level Semantic Image Segmentation", 2016. Lovász losses, Berman et al., "The Lovász-Softmax loss", 2018.
+Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from segjax.data import specs
 from segjax.models import layers
+
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
+# Divided by a number or weight of pixels; the others are means over images.
+PER_PIXEL = ("cross_entropy", "focal")
+# Largest value of each setting; the smallest is 0.
+LARGEST = dict.fromkeys((*TERMS, "focal_gamma"), math.inf) | dict.fromkeys(
+    ("label_smoothing", "ohem_threshold", "ohem_min_kept"), 1
+)
+# In the same part of a config, and read by whoever makes the criterion.
+READ_BY_CALLER = ("class_weights", "aux_weight")
+
+# As HRNet's official Cityscapes recipe has them, in the order of the train ids.
+CITYSCAPES_WEIGHTS = (
+    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
+    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
+)
+
+
+def criterion(
+    settings: Mapping, *, num_classes: int, ignore_label: int, class_weights: Sequence[float] | None = None
+) -> Criterion:
+    """The loss that the `loss` part of a config describes.
+
+    Args:
+      class_weights: K numbers, used as they are; see `Criterion`.
+
+    Raises:
+      ValueError: settings that are unknown, missing or out of range; weights that do not fit; all in one error.
+    """
+    problems = [f"{name} is no setting of the loss" for name in settings if name not in (*LARGEST, *READ_BY_CALLER)]
+    for name, largest in LARGEST.items():
+        if name not in settings:
+            problems.append(f"{name} is missing")
+        elif not 0 <= settings[name] <= largest or math.isinf(settings[name]):
+            upwards = "finite and not negative" if math.isinf(largest) else f"within 0..{largest}"
+            problems.append(f"{name} must be {upwards}: {settings[name]}")
+    factors = tuple((name, float(settings[name])) for name in TERMS if settings.get(name))
+    if not factors:
+        problems.append(f"{', '.join(TERMS)} are all 0: give at least one of them a factor")
+    if class_weights is not None:
+        class_weights = tuple(float(weight) for weight in class_weights)
+        problems += _problems_of_weights(class_weights, num_classes)
+    if problems:
+        raise ValueError("the loss cannot be computed:\n" + "\n".join(f"  loss.{line}" for line in problems))
+    return Criterion(
+        num_classes=num_classes,
+        ignore_label=ignore_label,
+        class_weights=class_weights,
+        factors=factors,
+        label_smoothing=float(settings["label_smoothing"]),
+        focal_gamma=float(settings["focal_gamma"]),
+        ohem_threshold=float(settings["ohem_threshold"]),
+        ohem_min_kept=float(settings["ohem_min_kept"]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A sum of terms: factor * sum over pixels or images / count.
+
+    K = 1 is a binary model: sigmoid, labels 0 and 1.
+
+    Attributes:
+      class_weights: None, or K weights of the pixels of each class in the terms that are made of cross-entropies:
+        cross_entropy, focal (where they are its alpha) and ohem. As torch has them: K > 1 divides by the sum of the
+        weights; K = 1 has one, of the pixels labelled 1 (torch's pos_weight), and divides by the number of pixels.
+        Dice and Lovász, which are means over classes, take none.
+      factors: (name of the term, factor above 0) in the order of `counts`.
+      label_smoothing: of cross_entropy alone; torch's: this share of the label is spread over all classes.
+      focal_gamma: exponent of the focal loss; 0 makes it cross-entropy without smoothing.
+      ohem_threshold: ohem keeps pixels whose true class has a lower probability than this,
+      ohem_min_kept: and in any case the hardest of an image's labelled pixels, this share of them and at least one.
+    """
+
+    num_classes: int
+    ignore_label: int
+    class_weights: tuple[float, ...] | None
+    factors: tuple[tuple[str, float], ...]
+    label_smoothing: float
+    focal_gamma: float
+    ohem_threshold: float
+    ohem_min_kept: float
+
+    def counts(self, labels: jax.Array) -> jax.Array:
+        """What each term's sum is divided by, (T,) float32, or float64 where jax has 64 bits.
+
+        Counts of parts of a batch add up to those of the batch.
+
+        Args:
+          labels: (B, H, W) integers.
+        """
+        valid = labels != self.ignore_label
+        images = jnp.sum(jnp.any(valid, axis=(1, 2)), dtype=jnp.int32)
+        if self.class_weights is None or self.num_classes == 1:
+            pixels = jnp.sum(valid, dtype=jnp.int32)
+        else:
+            # Counted as integers: a float32 sum of millions of weights would lose the last of them.
+            of_class = jnp.sum(self._truth(labels), axis=(0, 1, 2), dtype=jnp.int32)
+            pixels = jnp.sum(of_class * jnp.asarray(self.class_weights, float))
+        return jnp.stack([jnp.asarray(pixels if name in PER_PIXEL else images, float) for name, _ in self.factors])
+
+    def total(self, logits: jax.Array, labels: jax.Array, counts: jax.Array) -> jax.Array:
+        """The loss of these pixels as a part of the batch that `counts` are of.
+
+        The logits are enlarged to the labels' size first (bilinear, align_corners False), as every published recipe
+        does, and computed with in float32 at least.
+
+        Args:
+          logits: (B, h, w, K).
+          labels: (B, H, W) integers; `ignore_label` has no part in the loss.
+          counts: (T,), `self.counts` of the whole batch: of all devices and all micro-batches.
+
+        Returns:
+          Scalar. A term whose count is 0 has loss 0 and gradient 0.
+        """
+        logits = layers.resize(logits.astype(layers.at_least_float32(logits.dtype)), labels.shape[1:3])
+        sums = {
+            "cross_entropy": self._cross_entropy,
+            "ohem": self._ohem,
+            "dice": self._dice,
+            "focal": self._focal,
+            "lovasz": self._lovasz,
+        }
+        counts = counts.astype(logits.dtype)
+        parts = [
+            factor * _mean(sums[name](logits, labels), count)
+            for (name, factor), count in zip(self.factors, counts, strict=True)
+        ]
+        return sum(parts[1:], start=parts[0])
+
+    # Each of the following: (B, H, W, K) logits and (B, H, W) labels -> scalar sum.
+
+    def _cross_entropy(self, logits, labels):
+        loss = self._weighted(_negative_log_likelihood(logits, labels), labels)
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * self._mean_over_classes(logits)
+        return jnp.sum(jnp.where(labels != self.ignore_label, loss, 0))
+
+    def _focal(self, logits, labels):
+        loss = _negative_log_likelihood(logits, labels)
+        # Where the probability is 1, a power below 1 has no finite gradient; that of the loss is 0 there, as its value.
+        is_wrong = loss > jnp.finfo(loss.dtype).tiny
+        safe = jnp.where(is_wrong, loss, 1)
+        # 1 - p = -expm1(log p), exact where p is nearly 1.
+        loss = jnp.where(is_wrong, (-jnp.expm1(-safe)) ** self.focal_gamma * safe, 0)
+        return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
+
+    def _ohem(self, logits, labels):
+        """Means over the pixels that are kept of each image, summed over images.
+
+        Published code keeps pixels of all images that a device holds at once. Then the loss would depend on how many
+        devices there are; hence an image at a time.
+        """
+        batch = labels.shape[0]
+        valid = (labels != self.ignore_label).reshape(batch, -1)
+        loss = _negative_log_likelihood(logits, labels)
+        hardness = lax.stop_gradient(jnp.where(valid, loss.reshape(batch, -1), -jnp.inf))
+        least = jnp.ceil(self.ohem_min_kept * jnp.sum(valid, axis=1)).astype(jnp.int32)
+        position = valid.shape[1] - jnp.clip(least, 1, valid.shape[1])
+        # Pixels as hard as the last one are all kept: of equal logits none is harder than another.
+        cutoff = jnp.take_along_axis(jnp.sort(hardness, axis=1), position[:, None], axis=1)
+        kept = valid & ((hardness >= cutoff) | (jnp.exp(-hardness) < self.ohem_threshold))
+        total = jnp.sum(jnp.where(kept, self._weighted(loss, labels).reshape(batch, -1), 0), axis=1)
+        weight = jnp.ones_like(loss) if self.num_classes == 1 else self._weighted(jnp.ones_like(loss), labels)
+        return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
+
+    def _dice(self, logits, labels):
+        """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
+
+        V-Net's squares, smoothed by 1, as mmsegmentation's first DiceLoss has them; that one also sums p² and y² over
+        ignored pixels, which here have no part. A class that the image lacks counts too: not to predict it is what
+        lowers its loss. An image without labelled pixels has loss 0.
+        """
+        probability, truth = self._probability(logits), self._truth(labels)
+        valid = (labels != self.ignore_label)[..., None]
+        overlap = jnp.sum(jnp.where(truth, probability, 0), axis=(1, 2))
+        predicted = jnp.sum(jnp.where(valid, jnp.square(probability), 0), axis=(1, 2))
+        labelled = jnp.sum(truth, axis=(1, 2), dtype=jnp.int32)
+        dice = (2 * overlap + 1) / (predicted + labelled + 1)  # (B, K)
+        return jnp.sum(jnp.mean(1 - dice, axis=1))
+
+    def _lovasz(self, logits, labels):
+        """Lovász-Softmax, mean over the classes that an image has, summed over images; K = 1: Lovász hinge."""
+        truth = self._truth(labels)
+        if self.num_classes == 1:
+            errors = jnp.where(truth, 1 - logits, 1 + logits)
+            counted = jnp.ones((labels.shape[0], 1), bool)
+        else:
+            probability = self._probability(logits)
+            errors = jnp.where(truth, 1 - probability, probability)
+            counted = jnp.any(truth, axis=(1, 2))
+        # Ignored pixels come last, where they change nothing for the others.
+        errors = jnp.where((labels != self.ignore_label)[..., None], errors, -jnp.inf)
+        losses = _lovasz_extension(_pixels_last(errors), _pixels_last(truth))  # (B, K)
+        return jnp.sum(_mean(jnp.sum(jnp.where(counted, losses, 0), axis=1), jnp.sum(counted, axis=1)))
+
+    def _weighted(self, loss, labels):
+        """(B, H, W) times the weight of each pixel's class."""
+        if self.class_weights is None:
+            return loss
+        table = jnp.asarray((1.0, *self.class_weights) if self.num_classes == 1 else self.class_weights, loss.dtype)
+        return loss * jnp.take(table, labels.astype(jnp.int32), mode="clip")
+
+    def _mean_over_classes(self, logits):
+        """-log p of every class, weighted, mean over classes: (B, H, W, K) -> (B, H, W)."""
+        weights = jnp.asarray(self.class_weights or (1.0,) * self.num_classes, logits.dtype)
+        if self.num_classes == 1:
+            score = logits[..., 0]
+            return (jax.nn.softplus(score) + weights[0] * jax.nn.softplus(-score)) / 2
+        return -jnp.mean(weights * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+    def _probability(self, logits):
+        return jax.nn.sigmoid(logits) if self.num_classes == 1 else jax.nn.softmax(logits, axis=-1)
+
+    def _truth(self, labels):
+        """(B, H, W) labels -> (B, H, W, K): is it this class, False in ignored pixels."""
+        classes = jnp.arange(self.num_classes, dtype=jnp.int32) if self.num_classes > 1 else jnp.ones(1, jnp.int32)
+        return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
+
+
+def _mean(total, count):
+    """total / count; 0 with gradient 0 where the count is 0."""
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+
+
+def _negative_log_likelihood(logits, labels):
+    """-log p(label) by pixel, (B, H, W, K) and (B, H, W) -> (B, H, W); finite where the label is no class."""
+    labels = labels.astype(jnp.int32)
+    if logits.shape[-1] == 1:
+        score = logits[..., 0]
+        # -log sigmoid(±score) without overflow.
+        return jnp.logaddexp(0, jnp.where(labels == 1, -score, score))
+    # A comparison instead of a gather: its gradient is a subtraction, where a gather's is a scatter.
+    chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+
+
+def _pixels_last(x):
+    """(B, H, W, K) -> (B, K, H * W)."""
+    return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], x.shape[-1], -1)
+
+
+def _lovasz_extension(errors, truth):
+    """Lovász extension of the Jaccard loss |wrong| / |truth ∪ wrong| at `errors`, negative ones as 0.
+
+    Args:
+      errors: (..., N) floats.
+      truth: (..., N) bool, the pixels of the class.
+
+    Returns:
+      (...): in decreasing order, each error times what its pixel adds to the Jaccard loss of those before it.
+    """
+    negated, truth = lax.sort((-errors, truth), dimension=-1, num_keys=1)
+    size = jnp.sum(truth, axis=-1, keepdims=True, dtype=jnp.int32)
+    right = size - jnp.cumsum(truth, axis=-1, dtype=jnp.int32)
+    union = (size + jnp.cumsum(~truth, axis=-1, dtype=jnp.int32)).astype(errors.dtype)
+    # The differences written out: subtracted from one another, float32 values near 1 leave a digit or two. A pixel of
+    # the class leaves the union as it is; any other enlarges it by one, and if it is the first of a union without any,
+    # takes the loss from 0 to 1.
+    step = jnp.where(truth, 1 / union, right / union / jnp.maximum(union - 1, 1))
+    step = jnp.where(union == 1, 1, step)
+    return jnp.sum(jax.nn.relu(-negated) * step, axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) -> tuple[jax.Array, jax.Array]:
@@ -20,17 +298,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) ->
     Returns:
       Scalar sum in the dtype of `logits` and scalar int32 count. Nothing to count gives (0, 0).
     """
-    logits = layers.resize(logits, labels.shape[1:3])
     valid = labels != ignore_label
-    labels = labels.astype(jnp.int32)
-    if logits.shape[-1] == 1:
-        score = logits[..., 0]
-        # -log sigmoid(±score) without overflow.
-        loss = jnp.logaddexp(0, jnp.where(labels == 1, -score, score))
-    else:
-        # A comparison instead of a gather: its gradient is a subtraction, where a gather's is a scatter.
-        chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    loss = _negative_log_likelihood(layers.resize(logits, labels.shape[1:3]), labels)
     return jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)
 
 
@@ -40,3 +309,101 @@ def predictions(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     if logits.shape[-1] == 1:
         return (logits[..., 0] > 0).astype(jnp.int32)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- class weights
+
+
+def class_weights(
+    choice: str | Sequence[float] | None, spec: specs.DatasetSpec, pixel_counts: np.ndarray | None = None
+) -> tuple[float, ...] | None:
+    """The K weights that a setting stands for, unnormalised, or None for none.
+
+    Args:
+      choice: None or "", "median_frequency", "cityscapes", or the K numbers themselves.
+      pixel_counts: for "median_frequency": pixels by label value, see there. A binary data set has two label values;
+        its one weight, of class 1, is theirs relative to that of the background.
+
+    Raises:
+      ValueError: another word; numbers that are negative, not finite, all zero or not one for each class; the weights
+        of Cityscapes for other classes; no counts, or none above zero.
+    """
+    match choice:
+        case None | "":
+            return None
+        case "median_frequency":
+            return _balancing(spec, pixel_counts)
+        case "cityscapes":
+            names = tuple(name for name, _ in specs.CITYSCAPES_CLASSES)
+            if spec.class_names != names:
+                raise ValueError(
+                    f"loss.class_weights=cityscapes are weights of the {len(names)} classes of Cityscapes ({names[0]}, "
+                    f"{names[1]}, ...), and {spec.name} has others ({', '.join(spec.class_names[:2])}, ...); use "
+                    "median_frequency, or give one number for each class"
+                )
+            return CITYSCAPES_WEIGHTS
+    try:
+        weights = tuple(float(weight) for weight in choice) if not isinstance(choice, str) else ()
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights:
+        raise ValueError(
+            f"loss.class_weights is '', 'median_frequency', 'cityscapes' or {spec.num_classes} numbers in parentheses, "
+            f"one for each class of {spec.name}; got {choice!r}"
+        )
+    if problems := _problems_of_weights(weights, spec.num_classes):
+        raise ValueError("\n".join(f"{spec.name}: loss.{problem}" for problem in problems))
+    return weights
+
+
+def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
+    """Eigen and Fergus: median of the classes' frequencies / frequency of the class, float64 (K,).
+
+    A class's frequency is its share of the pixels of those images that it is in. A class without a pixel has weight 0
+    and no part in the median: no pixel will ever be multiplied by it, and its true one is infinite.
+
+    Args:
+      pixel_counts: (N, K), labelled pixels by image and class; or (K,), the sums, which take the whole data set as one
+        image and hence the share of all pixels as a frequency.
+
+    Raises:
+      ValueError: no pixel at all.
+    """
+    counts = np.atleast_2d(np.asarray(pixel_counts, np.float64))
+    of_class = counts.sum(axis=0)
+    present = of_class > 0
+    if not present.any():
+        raise ValueError("no class has a pixel, so that there is no frequency to take the median of")
+    of_its_images = (counts > 0).T @ counts.sum(axis=1)
+    frequency = of_class[present] / of_its_images[present]
+    weights = np.zeros(counts.shape[1])
+    weights[present] = np.median(frequency) / frequency
+    return weights
+
+
+def _balancing(spec, pixel_counts):
+    values = len(spec.label_names)
+    if pixel_counts is None or np.shape(pixel_counts)[-1:] != (values,):
+        raise ValueError(
+            f"weights by median frequency need the pixels of each of the {values} label values of {spec.name}; got "
+            f"{'none' if pixel_counts is None else f'an array of shape {np.shape(pixel_counts)}'}"
+        )
+    weights = median_frequency(pixel_counts)
+    if spec.num_classes == 1:
+        background, positive = weights
+        # Where either is missing there is nothing to balance.
+        weights = [positive / background if background and positive else 1.0]
+    return tuple(float(weight) for weight in weights)
+
+
+def _problems_of_weights(weights: tuple[float, ...], num_classes: int) -> list[str]:
+    wrong = {
+        f"class_weights has {len(weights)} numbers for {num_classes} classes": len(weights) != num_classes,
+        f"class_weights must be finite and not negative: {weights}": not all(map(_is_weight, weights)),
+        "class_weights are all 0": not any(weights),
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
+
+
+def _is_weight(value: float) -> bool:
+    return 0 <= value < math.inf
