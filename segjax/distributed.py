@@ -23,9 +23,6 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
     Raises:
       ValueError: the environment does not tell either.
     """
-    # On a CPU, programs that wait for other processes and programs that do not would compete for the same threads, and a
-    # pmap and the gather before it can then wait for one another for ever.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator, processes, number)
     except (RuntimeError, ValueError) as error:

@@ -212,8 +212,10 @@ class Parallel:
 
     def fetch(self, tree):
         """Undoes `replicate`: one copy of every array, on the host, which no later step can touch."""
-        one = tree if self.kind == "jit" else jax.tree.map(lambda x: x[0], tree)
-        return jax.tree.map(np.array, jax.device_get(one))
+        if self.kind == "jit":
+            return jax.tree.map(np.array, jax.device_get(tree))
+        first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
+        return jax.tree.map(lambda whole, part: np.array(part).reshape(whole.shape[1:]), tree, first)
 
     def scalars(self, steps: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """What several steps gave, one number a step, by name."""
