@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny import tiny_model
+from tiny import Net, tiny_model
 
 from configs import common
 from segjax import losses, optim
@@ -21,22 +20,6 @@ from segjax.step import Parallel, TrainStep
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 K = 5
-
-
-class Net(nnx.Module):
-    """Small, with a BatchNorm: images (B, H, W, 3) -> logits (B, H/4, W/4, K)."""
-
-    def __init__(self, seed, dtype):
-        kinds = dict(dtype=dtype, param_dtype=dtype)
-        rngs = nnx.Rngs(seed)
-        self.stem = layers.Conv(3, 6, 4, stride=4, kernel_init=layers.fan_in_init, rngs=rngs, **kinds)
-        self.bn = layers.BatchNorm(6, **kinds)
-        self.head = layers.Conv(6, K, 1, kernel_init=layers.fan_in_init, rngs=rngs, **kinds)
-        self.spec, self.size_multiple = None, 1
-        self.eval()
-
-    def __call__(self, images):
-        return self.head(jax.nn.relu(self.bn(self.stem(images.astype(self.stem.dtype))))), {}
 
 
 def as_it_is(_, batch):
