@@ -181,14 +181,14 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
       CheckpointError: no checkpoint of segjax is there, or it is damaged.
     """
     found = _find(folder)
-    weights, about = _read(found, WEIGHTS, ABOUT)
+    weights, about = read_items(found, WEIGHTS, ABOUT)
     _refuse_changed(found, about, weights)
     return weights, about
 
 
 def holds_float64(folder: Path) -> bool:
     """Whether `load_model` needs jax_enable_x64."""
-    (about,) = _read(_find(folder), ABOUT)
+    (about,) = read_items(_find(folder), ABOUT)
     return about.get("model", {}).get("param_dtype") == "float64"
 
 
@@ -229,7 +229,7 @@ def _find(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{ABOUT}` nor numbered steps)")
 
 
-def _read(folder: Path, *items: str) -> list:
+def read_items(folder: Path, *items: str) -> list:
     """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; `about` as a dict.
 
     Raises:
@@ -356,13 +356,13 @@ class RunCheckpoints:
 
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
-        (about,) = _read(folder, ABOUT)
+        (about,) = read_items(folder, ABOUT)
         _refuse_changed(folder, about)
         # Before the arrays, because those of another model cannot be compared with these.
         refuse(about)
         if RECORD_HASH not in about:
             raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
-        found = Restored(step, *_read(folder, WEIGHTS, TRAINING), about)
+        found = Restored(step, *read_items(folder, WEIGHTS, TRAINING), about)
         _refuse_changed(folder, about, found.weights, found.training)
         problems = []
         for template, arrays in ((weights, found.weights), (training, found.training)):

@@ -103,7 +103,8 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
     table(result, spec)
     if result["images_per_second"]:
         say(f"trained at {result['images_per_second']:.1f} images per second")
-    say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/, tensorboard/")
+    say(f"{workdir}/result.json")
+    say("  beside it: curve.png, predictions/, checkpoints/, tensorboard/")
 
 
 def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
