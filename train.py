@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -80,8 +81,12 @@ def main(arguments):
         # Threads that save or read would each report that the interpreter is going away.
         os._exit(error.args[0] if error.args else loop.INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(console.wrapped(f"train.py: {error}{advice(error)}"), file=sys.stderr)
-        return 2
+        if distributed.is_lead():
+            print(console.wrapped(f"train.py: {error}{advice(error)}"), file=sys.stderr, flush=True)
+        return distributed.leave(2)
+    except Exception:
+        traceback.print_exc()
+        return distributed.leave(1)
 
 
 def advice(error):

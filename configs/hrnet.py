@@ -1,4 +1,5 @@
-"""HRNet, with and without OCR: `--config configs/hrnet.py:w48_ocr,camvid`; on streets (the default), camvid or folder.
+"""HRNet, with and without OCR: `--config configs/hrnet.py:w48_ocr,camvid`; on streets (the default)
+or another of common.DATASETS.
 
 w18, w32, w48 and w18_ocr, w32_ocr, w48_ocr are the published models; `small` and `small_ocr` are narrow and shallow
 ones for a CPU.
@@ -32,7 +33,8 @@ def get_config(argument=""):
     if variant == "small_ocr":
         config.model.ocr_channels = 64
         config.model.ocr_key_channels = 32
-    config.augment.crop = (512, 1024)
+    if dataset in ("cityscapes", "folder"):
+        config.augment.crop = (512, 1024)
     config.augment.photometric = False
     config.train.batch = 12
     config.train.steps = 484 * (2975 // 12)
@@ -45,11 +47,9 @@ def get_config(argument=""):
     config.optim.no_decay = ""
     config.optim.lr_multipliers = ()
     if dataset == "camvid":
-        config.augment.crop = (360, 480)
         config.train.steps = 20_000
     if dataset == "streets":
         common.minutes_on_a_cpu(config)
-        config.augment.crop = (128, 256)
         config.optim.lr = 0.03
         if "dropout_rate" in config.model:
             config.model.dropout_rate = 0.0

@@ -1,4 +1,5 @@
-"""SegFormer: `--config configs/segformer.py:b2,camvid`; a variant on streets (the default), camvid or folder.
+"""SegFormer: `--config configs/segformer.py:b2,camvid`; a variant on streets (the default) or another of
+common.DATASETS.
 
 b0 to b5 are the official models, plain_b0 to plain_b5 those of jo-jstrm/segmentation_pytorch, mmseg_b0 to mmseg_b5
 those of mmsegmentation.

@@ -1,4 +1,4 @@
-"""SegNeXt: `--config configs/segnext.py:b,camvid`; t, s, b or l on streets (the default), camvid or folder.
+"""SegNeXt: `--config configs/segnext.py:b,camvid`; t, s, b or l on streets (the default) or another of common.DATASETS.
 
 `small` is a narrow one for a CPU.
 
@@ -27,17 +27,16 @@ def get_config(argument=""):
         config.model.depths = (2, 2, 3, 2)
         config.model.mlp_ratios = (4, 4, 4, 4)
         config.model.ham_channels = 128
-    config.augment.crop = (1024, 1024)
+    if dataset in ("cityscapes", "folder"):
+        config.augment.crop = (1024, 1024)
     config.train.batch = 8
     config.train.steps = 160_000
     if dataset == "camvid":
-        config.augment.crop = (360, 480)
         config.train.steps = 20_000
     if dataset in ("streets", "camvid"):
         common.from_scratch(config)
     if dataset == "streets":
         common.minutes_on_a_cpu(config)
-        config.augment.crop = (128, 256)
         config.model.drop_path_rate = 0.0
         config.model.dropout_rate = 0.0
     return config

@@ -301,9 +301,11 @@ class RunCheckpoints:
         if distributed.is_lead():
             import orbax.checkpoint as ocp
 
+            # Orbax makes no folder for one process of several.
+            self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=True,
+                create=False,
                 # What a save leaves that was killed.
                 cleanup_tmp_directories=True,
                 multiprocessing_options=_this_process_alone(),

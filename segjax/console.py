@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -32,6 +34,24 @@ def say(text: str) -> None:
     """Of several processes, one speaks for all."""
     if distributed.is_lead():
         print(wrapped(text), flush=True)
+
+
+@contextlib.contextmanager
+def log_said() -> Iterator[None]:
+    """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
+    logger = logging.getLogger("segjax")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def score(value: float | None) -> str:
@@ -116,7 +136,7 @@ def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
     # Arguments that are used up are counted among the outputs too.
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    there = (parallel.devices[0].memory_stats() or {}).get("bytes_limit")
+    there = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {_amount(there)}" if there else ""
     say(f"compiled in {seconds:.1f} s; a step needs {_amount(needed)}{of} on each device")
     if there and needed > there:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from collections.abc import Callable
 
 import jax
@@ -57,3 +59,14 @@ def from_lead(function: Callable):
 def anywhere(flag: bool) -> bool:
     """Whether it is set in any process; each has to ask."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def leave(status: int) -> int:
+    """The exit status of a program that failed; one of several processes ends here, so that the others notice.
+
+    An orderly end would wait for them, and they for this one.
+    """
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    return status

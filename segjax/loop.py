@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
     params, batch_stats = skeleton.arrays()
     trained = skeleton.trained(params)
-    optimizer = optim.optimizer(config.optim, trained, steps=config.train.steps)
+    optimizer = optim.optimizer(config.optim, params, steps=config.train.steps)
     state = TrainState.start(params, batch_stats, optimizer.init(trained), ema=config.train.ema > 0)
 
     about = {
@@ -112,7 +112,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     # Of several processes, each evaluates its part of the images by itself.
     local = Parallel(config.parallel, parallel.own_devices)
     predict = local.compile_eval(partial(eval_step, skeleton, normalise))
-    rates = optim.learning_rates(config.optim, trained, steps=config.train.steps)
+    rates = optim.learning_rates(config.optim, params, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
     log = Log(workdir, first, evaluated=scores.evaluated == first, active=is_lead())
 

@@ -144,7 +144,8 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
 
     Args:
       settings: the `optim` part of a config.
-      names: dotted names of the parameters that are trained.
+      names: dotted names of all parameters of the model. Those that are frozen, which it is not given, may be all that
+        a pattern is found in.
       steps: length of the schedule.
 
     Raises:
@@ -152,7 +153,9 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
     """
     names = list(names)
     no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
-    decay = optax.add_decayed_weights(settings.weight_decay, mask={name: name not in no_decay for name in names})
+    decay = optax.add_decayed_weights(
+        settings.weight_decay, mask=lambda params: {name: name not in no_decay for name in params}
+    )
     if settings.name == "adamw":
         # torch's AdamW: decay beside the moments, eps outside the root, both scaled by the learning rate.
         rule = [optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
@@ -170,8 +173,15 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
 
 
 def learning_rates(settings, names: Iterable[str], *, steps: int):
-    """`rates(step)` -> that step's rates for a log: "lr", and "lr x10" and the like where parameters have a factor."""
-    factors = sorted(set(lr_factors(settings.lr_multipliers, names).values()) - {1.0})
+    """`rates(step)` -> that step's rates for a log: "lr", and "lr x10" and the like where parameters have a factor.
+
+    Args:
+      names: dotted names of all parameters of the model; those that are frozen have no rate.
+    """
+    names = list(names)
+    frozen = frozen_names(settings.frozen, names)
+    factors = lr_factors(settings.lr_multipliers, names)
+    factors = sorted({factors[name] for name in names if name not in frozen} - {1.0})
     base = schedule(settings, steps=steps)
 
     def rates(step: int) -> dict[str, float]:

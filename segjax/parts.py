@@ -81,7 +81,8 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     )
     if pretrained and config.init.from_:
         console.say(f"initial weights from {config.init.from_}")
-        load_pretrained(model, config.init.from_, keep=config.init.keep)
+        with console.log_said():
+            load_pretrained(model, config.init.from_, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     names = list(Skeleton(model).arrays()[0])
     return Skeleton(

@@ -51,18 +51,22 @@ def save_samples(
     pairs = 2 if len(images) > 1 else 1
     rows = -(-len(images) // pairs)
     height, width = labels.shape[1:]
-    panel = 3.6  # inches
-    figure = _figure(2 * pairs * panel, rows * (panel * height / width + 0.25) + 0.8)
+    classes = [k for k in np.unique(labels) if k != spec.ignore_label]
+    panel, line = 3.6, 0.17  # inches
+    page_width = 2 * pairs * panel
+    legend = line * (len(classes) // _legend_columns(page_width, classes, spec) + 3)
+    figure = _figure(page_width, rows * (panel * height / width + 0.25) + legend)
     panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
     for axis in panels.flat:
         axis.axis("off")
-    stripes = np.add.outer(np.arange(height), np.arange(width)) // 3 % 2 * 255
+    # As broad on the page whatever the size of the images, and of no class's colour in any place.
+    stripes = np.add.outer(np.arange(height), np.arange(width)) // max(width // 80, 1) % 2 * 120 + 135
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
-        left.imshow(image, interpolation="nearest")
+        left.imshow(image)
         left.set_title(title, fontsize=8, loc="left")
         right.imshow(np.where(ignored[..., None], stripes[..., None], colourise(label, spec)), interpolation="nearest")
-    _legend(figure, [k for k in np.unique(labels) if k != spec.ignore_label], spec, ignored=spec.ignore_label in labels)
+    _legend(figure, classes, spec, ignored=spec.ignore_label in labels)
     _save(figure, path)
 
 
@@ -109,10 +113,15 @@ def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored:
 
     patches = [Patch(color=np.array(spec.label_colors[k]) / 255, label=spec.label_names[k]) for k in classes]
     if ignored:
-        patches.append(Patch(facecolor="white", edgecolor="black", hatch="//////", label="ignored"))
-    figure.legend(
-        handles=patches, loc="outside lower center", ncols=min(max(len(patches), 1), 10), fontsize=7, frameon=False
-    )
+        patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////", label="ignored"))
+    columns = _legend_columns(figure.get_figwidth(), classes, spec)
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+
+
+def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpec) -> int:
+    """How many fit into so many inches: of the 7-point font, patch and spaces take 0.47 and a letter 0.058."""
+    longest = max((len(spec.label_names[k]) for k in classes), default=0)
+    return max(1, min(10, int(width / (0.47 + 0.058 * longest))))
 
 
 def _save(figure, path: Path) -> None:

@@ -2,60 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
-from segjax.dialects import recognise
-from segjax.families import FAMILIES, family_of, matches
+from segjax.dialects import Recognised, recognise
+from segjax.families import FAMILIES, Family, family_of, matches
 from segjax.files import read_file
-from segjax.weights import BATCH_COUNTER, CheckpointError, as_arrays, load_torch, named_variables, to_torch, torch_name
+from segjax.weights import (
+    CheckpointError,
+    MisfitError,
+    as_arrays,
+    load_torch,
+    logger,
+    named_variables,
+    shorten,
+    to_torch,
+    torch_name,
+)
 
 
-def load_pretrained(model: nnx.Module, source: Path, *, keep: Sequence[str] = ()) -> None:
+def load_pretrained(model: nnx.Module, source: str | Path, *, keep: Sequence[str] = ()) -> None:
     """Fills a model from whatever `segjax.convert` reads; what was loaded and what was not goes to the log.
 
     Args:
-      source: a `.pth`, a `.safetensors`, an orbax folder, or the folder of a training.
+      source: a `.pth`, a `.safetensors`, an orbax folder, or the folder of a training. Of an encoder alone the decoder
+        stays as initialised.
       keep: patterns (`*` and `?`) of parameters that stay as initialised although the checkpoint may have them, for
-        example "decode_head.linear_pred.*" for another number of classes. Beside an encoder alone, the decoder stays so
-        anyway.
+        example "decode_head.linear_pred.*" for another number of classes. With the whole decoder among them, that of
+        the checkpoint may be any.
 
     Raises:
       CheckpointError: a file that cannot be read or does not fit, or a pattern that no parameter has; nothing is
         loaded.
     """
     source = Path(source).expanduser()
-    found = read_file(source)
-    foreign = to_torch(found) if isinstance(found, nnx.Module) else as_arrays(found)
-    names = [torch_name(path) for path in named_variables(model)]
+    names = {torch_name(path): path for path in named_variables(model)}
     if strangers := [pattern for pattern in keep if not any(matches(name, (pattern,)) for name in names)]:
+        first, *_, last = names
         raise CheckpointError(
             f"init.keep: no parameter of {model.spec.name} is called {' or '.join(map(repr, strangers))}; they are "
-            f"called {names[0]!r} to {names[-1]!r}"
+            f"called {first!r} to {last!r}"
         )
+    found = read_file(source)
     try:
-        _load(model, foreign, tuple(keep))
+        _load(model, to_torch(found) if isinstance(found, nnx.Module) else as_arrays(found), list(names), tuple(keep))
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
 
 
-def _load(model: nnx.Module, foreign: Mapping[str, np.ndarray], keep: tuple[str, ...]) -> None:
-    family = family_of(model.spec.name)
-    recognised = recognise(foreign, dialect="auto", family=family)
-    names = [torch_name(path) for path in named_variables(model)]
-    if recognised.form.encoder_only:
-        keep = (*keep, *FAMILIES[family].head)
+def _load(model: nnx.Module, foreign: Mapping[str, np.ndarray], names: list[str], keep: tuple[str, ...]) -> None:
+    family = FAMILIES[family_of(model.spec.name)]
+    found = recognise(foreign, family=family_of(model.spec.name))
+    logger.info("read as %s (%s)", found.form.dialect, found.form.package)
+    if found.form.note:
+        logger.info("note on %s: %s", found.form.package, found.form.note)
+    if not any(map(family.in_head, found.renaming.to_native(foreign))):
+        logger.info("an encoder alone: the decoder stays as initialised")
+        keep = (*keep, *family.head)
+    unused = _unused(foreign, found, family, names, keep)
+    if unused:
+        logger.info("not used from the checkpoint (%d): %s", len(unused), shorten(unused))
+    used = {key: value for key, value in foreign.items() if key not in unused}
+    try:
+        load_torch(model, used, dialect=found.form.dialect, keep=keep)
+    except MisfitError as error:
+        raise CheckpointError(error.problems + _advice(error, found, family)) from None
+    logger.info("loaded %d arrays", len(used))
+
+
+def _unused(
+    foreign: Mapping[str, np.ndarray], found: Recognised, family: Family, names: list[str], keep: tuple[str, ...]
+) -> list[str]:
+    """Keys of the checkpoint that stand for parameters which stay as they are."""
     kept = {name for name in names if matches(name, keep)}
-    wanted = {
-        foreign_name for name in names if name not in kept for foreign_name in recognised.renaming.foreign_names(name)
-    }
-    unused = {
-        foreign_name for name in kept for foreign_name in recognised.renaming.foreign_names(name)
-    } & foreign.keys()
-    if all(name in kept for name in names if matches(name, FAMILIES[family].head)):
-        # With a decoder that stays random, that of the checkpoint may be any.
-        unused = {key for key in foreign if key not in wanted and not key.endswith(BATCH_COUNTER)}
-    load_torch(model, foreign, drop=tuple(unused), keep=keep)
+    unused = {key for name in kept for key in found.renaming.foreign_names(name)}
+    unused -= {key for name in names if name not in kept for key in found.renaming.foreign_names(name)}
+    if kept.issuperset(filter(family.in_head, names)):
+        # Whatever is not the encoder's. Keys of an encoder that the model has no place for are those of another size.
+        unused |= foreign.keys() - _of_encoder(foreign, found, family)
+    return [key for key in foreign if key in unused]
+
+
+def _of_encoder(keys: Iterable[str], found: Recognised, family: Family) -> set[str]:
+    """Those keys of the checkpoint that stand for an encoder's parameters."""
+    groups = found.renaming.groups(keys, foreign=True)
+    return {key for group in groups if not any(map(family.in_head, group.native)) for key in group.foreign}
+
+
+def _advice(error: MisfitError, found: Recognised, family: Family) -> str:
+    """What to set where the decoder alone does not fit."""
+    if not all(map(family.in_head, error.parameters)) or _of_encoder(error.unexpected, found, family):
+        return "\n  its encoder is another one: choose the model, and the sizes, that the checkpoint is of"
+    if not error.parameters:
+        return ""
+    # With layers that the model has not, the decoder is of another kind; else some of it has another size.
+    layers = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in error.parameters)
+    patterns = family.head if error.unexpected else tuple(layers)
+    return f'\n  to leave that part random: "--config.init.keep={patterns}"'

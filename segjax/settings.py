@@ -53,9 +53,8 @@ def check(config: ConfigDict, workdir: Path) -> None:
         ),
         f"optim.clip_norm must not be negative: {optimizer.clip_norm}": optimizer.clip_norm < 0,
         f"optim.warmup_steps must not be negative: {optimizer.warmup_steps}": optimizer.warmup_steps < 0,
-        f"optim.lr_multipliers are (pattern, factor) pairs, not {optimizer.lr_multipliers}": not all(
-            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], int | float)
-            for pair in optimizer.lr_multipliers
+        f"optim.lr_multipliers are (pattern, factor) pairs, as in (('head', 10.0),), not {optimizer.lr_multipliers}": (
+            not all(map(_is_multiplier, optimizer.lr_multipliers))
         ),
         f"train.accumulate must be at least 1: {train.accumulate}": train.accumulate < 1,
         f"train.batch={train.batch} does not divide among {jax.device_count()} devices"
@@ -91,13 +90,17 @@ def check(config: ConfigDict, workdir: Path) -> None:
     }
     patterns = [("optim.no_decay", optimizer.no_decay)]
     patterns += [("optim.frozen", pattern) for pattern in optimizer.frozen]
-    patterns += [("optim.lr_multipliers", pair[0]) for pair in optimizer.lr_multipliers if isinstance(pair, tuple)]
+    patterns += [("optim.lr_multipliers", pair[0]) for pair in optimizer.lr_multipliers if _is_multiplier(pair)]
     wrong |= {f"{key} is no regular expression: {text!r}": not _is_pattern(text) for key, text in patterns}
     problems = [f"config.{message}" for message, is_wrong in wrong.items() if is_wrong]
     if reason := _why_not_writable(workdir):
         problems.append(f"--workdir {workdir}: {reason}")
     if problems:
         raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _is_multiplier(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], int | float) and pair[1] >= 0
 
 
 def _is_pattern(text: object) -> bool:

@@ -112,25 +112,31 @@ class TrainStep:
 
         def add(sums, part):
             batch_stats, *sums = sums
-            images, labels, index = part
-            key = jax.random.fold_in(dropout_key, index)
-            (loss, batch_stats), gradients = value_and_grad(trained, batch_stats, images, labels, key)
+            (loss, batch_stats), gradients = value_and_grad(trained, batch_stats, *part)
             return (batch_stats, *jax.tree.map(jnp.add, sums, [loss, gradients])), None
+
+        nothing = jnp.zeros((), counts.dtype), jax.tree.map(jnp.zeros_like, trained)
+        parts = self.micro_batches(images, labels, dropout_key)
+        (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
+        return loss, gradients, batch_stats
+
+    def micro_batches(self, images, labels, dropout_key):
+        """Images, labels and key of each micro-batch, one after the other along a new first axis."""
+        if self.accumulate == 1:
+            return images[None], labels[None], dropout_key[None]
 
         def in_parts(x):
             # Every device keeps its own samples: (B, ...) -> (A, B / A, ...), part a has samples a, a + A, a + 2A ...
             return jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
 
-        nothing = jnp.zeros((), counts.dtype), jax.tree.map(jnp.zeros_like, trained)
-        parts = in_parts(images), in_parts(labels), jnp.arange(self.accumulate)
-        (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
-        return loss, gradients, batch_stats
+        keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(self.accumulate))
+        return in_parts(images), in_parts(labels), keys
 
     def _moved_ema(self, state: TrainState, new: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         if state.ema is None:
             return None
-        decay = jnp.minimum(self.ema_decay, (1 + state.step) / (10 + state.step))
-        share = 1 - decay
+        # 1 - decay, which float32 would leave three digits of.
+        share = jnp.maximum(1 - self.ema_decay, 9 / (10 + state.step.astype(float)))
         return {name: old + share.astype(old.dtype) * (new[name] - old) for name, old in state.ema.items()}
 
     def _unless_not_finite(self, finite: jax.Array, before: TrainState, changed: dict) -> TrainState:

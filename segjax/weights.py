@@ -51,6 +51,20 @@ class CheckpointError(ValueError):
     """A checkpoint that does not fit; the message lists everything that is wrong with it."""
 
 
+class MisfitError(CheckpointError):
+    """Keys that are missing, unexpected or misshapen.
+
+    Attributes:
+      problems: the message without advice on what to do.
+      parameters: those of the model, by torch name, that are missing from the checkpoint or of another shape there.
+      unexpected: keys of the checkpoint that the model has no place for.
+    """
+
+    def __init__(self, problems: str, advice: str, *, parameters: list[str], unexpected: list[str]):
+        super().__init__(problems + advice)
+        self.problems, self.parameters, self.unexpected = problems, parameters, unexpected
+
+
 # ------------------------------------------------------------------------------------- a model's weights by torch name
 
 
@@ -283,11 +297,7 @@ def _plan(model: nnx.Module, foreign: dict[str, np.ndarray], found: Recognised, 
     missing = [key for key in missing if not kept.issuperset(owners[key])]
     kept |= {bias for bias, mean in without_bias.items() if mean in kept}
     unexpected = [key for key in given if key not in expected]
-    misshapen = [
-        f"{key}: checkpoint {given[key].shape}, model {shape}"
-        for key, shape in expected.items()
-        if key in given and given[key].shape != shape
-    ]
+    misshapen = [key for key, shape in expected.items() if key in given and given[key].shape != shape]
     not_floats = [
         f"{key}: {value.dtype}"
         for key, value in given.items()
@@ -298,17 +308,18 @@ def _plan(model: nnx.Module, foreign: dict[str, np.ndarray], found: Recognised, 
         for kind, found in (
             ("missing from the checkpoint", missing),
             ("unexpected in the checkpoint", unexpected),
-            ("of another shape", misshapen),
+            ("of another shape", [f"{k}: checkpoint {given[k].shape}, model {expected[k]}" for k in misshapen]),
             ("not floating point", not_floats),
         )
         if found
     ]
     if problems:
-        raise CheckpointError(
+        raise MisfitError(
             f"the checkpoint (read as {found.form.dialect}: {found.form.package}) does not fit {model.spec.name} with "
-            f"{model.spec.num_classes} classes; nothing was loaded.\n  "
-            + "\n  ".join(problems)
-            + _advice(missing, unexpected, FAMILIES[found.form.family].head[0])
+            f"{model.spec.num_classes} classes; nothing was loaded.\n  " + "\n  ".join(problems),
+            _advice(missing, unexpected, FAMILIES[found.form.family].head[0]),
+            parameters=[native for key in (*missing, *misshapen) for native in owners[key]],
+            unexpected=unexpected,
         )
     native = renaming.to_native({key: given[key] for key in expected if not kept.intersection(owners[key])})
     values = {path: from_torch_layout(path, native[key]) for key, path in paths.items() if key not in kept}

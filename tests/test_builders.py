@@ -195,6 +195,20 @@ def test_the_spec_is_stored_with_the_data_and_read_back(tree, data):
     assert json.loads((prepared.path / "metadata.json").read_text())["spec"]["class_names"] == ["road", "tree", "car"]
 
 
+@pytest.mark.parametrize("names, ignore", [(["road", "tree", "car"], 255), (["car"], 2)])
+def test_pixels_are_counted_by_class_without_the_ignored_ones(tmp_path, data, names, ignore):
+    classes = CLASSES | {"names": names, "colors": CLASSES["colors"][: len(names)], "ignore": ignore}
+    root = make_tree(tmp_path / "tree", classes)
+    values = np.array([*range(max(len(names), 2)), ignore], np.uint8)
+    masks = [np.random.default_rng(seed).choice(values, (5, 7)) for seed in range(2)]
+    for name, mask in zip("ab", masks, strict=True):
+        write(root / f"labels/train/{name}.png", png(mask))
+    write(root / "labels/val/a.png", png(np.full((5, 7), ignore, np.uint8)))
+    prepared = prepare(root, data)
+    assert prepared.pixel_counts("train") == [np.sum(np.stack(masks) == value) for value in values[:-1]]
+    assert prepared.pixel_counts("val") == [0] * (len(values) - 1) and prepared.labelled == ("train", "val")
+
+
 def test_a_folder_without_a_name_is_named_after_its_directory(tmp_path, data):
     root = make_tree(tmp_path / "my street views", {key: CLASSES[key] for key in ("names", "colors", "ignore")})
     prepared = prepare(root, data)

@@ -12,7 +12,7 @@ from tiny import abstract_model
 
 import segjax
 from configs import common
-from segjax import loop, models, optim
+from segjax import loop, losses, models, optim, settings
 from segjax.data.augment import normalise
 from segjax.models import layers, segformer_simple
 from segjax.state import Skeleton
@@ -60,7 +60,7 @@ def of_modules(model, kinds):
 
 
 def matched(model, pattern):
-    return {name for name, is_found in optim.by_name(parameters(model), pattern).items() if is_found}
+    return optim.found_in(pattern, parameters(model), setting="optim") if pattern else set()
 
 
 def test_there_is_a_config_for_every_model():
@@ -86,12 +86,12 @@ def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(n
 
 
 @pytest.mark.parametrize("name, variant, dataset", COMBINATIONS)
-def test_every_combination_can_be_run_and_builds_its_model(name, variant, dataset):
+def test_every_combination_can_be_run_and_builds_its_model(name, variant, dataset, tmp_path):
     config = get(name, variant, dataset)
-    loop.check(config)
+    settings.check(config, tmp_path)
     assert config.to_dict() == CONFIGS[name].get_config(f" {dataset} ,{variant}").to_dict()
     assert config.data.name == dataset
-    overrides = loop._overrides(config)
+    overrides = settings.model_overrides(config)
     assert set(overrides) <= set(models.settings(config.model.name))
     assert all(0 <= value < 1 for key, value in overrides.items() if key.endswith("rate"))
     assert model_of(config).spec.name == config.model.name
@@ -152,15 +152,15 @@ def test_crops_of_models_that_enlarge_by_whole_factors_divide_by_32(name, datase
 # ----------------------------------------------------------------------------------------------- published numbers
 
 ADAMW = dict(name="adamw", lr=6e-5, end_lr=0.0, weight_decay=0.01, power=1.0, warmup_steps=1500, warmup_ratio=1e-6)
-ADAMW |= dict(beta1=0.9, beta2=0.999, eps=1e-8, head_multiplier=10.0)
+ADAMW |= dict(schedule="poly", clip_norm=0.0, beta1=0.9, beta2=0.999, eps=1e-8)
 SGD = dict(name="sgd", lr=0.01, end_lr=0.0, weight_decay=5e-4, power=0.9, warmup_steps=0, momentum=0.9)
-SGD |= dict(head_multiplier=1.0)
+SGD |= dict(schedule="poly", clip_norm=0.0, no_decay="", lr_multipliers=())
 PUBLISHED = {
     "segformer": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
     "segformer_simple": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
     "segformer_zuppichini": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
     # 484 epochs of 247 batches.
-    "hrnet": (SGD, dict(batch=12, steps=119_548, aux_weight=0.4), dict(crop=(512, 1024), photometric=False)),
+    "hrnet": (SGD, dict(batch=12, steps=119_548), dict(crop=(512, 1024), photometric=False)),
     "segnext": (ADAMW, dict(batch=8, steps=160_000), dict(crop=(1024, 1024), photometric=True)),
 }
 
@@ -170,6 +170,12 @@ def test_a_folder_is_trained_on_by_the_published_recipe(name, variant):
     config = get(name, variant, "folder")
     for part, expected in zip(("optim", "train", "augment"), PUBLISHED[name], strict=True):
         assert {key: config[part][key] for key in expected} == expected, part
+    # Cross-entropy alone, with OCR's auxiliary loss; nothing of what the publications do without.
+    terms = {key: config.loss[key] for key in losses.TERMS}
+    assert terms == dict.fromkeys(losses.TERMS, 0.0) | {"cross_entropy": 1.0}
+    assert (config.loss.aux_weight, config.loss.class_weights, config.loss.label_smoothing) == (0.4, None, 0.0)
+    assert (config.train.accumulate, config.train.ema, config.train.may_skip) == (1, 0.0, 0)
+    assert (config.optim.frozen, config.init.from_, config.init.keep) == ((), "", ())
     assert tuple(config.augment.scale) == (0.5, 2.0) and config.augment.flip == 0.5
 
 
@@ -230,9 +236,9 @@ def test_the_head_is_all_that_is_not_the_encoder(name, variant):
         names = parameters(model_of(config))
         encoder = {key for key in names if key.startswith(ENCODERS[name])}
         assert 0 < len(names) - len(encoder) < len(encoder)
-        if name == "hrnet":
-            # Its head is not told by its name, and needs not be.
-            assert config.optim.head_multiplier == 1.0
+        # HRNet's head is not told by its name, and needs not be; weights drawn at random want one rate throughout.
+        if name == "hrnet" or dataset != "folder":
+            assert config.optim.lr_multipliers == ()
         else:
-            assert matched(model_of(config), config.optim.head) == set(names) - encoder
-            assert config.optim.head_multiplier == (1.0 if dataset in ("streets", "camvid") else 10.0)
+            ((pattern, factor),) = config.optim.lr_multipliers
+            assert matched(model_of(config), pattern) == set(names) - encoder and factor == 10.0

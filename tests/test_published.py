@@ -1,7 +1,9 @@
 """Published datasets, in made-up archives of their form: every form gives the same, and what is wrong is refused."""
 
 import dataclasses
+import errno
 import io
+import os
 import pickle
 import shutil
 import signal
@@ -20,7 +22,7 @@ import pytest
 from PIL import Image
 
 from segjax.data import __main__ as command
-from segjax.data import builders, codec, conversion, published, specs
+from segjax.data import builders, codec, conversion, published, sources, specs
 
 REPO = Path(__file__).parents[1]
 NAMES = list(published.PUBLISHED)
@@ -107,6 +109,7 @@ class Made:
         self.add(split, stem, path, encoded(".png", image), label, mask)
 
     def _cityscapes_rest(self):
+        write(self.root / "leftImg8bit/train/bern/._bern_000001_000019_leftImg8bit.png", b"a Mac's")
         write(self.root / "leftImg8bit/train_extra/ulm/ulm_000000_000001_leftImg8bit.png", b"not to be read")
 
     def _ade20k(self, split, i, image, mask):
@@ -117,6 +120,7 @@ class Made:
         self.add(split, stem, f"{top}/images/{long}/{stem}.jpg", content, f"{top}/annotations/{long}/{stem}.png", mask)
 
     def _ade20k_rest(self):
+        write(self.root / "ADEChallengeData2016/annotations/training/._ADE_train_00000001.png", b"a Mac's")
         for name in ("objectInfo150.txt", "sceneCategories.txt"):
             write(self.root / "ADEChallengeData2016" / name, b"not to be read")
 
@@ -194,8 +198,15 @@ def files_in(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def records_in(path: Path) -> dict[str, bytes]:
-    return {name: content for name, content in files_in(path).items() if "array_record" in name}
+def records_in(prepared: builders.Prepared) -> dict[str, list[dict[str, bytes]]]:
+    """What is stored, undecoded; the files' own bytes vary with the order that protobuf gives the parts of a record."""
+    import tensorflow_datasets as tfds
+
+    skip = tfds.decode.SkipDecoding()
+    builder = tfds.builder_from_directory(prepared.path)
+    return {
+        split: list(builder.as_data_source(split, decoders={"image": skip, "label": skip})) for split in prepared.splits
+    }
 
 
 # What is read back
@@ -221,13 +232,9 @@ def test_images_and_train_ids_come_back_in_the_order_of_their_names(name, few, t
 
 @pytest.mark.parametrize("name", NAMES)
 def test_images_keep_their_own_bytes_and_masks_are_grey_png(name, few, tmp_path, data):
-    import tensorflow_datasets as tfds
-
     made = Made(tmp_path / "made", name)
-    skip = tfds.decode.SkipDecoding()
-    builder = tfds.builder_from_directory(prepare(name, data, made.root).path)
-    for split in COUNTS[name]:
-        for record in builder.as_data_source(split, decoders={"image": skip, "label": skip}):
+    for split, records in records_in(prepare(name, data, made.root)).items():
+        for record in records:
             assert record["image"] == made.images[split][record["name"].decode()]
             assert record["label"].startswith(codec.PNG) and tuple(record["label"][24:26]) == (8, 0)
 
@@ -262,7 +269,7 @@ def test_every_form_of_a_source_gives_the_same_dataset(name, few, tmp_path):
     results = {}
     for form, source in forms(name, tmp_path).items():
         prepared = prepare(name, tmp_path / form, *source)
-        results[form] = (records_in(prepared.path), prepared.metadata["fingerprint"])
+        results[form] = (records_in(prepared), prepared.metadata["fingerprint"])
         assert prepared.metadata["source"] == " ".join(map(str, source))
     assert len(results) >= 5
     assert [form for form, result in results.items() if result != results["tree"]] == []
@@ -396,7 +403,7 @@ def test_records_are_read_in_any_order_from_any_thread_and_after_pickling(name, 
                 assert image.shape == (height, width, 3) and image.dtype == label.dtype == np.uint8
                 np.testing.assert_array_equal(image, loaded.images[i, :height, :width])
                 np.testing.assert_array_equal(label, loaded.labels[i, :height, :width])
-    assert len(list(records)) == 3
+    assert len(list(records)) == 3 and repr(records) == f"Records({name} train, 3 images)"
     for index in (-1, 3):
         with pytest.raises(IndexError, match=f"{name} train has 3 images, and no number {index}"):
             records[index]
@@ -439,8 +446,19 @@ def test_large_splits_are_written_as_several_files_in_order(few, tmp_path, data,
 def test_too_little_space_is_said_before_anything_is_written(few, tmp_path, data, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(builders.DataError, match=r"needs at least 0\.0 GB, and 0\.0 GB are free there; make room"):
-        prepare("pet", data, Made(tmp_path / "made", "pet").root)
+        prepare("pet", data, *Made(tmp_path / "made", "pet").packed(tmp_path))
     assert not data.exists()
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(few, tmp_path, data, monkeypatch):
+    archives = Made(tmp_path / "made", "pet").packed(tmp_path)
+
+    def write_to_a_full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources, "_unpacked", write_to_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare("pet", data, *archives)
 
 
 # Interrupted and taken up again
@@ -486,7 +504,7 @@ def test_a_killed_preparation_goes_on_with_what_it_had_checked(name, form, few, 
     assert f"Taking over {noted} of {total} images that an interrupted preparation" in capsys.readouterr().out
     assert [path.name for path in (data / f"segjax_{name}").iterdir()] == ["1.1.0"]
     whole = prepare(name, tmp_path / "at once", *source)
-    assert records_in(prepared.path) == records_in(whole.path)
+    assert records_in(prepared) == records_in(whole)
     assert prepared.metadata == whole.metadata and prepared.splits == whole.splits
 
 
@@ -500,14 +518,24 @@ def test_what_was_checked_is_not_decoded_again(few, tmp_path, data, monkeypatch)
     assert prepare("ade20k", data, made.root).splits == COUNTS["ade20k"]
 
 
-def test_a_source_that_has_changed_is_checked_from_the_start(few, tmp_path, data, capsys):
+def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path, data, capsys):
     made = Made(tmp_path / "made", "ade20k")
     start_and_kill("ade20k", data, [made.root], after=2)
-    path = made.root / "ADEChallengeData2016/annotations/training/ADE_train_00000001.png"
-    write(path, encoded(".png", np.full((30, 50), 7, np.uint8)))
-    prepared = prepare("ade20k", data, made.root)
+    os.utime(made.root / FIRST_MASK["ade20k"], ns=(0, 1))
+    assert prepare("ade20k", data, made.root).splits == COUNTS["ade20k"]
     assert "Taking over" not in capsys.readouterr().out
-    assert (prepared.records("train")[0][1] == 6).all()
+    assert [path.name for path in (data / "segjax_ade20k").iterdir()] == ["1.1.0"]
+
+
+def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
+    first, second = (conversion.Measured((i, 2), (3, 4)) for i in range(2))
+    for name, measured in (("a", first), ("b", second)):
+        scratch = conversion.Scratch(tmp_path / "scratch")
+        with scratch.journal() as note:
+            note("train", name, measured)
+        with (tmp_path / "scratch/checked.jsonl").open("a") as file:
+            file.write('["train", "c", [1')
+    assert scratch.checked() == {("train", "a"): first, ("train", "b"): second}
 
 
 # What is refused
@@ -718,7 +746,7 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"Preparing {name}, images per split: train 3")
     assert lines[-1] == f"{name}: {data}/segjax_{name}/1.1.0"
-    assert max(map(len, lines[:-1])) <= 80
+    assert max(map(len, lines[:-1])) <= 80 and len(lines) <= 90
     text = "\n".join(lines)
     for split, count in COUNTS[name].items():
         assert f"{split:<20} {count:>9}" in text

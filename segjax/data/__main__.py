@@ -38,8 +38,8 @@ def describe(prepared: builders.Prepared) -> list[str]:
     """Images per split, and of the first labelled split the classes; lines of at most 80 columns but for the path."""
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
     for split, count in prepared.splits.items():
-        labels = "" if split in prepared.labelled else "not published"
-        lines.append(f"{split:<20.20} {count:>9,}  {labels}".rstrip())
+        labels = "yes" if split in prepared.labelled else "not published"
+        lines.append(f"{split:<20.20} {count:>9,}  {labels}")
     split = "train" if "train" in prepared.labelled else prepared.labelled[0]
     counts = np.array(prepared.pixel_counts(split), np.float64)
     rows = zip(prepared.spec.label_names, counts, weights(counts), strict=True)

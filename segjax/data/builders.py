@@ -144,7 +144,14 @@ def _write(
     counts = counted({split: len(found) for split, found in examples.items()})
     print(f"Preparing {spec.name}, images per split: {counts}; from {identity['source']} to {path}", flush=True)
     problems: Problems = collections.defaultdict(list)
-    _check_space(path, examples)
+    needed = sum(example.image.size for found in examples.values() for example in found)
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+    if needed > free:
+        scratch.remove()
+        raise DataError(
+            f"{path} needs at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
+            "choose another data directory"
+        )
     try:
         builder.examples, measured = conversion.convert(examples, spec, train_ids, scratch, problems)
         if problems:
@@ -159,19 +166,10 @@ def _write(
         if not path.exists():
             raise
     scratch.remove()
-    for left in path.parent.glob(f"incomplete.*_{path.name}"):  # by processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    for pattern in (f"incomplete.*_{path.name}", ".converting-*"):
+        for left in path.parent.glob(pattern):  # by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
     return _refuse_other_files(open_prepared(path), identity)
-
-
-def _check_space(path: Path, examples: Examples) -> None:
-    needed = sum(example.image.size for found in examples.values() for example in found)
-    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-    if needed > free:
-        raise DataError(
-            f"{path} needs at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
-            "choose another data directory"
-        )
 
 
 def _metadata(examples: Examples, measured: dict[str, list[conversion.Measured]]) -> dict[str, dict[str, list]]:

@@ -156,7 +156,7 @@ def _is_whole(path: Path) -> bool:
 def _check(
     example: Example, spec: specs.DatasetSpec | None, train_ids: np.ndarray | None
 ) -> tuple[Measured, np.ndarray | None, list[tuple[str, str]]]:
-    """What one example measures, its train ids, and (kind, entry) for each problem of its files."""
+    """What one example measures, its train ids if they are to be converted, and (kind, entry) for each problem."""
     faults: list[tuple[str, str]] = []
 
     def read(file: File, faults_of_kind: tuple, decode) -> np.ndarray | None:
@@ -192,9 +192,10 @@ def _check(
         entry = f"{example.label.name}: {listed([f'{value} ({pixels[value]} pixels)' for value in stray])}"
         faults.append((_kind_of_stray(spec, train_ids), entry))
         return Measured(size, ()), None, faults
-    labels = allowed.astype(np.uint8)[mask]
-    counts = np.bincount(labels.ravel(), minlength=256)[: len(spec.label_names)]
-    return Measured(size, tuple(counts.tolist())), labels, faults
+    counts, values = np.zeros(256, np.int64), np.flatnonzero(pixels)
+    np.add.at(counts, allowed[values], pixels[values])
+    labels = None if train_ids is None else train_ids.astype(np.uint8)[mask]
+    return Measured(size, tuple(counts[: len(spec.label_names)].tolist())), labels, faults
 
 
 def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:

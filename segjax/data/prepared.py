@@ -116,6 +116,10 @@ class Records:
     def __reduce__(self):
         return Records, (self._prepared, self._split)
 
+    def __repr__(self) -> str:
+        # Grain compares it, to tell whether a saved position is one in the same data.
+        return f"Records({self._prepared.spec.name} {self._split}, {len(self)} images)"
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -20,7 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import specs
-from segjax.data.sources import Example, Examples, File, Problems, counted, file_of, in_archive, in_folder, listed
+from segjax.data.sources import (
+    ArchiveError,
+    Example,
+    Examples,
+    File,
+    Problems,
+    counted,
+    file_of,
+    in_archive,
+    in_folder,
+    listed,
+)
 
 Files = dict[str, File]  # by the path inside the dataset
 
@@ -92,9 +103,8 @@ def read(
     for path in archives:
         try:
             found += in_archive(path, scratch, opened).items()
-        except OSError as error:
-            kind = "archives that are no whole .zip, .tar or .tar.gz; fetch them again"
-            problems[kind].append(f"{path}: {error.strerror or error}")
+        except ArchiveError as error:
+            problems["archives that are no whole .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
     files: Files = {}
     others = set()
     for name, file in found:

@@ -57,8 +57,8 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m segjax.data show", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
-    parser.add_argument("--source", metavar="DIR", help="folder that the dataset is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where prepared datasets are kept")
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
+    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--split", default="train")
     parser.add_argument("--num", type=int, default=8, help="samples; default 8")
     parser.add_argument(

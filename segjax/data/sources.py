@@ -57,6 +57,10 @@ class Example:
     label: File | None
 
 
+class ArchiveError(ValueError):
+    """A file that is no archive, or a damaged one; the message says what it is instead."""
+
+
 Examples = dict[str, list[Example]]  # split -> examples in the order of their names
 
 
@@ -81,7 +85,7 @@ def in_archive(path: Path, scratch: Callable[[], Path], opened: contextlib.ExitS
       opened: closes the archive; files can be read until then.
 
     Raises:
-      OSError: no such archive, or a damaged one.
+      ArchiveError: no such archive, or a damaged one.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -91,12 +95,12 @@ def in_archive(path: Path, scratch: Callable[[], Path], opened: contextlib.ExitS
         if head[:2] == b"\x1f\x8b":
             return _in_tar(_unpacked(path, scratch()), path.name)
         if head == b"PK\x03\x04":
-            raise OSError("a .zip that is cut short")
+            raise ArchiveError("a .zip that is cut short")
         return _in_tar(path, path.name)
     except tarfile.ReadError as error:
-        raise OSError(f"begins with {head!r} ({error})") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise OSError(f"damaged or cut short ({error})") from None
+        raise ArchiveError(f"begins with {head!r} ({error})") from None
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ArchiveError(f"damaged or cut short ({error})") from None
 
 
 def _in_zip(path: Path, opened: contextlib.ExitStack) -> dict[str, File]:

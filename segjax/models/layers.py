@@ -564,7 +564,8 @@ def _equal_neighbours(blocks: Sequence[nnx.Module]) -> list[list[nnx.Module]]:
     rows, kinds = [], []
     for block in blocks:
         graph, *arrays = _split_without_rates(block)
-        kind = graph, jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), arrays)
+        leaves, structure = jax.tree.flatten(arrays)
+        kind = graph, structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
         if kinds and kinds[-1] == kind:
             rows[-1].append(block)
         else:
