@@ -195,11 +195,13 @@ class Meter:
 class Progress:
     """A bar on a terminal, else a line every ten seconds."""
 
+    FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
     def __init__(self, start: int, total: int):
         self._total = total
         self._said = time.perf_counter()
         self._bar = (
-            tqdm(total=total, initial=start, unit="step", ncols=80, file=sys.stderr, smoothing=0.1)
+            tqdm(total=total, initial=start, bar_format=self.FORMAT, ncols=80, file=sys.stderr, smoothing=0.1)
             if sys.stderr.isatty() and distributed.is_lead()
             else None
         )
@@ -214,7 +216,7 @@ class Progress:
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
         rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
         if meter.waiting:
-            rate += f", {meter.waiting:.0%} waiting for data"
+            rate += f", {meter.waiting:.0%} waiting"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {score(loss)}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -223,7 +225,7 @@ class Progress:
         if now - self._said >= 10 or step == self._total:
             left = meter.seconds_for(self._total - step)
             remaining = f"  {_duration(left)} left" if left else ""
-            say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{remaining}")
+            say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{' for data' * bool(meter.waiting)}{remaining}")
             self._said = now
 
     def say(self, text: str) -> None:
