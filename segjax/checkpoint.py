@@ -46,7 +46,7 @@ def _this_process_alone():
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    return record.levelno < logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _report_errors_once() -> None:
@@ -238,6 +238,8 @@ def read_items(folder: Path, *items: str) -> list:
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
+    if missing := [item for item in items if not (folder / item).is_dir()]:
+        raise DamagedError(f"{folder}: a damaged checkpoint (without {' and '.join(missing)})")
     # Also for items that are not asked for: orbax warns of every item that it has no handler for.
     handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
@@ -348,7 +350,7 @@ class RunCheckpoints:
                 aside.parent.mkdir(exist_ok=True)
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                say(f"put aside as {aside}")
+                say(f"  put aside as {aside}")
             self._manager.reload()
             return found
         if damaged:
