@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from configs import common
-from segjax import evaluate, optim, runtime
+from segjax import evaluate, losses, optim, runtime
 from segjax.data import specs
 from segjax.data.augment import augment
 from segjax.data.pipeline import StreamBatches, TrainBatches, load, order
 from segjax.state import Skeleton, TrainState
-from segjax.step import Parallel, train_step
+from segjax.step import Parallel, TrainStep
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 SETTINGS = SimpleNamespace(crop=(16, 20), scale=(0.5, 2.0), flip=0.5, photometric=True)
@@ -61,19 +60,25 @@ class Colours(nnx.Module):
 
 def trained(parallel, batches):
     """Weights and losses after a few steps of SGD on these batches, as lists."""
-    settings: ConfigDict = common.get_config("folder").optim
-    settings.update(name="sgd", lr=0.5, warmup_steps=0)
+    config = common.get_config("folder")
+    config.optim.update(name="sgd", lr=0.5, warmup_steps=0, no_decay="", lr_multipliers=())
     skeleton = Skeleton(Colours())
     params, _ = skeleton.arrays()
-    optimizer = optim.optimizer(settings, params, steps=10)
-    state = parallel.replicate(TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params)))
-    augmentation = partial(augment, settings=SETTINGS, ignore_label=SPEC.ignore_label)
-    step = parallel.compile_train(partial(train_step, skeleton, optimizer, augmentation, SPEC.ignore_label, 0.4))
-    losses = []
+    optimizer = optim.optimizer(config.optim, params, steps=10)
+    state = parallel.replicate(TrainState.start(params, {}, optimizer.init(params)))
+    step = parallel.compile_train(
+        TrainStep(
+            skeleton=skeleton,
+            optimizer=optimizer,
+            augment=partial(augment, settings=SETTINGS, ignore_label=SPEC.ignore_label),
+            criterion=losses.criterion(config.loss, num_classes=SPEC.num_classes, ignore_label=SPEC.ignore_label),
+        )
+    )
+    values = []
     for i in range(STEPS):
         state, scalars = step(state, batches.at(i), jax.random.key(SEED))
-        losses.append(float(parallel.fetch(scalars)["loss"]))
-    return parallel.fetch(state).params["kernel"].tolist(), losses
+        values.append(float(parallel.fetch(scalars)["loss"]))
+    return parallel.fetch(state).params["kernel"].tolist(), values
 
 
 def results(parallel):

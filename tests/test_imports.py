@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 # What only commands and the loop may lean on. `runtime` changes the process, which no library call may do.
-ABOVE = ("segjax.loop", "segjax.console", "segjax.runtime", "configs", "train")
+ABOVE = ("segjax.loop", "segjax.console", "segjax.parts", "segjax.runtime", "configs", "train")
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
     "torch",
@@ -79,8 +79,8 @@ def reached(name):
 def test_the_sources_are_found():
     assert {"segjax", "segjax.loop", "segjax.models", "segjax.models.layers", "segjax.data.streets"} <= set(MODULES)
     assert "segjax.models.segformer" in imports_of("segjax.models")
-    assert "segjax.data.builders" in imports_of("segjax.loop")
-    assert "segjax.data.builders" not in imports_of("segjax.loop", only_module_level=True)
+    assert "segjax.data.builders" in imports_of("segjax.parts")
+    assert "segjax.data.builders" not in imports_of("segjax.parts", only_module_level=True)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("segjax.models.")])
@@ -109,7 +109,8 @@ def test_what_is_used_without_training_imports_no_training(name):
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ABOVE])
 def test_nothing_below_the_loop_imports_the_loop_or_the_configs(name):
     # A module that is a command of its own sets its process up.
-    allowed = {"segjax.runtime"} if "__main__" in MODULES[name].read_text() else set()
+    is_command = "__main__" in MODULES[name].read_text()
+    allowed = {"segjax.runtime", "segjax.console", "segjax.parts"} if is_command else set()
     assert inside(imports_of(name), *ABOVE) <= allowed
 
 

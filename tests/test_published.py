@@ -763,12 +763,6 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_weights_balance_the_classes_and_leave_out_what_is_not_there():
-    counts = np.array([100.0, 400, 0, 50])
-    np.testing.assert_allclose(command.weights(counts), [1, 0.25, 0, 2])
-    np.testing.assert_array_equal(command.weights(np.zeros(3)), [0, 0, 0])
-
-
 def test_the_command_ends_with_2_and_one_error(tmp_path):
     done = run("prepare", "cityscapes", "--source", tmp_path / "none.zip", "--data-dir", tmp_path / "data")
     assert done.returncode == 2 and done.stdout == ""
