@@ -24,6 +24,10 @@ BOUNDS = {
     # 1.5e-3 measured of parameters after 20 steps of AdamW at lr 1e-3, 2e-6 of SGD. The losses of HRNet and OCR, whose
     # path changes with each ReLU input within rounding of zero (see README.md), lie up to 1.5e-2 apart.
     ("trajectory", "float32"): 3e-2,
+    # A loss and its gradient with respect to the logits: sums over pixels, and nothing deep. 5e-15 was measured.
+    ("loss", "float64"): 1e-12,
+    # 4e-6 was measured of the gradient of Lovász, for which torch subtracts neighbouring values near 1.
+    ("loss", "float32"): 2e-5,
     # Means and variances over a batch.
     ("statistics", "float64"): 1e-11,
     ("statistics", "float32"): 5e-5,

@@ -32,6 +32,9 @@ from segjax.step import Parallel, TrainStep, eval_step
 
 # What a shell reports for a program that Ctrl-C has ended.
 INTERRUPTED = 128 + signal.SIGINT
+# Steps that the host may hand to the device before it waits: enough to keep it busy, and few enough that waiting for
+# data shows as such.
+AHEAD = 3
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -107,7 +110,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
     console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
-    if first < config.train.steps:
+    # Compiled ahead of time, a pmap wants the arrays of all processes at once.
+    if first < config.train.steps and (parallel.kind == "jit" or jax.process_count() == 1):
         step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
     # Of several processes, each evaluates its part of the images by itself.
     local = Parallel(config.parallel, parallel.own_devices)
@@ -194,6 +198,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 # The run was stopped while it evaluated.
                 judged(first, measure(first)[0])
             while done < config.train.steps and not stop.requested and not scores.given_up(config.eval.patience):
+                if len(unread) >= AHEAD:
+                    jax.block_until_ready(unread[-AHEAD])
                 state, scalars = step_fn(state, batches.at(done), key)
                 unread.append(scalars)
                 done += 1

@@ -93,7 +93,7 @@ class Criterion:
       label_smoothing: of cross_entropy alone; torch's: this share of the label is spread over all classes.
       focal_gamma: exponent of the focal loss; 0 makes it cross-entropy without smoothing.
       ohem_threshold: ohem keeps pixels whose true class has a lower probability than this,
-      ohem_min_kept: and in any case the hardest of an image's labelled pixels, as this share of them.
+      ohem_min_kept: and in any case the hardest of an image's labelled pixels, this share of them and at least one.
     """
 
     num_classes: int
@@ -191,8 +191,9 @@ class Criterion:
     def _dice(self, logits, labels):
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
 
-        The form of V-Net with the smoothing of 1 that is common for images. A class that an image has not counts too:
-        predicting it there is what lowers it. An image without labelled pixels has loss 0.
+        V-Net's squares, smoothed by 1, as mmsegmentation's first DiceLoss has them; that one also sums p² and y² over
+        ignored pixels, which here have no part. A class that the image lacks counts too: not to predict it is what
+        lowers its loss. An image without labelled pixels has loss 0.
         """
         probability, truth = self._probability(logits), self._truth(labels)
         valid = (labels != self.ignore_label)[..., None]

@@ -212,8 +212,10 @@ class Parallel:
 
     def fetch(self, tree):
         """Undoes `replicate`: one copy of every array, on the host, which no later step can touch."""
-        one = tree if self.kind == "jit" else jax.tree.map(lambda x: x[0], tree)
-        return jax.tree.map(np.array, jax.device_get(one))
+        if self.kind == "jit":
+            return jax.tree.map(np.array, jax.device_get(tree))
+        first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
+        return jax.tree.map(lambda whole, part: np.array(part).reshape(whole.shape[1:]), tree, first)
 
     def scalars(self, steps: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """What several steps gave, one number a step, by name."""
@@ -260,9 +262,14 @@ class Parallel:
         )
 
     def compile_eval(self, body: Callable) -> Callable:
-        """`body(params, batch_stats, images (B, ...)) -> (B, ...)` over all devices; takes and gives whole batches."""
+        """`body(params, batch_stats, images (B, ...)) -> (B, ...)` over all devices; takes and gives whole batches.
+
+        The devices are those of this process alone: each evaluates by itself.
+        """
         if self.kind == "jit":
-            return jax.jit(body, in_shardings=(self.whole, self.whole, self.split), out_shardings=self.split)
+            compiled = jax.jit(body, out_shardings=self.split)
+            # Of several processes, jit would take the images for those of all.
+            return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
         mapped = jax.pmap(body, axis_name=AXIS, devices=self.devices)
 
         def whole(params, batch_stats, images):

@@ -1,12 +1,22 @@
-"""Losses and predictions against float64 numpy with a bilinear enlargement of its own."""
+"""Losses and predictions against float64 numpy, pixel by pixel, with a bilinear enlargement of its own."""
+
+import functools
+import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
+from segjax import losses
+from segjax.data import specs
 from segjax.losses import cross_entropy as loss_under_test
 from segjax.losses import predictions
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 cross_entropy = jax.jit(loss_under_test, static_argnames="ignore_label")
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_under_test, has_aux=True), static_argnames="ignore_label")
@@ -179,3 +189,508 @@ def test_a_binary_prediction_is_a_probability_above_one_half_after_enlarging(sma
 
 def test_a_binary_probability_of_exactly_one_half_is_background():
     assert (predictions(jnp.zeros((2, 3, 4, 1)), (6, 8)) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- terms
+
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
+SETTINGS = {"label_smoothing": 0.0, "focal_gamma": 2.0, "ohem_threshold": 0.7, "ohem_min_kept": 1 / 16}
+# Of 5 classes, of 3, and of a binary model's positive one; a weight of 0 takes a class out.
+WEIGHTS = {5: (0.5, 2.0, 0.0, 1.25, 3.0), 3: (0.3, 1.0, 2.5), 1: (2.5,)}
+
+
+def build(factors, *, classes, ignore=255, weights=None, **settings):
+    settings = dict.fromkeys(TERMS, 0.0) | SETTINGS | factors | settings
+    return losses.criterion(settings, num_classes=classes, ignore_label=ignore, class_weights=weights)
+
+
+@functools.cache
+def compiled(criterion):
+    return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
+
+
+def loss_of(criterion, logits, labels, counts=None):
+    """Loss and gradient."""
+    counts_of, run = compiled(criterion)
+    return run(logits, labels, counts_of(labels) if counts is None else counts)
+
+
+def log_probabilities(pixel):
+    """-log p of each label value at one pixel, from its K logits."""
+    return -np.log(softmax(np.concatenate([[0.0], pixel]) if len(pixel) == 1 else pixel))
+
+
+def pixels_of(logits, labels, ignore):
+    """[[(logits (K,), label) of each labelled pixel] of each image that has any]."""
+    images = []
+    for scores, truth in zip(enlarged(logits, labels.shape[1:]), labels, strict=True):
+        pairs = zip(scores.reshape(-1, scores.shape[-1]), truth.ravel(), strict=True)
+        images.append([(pixel, int(label)) for pixel, label in pairs if label != ignore])
+    return [image for image in images if image]
+
+
+def weight_in_loss_and_in_count(label, classes, weights):
+    """Of one pixel: torch divides by the sum of the weights, but with a pos_weight by the number of pixels."""
+    if weights is None:
+        return 1.0, 1.0
+    return (weights[0] if label == 1 else 1.0, 1.0) if classes == 1 else (weights[label], weights[label])
+
+
+def cross_entropy_by_hand(logits, labels, ignore, *, weights=None, label_smoothing=0.0, **_):
+    classes = logits.shape[-1]
+    total = count = 0.0
+    for pixel, label in [pair for image in pixels_of(logits, labels, ignore) for pair in image]:
+        values = len(log_probabilities(pixel))
+        share = np.full(values, label_smoothing / values)
+        share[label] += 1 - label_smoothing
+        weighted = [weight_in_loss_and_in_count(c, classes, weights)[0] for c in range(values)]
+        total += np.sum(share * weighted * log_probabilities(pixel))
+        count += weight_in_loss_and_in_count(label, classes, weights)[1]
+    return total / count
+
+
+def focal_by_hand(logits, labels, ignore, *, weights=None, focal_gamma=2.0, **_):
+    """Lin et al., equation 5: -alpha (1 - p)^gamma log p."""
+    total = count = 0.0
+    for pixel, label in [pair for image in pixels_of(logits, labels, ignore) for pair in image]:
+        alpha, counted = weight_in_loss_and_in_count(label, logits.shape[-1], weights)
+        negative_log = log_probabilities(pixel)[label]
+        total += alpha * (1 - np.exp(-negative_log)) ** focal_gamma * negative_log
+        count += counted
+    return total / count
+
+
+def ohem_by_hand(logits, labels, ignore, *, weights=None, ohem_threshold=0.7, ohem_min_kept=1 / 16, **_):
+    means = []
+    for image in pixels_of(logits, labels, ignore):
+        hardest = sorted(((log_probabilities(pixel)[label], label) for pixel, label in image), reverse=True)
+        least = max(math.ceil(ohem_min_kept * len(hardest)), 1)
+        kept = [pair for place, pair in enumerate(hardest) if place < least or np.exp(-pair[0]) < ohem_threshold]
+        both = [weight_in_loss_and_in_count(label, logits.shape[-1], weights) for _, label in kept]
+        total = sum(weight * loss for (weight, _), (loss, _) in zip(both, kept, strict=True))
+        count = sum(counted for _, counted in both)
+        means.append(total / count if count else 0.0)
+    return np.mean(means)
+
+
+def dice_by_hand(logits, labels, ignore, **_):
+    means = []
+    for image in pixels_of(logits, labels, ignore):
+        probabilities = np.exp([-log_probabilities(pixel) for pixel, _ in image])
+        truths = np.array([label for _, label in image])
+        values = []
+        for c in range(probabilities.shape[1]) if logits.shape[-1] > 1 else [1]:
+            p, y = probabilities[:, c], (truths == c).astype(float)
+            values.append(1 - (2 * (p * y).sum() + 1) / ((p**2).sum() + (y**2).sum() + 1))
+        means.append(np.mean(values))
+    return np.mean(means)
+
+
+def jaccard_loss(truth, wrong):
+    """Berman et al., equation 6, of two sets of pixels; 0 where nothing is wrong."""
+    return len(wrong) / len(truth | wrong) if wrong else 0.0
+
+
+def extension(truth, errors):
+    """The Lovász extension as an integral: of the set of the errors of at least t, over t from 0 up."""
+    heights = [0.0, *sorted(set(errors[errors > 0]))]
+    return sum(
+        (high - low) * jaccard_loss(truth, set(np.flatnonzero(errors >= high)))
+        for low, high in itertools.pairwise(heights)
+    )
+
+
+def lovasz_by_hand(logits, labels, ignore, **_):
+    means = []
+    for image in pixels_of(logits, labels, ignore):
+        truths = np.array([label for _, label in image])
+        if logits.shape[-1] == 1:
+            scores = np.array([pixel[0] for pixel, _ in image])
+            margins = np.maximum(1 - scores * np.where(truths == 1, 1, -1), 0)
+            means.append(extension(set(np.flatnonzero(truths == 1)), margins))
+            continue
+        probabilities = np.exp([-log_probabilities(pixel) for pixel, _ in image])
+        values = []
+        for c in np.unique(truths):
+            errors = np.where(truths == c, 1 - probabilities[:, c], probabilities[:, c])
+            values.append(extension(set(np.flatnonzero(truths == c)), errors))
+        means.append(np.mean(values))
+    return np.mean(means)
+
+
+BY_HAND = {
+    "cross_entropy": cross_entropy_by_hand,
+    "ohem": ohem_by_hand,
+    "dice": dice_by_hand,
+    "focal": focal_by_hand,
+    "lovasz": lovasz_by_hand,
+}
+assert tuple(BY_HAND) == TERMS
+
+
+def draw_uneven(seed, small, large, *, classes, ignore=255):
+    """A batch of three: one image of two classes at most, one barely labelled, one that is well predicted."""
+    logits, labels = draw(seed, small, large, classes=classes, ignore=ignore)
+    labels[0] = np.where(labels[0] == ignore, ignore, labels[0] % 2)
+    labels[1].flat[: labels[1].size * 3 // 4] = ignore
+    labels[2] = np.where(labels[2] == ignore, ignore, 1)
+    logits[2, ..., min(1, classes - 1)] += 6
+    # Enlarging repeats the edges, and which of two equally hard pixels is among the hardest is up to the last bit.
+    labels[:, [0, -1]] = labels[:, :, [0, -1]] = ignore
+    return logits, labels
+
+
+VARIATIONS = [
+    ("cross_entropy", {}),
+    ("cross_entropy", {"label_smoothing": 0.1}),
+    ("ohem", {}),
+    ("ohem", {"ohem_threshold": 0.0, "ohem_min_kept": 0.3}),
+    ("ohem", {"ohem_threshold": 0.95, "ohem_min_kept": 0.0}),
+    ("dice", {}),
+    ("focal", {}),
+    ("focal", {"focal_gamma": 0.5}),
+    ("lovasz", {}),
+]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("name, settings", VARIATIONS)
+def test_each_term_is_its_published_definition(name, settings, classes, weighted, float64):
+    weights = WEIGHTS[classes] if weighted else None
+    # Also one that lies inside the range of the classes.
+    ignore = 255 if weighted or classes == 1 else 2
+    criterion = build({name: 1.0}, classes=classes, ignore=ignore, weights=weights, **settings)
+    loss_alone = jax.jit(lambda logits, labels: criterion.total(logits, labels, criterion.counts(labels)))
+    for seed in (0, 1):
+        logits, labels = draw_uneven(seed, *SIZES[weighted], classes=classes, ignore=ignore)
+        expected = BY_HAND[name](logits, labels, ignore, weights=weights, **settings)
+        np.testing.assert_allclose(loss_alone(logits, labels), expected, rtol=1e-12)
+    # Neither weights nor settings are without effect here, except of weights where a term takes none.
+    has_effect = settings or (weighted and name not in ("dice", "lovasz"))
+    assert (abs(BY_HAND[name](logits, labels, ignore) - expected) > 1e-6) == bool(has_effect)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("name", TERMS)
+def test_each_term_is_its_definition_in_float32(name, classes):
+    logits, labels = draw_uneven(3, *SIZES[1], classes=classes)
+    criterion = build({name: 1.0}, classes=classes, weights=WEIGHTS[classes])
+    loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
+    assert loss.dtype == gradient.dtype == jnp.float32
+    np.testing.assert_allclose(loss, BY_HAND[name](logits, labels, 255, weights=WEIGHTS[classes]), rtol=2e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name, settings", VARIATIONS)
+def test_the_gradient_of_each_term_is_the_slope_of_its_definition(name, settings, classes, float64):
+    weights = WEIGHTS[classes]
+    logits, labels = draw_uneven(4, (2, 3), (5, 6), classes=classes)
+    _, gradient = loss_of(build({name: 1.0}, classes=classes, weights=weights, **settings), logits, labels)
+    slopes = np.zeros_like(logits)
+    for place in np.ndindex(logits.shape):
+        step = np.zeros_like(logits)
+        step[place] = 1e-6
+        above, below = (BY_HAND[name](logits + s, labels, 255, weights=weights, **settings) for s in (step, -step))
+        slopes[place] = (above - below) / 2e-6
+    assert np.abs(slopes).max() > 1e-3
+    np.testing.assert_allclose(gradient, slopes, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_extension_is_the_largest_over_all_orders_of_the_pixels(seed, float64):
+    # Of a submodular set function, as Berman et al. show that the Jaccard loss is one.
+    rng = np.random.default_rng(seed)
+    errors, truth = rng.random(6), rng.random(6) < 0.1 + 0.2 * seed
+    pixels = set(np.flatnonzero(truth))
+
+    def along(order):
+        values = [jaccard_loss(pixels, set(order[:i])) for i in range(7)]
+        return sum(errors[pixel] * (values[i + 1] - values[i]) for i, pixel in enumerate(order))
+
+    largest = max(along(order) for order in itertools.permutations(range(6)))
+    np.testing.assert_allclose(losses._lovasz_extension(errors, truth), largest, rtol=1e-13)
+    np.testing.assert_allclose(extension(pixels, errors), largest, rtol=1e-13)
+
+
+def test_the_extension_at_a_corner_is_the_jaccard_loss_of_a_million_pixels():
+    # Where float32 differences of neighbouring Jaccard losses would keep a digit or two.
+    rng = np.random.default_rng(0)
+    errors = rng.permutation(2**20).astype(np.float32) / 2**20
+    truth = rng.random(2**20) < 0.5
+    order = np.argsort(-errors)
+    sizes = truth.sum() + np.concatenate([[0], np.cumsum(~truth[order])])
+    jaccard = 1 - (truth.sum() - np.concatenate([[0], np.cumsum(truth[order])])) / sizes
+    gradient = jax.jit(jax.grad(losses._lovasz_extension))(errors, truth)
+    np.testing.assert_allclose(np.asarray(gradient)[order], np.diff(jaccard), rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_terms_add_up_by_their_factors(classes, float64):
+    logits, labels = draw_uneven(5, (3, 5), (12, 20), classes=classes)
+    factors = dict(zip(TERMS, (0.5, 1.5, 2.0, 0.25, 3.0), strict=True))
+    weights = WEIGHTS[classes]
+    loss, gradient = loss_of(build(factors, classes=classes, weights=weights), logits, labels)
+    each = [loss_of(build({name: 1.0}, classes=classes, weights=weights), logits, labels) for name in TERMS]
+    np.testing.assert_allclose(
+        loss, sum(f * one for f, (one, _) in zip(factors.values(), each, strict=True)), rtol=1e-13
+    )
+    together = sum(f * np.asarray(one) for f, (_, one) in zip(factors.values(), each, strict=True))
+    np.testing.assert_allclose(gradient, together, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("ignore", [255, 2])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_parts_divided_by_the_counts_of_the_whole_add_up_to_it(classes, ignore, float64):
+    if classes == 1 and ignore == 2:
+        ignore = 11
+    logits, labels = draw_uneven(6, (3, 5), (12, 20), classes=classes, ignore=ignore)
+    labels[0] = ignore  # counts of images differ from the number of images
+    criterion = build(
+        dict.fromkeys(TERMS, 1.0), classes=classes, ignore=ignore, weights=WEIGHTS[classes], label_smoothing=0.2
+    )
+    whole = criterion.counts(labels)
+    parts = [criterion.counts(labels[i : i + 1]) for i in range(3)]
+    assert whole.shape == (5,) and whole.dtype == jnp.float64
+    np.testing.assert_allclose(whole, sum(parts), rtol=1e-15)
+    assert whole[1] == whole[2] == whole[4] == 2
+    loss, gradient = loss_of(criterion, logits, labels)
+    pieces = [loss_of(criterion, logits[i : i + 1], labels[i : i + 1], whole) for i in range(3)]
+    np.testing.assert_allclose(loss, sum(piece for piece, _ in pieces), rtol=1e-13)
+    np.testing.assert_allclose(gradient, np.concatenate([piece for _, piece in pieces]), rtol=0, atol=1e-15)
+    # It is the counts of the whole that make it so.
+    alone = [loss_of(criterion, logits[i : i + 1], labels[i : i + 1])[0] for i in range(3)]
+    assert abs(np.mean(alone) - loss) > 1e-3
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_counts_are_of_weighted_pixels_or_of_labelled_images(classes):
+    _, labels = draw_uneven(7, (3, 5), (12, 20), classes=classes)
+    labels[1] = 255
+    every = dict.fromkeys(TERMS, 1.0)
+    pixels = (labels != 255).sum()
+    plain = build(every, classes=classes).counts(labels)
+    assert plain.dtype == jnp.float32
+    np.testing.assert_array_equal(plain, [pixels, 2, 2, pixels, 2])
+    weighted = build(every, classes=classes, weights=WEIGHTS[classes]).counts(labels)
+    expected = pixels if classes == 1 else sum(WEIGHTS[5][label] for label in labels[labels != 255])
+    np.testing.assert_allclose(weighted, [expected, 2, 2, expected, 2], rtol=1e-6)
+    # Terms that are left out have no count.
+    np.testing.assert_array_equal(build({"dice": 2.0}, classes=classes).counts(labels), [2])
+    np.testing.assert_array_equal(build({"lovasz": 2.0, "focal": 1}, classes=classes).counts(labels), [pixels, 2])
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("name", TERMS)
+def test_ignored_pixels_have_no_part_in_any_term(name, classes, float64):
+    logits, labels = draw_uneven(8, (5, 6), (5, 6), classes=classes)
+    ignored = labels == 255
+    other = np.where(ignored[..., None], 100 * logits[::-1] + 7, logits)
+    criterion = build({name: 1.0}, classes=classes, label_smoothing=0.1)
+    loss, gradient = loss_of(criterion, logits, labels)
+    assert loss == loss_of(criterion, other, labels)[0]
+    assert (np.asarray(gradient)[ignored] == 0).all() and (np.asarray(gradient)[~ignored] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize(
+    "weighted, settings",
+    [(False, {}), (True, {"focal_gamma": 0.3, "label_smoothing": 0.1}), (True, {"focal_gamma": 0.0})],
+)
+def test_nothing_makes_a_loss_or_gradient_that_is_not_finite(weighted, settings, classes, dtype):
+    logits, labels = draw_uneven(9, (3, 5), (6, 10), classes=classes)
+    coin = np.random.default_rng(0).random(logits.shape) < 0.5
+    ignored = np.full_like(labels, 255)
+    one_class = np.where(labels == 255, 255, 0).astype(np.uint8)
+    half_ignored = np.concatenate([ignored[:1], labels[1:]])
+    criterion = build(
+        dict.fromkeys(TERMS, 1.0), classes=classes, weights=WEIGHTS[classes] if weighted else None, **settings
+    )
+    for scores in (logits, np.where(coin, 1e4, -1e4), np.where(coin, 30, -30), np.zeros_like(logits)):
+        for truth in (labels, one_class, half_ignored, ignored):
+            loss, gradient = loss_of(criterion, jnp.asarray(scores, dtype), truth)
+            assert loss.dtype == jnp.float32 and gradient.dtype == dtype
+            assert np.isfinite(loss) and np.isfinite(gradient.astype(np.float32)).all()
+            assert loss > 0 or truth is ignored
+            if truth is ignored:
+                assert loss == 0 and not np.asarray(gradient, np.float32).any()
+
+
+def test_a_batch_of_weightless_pixels_alone_has_loss_and_gradient_zero():
+    logits, _ = draw(10, (3, 5), (6, 10), classes=3)
+    labels = np.full((3, 6, 10), 2, np.uint8)
+    # Smoothing gives weight to the other classes, and torch divides that by zero.
+    criterion = build(
+        {"cross_entropy": 1.0, "focal": 1.0, "ohem": 1.0}, classes=3, weights=(1.0, 1.0, 0.0), label_smoothing=0.1
+    )
+    loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
+    assert loss == 0 and not np.asarray(gradient).any()
+
+
+def test_narrow_logits_are_widened_before_they_are_enlarged():
+    logits, labels = draw(11, (3, 5), (12, 20))
+    narrow = jnp.asarray(logits, jnp.bfloat16)
+    criterion = build(dict.fromkeys(TERMS, 1.0), classes=5)
+    assert loss_of(criterion, narrow, labels)[0] == loss_of(criterion, narrow.astype(jnp.float32), labels)[0]
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_plain_cross_entropy_is_sum_over_count_to_the_last_bit(classes):
+    logits, labels = draw(12, (3, 5), (12, 20), classes=classes)
+    logits = logits.astype(np.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def by_sum_and_count(logits, labels):
+        total, count = loss_under_test(logits, labels, ignore_label=255)
+        return total / jnp.maximum(count, 1)
+
+    criterion = build({"cross_entropy": 1.0}, classes=classes)
+    for ours, theirs in zip(loss_of(criterion, logits, labels), by_sum_and_count(logits, labels), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_equally_hard_pixels_are_all_kept():
+    logits, labels = np.zeros((2, 4, 6, 3), np.float32), np.zeros((2, 4, 6), np.uint8)
+    loss, gradient = loss_of(build({"ohem": 1.0}, classes=3, ohem_threshold=0.1), logits, labels)
+    np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
+    assert (np.asarray(gradient) != 0).all()
+
+
+def test_a_focal_loss_of_exponent_0_is_cross_entropy(float64):
+    for classes in (1, 5):
+        logits, labels = draw(13, (3, 5), (12, 20), classes=classes)
+        pair = [
+            loss_of(build({name: 1.0}, classes=classes, weights=WEIGHTS[classes], focal_gamma=0.0), logits, labels)
+            for name in ("focal", "cross_entropy")
+        ]
+        for ours, theirs in zip(*pair, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
+    logits, labels = draw(14, (3, 5), (12, 20), batch=8)
+    labels[0], labels[3, :6] = 255, 255
+    criterion = build(dict.fromkeys(TERMS, 1.0), classes=5, weights=WEIGHTS[5])
+    loss, gradient = loss_of(criterion, logits, labels)
+    if kind == "pmap":
+
+        def body(logits, labels):
+            counts = jax.lax.psum(criterion.counts(labels), "data")
+            part, gradient = jax.value_and_grad(criterion.total)(logits, labels, counts)
+            return jax.lax.psum(part, "data"), gradient
+
+        split = [x.reshape(4, 2, *x.shape[1:]) for x in (logits, labels)]
+        parts, gradients = jax.pmap(body, axis_name="data")(*split)
+        spread, gradients = parts[0], gradients.reshape(gradient.shape)
+    else:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        spread, gradients = loss_of(criterion, *jax.device_put((logits, labels), split))
+    np.testing.assert_allclose(spread, loss, rtol=1e-13)
+    np.testing.assert_allclose(gradients, gradient, rtol=0, atol=1e-15)
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_defaults_are_plain_cross_entropy():
+    settings = common.get_config("streets").loss
+    criterion = losses.criterion(settings, num_classes=19, ignore_label=255)
+    assert criterion.factors == (("cross_entropy", 1.0),)
+    assert criterion.class_weights is None and criterion.label_smoothing == 0
+    assert losses.class_weights(settings.class_weights, specs.STREETS) is None
+    assert hash(criterion) == hash(losses.criterion(settings, num_classes=19, ignore_label=255))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dice": -1.0}, "loss.dice must be finite and not negative: -1.0"),
+        ({"lovasz": math.inf}, "loss.lovasz must be finite and not negative: inf"),
+        ({"cross_entropy": 0.0}, "loss.cross_entropy, ohem, dice, focal, lovasz are all 0"),
+        ({"tversky": 1.0}, "loss.tversky is no setting of the loss"),
+        ({"label_smoothing": 1.5}, "loss.label_smoothing must be within 0..1: 1.5"),
+        ({"ohem_threshold": math.nan}, "loss.ohem_threshold must be within 0..1: nan"),
+        ({"ohem_min_kept": 100_000}, "loss.ohem_min_kept must be within 0..1: 100000"),
+        ({"focal_gamma": -2.0}, "loss.focal_gamma must be finite and not negative: -2.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(change, message):
+    settings = {"cross_entropy": 1.0} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(settings, classes=5)
+
+
+def test_everything_that_is_wrong_is_in_one_error():
+    with pytest.raises(ValueError) as caught:
+        losses.criterion({"ohem": -1.0, "jaccard": 2.0}, num_classes=3, ignore_label=255, class_weights=(1.0, -2.0))
+    for part in ("loss.jaccard is no", "loss.dice is missing", "loss.ohem must", "2 numbers for 3", "(1.0, -2.0)"):
+        assert part in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------- class weights
+
+
+def test_median_frequency_is_that_of_eigen_and_fergus():
+    # Two images; class 3 is in the second alone, class 2 in none.
+    pixels = np.array([[60, 40, 0, 0], [100, 80, 0, 20]])
+    frequencies = [160 / 300, 120 / 300, 20 / 200]
+    weights = losses.median_frequency(pixels)
+    np.testing.assert_allclose(weights, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / frequencies[2]], rtol=1e-14)
+    # Sums alone: the data set counts as one image.
+    whole = losses.median_frequency(pixels.sum(axis=0))
+    np.testing.assert_allclose(whole, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / (20 / 300)], rtol=1e-14)
+    with pytest.raises(ValueError, match="no class has a pixel"):
+        losses.median_frequency(np.zeros((2, 3)))
+
+
+def test_weights_by_median_frequency_are_of_the_labels_of_the_data_set():
+    pixels = np.random.default_rng(0).integers(1, 1000, (4, 11))
+    weights = losses.class_weights("median_frequency", specs.CAMVID, pixels)
+    assert weights == tuple(losses.median_frequency(pixels)) and len(weights) == 11
+    for wrong, said in ((None, "got none"), (np.ones((4, 12)), re.escape("(4, 12)"))):
+        with pytest.raises(ValueError, match=f"11 label values of camvid.*{said}"):
+            losses.class_weights("median_frequency", specs.CAMVID, wrong)
+
+
+def test_the_weight_of_a_binary_data_set_balances_it_against_the_background():
+    spec = specs.DatasetSpec("cells", ("cell",), ((0, 0, 255),), 255)
+    (weight,) = losses.class_weights("median_frequency", spec, np.array([900, 100]))
+    np.testing.assert_allclose(weight, 9.0)
+    assert losses.class_weights("median_frequency", spec, np.array([900, 0])) == (1.0,)
+    assert losses.class_weights((3,), spec) == (3.0,)
+
+
+def test_weights_of_cityscapes_are_for_its_classes_alone():
+    weights = losses.class_weights("cityscapes", specs.STREETS)
+    assert len(weights) == 19 and (weights[0], weights[9], weights[18]) == (0.8373, 1.0023, 1.0507)
+    assert 1 < np.mean(weights) < 1.002
+    with pytest.raises(ValueError, match=r"19 classes of Cityscapes \(road.* camvid has others \(sky"):
+        losses.class_weights("cityscapes", specs.CAMVID)
+
+
+@pytest.mark.parametrize("choice", [None, ""])
+def test_no_choice_is_no_weights(choice):
+    assert losses.class_weights(choice, specs.CAMVID) is None
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ("enet", "'enet'"),
+        (3, "got 3"),
+        (("a",) * 11, "11 numbers in parentheses"),
+        ((), r"got \(\)"),
+        ((1.0, 2.0), "camvid: loss.class_weights has 2 numbers for 11 classes"),
+        ((1.0,) * 10 + (-1.0,), "must be finite and not negative"),
+        ((1.0,) * 10 + (math.nan,), "must be finite and not negative"),
+        ((0,) * 11, "are all 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        losses.class_weights(choice, specs.CAMVID)
+    assert losses.class_weights([0.5] * 11, specs.CAMVID) == (0.5,) * 11

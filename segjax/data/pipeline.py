@@ -268,6 +268,7 @@ class StreamBatches:
           settings: the `augment` part of a config.
           key: of the run, as `train_step` gets it.
           start: the step that `at` will first be asked for.
+          threads: that decode; `threads + 1` batches wait in host memory.
           cache_bytes: of decoded images that are kept in memory.
         """
         parallel.check(batch_size)

@@ -1,0 +1,209 @@
+"""Every term of the loss against torch: its own losses where it has them, else the paper's formula and autograd."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parity import compare
+from segjax import losses
+
+DTYPES = ("float64", "float32")
+IGNORE = 255
+SIZES = [((5, 7), (20, 28)), ((6, 5), (13, 17))]
+SETTINGS = dict.fromkeys(losses.TERMS, 0.0) | {
+    "label_smoothing": 0.0,
+    "focal_gamma": 2.0,
+    "ohem_threshold": 0.7,
+    "ohem_min_kept": 1 / 16,
+}
+
+
+def draw(seed, small, large, classes, dtype):
+    rng = np.random.default_rng(seed)
+    logits = (2 * rng.standard_normal((3, *small, classes))).astype(dtype)
+    # The first image lacks the last class.
+    highest = np.array([max(classes - 1, 2), max(classes, 2), max(classes, 2)])[:, None, None]
+    labels = rng.integers(0, highest, (3, *large)).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.2] = IGNORE
+    labels[1, : large[0] // 2] = IGNORE
+    return logits, labels
+
+
+def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settings):
+    """Values and gradients; `theirs` maps enlarged logits (B, K, H, W) and labels (B, H, W), int64, to a scalar."""
+    criterion = losses.criterion(
+        SETTINGS | {name: 1.0} | settings, num_classes=classes, ignore_label=IGNORE, class_weights=weights
+    )
+
+    @jax.jit
+    def ours(logits, labels):
+        return jax.value_and_grad(criterion.total)(logits, labels, criterion.counts(labels))
+
+    for seed, (small, large) in enumerate(SIZES):
+        logits, labels = draw(seed, small, large, classes, dtype)
+        leaf = compare.to_nchw(logits).requires_grad_()
+        enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
+        expected = theirs(enlarged, torch.from_numpy(labels).long())
+        (slope,) = torch.autograd.grad(expected, leaf)
+        loss, gradient = ours(logits, labels)
+        within("loss", dtype, compare.relative_error(loss, expected.detach()), f"{name} = torch")
+        within("loss", dtype, compare.relative_error(gradient, compare.to_nhwc(slope)), f"{name} = torch")
+
+
+def weights_of(classes, dtype):
+    values = np.random.default_rng(classes).uniform(0.2, 3.0, classes)
+    return tuple(values), torch.from_numpy(values.astype(dtype))
+
+
+def by_image(loss_of_image):
+    """Mean over images; `loss_of_image` takes logits (N, K) and labels (N,) of the labelled pixels."""
+
+    def mean(logits, labels):
+        images = zip(logits.flatten(2).transpose(1, 2), labels.flatten(1), strict=True)
+        return torch.stack(
+            [loss_of_image(row[truth != IGNORE], truth[truth != IGNORE]) for row, truth in images]
+        ).mean()
+
+    return mean
+
+
+# -------------------------------------------------------------------------------------------------------- torch's own
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_with_weights_and_smoothing_is_torchs(weighted, smoothing, dtype, float64, within):
+    for classes in (2, 6):
+        ours, theirs = weights_of(classes, dtype) if weighted else (None, None)
+        torchs = torch.nn.CrossEntropyLoss(
+            weight=theirs, label_smoothing=smoothing, ignore_index=IGNORE, reduction="mean"
+        )
+        assert_equal("cross_entropy", torchs, classes, dtype, within, weights=ours, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
+    weighted, smoothing, dtype, float64, within
+):
+    ours, theirs = weights_of(1, dtype) if weighted else (None, None)
+    torchs = torch.nn.BCEWithLogitsLoss(pos_weight=theirs, reduction="mean")
+
+    def of_labelled(logits, labels):
+        truth = (labels == 1).to(logits.dtype) * (1 - smoothing) + smoothing / 2
+        return torchs(logits[:, 0][labels != IGNORE], truth[labels != IGNORE])
+
+    assert_equal("cross_entropy", of_labelled, 1, dtype, within, weights=ours, label_smoothing=smoothing)
+
+
+# ----------------------------------------------------------------------------------------------------- by the papers
+
+
+def negative_log(logits, labels):
+    """(N, K), (N,) -> (N,)."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def probabilities(logits):
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, 1)
+
+
+def truths(logits, labels):
+    """(N, K), (N,) -> (N, K) of 0 and 1."""
+    if logits.shape[1] == 1:
+        return labels[:, None].to(logits.dtype)
+    return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 3.5])
+@pytest.mark.parametrize("classes", [1, 6])
+def test_focal_loss_is_lins(classes, gamma, dtype, float64, within):
+    weights, alpha = weights_of(classes, dtype)
+
+    def focal(logits, labels):
+        flat = logits.permute(0, 2, 3, 1)[labels != IGNORE]
+        labels = labels[labels != IGNORE]
+        loss = negative_log(flat, labels)
+        modulated = (1 - torch.exp(-loss)) ** gamma * loss
+        if classes == 1:
+            return (torch.where(labels == 1, alpha[0], torch.ones_like(loss)) * modulated).mean()
+        return (alpha[labels] * modulated).sum() / alpha[labels].sum()
+
+    assert_equal("focal", focal, classes, dtype, within, weights=weights, focal_gamma=gamma)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold, min_kept", [(0.7, 1 / 16), (0.05, 0.4), (1.0, 0.0)])
+@pytest.mark.parametrize("classes", [1, 6])
+def test_ohem_is_the_mean_over_the_hard_pixels_of_each_image(classes, threshold, min_kept, dtype, float64, within):
+    def ohem(logits, labels):
+        loss = negative_log(logits, labels)
+        ascending = torch.exp(-loss).detach().sort()
+        number = max(1, int(np.ceil(min_kept * len(loss))), int((ascending.values < threshold).sum()))
+        return loss[ascending.indices[:number]].mean()
+
+    assert_equal("ohem", by_image(ohem), classes, dtype, within, ohem_threshold=threshold, ohem_min_kept=min_kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 6])
+def test_ohem_with_weights_is_torchs_mean_over_what_is_kept(classes, dtype, float64, within):
+    ours, theirs = weights_of(classes, dtype)
+
+    def ohem(logits, labels):
+        kept = torch.exp(-negative_log(logits, labels)) < 0.7
+        if classes == 1:
+            truth = labels[kept].to(logits.dtype)
+            return F.binary_cross_entropy_with_logits(logits[kept, 0], truth, pos_weight=theirs)
+        return F.cross_entropy(logits[kept], labels[kept], weight=theirs)
+
+    assert_equal("ohem", by_image(ohem), classes, dtype, within, weights=ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 6])
+def test_dice_is_milletaris_with_a_smoothing_of_one(classes, dtype, float64, within):
+    def dice(logits, labels):
+        p, y = probabilities(logits), truths(logits, labels)
+        return (1 - (2 * (p * y).sum(0) + 1) / (p.pow(2).sum(0) + y.pow(2).sum(0) + 1)).mean()
+
+    assert_equal("dice", by_image(dice), classes, dtype, within)
+
+
+def lovasz_gradient(truth):
+    """Berman et al., algorithm 1, of the truth in decreasing order of the errors."""
+    intersection = truth.sum() - truth.cumsum(0)
+    union = truth.sum() + (1 - truth).cumsum(0)
+    jaccard = 1 - intersection / union
+    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lovasz_softmax_is_bermans_over_the_classes_present(dtype, float64, within):
+    def lovasz(logits, labels):
+        values = []
+        for c in labels.unique():
+            truth = (labels == c).to(logits.dtype)
+            errors = (truth - torch.softmax(logits, 1)[:, c]).abs()
+            errors, order = errors.sort(descending=True)
+            values.append(errors @ lovasz_gradient(truth[order]))
+        return torch.stack(values).mean()
+
+    assert_equal("lovasz", by_image(lovasz), 6, dtype, within)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_binary_lovasz_loss_is_bermans_hinge(dtype, float64, within):
+    def hinge(logits, labels):
+        errors = 1 - logits[:, 0] * (2 * labels - 1)
+        errors, order = errors.sort(descending=True)
+        return F.relu(errors) @ lovasz_gradient(labels[order].to(logits.dtype))
+
+    assert_equal("lovasz", by_image(hinge), 1, dtype, within)
