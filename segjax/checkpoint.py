@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).splitlines() or [""])[0]
-    return first.partition(" [")[0].rpartition(": ")[2] or type(error).__name__
+    return re.split(r" \[\w[\w ]*=", first)[0].rpartition(": ")[2] or type(error).__name__
 
 
 def _checkpointer(**handlers):

@@ -26,7 +26,7 @@ from segjax.step import Parallel
 
 def wrapped(text: str) -> str:
     """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
-    width = {"width": 80, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    width = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
     return "\n".join(line if line[:1].isspace() else textwrap.fill(line, **width) for line in text.splitlines())
 
 
@@ -200,11 +200,11 @@ class Progress:
     def __init__(self, start: int, total: int):
         self._total = total
         self._said = time.perf_counter()
-        self._bar = (
-            tqdm(total=total, initial=start, bar_format=self.FORMAT, ncols=80, file=sys.stderr, smoothing=0.1)
-            if sys.stderr.isatty() and distributed.is_lead()
-            else None
-        )
+        self._bar = None
+        if sys.stderr.isatty() and distributed.is_lead():
+            # Some terminals say that they have no rows, where tqdm would show nothing.
+            size = {"ncols": 80, "nrows": 20}
+            self._bar = tqdm(total=total, initial=start, bar_format=self.FORMAT, file=sys.stderr, smoothing=0.1, **size)
 
     def __enter__(self) -> Progress:
         return self

@@ -298,8 +298,9 @@ def _not_finite(what: str, culprit: str, step: int, workdir: Path) -> str:
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
         f"    --workdir=NEW --config.init.from={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
-        "  to leave such steps out: --config.train.may_skip=N, at most N in a row\n"
-        "  to find the layer: --config.debug.nans=True"
+        "  to leave such steps out: --config.train.may_skip=N, at most N in a row"
+        + "\n  to find the layer: --config.debug.nans=True"
+        * (not culprit)
     )
 
 
