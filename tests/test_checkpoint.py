@@ -171,7 +171,7 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
 def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
     state = make_state(0)
     save(tmp_path / "run", state)
-    for name in ("run/9.orbax-checkpoint-tmp", ".model.new.orbax-checkpoint-tmp", ".model.new"):
+    for name in ("run/7.orbax-checkpoint-tmp", ".model.new.orbax-checkpoint-tmp", ".model.new"):
         shutil.copytree(tmp_path / "run" / "3", tmp_path / name)
     save(tmp_path / "run", state, steps=(9,))
     save_model(tmp_path / "model", tiny_model(0), about={})
@@ -201,6 +201,9 @@ DAMAGE = {
     "a bit of the weights flipped": lambda folder: flip(largest_in(folder / "weights")),
     "a bit of the optimizer flipped": lambda folder: flip(largest_in(folder / "training")),
     "a bit of the record flipped": lambda folder: flip(largest_in(folder / "about")),
+    "a digit of the record changed": lambda folder: largest_in(folder / "about").write_bytes(
+        largest_in(folder / "about").read_bytes().replace(b"0.75", b"0.95")
+    ),
     "no record": lambda folder: shutil.rmtree(folder / "about"),
     "no weights": lambda folder: shutil.rmtree(folder / "weights"),
     "no training state": lambda folder: shutil.rmtree(folder / "training"),
