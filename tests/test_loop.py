@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,6 +375,29 @@ def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, val
     assert f"  config.{key}: {there} there, {now} now\n" in message
     assert "  config.optim.momentum: 0.9 there, 0.1 now\n" in message
     assert message.count(" there, ") == 2 and "another --workdir" in message
+    assert contents(workdir) == before
+
+
+def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_as_it_is(
+    finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "result.json").unlink()
+    before = contents(workdir)
+
+    def record(spec, original=parts.dataset_record):
+        return original(spec) | {"name": "lanes", "ignore_label": 254}
+
+    monkeypatch.setattr(parts, "dataset_record", record)
+    with pytest.raises(loop.RunError) as caught:
+        run(make_config(optim__lr=0.5, model__decoder_dim=16), workdir)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]] == [
+        "  config.model.decoder_dim",
+        "  config.optim.lr",
+        "  dataset.ignore_label",
+        "  dataset.name",
+    ]
     assert contents(workdir) == before
 
 
@@ -872,7 +896,8 @@ def command_line(tmp_path_factory):
 def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
     status, out, err = command_line.stopped
     assert status == 130
-    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir}" in out
+    said = " ".join(out.split())
+    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir} to go on" in said
     assert "Traceback" not in err and "stopping after this step and saving" in err
 
 
