@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ def _this_process_alone():
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    return record.levelno < logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _report_errors_once() -> None:
@@ -66,11 +67,11 @@ def _report_errors_once() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What is left of an error without tensorstore's specification of the array, which fills a screen."""
+    """The end of an error's first line: before it tensorstore puts where, behind it a specification of the array."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first.partition(' [')[0].rpartition(': ')[2]}"
+    return re.split(r" \[\w[\w ]*=", first)[0].rpartition(": ")[2] or type(error).__name__
 
 
 def _checkpointer(**handlers):
@@ -181,14 +182,14 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
       CheckpointError: no checkpoint of segjax is there, or it is damaged.
     """
     found = _find(folder)
-    weights, about = _read(found, WEIGHTS, ABOUT)
+    weights, about = read_items(found, WEIGHTS, ABOUT)
     _refuse_changed(found, about, weights)
     return weights, about
 
 
 def holds_float64(folder: Path) -> bool:
     """Whether `load_model` needs jax_enable_x64."""
-    (about,) = _read(_find(folder), ABOUT)
+    (about,) = read_items(_find(folder), ABOUT)
     return about.get("model", {}).get("param_dtype") == "float64"
 
 
@@ -229,7 +230,7 @@ def _find(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{ABOUT}` nor numbered steps)")
 
 
-def _read(folder: Path, *items: str) -> list:
+def read_items(folder: Path, *items: str) -> list:
     """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; `about` as a dict.
 
     Raises:
@@ -238,6 +239,8 @@ def _read(folder: Path, *items: str) -> list:
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
+    if missing := [item for item in items if not (folder / item).is_dir()]:
+        raise DamagedError(f"{folder}: a damaged checkpoint (without {' and '.join(missing)})")
     # Also for items that are not asked for: orbax warns of every item that it has no handler for.
     handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
@@ -348,7 +351,7 @@ class RunCheckpoints:
                 aside.parent.mkdir(exist_ok=True)
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                say(f"put aside as {aside}")
+                say(f"  put aside as {aside}")
             self._manager.reload()
             return found
         if damaged:
@@ -358,13 +361,13 @@ class RunCheckpoints:
 
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
-        (about,) = _read(folder, ABOUT)
+        (about,) = read_items(folder, ABOUT)
         _refuse_changed(folder, about)
         # Before the arrays, because those of another model cannot be compared with these.
         refuse(about)
         if RECORD_HASH not in about:
             raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
-        found = Restored(step, *_read(folder, WEIGHTS, TRAINING), about)
+        found = Restored(step, *read_items(folder, WEIGHTS, TRAINING), about)
         _refuse_changed(folder, about, found.weights, found.training)
         problems = []
         for template, arrays in ((weights, found.weights), (training, found.training)):

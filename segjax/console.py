@@ -26,7 +26,7 @@ from segjax.step import Parallel
 
 def wrapped(text: str) -> str:
     """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
-    width = {"width": 80, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    width = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
     return "\n".join(line if line[:1].isspace() else textwrap.fill(line, **width) for line in text.splitlines())
 
 
@@ -123,7 +123,8 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
     table(result, spec)
     if result["images_per_second"]:
         say(f"trained at {result['images_per_second']:.1f} images per second")
-    say(f"{workdir}/result.json, curve.png, predictions/*.png, checkpoints/, tensorboard/")
+    say(f"{workdir}/result.json")
+    say("  beside it: curve.png, predictions/, checkpoints/, tensorboard/")
 
 
 def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
@@ -194,14 +195,16 @@ class Meter:
 class Progress:
     """A bar on a terminal, else a line every ten seconds."""
 
+    FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
     def __init__(self, start: int, total: int):
         self._total = total
         self._said = time.perf_counter()
-        self._bar = (
-            tqdm(total=total, initial=start, unit="step", ncols=80, file=sys.stderr, smoothing=0.1)
-            if sys.stderr.isatty() and distributed.is_lead()
-            else None
-        )
+        self._bar = None
+        if sys.stderr.isatty() and distributed.is_lead():
+            # Some terminals say that they have no rows, where tqdm would show nothing.
+            size = {"ncols": 80, "nrows": 20}
+            self._bar = tqdm(total=total, initial=start, bar_format=self.FORMAT, file=sys.stderr, smoothing=0.1, **size)
 
     def __enter__(self) -> Progress:
         return self
@@ -213,7 +216,7 @@ class Progress:
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
         rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
         if meter.waiting:
-            rate += f", {meter.waiting:.0%} waiting for data"
+            rate += f", {meter.waiting:.0%} waiting"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {score(loss)}, {rate}", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -222,7 +225,7 @@ class Progress:
         if now - self._said >= 10 or step == self._total:
             left = meter.seconds_for(self._total - step)
             remaining = f"  {_duration(left)} left" if left else ""
-            say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{remaining}")
+            say(f"step {step}/{self._total}  loss {score(loss)}  {rate}{' for data' * bool(meter.waiting)}{remaining}")
             self._said = now
 
     def say(self, text: str) -> None:

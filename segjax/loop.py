@@ -293,13 +293,13 @@ def _evaluation_is_due(step: int, config: ConfigDict) -> bool:
 
 
 def _not_finite(what: str, culprit: str, step: int, workdir: Path) -> str:
+    find = "" if culprit else "\n  to find the layer: --config.debug.nans=True"
     return (
         f"{what}. {culprit}The state before it is saved in {workdir}/checkpoints/{step}.\n"
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
         f"    --workdir=NEW --config.init.from={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
-        "  to leave such steps out: --config.train.may_skip=N, at most N in a row\n"
-        "  to find the layer: --config.debug.nans=True"
+        f"  to leave such steps out: --config.train.may_skip=N, at most N in a row{find}"
     )
 
 

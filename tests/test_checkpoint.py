@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, and what is not whole or does not fit is refused before it is used."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from tiny import tiny_model
 
 from configs import common
-from segjax import checkpoint, loop, optim, weights
+from segjax import checkpoint, console, optim, parts, weights
 from segjax.checkpoint import RunCheckpoints, load_model, save_model
 from segjax.state import Skeleton, TrainState, params_sha256
 from segjax.weights import CheckpointError
@@ -22,27 +25,37 @@ from segjax.weights import CheckpointError
 REPO = Path(__file__).parents[1]
 
 
-def make_state(seed, *, name="adamw", step=3):
-    """A training state whose every array is noise, optimizer's included."""
+def make_state(seed, *, name="adamw", step=3, ema=False):
+    """A training state whose every array is noise, optimizer's and average's included."""
     params, batch_stats = Skeleton(tiny_model(seed)).arrays()
     settings = common.get_config("folder").optim
     settings.name = name
-    state = TrainState(jnp.int32(step), params, batch_stats, optim.optimizer(settings, params, steps=10).init(params))
+    state = TrainState.start(params, batch_stats, optim.optimizer(settings, params, steps=10).init(params), ema=ema)
     rng = np.random.default_rng(seed)
 
     def noise(array):
         if array.dtype == jnp.int32:
-            return np.int32(step)
+            return np.full(array.shape, step, np.int32)
         return rng.standard_normal(array.shape).astype(array.dtype)
 
     return jax.tree.map(noise, state)
 
 
-def save(folder, state, *, keep=2, step=None, about=None):
+def save(folder, state, *, keep=2, about=None, steps=(3,)):
     run = RunCheckpoints(folder, keep=keep)
-    step = int(state.step) if step is None else step
-    run.save(step, state.params | state.batch_stats, loop.flat_training(state), about or {})
+    for step in steps:
+        run.save(step, parts.weights_of(state), parts.training_of(state), about or {})
     run.close()
+
+
+def restore(folder, state, *, refuse=lambda about: None, say=lambda text: None, may_skip=9):
+    """-> what was found, and the state in it; (None, None) where there is nothing."""
+    run = RunCheckpoints(folder, keep=2)
+    try:
+        found = run.restore(parts.weights_of(state), parts.training_of(state), refuse=refuse, say=say)
+    finally:
+        run.close()
+    return found, found and parts.restored(found, state, may_skip=may_skip)
 
 
 def assert_same_bits(a, b):
@@ -60,16 +73,24 @@ def files_below(folder):
 # ------------------------------------------------------------------------------------------------- a run's checkpoints
 
 
-@pytest.mark.parametrize("seed, name", [(0, "adamw"), (1, "sgd")])
-def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name):
-    state = make_state(seed, name=name)
+@pytest.mark.parametrize("seed, name, ema", [(0, "adamw", False), (1, "sgd", False), (2, "adamw", True)])
+def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name, ema):
+    state = make_state(seed, name=name, ema=ema)
     save(tmp_path / "run", state, about={"what": [1, {"deep": None}]})
-    again = RunCheckpoints(tmp_path / "run", keep=2)
-    assert again.newest() == 3
-    assert again.read_about(3)["what"] == [1, {"deep": None}]
-    other = make_state(seed + 5, name=name, step=0)
-    assert_same_bits(loop.restored(again, 3, other), state)
-    again.close()
+    found, again = restore(tmp_path / "run", make_state(seed + 5, name=name, step=0, ema=ema))
+    assert found.step == 3 and found.about["what"] == [1, {"deep": None}]
+    assert_same_bits(again, state)
+    # What the model is used with.
+    arrays, _ = checkpoint.load_weights(tmp_path / "run")
+    assert_same_bits(arrays, dict(state.ema) if ema else state.params | state.batch_stats)
+
+
+@pytest.mark.parametrize("may_skip, in_a_row", [(3, 3), (2, 0)])
+def test_a_batch_that_ended_the_run_gets_another_chance(tmp_path, may_skip, in_a_row):
+    state = make_state(0)
+    save(tmp_path / "run", state)
+    _, again = restore(tmp_path / "run", state, may_skip=may_skip)
+    assert again.skipped.tolist() == [3, in_a_row]
 
 
 def test_special_values_come_back_bit_for_bit(tmp_path):
@@ -78,21 +99,18 @@ def test_special_values_come_back_bit_for_bit(tmp_path):
     run.save(1, {"a.scale": special}, {"step": np.int32(7)}, {})
     run.close()
     run = RunCheckpoints(tmp_path / "run", keep=1)
-    found, training = run.restore(1, {"a.scale": special}, {"step": np.int32(0)})
+    found = run.restore({"a.scale": special}, {"step": np.int32(0)}, refuse=lambda _: None, say=print)
     run.close()
-    assert found["a.scale"].tobytes() == special.tobytes() and training["step"] == 7
+    assert found.weights["a.scale"].tobytes() == special.tobytes() and found.training["step"] == 7
 
 
 def test_the_newest_checkpoints_are_kept_and_an_empty_folder_has_none(tmp_path):
     state = make_state(0)
+    assert restore(tmp_path / "run", state) == (None, None)
+    save(tmp_path / "run", state, steps=(1, 2, 5))
     run = RunCheckpoints(tmp_path / "run", keep=2)
-    assert run.newest() is None
-    for step in (1, 2, 5):
-        run.save(step, state.params, loop.flat_training(state), {"step": step})
+    assert run.steps() == [2, 5]
     run.close()
-    again = RunCheckpoints(tmp_path / "run", keep=2)
-    assert again.newest() == 5 and again.read_about(2)["step"] == 2
-    again.close()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "5"]
 
 
@@ -100,26 +118,26 @@ def test_saving_a_step_a_second_time_changes_nothing(tmp_path):
     first, second = make_state(0), make_state(1)
     save(tmp_path / "run", first)
     save(tmp_path / "run", second)
-    run = RunCheckpoints(tmp_path / "run", keep=2)
-    assert_same_bits(loop.restored(run, 3, second), first)
-    run.close()
+    assert_same_bits(restore(tmp_path / "run", second)[1], first)
 
 
-def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
+def test_arrays_and_record_may_change_as_soon_as_save_returns(tmp_path):
     state = make_state(0)
     arrays = {name: jnp.array(value) for name, value in state.params.items()}
     host = {name: np.array(value) for name, value in state.params.items()}
+    record = {"window": [[0.5, 1.0]] * 1000}
     run = RunCheckpoints(tmp_path / "run", keep=2)
-    run.save(1, arrays, {"step": np.int32(1)}, {})
-    run.save(2, host, {"step": np.int32(2)}, {})
+    run.save(1, arrays, {"step": np.int32(1)}, record)
+    run.save(2, host, {"step": np.int32(2)}, record)
+    record["window"].clear()
     for name in arrays:
         arrays[name].delete()  # as a training step that is given its state for good
         host[name][:] = -1
     run.close()
-    run = RunCheckpoints(tmp_path / "run", keep=2)
     for step in (1, 2):
-        assert_same_bits(run.restore(step, state.params, {"step": np.int32(0)})[0], dict(state.params))
-    run.close()
+        found, about = checkpoint.read_items(tmp_path / "run" / str(step), "weights", "about")
+        assert_same_bits(found, dict(state.params))
+        assert about["window"] == [[0.5, 1.0]] * 1000
 
 
 def test_a_state_that_does_not_fit_is_refused_with_everything_that_differs(tmp_path):
@@ -130,8 +148,9 @@ def test_a_state_that_does_not_fit_is_refused_with_everything_that_differs(tmp_p
     params["backbone.norm1.bias"] = np.zeros(7, np.float32)
     params["backbone.norm2.scale"] = params["backbone.norm2.scale"].astype(np.float16)
     run = RunCheckpoints(tmp_path / "run", keep=2)
+    before = files_below(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        run.restore(3, params | expected.batch_stats, {"step": np.int32(0)})
+        run.restore(params | expected.batch_stats, {"step": np.int32(0)}, refuse=lambda _: None, say=print)
     run.close()
     message = str(caught.value)
     assert "missing: decode_head.extra.kernel" in message
@@ -140,14 +159,134 @@ def test_a_state_that_does_not_fit_is_refused_with_everything_that_differs(tmp_p
     assert "backbone.norm2.scale: (8, 'float32') instead of (8, 'float16')" in message
     assert "unexpected: optimizer" in message
     assert str(tmp_path / "run" / "3") in message
+    assert files_below(tmp_path) == before
 
 
 def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     save(tmp_path / "run", make_state(0, name="sgd"))
-    run = RunCheckpoints(tmp_path / "run", keep=2)
     with pytest.raises(CheckpointError, match=r"missing: optimizer.*\.mu\."):
-        loop.restored(run, 3, make_state(0, name="adamw"))
-    run.close()
+        restore(tmp_path / "run", make_state(0, name="adamw"))
+
+
+def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
+    state = make_state(0)
+    save(tmp_path / "run", state)
+    for name in ("run/7.orbax-checkpoint-tmp", ".model.new.orbax-checkpoint-tmp", ".model.new"):
+        shutil.copytree(tmp_path / "run" / "3", tmp_path / name)
+    save(tmp_path / "run", state, steps=(9,))
+    save_model(tmp_path / "model", tiny_model(0), about={})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+# ------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def largest_in(folder):
+    return max(files_below(folder), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "an array file cut short": lambda folder: halve(largest_in(folder / "weights")),
+    "a bit of the weights flipped": lambda folder: flip(largest_in(folder / "weights")),
+    "a bit of the optimizer flipped": lambda folder: flip(largest_in(folder / "training")),
+    "a bit of the record flipped": lambda folder: flip(largest_in(folder / "about")),
+    "a digit of the record changed": lambda folder: largest_in(folder / "about").write_bytes(
+        largest_in(folder / "about").read_bytes().replace(b"0.75", b"0.95")
+    ),
+    "no record": lambda folder: shutil.rmtree(folder / "about"),
+    "no weights": lambda folder: shutil.rmtree(folder / "weights"),
+    "no training state": lambda folder: shutil.rmtree(folder / "training"),
+    "an empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    """The checkpoints of a run after 3 and after 5 steps."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    older, newer = make_state(0), make_state(1)
+    save(folder, older, about={"mean_iou": 0.25}, steps=(3,))
+    save(folder, newer, about={"mean_iou": 0.75}, steps=(5,))
+    return folder, older
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_the_newest_checkpoint_that_is_whole_is_taken_and_damaged_ones_are_put_aside(two_saved, tmp_path, what):
+    saved, older = two_saved
+    folder, said = tmp_path / "checkpoints", []
+    shutil.copytree(saved, folder)
+    DAMAGE[what](folder / "5")
+    found, state = restore(folder, make_state(7, step=0), say=said.append)
+    assert found.step == 3 and found.about["mean_iou"] == 0.25
+    assert_same_bits(state, older)
+    assert str(folder / "5") in said[0] and "damaged" in said[0] and str(tmp_path / "damaged" / "5") in said[1]
+    printed = console.wrapped("\n".join(said).replace(str(tmp_path), "runs/name")).splitlines()
+    assert max(map(len, printed)) <= 80
+    assert [path.name for path in folder.iterdir()] == ["3"] and (tmp_path / "damaged" / "5").is_dir()
+    # Its step can be saved again.
+    save(folder, state, steps=(5,))
+    assert restore(folder, older)[0].step == 5
+
+
+def test_where_every_checkpoint_is_damaged_all_are_named_and_none_is_touched(two_saved, tmp_path):
+    saved, older = two_saved
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    for step, what in (("3", "no record"), ("5", "a bit of the weights flipped")):
+        DAMAGE[what](folder / step)
+    before = files_below(tmp_path)
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged") as caught:
+        restore(folder, older)
+    assert all(str(folder / step) in str(caught.value) for step in ("3", "5"))
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", [None, "a bit of the weights flipped", "no record"])
+def test_a_run_that_is_another_is_refused_before_anything_is_put_aside(two_saved, tmp_path, what):
+    saved, older = two_saved
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    if what:
+        DAMAGE[what](folder / "5")
+    before = files_below(tmp_path)
+
+    def refuse(about):
+        raise ValueError("another run")
+
+    with pytest.raises(ValueError, match="another run"):
+        restore(folder, older, refuse=refuse)
+    assert files_below(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path, monkeypatch, capfd, caplog):
+    state = make_state(0)
+    run = RunCheckpoints(tmp_path / "run", keep=2)
+
+    def dump(*_args, **_settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # In a thread beside the training, as orbax writes.
+    monkeypatch.setattr(epath.Path, "write_text", dump)
+    run.save(3, parts.weights_of(state), parts.training_of(state), {})
+    with pytest.raises(
+        CheckpointError, match=r"run: cannot be written \(No space left on device\)\.\n  What was saved"
+    ):
+        run.wait()
+    with pytest.raises(CheckpointError, match=r"model: cannot be written \(No space left on device\)"):
+        save_model(tmp_path / "model", tiny_model(0), about={})
+    assert not any(path.name.startswith(".model") for path in tmp_path.iterdir())
+    assert capfd.readouterr().err == "" and [record for record in caplog.records if record.levelno >= 40] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- a model
@@ -320,7 +459,7 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_
     (record,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
     content = json.loads(record.read_text())
     content["model"]["overrides"]["dims"] = [4, 8, 15, 16]
-    record.write_text(json.dumps(content))
+    record.write_text(json.dumps(checkpoint._signed(content)))
     with pytest.raises(CheckpointError, match=r"do not fit its own record of segformer_b0:\n.*\n.*instead of"):
         load_model(broken)
 
@@ -335,17 +474,6 @@ def test_a_record_that_names_no_known_model_is_refused(saved_model, tmp_path, re
     path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=str(broken)):
         load_model(broken)
-
-
-def test_a_run_whose_newest_checkpoint_is_damaged_is_refused(tmp_path):
-    state = make_state(0)
-    save(tmp_path / "run", state)
-    damaged = tmp_path / "run" / "3" / "training" / "_METADATA"
-    damaged.write_bytes(damaged.read_bytes()[:10])
-    run = RunCheckpoints(tmp_path / "run", keep=2)
-    with pytest.raises(CheckpointError, match=r"run/3\S*: a damaged checkpoint"):
-        loop.restored(run, 3, state)
-    run.close()
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path):

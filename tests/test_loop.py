@@ -1,10 +1,11 @@
 """Whole runs: what they leave behind, that they go on as if never stopped, and what they refuse."""
 
 import contextlib
-import dataclasses
 import io
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,26 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import (
+    STEPS,
+    cheap_step,
+    contents,
+    make_config,
+    power_cut_before,
+    power_cut_in_the_end,
+    result_of,
+    run,
+    scored,
+    signal_before,
+)
 from tiny import FAMILIES, SIZES, numpy_draws
 
-from configs import common, hrnet, segformer, segnext
-from segjax import console, loop, optim
+from benchmarks.kill_resume import differences, events_of, records_of, remains
+from configs import common, segformer
+from segjax import checkpoint, console, loop, optim, parts, settings
 from segjax.checkpoint import load_model
 from segjax.data import specs, streets
 from segjax.data.augment import normalise
@@ -31,58 +43,9 @@ from segjax.state import params_sha256
 from segjax.weights import named_variables
 
 REPO = Path(__file__).parents[1]
-STEPS = 6
-FAMILY_CONFIGS = {"segformer": (segformer, "b0"), "ocr": (hrnet, "small_ocr"), "segnext": (segnext, "small")}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def make_config(family="segformer", **changes):
-    """Six steps of a tiny model; `changes` by dotted name, dots written as two underscores."""
-    recipe, variant = FAMILY_CONFIGS[family]
-    config = recipe.get_config(f"{variant},streets")
-    config.model.update(FAMILIES[family][1])
-    config.data.update(train_images=7, eval_images=5, size=(40, 64))
-    config.augment.crop = (32, 48)
-    config.train.update(steps=STEPS, batch=4, log_every=2)
-    config.optim.update(warmup_steps=2, lr=1e-3)
-    config.eval.update(batch=4, pictures=0)
-    config.checkpoint.every = 4
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config
-
-
-def run(config, workdir):
-    """-> exit status, what was printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        status = loop.train(config, workdir)
-    return status, printed.getvalue()
-
-
-def result_of(workdir):
-    return json.loads((workdir / "result.json").read_text())
-
-
-def records_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def interrupt_before(monkeypatch, step):
-    """Ctrl-C while step number `step` (from 0) is being made ready."""
-    original = loop.TrainBatches.at
-
-    def at(self, number):
-        if number == step:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, number)
-
-    monkeypatch.setattr(loop.TrainBatches, "at", at)
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +55,38 @@ def finished(tmp_path_factory, quick_compile):
     return workdir, *run(make_config(eval__pictures=3), workdir)
 
 
-def cheap_step(skeleton, optimizer, augment, ignore_label, aux_weight, state, batch, key, *, axis_name=None):
-    """In place of a training step where only the loop is looked at: shifts all weights by what is in the batch."""
-    total = jnp.sum(batch["image"], dtype=jnp.int32)
-    if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
-    shift = 1e-9 * total.astype(jnp.float32)
-    params = {name: 0.9 * value + shift for name, value in state.params.items()}
-    return dataclasses.replace(state, step=state.step + 1, params=params), {"loss": 1000 * shift}
-
-
 @pytest.fixture
 def cheap(monkeypatch):
-    monkeypatch.setattr(loop, "train_step", cheap_step)
+    cheap_step(monkeypatch)
+
+
+def scores_of(model):
+    """Pixel accuracy and IoU by class of a model on the evaluation images, counted with plain numpy."""
+    split = streets.load("val", num_images=5, size=(40, 64), seed=0)
+    logits = nnx.jit(lambda model, images: model(normalise(images))[0])(model, split.images)
+    predicted = np.asarray(predictions(logits, (40, 64)))
+    valid = split.labels != 255
+    right = (predicted == split.labels) & valid
+    ious = []
+    for k in range(19):
+        union = ((predicted == k) | (split.labels == k)) & valid
+        ious.append((right & (split.labels == k)).sum() / union.sum() if union.any() else None)
+    return right.sum() / valid.sum(), ious
+
+
+def miou_of(model):
+    return np.mean([iou for iou in scores_of(model)[1] if iou is not None])
+
+
+def stop_in_evaluation(patch):
+    """Ctrl-C as an evaluation begins."""
+    original = loop.evaluate
+
+    def evaluate(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    patch.setattr(loop, "evaluate", evaluate)
 
 
 # --------------------------------------------------------------------------------------------- what a run leaves behind
@@ -119,6 +101,7 @@ def test_a_run_leaves_its_result_curve_predictions_and_checkpoints(finished):
         "metrics.jsonl",
         "predictions",
         "result.json",
+        "tensorboard",
     ]
     names = [f"streets_val_{number:06d}.png" for number in (0, 2, 4)]
     assert sorted(path.name for path in (workdir / "predictions").iterdir()) == names
@@ -134,11 +117,14 @@ def test_the_result_says_what_was_reached_and_with_which_settings(finished):
         "pixel_accuracy",
         "per_class_iou",
         "step",
+        "stopped_early",
+        "best",
         "images_per_second",
         "config",
         "params_sha256",
     }
-    assert result["step"] == STEPS and result["images_per_second"] > 0
+    assert result["step"] == STEPS and result["images_per_second"] > 0 and result["stopped_early"] is False
+    assert result["best"] == {"step": STEPS, "mean_iou": result["mean_iou"]}
     assert result["config"] == json.loads(json.dumps(make_config(eval__pictures=3).to_dict()))
     assert len(result["per_class_iou"]) == 19
     present = [iou for iou in result["per_class_iou"] if iou is not None]
@@ -152,15 +138,9 @@ def test_the_result_is_that_of_the_saved_model_on_the_evaluation_images(finished
     variables = {name: variable.get_value() for name, variable in named_variables(model).items()}
     params = {name: value for name, value in variables.items() if not name.endswith((".mean", ".var"))}
     assert params_sha256(params) == result["params_sha256"]
-    split = streets.load("val", num_images=5, size=(40, 64), seed=0)
-    logits = nnx.jit(lambda model, images: model(normalise(images))[0])(model, split.images)
-    predicted = np.asarray(predictions(logits, (40, 64)))
-    valid = split.labels != 255
-    right = (predicted == split.labels) & valid
-    assert result["pixel_accuracy"] == pytest.approx(right.sum() / valid.sum(), abs=1e-3)
-    for k, iou in enumerate(result["per_class_iou"]):
-        union = ((predicted == k) | (split.labels == k)) & valid
-        expected = (right & (split.labels == k)).sum() / union.sum() if union.any() else None
+    accuracy, ious = scores_of(model)
+    assert result["pixel_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    for iou, expected in zip(result["per_class_iou"], ious, strict=True):
         assert iou == (expected if expected is None else pytest.approx(expected, abs=2e-3))
 
 
@@ -170,11 +150,14 @@ def test_the_metrics_follow_the_steps_and_the_schedule(finished):
     assert [record["step"] for record in training] == [2, 4, 6]
     rate = optim.schedule(make_config().optim, steps=STEPS)
     for record in training:
-        assert set(record) == {"step", "loss", "lr", "images_per_second"}
+        assert set(record) == {"step", "loss", "gradient_norm", "lr"}
+        assert 0 < record["gradient_norm"] < 100
         assert 1 < record["loss"] < 6  # log(19) is 2.9
         assert record["lr"] == pytest.approx(float(rate(record["step"] - 1)), rel=1e-6)
-    assert set(evaluation) == {"step", "mean_iou", "pixel_accuracy"} and evaluation["step"] == STEPS
-    assert evaluation["mean_iou"] == result_of(finished[0])["mean_iou"]
+    assert set(evaluation) == {"step", "mean_iou", "pixel_accuracy", "iou"} and evaluation["step"] == STEPS
+    result = result_of(finished[0])
+    assert evaluation["mean_iou"] == result["mean_iou"]
+    assert evaluation["iou"] == dict(zip(specs.STREETS.label_names, result["per_class_iou"], strict=True))
 
 
 def test_a_run_says_what_it_does_in_lines_of_80_columns(finished):
@@ -221,7 +204,7 @@ def test_a_run_without_steps_measures_the_initial_weights(tmp_path):
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
-        interrupt_before(patch, step)
+        signal_before(patch, step)
         status, printed = run(make_config(), tmp_path)
     # The step that was under way is finished first.
     assert status == 130 and f"stopped at step {step + 1} of 6 and saved" in printed
@@ -238,24 +221,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
 def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(family, tmp_path, monkeypatch):
     seen = []
 
-    def make_skeleton(*args, original=loop.make_skeleton):
+    def make_skeleton(*args, original=parts.make_skeleton, **kwargs):
         with numpy_draws():
-            return original(*args)
+            return original(*args, **kwargs)
 
-    def train_step(*args, original=loop.train_step, **kwargs):
-        seen.append(args[4])
-        return original(*args, **kwargs)
+    def train_step(*, original=loop.TrainStep, **settings):
+        seen.append(settings["aux_weight"])
+        return original(**settings)
 
-    monkeypatch.setattr(loop, "make_skeleton", make_skeleton)
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(parts, "make_skeleton", make_skeleton)
+    monkeypatch.setattr(loop, "TrainStep", train_step)
     config = make_config(
-        family, train__steps=3, train__aux_weight=0.3, checkpoint__every=2, model__dropout_rate=0.2, data__eval_images=2
+        family, train__steps=3, loss__aux_weight=0.3, checkpoint__every=2, model__dropout_rate=0.2, data__eval_images=2
     )
     # Without the fast forms, which take longer to compile.
     with layers.published_forms():
         assert run(config, tmp_path / "whole")[0] == 0
         with monkeypatch.context() as patch:
-            interrupt_before(patch, 0)
+            signal_before(patch, 0)
             assert run(config, tmp_path / "stopped")[0] == 130
         status, printed = run(config, tmp_path / "stopped")
     assert status == 0 and "resuming at step 1 of 3" in printed
@@ -278,13 +261,7 @@ def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(f
 
 def test_a_run_that_was_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        original = loop.evaluate
-
-        def evaluate(*args, **kwargs):
-            signal.raise_signal(signal.SIGINT)
-            return original(*args, **kwargs)
-
-        patch.setattr(loop, "evaluate", evaluate)
+        stop_in_evaluation(patch)
         status, printed = run(make_config(eval__every=3), tmp_path)
     assert status == 130 and "stopped at step 3 of 6 and saved" in printed
     status, printed = run(make_config(eval__every=3), tmp_path)
@@ -294,14 +271,7 @@ def test_a_run_that_was_stopped_during_an_evaluation_has_saved_what_it_says(fini
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        original = loop.TrainBatches.at
-
-        def at(self, number):
-            if number == 5:
-                raise SystemError("power cut")
-            return original(self, number)
-
-        patch.setattr(loop.TrainBatches, "at", at)
+        power_cut_before(patch, 5)
         with pytest.raises(SystemError, match="power cut"):
             run(make_config(train__log_every=1), tmp_path)
     # Half a line, as of a machine that stopped while writing it.
@@ -313,10 +283,24 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(finished, tmp_pa
     assert [record["step"] for record in records_of(tmp_path)] == [1, 2, 3, 4, 5, 6, 6]
 
 
+def test_a_run_stopped_between_two_lines_of_its_log_loses_no_step_of_them(tmp_path, monkeypatch, cheap):
+    config = make_config(train__log_every=3, eval__every=2)
+    run(config, tmp_path / "whole")
+    # Ended three times: before a line, before an evaluation and after both.
+    for step in (0, 2, 3):
+        with monkeypatch.context() as patch:
+            signal_before(patch, step, signal.SIGTERM)
+            assert run(config, tmp_path / "stopped")[0] == 143
+    run(config, tmp_path / "stopped")
+    assert len({record.get("loss") for record in records_of(tmp_path / "whole")} - {None}) == 2
+    assert records_of(tmp_path / "stopped") == records_of(tmp_path / "whole")
+    assert events_of(tmp_path / "stopped") == events_of(tmp_path / "whole")
+
+
 def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(tmp_path, monkeypatch, cheap):
     run(make_config(), tmp_path / "jit")
     with monkeypatch.context() as patch:
-        interrupt_before(patch, 2)
+        signal_before(patch, 2)
         assert run(make_config(), tmp_path / "mixed")[0] == 130
     status, printed = run(make_config(parallel="pmap"), tmp_path / "mixed")
     assert status == 0 and "resuming at step 3 of 6" in printed and "device   4 x cpu, pmap" in printed
@@ -356,12 +340,8 @@ def test_a_finished_run_asked_for_fewer_steps_suggests_more_than_it_has(finished
 
 
 def test_evaluating_a_finished_training_again_logs_it_once(finished, tmp_path, monkeypatch):
-    # Stopped between the last step and the result.
-    def draw(*_):
-        raise SystemError("power cut")
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "draw", draw)
+        power_cut_in_the_end(patch)
         with pytest.raises(SystemError):
             run(make_config(), tmp_path)
     status, _ = run(make_config(), tmp_path)
@@ -398,6 +378,29 @@ def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, val
     assert contents(workdir) == before
 
 
+def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_as_it_is(
+    finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "result.json").unlink()
+    before = contents(workdir)
+
+    def record(spec, original=parts.dataset_record):
+        return original(spec) | {"name": "lanes", "ignore_label": 254}
+
+    monkeypatch.setattr(parts, "dataset_record", record)
+    with pytest.raises(loop.RunError) as caught:
+        run(make_config(optim__lr=0.5, model__decoder_dim=16), workdir)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]] == [
+        "  config.model.decoder_dim",
+        "  config.optim.lr",
+        "  dataset.ignore_label",
+        "  dataset.name",
+    ]
+    assert contents(workdir) == before
+
+
 @pytest.mark.parametrize(
     "key, value", [("eval.batch", 8), ("checkpoint.keep", 5), ("train.log_every", 1), ("parallel", "pmap")]
 )
@@ -412,7 +415,7 @@ def test_settings_that_change_no_weights_may_differ(finished, key, value):
 @pytest.fixture
 def no_data(monkeypatch):
     """Fails where a run gets as far as its data."""
-    monkeypatch.setattr(loop, "load_data", lambda config: pytest.fail("data was loaded for settings that are wrong"))
+    monkeypatch.setattr(parts, "load_data", lambda config: pytest.fail("data was loaded for settings that are wrong"))
 
 
 BAD = {
@@ -432,6 +435,13 @@ BAD = {
     "checkpoint.keep": (0, "at least 1: 0"),
     "eval.every": (-5, "eval.every"),
     "eval.pictures": (-1, "eval.pictures"),
+    "eval.patience": (2, "eval.patience=2 needs eval.every"),
+    "optim.schedule": ("linear", "one of poly, cosine, not 'linear'"),
+    "optim.clip_norm": (-0.5, "must not be negative: -0.5"),
+    "train.accumulate": (0, "at least 1: 0"),
+    "train.ema": (1.0, r"in \[0, 1\), 0 for none: 1.0"),
+    "train.may_skip": (-1, "must not be negative: -1"),
+    "init.keep": (("head.*",), "needs init.from"),
 }
 
 
@@ -452,21 +462,235 @@ def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_da
     assert len(str(caught.value).splitlines()) == 1 + len(keys)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path, monkeypatch, value):
-    def diverging_step(*args, **kwargs):
-        state, scalars = cheap_step(*args, **kwargs)
-        return state, {"loss": jnp.where(state.step == 3, value, scalars["loss"])}
+# ------------------------------------------------------------------------------------------------- what is not finite
 
-    monkeypatch.setattr(loop, "train_step", diverging_step)
-    with pytest.raises(
-        loop.RunError,
-        match=rf"the loss became {value} before step 4; nothing of it was saved. Try a lower config\.optim\.lr",
-    ):
-        run(make_config(), tmp_path)
-    assert [record["step"] for record in records_of(tmp_path)] == [2]
-    # What diverged is not kept: a checkpoint of it could only be gone on from to the same end.
-    assert not (tmp_path / "checkpoints" / "4").exists() and not (tmp_path / "result.json").exists()
+
+def weights_at(workdir, step):
+    return {
+        name: array.tobytes() for name, array in checkpoint.load_weights(workdir / f"checkpoints/{step}")[0].items()
+    }
+
+
+@pytest.mark.parametrize(
+    "losses, norms, became",
+    [
+        ({3: math.nan}, {}, "the loss became nan"),
+        ({3: math.inf, 4: math.nan}, {}, "the loss became inf"),
+        ({}, {3: math.inf}, "the gradient became inf"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_with_its_images_and_advice(tmp_path, monkeypatch, losses, norms, became):
+    cheap_step(monkeypatch, losses, norms)
+    with pytest.raises(loop.RunError) as caught:
+        run(make_config(train__log_every=3, checkpoint__every=6), tmp_path)
+    message = str(caught.value)
+    order = [image for epoch in range(3) for image in np.random.default_rng([0, epoch]).permutation(7)]
+    names = ", ".join(f"streets_train_{image:06d}" for image in order[12:16])
+    assert message.startswith(f"{became} at step 4, on {names}. The state before it is saved in {tmp_path}/checkpoints")
+    for advice in (f"--workdir=NEW --config.init.from={tmp_path}\n", "optim.lr", "may_skip", "debug.nans"):
+        assert advice in message
+    lines = console.wrapped(f"train.py: {message}".replace(str(tmp_path), "runs/name")).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [record["step"] for record in records_of(tmp_path)] == [3] and not (tmp_path / "result.json").exists()
+
+
+def test_what_is_saved_is_the_state_before_it_from_which_the_run_goes_on(tmp_path, monkeypatch):
+    config = make_config(train__log_every=3, checkpoint__every=6)
+    with monkeypatch.context() as patch:
+        cheap_step(patch, {3: math.nan})
+        for _ in range(2):
+            # The second time from where the first one ended.
+            with pytest.raises(loop.RunError, match=r"at step 4, .*checkpoints/3\."):
+                run(config, tmp_path / "run")
+    cheap_step(monkeypatch)
+    run(make_config(train__steps=3), tmp_path / "shorter")
+    assert weights_at(tmp_path / "run", 3) == weights_at(tmp_path / "shorter", 3)
+    # Once the cause is gone, it goes on as if there had been none.
+    assert run(config, tmp_path / "run")[0] == 0 and run(config, tmp_path / "whole")[0] == 0
+    assert records_of(tmp_path / "run") == records_of(tmp_path / "whole")
+    assert weights_at(tmp_path / "run", 6) == weights_at(tmp_path / "whole", 6)
+
+
+def test_steps_that_may_be_left_out_are_and_those_of_the_log_are_the_others(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cheap_step(patch)
+        run(make_config(train__log_every=1), tmp_path / "whole")
+    cheap_step(monkeypatch, {1: math.nan, 2: math.inf, 5: math.nan})
+    status, printed = run(make_config(train__may_skip=2), tmp_path / "run")
+    assert status == 0
+    said = " ".join(printed.split())
+    for became, step in (("nan", 2), ("inf", 3), ("nan", 6)):
+        assert f"the loss became {became} at step {step}, on streets_train_" in said
+    assert said.count("left out") == 3
+    losses = [record.get("loss") for record in records_of(tmp_path / "run")]
+    whole = [record.get("loss") for record in records_of(tmp_path / "whole")]
+    assert losses == [whole[0], whole[3], whole[4], None]
+    rate = optim.schedule(make_config().optim, steps=STEPS)
+    rates = [record["lr"] for record in records_of(tmp_path / "run") if "lr" in record]
+    assert rates == [pytest.approx(float(rate(step))) for step in (0, 1, 2)]
+    (training,) = checkpoint.read_items(tmp_path / "run" / "checkpoints" / "6", "training")
+    assert training["skipped"].tolist() == [3, 1] and training["step"] == 6
+
+
+def test_one_more_in_a_row_than_may_be_left_out_ends_the_run(tmp_path, monkeypatch):
+    cheap_step(monkeypatch, dict.fromkeys((1, 2, 3, 4), math.nan))
+    with pytest.raises(loop.RunError, match=r"the loss became nan at step 4, .*\n?.*checkpoints/3\."):
+        run(make_config(train__may_skip=2, train__log_every=6), tmp_path)
+
+
+def test_the_layer_where_it_began_is_named_on_request(finished, tmp_path):
+    weights, about = checkpoint.load_weights(finished[0])
+    # Finite, but not its square.
+    weights["backbone.block3.0.attn.proj.kernel"][:] = 3e38
+    checkpoint.save_weights(tmp_path / "start", weights, about=about)
+    config = make_config(init__from_=str(tmp_path / "start"), debug__nans=True)
+    with pytest.raises(loop.RunError, match=r"at step 1, on .* is that of backbone\.block3\.0\.norm2\. The state"):
+        run(config, tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------- evaluations on the way
+
+
+def test_evaluations_on_the_way_change_neither_weights_nor_the_log_of_training(tmp_path, cheap):
+    for every in (0, 1, 3):
+        run(make_config(eval__every=every, train__log_every=3), tmp_path / str(every))
+    hashes = {result_of(tmp_path / str(every))["params_sha256"] for every in (0, 1, 3)}
+    assert len(hashes) == 1
+    never, always, sometimes = (
+        [record for record in records_of(tmp_path / str(every)) if "loss" in record] for every in (0, 1, 3)
+    )
+    assert never == always == sometimes
+    evaluated = [record["step"] for record in records_of(tmp_path / "1") if "mean_iou" in record]
+    assert evaluated == [1, 2, 3, 4, 5, 6] and not (tmp_path / "0" / "best").exists()
+
+
+@pytest.mark.parametrize("scores, best", [((0.1, 0.5, 0.3, 0.2, 0.4, 0.45), 2), ((None, 0.2, 0.2, 0.1, 0.15, 0.3), 6)])
+def test_best_holds_the_weights_of_the_best_evaluation_the_last_included(tmp_path, monkeypatch, cheap, scores, best):
+    scored(monkeypatch, *scores)
+    status, printed = run(make_config(eval__every=1, checkpoint__every=1, checkpoint__keep=6), tmp_path)
+    assert status == 0
+    weights, about = checkpoint.load_weights(tmp_path / "best")
+    assert {name: array.tobytes() for name, array in weights.items()} == weights_at(tmp_path, best)
+    assert (about["step"], about["mean_iou"]) == (best, scores[best - 1])
+    assert result_of(tmp_path)["best"] == {"step": best, "mean_iou": scores[best - 1]}
+    assert f"step 2: mIoU {scores[1]:.4f}, the best so far\n" in printed
+    assert f"step 4: mIoU {scores[3]:.4f}\n" in printed
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, monkeypatch, cheap, cut):
+    config = make_config(eval__every=1, eval__patience=2)
+    with monkeypatch.context() as patch:
+        scored(patch, 0.5, 0.4, 0.5, 0.5, 0.5)
+        if cut:
+            with patch.context() as inner:
+                power_cut_in_the_end(inner)
+                with pytest.raises(SystemError):
+                    run(config, tmp_path)
+        status, printed = run(config, tmp_path)
+    assert status == 0 and "stopped early at step 3: no better mIoU in 2 evaluations" in printed
+    result = result_of(tmp_path)
+    assert (result["step"], result["stopped_early"], result["best"]) == (3, True, {"step": 1, "mean_iou": 0.5})
+    # One evaluation after each step, although the last was made again for its pictures.
+    assert [record["step"] for record in records_of(tmp_path) if "mean_iou" in record] == [1, 2, 3]
+    assert [step for step, _ in events_of(tmp_path)["mean_iou"]] == [1, 2, 3]
+    before = contents(tmp_path)
+    status, printed = run(config, tmp_path)
+    assert status == 0 and "at step 3" in printed and "no better mIoU in 2 evaluations" in printed
+    assert "--config.eval.patience=4" in printed and "--config.train.steps" not in printed
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypatch, cheap):
+    with monkeypatch.context() as patch:
+        scored(patch, 0.5, 0.4, 0.3, 0.3, 0.2, 0.6, 0.1)
+        run(make_config(eval__every=1, eval__patience=2), tmp_path / "run")
+        assert result_of(tmp_path / "run")["step"] == 3
+        status, printed = run(make_config(eval__every=1, eval__patience=4), tmp_path / "run")
+    assert status == 0 and "resuming at step 3" in printed
+    result = result_of(tmp_path / "run")
+    assert result["step"] == 6 and not result["stopped_early"] and result["best"] == {"step": 5, "mean_iou": 0.6}
+    assert [step for step, _ in events_of(tmp_path / "run")["mean_iou"]] == [1, 2, 3, 4, 5, 6]
+    run(make_config(), tmp_path / "whole")
+    assert result["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
+
+
+def test_an_evaluation_made_up_for_counts_though_the_run_is_torn_down_after_it(tmp_path, monkeypatch, cheap):
+    config = make_config(eval__every=2, checkpoint__every=6)
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch)
+        assert run(config, tmp_path / "run")[0] == 130
+    assert not (tmp_path / "run" / "best").exists()
+    with monkeypatch.context() as patch:
+        power_cut_before(patch, 3)
+        with pytest.raises(SystemError):
+            run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "best").exists()
+    run(config, tmp_path / "run")
+    # The stop has left a checkpoint that the other run has not.
+    left, expected = remains(tmp_path / "run"), remains(tmp_path / "whole")
+    lines = differences(expected, left)
+    assert [line for line in lines if not line.startswith("checkpoint")] == []
+    assert left["checkpoint 6, record"] == expected["checkpoint 6, record"]
+
+
+def test_what_a_finished_run_has_evaluated_counts_when_it_goes_on(tmp_path, monkeypatch, cheap):
+    with monkeypatch.context() as patch:
+        scored(patch, 0.2, 0.9, 0.3)
+        run(make_config(eval__every=2, train__steps=4), tmp_path)
+        assert result_of(tmp_path)["best"]["step"] == 4
+        run(make_config(eval__every=2, train__steps=6), tmp_path)
+    assert result_of(tmp_path)["best"] == {"step": 4, "mean_iou": 0.9}
+    assert checkpoint.load_weights(tmp_path / "best")[1]["step"] == 4
+    assert [step for step, _ in events_of(tmp_path)["mean_iou"]] == [2, 4, 6]
+    assert [record["step"] for record in records_of(tmp_path) if "mean_iou" in record] == [2, 4, 6]
+
+
+# ------------------------------------------------------------------------------------------------------------ averages
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, quick_compile):
+    """A run that keeps an average, with every state of it."""
+    workdir = tmp_path_factory.mktemp("averaged") / "run"
+    config = make_config(train__ema=0.4, eval__every=3, checkpoint__every=1, checkpoint__keep=STEPS)
+    assert run(config, workdir)[0] == 0
+    return config, workdir
+
+
+def test_what_is_saved_and_evaluated_is_the_average(averaged):
+    _, workdir = averaged
+    average = None
+    for step in range(1, STEPS + 1):
+        saved, training = checkpoint.read_items(workdir / "checkpoints" / str(step), "weights", "training")
+        own = {name: training[f"own.{name}"] for name in saved}
+        if average is not None:
+            decay = min(0.4, (1 + step - 1) / (10 + step - 1))
+            expected = {name: decay * average[name] + (1 - decay) * own[name] for name in own}
+            for name in own:
+                np.testing.assert_allclose(saved[name], expected[name], rtol=1e-5, atol=1e-7)
+        average = saved
+    assert any(not np.array_equal(saved[name], own[name]) for name in own)
+    params = {name: array for name, array in saved.items() if not name.endswith((".mean", ".var"))}
+    assert params_sha256(params) == result_of(workdir)["params_sha256"]
+
+
+def test_the_best_model_has_the_score_that_its_record_says(averaged):
+    _, workdir = averaged
+    about = checkpoint.load_weights(workdir / "best")[1]
+    evaluations = {r["step"]: r["mean_iou"] for r in records_of(workdir) if "mean_iou" in r}
+    assert set(evaluations) == {3, 6} and about["mean_iou"] == max(evaluations.values()) == evaluations[about["step"]]
+    assert miou_of(load_model(workdir / "best")) == pytest.approx(about["mean_iou"], abs=2e-3)
+
+
+def test_a_run_that_keeps_an_average_goes_on_bit_for_bit(averaged, tmp_path, monkeypatch):
+    config, whole = averaged
+    with monkeypatch.context() as patch:
+        signal_before(patch, 3)
+        assert run(config, tmp_path / "run")[0] == 130
+    assert run(config, tmp_path / "run")[0] == 0
+    assert differences(remains(whole), remains(tmp_path / "run")) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- console
@@ -478,15 +702,17 @@ def test_images_per_second_leave_out_compiling_saving_and_evaluating(monkeypatch
     meter = console.Meter(batch_size=8)
     assert meter.images_per_second is None
     clock.now = 60.0  # the compiler
-    meter.restart(1)
+    meter.restart(1, 0.0)
     clock.now = 62.0
-    meter.lap(11)  # 10 steps in 2 seconds
+    meter.lap(11, 0.5)  # 10 steps in 2 seconds
     assert meter.images_per_second == pytest.approx(40)
     clock.now = 162.0  # an evaluation
-    meter.restart(11)
+    meter.restart(11, 3.0)
     clock.now = 168.0
-    meter.lap(21)  # 10 steps in 6 seconds
+    meter.lap(21, 4.5)  # 10 steps in 6 seconds
     assert meter.images_per_second == pytest.approx(20)
+    # Half a second of the first two, one and a half of the last six.
+    assert meter.waiting == pytest.approx(2 / 8)
 
 
 def test_the_time_left_does_not_count_the_compiler(monkeypatch, capsys):
@@ -494,10 +720,10 @@ def test_the_time_left_does_not_count_the_compiler(monkeypatch, capsys):
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     meter, progress = console.Meter(batch_size=4), console.Progress(0, 1000)
     clock.now = 60.0  # the compiler; a tenth of a second a step from here on
-    meter.restart(1)
+    meter.restart(1, 0.0)
     for step in (100, 200, 300):
         clock.now = 60.0 + 0.1 * step
-        meter.lap(step)
+        meter.lap(step, 0.0)
         progress.show(step, 1.0, meter)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "step 300/1000  loss 1.0000  39.9 img/s  1.2 min left"
@@ -507,13 +733,15 @@ def test_on_a_terminal_progress_is_one_bar_of_80_columns(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    meter = SimpleNamespace(images_per_second=1234.5)
+    meter = SimpleNamespace(images_per_second=1234.5, waiting=0.25)
     with console.Progress(10, 40_000) as progress:
         for step in range(50, 500, 50):
             progress.show(step, 1.2345, meter)
     frames = terminal.getvalue().replace("\n", "\r").split("\r")
     assert max(map(len, frames)) <= 80
-    assert any("450/40000" in frame and "loss 1.23" in frame and "1234.5 img/s" in frame for frame in frames)
+    assert any(
+        "450/40000" in frame and "loss 1.23" in frame and "1234.5 img/s, 25% waiting" in frame for frame in frames
+    )
 
 
 @pytest.mark.parametrize(
@@ -525,7 +753,7 @@ def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsy
     spec = {"streets": specs.STREETS, "camvid": specs.CAMVID}.get(
         dataset, specs.DatasetSpec("apartments", names, ((1, 2, 3),) * 150, 255)
     )
-    splits = [SimpleNamespace(images=range(count)) for count in counts]
+    splits = [range(count) for count in counts]
     params = {"w": np.empty((84_000_000,), np.int8)}
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
     console.describe(config, loop.default_workdir(config), params, *splits, spec, parallel, start=1000)
@@ -591,7 +819,7 @@ def test_the_word_after_the_colon_picks_variant_and_dataset_in_any_order(argumen
     config = segformer.get_config(argument)
     assert (config.model.name, config.data.name) == (name, dataset)
     assert str(loop.default_workdir(config)) == f"runs/{name.replace('_', '-')}-{dataset}"
-    loop.check(config)
+    settings.check(config, Path("runs/name"))
 
 
 def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists():
@@ -668,7 +896,8 @@ def command_line(tmp_path_factory):
 def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
     status, out, err = command_line.stopped
     assert status == 130
-    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir}" in out
+    said = " ".join(out.split())
+    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir} to go on" in said
     assert "Traceback" not in err and "stopping after this step and saving" in err
 
 
