@@ -95,9 +95,10 @@ RUNS = [
 ] + [("segformer", "sgd")]
 
 
-# float64 shows mistakes; float32 trajectories of the first family show rounding, those of the others are the slow tier.
+# At once: the first family in both types, HRNet and SegNeXt in float64, which shows mistakes. The rest in the slow tier.
+AT_ONCE = [("segformer", "float64"), ("segformer", "float32"), ("hrnet", "float64"), ("segnext", "float64")]
 CASES = [
-    pytest.param(*run, dtype, marks=[pytest.mark.slow] if dtype == "float32" and run[0] != "segformer" else [])
+    pytest.param(*run, dtype, marks=[] if (run[0], dtype) in AT_ONCE else [pytest.mark.slow])
     for run in RUNS
     for dtype in ("float64", "float32")
 ]
