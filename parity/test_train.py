@@ -95,7 +95,7 @@ RUNS = [
 ] + [("segformer", "sgd")]
 
 
-# At once: the first family in both types, HRNet and SegNeXt in float64, which shows mistakes. The rest in the slow tier.
+# At once: the first family in both types, HRNet and SegNeXt in float64, which shows mistakes. The rest: slow tier.
 AT_ONCE = [("segformer", "float64"), ("segformer", "float32"), ("hrnet", "float64"), ("segnext", "float64")]
 CASES = [
     pytest.param(*run, dtype, marks=[] if (run[0], dtype) in AT_ONCE else [pytest.mark.slow])
