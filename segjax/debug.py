@@ -53,8 +53,9 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     if not np.isfinite(loss):
         return f"All outputs of layers are finite, but the loss is {loss}. "
     if found := _not_finite(gradients):
-        # The backward pass begins with the layer that was called last.
-        first = max(found, key=lambda name: calls.index(_called(name, calls)))
+        # The backward pass begins with the layer that was called last; of layers of which only the one around them was
+        # called, names sort a classifier behind the others.
+        first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
         return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
     if not np.isfinite(optim.norm(gradients)):
         largest = max(gradients, key=lambda name: np.abs(gradients[name]).max())

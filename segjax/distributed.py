@@ -23,6 +23,8 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
     Raises:
       ValueError: the environment does not tell either.
     """
+    # It would take SIGTERM for itself, and the run would never hear of it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, processes, number)
     except (RuntimeError, ValueError) as error:

@@ -59,7 +59,7 @@ def load_data(config: ConfigDict) -> Data:
         records = prepared.records(split)
         if pipeline.padded_gigabytes(records) > config.data.resident_gb:
             return records
-        return pipeline.load(records, ignore_label=prepared.spec.ignore_label)
+        return prepared.load(split)
 
     counts = np.array(prepared.pixel_counts(train_split))
     return Data(read(train_split), read(eval_split), prepared.spec, lambda: counts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from segjax.dialects import Recognised, recognise
+from segjax.dialects import FORMS, Recognised, recognise
 from segjax.families import FAMILIES, Family, family_of, matches
 from segjax.files import read_file
 from segjax.weights import (
@@ -59,7 +59,7 @@ def _load(model: nnx.Module, foreign: Mapping[str, np.ndarray], names: list[str]
     logger.info("read as %s (%s)", found.form.dialect, found.form.package)
     if found.form.note:
         logger.info("note on %s: %s", found.form.package, found.form.note)
-    if not any(map(family.in_head, found.renaming.to_native(foreign))):
+    if not foreign.keys() - _of_encoder(foreign, found, family) - _beside_encoders(foreign, found):
         logger.info("an encoder alone: the decoder stays as initialised")
         keep = (*keep, *family.head)
     unused = _unused(foreign, found, family, names, keep)
@@ -90,6 +90,13 @@ def _of_encoder(keys: Iterable[str], found: Recognised, family: Family) -> set[s
     """Those keys of the checkpoint that stand for an encoder's parameters."""
     groups = found.renaming.groups(keys, foreign=True)
     return {key for group in groups if not any(map(family.in_head, group.native)) for key in group.foreign}
+
+
+def _beside_encoders(keys: Iterable[str], found: Recognised) -> set[str]:
+    """Those keys that come with an encoder alone, in whatever names, and mean nothing in a whole model."""
+    forms = [form for form in FORMS if form.family == found.form.family]
+    extras = [pattern for form in forms for pattern in (*form.backbone_extras, *form.unused)]
+    return {key for key in keys if matches(key, extras) and not found.renaming.fits(key)}
 
 
 def _advice(error: MisfitError, found: Recognised, family: Family) -> str:

@@ -72,6 +72,7 @@ def ended(running, timeout=300):
     finally:
         for process in running:
             process.kill()
+            process.communicate()
     return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
 
 
@@ -133,11 +134,11 @@ def test_pmap_in_two_processes_is_jit_in_one(of_one, config_file, tmp_path):
 
 def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
     running = started(config_file, tmp_path / "run", 2, "--config.train.steps=100000", "--config.eval.every=0")
-    while "step " not in (line := running[0].stdout.readline()):
+    while not (line := running[0].stdout.readline()).startswith("step "):
         assert line or running[0].poll() is None, running[0].stderr.read()
     running[1].send_signal(signal.SIGTERM)
-    (first, said, _), (second, _, _) = ended(running, timeout=120)
-    assert (first, second) == (143, 143)
+    (first, said, errors), (second, _, _) = ended(running, timeout=120)
+    assert (first, second) == (143, 143), errors
     assert "to go on: the same command again" in said
     saved = load_weights(tmp_path / "run")[1]["step"]
     assert f"stopped at step {saved} of 100000" in said
@@ -145,7 +146,7 @@ def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
 
 def test_a_process_that_dies_ends_the_other(config_file, tmp_path):
     running = started(config_file, tmp_path / "run", 2, "--config.train.steps=100000", "--config.eval.every=0")
-    while "step " not in (line := running[0].stdout.readline()):
+    while not (line := running[0].stdout.readline()).startswith("step "):
         assert line or running[0].poll() is None, running[0].stderr.read()
     running[1].kill()
     since = time.monotonic()

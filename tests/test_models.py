@@ -508,7 +508,7 @@ BRANCHES = {
 def test_dropping_always_is_as_if_exactly_these_branches_were_not_there(family):
     dropping, without = (tiny_model(1, family, drop_path_rate=0.5) for _ in range(2))
     dropping.set_attributes(layers.DropPath, layers.DropPathOfBatch, deterministic=False, raise_if_not_found=False)
-    dropping.set_attributes(layers.DropPath, layers.DropPathOfBatch, rate=1.0, raise_if_not_found=False)
+    dropping.set_attributes(layers.DropPath, layers.DropPathOfBatch, survival=0.0, raise_if_not_found=False)
     emptied = 0
     for name, variable in named_variables(without).items():
         if re.fullmatch(BRANCHES[family], name):

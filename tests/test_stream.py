@@ -1,16 +1,20 @@
 """Streamed batches are those of the resident split, bit for bit; what goes wrong is said and never waited for."""
 
 import gc
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
+import cv2
 import jax
 import numpy as np
 import pytest
 
+from configs import segformer
+from segjax import parts
 from segjax.data import pipeline, specs
 from segjax.data.augment import Crops, augment, window_size, with_origins
 from segjax.data.pipeline import (
@@ -19,7 +23,6 @@ from segjax.data.pipeline import (
     SplitRecords,
     StreamBatches,
     TrainBatches,
-    batches_for,
     evaluation_batches,
 )
 from segjax.evaluate import evaluate
@@ -332,22 +335,35 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused():
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def test_what_fits_stays_on_the_device_and_the_rest_is_streamed():
-    records = Noise()
-    split = pipeline.load(records, ignore_label=255)
-    gigabytes = 4 * 7 * 90 * 133 / 1e9
-    options = dict(cache_gb=0, ignore_label=255, batch_size=4, seed=3, settings=settings_of(), start=0)
-    options |= dict(parallel=Parallel("jit", jax.devices()[:1]), key=jax.random.key(3))
-    kinds = []
-    for data in (records, split):
-        for limit in (gigabytes * 1.001, gigabytes * 0.999):
-            batches, line = batches_for(data, resident_gb=limit, **options)
-            with batches:
-                batch = batches.at(1)
-                kinds.append((type(batches), line.split()[0]))
-                np.testing.assert_array_equal(batch["size"], records.sizes[batches.indices(1)])
-                assert batches.waited >= 0
-    assert kinds == 2 * [(TrainBatches, "on"), (StreamBatches, "streamed")]
+def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, sizes in (("train", SIZES), ("test", SIZES[:2])):
+        for part in ("images", "labels"):
+            (tmp_path / "data" / part / split).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / "data" / "images" / split / f"{number}.png"), image)
+            label = rng.integers(0, 5, size, dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / "data" / "labels" / split / f"{number}.png"), label)
+    classes = {"names": list("abcde"), "colors": [[0, 0, k] for k in range(5)], "ignore": 255}
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))
+    config = segformer.get_config("b0,folder")
+    config.data.update(source=str(tmp_path / "data"), dir=str(tmp_path / "prepared"))
+    config.augment.crop, config.train.batch = (32, 48), 3
+    parallel, key = Parallel("jit", jax.devices()[:1]), jax.random.key(config.seed)
+    gigabytes = 4 * len(SIZES) * 90 * 133 / 1e9
+    seen = []
+    for limit, kind in ((gigabytes * 1.001, TrainBatches), (gigabytes * 0.999, StreamBatches)):
+        config.data.resident_gb = limit
+        data = parts.load_data(config)
+        assert data.pixel_counts().sum() == sum(height * width for height, width in SIZES)
+        with parts.make_batches(config, data, parallel, key, 4) as batches:
+            assert type(batches) is kind
+            batch = batches.at(4)
+            keys, _ = step_keys(key, 4, batch["position"])
+            seen.append(jax.jit(partial(augment, settings=config.augment, ignore_label=255))(keys, batch))
+    for one, other in zip(*seen, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_loading_pads_each_image_at_the_bottom_and_right():

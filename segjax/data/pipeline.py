@@ -21,6 +21,7 @@ import numpy as np
 
 from segjax.data import specs
 from segjax.data.augment import Crops, draw_crops, window_size, with_origins
+from segjax.data.sources import progress
 from segjax.step import Parallel, step_keys
 
 THREADS = min(16, os.cpu_count() or 1)  # OpenCV decodes, and NumPy copies, outside the interpreter's lock
@@ -96,8 +97,15 @@ def padded_gigabytes(records: Records) -> float:
     return 4 * len(records) * height * width / 1e9
 
 
-def load(records: Records, *, ignore_label: int) -> specs.Split:
-    """Reads all of it into memory, padded to the largest image: 4 * N * H * W bytes."""
+def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs.Split:
+    """Reads all of it into memory, padded to the largest image: 4 * N * H * W bytes.
+
+    Args:
+      what: is being done, for the progress on a terminal.
+
+    Raises:
+      RecordError: an image or a label cannot be used.
+    """
     canvas = (len(records), *records.sizes.max(axis=0))
     images, labels = np.zeros((*canvas, 3), np.uint8), np.full(canvas, ignore_label, np.uint8)
 
@@ -106,7 +114,7 @@ def load(records: Records, *, ignore_label: int) -> specs.Split:
         images[number, :height, :width], labels[number, :height, :width] = read(records, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(fill, range(len(records))):
+        for _ in progress(pool.map(fill, range(len(records))), what, len(records)):
             pass
     return specs.Split(images, labels, records.sizes, tuple(records.names))
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from segjax.data import codec, specs
-from segjax.data.sources import counted, progress
+from segjax.data.sources import counted
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
 
@@ -67,20 +67,12 @@ class Prepared:
         Raises:
           DataError: there is no such split, its labels are not published, or a record does not decode.
         """
+        from segjax.data import pipeline
+
         self._refuse_unlabelled(split)
-        records = self.records(split)
-        count, (height, width) = len(records), records.sizes.max(axis=0)
-        images = np.zeros((count, height, width, 3), np.uint8)
-        labels = np.full((count, height, width), self.spec.ignore_label, np.uint8)
-
-        def decode(i: int) -> None:
-            h, w = records.sizes[i]
-            images[i, :h, :w], labels[i, :h, :w] = records[i]
-
-        with contextlib.closing(in_threads(decode, range(count))) as decoded:
-            for _ in progress(decoded, f"loading {self.spec.name} {split}", count):
-                pass
-        return specs.Split(images, labels, records.sizes, records.names)
+        return pipeline.load(
+            self.records(split), ignore_label=self.spec.ignore_label, what=f"loading {self.spec.name} {split}"
+        )
 
     def _refuse_unknown(self, split: str) -> None:
         if split not in self.splits:
