@@ -143,7 +143,7 @@ def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
             return any((workdir / "checkpoints").glob("*tmp*")) or any(workdir.glob(".best.new*"))
         if phase == "evaluate":
             # After the twelfth step comes a record, and then an evaluation.
-            written = records.read_text()
+            written = records.read_text() if records.exists() else ""
             last = re.search(r'"step": (\d+), "loss".*\n\Z', written)
             return "evaluating" in said or (len(written) > before and last and int(last[1]) % 12 == 0)
         return True

@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     params, batch_stats = skeleton.arrays()
     trained = skeleton.trained(params)
     optimizer = optim.optimizer(config.optim, params, steps=config.train.steps)
-    state = TrainState.start(params, batch_stats, optimizer.init(trained), ema=config.train.ema > 0)
+    # Compiled as a whole: array by array, every shape of the model would be a program of its own.
+    state = TrainState.start(params, batch_stats, jax.jit(optimizer.init)(trained), ema=config.train.ema > 0)
 
     about = {
         "model": parts.model_record(config, spec),
@@ -107,7 +108,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     key = jax.random.key(config.seed)
     batches = parts.make_batches(config, data, parallel, key, first)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-    state = parallel.replicate(jax.tree.map(jnp.copy, state))
+    state = parallel.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
     console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
     # Compiled ahead of time, a pmap wants the arrays of all processes at once.

@@ -10,9 +10,14 @@ import os
 import resource
 import runpy
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from tiny import numpy_draws
+
+from segjax import parts
 
 REPO = Path(__file__).parents[1]
 
@@ -28,6 +33,7 @@ class Forks:
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(REPO),
         }
+        self._last = None
         pipe = subprocess.PIPE
         self._server = subprocess.Popen(
             [sys.executable, __file__], cwd=REPO, env=environment, stdin=pipe, stdout=pipe, bufsize=0
@@ -40,9 +46,14 @@ class Forks:
           output: file that what it prints is appended to.
           largest_file: bytes that a file can have; what would make it larger fails, as on a full disk.
         """
+        if self._last is not None and self._last.poll() is None:
+            # Of a test that has failed.
+            os.kill(self._last.pid, signal.SIGKILL)
+            self._last.wait()
         request = {"output": str(output), "flags": flags, "largest_file": largest_file}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        return Fork(self._server.stdout)
+        self._last = Fork(self._server.stdout)
+        return self._last
 
     def close(self) -> None:
         self._server.kill()
@@ -69,10 +80,21 @@ class Fork:
         return self.poll()
 
 
+def quickly(make_skeleton):
+    """Initial weights are drawn by NumPy: to draw them by JAX takes a second of compilation at each start."""
+
+    def make(*args, **settings):
+        with numpy_draws():
+            return make_skeleton(*args, **settings)
+
+    return make
+
+
 def serve() -> None:
     # What a run imports late.
     for name in ("cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.loop", "tensorboardX", "configs.segformer"):
         importlib.import_module(name)
+    parts.make_skeleton = quickly(parts.make_skeleton)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -133,7 +133,7 @@ def hard_life(train, alone, tmp_path_factory):
     end("told to stop", process)
 
     process = train(workdir)
-    wait_until(lambda: "compiled in" in process.said(), process)
+    wait_for_step(workdir, 4 * (stages["told to stop"].checkpoints[-1] // 4 + 1), process)
     log = (workdir / "metrics.jsonl").read_text()
     block(workdir, process)
     for number in (signal.SIGINT, signal.SIGTERM):
