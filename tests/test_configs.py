@@ -1,13 +1,16 @@
 """Every recipe: what each variant and dataset builds, the published numbers, and which parameters are treated apart."""
 
 import importlib
+import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from flax import nnx
+from ml_collections import config_flags
 from tiny import abstract_model
 
 import segjax
@@ -242,3 +245,100 @@ def test_the_head_is_all_that_is_not_the_encoder(name, variant):
         else:
             ((pattern, factor),) = config.optim.lr_multipliers
             assert matched(model_of(config), pattern) == set(names) - encoder and factor == 10.0
+
+
+# ----------------------------------------------------------------------------------------- settings that cannot be used
+
+WRONG = {
+    "optim.schedule": ("step", "optim.schedule is one of poly, cosine, not 'step'"),
+    "optim.clip_norm": (-1.0, "optim.clip_norm must not be negative: -1.0"),
+    "optim.no_decay": ("norm(", "optim.no_decay is no regular expression: 'norm('"),
+    "optim.frozen": (("backbone", "*"), "optim.frozen is no regular expression: '*'"),
+    "optim.lr_multipliers": (
+        (("head", 10.0), ("[", 2.0)),
+        "optim.lr_multipliers is no regular expression: '['",
+    ),
+    "train.accumulate": (3, "train.batch=8 does not divide among 4 devices and 3 micro-batches"),
+    "train.ema": (1.0, "train.ema lies in [0, 1), 0 for none: 1.0"),
+    "train.may_skip": (-1, "train.may_skip must not be negative: -1"),
+    "eval.patience": (2, "eval.patience=2 needs eval.every"),
+    "init.keep": (("head.*",), "init.keep names what stays random of a checkpoint, and needs init.checkpoint"),
+}
+
+
+def changed(**values):
+    config = get("segformer", "b0", "folder")
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return config
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_setting_that_cannot_be_used_is_refused_by_its_key(key, tmp_path):
+    value, message = WRONG[key]
+    with pytest.raises(settings.RunError) as caught:
+        settings.check(changed(**{key: value}), tmp_path)
+    assert str(caught.value) == f"the settings cannot be used:\n  config.{message}"
+
+
+def test_all_that_is_wrong_with_the_settings_is_in_one_error(tmp_path):
+    values = {key: value for key, (value, _) in WRONG.items()} | {"init.checkpoint": str(tmp_path / "absent")}
+    with pytest.raises(settings.RunError) as caught:
+        settings.check(changed(**values), tmp_path)
+    lines = str(caught.value).splitlines()[1:]
+    expected = [f"  config.{message}" for key, (_, message) in WRONG.items() if key != "init.keep"]
+    assert sorted(lines) == sorted([*expected, f"  config.init.checkpoint: there is nothing at {tmp_path / 'absent'}"])
+
+
+@pytest.mark.parametrize("value", [("head", 10.0), (("head",),), (("head", "10"),), ((),), (("head", -1.0),)])
+def test_multipliers_that_are_no_pairs_are_refused_with_an_example(value, tmp_path):
+    with pytest.raises(settings.RunError) as caught:
+        settings.check(changed(**{"optim.lr_multipliers": value}), tmp_path)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.endswith(f"optim.lr_multipliers are (pattern, factor) pairs, as in (('head', 10.0),), not {value}")
+
+
+def test_settings_that_can_be_used_are_taken(tmp_path):
+    (tmp_path / "file.pth").touch()
+    settings.check(
+        changed(
+            **{
+                "optim.schedule": "cosine",
+                "optim.clip_norm": 1.0,
+                "optim.no_decay": "",
+                "optim.frozen": ("backbone",),
+                "optim.lr_multipliers": (("head", 2), ("norm", 0.0)),
+                "train.accumulate": 2,
+                "train.ema": 0.999,
+                "train.may_skip": 3,
+                "eval.every": 10,
+                "eval.patience": 2,
+                "init.checkpoint": str(tmp_path / "file.pth"),
+                "init.keep": ("head.*",),
+            }
+        ),
+        tmp_path / "new" / "folder",
+    )
+
+
+def test_every_new_setting_is_a_flag_of_the_command(monkeypatch):
+    # A key that is a word of Python's grammar would be none.
+    values = {
+        "init.checkpoint": "~/mit_b0.pth",
+        "init.keep": "('decode_head.*',)",
+        "optim.frozen": "('patch_embed','block1')",
+        "optim.lr_multipliers": "(('head',3.0),)",
+        "train.accumulate": "2",
+        "train.ema": "0.999",
+        "loss.class_weights": "median_frequency",
+    }
+    arguments = ["train.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    monkeypatch.setattr(sys, "argv", arguments)
+    given = flags.FlagValues()
+    config = get("segformer", "b0", "streets")
+    config_flags.DEFINE_config_dict("config", config, flag_values=given)
+    given(arguments)
+    assert (config.init.checkpoint, config.init.keep) == ("~/mit_b0.pth", ("decode_head.*",))
+    assert (config.optim.frozen, config.optim.lr_multipliers) == (("patch_embed", "block1"), (("head", 3.0),))
+    assert (config.train.accumulate, config.train.ema) == (2, 0.999)
+    assert config.loss.class_weights == "median_frequency"

@@ -152,6 +152,24 @@ def test_the_mean_over_micro_batches_would_be_another_loss(float64):
     assert abs(np.mean(means) - whole) > 1e-4 * abs(whole)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_micro_batches_are_every_sample_once_with_a_key_of_their_own(accumulate):
+    step, _ = make_step(Net(0), accumulate=accumulate)
+    images, labels = np.arange(8 * 6).reshape(8, 1, 2, 3), np.arange(8).reshape(8, 1, 1)
+    parts, of_parts, keys = step.micro_batches(images, labels, jax.random.key(3))
+    assert parts.shape == (accumulate, 8 // accumulate, 1, 2, 3) and of_parts.shape == (
+        accumulate,
+        8 // accumulate,
+        1,
+        1,
+    )
+    np.testing.assert_array_equal(np.sort(np.ravel(of_parts)), np.arange(8))
+    for part, truth in zip(parts, of_parts, strict=True):
+        np.testing.assert_array_equal(part, images[np.ravel(truth)])
+    # Otherwise all would drop the same branches.
+    assert len({np.asarray(key).tobytes() for key in jax.random.key_data(keys)}) == accumulate
+
+
 def batch_norm_by_hand(model, images, momentum=0.1):
     """Mean and variance that the BatchNorm of `Net` would keep after each of several micro-batches, one by one."""
     mean, var = np.zeros(6), np.ones(6)
