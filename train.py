@@ -64,7 +64,8 @@ def main(arguments):
         print(f"train.py: what is {stray!r}? Settings are flags, as in --config.train.steps=100", file=sys.stderr)
         return 2
     # After the flags, so that a mistyped one is answered at once.
-    from segjax import console, distributed, loop, runtime
+    from configs import common
+    from segjax import console, distributed, loop, runtime, settings
 
     logging.set_verbosity(logging.WARNING)
     runtime.prepare()
@@ -75,6 +76,7 @@ def main(arguments):
         # The first use of a config file that could not be loaded raises.
         config = _CONFIG.value
         workdir = Path(_WORKDIR.value or loop.default_workdir(config))
+        console.show_settings(settings.changes(config, common.get_config(config.data.name)))
         return loop.train(config, workdir)
     except KeyboardInterrupt as error:
         print("train.py: stopped at once; what was saved is whole", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -56,6 +56,15 @@ def log_said() -> Iterator[None]:
 
 def score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def show_settings(changes: Sequence[str]) -> None:
+    """What a run has otherwise than configs/common.py."""
+    say("settings other than the defaults of configs/common.py:")
+    indent = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+    # A setting stays on one line.
+    joined = "  ".join(change.replace(" ", "\0") for change in changes)
+    say(textwrap.fill(joined, width=80, **indent).replace("\0", " "))
 
 
 def describe(

@@ -128,6 +128,12 @@ def plain(config: ConfigDict) -> dict[str, object]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def changes(config: ConfigDict, default: ConfigDict) -> list[str]:
+    """KEY=VALUE for every setting that a config has otherwise than another, or that the other lacks."""
+    new, old = _flat(plain(config)), _flat(plain(default))
+    return [f"{key}={value}" for key, value in new.items() if key not in old or old[key] != value]
+
+
 def differing(before: dict, now: dict) -> list[str]:
     """One line for each entry that two nested records do not share, by dotted key."""
     old, new = _flat(before), _flat(now)
