@@ -102,7 +102,7 @@ def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None
     if result["stopped_early"]:
         patience = result["config"]["eval"]["patience"]
         say(f"  it stopped early:  no better mIoU in {patience} evaluations")
-        say(f"  to train longer:   add --config.eval.patience={2 * patience}, or 0 to go on to the last step")
+        say(f"  to train longer:   add --config.eval.patience={2 * patience} (0 never stops early)")
     else:
         say(f"  to train longer:   add --config.train.steps={2 * max(result['step'], 1)}")
     say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")

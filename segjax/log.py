@@ -31,7 +31,7 @@ class Log:
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
         self._active = active
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
         records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
         self.records = [record for record in records if evaluated or record["step"] < start or "mean_iou" not in record]
         self._writer = None
@@ -115,8 +115,9 @@ def _scalars(record: Mapping[str, object]) -> Iterator[tuple[str, float]]:
 
 
 def _parsed(line: str) -> dict | None:
-    # The last line may be cut where the machine stopped.
+    # The last line may be cut or garbled where the machine stopped.
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return record if isinstance(record, dict) and "step" in record else None

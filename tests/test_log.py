@@ -84,9 +84,9 @@ def test_on_going_on_from_a_checkpoint_what_came_after_it_is_gone_and_the_rest_i
             write(log, cut - 3, cut - 2, cut - 1, cut)
             log.cut(cut)
         write(log, 9, 10)
-    # Half a line, as of a machine that stopped while writing it.
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "lo')
+    # Half a line or none, as of a machine that stopped while writing it.
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\x00\n12\n{}\n{"step": 11, "lo')
     for last in (9, 12):
         # The first one is killed before a checkpoint.
         with Log(tmp_path, start, evaluated=False) as log:

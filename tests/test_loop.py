@@ -598,6 +598,7 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, 
     status, printed = run(config, tmp_path)
     assert status == 0 and "at step 3" in printed and "no better mIoU in 2 evaluations" in printed
     assert "--config.eval.patience=4" in printed and "--config.train.steps" not in printed
+    assert max(map(len, printed.replace(str(tmp_path), "runs/name").splitlines())) <= 80
     assert contents(tmp_path) == before
 
 
