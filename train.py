@@ -76,8 +76,8 @@ def main(arguments):
         # The first use of a config file that could not be loaded raises.
         config = _CONFIG.value
         workdir = Path(_WORKDIR.value or loop.default_workdir(config))
-        console.show_settings(settings.changes(config, common.get_config(config.data.name)))
-        return loop.train(config, workdir)
+        changes = settings.changes(config, common.get_config(config.data.name))
+        return loop.train(config, workdir, changes=changes)
     except KeyboardInterrupt as error:
         print("train.py: stopped at once; what was saved is whole", file=sys.stderr, flush=True)
         # Threads that save or read would each report that the interpreter is going away.

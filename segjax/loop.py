@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,10 +43,13 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{config.label}-{config.data.name}"
 
 
-def train(config: ConfigDict, workdir: Path) -> int:
+def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> int:
     """Trains, or goes on training, and leaves everything in `workdir`.
 
     Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
+
+    Args:
+      changes: KEY=VALUE of the settings worth telling, those other than the defaults.
 
     Returns:
       Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run after a save.
@@ -109,6 +113,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     batches = parts.make_batches(config, data, parallel, key, first)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
     state = parallel.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
+    if changes:
+        console.show_settings(changes)
     console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
     # Compiled ahead of time, a pmap wants the arrays of all processes at once.
