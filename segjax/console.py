@@ -40,8 +40,8 @@ def say(text: str) -> None:
 def log_said() -> Iterator[None]:
     """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
     logger = logging.getLogger("segjax")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("  %(message)s"))
+    handler = logging.Handler()
+    handler.emit = lambda record: say(f"  {record.getMessage()}")
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

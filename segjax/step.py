@@ -215,7 +215,7 @@ class Parallel:
         if self.kind == "jit":
             return jax.tree.map(np.array, jax.device_get(tree))
         first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
-        return jax.tree.map(lambda whole, part: np.array(part).reshape(whole.shape[1:]), tree, first)
+        return jax.tree.map(lambda whole, part: np.array(part.reshape(-1, *whole.shape[1:])[0]), tree, first)
 
     def scalars(self, steps: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """What several steps gave, one number a step, by name."""

@@ -204,6 +204,10 @@ def test_equal_neighbours_become_one_loop_as_long_as_their_row():
     # single.
     hrnet = dict(stage_modules=(1, 3, 1, 1), stage_blocks=(3, 2, 1, 1))
     assert scans(traced("hrnet", scan, **hrnet)) == [2, 3, 2, 2]
+    # Computed again are 3 bottlenecks and 5 modules, and not once more the blocks inside a module.
+    found = traced("hrnet", EXECUTIONS["scan, remat"], **hrnet)
+    assert scans(found) == [2, 3, 2, 2] and remats(found) == 2 + 3
+    assert remats(traced("hrnet", EXECUTIONS["remat"], **hrnet)) == 3 + 5
 
 
 def test_a_loop_leaves_little_to_compile_of_a_deep_network():

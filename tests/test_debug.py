@@ -13,7 +13,7 @@ from configs import common
 from segjax import debug, losses, optim
 from segjax.data.augment import normalise
 from segjax.state import Skeleton, TrainState
-from segjax.step import AXIS, TrainStep
+from segjax.step import AXIS, Parallel, TrainStep
 from segjax.weights import named_variables
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -71,8 +71,9 @@ def asked(
         "label": rng.integers(0, 5, (4, 32, 64), dtype=np.uint8),
         "position": np.arange(4, dtype=np.int32),
     }
-    if devices is not None:
-        batch = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+    # As a run has it: under jit a sample on each of four devices.
+    parallel = Parallel("jit") if devices is None else Parallel("pmap", jax.devices()[:devices])
+    batch = parallel.spread(batch)
     return debug.first_not_finite(step, state, batch, jax.random.key(0))
 
 

@@ -793,10 +793,10 @@ def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
 
 def test_the_first_training_prepares_what_its_config_names(few, tmp_path, data):
     from configs import segformer
-    from segjax import loop
+    from segjax import parts
 
     made = Made(tmp_path / "made", "cityscapes")
     config = segformer.get_config("b0,cityscapes")
     config.data.source, config.data.dir = str(made.root), str(data)
-    training, evaluation, spec = loop.load_data(config)
-    assert (len(training.images), len(evaluation.images), spec.name) == (3, 2, "cityscapes")
+    data = parts.load_data(config)
+    assert (len(data.training.images), len(data.evaluation.images), data.spec.name) == (3, 2, "cityscapes")

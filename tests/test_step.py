@@ -157,12 +157,7 @@ def test_micro_batches_are_every_sample_once_with_a_key_of_their_own(accumulate)
     step, _ = make_step(Net(0), accumulate=accumulate)
     images, labels = np.arange(8 * 6).reshape(8, 1, 2, 3), np.arange(8).reshape(8, 1, 1)
     parts, of_parts, keys = step.micro_batches(images, labels, jax.random.key(3))
-    assert parts.shape == (accumulate, 8 // accumulate, 1, 2, 3) and of_parts.shape == (
-        accumulate,
-        8 // accumulate,
-        1,
-        1,
-    )
+    assert parts.shape[:2] == of_parts.shape[:2] == (accumulate, 8 // accumulate)
     np.testing.assert_array_equal(np.sort(np.ravel(of_parts)), np.arange(8))
     for part, truth in zip(parts, of_parts, strict=True):
         np.testing.assert_array_equal(part, images[np.ravel(truth)])

@@ -21,6 +21,7 @@ import numpy as np
 
 from segjax.data import specs
 from segjax.data.augment import Crops, draw_crops, window_size, with_origins
+from segjax.data.prepared import DataError
 from segjax.data.sources import progress
 from segjax.step import Parallel, step_keys
 
@@ -79,7 +80,8 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
     name, size = records.names[number], tuple(records.sizes[number].tolist())
     try:
         image, label = records[number]
-    except RecordError:
+    except (RecordError, DataError):
+        # It names the record itself.
         raise
     except BaseException as error:
         # BaseException, because what ends a thread in silence would leave the training waiting for it.
