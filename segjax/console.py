@@ -26,8 +26,12 @@ from segjax.step import Parallel
 
 def wrapped(text: str) -> str:
     """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
-    width = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(line if line[:1].isspace() else textwrap.fill(line, **width) for line in text.splitlines())
+    return "\n".join(line if line[:1].isspace() else _filled(line) for line in text.splitlines())
+
+
+def _filled(line: str, *, indent: str = "") -> str:
+    settings = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
 
 
 def say(text: str) -> None:
@@ -41,7 +45,7 @@ def log_said() -> Iterator[None]:
     """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
-    handler.emit = lambda record: say(f"  {record.getMessage()}")
+    handler.emit = lambda record: say(_filled(record.getMessage(), indent="  "))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -61,10 +65,9 @@ def score(value: float | None) -> str:
 def show_settings(changes: Sequence[str]) -> None:
     """What a run has otherwise than configs/common.py."""
     say("settings other than the defaults of configs/common.py:")
-    indent = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
-    say(textwrap.fill(joined, width=80, **indent).replace("\0", " "))
+    say(_filled(joined, indent="  ").replace("\0", " "))
 
 
 def describe(

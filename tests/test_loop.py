@@ -905,7 +905,7 @@ def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
 
 def test_ctrl_c_before_the_first_step_ends_train_py_with_130_and_without_traceback(tmp_path):
     with started(f"--workdir={tmp_path / 'run'}", "--config.data.train_images=5000") as process:
-        assert process.stdout.readline().startswith("drawing")
+        assert any(line.startswith("drawing") for line in process.stdout)
         # Again where it was lost: code of others that is being imported may swallow the exception.
         for _ in range(10):
             time.sleep(2)
@@ -936,7 +936,7 @@ def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line
     said = f"is finished: mIoU {result_of(command_line.workdir)['mean_iou']:.4f}"
     assert (status, err) == (0, "") and said in " ".join(out.split())
     status, out, err = train_py(*command_line.settings, "--config.optim.lr=0.5")
-    assert (status, out) == (2, "") and "Traceback" not in err
+    assert status == 2 and "model  " not in out and "Traceback" not in err
     assert f"config.optim.lr: {segformer.get_config().optim.lr} there, 0.5 now" in err
 
 
