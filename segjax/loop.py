@@ -180,11 +180,11 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
 
     def stop_before(step: int, what: str) -> None:
         """The state that the steps since then have left as it was is saved."""
+        save(step)
+        saved.close()
         culprit = ""
         if config.debug.nans and jax.process_count() == 1:
             culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(step), key)
-        save(step)
-        saved.close()
         raise RunError(_not_finite(what, culprit, step, workdir))
 
     def log_window(step: int) -> float | None:
