@@ -76,11 +76,12 @@ def describe(
     params: Mapping[str, jax.Array],
     training: Records,
     evaluation: Records,
+    padding: float,
     spec: specs.DatasetSpec,
     parallel: Parallel,
     start: int,
 ) -> None:
-    """What the run will do."""
+    """What the run will do; `padding` is the share of the crops that no image covers."""
     height, width = config.augment.crop
     count = sum(array.size for array in params.values())
     kind = parallel.devices[0].device_kind
@@ -90,7 +91,8 @@ def describe(
         f"images   {len(training)} to train on ({config.data.train_split}), "
         f"{len(evaluation)} to evaluate ({config.data.eval_split})"
     )
-    say(f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}, {config.optim.name}")
+    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    say(f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}")
     where = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(f"device   {len(parallel.devices)} x {kind}{where}, {parallel.kind}")
     say(f"workdir  {workdir}")

@@ -93,7 +93,8 @@ def evaluate_run(workdir: Path, *, best: bool) -> dict[str, object]:
 
     from segjax import checkpoint, console, parts
     from segjax.data.augment import normalise
-    from segjax.step import Parallel, eval_step
+    from segjax.inference import predict_labels
+    from segjax.step import Parallel
 
     weights, about = checkpoint.load_weights(workdir / "best" if best else workdir)
     config = ConfigDict(about["config"])
@@ -102,7 +103,7 @@ def evaluate_run(workdir: Path, *, best: bool) -> dict[str, object]:
     parallel = Parallel("jit")
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=False)
     arrays = parallel.replicate([{name: weights[name] for name in part} for part in skeleton.arrays()])
-    predict = partial(parallel.compile_eval(partial(eval_step, skeleton, normalise)), *arrays)
+    predict = partial(parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise)), *arrays)
     console.say(
         f"evaluating step {about['step']} on {len(records_of(data.evaluation))} images ({config.data.eval_split}) ..."
     )

@@ -26,10 +26,11 @@ from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import Records, records_of
 from segjax.distributed import from_lead, is_lead
 from segjax.evaluate import evaluate
+from segjax.inference import predict_labels
 from segjax.log import Log
-from segjax.settings import RunError, check, plain, refuse_other_run
+from segjax.settings import RunError, check, check_crop, plain, refuse_other_run
 from segjax.state import TrainState, params_sha256
-from segjax.step import Parallel, TrainStep, eval_step
+from segjax.step import Parallel, TrainStep
 
 # What a shell reports for a program that Ctrl-C has ended.
 INTERRUPTED = 128 + signal.SIGINT
@@ -66,6 +67,8 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
 
     data = parts.load_data(config)
     spec, training, evaluation = data.spec, records_of(data.training), records_of(data.evaluation)
+    padding = check_crop(config, training.sizes)
+    criterion = parts.make_criterion(config, data)
     parallel = Parallel(config.parallel)
     saved = checkpoint.RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
@@ -97,13 +100,13 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     # An image too small for the model must not be found out after the training.
     height, width = min(evaluation.sizes.tolist(), key=min)
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    jax.eval_shape(partial(eval_step, skeleton, normalise), params, batch_stats, image)
+    jax.eval_shape(partial(predict_labels, skeleton, normalise=normalise), params, batch_stats, image)
 
     train_step = TrainStep(
         skeleton=skeleton,
         optimizer=optimizer,
         augment=partial(augment, settings=config.augment, ignore_label=spec.ignore_label),
-        criterion=parts.make_criterion(config, data),
+        criterion=criterion,
         aux_weight=config.loss.aux_weight,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema,
@@ -115,14 +118,14 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     state = parallel.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
     if changes:
         console.show_settings(changes)
-    console.describe(config, workdir, params, training, evaluation, spec, parallel, first)
+    console.describe(config, workdir, params, training, evaluation, padding, spec, parallel, first)
     step_fn = parallel.compile_train(train_step)
     # Compiled ahead of time, a pmap wants the arrays of all processes at once.
     if first < config.train.steps and (parallel.kind == "jit" or jax.process_count() == 1):
         step_fn = console.compiled(step_fn, (state, batches.at(first), key), parallel)
     # Of several processes, each evaluates its part of the images by itself.
     local = Parallel(config.parallel, parallel.own_devices)
-    predict = local.compile_eval(partial(eval_step, skeleton, normalise))
+    predict = local.compile_eval(partial(predict_labels, skeleton, normalise=normalise))
     rates = optim.learning_rates(config.optim, params, steps=config.train.steps)
     meter = console.Meter(config.train.batch)
     log = Log(workdir, first, evaluated=scores.evaluated == first, active=is_lead())

@@ -51,16 +51,7 @@ def criterion(
     Raises:
       ValueError: settings that are unknown, missing or out of range; weights that do not fit; all in one error.
     """
-    problems = [f"{name} is no setting of the loss" for name in settings if name not in (*LARGEST, *READ_BY_CALLER)]
-    for name, largest in LARGEST.items():
-        if name not in settings:
-            problems.append(f"{name} is missing")
-        elif not 0 <= settings[name] <= largest or math.isinf(settings[name]):
-            upwards = "finite and not negative" if math.isinf(largest) else f"within 0..{largest}"
-            problems.append(f"{name} must be {upwards}: {settings[name]}")
-    factors = tuple((name, float(settings[name])) for name in TERMS if settings.get(name))
-    if not factors:
-        problems.append(f"{', '.join(TERMS)} are all 0: give at least one of them a factor")
+    problems = problems_of(settings)
     if class_weights is not None:
         class_weights = tuple(float(weight) for weight in class_weights)
         problems += _problems_of_weights(class_weights, num_classes)
@@ -70,12 +61,26 @@ def criterion(
         num_classes=num_classes,
         ignore_label=ignore_label,
         class_weights=class_weights,
-        factors=factors,
+        factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
         label_smoothing=float(settings["label_smoothing"]),
         focal_gamma=float(settings["focal_gamma"]),
         ohem_threshold=float(settings["ohem_threshold"]),
         ohem_min_kept=float(settings["ohem_min_kept"]),
     )
+
+
+def problems_of(settings: Mapping) -> list[str]:
+    """What is wrong with the `loss` part of a config, whatever the data set: lines that begin with a key."""
+    problems = [f"{name} is no setting of the loss" for name in settings if name not in (*LARGEST, *READ_BY_CALLER)]
+    for name, largest in LARGEST.items():
+        if name not in settings:
+            problems.append(f"{name} is missing")
+        elif not 0 <= settings[name] <= largest or math.isinf(settings[name]):
+            upwards = "finite and not negative" if math.isinf(largest) else f"within 0..{largest}"
+            problems.append(f"{name} must be {upwards}: {settings[name]}")
+    if not any(settings.get(name) for name in TERMS):
+        problems.append(f"{', '.join(TERMS)} are all 0: give at least one of them a factor")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,10 +310,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) ->
 
 def predictions(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Train ids (B, H, W), int32: logits enlarged in float32 to `size`, then argmax (K = 1: probability above 0.5)."""
-    logits = layers.resize(logits, size)
-    if logits.shape[-1] == 1:
-        return (logits[..., 0] > 0).astype(jnp.int32)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return labels_of(layers.resize(logits, size))
+
+
+def labels_of(scores: jax.Array, *, threshold: float = 0) -> jax.Array:
+    """Train ids (...), int32, of scores (..., K): the highest, or for K = 1 whether it is above `threshold`."""
+    if scores.shape[-1] == 1:
+        return (scores[..., 0] > threshold).astype(jnp.int32)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 # ---------------------------------------------------------------------------------------------------- class weights

@@ -11,9 +11,10 @@ import jax
 
 
 def prepare() -> None:
-    """For the start of a command: compiled programs are kept on disk, freed memory is kept by the process."""
+    """For the start of a command: programs stay on disk, freed memory with the process, the CPU beside the GPUs."""
     keep_freed_memory()
     keep_compiled_programs()
+    keep_the_cpu()
 
 
 def keep_compiled_programs() -> None:
@@ -23,6 +24,13 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "segjax" / "jax"))
     # The many small programs that draw initial weights take 0.1 to 0.2 s each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def keep_the_cpu() -> None:
+    """Crops of streamed images are drawn on the CPU, which JAX_PLATFORMS=cuda would leave out. Before the first use."""
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
 def keep_freed_memory() -> None:

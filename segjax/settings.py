@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from segjax import models, optim
+from segjax import losses, models, optim
 
 # Settings that may differ when a run is taken up again: none of them changes what was computed so far.
 FREE_ON_RESUME = (
@@ -93,10 +94,35 @@ def check(config: ConfigDict, workdir: Path) -> None:
     patterns += [("optim.lr_multipliers", pair[0]) for pair in optimizer.lr_multipliers if _is_multiplier(pair)]
     wrong |= {f"{key} is no regular expression: {text!r}": not _is_pattern(text) for key, text in patterns}
     problems = [f"config.{message}" for message, is_wrong in wrong.items() if is_wrong]
+    problems += [f"config.loss.{message}" for message in losses.problems_of(config.loss)]
     if reason := _why_not_writable(workdir):
         problems.append(f"--workdir {workdir}: {reason}")
     if problems:
         raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
+    """What share of the pixels of training crops is padding, on average over images and scales.
+
+    Args:
+      sizes: (N, 2), height and width of each training image.
+
+    Raises:
+      RunError: no image fills a crop, even at the largest scale.
+    """
+    crop, (smallest, largest) = np.array(config.augment.crop), config.augment.scale
+    enlarged = np.round(sizes * largest).astype(int)
+    if not (enlarged >= crop).all(axis=1).any():
+        height, width = enlarged[np.minimum(enlarged, crop).prod(axis=1).argmax()].tolist()
+        raise RunError(
+            f"config.augment.crop={tuple(config.augment.crop)} is larger than every training image, even at "
+            f"augment.scale's largest, {largest}: the best is {height}x{width} then. Give a crop that fits, or a "
+            "larger scale"
+        )
+    scales = np.linspace(smallest, largest, 101)[:, None, None]
+    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
+    covered = np.minimum(scales * kinds / crop, 1).prod(axis=-1).mean(axis=0)
+    return 1 - np.average(covered, weights=counts).item()
 
 
 def _is_multiplier(pair: object) -> bool:

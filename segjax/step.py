@@ -154,26 +154,6 @@ class TrainStep:
         )
 
 
-def eval_step(
-    skeleton: Skeleton,
-    normalise: Callable[[jax.Array], jax.Array],
-    params: dict[str, jax.Array],
-    batch_stats: dict[str, jax.Array],
-    images: jax.Array,
-) -> jax.Array:
-    """Train ids of uint8 images at their own size: (B, H, W, 3) -> uint8 (B, H, W).
-
-    A model that takes multiples of some size alone is given the image with zeros, the mean colour, below and to the
-    right of it, and its prediction there is cut off.
-    """
-    height, width = images.shape[1:3]
-    below, right = -height % skeleton.size_multiple, -width % skeleton.size_multiple
-    padded = jnp.pad(normalise(images), ((0, 0), (0, below), (0, right), (0, 0)))
-    logits, _ = skeleton.bind(params, batch_stats)(padded)
-    predicted = losses.predictions(logits, (height + below, width + right))
-    return predicted[:, :height, :width].astype(jnp.uint8)
-
-
 class Parallel:
     """Where arrays live and how a step body is compiled: `jit` over a data mesh, or `pmap`.
 

@@ -17,9 +17,9 @@ import segjax
 from configs import common
 from segjax import loop, losses, models, optim, settings
 from segjax.data.augment import normalise
+from segjax.inference import predict_labels
 from segjax.models import layers, segformer_simple
 from segjax.state import Skeleton
-from segjax.step import eval_step
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py") if path.stem != "common")
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
@@ -142,7 +142,7 @@ def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, data
     skeleton = Skeleton(model_of(config))
     for size in (tuple(config.augment.crop), evaluated):
         images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-        predicted = jax.eval_shape(partial(eval_step, skeleton, normalise), *skeleton.arrays(), images)
+        predicted = jax.eval_shape(partial(predict_labels, skeleton, normalise=normalise), *skeleton.arrays(), images)
         assert predicted.shape == (1, *size)
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,7 +37,7 @@ from configs import common, segformer
 from segjax import checkpoint, console, loop, optim, parts, settings
 from segjax.checkpoint import load_model
 from segjax.data import specs, streets
-from segjax.data.augment import normalise
+from segjax.data.augment import draw_crops, normalise
 from segjax.losses import predictions
 from segjax.models import layers
 from segjax.state import params_sha256
@@ -443,6 +444,8 @@ BAD = {
     "train.ema": (1.0, r"in \[0, 1\), 0 for none: 1.0"),
     "train.may_skip": (-1, "must not be negative: -1"),
     "init.keep": (("head.*",), "needs init.from"),
+    "loss.ohem_threshold": (1.5, "must be within 0..1: 1.5"),
+    "loss.cross_entropy": (0.0, "are all 0: give at least one of them"),
 }
 
 
@@ -461,6 +464,32 @@ def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_da
         run(make_config(**{key.replace(".", "__"): BAD[key][0] for key in keys}), tmp_path / "run")
     assert all(f"config.{key}" in str(caught.value) for key in keys)
     assert len(str(caught.value).splitlines()) == 1 + len(keys)
+
+
+@pytest.mark.parametrize("sizes", [[(60, 200), (40, 64)], [(300, 63)]])
+def test_a_crop_that_no_image_fills_is_refused(sizes):
+    config = make_config(augment__crop=(128, 128), augment__scale=(0.5, 2.0))
+    with pytest.raises(loop.RunError, match=r"crop=\(128, 128\) is larger than every training image, even at .* 2.0"):
+        settings.check_crop(config, np.array(sizes))
+
+
+def test_a_crop_larger_than_every_image_ends_a_run_before_a_model_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "make_skeleton", lambda *_, **__: pytest.fail("a model was made"))
+    with pytest.raises(loop.RunError, match="the best is 60x96 then"):
+        run(make_config(augment__crop=(64, 64), augment__scale=(1.0, 1.5)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_padding_is_what_crops_have_where_their_image_ends():
+    sizes, crop = np.array([(40, 64), (40, 64), (100, 30)]), (48, 56)
+    config = make_config(augment__crop=crop, augment__scale=(0.5, 2.0))
+    keys = jax.random.split(jax.random.key(3), 6000)
+    of_image = np.arange(6000) % 3
+    scaled = np.asarray(draw_crops(keys, sizes[of_image], config.augment).scaled)
+    drawn = 1 - np.minimum(scaled / crop, 1).prod(axis=1).mean()
+    assert settings.check_crop(config, sizes) == pytest.approx(drawn, abs=0.01)
+    roomy = make_config(augment__crop=(32, 32), augment__scale=(1.0, 2.0))
+    assert settings.check_crop(roomy, sizes[:2]) == 0
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite
@@ -758,11 +787,12 @@ def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsy
     splits = [range(count) for count in counts]
     params = {"w": np.empty((84_000_000,), np.int8)}
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
-    console.describe(config, loop.default_workdir(config), params, *splits, spec, parallel, start=1000)
+    console.describe(config, loop.default_workdir(config), params, *splits, 0.25, spec, parallel, start=1000)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []
     assert f"workdir  runs/segformer-b5-{dataset}" in lines
     assert f"resuming at step 1000 of {config.train.steps}" in lines
+    assert any("(25% padding)" in line for line in lines)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 11, 19])

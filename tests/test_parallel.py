@@ -17,9 +17,10 @@ from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import TrainBatches
 from segjax.evaluate import evaluate
+from segjax.inference import predict_labels
 from segjax.models import layers, segnext
 from segjax.state import Skeleton, TrainState
-from segjax.step import AXIS, Parallel, TrainStep, eval_step
+from segjax.step import AXIS, Parallel, TrainStep
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 KINDS = [("jit", 4), ("pmap", 4), ("jit", 1)]
@@ -318,7 +319,7 @@ def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
         parallel = parallel_of(kind, devices)
         skeleton = tiny_skeleton(parallel, seed=2)  # which predicts every class somewhere
         params, batch_stats = parallel.replicate(skeleton.arrays())
-        predict = parallel.compile_eval(partial(eval_step, skeleton, normalise))
+        predict = parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise))
         results.append(evaluate(partial(predict, params, batch_stats), split, SPEC, batch_size=4, keep=(0, 4, 5)))
     for confusion, kept in results:
         np.testing.assert_array_equal(confusion, results[0][0])
