@@ -1,5 +1,7 @@
 """Set-up of every test: four CPU devices, compiled programs kept on disk, float64 where a test asks for it."""
 
+import gc
+
 import jax
 import pytest
 
@@ -8,6 +10,9 @@ from segjax import runtime
 # Data parallelism is tested for real: on a CPU one process can be split into several devices. Before the first use.
 jax.config.update("jax_num_cpu_devices", 4)
 runtime.prepare()
+# Tracing makes hundreds of thousands of objects that live on: looking through them again and again takes a third of it.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture

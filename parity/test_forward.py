@@ -75,6 +75,7 @@ def test_every_layer_equals_the_reference_given_the_same_input(subject, float64,
     assert_layers_equal(subject, *subject.inputs[1], "float64", within)
 
 
+@pytest.mark.slow
 @FAMILY
 def test_every_layer_equals_the_reference_in_float32(subject, within):
     assert_layers_equal(subject, *subject.inputs[2], "float32", within)
@@ -96,14 +97,15 @@ def assert_layers_equal(subject, batch, size, dtype, within):
         within("output", dtype, row.error, f"{family}, narrow, {what}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# In float32, where the compiler takes longer, at the size that is not even: what depends on the size shows in float64.
+@pytest.mark.parametrize(("dtype", "sizes"), [("float64", slice(None)), ("float32", slice(1, 2))])
 @SUBJECT
-def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, float64, within):
+def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, float64, within):
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=5, dtype=dtype, **subject.sizes
     )
     run = compare.compiled(model)
-    for batch, size in subject.inputs:
+    for batch, size in subject.inputs[sizes]:
         assert_outputs_equal(run, model, reference, batch, size, dtype, within, "narrow")
 
 
@@ -227,7 +229,7 @@ def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_ou
 
 
 @FAMILY
-def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject):
+def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject, quick_to_compile):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
     half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)
     x = compare.images(*subject.inputs[0], seed=1, dtype="float32")

@@ -78,16 +78,14 @@ def test_gradients_equal_the_original_code(file, float64, within):
         within("gradient", "float64", error, f"golden {file}")
 
 
-# float64 finds mistakes; float32 shows what rounding does, of two families at once and of the others in the slow tier.
+# float64 finds mistakes; float32 shows what rounding does, of one family at once and of the others in the slow tier.
 # There too what the goldens hold already: gradients in evaluation.
 CASES = [
     pytest.param(
         subject,
         *case,
         id=f"{name}-{what}",
-        marks=[pytest.mark.slow]
-        if what == "evaluation" or (case[0] == "float32" and name not in ("segformer", "hrnet"))
-        else [],
+        marks=[pytest.mark.slow] if what == "evaluation" or (case[0] == "float32" and name != "segformer") else [],
     )
     for name, subject in FAMILIES.items()
     for what, case in (

@@ -127,6 +127,7 @@ def test_a_run_of_two_processes_goes_on_in_one(of_two, of_one, config_file, tmp_
     assert_same_run(tmp_path / "run", of_one)
 
 
+@pytest.mark.slow
 def test_pmap_in_two_processes_is_jit_in_one(of_one, config_file, tmp_path):
     run(config_file, tmp_path / "run", 2, "--config.parallel=pmap")
     assert_same_run(tmp_path / "run", of_one)
