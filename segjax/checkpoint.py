@@ -292,7 +292,7 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, by step. Saving runs beside the training; `close` waits for it.
+    """The checkpoints of one training run, by step. Saving runs beside the training; leaving the context waits for it.
 
     Of several processes, all of which hold the same arrays, the first alone reads and writes files, and tells the
     others.
@@ -403,7 +403,13 @@ class RunCheckpoints:
             with _failure(self._folder):
                 self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # Whatever has ended the run, the last save becomes whole; but a second Ctrl-C wants it gone at once.
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return
         self.wait()
         if self._manager is not None:
             self._manager.close()

@@ -184,7 +184,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     def stop_before(step: int, what: str) -> None:
         """The state that the steps since then have left as it was is saved."""
         save(step)
-        saved.close()
+        saved.wait()
         culprit = ""
         if config.debug.nans and jax.process_count() == 1:
             culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(step), key)
@@ -202,7 +202,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
 
     shown = np.unique(np.linspace(0, len(evaluation) - 1, config.eval.pictures).astype(int)).tolist()
     done, unread = first, []
-    with log, batches, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
+    with saved, log, batches, console.StopRequest() as stop, console.Progress(first, config.train.steps) as progress:
         try:
             if _evaluation_is_due(first, config) and scores.evaluated != first:
                 # The run was stopped while it evaluated.
@@ -245,7 +245,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         except console.StoppedError:
             read(done)
             save(done)
-            saved.close()
+            saved.wait()
             console.stopped(done, config, workdir)
             return stop.exit_status
 
@@ -257,7 +257,6 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         "config": plain(config),
         "params_sha256": params_sha256(parallel.fetch(state.evaluated[0])),
     }
-    saved.close()
     if is_lead():
         draw(workdir, log, evaluation, spec, predicted)
         # Last, because its presence says that the run is finished.

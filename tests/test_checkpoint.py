@@ -45,7 +45,7 @@ def save(folder, state, *, keep=2, about=None, steps=(3,)):
     run = RunCheckpoints(folder, keep=keep)
     for step in steps:
         run.save(step, parts.weights_of(state), parts.training_of(state), about or {})
-    run.close()
+    run.wait()
 
 
 def restore(folder, state, *, refuse=lambda about: None, say=lambda text: None, may_skip=9):
@@ -54,7 +54,7 @@ def restore(folder, state, *, refuse=lambda about: None, say=lambda text: None, 
     try:
         found = run.restore(parts.weights_of(state), parts.training_of(state), refuse=refuse, say=say)
     finally:
-        run.close()
+        run.wait()
     return found, found and parts.restored(found, state, may_skip=may_skip)
 
 
@@ -97,10 +97,10 @@ def test_special_values_come_back_bit_for_bit(tmp_path):
     special = np.array([np.nan, -0.0, np.inf, 1e-45, 3.4e38], np.float32)
     run = RunCheckpoints(tmp_path / "run", keep=1)
     run.save(1, {"a.scale": special}, {"step": np.int32(7)}, {})
-    run.close()
+    run.wait()
     run = RunCheckpoints(tmp_path / "run", keep=1)
     found = run.restore({"a.scale": special}, {"step": np.int32(0)}, refuse=lambda _: None, say=print)
-    run.close()
+    run.wait()
     assert found.weights["a.scale"].tobytes() == special.tobytes() and found.training["step"] == 7
 
 
@@ -110,7 +110,7 @@ def test_the_newest_checkpoints_are_kept_and_an_empty_folder_has_none(tmp_path):
     save(tmp_path / "run", state, steps=(1, 2, 5))
     run = RunCheckpoints(tmp_path / "run", keep=2)
     assert run.steps() == [2, 5]
-    run.close()
+    run.wait()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "5"]
 
 
@@ -133,7 +133,7 @@ def test_arrays_and_record_may_change_as_soon_as_save_returns(tmp_path):
     for name in arrays:
         arrays[name].delete()  # as a training step that is given its state for good
         host[name][:] = -1
-    run.close()
+    run.wait()
     for step in (1, 2):
         found, about = checkpoint.read_items(tmp_path / "run" / str(step), "weights", "about")
         assert_same_bits(found, dict(state.params))
@@ -151,7 +151,7 @@ def test_a_state_that_does_not_fit_is_refused_with_everything_that_differs(tmp_p
     before = files_below(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         run.restore(params | expected.batch_stats, {"step": np.int32(0)}, refuse=lambda _: None, say=print)
-    run.close()
+    run.wait()
     message = str(caught.value)
     assert "missing: decode_head.extra.kernel" in message
     assert "unexpected: decode_head.linear_pred.kernel" in message
@@ -361,7 +361,7 @@ def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_pat
     for step, arrays in ((9, other), (10, params | batch_stats)):
         # 10 comes before 9 in the order of letters.
         run.save(step, arrays, {"step": np.int32(step)}, {"model": checkpoint.model_record(model)})
-    run.close()
+    run.wait()
     for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
         assert_same_bits(weights.to_torch(load_model(place)), weights.to_torch(model))
     older = load_model(tmp_path / "checkpoints" / "9")

@@ -103,7 +103,7 @@ def test_folders_of_models_and_of_runs_are_starts_as_files_are(family, tmp_path)
     saved = checkpoint.RunCheckpoints(run / "checkpoints", keep=2)
     saved.save(3, weights(tiny_model(7, family)), {"step": np.int32(3)}, about)
     saved.save(5, expected, {"step": np.int32(5)}, about)
-    saved.close()
+    saved.wait()
     for place in ("converted", "run", "run/best", "run/checkpoints/5"):
         model = tiny_model(2, family)
         load_pretrained(model, tmp_path / place)
