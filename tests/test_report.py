@@ -179,7 +179,8 @@ VISIT = """
 const seen = {}, $ = (s) => [...document.querySelectorAll(s)];
 const column = (n) => $(`#classes tbody tr td:nth-child(${n})`).map((cell) => cell.textContent);
 const press = (n) => $("#classes th button")[n - 1].click();
-const shown = () => $("#gallery figure").filter((f) => f.getClientRects().length).map((f) => f.querySelector("figcaption").textContent);
+const visible = () => $("#gallery figure").filter((figure) => figure.getClientRects().length);
+const shown = () => visible().map((figure) => figure.querySelector("figcaption").textContent);
 seen.title = [document.title, $("h1")[0].textContent];
 seen.text = $("header")[0].innerText;
 seen.names = column(1);
@@ -202,7 +203,8 @@ seen.errors = [errors()]; $("#errors")[0].click(); seen.errors.push(errors());
 const choose = $("#filter")[0];
 seen.options = [...choose.options].map((option) => option.textContent);
 seen.unfiltered = shown();
-choose.value = "3"; choose.dispatchEvent(new Event("change")); seen.filtered = shown(); seen.note = $("#shown")[0].textContent;
+choose.value = "3"; choose.dispatchEvent(new Event("change"));
+seen.filtered = shown(); seen.note = $("#shown")[0].textContent;
 choose.value = ""; choose.dispatchEvent(new Event("change")); seen.again = shown();
 seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 seen.loaded = $("#gallery img").every((image) => image.naturalWidth > 0);
@@ -263,10 +265,8 @@ def test_the_matrix_has_a_cell_for_every_pair_that_occurs_and_names_the_worst(vi
 
 
 def hidden(clip_path):
-    """Share of a layer's width that is cut off at its right: of `inset(0px 25% 0px 0px)`."""
-    (_, right, *_) = re.match(r"inset\((.*)\)", clip_path).group(1).split()[:2] + [""]
-    right = re.search(r"calc\(100% - ([\d.]+)%\)", clip_path) or right
-    return 100 - float(right.group(1)) if isinstance(right, re.Match) else float(right.rstrip("%px"))
+    """Share of a layer's width that is cut off at its right."""
+    return float(re.fullmatch(r"inset\(0px ([\d.]+)% 0px 0px\)", clip_path).group(1))
 
 
 def test_the_slider_wipes_from_the_image_over_the_truth_to_the_prediction(visited):
