@@ -230,15 +230,13 @@ def _table(summary: Mapping, step: int | None) -> None:
     say(line if step is None else f"{line}   step {step}")
 
 
-def _prepared_folder(folder: Path) -> Path:
-    """The report's, made before hours are spent on what could not be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"--output {folder}: there is a file of that name; choose another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {folder}: this folder cannot be written to; choose another")
-    return folder
+def _refuse_unwritable(folder: Path) -> None:
+    """Before hours are spent on what could not be written there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"the report cannot go to {folder}: {there} is a file; choose another --output")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"the report cannot go to {folder}: {there} cannot be written to; choose another --output")
 
 
 # ------------------------------------------------------------------------------------------------------ of a training
@@ -270,7 +268,8 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     weights, about = checkpoint.load_weights(source)
     if "config" not in about:
         raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
-    folder = _prepared_folder(output or workdir / ("report-best" if best else "report"))
+    folder = output or workdir / ("report-best" if best else "report")
+    _refuse_unwritable(folder)
     config = ConfigDict(about["config"])
     data = parts.load_data(config)
     spec, split = data.spec, config.data.eval_split
@@ -337,7 +336,7 @@ def evaluate_checkpoint(
     from segjax.trained import load_trained
 
     console.say(f"evaluates {path} on {name} {split}: {protocol}")
-    folder = _prepared_folder(output)
+    _refuse_unwritable(output)
     with console.log_said():
         trained = load_trained(path)
     model, about = trained.model, trained.about
@@ -349,7 +348,7 @@ def evaluate_checkpoint(
     if not about.get("dataset"):
         console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
     console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
-    console.say(f"report   {folder}")
+    console.say(f"report   {output}")
     console.say("compiling; each size of image takes its time once ...")
     inference = Inference(model, protocol, batch=batch)
     # Windows of one image make a batch, or whole images do.
@@ -359,7 +358,7 @@ def evaluate_checkpoint(
         measured,
         data,
         spec,
-        folder,
+        output,
         path=path,
         step=about.get("step"),
         model=checkpoint.model_record(model),

@@ -244,8 +244,8 @@ def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, capsy
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file")
-    assert f"--output {tmp_path / 'file'}: there is a file of that name" in message
+    message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file" / "report")
+    assert f"{tmp_path / 'file'} is a file; choose another --output" in message
     monkeypatch.setattr(os, "access", lambda *_: False)
     message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path)
     assert "cannot be written to" in message
