@@ -165,14 +165,14 @@ def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(work
 
 def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, capsys):
     given = ("--checkpoint", shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
-    protocol = ("--mode", "slide", "--crop", 32, 40, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
+    protocol = ("--mode", "slide", "--crop", 32, 32, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
     assert call(*given, "--data", "folder:val", *protocol, "--output", tmp_path) == 0
     printed, found = " ".join(capsys.readouterr().out.split()), results(tmp_path)
-    assert "windows of 32x40 every 24x30, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
+    assert "windows of 32x32 every 24x24, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
     assert found["protocol"] == {
         "mode": "slide",
-        "crop": [32, 40],
-        "stride": [24, 30],
+        "crop": [32, 32],
+        "stride": [24, 24],
         "scales": [1.0, 1.25],
         "flip": True,
         "size_divisor": 8,

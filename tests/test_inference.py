@@ -87,7 +87,7 @@ def test_a_window_as_large_as_the_image_is_the_image():
 @pytest.mark.parametrize("num_classes", [1, 5])
 def test_probabilities_are_averaged_over_scales_and_mirror_images(num_classes):
     model, images = Blurred(num_classes), draw(3, 2, 40, 52)
-    scales = (0.5, 1.0, 1.75)
+    scales = (0.5, 1.75)
     parts = []
     for scale in scales:
         single = Inference(model, Protocol(scales=(scale,)))
@@ -130,7 +130,10 @@ def test_scales_keep_proportions_and_divisors_enlarge(seed):
     for _ in range(200):
         size, scale = rng.integers(20, 3000, 2).tolist(), rng.choice([0.5, 0.75, 1.25, 1.5, 1.75])
         height, width = scaled_size(size, scale)
-        assert abs(height - size[0] * scale) <= 1 and abs(width - size[1] * scale) <= 1 + max(size) / min(size)
+        largest = tuple(int(side * scale + 0.5) for side in size)
+        assert height <= largest[0] and width <= largest[1] and (height == largest[0] or width == largest[1])
+        # Half a pixel of one side is this much of the other one's.
+        assert abs(height * size[1] - width * size[0]) <= max(size) / 2 + 1
     assert scaled_size((375, 1242), 0.75) == (281, 931) and scaled_size((1024, 2048), 1.75) == (1792, 3584)
     assert scaled(draw(6, 33, 70), 1.0, 32).shape == (64, 96, 3)
     image = draw(7, 64, 96)
@@ -162,9 +165,8 @@ def test_a_protocol_says_what_it_does():
     assert Protocol().record() == {"mode": "whole", "scales": (1.0,), "flip": False, "size_divisor": 1}
 
 
-@pytest.mark.parametrize("family", ["segformer", "simple"])
-def test_a_real_model_goes_through_all_of_it(family, quick_compile):
-    model = tiny_model(0, family)
+def test_a_real_model_goes_through_all_of_it(quick_compile):
+    model = tiny_model(0, "simple")
     images = draw(8, 2, 40, 70)
     protocol = Protocol("slide", (32, 48), (24, 40), scales=(1.0,), flip=True)
     probabilities = Inference(model, protocol, batch=4).probabilities(images)
