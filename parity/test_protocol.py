@@ -15,18 +15,25 @@ from segjax.data import specs
 from segjax.evaluate import evaluate
 from segjax.inference import Inference, Protocol, scaled
 
-# Taller, wider and smaller than the windows; none a multiple of anything.
-SIZE, SMALL = (67, 106), (41, 59)
+# Every size of input is a program to compile: windows are alike wherever they can be.
+SIZE = (67, 106)
 SLIDE = dict(mode="slide", crop=(32, 64), stride=(20, 37))
 PROTOCOLS = {
     "whole": dict(),
     "slide": SLIDE,
-    "slide, windows larger than the image one way": dict(mode="slide", crop=(80, 64), stride=(50, 40)),
     "slide, windows side by side": dict(mode="slide", crop=(32, 64), stride=(32, 64)),
-    "scales": dict(scales=(0.75, 1.0, 1.5)),
+    "slide, windows higher than the image": dict(mode="slide", crop=(80, 64), stride=(50, 40)),
+    "slide, a window larger than the image": dict(mode="slide", crop=(80, 128), stride=(50, 40)),
+    "scales": dict(scales=(1.0, 1.5)),
     "flip": dict(flip=True),
     "size divisor": dict(size_divisor=32),
     "slide at scales, mirrored and on multiples": SLIDE | dict(scales=(0.75, 1.25), flip=True, size_divisor=32),
+}
+# As small as the families come.
+SIZES = {
+    "segformer": dict(dims=(8, 16, 20, 32), depths=(1, 1, 1, 1), decoder_dim=24),
+    "hrnet": dict(width=4, stage1_channels=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1)),
+    "simple": dict(dims=(8, 16, 20, 32), depths=(1, 1, 1, 1), mlp_ratios=(2, 3, 4, 5), decoder_dim=24),
 }
 
 
@@ -35,18 +42,12 @@ def in_float64(images):
 
 
 def make_split(seed, num_classes):
-    """Images with large shapes and fine noise, of two sizes, and labels of every value and the ignored one."""
+    """Two images with large shapes and fine noise, and labels of every value and the ignored one."""
     rng = np.random.default_rng(seed)
-    sizes = np.array([SIZE, SMALL, SIZE], np.int32)
-    images = np.zeros((3, *SIZE, 3), np.uint8)
-    labels = np.full((3, *SIZE), 255, np.uint8)
-    for number, (height, width) in enumerate(sizes):
-        coarse = cv2.resize(rng.uniform(0, 255, (4, 6, 3)), (int(width), int(height)), interpolation=cv2.INTER_CUBIC)
-        noisy = coarse + rng.normal(0, 25, coarse.shape)
-        images[number, :height, :width] = noisy.clip(0, 255)
-        values = [*range(max(num_classes, 2)), 255]
-        labels[number, :height, :width] = rng.choice(values, (height, width))
-    return specs.Split(images, labels, sizes, tuple("abc"))
+    coarse = [cv2.resize(rng.uniform(0, 255, (4, 6, 3)), SIZE[::-1], interpolation=cv2.INTER_CUBIC) for _ in "ab"]
+    images = (coarse + rng.normal(0, 25, (2, *SIZE, 3))).clip(0, 255).astype(np.uint8)
+    labels = rng.choice([*range(max(num_classes, 2)), 255], (2, *SIZE)).astype(np.uint8)
+    return specs.Split(images, labels, np.tile(np.int32(SIZE), (2, 1)), ("a", "b"))
 
 
 def their_arguments(given, multiple):
@@ -57,37 +58,30 @@ def their_arguments(given, multiple):
 
 
 def assert_protocols_equal(family, num_classes, names, seed, within):
-    subject = SUBJECTS[family]
     model, network = compare.randomised_pair(
-        subject.name, num_classes=num_classes, seed=seed, dtype="float64", **subject.sizes
+        SUBJECTS[family].name, num_classes=num_classes, seed=seed, dtype="float64", **SIZES[family]
     )
     split = make_split(seed, num_classes)
     spec = specs.DatasetSpec("noise", tuple(map(str, range(num_classes))), ((0, 0, 0),) * num_classes, 255)
-    inference = Inference(model, batch=3, normalise=in_float64)
+    inference = Inference(model, batch=2, normalise=in_float64)
     for name in names:
         inference.protocol = Protocol(**PROTOCOLS[name])
         arguments = their_arguments(PROTOCOLS[name], model.size_multiple)
-        counts = 0
-        for image, truth, (height, width) in zip(*split[:3], strict=True):
-            image, truth = image[:height, :width], truth[:height, :width]
-            expected = theirs.merge(network, image, **arguments)
-            counts += theirs.confusion_matrix(
-                torch.from_numpy(truth).long(), theirs.labels(expected), max(num_classes, 2), 255
-            ).numpy()
-            ours = inference.probabilities(image[None])[0]
-            assert ours.dtype == np.float64
-            error = compare.relative_error(ours, np.moveaxis(expected.numpy(), 0, -1))
-            within("output", "float64", error, f"protocol, {name}")
+        expected = torch.stack([theirs.merge(network, image, **arguments) for image in split.images])
+        ours = inference.probabilities(split.images)
+        assert ours.dtype == np.float64
+        within("output", "float64", compare.relative_error(ours, compare.to_nhwc(expected)), f"protocol, {name}")
+        predicted = torch.stack([theirs.labels(probabilities) for probabilities in expected])
+        truth = torch.from_numpy(split.labels).long()
+        counts = theirs.confusion_matrix(truth, predicted, max(num_classes, 2), 255).numpy()
         # A model that says the same everywhere would prove nothing.
-        assert np.count_nonzero(counts.sum(axis=0) > 20) >= 2
-        batch_size = 2 if inference.protocol.mode == "whole" else 1
-        confusion, _ = evaluate(inference.labels, split, spec, batch_size=batch_size)
+        assert np.count_nonzero(counts.sum(axis=0) > 20) >= 2, name
+        confusion, _ = evaluate(inference.labels, split, spec, batch_size=2)
         np.testing.assert_array_equal(confusion, counts, err_msg=name)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_protocol_gives_the_probabilities_and_the_confusion_of_pytorch(seed, float64, within):
-    assert_protocols_equal("segformer", NUM_CLASSES, PROTOCOLS, seed, within)
+def test_every_protocol_gives_the_probabilities_and_the_confusion_of_pytorch(float64, within):
+    assert_protocols_equal("segformer", NUM_CLASSES, PROTOCOLS, 0, within)
 
 
 @pytest.mark.parametrize("family", ["hrnet", "simple"])

@@ -175,7 +175,7 @@ def test_pictures_of_the_page_are_in_the_colours_of_the_classes(folder):
 
 
 # What a person would do, and what can be seen after it.
-VISIT = """
+VISIT = r"""
 const seen = {}, $ = (s) => [...document.querySelectorAll(s)];
 const column = (n) => $(`#classes tbody tr td:nth-child(${n})`).map((cell) => cell.textContent);
 const press = (n) => $("#classes th button")[n - 1].click();
@@ -192,12 +192,17 @@ press(1); seen.sorted_names = column(1);
 seen.cells = $("#matrix rect.cell").length;
 seen.confused = $("#confused li").map((item) => item.textContent);
 const figure = $("#gallery figure")[0], input = figure.querySelector("input");
-const layers = () => ["truth", "prediction"].map((l) => getComputedStyle(figure.querySelector("." + l)).clipPath);
-const pull = (value) => { input.value = value; input.dispatchEvent(new Event("input")); return layers(); };
-seen.slider = Object.fromEntries([0, 50, 100, 130, 200].map((value) => [value, pull(value)]));
-seen.sizes = $("#gallery .view")[0].querySelectorAll("img").length;
-figure.querySelectorAll(".stops button")[1].click(); seen.stop = [input.value, ...layers()];
-$("#all button")[2].click(); seen.all = $("#gallery input").map((i) => i.value);
+const look = (layer) => getComputedStyle(figure.querySelector("." + layer));
+const pull = (value) => { input.value = value; input.dispatchEvent(new Event("input")); return look("left").clipPath; };
+seen.slider = Object.fromEntries([0, 25, 50, 100].map((value) => [value, pull(value)]));
+seen.width = figure.querySelector(".view").getBoundingClientRect().width;
+const sides = () => ["image", "truth", "prediction"].map((layer) => [look(layer).visibility, look(layer).zIndex]);
+seen.pairs = [sides()];
+for (const button of $("#pairs button")) {
+  button.click();
+  seen.pairs.push([...sides(), figure.querySelector(".sides").innerText.split("\n").filter(Boolean)]);
+}
+seen.layers = figure.querySelectorAll("img").length;
 const errors = () => getComputedStyle(figure.querySelector(".errors")).visibility;
 seen.errors = [errors()]; $("#errors")[0].click(); seen.errors.push(errors());
 const choose = $("#filter")[0];
@@ -258,25 +263,34 @@ def test_the_matrix_has_a_cell_for_every_pair_that_occurs_and_names_the_worst(vi
     assert visited["cells"] == np.count_nonzero(CONFUSION)
     wrong = CONFUSION - np.diag(np.diag(CONFUSION))
     truth, guess = np.unravel_index(wrong.argmax(), wrong.shape)
-    share = 100 * wrong.max() / CONFUSION[truth].sum()
+    share = 100 * wrong.max() / wrong.sum()
     assert visited["confused"][0].startswith(f"{NAMES[truth]} → {NAMES[guess]}")
     assert float(re.search(r"([\d.]+) %$", visited["confused"][0]).group(1)) == pytest.approx(share, abs=0.06)
     assert len(visited["confused"]) == np.count_nonzero(wrong)
 
 
-def hidden(clip_path):
-    """Share of a layer's width that is cut off at its right."""
-    return float(re.fullmatch(r"inset\(0px ([\d.]+)% 0px 0px\)", clip_path).group(1))
+def test_the_slider_moves_the_line_that_its_knob_is_at(visited):
+    right = {}
+    for stop, path in visited["slider"].items():
+        # From the right side, as the browser has worked it out: a share of the width and pixels.
+        share, sign, pixels = re.search(r"([\d.]+)%(?: ([+-]) ([\d.]+)px)?", path).groups()
+        right[int(stop)] = float(share) / 100 * visited["width"] + float(f"{sign or '+'}{pixels or 0}")
+    width = visited["width"]
+    assert width > 200
+    assert right == pytest.approx({stop: width - 8 - (width - 16) * stop / 100 for stop in (0, 25, 50, 100)}, abs=0.5)
 
 
-def test_the_slider_wipes_from_the_image_over_the_truth_to_the_prediction(visited):
-    seen = {int(stop): [hidden(path) for path in paths] for stop, paths in visited["slider"].items()}
-    assert seen == {0: [100, 100], 50: [50, 100], 100: [0, 100], 130: [0, 70], 200: [0, 0]}
-    stop, *paths = visited["stop"]
-    assert stop == "100" and [hidden(path) for path in paths] == [0, 100]
-    assert visited["all"] == ["200"] * 3
+def test_a_picture_compares_any_two_of_image_truth_and_prediction(visited):
+    over, under, away = ["visible", "1"], ["visible", "auto"], ["hidden", "auto"]
+    first, *others = visited["pairs"]
+    assert first == [away, over, under]
+    assert others == [
+        [over, under, away, ["image", "truth"]],
+        [away, over, under, ["truth", "prediction"]],
+        [over, away, under, ["image", "prediction"]],
+    ]
     assert visited["errors"] == ["hidden", "visible"]
-    assert visited["sizes"] == 4 and visited["loaded"] and visited["wide"] == 0
+    assert visited["layers"] == 4 and visited["loaded"] and visited["wide"] == 0
 
 
 def test_the_filter_shows_the_images_with_a_class_and_how_well_it_is_found_there(visited):
