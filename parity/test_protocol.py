@@ -15,19 +15,19 @@ from segjax.data import specs
 from segjax.evaluate import evaluate
 from segjax.inference import Inference, Protocol, scaled
 
-# Every size of input is a program to compile: windows are alike wherever they can be.
-SIZE = (67, 106)
-SLIDE = dict(mode="slide", crop=(32, 64), stride=(20, 37))
+# Every size of input is a program to compile: windows are alike wherever they can be, and 1.25 times this size is the
+# size that a divisor of 32 makes of it.
+SIZE = (51, 77)
+SLIDE = dict(mode="slide", crop=(32, 48), stride=(20, 37))
 PROTOCOLS = {
     "whole": dict(),
     "slide": SLIDE,
-    "slide, windows side by side": dict(mode="slide", crop=(32, 64), stride=(32, 64)),
-    "slide, windows higher than the image": dict(mode="slide", crop=(80, 64), stride=(50, 40)),
-    "slide, a window larger than the image": dict(mode="slide", crop=(80, 128), stride=(50, 40)),
-    "scales": dict(scales=(1.0, 1.5)),
+    "slide, windows side by side": dict(mode="slide", crop=(32, 48), stride=(32, 48)),
+    "slide, windows higher than the image": dict(mode="slide", crop=(80, 48), stride=(50, 40)),
+    "scales": dict(scales=(1.0, 1.25)),
     "flip": dict(flip=True),
     "size divisor": dict(size_divisor=32),
-    "slide at scales, mirrored and on multiples": SLIDE | dict(scales=(0.75, 1.25), flip=True, size_divisor=32),
+    "slide at scales, mirrored and on multiples": SLIDE | dict(scales=(0.75, 1.5), flip=True, size_divisor=32),
 }
 # As small as the families come.
 SIZES = {
@@ -86,13 +86,12 @@ def test_every_protocol_gives_the_probabilities_and_the_confusion_of_pytorch(flo
 
 @pytest.mark.parametrize("family", ["hrnet", "simple"])
 def test_protocols_suit_every_kind_of_model(family, float64, within):
-    names = ("whole", "slide", "slide at scales, mirrored and on multiples")
-    assert_protocols_equal(family, NUM_CLASSES, names, 2, within)
+    names = ("whole", "slide at scales, mirrored and on multiples")
+    assert_protocols_equal(family, NUM_CLASSES, names, 0, within)
 
 
 def test_a_model_of_one_class_is_averaged_and_cut_at_one_half(float64, within):
-    names = ("whole", "slide", "flip", "slide at scales, mirrored and on multiples")
-    assert_protocols_equal("segformer", 1, names, 3, within)
+    assert_protocols_equal("segformer", 1, ("slide", "flip"), 2, within)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
