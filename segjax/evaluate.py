@@ -1,8 +1,11 @@
 """Evaluation as published: logits enlarged to the label's size, argmax, one confusion matrix over all images.
 
     python -m segjax.evaluate --workdir DIR [--best]
+    python -m segjax.evaluate --checkpoint DIR_OR_FILE --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
 
-evaluates the last weights of a training, or its best ones, on the data and with the settings of that training.
+The first evaluates a training's last weights, or its best ones, on its data and as the training itself does; the second
+whatever segjax.convert reads, on any data set and with mmsegmentation's protocols. Both leave a report: index.html, and
+the figures beside it.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +28,22 @@ from jax.experimental import multihost_utils
 from segjax import metrics
 from segjax.data import specs
 from segjax.data.pipeline import Records, evaluation_batches, records_of
+from segjax.inference import Protocol, predict_labels
+
+# The split that a data set is evaluated on unless another is named: as in configs/common.py.
+SPLITS = {
+    "streets": "val",
+    "camvid": "test",
+    "cityscapes": "val",
+    "ade20k": "val",
+    "voc": "val",
+    "pet": "test",
+    "folder": "test",
+}
+# What a training draws there: height and width, scenes by split, seed.
+STREETS = {"size": (128, 256), "train": 400, "val": 64, "test": 64, "seed": 0}
+SHOWN = 10  # images of the report
+PROTOCOL = ("mode", "crop", "stride", "scales", "flip", "size_divisor", "batch")
 
 
 def evaluate(
@@ -46,29 +68,46 @@ def evaluate(
     Raises:
       ValueError: there is no image, or one that cannot be used.
     """
+    confusion, kept = _nothing_counted(spec), {}
+    for number, truth, predicted in predictions(predict, data, spec, batch_size=batch_size):
+        confusion += _count(truth, predicted, spec)
+        if number in keep:
+            kept[number] = predicted
+    return _sum_over_processes(confusion), kept
+
+
+def predictions(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, truth and prediction (H, W) of every image of this process's part; see `evaluate`."""
     if not len(records_of(data)):
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
-    classes = max(spec.num_classes, 2)
-    confusion, kept, pending = np.zeros((classes, classes), np.int64), {}, None
-
-    def count(labels, numbers, predicted):
-        predicted = np.asarray(predicted)[: len(numbers)]
-        kept.update({number: predicted[row] for row, number in enumerate(numbers.tolist()) if number in keep})
-        return metrics.confusion_matrix(
-            labels[: len(numbers)], predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
-        )
-
     part = jax.process_index(), jax.process_count()
+    pending = ()
     # Two batches are in flight: the device computes one while the host counts the pixels of the other.
     with contextlib.closing(evaluation_batches(data, batch_size=batch_size, part=part)) as batches:
         for images, labels, numbers in batches:
-            predicted = predict(images)
-            if pending is not None:
-                confusion += count(*pending)
-            pending = labels, numbers, predicted
-    if pending is not None:
-        confusion += count(*pending)
-    return _sum_over_processes(confusion), kept
+            batch = numbers.tolist(), labels, predict(images)
+            yield from _rows(*pending)
+            pending = batch
+    yield from _rows(*pending)
+
+
+def _rows(numbers=(), labels=(), predicted=()) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    # The last batch of a size repeats its last image.
+    return zip(numbers, labels, np.asarray(predicted), strict=False)
+
+
+def _nothing_counted(spec: specs.DatasetSpec) -> np.ndarray:
+    return np.zeros((max(spec.num_classes, 2),) * 2, np.int64)
+
+
+def _count(truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
+    return metrics.confusion_matrix(truth, predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label)
 
 
 def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
@@ -80,57 +119,387 @@ def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves).view(np.int64).sum(axis=0)
 
 
-def evaluate_run(workdir: Path, *, best: bool) -> dict[str, object]:
-    """Evaluates what a training has saved, as the training itself does, and prints the table of classes.
+# ------------------------------------------------------------------------------------------------------- with a report
+
+
+class Measured(NamedTuple):
+    """What a split was measured to be.
+
+    Attributes:
+      confusion: int64 (K, K) over all images.
+      worst: (mean IoU of the image alone, its number) of the worst ones, the worst first; images without a labelled
+        pixel are not among them.
+      predicted: train ids (H, W) of those, by number.
+    """
+
+    confusion: np.ndarray
+    worst: list[tuple[float, int]]
+    predicted: dict[int, np.ndarray]
+
+
+def measure(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+    shown: int = SHOWN,
+) -> Measured:
+    """`evaluate` by one process, with progress, and with the `shown` worst images kept."""
+    confusion, worst, kept = _nothing_counted(spec), [], {}
+    found = predictions(predict, data, spec, batch_size=batch_size)
+    for number, truth, predicted in _told(found, len(records_of(data))):
+        counts = _count(truth, predicted, spec)
+        confusion += counts
+        iou = metrics.summarise(counts)["mean_iou"]
+        if iou is not None:
+            worst = sorted([*worst, (iou, number)])[:shown]
+            kept = {k: predicted if k == number else kept[k] for _, k in worst}
+    return Measured(confusion, worst, kept)
+
+
+def _told(images: Iterable, total: int) -> Iterator:
+    """The same, with a bar on a terminal and else a line every ten seconds."""
+    from tqdm import tqdm
+
+    from segjax import console
+    from segjax.data.sources import BAR
+
+    bar = tqdm(images, desc="evaluating", total=total, unit=" images", **BAR)
+    said = time.perf_counter()
+    for done, image in enumerate(bar, start=1):
+        yield image
+        if bar.disable and time.perf_counter() - said >= 10:
+            said = time.perf_counter()
+            console.say(f"  {done} of {total} images")
+
+
+def _finish(
+    measured: Measured,
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    folder: Path,
+    *,
+    path: Path,
+    step: int | None,
+    model: Mapping[str, object],
+    split: str,
+    protocol: Protocol,
+) -> dict[str, object]:
+    """Writes the report and prints the table.
+
+    Args:
+      path, step, model: of the weights; how to build their model, as a checkpoint records it.
+    """
+    from segjax import console, report
+
+    records, predicted = records_of(data), measured.predicted
+    worst = [report.Shown(records.names[number], *records[number], predicted[number]) for _, number in measured.worst]
+    facts = {
+        "checkpoint": str(path) if step is None else f"{path}, step {step}",
+        "data": f"{spec.name} {split}, {len(records)} images, {spec.num_classes} classes",
+        "protocol": str(protocol),
+    }
+    about = {
+        "checkpoint": str(path),
+        "step": step,
+        "model": model,
+        "data": {"name": spec.name, "split": split, "images": len(records)},
+        "protocol": protocol.record(),
+    }
+    title = f"{model['name']} on {spec.name} {split}"
+    report.write(folder, measured.confusion, spec, worst, title=title, facts=facts, about=about)
+    summary = report.summarise(measured.confusion, spec)
+    _table(summary, step)
+    console.say(f"report: {folder / 'index.html'}")
+    return summary
+
+
+def _table(summary: Mapping, step: int | None) -> None:
+    """Figures by class, and the means, in 80 columns."""
+    from segjax.console import say, score
+
+    say("")
+    say(f"{'class':<24} {'IoU':>8} {'accuracy':>9} {'precision':>10} {'Dice':>8} {'pixels':>15}")
+    for entry in summary["classes"]:
+        iou, accuracy, precision, dice = (score(entry[name]) for name in ("iou", "accuracy", "precision", "dice"))
+        say(f"{entry['class']:<24.24} {iou:>8} {accuracy:>9} {precision:>10} {dice:>8} {entry['pixels']:>15,}")
+    say("")
+    means = ("mean_iou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")
+    line = "   ".join(f"{name} {score(summary[key])}" for key, name in means)
+    say(line if step is None else f"{line}   step {step}")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Before hours are spent on what could not be written there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"the report cannot go to {folder}: {there} is a file; choose another --output")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"the report cannot go to {folder}: {there} cannot be written to; choose another --output")
+
+
+# ------------------------------------------------------------------------------------------------------ of a training
+
+
+def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> dict[str, object]:
+    """Evaluates what a training has saved, as the training itself does, prints the table and writes the report.
+
+    Args:
+      output: of the report; `workdir`/report or report-best unless given.
 
     Returns:
-      `metrics.summarise`, and "step".
+      `report.summarise`, and "step".
 
     Raises:
       CheckpointError: there is nothing saved, or it is damaged. ValueError: its data cannot be used.
     """
+    from segjax import console
+
+    source = workdir / "best" if best else workdir
+    console.say(f"evaluates {source}, on its own data and as its training does")
+
     from ml_collections import ConfigDict
 
-    from segjax import checkpoint, console, parts
+    from segjax import checkpoint, parts
     from segjax.data.augment import normalise
-    from segjax.inference import predict_labels
     from segjax.step import Parallel
 
-    weights, about = checkpoint.load_weights(workdir / "best" if best else workdir)
+    weights, about = checkpoint.load_weights(source)
+    if "config" not in about:
+        raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
+    folder = output or workdir / ("report-best" if best else "report")
+    _refuse_unwritable(folder)
     config = ConfigDict(about["config"])
     data = parts.load_data(config)
-    spec = data.spec
+    spec, split = data.spec, config.data.eval_split
     parallel = Parallel("jit")
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=False)
     arrays = parallel.replicate([{name: weights[name] for name in part} for part in skeleton.arrays()])
     predict = partial(parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise)), *arrays)
-    console.say(
-        f"evaluating step {about['step']} on {len(records_of(data.evaluation))} images ({config.data.eval_split}) ..."
+    count = len(records_of(data.evaluation))
+    console.say(f"evaluating step {about['step']} on {count} images ({split}) ...")
+    measured = measure(predict, data.evaluation, spec, batch_size=config.eval.batch)
+    summary = _finish(
+        measured,
+        data.evaluation,
+        spec,
+        folder,
+        path=source,
+        step=about["step"],
+        model=about["model"],
+        split=split,
+        protocol=Protocol(),
     )
-    confusion, _ = evaluate(predict, data.evaluation, spec, batch_size=config.eval.batch)
-    summary = metrics.summarise(confusion) | {"step": about["step"]}
-    console.table(summary, spec)
-    return summary
+    return summary | {"step": about["step"]}
+
+
+def _compare_with_result(workdir: Path, summary: Mapping) -> None:
+    from segjax import console
+
+    result = workdir / "result.json"
+    if result.exists():
+        recorded = json.loads(result.read_text())
+        shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
+        same = all(recorded[key] == summary[key] for key in shared)
+        console.say(f"{'exactly' if same else 'NOT'} what {result} says (mIoU {console.score(recorded['mean_iou'])})")
+
+
+# --------------------------------------------------------------------------------------------------- of any checkpoint
+
+
+def evaluate_checkpoint(
+    path: Path,
+    name: str,
+    split: str,
+    *,
+    source: list[str] | None,
+    data_dir: str | None,
+    protocol: Protocol,
+    batch: int | None,
+    output: Path,
+) -> dict[str, object]:
+    """Evaluates the model of `path` on a data set, prints the table and writes the report.
+
+    Args:
+      batch: images at a time, or windows of one image; a device's one unless given.
+
+    Returns:
+      `report.summarise`.
+
+    Raises:
+      CheckpointError: no model can be read from `path`. ValueError: settings or data that cannot be used, or
+      classes that are not those of the model.
+    """
+    from segjax import checkpoint, console
+    from segjax.inference import Inference
+    from segjax.trained import load_trained
+
+    console.say(f"evaluates {path} on {name} {split}: {protocol}")
+    _refuse_unwritable(output)
+    with console.log_said():
+        trained = load_trained(path)
+    model, about = trained.model, trained.about
+    data, spec = _load(name, split, source, data_dir, about.get("config"))
+    _refuse_other_classes(path, trained, spec)
+    count, batch = len(records_of(data)), batch or jax.local_device_count()
+    console.say(f"model    {model.spec.name}, {model.spec.num_classes} classes")
+    console.say(f"data     {spec.name} {split}, {count} images")
+    if not about.get("dataset"):
+        console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
+    console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
+    console.say(f"report   {output}")
+    console.say("compiling; each size of image takes its time once ...")
+    inference = Inference(model, protocol, batch=batch)
+    # Windows of one image make a batch, or whole images do.
+    batch_size = batch if protocol.mode == "whole" else 1
+    measured = measure(inference.labels, data, spec, batch_size=batch_size)
+    return _finish(
+        measured,
+        data,
+        spec,
+        output,
+        path=path,
+        step=about.get("step"),
+        model=checkpoint.model_record(model),
+        split=split,
+        protocol=protocol,
+    )
+
+
+def _load(
+    name: str, split: str, source: list[str] | None, data_dir: str | None, config: Mapping | None
+) -> tuple[specs.Split | Records, specs.DatasetSpec]:
+    """A split with labels. Scenes of streets are those of the training, where `config` is of one on them."""
+    if name == "streets":
+        from segjax import console
+        from segjax.data import streets
+
+        size, number, seed = STREETS["size"], STREETS.get(split, 1), STREETS["seed"]
+        if config and config["data"]["name"] == "streets":
+            drawn = config["data"]
+            size, seed = tuple(drawn["size"]), config["seed"]
+            number = drawn["train_images"] if split == "train" else drawn["eval_images"]
+        console.say(f"drawing {number} street scenes ...")
+        return streets.load(split, num_images=number, size=size, seed=seed), specs.STREETS
+    from segjax.data import builders
+
+    prepared = builders.prepare(name, source=source, data_dir=data_dir)
+    # Refuses a split that is not there, or without labels.
+    prepared.pixel_counts(split)
+    return prepared.records(split), prepared.spec
+
+
+def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
+    from segjax.data.sources import listed
+
+    own, recorded = trained.model.spec.num_classes, trained.about.get("dataset")
+    of = f" of {recorded['name']}" if recorded else ""
+    if own != spec.num_classes:
+        raise ValueError(
+            f"{path} tells {own} classes{of} apart, and {spec.name} has {spec.num_classes}: no figure would mean "
+            "anything; choose the data set that it was trained on"
+        )
+    names = tuple(recorded["class_names"]) if recorded else spec.class_names
+    if differing := [
+        f"{k} is {mine!r}, not {theirs!r}"
+        for k, (mine, theirs) in enumerate(zip(names, spec.class_names, strict=True))
+        if mine != theirs
+    ]:
+        raise ValueError(
+            f"the classes of {path}{of} are not those of {spec.name}: {listed(differing)}; choose the data set "
+            "that it was trained on, or one with the same classes in the same order"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a training, on its own data")
+    what.add_argument("--checkpoint", type=Path, metavar="PATH", help="whatever segjax.convert reads; with --data")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="of the report; default report/, DIR/report of a run"
+    )
+    run = parser.add_argument_group("with --workdir")
+    run.add_argument("--best", action="store_true", help="the weights of its best evaluation, not the last ones")
+    data = parser.add_argument_group("with --checkpoint")
+    data.add_argument("--data", metavar="NAME[:SPLIT]", help=f"one of {', '.join(SPLITS)}")
+    data.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
+    data.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    data.add_argument("--mode", choices=("whole", "slide"), help="whole images (default), or windows")
+    data.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="windows of slide; default 512 512")
+    data.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="between them; default 3/4 of a window")
+    data.add_argument("--scales", type=float, nargs="+", metavar="S", help="of the image; default 1")
+    data.add_argument("--flip", action="store_true", default=None, help="beside each scale its mirror image")
+    data.add_argument("--size-divisor", type=int, metavar="N", help="resize on to multiples of N (AlignedResize)")
+    data.add_argument("--batch", type=int, metavar="N", help="images or windows at a time; default one a device")
+    return parser
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options together."""
+    of_checkpoint = ("data", "source", "data_dir", *PROTOCOL)
+    stray = [f"--{name.replace('_', '-')}" for name in of_checkpoint if getattr(options, name) is not None]
+    if options.workdir:
+        what = "--workdir evaluates as the training does; for another protocol or data: --checkpoint DIR --data NAME"
+        return [f"{', '.join(stray)}: {what}"] if stray else []
+    name = (options.data or "").partition(":")[0]
+    wrong = {
+        "--best goes with --workdir; to evaluate such weights here: --checkpoint WORKDIR/best": options.best,
+        "--checkpoint needs --data NAME[:SPLIT]": not options.data,
+        f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(SPLITS)}, not {options.data!r}": (
+            options.data and name not in SPLITS
+        ),
+        "streets are drawn and need neither --source nor --data-dir": (
+            name == "streets" and (options.source or options.data_dir)
+        ),
+        "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
+        f"--batch is at least 1, not {options.batch}": options.batch is not None and options.batch < 1,
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
+
+
+def _protocol(options: argparse.Namespace) -> Protocol:
+    given = {name: getattr(options, name) for name in PROTOCOL[:-1] if getattr(options, name) is not None}
+    if options.crop and not options.stride:
+        given["stride"] = [max(1, side * 3 // 4) for side in options.crop]
+    return Protocol(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def main(arguments: list[str] | None = None) -> int:
     from segjax import console, runtime
 
-    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training")
-    parser.add_argument("--best", action="store_true", help="the weights of its best evaluation, not the last ones")
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if problems := _problems(options):
+        parser.error("; ".join(problems))
     runtime.prepare()
     try:
-        summary = evaluate_run(options.workdir, best=options.best)
+        if options.workdir:
+            summary = evaluate_run(options.workdir, best=options.best, output=options.output)
+            if not options.best:
+                _compare_with_result(options.workdir, summary)
+            return 0
+        name, _, split = options.data.partition(":")
+        evaluate_checkpoint(
+            options.checkpoint,
+            name,
+            split or SPLITS[name],
+            source=options.source,
+            data_dir=options.data_dir,
+            protocol=_protocol(options),
+            batch=options.batch,
+            output=options.output or Path("report"),
+        )
     except (ValueError, OSError) as error:
-        print(f"segjax.evaluate: {error}", file=sys.stderr)
+        print(console.wrapped(f"segjax.evaluate: {error}"), file=sys.stderr)
         return 2
-    result = options.workdir / "result.json"
-    if result.exists() and not options.best:
-        recorded = json.loads(result.read_text())
-        same = all(recorded[key] == summary[key] for key in summary)
-        console.say(f"{'exactly' if same else 'NOT'} what {result} says (mIoU {console.score(recorded['mean_iou'])})")
+    except KeyboardInterrupt:
+        print("segjax.evaluate: stopped; no report was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -59,6 +59,24 @@ class Protocol:
         if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
             raise ValueError("; ".join(problems))
 
+    def __str__(self) -> str:
+        (height, width), (down, across) = self.crop, self.stride
+        parts = ["whole images"]
+        if self.mode == "slide":
+            parts = [f"windows of {height}x{width} every {down}x{across}"]
+        if self.scales != (1.0,):
+            parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
+        if self.flip:
+            parts.append("and mirrored")
+        if self.size_divisor > 1:
+            parts.append(f"resized to multiples of {self.size_divisor}")
+        return ", ".join(parts)
+
+    def record(self) -> dict[str, object]:
+        """The settings that count, as JSON."""
+        unused = () if self.mode == "slide" else ("crop", "stride")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+
     @property
     def is_one_pass(self) -> bool:
         """Whether the model sees the image itself and nothing else."""
@@ -74,12 +92,25 @@ def windows(length: int, crop: int, stride: int) -> list[int]:
     return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width of an image of `size` times `scale`, as `Resize(scale_factor=..., keep_ratio=True)` has them.
+
+    That is the largest size of the image's own proportions inside the rounded one: up to a pixel less on one side.
+    """
+    bounds = [int(side * scale + 0.5) for side in size]
+    factor = min(max(bounds) / max(size), min(bounds) / min(size))
+    height, width = (int(side * factor + 0.5) for side in size)
+    if not (height and width):
+        raise ValueError(f"nothing is left of an image of {size[0]}x{size[1]} at scale {scale:g}; use a larger scale")
+    return height, width
+
+
 def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
     """An image (H, W, 3) uint8, resized by `scale` and from there up to multiples of `size_divisor`."""
     import cv2
 
-    for factor, divisor in ((scale, 1), (1, size_divisor)):
-        height, width = (-(-int(side * factor + 0.5) // divisor) * divisor for side in image.shape[:2])
+    near = scaled_size(image.shape[:2], scale)
+    for height, width in (near, [-(-side // size_divisor) * size_divisor for side in near]):
         if (height, width) != image.shape[:2]:
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image

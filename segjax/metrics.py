@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 
@@ -34,10 +36,36 @@ def summarise(confusion: np.ndarray) -> dict[str, object]:
     right = np.diag(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
     per_class = [float(hit / total) if total else None for hit, total in zip(right, union, strict=True)]
-    present = [iou for iou in per_class if iou is not None]
     total = int(confusion.sum())
     return {
-        "mean_iou": float(np.mean(present)) if present else None,
+        "mean_iou": mean(per_class),
         "pixel_accuracy": float(right.sum() / total) if total else None,
         "per_class_iou": per_class,
     }
+
+
+def by_class(confusion: np.ndarray) -> dict[str, list]:
+    """K figures each: `iou`, `accuracy`, `precision`, `recall`, `dice`, and `pixels`, how many are labelled so.
+
+    Accuracy is recall, mmsegmentation's two names for the share of a class's pixels that are predicted as it. Where
+    there is nothing to divide by, None.
+    """
+    right, truth, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+
+    def share(hits, of):
+        return [float(hit / total) if total else None for hit, total in zip(hits, of, strict=True)]
+
+    return {
+        "iou": share(right, truth + guessed - right),
+        "accuracy": share(right, truth),
+        "precision": share(right, guessed),
+        "recall": share(right, truth),
+        "dice": share(2 * right, truth + guessed),
+        "pixels": truth.tolist(),
+    }
+
+
+def mean(figures: Iterable[float | None]) -> float | None:
+    """Of those that there are; None where there is none."""
+    present = [figure for figure in figures if figure is not None]
+    return float(np.mean(present)) if present else None

@@ -92,6 +92,32 @@ def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
     _save(figure, path)
 
 
+def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -> None:
+    """One PNG: rows are the truth and columns the prediction, each cell its share of the row.
+
+    Args:
+      confusion: pixel counts (K, K).
+    """
+    classes, pixels = len(confusion), confusion.sum(axis=1, keepdims=True)
+    shares = confusion / np.maximum(pixels, 1)
+    # Names and figures fit into cells of a third of an inch; of many classes there are colours alone.
+    side = classes / 3 + 2.5 if classes <= 40 else 12.0
+    figure = _figure(side + 0.8, side)
+    axis = figure.subplots()
+    drawn = axis.imshow(np.ma.masked_where(np.broadcast_to(pixels == 0, shares.shape), shares), "Blues", vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=axis, shrink=0.7, label="share of the pixels of the true class")
+    axis.set_xlabel("prediction")
+    axis.set_ylabel("truth")
+    if classes <= 40:
+        axis.set_xticks(range(classes), spec.label_names, rotation=90, fontsize=7)
+        axis.set_yticks(range(classes), spec.label_names, fontsize=7)
+        for (truth, guess), share in np.ndenumerate(shares):
+            if share >= 0.005:
+                color = "white" if share > 0.6 else "black"
+                axis.text(guess, truth, f"{100 * share:.0f}", color=color, fontsize=6, ha="center", va="center")
+    _save(figure, path)
+
+
 def _three_panels(size: tuple[int, int]) -> tuple[float, float]:
     """Width and height of the figure, inches, for three images of one height and width side by side."""
     height, width = size
