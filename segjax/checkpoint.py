@@ -26,7 +26,7 @@ from flax import nnx
 
 from segjax import distributed, models
 from segjax.state import params_sha256
-from segjax.weights import CheckpointError, from_values, named_variables
+from segjax.weights import CheckpointError, from_values, model_record, named_variables
 
 
 class DamagedError(CheckpointError):
@@ -86,18 +86,6 @@ def _checkpointer(**handlers):
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def model_record(model: nnx.Module) -> dict[str, object]:
-    """What `load_model` needs to build the model again, as JSON."""
-    variables = named_variables(model).values()
-    (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
-    return {
-        "name": model.spec.name,
-        "num_classes": model.spec.num_classes,
-        "overrides": {key: list(value) if isinstance(value, tuple) else value for key, value in model.spec.overrides},
-        "param_dtype": str(param_dtype),
-    }
-
-
 def save_model(folder: Path, model: nnx.Module, *, about: Mapping[str, object]) -> None:
     """Writes the model's weights and how to build it to an orbax folder; an older one at that place is replaced.
 
@@ -151,6 +139,11 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
     Raises:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or it holds float64 while jax_enable_x64 is off.
     """
+    return load_model_and_record(folder, dtype=dtype)[0]
+
+
+def load_model_and_record(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, object]]:
+    """The same, and the record beside it."""
     found = _find(folder)
     weights, about = load_weights(found)
     try:
@@ -172,7 +165,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
     if differing := _differences(expected, {path: value.shape for path, value in weights.items()}):
         listed = "\n".join(differing)
         raise CheckpointError(f"{found}: its weights do not fit its own record of {record['name']}:\n{listed}")
-    return from_values(model, weights)
+    return from_values(model, weights), about
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
@@ -189,8 +182,15 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
 
 def holds_float64(folder: Path) -> bool:
     """Whether `load_model` needs jax_enable_x64."""
-    (about,) = read_items(_find(folder), ABOUT)
-    return about.get("model", {}).get("param_dtype") == "float64"
+    return load_record(folder).get("model", {}).get("param_dtype") == "float64"
+
+
+def load_record(folder: Path) -> dict[str, object]:
+    """The record alone of any folder that `load_model` takes; its arrays are neither read nor checked."""
+    found = _find(folder)
+    (about,) = read_items(found, ABOUT)
+    _refuse_changed(found, about)
+    return about
 
 
 def _differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:

@@ -446,8 +446,12 @@ FORMS = (
         dialect="cvpytorch",
         family="segnext",
         package="CvPytorch",
-        namings=(_segnext("backbone.", "dwconv.dwconv", "head.", "cls_seg"),),
+        namings=(
+            _segnext("backbone.", "dwconv.dwconv", "head.", "cls_seg"),
+            _segnext("backbone.", "dwconv.dwconv", "head.", "classifier"),
+        ),
         settings=(("ham_rank", 64),),
+        note="where its head has `classifier` for `cls_seg`, it enlarges features with aligned corners, and ours not",
     ),
     _backbone(
         "segnext",

@@ -78,11 +78,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     # Compiled as a whole: array by array, every shape of the model would be a program of its own.
     state = TrainState.start(params, batch_stats, jax.jit(optimizer.init)(trained), ema=config.train.ema > 0)
 
-    about = {
-        "model": parts.model_record(config, spec),
-        "config": plain(config),
-        "dataset": parts.dataset_record(spec),
-    }
+    about = parts.run_record(config, spec)
     found = saved.restore(
         parts.weights_of(state),
         parts.training_of(state),
@@ -96,6 +92,10 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
             # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
             scores = scores.after(first, ended["mean_iou"])
         state = parts.restored(found, state, may_skip=config.train.may_skip)
+        # The weights that it started from may be gone.
+        about |= {key: found.about[key] for key in ("licence", "provenance") if key in found.about}
+    else:
+        about |= parts.origin_record(config)
 
     # An image too small for the model must not be found out after the training.
     height, width = min(evaluation.sizes.tolist(), key=min)

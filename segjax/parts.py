@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 from segjax import checkpoint, console, losses, models, optim
 from segjax.data import pipeline, specs
 from segjax.data.pipeline import Records
+from segjax.files import provenance_at
 from segjax.models import layers
 from segjax.pretrained import load_pretrained
-from segjax.settings import model_overrides
+from segjax.record import IMAGENET, dataset_record, licence_of
+from segjax.settings import model_overrides, plain
 from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel
 
@@ -131,12 +133,27 @@ def model_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, objec
     }
 
 
-def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
+def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]:
+    """What every checkpoint of a run says of it."""
     return {
-        "name": spec.name,
-        "class_names": list(spec.class_names),
-        "colors": [list(color) for color in spec.colors],
-        "ignore_label": spec.ignore_label,
+        "model": model_record(config, spec),
+        "config": plain(config),
+        "dataset": dataset_record(spec),
+        "normalisation": IMAGENET,
+        "input_size": list(config.augment.crop),
+    }
+
+
+def origin_record(config: ConfigDict) -> dict[str, object]:
+    """Where the weights of a run come from."""
+    if not config.init.from_:
+        return {
+            "licence": "trained from random weights; the terms of its data hold",
+            "provenance": {"initial_weights": None},
+        }
+    return {
+        "licence": licence_of(config.model.name),
+        "provenance": {"initial_weights": provenance_at(config.init.from_)},
     }
 
 

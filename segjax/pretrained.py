@@ -28,8 +28,8 @@ def load_pretrained(model: nnx.Module, source: str | Path, *, keep: Sequence[str
     """Fills a model from whatever `segjax.convert` reads; what was loaded and what was not goes to the log.
 
     Args:
-      source: a `.pth`, a `.safetensors`, an orbax folder, or the folder of a training. Of an encoder alone the decoder
-        stays as initialised.
+      source: a `.pth`, a `.safetensors`, an orbax folder, the folder of a training or of transformers, or the address
+        hf:owner/name[@revision] of one. Of an encoder alone the decoder stays as initialised.
       keep: patterns (`*` and `?`) of parameters that stay as initialised although the checkpoint may have them, for
         example "decode_head.linear_pred.*" for another number of classes. With the whole decoder among them, that of
         the checkpoint may be any.
@@ -38,7 +38,6 @@ def load_pretrained(model: nnx.Module, source: str | Path, *, keep: Sequence[str
       CheckpointError: a file that cannot be read or does not fit, or a pattern that no parameter has; nothing is
         loaded.
     """
-    source = Path(source).expanduser()
     names = {torch_name(path): path for path in named_variables(model)}
     if strangers := [pattern for pattern in keep if not any(matches(name, (pattern,)) for name in names)]:
         first, *_, last = names

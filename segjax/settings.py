@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from segjax import losses, models, optim
+from segjax import huggingface, losses, models, optim
 
 # Settings that may differ when a run is taken up again: none of them changes what was computed so far.
 FREE_ON_RESUME = (
@@ -82,9 +82,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
             len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]
         ),
         f"augment.flip is a probability, not {augment.flip}": not 0 <= augment.flip <= 1,
-        f"init.from: there is nothing at {config.init.from_}": (
-            bool(config.init.from_) and not Path(config.init.from_).expanduser().exists()
-        ),
+        f"init.from: {_why_no_start(config.init.from_)}": _why_no_start(config.init.from_),
         "init.keep names what stays random of a checkpoint, and needs init.from": (
             bool(config.init.keep) and not config.init.from_
         ),
@@ -135,6 +133,16 @@ def _is_pattern(text: object) -> bool:
     except (re.error, TypeError):
         return False
     return True
+
+
+def _why_no_start(source: str | None) -> str | None:
+    """Why training cannot start from there; whether a repository has weights is found out when they are fetched."""
+    if not source:
+        return None
+    if huggingface.is_address(source):
+        problem = huggingface.problem_of(source)
+        return problem and f"{source}: {problem}"
+    return None if Path(source).expanduser().exists() else f"there is nothing at {source}"
 
 
 def _why_not_writable(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""A model together with what its outputs mean, from whatever it is kept in."""
+"""A model together with what its outputs mean and what it takes for an image, from whatever it is kept in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from segjax.data import specs
-from segjax.files import read_file
-from segjax.weights import from_torch
+from segjax.data.augment import normalise
+from segjax.files import model_of, read_checkpoint
+from segjax.record import spec_of
+from segjax.weights import CheckpointError
 
 
 class Trained(NamedTuple):
@@ -20,47 +22,39 @@ class Trained(NamedTuple):
 
     Attributes:
       spec: names and colours of its classes, and the label to ignore.
-      about: the record beside the weights; empty for a PyTorch checkpoint.
+      about: the record beside the weights, as `segjax.record` has it. Where `about["dataset"]["guessed"]` is set, the
+        checkpoint names no classes and those of `spec` are guessed from their number.
+      mean, std: of the images that it was trained on, RGB in 0..255.
     """
 
     model: nnx.Module
     spec: specs.DatasetSpec
     about: Mapping[str, object]
+    mean: tuple[float, float, float] = specs.IMAGENET_MEAN
+    std: tuple[float, float, float] = specs.IMAGENET_STD
 
-
-# What a checkpoint that names no classes was most likely trained on.
-BY_NUMBER = {spec.num_classes: spec for spec in (specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID)}
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
+        return normalise(images, self.mean, self.std)
 
 
 def load_trained(source: str | Path, *, dtype: jnp.dtype | None = None) -> Trained:
-    """The model of a converted folder, of a training or of any PyTorch checkpoint, with the meaning of its classes.
+    """The model of whatever is read as a checkpoint, and the record that predicting needs.
 
     Args:
+      source: a converted folder, that of a training, any PyTorch checkpoint, a folder of transformers, or
+        hf:owner/name[@revision] on the Hub.
       dtype: of the computation; float32 unless given.
 
     Raises:
-      CheckpointError: nothing there, or nothing that can be read as a model.
+      CheckpointError: nothing there, nothing that can be read as a model, or an encoder alone.
     """
-    from segjax import checkpoint
-
-    source = Path(source).expanduser()
-    if source.is_dir():
-        model = checkpoint.load_model(source, dtype=dtype)
-        _, about = checkpoint.load_weights(source)
-    else:
-        model, about = from_torch(read_file(source), dtype=dtype or jnp.float32), {}
+    contents = read_checkpoint(source, dtype=dtype)
+    try:
+        model, about = model_of(contents, dtype=dtype or jnp.float32)
+        spec = spec_of(about, model.spec.num_classes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     model.eval()
-    return Trained(model, _spec_of(about.get("dataset"), model.spec.num_classes), about)
-
-
-def _spec_of(record: Mapping | None, num_classes: int) -> specs.DatasetSpec:
-    if record:
-        colors = tuple(tuple(color) for color in record["colors"])
-        return specs.DatasetSpec(record["name"], tuple(record["class_names"]), colors, record["ignore_label"])
-    if num_classes in BY_NUMBER:
-        return BY_NUMBER[num_classes]
-    hues = np.arange(num_classes) * 0.618033988749895 % 1
-    colors = tuple(
-        tuple(int(127.5 + 127.5 * np.cos(2 * np.pi * (hue + shift))) for shift in (0, 1 / 3, 2 / 3)) for hue in hues
-    )
-    return specs.DatasetSpec("unknown", tuple(f"class {k}" for k in range(num_classes)), colors, 255)
+    mean, std = (tuple(about["normalisation"][key]) for key in ("mean", "std"))
+    return Trained(model, spec, about, mean, std)

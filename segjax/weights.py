@@ -98,6 +98,28 @@ def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return to_torch_layout(path, np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
+def parameters_of(model: nnx.Module, *, encoder_alone: bool = False) -> int:
+    """How many numbers are learned; running statistics are not."""
+    in_head = FAMILIES[family_of(model.spec.name)].in_head
+    return sum(
+        variable.get_value().size
+        for path, variable in named_variables(model).items()
+        if isinstance(variable, nnx.Param) and not (encoder_alone and in_head(torch_name(path)))
+    )
+
+
+def model_record(model: nnx.Module) -> dict[str, object]:
+    """How to build the model again, as JSON."""
+    variables = named_variables(model).values()
+    (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
+    return {
+        "name": model.spec.name,
+        "num_classes": model.spec.num_classes,
+        "overrides": {key: list(value) if isinstance(value, tuple) else value for key, value in model.spec.overrides},
+        "param_dtype": str(param_dtype),
+    }
+
+
 def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndarray]:
     """The model's weights as a state dict that strict-loads in the original.
 
@@ -436,7 +458,7 @@ def from_torch(
     for setting in ("decoder_dim", "ham_channels"):
         if in_file is None and setting in defaults and setting not in overrides:
             logger.info("the decoder is as wide as in %s: %s", name, defaults[setting])
-    changed = {key: value for key, value in read.items() if defaults[key] != value} | overrides
+    changed = {key: value for key, value in (read | overrides).items() if key not in defaults or defaults[key] != value}
     classes = in_file if num_classes is None else num_classes
 
     def create():
@@ -460,6 +482,14 @@ def from_torch(
     )
     _announce(plan)
     return from_values(model, plan.values | (_initial(create, plan.kept) if alone else {}))
+
+
+def has_classifier(state_dict: Mapping, *, dialect: str = "auto") -> bool:
+    """Whether a checkpoint has more than an encoder."""
+    keys = as_arrays(state_dict).keys()
+    found = recognise(keys, dialect=dialect)
+    in_head = FAMILIES[found.form.family].in_head
+    return any(in_head(key) for group in found.renaming.groups(keys, foreign=True) for key in group.native)
 
 
 def _initial(create: Callable[[], nnx.Module], paths: list[str]) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ LATE = (
     "orbax",
     "matplotlib",
     "safetensors",
+    "huggingface_hub",
     "array_record",
     "grain",
 )
@@ -97,7 +98,10 @@ def test_the_table_of_models_imports_models_alone():
     assert all(name.startswith("segjax.models.") for name in inside(imports_of("segjax.models"), "segjax"))
 
 
-WITHOUT_TRAINING = ("losses", "metrics", "weights", "dialects", "families", "files", "convert", "summary", "optim")
+WITHOUT_TRAINING = (
+    *("losses", "metrics", "weights", "dialects", "families", "record", "huggingface", "files", "convert", "summary"),
+    "optim",
+)
 
 
 @pytest.mark.parametrize("name", [f"segjax.{name}" for name in WITHOUT_TRAINING])

@@ -7,6 +7,7 @@ pad. Padding comes last, so that a padded pixel is 0 after normalisation and car
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,9 +33,11 @@ class Crops(NamedTuple):
     origin: jax.Array
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """RGB 0..255 (..., 3) of any type -> float32 with ImageNet's mean and deviation removed."""
-    mean, std = (jnp.array(values, jnp.float32) for values in (specs.IMAGENET_MEAN, specs.IMAGENET_STD))
+def normalise(
+    images: jax.Array, mean: Sequence[float] = specs.IMAGENET_MEAN, std: Sequence[float] = specs.IMAGENET_STD
+) -> jax.Array:
+    """RGB 0..255 (..., 3) of any type -> float32 with mean and deviation, by default ImageNet's, removed."""
+    mean, std = (jnp.array(values, jnp.float32) for values in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 
 
