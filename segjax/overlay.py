@@ -64,7 +64,9 @@ def _legend(classes: Sequence[int], spec: specs.DatasetSpec, width: int, room: i
     column = patch + margin + round(max((font.getlength(name) for name in names), default=0)) + 2 * margin
     columns = max((width - margin) // column, 1)
     rows = -(-max(len(classes), room) // columns)
-    drawn = Image.new("RGB", (width, rows * line + 2 * margin), "white")
+    height = rows * line + 2 * margin
+    # Even, as a video's sides have to be.
+    drawn = Image.new("RGB", (width, height + height % 2), "white")
     draw = ImageDraw.Draw(drawn)
     for place, k in enumerate(classes):
         left, top = margin + place % columns * column, margin + place // columns * line
