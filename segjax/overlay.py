@@ -32,7 +32,7 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
 
 def beside(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, still: bool = True) -> np.ndarray:
     """The image and the colours of its labels, side by side: uint8 (H + legend, at least 2W, 3)."""
-    gap = np.full((len(image), max(image.shape[1] // 100, 4), 3), 255, np.uint8)
+    gap = np.full((len(image), max(image.shape[1] // 200, 2) * 2, 3), 255, np.uint8)
     return _with_legend(np.concatenate([image, gap, colourise(labels, spec)], axis=1), labels, spec, still)
 
 

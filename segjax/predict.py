@@ -396,7 +396,7 @@ class Progress:
         self._bar.update(1)
         if self._bar.disable and now - self._said >= 10:
             total = f"/{self._total}" if self._total else ""
-            console.say(f"{self.count}{total} {self._unit}  {rate}")
+            console.say(f"{self.count}{total} {self._unit}  {rate}".rstrip())
             self._said = now
 
     def say(self, text: str) -> None:

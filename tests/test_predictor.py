@@ -1,5 +1,7 @@
 """Label maps from Python: what the model says of every pixel, for any image, from any checkpoint, in any thread."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -220,6 +222,15 @@ def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkey
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         pixels(**settings)
+
+
+def test_segjax_brings_the_predictor_in_when_it_is_asked_for():
+    code = "import sys, segjax; before = set(sys.modules); segjax.Predictor; print(*{'segjax.predictor'} & before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [] and "Predictor" in segjax.__all__
+    mistyped = "Predicter"
+    with pytest.raises(AttributeError, match=f"no attribute '{mistyped}'"):
+        getattr(segjax, mistyped)
 
 
 def test_windows_step_by_three_quarters_unless_said_otherwise():

@@ -20,7 +20,7 @@ def models(monkeypatch):
     monkeypatch.setattr(predict.runtime, "prepare", lambda: None)
 
 
-def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, rotation=0, codec="libx264rgb"):
+def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb"):
     """A video with these frames; `libx264rgb` keeps every pixel. `times` are in units of the time base."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -116,6 +116,24 @@ def test_odd_sides_get_their_last_pixel_twice_and_it_is_said(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "labels" / "clip.mkv" / "000004.png") as labels:
         assert labels.size == (401, 63)
     assert "H.264 has even sides alone" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_a_video_is_turned_as_its_file_says(matrix, turns, tmp_path):
+    """A telephone's: QuickTime's matrix (a b c d) moves (x, y) to (ax + cy, bx + dy), y downwards."""
+    frames = moving(3, 64, 96)
+    source = film(tmp_path / "clip.mp4", frames)
+    data = bytearray(source.read_bytes())
+    a, b, c, d = (np.array(value * 2**16, ">i4").tobytes() for value in matrix)
+    # Of the track's header: 40 bytes from its name on to the matrix, which has three columns.
+    at = data.index(b"tkhd") + 4 + 40
+    assert data[at : at + 4] == b"\0\1\0\0"
+    data[at : at + 8], data[at + 12 : at + 20] = a + b, c + d
+    source.write_bytes(data)
+    assert run(source, "--output", tmp_path / "out", "--write", "labels") == 0
+    for number, image in enumerate(frames):
+        with Image.open(tmp_path / "out" / "labels" / "clip.mp4" / f"{number:06d}.png") as labels:
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(np.rot90(image, turns)))
 
 
 def test_sound_is_dropped_and_that_is_said(tmp_path, capsys):
