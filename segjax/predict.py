@@ -1,17 +1,19 @@
-"""Predictions for images and videos: label maps, overlays, pictures side by side, probabilities.
+"""Predictions for images and videos: label maps, overlays, probabilities.
 
-    python -m segjax.predict --checkpoint runs/mine photos/ 'more/**/*.jpg' clip.mp4 --output out
+    python -m segjax.predict photos/ 'more/**/*.jpg' clip.mp4 \\
+        --checkpoint runs/mine --output out
 
-Everything is below DIR by kind, in the folders that it had: DIR/labels/trip/a.png is the label map of trip/a.jpg in
-photos/. Images are PNG, JPEG, BMP, TIFF and WebP: turned upright as EXIF says, grey repeated in three channels, alpha
-left out, 16 bits scaled to 8. Videos become H.264 at the times of their frames, without sound.
+Everything is below DIR by kind, in the folders that it had: of trip/a.jpg in
+photos/ the label map is DIR/labels/trip/a.png. Images are PNG, JPEG, BMP, TIFF
+and WebP: turned upright as EXIF says, grey repeated in three channels, alpha
+left out, 16 bits scaled to 8. Videos become H.264 at the times of their frames,
+without sound; an odd side gets its last row or column twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import glob
 import itertools
 import json
@@ -49,9 +51,9 @@ RECORD = "predict.json"
 THREADS = 2  # that read images, and as many that write; each may be one image ahead or behind
 # From here on memory is worth a word: SegFormer's attention takes 4 GiB for as many pixels.
 LARGE = 2**22
+LARGEST_JPEG = 65500  # pixels a side
 MANY_SIZES = 8  # of images, each of which is compiled for
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError)  # of one input; jax's own are RuntimeErrors
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Job(NamedTuple):
@@ -197,12 +199,13 @@ def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec:
 def _jpeg(picture: np.ndarray) -> bytes:
     import cv2
 
+    if max(picture.shape) > LARGEST_JPEG:
+        raise ValueError(
+            f"a picture of {picture.shape[0]}x{picture.shape[1]} is too large for JPEG; take --write labels"
+        )
     # Colours at full resolution: the usual half of it would fray the edges of classes and letters.
     flags = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    written, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)
-    if not written:
-        raise ValueError(f"a picture of {picture.shape[0]}x{picture.shape[1]} is too large for JPEG")
-    return data.tobytes()
+    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
 
 
 class VideoOutputs:
@@ -315,7 +318,7 @@ def _told(failed: Callable, items: Sequence) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
             raise
         for item in items:
             failed(item, error)
@@ -519,7 +522,7 @@ class Run:
             )
 
     def _failed(self, job: Job, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
             raise error
         self.failures.append((job.source, _reason(error)))
 
@@ -571,7 +574,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--pad-multiple", type=int, default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images of a size, or windows, at a time")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="B",
+        help="images of a size, or windows, at a time; a multiple of the devices uses them all",
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what is done")
     options = parser.parse_args(arguments)
     runtime.prepare()
@@ -583,7 +592,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         room = (
             "\n  Make room, and give the command again with --resume"
-            if getattr(error, "errno", None) in NO_ROOM
+            if getattr(error, "errno", None) in video.NO_ROOM
             else ""
         )
         print(console.wrapped(f"segjax.predict: {error}{room}"), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class VideoError(ValueError):
@@ -156,6 +159,6 @@ def _said(av, what):
     try:
         yield
     except av.FFmpegError as error:
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise
         raise VideoError(f"{what() if callable(what) else what} ({error.strerror or error})") from error

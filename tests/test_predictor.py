@@ -137,6 +137,22 @@ def test_one_program_is_compiled_for_each_size_or_for_each_padded_size():
         assert len(PROGRAMS) == len(programs) and set(PROGRAMS) == programs
 
 
+@pytest.mark.parametrize(("size", "multiple"), [((33, 50), 32), ((64, 31), 64), ((7, 9), 32), ((32, 64), 32)])
+def test_what_is_missing_to_a_multiple_is_the_image_mirrored_below_and_to_the_right(size, multiple):
+    model, predict = pixels(context=True, pad_multiple=multiple)
+    image = scene(3, *size)
+
+    def mirrored(length):
+        """Back and forth without repeating the last: 0 1 2 1 0 1 ..."""
+        there_and_back = [*range(length), *range(length - 2, 0, -1)]
+        return [there_and_back[at % len(there_and_back)] for at in range(-(-length // multiple) * multiple)]
+
+    seen = image[mirrored(size[0])][:, mirrored(size[1])]
+    np.testing.assert_array_equal(predict(image), model.labels(seen)[: size[0], : size[1]])
+    expected = softmax(model.scores(seen))[: size[0], : size[1]]
+    np.testing.assert_allclose(predict.probabilities(image), expected, rtol=0, atol=1e-5)
+
+
 def test_groups_of_any_length_share_the_program_of_a_batch():
     model, predict = pixels(batch=3)
     PROGRAMS.clear()
