@@ -517,8 +517,8 @@ class Run:
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
             progress.say(
-                f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 64 makes them few, and "
-                "changes few labels"
+                f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 32 makes them fewer, and "
+                "changes some labels"
             )
 
     def _failed(self, job: Job, error: Exception) -> None:

@@ -148,9 +148,10 @@ class Predictor:
         padded = [self._padded(image) for image in images]
         # A group that is short is filled up, because another number of images would be another program.
         filled = padded + padded[-1:] * (-len(padded) % self.batch if self.protocol.mode == "whole" else 0)
-        outputs = [
-            out for at in range(0, len(filled), self.batch) for out in function(np.stack(filled[at : at + self.batch]))
-        ]
+        groups = [filled[at : at + self.batch] for at in range(0, len(filled), self.batch)]
+        # A single image is not copied: it may be most of the memory.
+        stacks = (group[0][None] if len(group) == 1 else np.stack(group) for group in groups)
+        outputs = [out for stack in stacks for out in function(stack)]
         # Copies: what jax gives cannot be written to, and would keep the whole group.
         return [np.array(out[: image.shape[0], : image.shape[1]]) for image, out in zip(images, outputs, strict=False)]
 
