@@ -156,7 +156,7 @@ def test_what_is_missing_to_a_multiple_is_the_image_mirrored_below_and_to_the_ri
 
 @pytest.mark.slow
 def test_of_three_ways_to_pad_the_mirrored_image_changes_the_fewest_labels(tmp_path):
-    """With the default model after 300 steps, on scenes that it has not seen, of sizes that are exact without padding."""
+    """With the default model after 300 steps, on unseen scenes of multiples of 32, where its levels fit as they are."""
     config = segformer.get_config("b0,streets")
     config.train.steps, config.eval.pictures = 300, 0
     assert loop.train(config, tmp_path) == 0
