@@ -139,20 +139,21 @@ def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str]) -> Job:
 
 def _collisions(jobs: Sequence[Job]) -> list[str]:
     sources = {job.source.resolve(): job.source for job in jobs}
-    owner, problems = {}, []
+    owner, together, overwritten = {}, [], []
     for job in jobs:
-        paths = [path.resolve() for path in job.outputs.values()]
-        if others := {owner[path].source for path in paths if path in owner}:
-            first = next(path for path in job.outputs.values() if path.resolve() in owner)
-            problems.append(
-                f"{', '.join(map(str, sorted(others)))} and {job.source} would both become {first}; "
-                "give the folder that holds both, or predict them by two commands"
-            )
-        problems += [
-            f"{sources[path]}: would be overwritten; take another --output" for path in paths if path in sources
-        ]
-        owner.update(dict.fromkeys(paths, job))
-    return problems
+        for path in job.outputs.values():
+            place = path.resolve()
+            if place in sources:
+                overwritten.append(f"{sources[place]}: would be overwritten; take another --output")
+            if place in owner:
+                together.append(f"{owner[place]} and {job.source} would both become {path}")
+                break
+            owner[place] = job.source
+    if len(together) > 3:
+        together[3:] = [f"and {len(together) - 3} more like this"]
+    if together:
+        together.append("give the folder that holds both, or use a command for each")
+    return together + overwritten
 
 
 # -------------------------------------------------------------------------------------------------- reading and writing
