@@ -345,12 +345,12 @@ def evaluate_checkpoint(
     count, batch = len(records_of(data)), batch or jax.local_device_count()
     console.say(f"model    {model.spec.name}, {model.spec.num_classes} classes")
     console.say(f"data     {spec.name} {split}, {count} images")
-    if not about.get("dataset"):
+    if not trained.named:
         console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
     console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     console.say(f"report   {output}")
     console.say("compiling; each size of image takes its time once ...")
-    inference = Inference(model, protocol, batch=batch)
+    inference = Inference(model, protocol, batch=batch, normalise=trained.normalise)
     # Windows of one image make a batch, or whole images do.
     batch_size = batch if protocol.mode == "whole" else 1
     measured = measure(inference.labels, data, spec, batch_size=batch_size)
@@ -391,9 +391,10 @@ def _load(
 
 
 def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
+    from segjax import console
     from segjax.data.sources import listed
 
-    own, recorded = trained.model.spec.num_classes, trained.about.get("dataset")
+    own, recorded = trained.model.spec.num_classes, trained.named
     of = f" of {recorded['name']}" if recorded else ""
     if own != spec.num_classes:
         raise ValueError(
@@ -404,8 +405,12 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
     if differing := [
         f"{k} is {mine!r}, not {theirs!r}"
         for k, (mine, theirs) in enumerate(zip(names, spec.class_names, strict=True))
-        if mine != theirs
+        if mine.strip().casefold() != theirs.casefold()
     ]:
+        if len(differing) <= own / 4:
+            # Packages spell a few classes in their own ways.
+            console.say(f"  classes that the checkpoint calls otherwise: {listed(differing)}")
+            return
         raise ValueError(
             f"the classes of {path}{of} are not those of {spec.name}: {listed(differing)}; choose the data set "
             "that it was trained on, or one with the same classes in the same order"

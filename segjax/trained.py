@@ -33,6 +33,12 @@ class Trained(NamedTuple):
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
+    @property
+    def named(self) -> Mapping | None:
+        """The record of the data set, where the checkpoint names its classes itself."""
+        record = self.about.get("dataset")
+        return None if not record or record.get("guessed") else record
+
     def normalise(self, images: jax.Array) -> jax.Array:
         """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
         return normalise(images, self.mean, self.std)

@@ -12,6 +12,7 @@ REPO = Path(__file__).parents[1]
 ABOVE = ("segjax.loop", "segjax.console", "segjax.parts", "segjax.runtime", "configs", "train")
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
+    "av",
     "torch",
     "tensorflow",
     "tensorflow_datasets",

@@ -91,6 +91,17 @@ def decode_image(data: bytes) -> np.ndarray | None:
     return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
+def decode_upright(data: bytes) -> np.ndarray | None:
+    """(H, W, 3), RGB, in the file's own depth and turned as its EXIF says; None if it cannot be decoded.
+
+    Grey is repeated, alpha left out, a palette becomes its colours; of several pictures in a file this is the first.
+    """
+    import cv2
+
+    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    return None if bgr is None else np.ascontiguousarray(bgr[..., ::-1])
+
+
 def decode_mask(data: bytes) -> np.ndarray | None:
     """uint8 (H, W), the stored values, of a palette PNG its indices; None if it cannot be decoded."""
     import cv2
@@ -105,6 +116,17 @@ def encode_mask(labels: np.ndarray) -> bytes:
     import cv2
 
     return cv2.imencode(".png", labels)[1].tobytes()
+
+
+def encode_palette(labels: np.ndarray, palette: np.ndarray) -> bytes:
+    """An 8-bit palette PNG of uint8 (H, W): its indices are the labels, its colours the palette's, uint8 (256, 3)."""
+    from PIL import Image
+
+    image = Image.fromarray(labels)
+    image.putpalette(palette.tobytes())
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:

@@ -1,0 +1,164 @@
+"""Frames out of video files and H.264 out of frames, with the times that they have. Needs PyAV, the extra `video`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class VideoError(ValueError):
+    """A video that cannot be read, or PyAV that is not installed."""
+
+
+class Header(NamedTuple):
+    """What a video says before it is decoded.
+
+    Attributes:
+      frames: how many; None where the file does not say.
+      rate: frames per second, the mean where it varies.
+      time_base: unit of the frames' times, seconds.
+    """
+
+    frames: int | None
+    rate: Fraction
+    time_base: Fraction
+    has_sound: bool
+
+
+class Frame(NamedTuple):
+    """uint8 (H, W, 3), turned as the file says; when it is shown and for how long, in units of the time base."""
+
+    image: np.ndarray
+    time: int
+    duration: int
+
+
+def pyav():
+    """The package, or a VideoError that says how to get it."""
+    try:
+        import av
+    except ModuleNotFoundError:
+        raise VideoError("videos need PyAV: pip install 'segjax[video]'") from None
+    return av
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Header, Iterator[Frame]]]:
+    """The header of a video and its frames in the order of their times.
+
+    Raises:
+      VideoError: no video, a damaged one (also from the frames), or one whose frames change their size.
+    """
+    av = pyav()
+    with contextlib.ExitStack() as stack:
+        with _said(av, "cannot be opened as a video"):
+            container = stack.enter_context(av.open(str(path)))
+        if not container.streams.video:
+            raise VideoError("has no picture, only sound or data")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise VideoError("does not say how many frames it has a second")
+        header = Header(
+            stream.frames or None, Fraction(rate), Fraction(stream.time_base), bool(container.streams.audio)
+        )
+        yield header, _frames(av, container, stream, header)
+
+
+def _frames(av, container, stream, header: Header) -> Iterator[Frame]:
+    usual = max(round(1 / (header.rate * header.time_base)), 1)
+    number, expected, size = 0, None, None
+    with _said(av, lambda: f"is damaged at frame {number}"):
+        for frame in container.decode(stream):
+            # In quarter turns, as a telephone stores what it filmed upright.
+            image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+            size = size or image.shape
+            if image.shape != size:
+                raise VideoError(
+                    f"changes from {size[0]}x{size[1]} to {image.shape[0]}x{image.shape[1]} at frame {number}"
+                )
+            time = frame.pts if frame.pts is not None else expected or 0
+            duration = frame.duration or usual
+            expected = time + duration
+            yield Frame(np.ascontiguousarray(image), time, duration)
+            number += 1
+    if not number:
+        raise VideoError("has no frames")
+
+
+class Writer:
+    """An H.264 file in MP4; 4:2:0, BT.709. It is at its place once it is whole, and not before.
+
+    H.264 has even sides alone: an odd one gets the last row or column once more.
+    """
+
+    def __init__(self, path: Path, header: Header):
+        self._path = path
+        self._header = header
+        self._beside = path.with_name(f".{path.name}.part")
+        self._container = self._stream = None
+
+    def write(self, picture: np.ndarray, time: int, duration: int) -> None:
+        """Adds uint8 (H, W, 3); times in units of the header's time base."""
+        av = pyav()
+        height, width = picture.shape[:2]
+        with _said(av, "cannot be encoded"):
+            if self._stream is None:
+                self._open(av, height + height % 2, width + width % 2)
+            padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            # Not left to the encoder: without a word on colours, players take large videos for BT.709 and small ones
+            # for BT.601.
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            )
+            frame.pts, frame.time_base, frame.duration = time, self._header.time_base, duration
+            self._container.mux(self._stream.encode(frame))
+
+    def _open(self, av, height: int, width: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._beside), "w", format="mp4", options={"movflags": "+faststart"})
+        options = {"preset": "veryfast", "crf": "18"}
+        self._stream = self._container.add_stream("libx264", rate=self._header.rate, options=options)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        context = self._stream.codec_context
+        context.time_base = self._header.time_base
+        bt709, studio_range = 1, 1
+        context.colorspace = context.color_primaries = context.color_trc = bt709
+        context.color_range = studio_range
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self._container is not None:
+                with _said(pyav(), "cannot be encoded"):
+                    if kind is None:
+                        self._container.mux(self._stream.encode())
+                    self._container.close()
+                if kind is None:
+                    self._beside.replace(self._path)
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _said(av, what):
+    """Turns PyAV's errors into one VideoError; a full disk and the like stay what they are."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise
+        raise VideoError(f"{what() if callable(what) else what} ({error.strerror or error})") from error
