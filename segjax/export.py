@@ -331,16 +331,23 @@ def export(source: Path, destination: Path, form: Form) -> bool:
     model = rounded(trained.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
     # Before anything is compiled, so that a size that the model does not take is refused at once.
     image = jax.ShapeDtypeStruct((1, *form.size, 3), jnp.float32)
-    logits = jax.eval_shape(lambda image: nnx.merge(*nnx.split(model))(image)[0], image).shape
+    logits = jax.eval_shape(lambda image: model(image)[0], image).shape
     logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, form.dtype)
     logger.info("exporting as %s; large models take minutes", form.format)
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
     try:
         path = folder / destination.name
-        write(path, model, form, about_file(trained, form))
-        if not _is_equal(open_file(path), trained.model, model, form):
-            return False
+        try:
+            write(path, model, form, about_file(trained, form))
+            if not _is_equal(open_file(path), trained.model, model, form):
+                return False
+        except Exception as error:
+            # Neither jax nor torch has one error for a size on which a program depends.
+            if not form.dynamic or isinstance(error, OSError | CheckpointError):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"sizes of this model cannot be left open ({reason}); leave out --dynamic") from error
         for written in sorted(folder.iterdir()):
             os.replace(written, destination.with_name(written.name))
             size = destination.with_name(written.name).stat().st_size
