@@ -71,7 +71,7 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog,
     assert max(map(len, caplog.messages)) <= 80
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if f'"{name}"' in block]
-    code = "import sys\nsys.modules.update(segjax=None, jax=None, parity=None)\n" + example
+    code = "import sys\nsys.modules.update(segjax=None, flax=None, parity=None)\n" + example
     code += "\nprint(tuple(labels.shape), str(labels.dtype).removeprefix('torch.'), names[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "(1, 512, 1024) uint8 road"
