@@ -86,7 +86,7 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (1, 72, 100, 3), dtype=np.uint8)
     labels = opened(path)(images)
     normal = (images - np.array(specs.IMAGENET_MEAN)) / np.array(specs.IMAGENET_STD)
-    logits = torch.from_numpy(logits_of(model, np.moveaxis(normal, -1, 1).astype(np.float32)))
+    logits = torch.tensor(logits_of(model, np.moveaxis(normal, -1, 1).astype(np.float32)))
     scores = torch.nn.functional.interpolate(logits, size=(72, 100), mode="bilinear", align_corners=False).numpy()
     expected = scores[:, 0] > 0 if num_classes == 1 else scores.argmax(axis=1)
     assert labels.dtype == np.uint8 and labels.shape == (1, 72, 100)
