@@ -33,7 +33,8 @@ class Patches(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         _, _, H, W = image.shape
         patches = F.unfold(image, self.patch_size, stride=self.stride, padding=self.patch_size // 2)  # (B, C*k*k, N)
-        return patches.unflatten(2, (math.ceil(H / self.stride), math.ceil(W / self.stride)))
+        # Rounded up in integers, as torch writes it itself: what `torch.export` can leave open.
+        return patches.unflatten(2, ((H + self.stride - 1) // self.stride, (W + self.stride - 1) // self.stride))
 
 
 class ChannelNorm(nn.Module):

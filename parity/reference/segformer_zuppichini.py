@@ -171,7 +171,7 @@ class Decoder(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         projected = [stage(feature) for stage, feature in zip(self.stages, reversed(features), strict=True)]
         sizes = [tuple(p.shape[2:]) for p in projected]
-        if len(set(sizes)) > 1:
+        if any(size != sizes[0] for size in sizes):
             raise ValueError(f"enlarged maps of stages 4 to 1 differ in size, {sizes}: H and W must be multiples of 32")
         return projected
 

@@ -102,13 +102,26 @@ def as_published() -> bool:
     return _AS_PUBLISHED.get()
 
 
+_PLATFORM = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def meant_for(platform: str):
+    """Models called inside take the forms that are fast on `platform` ("cpu", "cuda"), wherever they are traced."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
 def fast_cpu_forms() -> bool:
     """True where XLA's CPU backend will run the computation, for which several layers have a faster form.
 
     Measured on two cores (wall time of the plain form / of the fast one): depthwise 3x3 forward and backward 4 to 184,
     bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
     """
-    return jax.default_backend() == "cpu" and not as_published()
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu" and not as_published()
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:

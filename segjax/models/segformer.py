@@ -192,7 +192,8 @@ class MixTransformer(nnx.Module):
         features = []
         for stage in range(4):
             x = getattr(self, f"patch_embed{stage + 1}")(x)
-            if min(x.shape[1:3]) < self.sr_ratios[stage]:
+            # Side by side: of two sizes left open in an export, neither is known to be the smaller.
+            if any(side < self.sr_ratios[stage] for side in x.shape[1:3]):
                 # A map of stage s has ⌈side / stride⌉ pixels, stride 4, 8, 16, 32.
                 least = max((ratio - 1) * 4 * 2**s + 1 for s, ratio in enumerate(self.sr_ratios))
                 raise ValueError(

@@ -1,0 +1,157 @@
+"""Files of ONNX and `torch.export`: run by onnxruntime and PyTorch, compared with our model."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from parity import compare
+from parity import export as twins
+from parity.subjects import SUBJECTS
+from segjax import checkpoint, export
+from segjax.data import specs
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FORMATS = {"onnx": (twins.write_onnx, twins.open_onnx), "torch": (twins.write_torch, twins.open_torch)}
+
+
+def tiny(label, num_classes=5, seed=0):
+    subject = SUBJECTS[label]
+    model, _ = compare.randomised_pair(
+        subject.name, num_classes=num_classes, seed=seed, dtype=np.float32, **subject.sizes
+    )
+    return model
+
+
+def run(*arguments):
+    return export.main([str(argument) for argument in arguments])
+
+
+def noise(batch, size, seed):
+    """Normalised images (B, 3, H, W)."""
+    return np.random.default_rng(seed).normal(size=(batch, 3, *size)).astype(np.float32)
+
+
+def logits_of(model, images):
+    """Ours, of images (B, 3, H, W): (B, K, h, w)."""
+    return np.moveaxis(np.asarray(compare.compiled(model)(np.moveaxis(images, 1, -1))[0]), -1, 1)
+
+
+@pytest.mark.parametrize("label", SUBJECTS)
+def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
+    model = tiny(label)
+    programs = {}
+    for format, (write, opened) in FORMATS.items():
+        path = tmp_path / f"a{export.SUFFIXES[format]}"
+        write(path, model, export.Form(format, (64, 96), dynamic=True), {})
+        programs[format] = opened(path)
+    for seed, batch in enumerate((1, 3)):
+        images = noise(batch, (97, 65) if model.size_multiple == 1 else (96, 64), seed)
+        ours = logits_of(model, images)
+        for format, program in programs.items():
+            error = compare.relative_error(program(images), ours)
+            within("output", np.float32, error, f"{format} file of {label}")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), about={})
+    name = f"b0{export.SUFFIXES[format]}"
+    options = ("--dynamic", "--with-preprocessing", "--with-argmax")
+    assert run("b0", name, "--format", format, "--size", 64, 80, *options) == 0
+    assert "  in   images  uint8 RGB (batch, height, width, 3)" in caplog.messages
+    assert max(map(len, caplog.messages)) <= 80
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if f'"{name}"' in block]
+    code = "import sys\nsys.modules.update(segjax=None, flax=None, parity=None)\n" + example
+    code += "\nprint(tuple(labels.shape), str(labels.dtype).removeprefix('torch.'), names[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "(1, 512, 1024) uint8 road"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
+    model, path = tiny("hrnet", num_classes), tmp_path / f"a{export.SUFFIXES[format]}"
+    write, opened = FORMATS[format]
+    write(path, model, export.Form(format, (72, 100), preprocessing=True, argmax=True), {})
+    images = np.random.default_rng(1).integers(0, 256, (1, 72, 100, 3), dtype=np.uint8)
+    labels = opened(path)(images)
+    normal = (images - np.array(specs.IMAGENET_MEAN)) / np.array(specs.IMAGENET_STD)
+    logits = torch.tensor(logits_of(model, np.moveaxis(normal, -1, 1).astype(np.float32)))
+    scores = torch.nn.functional.interpolate(logits, size=(72, 100), mode="bilinear", align_corners=False).numpy()
+    expected = scores[:, 0] > 0 if num_classes == 1 else scores.argmax(axis=1)
+    assert labels.dtype == np.uint8 and labels.shape == (1, 72, 100)
+    assert len(np.unique(expected)) > 1 and (labels == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("label", ["segformer", "segnext"])
+def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
+    checkpoint.save_model(tmp_path / "a", tiny(label), about={})
+    path = tmp_path / f"a{export.SUFFIXES[format]}"
+    assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--dtype", dtype) == 0
+    (error,) = re.findall(r"worst relative error of logits (\S+): equal", caplog.text)
+    assert float(error) < 5e-5
+    (share,) = re.findall(r"([\d.]+)% of the labels are those of float32", caplog.text)
+    assert 80 < float(share) <= 100
+    if format == "torch":
+        kinds = {parameter.dtype for parameter in torch.export.load(path).parameters()}
+        assert kinds == {getattr(torch, dtype)}
+    else:
+        wanted = getattr(onnx.TensorProto, dtype.upper())
+        large = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 8192}
+        assert large == {wanted}
+
+
+def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
+    checkpoint.save_model(tmp_path / "a", tiny("segformer", num_classes=19), about={})
+    assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert said["classes"] == list(specs.CITYSCAPES.class_names)
+    assert said["colors"][0] == [128, 64, 128] and said["ignore_label"] == 255
+    assert said["normalisation"]["std"] == [58.395, 57.12, 57.375] and not said["normalisation"]["inside"]
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape, given.type) == ("images", [1, 3, 64, 96], "tensor(float)")
+    assert (made.name, made.shape, made.type) == ("logits", [1, 19, 16, 24], "tensor(float)")
+
+
+def test_sides_left_open_have_names_in_onnx(tmp_path):
+    twins.write_onnx(tmp_path / "a.onnx", tiny("segformer"), export.Form("onnx", (64, 96), dynamic=True), {})
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+
+
+def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path):
+    twins.write_torch(tmp_path / "a.pt2", tiny("simple"), export.Form("torch", (64, 96), dynamic=True), {})
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    with pytest.raises(Exception, match="32"):
+        program(torch.zeros(1, 3, 64, 80))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog, monkeypatch):
+    checkpoint.save_model(tmp_path / "a", tiny("segformer"), about={})
+    other = compare.reference_for(tiny("segformer", seed=1))
+    monkeypatch.setattr(twins, "reference_for", lambda model: other)
+    out = tmp_path / f"a{export.SUFFIXES[format]}"
+    assert run(tmp_path / "a", out, "--format", format, "--size", 64, 96) == 1
+    assert "NOT equal" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    checkpoint.save_model(tmp_path / "a", tiny("segformer"), about={})
+    assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 2
+    assert "--format onnx needs onnxscript: pip install -e '.[export]'" in capsys.readouterr().err
