@@ -16,7 +16,6 @@ from flax import nnx
 from torch import Tensor
 
 from parity.compare import reference_for
-from segjax.data import specs
 from segjax.export import LEAST, Form
 from segjax.families import family_of
 from segjax.models.segnext import evaluation_bases
@@ -38,7 +37,7 @@ class Program(torch.nn.Module):
         stored = getattr(torch, form.dtype)
         for parameter in self.reference.parameters():
             parameter.data = parameter.data.to(stored)
-        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (specs.IMAGENET_MEAN, specs.IMAGENET_STD))
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (form.mean, form.std))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         bases = None

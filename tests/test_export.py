@@ -106,6 +106,18 @@ def lowered_for(platform):
     return jax.jit(forward).lower(jnp.zeros((1, 32, 64, 3))).as_text()
 
 
+def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
+    model, normalisation = tiny_model(1), {"mean": [1.5, 2.5, 3.5], "std": [10.0, 20.0, 40.0]}
+    saved(tmp_path / "a", model, normalisation=normalisation)
+    path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
+    assert run(tmp_path / "a", path, "--format", "stablehlo", *options) == 0
+    assert json.loads(export.beside(path).read_text())["normalisation"].items() >= normalisation.items()
+    images = pictures(1, (32, 64))
+    by_hand = model((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))[0]
+    assert relative_error(export.open_stablehlo(path)(images), np.asarray(by_hand)) < 1e-5
+    assert relative_error(np.asarray(model(normalised(images))[0]), np.asarray(by_hand)) > 0.01
+
+
 def test_a_file_of_one_class_gives_its_mask(tmp_path):
     model = tiny_model(2, num_classes=1)
     form = export.Form("stablehlo", (40, 64), preprocessing=True, argmax=True)
