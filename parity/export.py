@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,11 +143,31 @@ def write_onnx(path: Path, model: nnx.Module, form: Form, about: dict[str, objec
             dynamo=True,
             external_data=False,
             verbose=False,
+            # It would widen the weights once and for all, and keep them so.
+            optimize=form.dtype == "float32",
         )
     proto = program.model_proto
+    _name_sizes(proto, form)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
+
+
+def _name_sizes(proto, form: Form) -> None:
+    """Calls the sizes that are left open what they are, wherever the file has symbols of the exporter's own."""
+    (images,) = proto.graph.input
+    batch, *sides = images.type.tensor_type.shape.dim
+    sides = sides[:2] if form.channels_last else sides[1:]
+    names = {
+        dim.dim_param: name
+        for dim, name in zip((batch, *sides), ("batch", "height", "width"), strict=True)
+        if dim.dim_param
+    }
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            for symbol, name in names.items():
+                if dim.dim_param:
+                    dim.dim_param = re.sub(rf"(?<!\w){re.escape(symbol)}(?!\w)", name, dim.dim_param)
 
 
 def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:

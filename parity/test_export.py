@@ -44,7 +44,10 @@ def logits_of(model, images):
     return np.moveaxis(np.asarray(compare.compiled(model)(np.moveaxis(images, 1, -1))[0]), -1, 1)
 
 
-@pytest.mark.parametrize("label", SUBJECTS)
+# Exporters take half a minute: one family at once.
+@pytest.mark.parametrize(
+    "label", ["segformer", *(pytest.param(label, marks=pytest.mark.slow) for label in SUBJECTS if label != "segformer")]
+)
 def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
     model = tiny(label)
     programs = {}
@@ -95,7 +98,7 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("label", ["segformer", "segnext"])
+@pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
 def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
     checkpoint.save_model(tmp_path / "a", tiny(label), about={})
     path = tmp_path / f"a{export.SUFFIXES[format]}"

@@ -54,7 +54,9 @@ def readme_example(name):
     return block
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "segformer")) for name in FAMILIES]
+)
 def test_a_file_with_open_sizes_equals_the_model_at_another_size(family, tmp_path):
     model, path = tiny_model(3, family), tmp_path / "a.stablehlo"
     form = export.Form("stablehlo", (64, 96), dynamic=True)
