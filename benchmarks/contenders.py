@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
 
@@ -147,7 +149,7 @@ def _our_training(work: Work, model) -> Contender:
     def run():
         nonlocal state
         state, scalars = program(state, batch, key)
-        scalars["loss"].block_until_ready()
+        return scalars["loss"].block_until_ready()
 
     return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
 
@@ -186,22 +188,17 @@ def of_transformers(work: Work) -> Contender:
     import torch
     import transformers
 
-    import segjax
-    from segjax import models
+    from segjax import record
+    from segjax.files import write_file
 
-    sizes = models.settings(work.model)
-    config = transformers.SegformerConfig(
-        num_labels=NUM_CLASSES,
-        hidden_sizes=list(sizes["dims"]),
-        depths=list(sizes["depths"]),
-        decoder_hidden_size=sizes["decoder_dim"],
-        num_attention_heads=list(sizes["num_heads"]),
-        drop_path_rate=0.0,
-        classifier_dropout_prob=0.0,
-    )
-    network = transformers.SegformerForSemanticSegmentation(config).eval()
-    weights = segjax.to_torch(pair(work)[0], dialect="hf")
-    network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        about = record.completed(record.guessed(NUM_CLASSES))
+        write_file(Path(folder) / "model", pair(work)[0], dialect="hf", about=about)
+        network = transformers.SegformerForSemanticSegmentation.from_pretrained(Path(folder) / "model")
+    for module in network.modules():
+        for rate in ("p", "drop_prob"):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
 
     class Logits(torch.nn.Module):
         """What the references give."""

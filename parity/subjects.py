@@ -6,6 +6,8 @@ Sizes keep a test in seconds while every stage, ratio and head count differs fro
 import dataclasses
 import re
 
+import pytest
+
 _MIT = dict(dims=(8, 16, 20, 32), depths=(2, 1, 1, 1))
 _HRNET = dict(width=6, stage1_channels=8, stage_modules=(1, 1, 2, 1), stage_blocks=(2, 1, 1, 2))
 # Batch and (height, width): wide, odd, and not even near a multiple of 32.
@@ -118,3 +120,14 @@ SUBJECTS = {
 }
 # All but the one that differs from another by how it resizes alone.
 FAMILIES = {name: subject for name, subject in SUBJECTS.items() if name != "hrnet, corners"}
+# Compared with the reference at once; the others, which goldens hold to the original code at once, in the slow tier.
+AT_ONCE = ("segformer", "mmseg", "hrnet", "segnext")
+
+
+def each(subjects: dict[str, Subject], at_once: tuple[str, ...] = AT_ONCE):
+    """Parametrises a test by subject."""
+    marked = [
+        pytest.param(subject, id=name, marks=[] if name in at_once else [pytest.mark.slow])
+        for name, subject in subjects.items()
+    ]
+    return pytest.mark.parametrize("subject", marked)

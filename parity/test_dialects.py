@@ -581,6 +581,7 @@ def test_an_encoder_alone_makes_a_model_once_the_number_of_classes_is_given(labe
     assert "left as initialised" in said and "the decoder stays as initialised" in said
 
 
+@pytest.mark.slow
 def test_what_an_encoder_alone_lacks_is_initialised_as_create_does_it():
     model = segjax.from_torch(alone("segformer", "backbone", {}), num_classes=9, decoder_dim=24)
     created = segjax.create("segformer_b0", num_classes=9, **SUBJECTS["segformer"].sizes)

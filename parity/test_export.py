@@ -44,10 +44,9 @@ def logits_of(model, images):
     return np.moveaxis(np.asarray(compare.compiled(model)(np.moveaxis(images, 1, -1))[0]), -1, 1)
 
 
-# Exporters take half a minute: one family at once.
-@pytest.mark.parametrize(
-    "label", ["segformer", *(pytest.param(label, marks=pytest.mark.slow) for label in SUBJECTS if label != "segformer")]
-)
+# The exporters take half a minute.
+@pytest.mark.slow
+@pytest.mark.parametrize("label", SUBJECTS)
 def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
     model = tiny(label)
     programs = {}
@@ -63,6 +62,7 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
             within("output", np.float32, error, f"{format} file of {label}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog,
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("num_classes", [1, 5])
+@pytest.mark.parametrize("num_classes", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
     model, path = tiny("hrnet", num_classes), tmp_path / f"a{export.SUFFIXES[format]}"
     write, opened = FORMATS[format]
@@ -96,7 +96,7 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
     assert len(np.unique(expected)) > 1 and (labels == expected).mean() > 0.999
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
 def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
@@ -129,12 +129,14 @@ def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
     assert (made.name, made.shape, made.type) == ("logits", [1, 19, 16, 24], "tensor(float)")
 
 
+@pytest.mark.slow
 def test_sides_left_open_have_names_in_onnx(tmp_path):
     twins.write_onnx(tmp_path / "a.onnx", tiny("segformer"), export.Form("onnx", (64, 96), dynamic=True), {})
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path):
     twins.write_torch(tmp_path / "a.pt2", tiny("simple"), export.Form("torch", (64, 96), dynamic=True), {})
     program = torch.export.load(tmp_path / "a.pt2").module()

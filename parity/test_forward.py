@@ -10,13 +10,12 @@ from flax import nnx
 import segjax
 from parity import compare, golden, tolerances
 from parity.reference import hrnet, segformer, segformer_mmseg, segformer_plain, segnext
-from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS
+from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS, each
 from segjax.losses import cross_entropy
 from segjax.models import layers
 
 DTYPES = ("float64", "float32")
-FAMILY = pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
-SUBJECT = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+FAMILY, SUBJECT = each(FAMILIES), each(SUBJECTS)
 
 
 def golden_model(file, **overrides):
@@ -76,7 +75,7 @@ def test_every_layer_equals_the_reference_given_the_same_input(subject, float64,
 
 
 @pytest.mark.slow
-@FAMILY
+@pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_layer_equals_the_reference_in_float32(subject, within):
     assert_layers_equal(subject, *subject.inputs[2], "float32", within)
 
@@ -109,7 +108,7 @@ def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, 
         assert_outputs_equal(run, model, reference, batch, size, dtype, within, "narrow")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for subject in SUBJECTS.values() for name in subject.full])
 def test_small_models_at_full_width_equal_the_reference(name, dtype, float64, within):
     assert_full_width_equal(name, dtype, within)
@@ -150,7 +149,7 @@ def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what
         within("output", dtype, compare.relative_error(taps[tap], compare.to_nhwc(theirs)), f"{what}, taps")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @FAMILY
 def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, dtype, float64, within):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=4, dtype=dtype, **subject.sizes)
@@ -228,7 +227,7 @@ def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_ou
     within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), "segformer-pytorch")
 
 
-@FAMILY
+@each(FAMILIES, ("segformer", "segnext"))
 def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject, quick_to_compile):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
     half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from parity import compare, golden
-from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS
+from parity.subjects import AT_ONCE, FAMILIES, NUM_CLASSES, SUBJECTS
 from parity.test_forward import channels_last, golden_model
 from segjax.losses import cross_entropy
 from segjax.state import Skeleton
@@ -78,14 +78,14 @@ def test_gradients_equal_the_original_code(file, float64, within):
         within("gradient", "float64", error, f"golden {file}")
 
 
-# float64 finds mistakes; float32 shows what rounding does, of one family at once and of the others in the slow tier.
-# There too what the goldens hold already: gradients in evaluation.
+# float64 finds mistakes; float32 shows what rounding does, in the slow tier. There too what the goldens hold already:
+# gradients in evaluation, and of SegNeXt, which takes longest to compile.
 CASES = [
     pytest.param(
         subject,
         *case,
         id=f"{name}-{what}",
-        marks=[pytest.mark.slow] if what == "evaluation" or (case[0] == "float32" and name != "segformer") else [],
+        marks=[] if what == "training" and name in AT_ONCE and name != "segnext" else [pytest.mark.slow],
     )
     for name, subject in FAMILIES.items()
     for what, case in (

@@ -370,6 +370,7 @@ def test_dropout_before_the_classifier_drops_whole_channels():
 # --- what other parity tests rely on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_parameter_and_statistic_shows_in_the_output_of_a_randomised_model():
     """Relative to the largest gradient of all; measured 4e-3 or more."""
     model = randomise(SegNeXt(**NARROW).double(), seed=5).eval()

@@ -133,6 +133,7 @@ def test_outputs_features_and_gradients_equal_the_package(settings, size):
     assert_equals_package(settings, images(2, 3, *size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 64), (96, 32)], ids=str)
 def test_outputs_features_and_gradients_equal_the_package_at_default_width(size):
     assert_equals_package(DEFAULT, images(1, 3, *size))

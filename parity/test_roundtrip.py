@@ -159,6 +159,7 @@ def test_half_types_survive_the_command_line(weights, dtype, tmp_path, quick_to_
     assert same_tensors(tmp_path / "d.pth", tensors)
 
 
+@pytest.mark.slow
 def test_float64_survives_the_command_line(weights, tmp_path):
     tensors = of_type(weights, torch.float64)
     torch.save(tensors, tmp_path / "a.pth")

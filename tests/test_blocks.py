@@ -145,7 +145,10 @@ def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
     assert_close((calls, counters), run(layers.PLAIN))
 
 
-@pytest.mark.parametrize("family", ["segformer", "simple", "zuppichini", "ocr", "segnext"])
+@pytest.mark.parametrize(
+    "family",
+    ["segformer", "segnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simple", "zuppichini", "ocr"))],
+)
 def test_a_whole_model_in_training_gives_the_same_as_a_loop_that_is_computed_again(family, float64):
     skeleton, x = Skeleton(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
 

@@ -24,6 +24,7 @@ from segjax.state import Skeleton
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("[!_]*.py") if path.stem != "common")
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 VARIANTS = [(name, variant) for name in NAMES for variant in CONFIGS[name].VARIANTS]
+FIRST = ("b0", "plain_b0", "mmseg_b0", "small", "small_ocr")
 COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in common.DATASETS]
 NORMS = (layers.LayerNorm, layers.BatchNorm, layers.GroupNorm, segformer_simple.LayerNorm)
 # First words of the names of an encoder's parameters; what is left is the head.
@@ -89,7 +90,7 @@ def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(n
 
 
 @pytest.mark.parametrize("name, variant, dataset", COMBINATIONS)
-def test_every_combination_can_be_run_and_builds_its_model(name, variant, dataset, tmp_path):
+def test_every_combination_can_be_run(name, variant, dataset, tmp_path):
     config = get(name, variant, dataset)
     settings.check(config, tmp_path)
     assert config.to_dict() == CONFIGS[name].get_config(f" {dataset} ,{variant}").to_dict()
@@ -97,8 +98,13 @@ def test_every_combination_can_be_run_and_builds_its_model(name, variant, datase
     overrides = settings.model_overrides(config)
     assert set(overrides) <= set(models.settings(config.model.name))
     assert all(0 <= value < 1 for key, value in overrides.items() if key.endswith("rate"))
-    assert model_of(config).spec.name == config.model.name
     assert config.optim.warmup_steps < config.train.steps
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_variant_builds_its_model(name, variant):
+    config = get(name, variant, "cityscapes")
+    assert model_of(config).spec.name == config.model.name
 
 
 def test_every_combination_has_a_folder_of_its_own():
@@ -208,7 +214,11 @@ def test_on_streets_nothing_is_dropped(name, variant):
 # ------------------------------------------------------------------------------------ which parameters it is about
 
 
-@pytest.mark.parametrize("name, variant", VARIANTS)
+# Wider and deeper variants have the same names.
+@pytest.mark.parametrize(
+    "name, variant",
+    [pair if pair[1] in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in VARIANTS],
+)
 def test_what_does_not_decay_is_what_was_published(name, variant):
     for dataset in common.DATASETS:
         config = get(name, variant, dataset)

@@ -23,6 +23,16 @@ DEEP = {
     "segformer": ("backbone.block3.0.mlp.fc2.kernel", "backbone.block3.0.mlp.fc2"),
     "hrnet": ("stage3.0.branches.1.0.conv2.kernel", "stage3.0.branches.1.0.conv2"),
 }
+# Each family at once on one of the two, both on both in the slow tier.
+DEEP_ON_SOME = pytest.mark.parametrize(
+    "family, devices",
+    [
+        ("segformer", None),
+        ("hrnet", 2),
+        pytest.param("segformer", 2, marks=pytest.mark.slow),
+        pytest.param("hrnet", None, marks=pytest.mark.slow),
+    ],
+)
 
 
 def as_it_is(_, batch):
@@ -88,8 +98,7 @@ def scaled(name, factor):
 # -------------------------------------------------------------------------------------------------------- forward pass
 
 
-@pytest.mark.parametrize("devices", [None, 2])
-@pytest.mark.parametrize("family", DEEP)
+@DEEP_ON_SOME
 def test_the_first_layer_that_overflows_is_named(family, devices):
     kernel, layer = DEEP[family]
     found = asked(family, devices=devices, spoil=scaled(kernel, 2e38))
@@ -102,8 +111,7 @@ def test_every_micro_batch_is_looked_at():
     assert found == f"The first output that is not finite is that of {layer}. "
 
 
-@pytest.mark.parametrize("devices", [None, 2])
-@pytest.mark.parametrize("family", DEEP)
+@DEEP_ON_SOME
 def test_a_parameter_or_a_statistic_that_was_spoilt_before_is_named(family, devices):
     kernel, _ = DEEP[family]
 
@@ -149,14 +157,18 @@ def _steep_jvp(primals, tangents):
 
 
 @pytest.mark.parametrize(
-    "family, last, devices", [("segformer", "decode_head.linear_pred", 2), ("hrnet", "last_layer.3", None)]
+    "family, last, devices",
+    [
+        ("segformer", "decode_head.linear_pred", 2),
+        pytest.param("hrnet", "last_layer.3", None, marks=pytest.mark.slow),
+    ],
 )
 def test_where_a_gradient_is_infinite_from_the_loss_on_the_last_layer_is_named(family, last, devices):
     found = asked(family, devices=devices, change=lambda logits: steep(jnp.sum(logits) * 1e-3))
     assert found.startswith(f"{FROM_THE_LOSS_ON} {last}.")
 
 
-@pytest.mark.parametrize("family, devices", [("segformer", None), ("hrnet", 2)])
+@pytest.mark.parametrize("family, devices", [("segformer", None), pytest.param("hrnet", 2, marks=pytest.mark.slow)])
 def test_where_it_becomes_infinite_inside_that_layer_is_named(family, devices, monkeypatch):
     _, layer = DEEP[family]
 

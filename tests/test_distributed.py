@@ -119,6 +119,7 @@ def test_the_first_process_speaks_for_both(of_two):
     assert "mIoU" not in second and "step" not in second
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(of_two, of_one, config_file, tmp_path):
     shutil.copytree(of_two[0] / "checkpoints" / "3", tmp_path / "run" / "checkpoints" / "3")
     shutil.copy(of_two[0] / "metrics.jsonl", tmp_path / "run")
@@ -133,6 +134,7 @@ def test_pmap_in_two_processes_is_jit_in_one(of_one, config_file, tmp_path):
     assert_same_run(tmp_path / "run", of_one)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
     running = started(config_file, tmp_path / "run", 2, "--config.train.steps=100000", "--config.eval.every=0")
     while not (line := running[0].stdout.readline()).startswith("step "):
@@ -145,6 +147,7 @@ def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
     assert f"stopped at step {saved} of 100000" in said
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_other(config_file, tmp_path):
     running = started(config_file, tmp_path / "run", 2, "--config.train.steps=100000", "--config.eval.every=0")
     while not (line := running[0].stdout.readline()).startswith("step "):

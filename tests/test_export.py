@@ -131,7 +131,7 @@ def test_a_file_of_one_class_gives_its_mask(tmp_path):
     assert (labels == (scores > 0)).mean() > 0.999
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_weights_of_16_bits_halve_the_file_and_say_how_many_labels_stay(dtype, tmp_path, caplog):
     model = tiny_model(1, dims=(32, 32, 40, 64), decoder_dim=64)
     saved(tmp_path / "a", model)

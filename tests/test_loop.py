@@ -218,7 +218,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
     assert [record["step"] for record in records_of(tmp_path)] == [2, 4, 6, 6]
 
 
-@pytest.mark.parametrize("family", [pytest.param("ocr", marks=pytest.mark.slow), "segnext"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ocr", "segnext"])
 def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(family, tmp_path, monkeypatch):
     seen = []
 

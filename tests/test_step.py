@@ -123,7 +123,15 @@ def of_plain(kind, devices, accumulate, execution=layers.PLAIN):
     return run(step, state, [make_batch(seed) for seed in (0, 1, 2)], parallel=parallel)
 
 
-@pytest.mark.parametrize("kind, devices, accumulate", [("jit", 1, 4), ("jit", 4, 2), ("pmap", 1, 8), ("pmap", 4, 2)])
+PARTS = [
+    ("jit", 1, 4),
+    ("pmap", 4, 2),
+    pytest.param("jit", 4, 2, marks=pytest.mark.slow),
+    pytest.param("pmap", 1, 8, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind, devices, accumulate", PARTS)
 def test_without_batch_norm_micro_batches_give_what_the_large_batch_gives(kind, devices, accumulate, float64):
     states, scalars = of_plain(kind, devices, accumulate)
     expected_states, expected_scalars = of_plain("jit", 1, 1)

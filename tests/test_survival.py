@@ -208,6 +208,7 @@ def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone,
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_bits(train, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(alone[0], workdir)
