@@ -11,7 +11,8 @@ from segjax import benchmark
 WORK = ("segformer_b0", (64, 96), 2)
 
 
-@pytest.mark.parametrize("mode", ["infer", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["infer", "train"])
 def test_two_are_timed_turn_by_turn_and_compute_the_same(mode, tmp_path, capsys):
     model, size, batch = WORK
     height, width = map(str, size)

@@ -84,7 +84,7 @@ def test_every_protocol_gives_the_probabilities_and_the_confusion_of_pytorch(flo
     assert_protocols_equal("segformer", NUM_CLASSES, PROTOCOLS, 0, within)
 
 
-@pytest.mark.parametrize("family", ["hrnet", "simple"])
+@pytest.mark.parametrize("family", ["hrnet", pytest.param("simple", marks=pytest.mark.slow)])
 def test_protocols_suit_every_kind_of_model(family, float64, within):
     names = ("whole", "slide at scales, mirrored and on multiples")
     assert_protocols_equal(family, NUM_CLASSES, names, 0, within)

@@ -114,7 +114,7 @@ CASES = [
     ("segformer", "adamw", SEGFORMER_PARTS, 1.5, 1),
     ("segformer", "sgd", (r"\.bias$",), 1.4, 2),
     ("hrnet", "sgd", HRNET_ENCODER, 0.0, 1),
-    ("hrnet", "sgd", (r"^(conv|bn)\d\.", r"^layer1\."), 0.0, 2),
+    pytest.param("hrnet", "sgd", (r"^(conv|bn)\d\.", r"^layer1\."), 0.0, 2, marks=pytest.mark.slow),
 ]
 
 
