@@ -82,6 +82,15 @@ def _bias(init: Callable | None, kernel: nnx.Param, *, rngs: nnx.Rngs) -> nnx.Pa
     return nnx.Param(init(rngs.params(), (features,), kernel.dtype, fan_in=math.prod(inner)))
 
 
+@contextlib.contextmanager
+def _holding(variable: contextvars.ContextVar, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 _AS_PUBLISHED = contextvars.ContextVar("as_published", default=False)
 
 
@@ -91,11 +100,8 @@ def published_forms():
 
     What is counted (`segjax.summary`) and what a fast form is compared with.
     """
-    token = _AS_PUBLISHED.set(True)
-    try:
+    with _holding(_AS_PUBLISHED, True):
         yield
-    finally:
-        _AS_PUBLISHED.reset(token)
 
 
 def as_published() -> bool:
@@ -108,11 +114,8 @@ _PLATFORM = contextvars.ContextVar("platform", default=None)
 @contextlib.contextmanager
 def meant_for(platform: str):
     """Models called inside take the forms that are fast on `platform` ("cpu", "cuda"), wherever they are traced."""
-    token = _PLATFORM.set(platform)
-    try:
+    with _holding(_PLATFORM, platform):
         yield
-    finally:
-        _PLATFORM.reset(token)
 
 
 def fast_cpu_forms() -> bool:
@@ -529,11 +532,8 @@ _BLOCK_EXECUTION = contextvars.ContextVar("block_execution", default=PLAIN)
 @contextlib.contextmanager
 def blocks_executed(execution: BlockExecution):
     """Models called inside go through their rows of blocks so."""
-    token = _BLOCK_EXECUTION.set(execution)
-    try:
+    with _holding(_BLOCK_EXECUTION, execution):
         yield
-    finally:
-        _BLOCK_EXECUTION.reset(token)
 
 
 def run_blocks(blocks: Sequence[nnx.Module], x, call: Callable = lambda block, x: block(x)):
