@@ -182,27 +182,35 @@ def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
+def flip(paths):
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
 
 
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def halve(paths):
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def largest_in(folder):
-    return max(files_below(folder), key=lambda path: path.stat().st_size)
+def arrays_in(folder):
+    # All of them: which of these files hold arrays and which an index that a later one replaces differs from save to
+    # save, and so does whether one of them is larger than orbax's own records.
+    return list(folder.glob("ocdbt.process_0/d/*"))
+
+
+def record_in(folder):
+    return max(files_below(folder / "about"), key=lambda path: path.stat().st_size)
 
 
 DAMAGE = {
-    "an array file cut short": lambda folder: halve(largest_in(folder / "weights")),
-    "a bit of the weights flipped": lambda folder: flip(largest_in(folder / "weights")),
-    "a bit of the optimizer flipped": lambda folder: flip(largest_in(folder / "training")),
-    "a bit of the record flipped": lambda folder: flip(largest_in(folder / "about")),
-    "a digit of the record changed": lambda folder: largest_in(folder / "about").write_bytes(
-        largest_in(folder / "about").read_bytes().replace(b"0.75", b"0.95")
+    "an array file cut short": lambda folder: halve(arrays_in(folder / "weights")),
+    "a bit of the weights flipped": lambda folder: flip(arrays_in(folder / "weights")),
+    "a bit of the optimizer flipped": lambda folder: flip(arrays_in(folder / "training")),
+    "a bit of the record flipped": lambda folder: flip([record_in(folder)]),
+    "a digit of the record changed": lambda folder: record_in(folder).write_bytes(
+        record_in(folder).read_bytes().replace(b"0.75", b"0.95")
     ),
     "no record": lambda folder: shutil.rmtree(folder / "about"),
     "no weights": lambda folder: shutil.rmtree(folder / "weights"),
