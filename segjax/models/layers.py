@@ -618,7 +618,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def gelu_plain(x: jax.Array) -> jax.Array:
     """x Φ(x), differentiated by jax."""
-    return jax.nn.gelu(x, approximate=False)
+    return lax.optimization_barrier(jax.nn.gelu(x, approximate=False))
 
 
 @jax.custom_vjp
@@ -653,10 +653,35 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
       float64 inputs (1e-7).
     """
+    B, h, N, _ = query.shape
+    rows = max(1, MOST_SCORES // (B * h * key.shape[2]))
+    if rows >= N or not fast_cpu_forms():
+        return attention_plain(query, key, value)
+    return attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
+
+
+def attention_plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """All scores (B, h, N, M) at once."""
     wide = at_least_float32(query.dtype)
-    scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=wide)  # (B, h, N, M)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(query.dtype)
+    scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    scores = jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)  # (B, h, N, M)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
+
+
+# 64 MiB in float32. An image of 1024x2048 has 1 GiB of them in SegFormer's first stage, whose time is the same in parts
+# of this size; that of its second falls by a fifth.
+MOST_SCORES = 2**24
+
+
+def attention_by_rows(query: jax.Array, key: jax.Array, value: jax.Array, *, rows: int) -> jax.Array:
+    """The same for `rows` queries after another; the backward pass computes the scores again."""
+    B, h, N, D = query.shape
+    parts = -(-N // rows)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, parts * rows - N), (0, 0)))
+    by_part = jnp.moveaxis(padded.reshape(B, h, parts, rows, D), 2, 0)
+    mixed = lax.map(jax.checkpoint(lambda part: attention_plain(part, key, value)), by_part)  # (parts, B, h, rows, D)
+    return jnp.moveaxis(mixed, 0, 2).reshape(B, h, parts * rows, D)[:, :, :N]
 
 
 # ------------------------------------------------------------------------------------------------------------ resize
@@ -696,22 +721,53 @@ def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
     blend of the whole map with itself moved by one, edges repeated: slices and a reshape instead of a gather.
     """
     for axis, factor in zip((1, 2), factors, strict=True):
-        if factor == 1:
-            continue
-        length = x.shape[axis]
-        first = lax.slice_in_dim(x, 0, 1, axis=axis)
-        last = lax.slice_in_dim(x, length - 1, length, axis=axis)
-        before = jnp.concatenate([first, lax.slice_in_dim(x, 0, length - 1, axis=axis)], axis)
-        after = jnp.concatenate([lax.slice_in_dim(x, 1, length, axis=axis), last], axis)
-        phases = []
-        for phase in range(factor):
-            # Position of the output pixel's centre, in input pixels, relative to the centre of input pixel i.
-            offset = (phase + 0.5) / factor - 0.5
-            neighbour, weight = (before, -offset) if offset < 0 else (after, offset)
-            phases.append(x * (1 - weight) + neighbour * weight)
-        shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
-        x = jnp.stack(phases, axis=axis + 1).reshape(shape)
+        if factor > 1:
+            x = _enlarge(x, axis, factor)
     return x
+
+
+def _phases(factor: int) -> list[tuple[int, float]]:
+    """Which neighbour of input pixel i each of its output pixels blends in, -1 or 1, and with what weight."""
+    offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
+    return [(-1 if offset < 0 else 1, abs(offset)) for offset in offsets]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _enlarge(x: jax.Array, axis: int, factor: int) -> jax.Array:
+    """One axis of `resize_by_phases`, with a backward pass that reads the gradient once."""
+    length = x.shape[axis]
+    ends = {-1: lax.slice_in_dim(x, 0, 1, axis=axis), 1: lax.slice_in_dim(x, length - 1, length, axis=axis)}
+    neighbours = {
+        -1: jnp.concatenate([ends[-1], lax.slice_in_dim(x, 0, length - 1, axis=axis)], axis),
+        1: jnp.concatenate([lax.slice_in_dim(x, 1, length, axis=axis), ends[1]], axis),
+    }
+    phases = [x * (1 - weight) + neighbours[side] * weight for side, weight in _phases(factor)]
+    shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
+    return jnp.stack(phases, axis=axis + 1).reshape(shape)
+
+
+def _enlarge_forward(x, axis, factor):
+    return _enlarge(x, axis, factor), None
+
+
+def _enlarge_backward(axis, factor, _, gradient):
+    length = gradient.shape[axis] // factor
+    by_phase = gradient.reshape(*gradient.shape[:axis], length, factor, *gradient.shape[axis + 1 :])
+    parts = [lax.index_in_dim(by_phase, phase, axis + 1, keepdims=False) for phase in range(factor)]
+    weighted = list(zip(parts, _phases(factor), strict=True))
+    own = sum(part * (1 - weight) for part, (_, weight) in weighted)
+    to_side = {side: sum(part * weight for part, (to, weight) in weighted if to == side) for side in (-1, 1)}
+    ends = {
+        -1: lax.slice_in_dim(to_side[-1], 0, 1, axis=axis),
+        1: lax.slice_in_dim(to_side[1], length - 1, length, axis=axis),
+    }
+    # What goes to the neighbour before comes, seen from there, from behind; an end is its own neighbour.
+    from_behind = jnp.concatenate([lax.slice_in_dim(to_side[-1], 1, length, axis=axis), ends[1]], axis)
+    from_before = jnp.concatenate([ends[-1], lax.slice_in_dim(to_side[1], 0, length - 1, axis=axis)], axis)
+    return (own + from_behind + from_before,)
+
+
+_enlarge.defvjp(_enlarge_forward, _enlarge_backward)
 
 
 def _resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
