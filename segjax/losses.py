@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from segjax import banded_loss
 from segjax.data import specs
 from segjax.models import layers
 
@@ -142,7 +143,13 @@ class Criterion:
         Returns:
           Scalar. A term whose count is 0 has loss 0 and gradient 0.
         """
-        logits = layers.resize(logits.astype(layers.at_least_float32(logits.dtype)), labels.shape[1:3])
+        logits = logits.astype(layers.at_least_float32(logits.dtype))
+        counts = counts.astype(logits.dtype)
+        is_cross_entropy = [name for name, _ in self.factors] == ["cross_entropy"] and not self.label_smoothing
+        if is_cross_entropy and banded_loss.pays(logits, labels.shape[1:3]):
+            weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
+            return self.factors[0][1] * _mean(banded_loss.cross_entropy(logits, labels, weights), counts[0])
+        logits = layers.resize(logits, labels.shape[1:3])
         sums = {
             "cross_entropy": self._cross_entropy,
             "ohem": self._ohem,
@@ -150,7 +157,6 @@ class Criterion:
             "focal": self._focal,
             "lovasz": self._lovasz,
         }
-        counts = counts.astype(logits.dtype)
         parts = [
             factor * _mean(sums[name](logits, labels), count)
             for (name, factor), count in zip(self.factors, counts, strict=True)
