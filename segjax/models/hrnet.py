@@ -90,7 +90,7 @@ class Bottleneck(nnx.Module):
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = jax.nn.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return jax.nn.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return layers.once(jax.nn.relu(y + (x if self.downsample is None else self.downsample(x))))
 
 
 class BasicBlock(nnx.Module):
@@ -105,7 +105,7 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.bn1(self.conv1(x)))
-        return jax.nn.relu(self.bn2(self.conv2(y)) + x)
+        return layers.once(jax.nn.relu(self.bn2(self.conv2(y)) + x))
 
 
 def halving(in_channels, out_channels, *, relu, dtype, param_dtype, rngs) -> layers.Sequential:
@@ -143,7 +143,7 @@ class HighResolutionModule(nnx.Module):
                 y = x if exchange is None else exchange(x)
                 y = layers.resize(y, maps[target].shape[1:3], align_corners=self.align_corners)
                 total = y if total is None else total + y
-            fused.append(jax.nn.relu(total))
+            fused.append(layers.once(jax.nn.relu(total)))
         return fused
 
 

@@ -12,8 +12,8 @@ holds them equal. Which form runs is decided in `fast_cpu_forms` alone.
 from __future__ import annotations
 
 import contextlib
-import functools
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -284,6 +284,24 @@ def compiled_apart(function: Callable) -> Callable:
     return call
 
 
+def once(x: jax.Array) -> jax.Array:
+    """The same array, computed once and kept, however many read it, on the way back as well."""
+    return _once(x) if fast_cpu_forms() else x
+
+
+@jax.custom_vjp
+def _once(x):
+    return _unchanged(x)
+
+
+@compiled_apart
+def _unchanged(x):
+    return x
+
+
+_once.defvjp(lambda x: (_unchanged(x), None), lambda _, gradient: (_unchanged(gradient),))
+
+
 @jax.custom_vjp
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Depthwise convolution of stride 1 that keeps the size, as a sum of shifted products.
@@ -366,7 +384,9 @@ class LayerNorm(nnx.Module):
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         normed = centered * lax.rsqrt(variance + self.epsilon)
-        return (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+        return once(
+            (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+        )
 
 
 class BatchNorm(nnx.Module):
@@ -766,7 +786,7 @@ def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
     """
     for axis, factor in zip((1, 2), factors, strict=True):
         if factor > 1:
-            x = enlarge_axis(x, axis, factor)
+            x = once(enlarge_axis(once(x), axis, factor))
     return x
 
 

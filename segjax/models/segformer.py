@@ -131,8 +131,8 @@ class Block(nnx.Module):
         self.drop_path2 = layers.DropPath(drop_path_rate, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = layers.once(x + self.drop_path1(self.attn(self.norm1(x))))
+        return layers.once(x + self.drop_path2(self.mlp(self.norm2(x))))
 
 
 class MixTransformer(nnx.Module):

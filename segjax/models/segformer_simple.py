@@ -146,7 +146,7 @@ def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.
 def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
     """Attention and feed-forward, each around a shortcut."""
     for part in parts:
-        x = part(x) + x
+        x = layers.once(part(x) + x)
     return x
 
 

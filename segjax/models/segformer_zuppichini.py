@@ -104,7 +104,7 @@ class ResidualAdd(nnx.Module):
         self.fn = fn
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fn(x) + x
+        return layers.once(self.fn(x) + x)
 
 
 class EncoderStage(nnx.Module):

@@ -154,8 +154,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         first, second = (scale[...].astype(self.dtype) for scale in (self.layer_scale_1, self.layer_scale_2))
-        x = x + self.drop_path1(first * self.attn(self.norm1(x)))
-        return x + self.drop_path2(second * self.mlp(self.norm2(x)))
+        x = layers.once(x + self.drop_path1(first * self.attn(self.norm1(x))))
+        return layers.once(x + self.drop_path2(second * self.mlp(self.norm2(x))))
 
 
 class MSCAN(nnx.Module):
