@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-NUM_CLASSES = 19
 LR, WEIGHT_DECAY = 6e-5, 0.01
 
 
@@ -28,6 +27,7 @@ class Work(NamedTuple):
     batch: int
     mode: str
     dtype: str = "float32"
+    num_classes: int = 150
     seed: int = 0
 
     def images(self) -> np.ndarray:
@@ -38,7 +38,7 @@ class Work(NamedTuple):
         """Train ids (B, H, W), uint8, in patches, a tenth of them ignored."""
         rng = np.random.default_rng(self.seed + 1)
         height, width = self.size
-        coarse = rng.integers(0, NUM_CLASSES, (self.batch, -(-height // 16), -(-width // 16))).astype(np.uint8)
+        coarse = rng.integers(0, self.num_classes, (self.batch, -(-height // 16), -(-width // 16))).astype(np.uint8)
         coarse[rng.random(coarse.shape) < 0.1] = 255
         return coarse.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
 
@@ -66,7 +66,7 @@ def pair(work: Work):
 
     settings = models.settings(work.model)
     still = {key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in settings}
-    return compare.randomised_pair(work.model, num_classes=NUM_CLASSES, seed=work.seed, dtype="float32", **still)
+    return compare.randomised_pair(work.model, num_classes=work.num_classes, seed=work.seed, dtype="float32", **still)
 
 
 def ours(work: Work) -> Contender:
@@ -81,7 +81,7 @@ def ours(work: Work) -> Contender:
     if work.dtype == "bfloat16":
         overrides = dict(model.spec.overrides)
         model = segjax.from_torch(
-            segjax.to_torch(model), name=work.model, num_classes=NUM_CLASSES, dtype=jnp.bfloat16, **overrides
+            segjax.to_torch(model), name=work.model, num_classes=work.num_classes, dtype=jnp.bfloat16, **overrides
         )
     bases = compare.bases_for(model, work.batch)
     if bases:
@@ -133,7 +133,7 @@ def _our_training(work: Work, model) -> Contender:
         skeleton=skeleton,
         optimizer=optimizer,
         augment=lambda _, batch: (batch["image"], batch["label"]),
-        criterion=losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255),
+        criterion=losses.criterion(config.loss, num_classes=work.num_classes, ignore_label=255),
         aux_weight=config.loss.aux_weight,
     )
     state = TrainState.start(params, batch_stats, optimizer.init(params))
@@ -192,7 +192,7 @@ def of_transformers(work: Work) -> Contender:
     from segjax.files import write_file
 
     with tempfile.TemporaryDirectory() as folder:
-        about = record.completed(record.guessed(NUM_CLASSES))
+        about = record.completed(record.guessed(work.num_classes))
         write_file(Path(folder) / "model", pair(work)[0], dialect="hf", about=about)
         network = transformers.SegformerForSemanticSegmentation.from_pretrained(Path(folder) / "model")
     for module in network.modules():
@@ -220,7 +220,7 @@ def of_segformer_pytorch(work: Work) -> Contender:
 
     import segjax
 
-    network = Segformer(num_classes=NUM_CLASSES).eval()
+    network = Segformer(num_classes=work.num_classes).eval()
     weights = segjax.to_torch(pair(work)[0])
     network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()})
 

@@ -125,7 +125,7 @@ def compare(names: Sequence[str], work: tuple, *, rounds: int, say) -> dict[str,
     Raises:
       BenchmarkError: one cannot be made, or computes something else.
     """
-    model, size, batch, mode, dtype = work
+    model, size, batch, mode, dtype, num_classes = work
     with contextlib.ExitStack() as stack:
         runners = []
         for name in names:
@@ -150,6 +150,7 @@ def compare(names: Sequence[str], work: tuple, *, rounds: int, say) -> dict[str,
         "batch": batch,
         "size": list(size),
         "dtype": dtype,
+        "num_classes": num_classes,
         "rounds": rounds,
         "contenders": [
             {
@@ -159,7 +160,7 @@ def compare(names: Sequence[str], work: tuple, *, rounds: int, say) -> dict[str,
                 "difference": runner.error,
                 "compile_seconds": runner.compile_seconds,
                 "memory_bytes": runner.memory,
-                "flops_per_second": _flops(model, size, batch, mode) / float(np.median(times[runner.name])),
+                "flops_per_second": _flops(model, num_classes, size, batch, mode) / float(np.median(times[runner.name])),
             }
             for runner in runners
         ],
@@ -177,11 +178,11 @@ def _quartiles(values: np.ndarray) -> list[float]:
     return [float(np.percentile(values, share)) for share in (50, 25, 75)]
 
 
-def _flops(model: str, size: tuple[int, int], batch: int, mode: str) -> float:
+def _flops(model: str, num_classes: int, size: tuple[int, int], batch: int, mode: str) -> float:
     """Two for each multiply-add of the published architecture; a training step counts as three forward passes."""
     from segjax import summary
 
-    return 2 * summary.summarise(model, size).total_multiply_adds * batch * (3 if mode == "train" else 1)
+    return 2 * summary.summarise(model, size, num_classes=num_classes).total_multiply_adds * batch * (3 if mode == "train" else 1)
 
 
 def ceilings() -> dict[str, float]:
@@ -214,7 +215,7 @@ def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
     """The lines of one comparison, at most 80 columns."""
     height, width = result["size"]
     what = {"infer": "inference", "train": "training step"}[result["mode"]]
-    yield f"{result['model']}, {what}, {result['batch']}x{height}x{width}, {result['dtype']}"
+    yield f"{result['model']}, {what}, {result['batch']}x{height}x{width}, {result['num_classes']} classes, {result['dtype']}"
     yield f"{'':<20} {'ms':>8} {'quartiles':>15} {'segjax/it':>9} {'start s':>7} {'MiB':>6} {'peak':>5}"
     for row in result["contenders"]:
         middle, low, high = row["milliseconds"]
@@ -263,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mode", choices=["infer", "train"], default="infer")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--num-classes", type=int, default=150, metavar="K", help="150 unless given: ADE20K's")
     parser.add_argument("--against", nargs="+", metavar="NAME", help="who else; all that there are")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each; about half a second each")
     parser.add_argument("--table", action="store_true", help="the models and sizes of the README's table")
@@ -311,7 +313,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         print(f"\n{model}, {mode} ...", flush=True)
         result = compare(
             [OURS, *(rivals(model) if options.table or not options.against else options.against)],
-            (model, size, batch, mode, options.dtype),
+            (model, size, batch, mode, options.dtype, options.num_classes),
             rounds=options.rounds,
             say=lambda text: print(text, flush=True),
         )
