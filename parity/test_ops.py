@@ -78,11 +78,12 @@ def test_the_weight_gradient_of_depthwise_is_the_convolutions_at_every_height(he
     within("gradient", "float64", compare.relative_error(ours, theirs), "depthwise, fast form = plain form")
 
 
-@pytest.mark.parametrize("shape", [(2, 48, 37, 4), (3, 31, 40, 2)])
+# Few pixels show how the sum of eight bands is rounded, many how theirs is.
+@pytest.mark.parametrize("shape", [(1, 8, 3, 64), (2, 48, 37, 4), (3, 31, 40, 2)])
 def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape, float64):
-    # Small whole numbers, of which every product is exact; so are their sums in float32, and rounded once.
+    # Whole numbers, whose products and sums float32 holds exactly: what is left is one rounding, at the end.
     rng = np.random.default_rng(0)
-    x, weights = (rng.integers(0, 4, shape).astype(jnp.bfloat16) for _ in range(2))
+    x, weights = (rng.integers(0, 16, shape).astype(jnp.bfloat16) for _ in range(2))
     kernel = normal(3, 3, 1, shape[-1], seed=1, dtype="float32").astype(jnp.bfloat16)
 
     def gradient(function, dtype):
@@ -346,13 +347,13 @@ def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
 def test_attention_by_rows_never_holds_all_scores():
     arguments = [normal(2, 3, 512, 8, seed=i, dtype="float32") for i in range(3)]
 
-    def scores_held(form):
-        # In bytes, of the largest array of forward and backward pass together.
+    def temporaries(form):
+        # Of forward and backward pass, where all scores are 1.
         gradient = jax.grad(lambda *given: jnp.sum(jnp.sin(form(*given))), argnums=(0, 1, 2))
         return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / (4 * 2 * 3 * 512**2)
 
-    assert scores_held(layers.attention_plain) >= 1
-    assert scores_held(partial(layers.attention_by_rows, rows=32)) < 0.5
+    assert temporaries(layers.attention_plain) >= 1
+    assert temporaries(partial(layers.attention_by_rows, rows=32)) < 0.5
 
 
 def test_initial_weights_have_the_published_spread():
