@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from parity import compare
-from segjax import losses
+from segjax import banded_loss, losses
+from segjax.models import layers
 
 DTYPES = ("float64", "float32")
 IGNORE = 255
@@ -98,6 +99,47 @@ def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
         return torchs(logits[:, 0][labels != IGNORE], truth[labels != IGNORE])
 
     assert_equal("cross_entropy", of_labelled, 1, dtype, within, weights=ours, label_smoothing=smoothing)
+
+
+# (h, w), (factor of each), rows of a band.
+BANDS = [((5, 7), (4, 4), 1), ((6, 5), (8, 8), 3), ((8, 6), (2, 4), 2), ((6, 4), (1, 3), 2), ((4, 9), (3, 1), 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("small, factors, rows", BANDS)
+@pytest.mark.parametrize("classes, weighted", [(2, True), (5, False), (40, True)])
+def test_cross_entropy_in_bands_is_torchs_and_that_of_all_rows_at_once(
+    classes, weighted, small, factors, rows, dtype, float64, within, monkeypatch
+):
+    ours, theirs = weights_of(classes, dtype) if weighted else (None, None)
+    criterion = losses.criterion(
+        SETTINGS | {"cross_entropy": 1.0}, num_classes=classes, ignore_label=IGNORE, class_weights=ours
+    )
+    large = small[0] * factors[0], small[1] * factors[1]
+    logits, labels = draw(rows, small, large, classes, dtype)
+    labels[2] = IGNORE
+    one_row = 3 * factors[0] * large[1] * classes * np.dtype(dtype).itemsize
+    computed = []
+    # Of the CPU, whatever computes it here.
+    with layers.meant_for("cpu"):
+        for band in (rows * one_row, 2**40):
+            monkeypatch.setattr(banded_loss, "BAND", band)
+            assert banded_loss.pays(logits, large) == (band < 2**40)
+            assert banded_loss._rows(logits, large) == (rows if band < 2**40 else small[0])
+            computed.append(
+                jax.jit(lambda x, y: jax.value_and_grad(criterion.total)(x, y, criterion.counts(y)))(logits, labels)
+            )
+    leaf = compare.to_nchw(logits).requires_grad_()
+    enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(enlarged, torch.from_numpy(labels).long(), weight=theirs, ignore_index=IGNORE)
+    (slope,) = torch.autograd.grad(expected, leaf)
+    in_bands, at_once = computed
+    for one, whole, torchs in zip(in_bands, at_once, (expected.detach(), compare.to_nhwc(slope)), strict=True):
+        assert one.dtype == dtype
+        within("loss", dtype, compare.relative_error(one, torchs), "cross_entropy in bands = torch")
+        within("loss", dtype, compare.relative_error(one, whole), "cross_entropy in bands = at once")
+    # An image without labels.
+    assert not np.asarray(in_bands[1])[2].any()
 
 
 # ----------------------------------------------------------------------------------------------------- by the papers

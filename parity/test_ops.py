@@ -1,5 +1,7 @@
 """Every layer against torch's, and every fast form against its plain one, with gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,8 @@ def assert_forms_equal(fast, plain, arguments, dtype, within, what):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel_size", [(3, 3), (5, 5), (1, 7), (21, 1)])
-@pytest.mark.parametrize("shape", [(2, 13, 22, 6), (3, 5, 4, 1)])
+# The weight's gradient is summed over bands of rows first: of a prime number one, of others up to eight.
+@pytest.mark.parametrize("shape", [(2, 13, 22, 6), (3, 5, 4, 1), (2, 24, 7, 3)])
 def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, kernel_size, dtype, float64, within):
     x = normal(*shape, seed=0, dtype=dtype)
     kernel = normal(*kernel_size, 1, shape[-1], seed=1, dtype=dtype)
@@ -62,6 +65,57 @@ def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, ker
         return layers.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
 
     assert_forms_equal(layers.depthwise, plain, (x, kernel), dtype, within, "depthwise, fast form = plain form")
+
+
+@pytest.mark.parametrize("height", [1, 2, 11, 12, 14, 16, 21, 45])
+def test_the_weight_gradient_of_depthwise_is_the_convolutions_at_every_height(height, float64, within):
+    x, kernel = normal(3, height, 5, 2, seed=height, dtype="float64"), normal(3, 3, 1, 2, seed=1, dtype="float64")
+
+    def plain(x, kernel):
+        return layers.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=2)
+
+    ours, theirs = (values_and_gradients(form, x, kernel)[2] for form in (layers.depthwise, plain))
+    within("gradient", "float64", compare.relative_error(ours, theirs), "depthwise, fast form = plain form")
+
+
+# Few pixels show how the sum of eight bands is rounded, many how theirs is.
+@pytest.mark.parametrize("shape", [(1, 8, 3, 64), (2, 48, 37, 4), (3, 31, 40, 2)])
+def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape, float64):
+    # Whole numbers, whose products and sums float32 holds exactly: what is left is one rounding, at the end.
+    rng = np.random.default_rng(0)
+    x, weights = (rng.integers(0, 16, shape).astype(jnp.bfloat16) for _ in range(2))
+    kernel = normal(3, 3, 1, shape[-1], seed=1, dtype="float32").astype(jnp.bfloat16)
+
+    def gradient(function, dtype):
+        run = jax.jit(lambda x, kernel, weights: jax.vjp(lambda k: function(x, k), kernel)[1](weights)[0])
+        return run(*(array.astype(dtype) for array in (x, kernel, weights)))
+
+    def plain(x, kernel):
+        return layers.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=shape[-1])
+
+    ours, exact = gradient(layers.depthwise, jnp.bfloat16), gradient(plain, jnp.float64)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, np.asarray(exact).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+def test_once_changes_no_bit_on_either_way(dtype, float64):
+    x = np.concatenate([normal(997, seed=70, dtype="float64"), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-300]])
+    x, gradient = x.astype(jnp.dtype(dtype)), x[::-1].astype(jnp.dtype(dtype))
+    with layers.meant_for("cpu"):
+        output, backward = jax.vjp(jax.jit(layers.once), x)
+        for found, given in ((output, x), *zip(backward(gradient), (gradient,), strict=True)):
+            assert found.dtype == given.dtype and np.asarray(found).tobytes() == given.tobytes()
+
+
+def test_once_is_nothing_in_published_forms_and_on_a_gpu():
+    x = jnp.ones(3)
+    with layers.meant_for("cpu"):
+        assert layers.once(x) is not x
+        with layers.published_forms():
+            assert layers.once(x) is x
+    with layers.meant_for("cuda"):
+        assert layers.once(x) is x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,10 +156,13 @@ def test_gelu_with_saved_slope_equals_the_plain_one_and_torch(dtype, float64, wi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("factors", [(2, 2), (4, 4), (8, 8), (3, 1), (1, 5)])
-def test_resizing_by_phases_equals_the_plain_form_and_torch(factors, dtype, float64, within):
-    x = normal(2, 5, 7, 3, seed=7, dtype=dtype)
-    size = (5 * factors[0], 7 * factors[1])
+@pytest.mark.parametrize(
+    "old, factors",
+    [((5, 7), (2, 2)), ((5, 7), (4, 4)), ((5, 7), (8, 8)), ((5, 7), (3, 1)), ((5, 7), (1, 5)), ((1, 2), (4, 2))],
+)
+def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype, float64, within):
+    x = normal(2, *old, 3, seed=7, dtype=dtype)
+    size = (old[0] * factors[0], old[1] * factors[1])
     assert_forms_equal(
         lambda x: layers.resize_by_phases(x, factors),
         lambda x: layers.resize_plain(x, size),
@@ -244,6 +301,59 @@ def test_attention_equals_torch(dtype, float64, within):
     ours = layers.attention(*map(jnp.asarray, (query, key, value)))
     theirs = F.scaled_dot_product_attention(*map(torch.from_numpy, (query, key, value)))
     within("output", dtype, compare.relative_error(ours, theirs), "attention = torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+# Of 30 queries: parts of equal length, a last part that is shorter, one row at a time, all in one part.
+@pytest.mark.parametrize("rows, batch, heads", [(10, 2, 5), (7, 3, 2), (29, 2, 3), (1, 2, 2), (30, 3, 1)])
+def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, dtype, float64, within):
+    arguments = [normal(batch, heads, n, 8, seed=60 + i, dtype=dtype) for i, n in enumerate((30, 12, 12))]
+    by_rows = partial(layers.attention_by_rows, rows=rows)
+    what = "attention, fast form = plain form"
+    assert_forms_equal(by_rows, layers.attention_plain, arguments, dtype, within, what)
+    ours = values_and_gradients(by_rows, *arguments)
+    theirs = torch_values_and_gradients(F.scaled_dot_product_attention, *arguments)
+    for kind, one, other in zip(("output", *["gradient"] * 3), ours, theirs, strict=True):
+        within(kind, dtype, compare.relative_error(one, other.detach()), "attention by rows = torch")
+
+
+def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
+    taken = []
+
+    def record(query, key, value, *, rows):
+        taken.append(rows)
+        return by_rows(query, key, value, rows=rows)
+
+    by_rows = layers.attention_by_rows
+    monkeypatch.setattr(layers, "attention_by_rows", record)
+    arguments = [normal(2, 3, n, 4, seed=60 + n, dtype="float32") for n in (31, 5, 5)]
+    with layers.meant_for("cpu"):
+        expected = layers.attention(*arguments)
+        # 30 scores of every row. The 31 rows fit in 3 parts of 12 but are spread over them evenly.
+        for most, rows in ((30 * 12, 11), (30 * 30, 16), (30, 1), (29, 1), (30 * 31, None)):
+            monkeypatch.setattr(layers, "MOST_SCORES", most)
+            found = layers.attention(*arguments)
+            assert taken == ([] if rows is None else [rows]), most
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+            taken.clear()
+        monkeypatch.setattr(layers, "MOST_SCORES", 1)
+        with layers.published_forms():
+            layers.attention(*arguments)
+    with layers.meant_for("cuda"):
+        layers.attention(*arguments)
+    assert not taken
+
+
+def test_attention_by_rows_never_holds_all_scores():
+    arguments = [normal(2, 3, 512, 8, seed=i, dtype="float32") for i in range(3)]
+
+    def temporaries(form):
+        # Of forward and backward pass, where all scores are 1.
+        gradient = jax.grad(lambda *given: jnp.sum(jnp.sin(form(*given))), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / (4 * 2 * 3 * 512**2)
+
+    assert temporaries(layers.attention_plain) >= 1
+    assert temporaries(partial(layers.attention_by_rows, rows=32)) < 0.5
 
 
 def test_initial_weights_have_the_published_spread():

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from segjax import losses
+from segjax import banded_loss, losses
 from segjax.data import specs
 from segjax.losses import cross_entropy as loss_under_test
 from segjax.losses import predictions
+from segjax.models import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -205,13 +206,15 @@ def build(factors, *, classes, ignore=255, weights=None, **settings):
 
 
 @functools.cache
-def compiled(criterion):
+def compiled(criterion, band):
+    """Counts, loss and gradient; a program goes by the `banded_loss.BAND` that it was traced with."""
+    assert band == banded_loss.BAND
     return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
 
 
 def loss_of(criterion, logits, labels, counts=None):
     """Loss and gradient."""
-    counts_of, run = compiled(criterion)
+    counts_of, run = compiled(criterion, banded_loss.BAND)
     return run(logits, labels, counts_of(labels) if counts is None else counts)
 
 
@@ -569,11 +572,7 @@ def test_a_focal_loss_of_exponent_0_is_cross_entropy(float64):
             np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-16)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
-    logits, labels = draw(14, (3, 5), (12, 20), batch=8)
-    labels[0], labels[3, :6] = 255, 255
-    criterion = build(dict.fromkeys(TERMS, 1.0), classes=5, weights=WEIGHTS[5])
+def assert_four_devices_equal_one(kind, criterion, logits, labels):
     loss, gradient = loss_of(criterion, logits, labels)
     if kind == "pmap":
 
@@ -591,6 +590,161 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
         spread, gradients = loss_of(criterion, *jax.device_put((logits, labels), split))
     np.testing.assert_allclose(spread, loss, rtol=1e-13)
     np.testing.assert_allclose(gradients, gradient, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
+    logits, labels = draw(14, (3, 5), (12, 20), batch=8)
+    labels[0], labels[3, :6] = 255, 255
+    criterion = build(dict.fromkeys(TERMS, 1.0), classes=5, weights=WEIGHTS[5])
+    assert_four_devices_equal_one(kind, criterion, logits, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- in bands
+
+
+@pytest.fixture
+def in_bands(monkeypatch):
+    """Bands of one row, where there are bands at all."""
+    monkeypatch.setattr(banded_loss, "BAND", 1)
+
+
+CROSS_ENTROPY = {"cross_entropy": 1.0}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("ignore", [255, 2])
+@pytest.mark.parametrize("small, factors", [((6, 5), (2, 4)), ((6, 1), (3, 1)), ((6, 3), (1, 5)), ((6, 4), (1, 1))])
+def test_in_bands_loss_and_gradient_are_those_of_numpy(small, factors, ignore, rows, float64, monkeypatch):
+    large = small[0] * factors[0], small[1] * factors[1]
+    logits, labels = draw(15 + rows, small, large, ignore=ignore)
+    labels[1] = ignore
+    monkeypatch.setattr(banded_loss, "BAND", rows * 3 * factors[0] * large[1] * 5 * 8)
+    assert banded_loss.pays(logits, large) and banded_loss._rows(logits, large) == rows
+    loss, gradient = loss_of(
+        build({"cross_entropy": 0.5}, classes=5, ignore=ignore, weights=WEIGHTS[5]), logits, labels
+    )
+    np.testing.assert_allclose(
+        loss, 0.5 * cross_entropy_by_hand(logits, labels, ignore, weights=WEIGHTS[5]), rtol=1e-13
+    )
+    of_pixel = np.where(labels == ignore, 0, np.take(WEIGHTS[5], labels, mode="clip"))[..., None]
+    slope = (softmax(enlarged(logits, large)) - np.eye(256)[labels][..., :5]) * of_pixel / of_pixel.sum()
+    np.testing.assert_allclose(gradient, 0.5 * shrunk(slope, small), rtol=0, atol=1e-15)
+    assert not np.asarray(gradient)[1].any() and np.asarray(gradient)[0].any()
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS[3]])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_in_bands_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero(dtype, weights, in_bands):
+    logits, labels = draw(16, (3, 5), (12, 20), classes=3)
+    labels[:] = 255
+    loss, gradient = loss_of(build(CROSS_ENTROPY, classes=3, weights=weights), jnp.asarray(logits, dtype), labels)
+    assert loss.dtype == jnp.float32 and gradient.dtype == dtype
+    assert loss == 0 and not np.asarray(gradient, np.float32).any()
+
+
+def test_in_bands_extreme_logits_neither_overflow_nor_lose_their_gradient(in_bands):
+    # The first image is right everywhere, the second wrong.
+    logits = jnp.broadcast_to(jnp.array([1e4, -1e4, 0.0]), (2, 4, 3, 3))
+    labels = np.zeros((2, 16, 12), np.uint8)
+    labels[1] = 1
+    loss, gradient = loss_of(build(CROSS_ENTROPY, classes=3), logits, labels)
+    assert loss == 1e4
+    np.testing.assert_array_equal(gradient[0], np.zeros((4, 3, 3)))
+    np.testing.assert_allclose(gradient[1], np.broadcast_to([1 / 24, -1 / 24, 0], (4, 3, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 40])
+def test_in_bands_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in_bands):
+    logits, labels = draw(17, (4, 3), (32, 24), classes=classes)
+    logits = np.where(logits > 0, 1e4, -1e4).astype(np.float32)
+    assert banded_loss.pays(logits, (32, 24))
+    loss, gradient = loss_of(build(CROSS_ENTROPY, classes=classes), logits, labels)
+    scores, valid = enlarged(logits, (32, 24)), labels != 255
+    chosen = np.take_along_axis(scores, np.where(valid, labels, 0)[..., None], -1)[..., 0]
+    largest = scores.max(-1)
+    of_pixel = np.log(np.exp(scores - largest[..., None]).sum(-1)) + largest - chosen
+    np.testing.assert_allclose(loss, of_pixel[valid].mean(), rtol=2e-6)
+    slope = (softmax(scores) - np.eye(256)[labels][..., :classes]) * valid[..., None] / valid.sum()
+    expected = shrunk(slope, (4, 3))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_in_bands_narrow_logits_are_widened_before_they_are_enlarged(in_bands):
+    logits, labels = draw(11, (3, 5), (12, 20))
+    narrow, criterion = jnp.asarray(logits, jnp.bfloat16), build(CROSS_ENTROPY, classes=5)
+    (loss, gradient), (expected, slope) = (loss_of(criterion, x, labels) for x in (narrow, narrow.astype(jnp.float32)))
+    assert loss == expected and gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient, slope.astype(jnp.bfloat16))
+
+
+def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu(monkeypatch):
+    logits, size = jnp.zeros((2, 6, 5, 3)), (24, 20)
+    monkeypatch.setattr(banded_loss, "BAND", 1)
+    assert banded_loss.pays(logits, size)
+    for other in ((25, 20), (24, 21), (6, 7), (3, 20), (24, 4)):
+        assert not banded_loss.pays(logits, other), other
+    assert not banded_loss.pays(logits[..., :1], size)
+    assert banded_loss.pays(logits[..., :2], size)
+    with layers.published_forms():
+        assert not banded_loss.pays(logits, size)
+    with layers.meant_for("cuda"):
+        assert not banded_loss.pays(logits, size)
+    # A single row, or all that are there in one band.
+    assert not banded_loss.pays(logits[:, :1], (4, 20))
+    whole = 2 * 24 * 20 * 3 * 4
+    for band, pays in ((whole - 1, True), (whole, False)):
+        monkeypatch.setattr(banded_loss, "BAND", band)
+        assert banded_loss.pays(logits, size) == pays
+
+
+def test_a_band_is_as_many_rows_as_fit_and_divide_the_height(monkeypatch):
+    one_row = 2 * 4 * 20 * 3 * 4
+    for height, fit, rows in ((6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 6, 6), (7, 6, 1), (7, 7, 7), (12, 5, 4)):
+        monkeypatch.setattr(banded_loss, "BAND", fit * one_row)
+        assert banded_loss._rows(jnp.zeros((2, height, 5, 3)), (4 * height, 20)) == rows, (height, fit)
+
+
+NOT_IN_BANDS = [
+    ((12, 20), 5, CROSS_ENTROPY, {"label_smoothing": 0.1}),
+    ((12, 20), 5, {"cross_entropy": 1.0, "dice": 1.0}, {}),
+    ((12, 20), 5, {"focal": 1.0}, {}),
+    ((12, 20), 1, CROSS_ENTROPY, {}),
+    ((13, 20), 5, CROSS_ENTROPY, {}),
+]
+
+
+@pytest.mark.parametrize("large, classes, factors, settings", NOT_IN_BANDS)
+def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, monkeypatch):
+    logits, labels = draw(18, (3, 5), large, classes=classes)
+    logits, criterion = logits.astype(np.float32), build(factors, classes=classes, **settings)
+
+    def traced_now():
+        return jax.jit(lambda x, y: jax.value_and_grad(criterion.total)(x, y, criterion.counts(y)))(logits, labels)
+
+    def refuse(*_):
+        raise AssertionError("computed in bands")
+
+    expected = traced_now()
+    monkeypatch.setattr(banded_loss, "BAND", 1)
+    monkeypatch.setattr(banded_loss, "cross_entropy", refuse)
+    for found, before in zip(traced_now(), expected, strict=True):
+        np.testing.assert_array_equal(found, before)
+    with pytest.raises(AssertionError, match="computed in bands"):
+        build(CROSS_ENTROPY, classes=5).total(jnp.zeros((3, 3, 5, 5)), np.zeros((3, 12, 20), np.uint8), jnp.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_in_bands_four_devices_give_the_loss_and_gradient_of_one(kind, float64, monkeypatch):
+    logits, labels = draw(19, (6, 5), (24, 20), batch=8)
+    labels[0], labels[3, :6] = 255, 255
+    # A band is one row of eight images, or three of the two that a device has under pmap.
+    monkeypatch.setattr(banded_loss, "BAND", 8 * 4 * 20 * 5 * 8)
+    assert [banded_loss._rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
+    criterion = build(CROSS_ENTROPY, classes=5, weights=WEIGHTS[5])
+    assert_four_devices_equal_one(kind, criterion, logits, labels)
+    expected = cross_entropy_by_hand(logits, labels, 255, weights=WEIGHTS[5])
+    np.testing.assert_allclose(loss_of(criterion, logits, labels)[0], expected, rtol=1e-13)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

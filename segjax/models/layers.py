@@ -815,6 +815,8 @@ def _enlarge_forward(x, axis, factor):
 
 
 def enlarge_axis_backward(axis, factor, _, gradient):
+    if factor == 1:
+        return (gradient,)  # the one phase blends nothing with the neighbour before
     length = gradient.shape[axis] // factor
     by_phase = gradient.reshape(*gradient.shape[:axis], length, factor, *gradient.shape[axis + 1 :])
     parts = [lax.index_in_dim(by_phase, phase, axis + 1, keepdims=False) for phase in range(factor)]
