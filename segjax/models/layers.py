@@ -273,7 +273,13 @@ def compiled_apart(function: Callable) -> Callable:
     XLA:CPU fuses a sum of shifted products into each of its readers, and computes it anew in every one: in a training
     step of SegNeXt, 46 products for every tap of a weight's gradient. `lax.optimization_barrier` does not hinder it.
     """
-    compiled = jax.jit(function)
+
+    @jax.jit
+    @functools.wraps(function)
+    def compiled(*arguments):
+        # What it calls in its turn, `jnp.where` for one, belongs to it.
+        with set_xla_metadata(inlineable="true"):
+            return function(*arguments)
 
     @functools.wraps(function)
     def call(*arguments):
