@@ -160,7 +160,8 @@ def compare(names: Sequence[str], work: tuple, *, rounds: int, say) -> dict[str,
                 "difference": runner.error,
                 "compile_seconds": runner.compile_seconds,
                 "memory_bytes": runner.memory,
-                "flops_per_second": _flops(model, num_classes, size, batch, mode) / float(np.median(times[runner.name])),
+                "flops_per_second": _flops(model, num_classes, size, batch, mode)
+                / float(np.median(times[runner.name])),
             }
             for runner in runners
         ],
@@ -182,7 +183,12 @@ def _flops(model: str, num_classes: int, size: tuple[int, int], batch: int, mode
     """Two for each multiply-add of the published architecture; a training step counts as three forward passes."""
     from segjax import summary
 
-    return 2 * summary.summarise(model, size, num_classes=num_classes).total_multiply_adds * batch * (3 if mode == "train" else 1)
+    return (
+        2
+        * summary.summarise(model, size, num_classes=num_classes).total_multiply_adds
+        * batch
+        * (3 if mode == "train" else 1)
+    )
 
 
 def ceilings() -> dict[str, float]:
@@ -215,7 +221,8 @@ def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
     """The lines of one comparison, at most 80 columns."""
     height, width = result["size"]
     what = {"infer": "inference", "train": "training step"}[result["mode"]]
-    yield f"{result['model']}, {what}, {result['batch']}x{height}x{width}, {result['num_classes']} classes, {result['dtype']}"
+    shape = f"{result['batch']}x{height}x{width}, {result['num_classes']} classes"
+    yield f"{result['model']}, {what}, {shape}, {result['dtype']}"
     yield f"{'':<20} {'ms':>8} {'quartiles':>15} {'segjax/it':>9} {'start s':>7} {'MiB':>6} {'peak':>5}"
     for row in result["contenders"]:
         middle, low, high = row["milliseconds"]
