@@ -303,7 +303,15 @@ def _compare_with_result(workdir: Path, summary: Mapping) -> None:
         shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
         # Records of old runs do not say their step.
         same = all(recorded[key] == summary[key] for key in shared if summary[key] is not None)
-        console.say(f"{'exactly' if same else 'NOT'} what {result} says (mIoU {console.score(recorded['mean_iou'])})")
+        score = console.score(recorded["mean_iou"])
+        if same:
+            console.say(f"exactly what {result} says (mIoU {score})")
+            return
+        apart = abs((recorded["mean_iou"] or 0) - (summary["mean_iou"] or 0))
+        console.say(
+            f"NOT what {result} says (mIoU {score}, {apart:.1e} from this one); another device, or another version of "
+            "jax or segjax, rounds otherwise"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- of any checkpoint

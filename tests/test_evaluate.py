@@ -165,7 +165,9 @@ def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
     evaluate._compare_with_result(tmp_path, summary)
-    assert capsys.readouterr().out.startswith("NOT what")
+    printed = capsys.readouterr().out
+    assert printed.startswith("NOT what") and "(mIoU 0.9000, " in printed
+    assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
 
 
 def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(workdir, tmp_path, capsys):
