@@ -26,10 +26,11 @@ from segjax.step import Parallel
 
 def wrapped(text: str) -> str:
     """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
-    return "\n".join(line if line[:1].isspace() else _filled(line) for line in text.splitlines())
+    return "\n".join(line if line[:1].isspace() else filled(line) for line in text.splitlines())
 
 
-def _filled(line: str, *, indent: str = "") -> str:
+def filled(line: str, *, indent: str = "") -> str:
+    """One paragraph in lines of 80 columns."""
     settings = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
 
@@ -45,7 +46,7 @@ def log_said() -> Iterator[None]:
     """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
-    handler.emit = lambda record: say(_filled(record.getMessage(), indent="  "))
+    handler.emit = lambda record: say(filled(record.getMessage(), indent="  "))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -67,7 +68,7 @@ def show_settings(changes: Sequence[str]) -> None:
     say("settings other than the defaults of configs/common.py:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
-    say(_filled(joined, indent="  ").replace("\0", " "))
+    say(filled(joined, indent="  ").replace("\0", " "))
 
 
 def describe(

@@ -151,6 +151,8 @@ def _run(options: argparse.Namespace) -> int:
     if is_folder and options.to == "hf":
         _measure_transformers(model)
     write_file(options.destination, model, dialect=options.to, about=about)
+    if options.destination.suffix == ".pth" and "dataset" in about:
+        logger.info("note: a .pth holds weights alone; .safetensors keeps class names and more")
     folder = "a folder for transformers" if options.to == "hf" else "orbax folder"
     logger.info("wrote %s (%s)", options.destination, folder if is_folder else f"{options.to} names")
     return 0

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -259,39 +260,38 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     source = workdir / "best" if best else workdir
     console.say(f"evaluates {source}, on its own data and as its training does")
 
-    from ml_collections import ConfigDict
-
-    from segjax import checkpoint, parts
+    from segjax import checkpoint
     from segjax.data.augment import normalise
+    from segjax.state import Skeleton
     from segjax.step import Parallel
 
-    weights, about = checkpoint.load_weights(source)
-    if "config" not in about:
+    config = checkpoint.load_record(source).get("config")
+    if not config:
         raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
     folder = output or workdir / ("report-best" if best else "report")
     _refuse_unwritable(folder)
-    config = ConfigDict(about["config"])
-    data = parts.load_data(config)
-    spec, split = data.spec, config.data.eval_split
-    parallel = Parallel("jit")
-    skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=False)
-    arrays = parallel.replicate([{name: weights[name] for name in part} for part in skeleton.arrays()])
+    # Of the settings only what evaluation needs: those of an older run may lack others.
+    model, about = checkpoint.load_model_and_record(source, dtype=jnp.dtype(config["model"]["dtype"]))
+    split, step = config["data"]["eval_split"], about.get("step")
+    data, spec = _load(config["data"]["name"], split, config["data"]["source"], config["data"]["dir"], config)
+    parallel, skeleton = Parallel("jit"), Skeleton(model)
+    arrays = parallel.replicate(skeleton.arrays())
     predict = partial(parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise)), *arrays)
-    count = len(records_of(data.evaluation))
-    console.say(f"evaluating step {about['step']} on {count} images ({split}) ...")
-    measured = measure(predict, data.evaluation, spec, batch_size=config.eval.batch)
+    of = "" if step is None else f"step {step} "
+    console.say(f"evaluating {of}on {len(records_of(data))} images ({split}) ...")
+    measured = measure(predict, data, spec, batch_size=config["eval"]["batch"])
     summary = _finish(
         measured,
-        data.evaluation,
+        data,
         spec,
         folder,
         path=source,
-        step=about["step"],
+        step=step,
         model=about["model"],
         split=split,
         protocol=Protocol(),
     )
-    return summary | {"step": about["step"]}
+    return summary | {"step": step}
 
 
 def _compare_with_result(workdir: Path, summary: Mapping) -> None:
@@ -301,8 +301,17 @@ def _compare_with_result(workdir: Path, summary: Mapping) -> None:
     if result.exists():
         recorded = json.loads(result.read_text())
         shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
-        same = all(recorded[key] == summary[key] for key in shared)
-        console.say(f"{'exactly' if same else 'NOT'} what {result} says (mIoU {console.score(recorded['mean_iou'])})")
+        # Records of old runs do not say their step.
+        same = all(recorded[key] == summary[key] for key in shared if summary[key] is not None)
+        score = console.score(recorded["mean_iou"])
+        if same:
+            console.say(f"exactly what {result} says (mIoU {score})")
+            return
+        apart = abs((recorded["mean_iou"] or 0) - (summary["mean_iou"] or 0))
+        console.say(
+            f"NOT what {result} says (mIoU {score}, {apart:.1e} from this one); another device, or another version of "
+            "jax or segjax, rounds otherwise"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- of any checkpoint
@@ -379,7 +388,8 @@ def _load(
         if config and config["data"]["name"] == "streets":
             drawn = config["data"]
             size, seed = tuple(drawn["size"]), config["seed"]
-            number = drawn["train_images"] if split == "train" else drawn["eval_images"]
+            evaluated = split == drawn["eval_split"] or split != drawn["train_split"]
+            number = drawn["eval_images"] if evaluated else drawn["train_images"]
         console.say(f"drawing {number} street scenes ...")
         return streets.load(split, num_images=number, size=size, seed=seed), specs.STREETS
     from segjax.data import builders

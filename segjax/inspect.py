@@ -63,7 +63,8 @@ def _kind(contents: Contents, about: Mapping) -> str:
     if "config" not in about:
         return f"{contents.origin}, a converted folder"
     reached = f", mIoU {about['mean_iou']:.4f}" if about.get("mean_iou") is not None else ""
-    return f"{contents.origin}, a training of segjax, step {about['step']}{reached}"
+    step = f", step {about['step']}" if "step" in about else ""
+    return f"{contents.origin}, a training of segjax{step}{reached}"
 
 
 def _dtypes(contents: Contents) -> str:
@@ -76,7 +77,8 @@ def _dtypes(contents: Contents) -> str:
 
 
 def _value(value: object) -> str:
-    return str(tuple(value)) if isinstance(value, list) else str(value)
+    # On one line, whatever is wrapped around it.
+    return (str(tuple(value)) if isinstance(value, list) else str(value)).replace(" ", "\0")
 
 
 def _classes(about: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:

@@ -705,7 +705,7 @@ def _report(run: Run, jobs: Sequence[Job], output: Path, seconds: float) -> None
     if run.failures:
         print(f"{len(failed)} of {_counted(len(jobs), 'input')} failed:", file=sys.stderr)
         for path, reason in run.failures:
-            print(f"  {path}: {reason}", file=sys.stderr)
+            print(console.filled(f"{path}: {reason}", indent="  "), file=sys.stderr)
 
 
 if __name__ == "__main__":

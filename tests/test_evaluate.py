@@ -12,7 +12,7 @@ import runs
 from tiny import tiny_model
 
 from configs import common
-from segjax import checkpoint, evaluate, metrics, parts
+from segjax import checkpoint, evaluate, inspect, metrics, parts
 from segjax.data import builders, prepared, specs, streets
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -137,12 +137,37 @@ def test_a_training_is_measured_to_be_exactly_what_it_says(best, workdir, capsys
     assert_fits(printed.replace(str(workdir), "run"))
 
 
+def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, capsys):
+    weights, about = checkpoint.load_weights(workdir)
+    config = {key: value for key, value in about["config"].items() if key not in ("debug", "init", "loss", "optim")}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in ("cache_gb", "resident_gb")}
+    old = {key: about[key] for key in ("model", "dataset")} | {"config": config}
+    checkpoint.save_weights(tmp_path / "checkpoints" / "6", weights, about=old)
+    (tmp_path / "result.json").write_text((workdir / "result.json").read_text())
+    assert call("--workdir", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "exactly what" in printed and "step" not in printed and "drawing 5 street scenes" in printed
+    assert inspect.main([str(tmp_path)]) == 0
+    assert "a training of segjax\n" in capsys.readouterr().out
+
+
+def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
+    monkeypatch.setattr(streets, "load", lambda split, **drawn: (split, drawn["num_images"]))
+    config = checkpoint.load_record(workdir)["config"]
+    of = {split: evaluate._load("streets", split, None, None, config)[0] for split in ("train", "val", "test")}
+    assert of == {"train": ("train", 7), "val": ("val", 5), "test": ("test", 5)}
+    config["data"]["eval_split"] = "train"
+    assert evaluate._load("streets", "train", None, None, config)[0] == ("train", 5)
+
+
 def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     recorded = runs.result_of(workdir)
     summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
     evaluate._compare_with_result(tmp_path, summary)
-    assert capsys.readouterr().out.startswith("NOT what")
+    printed = capsys.readouterr().out
+    assert printed.startswith("NOT what") and "(mIoU 0.9000, " in printed
+    assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
 
 
 def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(workdir, tmp_path, capsys):

@@ -255,6 +255,10 @@ def test_a_folder_is_printed_whole_at_80_columns(tmp_path, capsys):
     lines = inspected(capsys, tmp_path / "b").splitlines()
     assert any("chest of drawers #0633ff" in line for line in lines)
     assert any("a guess" in line for line in lines)
+    # And a setting of several numbers.
+    checkpoint.save_model(tmp_path / "c", tiny_model(1, "hrnet"), about={})
+    lines = inspected(capsys, tmp_path / "c").splitlines()
+    assert len([line for line in lines if "=(1, 1, 1, 1)" in line]) == 2
 
 
 # One of each family, and a key that its package writes and does not read.

@@ -190,6 +190,7 @@ seen.arrow = $("#classes th").map((head) => head.getAttribute("aria-sort"));
 press(6); seen.pixels = column(6);
 press(1); seen.sorted_names = column(1);
 seen.cells = $("#matrix rect.cell").length;
+seen.heights = ["#matrix text", "h2"].map((what) => $(what)[0].getBoundingClientRect().height);
 seen.confused = $("#confused li").map((item) => item.textContent);
 const figure = $("#gallery figure")[0], input = figure.querySelector("input");
 const look = (layer) => getComputedStyle(figure.querySelector("." + layer));
@@ -273,6 +274,11 @@ def test_the_matrix_has_a_cell_for_every_pair_that_occurs_and_names_the_worst(vi
     assert visited["confused"][0].startswith(f"{NAMES[truth]} → {NAMES[guess]}")
     assert float(re.search(r"([\d.]+) %$", visited["confused"][0]).group(1)) == pytest.approx(share, abs=0.06)
     assert len(visited["confused"]) == np.count_nonzero(wrong)
+
+
+def test_the_names_beside_a_small_matrix_are_no_larger_than_a_heading(visited):
+    name, heading = visited["heights"]
+    assert 8 < name < heading
 
 
 def test_the_slider_moves_the_line_that_its_knob_is_at(visited):

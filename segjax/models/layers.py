@@ -757,9 +757,12 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
       float64 inputs (1e-7).
     """
-    B, h, N, _ = query.shape
-    rows = max(1, MOST_SCORES // (B * h * key.shape[2]))
-    if rows >= N or not fast_cpu_forms():
+    (B, h, N, _), M = query.shape, key.shape[2]
+    # Of sizes that an exported program leaves open nobody knows whether the scores are many.
+    if not fast_cpu_forms() or not all(isinstance(size, int) for size in (B, N, M)):
+        return attention_plain(query, key, value)
+    rows = max(1, MOST_SCORES // (B * h * M))
+    if rows >= N:
         return attention_plain(query, key, value)
     return attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
 
