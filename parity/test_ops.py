@@ -156,28 +156,6 @@ def test_gelu_with_saved_slope_equals_the_plain_one_and_torch(dtype, float64, wi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, kernel_size", [((2, 13, 22, 6), (3, 3)), ((3, 4, 7, 5), (5, 5))])
-def test_the_middle_of_a_mix_ffn_at_once_equals_its_steps_and_torch(shape, kernel_size, dtype, float64, within):
-    channels = shape[-1]
-    shapes = (shape, (channels,), (*kernel_size, 1, channels), (channels,))
-    given = [normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes, start=120)]
-    padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-
-    def plain(x, before, kernel, after):
-        convolved = layers.conv_plain(x + before, kernel, stride=1, padding=padding, groups=channels)
-        return layers.gelu_plain(convolved + after)
-
-    what = "Mix-FFN, fast form = plain form"
-    assert_forms_equal(layers.biased_depthwise_gelu, plain, given, dtype, within, what)
-    x, before, kernel, after = given
-    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
-    theirs = F.gelu(
-        F.conv2d(compare.to_nchw(x + before), weight, torch.from_numpy(after), padding=padding, groups=channels)
-    )
-    within("output", dtype, compare.relative_error(layers.biased_depthwise_gelu(*given), compare.to_nhwc(theirs)), what)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "old, factors",
     [((5, 7), (2, 2)), ((5, 7), (4, 4)), ((5, 7), (8, 8)), ((5, 7), (3, 1)), ((5, 7), (1, 5)), ((1, 2), (4, 2))],

@@ -319,11 +319,11 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
       x: (B, H, W, C).
       kernel: (kh, kw, 1, C), both sides odd.
     """
-    return _depthwise(x, kernel)
+    return _sum_of_shifted(x, kernel)
 
 
-def sum_of_shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`depthwise` as XLA may fuse it with what stands around it."""
+@compiled_apart
+def _sum_of_shifted(x, kernel):
     shifted = _shifted(x, kernel.shape[:2])
     total = None
     for i, row in enumerate(shifted):
@@ -331,9 +331,6 @@ def sum_of_shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
             product = moved * kernel[i, j, 0]
             total = product if total is None else total + product
     return total
-
-
-_depthwise = compiled_apart(sum_of_shifted)
 
 
 def _depthwise_forward(x, kernel):
@@ -714,37 +711,6 @@ def _gelu_backward(slope, gradient):
 
 
 gelu_with_saved_slope.defvjp(_gelu_forward, _gelu_backward)
-
-
-def depthwise_gelu(first: Linear | Conv, second: Conv, x: jax.Array) -> jax.Array:
-    """gelu(second(first(x))) in a Mix-FFN: `first` is a linear layer or 1x1 convolution, `second` depthwise."""
-    if not fast_cpu_forms():
-        return gelu(second(first(x)))
-    dtype = first.dtype
-    matrix = first.kernel[...].reshape(first.kernel.shape[-2:])
-    hidden = jnp.matmul(x.astype(dtype), matrix.astype(dtype))
-    return biased_depthwise_gelu(hidden, *(p[...].astype(dtype) for p in (first.bias, second.kernel, second.bias)))
-
-
-@jax.custom_vjp
-def biased_depthwise_gelu(x: jax.Array, before: jax.Array, kernel: jax.Array, after: jax.Array) -> jax.Array:
-    """gelu(depthwise(x + before, kernel) + after), which reads x once where XLA:CPU would write and read three maps.
-
-    With a backward pass to come it is what it says, step by step.
-    """
-    return _biased_depthwise_gelu(x, before, kernel, after)
-
-
-@compiled_apart
-def _biased_depthwise_gelu(x, before, kernel, after):
-    return gelu_plain(sum_of_shifted(x + before, kernel) + after)
-
-
-def _by_steps(x, before, kernel, after):
-    return gelu_with_saved_slope(depthwise(x + before, kernel) + after)
-
-
-biased_depthwise_gelu.defvjp(lambda *given: jax.vjp(_by_steps, *given), lambda backward, gradient: backward(gradient))
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -134,7 +134,7 @@ class Mlp(nnx.Module):
         self.fc2 = layers.Conv(hidden_dim, dim, 1, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(layers.depthwise_gelu(self.fc1, self.dwconv.dwconv, x))
+        return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
 
 
 class Block(nnx.Module):
