@@ -272,6 +272,7 @@ def compiled_apart(function: Callable) -> Callable:
 
     XLA:CPU fuses a sum of shifted products into each of its readers, and computes it anew in every one: in a training
     step of SegNeXt, 46 products for every tap of a weight's gradient. `lax.optimization_barrier` does not hinder it.
+    Two cores, with / without: SegNeXt-T 2x256x256 training 0.54, 1x512x512 inference 0.79.
     """
 
     @jax.jit
@@ -291,7 +292,11 @@ def compiled_apart(function: Callable) -> Callable:
 
 
 def once(x: jax.Array) -> jax.Array:
-    """The same array, computed once and kept, however many read it, on the way back as well."""
+    """The same array, computed once and kept, however many read it, on the way back as well.
+
+    For the ends of blocks: XLA:CPU otherwise computes a chain of shortcuts from its beginning for every reader (two
+    cores, with / without: HRNet-W18 1x512x512 inference 0.53, 2x256x256 training 0.40).
+    """
     return _once(x) if fast_cpu_forms() else x
 
 
