@@ -94,6 +94,7 @@ def ours(work: Work) -> Contender:
 def _our_inference(work: Work, model) -> Contender:
     import jax
 
+    from segjax import runtime
     from segjax.state import Skeleton
 
     skeleton = Skeleton(model)
@@ -104,7 +105,8 @@ def _our_inference(work: Work, model) -> Contender:
         return skeleton.bind(params, batch_stats)(images)[0]
 
     since = time.perf_counter()
-    program = jax.jit(forward).lower(*arrays, images).compile()
+    options = runtime.compiler_options(jax.default_backend())
+    program = jax.jit(forward, compiler_options=options).lower(*arrays, images).compile()
     outcome = np.asarray(program(*arrays, images))
     seconds = time.perf_counter() - since
     return Contender(

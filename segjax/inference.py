@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import losses
+from segjax import losses, runtime
 from segjax.data.augment import normalise
 from segjax.models import layers
 from segjax.state import Skeleton
@@ -156,8 +156,9 @@ class Inference:
         self._parallel = Parallel("jit")
         skeleton = Skeleton(model)
         self._arrays = self._parallel.replicate(skeleton.arrays())
-        self._labels = jax.jit(partial(predict_labels, skeleton, normalise=normalise))
-        self._score = jax.jit(partial(score, skeleton, normalise=normalise))
+        options = runtime.compiler_options(self._parallel.devices[0].platform)
+        self._labels = jax.jit(partial(predict_labels, skeleton, normalise=normalise), compiler_options=options)
+        self._score = jax.jit(partial(score, skeleton, normalise=normalise), compiler_options=options)
         self._num_classes = skeleton.spec.num_classes
 
     def labels(self, images: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from segjax import losses, optim
+from segjax import losses, optim, runtime
 from segjax.models import layers
 from segjax.state import Skeleton, TrainState
 
@@ -173,6 +173,7 @@ class Parallel:
             mesh = mesh.local_mesh
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.split = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._compiler_options = runtime.compiler_options(self.devices[0].platform)
 
     @property
     def axis_name(self) -> str | None:
@@ -232,7 +233,7 @@ class Parallel:
     def compile_train(self, body: Callable) -> Callable:
         """`body(state, batch, key, axis_name=...)` over all devices; the state given to it is used up."""
         if self.kind == "jit":
-            return jax.jit(body, donate_argnums=0, out_shardings=self.whole)
+            return jax.jit(body, donate_argnums=0, out_shardings=self.whole, compiler_options=self._compiler_options)
         return jax.pmap(
             partial(body, axis_name=AXIS),
             axis_name=AXIS,
@@ -247,7 +248,7 @@ class Parallel:
         The devices are those of this process alone: each evaluates by itself.
         """
         if self.kind == "jit":
-            compiled = jax.jit(body, out_shardings=self.split)
+            compiled = jax.jit(body, out_shardings=self.split, compiler_options=self._compiler_options)
             # Of several processes, jit would take the images for those of all.
             return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
         mapped = jax.pmap(body, axis_name=AXIS, devices=self.devices)

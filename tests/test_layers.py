@@ -63,7 +63,7 @@ def test_depthwise_is_called_forward_and_for_both_gradients(kernel_size):
 
 
 def test_gelu_is_called_where_it_has_several_readers():
-    called = calls(read_twice(layers.gelu_with_saved_slope), normal(3, 5, seed=4))
+    called = calls(read_twice(layers.gelu_by_slope), normal(3, 5, seed=4))
     assert ["_gelu_alone" in name for name in called] == [True]
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers
+from segjax.models import layers, rows
 
 # Width of the branch with the highest resolution; the others have 2, 4 and 8 times as many channels.
 VARIANTS = {"w18": dict(width=18), "w32": dict(width=32), "w48": dict(width=48)}
@@ -272,5 +272,13 @@ class HRNet(HighResolutionNet):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         maps = self.branches(images)
         convolution, norm, relu, classifier = self.last_layer
-        fused = layers.conv1x1_of_resized(convolution, maps, self.enlarge_to(maps[0].shape[1:3]))
-        return layers.classify(classifier, relu(norm(fused))), layers.feature_taps(maps)
+        logits = rows.decode(
+            maps,
+            convolution,
+            lambda fused: relu(norm(fused)),
+            classifier,
+            placing="aligned" if self.align_corners else "half",
+            training=not norm.use_running_average,
+            fused=lambda: layers.conv1x1_of_resized(convolution, maps, self.enlarge_to(maps[0].shape[1:3])),
+        )
+        return logits, layers.feature_taps(maps)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.models import layers
+from segjax.models import layers, rows
 
 # Widths C1..C4, blocks per stage and decoder width C of table 6. B0 is the smallest, B5 the largest.
 VARIANTS = {
@@ -92,7 +92,7 @@ class Mlp(nnx.Module):
         self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
+        return rows.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x)
 
 
 class Block(nnx.Module):
@@ -226,11 +226,11 @@ class ConvModule(nnx.Module):
 
 
 class MLPDecoder(nnx.Module):
-    """The decoder up to its fusion (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused.
+    """The decoder (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused, classified.
 
     What follows the fusing convolution is each form's own: `SegFormerHead` here, `PlainHead` in `segformer_plain.py`.
-    A form has `make_fuse`, which sets the fusing layers under the names that its checkpoints give them, and `fusion`,
-    the 1x1 convolution among them.
+    A form has `make_fuse`, which sets the fusing layers under the names that its checkpoints give them, `fusion`, the
+    1x1 convolution among them, and `finish(fused)`, what follows it in front of dropout and classifier.
     """
 
     # Published code initialises the decoder's projections and classifier no further than torch does.
@@ -245,6 +245,18 @@ class MLPDecoder(nnx.Module):
         self.make_fuse(4 * decoder_dim, decoder_dim, **kinds)
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
+
+    def __call__(self, features: list[jax.Array]) -> jax.Array:
+        return rows.decode(
+            features[::-1],
+            self.fusion(),
+            lambda fused: self.dropout(self.finish(fused)),
+            self.linear_pred,
+            placing="half",
+            training=not self.dropout.deterministic,
+            fused=lambda: self.fuse_levels(features),
+            projections=self.levels(),
+        )
 
     def levels(self) -> list[layers.Linear]:
         """The four projections in the order in which their outputs are concatenated: deepest level first."""
@@ -274,9 +286,8 @@ class SegFormerHead(MLPDecoder):
     def fusion(self) -> layers.Conv:
         return self.linear_fuse.conv
 
-    def __call__(self, features: list[jax.Array]) -> jax.Array:
-        fused = jax.nn.relu(self.linear_fuse.bn(self.fuse_levels(features)))
-        return layers.classify(self.linear_pred, self.dropout(fused))
+    def finish(self, fused: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.linear_fuse.bn(fused))
 
 
 class SegFormer(nnx.Module):

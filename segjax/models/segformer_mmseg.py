@@ -17,7 +17,7 @@ import types
 import jax
 from flax import nnx
 
-from segjax.models import layers, segformer
+from segjax.models import layers, rows, segformer
 
 # Sizes of the paper's table 6; the decoder is 256 wide in every published configuration.
 VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, sizes in segformer.VARIANTS.items()}
@@ -51,9 +51,16 @@ class MMSegHead(nnx.Module):
 
     def __call__(self, features: list[jax.Array]) -> jax.Array:
         projected = [conv(x) for conv, x in zip(self.convs, features, strict=True)]
-        size = features[0].shape[1:3]
-        fused = layers.conv1x1_of_resized(self.fusion_conv.conv, projected, lambda x: layers.resize(x, size))
-        return layers.classify(self.conv_seg, self.dropout(self.fusion_conv.activate(fused)))
+        size, fuse = features[0].shape[1:3], self.fusion_conv.conv
+        return rows.decode(
+            projected,
+            fuse,
+            lambda fused: self.dropout(self.fusion_conv.activate(fused)),
+            self.conv_seg,
+            placing="half",
+            training=not self.dropout.deterministic,
+            fused=lambda: layers.conv1x1_of_resized(fuse, projected, lambda x: layers.resize(x, size)),
+        )
 
 
 class SegFormerMMSeg(segformer.SegFormer):

@@ -47,11 +47,8 @@ class PlainHead(MLPDecoder):
     def fusion(self) -> layers.Conv:
         return self.linear_fuse
 
-    def __call__(self, features: list[jax.Array]) -> jax.Array:
-        fused = self.fuse_levels(features)
-        if self.linear_fuse_bn is not None:
-            fused = self.linear_fuse_bn(fused)
-        return layers.classify(self.linear_pred, self.dropout(fused))
+    def finish(self, fused: jax.Array) -> jax.Array:
+        return fused if self.linear_fuse_bn is None else self.linear_fuse_bn(fused)
 
 
 class SegFormerPlain(segformer.SegFormer):

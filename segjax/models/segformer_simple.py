@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers
+from segjax.models import layers, rows
 
 VARIANTS = {
     "": dict(
@@ -112,7 +112,9 @@ class MixFeedForward(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net(x)
+        first, middle, _, last = self.net
+        depthwise, pointwise = middle.net
+        return rows.feed_forward(first, depthwise, last, x, pointwise=pointwise)
 
 
 class Unfold(nnx.Module):
@@ -236,7 +238,17 @@ class SegFormerSimple(nnx.Module):
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.mit(images.astype(self.dtype))
         fuse, classifier = self.to_segmentation
-        return layers.classify(classifier, self.fuse_levels(features, fuse)), layers.feature_taps(features)
+        logits = rows.decode(
+            features,
+            fuse,
+            lambda fused: fused,
+            classifier,
+            placing="nearest",
+            training=False,
+            fused=lambda: self.fuse_levels(features, fuse),
+            projections=[level[0] for level in self.to_fused],
+        )
+        return logits, layers.feature_taps(features)
 
     def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
         """Project, enlarge to 1/4, concatenate from the largest map on, 1x1 convolution. -> (B, H/4, W/4, C)."""

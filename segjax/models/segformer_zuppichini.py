@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.models import layers
+from segjax.models import layers, rows
 
 VARIANTS = {
     "": dict(
@@ -84,17 +84,23 @@ class EfficientMultiHeadAttention(nnx.Module):
         return self.att(x.reshape(B, H * W, C), reduced).reshape(B, H, W, C)
 
 
-def mix_mlp(dim, hidden_dim, *, dtype, param_dtype, rngs) -> layers.Sequential:
-    """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
-    return layers.Sequential(
-        [
-            layers.Conv(dim, dim, 1, **kinds),
-            layers.Conv(dim, hidden_dim, 3, padding=1, groups=dim, **kinds),
-            layers.GELU(),
-            layers.Conv(hidden_dim, dim, 1, **kinds),
-        ]
-    )
+class MixMLP(layers.Sequential):
+    """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
+        super().__init__(
+            [
+                layers.Conv(dim, dim, 1, **kinds),
+                layers.Conv(dim, hidden_dim, 3, padding=1, groups=dim, **kinds),
+                layers.GELU(),
+                layers.Conv(hidden_dim, dim, 1, **kinds),
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, depthwise, _, last = self
+        return rows.feed_forward(first, depthwise, last, x)
 
 
 class ResidualAdd(nnx.Module):
@@ -134,7 +140,7 @@ class EncoderStage(nnx.Module):
         blocks = []
         for rate in drop_path_rates:
             attention = EfficientMultiHeadAttention(dim, num_heads=num_heads, sr_ratio=sr_ratio, rngs=rngs, **kinds)
-            mlp = mix_mlp(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
+            mlp = MixMLP(dim, round(dim * mlp_ratio), rngs=rngs, **kinds)
             attend = [layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds), attention]
             feed = [
                 layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds),
@@ -280,8 +286,17 @@ class SegFormerZuppichini(nnx.Module):
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.encoder(images.astype(self.dtype))
         convolution, relu, norm = self.head.fuse
-        fused = norm(relu(self.fuse_levels(features, convolution)))
-        return layers.classify(self.head.predict, fused), layers.feature_taps(features)
+        logits = rows.decode(
+            features[::-1],
+            convolution,
+            lambda fused: norm(relu(fused)),
+            self.head.predict,
+            placing="aligned",
+            training=not norm.use_running_average,
+            fused=lambda: self.fuse_levels(features, convolution),
+            projections=[stage[1] for stage in self.decoder.stages],
+        )
+        return logits, layers.feature_taps(features)
 
     def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
         """Enlarge to 1/4, project, concatenate from the deepest level on, 1x1 convolution. -> (B, H/4, W/4, C)."""
