@@ -257,8 +257,8 @@ def compare(
         rows.append(
             {
                 "name": name,
-                "milliseconds": _quartiles(1e3 * np.array(times[name])),
-                "ours_over_theirs": _quartiles(ours / np.array(times[name])),
+                "milliseconds": quartiles(1e3 * np.array(times[name])),
+                "ours_over_theirs": quartiles(ours / np.array(times[name])),
                 "difference": made[name].error,
                 "compile_seconds": made[name].compile_seconds,
                 "memory_bytes": made[name].memory,
@@ -326,7 +326,7 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-def _quartiles(values: np.ndarray) -> list[float]:
+def quartiles(values: np.ndarray) -> list[float]:
     """Median, lower and upper quartile."""
     return [float(np.percentile(values, share)) for share in (50, 25, 75)]
 
@@ -472,7 +472,7 @@ def markdown(record: Mapping) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def _machine(device: str) -> dict[str, object]:
+def machine(device: str) -> dict[str, object]:
     versions = {}
     for name in ("jax", "jaxlib", "flax", "torch", "transformers", "segformer-pytorch"):
         with contextlib.suppress(PackageNotFoundError):
@@ -591,7 +591,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             record = {
                 "date": datetime.date.today().isoformat(),
                 "command": "python -m segjax.benchmark " + " ".join(command),
-                **_machine(ceiling["device"]),
+                **machine(ceiling["device"]),
                 "float32_products": FLOAT32_PRODUCTS,
                 "ceilings": ceiling,
                 "results": results,
