@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -47,16 +47,46 @@ class Contender(NamedTuple):
     """A step that is ready to be timed.
 
     Attributes:
-      run: does one step and waits for its end.
+      run: does so many steps (one unless told) and waits for their end: on a CPU for that of each, on a GPU for that of
+        the last, as a training run or a queue of images does. Gives what the last one gave.
       outcome: of the first step: logits (B, h, w, K), or the loss.
       compile_seconds: how long it took to make ready, the first step included.
-      memory: bytes that a step takes beside weights and input, where the device tells; else None.
+      memory: bytes that a step takes beside weights, the optimizer's moments and input, where the device tells; else
+        None.
     """
 
-    run: Callable[[], object]
+    run: Callable[..., object]
     outcome: np.ndarray
     compile_seconds: float
     memory: int | None
+
+
+# What products of float32 are made of, on both sides alike; recorded with the times.
+FLOAT32_PRODUCTS = "float32, never TF32"
+
+
+def same_precision(work: Work) -> None:
+    """Both sides multiply float32 as float32: on an NVIDIA GPU either would round to TF32 somewhere, unless told."""
+    import jax
+    import torch
+
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if work.dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def repeated(step: Callable[[], object], wait: Callable[[object], object], *, each: bool) -> Callable[..., object]:
+    """`Contender.run`: `wait` is given what a step gave, after each one or after the last."""
+
+    def run(steps: int = 1):
+        for number in range(1, steps + 1):
+            given = step()
+            if each or number == steps:
+                wait(given)
+        return given
+
+    return run
 
 
 def pair(work: Work):
@@ -109,15 +139,16 @@ def _our_inference(work: Work, model) -> Contender:
     program = jax.jit(forward, compiler_options=options).lower(*arrays, images).compile()
     outcome = np.asarray(program(*arrays, images))
     seconds = time.perf_counter() - since
-    return Contender(
-        lambda: program(*arrays, images).block_until_ready(),
-        outcome,
-        seconds,
-        program.memory_analysis().temp_size_in_bytes,
-    )
+    run = repeated(lambda: program(*arrays, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
+    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
 
 
-def _our_training(work: Work, model) -> Contender:
+def training(work: Work, model):
+    """A step of training as `train.py` compiles it, and what it is called with.
+
+    Returns:
+      step, and a function that compiles it; state, batch, key.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -141,18 +172,25 @@ def _our_training(work: Work, model) -> Contender:
     state = TrainState.start(params, batch_stats, optimizer.init(params))
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
     batch = {"image": work.images(), "label": work.labels(), "position": np.arange(work.batch, dtype=np.int32)}
-    batch, key = jax.device_put(batch), jax.random.key(0)
+    return step, parallel.compile_train, state, jax.device_put(batch), jax.random.key(0)
+
+
+def _our_training(work: Work, model) -> Contender:
+    import jax
+
+    step, compile_train, state, batch, key = training(work, model)
     since = time.perf_counter()
-    program = parallel.compile_train(step).lower(state, batch, key).compile()
+    program = compile_train(step).lower(state, batch, key).compile()
     state, scalars = program(state, batch, key)
     outcome = np.asarray(scalars["loss"])
     seconds = time.perf_counter() - since
 
-    def run():
+    def train():
         nonlocal state
         state, scalars = program(state, batch, key)
-        return scalars["loss"].block_until_ready()
+        return scalars["loss"]
 
+    run = repeated(train, jax.block_until_ready, each=jax.default_backend() == "cpu")
     return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
 
 
@@ -168,7 +206,12 @@ def torch_channels_last(work: Work) -> Contender:
 
 
 def torch_compile(work: Work) -> Contender:
-    return _torch(work, pair(work)[1], compiled=True)
+    return _torch(work, pair(work)[1], compiled="default")
+
+
+def torch_compile_max_autotune(work: Work) -> Contender:
+    """With kernels chosen by timing them, and on a GPU replayed as CUDA graphs."""
+    return _torch(work, pair(work)[1], compiled="max-autotune")
 
 
 def torch_sdpa(work: Work) -> Contender:
@@ -182,7 +225,7 @@ def torch_fused(work: Work) -> Contender:
 
 
 def torch_fused_compile(work: Work) -> Contender:
-    return _torch(work, _with_fused_decoder(_with_sdpa(pair(work)[1])), compiled=True)
+    return _torch(work, _with_fused_decoder(_with_sdpa(pair(work)[1])), compiled="default")
 
 
 def of_transformers(work: Work) -> Contender:
@@ -239,13 +282,21 @@ def of_segformer_pytorch(work: Work) -> Contender:
     return _torch(work, Logits().eval())
 
 
-def _torch(work: Work, network, *, channels_last: bool = False, compiled: bool = False) -> Contender:
+def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | None = None) -> Contender:
+    """A step of a torch module (images NCHW -> logits NCHW, taps).
+
+    Args:
+      compiled: the mode of `torch.compile`, if at all.
+    """
     import torch
     import torch.nn.functional as F
 
     from parity import compare
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    # XLA too chooses its convolutions by timing them.
+    torch.backends.cudnn.benchmark = True
     images = compare.to_nchw(work.images()).to(device)
     labels = torch.from_numpy(work.labels()).long().to(device)
     network.to(device).train(work.mode == "train")
@@ -254,27 +305,26 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: bool =
         images = images.to(memory_format=torch.channels_last)
     extra = [torch.from_numpy(array).to(device) for array in compare.bases_for(pair(work)[0], work.batch)]
     half = torch.autocast(device.type, torch.bfloat16, enabled=work.dtype == "bfloat16")
-    forward = torch.compile(network) if compiled else network
+    forward = torch.compile(network, mode=compiled) if compiled else network
 
     def loss_of(logits):
         enlarged = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
         return F.cross_entropy(enlarged, labels, ignore_index=255)
 
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     def infer():
+        if compiled:
+            # What the last step gave, a CUDA graph may write over.
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.inference_mode(), half:
-            logits = forward(images, *extra)[0]
-        wait()
-        return compare.to_nhwc(logits.float().cpu())
+            return forward(images, *extra)[0]
 
+    optimizer = None
     if work.mode == "train":
-        settings = dict(lr=LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-        optimizer = torch.optim.AdamW(network.parameters(), **settings)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
 
     def train():
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         with half:
             logits, taps = forward(images, *extra)
         loss = loss_of(logits)
@@ -283,20 +333,27 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: bool =
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        wait()
-        return np.asarray(loss.item(), np.float32)
+        return loss.detach()
 
-    def run():
-        # As `infer`, but that its result stays where it is.
-        with torch.inference_mode(), half:
-            forward(images, *extra)
-        wait()
+    def wait(_):
+        if on_gpu:
+            torch.cuda.synchronize()
 
+    run = repeated(train if work.mode == "train" else infer, wait, each=not on_gpu)
     since = time.perf_counter()
-    outcome = train() if work.mode == "train" else infer()
+    first = run()
+    outcome = first.cpu().numpy() if work.mode == "train" else compare.to_nhwc(first.float().cpu())
     seconds = time.perf_counter() - since
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return Contender(train if work.mode == "train" else run, outcome, seconds, memory)
+    if not on_gpu:
+        return Contender(run, outcome, seconds, None)
+    # The next steps record CUDA graphs, where there are any.
+    run(3)
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    moments = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    held = (*network.parameters(), *network.buffers(), *moments, *extra, images, labels)
+    memory = torch.cuda.max_memory_allocated() - sum(tensor.nbytes for tensor in held if tensor.is_cuda)
+    return Contender(run, outcome, seconds, memory)
 
 
 def _with_sdpa(network):
@@ -344,6 +401,7 @@ CONTENDERS = {
     "torch": torch_eager,
     "torch-channels-last": torch_channels_last,
     "torch-compile": torch_compile,
+    "torch-compile-max-autotune": torch_compile_max_autotune,
     "torch-sdpa": torch_sdpa,
     "torch-fused": torch_fused,
     "torch-fused-compile": torch_fused_compile,
@@ -360,6 +418,15 @@ ONLY = {
 }
 
 
+# What pays on a GPU alone, and takes minutes to make ready: on a CPU it is timed only where it is asked for.
+FOR_GPUS = ("torch-compile-max-autotune",)
+
+
 def rivals(model: str) -> list[str]:
     """Whom a model of ours can be timed against."""
     return [name for name in CONTENDERS if name != "segjax" and model.startswith(ONLY.get(name, ""))]
+
+
+def chosen(model: str, against: Sequence[str] | None, *, on_gpu: bool) -> list[str]:
+    """Whom it is timed against: those named in `against`, else all that this machine is for."""
+    return [name for name in rivals(model) if (name in against if against else on_gpu or name not in FOR_GPUS)]

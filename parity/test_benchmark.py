@@ -1,12 +1,15 @@
 """The contenders of a benchmark do the same work, and none that computes something else is timed."""
 
 import json
+import types
+from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import contenders
-from segjax import benchmark
+from benchmarks import contenders, gpu_forms
+from segjax import benchmark, summary
 
 WORK = ("segformer_b0", (64, 96), 2)
 
@@ -90,3 +93,286 @@ def test_the_table_of_a_record_has_a_column_for_each_rival(tmp_path, capsys):
         "| `segformer_b0` | infer 1x64x96 | 20 | 0.25 | 0.50 |",
         "| `hrnet_w18` | infer 1x64x96 | 20 | 0.70 |  |",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the floor
+
+CEILING = {"flops_per_second": 1e4, "bytes_per_second": 1e3, "device": "a card", "platform": "gpu"}
+
+
+@pytest.mark.parametrize(
+    "mode, dtype, ceiling, flops, moved, milliseconds",
+    [
+        ("infer", "float32", CEILING, 2000, 4 * 50, 200),
+        ("infer", "bfloat16", CEILING | {"flops_per_second": 1e3}, 2000, 2 * 50, 2000),
+        # Three passes, and AdamW's seven numbers for each of ten parameters.
+        ("train", "bfloat16", CEILING, 6000, 3 * 2 * 50 + 7 * 4 * 10, 600),
+        ("train", "float32", CEILING, 6000, 3 * 4 * 50 + 7 * 4 * 10, 880),
+    ],
+)
+def test_the_floor_is_the_longer_of_products_and_traffic(monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds):
+    least = summary.LeastWork(multiply_adds=1000, values=50, parameters=10)
+    monkeypatch.setattr(summary, "least_work", lambda name, size, *, batch, num_classes: least)
+    floor = benchmark.floor_of(("segformer_b0", (64, 96), 2, mode, dtype, 150), ceiling)
+    assert floor == pytest.approx({"flops": flops, "bytes": moved, "milliseconds": milliseconds})
+
+
+def test_ceilings_are_those_of_the_type_that_is_asked_for():
+    found = benchmark.ceilings("bfloat16")
+    assert found["dtype"] == "bfloat16" and found["platform"] == jax.default_backend()
+    assert found["flops_per_second"] > 1e9 and found["bytes_per_second"] > 1e8
+
+
+# ----------------------------------------------------------------------------------------------- contenders, and tables
+
+
+class Fake:
+    """A contender whose steps take two milliseconds, ours one. fails: which cannot be made, and why. log: of all."""
+
+    fails: ClassVar[dict] = {}
+    log: ClassVar[list] = []
+
+    def __init__(self, name, work, *, until=None):
+        self.name, self.batch = name, work[2]
+        self.outcome, self.compile_seconds, self.memory = np.ones(2), 12.5, 3 * 2**20
+
+    def make(self):
+        self.log.append(f"{self.name} made")
+        if self.name in self.fails:
+            raise self.fails[self.name]
+        if self.name == "torch-sdpa":
+            self.outcome = 2 * self.outcome
+
+    def seconds(self, steps):
+        return 1e-3 if self.name == "segjax" else 2e-3
+
+    def close(self):
+        self.log.append(f"{self.name} closed")
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(benchmark, "Runner", Fake)
+    monkeypatch.setattr(benchmark, "measured_ceilings", lambda dtype: CEILING | {"dtype": dtype})
+    monkeypatch.setattr(benchmark, "floor_of", lambda *_: {"flops": 1e9, "bytes": 1e9, "milliseconds": 0.5})
+    monkeypatch.setattr(benchmark, "_flops", lambda *_: 1e9)
+    monkeypatch.setattr(Fake, "fails", {})
+    monkeypatch.setattr(Fake, "log", [])
+    return Fake
+
+
+def compared(names, **settings):
+    work = ("segformer_b0", (64, 96), 4, "infer", "float32", 150)
+    return benchmark.compare(names, work, ceiling=CEILING, rounds=3, say=lambda _: None, **settings)
+
+
+def test_apart_one_is_closed_before_the_next_is_made(fakes):
+    result = compared(["segjax", "torch"], apart=True)
+    assert fakes.log[:4] == ["segjax made", "segjax closed", "torch made", "torch closed"]
+    ours, theirs = result["contenders"]
+    assert (ours["images_per_second"], theirs["images_per_second"]) == (4000, 2000)
+    assert theirs["ours_over_theirs"] == [0.5, 0.5, 0.5]
+    assert (ours["share_of_floor"], theirs["share_of_floor"]) == (0.5, 0.25)
+    assert (ours["bytes_per_second"], theirs["flops_per_second"]) == (1e12, 5e11)
+
+
+def test_a_rival_that_cannot_be_timed_stands_there_with_the_reason_and_the_others_go_on(fakes):
+    fakes.fails["torch"] = benchmark.BenchmarkError("torch: KeyError: 1")
+    names = ["segjax", "torch", "torch-sdpa", "torch-compile"]
+    result = compared(names, keep_going=True)
+    assert [row["name"] for row in result["contenders"]] == names and "cut_short" not in result
+    failed = [row.get("failed") for row in result["contenders"]]
+    assert failed == [
+        None,
+        "torch: KeyError: 1",
+        "torch-sdpa computes something else than segjax: off by 1.0e+00",
+        None,
+    ]
+    card = {"flops_per_second": 8e14, "bytes_per_second": 4e12}
+    assert max(map(len, benchmark.report(result, card))) <= 80
+    with pytest.raises(benchmark.BenchmarkError, match="KeyError"):
+        compared(names)
+    # Without ours there is nothing to compare with, and what does not fit is tried with a smaller batch.
+    for name, error in (("segjax", benchmark.BenchmarkError), ("torch", benchmark.OutOfMemoryError)):
+        fakes.fails = {name: error("x")}
+        with pytest.raises(error):
+            compared(names, keep_going=True)
+
+
+def test_a_rival_that_is_late_leaves_a_row_that_is_measured_again(fakes):
+    fakes.fails["torch"] = benchmark.OutOfTimeError("torch: not done")
+    assert compared(["segjax", "torch"], keep_going=True)["cut_short"]
+
+
+@pytest.mark.parametrize(
+    "answer, error",
+    [
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Failed to allocate 3.2GiB", benchmark.OutOfMemoryError),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB", benchmark.OutOfMemoryError),
+        ("ValueError: no", benchmark.BenchmarkError),
+        (None, benchmark.OutOfTimeError),
+    ],
+)
+def test_what_a_contender_says_is_told_apart(answer, error):
+    runner = benchmark.Runner.__new__(benchmark.Runner)
+    runner.name, runner._until = "torch", 0.0
+    connection = dict(send=lambda _: None, poll=lambda _: answer is not None, recv=lambda: answer)
+    runner._connection = types.SimpleNamespace(**connection)
+    with pytest.raises(benchmark.BenchmarkError) as raised:
+        runner.make()
+    assert type(raised.value) is error and str(raised.value).startswith("torch: ")
+
+
+def test_what_pays_on_a_gpu_alone_is_timed_on_a_cpu_where_it_is_asked_for():
+    slow = "torch-compile-max-autotune"
+    assert slow in contenders.chosen("segnext_t", None, on_gpu=True)
+    assert slow not in contenders.chosen("segnext_t", None, on_gpu=False)
+    assert contenders.chosen("segnext_t", [slow], on_gpu=False) == [slow]
+    assert "transformers" not in contenders.chosen("segnext_t", None, on_gpu=True)
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "bfloat16"])
+def test_a_type_has_one_name_in_a_record(fakes, tmp_path, spelling):
+    path = tmp_path / "record.json"
+    options = ["--dtype", spelling, "--against", "torch", "--rounds", "2", "--json", str(path)]
+    assert benchmark.main(options) == 0
+    record = json.loads(path.read_text())
+    assert record["results"][0]["dtype"] == record["ceilings"]["dtype"] == "bfloat16"
+    assert record["float32_products"] == "float32, never TF32"
+
+
+@pytest.fixture
+def table(fakes, monkeypatch):
+    """Three rows, each of which takes a hundred seconds; calls it with options and gives what was begun."""
+    clock = [0.0]
+    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    rows = [
+        benchmark.Row(name, "train", 8, (64, 96), ("torch",)) for name in ("segformer_b0", "segnext_t", "hrnet_w48")
+    ]
+    monkeypatch.setitem(benchmark.TABLES, "gpu", rows)
+    begun, compare = [], benchmark.compare
+
+    def noting(names, work, **settings):
+        begun.append((work[0], work[2]))
+        clock[0] += 100
+        return compare(names, work, **settings)
+
+    monkeypatch.setattr(benchmark, "compare", noting)
+
+    def run(*options):
+        begun.clear()
+        clock[0] = 0.0
+        status = benchmark.main(["--table", "gpu", "--rounds", "2", *map(str, options)])
+        return status, list(begun)
+
+    return run
+
+
+def test_a_table_ends_in_time_and_a_second_command_takes_it_up(table, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    assert table("--minutes", 4, "--json", path) == (0, [("segformer_b0", 8), ("segnext_t", 8)])
+    assert "hrnet_w48, train 8x64x96: not begun: such a row takes 100 s, and 40 s are left" in capsys.readouterr().out
+    first = json.loads(path.read_text())["results"]
+    assert [result["model"] for result in first] == ["segformer_b0", "segnext_t"]
+    assert table("--minutes", 4, "--json", path) == (0, [("hrnet_w48", 8)])
+    assert "segnext_t, train 8x64x96: recorded already" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert record["results"][:2] == first and record["results"][2]["model"] == "hrnet_w48"
+    assert {result["dtype"] for result in record["results"]} == {"bfloat16"}
+    assert benchmark.main(["--markdown", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "| model | work | segjax, ms | images/s | of the floor | torch |",
+        "|---|---|---|---|---|---|",
+        "| `segformer_b0` | train 8x64x96 | 1.00 | 8000 | 50% | 0.50 |",
+    ]
+
+
+def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fakes, tmp_path):
+    path = tmp_path / "gpu.json"
+    fakes.fails = {"torch": benchmark.OutOfTimeError("torch: not done")}
+    assert table("--minutes", 1, "--json", path) == (0, [("segformer_b0", 8)])
+    fakes.fails = {"segjax": benchmark.BenchmarkError("segjax: KeyError: 1")}
+    every = [("segformer_b0", 8), ("segnext_t", 8), ("hrnet_w48", 8)]
+    assert table("--json", path) == (0, every)
+    results = json.loads(path.read_text())["results"]
+    assert [result["failed"] for result in results] == ["segjax: KeyError: 1"] * 3
+    fakes.fails = {}
+    assert table("--json", path) == (0, [])
+    # Another set of rivals is other work.
+    assert table("--json", path, "--against", "torch-compile") == (0, every)
+    assert len(json.loads(path.read_text())["results"]) == 6
+
+
+def test_a_batch_is_halved_until_it_fits_everybody(table, monkeypatch, tmp_path):
+    def make(self):
+        if self.name == "torch" and self.batch > 2:
+            raise benchmark.OutOfMemoryError(f"{self.name}: OutOfMemoryError: CUDA out of memory")
+
+    monkeypatch.setattr(Fake, "make", make)
+    path = tmp_path / "gpu.json"
+    status, begun = table("--json", path)
+    assert status == 0 and begun[:3] == [("segformer_b0", 8), ("segformer_b0", 4), ("segformer_b0", 2)]
+    result = json.loads(path.read_text())["results"][0]
+    assert (result["batch"], result["largest_batch"], result["seconds"]) == (2, 8, 300)
+    assert result["did_not_fit"] == [{"name": "torch", "batch": 8}, {"name": "torch", "batch": 4}]
+
+
+def test_a_record_of_another_machine_is_not_gone_on_with(table, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    assert table("--json", path)[0] == 0
+    monkeypatch.setattr(benchmark, "measured_ceilings", lambda dtype: CEILING | {"device": "another card"})
+    assert table("--json", path) == (2, [])
+    assert "other work than bfloat16 of 150 classes on another card; name another file" in capsys.readouterr().err
+
+
+def test_rows_of_the_same_work_become_one_of_the_readme(tmp_path, capsys):
+    def result(*rows):
+        work = dict(model="segformer_b0", mode="train", batch=2, size=[64, 96])
+        return work | {"contenders": [{"name": name, **row} for name, row in rows]}
+
+    def timed(ratio):
+        return {"milliseconds": [4.0] * 3, "ours_over_theirs": [ratio] * 3}
+
+    results = [
+        result(("segjax", timed(1.0)), ("torch", timed(0.5)), ("torch-compile", {"failed": "torch-compile: no"})),
+        result(("segjax", timed(1.0)), ("torch-compile", timed(0.75))),
+    ]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"results": results}))
+    assert benchmark.main(["--markdown", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | work | segjax, ms | torch | torch-compile |",
+        "|---|---|---|---|---|",
+        "| `segformer_b0` | train 2x64x96 | 4.00 | 0.50 | 0.75 |",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ forms of layers
+
+
+@pytest.mark.parametrize("group", list(gpu_forms.CASES))
+def test_every_form_of_a_layer_computes_the_same(group):
+    (case, *_) = gpu_forms.CASES[group](True)
+    for row in gpu_forms.measured(case, rehearse=True, bytes_per_second=1e9):
+        assert "failed" not in row and row["error"] < 2e-2 and len(gpu_forms.line(row)) <= 80
+        assert min(row["forward"] + row["both"]) > 0
+
+
+def test_a_form_that_computes_something_else_is_not_timed(monkeypatch, tmp_path, capsys):
+    (case,) = gpu_forms.norms(True)
+
+    def wrong_gradient(x, scale, bias):
+        return gpu_forms.norm_of_ours(x, jax.lax.stop_gradient(scale), bias)
+
+    def missing(x, scale, bias):
+        raise NotImplementedError("no such kernel")
+
+    forms = {"plain": case.forms["own rule"], "wrong": gpu_forms.Form(wrong_gradient), "x": gpu_forms.Form(missing)}
+    monkeypatch.setitem(gpu_forms.CASES, "norms", lambda rehearse: [case._replace(forms=forms)])
+    path = tmp_path / "forms.json"
+    assert gpu_forms.main(["--rehearse", "--only", "norms", "--json", str(path)]) == 0
+    plain, wrong, gone = json.loads(path.read_text())["forms"]
+    assert plain["error"] < 1e-2 and len(plain["both"]) == 3
+    assert wrong["failed"] == "computes something else: off by 1.0e+00" and "both" not in wrong
+    assert gone["failed"] == "NotImplementedError: no such kernel"
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

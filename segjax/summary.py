@@ -20,6 +20,8 @@ What is counted:
   is what a compiler saves.
 - layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
 
+`least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
+
 The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
 """
 
@@ -120,6 +122,24 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeastWork:
+    """What a forward pass of a whole batch cannot do without, as long as it goes layer by layer.
+
+    Attributes:
+      multiply_adds: of all counted products.
+      values: numbers read from and written to memory. Every product and convolution reads both its operands, weights
+        among them, and writes its result, each once. Attention is one operation, which reads queries, keys and values
+        and writes what it mixed: its (h, N, M) weights need no memory. Norms, activations, sums, enlargements and
+        unfoldings are taken for parts of their neighbours and cost nothing.
+      parameters: everything that is trained, each once.
+    """
+
+    multiply_adds: int
+    values: int
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PublishedSummary:
     """The figures of `modelsummary`. layers: calls by class, in the order in which the first one ends."""
 
@@ -146,12 +166,13 @@ class _Call:
 
     Attributes:
       name: of the class, or what `FUNCTIONS` says. path: of the module in the model, None for a function without one.
-      output: what it returned, as shapes and types.
+      given: the arrays it was called with, and output: what it returned, as shapes and types.
       is_leaf: no other layer was called inside. is_new: it did not just return what it was given.
     """
 
     name: str
     path: tuple | None
+    given: tuple[jax.ShapeDtypeStruct, ...]
     output: jax.ShapeDtypeStruct
     is_leaf: bool
     is_new: bool
@@ -173,9 +194,9 @@ def _noting_calls(model: nnx.Module, calls: list[_Call]) -> Iterator[None]:
                 output = function(*args, **kwargs)
             # The layer itself, or the one that a function is given, comes first.
             path = paths.get(id(args[0]))
-            shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), output)
-            is_new = all(output is not given for given in args)
-            calls.append(_Call(name, path, shapes, is_leaf=len(calls) == before, is_new=is_new))
+            given = tuple(_shapes(argument) for argument in args if isinstance(argument, jax.Array))
+            is_new = all(output is not argument for argument in args)
+            calls.append(_Call(name, path, given, _shapes(output), is_leaf=len(calls) == before, is_new=is_new))
             return output
 
         return call
@@ -194,8 +215,27 @@ def _noting_calls(model: nnx.Module, calls: list[_Call]) -> Iterator[None]:
         yield
 
 
-def _trace(model: nnx.Module, size: tuple[int, int]) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
-    """The calls and equations of an abstract `model` on one image; the output is the logits."""
+def _shapes(tree):
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
+
+
+@contextlib.contextmanager
+def _cheapest_order() -> Iterator[None]:
+    """Models called inside take the orders of products that are cheapest, with every convolution left in one piece."""
+    conv = layers.conv
+    layers.conv = layers.conv_plain
+    try:
+        # What a CPU gains from has more products, or hides them in sums.
+        with layers.meant_for("cuda"):
+            yield
+    finally:
+        layers.conv = conv
+
+
+def _trace(
+    model: nnx.Module, size: tuple[int, int], batch: int = 1, forms: Callable = layers.published_forms
+) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
+    """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
     if any(side < 1 for side in size):
         raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
     calls: list[_Call] = []
@@ -206,14 +246,15 @@ def _trace(model: nnx.Module, size: tuple[int, int]) -> tuple[list[_Call], jax.e
         with _noting_calls(concrete, calls):
             return concrete(images)[0]
 
-    with layers.published_forms():
-        return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((1, *size, 3), model.dtype))
+    with forms():
+        return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((batch, *size, 3), model.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
     kind: str
     multiply_adds: int
+    values: int
     output_bytes: int
 
 
@@ -235,7 +276,9 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: 
                 kind = "pointwise_convolution" if is_pointwise else "dense_convolution"
                 kind = "grouped_convolution" if equation.params["feature_group_count"] > 1 else kind
                 kind = within if within in NOT_COUNTED else kind
-            yield _Product(kind, times * output.size * terms, times * output.size * output.dtype.itemsize)
+            values = left.size + right.size + output.size
+            output_bytes = output.size * output.dtype.itemsize
+            yield _Product(kind, times * output.size * terms, times * values, times * output_bytes)
             continue
         found = [
             product
@@ -294,6 +337,27 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
         logits=logits,
         output_stride=_stride(size, logits[:2]),
     )
+
+
+def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides) -> LeastWork:
+    """What one forward pass of `create(name, num_classes=num_classes, **overrides)` must at least do.
+
+    Counted in the cheapest order of products that segjax knows, whatever runs on this machine: of a decoder at each
+    level's own resolution, for instance. Not while another thread traces a model.
+
+    Raises:
+      What `summarise` raises.
+    """
+    model = _abstract(name, num_classes, overrides)
+    calls, jaxpr = _trace(model, size, batch, _cheapest_order)
+    products = [p for p in _products(jaxpr.jaxpr) if p.kind in KINDS and p.kind != "attention"]
+    multiply_adds, values = sum(p.multiply_adds for p in products), sum(p.values for p in products)
+    for call in calls:
+        if call.name == "attention":
+            query, key, value = call.given  # (B, h, N, D), (B, h, M, D) twice
+            multiply_adds += 2 * query.size * key.shape[2]
+            values += query.size + key.size + value.size + call.output.size
+    return LeastWork(multiply_adds, values, _parameters(model))
 
 
 def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ import pytest
 import segjax
 from segjax import summary
 from segjax.models import layers, segformer
-from segjax.summary import modelsummary, summarise
+from segjax.summary import least_work, modelsummary, summarise
 
 B5 = dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), decoder_dim=768)
 PLAIN_B5_LAYERS = {
@@ -350,3 +350,48 @@ def test_the_command_needs_no_torch_and_speaks_on_stdout_alone():
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     assert done.stderr == "" and json.loads(done.stdout)["name"] == "segformer_b0"
+
+
+def test_least_work_is_the_formula_by_hand():
+    batch, classes, decoder = 3, 11, NARROW["decoder_dim"]
+    work, (h, w), in_channels = [], SIZE, 3  # multiply-adds and values of each product
+
+    def product(rows, inner, columns):
+        work.append((rows * inner * columns, rows * inner + inner * columns + rows * columns))
+
+    for (N, M, C, depth, ratio, r), (H, W) in zip(STAGES, zip(HEIGHTS, WIDTHS, strict=True), strict=True):
+        k = 7 if in_channels == 3 else 3
+        kernel = k * k * in_channels * C
+        work.append((batch * H * W * kernel, batch * h * w * in_channels + kernel + batch * N * C))
+        for _ in range(depth):
+            product(batch * N, C, C)  # queries
+            product(batch * M, C, 2 * C)  # keys, values
+            product(batch * N, C, C)  # what attention gives
+            product(batch * N, C, ratio * C)
+            product(batch * N, ratio * C, C)
+            if r > 1:
+                work.append((batch * M * r * r * C * C, batch * N * C + r * r * C * C + batch * M * C))
+            work.append((batch * 2 * N * M * C, batch * 2 * (N + M) * C))  # the (h, N, M) weights cost nothing
+            work.append((batch * 9 * N * ratio * C, batch * 2 * N * ratio * C + 9 * ratio * C))
+        # Each level with projection and slice of the fuse as one matrix, at its own resolution.
+        product(C, decoder, decoder)
+        product(1, decoder, decoder)
+        product(batch * N, C, decoder)
+        h, w, in_channels = H, W, C
+    product(batch * TOKENS[0], decoder, classes)
+    least = least_work("segformer_b0", SIZE, batch=batch, num_classes=classes, **NARROW)
+    assert (least.multiply_adds, least.values) == tuple(map(sum, zip(*work, strict=True)))
+    assert least.parameters == summarise("segformer_b0", SIZE, classes, **NARROW).parameters
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_least_work_leaves_out_nothing_that_is_published_but_a_decoders_order(name):
+    published = summarise(name, (64, 96), **SMALL[name])
+    least = least_work(name, (64, 96), batch=1, **SMALL[name])
+    kept = sum(
+        published.multiply_adds[kind] for kind in ("dense_convolution", "grouped_convolution", "attention", "nmf")
+    )
+    assert kept < least.multiply_adds
+    # On images this small, multiplying a decoder's matrices with each other is worth something too.
+    matrices = 4 * (64 * 64 + 64) * 64
+    assert least.multiply_adds <= published.total_multiply_adds + matrices

@@ -1,0 +1,385 @@
+"""Times equal forms of single layers against each other, so that the one a device runs is chosen from a measurement.
+
+    python -m benchmarks.gpu_forms --json benchmarks/records/2026-11-28-gpu-forms.json
+    python -m benchmarks.gpu_forms --rehearse --only attention
+
+Every form is first compared with the plain one, computed in float32: result and gradients. Only then it is timed, the
+forward pass and both passes, in milliseconds of a call when many are queued. Beside them stands what a copy of all that
+goes in and out would take. The sizes are those of SegFormer, SegNeXt and HRNet on 512x512 images, 16 at once: larger
+than a card's cache. `--rehearse` has tiny ones, for a CPU, where cuDNN's attention does not exist and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from benchmarks import contenders
+from segjax import benchmark, checkpoint
+from segjax.models import layers
+
+# Norm of the difference to float32 over the norm: rounding of operands lies between 1e-3 and 1e-2 in bfloat16.
+CLOSE = {"float32": 1e-4, "bfloat16": 2e-2}
+NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "HWIO", "NCHW")
+
+
+class Form(NamedTuple):
+    """A function of arrays. axes: those of (B, H, W, C) in the order that its first argument and its result have."""
+
+    call: Callable
+    axes: tuple[int, ...] = ()
+
+
+class Case(NamedTuple):
+    """A layer at a size. shapes: of its arguments. forms: by name, the plain one first."""
+
+    what: str
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    forms: Mapping[str, Form]
+
+
+# --------------------------------------------------------------------------------------------------------------- forms
+
+
+def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A depthwise convolution as the sum over taps of the moved map: (B, H, W, C), (kh, kw, 1, C) -> (B, H, W, C)."""
+    (rows, columns), (H, W) = kernel.shape[:2], x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
+    taps = ((i, j) for i in range(rows) for j in range(columns))
+    return sum(padded[:, i : i + H, j : j + W] * kernel[i, j, 0] for i, j in taps)
+
+
+def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows, columns, _, channels = kernel.shape
+    return layers.conv_plain(x, kernel, stride=1, padding=(rows // 2, columns // 2), groups=channels)
+
+
+def depthwise(rehearse: bool) -> Iterator[Case]:
+    forms = {"lax, grouped": Form(grouped), "shifted": Form(shifted), "shifted, own rule": Form(layers.depthwise)}
+    # The Mix-FFN of SegFormer's first and third stage; SegNeXt's attention.
+    maps = {(3, 3): [(16, 128, 128, 128), (16, 32, 32, 1280)]}
+    maps |= {kernel: [(16, 128, 128, 64)] for kernel in ((5, 5), (1, 21), (21, 1))}
+    for kernel, shapes in maps.items():
+        for shape in [(1, 8, 10, 4)] if rehearse else shapes:
+            yield Case("depthwise {}x{}".format(*kernel), "bfloat16", (shape, (*kernel, 1, shape[-1])), forms)
+
+
+def ours_of_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Our attention from and to (B, N, h, D), which is how the layers around it have them."""
+    heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    return layers.attention_plain(*heads_first).transpose(0, 2, 1, 3)
+
+
+def attention(rehearse: bool) -> Iterator[Case]:
+    forms = {"einsum, as ours": Form(ours_of_tokens)}
+    names = ["xla"] if jax.default_backend() == "cpu" else ["xla", "cudnn"]
+    for name in names:
+        forms[f"jax.nn, {name}"] = Form(partial(jax.nn.dot_product_attention, implementation=name))
+    # First and third stage of B0 (32 wide) and of B2 (64 wide).
+    sizes = [(16, 16384, 256, 1, 32), (16, 16384, 256, 1, 64), (16, 1024, 256, 5, 32), (16, 1024, 256, 5, 64)]
+    for B, N, M, h, D in [(2, 24, 6, 2, 32)] if rehearse else sizes:
+        yield Case(f"attention to {M}", "bfloat16", ((B, N, h, D), (B, M, h, D), (B, M, h, D)), forms)
+
+
+def by_matrices(x: jax.Array, factor: int) -> jax.Array:
+    rows, columns = (
+        jax.image.resize(jnp.eye(side, dtype=x.dtype), (factor * side, side), "bilinear") for side in x.shape[1:3]
+    )
+    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
+
+
+def enlargement(rehearse: bool) -> Iterator[Case]:
+    # Two levels of a decoder, and the logits of 150 classes in the loss.
+    sizes = [((16, 64, 64, 256), 2, "bfloat16"), ((16, 16, 16, 256), 8, "bfloat16"), ((4, 128, 128, 150), 4, "float32")]
+    for (B, H, W, C), factor, dtype in [((1, 6, 8, 4), 2, "float32")] if rehearse else sizes:
+        forms = {
+            "jax.image.resize": Form(partial(layers.resize_plain, size=(factor * H, factor * W))),
+            "phases": Form(partial(layers.resize_by_phases, factors=(factor, factor))),
+            "matrices": Form(partial(by_matrices, factor=factor)),
+        }
+        yield Case(f"enlargement {factor}x", dtype, ((B, H, W, C),), forms)
+
+
+def dense(x: jax.Array, kernel: jax.Array, dimensions: tuple[str, ...]) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=dimensions)
+
+
+def layouts(rehearse: bool) -> Iterator[Case]:
+    forms = {
+        "NHWC": Form(partial(dense, dimensions=NHWC)),
+        "NCHW": Form(partial(dense, dimensions=NCHW), axes=(0, 3, 1, 2)),
+    }
+    # First and third branch of HRNet-W48.
+    for B, H, W, C in [(2, 8, 10, 6)] if rehearse else [(16, 128, 128, 48), (16, 32, 32, 192)]:
+        yield Case("convolution 3x3", "bfloat16", ((B, H, W, C), (3, 3, C, C)), forms)
+
+
+EPSILON = 1e-6
+
+
+def norm_of_ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    layer = layers.LayerNorm(x.shape[-1], epsilon=EPSILON, dtype=x.dtype, param_dtype=scale.dtype)
+    layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
+    return layer(x)
+
+
+@jax.custom_vjp
+def norm_with_own_rule(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same, with a gradient that reads the input and two numbers a pixel."""
+    return norm_of_ours(x, scale, bias)
+
+
+def _norm_forward(x, scale, bias):
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    factor = lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + EPSILON)
+    normed = (wide - mean) * factor
+    y = normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype), (x, mean, factor, scale)
+
+
+def _norm_backward(kept, gradient):
+    x, mean, factor, scale = kept
+    wide, normed = gradient.astype(jnp.float32), (x.astype(jnp.float32) - mean) * factor
+    inner = wide * scale.astype(jnp.float32)
+    along = jnp.mean(inner * normed, axis=-1, keepdims=True)
+    to_input = factor * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normed * along)
+    pixels = tuple(range(x.ndim - 1))
+    to_scale, to_bias = jnp.sum(wide * normed, pixels), jnp.sum(wide, pixels)
+    return to_input.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(scale.dtype)
+
+
+norm_with_own_rule.defvjp(_norm_forward, _norm_backward)
+
+
+def norms(rehearse: bool) -> Iterator[Case]:
+    forms = {"two passes, as ours": Form(norm_of_ours), "own rule": Form(norm_with_own_rule)}
+    for shape in [(2, 6, 5, 8)] if rehearse else [(16, 128, 128, 64), (16, 32, 32, 320)]:
+        yield Case("LayerNorm", "bfloat16", (shape, shape[-1:], shape[-1:]), forms)
+
+
+CASES = {
+    "depthwise": depthwise,
+    "attention": attention,
+    "enlargement": enlargement,
+    "layouts": layouts,
+    "norms": norms,
+}
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def both_passes(call: Callable) -> Callable:
+    """(gradient of the result, arguments) -> the result, and the gradients of all arguments."""
+
+    def run(gradient, *arguments):
+        result, back = jax.vjp(call, *arguments)
+        return result, *back(gradient)
+
+    return run
+
+
+@jax.jit
+def _distances(ours, theirs):
+    def relative(one, other):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        return jnp.linalg.norm(jnp.ravel(one - other)) / jnp.linalg.norm(jnp.ravel(other))
+
+    return jnp.stack([relative(one, other) for one, other in zip(ours, theirs, strict=True)])
+
+
+def distance(ours, theirs) -> float:
+    """Norm of the difference over the norm of `theirs`, the worst of several arrays; infinite where one is not finite.
+
+    On the device, whose arrays of half a gigabyte would take seconds to fetch.
+    """
+    worst = float(jnp.max(_distances(list(ours), list(theirs))))
+    return worst if np.isfinite(worst) else float("inf")
+
+
+def milliseconds(program: Callable, arguments: tuple, *, rehearse: bool) -> list[float]:
+    """Of one call when many are queued, median and quartiles over repetitions of about 50 ms."""
+
+    def queued(calls: int) -> float:
+        since = time.perf_counter()
+        for _ in range(calls):
+            done = program(*arguments)
+        jax.block_until_ready(done)
+        return (time.perf_counter() - since) / calls
+
+    queued(2)
+    calls = 1 if rehearse else max(1, round(0.05 / queued(5)))
+    return benchmark.quartiles(1e3 * np.array([queued(calls) for _ in range(2 if rehearse else 7)]))
+
+
+def measured(case: Case, *, rehearse: bool, bytes_per_second: float) -> Iterator[dict[str, object]]:
+    """One row for each form."""
+    keys = jax.random.split(jax.random.key(0), len(case.shapes) + 1)
+    wide = [jax.random.normal(key, shape) for key, shape in zip(keys[1:], case.shapes, strict=True)]
+    narrow = [x.astype(case.dtype) for x in wide]
+    plain = next(iter(case.forms.values()))
+    result = jax.eval_shape(plain.call, *narrow)
+    gradient = jax.random.normal(keys[0], result.shape).astype(case.dtype)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(both_passes(plain.call))(*(x.astype(jnp.float32) for x in (gradient, *narrow)))
+    moved = sum(x.nbytes for x in (*narrow, gradient))
+    about = {"what": case.what, "shape": list(case.shapes[0]), "dtype": case.dtype}
+    about["copy_milliseconds"] = [1e3 * moved / bytes_per_second, 2e3 * moved / bytes_per_second]
+    for name, form in case.forms.items():
+        yield about | {"form": name} | _of_form(form, gradient, narrow, exact, rehearse=rehearse)
+
+
+def _of_form(form: Form, gradient, arguments, exact, *, rehearse: bool) -> dict[str, object]:
+    axes = form.axes or tuple(range(gradient.ndim))
+    back = np.argsort(axes)
+    gradient, first, rest = gradient.transpose(axes), arguments[0].transpose(axes), arguments[1:]
+    try:
+        forward, both = jax.jit(form.call), jax.jit(both_passes(form.call))
+        result, to_first, *to_rest = both(gradient, first, *rest)
+        error = distance([result.transpose(back), to_first.transpose(back), *to_rest], exact)
+        error = max(error, distance([forward(first, *rest).transpose(back)], exact[:1]))
+        if not error <= CLOSE[result.dtype.name]:
+            return {"error": error, "failed": f"computes something else: off by {error:.1e}"}
+        return {
+            "error": error,
+            "forward": milliseconds(forward, (first, *rest), rehearse=rehearse),
+            "both": milliseconds(both, (gradient, first, *rest), rehearse=rehearse),
+        }
+    except Exception as reason:  # A form that a card or a version of jax does not have must not end the others.
+        return {"failed": f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"}
+
+
+def steps_per_dispatch(*, rehearse: bool) -> Iterator[dict[str, object]]:
+    """Whole steps of SegFormer-B0, one program each against several in a `lax.scan`: milliseconds of one step."""
+    size, counts = ((32, 64), (1, 2)) if rehearse else ((512, 512), (1, 8))
+    for mode, batch in (("infer", 1), ("train", 2)):
+        work = contenders.Work("segformer_b0", size, batch, mode, dtype="bfloat16")
+        about = {"what": f"steps, {mode}", "shape": [batch, *size, 3], "dtype": work.dtype}
+        first = None
+        for count in counts:
+            call = (_inference if mode == "infer" else _training)(work, count)
+            outcome = np.concatenate([np.ravel(call()) for _ in range(max(counts) // count)])
+            first = outcome if first is None else first
+            error = distance([outcome], [first])
+            row = about | {"form": f"{count} a dispatch", "error": error}
+            if not error <= CLOSE["bfloat16"]:
+                yield row | {"failed": f"computes something else: off by {error:.1e}"}
+                continue
+            whole = milliseconds(call, (), rehearse=rehearse)
+            yield row | {"forward" if mode == "infer" else "both": [time / count for time in whole]}
+
+
+def _inference(work: contenders.Work, count: int) -> Callable:
+    """A mean logit of each image; that of several images costs no more memory than that of one."""
+    from segjax.state import Skeleton
+
+    skeleton = Skeleton(_model(work))
+    arrays = skeleton.arrays()
+    images = jnp.stack([jnp.asarray(work.images())] * count)
+
+    @jax.jit
+    def run(params, batch_stats, images):
+        model = skeleton.bind(params, batch_stats)
+        return lax.scan(lambda _, x: (None, jnp.mean(jnp.square(model(x)[0]))), None, images)[1]
+
+    return lambda: run(*arrays, images)
+
+
+def _training(work: contenders.Work, count: int) -> Callable:
+    """The losses of `count` steps."""
+    step, compile_train, state, batch, key = contenders.training(work, _model(work))
+
+    def several(state, batch, key):
+        state, scalars = lax.scan(lambda state, _: step(state, batch, key), state, None, length=count)
+        return state, scalars["loss"]
+
+    program = compile_train(several)
+
+    def run():
+        nonlocal state
+        state, losses = program(state, batch, key)
+        return losses
+
+    return run
+
+
+def _model(work: contenders.Work):
+    import segjax
+
+    return segjax.create(work.model, num_classes=work.num_classes, dtype=work.dtype, drop_path_rate=0, dropout_rate=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def line(row: Mapping) -> str:
+    """One form, at most 80 columns: forward, both passes, error."""
+    if "failed" in row:
+        return f"  {row['form']:<24} {row['failed']}"[:80]
+    times = "".join(f" {row[name][0]:>12.4f}" if name in row else " " * 13 for name in ("forward", "both"))
+    return f"  {row['form']:<24}{times} {row['error']:>9.1e}"
+
+
+def title(row: Mapping) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    copies = row.get("copy_milliseconds")
+    beside = f"; copied in {copies[0]:.3f}, {copies[1]:.3f} ms" if copies else ""
+    return f"{row['what']}, {shape}, {row['dtype']}{beside}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    groups = [*CASES, "steps"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_forms", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="NAME", help=", ".join(groups))
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, a few calls: for a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written, after every layer")
+    options = parser.parse_args(arguments)
+    command = sys.argv[1:] if arguments is None else arguments
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        if not options.rehearse:
+            print("gpu_forms: there is no GPU here; --rehearse runs tiny sizes on the CPU", file=sys.stderr)
+            return 2
+        print("no GPU here: tiny sizes, and cuDNN's attention is left out")
+    ceiling = benchmark.ceilings("bfloat16")
+    print(f"{'milliseconds':<26} {'forward':>12} {'both passes':>12} {'error':>9}", flush=True)
+    rows = []
+    for group in options.only:
+        if group == "steps":
+            found = steps_per_dispatch(rehearse=options.rehearse)
+        else:
+            given = dict(rehearse=options.rehearse, bytes_per_second=ceiling["bytes_per_second"])
+            found = (row for case in CASES[group](options.rehearse) for row in measured(case, **given))
+        for row in found:
+            if not rows or title(rows[-1]) != title(row):
+                print(title(row))
+            print(line(row), flush=True)
+            rows.append(row)
+        if options.json:
+            record = {
+                "date": datetime.date.today().isoformat(),
+                "command": "python -m benchmarks.gpu_forms " + " ".join(command),
+                **benchmark.machine(device.device_kind),
+                "ceilings": ceiling,
+                "forms": rows,
+            }
+            checkpoint.write_text(options.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
