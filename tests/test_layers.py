@@ -59,12 +59,12 @@ def test_depthwise_is_called_forward_and_for_both_gradients(kernel_size):
     x, kernel = normal(2, 6, 5, 4, seed=2), normal(*kernel_size, 1, 4, seed=3)
     called = calls(slopes(layers.depthwise, of=(0, 1)), x, kernel)
     assert sum("_sum_of_shifted" in name for name in called) == 2
-    assert sum("_sums_of_products" in name for name in called) == 1
+    assert sum("sums_of_products" in name for name in called) == 1
 
 
 def test_gelu_is_called_where_it_has_several_readers():
     called = calls(read_twice(layers.gelu_by_slope), normal(3, 5, seed=4))
-    assert ["_gelu_alone" in name for name in called] == [True]
+    assert ["gelu_unit" in name for name in called] == [True]
 
 
 def test_a_band_is_enlarged_once_and_its_slope_reduced_once(monkeypatch):
