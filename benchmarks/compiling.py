@@ -241,7 +241,7 @@ def report(record: Mapping) -> Iterator[str]:
     """The tables, at most 80 columns."""
     (batch, height, width), (large_batch, large_height, large_width) = record["timed"], record["large"]
     yield f"{record['model']}, training step, {record['num_classes']} classes, float32"
-    yield f"  at {batch}x{height}x{width}: seconds to compile (of which tracing), of a step, and over unrolled"
+    yield f"  at {batch}x{height}x{width}: seconds to compile (to trace), of a step, over unrolled"
     yield f"{'':<12} {'cold':>15} {'from the cache':>15} {'step':>7} {'ratio':>6} {'MiB':>6}"
     for form, found in record["forms"].items():
         cold, cached = (
@@ -263,7 +263,7 @@ def report(record: Mapping) -> Iterator[str]:
 def starts_report(found: Mapping[str, Sequence[float]]) -> Iterator[str]:
     yield f"seconds to the first line, median and quartiles (target: {TARGETS['first_line']:.0f})"
     for name, (middle, low, high) in found.items():
-        yield f"  {name:<54} {middle:>6.2f} {low:>6.2f}..{high:.2f}"
+        yield f"  {name:<54} {middle:>5.2f} {low:>6.2f}..{high:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,8 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +49,12 @@ def peak_of(function: Callable[[], object]) -> int:
 
 def _status(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def has_gpu() -> bool:
+    """Whether jax finds one; asked in a process of its own, which gives its memory back."""
+    code = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "gpu"
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
