@@ -156,20 +156,9 @@ def leaves(tree):
 
 
 @pytest.mark.slow
-def test_forms_compute_the_same_and_the_second_compilation_comes_from_the_cache(tmp_path):
-    deep = SIZES | {"depths": (1, 1, 4, 1)}
-    losses = []
-    for form in compiling.FORMS:
-        step, _, arguments = compiling.training("segformer_b0", (1, 32, 64), form, deep)
-        state, batch, key = arguments()
-        for _ in range(2):
-            state, scalars = step(state, batch, key)
-        losses.append(float(scalars["loss"]))
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
-    cold, cached = (
-        machine.in_a_process(compiling.compile_once, str(tmp_path), "segformer_b0", (1, 32, 64), "scan", deep)
-        for _ in range(2)
-    )
+def test_the_second_compilation_comes_from_the_cache(tmp_path):
+    work = str(tmp_path), "segformer_b0", (1, 32, 64), "unrolled", SIZES
+    cold, cached = (machine.in_a_process(compiling.compile_once, *work) for _ in range(2))
     assert cached["compile"] < 0.6 * cold["compile"] and cached["temporaries"] == cold["temporaries"]
 
 
