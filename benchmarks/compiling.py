@@ -5,7 +5,7 @@
 SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, equal blocks of a stage compiled
 once (`train.scan_blocks`); `scan_remat`, which computes blocks again in the backward pass too (`train.remat`). Compiled
 in a process of its own each time, first with an empty cache of programs, then again from what the first left there.
-Then the three take steps in turn, in one process and on one state. About eight minutes on two idle CPU cores.
+Then the three take steps in turn, in one process and on one state. About ten minutes on two idle CPU cores.
 """
 
 from __future__ import annotations
