@@ -48,7 +48,7 @@ class TrainStep:
     """
 
     skeleton: Skeleton
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     augment: Augment
     criterion: losses.Criterion
     aux_weight: float = 0.0
@@ -75,15 +75,14 @@ class TrainStep:
         loss, gradients = across((loss, gradients))
         gradient_norm = optim.norm(gradients)
         trained = self.skeleton.trained(state.params)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        accepted = finite & ~(state.skipped[1] > self.may_skip)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
         params = state.params | optax.apply_updates(trained, updates)
         ema = self._moved_ema(state, params | batch_stats)
 
-        state = self._unless_not_finite(
-            jnp.isfinite(loss) & jnp.isfinite(gradient_norm),
-            state,
-            dict(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema),
-        )
+        state = self._unless_not_finite(finite, state, dict(params=params, batch_stats=batch_stats, ema=ema))
+        state = dataclasses.replace(state, opt_state=opt_state)
         stopped = state.skipped[1] > self.may_skip
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
@@ -146,8 +145,10 @@ class TrainStep:
         in_a_row = jnp.where(was_stopped, in_a_row, jnp.where(finite, 0, in_a_row + 1))
         stopped = in_a_row > self.may_skip
         kept = {name: getattr(before, name) for name in changed}
-        chosen = jax.tree.map(lambda new, old: jnp.where(finite & ~stopped, new, old), changed, kept)
-        return TrainState(
+        # Where it is finite, it has stopped only if it had before.
+        chosen = jax.tree.map(lambda new, old: jnp.where(finite & ~was_stopped, new, old), changed, kept)
+        return dataclasses.replace(
+            before,
             step=before.step + jnp.where(stopped, 0, 1),
             skipped=jnp.stack([in_all + jnp.where(finite | stopped, 0, 1), in_a_row]),
             **chosen,

@@ -337,3 +337,41 @@ def test_the_gradient_is_clipped_before_decay_momentum_and_moments(name, float64
     for key in SHAPES:
         expected = by_hand(key, start[key], [gradient[key] for gradient in clipped])
         np.testing.assert_allclose(params[key], expected, rtol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_refused_update_leaves_the_bits_that_choosing_afterwards_would(name, monkeypatch):
+    settings = settings_of(name)
+    transform = optim.optimizer(settings, SHAPES, steps=STEPS)
+    with monkeypatch.context() as patch:
+        # optax's own rules, which know of nothing refused.
+        patch.setattr(optim, "_scale_by_adam", optax.scale_by_adam)
+        patch.setattr(optim, "_unless_refused", lambda rule: rule)
+        plain = optim.optimizer(settings, SHAPES, steps=STEPS)
+
+    def chosen(accepted, new, old):
+        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old)
+
+    @jax.jit
+    def refusing(params, state, gradients, accepted):
+        updates, state = transform.update(gradients, state, params, accepted=accepted)
+        return chosen(accepted, optax.apply_updates(params, updates), params), state
+
+    @jax.jit
+    def choosing(params, state, gradients, accepted):
+        updates, new = plain.update(gradients, state, params)
+        return chosen(accepted, (optax.apply_updates(params, updates), new), (params, state))
+
+    rng = np.random.default_rng(0)
+    params = {key: jnp.array(rng.normal(size=shape), jnp.float32) for key, shape in SHAPES.items()}
+    one, other = (params, transform.init(params)), (params, plain.init(params))
+    for step in range(7):
+        # The very first is refused too, before there are moments.
+        accepted = step % 3 != 0
+        factor = 1.0 if accepted else np.nan
+        gradients = {key: jnp.array(factor * rng.normal(size=shape), jnp.float32) for key, shape in SHAPES.items()}
+        one, other = refusing(*one, gradients, accepted), choosing(*other, gradients, accepted)
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    assert np.isfinite(one[0][next(iter(SHAPES))]).all()

@@ -1,0 +1,190 @@
+"""CamVid from random weights: trains with several seeds, evaluates each on the test split, and gives mean and spread.
+
+    python -m benchmarks.camvid --source DIR --seeds 0 1 2 --json FILE [-- FLAGS OF train.py]
+
+For every seed one run of `train.py` with the recipe of configs/hrnet.py, in bfloat16 where jax finds a GPU and else in
+float32; then its last weights (their moving average) on the 233 images of test, as whole images at one scale, and with
+several scales and mirrored (in float32), which is another figure and said apart. The weights are never chosen by a
+score. Given again, the same command goes on where it ended. What follows `--` changes the run, to rehearse it:
+
+    python -m benchmarks.camvid --source DIR --variant small --seeds 0 --scales 0.5 --workdir runs/rehearsal -- \\
+        --config.train.steps=20 --config.optim.warmup_steps=2 --config.train.batch=2 "--config.augment.crop=(96,128)"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import machine
+from configs import hrnet
+
+# Published from scratch, 360x480, 367 images: FC-DenseNet103 and LMFFNet-L; and what is hoped for.
+PUBLISHED, TARGET = {"FC-DenseNet103": 0.669, "LMFFNet-L": 0.681}, 0.72
+SCALES = (0.75, 1.0, 1.25, 1.5)
+SINGLE, MULTI = "report", "report-scales"
+
+
+class FailedError(Exception):
+    """A command has failed; `status` is its own."""
+
+    def __init__(self, command: Sequence[str], status: int):
+        super().__init__(f"ended with {status}: {' '.join(command)}\n  the same command again goes on from there")
+        self.status = status
+
+
+def training(options: argparse.Namespace, seed: int, workdir: Path, dtype: str) -> list[str]:
+    """The command that trains with one seed; what the user has given comes last and counts."""
+    flags = [
+        f"--config=configs/hrnet.py:{options.variant},camvid",
+        f"--config.data.source={options.source}",
+        f"--config.seed={seed}",
+        f"--config.model.dtype={dtype}",
+        f"--workdir={workdir}",
+    ]
+    flags += [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
+    return [sys.executable, "train.py", *flags, *options.flags]
+
+
+def evaluations(options: argparse.Namespace, workdir: Path) -> dict[str, list[str]]:
+    """The commands that evaluate what a run has ended with, by the folder in `workdir` of their report."""
+    several = [
+        "--checkpoint",
+        workdir,
+        "--data",
+        "camvid:test",
+        "--source",
+        options.source,
+        "--output",
+        workdir / MULTI,
+    ]
+    several += ["--data-dir", options.data_dir] if options.data_dir else []
+    several += ["--scales", *options.scales, "--flip"]
+    evaluate = [sys.executable, "-m", "segjax.evaluate"]
+    return {
+        SINGLE: [*evaluate, "--workdir", str(workdir), "--output", str(workdir / SINGLE)],
+        MULTI: [*evaluate, *map(str, several)],
+    }
+
+
+def call(command: Sequence[str]) -> None:
+    """Runs a command from the repository.
+
+    Raises:
+      FailedError: it has not ended well.
+    """
+    print("$ " + " ".join(["python", *command[1:]]), flush=True)
+    if status := subprocess.run(command, cwd=machine.REPO).returncode:
+        raise FailedError(command, status)
+
+
+def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, object]:
+    """Trains and evaluates with one seed, as far as that is not done yet.
+
+    Returns:
+      "single" and "multi", mIoU; "per_class_iou" of the former by class; "step", "images_per_second" of the training,
+      its "params_sha256" and "config".
+    """
+    workdir = options.workdir.absolute() / f"{options.variant}-seed-{seed}"
+    call(training(options, seed, workdir, dtype))
+    result = json.loads((workdir / "result.json").read_text())
+    reports = {}
+    for folder, command in evaluations(options, workdir).items():
+        path = workdir / folder / "results.json"
+        # A run that was made longer has to be evaluated anew.
+        if not path.exists() or json.loads(path.read_text())["step"] != result["step"]:
+            call(command)
+        reports[folder] = json.loads(path.read_text())
+    single = reports[SINGLE]
+    return {
+        "seed": seed,
+        "single": single["mean_iou"],
+        "multi": reports[MULTI]["mean_iou"],
+        "per_class_iou": {entry["class"]: entry["iou"] for entry in single["classes"]},
+        **{key: result[key] for key in ("step", "images_per_second", "params_sha256", "config")},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, deviation of a sample (None of a single value), smallest and largest."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "smallest": min(values), "largest": max(values)}
+
+
+def summary(runs: Sequence[Mapping]) -> dict[str, object]:
+    """What all seeds have reached together; a class that is nowhere has no IoU and no mean."""
+    by_class = {}
+    for name in runs[0]["per_class_iou"]:
+        ious = [run["per_class_iou"][name] for run in runs if run["per_class_iou"][name] is not None]
+        by_class[name] = statistics.fmean(ious) if ious else None
+    return {kind: spread([run[kind] for run in runs]) for kind in ("single", "multi")} | {"per_class_iou": by_class}
+
+
+def report(runs: Sequence[Mapping]) -> Iterator[str]:
+    """The table, at most 80 columns."""
+    total = summary(runs)
+    yield f"{'seed':<22} {'one scale':>10} {'scales, flip':>13}"
+    for run in runs:
+        yield f"{run['seed']:<22} {run['single']:>10.4f} {run['multi']:>13.4f}"
+    yield f"{'mean':<22} {total['single']['mean']:>10.4f} {total['multi']['mean']:>13.4f}"
+    if len(runs) > 1:
+        yield f"{'standard deviation':<22} {total['single']['deviation']:>10.4f} {total['multi']['deviation']:>13.4f}"
+    for name, iou in total["per_class_iou"].items():
+        yield f"  {name:<20} {math.nan if iou is None else iou:>10.4f}"
+    published = ", ".join(f"{name} {score:.3f}" for name, score in PUBLISHED.items())
+    yield f"published from scratch: {published}; aimed at: {TARGET:.2f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    own, flags = _cut(words)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.camvid", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="CamVid: images/, labels/, classes")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where it is prepared; TFDS's own unless given")
+    parser.add_argument("--variant", default="w48_ocr", choices=hrnet.VARIANTS, help="of configs/hrnet.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="N")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S", help="of the second figure")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/camvid"), metavar="DIR", help="of the runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written, after every seed")
+    options = parser.parse_args(own)
+    options.flags, options.source = flags, options.source.absolute()
+    if options.data_dir:
+        options.data_dir = options.data_dir.absolute()
+    dtype = "bfloat16" if machine.has_gpu() else "float32"
+    record = machine.about("benchmarks.camvid", words) | {
+        "variant": options.variant,
+        "scales": options.scales,
+        "runs": [],
+    }
+    try:
+        for seed in options.seeds:
+            run = of_seed(options, seed, dtype)
+            # Folders of this machine are nobody's business, and the rest is the same for all seeds.
+            config = run.pop("config")
+            config["data"] |= {"source": None, "dir": None}
+            record["config"] = config | {"seed": None}
+            record["runs"].append(run)
+            record["summary"] = summary(record["runs"])
+            machine.write(options.json, record)
+            print("\n".join(report(record["runs"])), flush=True)
+    except FailedError as error:
+        print(f"benchmarks.camvid: {error}", file=sys.stderr)
+        return error.status if error.status > 0 else 1
+    return 0
+
+
+def _cut(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is before `--`, and what comes after it."""
+    words = list(words)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

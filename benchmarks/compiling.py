@@ -1,0 +1,298 @@
+"""How long compiling and starting take, what memory a deep model's training step needs, and what that costs.
+
+    python -m benchmarks.compiling --json FILE
+
+SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, equal blocks of a stage compiled
+once (`train.scan_blocks`); `scan_remat`, which computes blocks again in the backward pass too (`train.remat`). Compiled
+in a process of its own each time, first with an empty cache of programs, then again from what the first left there.
+Then the three take steps in turn, in one process and on one state. About ten minutes on two idle CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import machine
+
+NUM_CLASSES = 150
+FORMS = {
+    "unrolled": {"scan": False, "remat": False},
+    "scan": {"scan": True, "remat": False},
+    "scan_remat": {"scan": True, "remat": True},
+}
+# Batch, height, width: of compile time and run time, and of memory.
+TIMED, LARGE = (2, 256, 256), (1, 512, 512)
+# What is hoped for: seconds from nothing and from the cache, bytes, seconds to the first line, and run time over that
+# of the unrolled form.
+TARGETS = {"cold": 15.0, "cached": 3.0, "temporaries": 1.2 * 2**30, "first_line": 2.0, "ratio": 1.1}
+ROUNDS, STARTS = 9, 5
+COMMANDS = {
+    "python train.py --config configs/segformer.py": ("train.py", "--config=configs/segformer.py"),
+    "python -m segjax.summary segformer_b0 --size 512 512": (
+        *("-m", "segjax.summary", "segformer_b0"),
+        *("--size", "512", "512"),
+    ),
+    "python -m segjax.convert --help": ("-m", "segjax.convert", "--help"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- training steps
+
+
+def training(model_name: str, shape: tuple[int, int, int], form: str, overrides: Mapping[str, object]):
+    """A training step as `benchmarks.contenders` times it: AdamW, nothing random, no augmentation.
+
+    Returns:
+      The jitted step; its arguments as shapes and types, on one device; and a function that makes real ones.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    import segjax
+    from configs import common
+    from segjax import losses, models, optim
+    from segjax.models import layers
+    from segjax.state import Skeleton, TrainState
+    from segjax.step import Parallel, TrainStep
+
+    still = {key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in models.settings(model_name)}
+
+    def create():
+        return segjax.create(model_name, num_classes=NUM_CLASSES, **still, **overrides)
+
+    config = common.get_config("folder")
+    config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
+    parallel = Parallel("jit", jax.devices()[:1])
+    skeleton = Skeleton(nnx.eval_shape(create), execution=layers.BlockExecution(**FORMS[form]))
+    optimizer = optim.optimizer(config.optim, skeleton.arrays()[0], steps=10**9)
+    step = TrainStep(
+        skeleton=skeleton,
+        optimizer=optimizer,
+        augment=lambda _, batch: (batch["image"], batch["label"]),
+        criterion=losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255),
+    )
+
+    def start(params, batch_stats):
+        return TrainState.start(params, batch_stats, optimizer.init(params))
+
+    def arguments():
+        rng = np.random.default_rng(0)
+        batch = {
+            "image": rng.normal(size=(*shape, 3)).astype(np.float32),
+            "label": rng.integers(0, NUM_CLASSES, shape).astype(np.uint8),
+            "position": np.arange(shape[0], dtype=np.int32),
+        }
+        # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+        state = jax.tree.map(jnp.copy, start(*Skeleton(create()).arrays()))
+        return parallel.replicate((state, batch, jax.random.key(0)))
+
+    def placed(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.whole)
+
+    abstract = jax.tree.map(placed, jax.eval_shape(arguments))
+    return parallel.compile_train(step), abstract, arguments
+
+
+def _set_up(cache: str) -> None:
+    import jax
+
+    from segjax import runtime
+
+    # jax may have been imported by now, and has read its variables then.
+    runtime.prepare()
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def compile_once(
+    cache: str, model: str, shape: tuple[int, int, int], form: str, overrides: Mapping[str, object]
+) -> dict[str, float]:
+    """Compiles a step in this process, with programs kept in the folder `cache`.
+
+    Returns:
+      "trace" and "compile", seconds of jax's part and of the compiler's or the cache's, and "temporaries", bytes.
+    """
+    _set_up(cache)
+    step, abstract, _ = training(model, shape, form, overrides)
+    since = time.perf_counter()
+    lowered = step.lower(*abstract)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    compiled = time.perf_counter()
+    return {
+        "trace": traced - since,
+        "compile": compiled - traced,
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def run_in_turn(
+    cache: str, model: str, shape: tuple[int, int, int], rounds: int, overrides: Mapping[str, object]
+) -> dict[str, dict[str, list[float]]]:
+    """Steps of all forms, one after the other on the same state.
+
+    Returns:
+      By form quartiles of "seconds" of a step, and of its "ratio" to the unrolled one of the same round.
+    """
+    _set_up(cache)
+    programs = {}
+    for form in FORMS:
+        step, abstract, arguments = training(model, shape, form, overrides)
+        programs[form] = step.lower(*abstract).compile()
+    state, batch, key = arguments()
+    seconds = {form: [] for form in FORMS}
+    # The first round warms up.
+    for number in range(rounds + 1):
+        # Whoever comes after a heavy one may find a warmer machine: the order changes.
+        names = list(FORMS)
+        for form in names[number % len(names) :] + names[: number % len(names)]:
+            since = time.perf_counter()
+            state, scalars = programs[form](state, batch, key)
+            scalars["loss"].block_until_ready()
+            if number:
+                seconds[form].append(time.perf_counter() - since)
+    return {
+        form: {
+            "seconds": machine.quartiles(own),
+            "ratio": machine.quartiles([a / b for a, b in zip(own, seconds["unrolled"], strict=True)]),
+        }
+        for form, own in seconds.items()
+    }
+
+
+def forms(
+    model: str,
+    *,
+    timed: tuple[int, int, int],
+    large: tuple[int, int, int],
+    rounds: int,
+    overrides: Mapping[str, object],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, object]]:
+    """What each form costs: see `compile_once` and `run_in_turn`.
+
+    Returns:
+      By form "cold" and "cached", of a step on `timed`, "large", cold on `large`, and what `run_in_turn` tells.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # One folder for all forms: no two of their programs are the same.
+        cache = str(Path(folder) / "cache")
+        for form in FORMS:
+            say(f"compiling, {form} ...")
+            found[form] = {
+                "cold": machine.in_a_process(compile_once, cache, model, timed, form, overrides),
+                "cached": machine.in_a_process(compile_once, cache, model, timed, form, overrides),
+            }
+        say("stepping, in turn ...")
+        for form, times in machine.in_a_process(run_in_turn, cache, model, timed, rounds, overrides).items():
+            found[form] |= times
+        for form in FORMS:
+            say(f"compiling the large step, {form} ...")
+            found[form]["large"] = machine.in_a_process(compile_once, cache, model, large, form, overrides)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- starting
+
+
+def first_line(words: Sequence[str]) -> float:
+    """Seconds from the start of `python WORDS` to its first line; it is ended then.
+
+    Raises:
+      RuntimeError: it ended without one.
+    """
+    since = time.perf_counter()
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, cwd=machine.REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - since
+        process.kill()
+        if not line:
+            raise RuntimeError(f"{' '.join(words)} said nothing:\n{process.stderr.read().decode()}")
+    return seconds
+
+
+def starts(times: int) -> dict[str, list[float]]:
+    """By command quartiles of the seconds to its first line; a start before those warms the disk's cache."""
+    found = {}
+    for name, words in COMMANDS.items():
+        seconds = []
+        for _ in range(times + 1):
+            with tempfile.TemporaryDirectory() as folder:
+                seconds.append(
+                    first_line([*words, *(["--workdir", f"{folder}/run"] if words[0] == "train.py" else [])])
+                )
+        found[name] = machine.quartiles(seconds[1:])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def report(record: Mapping) -> Iterator[str]:
+    """The tables, at most 80 columns."""
+    (batch, height, width), (large_batch, large_height, large_width) = record["timed"], record["large"]
+    yield f"{record['model']}, training step, {record['num_classes']} classes, float32"
+    yield f"  at {batch}x{height}x{width}: seconds to compile (to trace), of a step, over unrolled"
+    yield f"{'':<12} {'cold':>15} {'from the cache':>15} {'step':>7} {'ratio':>6} {'MiB':>6}"
+    for form, found in record["forms"].items():
+        cold, cached = (
+            f"{found[kind]['trace'] + found[kind]['compile']:.1f} ({found[kind]['trace']:.1f})"
+            for kind in ("cold", "cached")
+        )
+        yield (
+            f"{form:<12} {cold:>15} {cached:>15} {found['seconds'][0]:>7.3f} {found['ratio'][0]:>6.2f} "
+            f"{found['cold']['temporaries'] / 2**20:>6.0f}"
+        )
+    yield f"  targets: {TARGETS['cold']:.0f} cold, {TARGETS['cached']:.0f} from the cache, ratio {TARGETS['ratio']:.2f}"
+    yield f"  temporaries at {large_batch}x{large_height}x{large_width}, GiB:"
+    for form, found in record["forms"].items():
+        yield f"{form:<12} {found['large']['temporaries'] / 2**30:>15.2f}"
+    yield f"  target: {TARGETS['temporaries'] / 2**30:.1f}"
+    yield from starts_report(record["starts"])
+
+
+def starts_report(found: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    yield f"seconds to the first line, median and quartiles (target: {TARGETS['first_line']:.0f})"
+    for name, (middle, low, high) in found.items():
+        yield f"  {name:<54} {middle:>5.2f} {low:>6.2f}..{high:.2f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="segformer_b5", help="a name of segjax.MODELS")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each form")
+    parser.add_argument("--starts", type=int, default=STARTS, help="starts of each command")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written")
+    options = parser.parse_args(arguments)
+
+    def say(text):
+        print(text, flush=True)
+
+    record = machine.about("benchmarks.compiling", sys.argv[1:] if arguments is None else arguments) | {
+        "model": options.model,
+        "num_classes": NUM_CLASSES,
+        "dtype": "float32",
+        "timed": TIMED,
+        "large": LARGE,
+        "rounds": options.rounds,
+        "targets": TARGETS,
+        "starts": starts(options.starts),
+    }
+    say("\n".join(starts_report(record["starts"])))
+    record["forms"] = forms(options.model, timed=TIMED, large=LARGE, rounds=options.rounds, overrides={}, say=say)
+    say("\n".join(report(record)))
+    machine.write(options.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Whether data keeps up with training: images per second delivered and consumed, and the share of a step spent waiting.
+
+    python -m benchmarks.feeding --camvid DIR --json FILE
+
+SegFormer-B0 by `train.py`, as its config has it, on CamVid in the device's memory; on CamVid streamed; and on streamed
+images of 1024x2048 pixels, which the script draws itself and stores as PNG files. Nothing decoded is kept between two
+epochs (data.cache_gb=0), as if the set were larger than any memory, so that every image is decoded every time. Each
+run is ended when it has been measured. About seven minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks import machine
+
+# Steps before and while it is measured, and between two records of a run.
+WARM, STEPS, EVERY = 10, 40, 5
+TARGET = 0.05
+STREAMED = {"data.resident_gb": 0.0, "data.cache_gb": 0.0}
+LARGE_SIZE, LARGE_IMAGES = (1024, 2048), 32
+
+
+def cases(camvid: Path, large: Path, prepared: Path, dtype: str) -> dict[str, tuple[str, dict[str, object]]]:
+    """Variant and dataset of configs/segformer.py and further settings, by what is measured."""
+    common = {"data.dir": str(prepared), "model.dtype": dtype, "train.log_every": EVERY, "eval.pictures": 0}
+    # Neither the end of the run nor a save comes in between.
+    common |= {"train.steps": 10**6, "checkpoint.every": 10**6}
+    of_camvid = common | {"data.source": str(camvid)}
+    # Crops of SegFormer's 1024x1024 would give data four times as long.
+    of_large = common | {"data.source": str(large), "augment.crop": (512, 512), "train.batch": 4}
+    return {
+        "CamVid, resident": ("b0,camvid", of_camvid),
+        "CamVid, streamed": ("b0,camvid", of_camvid | STREAMED),
+        "1024x2048 PNG, streamed": ("b0,folder", of_large | STREAMED),
+    }
+
+
+def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
+    """A folder as segjax.data.folder reads it, of street scenes; the one to evaluate on is never read here."""
+    import cv2
+    import numpy as np
+
+    from segjax.data import specs, streets
+
+    spec = specs.STREETS
+    described = {"names": list(spec.class_names), "colors": np.array(spec.colors).tolist(), "ignore": spec.ignore_label}
+    for split, count in (("train", number), ("test", 1)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            image, label = streets.scene(0, index, size)
+            cv2.imwrite(str(root / "images" / split / f"{index:04d}.png"), image[..., ::-1])
+            cv2.imwrite(str(root / "labels" / split / f"{index:04d}.png"), label)
+    (root / "classes.json").write_text(json.dumps(described))
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> float:
+    """Images per second that batches come with when nothing else is done with them. Sets up its process."""
+    from segjax import runtime
+
+    runtime.prepare()
+    import jax
+
+    from configs import segformer
+    from segjax import parts
+    from segjax.step import Parallel
+
+    config = segformer.get_config(argument)
+    config.update_from_flattened_dict(settings)
+    data = parts.load_data(config)
+    with parts.make_batches(config, data, Parallel(config.parallel), jax.random.key(config.seed), 0) as batches:
+        for step in range(warm):
+            jax.block_until_ready(batches.at(step))
+        since = time.perf_counter()
+        for step in range(warm, warm + steps):
+            jax.block_until_ready(batches.at(step))
+        return steps * config.train.batch / (time.perf_counter() - since)
+
+
+def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int, folder: Path) -> dict[str, float]:
+    """What a run of train.py says of itself, see `between`; the run is ended when it has said it.
+
+    Raises:
+      RuntimeError: it ended before.
+    """
+    flags = [f"--config=configs/segformer.py:{argument}", f"--workdir={folder / 'run'}"]
+    flags += [f"--config.{key}={value}" for key, value in settings.items()]
+    output, log = folder / "output", folder / "run" / "metrics.jsonl"
+    with output.open("w") as file:
+        command = [sys.executable, "train.py", *flags]
+        process = subprocess.Popen(command, cwd=machine.REPO, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while True:
+            ended = process.poll() is not None
+            found = records(log)
+            if warm in found and warm + steps in found:
+                return between(found[warm], found[warm + steps])
+            if ended:
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output.read_text()}")
+            time.sleep(0.5)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def records(path: Path) -> dict[int, dict[str, float]]:
+    """By step what a run has written down so far, with the step; its last line may be half there."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            found[record["step"]] = record
+    return found
+
+
+def between(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
+    """What a run did between two of its records.
+
+    Each says the means up to there, counted from the end of step 1 (`segjax.console.Meter`).
+
+    Returns:
+      "waiting", share of the time; "rate" and "consumed", the parts of `first`'s and `last`'s images per second that
+      fall in between: of the run, and of its steps alone, without waiting.
+    """
+    # Seconds divided by the images of a batch, so that what is divided by them comes in images per second.
+    ends = [(record["step"] - 1) / record["images_per_second"] for record in (first, last)]
+    waits = [(record["waiting"] or 0.0) * end for record, end in zip((first, last), ends, strict=True)]
+    seconds, waited = ends[1] - ends[0], waits[1] - waits[0]
+    rate = (last["step"] - first["step"]) / seconds
+    return {"waiting": waited / seconds, "rate": rate, "consumed": rate / (1 - waited / seconds)}
+
+
+def measure(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> dict[str, float]:
+    """`between` and "delivered", images per second."""
+    alone = machine.in_a_process(delivered, argument, settings, warm, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        return {"delivered": alone} | trained(argument, settings, warm, steps, Path(folder))
+
+
+def report(results: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """The table, at most 80 columns."""
+    yield f"{'images per second':<26} {'delivered':>10} {'consumed':>10} {'of the run':>11} {'waiting':>9}"
+    for name, found in results.items():
+        rates = f"{found['delivered']:>10.1f} {found['consumed']:>10.1f} {found['rate']:>11.1f}"
+        yield f"{name:<26} {rates} {found['waiting']:>9.1%}"
+    yield f"delivered alone, consumed by steps that need not wait; waiting is to be below {TARGET:.0%}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.feeding", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--camvid", type=Path, required=True, metavar="DIR", help="images/, labels/, classes.json")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"measured ones, a multiple of {EVERY}; more on a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written")
+    options = parser.parse_args(arguments)
+    if options.steps < EVERY or options.steps % EVERY:
+        parser.error(f"--steps is a multiple of {EVERY}, not {options.steps}")
+    dtype = "bfloat16" if machine.has_gpu() else "float32"
+    record = machine.about("benchmarks.feeding", sys.argv[1:] if arguments is None else arguments)
+    record |= {"model": "segformer_b0", "dtype": dtype, "warm": WARM, "steps": options.steps, "results": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        print(f"drawing {LARGE_IMAGES} images ...", flush=True)
+        draw_images(folder / "large", size=LARGE_SIZE, number=LARGE_IMAGES)
+        for name, case in cases(options.camvid.absolute(), folder / "large", folder / "prepared", dtype).items():
+            print(f"{name} ...", flush=True)
+            record["results"][name] = measure(*case, WARM, options.steps)
+            machine.write(options.json, record)
+    print("\n".join(report(record["results"])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
