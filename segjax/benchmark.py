@@ -42,7 +42,7 @@ OURS = "segjax"
 # What float32 and bfloat16 may differ by, relative to the largest logit, or to the loss.
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1}
 SPELLINGS = {"bf16": "bfloat16"}
-ROUND_SECONDS, ROUNDS = 0.5, 15
+ROUND_SECONDS, ROUNDS, QUIET_SECONDS = 0.5, 15, 0.5
 # Of a card that nobody else works on; the minutes are what is scarce there.
 ROUNDS_ON_A_GPU = 7
 
@@ -128,6 +128,8 @@ def _serve(connection, name: str, work: tuple) -> None:
         peak = contender.memory if contender.memory is not None else max(0, _peak() - before)
         connection.send((contender.outcome, contender.compile_seconds, peak))
         while steps := connection.recv():
+            # The caches, and memory that the kernel took for idle, are its own again.
+            contender.run()
             since = time.perf_counter()
             contender.run(steps)
             connection.send((time.perf_counter() - since) / steps)
@@ -290,6 +292,9 @@ def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
         # Whoever comes after a heavy one may find a warmer machine: the order changes.
         start = number % len(runners)
         for runner in (*runners[start:], *runners[:start]):
+            # Threads of the one before may go on looking for work for some tenths of a second.
+            if len(runners) > 1:
+                time.sleep(QUIET_SECONDS)
             times[runner.name].append(runner.seconds(steps[runner.name]))
     return times
 
