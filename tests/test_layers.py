@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from segjax import banded_loss
-from segjax.models import layers
+from segjax.models import layers, rows
 
 
 def calls(function, *arguments):
@@ -82,3 +83,88 @@ def test_a_band_is_all_that_is_ever_enlarged(monkeypatch):
     monkeypatch.setattr(banded_loss, "BAND", whole // 32)
     program = jax.jit(jax.value_and_grad(banded_loss.cross_entropy)).lower(logits, labels, weights).compile()
     assert program.memory_analysis().temp_size_in_bytes < whole / 4
+
+
+KINDS = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+def feed_forward(*, pointwise=False, channels=4, hidden=64):
+    """A feed-forward network as a function of x, and its arrays by name."""
+    kinds = dict(**KINDS, rngs=nnx.Rngs(0))
+    first, last = layers.Linear(channels, hidden, **kinds), layers.Linear(hidden, channels, **kinds)
+    depthwise = layers.Conv(hidden, hidden, 3, padding=1, groups=hidden, **kinds)
+    middle = layers.Conv(hidden, hidden, 1, **kinds) if pointwise else None
+    named = dict(first=first, depthwise=depthwise, last=last) | (dict(pointwise=middle) if pointwise else {})
+    arrays = {name: (layer.kernel[...], layer.bias[...]) for name, layer in named.items()}
+    return lambda x: rows.feed_forward(first, depthwise, last, x, pointwise=middle), arrays
+
+
+# Units of a map in one piece, of a band, and of a forward pass with its backward pass.
+UNITS = {
+    "without pointwise": (
+        ["_biased_and_padded", "_activated_taps"],
+        ["_biased_and_padded_aside", "_activated_taps"],
+        ["_biased_and_padded", "_biased_taps", "gelu_unit", "_padded_times_slope", "sums_of_products", "_taps"],
+    ),
+    "pointwise": (
+        ["_biased_and_padded", "_biased_taps", "_activated"],
+        ["_biased_and_padded_aside", "_biased_taps", "_activated"],
+        ["_biased_and_padded", "_biased_taps", "gelu_unit", "times_slope", "_padded", "sums_of_products", "_taps"],
+    ),
+}
+
+
+def units(function, *arguments):
+    """Names of what the optimised program calls, without the numbers that XLA gives them."""
+    return sorted(name.removeprefix("%").split(".")[0] for name in calls(function, *arguments))
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_each_unit_of_a_feed_forward_network_is_called_once(kind, monkeypatch):
+    run, arrays = feed_forward(pointwise=kind == "pointwise")
+    x = normal(2, 8, 5, 4, seed=8)
+    in_one, in_bands, with_gradient = UNITS[kind]
+    with layers.meant_for("cpu"):
+        assert units(run, x) == sorted(in_one)
+        monkeypatch.setattr(rows, "BAND_BYTES", 2**12)
+        # Anew, since what was traced holds the bands of its time.
+        assert units(lambda x: run(x), x) == sorted(in_bands)
+        assert units(slopes(rows.feed_forward_by_rows, of=(0, 1)), arrays, x) == sorted(with_gradient)
+
+
+def temporaries(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_a_band_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monkeypatch):
+    run, _ = feed_forward()
+    x = normal(2, 64, 16, 4, seed=9)
+    widest = 16 * x.nbytes
+    with layers.published_forms():
+        assert temporaries(lambda x: run(x), x) >= widest
+    monkeypatch.setattr(rows, "BAND_BYTES", widest // 32)
+    with layers.meant_for("cpu"):
+        assert temporaries(run, x) < widest / 3
+
+
+def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
+    sizes = [(128, 16), (32, 4), (16, 2)]
+    levels = [normal(2, *size, 4, seed=10 + index) for index, size in enumerate(sizes)]
+    kinds = dict(**KINDS, rngs=nnx.Rngs(0))
+    fuse, classifier = layers.Conv(12, 64, 1, **kinds), layers.Conv(64, 3, 1, **kinds)
+
+    def run(*levels):
+        def fused():
+            return layers.conv1x1_of_resized(fuse, levels, lambda x: layers.resize(x, sizes[0]))
+
+        settings = dict(placing="half", training=False, fused=fused)
+        return rows.decode(levels, fuse, jax.nn.relu, classifier, **settings)
+
+    enlarged = 2 * 128 * 16 * 64 * 4
+    monkeypatch.setattr(rows, "BAND_BYTES", enlarged // 16)
+    with layers.meant_for("cpu"):
+        assert temporaries(run, *levels) < enlarged / 2
+        # One for each level, and one that adds them up.
+        assert units(lambda *levels: run(*levels), *levels) == ["enlarged", "enlarged_1", "finished"]
+        monkeypatch.setattr(rows, "_are_multiples", lambda shapes: False)
+        assert temporaries(lambda *levels: run(*levels), *levels) >= enlarged

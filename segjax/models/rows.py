@@ -10,6 +10,7 @@ Every function has its plain form beside it; `parity/test_rows.py` holds the two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -267,7 +268,8 @@ def decode_by_rows(
                 *(blends(old, new // old, placing) for old, new in zip(x.shape[1:3], (height, width), strict=True)),
             )
         )
-    step = max(height // (y.shape[1] - 2) for y, *_ in coarse)
+    # Of 12, 6, 3 and 2 rows no factor is a multiple of all others.
+    step = math.lcm(*(height // (y.shape[1] - 2) for y, *_ in coarse))
     B, dtype = len(levels[0]), kernels[0].dtype
     row_bytes = B * width * kernels[0].shape[1] * dtype.itemsize
     steps = [number for number in range(1, height // step + 1) if height // step % number == 0]
