@@ -268,7 +268,7 @@ def decode_by_rows(
                 *(blends(old, new // old, placing) for old, new in zip(x.shape[1:3], (height, width), strict=True)),
             )
         )
-    # Of 12, 6, 3 and 2 rows no factor is a multiple of all others.
+    # Of 28, 14, 7 and 4 rows, an image of 112, no factor is a multiple of all others.
     step = math.lcm(*(height // (y.shape[1] - 2) for y, *_ in coarse))
     B, dtype = len(levels[0]), kernels[0].dtype
     row_bytes = B * width * kernels[0].shape[1] * dtype.itemsize
