@@ -124,8 +124,8 @@ def ours(work: Work) -> Contender:
 def _our_inference(work: Work, model) -> Contender:
     import jax
 
-    from segjax import runtime
     from segjax.state import Skeleton
+    from segjax.step import compiler_options
 
     skeleton = Skeleton(model)
     arrays = jax.device_put(skeleton.arrays())
@@ -135,7 +135,7 @@ def _our_inference(work: Work, model) -> Contender:
         return skeleton.bind(params, batch_stats)(images)[0]
 
     since = time.perf_counter()
-    options = runtime.compiler_options(jax.default_backend())
+    options = compiler_options(jax.default_backend())
     program = jax.jit(forward, compiler_options=options).lower(*arrays, images).compile()
     outcome = np.asarray(program(*arrays, images))
     seconds = time.perf_counter() - since

@@ -49,6 +49,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
     from segjax import inference, summary
     from segjax.data.augment import normalise
     from segjax.state import Skeleton
+    from segjax.step import compiler_options
 
     skeleton = Skeleton(segjax.create(model, num_classes=NUM_CLASSES))
     arrays = jax.device_put(skeleton.arrays())
@@ -58,7 +59,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
 
     def compiled(function, images):
         since = time.perf_counter()
-        options = runtime.compiler_options(jax.default_backend())
+        options = compiler_options(jax.default_backend())
         program = jax.jit(function, compiler_options=options).lower(*arrays, images).compile()
         return program, time.perf_counter() - since
 

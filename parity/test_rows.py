@@ -88,7 +88,8 @@ def feed_forward_of(kind, dtype, *, channels=3, hidden=8, out=5):
 
 def by_rows(first, depthwise, *others):
     *pointwise, last = others
-    return lambda x: rows.feed_forward(first, depthwise, last, x, pointwise=pointwise[0] if pointwise else None)
+    settings = dict(in_steps=one_by_one(first, depthwise, *others), pointwise=pointwise[0] if pointwise else None)
+    return lambda x: rows.feed_forward(first, depthwise, last, x, **settings)
 
 
 def one_by_one(first, depthwise, *others):

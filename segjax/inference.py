@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import losses, runtime
+from segjax import losses
 from segjax.data.augment import normalise
 from segjax.models import layers
 from segjax.state import Skeleton
-from segjax.step import Parallel
+from segjax.step import Parallel, compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Inference:
         self._parallel = Parallel("jit")
         skeleton = Skeleton(model)
         self._arrays = self._parallel.replicate(skeleton.arrays())
-        options = runtime.compiler_options(self._parallel.devices[0].platform)
+        options = compiler_options(self._parallel.devices[0].platform)
         self._labels = jax.jit(partial(predict_labels, skeleton, normalise=normalise), compiler_options=options)
         self._score = jax.jit(partial(score, skeleton, normalise=normalise), compiler_options=options)
         self._num_classes = skeleton.spec.num_classes

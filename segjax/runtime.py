@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 from pathlib import Path
@@ -52,20 +51,3 @@ def keep_freed_memory() -> None:
     mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
-
-
-@functools.cache
-def compiler_options(platform: str) -> dict[str, int] | None:
-    """What programs for "cpu" or "gpu" are compiled with: `jax.jit(..., compiler_options=compiler_options(platform))`.
-
-    XLA:CPU uses half of AVX-512's registers unless told otherwise; two cores, with / without: SegNeXt-T 1x512x512
-    inference 0.89, the other models 0.95 to 1.0. An XLA that does not know the option refuses it, and goes without.
-    """
-    if platform != "cpu":
-        return None
-    options = {"xla_cpu_prefer_vector_width": 512}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options

@@ -96,7 +96,12 @@ def feed_forward(*, pointwise=False, channels=4, hidden=64):
     middle = layers.Conv(hidden, hidden, 1, **kinds) if pointwise else None
     named = dict(first=first, depthwise=depthwise, last=last) | (dict(pointwise=middle) if pointwise else {})
     arrays = {name: (layer.kernel[...], layer.bias[...]) for name, layer in named.items()}
-    return lambda x: rows.feed_forward(first, depthwise, last, x, pointwise=middle), arrays
+
+    def in_steps(x):
+        hidden = depthwise(first(x))
+        return last(layers.gelu(middle(hidden) if pointwise else hidden))
+
+    return lambda x: rows.feed_forward(first, depthwise, last, x, in_steps=in_steps, pointwise=middle), arrays
 
 
 # Units of a map in one piece, of a band, and of a forward pass with its backward pass.

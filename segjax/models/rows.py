@@ -27,8 +27,16 @@ BAND_BYTES = 2**22
 # ------------------------------------------------------------------------------- linear, depthwise 3x3, GELU, linear
 
 
-def feed_forward(first, depthwise: layers.Conv, last, x: jax.Array, *, pointwise: layers.Conv | None = None):
-    """last(gelu(pointwise(depthwise(first(x))))), the feed-forward network of every encoder here.
+def feed_forward(
+    first,
+    depthwise: layers.Conv,
+    last,
+    x: jax.Array,
+    *,
+    in_steps: Callable[[jax.Array], jax.Array],
+    pointwise: layers.Conv | None = None,
+) -> jax.Array:
+    """in_steps(x) = last(gelu(pointwise(depthwise(first(x))))), the feed-forward network of every encoder here.
 
     On a CPU in bands of rows. Two cores, with / without: 32 to 256 and back to 32 channels at 128x128 pixels 0.53, 64
     to 512 at 64x64 0.74.
@@ -37,13 +45,13 @@ def feed_forward(first, depthwise: layers.Conv, last, x: jax.Array, *, pointwise
       first, last: Linear, or Conv of 1x1. depthwise: 3x3, one or several outputs of each channel. pointwise: 1x1, or
         None for nothing. All with biases.
       x: (B, H, W, C).
+      in_steps: calls the layers one by one.
 
     Returns:
       (B, H, W, out).
     """
     if not layers.fast_cpu_forms() or not all(isinstance(side, int) for side in x.shape):
-        hidden = depthwise(first(x))
-        return last(layers.gelu(hidden if pointwise is None else pointwise(hidden)))
+        return in_steps(x)
     dtype = first.dtype
     parts = dict(first=first, depthwise=depthwise, pointwise=pointwise, last=last)
     arrays = {

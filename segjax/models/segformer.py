@@ -92,7 +92,10 @@ class Mlp(nnx.Module):
         self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rows.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x)
+        return rows.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
+
+    def in_steps(self, x: jax.Array) -> jax.Array:
+        return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
 
 
 class Block(nnx.Module):

@@ -114,7 +114,7 @@ class MixFeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         first, middle, _, last = self.net
         depthwise, pointwise = middle.net
-        return rows.feed_forward(first, depthwise, last, x, pointwise=pointwise)
+        return rows.feed_forward(first, depthwise, last, x, in_steps=self.net, pointwise=pointwise)
 
 
 class Unfold(nnx.Module):

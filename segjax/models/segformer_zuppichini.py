@@ -100,7 +100,7 @@ class MixMLP(layers.Sequential):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         first, depthwise, _, last = self
-        return rows.feed_forward(first, depthwise, last, x)
+        return rows.feed_forward(first, depthwise, last, x, in_steps=super().__call__)
 
 
 class ResidualAdd(nnx.Module):
