@@ -20,7 +20,8 @@ from jax import lax
 
 from segjax.models import layers
 
-# Bytes of the widest map of a band. Of 1, 2, 4 MiB the last was fastest for SegNeXt's and SegFormer's first stages.
+# Bytes of the widest map of a band. SegFormer-B0's inference, over that without bands: of 1 MiB 0.91, 2 0.89, 4 0.87,
+# 8 0.88, 16 0.88.
 BAND_BYTES = 2**22
 
 
