@@ -5,7 +5,7 @@
 SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, equal blocks of a stage compiled
 once (`train.scan_blocks`); `scan_remat`, which computes blocks again in the backward pass too (`train.remat`). Compiled
 in a process of its own each time, first with an empty cache of programs, then again from what the first left there.
-Then the three take steps in turn, in one process and on one state. About ten minutes on two idle CPU cores.
+Then the three take steps in turn, in one process. About ten minutes on two idle CPU cores.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     from configs import common
     from segjax import losses, models, optim
     from segjax.models import layers
+    from segjax.stacks import NO_STACKS, Stacks
     from segjax.state import Skeleton, TrainState
     from segjax.step import Parallel, TrainStep
 
@@ -71,8 +72,11 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     config = common.get_config("folder")
     config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
     parallel = Parallel("jit", jax.devices()[:1])
-    skeleton = Skeleton(nnx.eval_shape(create), execution=layers.BlockExecution(**FORMS[form]))
-    optimizer = optim.optimizer(config.optim, skeleton.arrays()[0], steps=10**9)
+    params, _ = Skeleton(nnx.eval_shape(create)).arrays()
+    execution = layers.BlockExecution(**FORMS[form])
+    stacks = Stacks.of(params, alike=optim.rules(config.optim, params)) if execution.scan else NO_STACKS
+    skeleton = Skeleton(nnx.eval_shape(create), execution=execution, stacks=stacks)
+    optimizer = optim.optimizer(config.optim, params, steps=10**9, stacks=stacks)
     step = TrainStep(
         skeleton=skeleton,
         optimizer=optimizer,
@@ -91,7 +95,7 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
             "position": np.arange(shape[0], dtype=np.int32),
         }
         # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-        state = jax.tree.map(jnp.copy, start(*Skeleton(create()).arrays()))
+        state = stacks.stacked(jax.tree.map(jnp.copy, start(*Skeleton(create()).arrays())))
         return parallel.replicate((state, batch, jax.random.key(0)))
 
     def placed(leaf):
@@ -136,17 +140,17 @@ def compile_once(
 def run_in_turn(
     cache: str, model: str, shape: tuple[int, int, int], rounds: int, overrides: Mapping[str, object]
 ) -> dict[str, dict[str, list[float]]]:
-    """Steps of all forms, one after the other on the same state.
+    """Steps of all forms, one after the other, each on a state of its own that began as the others'.
 
     Returns:
       By form quartiles of "seconds" of a step, and of its "ratio" to the unrolled one of the same round.
     """
     _set_up(cache)
-    programs = {}
+    programs, states = {}, {}
     for form in FORMS:
         step, abstract, arguments = training(model, shape, form, overrides)
         programs[form] = step.lower(*abstract).compile()
-    state, batch, key = arguments()
+        states[form], batch, key = arguments()
     seconds = {form: [] for form in FORMS}
     # The first round warms up.
     for number in range(rounds + 1):
@@ -154,7 +158,7 @@ def run_in_turn(
         names = list(FORMS)
         for form in names[number % len(names) :] + names[: number % len(names)]:
             since = time.perf_counter()
-            state, scalars = programs[form](state, batch, key)
+            states[form], scalars = programs[form](states[form], batch, key)
             scalars["loss"].block_until_ready()
             if number:
                 seconds[form].append(time.perf_counter() - since)

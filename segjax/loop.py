@@ -74,7 +74,8 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     skeleton = parts.make_skeleton(config, spec.num_classes, parallel, pretrained=not saved.steps())
     params, batch_stats = skeleton.arrays()
     trained = skeleton.trained(params)
-    optimizer = optim.optimizer(config.optim, params, steps=config.train.steps)
+    stacks = skeleton.stacks
+    optimizer = optim.optimizer(config.optim, params, steps=config.train.steps, stacks=stacks)
     # Compiled as a whole: array by array, every shape of the model would be a program of its own.
     state = TrainState.start(params, batch_stats, jax.jit(optimizer.init)(trained), ema=config.train.ema > 0)
 
@@ -115,7 +116,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     key = jax.random.key(config.seed)
     batches = parts.make_batches(config, data, parallel, key, first)
     # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-    state = parallel.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
+    state = parallel.replicate(jax.jit(lambda state: stacks.stacked(jax.tree.map(jnp.copy, state)))(state))
     if changes:
         console.show_settings(changes)
     console.describe(config, workdir, params, training, evaluation, padding, spec, parallel, first)
@@ -130,9 +131,12 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
     meter = console.Meter(config.train.batch)
     log = Log(workdir, first, evaluated=scores.evaluated == first, active=is_lead())
 
+    def fetched(tree):
+        return stacks.apart(parallel.fetch(tree))
+
     def save(step: int) -> None:
         log.cut(step)
-        host = parallel.fetch(state)
+        host = fetched(state)
         record = about | {"step": step, "scores": dataclasses.asdict(scores), "window": window}
         saved.save(step, parts.weights_of(host), parts.training_of(host), record)
 
@@ -158,7 +162,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         score = summary["mean_iou"]
         scores = scores.after(step, score)
         if scores.step == step and config.eval.every and is_lead():
-            weights = parts.weights_of(parallel.fetch(state))
+            weights = parts.weights_of(fetched(state))
             checkpoint.save_weights(workdir / "best", weights, about=about | {"step": step, "mean_iou": score})
         if step < config.train.steps:
             progress.say(f"step {step}: mIoU {console.score(score)}{', the best so far' * (scores.step == step)}")
@@ -187,7 +191,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         saved.wait()
         culprit = ""
         if config.debug.nans and jax.process_count() == 1:
-            culprit = debug.first_not_finite(train_step, parallel.fetch(state), batches.at(step), key)
+            culprit = debug.first_not_finite(train_step, fetched(state), batches.at(step), key)
         raise RunError(_not_finite(what, culprit, step, workdir))
 
     def log_window(step: int) -> float | None:
@@ -255,7 +259,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         "best": {"step": scores.step, "mean_iou": scores.best},
         "images_per_second": meter.images_per_second,
         "config": plain(config),
-        "params_sha256": params_sha256(parallel.fetch(state.evaluated[0])),
+        "params_sha256": params_sha256(fetched(state.evaluated[0])),
     }
     if is_lead():
         draw(workdir, log, evaluation, spec, predicted)

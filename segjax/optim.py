@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from segjax.stacks import NO_STACKS, Stacks
 
 
 def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -116,6 +119,27 @@ def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -
     return factors
 
 
+class Rule(NamedTuple):
+    """How a parameter is trained: at all, with weight decay, with its learning rate multiplied by `factor`."""
+
+    is_trained: bool
+    decays: bool
+    factor: float
+
+
+def rules(settings, names: Iterable[str]) -> dict[str, Rule]:
+    """The rule of each parameter, by name.
+
+    Raises:
+      ValueError: a pattern that is found in no name.
+    """
+    names = list(names)
+    frozen = frozen_names(settings.frozen, names)
+    no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
+    factors = lr_factors(settings.lr_multipliers, names)
+    return {name: Rule(name not in frozen, name not in no_decay, factors[name]) for name in names}
+
+
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
     """torch.nn.utils.clip_grad_norm_: all gradients times min(1, largest / (their norm + 1e-6))."""
 
@@ -131,11 +155,13 @@ def norm(tree) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def _scale_by_name(factors: dict[str, float]) -> optax.GradientTransformation:
+def _scale_by_rule(by_name: dict[str, Rule]) -> optax.GradientTransformation:
+    def scaled(name, update):
+        factor = by_name[name].factor
+        return update if factor == 1 else factor * update
+
     return optax.stateless(
-        lambda updates, _params=None: {
-            name: update if factors[name] == 1 else factors[name] * update for name, update in updates.items()
-        }
+        lambda updates, _params=None: {name: scaled(name, update) for name, update in updates.items()}
     )
 
 
@@ -166,7 +192,9 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
-def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    settings, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
+) -> optax.GradientTransformation:
     """AdamW or SGD as torch computes them, with the published exceptions by parameter name.
 
     Args:
@@ -174,6 +202,7 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
       names: dotted names of all parameters of the model. Those that are frozen, which it is not given, may be all that
         a pattern is found in.
       steps: length of the schedule.
+      stacks: in which parameters may be given to it, beside as they are.
 
     Returns:
       A transform whose `update` takes `accepted`, a bool scalar: where it is False, no state changes, and the updates
@@ -182,10 +211,10 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
     Raises:
       ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
     """
-    names = list(names)
-    no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
+    by_name = rules(settings, names)
+    by_name |= {stack: by_name[members[0]] for stack, members in stacks.rows.items()}
     decay = optax.add_decayed_weights(
-        settings.weight_decay, mask=lambda params: {name: name not in no_decay for name in params}
+        settings.weight_decay, mask=lambda params: {name: by_name[name].decays for name in params}
     )
     if settings.name == "adamw":
         # torch's AdamW: decay beside the moments, eps outside the root, both scaled by the learning rate.
@@ -198,7 +227,7 @@ def optimizer(settings, names: Iterable[str], *, steps: int) -> optax.GradientTr
     return optax.chain(
         *([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []),
         *rule,
-        _scale_by_name(lr_factors(settings.lr_multipliers, names)),
+        _scale_by_rule(by_name),
         _unless_refused(optax.scale_by_learning_rate(schedule(settings, steps=steps))),
     )
 
@@ -209,10 +238,7 @@ def learning_rates(settings, names: Iterable[str], *, steps: int):
     Args:
       names: dotted names of all parameters of the model; those that are frozen have no rate.
     """
-    names = list(names)
-    frozen = frozen_names(settings.frozen, names)
-    factors = lr_factors(settings.lr_multipliers, names)
-    factors = sorted({factors[name] for name in names if name not in frozen} - {1.0})
+    factors = sorted({rule.factor for rule in rules(settings, names).values() if rule.is_trained} - {1.0})
     base = schedule(settings, steps=steps)
 
     def rates(step: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from segjax.models import layers
 from segjax.pretrained import load_pretrained
 from segjax.record import IMAGENET, dataset_record, licence_of
 from segjax.settings import model_overrides, plain
+from segjax.stacks import NO_STACKS, Stacks
 from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel
 
@@ -86,11 +87,13 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
         with console.log_said():
             load_pretrained(model, config.init.from_, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
-    names = list(Skeleton(model).arrays()[0])
+    params = Skeleton(model).arrays()[0]
+    rules = optim.rules(config.optim, params)
     return Skeleton(
         model,
-        frozen=optim.frozen_names(config.optim.frozen, names),
+        frozen=frozenset(name for name, rule in rules.items() if not rule.is_trained),
         execution=layers.BlockExecution(scan=config.train.scan_blocks, remat=config.train.remat),
+        stacks=Stacks.of(params, alike=rules) if config.train.scan_blocks else NO_STACKS,
     )
 
 

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from segjax.models import layers
+from segjax.stacks import NO_STACKS, Stacks
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +24,7 @@ class TrainState:
       step: int32 scalar, number of batches taken.
       skipped: int32 (2,), how many of them changed nothing, because loss or gradient were not finite: in all, and in a
         row up to now.
-      params: parameters by dotted name.
+      params: parameters by dotted name, in training perhaps as `Stacks`; so what `opt_state` and `ema` have of them.
       batch_stats: running statistics by dotted name.
       opt_state: optax's.
       ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
@@ -63,6 +64,7 @@ class Skeleton:
         *,
         frozen: frozenset[str] = frozenset(),
         execution: layers.BlockExecution = layers.PLAIN,
+        stacks: Stacks = NO_STACKS,
     ):
         """Takes the model apart.
 
@@ -70,9 +72,12 @@ class Skeleton:
           frozen: dotted names of parameters that training leaves as they are. A BatchNorm all of whose parameters are
             among them keeps its statistics too and normalises with them, as after `eval()` in torch.
           execution: how training goes through rows of equal blocks.
+          stacks: in which parameters may be given to it, beside as they are.
         """
         self.frozen = frozen
         self.execution = execution
+        self.stacks = stacks
+        self._not_trained = frozen | {stack for stack, members in stacks.rows.items() if members[0] in frozen}
         model.eval()
         self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
@@ -96,7 +101,7 @@ class Skeleton:
 
     def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Those parameters that training changes."""
-        return {name: value for name, value in params.items() if name not in self.frozen}
+        return {name: value for name, value in params.items() if name not in self._not_trained}
 
     def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> nnx.Module:
         """A model holding these arrays: in training mode where a key for its random streams is given."""
@@ -109,7 +114,7 @@ class Skeleton:
             streams.append((path, variable.replace(value)))
         return nnx.merge(
             self._evaluation if key is None else self._training,
-            _filled(self._params, params),
+            _filled(self._params, self.stacks.apart(params)),
             _filled(self._batch_stats, batch_stats),
             nnx.from_flat_state(streams),
             # Variables of their own: a BatchNorm that moves its statistics inside a gradient must not touch a

@@ -41,6 +41,7 @@ from segjax.data.augment import draw_crops, normalise
 from segjax.losses import predictions
 from segjax.models import layers
 from segjax.state import params_sha256
+from segjax.step import Parallel
 from segjax.weights import named_variables
 
 REPO = Path(__file__).parents[1]
@@ -311,6 +312,35 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(tmp_path
         assert mixed[same] == expected[same]
     losses = [[record.get("loss") for record in records_of(tmp_path / kind)] for kind in ("jit", "mixed")]
     assert losses[0][-2:] == losses[1][-2:] and len(losses[0]) == len(losses[1])
+
+
+def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(tmp_path, monkeypatch):
+    deep = dict(model__depths=(1, 3, 1, 1), train__ema=0.4, eval__every=3)
+    scanned = make_config(**deep, train__scan_blocks=True)
+    stacks = parts.make_skeleton(scanned, 19, Parallel("jit"), pretrained=False).stacks
+    assert "backbone.block2.0-2.mlp.fc1.kernel" in stacks.rows
+    with monkeypatch.context() as patch:
+        signal_before(patch, 2)
+        assert run(scanned, tmp_path / "loop")[0] == 130
+    assert run(scanned, tmp_path / "loop")[0] == 0
+    run(make_config(**deep), tmp_path / "single")
+    items = "weights", "training"
+    for folder in ("best", f"checkpoints/{STEPS}"):
+        found, expected = (
+            checkpoint.read_items(tmp_path / kind / folder, *items[: 1 if folder == "best" else 2])
+            for kind in ("loop", "single")
+        )
+        for arrays, others in zip(found, expected, strict=True):
+            assert arrays.keys() == others.keys()
+            for name, array in arrays.items():
+                np.testing.assert_allclose(array, others[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert found[1]["optimizer.0.mu.backbone.block2.2.mlp.fc1.kernel"].any()
+    # Not weights that nothing has changed.
+    before = parts.make_skeleton(scanned, 19, Parallel("jit"), pretrained=False).arrays()[0]
+    assert all((found[1][f"own.{name}"] != array).any() for name, array in before.items() if "fc1.kernel" in name)
+    assert result_of(tmp_path / "loop")["mean_iou"] == pytest.approx(
+        result_of(tmp_path / "single")["mean_iou"], abs=1e-3
+    )
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path, cheap):

@@ -14,6 +14,7 @@ from segjax import losses, optim
 from segjax.data.augment import normalise
 from segjax.models import layers
 from segjax.models.layers import BlockExecution
+from segjax.stacks import NO_STACKS, Stacks
 from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel, TrainStep
 
@@ -53,14 +54,14 @@ def criterion_of(class_weights=None, **terms):
 def make_step(
     model, *, frozen=(), execution=layers.PLAIN, augmentation=as_it_is, criterion=None, optimizer=None, **options
 ):
-    """A training step by SGD with momentum, and the state before the first."""
+    """A training step by SGD with momentum, and the state before the first; a loop of blocks takes stacks."""
     settings = common.get_config("folder").optim
     settings.update(name="sgd", lr=0.05, warmup_steps=3, warmup_ratio=0.1, no_decay="", lr_multipliers=())
-    settings.update(optimizer or {})
-    names = list(Skeleton(model).arrays()[0])
-    skeleton = Skeleton(model, frozen=optim.frozen_names(frozen, names), execution=execution)
-    params, batch_stats = skeleton.arrays()
-    transform = optim.optimizer(settings, names, steps=20)
+    settings.update(optimizer or {}, frozen=frozen)
+    params, batch_stats = Skeleton(model).arrays()
+    stacks = Stacks.of(params, alike=optim.rules(settings, params)) if execution.scan else NO_STACKS
+    skeleton = Skeleton(model, frozen=optim.frozen_names(frozen, params), execution=execution, stacks=stacks)
+    transform = optim.optimizer(settings, params, steps=20, stacks=stacks)
     state = TrainState.start(
         params, batch_stats, transform.init(skeleton.trained(params)), ema=options.get("ema_decay", 0) > 0
     )
@@ -76,14 +77,14 @@ def make_step(
 def run(step, state, batches, *, parallel=None):
     """-> host copies of the state before and after every step, and of every step's scalars."""
     parallel = parallel or Parallel("jit", jax.devices()[:1])
-    program = parallel.compile_train(step)
-    state = parallel.replicate(jax.tree.map(jnp.copy, state))
-    states, scalars = [parallel.fetch(state)], []
+    program, stacks = parallel.compile_train(step), step.skeleton.stacks
+    state = parallel.replicate(stacks.stacked(jax.tree.map(jnp.copy, state)))
+    states, scalars = [stacks.apart(parallel.fetch(state))], []
     for batch in batches:
         if parallel.kind == "pmap":
             batch = jax.tree.map(lambda x: x.reshape(len(parallel.devices), -1, *x.shape[1:]), batch)
         state, now = program(state, batch, jax.random.key(7))
-        states.append(parallel.fetch(state))
+        states.append(stacks.apart(parallel.fetch(state)))
         scalars.append(parallel.fetch(now))
     return states, scalars
 
@@ -145,6 +146,32 @@ def test_without_batch_norm_micro_batches_give_what_the_large_batch_gives(kind, 
 def test_micro_batches_and_loops_of_blocks_go_together(float64):
     states, _ = of_plain("pmap", 4, 2, BlockExecution(scan=True, remat=True))
     assert_close(states, of_plain("jit", 1, 1)[0])
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, float64):
+    rules = dict(name=name, no_decay=r"norm|block2.*bias", lr_multipliers=((r"block3\.[12]\.mlp", 3.0),), clip_norm=0.5)
+
+    def trained(execution):
+        model = tiny_model(0, "segformer", dtype=jnp.float64, depths=(2, 1, 4, 1))
+        options = dict(execution=execution, optimizer=rules, frozen=(r"block3\.3",), ema_decay=0.9)
+        step, state = make_step(model, **options)
+        return step.skeleton.stacks, run(step, state, [make_batch(seed) for seed in (0, 1, 2)])
+
+    stacks, (states, scalars) = trained(BlockExecution(scan=True))
+    # Blocks that are trained alike.
+    assert {key for key in stacks.rows if key.endswith("fc1.kernel")} == {
+        "backbone.block1.0-1.mlp.fc1.kernel",
+        "backbone.block3.1-2.mlp.fc1.kernel",
+    }
+    no_stacks, (expected_states, expected_scalars) = trained(layers.PLAIN)
+    assert no_stacks.rows == {}
+    assert_close(states, expected_states)
+    assert_close(scalars, expected_scalars)
+    before, after = expected_states[0].params, expected_states[-1].params
+    moved = changed(before, after)
+    assert not any("block3.3" in key for key in moved)
+    assert moved >= {member for key, members in stacks.rows.items() if ".mlp." in key for member in members}
 
 
 def test_the_mean_over_micro_batches_would_be_another_loss(float64):

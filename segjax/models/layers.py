@@ -606,8 +606,8 @@ class BlockExecution(NamedTuple):
     """How `run_blocks` goes through a row of blocks; none of it changes what is computed.
 
     Attributes:
-      scan: compiles equal neighbours once, as the body of a loop: a deep model compiles in a fraction of the time, and
-        holds its weights and their gradients once more, stacked.
+      scan: compiles equal neighbours once, as the body of a loop: a deep model compiles in a fraction of the time. It
+        holds its weights and their gradients once more, stacked, where they are not given as `segjax.stacks` has them.
       remat: keeps nothing of a block for the backward pass but its input, and computes the rest a second time. On a CPU
         it needs `scan`: XLA there finds equal blocks of straight code computed twice, and computes them once.
     """

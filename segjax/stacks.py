@@ -1,0 +1,110 @@
+"""Parameters of equal blocks as one array, the form in which a loop over blocks (`train.scan_blocks`) takes them.
+
+Kept apart, the parameters of SegFormer-B5 are 1065, each of which a training step would put into a stack, take out of
+one again, and update by programs of its own; stacked they are 113. Two cores, a step of 2x256x256: see
+benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Stacks:
+    """Which parameters stand in one array, by dotted name.
+
+    Attributes:
+      rows: names of the parameters that a stack has along its first axis, by the name of the stack, for example
+        "backbone.block3.0-39.norm1.scale".
+    """
+
+    def __init__(self, rows: Mapping[str, tuple[str, ...]]):
+        self.rows = dict(rows)
+        self._members = frozenset().union(*self.rows.values())
+
+    @classmethod
+    def of(cls, params: Mapping[str, jax.Array], *, alike: Mapping[str, Hashable]) -> Stacks:
+        """The rows of neighbours in a list whose parameters have the same names, shapes and types.
+
+        Args:
+          alike: what else must be equal, by name: how a parameter is trained.
+        """
+        kinds = {name: (array.shape, array.dtype, alike[name]) for name, array in params.items()}
+        return cls(dict(_rows(kinds)))
+
+    def stacked(self, tree):
+        """A tree with dicts of arrays by name, in which every row whose members are there has become a stack."""
+        return self._in_dicts(self._stacked, tree)
+
+    def apart(self, tree):
+        """Undoes `stacked`; a tree that is apart stays as it is. Differentiable; numpy arrays stay numpy arrays."""
+        return self._in_dicts(self._apart, tree)
+
+    def _in_dicts(self, change, tree):
+        def is_dict(node):
+            return isinstance(node, dict)
+
+        return jax.tree.map(lambda node: change(node) if is_dict(node) else node, tree, is_leaf=is_dict)
+
+    def _stacked(self, arrays: dict) -> dict:
+        alone = {name: array for name, array in arrays.items() if name not in self._members}
+        rows = {key: names for key, names in self.rows.items() if names[0] in arrays}
+        return alone | {key: jnp.stack([arrays[name] for name in names]) for key, names in rows.items()}
+
+    def _apart(self, arrays: dict) -> dict:
+        found = {}
+        for name, array in arrays.items():
+            if name not in self.rows:
+                found[name] = array
+                continue
+            members = list(array) if isinstance(array, np.ndarray) else _unstacked(array)
+            found |= zip(self.rows[name], members, strict=True)
+        return found
+
+
+NO_STACKS = Stacks({})
+
+
+@jax.custom_vjp
+def _unstacked(stack: jax.Array) -> list[jax.Array]:
+    return [lax.squeeze(lax.slice_in_dim(stack, index, index + 1), (0,)) for index in range(len(stack))]
+
+
+# XLA takes a stack of slices for the array that they are slices of; jax's own rule would add up as many padded arrays.
+_unstacked.defvjp(lambda stack: (_unstacked(stack), None), lambda _, gradients: (jnp.stack(gradients),))
+
+
+def _rows(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name and members of every stack; of a list inside a list the outer one counts, where its entries are equal."""
+    yield from _rows_within((), {tuple(name.split(".")): (name, kind) for name, kind in kinds.items()})
+
+
+def _rows_within(path: tuple[str, ...], inside: Mapping[tuple[str, ...], tuple[str, Hashable]]):
+    children: dict[str, dict] = {}
+    for (first, *rest), found in inside.items():
+        children.setdefault(first, {})[tuple(rest)] = found
+    rows: list[list[str]] = []
+    for child in sorted(children, key=lambda child: (not child.isdigit(), int(child) if child.isdigit() else 0, child)):
+        if rows and _are_equal_neighbours(rows[-1][-1], child, children):
+            rows[-1].append(child)
+        else:
+            rows.append([child])
+    for first, *more in rows:
+        if more:
+            for rest in children[first]:
+                key = ".".join((*path, f"{first}-{more[-1]}", *rest))
+                yield key, tuple(children[child][rest][0] for child in (first, *more))
+        elif () not in children[first]:
+            yield from _rows_within((*path, first), children[first])
+
+
+def _are_equal_neighbours(one: str, other: str, children: Mapping[str, Mapping]) -> bool:
+    if not (one.isdigit() and other.isdigit() and int(other) == int(one) + 1):
+        return False
+    kinds_of_one, kinds_of_other = ({rest: kind for rest, (_, kind) in children[c].items()} for c in (one, other))
+    return kinds_of_one == kinds_of_other
