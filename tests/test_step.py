@@ -166,8 +166,9 @@ def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, fl
     }
     no_stacks, (expected_states, expected_scalars) = trained(layers.PLAIN)
     assert no_stacks.rows == {}
-    assert_close(states, expected_states)
-    assert_close(scalars, expected_scalars)
+    # AdamW divides rounding by itself where a gradient is zero: of a bias before a BatchNorm.
+    assert_close(states, expected_states, 1e-9 if name == "adamw" else 1e-12)
+    assert_close(scalars, expected_scalars, 1e-9 if name == "adamw" else 1e-12)
     before, after = expected_states[0].params, expected_states[-1].params
     moved = changed(before, after)
     assert not any("block3.3" in key for key in moved)
