@@ -22,9 +22,9 @@ from benchmarks import machine
 
 NUM_CLASSES = 150
 FORMS = {
-    "unrolled": {"scan": False, "remat": False},
-    "scan": {"scan": True, "remat": False},
-    "scan_remat": {"scan": True, "remat": True},
+    "unrolled": {"scan_blocks": False, "remat": False},
+    "scan": {"scan_blocks": True, "remat": False},
+    "scan_remat": {"scan_blocks": True, "remat": True},
 }
 # Batch, height, width: of compile time and run time, and of memory.
 TIMED, LARGE = (2, 256, 256), (1, 512, 512)
@@ -60,7 +60,7 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     from configs import common
     from segjax import losses, models, optim
     from segjax.models import layers
-    from segjax.stacks import NO_STACKS, Stacks
+    from segjax.stacks import Stacks
     from segjax.state import Skeleton, TrainState
     from segjax.step import Parallel, TrainStep
 
@@ -73,8 +73,8 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
     parallel = Parallel("jit", jax.devices()[:1])
     params, _ = Skeleton(nnx.eval_shape(create)).arrays()
-    execution = layers.BlockExecution(**FORMS[form])
-    stacks = Stacks.of(params, alike=optim.rules(config.optim, params)) if execution.scan else NO_STACKS
+    execution = layers.BlockExecution.of(**FORMS[form])
+    stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(config.optim, params))
     skeleton = Skeleton(nnx.eval_shape(create), execution=execution, stacks=stacks)
     optimizer = optim.optimizer(config.optim, params, steps=10**9, stacks=stacks)
     step = TrainStep(

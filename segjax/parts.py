@@ -19,7 +19,7 @@ from segjax.models import layers
 from segjax.pretrained import load_pretrained
 from segjax.record import IMAGENET, dataset_record, licence_of
 from segjax.settings import model_overrides, plain
-from segjax.stacks import NO_STACKS, Stacks
+from segjax.stacks import Stacks
 from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel
 
@@ -89,11 +89,12 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     params = Skeleton(model).arrays()[0]
     rules = optim.rules(config.optim, params)
+    execution = layers.BlockExecution.of(scan_blocks=config.train.scan_blocks, remat=config.train.remat)
     return Skeleton(
         model,
         frozen=frozenset(name for name, rule in rules.items() if not rule.is_trained),
-        execution=layers.BlockExecution(scan=config.train.scan_blocks, remat=config.train.remat),
-        stacks=Stacks.of(params, alike=rules) if config.train.scan_blocks else NO_STACKS,
+        execution=execution,
+        stacks=Stacks.of(params, shortest=execution.scan_from, alike=rules),
     )
 
 

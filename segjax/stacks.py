@@ -28,14 +28,15 @@ class Stacks:
         self._members = frozenset().union(*self.rows.values())
 
     @classmethod
-    def of(cls, params: Mapping[str, jax.Array], *, alike: Mapping[str, Hashable]) -> Stacks:
+    def of(cls, params: Mapping[str, jax.Array], *, shortest: int, alike: Mapping[str, Hashable]) -> Stacks:
         """The rows of neighbours in a list whose parameters have the same names, shapes and types.
 
         Args:
+          shortest: how many make a row; 0: none do.
           alike: what else must be equal, by name: how a parameter is trained.
         """
-        kinds = {name: (array.shape, array.dtype, alike[name]) for name, array in params.items()}
-        return cls(dict(_rows(kinds)))
+        kinds = {tuple(name.split(".")): (array.shape, array.dtype, alike[name]) for name, array in params.items()}
+        return cls(dict(_rows((), kinds, shortest)) if shortest else {})
 
     def stacked(self, tree):
         """A tree with dicts of arrays by name, in which every row whose members are there has become a stack."""
@@ -79,32 +80,30 @@ def _unstacked(stack: jax.Array) -> list[jax.Array]:
 _unstacked.defvjp(lambda stack: (_unstacked(stack), None), lambda _, gradients: (jnp.stack(gradients),))
 
 
-def _rows(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Name and members of every stack; of a list inside a list the outer one counts, where its entries are equal."""
-    yield from _rows_within((), {tuple(name.split(".")): (name, kind) for name, kind in kinds.items()})
+def _rows(
+    parent: tuple[str, ...], inside: Mapping[tuple[str, ...], Hashable], shortest: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name and members of every stack; of a list inside a list the outer one counts, where its entries are a row."""
+    children: dict[str, dict[tuple[str, ...], Hashable]] = {}
+    for (child, *path), kind in inside.items():
+        children.setdefault(child, {})[tuple(path)] = kind
 
+    def is_next(child, last):
+        numbered = child.isdigit() and last.isdigit() and int(child) == int(last) + 1
+        return numbered and children[child] == children[last]
 
-def _rows_within(path: tuple[str, ...], inside: Mapping[tuple[str, ...], tuple[str, Hashable]]):
-    children: dict[str, dict] = {}
-    for (first, *rest), found in inside.items():
-        children.setdefault(first, {})[tuple(rest)] = found
     rows: list[list[str]] = []
-    for child in sorted(children, key=lambda child: (not child.isdigit(), int(child) if child.isdigit() else 0, child)):
-        if rows and _are_equal_neighbours(rows[-1][-1], child, children):
+    for child in sorted(children, key=lambda child: (int(child) if child.isdigit() else -1, child)):
+        if rows and is_next(child, rows[-1][-1]):
             rows[-1].append(child)
         else:
             rows.append([child])
-    for first, *more in rows:
-        if more:
-            for rest in children[first]:
-                key = ".".join((*path, f"{first}-{more[-1]}", *rest))
-                yield key, tuple(children[child][rest][0] for child in (first, *more))
-        elif () not in children[first]:
-            yield from _rows_within((*path, first), children[first])
-
-
-def _are_equal_neighbours(one: str, other: str, children: Mapping[str, Mapping]) -> bool:
-    if not (one.isdigit() and other.isdigit() and int(other) == int(one) + 1):
-        return False
-    kinds_of_one, kinds_of_other = ({rest: kind for rest, (_, kind) in children[c].items()} for c in (one, other))
-    return kinds_of_one == kinds_of_other
+    for row in rows:
+        if len(row) >= max(shortest, 2):
+            for path in children[row[0]]:
+                stack = ".".join((*parent, f"{row[0]}-{row[-1]}", *path))
+                yield stack, tuple(".".join((*parent, child, *path)) for child in row)
+            continue
+        for child in row:
+            if () not in children[child]:
+                yield from _rows((*parent, child), children[child], shortest)

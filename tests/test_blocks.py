@@ -16,9 +16,9 @@ from segjax.state import Skeleton
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 EXECUTIONS = {
-    "scan": BlockExecution(scan=True),
+    "scan": BlockExecution(scan_from=2),
     "remat": BlockExecution(remat=True),
-    "scan, remat": BlockExecution(scan=True, remat=True),
+    "scan, remat": BlockExecution(scan_from=2, remat=True),
 }
 HALF = dict(drop_path_rate=0.5, dropout_rate=0.5)
 DEPTHS = dict(depths=(3, 1, 1, 1))
@@ -197,7 +197,7 @@ def remats(found):
 
 
 def test_equal_neighbours_become_one_loop_as_long_as_their_row():
-    depths, scan = (4, 2, 1, 3), BlockExecution(scan=True)
+    depths, scan = (4, 2, 1, 3), BlockExecution(scan_from=2)
     assert scans(traced("segformer", layers.PLAIN, depths=depths, drop_path_rate=0.3)) == []
     # The first of all drops nothing and draws nothing: another structure.
     assert scans(traced("segformer", scan, depths=depths, drop_path_rate=0.3)) == [3, 2, 3]
@@ -211,6 +211,17 @@ def test_equal_neighbours_become_one_loop_as_long_as_their_row():
     found = traced("hrnet", EXECUTIONS["scan, remat"], **hrnet)
     assert scans(found) == [2, 3, 2, 2] and remats(found) == 2 + 3
     assert remats(traced("hrnet", EXECUTIONS["remat"], **hrnet)) == 3 + 5
+
+
+def test_the_settings_loop_over_long_rows_and_over_all_where_blocks_are_computed_again():
+    assert BlockExecution.of(scan_blocks=False, remat=False) == layers.PLAIN
+    assert BlockExecution.of(scan_blocks=False, remat=True) == EXECUTIONS["remat"]
+    assert BlockExecution.of(scan_blocks=True, remat=True) == EXECUTIONS["scan, remat"]
+    depths = dict(depths=(6, 7, 2, 8), drop_path_rate=0.0)
+    assert scans(traced("segformer", BlockExecution.of(scan_blocks=True, remat=False), **depths)) == [7, 8]
+    # A long row inside short ones.
+    hrnet = dict(stage_modules=(1, 2, 1, 1), stage_blocks=(1, 7, 2, 1))
+    assert scans(traced("hrnet", BlockExecution.of(scan_blocks=True, remat=False), **hrnet)) == [7, 7] * 2
 
 
 def test_a_loop_leaves_little_to_compile_of_a_deep_network():
@@ -235,7 +246,7 @@ def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, rows
 def test_under_bfloat16_blocks_of_every_family_can_be_gone_through_in_every_way(family):
     for execution in EXECUTIONS.values():
         found = traced(family, execution, dtype=jnp.bfloat16, **DEEP[family])
-        assert bool(scans(found)) == execution.scan and bool(remats(found)) == execution.remat
+        assert bool(scans(found)) == bool(execution.scan_from) and bool(remats(found)) == execution.remat
 
 
 def test_a_way_to_go_through_blocks_ends_with_its_context():

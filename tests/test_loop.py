@@ -315,10 +315,10 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(tmp_path
 
 
 def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(tmp_path, monkeypatch):
-    deep = dict(model__depths=(1, 3, 1, 1), train__ema=0.4, eval__every=3)
+    deep = dict(model__depths=(1, 7, 1, 1), train__ema=0.4, eval__every=3)
     scanned = make_config(**deep, train__scan_blocks=True)
     stacks = parts.make_skeleton(scanned, 19, Parallel("jit"), pretrained=False).stacks
-    assert "backbone.block2.0-2.mlp.fc1.kernel" in stacks.rows
+    assert "backbone.block2.0-6.mlp.fc1.kernel" in stacks.rows
     with monkeypatch.context() as patch:
         signal_before(patch, 2)
         assert run(scanned, tmp_path / "loop")[0] == 130

@@ -10,12 +10,12 @@ from segjax.stacks import NO_STACKS, Stacks
 from segjax.state import TrainState
 
 
-def rows_of(shapes, alike=None):
+def rows_of(shapes, alike=None, shortest=2):
     params = {
         name: jax.ShapeDtypeStruct(*(shape if isinstance(shape, list) else [shape, jnp.float32]))
         for name, shape in shapes.items()
     }
-    return Stacks.of(params, alike=dict.fromkeys(params) | (alike or {})).rows
+    return Stacks.of(params, shortest=shortest, alike=dict.fromkeys(params) | (alike or {})).rows
 
 
 def test_neighbours_of_one_kind_are_a_row_in_the_order_of_their_numbers():
@@ -61,6 +61,13 @@ def test_of_lists_in_lists_the_outer_one_counts_where_it_can():
     assert rows_of(unequal) == {f"a.{i}.b.0-1.w": (f"a.{i}.b.0.w", f"a.{i}.b.1.w") for i in range(3)}
 
 
+def test_rows_too_short_are_none_and_are_looked_into():
+    shapes = {f"a.{i}.b.{j}.w": (2,) for i in range(2) for j in range(3)}
+    assert rows_of(shapes, shortest=3).keys() == {f"a.{i}.b.0-2.w" for i in range(2)}
+    assert rows_of(shapes, shortest=4) == rows_of(shapes, shortest=0) == {}
+    assert rows_of(shapes, shortest=2).keys() == {f"a.0-1.b.{j}.w" for j in range(3)}
+
+
 def test_what_lies_apart_or_bears_no_number_is_no_row():
     assert rows_of({"a.0.w": (2,), "a.2.w": (2,), "b.x.w": (2,), "b.y.w": (2,), "0": (3,), "w": ()}) == {}
     assert rows_of({"0": (3,), "1": (3,)}) == {"0-1": ("0", "1")}
@@ -76,7 +83,7 @@ def arrays(seed):
 
 def test_a_state_is_the_same_taken_together_and_apart(float64):
     params, optimizer = jax.tree.map(jnp.asarray, arrays(0)), optax.chain(optax.scale_by_adam(), optax.trace(0.9))
-    stacks = Stacks.of(params, alike=dict.fromkeys(params))
+    stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     trained = {name: array for name, array in params.items() if name != "head"}
     opt_state = jax.tree.map(lambda x: x + 1.5, optimizer.init(trained))
     state = TrainState.start(params, {"net.0.mean": jnp.arange(2.0)}, opt_state, ema=True)
@@ -96,7 +103,7 @@ def test_a_state_is_the_same_taken_together_and_apart(float64):
 
 def test_gradients_pass_through(float64):
     params = jax.tree.map(jnp.asarray, arrays(1))
-    stacks = Stacks.of(params, alike=dict.fromkeys(params))
+    stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     weights = arrays(2)
 
     def loss(params):
@@ -110,7 +117,7 @@ def test_gradients_pass_through(float64):
 
 def test_a_loop_over_what_was_a_stack_copies_nothing():
     params = {name: jax.ShapeDtypeStruct((16, 16), jnp.float32) for name in (f"net.{i}.w" for i in range(5))}
-    stacks = Stacks.of(params, alike=dict.fromkeys(params))
+    stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
 
     def loss(params, x):
         params = stacks.apart(params)

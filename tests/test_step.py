@@ -14,7 +14,7 @@ from segjax import losses, optim
 from segjax.data.augment import normalise
 from segjax.models import layers
 from segjax.models.layers import BlockExecution
-from segjax.stacks import NO_STACKS, Stacks
+from segjax.stacks import Stacks
 from segjax.state import Skeleton, TrainState
 from segjax.step import Parallel, TrainStep
 
@@ -59,7 +59,7 @@ def make_step(
     settings.update(name="sgd", lr=0.05, warmup_steps=3, warmup_ratio=0.1, no_decay="", lr_multipliers=())
     settings.update(optimizer or {}, frozen=frozen)
     params, batch_stats = Skeleton(model).arrays()
-    stacks = Stacks.of(params, alike=optim.rules(settings, params)) if execution.scan else NO_STACKS
+    stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(settings, params))
     skeleton = Skeleton(model, frozen=optim.frozen_names(frozen, params), execution=execution, stacks=stacks)
     transform = optim.optimizer(settings, params, steps=20, stacks=stacks)
     state = TrainState.start(
@@ -144,7 +144,7 @@ def test_without_batch_norm_micro_batches_give_what_the_large_batch_gives(kind, 
 
 
 def test_micro_batches_and_loops_of_blocks_go_together(float64):
-    states, _ = of_plain("pmap", 4, 2, BlockExecution(scan=True, remat=True))
+    states, _ = of_plain("pmap", 4, 2, BlockExecution(scan_from=2, remat=True))
     assert_close(states, of_plain("jit", 1, 1)[0])
 
 
@@ -158,7 +158,7 @@ def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, fl
         step, state = make_step(model, **options)
         return step.skeleton.stacks, run(step, state, [make_batch(seed) for seed in (0, 1, 2)])
 
-    stacks, (states, scalars) = trained(BlockExecution(scan=True))
+    stacks, (states, scalars) = trained(BlockExecution(scan_from=2))
     # Blocks that are trained alike.
     assert {key for key in stacks.rows if key.endswith("fc1.kernel")} == {
         "backbone.block1.0-1.mlp.fc1.kernel",
