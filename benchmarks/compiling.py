@@ -2,10 +2,10 @@
 
     python -m benchmarks.compiling --json FILE
 
-SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, equal blocks of a stage compiled
-once (`train.scan_blocks`); `scan_remat`, which computes blocks again in the backward pass too (`train.remat`). Compiled
-in a process of its own each time, first with an empty cache of programs, then again from what the first left there.
-Then the three take steps in turn, in one process. About ten minutes on two idle CPU cores.
+SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, its long row of equal blocks
+compiled once (`train.scan_blocks`); `scan_remat`, every row, whose blocks are computed again in the backward pass
+(`train.remat`). Compiled in a process of its own each time, first with an empty cache of programs, then again from what
+the first left there. Then the three take steps in turn, in one process. About ten minutes on two idle CPU cores.
 """
 
 from __future__ import annotations

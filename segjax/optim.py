@@ -202,7 +202,7 @@ def optimizer(
       names: dotted names of all parameters of the model. Those that are frozen, which it is not given, may be all that
         a pattern is found in.
       steps: length of the schedule.
-      stacks: in which parameters may be given to it, beside as they are.
+      stacks: whose arrays it takes in place of their members', too.
 
     Returns:
       A transform whose `update` takes `accepted`, a bool scalar: where it is False, no state changes, and the updates
@@ -211,8 +211,7 @@ def optimizer(
     Raises:
       ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
     """
-    by_name = rules(settings, names)
-    by_name |= {stack: by_name[members[0]] for stack, members in stacks.rows.items()}
+    by_name = stacks.with_stacks(rules(settings, names))
     decay = optax.add_decayed_weights(
         settings.weight_decay, mask=lambda params: {name: by_name[name].decays for name in params}
     )

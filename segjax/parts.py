@@ -92,7 +92,7 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     execution = layers.BlockExecution.of(scan_blocks=config.train.scan_blocks, remat=config.train.remat)
     return Skeleton(
         model,
-        frozen=frozenset(name for name, rule in rules.items() if not rule.is_trained),
+        frozen=optim.frozen_names(config.optim.frozen, params),
         execution=execution,
         stacks=Stacks.of(params, shortest=execution.scan_from, alike=rules),
     )

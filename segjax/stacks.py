@@ -1,8 +1,8 @@
 """Parameters of equal blocks as one array, the form in which a loop over blocks (`train.scan_blocks`) takes them.
 
-Kept apart, the parameters of SegFormer-B5 are 1065, each of which a training step would put into a stack, take out of
-one again, and update by programs of its own; stacked they are 113. Two cores, a step of 2x256x256: see
-benchmarks/README.md.
+A training step of SegFormer-B5 would otherwise put most of 1065 parameters into stacks, take their gradients out again,
+and update each by programs of its own; in stacks they are 285, and 113 where every row is a loop. What that costs is
+recorded under "Compiling" in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stacks:
         """The rows of neighbours in a list whose parameters have the same names, shapes and types.
 
         Args:
-          shortest: how many make a row; 0: none do.
+          shortest: how many make a row, at least 2; or 0, for no rows at all.
           alike: what else must be equal, by name: how a parameter is trained.
         """
         kinds = {tuple(name.split(".")): (array.shape, array.dtype, alike[name]) for name, array in params.items()}
@@ -45,6 +45,11 @@ class Stacks:
     def apart(self, tree):
         """Undoes `stacked`; a tree that is apart stays as it is. Differentiable; numpy arrays stay numpy arrays."""
         return self._in_dicts(self._apart, tree)
+
+    def with_stacks(self, of_members: Mapping[str, object]) -> dict[str, object]:
+        """What holds for parameters by name, and the same for their stacks: members of one are alike."""
+        of_stacks = {stack: of_members[names[0]] for stack, names in self.rows.items()}
+        return {**of_members, **of_stacks}
 
     def _in_dicts(self, change, tree):
         def is_dict(node):
@@ -63,7 +68,8 @@ class Stacks:
             if name not in self.rows:
                 found[name] = array
                 continue
-            members = list(array) if isinstance(array, np.ndarray) else _unstacked(array)
+            on_host = isinstance(array, np.ndarray)
+            members = [array[index, ...] for index in range(len(array))] if on_host else _unstacked(array)
             found |= zip(self.rows[name], members, strict=True)
         return found
 
@@ -99,7 +105,7 @@ def _rows(
         else:
             rows.append([child])
     for row in rows:
-        if len(row) >= max(shortest, 2):
+        if len(row) >= shortest:
             for path in children[row[0]]:
                 stack = ".".join((*parent, f"{row[0]}-{row[-1]}", *path))
                 yield stack, tuple(".".join((*parent, child, *path)) for child in row)

@@ -24,7 +24,7 @@ class TrainState:
       step: int32 scalar, number of batches taken.
       skipped: int32 (2,), how many of them changed nothing, because loss or gradient were not finite: in all, and in a
         row up to now.
-      params: parameters by dotted name, in training perhaps as `Stacks`; so what `opt_state` and `ema` have of them.
+      params: parameters by dotted name; those of a loop of blocks stacked (`Stacks`), as are their moments and average.
       batch_stats: running statistics by dotted name.
       opt_state: optax's.
       ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
@@ -72,12 +72,11 @@ class Skeleton:
           frozen: dotted names of parameters that training leaves as they are. A BatchNorm all of whose parameters are
             among them keeps its statistics too and normalises with them, as after `eval()` in torch.
           execution: how training goes through rows of equal blocks.
-          stacks: in which parameters may be given to it, beside as they are.
+          stacks: whose arrays it takes in place of their members', too.
         """
         self.frozen = frozen
         self.execution = execution
         self.stacks = stacks
-        self._not_trained = frozen | {stack for stack, members in stacks.rows.items() if members[0] in frozen}
         model.eval()
         self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
@@ -88,6 +87,7 @@ class Skeleton:
         self._training, params, batch_stats, streams = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.eval()
         self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
+        self._is_trained = stacks.with_stacks({name: name not in frozen for name in self._params})
         self._streams = nnx.to_flat_state(streams)
         self.spec = model.spec
         self.size_multiple = model.size_multiple
@@ -101,7 +101,7 @@ class Skeleton:
 
     def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Those parameters that training changes."""
-        return {name: value for name, value in params.items() if name not in self._not_trained}
+        return {name: value for name, value in params.items() if self._is_trained[name]}
 
     def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> nnx.Module:
         """A model holding these arrays: in training mode where a key for its random streams is given."""

@@ -11,6 +11,7 @@ from tiny import FAMILIES, abstract_family, tiny_model
 
 from segjax.models import layers, segformer_simple
 from segjax.models.layers import BlockExecution
+from segjax.stacks import Stacks
 from segjax.state import Skeleton
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -222,6 +223,15 @@ def test_the_settings_loop_over_long_rows_and_over_all_where_blocks_are_computed
     # A long row inside short ones.
     hrnet = dict(stage_modules=(1, 2, 1, 1), stage_blocks=(1, 7, 2, 1))
     assert scans(traced("hrnet", BlockExecution.of(scan_blocks=True, remat=False), **hrnet)) == [7, 7] * 2
+
+
+@pytest.mark.parametrize("family", DEEP)
+def test_the_rows_that_parameters_are_stacked_in_are_those_of_loops(family):
+    deep = DEEP[family] | (dict(drop_path_rate=0.0) if "drop_path_rate" in DEEP[family] else {})
+    params, _ = Skeleton(abstract_family(family, **deep)).arrays()
+    stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
+    loops = scans(traced(family, BlockExecution(scan_from=2), **deep))
+    assert loops and {len(members) for members in stacks.rows.values()} == set(loops)
 
 
 def test_a_loop_leaves_little_to_compile_of_a_deep_network():

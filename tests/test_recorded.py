@@ -144,7 +144,8 @@ def test_the_tables_of_compiling_fit_80_columns():
 
 
 def test_shapes_that_are_compiled_for_are_those_of_the_arrays_that_are_given():
-    _, abstract, arguments = compiling.training("segformer_b0", (1, 32, 64), "scan", SIZES)
+    _, abstract, arguments = compiling.training("segformer_b0", (1, 32, 64), "scan", SIZES | dict(depths=(1, 7, 1, 1)))
+    assert "backbone.block2.0-6.mlp.fc1.kernel" in abstract[0].params
     described = [str((leaf.shape, leaf.dtype, leaf.sharding)) for leaf in leaves(abstract)]
     assert described == [str((leaf.shape, leaf.dtype, leaf.sharding)) for leaf in leaves(arguments())]
 

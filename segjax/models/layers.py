@@ -607,8 +607,8 @@ class BlockExecution(NamedTuple):
 
     Attributes:
       scan_from: so many equal neighbours or more are compiled once, as the body of a loop: a deep model compiles in a
-        fraction of the time. It holds its weights and their gradients once more, stacked, where they are not given as
-        `segjax.stacks` has them. 0 makes no loops.
+        fraction of the time. A step holds their weights and gradients once more, stacked, where they are not given
+        as `segjax.stacks` has them. 0 makes no loops.
       remat: keeps nothing of a block for the backward pass but its input, and computes the rest a second time. On a CPU
         it needs loops: XLA there finds equal blocks of straight code computed twice, and computes them once.
     """
@@ -620,7 +620,7 @@ class BlockExecution(NamedTuple):
     def of(cls, *, scan_blocks: bool, remat: bool) -> BlockExecution:
         """What the settings `train.scan_blocks` and `train.remat` mean.
 
-        A loop copies weights in and gradients out, which of short rows costs more than there is to compile less.
+        A loop copies weights in and gradients out; for short rows that costs more than what is saved in compiling.
         SegFormer-B5, rows of 3, 6, 40 and 3, training 2x256x256 on two cores, time over that without loops and seconds
         to compile: all as loops 1.17 and 17, the two longest 1.14 and 16, the longest 1.09 and 19; none 38. Computed
         again, all must be loops for the sake of memory.
