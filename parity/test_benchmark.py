@@ -155,7 +155,6 @@ def fakes(monkeypatch):
     monkeypatch.setattr(benchmark, "Runner", Fake)
     monkeypatch.setattr(benchmark, "measured_ceilings", lambda dtype: CEILING | {"dtype": dtype})
     monkeypatch.setattr(benchmark, "floor_of", lambda *_: {"flops": 1e9, "bytes": 1e9, "milliseconds": 0.5})
-    monkeypatch.setattr(benchmark, "_flops", lambda *_: 1e9)
     monkeypatch.setattr(Fake, "fails", {})
     monkeypatch.setattr(Fake, "log", [])
     return Fake

@@ -15,6 +15,7 @@ is benchmarked. What is counted: `segjax.summary.least_work` for a forward pass;
 since the gradients of a layer's input and weight are two products more, each of which reads two of the same three
 arrays and writes the third; and AdamW's seven float32 numbers a parameter (parameter, gradient and two moments read,
 all but the gradient written). It is a floor of layer by layer: a kernel that computes two layers at once can go below.
+Rates are those of what must be done: who computes more, such as a decoder at full resolution, gets no credit for it.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def compare(
         for runner in runners:
             stack.callback(runner.close)
         # While they come up.
-        flops, floor = _flops(model, num_classes, size, batch, mode), floor_of(work, ceiling)
+        floor = floor_of(work, ceiling)
         for runner in runners:
             say(f"  {runner.name}: making it ready ...")
             try:
@@ -265,7 +266,7 @@ def compare(
                 "compile_seconds": made[name].compile_seconds,
                 "memory_bytes": made[name].memory,
                 "images_per_second": batch / middle,
-                "flops_per_second": flops / middle,
+                "flops_per_second": floor["flops"] / middle,
                 "bytes_per_second": floor["bytes"] / middle,
                 "share_of_floor": floor["milliseconds"] / (1e3 * middle),
             }
@@ -334,18 +335,6 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
 def quartiles(values: np.ndarray) -> list[float]:
     """Median, lower and upper quartile."""
     return [float(np.percentile(values, share)) for share in (50, 25, 75)]
-
-
-def _flops(model: str, num_classes: int, size: tuple[int, int], batch: int, mode: str) -> float:
-    """Two for each multiply-add of the published architecture; a training step counts as three forward passes."""
-    from segjax import summary
-
-    return (
-        2
-        * summary.summarise(model, size, num_classes=num_classes).total_multiply_adds
-        * batch
-        * (3 if mode == "train" else 1)
-    )
 
 
 ADAMW_BYTES = 7 * 4
