@@ -18,12 +18,16 @@ def prepare() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Under JAX_COMPILATION_CACHE_DIR, or ~/.cache/segjax/jax where that is unset: the second start is quick."""
+    """Under JAX_COMPILATION_CACHE_DIR, or ~/.cache/segjax/jax where that is unset: the second start is quick.
+
+    Those that took a tenth of a second, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "segjax" / "jax"))
-    # The many small programs that draw initial weights take 0.1 to 0.2 s each.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # The many small programs that draw initial weights take 0.1 to 0.2 s each.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def keep_the_cpu() -> None:

@@ -74,7 +74,6 @@ class Skeleton:
           execution: how training goes through rows of equal blocks.
           stacks: whose arrays it takes in place of their members', too.
         """
-        self.frozen = frozen
         self.execution = execution
         self.stacks = stacks
         model.eval()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 from tiny import numpy_draws
 
 from segjax import parts
@@ -113,6 +114,11 @@ def run(output: str, flags: list[str], largest_file: int | None) -> None:
     if largest_file is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
+        # The disk that programs are kept on is another one: those that are there are read, and none is written, which
+        # it would be where a small one took longer to compile than in the run before.
+        never = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+        os.environ[never] = "1e9"
+        jax.config.update(never.lower(), 1e9)
     sys.argv = ["train.py", *flags]
     sys.path[0] = str(REPO)
     runpy.run_path("train.py", run_name="__main__")

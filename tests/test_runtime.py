@@ -16,3 +16,17 @@ def test_the_cpu_stays_beside_whatever_platform_is_asked_for(platforms, kept, mo
     monkeypatch.setattr(runtime, "jax", SimpleNamespace(config=config))
     runtime.keep_the_cpu()
     assert config.jax_platforms == kept
+
+
+@pytest.mark.parametrize("given, kept", [(None, 0.1), ("3", 1.0)])
+def test_programs_of_a_tenth_of_a_second_are_kept_unless_the_environment_says_otherwise(given, kept, monkeypatch):
+    name = "jax_persistent_cache_min_compile_time_secs"
+    settings = {name: 1.0}
+    monkeypatch.setattr(runtime, "jax", SimpleNamespace(config=SimpleNamespace(update=settings.__setitem__)))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
+    monkeypatch.delenv(name.upper(), raising=False)
+    if given:
+        monkeypatch.setenv(name.upper(), given)
+    runtime.keep_compiled_programs()
+    # What jax itself has read is left alone.
+    assert settings == {name: kept}
