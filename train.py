@@ -65,10 +65,12 @@ def main(arguments):
         return 2
     # After the flags, so that a mistyped one is answered at once.
     from configs import common
-    from segjax import console, distributed, loop, runtime, settings
+    from segjax.runtime import console, distributed, environment
+    from segjax.train import config as train_config
+    from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
-    runtime.prepare()
+    environment.prepare()
     try:
         if _COORDINATOR.value:
             address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
@@ -76,7 +78,7 @@ def main(arguments):
         # The first use of a config file that could not be loaded raises.
         config = _CONFIG.value
         workdir = Path(_WORKDIR.value or loop.default_workdir(config))
-        changes = settings.changes(config, common.get_config(config.data.name))
+        changes = train_config.changes(config, common.get_config(config.data.name))
         return loop.train(config, workdir, changes=changes)
     except KeyboardInterrupt as error:
         print("train.py: stopped at once; what was saved is whole", file=sys.stderr, flush=True)

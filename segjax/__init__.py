@@ -7,11 +7,11 @@ labels = segjax.Predictor("segformer.b0.pth")(image)  # uint8 (H, W, 3) -> uint8
 
 from typing import TYPE_CHECKING
 
+from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
 from segjax.models import MODELS, create
-from segjax.weights import from_torch, load_torch, to_torch
 
 if TYPE_CHECKING:
-    from segjax.predictor import Predictor
+    from segjax.inference.predictor import Predictor
 
 __all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torch"]
 
@@ -19,7 +19,7 @@ __all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torc
 def __getattr__(name: str):
     # Only when asked for: it brings in what training is made of.
     if name == "Predictor":
-        from segjax.predictor import Predictor
+        from segjax.inference.predictor import Predictor
 
         return Predictor
     raise AttributeError(f"module 'segjax' has no attribute {name!r}")

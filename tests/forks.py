@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import jax
-from tiny import numpy_draws
 
-from segjax import parts
+from segjax.train import setup
+from tests.tiny import numpy_draws
 
 REPO = Path(__file__).parents[1]
 
@@ -93,9 +93,16 @@ def quickly(make_skeleton):
 
 def serve() -> None:
     # What a run imports late.
-    for name in ("cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.loop", "tensorboardX", "configs.segformer"):
+    for name in (
+        "cv2",
+        "matplotlib.figure",
+        "orbax.checkpoint",
+        "segjax.train.loop",
+        "tensorboardX",
+        "configs.segformer",
+    ):
         importlib.import_module(name)
-    parts.make_skeleton = quickly(parts.make_skeleton)
+    setup.make_skeleton = quickly(setup.make_skeleton)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
