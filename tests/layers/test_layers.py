@@ -175,5 +175,5 @@ def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
         assert temporaries(run, *levels) < enlarged / 2
         # One for each level, and one that adds them up.
         assert units(lambda *levels: run(*levels), *levels) == ["enlarged", "enlarged_1", "finished"]
-        monkeypatch.setattr(decoder, "are_multiples", lambda shapes: False)
+        monkeypatch.setattr(kernels_decoder, "are_multiples", lambda shapes: False)
         assert temporaries(lambda *levels: run(*levels), *levels) >= enlarged
