@@ -37,7 +37,7 @@ class Forks:
         self._last = None
         pipe = subprocess.PIPE
         self._server = subprocess.Popen(
-            [sys.executable, __file__], cwd=REPO, env=environment, stdin=pipe, stdout=pipe, bufsize=0
+            [sys.executable, "-m", "tests.forks"], cwd=REPO, env=environment, stdin=pipe, stdout=pipe, bufsize=0
         )
 
     def start(self, output: Path, *flags: str, largest_file: int | None = None) -> "Fork":
@@ -97,7 +97,14 @@ def serve() -> None:
         "cv2",
         "matplotlib.figure",
         "orbax.checkpoint",
+    for name in (
+        "cv2",
+        "matplotlib.figure",
+        "orbax.checkpoint",
         "segjax.train.loop",
+        "tensorboardX",
+        "configs.segformer",
+    ):
         "tensorboardX",
         "configs.segformer",
     ):

@@ -267,7 +267,8 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 
 
 def test_segjax_brings_the_predictor_in_when_it_is_asked_for():
-    code = "import sys, segjax; before = set(sys.modules); segjax.Predictor; print(*{'segjax.inference.predictor'} & before)"
+    name = "segjax.inference.predictor"
+    code = f"import sys, segjax; before = set(sys.modules); segjax.Predictor; print(*{{{name!r}}} & before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [] and "Predictor" in segjax.__all__
     mistyped = "Predicter"

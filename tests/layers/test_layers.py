@@ -8,6 +8,7 @@ from flax import nnx
 
 from segjax import layers
 from segjax.kernels import choice, convolution, cross_entropy, gelu
+from segjax.kernels import decoder as kernels_decoder
 from segjax.kernels import units as kernels_units
 from segjax.kernels.feed_forward import feed_forward_by_rows
 from segjax.kernels.units import compiled_apart, once
