@@ -35,7 +35,7 @@ def models(monkeypatch):
         return Trained(model, spec, {})
 
     monkeypatch.setattr(predict, "load_trained", load)
-    monkeypatch.setattr(predict.runtime, "prepare", lambda: None)
+    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
 
 
 def put(path, image, **settings):
