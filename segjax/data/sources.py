@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -192,7 +193,8 @@ def counted(splits: dict[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in splits.items())
 
 
-BAR = dict(leave=False, disable=None, ncols=80)  # disable None: only on a terminal
+# disable None: shown only on a terminal.
+BAR: dict[str, Any] = dict(leave=False, disable=None, ncols=80)
 
 
 def progress(items: Iterable, what: str, total: int):
