@@ -1,5 +1,4 @@
-"""HRNet, with and without OCR: `--config configs/hrnet.py:w48_ocr,camvid`; on streets (the default)
-or another of common.DATASETS.
+"""HRNet, with and without OCR: `--config hrnet:w48_ocr,camvid`; a variant, on streets (the default) or another dataset.
 
 w18, w32, w48 and w18_ocr, w32_ocr, w48_ocr are the published models; `small` and `small_ocr` are narrow and shallow
 ones for a CPU.
@@ -10,13 +9,15 @@ scale 0.5 to 2, flip; the auxiliary loss of OCR weighs 0.4. It is written for we
 CamVid from random weights see `camvid_from_scratch`.
 """
 
-from configs import common
+from ml_collections import ConfigDict
+
+from segjax.recipes import common
 
 WIDTHS = ("small", "w18", "w32", "w48")
 VARIANTS = (*WIDTHS, *(f"{width}_ocr" for width in WIDTHS))
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     variant, dataset = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"hrnet-{variant.replace('_', '-')}"
@@ -26,10 +27,10 @@ def get_config(argument=""):
         config.model.stage1_channels = 16
         config.model.stage_modules = (1, 1, 2, 1)
         config.model.stage_blocks = (2, 2, 2, 2)
-    # Of every bilinear enlargement: as published for Cityscapes.
+    # Of every bilinear upsampling, as published for Cityscapes.
     config.model.align_corners = variant.endswith("_ocr")
     if variant.endswith("_ocr"):
-        # Of the channels in front of the classifier.
+        # Of the channels before the classifier.
         config.model.dropout_rate = 0.05
     if variant == "small_ocr":
         config.model.ocr_channels = 64
@@ -57,29 +58,29 @@ def get_config(argument=""):
     return config
 
 
-def camvid_from_scratch(config):
-    """367 images of 360x480 and random weights: what `python -m benchmarks.camvid` trains, w48_ocr unless told.
+def camvid_from_scratch(config: ConfigDict) -> None:
+    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w48_ocr so unless told otherwise.
 
-    Why this family: without pretraining the bias of convolutions has to stand in for data, of which attention wants
-    more; poles, signs and riders are a few pixels wide, and HRNet alone keeps stride 4 from end to end; OCR's auxiliary
-    loss supervises the backbone directly, which weights that start at random gain from. No value here was chosen by a
-    score on the test split.
+    Why this family: without pretraining, the bias of convolutions makes up for some of the data that attention would
+    need; poles, signs and riders are a few pixels wide, and only HRNet keeps stride 4 from end to end; the auxiliary
+    loss of OCR supervises the backbone directly, from which random weights benefit. No value here was chosen by a score
+    on the test split.
     """
     # 523 epochs: between BiSeNetV2's 436 (10,000 steps of 16) and FC-DenseNet's and LMFFNet's 700 to 1000.
     config.train.steps = 12_000
     config.train.batch = 16
-    # The last thousand steps, 44 epochs, averaged: small sets make weights wander from batch to batch.
+    # An average over the last thousand steps, 44 epochs: on small datasets weights fluctuate from batch to batch.
     config.train.ema = 0.999
-    # All that makes 367 images more. A quarter of test is at dusk and a sixth of train: light must not matter.
+    # Strong augmentation of 367 images. A quarter of test and a sixth of train is at dusk: brightness must not matter.
     config.augment.scale = (0.5, 2.0)
     config.augment.photometric = True
-    # 1 / sqrt(share of the labelled training pixels), as SalsaNext weighs: road to bicyclist is 1 to 10. By median
-    # frequency it would be 1 to 110, where what is gained in recall is lost in precision.
+    # 1 / sqrt(share of the labelled training pixels), SalsaNext's weights: road to bicyclist is 1 to 10. By median
+    # frequency it would be 1 to 110, which loses more precision than it gains recall.
     config.loss.class_weights = (0.88, 0.75, 3.64, 0.64, 1.70, 1.15, 3.33, 3.40, 1.49, 4.49, 6.71)
-    # Closer to what is measured than cross-entropy alone; nnU-Net has both, and trains from scratch on little too.
+    # Closer to the metric than cross-entropy only; nnU-Net uses both, and also trains from scratch on little data.
     # Lovász would be closer still, and sorts all pixels of each class at every step.
     config.loss.dice = 1.0
-    # SGD's 0.01 is for weights that need to be moved a little. AdamW needs no tuning by depth; the decay is ConvNeXt's,
+    # SGD's 0.01 is for pretrained weights, which move little. AdamW needs no tuning by depth; the decay is ConvNeXt's,
     # strong, for few images. Gradients of the first steps are large.
     config.optim.name = "adamw"
     config.optim.lr = 1e-3

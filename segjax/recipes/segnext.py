@@ -1,26 +1,28 @@
-"""SegNeXt: `--config configs/segnext.py:b,camvid`; t, s, b or l on streets (the default) or another of common.DATASETS.
+"""SegNeXt: `--config segnext:b,camvid`; t, s, b or l, on streets (the default) or another dataset.
 
 `small` is a narrow one for a CPU.
 
 Recipe of the paper's section 4 for Cityscapes: AdamW, learning rate 6e-5 (ten times that in the head), weight decay
-0.01 but for norms, linear warm-up over 1500 steps and then poly decay of power 1, 160,000 steps of 8 images at
+0.01 except for norms, linear warm-up over 1500 steps and then poly decay of power 1, 160,000 steps of 8 images at
 1024x1024, random scale 0.5 to 2, flip and photometric distortion. It is written for weights pretrained on ImageNet.
 """
 
-from configs import common
+from ml_collections import ConfigDict
+
+from segjax.recipes import common
 
 VARIANTS = ("small", "t", "s", "b", "l")
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     variant, dataset = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segnext-{variant}"
     config.model.name = "segnext_" + variant.replace("small", "t")
-    # Of the last block, and of the channels in front of the classifier.
+    # Drop path of the last block, and dropout of the channels before the classifier.
     config.model.drop_path_rate = 0.3 if variant == "l" else 0.1
     config.model.dropout_rate = 0.1
-    # Of the decoder's factorisation.
+    # Rank of the decoder's matrix factorisation.
     config.model.ham_rank = 64 if variant in ("b", "l") else 16
     if variant == "small":
         config.model.dims = (16, 32, 80, 128)
