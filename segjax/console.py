@@ -64,8 +64,8 @@ def score(value: float | None) -> str:
 
 
 def show_settings(changes: Sequence[str]) -> None:
-    """What a run has otherwise than configs/common.py."""
-    say("settings other than the defaults of configs/common.py:")
+    """KEY=VALUE of the settings that differ from the defaults."""
+    say("settings other than the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
     say(filled(joined, indent="  ").replace("\0", " "))

@@ -399,9 +399,11 @@ def test_without_a_network_the_cache_is_named_at_once(tmp_path, monkeypatch, off
 
 
 def test_a_start_from_the_hub_is_checked_for_its_form_alone(tmp_path):
-    settings.check(make_config(init__from_="hf:made/up@v1.0"), tmp_path / "run")
-    with pytest.raises(settings.RunError, match=r"config\.init\.from: hf:made: a repository is written hf:owner/name"):
-        settings.check(make_config(init__from_="hf:made"), tmp_path / "run")
+    settings.check(make_config(init__checkpoint="hf:made/up@v1.0"), tmp_path / "run")
+    with pytest.raises(
+        settings.RunError, match=r"config\.init\.checkpoint: hf:made: a repository is written hf:owner/name"
+    ):
+        settings.check(make_config(init__checkpoint="hf:made"), tmp_path / "run")
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch):

@@ -290,7 +290,7 @@ def start(source, **settings):
     """The skeleton of a run that starts from a checkpoint."""
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
-    config.init.from_ = str(source)
+    config.init.checkpoint = str(source)
     config.init.update(settings)
     with numpy_draws():
         return parts.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
@@ -329,7 +329,7 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
     config.model.update(SIZES)
     with numpy_draws():
         parts.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
-        config.init.from_ = "/nowhere"
+        config.init.checkpoint = "/nowhere"
         parts.make_skeleton(config, 5, Parallel("jit"), pretrained=False)
     assert capsys.readouterr().out == ""
 
