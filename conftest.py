@@ -5,11 +5,11 @@ import gc
 import jax
 import pytest
 
-from segjax import runtime
+from segjax.runtime import environment
 
 # Data parallelism is tested for real: on a CPU one process can be split into several devices. Before the first use.
 jax.config.update("jax_num_cpu_devices", 4)
-runtime.prepare()
+environment.prepare()
 # Tracing makes hundreds of thousands of objects that live on: looking through them again and again takes a third of it.
 gc.freeze()
 gc.set_threshold(200_000, 20, 100)

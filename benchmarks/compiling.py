@@ -58,11 +58,13 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
 
     import segjax
     from configs import common
-    from segjax import losses, models, optim
-    from segjax.models import layers
-    from segjax.stacks import Stacks
-    from segjax.state import Skeleton, TrainState
-    from segjax.step import Parallel, TrainStep
+    from segjax import layers, losses, models
+    from segjax.models.functional import FunctionalModel
+    from segjax.models.stacked import Stacks
+    from segjax.runtime.parallel import Parallel
+    from segjax.train import optim
+    from segjax.train.state import TrainState
+    from segjax.train.step import TrainStep
 
     still = {key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in models.settings(model_name)}
 
@@ -72,10 +74,10 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     config = common.get_config("folder")
     config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
     parallel = Parallel("jit", jax.devices()[:1])
-    params, _ = Skeleton(nnx.eval_shape(create)).arrays()
+    params, _ = FunctionalModel(nnx.eval_shape(create)).arrays()
     execution = layers.BlockExecution.of(**FORMS[form])
     stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(config.optim, params))
-    skeleton = Skeleton(nnx.eval_shape(create), execution=execution, stacks=stacks)
+    skeleton = FunctionalModel(nnx.eval_shape(create), execution=execution, stacks=stacks)
     optimizer = optim.optimizer(config.optim, params, steps=10**9, stacks=stacks)
     step = TrainStep(
         skeleton=skeleton,
@@ -95,7 +97,7 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
             "position": np.arange(shape[0], dtype=np.int32),
         }
         # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-        state = stacks.stacked(jax.tree.map(jnp.copy, start(*Skeleton(create()).arrays())))
+        state = stacks.stacked(jax.tree.map(jnp.copy, start(*FunctionalModel(create()).arrays())))
         return parallel.replicate((state, batch, jax.random.key(0)))
 
     def placed(leaf):
@@ -108,10 +110,10 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
 def _set_up(cache: str) -> None:
     import jax
 
-    from segjax import runtime
+    from segjax.runtime import environment
 
     # jax may have been imported by now, and has read its variables then.
-    runtime.prepare()
+    environment.prepare()
     jax.config.update("jax_compilation_cache_dir", cache)
 
 

@@ -69,19 +69,19 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
 
 def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> float:
     """Images per second that batches come with when nothing else is done with them. Sets up its process."""
-    from segjax import runtime
+    from segjax.runtime import environment
 
-    runtime.prepare()
+    environment.prepare()
     import jax
 
     from configs import segformer
-    from segjax import parts
-    from segjax.step import Parallel
+    from segjax.runtime.parallel import Parallel
+    from segjax.train import setup
 
     config = segformer.get_config(argument)
     config.update_from_flattened_dict(settings)
-    data = parts.load_data(config)
-    with parts.make_batches(config, data, Parallel(config.parallel), jax.random.key(config.seed), 0) as batches:
+    data = setup.load_data(config)
+    with setup.make_batches(config, data, Parallel(config.parallel), jax.random.key(config.seed), 0) as batches:
         for step in range(warm):
             jax.block_until_ready(batches.at(step))
         since = time.perf_counter()
@@ -129,7 +129,7 @@ def records(path: Path) -> dict[int, dict[str, float]]:
 def between(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
     """What a run did between two of its records.
 
-    Each says the means up to there, counted from the end of step 1 (`segjax.console.Meter`).
+    Each says the means up to there, counted from the end of step 1 (`segjax.train.progress.Meter`).
 
     Returns:
       "waiting", share of the time; "rate" and "consumed", the parts of `first`'s and `last`'s images per second that

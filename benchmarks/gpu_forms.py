@@ -27,9 +27,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from benchmarks import contenders
-from segjax import benchmark, checkpoint
-from segjax.models import layers
+from segjax import layers
+from segjax.benchmark import contenders, floor, report, runner
+from segjax.kernels import convolution, resize
+from segjax.kernels.attention import attention_plain
+from segjax.runtime import atomic
 
 # Norm of the difference to float32 over the norm: rounding of operands lies between 1e-3 and 1e-2 in bfloat16.
 CLOSE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -65,11 +67,11 @@ def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns, _, channels = kernel.shape
-    return layers.conv_plain(x, kernel, stride=1, padding=(rows // 2, columns // 2), groups=channels)
+    return convolution.conv_plain(x, kernel, stride=1, padding=(rows // 2, columns // 2), groups=channels)
 
 
 def depthwise(rehearse: bool) -> Iterator[Case]:
-    forms = {"lax, grouped": Form(grouped), "shifted": Form(shifted), "shifted, own rule": Form(layers.depthwise)}
+    forms = {"lax, grouped": Form(grouped), "shifted": Form(shifted), "shifted, own rule": Form(convolution.depthwise)}
     # The Mix-FFN of SegFormer's first and third stage; SegNeXt's attention.
     maps = {(3, 3): [(16, 128, 128, 128), (16, 32, 32, 1280)]}
     maps |= {kernel: [(16, 128, 128, 64)] for kernel in ((5, 5), (1, 21), (21, 1))}
@@ -81,7 +83,7 @@ def depthwise(rehearse: bool) -> Iterator[Case]:
 def ours_of_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Our attention from and to (B, N, h, D), which is how the layers around it have them."""
     heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    return layers.attention_plain(*heads_first).transpose(0, 2, 1, 3)
+    return attention_plain(*heads_first).transpose(0, 2, 1, 3)
 
 
 def attention(rehearse: bool) -> Iterator[Case]:
@@ -107,8 +109,8 @@ def enlargement(rehearse: bool) -> Iterator[Case]:
     sizes = [((16, 64, 64, 256), 2, "bfloat16"), ((16, 16, 16, 256), 8, "bfloat16"), ((4, 128, 128, 150), 4, "float32")]
     for (B, H, W, C), factor, dtype in [((1, 6, 8, 4), 2, "float32")] if rehearse else sizes:
         forms = {
-            "jax.image.resize": Form(partial(layers.resize_plain, size=(factor * H, factor * W))),
-            "phases": Form(partial(layers.resize_by_phases, factors=(factor, factor))),
+            "jax.image.resize": Form(partial(resize.resize_plain, size=(factor * H, factor * W))),
+            "phases": Form(partial(resize.resize_by_phases, factors=(factor, factor))),
             "matrices": Form(partial(by_matrices, factor=factor)),
         }
         yield Case(f"enlargement {factor}x", dtype, ((B, H, W, C),), forms)
@@ -223,7 +225,7 @@ def milliseconds(program: Callable, arguments: tuple, *, rehearse: bool) -> list
 
     queued(2)
     calls = 1 if rehearse else max(1, round(0.05 / queued(5)))
-    return benchmark.quartiles(1e3 * np.array([queued(calls) for _ in range(2 if rehearse else 7)]))
+    return runner.quartiles(1e3 * np.array([queued(calls) for _ in range(2 if rehearse else 7)]))
 
 
 def measured(case: Case, *, rehearse: bool, bytes_per_second: float) -> Iterator[dict[str, object]]:
@@ -285,9 +287,9 @@ def steps_per_dispatch(*, rehearse: bool) -> Iterator[dict[str, object]]:
 
 def _inference(work: contenders.Work, count: int) -> Callable:
     """A mean logit of each image; that of several images costs no more memory than that of one."""
-    from segjax.state import Skeleton
+    from segjax.models.functional import FunctionalModel
 
-    skeleton = Skeleton(_model(work))
+    skeleton = FunctionalModel(_model(work))
     arrays = skeleton.arrays()
     images = jnp.stack([jnp.asarray(work.images())] * count)
 
@@ -355,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("gpu_forms: there is no GPU here; --rehearse runs tiny sizes on the CPU", file=sys.stderr)
             return 2
         print("no GPU here: tiny sizes, and cuDNN's attention is left out")
-    ceiling = benchmark.ceilings("bfloat16")
+    ceiling = floor.ceilings("bfloat16")
     print(f"{'milliseconds':<26} {'forward':>12} {'both passes':>12} {'error':>9}", flush=True)
     rows = []
     for group in options.only:
@@ -373,11 +375,11 @@ def main(arguments: list[str] | None = None) -> int:
             record = {
                 "date": datetime.date.today().isoformat(),
                 "command": "python -m benchmarks.gpu_forms " + " ".join(command),
-                **benchmark.machine(device.device_kind),
+                **report.machine(device.device_kind),
                 "ceilings": ceiling,
                 "forms": rows,
             }
-            checkpoint.write_text(options.json, json.dumps(record, indent=1) + "\n")
+            atomic.write_text(options.json, json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -37,21 +37,22 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
       "labels_temporaries", those of the program that evaluation runs, from uint8 pixels to labels of every pixel;
       "compile_seconds"; "multiply_adds", and "attention", those of them that are products of attention.
     """
-    from segjax import runtime
+    from segjax.runtime import environment
 
-    runtime.keep_freed_memory()
+    environment.keep_freed_memory()
     from functools import partial
 
     import jax
     import numpy as np
 
     import segjax
-    from segjax import inference, summary
     from segjax.data.augment import normalise
-    from segjax.state import Skeleton
-    from segjax.step import compiler_options
+    from segjax.inference import engine
+    from segjax.models import summary
+    from segjax.models.functional import FunctionalModel
+    from segjax.runtime.parallel import compiler_options
 
-    skeleton = Skeleton(segjax.create(model, num_classes=NUM_CLASSES))
+    skeleton = FunctionalModel(segjax.create(model, num_classes=NUM_CLASSES))
     arrays = jax.device_put(skeleton.arrays())
 
     def logits(params, batch_stats, images):
@@ -66,7 +67,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
     rows, calls = [], []
     for size in sizes:
         pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
-        whole, _ = compiled(partial(inference.predict_labels, skeleton, normalise=normalise), pixels)
+        whole, _ = compiled(partial(engine.predict_labels, skeleton, normalise=normalise), pixels)
         images = jax.block_until_ready(normalise(pixels))
         program, seconds = compiled(logits, images)
 

@@ -29,7 +29,8 @@ from typing import Protocol
 
 import numpy as np
 
-from segjax import checkpoint
+from segjax.checkpoints import orbax_folder
+from segjax.runtime import atomic
 
 REPO = Path(__file__).parents[1]
 # Measured by the clock: nothing that a run could repeat.
@@ -89,10 +90,10 @@ def remains(workdir: Path) -> dict[str, object]:
     steps = {path.name: path for path in (workdir / "checkpoints").iterdir()}
     left = {"checkpoints": sorted(steps), "files": sorted(path.name for path in workdir.iterdir())}
     for step, folder in steps.items():
-        weights, training, about = checkpoint.read_items(folder, "weights", "training", "about")
+        weights, training, about = orbax_folder.read_items(folder, "weights", "training", "about")
         left |= {f"checkpoint {step}, {name}": _hash(array) for name, array in (weights | training).items()}
         left[f"checkpoint {step}, record"] = about
-    weights, about = checkpoint.load_weights(workdir / "best")
+    weights, about = orbax_folder.load_weights(workdir / "best")
     left |= {f"best, {name}": _hash(array) for name, array in weights.items()} | {"best, record": about}
     left["metrics.jsonl"] = records_of(workdir)
     left |= {f"TensorBoard, {tag}": values for tag, values in events_of(workdir).items()}
@@ -245,7 +246,7 @@ def main() -> int:
         "params_sha256": alone["result.json"]["params_sha256"],
     }
     path = arguments.record or REPO / "benchmarks" / "records" / f"{record['date']}-kill-resume.json"
-    checkpoint.write_text(path, json.dumps(record, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(record, indent=2) + "\n")
     return 1 if differing or sum(done.values()) < arguments.kills else 0
 
 

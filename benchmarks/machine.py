@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from segjax import checkpoint
+from segjax.runtime import atomic
 
 REPO = Path(__file__).parents[1]
 
@@ -89,4 +89,4 @@ def about(module: str, words: Sequence[str]) -> dict[str, object]:
 def write(path: Path | None, record: Mapping) -> None:
     """A record as JSON, whole or not at all; nothing where there is no path."""
     if path is not None:
-        checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
+        atomic.write_text(path, json.dumps(record, indent=1) + "\n")

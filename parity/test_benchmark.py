@@ -8,8 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import contenders, gpu_forms
-from segjax import benchmark, summary
+from benchmarks import gpu_forms
+from segjax.benchmark import contenders, report
+from segjax.benchmark import floor as benchmark_floor
+from segjax.benchmark import runner as benchmark_runner
+from segjax.benchmark.floor import floor_of, measured_ceilings
+from segjax.benchmark.rows import TABLES, Row
+from segjax.benchmark.runner import CLOSE, BenchmarkError, OutOfMemoryError, OutOfTimeError, Runner
+from segjax.commands import benchmark
+from segjax.models import summary
 
 WORK = ("segformer_b0", (64, 96), 2)
 
@@ -57,7 +64,7 @@ def test_a_step_of_training_changes_the_loss_of_the_next_on_either_side():
 
 @pytest.mark.slow
 def test_what_computes_something_else_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.CLOSE, "float32", 0.0)
+    monkeypatch.setitem(CLOSE, "float32", 0.0)
     options = ["--size", "32", "64", "--against", "torch", "--rounds", "1"]
     assert benchmark.main(options) == 2
     assert "torch computes something else than segjax: off by" in capsys.readouterr().err
@@ -113,12 +120,12 @@ CEILING = {"flops_per_second": 1e4, "bytes_per_second": 1e3, "device": "a card",
 def test_the_floor_is_the_longer_of_products_and_traffic(monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds):
     least = summary.LeastWork(multiply_adds=1000, values=50, parameters=10)
     monkeypatch.setattr(summary, "least_work", lambda name, size, *, batch, num_classes: least)
-    floor = benchmark.floor_of(("segformer_b0", (64, 96), 2, mode, dtype, 150), ceiling)
+    floor = floor_of(("segformer_b0", (64, 96), 2, mode, dtype, 150), ceiling)
     assert floor == pytest.approx({"flops": flops, "bytes": moved, "milliseconds": milliseconds})
 
 
 def test_ceilings_are_those_of_the_type_that_is_asked_for():
-    found = benchmark.measured_ceilings("bfloat16")
+    found = measured_ceilings("bfloat16")
     assert found["dtype"] == "bfloat16" and found["platform"] == jax.default_backend()
     assert found["flops_per_second"] > 1e9 and found["bytes_per_second"] > 1e8
 
@@ -152,9 +159,9 @@ class Fake:
 
 @pytest.fixture
 def fakes(monkeypatch):
-    monkeypatch.setattr(benchmark, "Runner", Fake)
-    monkeypatch.setattr(benchmark, "measured_ceilings", lambda dtype: CEILING | {"dtype": dtype})
-    monkeypatch.setattr(benchmark, "floor_of", lambda *_: {"flops": 1e9, "bytes": 1e9, "milliseconds": 0.5})
+    monkeypatch.setattr(benchmark_runner, "Runner", Fake)
+    monkeypatch.setattr(benchmark_floor, "measured_ceilings", lambda dtype: CEILING | {"dtype": dtype})
+    monkeypatch.setattr(benchmark_floor, "floor_of", lambda *_: {"flops": 1e9, "bytes": 1e9, "milliseconds": 0.5})
     monkeypatch.setattr(Fake, "fails", {})
     monkeypatch.setattr(Fake, "log", [])
     return Fake
@@ -162,7 +169,7 @@ def fakes(monkeypatch):
 
 def compared(names, **settings):
     work = ("segformer_b0", (64, 96), 4, "infer", "float32", 150)
-    return benchmark.compare(names, work, ceiling=CEILING, rounds=3, say=lambda _: None, **settings)
+    return benchmark_runner.compare(names, work, ceiling=CEILING, rounds=3, say=lambda _: None, **settings)
 
 
 def test_apart_one_is_closed_before_the_next_is_made(fakes):
@@ -176,7 +183,7 @@ def test_apart_one_is_closed_before_the_next_is_made(fakes):
 
 
 def test_a_rival_that_cannot_be_timed_stands_there_with_the_reason_and_the_others_go_on(fakes):
-    fakes.fails["torch"] = benchmark.BenchmarkError("torch: KeyError: 1")
+    fakes.fails["torch"] = BenchmarkError("torch: KeyError: 1")
     names = ["segjax", "torch", "torch-sdpa", "torch-compile"]
     result = compared(names, keep_going=True)
     assert [row["name"] for row in result["contenders"]] == names and "cut_short" not in result
@@ -188,36 +195,36 @@ def test_a_rival_that_cannot_be_timed_stands_there_with_the_reason_and_the_other
         None,
     ]
     card = {"flops_per_second": 8e14, "bytes_per_second": 4e12}
-    assert max(map(len, benchmark.report(result, card))) <= 80
-    with pytest.raises(benchmark.BenchmarkError, match="KeyError"):
+    assert max(map(len, report.report(result, card))) <= 80
+    with pytest.raises(BenchmarkError, match="KeyError"):
         compared(names)
     # Without ours there is nothing to compare with, and what does not fit is tried with a smaller batch.
-    for name, error in (("segjax", benchmark.BenchmarkError), ("torch", benchmark.OutOfMemoryError)):
+    for name, error in (("segjax", BenchmarkError), ("torch", OutOfMemoryError)):
         fakes.fails = {name: error("x")}
         with pytest.raises(error):
             compared(names, keep_going=True)
 
 
 def test_a_rival_that_is_late_leaves_a_row_that_is_measured_again(fakes):
-    fakes.fails["torch"] = benchmark.OutOfTimeError("torch: not done")
+    fakes.fails["torch"] = OutOfTimeError("torch: not done")
     assert compared(["segjax", "torch"], keep_going=True)["cut_short"]
 
 
 @pytest.mark.parametrize(
     "answer, error",
     [
-        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Failed to allocate 3.2GiB", benchmark.OutOfMemoryError),
-        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB", benchmark.OutOfMemoryError),
-        ("ValueError: no", benchmark.BenchmarkError),
-        (None, benchmark.OutOfTimeError),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Failed to allocate 3.2GiB", OutOfMemoryError),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB", OutOfMemoryError),
+        ("ValueError: no", BenchmarkError),
+        (None, OutOfTimeError),
     ],
 )
 def test_what_a_contender_says_is_told_apart(answer, error):
-    runner = benchmark.Runner.__new__(benchmark.Runner)
+    runner = Runner.__new__(Runner)
     runner.name, runner._until = "torch", 0.0
     connection = dict(send=lambda _: None, poll=lambda _: answer is not None, recv=lambda: answer)
     runner._connection = types.SimpleNamespace(**connection)
-    with pytest.raises(benchmark.BenchmarkError) as raised:
+    with pytest.raises(BenchmarkError) as raised:
         runner.make()
     assert type(raised.value) is error and str(raised.value).startswith("torch: ")
 
@@ -245,18 +252,16 @@ def table(fakes, monkeypatch):
     """Three rows, each of which takes a hundred seconds; calls it with options and gives what was begun."""
     clock = [0.0]
     monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    rows = [
-        benchmark.Row(name, "train", 8, (64, 96), ("torch",)) for name in ("segformer_b0", "segnext_t", "hrnet_w48")
-    ]
-    monkeypatch.setitem(benchmark.TABLES, "gpu", rows)
-    begun, compare = [], benchmark.compare
+    rows = [Row(name, "train", 8, (64, 96), ("torch",)) for name in ("segformer_b0", "segnext_t", "hrnet_w48")]
+    monkeypatch.setitem(TABLES, "gpu", rows)
+    begun, compare = [], benchmark_runner.compare
 
     def noting(names, work, **settings):
         begun.append((work[0], work[2]))
         clock[0] += 100
         return compare(names, work, **settings)
 
-    monkeypatch.setattr(benchmark, "compare", noting)
+    monkeypatch.setattr(benchmark_runner, "compare", noting)
 
     def run(*options):
         begun.clear()
@@ -288,9 +293,9 @@ def test_a_table_ends_in_time_and_a_second_command_takes_it_up(table, tmp_path, 
 
 def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fakes, tmp_path):
     path = tmp_path / "gpu.json"
-    fakes.fails = {"torch": benchmark.OutOfTimeError("torch: not done")}
+    fakes.fails = {"torch": OutOfTimeError("torch: not done")}
     assert table("--minutes", 1, "--json", path) == (0, [("segformer_b0", 8)])
-    fakes.fails = {"segjax": benchmark.BenchmarkError("segjax: KeyError: 1")}
+    fakes.fails = {"segjax": BenchmarkError("segjax: KeyError: 1")}
     every = [("segformer_b0", 8), ("segnext_t", 8), ("hrnet_w48", 8)]
     assert table("--json", path) == (0, every)
     results = json.loads(path.read_text())["results"]
@@ -305,7 +310,7 @@ def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fak
 def test_a_batch_is_halved_until_it_fits_everybody(table, monkeypatch, tmp_path):
     def make(self):
         if self.name == "torch" and self.batch > 2:
-            raise benchmark.OutOfMemoryError(f"{self.name}: OutOfMemoryError: CUDA out of memory")
+            raise OutOfMemoryError(f"{self.name}: OutOfMemoryError: CUDA out of memory")
 
     monkeypatch.setattr(Fake, "make", make)
     path = tmp_path / "gpu.json"
@@ -319,7 +324,7 @@ def test_a_batch_is_halved_until_it_fits_everybody(table, monkeypatch, tmp_path)
 def test_a_record_of_another_machine_is_not_gone_on_with(table, monkeypatch, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert table("--json", path)[0] == 0
-    monkeypatch.setattr(benchmark, "measured_ceilings", lambda dtype: CEILING | {"device": "another card"})
+    monkeypatch.setattr(benchmark_floor, "measured_ceilings", lambda dtype: CEILING | {"device": "another card"})
     assert table("--json", path) == (2, [])
     assert "other work than bfloat16 of 150 classes on another card; name another file" in capsys.readouterr().err
 

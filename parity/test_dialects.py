@@ -13,14 +13,16 @@ from flax import nnx
 
 import segjax
 from parity import compare, golden
-from parity.reference.mmseg_style import MMSegStyleSegFormer
-from parity.reference.randomise import randomise
+from parity.mmseg_style import MMSegStyleSegFormer
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_forward import transformers_network
 from segjax import models
-from segjax.dialects import FORMS, RENAMINGS
-from segjax.families import FAMILIES, family_of
-from segjax.weights import CheckpointError, as_arrays
+from segjax.checkpoints.architectures import FAMILIES, family_of
+from segjax.checkpoints.key_maps import FORMS
+from segjax.checkpoints.renaming import RENAMINGS
+from segjax.checkpoints.state_dict import CheckpointError, as_arrays
+from segjax.torch_reference import verify
+from segjax.torch_reference.randomise import randomise
 
 # Every form with each subject of its family; alignment of corners is in no checkpoint.
 TRIPS = [
@@ -45,7 +47,7 @@ def original(label, num_classes=NUM_CLASSES, seed=0):
     """A subject's weights under native names, float32, every one of them random; not to be written to."""
     subject = SUBJECTS[label]
     sizes = models.settings(subject.name) | subject.sizes
-    reference = compare.REFERENCES[family_of(subject.name)](num_classes=num_classes, **sizes)
+    reference = verify.REFERENCES[family_of(subject.name)](num_classes=num_classes, **sizes)
     return {key: value.numpy() for key, value in randomise(reference, seed).state_dict().items()}
 
 
@@ -133,10 +135,10 @@ def test_folding_a_bias_into_the_running_mean_changes_no_output(label, training,
         run = _running(graphdef)
         outputs.append(run(state, x))
     (ours, taps), (theirs, their_taps) = outputs
-    within("output", "float32", compare.relative_error(ours, theirs), f"{label}, after mmseg's names and back")
+    within("output", "float32", verify.relative_error(ours, theirs), f"{label}, after mmseg's names and back")
     if label == "ocr":
         within(
-            "output", "float32", compare.relative_error(taps["aux_logits"], their_taps["aux_logits"]), "ocr, auxiliary"
+            "output", "float32", verify.relative_error(taps["aux_logits"], their_taps["aux_logits"]), "ocr, auxiliary"
         )
 
 
@@ -212,7 +214,7 @@ def ask(monkeypatch, caplog):
 def blank(name, num_classes=150):
     """A published variant's state dict, native names, its shapes filled with one zero."""
     with torch.device("meta"):
-        reference = compare.REFERENCES[family_of(name)](num_classes=num_classes, **models.settings(name))
+        reference = verify.REFERENCES[family_of(name)](num_classes=num_classes, **models.settings(name))
     zero = np.zeros((), np.float32)
     return {key: np.broadcast_to(zero, tuple(value.shape)) for key, value in reference.state_dict().items()}
 
@@ -252,7 +254,7 @@ def test_a_variant_with_another_decoder_keeps_its_name(ask):
     # segmentation-models-pytorch gives every backbone a decoder of 256.
     sizes = models.settings("segformer_b2") | dict(decoder_dim=256)
     with torch.device("meta"):
-        reference = compare.REFERENCES["segformer"](num_classes=3, **sizes)
+        reference = verify.REFERENCES["segformer"](num_classes=3, **sizes)
     native = {key: np.zeros(value.shape, np.float32) for key, value in reference.state_dict().items()}
     (smp,) = (form for form in FORMS if (form.dialect, form.family) == ("smp", "segformer"))
     assert ask(renamed(native, smp)) == ("segformer_b2", 3, {"decoder_dim": 256})
@@ -326,7 +328,7 @@ def test_sizes_that_no_variant_has_are_read_off_the_shapes(label, form, num_clas
 def test_any_width_and_reduction_is_read_back(name, sizes):
     hidden = sizes.pop("hidden") if "hidden" in sizes else 8
     sizes |= dict(mlp_ratios=tuple(hidden / dim for dim in sizes["dims"]), depths=(1, 1, 2, 1), decoder_dim=8)
-    reference = compare.REFERENCES[family_of(name)](num_classes=3, **models.settings(name) | sizes)
+    reference = verify.REFERENCES[family_of(name)](num_classes=3, **models.settings(name) | sizes)
     weights = randomise(reference, 0).state_dict()
     model = segjax.from_torch(weights)
     assert differing(segjax.to_torch(model), as_arrays(weights)) == []
@@ -342,7 +344,7 @@ def test_files_of_the_original_code_are_recognised_under_the_names_they_were_wri
     seeds = file in ("segformer_jo_jstrm", "segformer_camlaedtke")
     dialect = "segmentation_pytorch" if seeds else "native"
     assert (model.spec.name, model.spec.num_classes) == (name, golden.NUM_CLASSES)
-    settings = compare.settings_of(model)
+    settings = verify.settings_of(model)
     assert {key: settings[key] for key in sizes if key != "ham_rank"} == {
         key: value for key, value in sizes.items() if key != "ham_rank"
     }
@@ -365,10 +367,10 @@ def tensors(weights):
 
 def torch_output(network, x):
     with torch.no_grad():
-        output = network(compare.to_nchw(x))
+        output = network(verify.to_nchw(x))
     if isinstance(output, tuple):
         output = output[0]
-    return compare.to_nhwc(output if isinstance(output, torch.Tensor) else output.logits)
+    return verify.to_nhwc(output if isinstance(output, torch.Tensor) else output.logits)
 
 
 def test_mmsegs_own_module_takes_what_we_write_and_gives_our_output(within):
@@ -376,7 +378,7 @@ def test_mmsegs_own_module_takes_what_we_write_and_gives_our_output(within):
     network = MMSegStyleSegFormer(num_classes=NUM_CLASSES, **sizes).eval()
     network.load_state_dict(tensors(segjax.to_torch(model, dialect="mmseg")), strict=True)
     x = compare.images(2, (65, 97), seed=1, dtype="float32")
-    error = compare.relative_error(compare.compiled(model)(x)[0], torch_output(network, x))
+    error = verify.relative_error(verify.compiled(model)(x)[0], torch_output(network, x))
     within("output", "float32", error, "mmseg's own module, loaded with what we write")
     again = segjax.from_torch(network.state_dict())
     assert (again.spec.name, again.spec.num_classes) == ("segformer_mmseg_b0", NUM_CLASSES)
@@ -397,7 +399,7 @@ def test_the_simple_package_takes_what_we_write_and_gives_our_output(within):
     x = compare.images(2, (64, 96), seed=1, dtype="float32")
     for dialect in ("native", "segmentation_pytorch"):
         network.load_state_dict(tensors(segjax.to_torch(model, dialect=dialect)), strict=True)
-    error = compare.relative_error(compare.compiled(model)(x)[0], torch_output(network, x))
+    error = verify.relative_error(verify.compiled(model)(x)[0], torch_output(network, x))
     within("output", "float32", error, "the simple package, loaded with what we write")
 
 
@@ -433,7 +435,7 @@ def test_both_transformers_namings_give_the_same_model_and_its_output(transforme
     one, other = (segjax.from_torch(weights) for weights in (on_disk, in_memory))
     assert one.spec == other.spec
     assert differing(segjax.to_torch(one), segjax.to_torch(other)) == []
-    error = compare.relative_error(compare.compiled(one)(x)[0], torch_output(transformers_narrow, x))
+    error = verify.relative_error(verify.compiled(one)(x)[0], torch_output(transformers_narrow, x))
     within("output", "float32", error, "hf, narrow")
 
 
@@ -444,8 +446,8 @@ def test_what_we_write_for_transformers_is_what_transformers_writes_and_loads(tr
     counters = {key for key in differing(written, on_disk) if key.endswith("num_batches_tracked")}
     assert set(differing(written, on_disk)) == counters
     x = compare.images(2, (40, 136), seed=1, dtype="float32")
-    loaded = compare._transformers_model(model, written).eval()
-    error = compare.relative_error(torch_output(loaded, x), torch_output(transformers_narrow, x))
+    loaded = verify._transformers_model(model, written).eval()
+    error = verify.relative_error(torch_output(loaded, x), torch_output(transformers_narrow, x))
     within("output", "float32", error, "hf, written and reloaded")
 
 
@@ -887,5 +889,5 @@ def test_settings_that_a_checkpoint_cannot_tell_can_be_given():
 def test_a_full_transformers_b5_converts_and_verifies():
     network = transformers_network("segformer_b5", num_classes=150, seed=1).float()
     weights = network.state_dict()
-    report = compare.verify(segjax.from_torch(weights), weights)
+    report = verify.verify(segjax.from_torch(weights), weights)
     assert report.passed and "transformers" in report.against

@@ -13,13 +13,20 @@ import pytest
 import torch
 
 from parity import compare
-from parity import export as twins
 from parity.subjects import SUBJECTS
-from segjax import checkpoint, export
+from segjax.checkpoints import orbax_folder
+from segjax.commands import export
 from segjax.data import specs
+from segjax.exports import onnx as onnx_export
+from segjax.exports import torch_program
+from segjax.exports.format import SUFFIXES, ExportFormat
+from segjax.torch_reference import verify
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FORMATS = {"onnx": (twins.write_onnx, twins.open_onnx), "torch": (twins.write_torch, twins.open_torch)}
+FORMATS = {
+    "onnx": (onnx_export.write_onnx, onnx_export.open_onnx),
+    "torch": (torch_program.write_torch, torch_program.open_torch),
+}
 
 
 def tiny(label, num_classes=5, seed=0):
@@ -41,7 +48,7 @@ def noise(batch, size, seed):
 
 def logits_of(model, images):
     """Ours, of images (B, 3, H, W): (B, K, h, w)."""
-    return np.moveaxis(np.asarray(compare.compiled(model)(np.moveaxis(images, 1, -1))[0]), -1, 1)
+    return np.moveaxis(np.asarray(verify.compiled(model)(np.moveaxis(images, 1, -1))[0]), -1, 1)
 
 
 # The exporters take half a minute.
@@ -51,14 +58,14 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
     model = tiny(label)
     programs = {}
     for format, (write, opened) in FORMATS.items():
-        path = tmp_path / f"a{export.SUFFIXES[format]}"
-        write(path, model, export.Form(format, (64, 96), dynamic=True), {})
+        path = tmp_path / f"a{SUFFIXES[format]}"
+        write(path, model, ExportFormat(format, (64, 96), dynamic=True), {})
         programs[format] = opened(path)
     for seed, batch in enumerate((1, 3)):
         images = noise(batch, (97, 65) if model.size_multiple == 1 else (96, 64), seed)
         ours = logits_of(model, images)
         for format, program in programs.items():
-            error = compare.relative_error(program(images), ours)
+            error = verify.relative_error(program(images), ours)
             within("output", np.float32, error, f"{format} file of {label}")
 
 
@@ -66,8 +73,8 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), about={})
-    name = f"b0{export.SUFFIXES[format]}"
+    orbax_folder.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), about={})
+    name = f"b0{SUFFIXES[format]}"
     options = ("--dynamic", "--with-preprocessing", "--with-argmax")
     assert run("b0", name, "--format", format, "--size", 64, 80, *options) == 0
     assert "  in   images  uint8 RGB (batch, height, width, 3)" in caplog.messages
@@ -83,9 +90,9 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog,
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("num_classes", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
-    model, path = tiny("hrnet", num_classes), tmp_path / f"a{export.SUFFIXES[format]}"
+    model, path = tiny("hrnet", num_classes), tmp_path / f"a{SUFFIXES[format]}"
     write, opened = FORMATS[format]
-    write(path, model, export.Form(format, (72, 100), preprocessing=True, argmax=True), {})
+    write(path, model, ExportFormat(format, (72, 100), preprocessing=True, argmax=True), {})
     images = np.random.default_rng(1).integers(0, 256, (1, 72, 100, 3), dtype=np.uint8)
     labels = opened(path)(images)
     normal = (images - np.array(specs.IMAGENET_MEAN)) / np.array(specs.IMAGENET_STD)
@@ -100,8 +107,8 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
 def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
-    checkpoint.save_model(tmp_path / "a", tiny(label), about={})
-    path = tmp_path / f"a{export.SUFFIXES[format]}"
+    orbax_folder.save_model(tmp_path / "a", tiny(label), about={})
+    path = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--dtype", dtype) == 0
     (error,) = re.findall(r"worst relative error of logits (\S+): equal", caplog.text)
     assert float(error) < 5e-5
@@ -117,7 +124,7 @@ def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format,
 
 
 def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
-    checkpoint.save_model(tmp_path / "a", tiny("segformer", num_classes=19), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer", num_classes=19), about={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 0
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -131,14 +138,14 @@ def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
 
 @pytest.mark.slow
 def test_sides_left_open_have_names_in_onnx(tmp_path):
-    twins.write_onnx(tmp_path / "a.onnx", tiny("segformer"), export.Form("onnx", (64, 96), dynamic=True), {})
+    onnx_export.write_onnx(tmp_path / "a.onnx", tiny("segformer"), ExportFormat("onnx", (64, 96), dynamic=True), {})
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
 
 
 @pytest.mark.slow
 def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path):
-    twins.write_torch(tmp_path / "a.pt2", tiny("simple"), export.Form("torch", (64, 96), dynamic=True), {})
+    torch_program.write_torch(tmp_path / "a.pt2", tiny("simple"), ExportFormat("torch", (64, 96), dynamic=True), {})
     program = torch.export.load(tmp_path / "a.pt2").module()
     with pytest.raises(Exception, match="32"):
         program(torch.zeros(1, 3, 64, 80))
@@ -146,10 +153,10 @@ def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path)
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog, monkeypatch):
-    checkpoint.save_model(tmp_path / "a", tiny("segformer"), about={})
-    other = compare.reference_for(tiny("segformer", seed=1))
-    monkeypatch.setattr(twins, "reference_for", lambda model: other)
-    out = tmp_path / f"a{export.SUFFIXES[format]}"
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), about={})
+    other = verify.reference_for(tiny("segformer", seed=1))
+    monkeypatch.setattr(torch_program, "reference_for", lambda model: other)
+    out = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", out, "--format", format, "--size", 64, 96) == 1
     assert "NOT equal" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -157,6 +164,6 @@ def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    checkpoint.save_model(tmp_path / "a", tiny("segformer"), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), about={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 2
     assert "--format onnx needs onnxscript: pip install -e '.[export]'" in capsys.readouterr().err

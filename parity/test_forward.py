@@ -9,10 +9,12 @@ from flax import nnx
 
 import segjax
 from parity import compare, golden, tolerances
-from parity.reference import hrnet, segformer, segformer_mmseg, segformer_plain, segnext
 from parity.subjects import FAMILIES, NUM_CLASSES, SUBJECTS, each
+from segjax import layers
+from segjax.checkpoints import architectures
+from segjax.kernels import choice
 from segjax.losses import cross_entropy
-from segjax.models import layers
+from segjax.torch_reference import hrnet, segformer, segformer_mmseg, segformer_plain, segnext, verify
 
 DTYPES = ("float64", "float32")
 FAMILY, SUBJECT = each(FAMILIES), each(SUBJECTS)
@@ -33,7 +35,7 @@ def channels_last(x):
 @pytest.mark.parametrize("file", golden.MODELS)
 def test_outputs_features_and_loss_equal_the_original_code(file, float64, within):
     model = golden_model(file)
-    run = compare.compiled(model)
+    run = verify.compiled(model)
     for case in golden.cases(file):
         bases = () if case.bases is None else (case.bases,)
         logits, taps = run(channels_last(case.images), *bases)
@@ -46,7 +48,7 @@ def test_outputs_features_and_loss_equal_the_original_code(file, float64, within
             pairs["auxiliary logits"] = taps["aux_logits"], case.outputs[0]
         assert len(pairs) == len(case.outputs) + 4
         for ours, theirs in pairs.values():
-            within("output", "float64", compare.relative_error(ours, channels_last(theirs)), f"golden {file}")
+            within("output", "float64", verify.relative_error(ours, channels_last(theirs)), f"golden {file}")
         if file != "hrnet_seed":
             total, count = cross_entropy(logits, jnp.asarray(case.labels), ignore_label=golden.IGNORE)
             error = abs(float(total / count) - case.loss) / case.loss
@@ -62,10 +64,10 @@ def test_training_forward_equals_the_original_code(file, float64, within):
     model.train()
     case = golden.cases(file)[0]
     bases = () if case.bases is None else (case.bases,)
-    logits, taps = compare.compiled(model)(channels_last(case.images), *bases)
+    logits, taps = verify.compiled(model)(channels_last(case.images), *bases)
     ours = [logits] if len(case.training_outputs) == 1 else [taps["aux_logits"], logits]
     for mine, theirs in zip(ours, case.training_outputs, strict=True):
-        error = compare.relative_error(mine, channels_last(theirs))
+        error = verify.relative_error(mine, channels_last(theirs))
         within("output", "float64", error, f"golden {file}, training")
 
 
@@ -90,7 +92,7 @@ def assert_layers_equal(subject, batch, size, dtype, within):
     leaves = {name for name, layer in reference.named_modules() if not list(layer.children())}
     holding = {name for name in leaves if list(reference.get_submodule(name).parameters())}
     assert {name.removesuffix(".out_proj") for name in holding} <= {row.name for row in rows}
-    family = compare.family_of(subject.name)
+    family = architectures.family_of(subject.name)
     for row in rows:
         what = "whole" if row.name == "(whole model)" else "worst layer"
         within("output", dtype, row.error, f"{family}, narrow, {what}")
@@ -103,7 +105,7 @@ def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, 
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=5, dtype=dtype, **subject.sizes
     )
-    run = compare.compiled(model)
+    run = verify.compiled(model)
     for batch, size in subject.inputs[sizes]:
         assert_outputs_equal(run, model, reference, batch, size, dtype, within, "narrow")
 
@@ -131,22 +133,22 @@ def test_a_simple_model_as_large_as_b5_equals_the_reference(dtype, float64, with
 def assert_full_width_equal(name, dtype, within, **sizes):
     model, reference = compare.randomised_pair(name, num_classes=19, seed=2, dtype=dtype, **sizes)
     (inputs,) = {subject.inputs for subject in SUBJECTS.values() if name in (*subject.full, *subject.slow)}
-    run = compare.compiled(model)
+    run = verify.compiled(model)
     assert_outputs_equal(run, model, reference, *inputs[1], dtype, within, name)
 
 
 def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what):
     x = compare.images(batch, size, seed=11, dtype=dtype)
-    bases = compare.bases_for(model, batch)
+    bases = verify.bases_for(model, batch)
     with torch.no_grad():
-        their_logits, their_taps = compare.run_reference(reference, x, *bases)
+        their_logits, their_taps = verify.run_reference(reference, x, *bases)
     logits, taps = run(x, *bases)
     assert logits.dtype == jnp.dtype(dtype)
     assert taps.keys() == their_taps.keys()
-    what = f"{compare.family_of(model.spec.name)}, {what}"
-    within("output", dtype, compare.relative_error(logits, compare.to_nhwc(their_logits)), f"{what}, logits")
+    what = f"{architectures.family_of(model.spec.name)}, {what}"
+    within("output", dtype, verify.relative_error(logits, verify.to_nhwc(their_logits)), f"{what}, logits")
     for tap, theirs in their_taps.items():
-        within("output", dtype, compare.relative_error(taps[tap], compare.to_nhwc(theirs)), f"{what}, taps")
+        within("output", dtype, verify.relative_error(taps[tap], verify.to_nhwc(theirs)), f"{what}, taps")
 
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
@@ -154,17 +156,17 @@ def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what
 def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, dtype, float64, within):
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=4, dtype=dtype, **subject.sizes)
     batch, size = subject.inputs[2]
-    x, bases = compare.images(batch, size, seed=3, dtype=dtype), compare.bases_for(model, batch)
+    x, bases = compare.images(batch, size, seed=3, dtype=dtype), verify.bases_for(model, batch)
     graphdef, state = nnx.split(model)
 
     def as_published(state, x, *bases):
-        with layers.published_forms():
+        with choice.published_forms():
             return nnx.merge(graphdef, state)(x, *bases)
 
     plain, _ = jax.jit(as_published)(state, x, *bases)
-    fast, _ = compare.compiled(model)(x, *bases)
-    family = compare.family_of(subject.name)
-    within("output", dtype, compare.relative_error(fast, plain), f"{family}, fast forms = published forms")
+    fast, _ = verify.compiled(model)(x, *bases)
+    family = architectures.family_of(subject.name)
+    within("output", dtype, verify.relative_error(fast, plain), f"{family}, fast forms = published forms")
 
 
 def transformers_network(name, *, num_classes, seed):
@@ -209,8 +211,8 @@ def assert_equals_transformers(name, within):
     assert dict(model.spec.overrides) == {"block_norm_eps": 1e-5}
     x = compare.images(2, (40, 136), seed=5, dtype="float64")
     with torch.no_grad():
-        theirs = compare.to_nhwc(network(compare.to_nchw(x)).logits)
-    within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), f"transformers, {name}")
+        theirs = verify.to_nhwc(network(verify.to_nchw(x)).logits)
+    within("output", "float64", verify.relative_error(verify.compiled(model)(x)[0], theirs), f"transformers, {name}")
 
 
 @pytest.mark.parametrize("size", [(64, 96), (160, 32)])
@@ -223,8 +225,8 @@ def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_ou
     assert (model.spec.name, model.spec.num_classes, model.spec.overrides) == ("segformer_simple", 5, ())
     x = compare.images(2, size, seed=5, dtype="float64")
     with torch.no_grad():
-        theirs = compare.to_nhwc(network(compare.to_nchw(x)))
-    within("output", "float64", compare.relative_error(compare.compiled(model)(x)[0], theirs), "segformer-pytorch")
+        theirs = verify.to_nhwc(network(verify.to_nchw(x)))
+    within("output", "float64", verify.relative_error(verify.compiled(model)(x)[0], theirs), "segformer-pytorch")
 
 
 @each(FAMILIES, ("segformer", "segnext"))
@@ -232,11 +234,11 @@ def test_bfloat16_stays_near_float32_and_keeps_logits_wide(subject, quick_to_com
     model, _ = compare.randomised_pair(subject.name, num_classes=NUM_CLASSES, seed=0, dtype="float32", **subject.sizes)
     half = segjax.from_torch(segjax.to_torch(model), name=subject.name, dtype=jnp.bfloat16, **subject.sizes)
     x = compare.images(*subject.inputs[0], seed=1, dtype="float32")
-    bases = compare.bases_for(model, len(x))
-    exact, rounded = (np.asarray(compare.compiled(m)(x, *bases)[0]) for m in (model, half))
+    bases = verify.bases_for(model, len(x))
+    exact, rounded = (np.asarray(verify.compiled(m)(x, *bases)[0]) for m in (model, half))
     assert rounded.dtype == np.float32
     # bfloat16 has 8 bits: half a percent per product, averaged over many.
-    assert 1e-4 < compare.relative_error(rounded, exact) < 0.1
+    assert 1e-4 < verify.relative_error(rounded, exact) < 0.1
 
 
 PUBLISHED_SIZES = {

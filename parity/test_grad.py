@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from parity import compare, golden
 from parity.subjects import AT_ONCE, FAMILIES, NUM_CLASSES, SUBJECTS
 from parity.test_forward import channels_last, golden_model
+from segjax.checkpoints import architectures
+from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.losses import cross_entropy
-from segjax.state import Skeleton
-from segjax.weights import to_torch_layout, torch_name
+from segjax.models.functional import FunctionalModel
+from segjax.torch_reference import verify
 
 DTYPES = ("float64", "float32")
 AUX_WEIGHT = 0.4
@@ -22,7 +24,7 @@ AUX_WEIGHT = 0.4
 
 def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
     """Loss, gradients by torch key and layout, and running statistics after the forward pass by torch key."""
-    skeleton = Skeleton(model)
+    skeleton = FunctionalModel(model)
     params, batch_stats = skeleton.arrays()
 
     def loss_of(params):
@@ -46,7 +48,7 @@ def their_loss(reference, x, labels, *bases):
         enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
         return F.cross_entropy(enlarged, labels, ignore_index=255)
 
-    logits, taps = compare.run_reference(reference, x, *bases)
+    logits, taps = verify.run_reference(reference, x, *bases)
     return loss_of(logits) + (AUX_WEIGHT * loss_of(taps["aux_logits"]) if "aux_logits" in taps else 0)
 
 
@@ -117,14 +119,14 @@ def test_gradients_at_full_width_equal_the_reference(name, dtype, float64, withi
 
 def assert_gradients_equal(subject, model, reference, batch, size, dtype, training, within, what):
     # With seed 13, one of HRNet's 462,244 ReLU inputs lies 6e-7 from zero and takes another sign in float32: 1.4e-2.
-    x, bases = compare.images(batch, size, seed=15, dtype=dtype), compare.bases_for(model, batch)
+    x, bases = compare.images(batch, size, seed=15, dtype=dtype), verify.bases_for(model, batch)
     labels = np.random.default_rng(17).integers(0, NUM_CLASSES, (batch, *size)).astype(np.uint8)
     labels[:, : size[0] // 4] = 255
     reference.train(training)
     loss = their_loss(reference, x, labels, *bases)
     loss.backward()
     our_loss, ours, stats = our_gradients(model, x, jnp.asarray(labels), *bases, training=training)
-    what = f"{compare.family_of(model.spec.name)}, {what}, {'training' if training else 'evaluation'}"
+    what = f"{architectures.family_of(model.spec.name)}, {what}, {'training' if training else 'evaluation'}"
     within("output", dtype, abs(our_loss - loss.item()) / loss.item(), f"{what}, loss")
     theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
 
@@ -133,4 +135,4 @@ def assert_gradients_equal(subject, model, reference, batch, size, dtype, traini
     their_stats = {key: value.numpy() for key, value in reference.named_buffers() if "running" in key}
     assert stats.keys() == their_stats.keys()
     for key, value in their_stats.items():
-        within("statistics", dtype, compare.relative_error(stats[key], value), f"{what}, running statistics")
+        within("statistics", dtype, verify.relative_error(stats[key], value), f"{what}, running statistics")

@@ -10,10 +10,13 @@ import transformers
 from parity import compare
 from parity.subjects import SUBJECTS
 from parity.test_dialects import original
-from segjax import checkpoint, convert, from_torch
+from segjax import from_torch
+from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.load import load_trained
+from segjax.checkpoints.metadata import dataset_record
+from segjax.commands import convert
 from segjax.data import specs
-from segjax.record import dataset_record
-from segjax.trained import load_trained
+from segjax.torch_reference import verify
 
 NAMES = ["sky", "road", "kerb"]
 SIZES = {**SUBJECTS["segformer"].sizes}
@@ -36,7 +39,7 @@ def save(folder, model):
         "normalisation": {"mean": [127.5, 63.75, 31.875], "std": [51.0, 102.0, 153.0]},
         "input_size": [64, 96],
     }
-    checkpoint.save_model(folder, model, about=about)
+    orbax_folder.save_model(folder, model, about=about)
     return folder
 
 
@@ -45,8 +48,8 @@ def ours_and_theirs(model, folder, seed=0):
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     x = compare.images(2, (64, 96), seed=seed, dtype="float32")
     with torch.no_grad():
-        theirs = compare.to_nhwc(network.eval()(compare.to_nchw(x)).logits)
-    return np.asarray(compare.compiled(model)(x)[0]), np.asarray(theirs), network
+        theirs = verify.to_nhwc(network.eval()(verify.to_nchw(x)).logits)
+    return np.asarray(verify.compiled(model)(x)[0]), np.asarray(theirs), network
 
 
 @pytest.mark.parametrize(("eps", "heads"), [(1e-5, (1, 2, 4, 8)), (1e-6, None)])
@@ -58,7 +61,7 @@ def test_transformers_loads_the_folder_and_computes_the_same_or_what_was_said(tm
     ours, theirs, network = ours_and_theirs(model, tmp_path / "b")
     if eps == 1e-5:
         assert "transformers computes with the same settings" in printed
-        within("output", "float32", compare.relative_error(ours, theirs), "transformers, from our folder")
+        within("output", "float32", verify.relative_error(ours, theirs), "transformers, from our folder")
     else:
         said = float(re.search(r"differ by at most (\S+) \(", printed)[1])
         measured = np.abs(ours - theirs).max()
@@ -74,7 +77,7 @@ def test_its_processor_makes_of_an_image_what_ours_makes(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     theirs = processor(images=image, return_tensors="pt")["pixel_values"]
     ours = load_trained(tmp_path / "b").normalise(image)
-    np.testing.assert_allclose(np.asarray(ours), compare.to_nhwc(theirs)[0], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(ours), verify.to_nhwc(theirs)[0], atol=1e-5)
     assert (processor.size["height"], processor.size["width"]) == (64, 96)
 
 
@@ -96,7 +99,7 @@ def test_a_folder_that_transformers_writes_is_read_as_it_computes(tmp_path, with
     trained = load_trained(tmp_path / "a")
     assert trained.spec.class_names == tuple(NAMES)
     ours, theirs, _ = ours_and_theirs(trained.model, tmp_path / "a")
-    within("output", "float32", compare.relative_error(ours, theirs), "transformers, from its folder")
+    within("output", "float32", verify.relative_error(ours, theirs), "transformers, from its folder")
 
 
 @pytest.mark.parametrize("label", ["plain, conv_bn", "mmseg", "simple", "hrnet", "segnext"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parity import compare
-from segjax import banded_loss, losses
-from segjax.models import layers
+from segjax import losses
+from segjax.kernels import choice, cross_entropy
+from segjax.torch_reference import verify
 
 DTYPES = ("float64", "float32")
 IGNORE = 255
@@ -44,13 +44,13 @@ def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settin
 
     for seed, (small, large) in enumerate(SIZES):
         logits, labels = draw(seed, small, large, classes, dtype)
-        leaf = compare.to_nchw(logits).requires_grad_()
+        leaf = verify.to_nchw(logits).requires_grad_()
         enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
         expected = theirs(enlarged, torch.from_numpy(labels).long())
         (slope,) = torch.autograd.grad(expected, leaf)
         loss, gradient = ours(logits, labels)
-        within("loss", dtype, compare.relative_error(loss, expected.detach()), f"{name} = torch")
-        within("loss", dtype, compare.relative_error(gradient, compare.to_nhwc(slope)), f"{name} = torch")
+        within("loss", dtype, verify.relative_error(loss, expected.detach()), f"{name} = torch")
+        within("loss", dtype, verify.relative_error(gradient, verify.to_nhwc(slope)), f"{name} = torch")
 
 
 def weights_of(classes, dtype):
@@ -121,23 +121,23 @@ def test_cross_entropy_in_bands_is_torchs_and_that_of_all_rows_at_once(
     one_row = 3 * factors[0] * large[1] * classes * np.dtype(dtype).itemsize
     computed = []
     # Of the CPU, whatever computes it here.
-    with layers.meant_for("cpu"):
+    with choice.meant_for("cpu"):
         for band in (rows * one_row, 2**40):
-            monkeypatch.setattr(banded_loss, "BAND", band)
-            assert banded_loss.pays(logits, large) == (band < 2**40)
-            assert banded_loss._rows(logits, large) == (rows if band < 2**40 else small[0])
+            monkeypatch.setattr(cross_entropy, "BAND", band)
+            assert cross_entropy.pays(logits, large) == (band < 2**40)
+            assert cross_entropy._rows(logits, large) == (rows if band < 2**40 else small[0])
             computed.append(
                 jax.jit(lambda x, y: jax.value_and_grad(criterion.total)(x, y, criterion.counts(y)))(logits, labels)
             )
-    leaf = compare.to_nchw(logits).requires_grad_()
+    leaf = verify.to_nchw(logits).requires_grad_()
     enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
     expected = F.cross_entropy(enlarged, torch.from_numpy(labels).long(), weight=theirs, ignore_index=IGNORE)
     (slope,) = torch.autograd.grad(expected, leaf)
     in_bands, at_once = computed
-    for one, whole, torchs in zip(in_bands, at_once, (expected.detach(), compare.to_nhwc(slope)), strict=True):
+    for one, whole, torchs in zip(in_bands, at_once, (expected.detach(), verify.to_nhwc(slope)), strict=True):
         assert one.dtype == dtype
-        within("loss", dtype, compare.relative_error(one, torchs), "cross_entropy in bands = torch")
-        within("loss", dtype, compare.relative_error(one, whole), "cross_entropy in bands = at once")
+        within("loss", dtype, verify.relative_error(one, torchs), "cross_entropy in bands = torch")
+        within("loss", dtype, verify.relative_error(one, whole), "cross_entropy in bands = at once")
     # An image without labels.
     assert not np.asarray(in_bands[1])[2].any()
 

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from parity import compare
-from segjax.models import layers, segformer
+from segjax import layers
+from segjax.kernels import attention, choice, convolution, gelu, resize, units
+from segjax.models import segformer
+from segjax.torch_reference import verify
 
 DTYPES = ("float64", "float32")
 
@@ -45,11 +47,11 @@ def torch_values_and_gradients(function, *arguments):
 
 
 def assert_forms_equal(fast, plain, arguments, dtype, within, what):
-    without_gradient = compare.relative_error(jax.jit(fast)(*arguments), jax.jit(plain)(*arguments))
+    without_gradient = verify.relative_error(jax.jit(fast)(*arguments), jax.jit(plain)(*arguments))
     within("output", dtype, without_gradient, what)
     results = zip(values_and_gradients(fast, *arguments), values_and_gradients(plain, *arguments), strict=True)
     for kind, (one, other) in zip(("output", *["gradient"] * len(arguments)), results, strict=True):
-        within(kind, dtype, compare.relative_error(one, other), what)
+        within(kind, dtype, verify.relative_error(one, other), what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,9 +64,9 @@ def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, ker
     padding = (kernel_size[0] // 2, kernel_size[1] // 2)
 
     def plain(x, kernel):
-        return layers.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
+        return convolution.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
 
-    assert_forms_equal(layers.depthwise, plain, (x, kernel), dtype, within, "depthwise, fast form = plain form")
+    assert_forms_equal(convolution.depthwise, plain, (x, kernel), dtype, within, "depthwise, fast form = plain form")
 
 
 @pytest.mark.parametrize("height", [1, 2, 11, 12, 14, 16, 21, 45])
@@ -72,10 +74,10 @@ def test_the_weight_gradient_of_depthwise_is_the_convolutions_at_every_height(he
     x, kernel = normal(3, height, 5, 2, seed=height, dtype="float64"), normal(3, 3, 1, 2, seed=1, dtype="float64")
 
     def plain(x, kernel):
-        return layers.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=2)
+        return convolution.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=2)
 
-    ours, theirs = (values_and_gradients(form, x, kernel)[2] for form in (layers.depthwise, plain))
-    within("gradient", "float64", compare.relative_error(ours, theirs), "depthwise, fast form = plain form")
+    ours, theirs = (values_and_gradients(form, x, kernel)[2] for form in (convolution.depthwise, plain))
+    within("gradient", "float64", verify.relative_error(ours, theirs), "depthwise, fast form = plain form")
 
 
 # Few pixels show how the sum of eight bands is rounded, many how theirs is.
@@ -91,9 +93,9 @@ def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape
         return run(*(array.astype(dtype) for array in (x, kernel, weights)))
 
     def plain(x, kernel):
-        return layers.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=shape[-1])
+        return convolution.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=shape[-1])
 
-    ours, exact = gradient(layers.depthwise, jnp.bfloat16), gradient(plain, jnp.float64)
+    ours, exact = gradient(convolution.depthwise, jnp.bfloat16), gradient(plain, jnp.float64)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, np.asarray(exact).astype(jnp.bfloat16))
 
@@ -102,20 +104,20 @@ def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape
 def test_once_changes_no_bit_on_either_way(dtype, float64):
     x = np.concatenate([normal(997, seed=70, dtype="float64"), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-300]])
     x, gradient = x.astype(jnp.dtype(dtype)), x[::-1].astype(jnp.dtype(dtype))
-    with layers.meant_for("cpu"):
-        output, backward = jax.vjp(jax.jit(layers.once), x)
+    with choice.meant_for("cpu"):
+        output, backward = jax.vjp(jax.jit(units.once), x)
         for found, given in ((output, x), *zip(backward(gradient), (gradient,), strict=True)):
             assert found.dtype == given.dtype and np.asarray(found).tobytes() == given.tobytes()
 
 
 def test_once_is_nothing_in_published_forms_and_on_a_gpu():
     x = jnp.ones(3)
-    with layers.meant_for("cpu"):
-        assert layers.once(x) is not x
-        with layers.published_forms():
-            assert layers.once(x) is x
-    with layers.meant_for("cuda"):
-        assert layers.once(x) is x
+    with choice.meant_for("cpu"):
+        assert units.once(x) is not x
+        with choice.published_forms():
+            assert units.once(x) is x
+    with choice.meant_for("cuda"):
+        assert units.once(x) is x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,9 +127,11 @@ def test_convolution_of_disjoint_patches_equals_the_strided_convolution(r, dtype
     x, kernel = normal(2, 2 * r + 1, 3 * r + r // 2, 5, seed=2, dtype=dtype), normal(r, r, 5, 7, seed=3, dtype=dtype)
 
     def plain(x, kernel):
-        return layers.conv_plain(x, kernel, stride=r, padding=(0, 0), groups=1)
+        return convolution.conv_plain(x, kernel, stride=r, padding=(0, 0), groups=1)
 
-    assert_forms_equal(layers.conv_of_patches, plain, (x, kernel), dtype, within, "patches, fast form = plain form")
+    assert_forms_equal(
+        convolution.conv_of_patches, plain, (x, kernel), dtype, within, "patches, fast form = plain form"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +140,7 @@ def test_one_by_one_convolution_as_a_product_equals_the_convolution(dtype, float
     settings = dict(stride=1, padding=(0, 0), groups=1)
     assert_forms_equal(
         lambda x, k: layers.conv(x, k, **settings),
-        lambda x, k: layers.conv_plain(x, k, **settings),
+        lambda x, k: convolution.conv_plain(x, k, **settings),
         (x, kernel),
         dtype,
         within,
@@ -147,10 +151,10 @@ def test_one_by_one_convolution_as_a_product_equals_the_convolution(dtype, float
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_by_slope_equals_the_plain_one_and_torch(dtype, float64, within):
     x = np.concatenate([normal(4000, seed=6, dtype=dtype), np.linspace(-40, 40, 999, dtype=dtype)])
-    assert_forms_equal(layers.gelu_by_slope, layers.gelu_plain, (x,), dtype, within, "GELU, fast form = plain form")
-    ours, theirs = values_and_gradients(layers.gelu_by_slope, x), torch_values_and_gradients(F.gelu, x)
+    assert_forms_equal(gelu.gelu_by_slope, gelu.gelu_plain, (x,), dtype, within, "GELU, fast form = plain form")
+    ours, theirs = values_and_gradients(gelu.gelu_by_slope, x), torch_values_and_gradients(F.gelu, x)
     for kind, one, other in zip(("output", "gradient"), ours, theirs, strict=True):
-        within(kind, dtype, compare.relative_error(one, other.detach()), "GELU = torch")
+        within(kind, dtype, verify.relative_error(one, other.detach()), "GELU = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,16 +166,16 @@ def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype,
     x = normal(2, *old, 3, seed=7, dtype=dtype)
     size = (old[0] * factors[0], old[1] * factors[1])
     assert_forms_equal(
-        lambda x: layers.resize_by_phases(x, factors),
-        lambda x: layers.resize_plain(x, size),
+        lambda x: resize.resize_by_phases(x, factors),
+        lambda x: resize.resize_plain(x, size),
         (x,),
         dtype,
         within,
         "resize, fast form = plain form",
     )
-    theirs = F.interpolate(compare.to_nchw(x), size=size, mode="bilinear", align_corners=False)
-    ours = layers.resize_by_phases(jnp.asarray(x), factors)
-    within("output", dtype, compare.relative_error(ours, compare.to_nhwc(theirs)), "resize = torch")
+    theirs = F.interpolate(verify.to_nchw(x), size=size, mode="bilinear", align_corners=False)
+    ours = resize.resize_by_phases(jnp.asarray(x), factors)
+    within("output", dtype, verify.relative_error(ours, verify.to_nhwc(theirs)), "resize = torch")
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -181,9 +185,9 @@ def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype,
 )
 def test_resizing_by_any_ratio_equals_torch(old, new, align_corners, float64, within):
     x = normal(2, *old, 3, seed=8, dtype="float64")
-    theirs = F.interpolate(compare.to_nchw(x), size=new, mode="bilinear", align_corners=align_corners)
+    theirs = F.interpolate(verify.to_nchw(x), size=new, mode="bilinear", align_corners=align_corners)
     ours = layers.resize(jnp.asarray(x), new, align_corners=align_corners)
-    within("output", "float64", compare.relative_error(ours, compare.to_nhwc(theirs)), "resize = torch")
+    within("output", "float64", verify.relative_error(ours, verify.to_nhwc(theirs)), "resize = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,10 +222,10 @@ def test_the_fused_decoder_equals_the_one_of_the_paper(size, dtype, float64, wit
             return jnp.sum(form(name)(nnx.merge_state(params, rest), *features) * weights)
 
         gradients.append(jax.jit(jax.grad(loss, argnums=(0, 1)))(params, features))
-    within("output", dtype, compare.relative_error(*outputs), "decoder, fused = plain")
+    within("output", dtype, verify.relative_error(*outputs), "decoder, fused = plain")
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         if np.any(other):
-            within("gradient", dtype, compare.relative_error(one, other), "decoder, fused = plain")
+            within("gradient", dtype, verify.relative_error(one, other), "decoder, fused = plain")
 
 
 def to_torch_kernel(kernel):
@@ -248,10 +252,8 @@ def test_convolution_equals_torch(kernel, stride, padding, groups, size, dtype, 
     layer.bias[...] = normal(6, seed=30, dtype=dtype)
     x = normal(2, *size, 4, seed=31, dtype=dtype)
     bias = torch.from_numpy(np.array(layer.bias[...]))
-    theirs = F.conv2d(compare.to_nchw(x), to_torch_kernel(layer.kernel[...]), bias, stride, padding, 1, groups)
-    within(
-        "output", dtype, compare.relative_error(layer(jnp.asarray(x)), compare.to_nhwc(theirs)), "convolution = torch"
-    )
+    theirs = F.conv2d(verify.to_nchw(x), to_torch_kernel(layer.kernel[...]), bias, stride, padding, 1, groups)
+    within("output", dtype, verify.relative_error(layer(jnp.asarray(x)), verify.to_nhwc(theirs)), "convolution = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,7 +263,7 @@ def test_layer_norm_equals_torch_also_far_from_zero(dtype, float64, within):
     x = normal(2, 5, 7, 24, seed=42, dtype=dtype) + 100
     scale, bias = (torch.from_numpy(np.array(value[...])) for value in (layer.scale, layer.bias))
     theirs = F.layer_norm(torch.from_numpy(x), (24,), scale, bias, 1e-6)
-    within("output", dtype, compare.relative_error(layer(jnp.asarray(x)), theirs), "LayerNorm = torch")
+    within("output", dtype, verify.relative_error(layer(jnp.asarray(x)), theirs), "LayerNorm = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -286,11 +288,11 @@ def test_batch_norm_and_its_running_statistics_equal_torch(training, dtype, floa
         within(
             "output",
             dtype,
-            compare.relative_error(ours, compare.to_nhwc(theirs(compare.to_nchw(x)))),
+            verify.relative_error(ours, verify.to_nhwc(theirs(verify.to_nchw(x)))),
             "BatchNorm = torch",
         )
     for mine, other in ((layer.mean, theirs.running_mean), (layer.var, theirs.running_var)):
-        within("statistics", dtype, compare.relative_error(mine[...], other), "BatchNorm = torch")
+        within("statistics", dtype, verify.relative_error(mine[...], other), "BatchNorm = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -298,7 +300,7 @@ def test_attention_equals_torch(dtype, float64, within):
     query, key, value = (normal(2, 5, n, 8, seed=60 + n, dtype=dtype) for n in (30, 12, 12))
     ours = layers.attention(*map(jnp.asarray, (query, key, value)))
     theirs = F.scaled_dot_product_attention(*map(torch.from_numpy, (query, key, value)))
-    within("output", dtype, compare.relative_error(ours, theirs), "attention = torch")
+    within("output", dtype, verify.relative_error(ours, theirs), "attention = torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -306,13 +308,13 @@ def test_attention_equals_torch(dtype, float64, within):
 @pytest.mark.parametrize("rows, batch, heads", [(10, 2, 5), (7, 3, 2), (29, 2, 3), (1, 2, 2), (30, 3, 1)])
 def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, dtype, float64, within):
     arguments = [normal(batch, heads, n, 8, seed=60 + i, dtype=dtype) for i, n in enumerate((30, 12, 12))]
-    by_rows = partial(layers.attention_by_rows, rows=rows)
+    by_rows = partial(attention.attention_by_rows, rows=rows)
     what = "attention, fast form = plain form"
-    assert_forms_equal(by_rows, layers.attention_plain, arguments, dtype, within, what)
+    assert_forms_equal(by_rows, attention.attention_plain, arguments, dtype, within, what)
     ours = values_and_gradients(by_rows, *arguments)
     theirs = torch_values_and_gradients(F.scaled_dot_product_attention, *arguments)
     for kind, one, other in zip(("output", *["gradient"] * 3), ours, theirs, strict=True):
-        within(kind, dtype, compare.relative_error(one, other.detach()), "attention by rows = torch")
+        within(kind, dtype, verify.relative_error(one, other.detach()), "attention by rows = torch")
 
 
 def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
@@ -322,22 +324,22 @@ def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
         taken.append(rows)
         return by_rows(query, key, value, rows=rows)
 
-    by_rows = layers.attention_by_rows
-    monkeypatch.setattr(layers, "attention_by_rows", record)
+    by_rows = attention.attention_by_rows
+    monkeypatch.setattr(attention, "attention_by_rows", record)
     arguments = [normal(2, 3, n, 4, seed=60 + n, dtype="float32") for n in (31, 5, 5)]
-    with layers.meant_for("cpu"):
+    with choice.meant_for("cpu"):
         expected = layers.attention(*arguments)
         # 30 scores of every row. The 31 rows fit in 3 parts of 12 but are spread over them evenly.
         for most, rows in ((30 * 12, 11), (30 * 30, 16), (30, 1), (29, 1), (30 * 31, None)):
-            monkeypatch.setattr(layers, "MOST_SCORES", most)
+            monkeypatch.setattr(attention, "MOST_SCORES", most)
             found = layers.attention(*arguments)
             assert taken == ([] if rows is None else [rows]), most
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
             taken.clear()
-        monkeypatch.setattr(layers, "MOST_SCORES", 1)
-        with layers.published_forms():
+        monkeypatch.setattr(attention, "MOST_SCORES", 1)
+        with choice.published_forms():
             layers.attention(*arguments)
-    with layers.meant_for("cuda"):
+    with choice.meant_for("cuda"):
         layers.attention(*arguments)
     assert not taken
 
@@ -350,8 +352,8 @@ def test_attention_by_rows_never_holds_all_scores():
         gradient = jax.grad(lambda *given: jnp.sum(jnp.sin(form(*given))), argnums=(0, 1, 2))
         return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / (4 * 2 * 3 * 512**2)
 
-    assert temporaries(layers.attention_plain) >= 1
-    assert temporaries(partial(layers.attention_by_rows, rows=32)) < 0.5
+    assert temporaries(attention.attention_plain) >= 1
+    assert temporaries(partial(attention.attention_by_rows, rows=32)) < 0.5
 
 
 def test_initial_weights_have_the_published_spread():

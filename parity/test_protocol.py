@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from parity import compare
-from parity.reference import protocol as theirs
+from parity import compare, protocol
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax.data import specs
-from segjax.evaluate import evaluate
-from segjax.inference import Inference, Protocol, scaled
+from segjax.inference.engine import Inference, Protocol, scaled
+from segjax.inference.evaluation import evaluate
+from segjax.torch_reference import verify
 
 # Every size of input is a program to compile: windows are alike wherever they can be, and 1.25 times this size is the
 # size that a divisor of 32 makes of it.
@@ -67,13 +67,13 @@ def assert_protocols_equal(family, num_classes, names, seed, within):
     for name in names:
         inference.protocol = Protocol(**PROTOCOLS[name])
         arguments = their_arguments(PROTOCOLS[name], model.size_multiple)
-        expected = torch.stack([theirs.merge(network, image, **arguments) for image in split.images])
+        expected = torch.stack([protocol.merge(network, image, **arguments) for image in split.images])
         ours = inference.probabilities(split.images)
         assert ours.dtype == np.float64
-        within("output", "float64", compare.relative_error(ours, compare.to_nhwc(expected)), f"protocol, {name}")
-        predicted = torch.stack([theirs.labels(probabilities) for probabilities in expected])
+        within("output", "float64", verify.relative_error(ours, verify.to_nhwc(expected)), f"protocol, {name}")
+        predicted = torch.stack([protocol.labels(probabilities) for probabilities in expected])
         truth = torch.from_numpy(split.labels).long()
-        counts = theirs.confusion_matrix(truth, predicted, max(num_classes, 2), 255).numpy()
+        counts = protocol.confusion_matrix(truth, predicted, max(num_classes, 2), 255).numpy()
         # A model that says the same everywhere would prove nothing.
         assert np.count_nonzero(counts.sum(axis=0) > 20) >= 2, name
         confusion, _ = evaluate(inference.labels, split, spec, batch_size=2)
@@ -102,7 +102,7 @@ def test_inputs_are_resized_to_the_same_pixels(seed):
         height, width = rng.integers(8, 400, 2).tolist()
         scale, divisor = rng.choice([0.5, 0.75, 1.0, 1.1, 1.25, 1.5, 1.75]), rng.choice([1, 1, 16, 32])
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        expected = theirs.to_multiple(theirs.rescale(image, scale), int(divisor))
+        expected = protocol.to_multiple(protocol.rescale(image, scale), int(divisor))
         np.testing.assert_array_equal(scaled(image, float(scale), int(divisor)), expected)
         rounded = tuple(int(side * scale + 0.5) for side in (height, width))
         other_shapes += divisor == 1 and expected.shape[:2] != rounded

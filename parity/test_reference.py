@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from parity.reference.randomise import randomise
-from parity.reference.segformer import VARIANTS, Block, DropPath, SegFormer
+from segjax.torch_reference.randomise import randomise
+from segjax.torch_reference.segformer import VARIANTS, Block, DropPath, SegFormer
 
 IGNORE = 255
 # The goldens' narrow model (REFERENCES.md section 7).

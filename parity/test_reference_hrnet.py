@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from parity import golden
-from parity.reference import hrnet
-from parity.reference.hrnet import VARIANTS, HighResolutionNet, HRNet, HRNetOCR, ObjectAttention, gather_regions
-from parity.reference.randomise import randomise
+from segjax.torch_reference import hrnet
+from segjax.torch_reference.hrnet import VARIANTS, HighResolutionNet, HRNet, HRNetOCR, ObjectAttention, gather_regions
+from segjax.torch_reference.randomise import randomise
 
 REFERENCES = {"hrnet_official": HRNet, "hrnet_seed": HRNet, "hrnet_ocr_official": HRNetOCR}
 OFFICIAL = ["hrnet_official", "hrnet_ocr_official"]

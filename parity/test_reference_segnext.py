@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from parity import golden
-from parity.reference import segnext
-from parity.reference.randomise import randomise
-from parity.reference.segnext import VARIANTS, Block, DropPath, SegNeXt
 from parity.test_reference import assert_close, images, parameter_count, relative_error, segmentation_loss
+from segjax.torch_reference import segnext
+from segjax.torch_reference.randomise import randomise
+from segjax.torch_reference.segnext import VARIANTS, Block, DropPath, SegNeXt
 
 GOLDEN = "segnext_official"
 # Groups of two channels in the head's norms, where the golden's have one: see WITHOUT_GRADIENT.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from segformer_pytorch import Segformer
 
 from parity import golden
-from parity.reference.randomise import randomise
-from parity.reference.segformer_simple import ChannelNorm, EfficientSelfAttention, Patches, SegFormerSimple
 from parity.test_reference import assert_close, images, parameter_count, relative_error, segmentation_loss
+from segjax.torch_reference.randomise import randomise
+from segjax.torch_reference.segformer_simple import ChannelNorm, EfficientSelfAttention, Patches, SegFormerSimple
 
 GOLDEN = "segformer_simple"
 NARROW = {"num_classes": 7, "dims": (4, 8, 10, 16), "depths": (2, 1, 1, 1), "decoder_dim": 12}

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from parity import golden
-from parity.reference import segformer_mmseg, segformer_plain
-from parity.reference.mmseg_style import MMSegStyleSegFormer
-from parity.reference.randomise import randomise
-from parity.reference.segformer import DropPath, Projection
-from parity.reference.segformer_mmseg import SegFormerMMSeg
-from parity.reference.segformer_plain import SegFormerPlain
-from parity.reference.segformer_zuppichini import BatchDropPath, SegFormerZuppichini, block
+from parity.mmseg_style import MMSegStyleSegFormer
+from segjax.torch_reference import segformer_mmseg, segformer_plain
+from segjax.torch_reference.randomise import randomise
+from segjax.torch_reference.segformer import DropPath, Projection
+from segjax.torch_reference.segformer_mmseg import SegFormerMMSeg
+from segjax.torch_reference.segformer_plain import SegFormerPlain
+from segjax.torch_reference.segformer_zuppichini import BatchDropPath, SegFormerZuppichini, block
 
 NARROW = {"num_classes": 7, "dims": (4, 8, 10, 16), "depths": (2, 1, 1, 1), "decoder_dim": 12}
 # Zuppichini's heads are named because 10 channels do not divide among the article's 4.

@@ -17,10 +17,11 @@ import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
 from parity.test_dialects import FOLDED, differing, original, renamed
-from segjax import convert, files
-from segjax.dialects import FORMS
-from segjax.families import FAMILIES, family_of
-from segjax.weights import CheckpointError
+from segjax.checkpoints import files
+from segjax.checkpoints.architectures import FAMILIES, family_of
+from segjax.checkpoints.key_maps import FORMS
+from segjax.checkpoints.state_dict import CheckpointError
+from segjax.commands import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -256,7 +257,7 @@ def broken_files(folder, weights):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "page.pth").write_text("<html>404: not found, and so on</html>")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    segjax.files.write_file(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", about={})
+    files.write_file(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", about={})
     good = (folder / "good.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(good[: len(good) // 2])
     torch.save([1, 2, 3], folder / "list.pth")

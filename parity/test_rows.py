@@ -15,13 +15,19 @@ from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_grad import assert_gradients_equal
 from parity.test_ops import normal, torch_values_and_gradients, values_and_gradients
-from segjax.models import layers, rows
+from segjax import layers
+from segjax.checkpoints import architectures
+from segjax.kernels import choice, units
+from segjax.kernels.decoder import blends
+from segjax.layers import decoder as layers_decoder
+from segjax.layers import feed_forward
+from segjax.torch_reference import verify
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu():
     """The forms of a CPU, also where the tests run on something else."""
-    with layers.meant_for("cpu"):
+    with choice.meant_for("cpu"):
         yield
 
 
@@ -42,7 +48,7 @@ def bands(monkeypatch):
 def assert_all_within(ours, theirs, dtype, within, what):
     """An output and gradients of it, each relative to its own largest value."""
     for kind, one, other in zip(("output", *["gradient"] * (len(theirs) - 1)), ours, theirs, strict=True):
-        within(kind, dtype, compare.relative_error(one, other.detach()), what)
+        within(kind, dtype, verify.relative_error(one, other.detach()), what)
 
 
 # ------------------------------------------------------------------------------------------------------- feed-forward
@@ -89,7 +95,7 @@ def feed_forward_of(kind, dtype, *, channels=3, hidden=8, out=5):
 def by_rows(first, depthwise, *others):
     *pointwise, last = others
     settings = dict(in_steps=one_by_one(first, depthwise, *others), pointwise=pointwise[0] if pointwise else None)
-    return lambda x: rows.feed_forward(first, depthwise, last, x, **settings)
+    return lambda x: feed_forward.feed_forward(first, depthwise, last, x, **settings)
 
 
 def one_by_one(first, depthwise, *others):
@@ -140,7 +146,7 @@ def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands,
     network = feed_forward_of(kind, dtype)
     run, arrays = of_arrays(network, by_rows)
     for shape, rows_of_a_band, expected in CASES[cases]:
-        monkeypatch.setattr(rows, "BAND_BYTES", band_bytes(network, shape, rows_of_a_band, dtype))
+        monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, shape, rows_of_a_band, dtype))
         x = normal(*shape, 3, seed=20, dtype=dtype)
         # Anew, since what was traced holds the bands of its time.
         ours = jax.jit(lambda *given: run(*given))(x, *arrays)
@@ -149,7 +155,7 @@ def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands,
         with torch.no_grad():
             theirs = torch_feed_forward(*(torch.from_numpy(np.array(array)) for array in (x, *arrays)))
         assert ours.dtype == jnp.dtype(dtype)
-        within("output", dtype, compare.relative_error(ours, theirs), "feed-forward in bands = torch")
+        within("output", dtype, verify.relative_error(ours, theirs), "feed-forward in bands = torch")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands,
 def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dtype, float64, within, monkeypatch):
     run, arrays = of_arrays(feed_forward_of(kind, dtype), by_rows)
     x = normal(*shape, 3, seed=21, dtype=dtype)
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
     ours = values_and_gradients(run, x, *arrays)
     assert_all_within(
         ours,
@@ -174,18 +180,18 @@ def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dty
 def test_a_feed_forward_network_in_bands_equals_its_layers_one_by_one(kind, bands, float64, within, monkeypatch):
     network = feed_forward_of(kind, "float64")
     x = normal(2, 7, 5, 3, seed=22, dtype="float64")
-    monkeypatch.setattr(rows, "BAND_BYTES", band_bytes(network, x.shape, 2, "float64"))
+    monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, x.shape, 2, "float64"))
     run, arrays = of_arrays(network, by_rows)
     plain, _ = of_arrays(network, one_by_one)
     ours = jax.jit(run)(x, *arrays)
     assert bands.pop() == 4
-    with layers.published_forms():
+    with choice.published_forms():
         expected = jax.jit(plain)(x, *arrays)
         # The same function gives the plain form there, and on a GPU.
         np.testing.assert_array_equal(jax.jit(lambda *given: run(*given))(x, *arrays), expected)
     assert not bands
-    within("output", "float64", compare.relative_error(ours, expected), "feed-forward in bands = plain form")
-    with layers.meant_for("cuda"):
+    within("output", "float64", verify.relative_error(ours, expected), "feed-forward in bands = plain form")
+    with choice.meant_for("cuda"):
         jax.eval_shape(lambda *given: run(*given), x, *arrays)
     assert not bands
 
@@ -198,16 +204,16 @@ def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(
     plain, _ = of_arrays(network, one_by_one)
     wide = [np.asarray(array, np.float64) for array in (x, *arrays)]
     exact = torch_values_and_gradients(torch_feed_forward, *wide)
-    with layers.published_forms():
+    with choice.published_forms():
         others = values_and_gradients(plain, x, *arrays)
-    monkeypatch.setattr(rows, "BAND_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
+    monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
     alone = jax.jit(lambda *given: run(*given))(x, *arrays)
     assert bands == [3]
     ours = values_and_gradients(run, x, *arrays)
     for one, other, true in zip((alone, *ours), (others[0], *others), (exact[0], *exact), strict=True):
         assert one.dtype == jnp.bfloat16
-        error = compare.relative_error(one.astype(np.float64), true.detach())
-        assert error < 2 * compare.relative_error(other.astype(np.float64), true.detach())
+        error = verify.relative_error(one.astype(np.float64), true.detach())
+        assert error < 2 * verify.relative_error(other.astype(np.float64), true.detach())
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
@@ -291,7 +297,7 @@ class Decoder(nnx.Module):
         return layers.classify(self.classifier, self.finish(self.fused(levels, as_wanted(placing, size))))
 
     def by_rows(self, levels, placing, *, training=False, fused=None):
-        return rows.decode(
+        return layers_decoder.decode(
             levels,
             self.fuse,
             self.finish,
@@ -358,7 +364,7 @@ def test_a_decoder_in_bands_and_its_gradients_equal_torch(placing, name, dtype, 
     everything = (*given.levels, *given.arrays)
     theirs = torch_values_and_gradients(torch_decoder(given.names, len(sizes), placing), *everything)
     run = given.call("by_rows", placing)
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
     ours = values_and_gradients(run, *everything)
     assert_all_within(ours, theirs, dtype, within, "decoder in bands = torch")
     assert ours[0].dtype == jnp.dtype(dtype)
@@ -367,11 +373,11 @@ def test_a_decoder_in_bands_and_its_gradients_equal_torch(placing, name, dtype, 
         return
     assert bands and set(bands) == {height // smallest}
     # All rows fit: one band, and no loop.
-    monkeypatch.setattr(rows, "BAND_BYTES", 2 * height * width * 6 * jnp.dtype(dtype).itemsize)
+    monkeypatch.setattr(units, "BAND_BYTES", 2 * height * width * 6 * jnp.dtype(dtype).itemsize)
     bands.clear()
     in_one = jax.jit(lambda *given: run(*given))(*everything)
     assert not bands
-    within("output", dtype, compare.relative_error(in_one, theirs[0].detach()), "decoder in one band = torch")
+    within("output", dtype, verify.relative_error(in_one, theirs[0].detach()), "decoder in one band = torch")
 
 
 def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypatch):
@@ -379,21 +385,21 @@ def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypa
     expected = given.call("plain", "half")(*given.levels, *given.arrays)
     row = 2 * 9 * 6 * 8
     for fits, number in ((19.9, 2), (10, 2), (9.9, 4), (5, 4), (0.1, 4)):
-        monkeypatch.setattr(rows, "BAND_BYTES", int(fits * row))
+        monkeypatch.setattr(units, "BAND_BYTES", int(fits * row))
         ours = jax.jit(lambda *arrays: given.call("by_rows", "half")(*arrays))(*given.levels, *given.arrays)
         assert bands == [number], fits
         bands.clear()
-        within("output", "float64", compare.relative_error(ours, expected), "decoder in bands = plain form")
+        within("output", "float64", verify.relative_error(ours, expected), "decoder in bands = plain form")
 
 
 @pytest.mark.parametrize("placing", PLACINGS)
 def test_a_decoder_in_bands_equals_its_plain_form(placing, float64, within, monkeypatch):
     given = decoder_of("deepest first", "float64")
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
-    with layers.published_forms():
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    with choice.published_forms():
         expected = jax.jit(given.call("plain", placing))(*given.levels, *given.arrays)
     ours = jax.jit(given.call("by_rows", placing))(*given.levels, *given.arrays)
-    within("output", "float64", compare.relative_error(ours, expected), "decoder in bands = plain form")
+    within("output", "float64", verify.relative_error(ours, expected), "decoder in bands = plain form")
 
 
 def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(bands, float64, monkeypatch):
@@ -401,10 +407,10 @@ def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(bands, fl
     everything = (*given.levels, *given.arrays)
     wide = [torch.from_numpy(np.asarray(array, np.float64)) for array in everything]
     exact = torch_decoder(given.names, 4, "half")(*wide)
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
     ours, plain = (jax.jit(given.call(form, "half"))(*everything) for form in ("by_rows", "plain"))
     assert bands and ours.dtype == plain.dtype == jnp.float32
-    assert compare.relative_error(ours, exact) < 2 * compare.relative_error(plain, exact)
+    assert verify.relative_error(ours, exact) < 2 * verify.relative_error(plain, exact)
 
 
 EVEN = ((8, 12), (4, 6), (2, 3))
@@ -413,15 +419,15 @@ EVEN = ((8, 12), (4, 6), (2, 3))
 @pytest.mark.parametrize(
     ("sizes", "training", "context"),
     [
-        pytest.param(((17, 25), (9, 13), (5, 7), (3, 4)), False, layers.meant_for("cpu"), id="no multiples"),
-        pytest.param(((8, 12), (4, 5), (2, 3)), False, layers.meant_for("cpu"), id="no multiples of columns"),
-        pytest.param(((8, 12), (5, 6), (2, 3)), False, layers.meant_for("cpu"), id="no multiples of rows"),
-        pytest.param(((8, 4), (4, 8)), False, layers.meant_for("cpu"), id="none is the largest"),
-        pytest.param((*EVEN, (8, 12)), False, layers.meant_for("cpu"), id="two of the largest"),
-        pytest.param(((8, 12),), False, layers.meant_for("cpu"), id="one level"),
-        pytest.param(EVEN, True, layers.meant_for("cpu"), id="training"),
-        pytest.param(EVEN, False, layers.published_forms(), id="published forms"),
-        pytest.param(EVEN, False, layers.meant_for("cuda"), id="on a GPU"),
+        pytest.param(((17, 25), (9, 13), (5, 7), (3, 4)), False, choice.meant_for("cpu"), id="no multiples"),
+        pytest.param(((8, 12), (4, 5), (2, 3)), False, choice.meant_for("cpu"), id="no multiples of columns"),
+        pytest.param(((8, 12), (5, 6), (2, 3)), False, choice.meant_for("cpu"), id="no multiples of rows"),
+        pytest.param(((8, 4), (4, 8)), False, choice.meant_for("cpu"), id="none is the largest"),
+        pytest.param((*EVEN, (8, 12)), False, choice.meant_for("cpu"), id="two of the largest"),
+        pytest.param(((8, 12),), False, choice.meant_for("cpu"), id="one level"),
+        pytest.param(EVEN, True, choice.meant_for("cpu"), id="training"),
+        pytest.param(EVEN, False, choice.published_forms(), id="published forms"),
+        pytest.param(EVEN, False, choice.meant_for("cuda"), id="on a GPU"),
     ],
 )
 def test_a_decoder_is_computed_in_steps(sizes, training, context, bands, float64):
@@ -437,7 +443,7 @@ def test_a_decoder_is_computed_in_steps(sizes, training, context, bands, float64
 
 
 def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
     b, h, w = jax.export.symbolic_shape("b, h, w")
     network = feed_forward_of("linear", "float32")
     x = jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32)
@@ -458,7 +464,7 @@ def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
 @pytest.mark.parametrize("factor", range(1, 9))
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_blends_are_torchs_and_sum_to_one(length, factor, placing, within):
-    weights = rows.blends(length, factor, placing)
+    weights = blends(length, factor, placing)
     assert weights.shape == (3, length, factor) and weights.min() >= 0
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-12)
     # Every pixel in a channel of its own shows its weight.
@@ -468,7 +474,7 @@ def test_blends_are_torchs_and_sum_to_one(length, factor, placing, within):
     for tap, pixel, place in np.ndindex(3, length, factor):
         neighbour = np.clip(pixel + tap - 1, 0, length - 1)
         ours[factor * pixel + place, neighbour] += weights[tap, pixel, place]
-    within("output", "float64", compare.relative_error(ours, theirs), "weights of an enlargement = torch")
+    within("output", "float64", verify.relative_error(ours, theirs), "weights of an enlargement = torch")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -495,18 +501,18 @@ def test_a_model_in_bands_equals_the_reference(name, short, size, bands, float64
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=6, dtype="float64", **subject.sizes | short
     )
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
-    x, bases = compare.images(2, size, seed=12, dtype="float64"), compare.bases_for(model, 2)
-    ours, _ = compare.compiled(model)(x, *bases)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    x, bases = compare.images(2, size, seed=12, dtype="float64"), verify.bases_for(model, 2)
+    ours, _ = verify.compiled(model)(x, *bases)
     with torch.no_grad():
-        theirs, _ = compare.run_reference(reference, x, *bases)
+        theirs, _ = verify.run_reference(reference, x, *bases)
     # Of the feed-forward networks one row a band, of a decoder as many as a pixel of its smallest map becomes.
     height = -(-size[0] // 4)
     networks = [] if subject.name.startswith("hrnet") else [-(-height // 2**stage) for stage in range(4)]
     decoders = [height // 8] if size == EVEN_IMAGE and name != "segnext" else []
     assert bands == [number for number in networks if number > 1] + decoders
-    family = compare.family_of(subject.name)
-    within("output", "float64", compare.relative_error(ours, compare.to_nhwc(theirs)), f"{family}, in bands")
+    family = architectures.family_of(subject.name)
+    within("output", "float64", verify.relative_error(ours, verify.to_nhwc(theirs)), f"{family}, in bands")
 
 
 # Gradients of networks and decoders are compared above.
@@ -516,6 +522,6 @@ def test_gradients_of_a_model_in_bands_equal_the_reference(bands, float64, withi
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=4, dtype="float64", **subject.fixed | SHORT
     )
-    monkeypatch.setattr(rows, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "BAND_BYTES", 1)
     assert_gradients_equal(subject, model, reference, 2, EVEN_IMAGE, "float64", False, within, "in bands")
     assert 2 in bands

@@ -13,11 +13,16 @@ import segjax
 from configs import common
 from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
-from segjax import losses, optim
-from segjax.pretrained import load_pretrained
-from segjax.state import Skeleton, TrainState
-from segjax.step import Parallel, TrainStep
-from segjax.weights import to_torch_layout, torch_name
+from segjax import losses
+from segjax.checkpoints import architectures
+from segjax.checkpoints.initialize import load_pretrained
+from segjax.checkpoints.state_dict import to_torch_layout, torch_name
+from segjax.models.functional import FunctionalModel
+from segjax.runtime.parallel import Parallel
+from segjax.torch_reference import verify
+from segjax.train import optim
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
 
 STEPS = 4
 
@@ -66,7 +71,7 @@ def torch_steps(reference, batches, *, name, frozen, clip_norm, accumulate):
         labels = torch.from_numpy(labels).long()
         count, total = (labels != 255).sum(), 0.0
         for part in range(accumulate):
-            logits, _ = compare.run_reference(reference, x[part::accumulate])
+            logits, _ = verify.run_reference(reference, x[part::accumulate])
             enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
             truth = labels[part::accumulate]
             loss = F.cross_entropy(enlarged, truth, ignore_index=255, reduction="sum") / count
@@ -83,8 +88,8 @@ def our_steps(model, batches, *, name, frozen, clip_norm, accumulate):
     config = common.get_config("folder")
     config.optim.update(name=name, lr=1e-3 if name == "adamw" else 1e-2, weight_decay=0.01, momentum=0.9, power=0.0)
     config.optim.update(warmup_steps=0, no_decay="", lr_multipliers=(), clip_norm=clip_norm)
-    names = list(Skeleton(model).arrays()[0])
-    skeleton = Skeleton(model, frozen=optim.frozen_names(frozen, names))
+    names = list(FunctionalModel(model).arrays()[0])
+    skeleton = FunctionalModel(model, frozen=optim.frozen_names(frozen, names))
     params, batch_stats = skeleton.arrays()
     optimizer = optim.optimizer(config.optim, names, steps=STEPS)
     step = TrainStep(
@@ -155,7 +160,7 @@ def test_steps_with_frozen_parts_clipping_and_micro_batches_end_where_torch_ends
     whole = {norm for norm in norms_of if {f"{norm}.weight", f"{norm}.bias"} <= expected}
     assert still == expected | {key for key in statistics if key.rpartition(".")[0] in whole}
 
-    what = f"{compare.family_of(subject.name)}, {STEPS} steps of {name}, frozen, clipped or in parts"
+    what = f"{architectures.family_of(subject.name)}, {STEPS} steps of {name}, frozen, clipped or in parts"
     for part, keys in (("parameters", after.keys() - statistics), ("running statistics", statistics - still)):
         if keys:
             moved = np.sqrt(sum(np.square(after[key] - before[key]).sum() for key in keys))

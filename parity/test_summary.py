@@ -8,7 +8,8 @@ from segformer_pytorch import Segformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from parity.reference import (
+from segjax.models.summary import modelsummary, summarise
+from segjax.torch_reference import (
     hrnet,
     segformer,
     segformer_mmseg,
@@ -17,7 +18,6 @@ from parity.reference import (
     segformer_zuppichini,
     segnext,
 )
-from segjax.summary import modelsummary, summarise
 
 NUM_CLASSES = 7
 MIT = dict(dims=(8, 16, 20, 32), depths=(2, 1, 3, 1), decoder_dim=24)

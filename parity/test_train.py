@@ -12,11 +12,16 @@ from configs import segformer as config_file
 from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_grad import AUX_WEIGHT, their_loss
-from segjax import losses, optim
+from segjax import losses
+from segjax.checkpoints import architectures
+from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.models import segnext
-from segjax.state import Skeleton, TrainState
-from segjax.step import Parallel, TrainStep
-from segjax.weights import to_torch_layout, torch_name
+from segjax.models.functional import FunctionalModel
+from segjax.runtime.parallel import Parallel
+from segjax.torch_reference import verify
+from segjax.train import optim
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
 
 STEPS = 20
 RECIPES = {
@@ -66,7 +71,7 @@ def torch_training(reference, settings, batches, bases):
 
 def our_training(model, config, batches):
     parallel = Parallel("jit", jax.devices()[:1])
-    skeleton = Skeleton(model)
+    skeleton = FunctionalModel(model)
     params, batch_stats = skeleton.arrays()
     optimizer = optim.optimizer(config.optim, params, steps=STEPS)
     state = TrainState.start(params, batch_stats, optimizer.init(params))
@@ -112,7 +117,7 @@ def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, flo
         subject.name, num_classes=NUM_CLASSES, seed=1, dtype=dtype, **subject.fixed
     )
     size = (40, 72) if subject.inputs[1][1][0] % 32 else (32, 64)
-    bases = compare.bases_for(model, 3)
+    bases = verify.bases_for(model, 3)
     if bases:
         # Training draws bases of its own at every step; both sides are given the same instead.
         monkeypatch.setattr(segnext.Hamburger, "bases_for", lambda self, x: jnp.asarray(bases[0]))
@@ -137,7 +142,7 @@ def test_twenty_steps_of_training_end_where_torch_ends(subject, name, dtype, flo
     # AdamW scales what rounding leaves of a zero gradient up to whole steps. In float64 it stays below AdamW's eps, so
     # that these biases, and the running means that follow them, are compared there.
     idle = [key for key in after if dtype == "float32" and subject.is_idle(key, training=True)]
-    what = f"{compare.family_of(subject.name)}, 20 steps of {name}"
+    what = f"{architectures.family_of(subject.name)}, 20 steps of {name}"
     for part, keys in (
         ("parameters", [key for key in after if "running" not in key and key not in idle]),
         ("running statistics", [key for key in after if "running_var" in key or ("running_mean" in key and not idle)]),

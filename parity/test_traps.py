@@ -10,9 +10,10 @@ from flax import nnx
 import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
-from segjax.losses import predictions
-from segjax.models import layers
-from segjax.state import Skeleton
+from segjax import layers
+from segjax.inference.engine import predictions
+from segjax.models.functional import FunctionalModel
+from segjax.torch_reference import verify
 
 F32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
 NARROW = SUBJECTS["segformer"]
@@ -30,7 +31,7 @@ def test_same_padding_on_a_strided_convolution_is_not_torchs():
     x, layer = normal(2, 64, 96, 3, seed=0), layers.Conv(3, 8, 3, stride=2, padding=1, rngs=nnx.Rngs(0), **F32)
     kernel = layer.kernel[...]
     weight = torch.from_numpy(np.array(kernel.transpose(3, 2, 0, 1)))
-    theirs = compare.to_nhwc(F.conv2d(compare.to_nchw(x), weight, stride=2, padding=1))
+    theirs = verify.to_nhwc(F.conv2d(verify.to_nchw(x), weight, stride=2, padding=1))
     same = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert differ(layer(x), theirs) < 1e-5
     assert differ(same, theirs) > 1
@@ -38,7 +39,7 @@ def test_same_padding_on_a_strided_convolution_is_not_torchs():
 
 def test_shrinking_without_antialias_is_torchs():
     x = normal(2, 40, 136, 3, seed=1)
-    theirs = compare.to_nhwc(F.interpolate(compare.to_nchw(x), size=(13, 17), mode="bilinear", align_corners=False))
+    theirs = verify.to_nhwc(F.interpolate(verify.to_nchw(x), size=(13, 17), mode="bilinear", align_corners=False))
     assert differ(layers.resize(jnp.asarray(x), (13, 17)), theirs) < 1e-5
     assert differ(jax.image.resize(x, (2, 13, 17, 3), "bilinear"), theirs) > 0.5
 
@@ -94,7 +95,7 @@ def test_variance_of_a_large_flat_map_is_never_negative():
 
 def test_every_drop_path_has_its_own_mask_and_every_step_new_ones():
     model = segjax.create("segformer_b0", num_classes=2, drop_path_rate=0.9, **NARROW.sizes)
-    skeleton = Skeleton(model)
+    skeleton = FunctionalModel(model)
     arrays = skeleton.arrays()
 
     def masks(key):
@@ -117,10 +118,10 @@ def test_a_wide_map_is_not_taken_for_a_square_one(float64):
     model, reference = compare.randomised_pair(NARROW.name, num_classes=3, seed=0, dtype="float64", **NARROW.sizes)
     x = compare.images(2, (128, 512), seed=5, dtype="float64")
     with torch.no_grad():
-        theirs = compare.to_nhwc(reference(compare.to_nchw(x))[0])
-        square = compare.to_nhwc(reference(compare.to_nchw(x.reshape(2, 256, 256, 3)))[0])
-    assert compare.relative_error(compare.compiled(model)(x)[0], theirs) < 1e-11
-    assert compare.relative_error(square.reshape(theirs.shape), theirs) > 1e-2
+        theirs = verify.to_nhwc(reference(verify.to_nchw(x))[0])
+        square = verify.to_nhwc(reference(verify.to_nchw(x.reshape(2, 256, 256, 3)))[0])
+    assert verify.relative_error(verify.compiled(model)(x)[0], theirs) < 1e-11
+    assert verify.relative_error(square.reshape(theirs.shape), theirs) > 1e-2
 
 
 def test_products_run_in_full_float32_here():
@@ -142,7 +143,7 @@ def test_a_square_linear_layer_is_transposed():
 def test_labels_come_from_enlarged_logits_and_are_not_enlarged_themselves():
     logits = normal(2, 9, 13, 5, seed=7)
     size = (36, 52)
-    enlarged = F.interpolate(compare.to_nchw(logits), size=size, mode="bilinear", align_corners=False)
+    enlarged = F.interpolate(verify.to_nchw(logits), size=size, mode="bilinear", align_corners=False)
     theirs = enlarged.argmax(1).numpy()
     late = np.asarray(predictions(jnp.asarray(logits), size))
     early = logits.argmax(-1).repeat(4, axis=1).repeat(4, axis=2)

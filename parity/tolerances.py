@@ -1,4 +1,5 @@
-"""How far the two implementations may lie apart, each with its reason. Nothing else in parity/ holds a bound on them.
+"""How far the two implementations may lie apart, each with its reason. Nothing else in parity/ holds a bound on
+them.
 
 Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same for the worst single
 parameter (see test_grad.gradient_errors); of trajectories the norm of the difference over the
@@ -8,11 +9,12 @@ a user gets: sums in another order, through up to 52 blocks.
 
 import jax.numpy as jnp
 
+from segjax.torch_reference import verify
+
 BOUNDS = {
-    # 1e-15 was measured; four digits of room for deeper models and larger images.
-    ("output", "float64"): 1e-11,
-    # 3e-6 was measured on B0. Attention and LayerNorm sum up to 1024 terms in another order than torch.
-    ("output", "float32"): 5e-5,
+    # What `segjax.convert --verify` holds users' checkpoints to.
+    ("output", "float64"): verify.BOUNDS["float64"],
+    ("output", "float32"): verify.BOUNDS["float32"],
     # Each gradient is a sum over all pixels, with cancellation: 1e-14 was measured on the largest parameters.
     ("gradient", "float64"): 1e-10,
     # 1e-4 was measured on B2 and on OCR. A ReLU input within rounding of zero can pass on one side only: then 4e-3 and

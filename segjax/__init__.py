@@ -9,20 +9,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
+    from segjax.inference.predictor import Predictor
     from segjax.models import MODELS, create
-    from segjax.predictor import Predictor
-    from segjax.weights import from_torch, load_torch, to_torch
 
 __all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torch"]
 
 # Imported when first asked for: jax takes a second, and the commands print before that.
 _MODULES = {
     "MODELS": "segjax.models",
-    "Predictor": "segjax.predictor",
+    "Predictor": "segjax.inference.predictor",
     "create": "segjax.models",
-    "from_torch": "segjax.weights",
-    "load_torch": "segjax.weights",
-    "to_torch": "segjax.weights",
+    "from_torch": "segjax.checkpoints.state_dict",
+    "load_torch": "segjax.checkpoints.state_dict",
+    "to_torch": "segjax.checkpoints.state_dict",
 }
 
 

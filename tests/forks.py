@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import jax
-from tiny import numpy_draws
 
-from segjax import parts
+from segjax.train import setup
+from tests.tiny import numpy_draws
 
 REPO = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ class Forks:
         self._last = None
         pipe = subprocess.PIPE
         self._server = subprocess.Popen(
-            [sys.executable, __file__], cwd=REPO, env=environment, stdin=pipe, stdout=pipe, bufsize=0
+            [sys.executable, "-m", "tests.forks"], cwd=REPO, env=environment, stdin=pipe, stdout=pipe, bufsize=0
         )
 
     def start(self, output: Path, *flags: str, largest_file: int | None = None) -> "Fork":
@@ -93,9 +93,10 @@ def quickly(make_skeleton):
 
 def serve() -> None:
     # What a run imports late.
-    for name in ("cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.loop", "tensorboardX", "configs.segformer"):
+    late = "cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.train.loop", "tensorboardX", "configs.segformer"
+    for name in late:
         importlib.import_module(name)
-    parts.make_skeleton = quickly(parts.make_skeleton)
+    setup.make_skeleton = quickly(setup.make_skeleton)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -14,12 +14,18 @@ import numpy as np
 from flax import nnx
 
 from configs import common
-from segjax import evaluate, losses, optim, runtime
+from segjax import losses
 from segjax.data import specs
 from segjax.data.augment import augment
-from segjax.data.pipeline import StreamBatches, TrainBatches, load, order
-from segjax.state import Skeleton, TrainState
-from segjax.step import Parallel, TrainStep
+from segjax.data.pipeline import StreamBatches, TrainBatches, order
+from segjax.data.records import load
+from segjax.inference import evaluation
+from segjax.models.functional import FunctionalModel
+from segjax.runtime import environment
+from segjax.runtime.parallel import Parallel
+from segjax.train import optim
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 SETTINGS = SimpleNamespace(crop=(16, 20), scale=(0.5, 2.0), flip=0.5, photometric=True)
@@ -62,7 +68,7 @@ def trained(parallel, batches):
     """Weights and losses after a few steps of SGD on these batches, as lists."""
     config = common.get_config("folder")
     config.optim.update(name="sgd", lr=0.5, warmup_steps=0, no_decay="", lr_multipliers=())
-    skeleton = Skeleton(Colours())
+    skeleton = FunctionalModel(Colours())
     params, _ = skeleton.arrays()
     optimizer = optim.optimizer(config.optim, params, steps=10)
     state = parallel.replicate(TrainState.start(params, {}, optimizer.init(params)))
@@ -90,7 +96,9 @@ def results(parallel):
     with StreamBatches(records, **options, **streaming) as streamed:
         from_stream = trained(parallel, streamed)
     read = sorted(records.read)
-    confusion, kept = evaluate.evaluate(lambda images: images[..., 0] % 5, records, SPEC, batch_size=2, keep=range(30))
+    confusion, kept = evaluation.evaluate(
+        lambda images: images[..., 0] % 5, records, SPEC, batch_size=2, keep=range(30)
+    )
     rows = parallel.rows(BATCH)
     # More steps than could have been read ahead.
     own = {int(number) for i in range(STEPS + 10) for number in _order(i)[rows]}
@@ -102,7 +110,7 @@ def results(parallel):
         "read": len(read),
         "confusion": confusion.tolist(),
         "evaluated": sorted(kept),
-        "large sum": evaluate._sum_over_processes(np.array([2**40 + jax.process_index()])).tolist(),
+        "large sum": evaluation._sum_over_processes(np.array([2**40 + jax.process_index()])).tolist(),
     }
 
 
@@ -114,6 +122,6 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_disable_most_optimizations", True)
-    runtime.prepare()
+    environment.prepare()
     jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
     print(json.dumps({kind: results(Parallel(kind)) for kind in ("jit", "pmap")}))

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from tiny import FAMILIES
 
 from configs import hrnet, segformer, segnext
-from segjax import loop, metrics
+from segjax import metrics
 from segjax.data import pipeline
+from segjax.train import loop
+from segjax.train.step import TrainStep
+from tests.tiny import FAMILIES
 
 STEPS = 6
 _CONFIGS = {"segformer": (segformer, "b0"), "ocr": (hrnet, "small_ocr"), "segnext": (segnext, "small")}
@@ -93,7 +95,7 @@ def scored(patch, *scores):
     patch.setattr(metrics, "summarise", summarise)
 
 
-class CheapStep(loop.TrainStep):
+class CheapStep(TrainStep):
     """In place of a training step where only the loop is looked at: shifts all weights by what is in the batch."""
 
     # step (from 0) -> what loss and gradient norm are instead of their own.

@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-# What only commands and the loop may lean on. `runtime` changes the process, which no library call may do.
-ABOVE = (
-    *(
-        "segjax.loop",
-        "segjax.console",
-        "segjax.parts",
-        "segjax.runtime",
-        "segjax.commands.train",
-        "segjax.train.__main__",
-    ),
-    *("configs", "train"),
-)
+# What each room of segjax/ may import besides itself; rooms further up come later.
+ALLOWED = {
+    "runtime": (),
+    "kernels": (),
+    "metrics": (),
+    "layers": ("kernels",),
+    "models": ("kernels", "layers"),
+    "data": ("runtime",),
+    "losses": ("kernels", "layers", "data"),
+    "viz": ("data", "metrics", "runtime"),
+    "checkpoints": ("runtime", "models", "data"),
+    "inference": ("runtime", "kernels", "layers", "models", "data", "metrics", "viz", "checkpoints"),
+    "torch_reference": ("runtime", "models", "data", "checkpoints", "inference"),
+    "exports": ("runtime", "kernels", "layers", "models", "data", "checkpoints", "inference", "torch_reference"),
+    "train": ("runtime", "kernels", "layers", "models", "data", "losses", "metrics", "viz", "checkpoints", "inference"),
+    "recipes": ("train",),
+    "benchmark": ("runtime", "models", "losses", "checkpoints", "torch_reference", "train", "recipes"),
+}
+# The commands and their entry points use everything, and nothing uses them.
+ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "summary", "__main__")
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
     "av",
@@ -50,7 +58,9 @@ def module_level(tree):
     while pending:
         node = pending.pop()
         yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             pending += ast.iter_child_nodes(node)
 
 
@@ -77,80 +87,118 @@ def inside(names, *packages):
     return {name for name in names if any(name == package or name.startswith(f"{package}.") for package in packages)}
 
 
-def reached(name):
-    """Modules of segjax that a module imports, directly or not, functions included."""
-    seen, pending = set(), [name]
-    while pending:
-        for found in inside(imports_of(pending.pop()), "segjax") & set(MODULES):
-            if found not in seen:
-                seen.add(found)
-                pending.append(found)
-    return seen
+def room(name):
+    """The folder or file of segjax/ that a module belongs to; "" for the package itself."""
+    parts = name.split(".")
+    if parts[-1] == "__main__":
+        return "__main__"
+    return parts[1] if len(parts) > 1 else ""
 
 
 def test_the_sources_are_found():
-    assert {"segjax", "segjax.loop", "segjax.models", "segjax.models.layers", "segjax.data.streets"} <= set(MODULES)
+    assert {"segjax", "segjax.train.loop", "segjax.models", "segjax.layers.functional"} <= set(MODULES)
     assert "segjax.models.segformer" in imports_of("segjax.models")
-    assert "segjax.data.builders" in imports_of("segjax.parts")
-    assert "segjax.data.builders" not in imports_of("segjax.parts", only_module_level=True)
+    assert "segjax.data.builders" in imports_of("segjax.train.setup")
+    assert "segjax.data.builders" not in imports_of("segjax.train.setup", only_module_level=True)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("segjax.models.")])
-def test_a_model_imports_the_shared_layers_and_models_alone(name):
-    # One family may be built from another, as OCR is from HRNet; `layers` is built from none.
-    models = {other for other in MODULES if other.startswith("segjax.models.")}
-    allowed = set() if name == "segjax.models.layers" else models
-    assert inside(reached(name), "segjax") <= allowed
-    if allowed:
-        assert "segjax.models.layers" in imports_of(name)
+def test_every_module_is_in_a_room_with_rules():
+    assert {room(name) for name in MODULES} - {""} == {*ALLOWED, *ON_TOP}
 
 
-def test_the_table_of_models_imports_models_alone():
-    assert all(name.startswith("segjax.models.") for name in inside(imports_of("segjax.models"), "segjax"))
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ALLOWED])
+def test_a_module_imports_only_rooms_below_its_own(name):
+    above = {
+        other
+        for other in inside(imports_of(name), "segjax")
+        if room(other) not in ("", room(name), *ALLOWED[room(name)])
+    }
+    assert above == set()
 
 
-WITHOUT_TRAINING = (
-    *("losses", "metrics", "weights", "dialects", "families", "record", "huggingface", "files", "convert", "summary"),
-    "optim",
-)
+def test_the_rooms_are_in_an_order():
+    done = set()
+    for name, allowed in ALLOWED.items():
+        assert set(allowed) <= done, name
+        done.add(name)
 
 
-@pytest.mark.parametrize("name", [f"segjax.{name}" for name in WITHOUT_TRAINING])
-def test_what_is_used_without_training_imports_no_training(name):
-    training = ("segjax.loop", "segjax.step", "segjax.data.pipeline", "segjax.data.augment", "segjax.evaluate")
-    assert inside(reached(name), *training) == set()
+def test_nobody_imports_a_command():
+    for name in MODULES:
+        if room(name) == "commands" or room(name) in ON_TOP:
+            continue
+        assert inside(imports_of(name), "segjax.commands", *(f"segjax.{entry}" for entry in ON_TOP)) == set(), name
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in ABOVE])
-def test_nothing_below_the_loop_imports_the_loop_or_the_configs(name):
-    # A module that is a command of its own sets its process up.
-    is_command = "__main__" in MODULES[name].read_text()
-    allowed = {"segjax.runtime", "segjax.console", "segjax.parts"} if is_command else set()
-    assert inside(imports_of(name), *ABOVE) <= allowed
+def test_no_module_imports_itself_through_others():
+    graph = {name: inside(imports_of(name), "segjax") & set(MODULES) for name in MODULES}
+    # The package itself only hands on what its modules define.
+    graph["segjax"] = set()
+    circles, state = [], {}
+
+    def visit(name, path):
+        if state.get(name) == "open":
+            circles.append(" -> ".join([*path[path.index(name) :], name]))
+        elif name not in state:
+            state[name] = "open"
+            for other in sorted(graph[name]):
+                visit(other, [*path, name])
+            state[name] = "done"
+
+    for name in graph:
+        visit(name, [])
+    assert circles == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_library_imports_nothing_of_the_clone(name):
+    assert inside(imports_of(name), "parity", "benchmarks", "configs", "tests", "train") == set()
+
+
+def test_nothing_changes_where_python_looks_for_modules():
+    for folder in ("segjax", "parity", "benchmarks", "configs"):
+        for path in (REPO / folder).rglob("*.py"):
+            assert "sys.path" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "models"])
+def test_a_model_imports_layers_and_models_only(name):
+    if name != "segjax.models.summary":
+        assert {room(other) for other in inside(imports_of(name), "segjax")} <= {"", "models", "layers"}
+        assert inside(imports_of(name), "segjax.kernels") == set()
+
+
+# What changes the process, which no library call may do.
+def test_only_commands_and_benchmarks_set_the_process_up():
+    for name in MODULES:
+        if room(name) not in ("commands", "benchmark", "__main__"):
+            assert "segjax.runtime.environment" not in imports_of(name), name
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_slow_or_optional_is_imported_with_a_module(name):
-    assert inside(imports_of(name, only_module_level=True), *LATE) == set()
+    needs_torch = room(name) == "torch_reference" or name in ("segjax.exports.onnx", "segjax.exports.torch_program")
+    late = [package for package in LATE if not (needs_torch and package == "torch")]
+    assert inside(imports_of(name, only_module_level=True), *late) == set()
 
 
 def test_configs_import_recipes_only():
     paths = sorted((REPO / "configs").glob("*.py"))
-    assert len(paths) >= 7
+    assert len(paths) >= 5
     for path in paths:
-        names = imported(path, ast.walk(ast.parse(path.read_text())))
-        assert names == inside(names, "segjax.recipes"), path
+        found = imported(path, ast.walk(ast.parse(path.read_text())))
+        assert found - inside(found, "segjax.recipes") == set(), path
 
 
-def test_only_parity_imports_torch_at_module_level():
+def test_torch_is_imported_at_module_level_by_references_and_parity_only():
     found = set()
     for path in REPO.rglob("*.py"):
         parts = path.relative_to(REPO).parts
         if any(part.startswith(".") or part in ("build", "venv") for part in parts):
             continue
         if inside(imported(path, module_level(ast.parse(path.read_text()))), "torch", "torchvision", "transformers"):
-            found.add(parts[0])
-    assert found == {"parity"}
+            found.add("/".join(parts[:2]) if parts[0] == "segjax" else parts[0])
+    assert found == {"parity", "segjax/torch_reference", "segjax/exports"}
 
 
 def test_no_test_in_this_folder_needs_torch():
@@ -158,12 +206,7 @@ def test_no_test_in_this_folder_needs_torch():
         assert inside(imported(path, ast.walk(ast.parse(path.read_text()))), "torch", "parity") == set(), path
 
 
-def test_the_library_needs_neither_parity_nor_the_tests_to_be_imported():
-    for name in MODULES:
-        assert inside(imports_of(name, only_module_level=True), "parity", "tests") == set(), name
-
-
-@pytest.mark.parametrize("module", ["segjax", "segjax.loop", "segjax.data.streets", "segjax.checkpoint"])
+@pytest.mark.parametrize("module", ["segjax", "segjax.train.loop", "segjax.data.streets", "segjax.checkpoints.files"])
 def test_importing_segjax_brings_in_nothing_slow_or_optional(module):
     code = f"import sys, {module}; print(*sorted(set({LATE!r}) & set(sys.modules)))"
     command = [sys.executable, "-W", "error", "-c", code]
@@ -175,7 +218,7 @@ def test_importing_segjax_starts_no_backend_and_changes_no_setting_of_jax():
     code = """if True:
         import jax
         before = dict(jax.config.values)
-        import segjax, segjax.loop, segjax.convert
+        import segjax, segjax.train.loop, segjax.commands.convert
         assert not jax._src.xla_bridge.backends_are_initialized()
         changed = {key for key, value in jax.config.values.items() if before.get(key) != value}
         print(*changed)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from configs import common
-from segjax import banded_loss, losses
-from segjax.data import specs
+from segjax import losses
+from segjax.data import class_weights, specs
+from segjax.inference.engine import predictions
+from segjax.kernels import cross_entropy as kernels_cross_entropy
+from segjax.kernels.choice import meant_for, published_forms
+from segjax.kernels.cross_entropy import BAND, _rows
 from segjax.losses import cross_entropy as loss_under_test
-from segjax.losses import predictions
-from segjax.models import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -208,13 +210,13 @@ def build(factors, *, classes, ignore=255, weights=None, **settings):
 @functools.cache
 def compiled(criterion, band):
     """Counts, loss and gradient; a program goes by the `banded_loss.BAND` that it was traced with."""
-    assert band == banded_loss.BAND
+    assert band == BAND
     return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
 
 
 def loss_of(criterion, logits, labels, counts=None):
     """Loss and gradient."""
-    counts_of, run = compiled(criterion, banded_loss.BAND)
+    counts_of, run = compiled(criterion, BAND)
     return run(logits, labels, counts_of(labels) if counts is None else counts)
 
 
@@ -606,7 +608,7 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
 @pytest.fixture
 def in_bands(monkeypatch):
     """Bands of one row, where there are bands at all."""
-    monkeypatch.setattr(banded_loss, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
 
 
 CROSS_ENTROPY = {"cross_entropy": 1.0}
@@ -619,8 +621,8 @@ def test_in_bands_loss_and_gradient_are_those_of_numpy(small, factors, ignore, r
     large = small[0] * factors[0], small[1] * factors[1]
     logits, labels = draw(15 + rows, small, large, ignore=ignore)
     labels[1] = ignore
-    monkeypatch.setattr(banded_loss, "BAND", rows * 3 * factors[0] * large[1] * 5 * 8)
-    assert banded_loss.pays(logits, large) and banded_loss._rows(logits, large) == rows
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", rows * 3 * factors[0] * large[1] * 5 * 8)
+    assert kernels_cross_entropy.pays(logits, large) and _rows(logits, large) == rows
     loss, gradient = loss_of(
         build({"cross_entropy": 0.5}, classes=5, ignore=ignore, weights=WEIGHTS[5]), logits, labels
     )
@@ -658,7 +660,7 @@ def test_in_bands_extreme_logits_neither_overflow_nor_lose_their_gradient(in_ban
 def test_in_bands_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in_bands):
     logits, labels = draw(17, (4, 3), (32, 24), classes=classes)
     logits = np.where(logits > 0, 1e4, -1e4).astype(np.float32)
-    assert banded_loss.pays(logits, (32, 24))
+    assert kernels_cross_entropy.pays(logits, (32, 24))
     loss, gradient = loss_of(build(CROSS_ENTROPY, classes=classes), logits, labels)
     scores, valid = enlarged(logits, (32, 24)), labels != 255
     chosen = np.take_along_axis(scores, np.where(valid, labels, 0)[..., None], -1)[..., 0]
@@ -680,29 +682,29 @@ def test_in_bands_narrow_logits_are_widened_before_they_are_enlarged(in_bands):
 
 def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu(monkeypatch):
     logits, size = jnp.zeros((2, 6, 5, 3)), (24, 20)
-    monkeypatch.setattr(banded_loss, "BAND", 1)
-    assert banded_loss.pays(logits, size)
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    assert kernels_cross_entropy.pays(logits, size)
     for other in ((25, 20), (24, 21), (6, 7), (3, 20), (24, 4)):
-        assert not banded_loss.pays(logits, other), other
-    assert not banded_loss.pays(logits[..., :1], size)
-    assert banded_loss.pays(logits[..., :2], size)
-    with layers.published_forms():
-        assert not banded_loss.pays(logits, size)
-    with layers.meant_for("cuda"):
-        assert not banded_loss.pays(logits, size)
+        assert not kernels_cross_entropy.pays(logits, other), other
+    assert not kernels_cross_entropy.pays(logits[..., :1], size)
+    assert kernels_cross_entropy.pays(logits[..., :2], size)
+    with published_forms():
+        assert not kernels_cross_entropy.pays(logits, size)
+    with meant_for("cuda"):
+        assert not kernels_cross_entropy.pays(logits, size)
     # A single row, or all that are there in one band.
-    assert not banded_loss.pays(logits[:, :1], (4, 20))
+    assert not kernels_cross_entropy.pays(logits[:, :1], (4, 20))
     whole = 2 * 24 * 20 * 3 * 4
     for band, pays in ((whole - 1, True), (whole, False)):
-        monkeypatch.setattr(banded_loss, "BAND", band)
-        assert banded_loss.pays(logits, size) == pays
+        monkeypatch.setattr(kernels_cross_entropy, "BAND", band)
+        assert kernels_cross_entropy.pays(logits, size) == pays
 
 
 def test_a_band_is_as_many_rows_as_fit_and_divide_the_height(monkeypatch):
     one_row = 2 * 4 * 20 * 3 * 4
     for height, fit, rows in ((6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 6, 6), (7, 6, 1), (7, 7, 7), (12, 5, 4)):
-        monkeypatch.setattr(banded_loss, "BAND", fit * one_row)
-        assert banded_loss._rows(jnp.zeros((2, height, 5, 3)), (4 * height, 20)) == rows, (height, fit)
+        monkeypatch.setattr(kernels_cross_entropy, "BAND", fit * one_row)
+        assert _rows(jnp.zeros((2, height, 5, 3)), (4 * height, 20)) == rows, (height, fit)
 
 
 NOT_IN_BANDS = [
@@ -726,8 +728,8 @@ def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, m
         raise AssertionError("computed in bands")
 
     expected = traced_now()
-    monkeypatch.setattr(banded_loss, "BAND", 1)
-    monkeypatch.setattr(banded_loss, "cross_entropy", refuse)
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
     for found, before in zip(traced_now(), expected, strict=True):
         np.testing.assert_array_equal(found, before)
     with pytest.raises(AssertionError, match="computed in bands"):
@@ -739,8 +741,8 @@ def test_in_bands_four_devices_give_the_loss_and_gradient_of_one(kind, float64, 
     logits, labels = draw(19, (6, 5), (24, 20), batch=8)
     labels[0], labels[3, :6] = 255, 255
     # A band is one row of eight images, or three of the two that a device has under pmap.
-    monkeypatch.setattr(banded_loss, "BAND", 8 * 4 * 20 * 5 * 8)
-    assert [banded_loss._rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", 8 * 4 * 20 * 5 * 8)
+    assert [_rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
     criterion = build(CROSS_ENTROPY, classes=5, weights=WEIGHTS[5])
     assert_four_devices_equal_one(kind, criterion, logits, labels)
     expected = cross_entropy_by_hand(logits, labels, 255, weights=WEIGHTS[5])
@@ -755,7 +757,7 @@ def test_the_defaults_are_plain_cross_entropy():
     criterion = losses.criterion(settings, num_classes=19, ignore_label=255)
     assert criterion.factors == (("cross_entropy", 1.0),)
     assert criterion.class_weights is None and criterion.label_smoothing == 0
-    assert losses.class_weights(settings.class_weights, specs.STREETS) is None
+    assert class_weights.class_weights(settings.class_weights, specs.STREETS) is None
     assert hash(criterion) == hash(losses.criterion(settings, num_classes=19, ignore_label=255))
 
 
@@ -792,43 +794,43 @@ def test_median_frequency_is_that_of_eigen_and_fergus():
     # Two images; class 3 is in the second alone, class 2 in none.
     pixels = np.array([[60, 40, 0, 0], [100, 80, 0, 20]])
     frequencies = [160 / 300, 120 / 300, 20 / 200]
-    weights = losses.median_frequency(pixels)
+    weights = class_weights.median_frequency(pixels)
     np.testing.assert_allclose(weights, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / frequencies[2]], rtol=1e-14)
     # Sums alone: the data set counts as one image.
-    whole = losses.median_frequency(pixels.sum(axis=0))
+    whole = class_weights.median_frequency(pixels.sum(axis=0))
     np.testing.assert_allclose(whole, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / (20 / 300)], rtol=1e-14)
     with pytest.raises(ValueError, match="no class has a pixel"):
-        losses.median_frequency(np.zeros((2, 3)))
+        class_weights.median_frequency(np.zeros((2, 3)))
 
 
 def test_weights_by_median_frequency_are_of_the_labels_of_the_data_set():
     pixels = np.random.default_rng(0).integers(1, 1000, (4, 11))
-    weights = losses.class_weights("median_frequency", specs.CAMVID, pixels)
-    assert weights == tuple(losses.median_frequency(pixels)) and len(weights) == 11
+    weights = class_weights.class_weights("median_frequency", specs.CAMVID, pixels)
+    assert weights == tuple(class_weights.median_frequency(pixels)) and len(weights) == 11
     for wrong, said in ((None, "got none"), (np.ones((4, 12)), re.escape("(4, 12)"))):
         with pytest.raises(ValueError, match=f"11 label values of camvid.*{said}"):
-            losses.class_weights("median_frequency", specs.CAMVID, wrong)
+            class_weights.class_weights("median_frequency", specs.CAMVID, wrong)
 
 
 def test_the_weight_of_a_binary_data_set_balances_it_against_the_background():
     spec = specs.DatasetSpec("cells", ("cell",), ((0, 0, 255),), 255)
-    (weight,) = losses.class_weights("median_frequency", spec, np.array([900, 100]))
+    (weight,) = class_weights.class_weights("median_frequency", spec, np.array([900, 100]))
     np.testing.assert_allclose(weight, 9.0)
-    assert losses.class_weights("median_frequency", spec, np.array([900, 0])) == (1.0,)
-    assert losses.class_weights((3,), spec) == (3.0,)
+    assert class_weights.class_weights("median_frequency", spec, np.array([900, 0])) == (1.0,)
+    assert class_weights.class_weights((3,), spec) == (3.0,)
 
 
 def test_weights_of_cityscapes_are_for_its_classes_alone():
-    weights = losses.class_weights("cityscapes", specs.STREETS)
+    weights = class_weights.class_weights("cityscapes", specs.STREETS)
     assert len(weights) == 19 and (weights[0], weights[9], weights[18]) == (0.8373, 1.0023, 1.0507)
     assert 1 < np.mean(weights) < 1.002
     with pytest.raises(ValueError, match=r"19 classes of Cityscapes \(road.* camvid has others \(sky"):
-        losses.class_weights("cityscapes", specs.CAMVID)
+        class_weights.class_weights("cityscapes", specs.CAMVID)
 
 
 @pytest.mark.parametrize("choice", [None, ""])
 def test_no_choice_is_no_weights(choice):
-    assert losses.class_weights(choice, specs.CAMVID) is None
+    assert class_weights.class_weights(choice, specs.CAMVID) is None
 
 
 @pytest.mark.parametrize(
@@ -846,5 +848,5 @@ def test_no_choice_is_no_weights(choice):
 )
 def test_weights_that_do_not_fit_are_refused(choice, message):
     with pytest.raises(ValueError, match=message):
-        losses.class_weights(choice, specs.CAMVID)
-    assert losses.class_weights([0.5] * 11, specs.CAMVID) == (0.5,) * 11
+        class_weights.class_weights(choice, specs.CAMVID)
+    assert class_weights.class_weights([0.5] * 11, specs.CAMVID) == (0.5,) * 11

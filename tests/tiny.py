@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 import segjax
-from segjax import weights
-from segjax.models import layers
+from segjax import layers
+from segjax.checkpoints import state_dict
+from segjax.layers import initializers
 
 SIZES = dict(dims=(4, 8, 10, 16), depths=(1, 1, 1, 1), decoder_dim=12)
 _HRNET = dict(width=2, stage1_channels=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
@@ -55,11 +56,11 @@ def tiny_model(seed, family="segformer", *, num_classes=5, dtype=jnp.float32, pa
     abstract = abstract_model(name, num_classes, **settings, **sizes | overrides)
     rng = np.random.default_rng(seed)
     values = {}
-    for key, variable in weights.named_variables(abstract).items():
+    for key, variable in state_dict.named_variables(abstract).items():
         noise = 0.3 * rng.standard_normal(variable.get_value().shape)
         kind = key.rpartition(".")[2]
         values[key] = {"scale": 1 + noise, "g": 1 + noise, "var": 1 + np.abs(noise)}.get(kind, noise)
-    return weights.from_values(abstract, values)
+    return state_dict.from_values(abstract, values)
 
 
 class Net(nnx.Module):
@@ -100,6 +101,6 @@ def numpy_draws():
     with (
         mock.patch.object(jax.random, "normal", _normal),
         mock.patch.object(jax.random, "uniform", _uniform),
-        mock.patch.object(layers, "_normal", layers._normal.__wrapped__),
+        mock.patch.object(initializers, "_normal", initializers._normal.__wrapped__),
     ):
         yield

@@ -64,11 +64,12 @@ class Options(NamedTuple):
     process_id: int | None
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status.
 
     That is 0, 130 or 143 for a run that Ctrl-C or SIGTERM stopped, 2 for what the user can correct, 1 for a bug.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     if set(HELP) & set(arguments):
         print(help_text())
         return 0
@@ -85,17 +86,19 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: Options) -> int:
     # Imported only after the command line was found to be right.
-    from segjax import console, distributed, loop, runtime, settings
+    from segjax.runtime import console, distributed, environment
+    from segjax.train import config as train_config
+    from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
-    runtime.prepare()
+    environment.prepare()
     try:
         if options.coordinator:
             address = None if options.coordinator == "auto" else options.coordinator
             distributed.initialize(address, options.num_processes, options.process_id)
         config = options.config
         workdir = Path(options.workdir or loop.default_workdir(config))
-        changes = settings.changes(config, common.get_config(config.data.name))
+        changes = train_config.changes(config, common.get_config(config.data.name))
         return loop.train(config, workdir, changes=changes)
     except KeyboardInterrupt as error:
         print(f"{PROGRAM}: stopped at once; what was saved is complete", file=sys.stderr, flush=True)

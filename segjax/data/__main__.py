@@ -1,67 +1,8 @@
-"""Command line: prepares a dataset for training, and shows what is in it.
+"""Entry point of `python -m segjax.data`: the command is segjax/commands/data.py."""
 
-    python -m segjax.data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
-    python -m segjax.data show NAME [--crop H W] [--num N] [--output FILE] ...
-
-A PATH is a folder or an archive. A dataset that is prepared already is described again, and needs no source. `show`
-writes a page of augmented samples, see `show --help`.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 
-import numpy as np
-
-from segjax import losses
-from segjax.data import builders
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["show"]:
-        from segjax.data import show
-
-        return show.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m segjax.data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["prepare", "show"])
-    parser.add_argument("name", metavar="NAME", choices=builders.DATASETS, help=", ".join(builders.DATASETS))
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
-    options = parser.parse_args(arguments)
-    try:
-        prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
-        print("\n".join(describe(prepared)))
-    except KeyboardInterrupt:
-        print("segjax.data: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"segjax.data: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def describe(prepared: builders.Prepared) -> list[str]:
-    """Images per split, and of the first labelled split the classes; lines of at most 80 columns but for the path."""
-    lines = ["", f"{'split':<20} {'images':>9}  labels"]
-    for split, count in prepared.splits.items():
-        labels = "yes" if split in prepared.labelled else "not published"
-        lines.append(f"{split:<20.20} {count:>9,}  {labels}")
-    split = "train" if "train" in prepared.labelled else prepared.labelled[0]
-    counts = np.array(prepared.pixel_counts(split), np.float64)
-    rows = zip(prepared.spec.label_names, counts, losses.median_frequency(counts), strict=True)
-    cells = [
-        f"{name:<18.18} {100 * count / max(counts.sum(), 1):>8.4f} {'-' if not weight else format(weight, '>9.4f'):>9}"
-        for name, count, weight in rows
-    ]
-    half = (len(cells) + 1) // 2 if len(cells) > 12 else len(cells)
-    head = f"{'class':<18} {'% pixels':>8} {'weight':>9}"
-    lines += ["", f"labelled pixels of {split}, and weights that balance them (median frequency)"]
-    lines.append(head if half == len(cells) else f"{head}    {head}")
-    lines += [f"{cells[i]}    {cells[i + half] if i + half < len(cells) else ''}".rstrip() for i in range(half)]
-    return [*lines, "", f"{prepared.spec.name}: {prepared.path}"]
-
+from segjax.commands.data import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -187,3 +188,9 @@ def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) ->
     phase = (jnp.array([5.0, 3.0, 1.0]) + sector[..., None]) % 6
     fall = jnp.clip(jnp.minimum(phase, 4 - phase), 0, 1)
     return value[..., None] - chroma[..., None] * fall
+
+
+def step_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a step draws from: a key (B,) for each sample at `positions` of the batch, and one for dropout."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+    return jax.vmap(partial(jax.random.fold_in, augment_key))(positions), dropout_key

@@ -30,8 +30,18 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import conversion, folder, published, specs
-from segjax.data.prepared import DataError, Prepared, open_prepared, quiet
-from segjax.data.sources import Example, Examples, Problems, counted, digest_of, fingerprint_of, progress, shorten
+from segjax.data.prepared import Prepared, open_prepared, quiet
+from segjax.data.sources import (
+    DataError,
+    Example,
+    Examples,
+    Problems,
+    counted,
+    digest_of,
+    fingerprint_of,
+    progress,
+    shorten,
+)
 
 DATASETS = ("camvid", *published.PUBLISHED, "folder")
 _SHARD_BYTES = 1 << 29  # so that no file is too large to copy at ease

@@ -14,13 +14,9 @@ import numpy as np
 from absl import logging
 
 from segjax.data import codec, specs
-from segjax.data.sources import counted
+from segjax.data.sources import DataError, counted
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
-
-
-class DataError(ValueError):
-    """A source or a prepared dataset that cannot be used; the message lists every reason and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +63,10 @@ class Prepared:
         Raises:
           DataError: there is no such split, its labels are not published, or a record does not decode.
         """
-        from segjax.data import pipeline
+        from segjax.data import records as data_records
 
         self._refuse_unlabelled(split)
-        return pipeline.load(
+        return data_records.load(
             self.records(split), ignore_label=self.spec.ignore_label, what=f"loading {self.spec.name} {split}"
         )
 

@@ -22,6 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+
+class DataError(ValueError):
+    """A source or a prepared dataset that cannot be used; the message lists every reason and says what to do."""
+
+
 _SHOWN = 10  # entries of one kind that a report lists
 
 Problems = collections.defaultdict[str, list[str]]  # kind, worded with its remedy -> where, with the values found there

@@ -14,7 +14,7 @@ from flax import nnx
 
 from segjax.models import (
     hrnet,
-    ocr,
+    hrnet_ocr,
     segformer,
     segformer_mmseg,
     segformer_plain,
@@ -35,7 +35,7 @@ MODELS = (
     | _variants("segformer_simple{}", segformer_simple.SegFormerSimple, segformer_simple.VARIANTS)
     | _variants("segformer_zuppichini{}", segformer_zuppichini.SegFormerZuppichini, segformer_zuppichini.VARIANTS)
     | _variants("hrnet_{}", hrnet.HRNet, hrnet.VARIANTS)
-    | _variants("hrnet_{}_ocr", ocr.HRNetOCR, ocr.VARIANTS)
+    | _variants("hrnet_{}_ocr", hrnet_ocr.HRNetOCR, hrnet_ocr.VARIANTS)
     | _variants("segnext_{}", segnext.SegNeXt, segnext.VARIANTS)
 )
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, rows
+from segjax import layers
 
 # Width of the branch with the highest resolution; the others have 2, 4 and 8 times as many channels.
 VARIANTS = {"w18": dict(width=18), "w32": dict(width=32), "w48": dict(width=48)}
@@ -272,7 +272,7 @@ class HRNet(HighResolutionNet):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         maps = self.branches(images)
         convolution, norm, relu, classifier = self.last_layer
-        logits = rows.decode(
+        logits = layers.decode(
             maps,
             convolution,
             lambda fused: relu(norm(fused)),

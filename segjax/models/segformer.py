@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.models import layers, rows
+from segjax import layers
 
 # Widths C1..C4, blocks per stage and decoder width C of table 6. B0 is the smallest, B5 the largest.
 VARIANTS = {
@@ -92,7 +92,7 @@ class Mlp(nnx.Module):
         self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rows.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
+        return layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
 
     def in_steps(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
@@ -250,7 +250,7 @@ class MLPDecoder(nnx.Module):
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
 
     def __call__(self, features: list[jax.Array]) -> jax.Array:
-        return rows.decode(
+        return layers.decode(
             features[::-1],
             self.fusion(),
             lambda fused: self.dropout(self.finish(fused)),

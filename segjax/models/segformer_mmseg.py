@@ -17,7 +17,8 @@ import types
 import jax
 from flax import nnx
 
-from segjax.models import layers, rows, segformer
+from segjax import layers
+from segjax.models import segformer
 
 # Sizes of the paper's table 6; the decoder is 256 wide in every published configuration.
 VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, sizes in segformer.VARIANTS.items()}
@@ -52,7 +53,7 @@ class MMSegHead(nnx.Module):
     def __call__(self, features: list[jax.Array]) -> jax.Array:
         projected = [conv(x) for conv, x in zip(self.convs, features, strict=True)]
         size, fuse = features[0].shape[1:3], self.fusion_conv.conv
-        return rows.decode(
+        return layers.decode(
             projected,
             fuse,
             lambda fused: self.dropout(self.fusion_conv.activate(fused)),

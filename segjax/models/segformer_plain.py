@@ -16,7 +16,8 @@ import types
 
 import jax
 
-from segjax.models import layers, segformer
+from segjax import layers
+from segjax.models import segformer
 from segjax.models.segformer import MLPDecoder
 
 # As in the paper, but that B1's decoder is as wide as that of the larger ones, and that no channel is dropped.

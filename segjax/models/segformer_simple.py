@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, rows
+from segjax import layers
 
 VARIANTS = {
     "": dict(
@@ -114,7 +114,7 @@ class MixFeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         first, middle, _, last = self.net
         depthwise, pointwise = middle.net
-        return rows.feed_forward(first, depthwise, last, x, in_steps=self.net, pointwise=pointwise)
+        return layers.feed_forward(first, depthwise, last, x, in_steps=self.net, pointwise=pointwise)
 
 
 class Unfold(nnx.Module):
@@ -238,7 +238,7 @@ class SegFormerSimple(nnx.Module):
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.mit(images.astype(self.dtype))
         fuse, classifier = self.to_segmentation
-        logits = rows.decode(
+        logits = layers.decode(
             features,
             fuse,
             lambda fused: fused,

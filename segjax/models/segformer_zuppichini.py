@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.models import layers, rows
+from segjax import layers
 
 VARIANTS = {
     "": dict(
@@ -100,7 +100,7 @@ class MixMLP(layers.Sequential):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         first, depthwise, _, last = self
-        return rows.feed_forward(first, depthwise, last, x, in_steps=super().__call__)
+        return layers.feed_forward(first, depthwise, last, x, in_steps=super().__call__)
 
 
 class ResidualAdd(nnx.Module):
@@ -286,7 +286,7 @@ class SegFormerZuppichini(nnx.Module):
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.encoder(images.astype(self.dtype))
         convolution, relu, norm = self.head.fuse
-        logits = rows.decode(
+        logits = layers.decode(
             features[::-1],
             convolution,
             lambda fused: norm(relu(fused)),

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax.models import layers, rows
+from segjax import layers
 
 # Widths and blocks of table 2, width and rank of the decoder as in the official configurations.
 VARIANTS = {
@@ -134,7 +134,7 @@ class Mlp(nnx.Module):
         self.fc2 = layers.Conv(hidden_dim, dim, 1, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rows.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
+        return layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
 
     def in_steps(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from segjax import settings
 from segjax.recipes import segformer
+from segjax.train import config as config_module
 from segjax.train import constraints, schema
 from segjax.train.constraints import Integer, Pair, Real
 
@@ -176,8 +176,10 @@ def test_a_problem_names_the_value_and_what_it_must_be(key, value, must_be):
 
 @pytest.mark.parametrize("label", ["../../evil", "a/b", "a\\b", "/", "a\nb", "a\0b", "\x1b[31m"])
 def test_a_label_cannot_lead_out_of_the_folder_of_runs(label, tmp_path):
-    with pytest.raises(settings.RunError, match=r"config\.label: .*; must be printable text without path separators"):
-        settings.check(changed(label=label), tmp_path)
+    with pytest.raises(
+        config_module.RunError, match=r"config\.label: .*; must be printable text without path separators"
+    ):
+        config_module.check(changed(label=label), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- a whole config
@@ -200,8 +202,8 @@ def test_all_problems_of_a_config_are_in_one_error(tmp_path):
         "model__name": "segformer_b7",
         "optim__lrr": 1.0,
     }
-    with pytest.raises(settings.RunError) as caught:
-        settings.check(changed(**wrong), tmp_path / "run")
+    with pytest.raises(config_module.RunError) as caught:
+        config_module.check(changed(**wrong), tmp_path / "run")
     first, *lines = str(caught.value).splitlines()
     assert first == "the settings cannot be used:"
     assert sorted(line.split(":")[0] for line in lines) == sorted(f"  config.{key.replace('__', '.')}" for key in wrong)
@@ -216,8 +218,8 @@ def test_a_config_without_a_setting_is_refused_by_its_key(key, tmp_path):
     *section, last = key.split(".")
     del (config[section[0]] if section else config)[last]
     assert set(schema.missing(config)) == {key}
-    with pytest.raises(settings.RunError, match=rf"config\.{key}: missing; "):
-        settings.check(config, tmp_path)
+    with pytest.raises(config_module.RunError, match=rf"config\.{key}: missing; "):
+        config_module.check(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", [section.name for section in schema.SECTIONS if section.name])
@@ -229,8 +231,8 @@ def test_a_config_without_a_section_is_refused_by_its_name(name, value, tmp_path
     else:
         with config.ignore_type():
             config[name] = value
-    with pytest.raises(settings.RunError) as caught:
-        settings.check(config, tmp_path)
+    with pytest.raises(config_module.RunError) as caught:
+        config_module.check(config, tmp_path)
     line = next(line for line in str(caught.value).splitlines() if line.startswith(f"  config.{name}"))
     assert "missing" in line
 
@@ -243,7 +245,7 @@ def test_settings_of_the_streets_are_needed_by_them_only(tmp_path):
         "data.size",
     }
     # --config.data.name=camvid leaves those of the streets behind.
-    settings.check(changed(data__name="camvid"), tmp_path)
+    config_module.check(changed(data__name="camvid"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +276,14 @@ def test_an_unknown_setting_is_refused_with_what_may_be_meant(key, hint):
 def test_an_unknown_setting_of_a_model_is_refused_before_the_run(key, hint, tmp_path):
     config = segformer.get_config("b0,streets")
     config.model[key] = 1
-    with pytest.raises(settings.RunError, match=rf"config\.model\.{key}: no such setting of segformer_b0; {hint}"):
-        settings.check(config, tmp_path)
+    with pytest.raises(config_module.RunError, match=rf"config\.model\.{key}: no such setting of segformer_b0; {hint}"):
+        config_module.check(config, tmp_path)
     config = segformer.get_config("b0,streets")
     config.model.name = "segformer_b7"
-    with pytest.raises(settings.RunError, match=r"config\.model\.name: 'segformer_b7'; no such model; did you mean 's"):
-        settings.check(config, tmp_path)
+    with pytest.raises(
+        config_module.RunError, match=r"config\.model\.name: 'segformer_b7'; no such model; did you mean 's"
+    ):
+        config_module.check(config, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- what builds on it
@@ -314,14 +318,14 @@ def test_every_setting_is_described_in_a_sentence(key):
 
 
 def test_an_earlier_run_that_has_the_old_name_of_a_setting_is_resumed(tmp_path):
-    now = settings.plain(segformer.get_config("b0,streets"))
+    now = config_module.plain(segformer.get_config("b0,streets"))
     before = json.loads(json.dumps(now))
     before["init"]["from_"] = before["init"].pop("checkpoint")
-    settings.refuse_other_run({"config": before}, {"config": now}, tmp_path)
+    config_module.refuse_other_run({"config": before}, {"config": now}, tmp_path)
     assert "from_" in before["init"]
     before["init"]["from_"] = "mit_b0.pth"
-    with pytest.raises(settings.RunError, match=r"config\.init\.checkpoint: mit_b0\.pth there,  now"):
-        settings.refuse_other_run({"config": before}, {"config": now}, tmp_path)
+    with pytest.raises(config_module.RunError, match=r"config\.init\.checkpoint: mit_b0\.pth there,  now"):
+        config_module.refuse_other_run({"config": before}, {"config": now}, tmp_path)
 
 
 def test_the_schema_and_the_recipes_are_read_without_jax():

@@ -1,0 +1,1 @@
+"""Times models next to PyTorch's."""

@@ -1,0 +1,435 @@
+"""Who is timed: our model and the PyTorch ones, on the same weights and the same input."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
+
+import numpy as np
+
+LR, WEIGHT_DECAY = 6e-5, 0.01
+
+
+class Work(NamedTuple):
+    """What a step is.
+
+    Attributes:
+      mode: "infer", images to logits; or "train": forward, loss at the labels' resolution, backward, AdamW.
+      dtype: "float32", or "bfloat16" (torch: autocast).
+    """
+
+    model: str
+    size: tuple[int, int]
+    batch: int
+    mode: str
+    dtype: str = "float32"
+    num_classes: int = 150
+    seed: int = 0
+
+    def images(self) -> np.ndarray:
+        """Normalised noise (B, H, W, 3), float32."""
+        return np.random.default_rng(self.seed).normal(size=(self.batch, *self.size, 3)).astype(np.float32)
+
+    def labels(self) -> np.ndarray:
+        """Train ids (B, H, W), uint8, in patches, a tenth of them ignored."""
+        rng = np.random.default_rng(self.seed + 1)
+        height, width = self.size
+        coarse = rng.integers(0, self.num_classes, (self.batch, -(-height // 16), -(-width // 16))).astype(np.uint8)
+        coarse[rng.random(coarse.shape) < 0.1] = 255
+        return coarse.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
+
+
+class Contender(NamedTuple):
+    """A step that is ready to be timed.
+
+    Attributes:
+      run: does so many steps (one unless told) and waits for their end: on a CPU for that of each, on a GPU for that of
+        the last, as a training run or a queue of images does. Gives what the last one gave.
+      outcome: of the first step: logits (B, h, w, K), or the loss.
+      compile_seconds: how long it took to make ready, the first step included.
+      memory: bytes that a step takes beside weights, the optimizer's moments and input, where the device tells; else
+        None.
+    """
+
+    run: Callable[..., object]
+    outcome: np.ndarray
+    compile_seconds: float
+    memory: int | None
+
+
+# What products of float32 are made of, on both sides alike; recorded with the times.
+FLOAT32_PRODUCTS = "float32, never TF32"
+
+
+def same_precision(work: Work) -> None:
+    """Both sides multiply float32 as float32: on an NVIDIA GPU either would round to TF32 somewhere, unless told."""
+    import jax
+    import torch
+
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if work.dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def repeated(step: Callable[[], object], wait: Callable[[object], object], *, each: bool) -> Callable[..., object]:
+    """`Contender.run`: `wait` is given what a step gave, after each one or after the last."""
+
+    def run(steps: int = 1):
+        for number in range(1, steps + 1):
+            given = step()
+            if each or number == steps:
+                wait(given)
+        return given
+
+    return run
+
+
+def pair(work: Work):
+    """Our model and its reference, nothing random in either, with the same weights."""
+    from segjax import models
+    from segjax.torch_reference.verify import randomised_pair
+
+    settings = models.settings(work.model)
+    still = {key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in settings}
+    return randomised_pair(work.model, num_classes=work.num_classes, seed=work.seed, dtype="float32", **still)
+
+
+def ours(work: Work) -> Contender:
+    """Ours, as `train.py` and `segjax.evaluate` run it."""
+    import jax.numpy as jnp
+
+    import segjax
+    from segjax.models.segnext import Hamburger
+    from segjax.torch_reference import verify
+
+    model, _ = pair(work)
+    if work.dtype == "bfloat16":
+        overrides = dict(model.spec.overrides)
+        model = segjax.from_torch(
+            segjax.to_torch(model), name=work.model, num_classes=work.num_classes, dtype=jnp.bfloat16, **overrides
+        )
+    bases = verify.bases_for(model, work.batch)
+    if bases:
+        # Training draws bases at every step; both sides are given the same, so that their losses can be compared.
+        Hamburger.bases_for = lambda self, x: jnp.asarray(bases[0], x.dtype)
+    make = _our_training if work.mode == "train" else _our_inference
+    return make(work, model)
+
+
+def _our_inference(work: Work, model) -> Contender:
+    import jax
+
+    from segjax.models.functional import FunctionalModel
+    from segjax.runtime.parallel import compiler_options
+
+    skeleton = FunctionalModel(model)
+    arrays = jax.device_put(skeleton.arrays())
+    images = jax.device_put(work.images())
+
+    def forward(params, batch_stats, images):
+        return skeleton.bind(params, batch_stats)(images)[0]
+
+    since = time.perf_counter()
+    options = compiler_options(jax.default_backend())
+    program = jax.jit(forward, compiler_options=options).lower(*arrays, images).compile()
+    outcome = np.asarray(program(*arrays, images))
+    seconds = time.perf_counter() - since
+    run = repeated(lambda: program(*arrays, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
+    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+
+
+def training(work: Work, model):
+    """A step of training as `train.py` compiles it, and what it is called with.
+
+    Returns:
+      step, and a function that compiles it; state, batch, key.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from segjax import losses
+    from segjax.models.functional import FunctionalModel
+    from segjax.recipes import common
+    from segjax.runtime.parallel import Parallel
+    from segjax.train import optim
+    from segjax.train.state import TrainState
+    from segjax.train.step import TrainStep
+
+    config = common.get_config("folder")
+    config.optim.update(lr=LR, weight_decay=WEIGHT_DECAY, no_decay="", warmup_steps=0, lr_multipliers=())
+    parallel, skeleton = Parallel("jit", jax.devices()[:1]), FunctionalModel(model)
+    params, batch_stats = skeleton.arrays()
+    optimizer = optim.optimizer(config.optim, params, steps=10**9)
+    step = TrainStep(
+        skeleton=skeleton,
+        optimizer=optimizer,
+        augment=lambda _, batch: (batch["image"], batch["label"]),
+        criterion=losses.criterion(config.loss, num_classes=work.num_classes, ignore_label=255),
+        aux_weight=config.loss.aux_weight,
+    )
+    state = TrainState.start(params, batch_stats, optimizer.init(params))
+    state = parallel.replicate(jax.tree.map(jnp.copy, state))
+    batch = {"image": work.images(), "label": work.labels(), "position": np.arange(work.batch, dtype=np.int32)}
+    return step, parallel.compile_train, state, jax.device_put(batch), jax.random.key(0)
+
+
+def _our_training(work: Work, model) -> Contender:
+    import jax
+
+    step, compile_train, state, batch, key = training(work, model)
+    since = time.perf_counter()
+    program = compile_train(step).lower(state, batch, key).compile()
+    state, scalars = program(state, batch, key)
+    outcome = np.asarray(scalars["loss"])
+    seconds = time.perf_counter() - since
+
+    def train():
+        nonlocal state
+        state, scalars = program(state, batch, key)
+        return scalars["loss"]
+
+    run = repeated(train, jax.block_until_ready, each=jax.default_backend() == "cpu")
+    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+def torch_eager(work: Work) -> Contender:
+    return _torch(work, pair(work)[1])
+
+
+def torch_channels_last(work: Work) -> Contender:
+    return _torch(work, pair(work)[1], channels_last=True)
+
+
+def torch_compile(work: Work) -> Contender:
+    return _torch(work, pair(work)[1], compiled="default")
+
+
+def torch_compile_max_autotune(work: Work) -> Contender:
+    """With kernels chosen by timing them, and on a GPU replayed as CUDA graphs."""
+    return _torch(work, pair(work)[1], compiled="max-autotune")
+
+
+def torch_sdpa(work: Work) -> Contender:
+    """With PyTorch's own scaled_dot_product_attention."""
+    return _torch(work, _with_sdpa(pair(work)[1]))
+
+
+def torch_fused(work: Work) -> Contender:
+    """With our order of the decoder's products, and scaled_dot_product_attention."""
+    return _torch(work, _with_fused_decoder(_with_sdpa(pair(work)[1])))
+
+
+def torch_fused_compile(work: Work) -> Contender:
+    return _torch(work, _with_fused_decoder(_with_sdpa(pair(work)[1])), compiled="default")
+
+
+def of_transformers(work: Work) -> Contender:
+    """transformers' SegFormer as it comes."""
+    import torch
+    import transformers
+
+    from segjax.checkpoints import metadata
+    from segjax.checkpoints.files import write_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        about = metadata.completed(metadata.guessed(work.num_classes))
+        write_file(Path(folder) / "model", pair(work)[0], dialect="hf", about=about)
+        network = transformers.SegformerForSemanticSegmentation.from_pretrained(Path(folder) / "model")
+    for module in network.modules():
+        for rate in ("p", "drop_prob"):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
+
+    class Logits(torch.nn.Module):
+        """What the references give."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return self.network(images).logits, {}
+
+    return _torch(work, Logits().eval())
+
+
+def of_segformer_pytorch(work: Work) -> Contender:
+    """The package on PyPI, as it comes."""
+    import torch
+    from segformer_pytorch import Segformer
+
+    import segjax
+
+    network = Segformer(num_classes=work.num_classes).eval()
+    weights = segjax.to_torch(pair(work)[0])
+    network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()})
+
+    class Logits(torch.nn.Module):
+        """What the references give."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return self.network(images), {}
+
+    return _torch(work, Logits().eval())
+
+
+def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | None = None) -> Contender:
+    """A step of a torch module (images NCHW -> logits NCHW, taps).
+
+    Args:
+      compiled: the mode of `torch.compile`, if at all.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from segjax.torch_reference import verify
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    # XLA too chooses its convolutions by timing them.
+    torch.backends.cudnn.benchmark = True
+    images = verify.to_nchw(work.images()).to(device)
+    labels = torch.from_numpy(work.labels()).long().to(device)
+    network.to(device).train(work.mode == "train")
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+    extra = [torch.from_numpy(array).to(device) for array in verify.bases_for(pair(work)[0], work.batch)]
+    half = torch.autocast(device.type, torch.bfloat16, enabled=work.dtype == "bfloat16")
+    forward = torch.compile(network, mode=compiled) if compiled else network
+
+    def loss_of(logits):
+        enlarged = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(enlarged, labels, ignore_index=255)
+
+    def infer():
+        if compiled:
+            # What the last step gave, a CUDA graph may write over.
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.inference_mode(), half:
+            return forward(images, *extra)[0]
+
+    optimizer = None
+    if work.mode == "train":
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
+
+    def train():
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        with half:
+            logits, taps = forward(images, *extra)
+        loss = loss_of(logits)
+        if "aux_logits" in taps:
+            loss = loss + 0.4 * loss_of(taps["aux_logits"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def wait(_):
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    run = repeated(train if work.mode == "train" else infer, wait, each=not on_gpu)
+    since = time.perf_counter()
+    first = run()
+    outcome = first.cpu().numpy() if work.mode == "train" else verify.to_nhwc(first.float().cpu())
+    seconds = time.perf_counter() - since
+    if not on_gpu:
+        return Contender(run, outcome, seconds, None)
+    # The next steps record CUDA graphs, where there are any.
+    run(3)
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    moments = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    held = (*network.parameters(), *network.buffers(), *moments, *extra, images, labels)
+    memory = torch.cuda.max_memory_allocated() - sum(tensor.nbytes for tensor in held if tensor.is_cuda)
+    return Contender(run, outcome, seconds, memory)
+
+
+def _with_sdpa(network):
+    import torch.nn.functional as F
+
+    from segjax.torch_reference.segformer import EfficientSelfAttention, to_image, to_tokens
+
+    def forward(self, tokens, H, W):
+        B, N, C = tokens.shape
+        reduced = tokens
+        if self.sr_ratio > 1:
+            reduced = self.norm(to_tokens(self.sr(to_image(tokens, H, W)))[0])
+        heads = map(self.split_heads, (self.q(tokens), *self.kv(reduced).split(C, dim=-1)))
+        context = F.scaled_dot_product_attention(*heads)
+        return self.proj(context.transpose(1, 2).reshape(B, N, C))
+
+    for module in network.modules():
+        if isinstance(module, EfficientSelfAttention):
+            module.forward = MethodType(forward, module)
+    return network
+
+
+def _with_fused_decoder(network):
+    """The official decoder with each level's two products as one, at the level's own resolution."""
+    import torch
+    import torch.nn.functional as F
+
+    def forward(self, features):
+        size = features[0].shape[2:]
+        levels = (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)
+        slices = self.linear_fuse.conv.weight[:, :, 0, 0].chunk(4, dim=1)
+        total = 0
+        for feature, level, fuse in zip(reversed(features), levels, slices, strict=True):
+            kernel, bias = fuse @ level.proj.weight, fuse @ level.proj.bias
+            x = F.conv2d(feature, kernel[:, :, None, None], bias)
+            total = total + F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        return self.linear_pred(self.dropout(torch.relu(self.linear_fuse.bn(total))))
+
+    network.decode_head.forward = MethodType(forward, network.decode_head)
+    return network
+
+
+CONTENDERS = {
+    "segjax": ours,
+    "torch": torch_eager,
+    "torch-channels-last": torch_channels_last,
+    "torch-compile": torch_compile,
+    "torch-compile-max-autotune": torch_compile_max_autotune,
+    "torch-sdpa": torch_sdpa,
+    "torch-fused": torch_fused,
+    "torch-fused-compile": torch_fused_compile,
+    "transformers": of_transformers,
+    "segformer-pytorch": of_segformer_pytorch,
+}
+# Beginnings of the names of models that a contender stands for; the others stand for all.
+ONLY = {
+    "torch-sdpa": "segformer_b",
+    "torch-fused": "segformer_b",
+    "torch-fused-compile": "segformer_b",
+    "transformers": "segformer_b",
+    "segformer-pytorch": "segformer_simple",
+}
+
+
+# What pays on a GPU alone, and takes minutes to make ready: on a CPU it is timed only where it is asked for.
+FOR_GPUS = ("torch-compile-max-autotune",)
+
+
+def rivals(model: str) -> list[str]:
+    """Whom a model of ours can be timed against."""
+    return [name for name in CONTENDERS if name != "segjax" and model.startswith(ONLY.get(name, ""))]
+
+
+def chosen(model: str, against: Sequence[str] | None, *, on_gpu: bool) -> list[str]:
+    """Whom it is timed against: those named in `against`, else all that this machine is for."""
+    return [name for name in rivals(model) if (name in against if against else on_gpu or name not in FOR_GPUS)]

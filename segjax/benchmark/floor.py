@@ -1,0 +1,75 @@
+"""The least time that a machine's ceilings allow."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+
+ADAMW_BYTES = 7 * 4
+
+
+def floor_of(work: tuple, ceiling: Mapping) -> dict[str, float]:
+    """The least that a step must do, and how long this machine takes for it; see the module's docstring."""
+    import jax.numpy as jnp
+
+    from segjax.models import summary
+
+    model, size, batch, mode, dtype, num_classes = work
+    least = summary.least_work(model, size, batch=batch, num_classes=num_classes)
+    passes, updates = (3, ADAMW_BYTES * least.parameters) if mode == "train" else (1, 0)
+    flops = 2 * passes * least.multiply_adds
+    moved = passes * least.values * jnp.dtype(dtype).itemsize + updates
+    seconds = max(flops / ceiling["flops_per_second"], moved / ceiling["bytes_per_second"])
+    return {"flops": flops, "bytes": moved, "milliseconds": 1e3 * seconds}
+
+
+def ceilings(dtype: str) -> dict[str, object]:
+    """What this machine reaches in a type: products of large matrices, FLOP/s, and a copy, bytes/s; and its name.
+
+    Sizes that fill it: matrices of 2048 and 64 Mi numbers on a CPU, 8192 and 512 Mi on a GPU, of random numbers, since
+    zeros are multiplied faster. The best of ten. For a process of its own, which keeps freed memory as contenders do:
+    with results in fresh pages, which the kernel zeroes, two cores copy 10 GB a second instead of 40 to 65.
+    """
+    from segjax.runtime import environment
+
+    environment.keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    if dtype == "float32" and not on_cpu:
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+    def best(function, *arrays):
+        program = jax.jit(function).lower(*arrays).compile()
+        program(*arrays).block_until_ready()
+        # The start of a kernel is nothing that a GPU waits for when others are queued before it.
+        queued = 1 if on_cpu else 5
+        seconds = []
+        for _ in range(10):
+            since = time.perf_counter()
+            for _ in range(queued):
+                done = program(*arrays)
+            done.block_until_ready()
+            seconds.append((time.perf_counter() - since) / queued)
+        return min(seconds)
+
+    side, length = (2048, 2**26) if on_cpu else (8192, 2**29)
+    matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    long = jnp.ones((length,), dtype)
+    return {
+        "flops_per_second": 2 * side**3 / best(jnp.matmul, matrix, matrix),
+        "bytes_per_second": 2 * long.nbytes / best(lambda x: x + 1, long),
+        "dtype": dtype,
+        "device": device.device_kind,
+        "platform": device.platform,
+    }
+
+
+def measured_ceilings(dtype: str) -> dict[str, object]:
+    """`ceilings` in a process of its own, which leaves nothing on a GPU."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(ceilings, dtype).result()

@@ -1,0 +1,91 @@
+"""Results of a benchmark as lines, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from segjax.benchmark.runner import OURS
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
+    """The lines of one comparison, at most 80 columns."""
+    height, width = result["size"]
+    what = {"infer": "inference", "train": "training step"}[result["mode"]]
+    shape = f"{result['batch']}x{height}x{width}, {result['num_classes']} classes"
+    timed = [row for row in result["contenders"] if "failed" not in row]
+    yield f"{result['model']}, {what}, {shape}, {result['dtype']}"
+    yield f"{'':<26} {'ms':>9} {'quartiles':>17} {'segjax/it':>9} {'start s':>7} {'MiB':>6}"
+    for row in timed:
+        middle, low, high = row["milliseconds"]
+        digits = 1 if middle >= 10 else 3
+        spread = f"{low:.{digits}f}..{high:.{digits}f}"
+        yield (
+            f"{row['name']:<26} {middle:>9.{digits}f} {spread:>17} {row['ours_over_theirs'][0]:>9.2f} "
+            f"{row['compile_seconds']:>7.1f} {row['memory_bytes'] / 2**20:>6.0f}"
+        )
+    for row in result["contenders"]:
+        if "failed" in row:
+            yield row["failed"][:80]
+    floor = result["floor"]
+    yield (
+        f"floor {floor['milliseconds']:.3g} ms: {floor['flops'] / 1e9:.3g} GFLOP and {floor['bytes'] / 1e9:.3g} GB "
+        "must be done"
+    )
+    yield f"{'':<26} {'images/s':>9} {'GFLOP/s':>9} {'of peak':>7} {'GB/s':>8} {'of peak':>7} {'of floor':>8}"
+    for row in timed:
+        rates = row["flops_per_second"], row["bytes_per_second"]
+        shares = rates[0] / ceiling["flops_per_second"], rates[1] / ceiling["bytes_per_second"]
+        yield (
+            f"{row['name']:<26} {row['images_per_second']:>9.1f} {rates[0] / 1e9:>9.0f} {shares[0]:>7.0%} "
+            f"{rates[1] / 1e9:>8.1f} {shares[1]:>7.0%} {row['share_of_floor']:>8.0%}"
+        )
+
+
+def markdown(record: Mapping) -> Iterator[str]:
+    """The table of the README: our time over theirs. Rows of the same work become one."""
+    merged: dict[tuple, dict[str, Mapping]] = {}
+    for result in record["results"]:
+        rows = merged.setdefault((result["model"], result["mode"], result["batch"], *result["size"]), {})
+        for row in result["contenders"]:
+            if "failed" not in row:
+                rows.setdefault(row["name"], row)
+    names = list(dict.fromkeys(name for rows in merged.values() for name in rows if name != OURS))
+    # Records of before have no floor.
+    has_floor = any("share_of_floor" in row for rows in merged.values() for row in rows.values())
+    extra = ["images/s", "of the floor"] if has_floor else []
+    yield "| " + " | ".join(["model", "work", "segjax, ms", *extra, *names]) + " |"
+    yield "|---" * (3 + len(extra) + len(names)) + "|"
+    for (model, mode, batch, height, width), rows in merged.items():
+        if OURS not in rows:
+            continue
+        ours = rows[OURS]
+        time_of_ours = ours["milliseconds"][0]
+        cells = [f"`{model}`", f"{mode} {batch}x{height}x{width}"]
+        cells += [f"{time_of_ours:.0f}" if time_of_ours >= 10 else f"{time_of_ours:.2f}"]
+        if has_floor:
+            known = "share_of_floor" in ours
+            cells += [f"{ours['images_per_second']:.0f}", f"{ours['share_of_floor']:.0%}"] if known else ["", ""]
+        cells += [f"{rows[name]['ours_over_theirs'][0]:.2f}" if name in rows else "" for name in names]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def machine(device: str) -> dict[str, object]:
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "torch", "transformers", "segformer-pytorch"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return {
+        "versions": {"python": platform.python_version()} | versions,
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": device,
+    }

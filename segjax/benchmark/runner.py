@@ -1,0 +1,271 @@
+"""Times contenders turn by turn, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from segjax.benchmark.floor import floor_of
+from segjax.benchmark.rows import Row
+
+OURS = "segjax"
+# What float32 and bfloat16 may differ by, relative to the largest logit, or to the loss.
+CLOSE = {"float32": 1e-3, "bfloat16": 0.1}
+SPELLINGS = {"bf16": "bfloat16"}
+ROUND_SECONDS, ROUNDS, QUIET_SECONDS = 0.5, 15, 0.5
+
+
+class BenchmarkError(ValueError):
+    """What cannot be timed, and why."""
+
+
+class OutOfMemoryError(BenchmarkError):
+    """A contender whose step does not fit."""
+
+
+class OutOfTimeError(BenchmarkError):
+    """A contender that is not done when the minutes are over."""
+
+
+# ------------------------------------------------------------------------------------------------------- one contender
+
+
+def _serve(connection, name: str, work: tuple) -> None:
+    """A process that makes a contender, tells what it computes, and then does as many steps as it is asked for."""
+    try:
+        from segjax.runtime import environment
+
+        # For torch as well: it gains from it as much.
+        environment.keep_freed_memory()
+        import jax
+        import torch
+
+        from segjax.benchmark.contenders import CONTENDERS, Work, same_precision
+
+        work = Work(*work)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if name != OURS:
+            # It only makes the weights there: the card is torch's.
+            jax.config.update("jax_platforms", "cpu")
+        if not connection.recv():
+            return
+        same_precision(work)
+        contender = CONTENDERS[name](work)
+        before = _resident()
+        contender.run()
+        peak = contender.memory if contender.memory is not None else max(0, _peak() - before)
+        connection.send((contender.outcome, contender.compile_seconds, peak))
+        while steps := connection.recv():
+            # The caches, and memory that the kernel took for idle, are its own again.
+            contender.run()
+            since = time.perf_counter()
+            contender.run(steps)
+            connection.send((time.perf_counter() - since) / steps)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _resident() -> int:
+    """Bytes that this process holds; the peak is counted anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def _peak() -> int:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+class Runner:
+    """A contender in its process, which comes up while others are made ready."""
+
+    def __init__(self, name: str, work: tuple, *, until: float | None = None):
+        """until: on the clock of `time.monotonic`; later answers are not waited for."""
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._until = until
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, work), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def make(self) -> None:
+        self.outcome, self.compile_seconds, self.memory = self._answer_to(True)
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, when so many are done in a row."""
+        return self._answer_to(steps)
+
+    def _answer_to(self, message):
+        try:
+            self._connection.send(message)
+            if self._until is not None and not self._connection.poll(max(0, self._until - time.monotonic())):
+                raise OutOfTimeError(f"{self.name}: not done when the minutes were over")
+            answer = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(10)
+            raise BenchmarkError(f"{self.name}: its process died (exit status {self._process.exitcode})") from None
+        if isinstance(answer, str):
+            does_not_fit = re.search("RESOURCE_EXHAUSTED|out of memory", answer, re.IGNORECASE)
+            raise (OutOfMemoryError if does_not_fit else BenchmarkError)(f"{self.name}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(0)
+        # One that compiles hears nothing for minutes.
+        self._process.join(1 if self._until is not None and time.monotonic() > self._until else 10)
+        self._process.kill()
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(
+    names: Sequence[str],
+    work: tuple,
+    *,
+    ceiling: Mapping,
+    rounds: int,
+    say,
+    apart: bool = False,
+    until: float | None = None,
+    keep_going: bool = False,
+) -> dict[str, object]:
+    """Times contenders against each other; the first one is ours.
+
+    Args:
+      work: the fields of `contenders.Work`.
+      ceiling: of `ceilings`, for the same dtype.
+      apart: one contender after the other, each closed before the next is made, instead of turn by turn.
+      until: on the clock of `time.monotonic`, when all must be over; contenders that are not are left out.
+      keep_going: has a rival that cannot be timed stand in the result with the reason, "failed".
+
+    Raises:
+      BenchmarkError: one cannot be made, or computes something else. OutOfMemoryError, whatever `keep_going` says.
+      OutOfTimeError: ours was not done in time.
+    """
+    model, size, batch, mode, dtype, num_classes = work
+    times, made, failed, cut = {}, {}, {}, False
+    with contextlib.ExitStack() as stack:
+        runners = [Runner(name, work, until=until) for name in names]
+        for runner in runners:
+            stack.callback(runner.close)
+        # While they come up.
+        floor = floor_of(work, ceiling)
+        for runner in runners:
+            say(f"  {runner.name}: making it ready ...")
+            try:
+                runner.make()
+                runner.error = _difference(runner.outcome, runners[0].outcome)
+                if not runner.error <= CLOSE[dtype]:
+                    raise BenchmarkError(
+                        f"{runner.name} computes something else than {names[0]}: off by {runner.error:.1e}"
+                    )
+                made[runner.name] = runner
+                if apart:
+                    times |= _turns([runner], rounds)
+                    runner.close()
+            except OutOfMemoryError:
+                raise
+            except BenchmarkError as error:
+                if not keep_going or runner is runners[0]:
+                    raise
+                runner.close()
+                made.pop(runner.name, None)
+                failed[runner.name] = str(error)
+                cut |= isinstance(error, OutOfTimeError)
+                say(f"  {error}")
+        if not apart:
+            times = _turns(list(made.values()), rounds)
+    ours = np.array(times[names[0]])
+    rows = []
+    for name in names:
+        if name in failed:
+            rows.append({"name": name, "failed": failed[name]})
+            continue
+        middle = float(np.median(times[name]))
+        rows.append(
+            {
+                "name": name,
+                "milliseconds": quartiles(1e3 * np.array(times[name])),
+                "ours_over_theirs": quartiles(ours / np.array(times[name])),
+                "difference": made[name].error,
+                "compile_seconds": made[name].compile_seconds,
+                "memory_bytes": made[name].memory,
+                "images_per_second": batch / middle,
+                "flops_per_second": floor["flops"] / middle,
+                "bytes_per_second": floor["bytes"] / middle,
+                "share_of_floor": floor["milliseconds"] / (1e3 * middle),
+            }
+        )
+    return {
+        "model": model,
+        "mode": mode,
+        "batch": batch,
+        "size": list(size),
+        "dtype": dtype,
+        "num_classes": num_classes,
+        "rounds": rounds,
+        "floor": floor,
+        **({"cut_short": True} if cut else {}),
+        "contenders": rows,
+    }
+
+
+def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each, one number a round."""
+    times = {runner.name: [] for runner in runners}
+    steps = {runner.name: max(1, round(ROUND_SECONDS / runner.seconds(2))) for runner in runners}
+    for number in range(rounds):
+        # Whoever comes after a heavy one may find a warmer machine: the order changes.
+        start = number % len(runners)
+        for runner in (*runners[start:], *runners[:start]):
+            # Threads of the one before may go on looking for work for some tenths of a second.
+            if len(runners) > 1:
+                time.sleep(QUIET_SECONDS)
+            times[runner.name].append(runner.seconds(steps[runner.name]))
+    return times
+
+
+def largest_that_fits(measure, row: Row, *, say) -> dict[str, object]:
+    """`measure(row)`, with half the batch as long as one of the contenders has too little memory.
+
+    All have the same batch: the largest that fits everybody, to within a factor of two.
+
+    Returns:
+      The result, with "did_not_fit", names and batches, and "seconds", how long all of it took.
+
+    Raises:
+      OutOfMemoryError: not even one image fits.
+    """
+    did_not_fit, since = [], time.monotonic()
+    while True:
+        try:
+            result = measure(row)
+        except OutOfMemoryError as error:
+            name = str(error).partition(":")[0]
+            if row.batch == 1:
+                raise
+            say(f"  a batch of {row.batch} does not fit {name}; half of it ...")
+            did_not_fit.append({"name": name, "batch": row.batch})
+            row = row._replace(batch=row.batch // 2)
+        else:
+            return result | {"did_not_fit": did_not_fit, "seconds": time.monotonic() - since}
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+def quartiles(values: np.ndarray) -> list[float]:
+    """Median, lower and upper quartile."""
+    return [float(np.percentile(values, share)) for share in (50, 25, 75)]

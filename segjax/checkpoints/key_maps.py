@@ -1,0 +1,461 @@
+"""How each package writes each family's weights: tables of renames, splits and merges onto the native names, both ways.
+
+Native names are the attribute paths of our modules, which are the keys that the first publisher of a family used. A
+*rule* pairs native names with foreign ones; `{t}` is the tensor's own name (`weight`, `running_var`, ...), which stays,
+and stands at the end where a name does not place it. Where one side has several names, its tensors stacked along the
+first axis make up the other side. In a name `{s}` is the stage 1..4, `{z}` the stage from zero, `{r}` the stage from
+the deep end from zero, `{b}` a number, `{rest}` anything.
+
+A *naming* is a list of rules. A *form* is how one package (the dialect) writes one family: its naming, older ones that
+it also reads, and what its files leave unsaid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+BATCH_COUNTER = "num_batches_tracked"
+# A setting that a checkpoint cannot tell and that differs between the published variants of a family.
+OF_VARIANT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Native names and foreign names of the same numbers.
+
+    Attributes:
+      native, foreign: templates; several stand for tensors stacked along the first axis.
+      shares: relative lengths of the native parts, where there are several.
+      as_conv: a linear layer (out, in) here is a 1x1 convolution (out, in, 1, 1) there.
+    """
+
+    native: tuple[str, ...]
+    foreign: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    as_conv: bool = False
+
+
+def _rule(native, foreign, **settings) -> Rule:
+    return Rule(_names(native), _names(foreign), **settings)
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name if "{t}" in name or "{rest}" in name else name + ".{t}"
+        for name in (names if isinstance(names, tuple) else (names,))
+    )
+
+
+def _prefixed(native_prefix: str, foreign_prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    return tuple(
+        dataclasses.replace(
+            rule,
+            native=tuple(native_prefix + name for name in rule.native),
+            foreign=tuple(foreign_prefix + name for name in rule.foreign),
+        )
+        for rule in rules
+    )
+
+
+def _same(*names: str) -> tuple[Rule, ...]:
+    return tuple(_rule(name, name) for name in names)
+
+
+# -------------------------------------------------------------------------------------------------- SegFormer's encoder
+
+_MIT = _same(
+    *(
+        "patch_embed{s}.proj",
+        "patch_embed{s}.norm",
+        "block{s}.{b}.norm1",
+        "block{s}.{b}.attn.q",
+        "block{s}.{b}.attn.kv",
+    ),
+    *("block{s}.{b}.attn.sr", "block{s}.{b}.attn.norm", "block{s}.{b}.attn.proj", "block{s}.{b}.norm2"),
+    *("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.dwconv.dwconv", "block{s}.{b}.mlp.fc2", "norm{s}"),
+)
+# transformers as written to disk, and version 5 in memory.
+_MIT_HF = (
+    _rule("patch_embed{s}.proj", "patch_embeddings.{z}.proj"),
+    _rule("patch_embed{s}.norm", "patch_embeddings.{z}.layer_norm"),
+    _rule("block{s}.{b}.norm1", "block.{z}.{b}.layer_norm_1"),
+    _rule("block{s}.{b}.attn.q", "block.{z}.{b}.attention.self.query"),
+    _rule("block{s}.{b}.attn.kv", ("block.{z}.{b}.attention.self.key", "block.{z}.{b}.attention.self.value")),
+    _rule("block{s}.{b}.attn.sr", "block.{z}.{b}.attention.self.sr"),
+    _rule("block{s}.{b}.attn.norm", "block.{z}.{b}.attention.self.layer_norm"),
+    _rule("block{s}.{b}.attn.proj", "block.{z}.{b}.attention.output.dense"),
+    _rule("block{s}.{b}.norm2", "block.{z}.{b}.layer_norm_2"),
+    _rule("block{s}.{b}.mlp.fc1", "block.{z}.{b}.mlp.dense1"),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "block.{z}.{b}.mlp.dwconv.dwconv"),
+    _rule("block{s}.{b}.mlp.fc2", "block.{z}.{b}.mlp.dense2"),
+    _rule("norm{s}", "layer_norm.{z}"),
+)
+_REDUCTION = "stages.{z}.blocks.{b}.attention.sequence_reduction"
+_MIT_HF5 = (
+    _rule("patch_embed{s}.proj", "stages.{z}.patch_embeddings.proj"),
+    _rule("patch_embed{s}.norm", "stages.{z}.patch_embeddings.layer_norm"),
+    _rule("block{s}.{b}.norm1", "stages.{z}.blocks.{b}.layernorm_before"),
+    _rule("block{s}.{b}.attn.q", "stages.{z}.blocks.{b}.attention.q_proj"),
+    _rule("block{s}.{b}.attn.kv", ("stages.{z}.blocks.{b}.attention.k_proj", "stages.{z}.blocks.{b}.attention.v_proj")),
+    _rule("block{s}.{b}.attn.sr", f"{_REDUCTION}.sequence_reduction"),
+    _rule("block{s}.{b}.attn.norm", f"{_REDUCTION}.layer_norm"),
+    _rule("block{s}.{b}.attn.proj", "stages.{z}.blocks.{b}.attention.o_proj"),
+    _rule("block{s}.{b}.norm2", "stages.{z}.blocks.{b}.layernorm_after"),
+    _rule("block{s}.{b}.mlp.fc1", "stages.{z}.blocks.{b}.mlp.fc1"),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "stages.{z}.blocks.{b}.mlp.dwconv.dwconv"),
+    _rule("block{s}.{b}.mlp.fc2", "stages.{z}.blocks.{b}.mlp.fc2"),
+    _rule("norm{s}", "stages.{z}.layer_norm"),
+)
+# mmsegmentation: torch's joint projection of queries, keys and values; the Mix-FFN's linear layers as convolutions.
+_MIT_MMSEG = (
+    _rule("patch_embed{s}.proj", "layers.{z}.0.projection"),
+    _rule("patch_embed{s}.norm", "layers.{z}.0.norm"),
+    _rule("block{s}.{b}.norm1", "layers.{z}.1.{b}.norm1"),
+    _rule(("block{s}.{b}.attn.q", "block{s}.{b}.attn.kv"), "layers.{z}.1.{b}.attn.attn.in_proj_{t}", shares=(1, 2)),
+    _rule("block{s}.{b}.attn.sr", "layers.{z}.1.{b}.attn.sr"),
+    _rule("block{s}.{b}.attn.norm", "layers.{z}.1.{b}.attn.norm"),
+    _rule("block{s}.{b}.attn.proj", "layers.{z}.1.{b}.attn.attn.out_proj"),
+    _rule("block{s}.{b}.norm2", "layers.{z}.1.{b}.norm2"),
+    _rule("block{s}.{b}.mlp.fc1", "layers.{z}.1.{b}.ffn.layers.0", as_conv=True),
+    _rule("block{s}.{b}.mlp.dwconv.dwconv", "layers.{z}.1.{b}.ffn.layers.1"),
+    _rule("block{s}.{b}.mlp.fc2", "layers.{z}.1.{b}.ffn.layers.4", as_conv=True),
+    _rule("norm{s}", "layers.{z}.2"),
+)
+
+# ------------------------------------------------------------------------------------------------- SegFormer's decoders
+
+_OFFICIAL_HEAD = _same("linear_c{s}.proj", "linear_fuse.conv", "linear_fuse.bn", "linear_pred")
+_HF_HEAD = (
+    _rule("linear_c{s}.proj", "linear_c.{z}.proj"),
+    _rule("linear_fuse.conv", "linear_fuse"),
+    _rule("linear_fuse.bn", "batch_norm"),
+    _rule("linear_pred", "classifier"),
+)
+_HF5_HEAD = (_rule("linear_c{s}.proj", "linear_projections.{z}.proj"), *_HF_HEAD[1:])
+_SMP_HEAD = (
+    _rule("linear_c{s}.proj", "decoder.mlp_stage.{r}.linear"),
+    _rule("linear_fuse.conv", "decoder.fuse_stage.0"),
+    _rule("linear_fuse.bn", "decoder.fuse_stage.1"),
+    _rule("linear_pred", "segmentation_head.0"),
+)
+_PLAIN_HEAD = _same("linear_c{s}.proj", "linear_fuse", "linear_fuse_bn", "linear_pred")
+_MMSEG_HEAD = _same("convs.{b}.conv", "convs.{b}.bn", "fusion_conv.conv", "fusion_conv.bn", "conv_seg")
+
+
+def _segformer(encoder: str, mit: tuple[Rule, ...], head: str, decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """An encoder's rules and a decoder's, each behind the foreign prefix in front of it."""
+    return _prefixed("backbone.", encoder, mit) + _prefixed("decode_head.", head, decoder)
+
+
+# ------------------------------------------------------------------------------------------------------- other families
+
+_HRNET = _same("conv1", "bn1", "conv2", "bn2", "layer1.{rest}", "transition{b}.{rest}", "stage{b}.{rest}")
+_HRNET_HEAD = _same("last_layer.{b}")
+_OCR_HEADS = _same("conv3x3_ocr.{rest}", "ocr_distri_head.{rest}", "cls_head", "aux_head.{b}")
+_MMSEG_FCN = (
+    _rule("0", "convs.0.conv"),
+    _rule("1", "convs.0.bn"),
+    _rule("3", "conv_seg"),
+)
+_CONTEXT = "ocr_distri_head.object_context_block"
+
+
+def _mmseg_projection(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (_rule(f"{_CONTEXT}.{ours}.0", f"{theirs}.conv"), _rule(f"{_CONTEXT}.{ours}.1.0", f"{theirs}.bn"))
+
+
+_MMSEG_OCR = (
+    *(_rule("conv3x3_ocr.0", "bottleneck.conv"), _rule("conv3x3_ocr.1", "bottleneck.bn")),
+    *_mmseg_projection("f_pixel", "object_context_block.query_project.0"),
+    _rule(f"{_CONTEXT}.f_pixel.2", "object_context_block.query_project.1.conv"),
+    _rule(f"{_CONTEXT}.f_pixel.3.0", "object_context_block.query_project.1.bn"),
+    *_mmseg_projection("f_object", "object_context_block.key_project.0"),
+    _rule(f"{_CONTEXT}.f_object.2", "object_context_block.key_project.1.conv"),
+    _rule(f"{_CONTEXT}.f_object.3.0", "object_context_block.key_project.1.bn"),
+    *_mmseg_projection("f_down", "object_context_block.value_project"),
+    *_mmseg_projection("f_up", "object_context_block.out_project"),
+    _rule("ocr_distri_head.conv_bn_dropout.0", "object_context_block.bottleneck.conv"),
+    _rule("ocr_distri_head.conv_bn_dropout.1.0", "object_context_block.bottleneck.bn"),
+    _rule("cls_head", "conv_seg"),
+)
+
+
+def _mscan(dwconv: str) -> tuple[Rule, ...]:
+    attention = [f"spatial_gating_unit.conv{name}" for name in ("0", "0_1", "0_2", "1_1", "1_2", "2_1", "2_2", "3")]
+    return (
+        *_same("patch_embed1.proj.{b}", "patch_embed{s}.proj", "patch_embed{s}.norm", "norm{s}"),
+        *_same("block{s}.{b}.norm1", "block{s}.{b}.norm2", "block{s}.{b}.layer_scale_{t}"),
+        *_same(*(f"block{{s}}.{{b}}.attn.{name}" for name in ("proj_1", *attention, "proj_2"))),
+        *_same("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.fc2"),
+        _rule("block{s}.{b}.mlp.dwconv.dwconv", f"block{{s}}.{{b}}.mlp.{dwconv}"),
+    )
+
+
+_HAM = _same(
+    *("squeeze.conv", "squeeze.gn", "hamburger.ham_in.conv", "hamburger.ham_out.conv", "hamburger.ham_out.gn"),
+    *("align.conv", "align.gn"),
+)
+
+
+def _segnext(encoder: str, dwconv: str, head: str, classifier: str) -> tuple[Rule, ...]:
+    decoder = (*_HAM, _rule("conv_seg", classifier))
+    return _prefixed("backbone.", encoder, _mscan(dwconv)) + _prefixed("decode_head.", head, decoder)
+
+
+# ----------------------------------------------------------------------------------------------------------- the forms
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One package's way of writing one family.
+
+    Attributes:
+      dialect: as in `--dialect`. family: a key of `segjax.families.FAMILIES`.
+      package: for messages.
+      namings: the first is the one that is written, all are read.
+      unused: patterns of keys that the package writes but its model never reads, dropped without being asked.
+      backbone_extras: patterns of keys that come with a backbone alone (an ImageNet classifier).
+      settings: what the published model has that its checkpoint cannot tell, setting -> value.
+      without_bias: names of convolutions whose bias the package leaves out, since a BatchNorm follows, and the names
+        of those norms: the bias is zero on the way in and taken from the running mean on the way out.
+      encoder_only: the package has no place for the decoder.
+      note: what the package computes besides, or otherwise, with the same weights; said with every conversion.
+    """
+
+    dialect: str
+    family: str
+    package: str
+    namings: tuple[tuple[Rule, ...], ...]
+    settings: tuple[tuple[str, object], ...]
+    unused: tuple[str, ...] = ()
+    backbone_extras: tuple[str, ...] = ()
+    without_bias: tuple[tuple[str, str], ...] = ()
+    encoder_only: bool = False
+    note: str = ""
+
+
+def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
+    # The heads are published alike for every MiT, in every package.
+    return (("num_heads", (1, 2, 5, 8)), ("block_norm_eps", block), ("patch_norm_eps", patch))
+
+
+_IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "classifier.*")
+_SEED = "jo-jstrm/segmentation_pytorch"
+_MMSEG = "mmsegmentation"
+_MMSEG_UNUSED = ("data_preprocessor.*",)
+_HRNET_FORM = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+
+
+def _backbone(family: str, package: str, *namings: tuple[Rule, ...], settings, backbone_extras) -> Form:
+    """The encoder alone, as files pretrained on ImageNet are."""
+    return Form(
+        dialect="backbone",
+        family=family,
+        package=package,
+        namings=tuple(_prefixed("backbone.", "", naming) for naming in namings),
+        settings=settings,
+        backbone_extras=backbone_extras,
+        encoder_only=True,
+    )
+
+
+_RESIZED_TWICE = "its HRNet resizes twice between branches, and equals ours where 32 divides the image's sides"
+
+
+def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[Form, ...]:
+    """HRNet's branches alone: timm's features, and files pretrained on ImageNet, which have the same names."""
+    kinds = dict(
+        family=family,
+        namings=(_HRNET,),
+        settings=(("align_corners", align_corners),),
+        backbone_extras=_IMAGENET_HRNET,
+        encoder_only=True,
+    )
+    nearest = "its modules enlarge by nearest neighbours between branches, ours bilinearly"
+    return (
+        Form(dialect="timm", package="timm, features of the raw branches", note=nearest, **kinds),
+        Form(dialect="backbone", package="an HRNet encoder alone", **kinds),
+    )
+
+
+# Of several that fit a file equally well the first is taken. So a MiT encoder alone is mmsegmentation's if it has its
+# names, else the official one; jo-jstrm's, whose names begin alike, comes after both.
+FORMS = (
+    Form(
+        dialect="native",
+        family="segformer",
+        package="NVlabs SegFormer",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _OFFICIAL_HEAD),),
+        unused=("decode_head.conv_seg.*",),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="hf",
+        family="segformer",
+        package="transformers",
+        namings=(
+            _segformer("segformer.encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
+            _segformer("segformer.", _MIT_HF5, "decode_head.", _HF5_HEAD),
+            # SegformerModel saved on its own, in both namings.
+            _segformer("encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
+            _segformer("", _MIT_HF5, "decode_head.", _HF5_HEAD),
+        ),
+        backbone_extras=("classifier.*",),
+        settings=_eps(1e-5, 1e-5),
+    ),
+    Form(
+        dialect="smp",
+        family="segformer",
+        package="segmentation-models-pytorch",
+        namings=(_segformer("encoder.", _MIT, "", _SMP_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+        note="its model enlarges the logits fourfold, with aligned corners",
+    ),
+    Form(
+        dialect="native",
+        family="segformer_mmseg",
+        package=f"{_MMSEG}'s SegFormer, with the official encoder's names",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _MMSEG_HEAD),),
+        settings=_eps(1e-6, 1e-6),
+    ),
+    Form(
+        dialect="mmseg",
+        family="segformer_mmseg",
+        package=_MMSEG,
+        namings=(
+            _segformer("backbone.", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
+            _segformer("", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
+        ),
+        unused=_MMSEG_UNUSED,
+        settings=_eps(1e-6, 1e-6),
+    ),
+    *(
+        _backbone(
+            family,
+            "a MiT encoder alone",
+            *(_MIT, _MIT_MMSEG),
+            settings=_eps(1e-6, patch_eps),
+            backbone_extras=("head.*",),
+        )
+        for family, patch_eps in (("segformer", 1e-5), ("segformer_plain", 1e-5), ("segformer_mmseg", 1e-6))
+    ),
+    Form(
+        dialect="native",
+        family="segformer_plain",
+        package=f"{_SEED}, with the official prefixes",
+        namings=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    Form(
+        dialect="segmentation_pytorch",
+        family="segformer_plain",
+        package=_SEED,
+        namings=(_segformer("", _MIT, "", _PLAIN_HEAD),),
+        settings=_eps(1e-6, 1e-5),
+    ),
+    *(
+        Form(
+            dialect=dialect,
+            family="segformer_simple",
+            package=package,
+            namings=(_same("mit.stages.{rest}", "to_fused.{rest}", "to_segmentation.{rest}"),),
+            settings=(("num_heads", (1, 2, 5, 8)),),
+        )
+        for dialect, package in (("native", "segformer-pytorch"), ("segmentation_pytorch", _SEED))
+    ),
+    Form(
+        dialect="native",
+        family="segformer_zuppichini",
+        package="F. Zuppichini's article",
+        namings=(_same("encoder.stages.{rest}", "decoder.stages.{rest}", "head.fuse.{rest}", "head.predict"),),
+        settings=(("num_heads", (1, 2, 4, 8)),),
+    ),
+    *(
+        Form(
+            dialect=dialect,
+            family="hrnet",
+            package=package,
+            namings=(_HRNET + _HRNET_HEAD,),
+            settings=(("align_corners", False),),
+            note=note,
+            **_HRNET_FORM,
+        )
+        for dialect, package, note in (
+            ("native", "HRNet-Semantic-Segmentation", ""),
+            ("segmentation_pytorch", _SEED, "its model enlarges the logits to the size of its training crop"),
+        )
+    ),
+    *_hrnet_encoder("hrnet", align_corners=False),
+    Form(
+        dialect="mmseg",
+        family="hrnet",
+        package=_MMSEG,
+        namings=(_prefixed("", "backbone.", _HRNET) + _prefixed("last_layer.", "decode_head.", _MMSEG_FCN),),
+        unused=_MMSEG_UNUSED,
+        without_bias=(("last_layer.0", "last_layer.1"),),
+        settings=(("align_corners", False),),
+        note=_RESIZED_TWICE,
+    ),
+    Form(
+        dialect="native",
+        family="hrnet_ocr",
+        package="HRNet-Semantic-Segmentation, with OCR",
+        namings=(_HRNET + _OCR_HEADS,),
+        settings=(("align_corners", True),),
+        **_HRNET_FORM,
+    ),
+    *_hrnet_encoder("hrnet_ocr", align_corners=True),
+    Form(
+        dialect="mmseg",
+        family="hrnet_ocr",
+        package=_MMSEG,
+        namings=(
+            _prefixed("", "backbone.", _HRNET)
+            + _prefixed("aux_head.", "decode_head.0.", _MMSEG_FCN)
+            + _prefixed("", "decode_head.1.", _MMSEG_OCR),
+        ),
+        unused=_MMSEG_UNUSED,
+        without_bias=(("aux_head.0", "aux_head.1"), ("conv3x3_ocr.0", "conv3x3_ocr.1")),
+        settings=(("align_corners", False),),
+        note=_RESIZED_TWICE,
+    ),
+    Form(
+        dialect="native",
+        family="segnext",
+        package="Visual-Attention-Network/SegNeXt",
+        namings=(_segnext("backbone.", "dwconv.dwconv", "decode_head.", "conv_seg"),),
+        settings=(("ham_rank", OF_VARIANT),),
+    ),
+    Form(
+        dialect="mmseg",
+        family="segnext",
+        package=_MMSEG,
+        namings=(
+            _segnext("backbone.", "dwconv", "decode_head.", "conv_seg"),
+            _segnext("", "dwconv", "decode_head.", "conv_seg"),
+        ),
+        unused=_MMSEG_UNUSED,
+        settings=(("ham_rank", 16),),
+    ),
+    Form(
+        dialect="cvpytorch",
+        family="segnext",
+        package="CvPytorch",
+        namings=(
+            _segnext("backbone.", "dwconv.dwconv", "head.", "cls_seg"),
+            _segnext("backbone.", "dwconv.dwconv", "head.", "classifier"),
+        ),
+        settings=(("ham_rank", 64),),
+        note="where its head has `classifier` for `cls_seg`, it enlarges features with aligned corners, and ours not",
+    ),
+    _backbone(
+        "segnext",
+        "an MSCAN encoder alone",
+        _mscan("dwconv.dwconv"),
+        settings=(("ham_rank", OF_VARIANT),),
+        backbone_extras=("head.*",),
+    ),
+)
+# What `dialect=` takes, in the order of their first appearance.
+DIALECTS = tuple(dict.fromkeys(form.dialect for form in FORMS))

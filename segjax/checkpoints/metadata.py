@@ -1,0 +1,146 @@
+"""What a checkpoint says of itself beside its weights, so that predicting needs nothing else.
+
+A record is JSON: the item `about` of an orbax folder, the metadata `segjax` of a `.safetensors`. Its parts:
+
+    model           name, num_classes, overrides, param_dtype: how to build it
+    dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
+    normalisation   mean and std that images had removed, RGB in 0..255
+    input_size      height and width of what it was trained on, or null
+    licence         a note
+    provenance      what it was made from: source, sha256, dialect, package, verified
+
+What other packages keep of this is read here too.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from segjax.checkpoints.architectures import family_of
+from segjax.checkpoints.state_dict import CheckpointError
+from segjax.data import specs
+
+# What a checkpoint that names no classes was most likely trained on.
+BY_NUMBER = {spec.num_classes: spec for spec in (specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID)}
+IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
+# Parts that stay true when the weights are written elsewhere.
+LASTING = ("dataset", "normalisation", "input_size", "licence")
+
+_NVIDIA = (
+    "NVIDIA's SegFormer and MiT weights, and what was trained from them, are under the NVIDIA Source Code License, "
+    "non-commercial"
+)
+_HRNET = "the weights that HRNet's authors publish are under the MIT licence"
+_LICENCES = {
+    "segformer": _NVIDIA,
+    "segformer_plain": _NVIDIA,
+    "segformer_mmseg": _NVIDIA,
+    "hrnet": _HRNET,
+    "hrnet_ocr": _HRNET,
+    "segnext": "SegNeXt's authors publish theirs under Apache-2.0 and ask to be contacted for commercial use",
+}
+
+
+def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
+    return {
+        "name": spec.name,
+        "class_names": list(spec.class_names),
+        "colors": [list(color) for color in spec.colors],
+        "ignore_label": spec.ignore_label,
+    }
+
+
+def spec_of(about: Mapping, num_classes: int) -> specs.DatasetSpec:
+    """The classes that a record names; without any, numbers for names.
+
+    Raises:
+      CheckpointError: more classes than an 8-bit label can tell, or a record that contradicts itself.
+    """
+    try:
+        record = about.get("dataset") or _unnamed(num_classes)
+        colors = tuple(tuple(color) for color in record["colors"])
+        return specs.DatasetSpec(record["name"], tuple(record["class_names"]), colors, record["ignore_label"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the classes of this checkpoint cannot be used: {error}") from None
+
+
+def _unnamed(num_classes: int) -> dict[str, object]:
+    names = [f"class {number}" for number in range(num_classes)]
+    return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": 255}
+
+
+def _palette(num_classes: int) -> list[list[int]]:
+    """Colours far from one another: hues by the golden ratio, three brightnesses."""
+    return [
+        [round(255 * part) for part in colorsys.hsv_to_rgb(0.618033988749895 * k % 1, 0.75, (1.0, 0.8, 0.6)[k % 3])]
+        for k in range(num_classes)
+    ]
+
+
+def guessed(num_classes: int) -> dict[str, object]:
+    """{"dataset": ...} of the data set that has so many classes; {} where none is known."""
+    if num_classes not in BY_NUMBER:
+        return {}
+    return {"dataset": dataset_record(BY_NUMBER[num_classes]) | {"guessed": True}}
+
+
+def of_names(
+    names: Sequence[str], *, colors: Sequence | None = None, ignore_label: int | None = None
+) -> dict[str, object]:
+    """{"dataset": ...} of class names, with name and colours of the known data set that has most of them.
+
+    {} where labels of so many classes do not fit 8 bits, or a name or colour is not one.
+    """
+    names = list(names)
+    if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
+        return {}
+    known = BY_NUMBER.get(len(names))
+    if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
+        known = None
+    dataset = dataset_record(known) if known else {"name": "unknown", "ignore_label": 255}
+    dataset["class_names"] = names
+    dataset["colors"] = _colors(colors, len(names)) or dataset.get("colors") or _palette(len(names))
+    # Where it is no label that could be ignored, as -100 or 0, the file means none.
+    if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= 255:
+        dataset["ignore_label"] = ignore_label
+    return {"dataset": dataset}
+
+
+def _colors(colors: object, count: int) -> list[list[int]] | None:
+    try:
+        array = np.asarray(colors)
+        return array.astype(np.uint8).tolist() if array.shape == (count, 3) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, object]:
+    """What mmsegmentation keeps beside a state dict: `meta` with CLASSES and PALETTE, from 1.0 on in its `dataset_meta`
+    with small letters; and mean and deviation of its preprocessor, where they were saved."""
+    about = {}
+    meta = loaded.get("meta") if isinstance(loaded, Mapping) else None
+    if isinstance(meta, Mapping):
+        meta = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), Mapping) else meta
+        found = {key.lower(): value for key, value in meta.items() if isinstance(key, str)}
+        if isinstance(found.get("classes"), list | tuple):
+            about |= of_names(found["classes"], colors=found.get("palette"))
+    mean, std = (weights.get(f"data_preprocessor.{name}") for name in ("mean", "std"))
+    if mean is not None and std is not None and mean.size == std.size == 3:
+        about["normalisation"] = {"mean": mean.ravel().tolist(), "std": std.ravel().tolist()}
+    return about
+
+
+def licence_of(name: str) -> str:
+    """A note for weights that came from elsewhere, by name of their model."""
+    published = _LICENCES.get(family_of(name))
+    return "that of the source" + (f"; {published}" if published else "")
+
+
+def completed(about: Mapping) -> dict[str, object]:
+    """A record with what older and foreign ones lack: ImageNet's normalisation, the crop of a training's config."""
+    size = about.get("config", {}).get("augment", {}).get("crop")
+    known = {key: value for key, value in about.items() if value is not None}
+    return {"normalisation": IMAGENET, "input_size": size, **known}

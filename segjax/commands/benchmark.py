@@ -1,0 +1,221 @@
+"""Times a model beside PyTorch's: the same weights, the same input, the same work, turn by turn.
+
+    python -m segjax.benchmark --model segformer_b0 --size 512 512 --batch 1 --mode infer --against torch torch-compile
+    python -m segjax.benchmark --table --json benchmarks/records/2026-11-20-cpu.json
+    python -m segjax.benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
+
+Every contender is a process of its own, so that neither allocator nor threads of one disturb another, and only one of
+them works at a time. First their results are compared: nothing is timed that computes something else. Then each does a
+few steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU one
+follows the other instead, each alone on the card, whose memory they could not share.
+
+Beside the times stands the floor: the larger of the time that the products would take at the rate of large matrix
+products, and the time that the traffic would take at the rate of a copy, both measured on the machine, in the type that
+is benchmarked. What is counted: `segjax.summary.least_work` for a forward pass; three times that for a training step,
+since the gradients of a layer's input and weight are two products more, each of which reads two of the same three
+arrays and writes the third; and AdamW's seven float32 numbers a parameter (parameter, gradient and two moments read,
+all but the gradient written). It is a floor of layer by layer: a kernel that computes two layers at once can go below.
+Rates are those of what must be done: who computes more, such as a decoder at full resolution, gets no credit for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from segjax.benchmark.floor import measured_ceilings
+from segjax.benchmark.report import machine, markdown, report
+from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
+from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, compare, largest_that_fits
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m segjax.benchmark", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="segformer_b0", help="a name of segjax.MODELS")
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--mode", choices=["infer", "train"], default="infer")
+    parser.add_argument(
+        "--dtype",
+        type=lambda name: SPELLINGS.get(name, name),
+        choices=["float32", "bfloat16"],
+        help="bf16 for short; float32 unless given, bfloat16 in the table of GPUs",
+    )
+    parser.add_argument("--num-classes", type=int, default=150, metavar="K", help="150 unless given: ADE20K's")
+    parser.add_argument("--against", nargs="+", metavar="NAME", help="who else; all that there are")
+    parser.add_argument(
+        "--rounds", type=int, help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu"
+    )
+    parser.add_argument(
+        "--table", nargs="?", const="cpu", choices=list(TABLES), help="models and sizes of the README's: cpu, or gpu"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="of --table gpu: begin no row that takes longer than what is left"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="prints the README's table of a record")
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        print("\n".join(markdown(json.loads(options.markdown.read_text()))))
+        return 0
+    try:
+        _run(options, sys.argv[1:] if arguments is None else arguments)
+    except (BenchmarkError, OSError) as error:
+        print(f"segjax.benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace, command: list[str]) -> None:
+    since = time.monotonic()
+    try:
+        from segjax import models
+        from segjax.benchmark.contenders import FLOAT32_PRODUCTS, chosen, rivals
+        from segjax.runtime import atomic
+    except ModuleNotFoundError as error:
+        raise BenchmarkError(f"this needs {error.name}: pip install 'segjax[parity]'") from None
+    if options.model not in models.MODELS:
+        raise BenchmarkError(f"--model: {options.model} is none of {', '.join(models.MODELS)}")
+    of_gpus = options.table == "gpu"
+    if options.minutes is not None and not of_gpus:
+        raise BenchmarkError("--minutes goes with --table gpu alone")
+    one = Row(options.model, options.mode, options.batch, tuple(options.size))
+    rows = TABLES[options.table] if options.table else (one,)
+    known = dict.fromkeys(name for row in rows for name in rivals(row.model))
+    if strangers := [name for name in options.against or () if name not in known]:
+        timed = "the table" if options.table else options.model
+        raise BenchmarkError(f"--against: {', '.join(strangers)}: {timed} can be timed against {', '.join(known)}")
+    dtype = options.dtype or ("bfloat16" if of_gpus else "float32")
+    rounds = options.rounds or (ROUNDS_ON_A_GPU if of_gpus else ROUNDS)
+    until = None if options.minutes is None else since + 60 * options.minutes
+    # A contender's own process must be the only one that works, and may then have nearly all of a card.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    say("measuring what the machine can do ...")
+    ceiling = measured_ceilings(dtype)
+    on_gpu = ceiling["platform"] != "cpu"
+    say(
+        f"{ceiling['flops_per_second'] / 1e9:.0f} GFLOP/s in products of matrices, "
+        f"{ceiling['bytes_per_second'] / 1e9:.1f} GB/s in copies, {dtype}"
+    )
+
+    def measure(row: Row) -> dict[str, object]:
+        return compare(
+            [OURS, *row.against],
+            (row.model, row.size, row.batch, row.mode, dtype, options.num_classes),
+            ceiling=ceiling,
+            rounds=rounds,
+            say=say,
+            apart=on_gpu or of_gpus,
+            until=until,
+            keep_going=of_gpus,
+        )
+
+    rows = [
+        row._replace(against=tuple(chosen(row.model, options.against or row.against, on_gpu=on_gpu))) for row in rows
+    ]
+    if of_gpus:
+        earlier = _recorded(options.json, dtype, options.num_classes, ceiling["device"])
+        measured = _going_on(rows, measure, earlier, until=until, say=say)
+    else:
+        measured = _one_after_the_other(rows, measure, say=say)
+    for results in measured:
+        if "failed" not in results[-1]:
+            say("\n".join(report(results[-1], ceiling)))
+        if options.json:
+            record = {
+                "date": datetime.date.today().isoformat(),
+                "command": "python -m segjax.benchmark " + " ".join(command),
+                **machine(ceiling["device"]),
+                "float32_products": FLOAT32_PRODUCTS,
+                "ceilings": ceiling,
+                "results": results,
+            }
+            atomic.write_text(options.json, json.dumps(record, indent=1) + "\n")
+    if options.json:
+        print(f"\nwrote {options.json}")
+
+
+def _title(row: Row) -> str:
+    return f"\n{row.model}, {row.mode} {row.batch}x{row.size[0]}x{row.size[1]}"
+
+
+def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[dict]]:
+    """The results so far, after every row."""
+    results = []
+    for row in rows:
+        say(f"{_title(row)} ...")
+        results = [*results, measure(row)]
+        yield results
+
+
+def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float | None, say) -> Iterator[list[dict]]:
+    """The same, with those of `earlier` that are whole not measured again, at batches that fit, and in time.
+
+    A row that cannot be measured stands in the results too, with the reason, "failed"; the others go on.
+
+    Args:
+      until: on the clock of `time.monotonic`. A row is not begun that would take longer than what is left.
+    """
+    results = earlier
+    for row in rows:
+        asked = {"model": row.model, "mode": row.mode, "largest_batch": row.batch, "size": list(row.size)}
+        asked["against"] = list(row.against)
+        same = [result for result in results if all(result[key] == value for key, value in asked.items())]
+        if any("cut_short" not in result for result in same):
+            say(f"{_title(row)}: recorded already")
+            continue
+        left, needed = float("inf") if until is None else until - time.monotonic(), _expected(results, row)
+        if needed > left or left <= 0:
+            say(f"{_title(row)}: not begun: such a row takes {needed:.0f} s, and {max(left, 0):.0f} s are left")
+            continue
+        say(f"{_title(row)} ...")
+        try:
+            result = largest_that_fits(measure, row, say=say)
+        except OutOfTimeError as error:
+            say(f"  {error}")
+            continue
+        except BenchmarkError as error:
+            say(f"  {error}")
+            result = {"batch": row.batch, "failed": str(error), "contenders": []}
+        results = [*(result for result in results if result not in same), result | asked]
+        yield results
+
+
+def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> list[dict]:
+    """Results of an earlier command, which this one goes on with.
+
+    Raises:
+      BenchmarkError: they are of something else.
+    """
+    if path is None or not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    # A row that failed has no type.
+    work = {(dtype, num_classes), *((r["dtype"], r["num_classes"]) for r in record["results"] if "dtype" in r)}
+    if record["device"] != device or len(work) > 1:
+        raise BenchmarkError(
+            f"--json: {path} has other work than {dtype} of {num_classes} classes on {device}; name another file"
+        )
+    return record["results"]
+
+
+def _expected(results: Sequence[Mapping], row: Row) -> float:
+    """Seconds that a row will take: as long as the longest of the model and mode, of the mode, or of all; 0 of none."""
+    for keys in (("model", "mode"), ("mode",), ()):
+        alike = [r for r in results if "seconds" in r and all(r[key] == getattr(row, key) for key in keys)]
+        if alike:
+            return max(result["seconds"] for result in alike)
+    return 0.0

@@ -1,0 +1,101 @@
+"""Draws what the model will see: augmented samples beside their labels, on one page.
+
+python -m segjax.data show
+python -m segjax.data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from segjax.data import specs
+from segjax.data.augment import augment, step_keys
+from segjax.data.pipeline import StreamBatches
+from segjax.data.records import Records, records_of
+from segjax.runtime.parallel import Parallel
+from segjax.viz import pictures
+
+# Height and width of the scenes, pixels, as training draws them.
+STREETS_SIZE = (128, 256)
+# No crop is larger than this where none is given, nor than the largest image.
+LARGEST_CROP = 512
+
+
+def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed: int, num: int, path: Path) -> None:
+    """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
+
+    Args:
+      settings: the `augment` part of a config.
+
+    Raises:
+      RecordError: an image or a label cannot be used.
+    """
+    records, key = records_of(data), jax.random.key(seed)
+    parallel = Parallel("jit", jax.local_devices()[:1])
+    with StreamBatches(
+        records, batch_size=num, seed=seed, parallel=parallel, settings=settings, key=key, threads=1
+    ) as batches:
+        batch, numbers = batches.at(0), batches.indices(0)
+    keys, _ = step_keys(key, 0, batch["position"])
+    images, labels = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))(keys, batch)
+    pixels = np.asarray(images) * np.float32(specs.IMAGENET_STD) + np.float32(specs.IMAGENET_MEAN)
+    titles = [
+        f"{records.names[number]}   {height}x{width} × {scaled / height:.2f}{'   flipped' if flip else ''}"
+        for number, (height, width), (scaled, _), flip in zip(
+            numbers, *map(np.asarray, (batch["size"], batch["crop"].scaled, batch["crop"].flip)), strict=True
+        )
+    ]
+    pictures.save_samples(path, pixels.round().clip(0, 255).astype(np.uint8), np.asarray(labels), spec, titles=titles)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m segjax.data show", description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
+    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num", type=int, default=8, help="samples; default 8")
+    parser.add_argument(
+        "--crop", type=int, nargs=2, metavar=("H", "W"), help=f"default: the largest image, at most {LARGEST_CROP}"
+    )
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 2.0), metavar=("A", "B"), help="default 0.5 2.0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default show-NAME.png")
+    options = parser.parse_args(arguments)
+    wrong = {
+        f"--num is at least 1, not {options.num}": options.num < 1,
+        f"--crop is at least 1 pixel a side, not {options.crop}": options.crop and min(options.crop) < 1,
+        f"--scale is the smallest and the largest, not {options.scale}": not 0 < options.scale[0] <= options.scale[1],
+    }
+    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
+        parser.error("; ".join(problems))
+    try:
+        data, spec = _data(options)
+        largest = records_of(data).sizes.max(axis=0).tolist()
+        crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
+        settings = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
+        path = options.output or Path(f"show-{options.name}.png")
+        show(data, spec, settings, seed=options.seed, num=options.num, path=path)
+    except (ValueError, OSError) as error:
+        print(f"segjax.data show: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {options.num} samples of {crop[0]}x{crop[1]} from {spec.name} {options.split}, seed {options.seed}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
+    if options.name == "streets":
+        from segjax.data import streets
+
+        return streets.load(options.split, num_images=options.num, size=STREETS_SIZE, seed=options.seed), specs.STREETS
+    from segjax.data import builders
+
+    prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
+    return prepared.records(options.split), prepared.spec

@@ -1,0 +1,122 @@
+"""Command line: what a model costs, counted from its shapes.
+
+    python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
+                                  [--convention true|modelsummary]
+
+The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
+computed, so that the largest takes seconds.
+
+What is counted:
+
+- parameters: everything that is trained, each once. Running statistics are none.
+- multiply-adds: every matrix product and convolution, from its shapes; zeros of the padding are multiplied too. A FLOP
+  count is twice that. Norms, activations, softmax, sums and biases are not counted.
+- not counted, and told beside it: products that are only a way to move pixels, namely enlargements that run as products
+  with a matrix of weights (two neighbours in each row of it, the rest zeros) and patches unfolded by a convolution with
+  ones and zeros. Their number is that of the form chosen here and says nothing about the model.
+- activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, enlargements and
+  unfoldings, for one image, in the type each is computed in; of attention that includes the (h, N, M) weights. About
+  what a training step has to keep when nothing is computed twice. Sums and products by elements are left out, and so
+  is what a compiler saves.
+- layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
+
+`least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
+
+The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+
+from segjax import models
+from segjax.commands.arguments import parse_overrides
+from segjax.models.summary import KINDS, NOT_COUNTED, PublishedSummary, Summary, modelsummary, summarise
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def _title(summary: Summary | PublishedSummary) -> str:
+    height, width = summary.size
+    settings = "".join(f"\n  {key} = {value}" for key, value in summary.overrides.items())
+    classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
+    return f"{summary.name}, {classes}, one image of {height}x{width}{settings}\n"
+
+
+def _columns(counts: Mapping[str, int]) -> list[str]:
+    """Names and counts in two columns, downwards."""
+    cells = [f"{name:<26} {count:>9,}" for name, count in counts.items()]
+    half = -(-len(cells) // 2)
+    return [f"  {'    '.join(cells[row::half])}" for row in range(half)]
+
+
+def _table(summary: Summary) -> str:
+    h, w, _ = summary.logits
+    lines = [
+        _title(summary),
+        f"{'parameters':<36} {summary.parameters:>19,}",
+        f"{'output stride':<36} {summary.output_stride:>19}   logits {h}x{w}",
+        f"{'activation memory, MiB':<36} {summary.activation_mib:>19,.1f}   {summary.dtype}",
+        "",
+        f"{'multiply-adds':<36} {summary.total_multiply_adds:>19,}",
+    ]
+    for kind, count in summary.multiply_adds.items():
+        if count:
+            lines.append(f"  {KINDS[kind]:<34} {count:>19,} {100 * count / summary.total_multiply_adds:>6.1f}%")
+    if any(summary.not_counted.values()):
+        lines += ["", "not counted, since it only moves pixels"]
+        lines += [f"  {NOT_COUNTED[kind]:<34} {count:>19,}" for kind, count in summary.not_counted.items() if count]
+    return "\n".join([*lines, "", "layers (calls by class)", *_columns(summary.layers)])
+
+
+def _published_table(summary: PublishedSummary) -> str:
+    lines = [
+        _title(summary),
+        f"{'parameters':<36} {summary.parameters:>19,}",
+        f"{'GFLOPs (multiply-adds / 1024^3)':<36} {summary.gflops:>19,.3f}",
+        "Not a parameter count: calls are added up, wrappers once more, LayerNorm never.",
+        "",
+        "layers (calls by class)",
+    ]
+    return "\n".join([*lines, *_columns(summary.layers)])
+
+
+def _json(summary: Summary | PublishedSummary) -> str:
+    fields = dataclasses.asdict(summary)
+    if isinstance(summary, Summary):
+        fields |= {"total_multiply_adds": summary.total_multiply_adds, "activation_mib": summary.activation_mib}
+    else:
+        fields |= {"convention": "modelsummary", "gflops": summary.gflops}
+    return json.dumps(fields)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m segjax.summary", description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(models.MODELS)}")
+    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels")
+    parser.add_argument("--num-classes", type=int, default=19, metavar="K", help="19 unless given")
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--convention",
+        choices=["true", "modelsummary"],
+        default="true",
+        help="modelsummary: the figures of jo-jstrm/segmentation_pytorch, which are no parameter counts",
+    )
+    options = parser.parse_args(arguments)
+    count = summarise if options.convention == "true" else modelsummary
+    try:
+        summary = count(options.name, tuple(options.size), options.num_classes, **parse_overrides(options.overrides))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"segjax.summary: {message}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(_json(summary))
+    else:
+        print(_table(summary) if isinstance(summary, Summary) else _published_table(summary))
+    return 0

@@ -1,0 +1,114 @@
+"""Weights of classes in the loss: published, given, or by median frequency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from segjax.data import specs
+
+# As HRNet's official Cityscapes recipe has them, in the order of the train ids.
+CITYSCAPES_WEIGHTS = (
+    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
+    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
+)
+
+
+# ---------------------------------------------------------------------------------------------------- class weights
+
+
+def class_weights(
+    choice: str | Sequence[float] | None, spec: specs.DatasetSpec, pixel_counts: np.ndarray | None = None
+) -> tuple[float, ...] | None:
+    """The K weights that a setting stands for, unnormalised, or None for none.
+
+    Args:
+      choice: None or "", "median_frequency", "cityscapes", or the K numbers themselves.
+      pixel_counts: for "median_frequency": pixels by label value, see there. A binary data set has two label values;
+        its one weight, of class 1, is theirs relative to that of the background.
+
+    Raises:
+      ValueError: another word; numbers that are negative, not finite, all zero or not one for each class; the weights
+        of Cityscapes for other classes; no counts, or none above zero.
+    """
+    match choice:
+        case None | "":
+            return None
+        case "median_frequency":
+            return _balancing(spec, pixel_counts)
+        case "cityscapes":
+            names = tuple(name for name, _ in specs.CITYSCAPES_CLASSES)
+            if spec.class_names != names:
+                raise ValueError(
+                    f"loss.class_weights=cityscapes are weights of the {len(names)} classes of Cityscapes ({names[0]}, "
+                    f"{names[1]}, ...), and {spec.name} has others ({', '.join(spec.class_names[:2])}, ...); use "
+                    "median_frequency, or give one number for each class"
+                )
+            return CITYSCAPES_WEIGHTS
+    try:
+        weights = tuple(float(weight) for weight in choice) if not isinstance(choice, str) else ()
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights:
+        raise ValueError(
+            f"loss.class_weights is '', 'median_frequency', 'cityscapes' or {spec.num_classes} numbers in parentheses, "
+            f"one for each class of {spec.name}; got {choice!r}"
+        )
+    if problems := problems_of_weights(weights, spec.num_classes):
+        raise ValueError("\n".join(f"{spec.name}: loss.{problem}" for problem in problems))
+    return weights
+
+
+def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
+    """Eigen and Fergus: median of the classes' frequencies / frequency of the class, float64 (K,).
+
+    A class's frequency is its share of the pixels of those images that it is in. A class without a pixel has weight 0
+    and no part in the median: no pixel will ever be multiplied by it, and its true one is infinite.
+
+    Args:
+      pixel_counts: (N, K), labelled pixels by image and class; or (K,), the sums, which take the whole data set as one
+        image and hence the share of all pixels as a frequency.
+
+    Raises:
+      ValueError: no pixel at all.
+    """
+    counts = np.atleast_2d(np.asarray(pixel_counts, np.float64))
+    of_class = counts.sum(axis=0)
+    present = of_class > 0
+    if not present.any():
+        raise ValueError("no class has a pixel, so that there is no frequency to take the median of")
+    of_its_images = (counts > 0).T @ counts.sum(axis=1)
+    frequency = of_class[present] / of_its_images[present]
+    weights = np.zeros(counts.shape[1])
+    weights[present] = np.median(frequency) / frequency
+    return weights
+
+
+def _balancing(spec, pixel_counts):
+    values = len(spec.label_names)
+    if pixel_counts is None or np.shape(pixel_counts)[-1:] != (values,):
+        raise ValueError(
+            f"weights by median frequency need the pixels of each of the {values} label values of {spec.name}; got "
+            f"{'none' if pixel_counts is None else f'an array of shape {np.shape(pixel_counts)}'}"
+        )
+    weights = median_frequency(pixel_counts)
+    if spec.num_classes == 1:
+        background, positive = weights
+        # Where either is missing there is nothing to balance.
+        weights = [positive / background if background and positive else 1.0]
+    return tuple(float(weight) for weight in weights)
+
+
+def problems_of_weights(weights: tuple[float, ...], num_classes: int) -> list[str]:
+    wrong = {
+        f"class_weights has {len(weights)} numbers for {num_classes} classes": len(weights) != num_classes,
+        f"class_weights must be finite and not negative: {weights}": not all(map(_is_weight, weights)),
+        "class_weights are all 0": not any(weights),
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
+
+
+def _is_weight(value: float) -> bool:
+    return 0 <= value < math.inf

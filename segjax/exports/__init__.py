@@ -1,0 +1,1 @@
+"""Models as files that run without segjax: StableHLO, ONNX and torch.export."""

@@ -1,0 +1,269 @@
+"""Command line: a trained model as one file that runs without segjax.
+
+    python -m segjax.export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
+                            [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
+
+CHECKPOINT is what `segjax.convert` reads, or the folder of a training. What a file takes as `images` and gives:
+
+    stablehlo       float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
+    onnx, torch     float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
+    --with-preprocessing    in every format uint8 (B, H, W, 3), RGB, instead
+    --with-argmax           in every format `labels` uint8 (B, H, W) instead: logits enlarged in float32, bilinear
+
+StableHLO is our own model through `jax.export`, for CPUs and NVIDIA GPUs in one file. ONNX and torch (`torch.export`)
+are made from the PyTorch model of segjax.torch_reference, which the test suite holds equal to ours, with our weights:
+there is no converter from JAX to ONNX that keeps sizes open. Every file is run and compared with our model first.
+`--dtype` is how weights are kept. A StableHLO program computes in it as well, but for norms, softmax and logits; ONNX
+and torch compute in float32, since onnxruntime has no bfloat16 convolution on a CPU, and PyTorch no wider norms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax import layers, models
+from segjax.checkpoints.load import Trained, load_trained
+from segjax.checkpoints.state_dict import CheckpointError, from_values, logger, named_variables
+from segjax.data import streets
+from segjax.exports import stablehlo
+from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
+from segjax.inference.engine import labels_of
+from segjax.models.functional import FunctionalModel
+
+# --------------------------------------------------------------------------------------------------------- our own side
+
+
+def rounded(model: nnx.Module, *, stored: jnp.dtype, computes_in: jnp.dtype) -> nnx.Module:
+    """The model with its parameters rounded to `stored`, held in float32. Running statistics keep their digits."""
+    spec = model.spec
+    abstract = nnx.eval_shape(
+        lambda: models.create(spec.name, num_classes=spec.num_classes, dtype=computes_in, **dict(spec.overrides))
+    )
+    values = {}
+    for path, variable in named_variables(model).items():
+        value = np.asarray(variable.get_value())
+        kept = value.astype(stored) if isinstance(variable, nnx.Param) else value
+        values[path] = kept.astype(np.float32)
+    return from_values(abstract, values)
+
+
+def compiled(model: nnx.Module, form: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised as `form` says."""
+    skeleton = FunctionalModel(model)
+    run = jax.jit(lambda arrays, images: skeleton.bind(*arrays)(form.normalise(images))[0])
+    arrays = skeleton.arrays()
+
+    def call(images):
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(run(arrays, images))
+
+    return call
+
+
+def _reader_and_writer(form: ExportFormat) -> tuple[Callable, Callable]:
+    """`write(path, model, form, about)` and `open(path)`, which gives a function of images."""
+    if form.format == "stablehlo":
+        return stablehlo.write_stablehlo, stablehlo.open_stablehlo
+    try:
+        from segjax.exports import onnx, torch_program
+
+        if form.format == "torch":
+            return torch_program.write_torch, torch_program.open_torch
+        onnx.require_onnx()
+        return onnx.write_onnx, onnx.open_onnx
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"--format {form.format} needs {error.name}: pip install 'segjax[export]'") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+
+
+def pictures(batch: int, size: tuple[int, int]) -> np.ndarray:
+    """Drawn street scenes, uint8 (batch, H, W, 3)."""
+    return np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
+
+
+def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, form: ExportFormat) -> np.ndarray:
+    """The output of a file on uint8 images (B, H, W, 3): logits (B, h, w, K) or labels (B, H, W)."""
+    given = images if form.preprocessing else np.asarray(form.normalise(images))
+    output = run(given if form.channels_last else np.ascontiguousarray(np.moveaxis(given, -1, 1)))
+    return output if form.argmax or form.format == "stablehlo" else np.moveaxis(output, 1, -1)
+
+
+def enlarged(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(layers.resize(jnp.asarray(logits), size))
+
+
+def error_of(output: np.ndarray, ours: np.ndarray, size: tuple[int, int], form: ExportFormat) -> float:
+    """How far the output of a file is from our logits (B, h, w, K), relative to the largest of them.
+
+    Of labels: by how much our score of the label given lies below our highest, at the worst pixel. Where two classes
+    are equal but for rounding, either is right.
+    """
+    largest = max(float(np.abs(ours).max()), np.finfo(np.float32).tiny)
+    if not np.isfinite(largest):
+        return np.inf
+    if not form.argmax:
+        if output.shape != ours.shape or not np.isfinite(output).all():
+            return np.inf
+        return float(np.abs(output.astype(np.float64) - ours).max()) / largest
+    scores = enlarged(ours, size)
+    if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
+        return np.inf
+    if scores.shape[-1] == 1:
+        # Background has no logit of its own; 0 is the threshold.
+        scores = np.concatenate([np.zeros_like(scores), scores], axis=-1)
+    given = np.take_along_axis(scores, output[..., None].astype(np.int64), axis=-1)[..., 0]
+    return float((scores.max(axis=-1) - given).max()) / largest
+
+
+def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tuple[int, int]]]:
+    """Batches and sizes at which a file is compared: its own, and where sizes are open, others that are not square."""
+    own = [(1, form.size)]
+    if not form.dynamic:
+        return own
+    return own + ([(2, (67, 141)), (3, (98, 65))] if size_multiple == 1 else [(2, (64, 160)), (3, (96, 64))])
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
+
+def about_file(trained: Trained, form: ExportFormat) -> dict[str, object]:
+    """What someone who has nothing but the file must know."""
+    spec = trained.spec
+    return {
+        "model": trained.model.spec.name,
+        "dataset": spec.name,
+        # By label value.
+        "classes": list(spec.label_names),
+        "colors": [list(color) for color in spec.label_colors],
+        "ignore_label": spec.ignore_label,
+        "normalisation": {
+            "mean": list(form.mean),
+            "std": list(form.std),
+            "order": "RGB",
+            "range": "0..255",
+            "inside": form.preprocessing,
+        },
+        "size_multiple": trained.model.size_multiple,
+        "input": "images",
+        "output": form.output,
+        "weights": form.dtype,
+    }
+
+
+def _shapes(form: ExportFormat, trained: Trained, logits: tuple[int, ...]) -> list[str]:
+    """Names, types and shapes of input and output, for people."""
+    batch, height, width = ("batch", "height", "width") if form.dynamic else (1, *form.size)
+    shape = (batch, height, width, 3) if form.channels_last else (batch, 3, height, width)
+    if form.argmax:
+        given = (batch, height, width)
+    else:
+        stride = -(-form.size[0] // logits[1])
+        h, w = (f"height/{stride}", f"width/{stride}") if form.dynamic else logits[1:3]
+        given = (batch, h, w, logits[3]) if form.format == "stablehlo" else (batch, logits[3], h, w)
+    kind = "uint8 RGB" if form.preprocessing else "float32 normalised RGB"
+    multiple = trained.model.size_multiple
+    lines = [
+        f"  in   images  {kind} ({', '.join(map(str, shape))})",
+        f"  out  {form.output}  {'uint8' if form.argmax else 'float32'} ({', '.join(map(str, given))})",
+    ]
+    if form.dynamic:
+        lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
+    classes = ", ".join(trained.spec.label_names)
+    return [*lines, *textwrap.wrap(f"  classes of {trained.spec.name}: {classes}", 80, subsequent_indent="    ")]
+
+
+def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
+    """Raises CheckpointError for all that is wrong with what was asked for."""
+    height, width = form.size
+    multiple = model.size_multiple
+    nearest = [-(-side // multiple) * multiple for side in form.size]
+    wrong = {
+        f"--size {height} {width}: height and width are at least 1": min(form.size) < 1,
+        f"--size {height} {width}: {model.spec.name} takes multiples of {multiple}: {nearest[0]} {nearest[1]}": (
+            min(form.size) > 0 and list(form.size) != nearest
+        ),
+        f"--size {height} {width}: with --dynamic, sides are at least {LEAST}": form.dynamic and min(form.size) < LEAST,
+        f"{destination}: --format {form.format} writes *{SUFFIXES[form.format]}": (
+            destination.suffix != SUFFIXES[form.format]
+        ),
+        f"{destination} is a folder; choose another name": destination.is_dir(),
+    }
+    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
+        raise CheckpointError("; ".join(problems))
+
+
+def export(source: Path, destination: Path, form: ExportFormat) -> bool:
+    """Writes the file, unless it differs from our model: then False.
+
+    Raises:
+      CheckpointError: nothing to export, or not so; every reason at once.
+      ValueError: the model takes no images of this size.
+    """
+    logger.info("%s -> %s", source, destination)
+    write, open_file = _reader_and_writer(form)
+    trained = load_trained(source)
+    form = dataclasses.replace(form, mean=trained.mean, std=trained.std)
+    _require(form, destination, trained.model)
+    model = rounded(trained.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
+    # Before anything is compiled, so that a size that the model does not take is refused at once.
+    image = jax.ShapeDtypeStruct((1, *form.size, 3), jnp.float32)
+    logits = jax.eval_shape(lambda image: model(image)[0], image).shape
+    logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, form.dtype)
+    logger.info("exporting as %s; large models take minutes", form.format)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+    try:
+        path = folder / destination.name
+        try:
+            write(path, model, form, about_file(trained, form))
+            if not _is_equal(open_file(path), trained.model, model, form):
+                return False
+        except Exception as error:
+            # Neither jax nor torch has one error for a size on which a program depends.
+            if not form.dynamic or isinstance(error, OSError | CheckpointError):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"sizes of this model cannot be left open ({reason}); leave out --dynamic") from error
+        for written in sorted(folder.iterdir()):
+            os.replace(written, destination.with_name(written.name))
+            size = destination.with_name(written.name).stat().st_size
+            amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
+            logger.info("wrote %s, %s", destination.with_name(written.name), amount)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for line in _shapes(form, trained, logits):
+        logger.info("%s", line)
+    return True
+
+
+def _is_equal(run: Callable, trained: nnx.Module, model: nnx.Module, form: ExportFormat) -> bool:
+    """Runs the file and our model on street scenes, and says how far they are apart."""
+    logger.info("comparing it with our model")
+    ours, bound, passed = compiled(model, form), BOUNDS[form.computes_in], True
+    for batch, size in checked_sizes(form, model.size_multiple):
+        images = pictures(batch, size)
+        output = run_file(run, images, form)
+        error = error_of(output, ours(images), size, form)
+        verdict = "equal" if error <= bound else f"NOT equal (bound {bound:.0e})"
+        where = f"{batch}x{size[0]}x{size[1]}"
+        logger.info("  %-14s worst relative error of %s %.1e: %s", where, form.output, error, verdict)
+        passed &= error <= bound
+        if size == form.size and form.dtype != "float32":
+            exact = compiled(rounded(trained, stored=jnp.float32, computes_in=jnp.float32), form)(images)
+            ends = [scores if scores.ndim == 3 else labels_of(enlarged(scores, size)) for scores in (output, exact)]
+            share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())
+            logger.info("  %-14s %.2f%% of the labels are those of float32", where, 100 * share)
+    return passed

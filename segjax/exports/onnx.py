@@ -1,0 +1,72 @@
+"""Writes and runs ONNX files, from the PyTorch reference."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from flax import nnx
+
+from segjax.exports import torch_program
+from segjax.exports.format import ExportFormat
+
+# ----------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def require_onnx() -> None:
+    """Raises ModuleNotFoundError for a package that `write_onnx` or `open_onnx` lacks."""
+    import onnx
+    import onnxruntime
+    import onnxscript
+
+    del onnx, onnxruntime, onnxscript
+
+
+def write_onnx(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
+    """One file, weights included; each entry of `about` is JSON in its metadata."""
+    import onnx
+
+    with torch_program.quiet():
+        program = torch.onnx.export(
+            torch_program.traced(model, form),
+            input_names=["images"],
+            output_names=[form.output],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            # It would widen the weights once and for all, and keep them so.
+            optimize=form.dtype == "float32",
+        )
+    proto = program.model_proto
+    _name_sizes(proto, form)
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+
+
+def _name_sizes(proto, form: ExportFormat) -> None:
+    """Calls the sizes that are left open what they are, wherever the file has symbols of the exporter's own."""
+    (images,) = proto.graph.input
+    batch, *sides = images.type.tensor_type.shape.dim
+    sides = sides[:2] if form.channels_last else sides[1:]
+    names = {
+        dim.dim_param: name
+        for dim, name in zip((batch, *sides), ("batch", "height", "width"), strict=True)
+        if dim.dim_param
+    }
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            for symbol, name in names.items():
+                if dim.dim_param:
+                    dim.dim_param = re.sub(rf"(?<!\w){re.escape(symbol)}(?!\w)", name, dim.dim_param)
+
+
+def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]

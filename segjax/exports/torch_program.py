@@ -1,0 +1,118 @@
+"""Our weights in the PyTorch reference, as an ONNX file or a `torch.export` program: what `segjax.export` writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flax import nnx
+from torch import Tensor
+
+from segjax.checkpoints.architectures import family_of
+from segjax.exports.format import LEAST, ExportFormat
+from segjax.models.segnext import evaluation_bases
+from segjax.torch_reference.verify import reference_for
+
+ABOUT = "about.json"
+
+
+class Program(torch.nn.Module):
+    """Images -> logits (B, K, h, w) or labels (B, H, W), as `form` says.
+
+    Parameters are kept in the type of `form` and widened to float32 where they are used.
+    """
+
+    def __init__(self, model: nnx.Module, form: ExportFormat):
+        super().__init__()
+        self.form = form
+        self.num_classes = model.spec.num_classes
+        self.reference = reference_for(model).requires_grad_(False)
+        stored = getattr(torch, form.dtype)
+        for parameter in self.reference.parameters():
+            parameter.data = parameter.data.to(stored)
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (form.mean, form.std))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        bases = None
+        if family_of(model.spec.name) == "segnext":
+            # Left to itself the reference draws new ones at each call, as published; ours has these in evaluation.
+            ham = model.decode_head.hamburger
+            bases = torch.from_numpy(evaluation_bases(ham.channels, ham.rank)).float()  # (C, R)
+        self.register_buffer("bases", bases)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.form.preprocessing:
+            images = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        bases = () if self.bases is None else (self.bases.expand(images.shape[0], -1, -1),)
+        wide = {name: parameter.float() for name, parameter in self.reference.named_parameters()}
+        logits, _ = torch.func.functional_call(self.reference, wide, (images, *bases))
+        if not self.form.argmax:
+            return logits
+        scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        labels = (scores[:, 0] > 0) if self.num_classes == 1 else scores.argmax(dim=1)
+        return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
+
+
+def traced(model: nnx.Module, form: ExportFormat) -> torch.export.ExportedProgram:
+    """The program as operations alone, with the sizes that `form` leaves open."""
+    # A batch of 1 would be taken for a constant.
+    batch, (height, width) = 2 if form.dynamic else 1, form.size
+    axes = (1, 2) if form.channels_last else (2, 3)
+    images = torch.zeros(batch, height, width, 3) if form.channels_last else torch.zeros(batch, 3, height, width)
+    if form.preprocessing:
+        images = images.to(torch.uint8)
+    open_sizes = None
+    if form.dynamic:
+        multiple = model.size_multiple
+        sides = [torch.export.Dim(name, min=-(-LEAST // multiple)) for name in ("height", "width")]
+        open_sizes = {0: torch.export.Dim("batch")} | {
+            axis: side if multiple == 1 else multiple * side for axis, side in zip(axes, sides, strict=True)
+        }
+    with torch.no_grad(), quiet():
+        return torch.export.export(Program(model, form).eval(), (images,), dynamic_shapes=(open_sizes,))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporters of PyTorch tell of themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# ---------------------------------------------------------------------------------------------------------------- torch
+
+
+def write_torch(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
+    """A program of `torch.export`, which PyTorch runs without segjax; `about` is its extra file of that name.
+
+    Not TorchScript, which PyTorch has deprecated and which checks no shapes.
+    """
+    with quiet():
+        torch.export.save(traced(model, form), path, extra_files={ABOUT: json.dumps(about)})
+
+
+def open_torch(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    with quiet():
+        module = torch.export.load(path).module()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+
+    return run

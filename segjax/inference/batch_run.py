@@ -1,0 +1,427 @@
+"""Predictions for files, folders, patterns and videos."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from segjax.data import codec, specs
+from segjax.inference.overlapped import FAULTS, THREADS, overlapped
+from segjax.inference.predictor import Predictor, as_rgb
+from segjax.runtime import console
+from segjax.viz import overlay, video
+from segjax.viz.pictures import colourise
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# What each kind becomes, for an image and for a video; a video without a suffix is a folder of its frames.
+KINDS = {
+    "labels": (".png", ""),
+    "overlay": (".jpg", ".mp4"),
+    "sidebyside": (".jpg", ".mp4"),
+    "probabilities": (".npz", ""),
+}
+DRAWN = {"overlay": overlay.over, "sidebyside": overlay.beside}
+FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
+# From here on memory is worth a word: SegFormer's attention takes 4 GiB for as many pixels.
+LARGE = 2**22
+LARGEST_JPEG = 65500  # pixels a side
+MANY_SIZES = 8  # of images, each of which is compiled for
+
+
+class Job(NamedTuple):
+    """An input, and where each kind of output goes."""
+
+    source: Path
+    outputs: dict[str, Path]
+    is_video: bool
+
+
+# ------------------------------------------------------------------------------------------------------------- planning
+
+
+def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[list[Job], int]:
+    """The jobs of files, folders and patterns, in their order, and how many files in folders are none.
+
+    Raises:
+      ValueError: everything that is wrong with them: missing, of another kind, or in each other's place.
+    """
+    problems, jobs, skipped = [], {}, 0
+    for given in inputs:
+        files, root, passed = _files(given, output)
+        skipped += passed
+        if not files:
+            problems.append(_nothing(given, passed))
+        for file in files:
+            if file.suffix.lower() not in (*IMAGES, *video.SUFFIXES):
+                known = " ".join((*IMAGES, *video.SUFFIXES))
+                problems.append(f"{file}: of the suffixes {known} it has none")
+            else:
+                job = _job(file, file.relative_to(root), output, kinds)
+                jobs.setdefault(file.resolve(), job)
+    problems += _collisions(list(jobs.values()))
+    if problems:
+        raise ValueError("nothing was done:\n" + "\n".join(f"  {line}" for line in problems))
+    return list(jobs.values()), skipped
+
+
+def _files(given: str, output: Path) -> tuple[list[Path], Path, int]:
+    """Files that an input stands for, what their outputs' folders are relative to, and how many were passed over."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        root, found = path, path.rglob("*")
+    elif path.exists():
+        return [path], path.parent, 0
+    elif glob.has_magic(given):
+        parts = path.parts
+        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        root, found = Path(*fixed), map(Path, glob.glob(str(path), recursive=True))
+    else:
+        return [], path, 0
+    own = output.resolve()
+    # What is hidden is unfinished or the system's; what is below the output folder was written by an earlier call.
+    files = sorted(
+        file
+        for file in found
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
+        and own not in file.resolve().parents
+    )
+    usable = [file for file in files if file.suffix.lower() in (*IMAGES, *video.SUFFIXES)]
+    return usable, root, len(files) - len(usable)
+
+
+def _nothing(given: str, passed: int) -> str:
+    if passed:
+        return f"{given}: {passed} files, of which none is an image or a video"
+    if Path(given).expanduser().is_dir():
+        return f"{given}: a folder without images or videos"
+    return f"{given}: {'no file is like this' if glob.has_magic(given) else 'there is no such file or folder'}"
+
+
+def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str]) -> Job:
+    is_video = file.suffix.lower() in video.SUFFIXES
+    suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
+    # A folder of frames keeps the video's whole name, so that a folder of images may have the same without.
+    outputs = {
+        kind: output / kind / (relative.with_suffix(suffix) if suffix else relative)
+        for kind, suffix in suffixes.items()
+    }
+    return Job(file, outputs, is_video)
+
+
+def _collisions(jobs: Sequence[Job]) -> list[str]:
+    sources = {job.source.resolve(): job.source for job in jobs}
+    owner, together, overwritten = {}, [], []
+    for job in jobs:
+        for path in job.outputs.values():
+            place = path.resolve()
+            if place in sources:
+                overwritten.append(f"{sources[place]}: would be overwritten; take another --output")
+            if place in owner:
+                together.append(f"{owner[place]} and {job.source} would both become {path}")
+                break
+            owner[place] = job.source
+    if len(together) > 3:
+        together[3:] = [f"and {len(together) - 3} more like this"]
+    if together:
+        together.append("give the folder that holds both, or use a command for each")
+    return together + overwritten
+
+
+# -------------------------------------------------------------------------------------------------- reading and writing
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3), upright. Raises ValueError for what is no image, is damaged, or has numbers of another kind."""
+    data = path.read_bytes()
+    if not data:
+        raise ValueError("is empty")
+    if data.startswith((codec.PNG, codec.JPEG)) and (fault := codec.damage(data)):
+        raise ValueError(fault)
+    image = codec.decode_upright(data)
+    if image is None:
+        raise ValueError(f"is no image that can be decoded; it begins with {data[:8]!r}")
+    return as_rgb(image)
+
+
+class Prediction(NamedTuple):
+    """labels: uint8 (H, W). probabilities: float32 (H, W, K), or None where nobody wants them."""
+
+    labels: np.ndarray
+    probabilities: np.ndarray | None
+
+
+def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
+    """Writes one kind of output of an image beside its place, and moves it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            if kind == "probabilities":
+                np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
+            elif kind == "labels":
+                palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
+                file.write(codec.encode_palette(prediction.labels, palette))
+            else:
+                file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    import cv2
+
+    if max(picture.shape) > LARGEST_JPEG:
+        raise ValueError(
+            f"a picture of {picture.shape[0]}x{picture.shape[1]} is too large for JPEG; take --write labels"
+        )
+    # Colours at full resolution: the usual half of it would fray the edges of classes and letters.
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
+
+
+class VideoOutputs:
+    """What is written of one video: H.264 for what is drawn, a folder of numbered files for labels and probabilities.
+
+    Everything is at its place once the whole video is done.
+
+    Attributes:
+      made_even: height and width of pictures with an odd one, by the file they went to.
+    """
+
+    def __init__(self, job: Job, header: video.Header, spec: specs.DatasetSpec):
+        self._job, self._spec = job, spec
+        self._folders = {kind: path for kind, path in job.outputs.items() if kind in FRAME_SUFFIX}
+        self._stack = contextlib.ExitStack()
+        self.made_even: dict[Path, tuple[int, int]] = {}
+        self._writers = {
+            kind: video.Writer(path, header) for kind, path in job.outputs.items() if kind not in FRAME_SUFFIX
+        }
+
+    def write(self, number: int, frame: video.Frame, prediction: Prediction) -> None:
+        for kind, writer in self._writers.items():
+            drawn = DRAWN[kind](frame.image, prediction.labels, self._spec, still=False)
+            if drawn.shape[0] % 2 or drawn.shape[1] % 2:
+                self.made_even[self._job.outputs[kind]] = drawn.shape[:2]
+            writer.write(drawn, frame.time, frame.duration)
+        for kind, folder in self._folders.items():
+            path = _unfinished(folder) / f"{number:06d}{FRAME_SUFFIX[kind]}"
+            save(path, kind, frame.image, prediction, self._spec)
+
+    def __enter__(self) -> VideoOutputs:
+        for folder in self._folders.values():
+            shutil.rmtree(_unfinished(folder), ignore_errors=True)
+            self._stack.push(_moving(folder))
+        for writer in self._writers.values():
+            self._stack.enter_context(writer)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _moving(folder: Path) -> Callable:
+    def leave(kind, *_):
+        if kind is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unfinished(folder).replace(folder)
+        shutil.rmtree(_unfinished(folder), ignore_errors=True)
+
+    return leave
+
+
+class Progress:
+    """A bar on a terminal, else a line every ten seconds; and how many are done a second, once the first one is."""
+
+    def __init__(self, total: int | None, unit: str):
+        self._total, self._unit = total, unit
+        self.count, self._since = 0, None
+        self._said = time.perf_counter()
+        form = "{percentage:3.0f}%|{bar}| " if total else ""
+        form += (
+            "{n_fmt}"
+            + "/{total_fmt}" * bool(total)
+            + f" {unit} [{{elapsed}}"
+            + "<{remaining}" * bool(total)
+            + "{postfix}]"
+        )
+        # Some terminals say that they have no rows, where tqdm would show nothing.
+        self._bar = tqdm(
+            total=total, bar_format=form, ncols=80, nrows=20, file=sys.stderr, disable=not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    @property
+    def rate(self) -> float | None:
+        """Per second, from the end of the first one on, which compiles."""
+        seconds = time.perf_counter() - (self._since or 0)
+        return (self.count - 1) / seconds if self.count > 1 else None
+
+    def advance(self) -> None:
+        self.count += 1
+        now = time.perf_counter()
+        self._since = self._since or now
+        rate = f"{self.rate:.2f} per second" if self.rate else ""
+        self._bar.set_postfix_str(rate, refresh=False)
+        self._bar.update(1)
+        if self._bar.disable and now - self._said >= 10:
+            total = f"/{self._total}" if self._total else ""
+            console.say(f"{self.count}{total} {self._unit}  {rate}".rstrip())
+            self._said = now
+
+    def say(self, text: str) -> None:
+        """Lines of their own, above the bar."""
+        if self._bar.disable:
+            console.say(text)
+        else:
+            self._bar.write(console.wrapped(text), file=sys.stdout)
+
+
+class Run:
+    """Predicts jobs one after the other.
+
+    Attributes:
+      failures: (input, what was wrong with it).
+      images, frames: how many were written, of how many videos.
+    """
+
+    def __init__(self, predictor: Predictor, kinds: Sequence[str]):
+        self.failures: list[tuple[Path, str]] = []
+        self.images = self.videos = self.frames = 0
+        self._predictor, self._kinds = predictor, kinds
+        self._sizes: set[tuple[int, int]] = set()
+        self._warned: set[str] = set()
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        for is_video, group in itertools.groupby(jobs, lambda job: job.is_video):
+            if not is_video:
+                self._predict_images(list(group))
+                continue
+            for job in group:
+                try:
+                    self._predict_video(job)
+                except FAULTS as error:
+                    self._failed(job, error)
+
+    def _predict_images(self, jobs: Sequence[Job]) -> None:
+        def write(job, image, prediction):
+            for kind, path in job.outputs.items():
+                save(path, kind, image, prediction, self._predictor.spec)
+
+        def done(_):
+            self.images += 1
+            progress.advance()
+
+        def failed(job, error):
+            self._failed(job, error)
+            progress.advance()
+
+        with Progress(len(jobs), "images") as progress:
+            overlapped(
+                jobs,
+                read=lambda job: read_image(job.source),
+                key=lambda image: self._predictor.padded_size(image.shape),
+                compute=lambda images: self._predicted(images, progress),
+                write=write,
+                failed=failed,
+                done=done,
+                batch=self._predictor.batch,
+                threads=THREADS,
+            )
+
+    def _predict_video(self, job: Job) -> None:
+        def done(_):
+            progress.advance()
+
+        def failed(_, error):
+            raise error
+
+        with video.opened(job.source) as (header, frames):
+            sound = "; its sound is dropped" * header.has_sound
+            count = f"{header.frames} frames" if header.frames else "frames"
+            console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
+            with (
+                VideoOutputs(job, header, self._predictor.spec) as outputs,
+                Progress(header.frames, "frames") as progress,
+            ):
+                overlapped(
+                    itertools.count(),
+                    read=lambda _: next(frames, None),
+                    key=lambda frame: frame.image.shape,
+                    compute=lambda group: self._predicted([frame.image for frame in group], progress),
+                    write=outputs.write,
+                    failed=failed,
+                    done=done,
+                    batch=self._predictor.batch,
+                    threads=1,
+                )
+                written = progress
+        self.videos += 1
+        self.frames += written.count
+        rate = f", {written.rate:.2f} per second" if written.rate else ""
+        console.say(f"{job.source}: {written.count} frames done{rate}")
+        for path, (height, width) in outputs.made_even.items():
+            console.say(f"  {path}: H.264 has even sides alone; {height}x{width} got its last row or column twice")
+
+    def _predicted(self, images: list[np.ndarray], progress: Progress) -> list[Prediction]:
+        self._advise(self._predictor.padded_size(images[0].shape), progress)
+        if "probabilities" not in self._kinds:
+            return [Prediction(labels, None) for labels in self._predictor.labels(images)]
+        # Of these and not computed on their own, so that both files say the same.
+        scores = self._predictor.probabilities_of(images)
+        return [Prediction(_labels_of(score), score) for score in scores]
+
+    def _advise(self, size: tuple[int, int], progress: Progress) -> None:
+        if self._predictor.protocol.mode != "whole":
+            return
+        self._sizes.add(size)
+        if size[0] * size[1] > LARGE and "large" not in self._warned:
+            self._warned.add("large")
+            progress.say(
+                f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
+                "size; where it is not enough, take --mode slide"
+            )
+        if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
+            self._warned.add("sizes")
+            progress.say(
+                f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 32 makes them fewer, and "
+                "changes some labels"
+            )
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
+            raise error
+        self.failures.append((job.source, _reason(error)))
+
+
+def _labels_of(scores: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) of probabilities (H, W, K)."""
+    return (scores[..., 0] > 0.5 if scores.shape[-1] == 1 else scores.argmax(axis=-1)).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "memory is not enough; take --mode slide, or a smaller --batch"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,147 @@
+"""Evaluation of a split: a confusion matrix over all images, and the worst of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from segjax import metrics
+from segjax.data import specs
+from segjax.data.pipeline import evaluation_batches
+from segjax.data.records import Records, records_of
+
+SHOWN = 10  # images of the report
+
+
+def evaluate(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+    keep: Collection[int] = (),
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Runs `predict` over a split; of several processes, each over its part of it.
+
+    Args:
+      predict: uint8 images (B, H, W, 3) -> train ids (B, H, W). Of several processes, each calls its own on its own
+        devices, as often as it has batches.
+      keep: numbers of images whose prediction is wanted.
+
+    Returns:
+      int64 confusion matrix (K, K) over the whole split, in every process; and uint8 (H, W) train ids by number of
+      image, of those of `keep` that this process has seen.
+
+    Raises:
+      ValueError: there is no image, or one that cannot be used.
+    """
+    confusion, kept = _nothing_counted(spec), {}
+    for number, truth, predicted in predictions(predict, data, spec, batch_size=batch_size):
+        confusion += _count(truth, predicted, spec)
+        if number in keep:
+            kept[number] = predicted
+    return _sum_over_processes(confusion), kept
+
+
+def predictions(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, truth and prediction (H, W) of every image of this process's part; see `evaluate`."""
+    if not len(records_of(data)):
+        raise ValueError(f"there is no image in the evaluation split of {spec.name}")
+    part = jax.process_index(), jax.process_count()
+    pending = ()
+    # Two batches are in flight: the device computes one while the host counts the pixels of the other.
+    with contextlib.closing(evaluation_batches(data, batch_size=batch_size, part=part)) as batches:
+        for images, labels, numbers in batches:
+            batch = numbers.tolist(), labels, predict(images)
+            yield from _rows(*pending)
+            pending = batch
+    yield from _rows(*pending)
+
+
+def _rows(numbers=(), labels=(), predicted=()) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    # The last batch of a size repeats its last image.
+    return zip(numbers, labels, np.asarray(predicted), strict=False)
+
+
+def _nothing_counted(spec: specs.DatasetSpec) -> np.ndarray:
+    return np.zeros((max(spec.num_classes, 2),) * 2, np.int64)
+
+
+def _count(truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
+    return metrics.confusion_matrix(truth, predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label)
+
+
+def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
+    """Sum of the processes' int64 arrays, the same in each of them."""
+    if jax.process_count() == 1:
+        return counts
+    # In halves, because without 64 bits jax would cut the counts off.
+    halves = multihost_utils.process_allgather(counts.view(np.uint32))
+    return np.ascontiguousarray(halves).view(np.int64).sum(axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------- with a report
+
+
+class Measured(NamedTuple):
+    """What a split was measured to be.
+
+    Attributes:
+      confusion: int64 (K, K) over all images.
+      worst: (mean IoU of the image alone, its number) of the worst ones, the worst first; images without a labelled
+        pixel are not among them.
+      predicted: train ids (H, W) of those, by number.
+    """
+
+    confusion: np.ndarray
+    worst: list[tuple[float, int]]
+    predicted: dict[int, np.ndarray]
+
+
+def measure(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+    shown: int = SHOWN,
+) -> Measured:
+    """`evaluate` by one process, with progress, and with the `shown` worst images kept."""
+    confusion, worst, kept = _nothing_counted(spec), [], {}
+    found = predictions(predict, data, spec, batch_size=batch_size)
+    for number, truth, predicted in _told(found, len(records_of(data))):
+        counts = _count(truth, predicted, spec)
+        confusion += counts
+        iou = metrics.summarise(counts)["mean_iou"]
+        if iou is not None:
+            worst = sorted([*worst, (iou, number)])[:shown]
+            kept = {k: predicted if k == number else kept[k] for _, k in worst}
+    return Measured(confusion, worst, kept)
+
+
+def _told(images: Iterable, total: int) -> Iterator:
+    """The same, with a bar on a terminal and else a line every ten seconds."""
+    from tqdm import tqdm
+
+    from segjax.data.sources import BAR
+    from segjax.runtime import console
+
+    bar = tqdm(images, desc="evaluating", total=total, unit=" images", **BAR)
+    said = time.perf_counter()
+    for done, image in enumerate(bar, start=1):
+        yield image
+        if bar.disable and time.perf_counter() - said >= 10:
+            said = time.perf_counter()
+            console.say(f"  {done} of {total} images")

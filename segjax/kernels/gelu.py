@@ -1,0 +1,51 @@
+"""GELU by the error function, plain and with a backward pass of its own."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from segjax.kernels import precision, units
+
+
+def gelu_plain(x: jax.Array) -> jax.Array:
+    """x (1 + erf(x / sqrt(2))) / 2 as torch writes it, in at least float32, differentiated by jax.
+
+    `jax.nn.gelu(approximate=False)` takes the complementary function instead, which costs 2.5 times as much on a CPU.
+    """
+    return (x * _normal_below(x)).astype(x.dtype)
+
+
+def _normal_below(x: jax.Array) -> jax.Array:
+    """The standard normal distribution's share below x, in at least float32."""
+    return 0.5 * (1 + lax.erf(x.astype(precision.at_least_float32(x.dtype)) * math.sqrt(0.5)))
+
+
+@jax.custom_vjp
+def gelu_by_slope(x: jax.Array) -> jax.Array:
+    """The same; its backward pass computes Φ(x) + x φ(x) once, as a unit.
+
+    XLA:CPU otherwise computes the error function anew inside every reduction that reads the gradient, 18 times in front
+    of a depthwise 3x3: a Mix-FFN of 128 channels at 4x32x64, forward and backward, fell from 35 to 11 ms
+    (with a form that kept this slope instead of x).
+    """
+    return gelu_unit(x)
+
+
+@units.compiled_apart
+def gelu_unit(x):
+    return gelu_plain(x)
+
+
+def times_slope(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of GELU's input."""
+    wide = x.astype(precision.at_least_float32(x.dtype))
+    slope = _normal_below(x) + wide * jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
+    return (gradient * slope).astype(x.dtype)
+
+
+times_slope_of_gelu = units.compiled_apart(times_slope)
+gelu_by_slope.defvjp(lambda x: (gelu_unit(x), x), lambda x, gradient: (times_slope_of_gelu(x, gradient),))

@@ -1,0 +1,92 @@
+"""Bilinear and nearest resizing, plain and for whole factors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from segjax.kernels import precision, units
+
+
+def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Half-pixel bilinear. Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away)."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
+
+
+def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
+    """Half-pixel bilinear enlargement by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
+
+    Output pixel f * i + p always blends the same two neighbours with the same weights, so each of the f phases is one
+    blend of the whole map with itself moved by one, edges repeated: slices and a reshape instead of a gather.
+    """
+    for axis, factor in zip((1, 2), factors, strict=True):
+        if factor > 1:
+            x = units.once(enlarge_axis(units.once(x), axis, factor))
+    return x
+
+
+def _phases(factor: int) -> list[tuple[int, float]]:
+    """Which neighbour of input pixel i each of its output pixels blends in, -1 or 1, and with what weight."""
+    offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
+    return [(-1 if offset < 0 else 1, abs(offset)) for offset in offsets]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def enlarge_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
+    """One axis of `resize_by_phases`, with a backward pass that reads the gradient once."""
+    length = x.shape[axis]
+    ends = {-1: lax.slice_in_dim(x, 0, 1, axis=axis), 1: lax.slice_in_dim(x, length - 1, length, axis=axis)}
+    neighbours = {
+        -1: jnp.concatenate([ends[-1], lax.slice_in_dim(x, 0, length - 1, axis=axis)], axis),
+        1: jnp.concatenate([lax.slice_in_dim(x, 1, length, axis=axis), ends[1]], axis),
+    }
+    phases = [x * (1 - weight) + neighbours[side] * weight for side, weight in _phases(factor)]
+    shape = (*x.shape[:axis], length * factor, *x.shape[axis + 1 :])
+    return jnp.stack(phases, axis=axis + 1).reshape(shape)
+
+
+def _enlarge_forward(x, axis, factor):
+    return enlarge_axis(x, axis, factor), None
+
+
+def enlarge_axis_backward(axis, factor, _, gradient):
+    if factor == 1:
+        return (gradient,)  # the one phase blends nothing with the neighbour before
+    length = gradient.shape[axis] // factor
+    by_phase = gradient.reshape(*gradient.shape[:axis], length, factor, *gradient.shape[axis + 1 :])
+    parts = [lax.index_in_dim(by_phase, phase, axis + 1, keepdims=False) for phase in range(factor)]
+    weighted = list(zip(parts, _phases(factor), strict=True))
+    own = sum(part * (1 - weight) for part, (_, weight) in weighted)
+    to_side = {side: sum(part * weight for part, (to, weight) in weighted if to == side) for side in (-1, 1)}
+    ends = {
+        -1: lax.slice_in_dim(to_side[-1], 0, 1, axis=axis),
+        1: lax.slice_in_dim(to_side[1], length - 1, length, axis=axis),
+    }
+    # What goes to the neighbour before comes, seen from there, from behind; an end is its own neighbour.
+    from_behind = jnp.concatenate([lax.slice_in_dim(to_side[-1], 1, length, axis=axis), ends[1]], axis)
+    from_before = jnp.concatenate([ends[-1], lax.slice_in_dim(to_side[1], 0, length - 1, axis=axis)], axis)
+    return (own + from_behind + from_before,)
+
+
+enlarge_axis.defvjp(_enlarge_forward, enlarge_axis_backward)
+
+
+def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear with aligned corners as two matrix products, (B, H, W, C) -> (B, *size, C).
+
+    In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.
+    """
+    rows = _aligned_matrix(x.shape[1], size[0], x.dtype)
+    columns = _aligned_matrix(x.shape[2], size[1], x.dtype)
+    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
+
+
+def _aligned_matrix(old: int, new: int, dtype: jnp.dtype) -> jax.Array:
+    """(new, old) interpolation weights; a single output pixel takes the first input pixel, as torch does."""
+    scale = (old - 1) / (new - 1) if new > 1 else 0.0
+    position = jnp.arange(new, dtype=precision.at_least_float32(dtype)) * scale
+    distance = jnp.abs(position[:, None] - jnp.arange(old, dtype=position.dtype)[None, :])
+    return jnp.maximum(0, 1 - distance).astype(dtype)

@@ -1,0 +1,73 @@
+"""Stochastic depth and dropout of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+# ---------------------------------------------------------------------------------------------------------- dropping
+
+
+def draw_per_sample(draw: Callable, stream, x: jax.Array, axis_name: str | None) -> jax.Array:
+    """`draw(key, number of samples)` for every sample of `x` (B, ...).
+
+    Under `pmap` (axis_name set) it is drawn for the whole batch and each device takes its part, so that the result
+    does not depend on the number of devices.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    drawn = draw(stream(), devices * x.shape[0])
+    if axis_name is None:
+        return drawn
+    return lax.dynamic_slice_in_dim(drawn, lax.axis_index(axis_name) * x.shape[0], x.shape[0])
+
+
+class Drop(nnx.Module):
+    """Zeroes whole slices of a map at random in training and scales the rest by 1 / (1 - rate).
+
+    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples. A subclass
+    has `keep(x)`: what survives, boolean, of a shape that spreads over `x`.
+    """
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs):
+        self.rate = rate
+        # Rounded once, in double precision, as torch does it.
+        self.survival = 1 - rate
+        self.deterministic = True
+        self.axis_name: str | None = None
+        self.stream = rngs.dropout.fork() if rate > 0 else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.deterministic or self.stream is None:
+            return x
+        return jnp.where(self.keep(x), x / jnp.asarray(self.survival, x.dtype), jnp.zeros_like(x))
+
+
+class DropPath(Drop):
+    """Stochastic depth (Huang et al., 2016): drops the whole branch of a sample. (B, H, W, C) -> the same."""
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        def draw(key, samples):
+            return jax.random.bernoulli(key, self.survival, (samples, 1, 1, 1))
+
+        return draw_per_sample(draw, self.stream, x, self.axis_name)
+
+
+class DropPathOfBatch(Drop):
+    """Stochastic depth that drops a branch for the whole batch at once: torchvision's mode "batch"."""
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(self.stream(), self.survival)
+
+
+class Dropout2d(Drop):
+    """torch.nn.Dropout2d: drops whole channels of a sample. (B, H, W, C) -> the same."""
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        def draw(key, samples):
+            return jax.random.bernoulli(key, self.survival, (samples, 1, 1, x.shape[-1]))
+
+        return draw_per_sample(draw, self.stream, x, self.axis_name)

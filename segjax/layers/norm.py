@@ -1,0 +1,119 @@
+"""Layer, batch and group normalisation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from segjax.kernels import precision, units
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+class LayerNorm(nnx.Module):
+    """torch.nn.LayerNorm over the last axis, two-pass, in at least float32.
+
+    The variance is the mean of squared deviations: the one-pass form E[x²] - E[x]² loses all digits of a map whose
+    mean is large (3e-3 at mean 100) and can turn negative.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(precision.at_least_float32(self.dtype))
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        normed = centered * lax.rsqrt(variance + self.epsilon)
+        return units.once(
+            (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+        )
+
+
+class BatchNorm(nnx.Module):
+    """torch.nn.BatchNorm2d over (B, H, W), two-pass, in at least float32, across devices.
+
+    In training it normalises with the biased variance of the whole batch and moves the running variance by the
+    unbiased one, as torch does (flax's own layer stores the biased one). Under `pmap` the layer must know the mapped
+    axis: `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are global by themselves.
+
+    Attributes:
+      momentum: weight of the new observation, torch's convention (0.1), not flax's (0.9).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+    ):
+        self.epsilon = epsilon
+        self.momentum = momentum
+        self.dtype = dtype
+        self.use_running_average = True
+        self.axis_name: str | None = None
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros((features,), param_dtype))
+        self.var = nnx.BatchStat(jnp.ones((features,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(precision.at_least_float32(self.dtype))
+        if self.use_running_average:
+            mean, variance = self.mean[...].astype(wide.dtype), self.var[...].astype(wide.dtype)
+        else:
+            mean, variance = self._observe(wide)
+        factor = lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(wide.dtype)
+        return ((wide - mean) * factor + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+
+    def _observe(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and biased variance of the whole batch, (C,) each; moves the running ones."""
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        count = x.size // x.shape[-1] * devices
+        if count < 2:
+            raise ValueError(
+                f"BatchNorm in training needs more than one value per channel but got a map of shape {x.shape}; "
+                "use a larger batch or image, or model.eval()"
+            )
+        mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
+        variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+        unbiased = variance * (count / (count - 1))
+        self.mean[...] = _move(self.mean[...], mean, self.momentum)
+        self.var[...] = _move(self.var[...], unbiased, self.momentum)
+        return mean, variance
+
+    def _across_devices(self, x: jax.Array) -> jax.Array:
+        return x if self.axis_name is None else lax.pmean(x, self.axis_name)
+
+
+class GroupNorm(nnx.Module):
+    """torch.nn.GroupNorm over (H, W) and the channels of a group, two-pass, in at least float32."""
+
+    def __init__(self, groups: int, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        if features % groups:
+            raise ValueError(f"{features} channels do not divide into {groups} groups")
+        self.groups = groups
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        wide = x.astype(precision.at_least_float32(self.dtype)).reshape(B, H, W, self.groups, C // self.groups)
+        centered = wide - jnp.mean(wide, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=(1, 2, 4), keepdims=True)
+        normed = (centered * lax.rsqrt(variance + self.epsilon)).reshape(B, H, W, C)
+        return (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
+
+
+def _move(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
+    return ((1 - momentum) * old.astype(new.dtype) + momentum * lax.stop_gradient(new)).astype(old.dtype)

@@ -1,0 +1,105 @@
+"""What a training step carries: parameters and statistics as flat dicts by dotted name, and how they become a model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax import layers
+from segjax.models.stacked import NO_STACKS, Stacks
+
+
+class FunctionalModel:
+    """A model without its arrays: hashable structure once for training, once for evaluation.
+
+    Pure state under `jax.jit` is faster than `nnx.jit`, and a flat dict by name is what masks, checkpoints and
+    conversion want.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        frozen: frozenset[str] = frozenset(),
+        execution: layers.BlockExecution = layers.PLAIN,
+        stacks: Stacks = NO_STACKS,
+    ):
+        """Takes the model apart.
+
+        Args:
+          frozen: dotted names of parameters that training leaves as they are. A BatchNorm all of whose parameters are
+            among them keeps its statistics too and normalises with them, as after `eval()` in torch.
+          execution: how training goes through rows of equal blocks.
+          stacks: whose arrays it takes in place of their members', too.
+        """
+        self.execution = execution
+        self.stacks = stacks
+        model.eval()
+        self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        model.train()
+        for path, module in nnx.iter_modules(model):
+            names = {".".join(map(str, (*path, part))) for part in ("scale", "bias")}
+            if isinstance(module, layers.BatchNorm) and names <= frozen:
+                module.use_running_average = True
+        self._training, params, batch_stats, streams = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        model.eval()
+        self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
+        self._is_trained = stacks.with_stacks({name: name not in frozen for name in self._params})
+        self._streams = nnx.to_flat_state(streams)
+        self.spec = model.spec
+        self.size_multiple = model.size_multiple
+
+    def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Parameters and running statistics that the model was made with."""
+        return tuple(
+            {name: variable.get_value() for name, (_, variable) in part.items()}
+            for part in (self._params, self._batch_stats)
+        )
+
+    def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Those parameters that training changes."""
+        return {name: value for name, value in params.items() if self._is_trained[name]}
+
+    def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> nnx.Module:
+        """A model holding these arrays: in training mode where a key for its random streams is given."""
+        streams = []
+        for index, (path, variable) in enumerate(self._streams):
+            if isinstance(variable, nnx.RngKey):
+                value = variable.get_value() if key is None else jax.random.fold_in(key, index)
+            else:
+                value = jnp.zeros((), jnp.uint32)
+            streams.append((path, variable.replace(value)))
+        return nnx.merge(
+            self._evaluation if key is None else self._training,
+            _filled(self._params, self.stacks.apart(params)),
+            _filled(self._batch_stats, batch_stats),
+            nnx.from_flat_state(streams),
+            # Variables of their own: a BatchNorm that moves its statistics inside a gradient must not touch a
+            # variable from outside the trace.
+            copy=True,
+        )
+
+    def batch_stats_of(self, model: nnx.Module) -> dict[str, jax.Array]:
+        """The running statistics that a bound model has moved."""
+        return {name: variable.get_value() for name, (_, variable) in _by_name(nnx.state(model, nnx.BatchStat)).items()}
+
+
+def _by_name(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:
+    return {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def _filled(template: dict[str, tuple[tuple, nnx.Variable]], arrays: dict[str, jax.Array]) -> nnx.State:
+    return nnx.from_flat_state([(path, variable.replace(arrays[name])) for name, (path, variable) in template.items()])
+
+
+def params_sha256(params: dict[str, jax.Array]) -> str:
+    """Hash over the names and bytes of all parameters in sorted order: equal only for bitwise equal weights."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(params[name]).tobytes())
+    return digest.hexdigest()

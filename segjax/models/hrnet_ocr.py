@@ -1,0 +1,135 @@
+"""HRNet with object-contextual representations: every pixel looks at a summary of each class.
+
+Yuan, Chen, Wang: "Object-Contextual Representations for Semantic Segmentation", ECCV 2020, arXiv:1909.11065, on the
+backbone of `hrnet.py`. A first, auxiliary classification says where each class is; its softmax over all pixels gathers
+one vector per class; attention from pixels to classes mixes them back. Attribute names are the keys of the published
+checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRNet-OCR). Logits and auxiliary logits (`taps["aux_logits"]`)
+are trained together, the auxiliary loss weighted 0.4.
+
+Initial weights: the backbone's as in `hrnet.py`, torch's own for everything of OCR.
+
+Deviations: none in what is computed. The auxiliary head's 1x1 convolution over the concatenated branches runs in the
+equal, cheaper order of `layers.conv1x1_of_resized`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax import layers
+from segjax.models import hrnet
+from segjax.models.hrnet import HighResolutionNet, batch_norm
+
+# Corners are aligned in every published model with OCR.
+VARIANTS = {name: sizes | dict(align_corners=True) for name, sizes in hrnet.VARIANTS.items()}
+
+TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+
+
+def conv_bn_relu(in_channels, out_channels, *, dtype, param_dtype, rngs) -> tuple[layers.Conv, layers.Sequential]:
+    """1x1 convolution without bias, and the BatchNorm and ReLU after it, which checkpoints nest one level deeper."""
+    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    convolution = layers.Conv(
+        in_channels, out_channels, 1, use_bias=False, kernel_init=layers.fan_in_init, rngs=rngs, **kinds
+    )
+    return convolution, layers.Sequential([batch_norm(out_channels, **kinds), layers.ReLU()])
+
+
+def gather_objects(features: jax.Array, aux_logits: jax.Array) -> jax.Array:
+    """One vector per class, the mean of all pixels weighted by softmax over pixels: (B, K, 1, C) (eq. 2)."""
+    B, H, W, C = features.shape
+    shares = jax.nn.softmax(aux_logits.reshape(B, H * W, -1), axis=1).astype(features.dtype)  # (B, N, K)
+    return jnp.einsum("bnk,bnc->bkc", shares, features.reshape(B, H * W, C))[:, :, None, :]
+
+
+class ObjectAttention(nnx.Module):
+    """Pixels (B, H, W, C) ask the classes (B, K, 1, C) -> context (B, H, W, C) (eq. 3 to 5)."""
+
+    def __init__(self, channels, key_channels, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def twice():
+            return layers.Sequential(
+                [*conv_bn_relu(channels, key_channels, **kinds), *conv_bn_relu(key_channels, key_channels, **kinds)]
+            )
+
+        self.f_pixel = twice()
+        self.f_object = twice()
+        self.f_down = layers.Sequential(conv_bn_relu(channels, key_channels, **kinds))
+        self.f_up = layers.Sequential(conv_bn_relu(key_channels, channels, **kinds))
+
+    def __call__(self, features: jax.Array, objects: jax.Array) -> jax.Array:
+        B, H, W, _ = features.shape
+        query = self.f_pixel(features).reshape(B, 1, H * W, -1)  # (B, 1, N, D)
+        key, value = self.f_object(objects), self.f_down(objects)  # (B, K, 1, D)
+        key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))  # (B, 1, K, D)
+        context = layers.attention(query, key, value)  # (B, 1, N, D)
+        return self.f_up(context.reshape(B, H, W, -1))
+
+
+class SpatialOCR(nnx.Module):
+    """Context beside the pixels' own features, fused: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
+
+    def __init__(self, channels, key_channels, *, dropout_rate, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.object_context_block = ObjectAttention(channels, key_channels, rngs=rngs, **kinds)
+        self.conv_bn_dropout = layers.Sequential(
+            [*conv_bn_relu(2 * channels, channels, rngs=rngs, **kinds), layers.Dropout2d(dropout_rate, rngs=rngs)]
+        )
+
+    def __call__(self, features: jax.Array, objects: jax.Array) -> jax.Array:
+        context = self.object_context_block(features, objects)
+        return self.conv_bn_dropout(jnp.concatenate([context, features], axis=-1))
+
+
+class HRNetOCR(HighResolutionNet):
+    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, `aux_logits`.
+
+    Args of the constructor: those of `hrnet.HRNet`, and
+      ocr_channels: C of the pixel features. ocr_key_channels: D of queries and keys.
+      dropout_rate: share of channels dropped in front of the classifier.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        ocr_channels: int = 512,
+        ocr_key_channels: int = 256,
+        dropout_rate: float = 0.05,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        **settings,
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        super().__init__(width=width, rngs=rngs, **kinds, **settings)
+        total = 15 * width
+        biased = dict(rngs=rngs, **kinds, **TORCH_INIT)
+        self.conv3x3_ocr = layers.Sequential(
+            [layers.Conv(total, ocr_channels, 3, padding=1, **biased), batch_norm(ocr_channels, **kinds), layers.ReLU()]
+        )
+        self.ocr_distri_head = SpatialOCR(ocr_channels, ocr_key_channels, dropout_rate=dropout_rate, rngs=rngs, **kinds)
+        self.cls_head = layers.Conv(ocr_channels, num_classes, 1, **biased)
+        self.aux_head = layers.Sequential(
+            [
+                layers.Conv(total, total, 1, **biased),
+                batch_norm(total, **kinds),
+                layers.ReLU(),
+                layers.Conv(total, num_classes, 1, **biased),
+            ]
+        )
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        maps = self.branches(images)
+        enlarge = self.enlarge_to(maps[0].shape[1:3])
+        together = jnp.concatenate([enlarge(x) for x in maps], axis=-1)  # (B, H/4, W/4, 15 * width)
+        convolution, norm, relu, classifier = self.aux_head
+        aux_logits = layers.classify(classifier, relu(norm(layers.conv1x1_of_resized(convolution, maps, enlarge))))
+        features = self.conv3x3_ocr(together)
+        objects = gather_objects(features, aux_logits)
+        logits = layers.classify(self.cls_head, self.ocr_distri_head(features, objects))
+        return logits, layers.feature_taps(maps) | {"aux_logits": aux_logits}

@@ -1,0 +1,416 @@
+"""Command line: what a model costs, counted from its shapes.
+
+    python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
+                                  [--convention true|modelsummary]
+
+The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
+computed, so that the largest takes seconds.
+
+What is counted:
+
+- parameters: everything that is trained, each once. Running statistics are none.
+- multiply-adds: every matrix product and convolution, from its shapes; zeros of the padding are multiplied too. A FLOP
+  count is twice that. Norms, activations, softmax, sums and biases are not counted.
+- not counted, and told beside it: products that are only a way to move pixels, namely enlargements that run as products
+  with a matrix of weights (two neighbours in each row of it, the rest zeros) and patches unfolded by a convolution with
+  ones and zeros. Their number is that of the form chosen here and says nothing about the model.
+- activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, enlargements and
+  unfoldings, for one image, in the type each is computed in; of attention that includes the (h, N, M) weights. About
+  what a training step has to keep when nothing is computed twice. Sums and products by elements are left out, and so
+  is what a compiler saves.
+- layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
+
+`least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
+
+The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax import layers, models
+from segjax.kernels import choice, convolution
+from segjax.models import hrnet, hrnet_ocr, segformer, segformer_plain, segformer_simple, segnext
+
+# Kinds of multiply-adds, as `Summary.multiply_adds` and the table call them.
+KINDS = {
+    "dense_convolution": "dense convolution",
+    "grouped_convolution": "depthwise or grouped convolution",
+    "pointwise_convolution": "1x1 convolution",
+    "linear": "linear layer",
+    "attention": "attention products",
+    "object_gathering": "gathering of objects (OCR)",
+    "nmf": "factorisation (NMF)",
+    "other": "other products",
+}
+NOT_COUNTED = {"interpolation": "enlargement as matrix products", "unfolding": "unfolding as a convolution"}
+# Whose the matrix products of a layer or function are; the innermost that stands here decides.
+KIND_INSIDE = {
+    "Conv": "pointwise_convolution",
+    "Linear": "linear",
+    "MultiheadAttention": "linear",  # its joint projection
+    "attention": "attention",
+    "gather_objects": "object_gathering",
+    "factorise": "nmf",
+    "resize": "interpolation",
+    "Unfold": "unfolding",
+}
+# Functions that are layers, under the names that they are counted by.
+FUNCTIONS = (
+    # Models call them as layers.X, layers as functional.X.
+    *((place, "gelu", "GELU") for place in (layers, layers.functional)),
+    *((layers, name, name) for name in ("attention", "resize", "enlarge_nearest")),
+    *((place, "classify", "Conv") for place in (layers, layers.decoder)),
+    (hrnet_ocr, "gather_objects", "gather_objects"),
+    (segnext, "factorise", "factorise"),
+    (jax.nn, "relu", "ReLU"),
+)
+UNLISTED = ("attention", "resize", "enlarge_nearest", "gather_objects", "factorise")
+
+# What jo-jstrm/segmentation_pytorch has, what it calls our layers (None: has no module there), how many dropouts of
+# rate 0 it calls within a layer that have no counterpart here, and whose parameters its tool adds up.
+PUBLISHED_MODELS = (segformer_plain.SegFormerPlain, segformer_simple.SegFormerSimple, hrnet.HRNet)
+PUBLISHED_NAMES = {"Conv": "Conv2d", "BatchNorm": "BatchNorm2d", "MixTransformer": None, "PlainHead": None}
+PUBLISHED_DROPOUTS = {"Attention": 2, "Mlp": 2}
+PUBLISHED_PARAMETERS_OF = ("Conv", "BatchNorm", "Linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a model costs for one image; the module's docstring says what each figure counts.
+
+    Attributes:
+      multiply_adds: by kind, in the order of `KINDS`. not_counted: those that only move pixels, by kind.
+      layers: calls by class, in alphabetical order.
+      logits: (h, w, K). output_stride: pixels of the image per pixel of the logits, on either side.
+    """
+
+    name: str
+    size: tuple[int, int]
+    num_classes: int
+    overrides: Mapping[str, object]
+    dtype: str
+    parameters: int
+    multiply_adds: Mapping[str, int]
+    not_counted: Mapping[str, int]
+    activation_bytes: int
+    layers: Mapping[str, int]
+    logits: tuple[int, int, int]
+    output_stride: int
+
+    @property
+    def total_multiply_adds(self) -> int:
+        return sum(self.multiply_adds.values())
+
+    @property
+    def activation_mib(self) -> float:
+        return self.activation_bytes / 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastWork:
+    """What a forward pass of a whole batch cannot do without, as long as it goes layer by layer.
+
+    Attributes:
+      multiply_adds: of all counted products.
+      values: numbers read from and written to memory. Every product and convolution reads both its operands, weights
+        among them, and writes its result, each once. Attention is one operation, which reads queries, keys and values
+        and writes what it mixed: its (h, N, M) weights need no memory. Norms, activations, sums, enlargements and
+        unfoldings are taken for parts of their neighbours and cost nothing.
+      parameters: everything that is trained, each once.
+    """
+
+    multiply_adds: int
+    values: int
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedSummary:
+    """The figures of `modelsummary`. layers: calls by class, in the order in which the first one ends."""
+
+    name: str
+    size: tuple[int, int]
+    num_classes: int
+    overrides: Mapping[str, object]
+    parameters: int
+    multiply_adds: int
+    layers: Mapping[str, int]
+
+    @property
+    def gflops(self) -> float:
+        """What that tool prints: multiply-adds in units of 1024³."""
+        return self.multiply_adds / 1024**3
+
+
+# ------------------------------------------------------------------------------------------------------------ tracing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+      name: of the class, or what `FUNCTIONS` says. path: of the module in the model, None for a function without one.
+      given: the arrays it was called with, and output: what it returned, as shapes and types.
+      is_leaf: no other layer was called inside. is_new: it did not just return what it was given.
+    """
+
+    name: str
+    path: tuple | None
+    given: tuple[jax.ShapeDtypeStruct, ...]
+    output: jax.ShapeDtypeStruct
+    is_leaf: bool
+    is_new: bool
+
+
+@contextlib.contextmanager
+def _noting_calls(model: nnx.Module, calls: list[_Call]) -> Iterator[None]:
+    """While it lasts, every call of a layer of `model` is appended to `calls` when it ends, and is a `named_scope`.
+
+    Classes and functions are exchanged for the whole process: nothing else may be traced at the same time.
+    """
+    paths = {id(module): path for path, module in nnx.iter_modules(model)}
+
+    def noting(function: Callable, name: str) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            before = len(calls)
+            with jax.named_scope(name):
+                output = function(*args, **kwargs)
+            # The layer itself, or the one that a function is given, comes first.
+            path = paths.get(id(args[0]))
+            given = tuple(_shapes(argument) for argument in args if isinstance(argument, jax.Array))
+            is_new = all(output is not argument for argument in args)
+            calls.append(_Call(name, path, given, _shapes(output), is_leaf=len(calls) == before, is_new=is_new))
+            return output
+
+        return call
+
+    containers = (type(model), layers.Sequential, nnx.List, layers.ReLU, layers.GELU)
+    called = {type(module) for _, module in nnx.iter_modules(model) if callable(module)}
+    exchanged = [(kind, "__call__", kind.__call__, kind.__name__) for kind in called if kind not in containers]
+    exchanged += [(module, attribute, getattr(module, attribute), name) for module, attribute, name in FUNCTIONS]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, function, name in exchanged:
+            if attribute in vars(owner):
+                stack.callback(setattr, owner, attribute, function)
+            else:
+                stack.callback(delattr, owner, attribute)  # inherited
+            setattr(owner, attribute, noting(function, name))
+        yield
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)
+
+
+@contextlib.contextmanager
+def _cheapest_order() -> Iterator[None]:
+    """Models called inside take the orders of products that are cheapest, with every convolution left in one piece."""
+    conv = layers.functional.conv
+    layers.functional.conv = convolution.conv_plain
+    try:
+        # What a CPU gains from has more products, or hides them in sums.
+        with choice.meant_for("cuda"):
+            yield
+    finally:
+        layers.functional.conv = conv
+
+
+def _trace(
+    model: nnx.Module, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_forms
+) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
+    """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
+    if any(side < 1 for side in size):
+        raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
+    calls: list[_Call] = []
+    graph, state = nnx.split(model)
+
+    def run(state, images):
+        concrete = nnx.merge(graph, state)
+        with _noting_calls(concrete, calls):
+            return concrete(images)[0]
+
+    with forms():
+        return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((batch, *size, 3), model.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    kind: str
+    multiply_adds: int
+    values: int
+    output_bytes: int
+
+
+def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iterator[_Product]:
+    """Every matrix product and convolution of a jaxpr and those inside it."""
+    for equation in jaxpr.eqns:
+        inner = (*scope, *str(equation.source_info.name_stack).split("/"))
+        name, output = equation.primitive.name, equation.outvars[0].aval
+        if name in ("dot_general", "conv_general_dilated"):
+            left, right = (operand.aval for operand in equation.invars[:2])
+            within = next((KIND_INSIDE[label] for label in reversed(inner) if label in KIND_INSIDE), "other")
+            if name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                terms, kind = math.prod(left.shape[axis] for axis in contracted), within
+            else:
+                out_axis, _, *window_axes = equation.params["dimension_numbers"].rhs_spec
+                terms = right.size // right.shape[out_axis]
+                is_pointwise = all(right.shape[axis] == 1 for axis in window_axes)
+                kind = "pointwise_convolution" if is_pointwise else "dense_convolution"
+                kind = "grouped_convolution" if equation.params["feature_group_count"] > 1 else kind
+                kind = within if within in NOT_COUNTED else kind
+            values = left.size + right.size + output.size
+            output_bytes = output.size * output.dtype.itemsize
+            yield _Product(kind, times * output.size * terms, times * values, times * output_bytes)
+            continue
+        found = [
+            product
+            for value in jax.tree.leaves(list(equation.params.values()))
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+            for product in _products(getattr(value, "jaxpr", value), inner, times * equation.params.get("length", 1))
+        ]
+        if found and name in ("while", "cond"):
+            raise ValueError(f"{'/'.join(inner)}: how often a product inside {name} runs is not in its shapes")
+        yield from found
+
+
+def _abstract(name: str, num_classes: int, overrides: Mapping) -> nnx.Module:
+    """The model, of shapes alone."""
+    return nnx.eval_shape(lambda: models.create(name, num_classes=num_classes, **overrides))
+
+
+def _parameters(module: nnx.Module) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> Summary:
+    """What `create(name, num_classes=num_classes, **overrides)` costs on one image of `size` (height, width).
+
+    Not while another thread traces a model.
+
+    Raises:
+      What `models.create` raises, and ValueError for a size that the model cannot take.
+    """
+    model = _abstract(name, num_classes, overrides)
+    calls, jaxpr = _trace(model, size)
+    counts = dict.fromkeys([*KINDS, *NOT_COUNTED], 0)
+    activations = 0
+    for product in _products(jaxpr.jaxpr):
+        counts[product.kind] += product.multiply_adds
+        activations += product.output_bytes if product.kind in KINDS else 0
+    for call in calls:
+        if call.is_leaf and call.is_new and KIND_INSIDE.get(call.name) not in KINDS:
+            activations += sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(call.output))
+    listed = Counter(call.name for call in calls if call.name not in UNLISTED)
+    logits = jaxpr.out_avals[0].shape[1:]
+    return Summary(
+        name=name,
+        size=tuple(size),
+        num_classes=num_classes,
+        overrides=overrides,
+        dtype=jnp.dtype(model.dtype).name,
+        parameters=_parameters(model),
+        multiply_adds={kind: counts[kind] for kind in KINDS},
+        not_counted={kind: counts[kind] for kind in NOT_COUNTED},
+        activation_bytes=activations,
+        layers=dict(sorted(listed.items())),
+        logits=logits,
+        output_stride=_stride(size, logits[:2]),
+    )
+
+
+def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides) -> LeastWork:
+    """What one forward pass of `create(name, num_classes=num_classes, **overrides)` must at least do.
+
+    Counted in the cheapest order of products that segjax knows, whatever runs on this machine: of a decoder at each
+    level's own resolution, for instance. Not while another thread traces a model.
+
+    Raises:
+      What `summarise` raises.
+    """
+    model = _abstract(name, num_classes, overrides)
+    calls, jaxpr = _trace(model, size, batch, _cheapest_order)
+    products = [p for p in _products(jaxpr.jaxpr) if p.kind in KINDS and p.kind != "attention"]
+    multiply_adds, values = sum(p.multiply_adds for p in products), sum(p.values for p in products)
+    for call in calls:
+        if call.name == "attention":
+            query, key, value = call.given  # (B, h, N, D), (B, h, M, D) twice
+            multiply_adds += 2 * query.size * key.shape[2]
+            values += query.size + key.size + value.size + call.output.size
+    return LeastWork(multiply_adds, values, _parameters(model))
+
+
+def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:
+    """The power of two by which `size`, rounded up, becomes `map_size`."""
+    powers = (2**exponent for exponent in range(max(size).bit_length() + 1))
+    return next(s for s in powers if all(-(-side // s) == m for side, m in zip(size, map_size, strict=True)))
+
+
+def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> PublishedSummary:
+    """The figures that jo-jstrm/segmentation_pytorch publishes for its models, by the rules of its summary tool.
+
+    That tool hears of every call of a module other than a Sequential, a ModuleList and the model itself. It adds up the
+    parameters of those whose class name contains Conv, BatchNorm or Linear, so that a wrapper (DWConv, LinearMLP,
+    DsConv2d) counts its layer a second time and a LayerNorm never. Its multiply-adds are weight values times output
+    pixels for a convolution, and output values times `input.size(1)` for a linear layer: the number of tokens, where
+    the width of the input would be right. Products of attention are not among them.
+
+    Raises:
+      What `summarise` raises, and ValueError for a model that the repository does not have.
+    """
+    models.settings(name)  # KeyError for an unknown name
+    if models.MODELS[name].func not in PUBLISHED_MODELS:
+        known = [other for other, model in models.MODELS.items() if model.func in PUBLISHED_MODELS]
+        raise ValueError(
+            f"jo-jstrm/segmentation_pytorch, whose convention modelsummary is, has no {name}; it has {', '.join(known)}"
+        )
+    model = _abstract(name, num_classes, overrides)
+    calls, _ = _trace(model, size)
+    modules = dict(nnx.iter_modules(model))
+    counts: Counter[str] = Counter()
+    parameters = multiply_adds = 0
+    for call in calls:
+        for called, module in _published_calls(call, modules):
+            counts[called] += 1
+            if any(part in called for part in PUBLISHED_PARAMETERS_OF):
+                parameters += _parameters(module)
+        if call.name == "Conv":
+            pixels = math.prod(call.output.shape[1:3])
+            multiply_adds += modules[call.path].kernel.size * pixels
+        elif call.name == "Linear":
+            tokens = math.prod(call.output.shape[1:-1])
+            multiply_adds += call.output.size * tokens
+    return PublishedSummary(name, tuple(size), num_classes, overrides, parameters, multiply_adds, dict(counts))
+
+
+def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterator[tuple[str, nnx.Module | None]]:
+    """Class names of the modules that the published code calls where `call` is, and our counterparts of them."""
+    if call.name in UNLISTED:
+        return
+    module = modules.get(call.path)
+    for _ in range(PUBLISHED_DROPOUTS.get(call.name, 0)):
+        yield "Dropout", None
+    if isinstance(module, layers.DropPath) and module.rate == 0:
+        yield "Identity", None
+    elif name := PUBLISHED_NAMES.get(call.name, call.name):
+        yield name, module
+    # Our decoder takes the linear layer out of its wrapper.
+    wrapper = modules[call.path[:-1]] if call.name == "Linear" else None
+    if isinstance(wrapper, segformer.LevelProjection):
+        yield "LinearMLP", wrapper

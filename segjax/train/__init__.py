@@ -1,0 +1,1 @@
+"""Training: the step, the loop, its settings and what a run keeps."""

@@ -1,0 +1,192 @@
+"""Whether the settings of a run can be used, and whether two runs have the same."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from segjax import losses, models
+from segjax.checkpoints import huggingface
+from segjax.train import schema
+
+# Settings that may differ when a run is taken up again: none of them changes what was computed so far.
+FREE_ON_RESUME = (
+    "train.steps",
+    "train.log_every",
+    "train.remat",
+    "train.scan_blocks",
+    "eval.",
+    "checkpoint.",
+    "data.source",
+    "data.dir",
+    "data.resident_gb",
+    "data.cache_gb",
+    "debug.",
+    "parallel",
+)
+
+
+class RunError(ValueError):
+    """A run that cannot go on as asked; the message says why and what to do."""
+
+
+def check(config: ConfigDict, workdir: Path) -> None:
+    """Everything that is wrong with the settings, in one error, before anything slow happens.
+
+    Raises:
+      RunError: lists each by its key.
+    """
+    wrong = schema.problems(config)
+    if not schema.missing(config):
+        wrong |= _problems_of_model(config, wrong) | _contradictions(config, wrong)
+    problems = [f"config.{key}: {problem}" for key, problem in wrong.items()]
+    if reason := _why_not_writable(workdir):
+        problems.append(f"--workdir {workdir}: {reason}")
+    if problems:
+        raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _problems_of_model(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+    """An unknown model, or settings that its constructor does not have."""
+    name = config.model.name
+    if "model.name" in wrong:
+        return {}
+    if name not in models.MODELS:
+        close = difflib.get_close_matches(name, models.MODELS, n=1)
+        hint = f"did you mean {close[0]!r}? The models" if close else "the models"
+        return {"model.name": f"{name!r}; no such model; {hint} are {', '.join(models.MODELS)}"}
+    known, found = models.settings(name), {}
+    for key in model_overrides(config):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean model.{close[0]}? It" if close else "it"
+            found[f"model.{key}"] = f"no such setting of {name}; {hint} has {', '.join(known)}"
+    return found
+
+
+def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+    """Settings that do not fit other settings, the devices or the files that there are.
+
+    Args:
+      wrong: keys of settings that are wrong by themselves, from which nothing else follows.
+    """
+
+    def sound(*keys: str) -> bool:
+        return not any(key in wrong for key in keys)
+
+    found, devices, accumulate = {}, jax.device_count(), config.train.accumulate
+    if sound("train.batch", "train.accumulate") and config.train.batch % (devices * accumulate):
+        parts = f" and {accumulate} micro-batches" if accumulate > 1 else ""
+        found["train.batch"] = f"{config.train.batch}; does not divide among {devices} devices{parts}"
+    if sound("eval.batch") and config.eval.batch % devices:
+        found["eval.batch"] = f"{config.eval.batch}; does not divide among {devices} devices"
+    if sound("eval.patience", "eval.every") and config.eval.patience and not config.eval.every:
+        found["eval.patience"] = f"{config.eval.patience}; needs eval.every, the steps between two evaluations"
+    if sound("init.checkpoint") and (reason := _why_no_start(config.init.checkpoint)):
+        found["init.checkpoint"] = reason
+    if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
+        found["init.keep"] = f"{config.init.keep}; says what stays random of a checkpoint, and needs init.checkpoint"
+    if not any(config.loss[name] for name in losses.TERMS):
+        terms = ", ".join(losses.TERMS)
+        found["loss.cross_entropy"] = (
+            f"{config.loss.cross_entropy}; {terms} are all 0, give at least one of them a factor"
+        )
+    return found
+
+
+def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
+    """What share of the pixels of training crops is padding, on average over images and scales.
+
+    Args:
+      sizes: (N, 2), height and width of each training image.
+
+    Raises:
+      RunError: no image fills a crop, even at the largest scale.
+    """
+    crop, (smallest, largest) = np.array(config.augment.crop), config.augment.scale
+    enlarged = np.round(sizes * largest).astype(int)
+    if not (enlarged >= crop).all(axis=1).any():
+        height, width = enlarged[np.minimum(enlarged, crop).prod(axis=1).argmax()].tolist()
+        raise RunError(
+            f"config.augment.crop={tuple(config.augment.crop)} is larger than every training image, even at "
+            f"augment.scale's largest, {largest}: the best is {height}x{width} then. Give a crop that fits, or a "
+            "larger scale"
+        )
+    scales = np.linspace(smallest, largest, 101)[:, None, None]
+    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
+    covered = np.minimum(scales * kinds / crop, 1).prod(axis=-1).mean(axis=0)
+    return 1 - np.average(covered, weights=counts).item()
+
+
+def _why_no_start(source: str | None) -> str | None:
+    """Why training cannot start from there; whether a repository has weights is found out when they are fetched."""
+    if not source:
+        return None
+    if huggingface.is_address(source):
+        problem = huggingface.problem_of(source)
+        return problem and f"{source}: {problem}"
+    return None if Path(source).expanduser().exists() else f"there is nothing at {source}"
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"no permission to write in {existing}"
+
+
+def model_overrides(config: ConfigDict) -> dict[str, object]:
+    """The settings of the model's own class."""
+    return {key: value for key, value in config.model.items() if key not in ("name", "dtype")}
+
+
+def plain(config: ConfigDict) -> dict[str, object]:
+    """The config as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def changes(config: ConfigDict, default: ConfigDict) -> list[str]:
+    """KEY=VALUE for every setting that a config has otherwise than another, or that the other lacks."""
+    new, old = _flat(plain(config)), _flat(plain(default))
+    return [f"{key}={value}" for key, value in new.items() if key not in old or old[key] != value]
+
+
+def differing(before: dict, now: dict) -> list[str]:
+    """One line for each entry that two nested records do not share, by dotted key."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"  {key}: {old.get(key)} there, {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
+    """Raises RunError where the run in `workdir` was made with settings or data that cannot be mixed with these."""
+    recorded = [
+        {"config": schema.with_current_names(about.get("config", {})), "dataset": about.get("dataset", {})}
+        for about in (before, now)
+    ]
+    lines = [
+        line for line in differing(*recorded) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
+    ]
+    if lines:
+        raise RunError(
+            f"{workdir} holds a run with other settings:\n"
+            + "\n".join(lines)
+            + "\n  give those settings again to go on with it, or another --workdir to start anew"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

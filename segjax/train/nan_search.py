@@ -1,0 +1,108 @@
+"""Where a number that is not finite comes from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax.checkpoints.state_dict import shorten
+from segjax.kernels import choice
+from segjax.runtime.parallel import AXIS
+from segjax.train import optim
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
+
+WHOLE = "the model"
+
+
+def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> str:
+    """One sentence: the first layer whose output is not finite in a training step, or else whose gradient is not.
+
+    The step is computed again: its forward pass with a look at every layer, then its gradients.
+
+    Args:
+      state: before the step. batch, key: what the step was given; under pmap with the axis of devices.
+    """
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if batch["label"].ndim == 4 else batch
+    images, labels, dropout_key = train_step.inputs(state, batch, key)
+    if found := _not_finite(state.params | state.batch_stats):
+        return f"Not finite before the step already: {shorten(found, most=3)}. "
+    if not np.isfinite(images).all():
+        return "The augmented images are not finite. "
+    calls: list[str] = []
+
+    def forward(params, batch_stats, images, key):
+        model = train_step.skeleton.bind(params, batch_stats, key=key)
+        # Layer by layer: faster forms go past some of them.
+        with choice.published_forms(), _outputs_recorded(model) as outputs:
+            model(images)
+        calls[:] = outputs
+        return list(outputs.values()), train_step.skeleton.batch_stats_of(model)
+
+    forward, batch_stats = _on_one_device(forward), state.batch_stats
+    for part, _, part_key in zip(*train_step.micro_batches(images, labels, dropout_key), strict=True):
+        finite, batch_stats = forward(state.params, batch_stats, part, part_key)
+        for name, is_finite in zip(calls, finite, strict=True):
+            if not is_finite:
+                return f"The first output that is not finite is that of {name}. "
+
+    counts = train_step.criterion.counts(labels)
+    loss, gradients, _ = _on_one_device(train_step.gradients)(state, images, labels, counts, dropout_key)
+    if not np.isfinite(loss):
+        return f"All outputs of layers are finite, but the loss is {loss}. "
+    if found := _not_finite(gradients):
+        # The backward pass begins with the layer that was called last; of layers of which only the one around them was
+        # called, names sort a classifier behind the others.
+        first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
+        return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
+    if not np.isfinite(optim.norm(gradients)):
+        largest = max(gradients, key=lambda name: np.abs(gradients[name]).max())
+        return f"All gradients are finite, but the square of the largest is not: that of {largest}. "
+    return "Computed again, everything was finite. "
+
+
+def _on_one_device(function):
+    """Compiles it for one batch; layers that know of an axis of devices find one of length 1."""
+    mapped = jax.vmap(function, in_axes=None, axis_size=1, axis_name=AXIS)
+    return jax.jit(lambda *arguments: jax.tree.map(lambda x: x[0], mapped(*arguments)))
+
+
+def _not_finite(arrays: dict[str, jax.Array]) -> list[str]:
+    return [name for name, array in arrays.items() if not np.isfinite(array).all()]
+
+
+def _called(parameter: str, calls: list[str]) -> str:
+    """The layer that a parameter belongs to, or the nearest one around it that was called as such."""
+    layer = parameter.rpartition(".")[0]
+    while layer and layer not in calls:
+        layer = layer.rpartition(".")[0]
+    return layer or WHOLE
+
+
+@contextlib.contextmanager
+def _outputs_recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
+    """Whether the output of each module that is called inside is finite, by name, in the order of their ends."""
+    modules = [(".".join(map(str, path)) or WHOLE, module) for path, module in nnx.iter_modules(model)]
+    names = {id(module): name for name, module in modules}
+    owners = {owner for _, module in modules for owner in type(module).__mro__ if "__call__" in vars(owner)}
+    outputs: dict[str, jax.Array] = {}
+
+    def recorded(call):
+        def wrapper(self, *args, **kwargs):
+            output = call(self, *args, **kwargs)
+            finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(output)]
+            outputs[names[id(self)]] = jnp.all(jnp.stack(finite))
+            return output
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            stack.callback(setattr, owner, "__call__", owner.__call__)
+            owner.__call__ = recorded(owner.__call__)
+        yield outputs

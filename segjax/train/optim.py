@@ -1,0 +1,247 @@
+"""The published recipes as optax transforms over parameters by dotted name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from segjax.models.stacked import NO_STACKS, Stacks
+
+
+def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """A linear warm-up that multiplies a decay, as in mmsegmentation."""
+
+    def rate(step):
+        # As a float first: an int32 divided stays float32 where jax computes in float64.
+        step = jnp.asarray(step, float)
+        if not warmup_steps:
+            return decayed(step)
+        missing = jnp.clip(1 - step / warmup_steps, 0, 1)
+        return decayed(step) * (1 - missing * (1 - warmup_ratio))
+
+    return rate
+
+
+def poly_schedule(
+    base: float, *, steps: int, power: float, warmup_steps: int, warmup_ratio: float, end: float = 0.0
+) -> optax.Schedule:
+    """Polynomial decay with a linear warm-up that multiplies it, as in mmsegmentation's `poly` policy.
+
+    Args:
+      base: learning rate at the height of the schedule.
+      steps: length of the decay; the rate is `end` from there on.
+      power: 1 decays along a line.
+      warmup_steps: over which the factor grows from `warmup_ratio` to 1.
+    """
+
+    def decayed(step):
+        return (base - end) * (1 - jnp.clip(step / steps, 0, 1)) ** power + end
+
+    return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+
+
+def cosine_schedule(
+    base: float, *, steps: int, warmup_steps: int, warmup_ratio: float, end: float = 0.0
+) -> optax.Schedule:
+    """Half a cosine from `base` to `end` (Loshchilov, Hutter, 2017, without restarts), with the same warm-up."""
+
+    def decayed(step):
+        return end + (base - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(step / steps, 0, 1)))
+
+    return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+
+
+SCHEDULES = ("poly", "cosine")
+
+
+def schedule(settings, *, steps: int) -> optax.Schedule:
+    """Learning rate by step for the `optim` part of a config.
+
+    Raises:
+      ValueError: a schedule other than `SCHEDULES`.
+    """
+    shape = dict(
+        steps=steps, warmup_steps=settings.warmup_steps, warmup_ratio=settings.warmup_ratio, end=settings.end_lr
+    )
+    if settings.schedule == "poly":
+        return poly_schedule(settings.lr, power=settings.power, **shape)
+    if settings.schedule == "cosine":
+        return cosine_schedule(settings.lr, **shape)
+    raise ValueError(f"optim.schedule is one of {', '.join(SCHEDULES)}; got {settings.schedule!r}")
+
+
+def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[str]:
+    """The dotted names that a regular expression is found in.
+
+    Raises:
+      ValueError: it is found in none, so that it was mistyped or meant for another model; names `setting`.
+    """
+    names = list(names)
+    found = frozenset(name for name in names if re.search(pattern, name))
+    if not found:
+        raise ValueError(
+            f"{setting}: {pattern!r} is found in no parameter of this model, whose names are like {names[0]!r} and "
+            f"{names[-1]!r}"
+        )
+    return found
+
+
+def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
+    """The parameters that `optim.frozen` keeps as they are.
+
+    Raises:
+      ValueError: a pattern that is found in no name, or patterns that leave nothing to train.
+    """
+    names = list(names)
+    frozen = frozenset().union(*(found_in(pattern, names, setting="optim.frozen") for pattern in patterns))
+    if len(frozen) == len(names):
+        raise ValueError(f"optim.frozen: {tuple(patterns)} leave no parameter to train")
+    return frozen
+
+
+def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by: the product over all patterns found in its name.
+
+    Raises:
+      ValueError: a pattern that is found in no name.
+    """
+    names = list(names)
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in multipliers:
+        for name in found_in(pattern, names, setting="optim.lr_multipliers"):
+            factors[name] *= factor
+    return factors
+
+
+class Rule(NamedTuple):
+    """How a parameter is trained: at all, with weight decay, with its learning rate multiplied by `factor`."""
+
+    is_trained: bool
+    decays: bool
+    factor: float
+
+
+def rules(settings, names: Iterable[str]) -> dict[str, Rule]:
+    """The rule of each parameter, by name.
+
+    Raises:
+      ValueError: a pattern that is found in no name.
+    """
+    names = list(names)
+    frozen = frozen_names(settings.frozen, names)
+    no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
+    factors = lr_factors(settings.lr_multipliers, names)
+    return {name: Rule(name not in frozen, name not in no_decay, factors[name]) for name in names}
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """torch.nn.utils.clip_grad_norm_: all gradients times min(1, largest / (their norm + 1e-6))."""
+
+    def update(gradients, _params=None):
+        factor = jnp.minimum(1.0, largest / (norm(gradients) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+
+    return optax.stateless(update)
+
+
+def norm(tree) -> jax.Array:
+    """Euclidean norm over all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def _scale_by_rule(by_name: dict[str, Rule]) -> optax.GradientTransformation:
+    def scaled(name, update):
+        factor = by_name[name].factor
+        return update if factor == 1 else factor * update
+
+    return optax.stateless(
+        lambda updates, _params=None: {name: scaled(name, update) for name, update in updates.items()}
+    )
+
+
+def _unless_refused(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A rule whose state stays as it was where `accepted`, a bool scalar that `update` is given, is False."""
+
+    def update(gradients, state, params=None, *, accepted=True):
+        updates, new = rule.update(gradients, state, params)
+        return updates, jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam as `_unless_refused` has it, and the update follows from the moments that are kept.
+
+    From the new ones it would be the same, for a refused update is not used; but XLA then needs old and new moments
+    at once: for SegFormer-B5 646 MiB, and half as much again to compile for the optimizer.
+    """
+    plain = _unless_refused(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+
+    def update(gradients, state, params=None, *, accepted=True):
+        _, kept = plain.update(gradients, state, params, accepted=accepted)
+        mean = optax.tree.bias_correction(kept.mu, b1, kept.count)
+        square = optax.tree.bias_correction(kept.nu, b2, kept.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), kept
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
+def optimizer(
+    settings, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
+) -> optax.GradientTransformation:
+    """AdamW or SGD as torch computes them, with the published exceptions by parameter name.
+
+    Args:
+      settings: the `optim` part of a config.
+      names: dotted names of all parameters of the model. Those that are frozen, which it is not given, may be all that
+        a pattern is found in.
+      steps: length of the schedule.
+      stacks: whose arrays it takes in place of their members', too.
+
+    Returns:
+      A transform whose `update` takes `accepted`, a bool scalar: where it is False, no state changes, and the updates
+      are not to be used.
+
+    Raises:
+      ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
+    """
+    by_name = stacks.with_stacks(rules(settings, names))
+    decay = optax.add_decayed_weights(
+        settings.weight_decay, mask=lambda params: {name: by_name[name].decays for name in params}
+    )
+    if settings.name == "adamw":
+        # torch's AdamW: decay beside the moments, eps outside the root, both scaled by the learning rate.
+        rule = [_scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
+    elif settings.name == "sgd":
+        # torch's SGD: decay is part of the gradient that the momentum accumulates.
+        rule = [decay, _unless_refused(optax.trace(decay=settings.momentum))]
+    else:
+        raise ValueError(f"optim.name is 'adamw' or 'sgd'; got {settings.name!r}")
+    return optax.chain(
+        *([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []),
+        *rule,
+        _scale_by_rule(by_name),
+        _unless_refused(optax.scale_by_learning_rate(schedule(settings, steps=steps))),
+    )
+
+
+def learning_rates(settings, names: Iterable[str], *, steps: int):
+    """`rates(step)` -> that step's rates for a log: "lr", and "lr x10" and the like where parameters have a factor.
+
+    Args:
+      names: dotted names of all parameters of the model; those that are frozen have no rate.
+    """
+    factors = sorted({rule.factor for rule in rules(settings, names).values() if rule.is_trained} - {1.0})
+    base = schedule(settings, steps=steps)
+
+    def rates(step: int) -> dict[str, float]:
+        rate = float(base(step))
+        return {"lr": rate} | {f"lr x{factor:g}": rate * factor for factor in factors}
+
+    return rates

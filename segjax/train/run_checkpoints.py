@@ -1,0 +1,159 @@
+"""The checkpoints of a training run, by step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.orbax_folder import DamagedError
+from segjax.checkpoints.state_dict import CheckpointError
+from segjax.models.functional import params_sha256
+from segjax.runtime import distributed
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was saved: flat dicts of numpy arrays, and the record."""
+
+    step: int
+    weights: dict[str, np.ndarray]
+    training: dict[str, np.ndarray]
+    about: dict[str, object]
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run, by step. Saving runs beside the training; leaving the context waits for it.
+
+    Of several processes, all of which hold the same arrays, the first alone reads and writes files, and tells the
+    others.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._folder = folder.absolute()
+        self._manager = None
+        if distributed.is_lead():
+            import orbax.checkpoint as ocp
+
+            # Orbax makes no folder for one process of several.
+            self._folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=False,
+                # What a save leaves that was killed.
+                cleanup_tmp_directories=True,
+                multiprocessing_options=orbax_folder.this_process_alone(),
+            )
+            orbax_folder.report_errors_once()
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that were saved."""
+        return distributed.from_lead(lambda: sorted(self._manager.all_steps()))
+
+    def restore(
+        self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
+    ) -> Restored | None:
+        """The newest checkpoint that is whole; None where there is none. Damaged ones are put aside.
+
+        Args:
+          weights, training: templates of what is expected.
+          refuse: raises for a record of a run that is another.
+          say: told of every checkpoint that is put aside.
+
+        Raises:
+          CheckpointError: names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
+            damaged.
+        """
+        return distributed.from_lead(lambda: self._restore(weights, training, refuse, say))
+
+    def _restore(self, weights, training, refuse, say) -> Restored | None:
+        damaged: list[Path] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self._folder / str(step)
+            try:
+                found = self._read_whole(step, folder, weights, training, refuse)
+            except DamagedError as error:
+                say(f"{error}")
+                damaged.append(folder)
+                continue
+            for folder in damaged:
+                aside = folder.parent.with_name("damaged") / folder.name
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                say(f"  put aside as {aside}")
+            self._manager.reload()
+            return found
+        if damaged:
+            listed = ", ".join(str(folder) for folder in damaged)
+            raise CheckpointError(f"every checkpoint of this run is damaged: {listed}. Remove them to start anew")
+        return None
+
+    @staticmethod
+    def _read_whole(step, folder, weights, training, refuse) -> Restored:
+        (about,) = orbax_folder.read_items(folder, orbax_folder.ABOUT)
+        orbax_folder.refuse_changed(folder, about)
+        # Before the arrays, because those of another model cannot be compared with these.
+        refuse(about)
+        if orbax_folder.RECORD_HASH not in about:
+            raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
+        found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), about)
+        orbax_folder.refuse_changed(folder, about, found.weights, found.training)
+        problems = []
+        for template, arrays in ((weights, found.weights), (training, found.training)):
+            expected = {name: _kind(array) for name, array in template.items()}
+            problems += orbax_folder.differences(expected, {name: _kind(array) for name, array in arrays.items()})
+        if problems:
+            raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
+        return found
+
+    def save(self, step: int, weights: Mapping, training: Mapping, about: Mapping[str, object]) -> None:
+        """Saves flat dicts of arrays and a JSON record; returns once the arrays may change again.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written.
+        """
+        if self._manager is None or step == self._manager.latest_step():
+            return
+        from orbax.checkpoint import args
+
+        items = {
+            orbax_folder.WEIGHTS: args.StandardSave(dict(weights)),
+            orbax_folder.TRAINING: args.StandardSave(dict(training)),
+            orbax_folder.ABOUT: args.JsonSave(
+                orbax_folder.signed(
+                    {
+                        **about,
+                        orbax_folder.HASH: params_sha256(dict(weights)),
+                        orbax_folder.TRAINING_HASH: params_sha256(dict(training)),
+                    }
+                )
+            ),
+        }
+        with orbax_folder.failure(self._folder):
+            self._manager.save(step, args=args.Composite(**items))
+
+    def wait(self) -> None:
+        """Returns once the last save is whole; raises CheckpointError where it could not be written."""
+        if self._manager is not None:
+            with orbax_folder.failure(self._folder):
+                self._manager.wait_until_finished()
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # Whatever has ended the run, the last save becomes whole; but a second Ctrl-C wants it gone at once.
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _kind(array) -> tuple:
+    return (*np.shape(array), str(array.dtype))

@@ -1,0 +1,154 @@
+"""What an evaluation leaves behind: figures as JSON and CSV, pictures, and one page that a browser alone will show."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from segjax import metrics
+from segjax.data import specs
+from segjax.viz import pictures
+
+LARGEST_SIDE = 768  # pixels of a picture in the page
+COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
+
+
+class Shown(NamedTuple):
+    """An image of a report.
+
+    Attributes:
+      name: of the image. image: uint8 (H, W, 3).
+      truth, predicted: train ids (H, W).
+    """
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+
+
+def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, object]:
+    """What `metrics.summarise` has, the means that mmsegmentation prints beside it, and "classes", one record each."""
+    table = metrics.by_class(confusion)
+    means = {f"mean_{column}": metrics.mean(table[column]) for column in COLUMNS[1:-1]}
+    rows = zip(spec.label_names, *(table[column] for column in COLUMNS), strict=True)
+    classes = [dict(zip(("class", *COLUMNS), row, strict=True)) for row in rows]
+    return metrics.summarise(confusion) | means | {"classes": classes}
+
+
+def write(
+    folder: Path,
+    confusion: np.ndarray,
+    spec: specs.DatasetSpec,
+    worst: Sequence[Shown],
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    about: Mapping[str, object],
+) -> None:
+    """Writes results.json, classes.csv, confusion.csv, confusion.png, worst/ and, last, index.html.
+
+    Each is written beside its place and renamed. Other files in the folder stay, but for the worst/ of an older report.
+
+    Args:
+      confusion: pixel counts (K, K).
+      worst: images to show, in their order.
+      title, facts: head of the page.
+      about: what of the evaluation goes into results.json beside the figures.
+    """
+    summary = summarise(confusion, spec)
+    images = [_figures_of(shown, spec) for shown in worst]
+    files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
+    # Before worst/ is touched, so that whoever reads results.json finds the pictures that it names, or none.
+    _write(folder / "results.json", json.dumps({**about, **summary, "worst_images": listed}, indent=2) + "\n")
+    _write(folder / "classes.csv", _csv([["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]))
+    names = spec.label_names
+    rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
+    _write(folder / "confusion.csv", _csv([["truth / prediction", *names], *rows]))
+    pictures.save_confusion(folder / "confusion.png", confusion, spec)
+    for (file, image), shown in zip(files.items(), worst, strict=True):
+        own = "-" if image["mean_iou"] is None else f"{image['mean_iou']:.4f}"
+        pictures.save_prediction(folder / file, *shown[1:], spec, title=f"{shown.name}   mIoU of this image {own}")
+    for left in (folder / "worst").glob("[0-9][0-9].png"):
+        if f"worst/{left.name}" not in files:
+            left.unlink()
+    _write(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
+
+
+def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, object]:
+    """Name, mean IoU, and IoU by class that occurs in truth or prediction, of one image; and its pictures as URIs."""
+    confusion = metrics.confusion_matrix(
+        shown.truth, shown.predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
+    )
+    summary = metrics.summarise(confusion)
+    ious = {k: iou for k, iou in enumerate(summary["per_class_iou"]) if iou is not None}
+    return {"name": shown.name, "mean_iou": summary["mean_iou"], "ious": ious, **_layers(shown, spec)}
+
+
+def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
+    """Image, truth, prediction and errors (transparent but where the prediction is wrong) as data URIs."""
+    import cv2
+
+    ignored = shown.truth == spec.ignore_label
+    # Where the truth says nothing, the eye should not compare.
+    predicted = np.where(ignored, spec.ignore_label, shown.predicted)
+    wrong = (predicted != shown.truth)[..., None]
+    red = np.where(wrong, np.uint8([255, 30, 60, 255]), np.uint8(0))
+    factor = min(1, LARGEST_SIDE / max(shown.truth.shape))
+    size = tuple(max(1, round(side * factor)) for side in shown.truth.shape[::-1])
+
+    def uri(pixels, suffix, interpolation, *settings):
+        bgr = pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
+        _, data = cv2.imencode(suffix, cv2.resize(bgr, size, interpolation=interpolation), settings)
+        kind = {".jpg": "jpeg", ".png": "png"}[suffix]
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    labels = {"truth": pictures.colourise(shown.truth, spec), "prediction": pictures.colourise(predicted, spec)}
+    layers = {
+        name: uri(pixels, ".png", cv2.INTER_NEAREST, cv2.IMWRITE_PNG_COMPRESSION, 9)
+        for name, pixels in (labels | {"errors": red}).items()
+    }
+    return {"image": uri(shown.image, ".jpg", cv2.INTER_AREA, cv2.IMWRITE_JPEG_QUALITY, 85), **layers}
+
+
+def _page(title, facts, summary, confusion, images, spec) -> str:
+    data = {
+        "title": title,
+        "means": [
+            ("mean IoU", summary["mean_iou"]),
+            ("pixel accuracy", summary["pixel_accuracy"]),
+            ("mean accuracy", summary["mean_accuracy"]),
+            ("mean Dice", summary["mean_dice"]),
+        ],
+        "facts": list(facts.items()),
+        "classes": [
+            {**entry, "color": " ".join(map(str, color))}
+            for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
+        ],
+        "confusion": confusion.tolist(),
+        "images": images,
+    }
+    # Inside a script only `<` could end it.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
+
+
+def _csv(rows) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

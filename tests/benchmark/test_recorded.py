@@ -1,0 +1,330 @@
+"""The scripts of benchmarks/ that make records: what they derive from what they measure, and what they leave out."""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import camvid, compiling, feeding, growth, machine
+from configs import hrnet, segformer
+from segjax.data import builders, streets
+from segjax.train import progress
+from segjax.train.config import check
+from tests.tiny import SIZES
+
+# ------------------------------------------------------------------------------------------------------------- machine
+
+
+def test_what_runs_in_a_process_runs_in_another_and_its_error_comes_back():
+    assert machine.in_a_process(os.getpid) != os.getpid()
+    with pytest.raises(ValueError, match="math domain error"):
+        machine.in_a_process(math.sqrt, -1.0)
+
+
+def test_the_peak_is_what_was_held_while_it_ran_alone():
+    def hold(megabytes):
+        return lambda: np.ones(megabytes * 2**17).sum()
+
+    hold(96)()
+    assert 60 * 2**20 < machine.peak_of(hold(64)) < 80 * 2**20
+    # That of before is forgotten.
+    assert machine.peak_of(hold(8)) < 16 * 2**20
+
+
+@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [4.0, 1.0, 3.0, 9.0, 2.0]])
+def test_quartiles_are_numpys(values):
+    np.testing.assert_allclose(machine.quartiles(values), np.percentile(values, (50, 25, 75)))
+
+
+def test_a_record_names_the_command_and_no_folder_of_the_machine(tmp_path):
+    words = ["--source", str(tmp_path), "--steps", "3", f"--config.data.dir={tmp_path}", "~/x", "a/b"]
+    record = machine.about("benchmarks.camvid", words)
+    assert record["command"] == ("python -m benchmarks.camvid --source PATH --steps 3 --config.data.dir=PATH PATH a/b")
+    path = tmp_path / "new" / "record.json"
+    machine.write(path, record)
+    assert json.loads(path.read_text()) == record and {"jax", "python"} <= set(record["versions"])
+    machine.write(None, record)
+
+
+# -------------------------------------------------------------------------------------------------------------- growth
+
+
+def grown(*, time, work):
+    """Rows of 10x10 and 20x20 pixels, of which the second takes so many times as much per pixel."""
+    row = {"size": [10, 10], "milliseconds": [1.0, 1.0, 1.0], "temporaries": 3200, "peak": 6400}
+    row |= {"labels_temporaries": 1, "multiply_adds": 10**6, "attention": 0}
+    large = row | {"size": [20, 20], "milliseconds": [4.0 * time] * 3, "temporaries": 12800, "peak": 25600}
+    return [row, large | {"multiply_adds": 4 * work * 10**6}]
+
+
+def test_figures_are_by_pixel_and_growth_is_the_last_over_the_first():
+    rows = grown(time=3, work=2)
+    assert growth.per_pixel(rows[0]) == {
+        "time, ns": 1e4,
+        "XLA temporaries, B": 32.0,
+        "process at most, B": 64.0,
+        "multiply-adds, k": 10.0,
+        "  of attention, k": 0.0,
+    }
+    expected = dict.fromkeys(growth.per_pixel(rows[0]), 1.0) | {"time, ns": 3.0, "multiply-adds, k": 2.0}
+    assert growth.growth(rows) == pytest.approx(expected | {"  of attention, k": None})
+
+
+@pytest.mark.parametrize(
+    "time, work, said",
+    [
+        (1.1, 1, "is flat"),
+        (0.5, 1, "falls"),
+        (2.1, 2, "grows no more than the work that attention asks for"),
+        (3.0, 2, "grows 1.50 times as much as the work"),
+        (1.3, 1, "grows 1.30 times as much as the work"),
+    ],
+)
+def test_the_verdict_is_flat_or_the_reason(time, work, said):
+    rows = grown(time=time, work=work)
+    assert growth.verdict(rows) == f"time per pixel {said}"
+    assert f"  {growth.verdict(rows)}" in list(growth.report("hrnet_w18", rows))
+
+
+def test_the_table_of_four_sizes_fits_80_columns():
+    rows = [grown(time=1e3, work=1)[1] | {"size": list(size)} for size in growth.SIZES]
+    assert max(map(len, growth.report("segformer_zuppichini", rows))) <= 80
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "x512", "512x-1", "512xx512", "1e3x4"])
+def test_what_is_no_size_is_refused_with_an_example(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is no size; write HEIGHTxWIDTH, as in 512x1024"):
+        growth.size_of(text)
+    assert growth.size_of("512x1024") == (512, 1024)
+
+
+@pytest.mark.slow
+def test_growth_is_measured_of_a_model(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    assert (
+        growth.main(["--models", "segformer_b0", "--sizes", "32x64", "64x64", "--rounds", "2", "--json", str(path)])
+        == 0
+    )
+    first, last = json.loads(path.read_text())["models"]["segformer_b0"]["rows"]
+    assert (first["size"], last["size"]) == ([32, 64], [64, 64])
+    assert 0 < first["attention"] < first["multiply_adds"] < last["multiply_adds"]
+    for row in (first, last):
+        # The program's temporaries are part of what the process holds while it runs.
+        assert row["temporaries"] > 0 and row["peak"] > 0.5 * row["temporaries"]
+        assert 0 < row["milliseconds"][1] <= row["milliseconds"][0] <= row["milliseconds"][2]
+    assert "segformer_b0" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+def test_the_first_line_ends_a_command_that_would_go_on():
+    code = "import time; print('here', flush=True); time.sleep(600)"
+    assert 0 < compiling.first_line(["-c", code]) < 60
+
+
+def test_a_command_that_says_nothing_is_an_error_with_its_own_words():
+    with pytest.raises(RuntimeError, match="said nothing:\nwhat is wrong"):
+        compiling.first_line(["-c", "import sys; sys.exit('what is wrong')"])
+
+
+def test_the_tables_of_compiling_fit_80_columns():
+    once = {"trace": 12.0, "compile": 110.0, "temporaries": 5 * 2**30}
+    found = {"cold": once, "cached": once, "large": once, "seconds": [1.0, 1.0, 1.0], "ratio": [1.0, 0.9, 1.1]}
+    record = {"model": "segformer_b5", "num_classes": 150, "timed": compiling.TIMED, "large": compiling.LARGE}
+    record |= {"forms": dict.fromkeys(compiling.FORMS, found), "starts": dict.fromkeys(compiling.COMMANDS, [1.0] * 3)}
+    lines = list(compiling.report(record))
+    assert max(map(len, lines)) <= 80
+    assert any(
+        line.split() == ["unrolled", "122.0", "(12.0)", "122.0", "(12.0)", "1.000", "1.00", "5120"] for line in lines
+    )
+
+
+def test_shapes_that_are_compiled_for_are_those_of_the_arrays_that_are_given():
+    _, abstract, arguments = compiling.training("segformer_b0", (1, 32, 64), "scan", SIZES | dict(depths=(1, 7, 1, 1)))
+    assert "backbone.block2.0-6.mlp.fc1.kernel" in abstract[0].params
+    described = [str((leaf.shape, leaf.dtype, leaf.sharding)) for leaf in leaves(abstract)]
+    assert described == [str((leaf.shape, leaf.dtype, leaf.sharding)) for leaf in leaves(arguments())]
+
+
+def leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+@pytest.mark.slow
+def test_the_second_compilation_comes_from_the_cache(tmp_path):
+    work = str(tmp_path), "segformer_b0", (1, 32, 64), "unrolled", SIZES
+    cold, cached = (machine.in_a_process(compiling.compile_once, *work) for _ in range(2))
+    assert cached["compile"] < 0.6 * cold["compile"] and cached["temporaries"] == cold["temporaries"]
+
+
+# ------------------------------------------------------------------------------------------------------------- feeding
+
+
+def test_what_happens_between_two_records_is_found_from_their_means(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    meter, waited, found = progress.Meter(8), 0.0, {}
+    meter.restart(1, waited)
+    # Slow and waiting until step 11; then 40 steps of 0.5 s, 0.1 s of which are spent waiting.
+    for step, seconds, lost in ((11, 3.0, 2.0), (51, 0.5, 0.1)):
+        count = step - (11 if step > 11 else 1)
+        now[0] += count * seconds
+        waited += count * lost
+        meter.lap(step, waited)
+        found[step] = {"step": step, "images_per_second": meter.images_per_second, "waiting": meter.waiting}
+    result = feeding.between(found[11], found[51])
+    assert result == pytest.approx({"waiting": 0.2, "rate": 16.0, "consumed": 20.0})
+
+
+def test_a_run_in_memory_never_waits():
+    records = [{"step": step, "images_per_second": 4.0, "waiting": 0.0} for step in (11, 51)]
+    assert feeding.between(*records) == {"waiting": 0.0, "rate": 4.0, "consumed": 4.0}
+
+
+def test_a_line_that_is_half_written_is_left_for_later(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert feeding.records(path) == {}
+    path.write_text('{"step": 5, "waiting": 0.5}\n{"step": 10, "wai')
+    assert feeding.records(path) == {5: {"step": 5, "waiting": 0.5}}
+
+
+def test_what_is_fed_is_what_the_settings_say(tmp_path):
+    cases = feeding.cases(tmp_path, tmp_path, tmp_path, "float32")
+    assert len(cases) == 3
+    for name, (argument, changes) in cases.items():
+        config = segformer.get_config(argument)
+        config.update_from_flattened_dict(changes)
+        check(config, tmp_path)
+        streamed = "streamed" in name
+        assert (config.data.resident_gb == 0 and config.data.cache_gb == 0) == streamed
+        # Records are written at the steps that are waited for.
+        assert feeding.WARM % config.train.log_every == 0 and config.train.steps > 10**5
+
+
+def test_the_images_that_are_drawn_can_be_trained_on(tmp_path):
+    feeding.draw_images(tmp_path / "large", size=(32, 64), number=3)
+    prepared = builders.prepare("folder", source=str(tmp_path / "large"), data_dir=str(tmp_path / "data"))
+    records = prepared.records("train")
+    assert len(records) == 3 and records.sizes.tolist() == [[32, 64]] * 3
+    for mine, theirs in zip(records[1], streets.scene(0, 1, (32, 64)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_run_that_ends_before_it_is_measured_is_an_error_with_its_output(tmp_path):
+    argument, changes = "b0,camvid", {"data.source": str(tmp_path / "absent"), "data.dir": str(tmp_path)}
+    with pytest.raises(RuntimeError, match=r"ended with 2:\n(.|\n)*absent"):
+        feeding.trained(argument, changes, 5, 5, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- camvid
+
+RUNS = [
+    {"seed": 0, "single": 0.70, "multi": 0.71, "per_class_iou": {"sky": 0.9, "pole": 0.2, "fence": None}},
+    {"seed": 1, "single": 0.74, "multi": 0.75, "per_class_iou": {"sky": 0.8, "pole": None, "fence": None}},
+]
+
+
+def test_mean_and_deviation_are_over_the_seeds():
+    total = camvid.summary(RUNS)
+    assert total["single"] == pytest.approx(
+        {"mean": 0.72, "deviation": np.std([0.70, 0.74], ddof=1), "smallest": 0.70, "largest": 0.74}
+    )
+    assert total["multi"]["mean"] == pytest.approx(0.73)
+    assert total["per_class_iou"] == pytest.approx({"sky": 0.85, "pole": 0.2, "fence": None})
+    assert camvid.summary(RUNS[:1])["single"]["deviation"] is None
+    for runs in (RUNS, RUNS[:1]):
+        assert max(map(len, camvid.report(runs))) <= 80
+
+
+def options(tmp_path, *flags):
+    return argparse.Namespace(
+        source=tmp_path, data_dir=None, variant="small", workdir=tmp_path, scales=(0.5,), flags=list(flags)
+    )
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Commands that would be run; each leaves what the real one would, of the step in `called.step`."""
+
+    class Calls(list):
+        step = 5
+
+    calls = Calls()
+
+    def call(command):
+        calls.append(command)
+        if "train.py" in command:
+            workdir = next(word.removeprefix("--workdir=") for word in command if word.startswith("--workdir="))
+            result = {"images_per_second": 1.0, "params_sha256": "", "config": {}, "step": calls.step}
+            machine.write(camvid.Path(workdir) / "result.json", result)
+        else:
+            report = {"step": calls.step, "mean_iou": 0.5, "classes": [{"class": "sky", "iou": 0.5}]}
+            machine.write(camvid.Path(command[command.index("--output") + 1]) / "results.json", report)
+
+    monkeypatch.setattr(camvid, "call", call)
+    return calls
+
+
+def test_a_seed_that_is_done_is_not_evaluated_again_unless_it_was_trained_on(called, tmp_path):
+    run = camvid.of_seed(options(tmp_path), 3, "float32")
+    assert (run["single"], run["multi"], run["step"], len(called)) == (0.5, 0.5, 5, 3)
+    assert "--flip" not in called[1] and called[2][-3:] == ["--scales", "0.5", "--flip"]
+    called.clear()
+    assert camvid.of_seed(options(tmp_path), 3, "float32") == run
+    # train.py itself finds that it has nothing to do.
+    assert len(called) == 1
+    called.clear()
+    called.step = 9
+    assert camvid.of_seed(options(tmp_path), 3, "float32")["step"] == 9 and len(called) == 3
+
+
+def test_flags_behind_two_dashes_come_last_and_reach_the_training_alone(called, tmp_path):
+    camvid.of_seed(options(tmp_path, "--config.train.steps=7"), 3, "bfloat16")
+    assert called[0][-1] == "--config.train.steps=7" and "--config.seed=3" in called[0]
+    assert "--config.model.dtype=bfloat16" in called[0]
+    assert not any("train.steps" in word for command in called[1:] for word in command)
+    assert camvid._cut(["--seeds", "0", "--", "--x", "--"]) == (["--seeds", "0"], ["--x", "--"])
+    assert camvid._cut(["--seeds", "0"]) == (["--seeds", "0"], [])
+
+
+def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(camvid, "training", lambda *_: [sys.executable, "-c", "raise SystemExit(130)"])
+    path = tmp_path / "record.json"
+    assert camvid.main(["--source", str(tmp_path), "--workdir", str(tmp_path), "--json", str(path)]) == 130
+    assert "the same command again goes on from there" in capsys.readouterr().err and not path.exists()
+
+
+def test_the_record_has_no_folder_of_the_machine(called, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(
+        camvid, "of_seed", lambda *_: {**RUNS[0], "config": {"seed": 0, "data": {"source": str(tmp_path)}}}
+    )
+    path = tmp_path / "record.json"
+    words = ["--source", str(tmp_path), "--seeds", "0", "1", "--json", str(path), "--", f"--config.data.dir={tmp_path}"]
+    assert camvid.main(words) == 0
+    text = path.read_text()
+    assert str(tmp_path) not in text and len(json.loads(text)["runs"]) == 2
+
+
+def test_weights_of_the_recipe_are_one_over_the_root_of_the_classes_shares():
+    # Of the labelled pixels of the 367 images.
+    shares = [0.1754, 0.2421, 0.0102, 0.3296, 0.0467, 0.1012, 0.0122, 0.0117, 0.0611, 0.0067, 0.0030]
+    weights = hrnet.get_config("w48_ocr,camvid").loss.class_weights
+    relative = np.array(weights) * np.sqrt(shares)
+    np.testing.assert_allclose(relative, relative.mean(), rtol=0.01)
+
+
+@pytest.mark.parametrize("variant", ["w48_ocr", "w18", "small"])
+def test_the_recipe_of_camvid_leaves_that_of_other_data_alone(variant):
+    assert hrnet.get_config(f"{variant},camvid").loss.dice == 1.0
+    for dataset in ("streets", "cityscapes", "folder"):
+        config = hrnet.get_config(f"{variant},{dataset}")
+        assert (config.loss.dice, config.loss.class_weights, config.train.ema) == (0.0, None, 0.0)

@@ -1,0 +1,344 @@
+"""Weights to start from: files of every dialect, encoders alone, folders of runs, parts of either, and refusals."""
+
+import ast
+import logging
+import re
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from configs import segformer
+from segjax import to_torch
+from segjax.checkpoints import orbax_folder, state_dict
+from segjax.checkpoints.architectures import FAMILIES as OF_NAME
+from segjax.checkpoints.architectures import family_of
+from segjax.checkpoints.initialize import load_pretrained
+from segjax.checkpoints.key_maps import FORMS
+from segjax.checkpoints.state_dict import CheckpointError, named_variables, torch_name
+from segjax.runtime.parallel import Parallel
+from segjax.train import run_checkpoints, setup
+from tests.tiny import FAMILIES, SIZES, numpy_draws, tiny_model
+
+# Head keys of ImageNet classifiers, as they come with the encoders.
+EXTRAS = {
+    "segformer": {"head.weight": (1000, 16), "head.bias": (1000,)},
+    "hrnet": {
+        "incre_modules.0.0.conv1.weight": (4, 2, 1, 1),
+        "downsamp_modules.0.0.bias": (3,),
+        "final_layer.0.weight": (8, 4, 1, 1),
+        "classifier.weight": (1000, 8),
+        "classifier.bias": (1000,),
+    },
+}
+EXTRAS |= dict.fromkeys(("plain", "plain with norm", "mmseg", "segnext"), EXTRAS["segformer"]) | {
+    "ocr": EXTRAS["hrnet"]
+}
+
+
+def forms(family):
+    """Dialects with a place for the whole model."""
+    of = family_of(FAMILIES[family][0])
+    return dict.fromkeys(form.dialect for form in FORMS if form.family == of and not form.encoder_only)
+
+
+def in_head(family, name):
+    return OF_NAME[family_of(FAMILIES[family][0])].in_head(torch_name(name))
+
+
+def weights(model):
+    return {name: np.array(variable[...]) for name, variable in named_variables(model).items()}
+
+
+def save(path, arrays):
+    save_file(arrays, path)
+    return path
+
+
+def equal(one, other):
+    """Names of equal arrays."""
+    return {name for name in one if one[name].tobytes() == other[name].tobytes()}
+
+
+def lines_of(caplog, source, model, **settings):
+    """What is said of a start."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "segjax"):
+        load_pretrained(model, source, **settings)
+    return caplog.messages
+
+
+def refusal(model, source, **settings):
+    """The message of a refusal, which has changed nothing."""
+    before = weights(model)
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(model, source, **settings)
+    assert equal(before, weights(model)) == set(before)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("family, dialect", [(family, dialect) for family in FAMILIES for dialect in forms(family)])
+def test_a_file_of_any_dialect_fills_the_whole_model(family, dialect, tmp_path, caplog):
+    arrays = to_torch(tiny_model(1, family), dialect=dialect)
+    model = tiny_model(2, family)
+    said = lines_of(caplog, save(tmp_path / "a.safetensors", arrays), model)
+    # In the file's own names, since a form without some bias moves that into a mean.
+    found = to_torch(model, dialect=dialect)
+    assert found.keys() == arrays.keys() and equal(found, arrays) == set(arrays)
+    # A file with the keys of two dialects is read as the first.
+    assert said[0].startswith("read as ") and said[-1] == f"loaded {len(arrays)} arrays"
+    assert not any(line.startswith(("not used", "left as")) for line in said)
+
+
+@pytest.mark.parametrize("family", ["segformer", "ocr"])
+def test_folders_of_models_and_of_runs_are_starts_as_files_are(family, tmp_path):
+    source = tiny_model(1, family)
+    expected = weights(source)
+    about = {"model": state_dict.model_record(source)}
+    orbax_folder.save_model(tmp_path / "converted", source, about={})
+    run = tmp_path / "run"
+    orbax_folder.save_weights(run / "best", expected, about=about)
+    saved = run_checkpoints.RunCheckpoints(run / "checkpoints", keep=2)
+    saved.save(3, weights(tiny_model(7, family)), {"step": np.int32(3)}, about)
+    saved.save(5, expected, {"step": np.int32(5)}, about)
+    saved.wait()
+    for place in ("converted", "run", "run/best", "run/checkpoints/5"):
+        model = tiny_model(2, family)
+        load_pretrained(model, tmp_path / place)
+        assert equal(weights(model), expected) == set(expected), place
+
+
+def test_numbers_are_stored_in_the_type_of_the_model_and_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arrays = {key: value.astype(np.float16) for key, value in to_torch(tiny_model(1)).items() if "num" not in key}
+    save(tmp_path / "half.safetensors", arrays)
+    model = tiny_model(2)
+    load_pretrained(model, "~/half.safetensors")
+    assert {variable.get_value().dtype for variable in named_variables(model).values()} == {np.dtype(np.float32)}
+    kernel = model.decode_head.linear_pred.kernel[...]
+    np.testing.assert_array_equal(kernel, arrays["decode_head.linear_pred.weight"].transpose(2, 3, 1, 0))
+
+
+# --------------------------------------------------------------------------------------------------- encoders alone
+
+
+def encoder_files(family):
+    """Name of a form, and an ImageNet-like file in it."""
+    source = tiny_model(1, family)
+    extras = {key: np.ones(shape, np.float32) for key, shape in EXTRAS.get(family, {}).items()}
+    native = {key: value for key, value in to_torch(source).items() if not in_head(family, key)}
+    yield "native", native | extras
+    of = family_of(FAMILIES[family][0])
+    for form in FORMS:
+        if form.family == of and form.encoder_only:
+            yield form.dialect, to_torch(source, dialect=form.dialect) | extras
+    if family == "segformer":
+        # transformers' SegformerForImageClassification.
+        hf = to_torch(source, dialect="hf")
+        classifier = {
+            "classifier.weight": np.ones((1000, 16), np.float32),
+            "classifier.bias": np.ones(1000, np.float32),
+        }
+        yield "hf", {key: value for key, value in hf.items() if key.startswith("segformer.")} | classifier
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_alone_leaves_the_decoder_as_it_was(family, tmp_path, caplog):
+    expected = weights(tiny_model(1, family))
+    for dialect, arrays in encoder_files(family):
+        model = tiny_model(2, family)
+        before = weights(model)
+        said = lines_of(caplog, save(tmp_path / "encoder.safetensors", arrays), model)
+        after = weights(model)
+        head = {name for name in before if in_head(family, name)}
+        assert equal(after, before) == head and equal(after, expected) == set(before) - head, dialect
+        assert said[0].startswith("read as ")
+        assert "an encoder alone: the decoder stays as initialised" in said
+        extras = [key for key in arrays if key in EXTRAS.get(family, ()) or key.startswith("classifier.")]
+        if extras:
+            (unused,) = [line for line in said if line.startswith("not used from the checkpoint (")]
+            assert f"({len(extras)})" in unused and all(key in unused for key in extras)
+        (kept,) = [line for line in said if line.startswith("left as initialised (")]
+        assert f"({len(head)})" in kept
+        assert said[-1] == f"loaded {len(arrays) - len(extras)} arrays"
+
+
+def deeper(family):
+    sizes = FAMILIES[family][1]
+    return dict(stage_blocks=(2, 1, 2, 1)) if "stage_blocks" in sizes else dict(depths=(1, 1, 3, 1))
+
+
+@pytest.mark.parametrize("family", ["segformer", "mmseg", "simple", "zuppichini", "hrnet", "segnext"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_encoder_with_more_or_fewer_blocks_is_refused_though_all_others_would_fit(family, alone, tmp_path):
+    for source, model in (
+        (tiny_model(1, family, **deeper(family)), tiny_model(2, family)),
+        (tiny_model(1, family), tiny_model(2, family, **deeper(family))),
+    ):
+        arrays = {key: v for key, v in to_torch(source).items() if not (alone and in_head(family, key))}
+        message = refusal(model, save(tmp_path / "a.safetensors", arrays))
+        assert message.startswith(f"{tmp_path / 'a.safetensors'}: the checkpoint (read as ")
+        assert re.search(r"\d (unexpected in|missing from) the checkpoint:", message)
+        assert "its encoder is another one" in message and "init.keep" not in message
+
+
+# ------------------------------------------------------------------------------------------- parts that stay random
+
+
+def advised(message):
+    """The patterns that a refusal tells to set."""
+    (text,) = re.findall(r'"--config\.init\.keep=(\(.*\))"', message)
+    return ast.literal_eval(text)
+
+
+CLASSIFIERS = {
+    "segformer": ("decode_head.linear_pred.*",),
+    "plain": ("decode_head.linear_pred.*",),
+    "plain with norm": ("decode_head.linear_pred.*",),
+    "mmseg": ("decode_head.conv_seg.*",),
+    "simple": ("to_segmentation.1.*",),
+    "zuppichini": ("head.predict.*",),
+    "hrnet": ("last_layer.3.*",),
+    "ocr": ("aux_head.3.*", "cls_head.*"),
+    "segnext": ("decode_head.conv_seg.*",),
+}
+
+
+@pytest.mark.parametrize("family, dialect", [(family, dialect) for family in FAMILIES for dialect in forms(family)])
+def test_another_number_of_classes_needs_a_new_classifier_whose_pattern_is_named(family, dialect, tmp_path, caplog):
+    source, model = tiny_model(1, family), tiny_model(2, family, num_classes=7)
+    path = save(tmp_path / "a.safetensors", to_torch(source, dialect=dialect))
+    message = refusal(model, path)
+    assert "of another shape:" in message and "(5, " in message and "model (7, " in message
+    patterns = advised(message)
+    assert sorted(patterns) == sorted(CLASSIFIERS[family])
+
+    before = weights(model)
+    said = lines_of(caplog, path, model, keep=patterns)
+    kept = {name for name in before if name.startswith(tuple(pattern.removesuffix("*") for pattern in patterns))}
+    after = weights(model)
+    assert equal(after, before) & kept == kept == equal(after, before)
+    layers = len(patterns)
+    assert any(line.startswith(f"left as initialised ({2 * layers}): ") for line in said)
+    assert any(line.startswith(f"not used from the checkpoint ({2 * layers}): ") for line in said)
+
+
+@pytest.mark.parametrize(
+    "source, target",
+    [
+        ("segformer", "plain"),
+        ("segformer", "plain with norm"),
+        ("segformer", "mmseg"),
+        ("plain", "segformer"),
+        ("mmseg", "plain"),
+        ("hrnet", "ocr"),
+        ("ocr", "hrnet"),
+    ],
+)
+def test_an_encoder_under_another_kind_of_head_is_a_start_where_the_whole_head_stays_random(source, target, tmp_path):
+    expected = weights(tiny_model(1, source))
+    path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, source)))
+    model = tiny_model(2, target, num_classes=7)
+    patterns = advised(refusal(model, path))
+    assert patterns == OF_NAME[family_of(FAMILIES[target][0])].head
+    before = weights(model)
+    load_pretrained(model, path, keep=patterns)
+    after = weights(model)
+    head = {name for name in before if in_head(target, name)}
+    assert equal(after, before) == head
+    assert equal({name: after[name] for name in before if name not in head}, expected) == set(before) - head
+
+
+def test_any_part_may_stay_random(tmp_path):
+    arrays = to_torch(tiny_model(1))
+    model = tiny_model(2)
+    before, expected = weights(model), weights(tiny_model(1))
+    load_pretrained(model, save(tmp_path / "a.safetensors", arrays), keep=["backbone.block2.*", "*.linear_fuse.bn.*"])
+    after = weights(model)
+    kept = {name for name in before if "block2" in name or "linear_fuse.bn" in name}
+    assert len(kept) > 10 and equal(after, before) == kept and equal(after, expected) == set(before) - kept
+
+
+def test_a_pattern_that_no_parameter_has_is_refused_before_the_file_is_read(tmp_path):
+    message = refusal(tiny_model(2), tmp_path / "absent.pth", keep=("decode_head.*", "decoder.*", "head?"))
+    assert "init.keep: no parameter of segformer_b0 is called 'decoder.*' or 'head?'" in message
+    assert "'backbone.block1.0.attn.kv.bias' to 'decode_head.linear_pred.weight'" in message
+
+
+def test_keys_that_have_no_place_anywhere_are_refused_and_nothing_is_advised(tmp_path):
+    arrays = to_torch(tiny_model(1)) | {"loss.weight": np.ones(3, np.float32)}
+    message = refusal(tiny_model(2), save(tmp_path / "a.safetensors", arrays))
+    assert "1 unexpected in the checkpoint:\n    loss.weight" in message
+    assert "init.keep" not in message and "encoder" not in message.rpartition("loss.weight")[2]
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "page.pth"
+    path.write_text("<html>404</html>")
+    assert refusal(tiny_model(2), path).startswith(f"{path}: neither a PyTorch checkpoint")
+    assert refusal(tiny_model(2), tmp_path / "absent").startswith(f"{tmp_path / 'absent'}: there is no such file")
+    (tmp_path / "folder").mkdir()
+    assert f"{tmp_path / 'folder'}: no checkpoint of segjax" in refusal(tiny_model(2), tmp_path / "folder")
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+
+def start(source, **settings):
+    """The skeleton of a run that starts from a checkpoint."""
+    config = segformer.get_config("b0,folder")
+    config.model.update(SIZES)
+    config.init.checkpoint = str(source)
+    config.init.update(settings)
+    with numpy_draws():
+        return setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
+
+
+def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, capsys, caplog):
+    logger = logging.getLogger("segjax")
+    logging.getLogger().setLevel(logging.WARNING)
+    before = logger.level, logger.propagate, list(logger.handlers)
+    (_, arrays), *_ = encoder_files("segformer")
+    path = save(tmp_path / "mit.safetensors", arrays)
+    # A command that ran in this process before may have left the level at which the file was made with messages.
+    caplog.clear()
+    params, batch_stats = start(path).arrays()
+    expected = weights(tiny_model(1))
+    taken = equal({name: np.asarray(value) for name, value in (params | batch_stats).items()}, expected)
+    assert taken == {name for name in expected if name.startswith("backbone.")}
+    printed = capsys.readouterr().out
+    assert printed.split()[:4] == ["initial", "weights", "from", str(path)]
+    # What does not fit into a line goes on in the next.
+    text, at = " ".join(printed.split()), 0
+    for piece in [
+        "read as native",
+        "an encoder alone: the decoder stays as initialised",
+        "not used from the checkpoint",
+        "left as initialised",
+        f"loaded {len(arrays) - 2} arrays",
+    ]:
+        at = text.index(piece, at)
+    assert caplog.messages == []
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
+    config = segformer.get_config("b0,folder")
+    config.model.update(SIZES)
+    with numpy_draws():
+        setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
+        config.init.checkpoint = "/nowhere"
+        setup.make_skeleton(config, 5, Parallel("jit"), pretrained=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_start_that_does_not_fit_is_refused_with_the_setting_that_would_help(tmp_path):
+    path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, num_classes=3)))
+    with pytest.raises(CheckpointError, match=r"init\.keep=\('decode_head\.linear_pred\.\*',\)"):
+        start(path)
+    skeleton = start(path, keep=("decode_head.linear_pred.*",))
+    assert isinstance(skeleton.bind(*skeleton.arrays()), nnx.Module)

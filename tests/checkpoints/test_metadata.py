@@ -1,0 +1,328 @@
+"""What a checkpoint carries beside its weights, whatever it is kept in; and what `segjax.inspect` prints of it."""
+
+import hashlib
+import json
+import logging
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from segjax import layers, to_torch
+from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints.load import load_trained
+from segjax.checkpoints.state_dict import CheckpointError
+from segjax.commands import convert, inspect
+from segjax.data import specs
+from segjax.data.augment import normalise
+from segjax.inference.engine import Inference
+from segjax.train import setup
+from tests.runs import cheap_step, make_config, run
+from tests.tiny import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+DATASET = {
+    "name": "yard",
+    "class_names": ["gate", "front door", "cat", "mud", "hen"],
+    "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [255, 0, 128]],
+    "ignore_label": 200,
+}
+ABOUT = {
+    "dataset": DATASET,
+    "normalisation": {"mean": [1.5, 2.5, 3.5], "std": [10.0, 20.0, 40.0]},
+    "input_size": [96, 160],
+    "licence": "for the yard alone",
+    "provenance": {"initial_weights": None},
+}
+
+
+def converted(source, destination, *settings):
+    assert convert.main([str(source), str(destination), *settings]) == 0
+    return destination
+
+
+def inspected(capsys, source):
+    capsys.readouterr()
+    assert inspect.main([str(source)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and max(map(len, printed.out.splitlines())) <= 80
+    return printed.out
+
+
+def refused(capsys, source):
+    capsys.readouterr()
+    assert inspect.main([str(source)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("segjax.inspect: ") and str(source) in printed.err
+    return printed.err
+
+
+# ------------------------------------------------------------------------------------------------- there and carried on
+
+
+def test_what_a_folder_says_of_itself_goes_through_every_form_that_has_a_place_for_it(tmp_path, monkeypatch):
+    # Measured in parity/, where transformers is.
+    monkeypatch.setattr(convert, "_measure_transformers", lambda model: None)
+    model = tiny_model(1, num_heads=(2, 4, 5, 8))
+    orbax_folder.save_model(tmp_path / "a", model, about=ABOUT)
+    converted(tmp_path / "a", tmp_path / "b")
+    converted(tmp_path / "b", tmp_path / "c.safetensors", "--to", "smp")
+    converted(tmp_path / "c.safetensors", tmp_path / "d", "--to", "hf")
+    converted(tmp_path / "d", tmp_path / "e")
+    for name in ("a", "b", "c.safetensors", "d", "e"):
+        trained = load_trained(tmp_path / name)
+        # Heads and eps, which no state dict tells.
+        assert trained.model.spec == model.spec, name
+        assert {key: trained.about[key] for key in ABOUT if key != "provenance"} == {
+            key: ABOUT[key] for key in ABOUT if key != "provenance"
+        }
+        assert (trained.mean, trained.std) == ((1.5, 2.5, 3.5), (10.0, 20.0, 40.0))
+        assert trained.spec.class_names == tuple(DATASET["class_names"]) and trained.spec.ignore_label == 200
+        assert trained.spec.colors[-1] == (255, 0, 128)
+        assert {key: value.tobytes() for key, value in to_torch(trained.model).items()} == {
+            key: value.tobytes() for key, value in to_torch(model).items()
+        }
+    provenance = load_trained(tmp_path / "e").about["provenance"]
+    sources = []
+    while "source" in provenance:
+        sources.append(provenance["source"])
+        provenance = provenance["made_from"]
+    assert sources == ["d", "c.safetensors", "b", "a"] and provenance == {"initial_weights": None}
+
+
+def test_predicting_takes_the_normalisation_of_the_checkpoint(tmp_path):
+    orbax_folder.save_model(tmp_path / "a", tiny_model(1), about=ABOUT)
+    trained = load_trained(tmp_path / "a")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
+    predicted = Inference(trained.model, normalise=trained.normalise).labels(images)
+    logits, _ = nnx.jit(trained.model)((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))
+    by_hand = np.asarray(layers.resize(logits, (32, 40)).argmax(axis=-1))
+    np.testing.assert_array_equal(predicted, by_hand)
+    assert (predicted != Inference(trained.model).labels(images)).mean() > 0.01
+
+
+def test_the_hash_of_a_file_is_carried_and_is_not_that_of_the_weights(tmp_path):
+    save_file(to_torch(tiny_model(1), dialect="hf"), tmp_path / "a.safetensors")
+    converted(tmp_path / "a.safetensors", tmp_path / "b")
+    about = load_trained(tmp_path / "b").about
+    expected = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    assert about["provenance"] == {
+        "source": "a.safetensors",
+        "sha256": expected,
+        "dialect": "hf",
+        "package": "transformers",
+    }
+    assert about["sha256"] != expected and "non-commercial" in about["licence"]
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_verification_is_recorded_with_its_error(tmp_path, passed):
+    save_file(to_torch(tiny_model(1)), tmp_path / "a.safetensors")
+    report = mock.Mock(passed=passed, against="a reference", error=np.float32(0.25))
+    with mock.patch.object(convert, "_verify", lambda model, foreign: report):
+        status = convert.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b"), "--verify"])
+    assert status == (0 if passed else 1) and (tmp_path / "b").exists() == passed
+    if passed:
+        verified = load_trained(tmp_path / "b").about["provenance"]["verified"]
+        assert verified == {"against": "a reference", "error": 0.25}
+
+
+@pytest.mark.parametrize("spec", [specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID], ids=lambda spec: spec.name)
+def test_classes_are_guessed_from_their_number_and_called_a_guess(tmp_path, caplog, spec):
+    caplog.set_level(logging.INFO, "segjax")
+    save_file(to_torch(tiny_model(1, num_classes=spec.num_classes)), tmp_path / "a.safetensors")
+    for name in ("a.safetensors", "b"):
+        trained = load_trained(tmp_path / name)
+        assert (trained.spec.class_names, trained.spec.colors) == (spec.class_names, spec.colors)
+        assert trained.spec.ignore_label == spec.ignore_label
+        # Also where it was carried into a folder.
+        assert trained.about["dataset"]["guessed"] is True
+        if name == "a.safetensors":
+            line = f"it names no classes; {spec.num_classes} are taken for those of {spec.name}"
+            assert line in caplog.messages
+            converted(tmp_path / "a.safetensors", tmp_path / "b")
+
+
+def test_any_other_number_of_classes_goes_by_numbers(tmp_path):
+    save_file(to_torch(tiny_model(1, num_classes=7)), tmp_path / "a.safetensors")
+    trained = load_trained(tmp_path / "a.safetensors")
+    assert trained.spec.class_names == tuple(f"class {k}" for k in range(7)) and "dataset" not in trained.about
+    assert len(set(trained.spec.colors)) == 7
+    assert (trained.mean, trained.std) == (specs.IMAGENET_MEAN, specs.IMAGENET_STD)
+    save_file(to_torch(tiny_model(1, num_classes=300)), tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: the classes of this checkpoint cannot be used"):
+        load_trained(tmp_path / "b.safetensors")
+    # Its weights go anywhere all the same.
+    converted(tmp_path / "b.safetensors", tmp_path / "c")
+
+
+def test_an_encoder_alone_goes_from_names_to_names_without_a_number_of_classes(tmp_path, capsys, caplog):
+    model = tiny_model(1)
+    encoder = to_torch(model, dialect="backbone")
+    save_file(encoder | {"head.weight": np.ones((1000, 16), np.float32)}, tmp_path / "a.safetensors")
+    converted(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "backbone")
+    written = load_file(tmp_path / "b.safetensors")
+    assert {key: value.tobytes() for key, value in written.items()} == {
+        key: value.tobytes() for key, value in encoder.items()
+    }
+    assert any(line.startswith("segformer_b0, its encoder alone, ") for line in caplog.messages)
+    # Elsewhere its decoder is new, and its classes must be told.
+    assert convert.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c")]) == 2
+    assert "give the number of classes" in capsys.readouterr().err
+    assert "segformer_b0, its encoder alone" in inspected(capsys, tmp_path / "b.safetensors")
+
+
+def test_a_folder_from_before_all_this_still_loads(tmp_path, capsys):
+    orbax_folder.save_model(tmp_path / "a", tiny_model(1, num_classes=19), about={"source": "x.pth"})
+    trained = load_trained(tmp_path / "a")
+    assert trained.spec == specs.DatasetSpec(**{**vars(specs.CITYSCAPES), "splits": ()})
+    assert trained.about["dataset"]["guessed"] and trained.about["input_size"] is None
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
+    np.testing.assert_array_equal(trained.normalise(images), normalise(images))
+    assert "provenance     not told" in inspected(capsys, tmp_path / "a")
+    config = {"augment": {"crop": [64, 96]}}
+    orbax_folder.save_model(tmp_path / "b", tiny_model(1), about={"config": config, "step": 7, "dataset": DATASET})
+    assert load_trained(tmp_path / "b").about["input_size"] == [64, 96]
+
+
+def test_a_record_that_is_none_or_contradicts_itself_is_refused(tmp_path):
+    arrays = to_torch(tiny_model(1))
+    save_file(arrays, tmp_path / "a.safetensors", metadata={"segjax": "{"})
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: what it says of itself under 'segjax' is not a record"):
+        load_trained(tmp_path / "a.safetensors")
+    wrong = {"dataset": DATASET | {"ignore_label": 3}}
+    save_file(arrays, tmp_path / "b.safetensors", metadata={"segjax": json.dumps(wrong)})
+    with pytest.raises(CheckpointError, match="ignore label 3 is also the label of 'mud'"):
+        load_trained(tmp_path / "b.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ trainings
+
+
+def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is_taken_up(tmp_path, monkeypatch):
+    cheap_step(monkeypatch)
+    start = tmp_path / "start.safetensors"
+    save_file(to_torch(tiny_model(3, num_classes=19)), start)
+    origin = {"source": "start.safetensors", "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
+    run(make_config(train__steps=4, init__checkpoint=str(start)), tmp_path / "run")
+    # What it started from may change, or go away but for a file of that name.
+    save_file({"a": np.ones(1)}, start)
+    run(make_config(train__steps=6, init__checkpoint=str(start)), tmp_path / "run")
+    about = load_trained(tmp_path / "run").about
+    assert about["step"] == 6 and about["input_size"] == [32, 48]
+    assert about["normalisation"] == {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    assert about["provenance"] == {"initial_weights": origin} and "non-commercial" in about["licence"]
+    converted(tmp_path / "run", tmp_path / "b")
+    carried = load_trained(tmp_path / "b")
+    assert carried.spec.name == "streets" and carried.about["provenance"]["step"] == 6
+    assert carried.about["provenance"]["made_from"] == {"initial_weights": origin}
+    assert carried.about.keys().isdisjoint({"config", "scores", "window", "step"})
+
+
+def test_the_record_of_a_run_from_random_weights_is_json_and_says_so():
+    config = make_config()
+    about = json.loads(json.dumps(setup.run_record(config, specs.STREETS) | setup.origin_record(config)))
+    assert metadata.spec_of(about, 19) == specs.STREETS and about.keys() >= ABOUT.keys()
+    assert about["provenance"] == {"initial_weights": None} and "random weights" in about["licence"]
+
+
+# ----------------------------------------------------------------------------------------------------------- inspecting
+
+
+def test_a_folder_is_printed_whole_at_80_columns(tmp_path, capsys):
+    orbax_folder.save_model(tmp_path / "a", tiny_model(1, decoder_dim=24), about=ABOUT)
+    printed = " ".join(inspected(capsys, tmp_path / "a").split())
+    for expected in (
+        "checkpoint a, a converted folder",
+        "model segformer_b0",
+        "float32",
+        "decoder_dim=24",
+        "5 of yard",
+        "0 gate #010203, 1 front door #040506,",
+        "4 hen #ff0080",
+        "ignored label 200",
+        "mean 1.5 2.5 3.5, deviation 10 20 40",
+        "96x160",
+        "for the yard alone",
+        "trained from random weights",
+    ):
+        assert expected in printed
+    # Of all 150 classes a name and its colour stay on one line.
+    orbax_folder.save_model(tmp_path / "b", tiny_model(1, num_classes=150), about={})
+    lines = inspected(capsys, tmp_path / "b").splitlines()
+    assert any("chest of drawers #0633ff" in line for line in lines)
+    assert any("a guess" in line for line in lines)
+    # And a setting of several numbers.
+    orbax_folder.save_model(tmp_path / "c", tiny_model(1, "hrnet"), about={})
+    lines = inspected(capsys, tmp_path / "c").splitlines()
+    assert len([line for line in lines if "=(1, 1, 1, 1)" in line]) == 2
+
+
+# One of each family, and a key that its package writes and does not read.
+EXTRAS = {"segformer": "decode_head.conv_seg.bias", "hrnet": "loss.criterion.weight", "segnext": None, "simple": None}
+
+
+@pytest.mark.parametrize("family", EXTRAS)
+def test_a_foreign_file_is_told_as_what_from_torch_makes_of_it(tmp_path, capsys, family):
+    arrays = to_torch(tiny_model(1, family))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    numbers = sum(value.size for key, value in arrays.items() if not key.endswith(statistics))
+    half = {key: value.astype(np.float16) if value.dtype == np.float32 else value for key, value in arrays.items()}
+    extra = EXTRAS[family]
+    save_file(half | ({extra: np.ones(3, np.float16)} if extra else {}), tmp_path / "a.safetensors")
+    printed = inspected(capsys, tmp_path / "a.safetensors")
+    rows = {line[:15].strip(): line[15:] for line in printed.splitlines() if line[:15].strip()}
+    assert rows["checkpoint"].startswith("a.safetensors, read as native (")
+    assert rows["model"] == FAMILIES[family][0] and rows["parameters"] == f"{numbers:,}, float16"
+    assert rows["classes"] == "5, without names" and "ImageNet's" in printed
+    assert (f"not used from the checkpoint (1): {extra}" in " ".join(printed.split())) == bool(extra)
+    assert ("assumed " in printed) and ("=" in rows["overrides"])
+
+
+def test_a_float64_folder_is_inspected_as_one(tmp_path, capsys):
+    with jax.enable_x64(True):
+        orbax_folder.save_model(tmp_path / "a", tiny_model(1, dtype=jnp.float64), about={})
+    assert ", float64\n" in inspected(capsys, tmp_path / "a") and not jax.config.jax_enable_x64
+
+
+def test_what_cannot_be_inspected_is_told_with_status_2(tmp_path, capsys):
+    assert "there is no such file" in refused(capsys, tmp_path / "nothing.pth")
+    (tmp_path / "page.pth").write_text("<html>")
+    assert "which is text" in refused(capsys, tmp_path / "page.pth")
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint of segjax in this folder" in refused(capsys, tmp_path / "empty")
+    arrays = to_torch(tiny_model(1))
+    del arrays["backbone.norm1.weight"]
+    save_file(arrays, tmp_path / "a.safetensors")
+    message = refused(capsys, tmp_path / "a.safetensors")
+    assert "1 missing from the checkpoint" in message and "backbone.norm1.weight" in message
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "b.safetensors")
+    assert "fits no model of segjax" in refused(capsys, tmp_path / "b.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------- mmsegmentation
+
+
+@pytest.mark.parametrize("kind", ["0.x", "1.x"])
+def test_classes_and_palette_of_mmsegmentation_are_read_from_either_place(kind):
+    names, palette = tuple(DATASET["class_names"]), np.array(DATASET["colors"])
+    meta = {"CLASSES": names, "PALETTE": palette.tolist(), "config": "..."}
+    if kind == "1.x":
+        meta = {"dataset_meta": {"classes": names, "palette": palette}, "cfg": "..."}
+    arrays = {"data_preprocessor.mean": np.full((3, 1, 1), 2.5), "data_preprocessor.std": np.full((3, 1, 1), 4.0)}
+    about = metadata.of_mmseg({"meta": meta, "state_dict": {}}, arrays)
+    assert about["dataset"] == DATASET | {"name": "unknown", "ignore_label": 255}
+    assert about["normalisation"] == {"mean": [2.5] * 3, "std": [4.0] * 3}
+    assert json.loads(json.dumps(about)) == about
+
+
+@pytest.mark.parametrize("meta", [None, 3, {}, {"CLASSES": None}, {"CLASSES": 5}, {"CLASSES": [1, 2]}, {"epoch": 3}])
+def test_a_meta_without_names_says_nothing(meta):
+    assert metadata.of_mmseg({"meta": meta}, {}) == {}
+    about = metadata.of_mmseg({"meta": {"CLASSES": ["a", "b"], "PALETTE": [[1, 2]]}}, {})
+    assert about["dataset"]["class_names"] == ["a", "b"] and np.shape(about["dataset"]["colors"]) == (2, 3)

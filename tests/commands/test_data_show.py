@@ -1,0 +1,86 @@
+"""The page of samples shows what the model gets, and the command says what it wrote."""
+
+from types import SimpleNamespace
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from segjax.commands import data_show as show
+from segjax.data import specs
+from segjax.data.augment import augment, step_keys
+from segjax.data.pipeline import TrainBatches
+from segjax.runtime.parallel import Parallel
+from segjax.viz import pictures
+
+SPEC = specs.DatasetSpec("noise", tuple("abcde"), tuple((40 * k, 250 - 40 * k, 30 * k) for k in range(5)), 255)
+
+
+def make_split(sizes, seed=0):
+    """Noise, padded, with labels in broad stripes."""
+    rng = np.random.default_rng(seed)
+    height, width = np.max(sizes, axis=0)
+    images = rng.integers(0, 256, (len(sizes), height, width, 3), dtype=np.uint8)
+    labels = np.broadcast_to((np.arange(width) * 5 // width).astype(np.uint8), (len(sizes), height, width)).copy()
+    return specs.Split(images, labels, np.array(sizes, np.int32), tuple(f"image{i}" for i in range(len(sizes))))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_samples_are_the_first_batch_of_a_run_of_that_seed(seed, tmp_path, monkeypatch):
+    split = make_split([(40, 60), (33, 70), (50, 50), (40, 60), (45, 61)])
+    settings = SimpleNamespace(crop=(24, 30), scale=(0.5, 2.0), flip=0.5, photometric=True)
+    drawn = {}
+    monkeypatch.setattr(pictures, "save_samples", lambda path, *given, **rest: drawn.update(given=given, **rest))
+    show.show(split, SPEC, settings, seed=seed, num=3, path=tmp_path / "page.png")
+    batches = TrainBatches(split, batch_size=3, seed=seed, parallel=Parallel("jit", jax.devices()[:1]))
+    keys, _ = step_keys(jax.random.key(seed), 0, np.arange(3))
+    images, labels = augment(keys, batches.at(0), settings, ignore_label=255)
+    pixels, given_labels, spec = drawn["given"]
+    np.testing.assert_array_equal(given_labels, labels)
+    # Half a grey value, where one of the two was rounded.
+    undone = np.asarray(images, np.float64) * specs.IMAGENET_STD + specs.IMAGENET_MEAN
+    np.testing.assert_allclose(pixels, undone, rtol=0, atol=0.5 + 1e-3)
+    assert pixels.dtype == np.uint8 and spec is SPEC
+    for title, number in zip(drawn["titles"], batches.indices(0), strict=True):
+        height, width = split.sizes[number]
+        assert title.startswith(f"image{number}   {height}x{width} × ")
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_page_has_every_image_and_the_colours_of_all_classes_that_occur(number, tmp_path):
+    size = (40, 50)
+    shades = np.arange(number, dtype=np.uint8) * 20 + 130
+    images = np.broadcast_to(shades[:, None, None, None], (number, *size, 3))
+    labels = np.broadcast_to((np.arange(50) // 10).astype(np.uint8), (number, *size)).copy()
+    labels[labels == 2] = 255
+    path = tmp_path / "new folder" / "page.png"
+    pictures.save_samples(path, images, labels, SPEC, titles=[f"image {i}" for i in range(number)])
+    page = cv2.imread(str(path))[..., ::-1].reshape(-1, 3)
+    colors, counts = np.unique(page, axis=0, return_counts=True)
+    seen = {tuple(color): count for color, count in zip(colors.tolist(), counts.tolist(), strict=True)}
+    for shade in shades.tolist():
+        assert seen[shade, shade, shade] > 1000
+    for k, color in enumerate(SPEC.colors):
+        assert (color in seen) == (k != 2)
+    # The stripes' grey.
+    assert seen[135, 135, 135] > 500 * number
+
+
+def test_the_command_draws_streets_without_any_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert show.main(["--num", "2", "--crop", "48", "64"]) == 0
+    assert capsys.readouterr().out == "show-streets.png: 2 samples of 48x64 from streets train, seed 0\n"
+    assert cv2.imread("show-streets.png").shape[1] > 1000
+    other = tmp_path / "other" / "page.png"
+    assert show.main(["streets", "--num", "1", "--split", "val", "--crop", "48", "64", "--output", str(other)]) == 0
+    assert other.exists()
+
+
+def test_the_command_says_in_one_line_what_is_wrong(capsys):
+    assert show.main(["streets", "--split", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("segjax.data show: streets: no split 'nowhere'")
+    with pytest.raises(SystemExit):
+        show.main(["--num", "0", "--crop", "0", "9", "--scale", "2", "1"])
+    errors = capsys.readouterr().err
+    assert all(name in errors for name in ("--num is", "--crop is", "--scale is"))

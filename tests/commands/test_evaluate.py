@@ -1,0 +1,285 @@
+"""The command: what it measures, what it leaves, and what it says of what cannot be."""
+
+import csv
+import json
+import os
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from configs import common
+from segjax import metrics
+from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.metadata import dataset_record
+from segjax.commands import evaluate, inspect
+from segjax.data import builders, prepared, specs, streets
+from segjax.inference import evaluation
+from tests import runs
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+FILES = ["classes.csv", "confusion.csv", "confusion.png", "index.html", "results.json", "worst"]
+SPEC = specs.DatasetSpec("shapes", ("ground", "thing", "other"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)), 255)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, quick_compile):
+    """A run on streets whose training is cheap and whose evaluation is real."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        runs.cheap_step(patch)
+        status, _ = runs.run(runs.make_config(eval__every=3, seed=4), folder)
+    assert status == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A checkpoint of three classes, and a folder of images to prepare that has them."""
+    root = tmp_path_factory.mktemp("shapes")
+    model = tiny_model(1, num_classes=3)
+    orbax_folder.save_model(root / "model", model, about={"dataset": dataset_record(SPEC)})
+    rng = np.random.default_rng(0)
+    source = root / "source"
+    for split, sizes in {"val": [(33, 47), (40, 36), (33, 47)], "test": [(32, 32)]}.items():
+        for folder in ("images", "labels"):
+            (source / folder / split).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            image = cv2.resize(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8), size[::-1])
+            cv2.imwrite(str(source / f"images/{split}/image{number}.png"), image)
+            label = rng.choice([0, 1, 2, 255], size).astype(np.uint8)
+            cv2.imwrite(str(source / f"labels/{split}/image{number}.png"), label)
+    classes = {"names": SPEC.class_names, "colors": SPEC.colors, "ignore": 255}
+    (source / "classes.json").write_text(json.dumps(classes))
+    return SimpleNamespace(model=root / "model", source=source, data=root / "data")
+
+
+def call(*arguments):
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line of an error, with status 2."""
+    try:
+        status = call(*arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    captured = capsys.readouterr()
+    return " ".join(captured.err.split())
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_fits(text):
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def make_split(seed, number=13, size=(6, 9)):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([0, 1, 2, 255], (number, *size)).astype(np.uint8)
+    labels[3] = 255
+    images = rng.integers(0, 256, (number, *size, 3), dtype=np.uint8)
+    # Some images are right in more of their pixels than others.
+    right = rng.random((number, *size)) < rng.random((number, 1, 1))
+    images[..., 0] = np.where(right & (labels < 3), labels, rng.integers(0, 3, labels.shape))
+    return specs.Split(images, labels, np.tile(np.int32(size), (number, 1)), tuple(f"image{i}" for i in range(number)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size):
+    split = make_split(seed)
+    measured = evaluation.measure(lambda images: images[..., 0], split, SPEC, batch_size=batch_size, shown=5)
+    ious, total = [], np.zeros((3, 3), np.int64)
+    for number, (image, truth) in enumerate(zip(split.images, split.labels, strict=True)):
+        counts = metrics.confusion_matrix(truth, image[..., 0], num_classes=3, ignore_label=255)
+        total += counts
+        if number != 3:
+            ious.append((metrics.summarise(counts)["mean_iou"], number))
+    np.testing.assert_array_equal(measured.confusion, total)
+    assert measured.worst == sorted(ious)[:5]
+    assert sorted(measured.predicted) == sorted(number for _, number in measured.worst)
+    for number, predicted in measured.predicted.items():
+        np.testing.assert_array_equal(predicted, split.images[number, ..., 0])
+    confusion, kept = evaluation.evaluate(
+        lambda images: images[..., 0], split, SPEC, batch_size=batch_size, keep={2, 11}
+    )
+    np.testing.assert_array_equal(confusion, total)
+    assert sorted(kept) == [2, 11]
+    np.testing.assert_array_equal(kept[11], split.images[11, ..., 0])
+
+
+def test_defaults_are_those_of_the_configs():
+    assert set(evaluate.SPLITS) == set(common.DATASETS) == {"streets", *builders.DATASETS}
+    for name, split in evaluate.SPLITS.items():
+        assert common.get_config(name).data.eval_split == split, name
+    config = common.get_config("streets")
+    drawn = config.data.train_images, config.data.eval_images, tuple(config.data.size), config.seed
+    assert drawn == tuple(evaluate.STREETS[key] for key in ("train", "val", "size", "seed"))
+
+
+# -------------------------------------------------------------------------------------------------------- of a training
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_training_is_measured_to_be_exactly_what_it_says(best, workdir, capsys):
+    assert call("--workdir", workdir, *["--best"] * best) == 0
+    printed = capsys.readouterr().out
+    folder = workdir / ("report-best" if best else "report")
+    found, recorded = results(folder), runs.result_of(workdir)
+    assert sorted(os.listdir(folder)) == FILES
+    assert ("exactly what" in printed) == (not best) and "NOT" not in printed
+    if not best:
+        assert all(found[key] == recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step"))
+    assert found["data"] == {"name": "streets", "split": "val", "images": 5}
+    assert_fits(printed.replace(str(workdir), "run"))
+
+
+def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, capsys):
+    weights, about = orbax_folder.load_weights(workdir)
+    config = {key: value for key, value in about["config"].items() if key not in ("debug", "init", "loss", "optim")}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in ("cache_gb", "resident_gb")}
+    old = {key: about[key] for key in ("model", "dataset")} | {"config": config}
+    orbax_folder.save_weights(tmp_path / "checkpoints" / "6", weights, about=old)
+    (tmp_path / "result.json").write_text((workdir / "result.json").read_text())
+    assert call("--workdir", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "exactly what" in printed and "step" not in printed and "drawing 5 street scenes" in printed
+    assert inspect.main([str(tmp_path)]) == 0
+    assert "a training of segjax\n" in capsys.readouterr().out
+
+
+def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
+    monkeypatch.setattr(streets, "load", lambda split, **drawn: (split, drawn["num_images"]))
+    config = orbax_folder.load_record(workdir)["config"]
+    of = {split: evaluate._load("streets", split, None, None, config)[0] for split in ("train", "val", "test")}
+    assert of == {"train": ("train", 7), "val": ("val", 5), "test": ("test", 5)}
+    config["data"]["eval_split"] = "train"
+    assert evaluate._load("streets", "train", None, None, config)[0] == ("train", 5)
+
+
+def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
+    recorded = runs.result_of(workdir)
+    summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
+    (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
+    evaluate._compare_with_result(tmp_path, summary)
+    printed = capsys.readouterr().out
+    assert printed.startswith("NOT what") and "(mIoU 0.9000, " in printed
+    assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
+
+
+def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(workdir, tmp_path, capsys):
+    output = tmp_path / "new" / "report"
+    assert call("--checkpoint", workdir, "--data", "streets", "--output", output, "--batch", 4) == 0
+    printed, found, recorded = capsys.readouterr().out, results(output), runs.result_of(workdir)
+    assert found["per_class_iou"] == recorded["per_class_iou"] and found["step"] == runs.STEPS
+    scenes = streets.load("val", num_images=5, size=(40, 64), seed=4)
+    labelled = np.bincount(scenes.labels[scenes.labels != 255], minlength=19)
+    assert [entry["pixels"] for entry in found["classes"]] == labelled.tolist()
+    assert {image["name"] for image in found["worst_images"]} == set(scenes.names)
+    first, *_ = printed.splitlines()
+    assert first.startswith("evaluates ") and "on streets val: whole images" in " ".join(printed.split())
+    assert "mIoU" in printed and str(output / "index.html") in printed.replace("\n", "")
+    assert_fits(printed.replace(str(output), "report").replace(str(workdir), "run"))
+
+
+# ---------------------------------------------------------------------------------------------------- of any checkpoint
+
+
+def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, capsys):
+    given = ("--checkpoint", shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
+    protocol = ("--mode", "slide", "--crop", 32, 32, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
+    assert call(*given, "--data", "folder:val", *protocol, "--output", tmp_path) == 0
+    printed, found = " ".join(capsys.readouterr().out.split()), results(tmp_path)
+    assert "windows of 32x32 every 24x24, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
+    assert found["protocol"] == {
+        "mode": "slide",
+        "crop": [32, 32],
+        "stride": [24, 24],
+        "scales": [1.0, 1.25],
+        "flip": True,
+        "size_divisor": 8,
+    }
+    assert found["data"] == {"name": "source", "split": "val", "images": 3}
+    with (tmp_path / "confusion.csv").open() as file:
+        header, *rows = csv.reader(file)
+    counts = np.array([row[1:] for row in rows], int)
+    assert header[1:] == [row[0] for row in rows] == list(SPEC.class_names)
+    masks = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in (shapes.source / "labels/val").iterdir()]
+    expected = sum(np.bincount(mask[mask != 255], minlength=3) for mask in masks)
+    np.testing.assert_array_equal(counts.sum(axis=1), expected)
+    assert found["mean_iou"] == metrics.summarise(counts)["mean_iou"]
+
+
+def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
+    folder = ("--data", "folder:val", "--source", shapes.source, "--data-dir", shapes.data, "--output", tmp_path)
+    message = refused(capsys, "--checkpoint", workdir, *folder)
+    assert "tells 19 classes of streets apart, and source has 3" in message
+    other = specs.DatasetSpec("other", ("ground", "other", "thing"), SPEC.colors, 255)
+    orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), about={"dataset": dataset_record(other)})
+    message = refused(capsys, "--checkpoint", tmp_path / "other", *folder)
+    assert "1 is 'other', not 'thing', 2 is 'thing', not 'other'" in message and "of other are not those of" in message
+
+
+def test_classes_without_names_are_taken_as_they_come(shapes, tmp_path, capsys, monkeypatch):
+    model = tiny_model(1, num_classes=19)
+    orbax_folder.save_model(tmp_path / "model", model, about={})
+    monkeypatch.setattr(evaluate, "STREETS", evaluate.STREETS | {"size": (40, 64), "val": 2})
+    assert call("--checkpoint", tmp_path / "model", "--data", "streets", "--output", tmp_path / "report") == 0
+    assert "does not name its classes" in capsys.readouterr().out
+
+
+def test_a_split_without_labels_is_refused(shapes, workdir, tmp_path, capsys, monkeypatch):
+    metadata = {"pixels": {"val": [1] * 19}, "names": {"test": ["a"]}, "sizes": {"test": [[32, 32]]}}
+    cityscapes = prepared.Prepared(specs.CITYSCAPES, {"val": 1, "test": 1}, ("val",), tmp_path, metadata)
+    monkeypatch.setattr(builders, "prepare", lambda *_, **__: cityscapes)
+    message = refused(capsys, "--checkpoint", workdir, "--data", "cityscapes:test", "--output", tmp_path / "report")
+    assert "cityscapes test has no published labels; use val" in message
+    message = refused(capsys, "--checkpoint", workdir, "--data", "cityscapes:nowhere", "--output", tmp_path / "report")
+    assert "no split 'nowhere'" in message
+
+
+OF_CHECKPOINT = ("--checkpoint", "nowhere", "--data")
+WRONG = {
+    ("--checkpoint", "nowhere"): "--checkpoint needs --data NAME",
+    (*OF_CHECKPOINT, "mars:val"): "NAME one of streets, camvid, cityscapes, ade20k, voc, pet, folder, not 'mars:val'",
+    (*OF_CHECKPOINT, "streets", "--crop", "64", "64"): "--crop and --stride go with --mode slide",
+    (*OF_CHECKPOINT, "streets", "--batch", "0"): "--batch is at least 1, not 0",
+    (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are drawn",
+    (*OF_CHECKPOINT, "streets", "--best"): "--best goes with --workdir",
+    (*OF_CHECKPOINT, "streets", "--scales", "0"): "scales are positive numbers, not (0.0,)",
+    (*OF_CHECKPOINT, "streets", "--mode", "slide", "--crop", "8", "8", "--stride", "9", "8"): "leaves gaps",
+    (*OF_CHECKPOINT, "streets", "--mode", "windows"): "invalid choice: 'windows'",
+    ("--workdir", "nowhere", "--flip", "--batch", "3"): "--flip, --batch: --workdir evaluates as the training does",
+    ("--workdir", "nowhere"): "no checkpoint of segjax in this folder",
+    (*OF_CHECKPOINT, "streets"): "nowhere: there is no such file",
+    (): "one of the arguments --workdir --checkpoint is required",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert WRONG[arguments] in refused(capsys, *arguments)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file" / "report")
+    assert f"{tmp_path / 'file'} is a file; choose another --output" in message
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path)
+    assert "cannot be written to" in message
+
+
+def test_a_folder_that_is_no_training_is_told_how_to_be_evaluated(shapes, capsys):
+    message = refused(capsys, "--workdir", shapes.model)
+    assert "is no folder of a training" in message and "--checkpoint" in message

@@ -1,0 +1,486 @@
+"""The command: what it is given becomes files that say what the model said, and what is wrong is told, not lost."""
+
+import errno
+import io
+import json
+import os
+import sys
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segjax.checkpoints.load import Trained
+from segjax.commands import predict
+from segjax.data import codec
+from segjax.inference import batch_run
+from segjax.inference import overlapped as inference_overlapped
+from segjax.viz import overlay
+from tests.pixels import BINARY, SPEC, Pixels, scene
+
+MODELS = {5: (Pixels(5), SPEC), 1: (Pixels(1), BINARY)}
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch):
+    """`--checkpoint 5` and `--checkpoint 1` are models with so many classes."""
+
+    def load(path):
+        if path.name not in "51":
+            raise ValueError(f"{path}: there is no such file")
+        model, spec = MODELS[int(path.name)]
+        return Trained(model, spec, {})
+
+    monkeypatch.setattr(predict, "load_trained", load)
+    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
+
+
+def put(path, image, **settings):
+    """A file with these pixels, lossless where its suffix can be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **settings)
+    return path
+
+
+def run(*arguments, checkpoint=5):
+    return predict.main([*map(str, arguments), "--checkpoint", str(checkpoint)])
+
+
+def below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------- planning
+
+
+def test_outputs_keep_the_folders_below_what_was_given(tmp_path):
+    for name in ("in/a.png", "in/trip/b.jpg", "in/trip/deep/c.TIFF", "in/notes.txt", "in/.hidden.png", "in/.git/d.png"):
+        put(tmp_path / "in" / "x.png", scene(0, 8, 9))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    out = tmp_path / "out"
+    (tmp_path / "in" / "x.png").unlink()
+    jobs, skipped = batch_run.plan([str(tmp_path / "in")], out, ["labels", "overlay"])
+    assert [str(job.outputs["labels"].relative_to(out)) for job in jobs] == [
+        "labels/a.png",
+        "labels/trip/b.png",
+        "labels/trip/deep/c.png",
+    ]
+    assert jobs[1].outputs["overlay"] == out / "overlay" / "trip" / "b.jpg" and skipped == 1
+    pattern, _ = batch_run.plan([str(tmp_path / "i*" / "**" / "*.[jT]*")], out, ["labels"])
+    assert [str(job.outputs["labels"].relative_to(out)) for job in pattern] == [
+        "labels/in/trip/b.png",
+        "labels/in/trip/deep/c.png",
+    ]
+
+
+def test_the_order_is_that_of_the_arguments_and_nothing_is_done_twice(tmp_path):
+    for name in ("b/2.png", "b/10.png", "a/1.png"):
+        put(tmp_path / name, scene(0, 8, 9))
+    inputs = [str(tmp_path / name) for name in ("b/2.png", "a", "b", "a/1.png")]
+    jobs, _ = batch_run.plan(inputs, tmp_path / "out", ["labels"])
+    assert [str(job.source.relative_to(tmp_path)) for job in jobs] == ["b/2.png", "a/1.png", "b/10.png"]
+
+
+def test_everything_wrong_with_the_inputs_is_told_before_anything_starts(tmp_path, capsys):
+    put(tmp_path / "a" / "x.png", scene(0, 8, 9))
+    put(tmp_path / "b" / "x.jpg", scene(1, 8, 9))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "x.txt").write_text("")
+    names = ("a/x.png", "b/x.jpg", "missing.png", "no*thing", "empty", "texts", "texts/x.txt")
+    assert run(*(tmp_path / name for name in names), "--output", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a/x.png and" in said and "b/x.jpg would both become" in said and "out/labels/x.png" in said
+    assert "missing.png: there is no such file" in said and "no*thing: no file is like this" in said
+    assert "empty: a folder without" in said and "1 files, of which none" in said and "x.txt: of the suffixes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_is_never_overwritten_and_outputs_never_become_inputs(tmp_path, capsys):
+    source = put(tmp_path / "labels" / "x.png", scene(0, 8, 9))
+    before = source.read_bytes()
+    assert run(source, "--output", tmp_path) == 2
+    assert "would be overwritten" in capsys.readouterr().err and source.read_bytes() == before
+    for _ in range(2):
+        assert run(tmp_path, "--output", tmp_path / "out") == 0
+        assert below(tmp_path / "out") == ["labels/labels/x.png", "overlay/labels/x.jpg", "predict.json"]
+
+
+def test_images_of_one_name_in_a_folder_are_told_apart_by_nobody_so_they_are_refused(tmp_path, capsys):
+    for name in ("x.png", "x.bmp"):
+        put(tmp_path / "in" / name, scene(0, 8, 9))
+    assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
+    assert "both become" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_an_image_is_turned_upright_as_exif_says(orientation, suffix, tmp_path):
+    stored = cv2.GaussianBlur(scene(orientation, 24, 40), (9, 9), 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = put(tmp_path / f"x{suffix}", stored, exif=exif, **({"quality": 100} if suffix == ".jpg" else {}))
+    # The standard's words for where row 0 and column 0 of what is stored are seen.
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.swapaxes(0, 1),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(stored),
+    }[orientation]
+    found = batch_run.read_image(path)
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 3
+
+
+def test_every_form_of_image_is_read_as_what_one_sees(tmp_path):
+    image = scene(0, 21, 30)
+    grey = image[..., 0]
+    alpha = np.random.default_rng(0).integers(0, 256, (21, 30, 1), dtype=np.uint8)
+    fine = np.random.default_rng(1).integers(0, 65536, (21, 30, 3), dtype=np.uint16)
+    for name in ("a.png", "a.bmp", "a.tif", "a.tiff"):
+        np.testing.assert_array_equal(batch_run.read_image(put(tmp_path / name, image)), image)
+    np.testing.assert_array_equal(batch_run.read_image(put(tmp_path / "a.webp", image, lossless=True)), image)
+    threefold = np.stack([grey] * 3, axis=-1)
+    np.testing.assert_array_equal(batch_run.read_image(put(tmp_path / "grey.png", grey)), threefold)
+    rgba = np.concatenate([image, alpha], axis=-1)
+    np.testing.assert_array_equal(batch_run.read_image(put(tmp_path / "rgba.png", rgba)), image)
+    few = image // 64 * 64
+    Image.fromarray(few).quantize(64).save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(batch_run.read_image(tmp_path / "palette.png"), few)
+    for name in ("fine.png", "fine.tif"):
+        cv2.imwrite(str(tmp_path / name), fine[..., ::-1])
+        np.testing.assert_array_equal(batch_run.read_image(tmp_path / name), np.round(fine / 257).astype(np.uint8))
+    cv2.imwrite(str(tmp_path / "fine-grey.png"), fine[..., 0])
+    found = batch_run.read_image(tmp_path / "fine-grey.png")
+    np.testing.assert_array_equal(found[..., 2], np.round(fine[..., 0] / 257).astype(np.uint8))
+
+
+def test_what_cannot_be_read_is_told_why(tmp_path):
+    whole = put(tmp_path / "whole.png", scene(0, 40, 50)).read_bytes()
+    file = io.BytesIO()
+    Image.fromarray(scene(0, 40, 50)).save(file, "jpeg")
+    cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((8, 9, 3), np.float32))
+    cv2.imwrite(str(tmp_path / "12bits.png"), np.full((8, 9), 4000, np.uint16))
+    for name, data, words in (
+        ("empty.jpg", b"", "is empty"),
+        ("cut.png", whole[:-40], "truncated"),
+        ("cut.jpg", file.getvalue()[:-40], "truncated"),
+        ("damaged.png", whole[:100] + b"\0\0" + whole[102:], "damaged at byte"),
+        ("text.jpg", b"<html>gone", "b'<html>go"),
+        ("float.tif", None, "float32"),
+        ("12bits.png", None, "4000 of 65535"),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=words):
+            batch_run.read_image(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("checkpoint", [1, 5])
+def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, capsys):
+    model, spec = MODELS[checkpoint]
+    images = {"a": scene(0, 33, 50), "sub/b": scene(1, 40, 31), "c": scene(2, 33, 50)}
+    for name, image in images.items():
+        put(tmp_path / "in" / f"{name}.png", image)
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", "--output", out, "--write", *batch_run.KINDS, checkpoint=checkpoint) == 0
+    kinds = [("labels", "png"), ("overlay", "jpg"), ("sidebyside", "jpg"), ("probabilities", "npz")]
+    expected = [f"{kind}/{name}.{suffix}" for kind, suffix in kinds for name in images]
+    assert below(out) == sorted([*expected, "predict.json"])
+    for name, image in images.items():
+        truth = model.labels(image)
+        with Image.open(out / "labels" / f"{name}.png") as labels:
+            assert labels.mode == "P"
+            np.testing.assert_array_equal(np.array(labels), truth)
+            shown = np.array(labels.convert("RGB"))
+        np.testing.assert_array_equal(shown, np.array(spec.label_colors, np.uint8)[truth])
+        np.testing.assert_array_equal(codec.decode_mask((out / "labels" / f"{name}.png").read_bytes()), truth)
+        with np.load(out / "probabilities" / f"{name}.npz") as saved:
+            assert saved["probabilities"].dtype == np.float32 and saved["class_names"].tolist() == list(
+                spec.class_names
+            )
+            np.testing.assert_array_equal(batch_run._labels_of(saved["probabilities"]), truth)
+        drawn = cv2.imread(str(out / "overlay" / f"{name}.jpg"))[..., ::-1].astype(float)
+        blended = (1 - overlay.OPACITY) * image + overlay.OPACITY * shown
+        assert drawn.shape[0] > 33 and np.abs(drawn[: truth.shape[0], : truth.shape[1]] - blended).mean() < 6
+        pair = cv2.imread(str(out / "sidebyside" / f"{name}.jpg"))[..., ::-1].astype(float)
+        assert np.abs(pair[: truth.shape[0], : truth.shape[1]] - image).mean() < 6
+    said = capsys.readouterr().out
+    assert "wrote 3 images" in said and str(out / "labels" / "a.png") in "".join(said.split("\n  "))
+    assert all(len(line) <= 80 for line in said.splitlines() if " " in line.strip() and str(tmp_path) not in line)
+    record = json.loads((out / "predict.json").read_text())
+    assert [entry["name"] for entry in record["classes"]] == list(spec.label_names)
+
+
+@pytest.mark.parametrize("still", [True, False])
+@pytest.mark.parametrize("draw", [overlay.over, overlay.beside])
+def test_the_legend_has_the_colours_of_the_classes_that_occur_and_of_no_others(draw, still):
+    image, labels = np.full((60, 400, 3), 128, np.uint8), np.zeros((60, 400), np.uint8)
+    labels[:, 100:] = 3
+    picture = draw(image, labels, SPEC, still=still)
+    legend = picture[60:]
+    assert len(legend) >= 20
+    for k, color in enumerate(SPEC.colors):
+        there = (legend == color).all(axis=-1).sum()
+        assert (there > 50) == (k in (0, 3) or not still)
+    assert ((legend == 0).all(axis=-1)).sum() > 20  # letters
+
+
+def test_a_video_of_many_classes_keeps_its_height_and_shows_the_largest():
+    from segjax.data.specs import ADE20K
+
+    image = np.zeros((200, 800, 3), np.uint8)
+    shapes = set()
+    for number in (1, 30, 150):
+        labels = np.repeat(np.arange(800) * number // 800, 200).reshape(800, 200).T.astype(np.uint8)
+        picture = overlay.over(image, labels, ADE20K, still=False)
+        shapes.add(picture.shape)
+        assert (picture[200:] == ADE20K.colors[0]).all(axis=-1).any()
+    assert len(shapes) == 1
+
+
+def test_a_picture_narrower_than_its_legend_is_widened_with_white():
+    labels = np.zeros((30, 40), np.uint8)
+    picture = overlay.over(np.zeros((30, 40, 3), np.uint8), labels, SPEC)
+    assert picture.shape[1] == overlay.NARROWEST and (picture[:30, 40:] == 255).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+def test_a_bad_file_is_told_in_the_end_and_the_rest_is_done(tmp_path, capsys):
+    for seed in range(6):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
+    (tmp_path / "in" / "2.png").write_bytes((tmp_path / "in" / "2.png").read_bytes()[:60])
+    (tmp_path / "in" / "4.png").write_bytes(b"")
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = capsys.readouterr()
+    assert "wrote 4 images" in said.out and "2 of 6 inputs failed:" in said.err
+    told = " ".join(said.err.split())
+    assert "2.png: is truncated" in told and "4.png: is empty" in told
+    assert below(tmp_path / "out") == ["labels/0.png", "labels/1.png", "labels/3.png", "labels/5.png", "predict.json"]
+
+
+def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("segjax.inference.predictor.LARGEST_WHOLE", 25 * 30)
+    for name, size in (("a", (20, 30)), ("b", (40, 30)), ("c", (20, 30))):
+        put(tmp_path / "in" / f"{name}.png", scene(0, *size))
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels", "--batch", "2") == 1
+    assert "b.png: an image of 40x30 is too large" in " ".join(capsys.readouterr().err.split())
+    assert below(tmp_path / "out") == ["labels/a.png", "labels/c.png", "predict.json"]
+
+
+def test_resume_does_what_is_missing_and_nothing_else(tmp_path, capsys):
+    for seed in range(3):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
+    out = tmp_path / "out"
+    arguments = (tmp_path / "in", "--output", out, "--resume")
+    assert run(*arguments) == 0
+    (out / "overlay" / "1.jpg").unlink()
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert "2 of 3 are done" in capsys.readouterr().out
+    changed = {str(path.relative_to(out)) for path, then in times.items() if path.stat().st_mtime_ns != then}
+    assert changed == {"labels/1.png", "predict.json"} and (out / "overlay" / "1.jpg").exists()
+    assert run(*arguments) == 0
+    assert "everything is done already" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_was_made_by_other_weights_or_settings(tmp_path, capsys):
+    put(tmp_path / "x.png", scene(0, 20, 30))
+    arguments = (tmp_path / "x.png", "--output", tmp_path / "out")
+    assert run(*arguments) == 0
+    assert run(*arguments, "--resume", "--flip") == 2
+    assert run(*arguments, "--resume", checkpoint=1) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other flip (" in said and "weights_sha256" in said
+    assert run(*arguments, "--flip") == 0
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "a.png", scene(0, 20, 30))
+    out = tmp_path / "out"
+    old = out / "labels" / "a.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+
+    def replace(beside, path):
+        if path.suffix != ".json":
+            assert beside.parent == path.parent and beside.name.startswith(".") and beside.stat().st_size > 50
+            assert path != old or path.read_bytes() == b"old"
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(predict.Path, "replace", replace)
+    assert run(tmp_path / "a.png", "--output", out) == 1
+    assert "a.png: Input/output error" in " ".join(capsys.readouterr().err.split())
+    assert old.read_bytes() == b"old"
+    assert [name for name in below(out) if name.endswith((".png", ".jpg", ".part"))] == ["labels/a.png"]
+
+
+def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    for seed in range(30):
+        put(tmp_path / "in" / f"{seed:02d}.png", scene(seed, 20, 30))
+    written = []
+
+    def full(path, *_):
+        written.append(path)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(batch_run, "save", full)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 2
+    assert "No space left" in (said := capsys.readouterr().err) and "--resume" in said
+    assert len(written) < 12
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
+    put(tmp_path / "x.png", scene(0, 20, 30))
+    assert run(tmp_path / "x.png", "--output", tmp_path / "out", checkpoint="nowhere") == 2
+    assert capsys.readouterr().err == "segjax.predict: nowhere: there is no such file\n"
+    assert run(tmp_path / "x.png", "--output", tmp_path / "out", "--crop", "8", "8") == 2
+    assert "mode='slide'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_sizes_and_large_images_are_advised_on_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batch_run, "LARGE", 21 * 30)
+    monkeypatch.setattr(batch_run, "MANY_SIZES", 3)
+    for seed in range(4):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20 + 2 * seed, 30))
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 0
+    said = capsys.readouterr().out
+    assert said.count("--pad-multiple 32") == 1 and said.count("--mode slide") == 1
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels", "--pad-multiple", "64") == 0
+    assert "--pad-multiple 32" not in capsys.readouterr().out
+
+
+def test_windows_say_the_same_of_an_image_as_the_whole(tmp_path):
+    image = scene(0, 50, 70)
+    put(tmp_path / "x.png", image)
+    windows = ("--mode", "slide", "--crop", "24", "32", "--stride", "16", "20", "--batch", "2")
+    assert run(tmp_path / "x.png", "--output", tmp_path / "out", *windows) == 0
+    with Image.open(tmp_path / "out" / "labels" / "x.png") as labels:
+        np.testing.assert_array_equal(np.array(labels), MODELS[5][0].labels(image))
+
+
+# ------------------------------------------------------------------------------------------------------------- pipeline
+
+
+def overlapped(number, *, failed=None, threads=2, batch=1, **functions):
+    done, errors = [], []
+    given = {
+        "read": lambda item: item,
+        "compute": lambda contents: contents,
+        "write": lambda *_: None,
+        "key": lambda content: 0,
+    } | functions
+    inference_overlapped.overlapped(
+        range(number),
+        done=done.append,
+        failed=failed or (lambda item, error: errors.append((item, str(error)))),
+        threads=threads,
+        batch=batch,
+        **given,
+    )
+    return done, errors
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_reading_computing_and_writing_go_on_at_the_same_time_and_in_order(batch):
+    written, groups = {}, []
+
+    def compute(contents):
+        groups.append(contents)
+        time.sleep(0.01)
+        return [content + 100 for content in contents]
+
+    # Each read waits for another that has begun too, and so does each write. Alone they would wait for ever.
+    reads, writes = threading.Barrier(2, timeout=10), threading.Barrier(2, timeout=10)
+    done, errors = overlapped(
+        12,
+        read=lambda item: (reads.wait(), item)[1],
+        compute=compute,
+        write=lambda item, content, result: (writes.wait(), written.update({item: (content, result)})),
+        batch=batch,
+    )
+    assert done == list(range(12)) and not errors
+    assert written == {item: (item, item + 100) for item in range(12)}
+    assert groups == [list(range(at, at + batch)) for at in range(0, 12, batch)]
+
+
+def test_only_so_much_is_held_at_a_time():
+    held, most, lock = 0, 0, threading.Lock()
+
+    def change(by):
+        nonlocal held, most
+        with lock:
+            held += by
+            most = max(most, held)
+
+    overlapped(40, read=lambda item: (change(1), item)[1], write=lambda *_: (time.sleep(0.005), change(-1)))
+    assert held == 0 and 3 <= most <= 8
+
+
+@pytest.mark.parametrize("place", ["read", "compute", "write"])
+def test_an_error_belongs_to_its_item_wherever_it_arises(place):
+    def fault(*given):
+        if given[0] == 3 or given[0] == [3]:
+            raise ValueError("three")
+        return given[0]
+
+    done, errors = overlapped(6, **{place: fault})
+    assert done == [0, 1, 2, 4, 5] and errors == [(3, "three")]
+
+
+@pytest.mark.parametrize("place", ["read", "compute", "write"])
+def test_an_error_that_is_raised_again_stops_everything(place):
+    seen = []
+
+    def fault(*given):
+        seen.append(given[0])
+        if given[0] == 3 or given[0] == [3]:
+            raise ValueError("three")
+        return given[0]
+
+    def failed(item, error):
+        raise error
+
+    with pytest.raises(ValueError, match="three"):
+        overlapped(100, failed=failed, **{place: fault})
+    assert len(seen) < 12
+    assert threading.active_count() < 20
+
+
+def test_groups_end_where_the_key_changes_and_at_the_end_of_what_is_read():
+    groups = []
+    done, _ = overlapped(
+        10,
+        read=lambda item: item if item < 8 else None,
+        key=lambda content: content // 3,
+        compute=lambda contents: (groups.append(contents), contents)[1],
+        batch=2,
+    )
+    assert groups == [[0, 1], [2], [3, 4], [5], [6, 7]] and done == list(range(8))
+
+
+def test_without_pyav_a_video_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run(tmp_path / "clip.mp4", "--output", tmp_path / "out") == 2
+    assert "pip install 'segjax[video]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,802 @@
+"""Published datasets, in made-up archives of their form: every form gives the same, and what is wrong is refused."""
+
+import dataclasses
+import errno
+import io
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segjax.commands.data import main
+from segjax.data import builders, codec, conversion, published, sources, specs
+
+REPO = Path(__file__).parents[2]
+NAMES = list(published.PUBLISHED)
+COUNTS = {
+    "cityscapes": {"train": 3, "val": 2, "test": 2},
+    "ade20k": {"train": 3, "val": 2},
+    "voc": {"train": 3, "val": 2},
+    "pet": {"train": 3, "test": 2},
+}
+# Ids in the order of cityscapesScripts' labels.py, 0 to 33, and the train id of each.
+CITYSCAPES_TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10]
+CITYSCAPES_TRAIN_IDS += [11, 12, 13, 14, 15, 255, 255, 16, 17, 18]
+EXPECTED_LABEL = {
+    "cityscapes": lambda mask: np.vectorize(CITYSCAPES_TRAIN_IDS.__getitem__)(mask),
+    "ade20k": lambda mask: np.where(mask == 0, 255, mask.astype(int) - 1),
+    "voc": lambda mask: mask,
+    "pet": lambda mask: np.select([mask == 1, mask == 2, mask == 3], [1, 0, 255]),
+}
+VALUES = {"cityscapes": range(34), "ade20k": range(151), "voc": [*range(21), 255], "pet": (1, 2, 3)}
+ARCHIVES = {
+    "cityscapes": {"leftImg8bit_trainvaltest.zip": "leftImg8bit", "gtFine_trainvaltest.zip": "gtFine"},
+    "ade20k": {"ADEChallengeData2016.zip": "ADEChallengeData2016"},
+    "voc": {"VOCtrainval_11-May-2012.tar": "VOCdevkit"},
+    "pet": {"images.tar.gz": "images", "annotations.tar.gz": "annotations"},
+}
+
+
+def write(path: Path, content: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def encoded(suffix: str, array: np.ndarray) -> bytes:
+    return cv2.imencode(suffix, array)[1].tobytes()
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def palette_png(mask: np.ndarray) -> bytes:
+    image = Image.fromarray(mask)
+    image.putpalette([channel for value in range(256) for channel in specs._voc_color(value)])
+    assert image.mode == "P"
+    return saved(image, "PNG")
+
+
+class Made:
+    """A dataset of a few random images, as it lies on disk when its archives are extracted."""
+
+    def __init__(self, root: Path, name: str, seed: int = 0):
+        self.root, self.name = root, name
+        self.images: dict[str, dict[str, bytes]] = {}
+        self.masks: dict[str, dict[str, np.ndarray]] = {}
+        rng = np.random.default_rng([seed, len(name)])
+        for split, count in COUNTS[name].items():
+            for i in range(count):
+                size = (30 + i, 50 - 3 * i)
+                image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                mask = rng.choice(np.array(VALUES[name], np.uint8), size)
+                getattr(self, f"_{name}")(split, i, image, mask)
+        getattr(self, f"_{name}_rest")()
+
+    def add(self, split, stem, image_path, image, mask_path, mask, encode=lambda mask: encoded(".png", mask)):
+        self.images.setdefault(split, {})[stem] = image
+        write(self.root / image_path, image)
+        if mask_path:
+            self.masks.setdefault(split, {})[stem] = mask
+            write(self.root / mask_path, encode(mask))
+
+    def _cityscapes(self, split, i, image, mask):
+        city = "bern" if i else "aachen"
+        stem = f"{city}_{i:06d}_000019"
+        ground = self.root / f"gtFine/{split}/{city}/{stem}_gtFine"
+        for suffix in ("color.png", "instanceIds.png", "labelTrainIds.png", "polygons.json"):
+            write(ground.with_name(f"{ground.name}_{suffix}"), b"not to be read")
+        if split == "test":
+            write(ground.with_name(f"{ground.name}_labelIds.png"), encoded(".png", np.zeros_like(mask)))
+        path = f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"
+        label = None if split == "test" else f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png"
+        self.add(split, stem, path, encoded(".png", image), label, mask)
+
+    def _cityscapes_rest(self):
+        write(self.root / "leftImg8bit/train/bern/._bern_000001_000019_leftImg8bit.png", b"a Mac's")
+        write(self.root / "leftImg8bit/train_extra/ulm/ulm_000000_000001_leftImg8bit.png", b"not to be read")
+
+    def _ade20k(self, split, i, image, mask):
+        long = {"train": "training", "val": "validation"}[split]
+        stem, top = f"ADE_{split}_{i + 1:08d}", "ADEChallengeData2016"
+        # A few of the images are grey.
+        content = encoded(".jpg", image[..., 0] if i == 1 else image)
+        self.add(split, stem, f"{top}/images/{long}/{stem}.jpg", content, f"{top}/annotations/{long}/{stem}.png", mask)
+
+    def _ade20k_rest(self):
+        write(self.root / "ADEChallengeData2016/annotations/training/._ADE_train_00000001.png", b"a Mac's")
+        for name in ("objectInfo150.txt", "sceneCategories.txt"):
+            write(self.root / "ADEChallengeData2016" / name, b"not to be read")
+
+    def _voc(self, split, i, image, mask):
+        top, stem = "VOCdevkit/VOC2012", f"200{7 + i}_000{'train val'.index(split)}32"
+        label = f"{top}/SegmentationClass/{stem}.png"
+        self.add(split, stem, f"{top}/JPEGImages/{stem}.jpg", encoded(".jpg", image), label, mask, palette_png)
+
+    def _voc_rest(self):
+        top = self.root / "VOCdevkit/VOC2012"
+        write(top / "JPEGImages/2008_000001.jpg", b"in no list")
+        write(top / "SegmentationObject/2007_000032.png", b"not to be read")
+        for split, found in self.images.items():
+            # Not in order, and one without the last line's end.
+            names = "\n".join(sorted(found, reverse=True)) + ("\n" if split == "train" else "")
+            write(top / f"ImageSets/Segmentation/{split}.txt", names.encode())
+
+    def _pet(self, split, i, image, mask):
+        stem = f"{'Abyssinian' if split == 'train' else 'yorkshire_terrier'}_{i + 1}"
+        content = encoded(".jpg", image)
+        if split == "test":
+            # Some .jpg files are PNG inside, with alpha.
+            content = encoded(".png", np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]))
+        self.add(split, stem, f"images/{stem}.jpg", content, f"annotations/trimaps/{stem}.png", mask)
+
+    def _pet_rest(self):
+        write(self.root / "images/Abyssinian_100.mat", b"not to be read")
+        write(self.root / "images/Abyssinian_34.jpg", b"GIF89a in no list")
+        write(self.root / "annotations/list.txt", b"#Image CLASS-ID SPECIES BREED ID\n")
+        write(self.root / "annotations/xmls/Abyssinian_1.xml", b"not to be read")
+        for split, found in self.images.items():
+            write(self.root / f"annotations/trimaps/._{next(iter(found))}.png", b"a Mac's")
+            lines = "".join(f"{name} 1 1 1\n" for name in found)
+            write(self.root / f"annotations/{'trainval' if split == 'train' else split}.txt", lines.encode())
+
+    def packed(self, to: Path) -> list[Path]:
+        """The official archives."""
+        return [pack(self.root, to / name, part) for name, part in ARCHIVES[self.name].items()]
+
+
+def pack(root: Path, archive: Path, part: str) -> Path:
+    """Folder `part` of `root` in a new archive, in the order of the disk, with what systems add."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("README", "a readme")
+            file.mkdir(part)
+            for path in (root / part).rglob("*"):
+                file.write(path, path.relative_to(root))
+            file.writestr(f"__MACOSX/{part}/._x.png", "a Mac's")
+    else:
+        with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as file:
+            file.add(root / part, f"./{part}" if part == "images" else part)
+    return archive
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The published numbers of images cut to those of `COUNTS`."""
+    for name, dataset in published.PUBLISHED.items():
+        spec = dataclasses.replace(dataset.spec, splits=tuple(COUNTS[name].items()))
+        monkeypatch.setitem(published.PUBLISHED, name, dataclasses.replace(dataset, spec=spec))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
+def prepare(name, data: Path, *source: Path) -> builders.Prepared:
+    return builders.prepare(name, source=[str(path) for path in source], data_dir=str(data))
+
+
+def files_in(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def records_in(prepared: builders.Prepared) -> dict[str, list[dict[str, bytes]]]:
+    """What is stored, undecoded; the files' own bytes vary with the order that protobuf gives the parts of a record."""
+    import tensorflow_datasets as tfds
+
+    skip = tfds.decode.SkipDecoding()
+    builder = tfds.builder_from_directory(prepared.path)
+    return {
+        split: list(builder.as_data_source(split, decoders={"image": skip, "label": skip})) for split in prepared.splits
+    }
+
+
+# What is read back
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_and_train_ids_come_back_in_the_order_of_their_names(name, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    prepared = prepare(name, data, made.root)
+    assert prepared.splits == COUNTS[name] and prepared.path == data / f"segjax_{name}/1.1.0"
+    assert prepared.labelled == tuple(made.masks) and prepared.spec.splits == tuple(COUNTS[name].items())
+    for split in made.masks:
+        loaded = prepared.load(split)
+        assert loaded.names == tuple(sorted(made.masks[split]))
+        for i, stem in enumerate(loaded.names):
+            mask, (height, width) = made.masks[split][stem], loaded.sizes[i]
+            image = cv2.imdecode(np.frombuffer(made.images[split][stem], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+            assert (height, width) == mask.shape
+            np.testing.assert_array_equal(loaded.images[i, :height, :width], image)
+            np.testing.assert_array_equal(loaded.labels[i, :height, :width], EXPECTED_LABEL[name](mask))
+            assert (loaded.labels[i, height:] == 255).all() and (loaded.labels[i, :, width:] == 255).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_keep_their_own_bytes_and_masks_are_grey_png(name, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    for split, records in records_in(prepare(name, data, made.root)).items():
+        for record in records:
+            assert record["image"] == made.images[split][record["name"].decode()]
+            assert record["label"].startswith(codec.PNG) and tuple(record["label"][24:26]) == (8, 0)
+
+
+def forms(name, tmp_path) -> dict[str, list[Path]]:
+    """Every way in which the same dataset may be given."""
+    made = Made(tmp_path / "made", name)
+    archives = made.packed(tmp_path / "archives")
+    found = {
+        "tree": [made.root],
+        "archives": archives,
+        "archives in another order": archives[::-1],
+        "folder of archives": [tmp_path / "archives"],
+        "parts": [made.root / part for part in ARCHIVES[name].values()],
+    }
+    if name == "ade20k":
+        (tmp_path / "renamed").symlink_to(made.root / "ADEChallengeData2016")
+        found |= {"inner folder": [tmp_path / "renamed"]}
+    if name == "voc":
+        found |= {"inner folder": [made.root / "VOCdevkit/VOC2012"]}
+    if name in ("cityscapes", "pet"):
+        mixed = Path(shutil.copytree(tmp_path / "archives", tmp_path / "mixed"))
+        first = next(iter(ARCHIVES[name].values()))
+        shutil.copytree(made.root / first, mixed / first)
+        found |= {"folder with an archive and what was in the other": [mixed]}
+        found |= {"an archive and a folder": [archives[1], made.root / first]}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_of_a_source_gives_the_same_dataset(name, few, tmp_path):
+    results = {}
+    for form, source in forms(name, tmp_path).items():
+        prepared = prepare(name, tmp_path / form, *source)
+        results[form] = (records_in(prepared), prepared.metadata["fingerprint"])
+        assert prepared.metadata["source"] == " ".join(map(str, source))
+    assert len(results) >= 5
+    assert [form for form, result in results.items() if result != results["tree"]] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dataset_once_prepared_needs_no_source_and_takes_any_form_of_it(name, few, tmp_path, data, monkeypatch):
+    sources = forms(name, tmp_path)
+    first = prepare(name, data, *sources["archives"])
+    before = files_in(data)
+    monkeypatch.setattr(conversion, "convert", lambda *_: pytest.fail("prepared again"))
+    assert builders.prepare(name, source=None, data_dir=str(data)) == first
+    for source in sources.values():
+        assert prepare(name, data, *source) == first
+    assert files_in(data) == before and not list(data.rglob(".converting*"))
+
+
+def test_archives_that_have_not_changed_are_not_even_opened(few, tmp_path, data, monkeypatch):
+    archives = Made(tmp_path / "made", "pet").packed(tmp_path)
+    first = prepare("pet", data, *archives)
+    monkeypatch.setattr(published, "in_archive", lambda *_: pytest.fail("opened again"))
+    assert prepare("pet", data, *archives) == first
+
+
+def test_the_source_of_a_config_is_one_path(few, tmp_path, data):
+    Made(tmp_path / "made", "cityscapes").packed(tmp_path / "archives")
+    prepared = builders.prepare("cityscapes", source=str(tmp_path / "archives"), data_dir=str(data))
+    assert prepared.splits == COUNTS["cityscapes"]
+
+
+def test_a_cmyk_jpeg_is_read_as_rgb(few, tmp_path, data):
+    made = Made(tmp_path / "made", "pet")
+    colour = Image.new("RGB", (50, 30), (200, 60, 20))
+    write(made.root / "images/Abyssinian_1.jpg", saved(colour.convert("CMYK"), "JPEG"))
+    image, _ = prepare("pet", data, made.root).records("train")[0]
+    assert np.abs(image.astype(int) - (200, 60, 20)).max() < 20
+
+
+def test_masks_of_published_images_lie_as_the_images_are_stored(few, tmp_path, data):
+    made = Made(tmp_path / "made", "pet")
+    path = made.root / "images/Abyssinian_1.jpg"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down
+    content = io.BytesIO()
+    image.save(content, "JPEG", exif=exif)
+    stored = np.array(Image.open(content))
+    write(path, content.getvalue())
+    np.testing.assert_allclose(prepare("pet", data, made.root).records("train")[0][0], stored, atol=3)
+
+
+# Classes and colours
+
+
+def test_names_and_colours_of_the_classes_are_the_published_ones():
+    ade, voc = specs.ADE20K, specs.VOC
+    assert ade.num_classes == 150 and len(set(ade.class_names)) == 150
+    for train_id, name, color in (
+        *((0, "wall", (120, 120, 120)), (1, "building", (180, 120, 120)), (2, "sky", (6, 230, 230))),
+        *((12, "person", (150, 5, 61)), (20, "car", (0, 102, 200)), (44, "chest of drawers", (6, 51, 255))),
+        *((80, "bus", (255, 0, 245)), (136, "traffic light", (41, 0, 255)), (149, "flag", (92, 0, 255))),
+    ):
+        assert (ade.class_names[train_id], ade.colors[train_id]) == (name, color)
+    # As the development kit's documentation shows them.
+    assert voc.num_classes == 21 and voc.class_names[0] == "background" and voc.class_names[15] == "person"
+    assert voc.colors[:6] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
+    assert voc.colors[15] == (192, 128, 128) and voc.colors[20] == (0, 64, 128)
+    assert specs._voc_color(255) == (224, 224, 192)
+    assert specs.CITYSCAPES.class_names == specs.STREETS.class_names
+    assert specs.PET.label_names == ("background", "pet") and specs.PET.num_classes == 1
+
+
+def test_the_published_numbers_of_images():
+    assert {name: dict(dataset.spec.splits) for name, dataset in published.PUBLISHED.items()} == {
+        "cityscapes": {"train": 2975, "val": 500, "test": 1525},
+        "ade20k": {"train": 20210, "val": 2000},
+        "voc": {"train": 1464, "val": 1449},
+        "pet": {"train": 3680, "test": 3669},
+    }
+
+
+# A split without labels
+
+
+def test_labels_that_are_not_published_are_missed_where_they_are_needed(few, tmp_path, data):
+    made = Made(tmp_path / "made", "cityscapes")
+    prepared = prepare("cityscapes", data, made.root)
+    records = prepared.records("test")
+    for needs_labels in (prepared.load, prepared.pixel_counts, lambda _: records[0]):
+        with pytest.raises(builders.DataError, match=r"cityscapes test has no published labels; use train or val"):
+            needs_labels("test")
+    assert prepared.labelled == ("train", "val") and len(records) == 2
+    for i, name in enumerate(records.names):
+        image = cv2.imdecode(np.frombuffer(made.images["test"][name], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        np.testing.assert_array_equal(records.image(i), image)
+
+
+def test_a_split_without_labels_counts_nowhere_for_other_readers(few, tmp_path, data):
+    import tensorflow_datasets as tfds
+
+    prepare("cityscapes", data, Made(tmp_path / "made", "cityscapes").root)
+    for example in tfds.data_source("segjax_cityscapes", split="test", data_dir=str(data)):
+        assert example["label"].shape == (*example["image"].shape[:2], 1) and (example["label"] == 255).all()
+
+
+# Records and counts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixel_counts_are_those_of_the_labels(name, few, tmp_path, data):
+    prepared = prepare(name, data, Made(tmp_path / "made", name, seed=1).root)
+    for split in prepared.labelled:
+        labels = prepared.load(split).labels
+        counts = prepared.pixel_counts(split)
+        assert counts == [np.sum(labels == value) for value in range(len(prepared.spec.label_names))]
+        assert all(type(count) is int for count in counts)
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "pet"])
+def test_records_are_read_in_any_order_from_any_thread_and_after_pickling(name, few, tmp_path, data):
+    prepared = prepare(name, data, Made(tmp_path / "made", name).root)
+    loaded, records = prepared.load("train"), prepared.records("train")
+    assert records.names == loaded.names and len(records) == 3
+    np.testing.assert_array_equal(records.sizes, loaded.sizes)
+    assert records.sizes.dtype == np.int32 and records.sizes.shape == (3, 2)
+    order = np.random.default_rng(0).integers(0, 3, 60)
+    with ThreadPoolExecutor(8) as pool:
+        for copy in (records, pickle.loads(pickle.dumps(records))):
+            for i, (image, label) in zip(order, pool.map(copy.__getitem__, order), strict=True):
+                height, width = records.sizes[i]
+                assert image.shape == (height, width, 3) and image.dtype == label.dtype == np.uint8
+                np.testing.assert_array_equal(image, loaded.images[i, :height, :width])
+                np.testing.assert_array_equal(label, loaded.labels[i, :height, :width])
+    assert len(list(records)) == 3 and repr(records) == f"Records({name} train, 3 images)"
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match=f"{name} train has 3 images, and no number {index}"):
+            records[index]
+
+
+def test_sizes_and_names_need_no_decoding(few, tmp_path, data, monkeypatch):
+    prepared = prepare("voc", data, Made(tmp_path / "made", "voc").root)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    records = prepared.records("val")
+    assert records.sizes.tolist() == [[30, 50], [31, 47]] and len(records.names) == 2
+    assert sum(prepared.pixel_counts("val")) > 0
+
+
+def test_a_damaged_record_is_named(few, tmp_path, data):
+    prepared = prepare("pet", data, Made(tmp_path / "made", "pet").root)
+    (path,) = prepared.path.glob("*test.array_record*")
+    content = bytearray(path.read_bytes())
+    at = content.index(codec.PNG) + 200
+    content[at : at + 50] = bytes(50)
+    path.write_bytes(content)
+    with pytest.raises(builders.DataError) as error:
+        prepared.load("test")
+    message = str(error.value)
+    assert (
+        f"{prepared.path}: test record 0 ('yorkshire_terrier_1')" in message and "prepare the dataset again" in message
+    )
+
+
+def test_large_splits_are_written_as_several_files_in_order(few, tmp_path, data, monkeypatch):
+    made = Made(tmp_path / "made", "cityscapes")
+    whole = prepare("cityscapes", tmp_path / "whole", made.root).load("train")
+    monkeypatch.setattr(builders, "_SHARD_BYTES", 10_000)
+    prepared = prepare("cityscapes", data, made.root)
+    assert len(list(prepared.path.glob("*train.array_record*"))) == 2
+    split = prepared.load("train")
+    assert split.names == whole.names
+    np.testing.assert_array_equal(split.images, whole.images)
+
+
+def test_too_little_space_is_said_before_anything_is_written(few, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(builders.DataError, match=r"needs at least 0\.0 GB, and 0\.0 GB are free there; make room"):
+        prepare("pet", data, *Made(tmp_path / "made", "pet").packed(tmp_path))
+    assert not data.exists()
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(few, tmp_path, data, monkeypatch):
+    archives = Made(tmp_path / "made", "pet").packed(tmp_path)
+
+    def write_to_a_full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources, "_unpacked", write_to_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare("pet", data, *archives)
+
+
+# Interrupted and taken up again
+
+
+def start_and_kill(name: str, data: Path, source: list[Path], *, after: int) -> None:
+    """Starts a preparation in a process of its own and kills it once it has noted `after` images."""
+    code = f"""
+import dataclasses, time
+from segjax.data import builders, codec, prepared, published
+
+dataset = published.PUBLISHED[{name!r}]
+spec = dataclasses.replace(dataset.spec, splits=tuple({COUNTS[name]!r}.items()))
+published.PUBLISHED[{name!r}] = dataclasses.replace(dataset, spec=spec)
+prepared.THREADS = 1
+encode = codec.encode_mask
+codec.encode_mask = lambda labels: (time.sleep(0.2), encode(labels))[1]
+builders.prepare({name!r}, source={list(map(str, source))!r}, data_dir={str(data)!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        noted = 0
+        while noted < after and process.poll() is None and time.monotonic() < deadline:
+            noted = sum(path.read_bytes().count(b"\n") for path in data.rglob("checked.jsonl"))
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and noted >= after
+
+
+@pytest.mark.parametrize("name, form", [("cityscapes", "archives"), ("pet", "archives"), ("voc", "tree")])
+def test_a_killed_preparation_goes_on_with_what_it_had_checked(name, form, few, tmp_path, data, capsys):
+    source = forms(name, tmp_path)[form]
+    start_and_kill(name, data, source, after=2)
+    assert not list(data.rglob("dataset_info.json")) and list(data.rglob(".converting-*/train/*.png"))
+    # What a process may leave half-done: a line, and a mask.
+    (journal,) = data.rglob("checked.jsonl")
+    noted = journal.read_text().count("\n")
+    journal.write_text(journal.read_text() + '["train", "some')
+    half = next(iter(sorted(data.rglob(".converting-*/train/*.png"))))
+    half.write_bytes(half.read_bytes()[:-20])
+    prepared = prepare(name, data, *source)
+    total = sum(COUNTS[name].values())
+    assert f"Taking over {noted} of {total} images that an interrupted preparation" in capsys.readouterr().out
+    assert [path.name for path in (data / f"segjax_{name}").iterdir()] == ["1.1.0"]
+    whole = prepare(name, tmp_path / "at once", *source)
+    assert records_in(prepared) == records_in(whole)
+    assert prepared.metadata == whole.metadata and prepared.splits == whole.splits
+
+
+def test_what_was_checked_is_not_decoded_again(few, tmp_path, data, monkeypatch):
+    made = Made(tmp_path / "made", "ade20k")
+    with monkeypatch.context() as patch:
+        patch.setattr(builders, "_metadata", lambda *_: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception):
+            prepare("ade20k", data, made.root)
+    monkeypatch.setattr(codec, "decode_image", lambda _: pytest.fail("decoded again"))
+    assert prepare("ade20k", data, made.root).splits == COUNTS["ade20k"]
+
+
+def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path, data, capsys):
+    made = Made(tmp_path / "made", "ade20k")
+    start_and_kill("ade20k", data, [made.root], after=2)
+    os.utime(made.root / FIRST_MASK["ade20k"], ns=(0, 1))
+    assert prepare("ade20k", data, made.root).splits == COUNTS["ade20k"]
+    assert "Taking over" not in capsys.readouterr().out
+    assert [path.name for path in (data / "segjax_ade20k").iterdir()] == ["1.1.0"]
+
+
+def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
+    first, second = (conversion.Measured((i, 2), (3, 4)) for i in range(2))
+    for name, measured in (("a", first), ("b", second)):
+        scratch = conversion.Scratch(tmp_path / "scratch")
+        with scratch.journal() as note:
+            note("train", name, measured)
+        with (tmp_path / "scratch/checked.jsonl").open("a") as file:
+            file.write('["train", "c", [1')
+    assert scratch.checked() == {("train", "a"): first, ("train", "b"): second}
+
+
+# What is refused
+
+
+def refused(name, data: Path, *source: Path) -> str:
+    """The report on a source that must be refused, with nothing written."""
+    with pytest.raises(builders.DataError) as error:
+        prepare(name, data, *source)
+    assert not data.exists(), sorted(data.rglob("*"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_numbers_of_images_than_published_are_refused(name, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    published_numbers = ", ".join(f"{split} {count}" for split, count in published.PUBLISHED[name].spec.splits)
+    made_numbers = ", ".join(f"{split} {count}" for split, count in COUNTS[name].items())
+    for source in ([made.root], made.packed(tmp_path / "archives")):
+        report = refused(name, data, *source)
+        assert f"{made_numbers} instead of {published_numbers}" in report and f"as many as in {name}" in report
+        assert all(str(path) in report for path in source)
+
+
+FIRST_MASK = {
+    "cityscapes": "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png",
+    "ade20k": "ADEChallengeData2016/annotations/training/ADE_train_00000001.png",
+    "voc": "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png",
+    "pet": "annotations/trimaps/Abyssinian_1.png",
+}
+FIRST_IMAGE = {
+    "cityscapes": "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png",
+    "ade20k": "ADEChallengeData2016/images/training/ADE_train_00000001.jpg",
+    "voc": "VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg",
+    "pet": "images/Abyssinian_1.jpg",
+}
+STRAY = {"cityscapes": 34, "ade20k": 151, "voc": 21, "pet": 0}
+RANGE = {"cityscapes": "0..33", "ade20k": "0..150", "voc": "0..20 and 255", "pet": "1..3"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_that_the_masks_do_not_have_is_refused_with_file_and_value(name, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    mask = np.full((30, 50), min(VALUES[name], key=lambda value: value != 1), np.uint8)
+    mask[:2, :3] = STRAY[name]
+    mask[5, 5] = 200
+    write(made.root / FIRST_MASK[name], encoded(".png", mask))
+    report = refused(name, data, made.root)
+    assert f"{FIRST_MASK[name]}: {STRAY[name]} (6 pixels), 200 (1 pixels)" in report
+    assert f"mask values that {name} does not have (it has {RANGE[name]})" in report
+
+
+def test_train_ids_in_the_place_of_cityscapes_label_ids_are_refused(few, tmp_path, data):
+    made = Made(tmp_path / "made", "cityscapes")
+    write(made.root / FIRST_MASK["cityscapes"], encoded(".png", np.full((30, 50), 255, np.uint8)))
+    assert "255 (1500 pixels)" in refused("cityscapes", data, made.root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_files_are_refused_by_name(name, packed, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    image, mask = (made.root / path[name] for path in (FIRST_IMAGE, FIRST_MASK))
+    image.write_bytes(image.read_bytes()[:-30])
+    mask.write_bytes(b"\0" + mask.read_bytes())
+    report = refused(name, data, *(made.packed(tmp_path / "archives") if packed else [made.root]))
+    assert f"{FIRST_IMAGE[name]}: is truncated" in report
+    assert f"{FIRST_MASK[name]}: begins with b'\\x00\\x89PNG" in report
+    assert ("images.tar.gz: " in report) == (packed and name == "pet")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_of_another_kind_or_size_are_refused(name, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    mask = made.root / FIRST_MASK[name]
+    write(mask, encoded(".png", np.zeros((30, 50, 3), np.uint8)))
+    assert "no 8-bit grey or palette PNG, as published" in refused(name, data, made.root)
+    write(mask, encoded(".png", np.full((50, 30), 1, np.uint8)))
+    assert f"{FIRST_MASK[name]} is 50 x 30, its image 30 x 50" in refused(name, data, made.root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_and_masks_without_the_other_are_refused(name, few, tmp_path, data):
+    for missing, other in ((FIRST_MASK[name], FIRST_IMAGE[name]), (FIRST_IMAGE[name], FIRST_MASK[name])):
+        made = Made(tmp_path / "made", name)
+        (made.root / missing).unlink()
+        report = refused(name, data, made.root)
+        if name in ("cityscapes", "ade20k"):
+            kind = "images without a mask" if missing == FIRST_MASK[name] else "masks without an image"
+            assert kind in report and other in report
+        else:
+            # What is listed by name is missed by name.
+            assert "files missing that" in report and Path(missing).name in report
+        assert "train 2" in report and "instead of train 3" in report
+
+
+@pytest.mark.parametrize("name, path", [
+    ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"),
+    ("pet", "annotations/test.txt"),
+])  # fmt: skip
+def test_a_missing_list_of_images_is_refused(name, path, few, tmp_path, data):
+    made = Made(tmp_path / "made", name)
+    (made.root / path).unlink()
+    report = refused(name, data, made.root)
+    assert "lists of images missing" in report and path.removeprefix("VOCdevkit/VOC2012/") in report
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "pet"])
+def test_one_archive_of_two_is_refused_with_the_name_of_the_other(name, few, tmp_path, data):
+    archives = Made(tmp_path / "made", name).packed(tmp_path / "archives")
+    for given, missing in (archives, archives[::-1]):
+        part = ARCHIVES[name][missing.name]
+        report = refused(name, data, given)
+        assert f"{part}/, which comes in {missing.name}; found: " in report
+        assert ARCHIVES[name][given.name] in report.partition("found: ")[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sources_of_something_else_are_refused_with_what_they_hold(name, few, tmp_path, data):
+    write(tmp_path / "other/photos/a.jpg")
+    write(tmp_path / "other/.hidden/b")
+    pack(tmp_path / "other", tmp_path / "other.zip", "photos")
+    (tmp_path / "empty").mkdir()
+    needs = next(iter(ARCHIVES[name]))
+    for source, found in (("other", "other holds .hidden, photos"), ("empty", "empty holds nothing")):
+        report = refused(name, data, tmp_path / source)
+        assert found in report and needs in report and published.PUBLISHED[name].layout in report
+    report = refused(name, data, tmp_path / "other.zip")
+    assert f"which comes in {needs}; found: README, photos" in report
+
+
+def test_what_is_no_archive_is_refused(few, tmp_path, data):
+    page = write(tmp_path / "leftImg8bit_trainvaltest.zip", b"<html>Please log in</html>" * 100)
+    cut = Made(tmp_path / "made", "cityscapes").packed(tmp_path / "archives")[1]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    report = refused("cityscapes", data, page, cut)
+    assert "no whole .zip, .tar or .tar.gz; fetch them again" in report
+    assert f"{page}: begins with b'<htm'" in report and f"{cut}: a .zip that is cut short" in report
+    report = refused("cityscapes", data, tmp_path / "nowhere.zip", tmp_path / "made")
+    assert "neither a file nor a folder" in report and "nowhere.zip" in report and "made\n" not in report
+
+
+@pytest.mark.parametrize("keep", [100, 0.5, 0.99])
+def test_a_tar_gz_that_is_cut_short_is_refused(keep, few, tmp_path, data):
+    images, annotations = Made(tmp_path / "made", "pet").packed(tmp_path / "archives")
+    content = images.read_bytes()
+    images.write_bytes(content[: keep if keep > 1 else int(keep * len(content))])
+    assert f"{images}: damaged or cut short" in refused("pet", data, images, annotations)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.8])
+def test_a_tar_that_is_cut_short_is_refused(keep, few, tmp_path, data):
+    (archive,) = Made(tmp_path / "made", "voc").packed(tmp_path / "archives")
+    archive.write_bytes(archive.read_bytes()[: int(keep * archive.stat().st_size)])
+    refused("voc", data, archive)
+
+
+def test_a_damaged_file_inside_a_zip_is_refused_by_name(few, tmp_path, data):
+    (archive,) = Made(tmp_path / "made", "ade20k").packed(tmp_path / "archives")
+    content = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as file:
+        info = file.getinfo(FIRST_IMAGE["ade20k"])
+    start = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+    content[start : start + 20] = bytes(20)
+    archive.write_bytes(content)
+    report = refused("ade20k", data, archive)
+    assert f"ADEChallengeData2016.zip: {FIRST_IMAGE['ade20k']}: cannot be read" in report
+
+
+def test_files_that_come_twice_are_refused(few, tmp_path, data):
+    made = Made(tmp_path / "made", "cityscapes")
+    report = refused("cityscapes", data, made.root, *made.packed(tmp_path / "archives"))
+    assert "files that come twice" in report and "gtFine_trainvaltest.zip" in report
+
+
+def test_other_files_than_those_it_was_prepared_from_are_refused(few, tmp_path, data):
+    prepare("voc", data, Made(tmp_path / "made", "voc").root)
+    other = Made(tmp_path / "other", "voc", seed=5)
+    with pytest.raises(builders.DataError, match=r"was prepared from .*made.*delete that directory"):
+        prepare("voc", data, other.root)
+    assert not list(data.rglob(".converting*"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_source_it_says_what_is_needed(name, data):
+    with pytest.raises(builders.DataError) as error:
+        builders.prepare(name, source=None, data_dir=str(data))
+    for part in (f"{name} is not prepared yet", "--config.data.source=DIR", *ARCHIVES[name], "with the splits train"):
+        assert part in str(error.value)
+
+
+# The command
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "segjax.data", *map(str, arguments)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, capsys):
+    made = Made(tmp_path / "made", name)
+    assert main(["prepare", name, "--source", *map(str, made.packed(tmp_path)), "--data-dir", str(data)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Preparing {name}, images per split: train 3")
+    assert lines[-1] == f"{name}: {data}/segjax_{name}/1.1.0"
+    assert max(map(len, lines[:-1])) <= 80 and len(lines) <= 90
+    text = "\n".join(lines)
+    for split, count in COUNTS[name].items():
+        assert f"{split:<20} {count:>9}" in text
+    assert ("not published" in text) == (name == "cityscapes")
+    spec = published.PUBLISHED[name].spec
+    assert all(label[:18] in text for label in spec.label_names)
+    labels = builders.prepare(name, source=None, data_dir=str(data)).load("train").labels
+    counts = np.array([np.sum(labels == value) for value in range(len(spec.label_names))])
+    chosen = spec.label_names[1]
+    share, weight = 100 * counts[1] / counts.sum(), np.median(counts[counts > 0]) / counts[1]
+    assert f"{chosen:<18.18} {share:8.4f} {weight:9.4f}" in text
+    # Again it only shows.
+    assert main(["prepare", name, "--data-dir", str(data)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_command_ends_with_2_and_one_error(tmp_path):
+    done = run("prepare", "cityscapes", "--source", tmp_path / "none.zip", "--data-dir", tmp_path / "data")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("segjax.data: cityscapes: ") and done.stderr.count("\n") == 3
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+    done = run("prepare", "kitti")
+    assert done.returncode == 2 and "invalid choice: 'kitti'" in done.stderr and "ade20k" in done.stderr
+
+
+def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
+    made = Made(tmp_path / "made", "pet")
+    encode, calls = codec.encode_mask, []
+
+    def encode_some(labels):
+        calls.append(labels)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return encode(labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("segjax.data.prepared.THREADS", 1)
+        patch.setattr(codec, "encode_mask", encode_some)
+        assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 0
+    assert "Taking over 2 of 5 images" in capsys.readouterr().out
+
+
+def test_the_first_training_prepares_what_its_config_names(few, tmp_path, data):
+    from configs import segformer
+    from segjax.train import setup
+
+    made = Made(tmp_path / "made", "cityscapes")
+    config = segformer.get_config("b0,cityscapes")
+    config.data.source, config.data.dir = str(made.root), str(data)
+    data = setup.load_data(config)
+    assert (len(data.training.images), len(data.evaluation.images), data.spec.name) == (3, 2, "cityscapes")

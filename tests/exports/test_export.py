@@ -1,0 +1,206 @@
+"""Files of StableHLO: what they compute, where they run, and what is refused. Other formats: parity/test_export.py."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+from segjax.checkpoints import orbax_folder
+from segjax.commands import export as command
+from segjax.data import specs
+from segjax.exports import export, stablehlo
+from segjax.exports.format import ExportFormat
+from segjax.kernels import choice, resize
+from segjax.models.functional import FunctionalModel
+from tests.tiny import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+REPO = Path(__file__).parents[2]
+# No module of the model's own code, nor what it is built from.
+WITHOUT_SEGJAX = "import sys\nsys.modules.update(segjax=None, flax=None, parity=None)\n"
+
+
+def run(*arguments):
+    return command.main([str(argument) for argument in arguments])
+
+
+def saved(folder, model, **about):
+    orbax_folder.save_model(folder, model, about=about)
+    return folder
+
+
+def normalised(images):
+    return ((images - np.array(specs.IMAGENET_MEAN)) / np.array(specs.IMAGENET_STD)).astype(np.float32)
+
+
+def pictures(batch, size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+
+
+def relative_error(a, b):
+    assert a.shape == b.shape
+    return np.abs(a.astype(np.float64) - b).max() / np.abs(b).max()
+
+
+def readme_example(name):
+    """The Python example of the README that opens the file `name`."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if f'"{name}"' in block]
+    return block
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "segformer")) for name in FAMILIES]
+)
+def test_a_file_with_open_sizes_equals_the_model_at_another_size(family, tmp_path):
+    model, path = tiny_model(3, family), tmp_path / "a.stablehlo"
+    form = ExportFormat("stablehlo", (64, 96), dynamic=True)
+    stablehlo.write_stablehlo(path, model, form, {})
+    program = stablehlo.open_stablehlo(path)
+    images = normalised(pictures(3, (97, 65) if model.size_multiple == 1 else (96, 64)))
+    theirs = np.asarray(jax.jit(lambda images: model(images)[0])(images))
+    assert relative_error(program(images), theirs) < 1e-5
+
+
+def test_a_file_runs_where_there_is_no_segjax_as_the_readme_says(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "checked_sizes", lambda form, size_multiple: [(2, (67, 70))])
+    model = tiny_model(1, num_classes=19)
+    saved(tmp_path / "b0", model)
+    command = ["b0", "b0.stablehlo", "--format", "stablehlo", "--size", "64", "80"]
+    assert run(*command, "--dynamic", "--with-preprocessing", "--with-argmax") == 0
+    assert "  in   images  uint8 RGB (batch, height, width, 3)" in caplog.messages
+    assert "  out  labels  uint8 (batch, height, width)" in caplog.messages
+    assert any(line.startswith("  classes of cityscapes: road, sidewalk") for line in caplog.messages)
+    assert max(map(len, caplog.messages)) <= 80
+    images = pictures(2, (67, 70))
+    np.save("images.npy", images)
+    # Smaller images than the example's, which compile sooner.
+    example = readme_example("b0.stablehlo").replace("np.zeros((1, 512, 1024, 3), np.uint8)", 'np.load("images.npy")')
+    code = WITHOUT_SEGJAX + example + 'np.save("labels.npy", labels)\nprint(labels.shape, labels.dtype, names[0])'
+    environment = {"PATH": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "(2, 67, 70) uint8 road"
+    scores = resize.resize_plain(model(normalised(images))[0], (67, 70))
+    assert (np.load("labels.npy") == np.asarray(scores).argmax(axis=-1)).mean() > 0.999
+
+
+def test_one_file_is_for_cpus_and_gpus_with_the_forms_of_each(tmp_path):
+    stablehlo.write_stablehlo(tmp_path / "a", tiny_model(0), ExportFormat("stablehlo", (32, 64)), {})
+    exported = jax_export.deserialize(bytearray((tmp_path / "a").read_bytes()))
+    assert exported.platforms == ("cpu", "cuda")
+    cpu, cuda = (lowered_for(platform) for platform in ("cpu", "cuda"))
+    # A depthwise convolution has as many groups as channels; on a CPU it is a sum of products.
+    assert not re.search(r"feature_group_count = (?!1\b)", cpu) and re.search(r"feature_group_count = (?!1\b)", cuda)
+    assert re.search(r"feature_group_count = (?!1\b)", exported.mlir_module())
+
+
+def lowered_for(platform):
+    def forward(images):
+        with choice.meant_for(platform):
+            return tiny_model(0)(images)[0]
+
+    return jax.jit(forward).lower(jnp.zeros((1, 32, 64, 3))).as_text()
+
+
+def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
+    model, normalisation = tiny_model(1), {"mean": [1.5, 2.5, 3.5], "std": [10.0, 20.0, 40.0]}
+    saved(tmp_path / "a", model, normalisation=normalisation)
+    path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
+    assert run(tmp_path / "a", path, "--format", "stablehlo", *options) == 0
+    assert json.loads(stablehlo.beside(path).read_text())["normalisation"].items() >= normalisation.items()
+    images = pictures(1, (32, 64))
+    by_hand = model((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))[0]
+    assert relative_error(stablehlo.open_stablehlo(path)(images), np.asarray(by_hand)) < 1e-5
+    assert relative_error(np.asarray(model(normalised(images))[0]), np.asarray(by_hand)) > 0.01
+
+
+def test_a_file_of_one_class_gives_its_mask(tmp_path):
+    model = tiny_model(2, num_classes=1)
+    form = ExportFormat("stablehlo", (40, 64), preprocessing=True, argmax=True)
+    stablehlo.write_stablehlo(tmp_path / "a", model, form, {})
+    images = pictures(1, form.size)
+    labels = stablehlo.open_stablehlo(tmp_path / "a")(images)
+    scores = np.asarray(resize.resize_plain(model(normalised(images))[0], form.size))[..., 0]
+    assert 0.01 < labels.mean() < 0.99
+    assert (labels == (scores > 0)).mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
+def test_weights_of_16_bits_halve_the_file_and_say_how_many_labels_stay(dtype, tmp_path, caplog):
+    model = tiny_model(1, dims=(32, 32, 40, 64), decoder_dim=64)
+    saved(tmp_path / "a", model)
+    path = tmp_path / "a.stablehlo"
+    assert run(tmp_path / "a", path, "--format", "stablehlo", "--size", 64, 96, "--dtype", dtype) == 0
+    (share,) = re.findall(r"([\d.]+)% of the labels are those of float32", caplog.text)
+    assert 80 < float(share) <= 100
+    assert jax_export.deserialize(bytearray(path.read_bytes())).out_avals[0].dtype == jnp.float32
+    stablehlo.write_stablehlo(tmp_path / "wide", model, ExportFormat("stablehlo", (64, 96)), {})
+    weights = sum(value.size for value in FunctionalModel(model).arrays()[0].values())
+    assert (tmp_path / "wide").stat().st_size - path.stat().st_size > 1.9 * weights
+
+
+def test_what_labels_mean_stands_beside_the_file(tmp_path):
+    spec = specs.DatasetSpec("rooms", ("floor", "wall", "door"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), 255)
+    record = dict(name=spec.name, class_names=spec.class_names, colors=spec.colors, ignore_label=255)
+    saved(tmp_path / "a", tiny_model(0, num_classes=3), dataset=record)
+    assert run(tmp_path / "a", tmp_path / "new" / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 0
+    about = json.loads((tmp_path / "new" / "a.stablehlo.json").read_text())
+    assert about["classes"] == ["floor", "wall", "door"] and about["colors"][2] == [7, 8, 9]
+    assert about["dataset"] == "rooms" and about["normalisation"]["mean"] == [123.675, 116.28, 103.53]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
+
+
+def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, caplog, monkeypatch):
+    saved(tmp_path / "a", tiny_model(0))
+    write = stablehlo.write_stablehlo
+    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda path, model, *rest: write(path, tiny_model(5), *rest))
+    (tmp_path / "b.stablehlo").write_text("the one before")
+    assert run(tmp_path / "a", tmp_path / "b.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 1
+    assert "NOT equal (bound 1e-04)" in caplog.text and "not written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.stablehlo"]
+    assert (tmp_path / "b.stablehlo").read_text() == "the one before"
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "message"),
+    [
+        ("segformer", ("a.onnx", "--size", 0, 64), r"at least 1; .*a\.onnx: --format stablehlo writes \*\.stablehlo"),
+        ("segformer", ("a.stablehlo", "--size", 16, 64), "the image is too small: stage 1 sees a map of 4x16"),
+        ("hrnet", ("a.stablehlo", "--size", 63, 64, "--dynamic"), "with --dynamic, sides are at least 64"),
+        ("simple", ("a.stablehlo", "--size", 60, 64), "60 64: segformer_simple takes multiples of 32: 64 64"),
+        ("zuppichini", ("a.stablehlo", "--size", 64, 33), "takes multiples of 32: 64 64"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments, message, tmp_path, capsys):
+    saved(tmp_path / "model", tiny_model(0, family))
+    assert run(tmp_path / "model", tmp_path / arguments[0], "--format", "stablehlo", *arguments[1:]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
+    assert run(tmp_path / "no", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_labels_are_right_where_classes_are_equal_but_for_rounding_and_nowhere_else():
+    logits = np.zeros((1, 1, 2, 3), np.float32)
+    logits[0, 0] = [[1.0, 1.0 - 1e-6, 0.0], [0.0, 2.0, 1.5]]
+    form = ExportFormat("stablehlo", (1, 2), argmax=True)
+
+    def error(*labels):
+        return export.error_of(np.array(labels, np.uint8).reshape(1, 1, 2), logits, (1, 2), form)
+
+    assert error(0, 1) == 0
+    assert error(1, 1) == pytest.approx(5e-7, rel=0.1)
+    assert error(0, 2) == pytest.approx(0.25)
+    assert error(0, 3) == np.inf

@@ -1,0 +1,175 @@
+"""Windows, scales and mirror images against loops over single pixels and images; parity/ compares with PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from segjax import layers
+from segjax.inference.engine import Inference, Protocol, scaled, scaled_size, windows
+from tests.tiny import tiny_model
+
+
+class Blurred(nnx.Module):
+    """Logits that depend on the neighbourhood and on where the edge is: (B, H, W, 3) -> (B, H/4, W/4, K)."""
+
+    def __init__(self, num_classes, size_multiple=1):
+        settings = dict(kernel_init=layers.fan_in_init, dtype=jnp.float32, param_dtype=jnp.float32)
+        self.head = layers.Conv(3, num_classes, 7, stride=4, padding=3, rngs=nnx.Rngs(num_classes), **settings)
+        self.spec, self.size_multiple = Spec(num_classes), size_multiple
+
+    def __call__(self, images):
+        return 4 * self.head(images), {}
+
+
+class Spec:
+    def __init__(self, num_classes):
+        self.num_classes = num_classes
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def logits_of(inference, image):
+    """Of one image as a whole, at its size, by the model that is under test."""
+    return np.asarray(inference._score(*inference._arrays, image[None]))[0]
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 17, 23, 40])
+@pytest.mark.parametrize("crop, stride", [(8, 5), (8, 8), (8, 1), (40, 7)])
+def test_windows_cover_everything_once_at_least_and_stay_inside(length, crop, stride):
+    starts = windows(length, crop, stride)
+    side = min(crop, length)
+    assert starts[0] == 0 and starts[-1] + side == length
+    assert starts == sorted(set(starts))
+    assert starts[:-1] == list(range(0, length - side, stride))
+    assert set(range(length)) == {place for start in starts for place in range(start, start + side)}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("size, crop, stride", [((37, 50), (16, 24), (10, 13)), ((20, 90), (32, 16), (32, 11))])
+def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, stride, batch):
+    inference = Inference(Blurred(3), Protocol("slide", crop, stride), batch=batch)
+    image = draw(0, *size)
+    total, seen = np.zeros((*size, 3)), np.zeros((*size, 1))
+    for top in windows(size[0], crop[0], stride[0]):
+        for left in windows(size[1], crop[1], stride[1]):
+            part = np.s_[top : top + crop[0], left : left + crop[1]]
+            total[part] += logits_of(inference, np.ascontiguousarray(image[part]))
+            seen[part] += 1
+    bands = [np.asarray(band) for band in inference.bands(image)]
+    np.testing.assert_allclose(np.concatenate(bands), total / seen, rtol=1e-4, atol=1e-4)
+    labels = inference.labels(image[None])
+    assert labels.dtype == np.uint8 and labels.shape == (1, *size)
+    assert (labels[0] == (total / seen).argmax(axis=-1)).mean() > 0.999
+
+
+def test_one_row_of_windows_is_kept_at_a_time():
+    inference = Inference(Blurred(2), Protocol("slide", (16, 16), (8, 16)))
+    assert [band.shape for band in inference.bands(draw(1, 37, 21))] == [
+        (8, 21, 2),
+        (8, 21, 2),
+        (5, 21, 2),
+        (16, 21, 2),
+    ]
+
+
+def test_a_window_as_large_as_the_image_is_the_image():
+    images = draw(2, 2, 33, 45)
+    whole = Inference(Blurred(4), Protocol())
+    slide = Inference(Blurred(4), Protocol("slide", (64, 64), (48, 48)))
+    np.testing.assert_array_equal(slide.labels(images), whole.labels(images))
+    np.testing.assert_allclose(slide.probabilities(images), whole.probabilities(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_probabilities_are_averaged_over_scales_and_mirror_images(num_classes):
+    model, images = Blurred(num_classes), draw(3, 2, 40, 52)
+    scales = (0.5, 1.75)
+    parts = []
+    for scale in scales:
+        single = Inference(model, Protocol(scales=(scale,)))
+        parts += [single.probabilities(images), single.probabilities(images[:, :, ::-1])[:, :, ::-1]]
+    both = Inference(model, Protocol(scales=scales, flip=True))
+    probabilities = both.probabilities(images)
+    # The mirror image of a scaled image is the scaled mirror image, but for the rounding of 8 bits.
+    np.testing.assert_allclose(probabilities, np.mean(parts, axis=0), atol=0.02)
+    assert probabilities.dtype == np.float32 and probabilities.shape == (2, 40, 52, num_classes)
+    labels = both.labels(images)
+    if num_classes == 1:
+        np.testing.assert_array_equal(labels, probabilities[..., 0] > 0.5)
+        assert 0.05 < labels.mean() < 0.95
+    else:
+        np.testing.assert_array_equal(labels, probabilities.argmax(axis=-1))
+        np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_a_symmetric_image_has_symmetric_labels_once_mirrored():
+    half = draw(4, 1, 40, 30)
+    image = np.concatenate([half, half[:, :, ::-1]], axis=2)
+    probabilities = Inference(Blurred(3), Protocol(flip=True)).probabilities(image)
+    np.testing.assert_allclose(probabilities, probabilities[:, :, ::-1], rtol=1e-5)
+
+
+def test_a_model_that_takes_multiples_is_given_the_mean_colour_around_the_image():
+    image = draw(5, 37, 50)
+    inference = Inference(Blurred(3, size_multiple=32), Protocol())
+    given = []
+    as_given = Inference(Blurred(3), Protocol(), normalise=lambda images: given.append(images.shape) or images)
+    pixels = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    padded = np.pad(pixels, ((0, 27), (0, 14), (0, 0))).astype(np.float32)
+    expected = np.asarray(as_given._score(*as_given._arrays, padded[None]))[0, :37, :50]
+    np.testing.assert_allclose(logits_of(inference, image), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scales_keep_proportions_and_divisors_enlarge(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(200):
+        size, scale = rng.integers(20, 3000, 2).tolist(), rng.choice([0.5, 0.75, 1.25, 1.5, 1.75])
+        height, width = scaled_size(size, scale)
+        largest = tuple(int(side * scale + 0.5) for side in size)
+        assert height <= largest[0] and width <= largest[1] and (height == largest[0] or width == largest[1])
+        # Half a pixel of one side is this much of the other one's.
+        assert abs(height * size[1] - width * size[0]) <= max(size) / 2 + 1
+    assert scaled_size((375, 1242), 0.75) == (281, 931) and scaled_size((1024, 2048), 1.75) == (1792, 3584)
+    assert scaled(draw(6, 33, 70), 1.0, 32).shape == (64, 96, 3)
+    image = draw(7, 64, 96)
+    assert scaled(image, 1.0, 32) is image
+
+
+def test_a_scale_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"nothing is left of an image of 4x300 at scale 0\.1"):
+        scaled_size((4, 300), 0.1)
+
+
+def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
+    with pytest.raises(ValueError) as caught:
+        Protocol("windows", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
+    message = str(caught.value)
+    assert all(word in message for word in ("'windows'", "(0, 3)", "(0.5, -1.0)", "size_divisor"))
+    with pytest.raises(ValueError, match=r"a stride of \(17, 4\) leaves gaps between windows of \(16, 16\)"):
+        Protocol("slide", (16, 16), (17, 4))
+    with pytest.raises(ValueError, match="scales"):
+        Protocol(scales=())
+    with pytest.raises(ValueError, match="scales"):
+        Protocol(scales=(float("nan"),))
+
+
+def test_a_protocol_says_what_it_does():
+    assert str(Protocol()) == "whole images"
+    text = str(Protocol("slide", (512, 1024), (384, 768), (0.5, 1.0), flip=True, size_divisor=32))
+    assert text == "windows of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
+    assert Protocol().record() == {"mode": "whole", "scales": (1.0,), "flip": False, "size_divisor": 1}
+
+
+def test_a_real_model_goes_through_all_of_it(quick_compile):
+    model = tiny_model(0, "simple")
+    images = draw(8, 2, 40, 70)
+    protocol = Protocol("slide", (32, 48), (24, 40), scales=(1.0,), flip=True)
+    probabilities = Inference(model, protocol, batch=4).probabilities(images)
+    one_by_one = Inference(model, protocol).probabilities(images[1:])
+    np.testing.assert_allclose(probabilities[1:], one_by_one, rtol=1e-3, atol=1e-5)
+    assert np.isfinite(probabilities).all() and len(jax.devices()) == 4

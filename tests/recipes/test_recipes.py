@@ -1,0 +1,343 @@
+"""Every recipe: what each variant and dataset builds, the published numbers, and which parameters are treated apart."""
+
+import importlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import segjax
+from configs import common
+from segjax import layers, losses, models
+from segjax.data.augment import normalise
+from segjax.inference.engine import predict_labels
+from segjax.models import segformer_simple
+from segjax.models.functional import FunctionalModel
+from segjax.train import loop, optim
+from segjax.train.config import RunError, check, model_overrides
+from tests.tiny import abstract_model
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py") if path.stem != "common")
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
+VARIANTS = [(name, variant) for name in NAMES for variant in CONFIGS[name].VARIANTS]
+FIRST = ("b0", "plain_b0", "mmseg_b0", "small", "small_ocr")
+COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in common.DATASETS]
+NORMS = (layers.LayerNorm, layers.BatchNorm, layers.GroupNorm, segformer_simple.LayerNorm)
+# First words of the names of an encoder's parameters; what is left is the head.
+ENCODERS = {
+    "segformer": ("backbone.",),
+    "segformer_simple": ("mit.",),
+    "segformer_zuppichini": ("encoder.",),
+    "hrnet": ("conv1.", "bn1.", "conv2.", "bn2.", "layer1.", "transition", "stage"),
+    "segnext": ("backbone.",),
+}
+
+
+def get(name, variant="", dataset=""):
+    return CONFIGS[name].get_config(f"{variant},{dataset}")
+
+
+def sizes_of(config):
+    """What the config makes of its model, without rates, which change no parameter."""
+    return {key: value for key, value in config.model.items() if key not in ("name", "dtype") and "rate" not in key}
+
+
+def model_of(config):
+    return abstract_model(config.model.name, **sizes_of(config))
+
+
+def parameters(model):
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def of_modules(model, kinds):
+    """Parameters of all modules of these kinds."""
+    found = set()
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, kinds):
+            found |= {".".join(map(str, (*path, name))) for name in parameters(module)}
+    return found
+
+
+def matched(model, pattern):
+    return optim.found_in(pattern, parameters(model), setting="optim") if pattern else set()
+
+
+def test_there_is_a_config_for_every_model():
+    assert NAMES == ["hrnet", "segformer", "segformer_simple", "segformer_zuppichini", "segnext"]
+    assert {get(name, variant).model.name for name, variant in VARIANTS} == set(segjax.MODELS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_word_it_is_the_first_variant_on_streets(name):
+    config = CONFIGS[name].get_config()
+    assert config.to_dict() == CONFIGS[name].get_config("").to_dict()
+    assert config.to_dict() == get(name, CONFIGS[name].VARIANTS[0], "streets").to_dict()
+    assert config.data.name == "streets"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("word", ["b9", "cityscape", "small-", "w18_ocr_", "B0"])
+def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(name, word):
+    with pytest.raises(ValueError) as caught:
+        CONFIGS[name].get_config(f"{word},camvid")
+    assert f"{word!r} is neither a variant ({', '.join(CONFIGS[name].VARIANTS)}) nor a dataset (" in str(caught.value)
+    assert "streets, camvid, cityscapes, ade20k, voc, pet, folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, variant, dataset", COMBINATIONS)
+def test_every_combination_can_be_run(name, variant, dataset, tmp_path):
+    config = get(name, variant, dataset)
+    check(config, tmp_path)
+    assert config.to_dict() == CONFIGS[name].get_config(f" {dataset} ,{variant}").to_dict()
+    assert config.data.name == dataset
+    overrides = model_overrides(config)
+    assert set(overrides) <= set(models.settings(config.model.name))
+    assert all(0 <= value < 1 for key, value in overrides.items() if key.endswith("rate"))
+    assert config.optim.warmup_steps < config.train.steps
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_variant_builds_its_model(name, variant):
+    config = get(name, variant, "cityscapes")
+    assert model_of(config).spec.name == config.model.name
+
+
+def test_every_combination_has_a_folder_of_its_own():
+    folders = {loop.default_workdir(get(*combination)) for combination in COMBINATIONS}
+    assert len(folders) == len(COMBINATIONS)
+    assert str(loop.default_workdir(get("segformer", "mmseg_b2", "camvid"))) == "runs/segformer-mmseg-b2-camvid"
+    assert str(loop.default_workdir(get("hrnet", "w48_ocr", "folder"))) == "runs/hrnet-w48-ocr-folder"
+
+
+# Where a variant has the sizes of its model's name, and where it has others.
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_variants_have_the_published_sizes_unless_they_say_otherwise(name, variant):
+    config = get(name, variant, "folder")
+    expected = {
+        ("segformer_simple", "b5"): 174_780_307,
+        ("segformer_zuppichini", "article"): 17_808_356 - 81 * 257,
+    }.get((name, variant))
+    if variant.startswith("small"):
+        small, whole = (
+            sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+            for model in (model_of(config), abstract_model(config.model.name))
+        )
+        assert small < whole / 2
+    elif expected is None:
+        defaults = models.settings(config.model.name)
+        assert {key: defaults[key] for key in sizes_of(config)} == sizes_of(config)
+    else:
+        assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model_of(config), nnx.Param))) == expected
+
+
+# --------------------------------------------------------------------------------------------- what images there are
+
+PICKY = ("segformer_simple", "segformer_zuppichini")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dataset", ["streets", "camvid"])
+def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, dataset):
+    config = get(name, "", dataset)
+    evaluated = tuple(config.data.size) if dataset == "streets" else (360, 480)
+    skeleton = FunctionalModel(model_of(config))
+    for size in (tuple(config.augment.crop), evaluated):
+        images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+        predicted = jax.eval_shape(partial(predict_labels, skeleton, normalise=normalise), *skeleton.arrays(), images)
+        assert predicted.shape == (1, *size)
+
+
+@pytest.mark.parametrize("name", PICKY)
+@pytest.mark.parametrize("dataset", common.DATASETS)
+def test_crops_of_models_that_enlarge_by_whole_factors_divide_by_32(name, dataset):
+    assert [side % 32 for side in get(name, "", dataset).augment.crop] == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------------- published numbers
+
+ADAMW = dict(name="adamw", lr=6e-5, end_lr=0.0, weight_decay=0.01, power=1.0, warmup_steps=1500, warmup_ratio=1e-6)
+ADAMW |= dict(schedule="poly", clip_norm=0.0, beta1=0.9, beta2=0.999, eps=1e-8)
+SGD = dict(name="sgd", lr=0.01, end_lr=0.0, weight_decay=5e-4, power=0.9, warmup_steps=0, momentum=0.9)
+SGD |= dict(schedule="poly", clip_norm=0.0, no_decay="", lr_multipliers=())
+PUBLISHED = {
+    "segformer": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
+    "segformer_simple": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
+    "segformer_zuppichini": (ADAMW, dict(batch=8, steps=40_000), dict(crop=(512, 512), photometric=True)),
+    # 484 epochs of 247 batches.
+    "hrnet": (SGD, dict(batch=12, steps=119_548), dict(crop=(512, 1024), photometric=False)),
+    "segnext": (ADAMW, dict(batch=8, steps=160_000), dict(crop=(1024, 1024), photometric=True)),
+}
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_folder_is_trained_on_by_the_published_recipe(name, variant):
+    config = get(name, variant, "folder")
+    for part, expected in zip(("optim", "train", "augment"), PUBLISHED[name], strict=True):
+        assert {key: config[part][key] for key in expected} == expected, part
+    # Cross-entropy alone, with OCR's auxiliary loss; nothing of what the publications do without.
+    terms = {key: config.loss[key] for key in losses.TERMS}
+    assert terms == dict.fromkeys(losses.TERMS, 0.0) | {"cross_entropy": 1.0}
+    assert (config.loss.aux_weight, config.loss.class_weights, config.loss.label_smoothing) == (0.4, None, 0.0)
+    assert (config.train.accumulate, config.train.ema, config.train.may_skip) == (1, 0.0, 0)
+    assert (config.optim.frozen, config.init.checkpoint, config.init.keep) == ((), "", ())
+    assert tuple(config.augment.scale) == (0.5, 2.0) and config.augment.flip == 0.5
+
+
+DROP_PATH = {"segformer": 0.1, "segformer_zuppichini": 0.0, "segnext": 0.1}
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_folder_is_trained_on_with_the_published_rates(name, variant):
+    config = get(name, variant, "folder")
+    rates = models.settings(config.model.name) | dict(config.model)
+    drop_path = 0.3 if (name, variant) == ("segnext", "l") else DROP_PATH.get(name)
+    dropout = {"segformer": 0.1, "segnext": 0.1}.get(name)
+    if variant.startswith("plain_"):
+        dropout = 0.0
+    if variant.endswith("_ocr"):
+        dropout = 0.05
+    assert rates.get("drop_path_rate") == drop_path and rates.get("dropout_rate") == dropout
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_on_streets_nothing_is_dropped(name, variant):
+    config = get(name, variant, "streets")
+    rates = models.settings(config.model.name) | dict(config.model)
+    assert [rates[key] for key in ("drop_path_rate", "dropout_rate") if rates.get(key)] == []
+
+
+# ------------------------------------------------------------------------------------ which parameters it is about
+
+
+# Wider and deeper variants have the same names.
+@pytest.mark.parametrize(
+    "name, variant",
+    [pair if pair[1] in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in VARIANTS],
+)
+def test_what_does_not_decay_is_what_was_published(name, variant):
+    for dataset in common.DATASETS:
+        config = get(name, variant, dataset)
+        model = model_of(config)
+        still, norms = matched(model, config.optim.no_decay), of_modules(model, NORMS)
+        assert config.optim.weight_decay > 0
+        if name == "hrnet":
+            assert still == set()
+        elif name in ("segformer_simple", "segformer_zuppichini"):
+            assert still == norms
+        elif name == "segformer":
+            # By name, as in the published recipe: of the decoder's BatchNorms, called bn, none is meant.
+            assert still == of_modules(model, layers.LayerNorm)
+            batch_norms = 0 if variant.startswith("plain_") else 10 if variant.startswith("mmseg_") else 2
+            assert len(norms - still) == batch_norms
+        else:
+            # Nor are the stem's BatchNorms, which have numbers, and the decoder's GroupNorms, called gn.
+            stem = {f"backbone.patch_embed1.proj.{i}.{part}" for i in (1, 4) for part in ("scale", "bias")}
+            assert norms - still == stem | of_modules(model, layers.GroupNorm) and still < norms
+            assert len(of_modules(model, layers.GroupNorm)) == 6
+        assert still or name == "hrnet"
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_the_head_is_all_that_is_not_the_encoder(name, variant):
+    for dataset in common.DATASETS:
+        config = get(name, variant, dataset)
+        names = parameters(model_of(config))
+        encoder = {key for key in names if key.startswith(ENCODERS[name])}
+        assert 0 < len(names) - len(encoder) < len(encoder)
+        # HRNet's head is not told by its name, and needs not be; weights drawn at random want one rate throughout.
+        if name == "hrnet" or dataset in ("streets", "camvid"):
+            assert config.optim.lr_multipliers == ()
+        else:
+            ((pattern, factor),) = config.optim.lr_multipliers
+            assert matched(model_of(config), pattern) == set(names) - encoder and factor == 10.0
+
+
+# ----------------------------------------------------------------------------------------- settings that cannot be used
+
+WRONG = {
+    "optim.schedule": ("step", "'step'; must be 'poly' or 'cosine'"),
+    "optim.clip_norm": (-1.0, "-1.0; must be finite and at least 0"),
+    "optim.no_decay": (
+        "norm(",
+        "'norm('; must be a regular expression (missing ), unterminated subpattern at position 4)",
+    ),
+    "optim.frozen": (
+        ("backbone", "*"),
+        "('backbone', '*'); must be a tuple of regular expressions, as in ('backbone',)",
+    ),
+    "train.accumulate": (0, "0; must be at least 1 and at most 100000"),
+    "train.batch": (6, "6; does not divide among 4 devices"),
+    "train.ema": (1.0, "1.0; must be at least 0 and less than 1"),
+    "train.may_skip": (-1, "-1; must be at least 0"),
+    "eval.patience": (2, "2; needs eval.every, the steps between two evaluations"),
+    "init.keep": (("head.*",), "('head.*',); says what stays random of a checkpoint, and needs init.checkpoint"),
+}
+
+
+def changed(**values):
+    config = get("segformer", "b0", "folder")
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return config
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_setting_that_cannot_be_used_is_refused_by_its_key(key, tmp_path):
+    value, message = WRONG[key]
+    with pytest.raises(RunError) as caught:
+        check(changed(**{key: value}), tmp_path)
+    assert str(caught.value) == f"the settings cannot be used:\n  config.{key}: {message}"
+
+
+def test_all_that_is_wrong_with_the_settings_is_in_one_error(tmp_path):
+    absent = str(tmp_path / "absent")
+    values = {key: value for key, (value, _) in WRONG.items()} | {"init.checkpoint": absent}
+    with pytest.raises(RunError) as caught:
+        check(changed(**values), tmp_path)
+    lines = str(caught.value).splitlines()[1:]
+    # Nothing follows from an accumulate that is wrong, and a checkpoint is named.
+    expected = [
+        f"  config.{key}: {message}" for key, (_, message) in WRONG.items() if key not in ("init.keep", "train.batch")
+    ]
+    assert sorted(lines) == sorted([*expected, f"  config.init.checkpoint: there is nothing at {absent}"])
+
+
+def test_a_batch_divides_among_devices_and_micro_batches(tmp_path):
+    with pytest.raises(RunError, match=r"batch: 8; does not divide among 4 devices and 3 micro-batches$"):
+        check(changed(**{"train.accumulate": 3}), tmp_path)
+
+
+@pytest.mark.parametrize("value", [("head", 10.0), (("head",),), (("head", "10"),), ((),), (("head", -1.0),)])
+def test_multipliers_that_are_no_pairs_are_refused_with_an_example(value, tmp_path):
+    with pytest.raises(RunError) as caught:
+        check(changed(**{"optim.lr_multipliers": value}), tmp_path)
+    (line,) = str(caught.value).splitlines()[1:]
+    must_be = "(regular expression, factor) pairs, as in (('head', 10.0),)"
+    assert line == f"  config.optim.lr_multipliers: {value}; must be {must_be}"
+
+
+def test_settings_that_can_be_used_are_taken(tmp_path):
+    (tmp_path / "file.pth").touch()
+    check(
+        changed(
+            **{
+                "optim.schedule": "cosine",
+                "optim.clip_norm": 1.0,
+                "optim.no_decay": "",
+                "optim.frozen": ("backbone",),
+                "optim.lr_multipliers": (("head", 2), ("norm", 0.0)),
+                "train.accumulate": 2,
+                "train.ema": 0.999,
+                "train.may_skip": 3,
+                "eval.every": 10,
+                "eval.patience": 2,
+                "init.checkpoint": str(tmp_path / "file.pth"),
+                "init.keep": ("head.*",),
+            }
+        ),
+        tmp_path / "new" / "folder",
+    )

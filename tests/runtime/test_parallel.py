@@ -1,0 +1,366 @@
+"""Four devices give the numbers of one, in both ways to run on several: shown in float64, where it can be seen."""
+
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import common, segformer
+from segjax import layers, losses
+from segjax.data import specs
+from segjax.data.augment import augment, normalise
+from segjax.data.pipeline import TrainBatches
+from segjax.inference.engine import predict_labels
+from segjax.inference.evaluation import evaluate
+from segjax.kernels import choice
+from segjax.models import segnext
+from segjax.models.functional import FunctionalModel
+from segjax.runtime.parallel import AXIS, Parallel
+from segjax.train import optim, setup
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
+from tests.tiny import SIZES, tiny_model
+
+SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
+KINDS = [("jit", 4), ("pmap", 4), ("jit", 1)]
+STEPS = 3
+AUX_WEIGHT = 0.4
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def make_split(number, size, seed):
+    """Noise whose first images carry fewer labels than its last; the very first carries none."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (number, *size, 3), dtype=np.uint8)
+    labels = rng.integers(0, 5, (number, *size), dtype=np.uint8)
+    for i in range(number):
+        labels[i, i * size[0] // number :] = 255
+    sizes = np.array([size] * number, np.int32)
+    return specs.Split(images, labels, sizes, tuple(f"image{i}" for i in range(number)))
+
+
+def parallel_of(kind, devices):
+    return Parallel(kind, jax.devices()[:devices])
+
+
+# What is random in training, beside SegNeXt's bases.
+RATES = {
+    "segformer": dict(drop_path_rate=0.4, dropout_rate=0.4),
+    "ocr": dict(dropout_rate=0.4),
+    "segnext": dict(drop_path_rate=0.4, dropout_rate=0.4),
+}
+
+
+def step_of(skeleton, optimizer, augmentation, *, aux_weight=AUX_WEIGHT):
+    settings = common.get_config("folder").loss
+    criterion = losses.criterion(settings, num_classes=5, ignore_label=SPEC.ignore_label)
+    return TrainStep(
+        skeleton=skeleton, optimizer=optimizer, augment=augmentation, criterion=criterion, aux_weight=aux_weight
+    )
+
+
+def tiny_skeleton(parallel, seed=0, family="segformer"):
+    model = tiny_model(seed, family, dtype=jnp.float64, **RATES[family])
+    model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
+    return FunctionalModel(model)
+
+
+def train(parallel, skeleton, augmentation, size=(40, 56)):
+    """Three steps of SGD -> the state on the devices, host copies of it, and of the scalars of every step."""
+    settings = common.get_config("folder").optim
+    settings.update(name="sgd", lr=0.05, warmup_steps=0, no_decay="", lr_multipliers=())
+    params, batch_stats = skeleton.arrays()
+    optimizer = optim.optimizer(settings, params, steps=10)
+    state = TrainState.start(params, batch_stats, optimizer.init(params))
+    step = parallel.compile_train(step_of(skeleton, optimizer, augmentation))
+    batches = TrainBatches(make_split(11, size, 0), batch_size=8, seed=0, parallel=parallel)
+    state, scalars = parallel.replicate(jax.tree.map(jnp.copy, state)), []
+    for i in range(STEPS):
+        state, now = step(state, batches.at(i), jax.random.key(7))
+        scalars.append(parallel.fetch(now))
+        assert not scalars[-1].pop("stopped")
+    return state, parallel.fetch(state), scalars
+
+
+def as_it_is(keys, batch):
+    return normalise(batch["image"]), batch["label"]
+
+
+@functools.cache
+def trained(kind, devices, family="segformer"):
+    """With everything random on; of SegFormer every augmentation, too."""
+    settings = ConfigDict(dict(crop=(32, 48), scale=(0.5, 2.0), flip=0.5, photometric=True))
+    everything = partial(augment, settings=settings, ignore_label=SPEC.ignore_label)
+    parallel = parallel_of(kind, devices)
+    skeleton = tiny_skeleton(parallel, family=family)
+    if family == "segformer":
+        return train(parallel, skeleton, everything)
+    # Without the fast forms: SegNeXt's strips, written out, take four times as long to compile.
+    with choice.published_forms():
+        return train(parallel, skeleton, as_it_is, (32, 40))
+
+
+def distance(a, b):
+    """Largest difference of two trees, relative to the largest entry of the same array."""
+    ratios = jax.tree.map(lambda x, y: np.abs(x - y).max() / max(np.abs(y).max(), 1e-3), a, b)
+    return max(jax.tree.leaves(ratios))
+
+
+# Of the other families in the slow tier: what their layers must do by themselves under pmap is asked for further below.
+FAMILY = [pytest.param(family, marks=[] if family == "segformer" else [pytest.mark.slow]) for family in RATES]
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("family", FAMILY)
+def test_training_on_four_devices_equals_training_on_one(kind, family, float64):
+    _, state, metrics = trained(kind, 4, family)
+    _, expected, expected_metrics = trained("jit", 1, family)
+    assert int(state.step) == int(expected.step) == STEPS
+    assert {array.dtype for array in state.params.values()} == {np.dtype(np.float64)}
+    assert distance(state.params, expected.params) < 1e-10
+    assert distance(state.batch_stats, expected.batch_stats) < 1e-10
+    assert distance(state.opt_state, expected.opt_state) < 1e-10
+    assert distance(metrics, expected_metrics) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_differ(family, float64):
+    params, batch_stats = tiny_skeleton(parallel_of("jit", 1), family=family).arrays()
+    _, state, scalars = trained("jit", 1, family)
+    for before, after in ((params, state.params), (batch_stats, state.batch_stats)):
+        for name in before:
+            if not name.endswith(".bias"):  # in front of a norm some biases have no gradient
+                assert np.abs(after[name] - before[name]).max() > 1e-5, name
+    losses = [float(now["loss"]) for now in scalars]
+    assert len(set(losses)) == STEPS and np.isfinite(losses).all() and min(losses) > 0.1
+
+
+class Layers(nnx.Module):
+    """One of each layer that looks at the batch as a whole."""
+
+    def __init__(self):
+        kinds = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+        rngs = nnx.Rngs(0)
+        self.conv = layers.Conv(3, 32, 4, stride=4, rngs=rngs, **kinds)
+        self.bn = layers.BatchNorm(32, **kinds)
+        self.path = layers.DropPath(0.5, rngs=rngs)
+        self.dropout = layers.Dropout2d(0.5, rngs=rngs)
+        self.ham = segnext.Hamburger(32, 3, rngs=rngs, **kinds)
+        self.pred = layers.Conv(32, 5, 1, rngs=rngs, **kinds)
+        self.spec, self.size_multiple = None, 1
+
+    def __call__(self, images):
+        x = self.bn(self.conv(images.astype(jnp.float64)))
+        return self.pred(self.dropout(self.ham(x + self.path(jnp.sin(x)), None))), {}
+
+
+def trained_layers(kind, devices, told):
+    """Trains `Layers`, of which those in `told` know the axis."""
+    parallel, model = parallel_of(kind, devices), Layers()
+    for name in told:
+        getattr(model, name).axis_name = parallel.axis_name
+    return train(parallel, FunctionalModel(model), as_it_is)[1]
+
+
+def test_under_pmap_a_layer_that_does_not_know_its_axis_trains_to_something_else(float64, monkeypatch):
+    monkeypatch.setattr(segnext, "TRAINING_STEPS", 1)
+    # The trap that axis_name is there for: statistics, masks and bases of each device's own part of the batch.
+    everything = ("bn", "path", "dropout", "ham")
+    expected = trained_layers("jit", 1, everything)
+    assert distance(trained_layers("pmap", 4, everything).params, expected.params) < 1e-10
+    for forgotten in everything:
+        state = trained_layers("pmap", 4, [name for name in everything if name != forgotten])
+        assert distance(state.params, expected.params) > 1e-3, forgotten
+
+
+def test_under_pmap_all_devices_hold_the_same_state(float64):
+    state, _, _ = trained("pmap", 4)
+    for array in jax.tree.leaves(state):
+        copies = np.asarray(array)
+        assert copies.shape[0] == 4
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
+
+
+def test_every_layer_drops_by_a_key_of_its_own_that_changes_with_the_step():
+    skeleton = FunctionalModel(tiny_model(0, drop_path_rate=0.5, dropout_rate=0.5))
+    params, batch_stats = skeleton.arrays()
+
+    def masks(key):
+        """Which of 64 samples each layer keeps, by path; of the dropout that of its first channel."""
+        model = skeleton.bind(params, batch_stats, key=key)
+        drops = {path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, layers.Drop)}
+        # The first block drops nothing.
+        drops = {path: layer for path, layer in drops.items() if layer.rate > 0}
+        return {path: np.asarray(layer(jnp.ones((64, 1, 1, 12))))[:, 0, 0, 0] > 0 for path, layer in drops.items()}
+
+    first, again, other = (masks(jax.random.key(seed)) for seed in (3, 3, 4))
+    assert len(first) == 2 * 3 + 1
+    for path in first:
+        np.testing.assert_array_equal(first[path], again[path])
+        assert 0 < first[path].sum() < 64
+    patterns = [mask.tobytes() for drawn in (first, other) for mask in drawn.values()]
+    assert len(set(patterns)) == 2 * 7
+
+
+def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
+    # One device whose pixels are all ignored, one with a single row: their means must not count as much as the others'.
+    logits = np.random.default_rng(0).standard_normal((5,))
+    split = make_split(8, (32, 40), 1)
+    labels = np.where(np.arange(8)[:, None, None] < 2, 255, split.labels)
+    counts = [(part != 255).sum() for part in labels.reshape(4, -1)]
+    assert counts[0] == 0 and len(set(counts)) == 4
+    loss_of_class = np.log(np.exp(logits).sum()) - logits
+    expected = loss_of_class[labels[labels != 255]].mean()
+
+    class Constant(nnx.Module):
+        """The same logits for every pixel."""
+
+        def __init__(self):
+            self.bias = nnx.Param(jnp.array(logits))
+            self.spec, self.size_multiple = None, 1
+
+        def __call__(self, images):
+            return jnp.broadcast_to(self.bias[...], (*images.shape[:3], 5)), {}
+
+    settings = common.get_config("folder").optim
+    settings.update(name="sgd", lr=1.0, warmup_steps=0, momentum=0.0, weight_decay=0.0, no_decay="")
+    settings.lr_multipliers = ()
+    for kind, devices in KINDS:
+        parallel, skeleton = parallel_of(kind, devices), FunctionalModel(Constant())
+        params, _ = skeleton.arrays()
+        optimizer = optim.optimizer(settings, params, steps=10)
+        state = parallel.replicate(jax.tree.map(jnp.copy, TrainState.start(params, {}, optimizer.init(params))))
+        batch = {"image": split.images, "label": labels, "size": split.sizes, "position": np.arange(8, dtype=np.int32)}
+        if kind == "pmap":
+            batch = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
+        step = parallel.compile_train(step_of(skeleton, optimizer, as_it_is))
+        state, scalars = (parallel.fetch(part) for part in step(state, batch, jax.random.key(0)))
+        np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-13)
+        share = np.bincount(labels[labels != 255], minlength=5) / (labels != 255).sum()
+        gradient = np.exp(logits) / np.exp(logits).sum() - share
+        np.testing.assert_allclose(state.params["bias"], logits - gradient, rtol=1e-6)
+        np.testing.assert_allclose(scalars["gradient_norm"], np.linalg.norm(gradient), rtol=1e-12)
+
+
+def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
+    parallel = parallel_of("jit", 1)
+    skeleton = tiny_skeleton(parallel, family="ocr")
+    split = make_split(2, (32, 40), 1)
+    batch = {"image": split.images, "label": split.labels % 5, "size": split.sizes, "position": np.arange(2)}
+    settings = common.get_config("folder").optim
+    settings.update(name="sgd", lr=1.0, warmup_steps=0, momentum=0.0, weight_decay=0.0, no_decay="")
+    settings.lr_multipliers = ()
+    params, batch_stats = skeleton.arrays()
+    optimizer = optim.optimizer(settings, params, steps=10)
+    state = TrainState.start(params, batch_stats, optimizer.init(params))
+
+    @jax.jit
+    def step(aux_weight):
+        train_step = step_of(skeleton, optimizer, as_it_is, aux_weight=aux_weight)
+        after, scalars = train_step(state, batch, jax.random.key(0))
+        return {name: after.params[name] - params[name] for name in params}, scalars["loss"]
+
+    with choice.published_forms():
+        without, main = step(0.0)
+    found, loss = step(0.4)
+    whole, both = step(1.0)
+    # On its own the auxiliary loss of five classes is of the size of the main one.
+    assert 0.5 < float(both - main) < 10
+    np.testing.assert_allclose(loss, main + 0.4 * (both - main), rtol=1e-12)
+    moved = 0
+    for name in params:
+        expected = without[name] + 0.4 * (whole[name] - without[name])
+        scale = np.abs(whole[name]).max() + np.abs(without[name]).max()
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-9 * scale + 1e-13, err_msg=name)
+        moved += float(np.abs(found[name] - without[name]).max()) > 1e-3 * scale
+    assert moved > len(params) / 2
+    # Behind the auxiliary head and beside it nothing changes.
+    for name in ("cls_head.kernel", "ocr_distri_head.object_context_block.f_up.0.kernel"):
+        np.testing.assert_allclose(found[name], without[name], rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind, devices", KINDS)
+def test_batch_norm_uses_the_statistics_of_the_whole_batch(kind, devices, seed, float64):
+    rng = np.random.default_rng(seed)
+    # Means that differ from device to device: averaged variances of the parts would be far too small.
+    x = rng.standard_normal((8, 3, 5, 4)) + 3 * np.arange(8)[:, None, None, None] + 100
+    layer = layers.BatchNorm(4, epsilon=1e-3, momentum=0.2, dtype=jnp.float64, param_dtype=jnp.float64)
+    parallel = parallel_of(kind, devices)
+    layer.use_running_average, layer.axis_name = False, parallel.axis_name
+    graph, variables = nnx.split(layer)
+
+    # The state as an argument: closed over, it sends jaxlib 0.11.2's compiler for pmap into a segmentation fault.
+    def body(variables, x):
+        module = nnx.merge(graph, variables, copy=True)
+        return module(x), module.mean[...], module.var[...]
+
+    if kind == "pmap":
+        mapped = jax.pmap(body, axis_name=AXIS, in_axes=(None, 0), devices=parallel.devices)
+        y, mean, var = mapped(variables, x.reshape(4, 2, *x.shape[1:]))
+        y, mean, var = y.reshape(x.shape), mean[0], var[0]
+    else:
+        y, mean, var = jax.jit(body)(variables, jax.device_put(x, parallel.split))
+    over = (0, 1, 2)
+    np.testing.assert_allclose(y, (x - x.mean(over)) / np.sqrt(x.var(over) + 1e-3), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(mean, 0.2 * x.mean(over), rtol=1e-13)
+    np.testing.assert_allclose(var, 0.8 + 0.2 * x.var(over, ddof=1), rtol=1e-12)
+
+
+def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
+    split = make_split(6, (40, 48), 2)
+    results = []
+    for kind, devices in KINDS:
+        parallel = parallel_of(kind, devices)
+        skeleton = tiny_skeleton(parallel, seed=2)  # which predicts every class somewhere
+        params, batch_stats = parallel.replicate(skeleton.arrays())
+        predict = parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise))
+        results.append(evaluate(partial(predict, params, batch_stats), split, SPEC, batch_size=4, keep=(0, 4, 5)))
+    for confusion, kept in results:
+        np.testing.assert_array_equal(confusion, results[0][0])
+        assert sorted(kept) == [0, 4, 5]
+        for number, labels in kept.items():
+            assert labels.dtype == np.uint8 and labels.shape == (40, 48)
+            np.testing.assert_array_equal(labels, results[0][1][number])
+    assert results[0][0].sum() == (split.labels != 255).sum()
+    assert (results[0][0].sum(0) > 0).all()
+
+
+def test_evaluation_counts_what_a_plain_loop_over_images_counts():
+    split = make_split(7, (6, 9), 3)
+    guesses = np.random.default_rng(0).integers(0, 5, (7, 6, 9)).astype(np.uint8)
+
+    def predict(images):
+        # Finds the image again by its pixels: the order of the batches is the evaluation's own business.
+        return np.stack([guesses[(split.images == image).all((1, 2, 3)).argmax()] for image in images])
+
+    confusion, kept = evaluate(predict, split, SPEC, batch_size=3, keep=(2,))
+    expected = np.zeros((5, 5), int)
+    for truth, guess in zip(split.labels.ravel(), guesses.ravel(), strict=True):
+        if truth != 255:
+            expected[truth, guess] += 1
+    np.testing.assert_array_equal(confusion, expected)
+    np.testing.assert_array_equal(kept[2], guesses[2])
+
+
+def test_an_evaluation_split_without_images_is_refused_by_name():
+    empty = specs.Split(*(array[:0] for array in make_split(1, (6, 9), 0)[:3]), ())
+    with pytest.raises(ValueError, match="no image in the evaluation split of noise"):
+        evaluate(lambda images: images[..., 0], empty, SPEC, batch_size=3)
+
+
+@pytest.mark.parametrize("kind, expected", [("jit", None), ("pmap", AXIS)])
+def test_the_model_of_a_run_is_told_the_axis(kind, expected):
+    config = segformer.get_config("b0,folder")
+    config.model.update(SIZES)
+    skeleton = setup.make_skeleton(config, 5, Parallel(kind), pretrained=False)
+    model = skeleton.bind(*skeleton.arrays())
+    told = [module for _, module in nnx.iter_modules(model) if hasattr(module, "axis_name")]
+    assert len(told) == 1 + 1 + 2 * 4  # BatchNorm, dropout, and drop path twice a block
+    assert {module.axis_name for module in told} == {expected}

@@ -1,0 +1,167 @@
+"""What a run writes down: each step once, in metrics.jsonl and for TensorBoard, however often the run was taken up."""
+
+import errno
+import io
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import tensorboardX
+from PIL import Image
+
+from benchmarks.kill_resume import events_of
+from segjax.data import specs
+from segjax.train.metrics_log import Log
+
+SPEC = specs.DatasetSpec("dots", ("a", "b"), ((255, 0, 0), (0, 255, 0)), 255)
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stretches_of(workdir):
+    return sorted(path.name.rpartition(".")[2] for path in (workdir / "tensorboard").iterdir())
+
+
+def write(log, *steps):
+    for step in steps:
+        log.write({"step": step, "loss": step / 8})
+
+
+def crc32c(data):
+    """Bit by bit, as RFC 3720 defines it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def test_records_are_lines_and_scalars(tmp_path):
+    record = {"step": 3, "loss": None, "lr": 0.25, "iou": {"road": 0.5, "traffic light": None, "sky": 0.125}}
+    with Log(tmp_path, 0, evaluated=False) as log:
+        log.write(record)
+    assert lines_of(tmp_path) == [record] and log.records == [record]
+    assert events_of(tmp_path) == {"lr": [(3, 0.25)], "iou/road": [(3, 0.5)], "iou/sky": [(3, 0.125)]}
+
+
+def test_event_files_have_the_checksums_that_tensorboard_asks_for(tmp_path):
+    with Log(tmp_path, 0, evaluated=False) as log:
+        write(log, 1, 2)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert path.name.startswith("events.out.tfevents.")
+    data, events = path.read_bytes(), []
+
+    def masked(part):
+        crc = crc32c(part)
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    while data:
+        length, of_length = struct.unpack_from("<QI", data)
+        event, (of_event,) = data[12 : 12 + length], struct.unpack_from("<I", data, 12 + length)
+        assert (of_length, of_event) == (masked(data[:8]), masked(event))
+        events.append(tensorboardX.proto.event_pb2.Event.FromString(event))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2" and [event.step for event in events[1:]] == [1, 2]
+    assert all(event.wall_time > 1e9 for event in events)
+
+
+def test_what_is_written_can_be_read_at_once(tmp_path):
+    log = Log(tmp_path, 0, evaluated=False)
+    write(log, 1)
+    assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}] and events_of(tmp_path) == {"loss": [(1, 0.125)]}
+    log.close()
+
+
+@pytest.mark.parametrize("start", [0, 4, 8])
+def test_on_going_on_from_a_checkpoint_what_came_after_it_is_gone_and_the_rest_is_there(tmp_path, start):
+    with Log(tmp_path, 0, evaluated=False) as log:
+        for cut in (4, 8):
+            write(log, cut - 3, cut - 2, cut - 1, cut)
+            log.cut(cut)
+        write(log, 9, 10)
+    # Half a line or none, as of a machine that stopped while writing it.
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\x00\n12\n{}\n{"step": 11, "lo')
+    for last in (9, 12):
+        # The first one is killed before a checkpoint.
+        with Log(tmp_path, start, evaluated=False) as log:
+            write(log, *range(start + 1, last + 1))
+    expected = [(step, step / 8) for step in range(1, 13)]
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == expected
+    assert [(record["step"], record["loss"]) for record in log.records] == expected
+    assert events_of(tmp_path) == {"loss": expected}
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_evaluation_that_will_be_made_again_is_dropped_and_no_other(tmp_path, evaluated):
+    with Log(tmp_path, 0, evaluated=False) as log:
+        write(log, 2)
+        log.write({"step": 2, "mean_iou": 0.5})
+        write(log, 4)
+        log.cut(4)
+        log.begin_final(4)
+        log.write({"step": 4, "mean_iou": 0.75})
+    log = Log(tmp_path, 4, evaluated=evaluated)
+    kept = [(2, 0.5), (4, 0.75)][: 1 + evaluated]
+    assert [(line["step"], line["mean_iou"]) for line in lines_of(tmp_path) if "mean_iou" in line] == kept
+    assert events_of(tmp_path) == {"loss": [(2, 0.25), (4, 0.5)], "mean_iou": kept}
+    assert [line["step"] for line in lines_of(tmp_path) if "loss" in line] == [2, 4]
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    foreign = tmp_path / "tensorboard" / "plugins" / "profile"
+    foreign.mkdir(parents=True)
+    (tmp_path / "tensorboard" / "events.out.tfevents.1.host").write_bytes(b"mine")
+    with Log(tmp_path, 0, evaluated=False) as log:
+        write(log, 1)
+    Log(tmp_path, 0, evaluated=False)
+    assert foreign.is_dir() and stretches_of(tmp_path) == ["host", "plugins"]
+
+
+def test_two_stretches_that_begin_at_once_do_not_overwrite_one_another(tmp_path):
+    with Log(tmp_path, 0, evaluated=False) as log:
+        for step in range(1, 6):
+            write(log, step)
+            log.cut(5)
+    assert events_of(tmp_path) == {"loss": [(step, step / 8) for step in range(1, 6)]}
+
+
+def test_a_process_that_is_not_the_one_that_writes_keeps_the_records_and_writes_nothing(tmp_path):
+    with Log(tmp_path, 0, evaluated=False, active=False) as log:
+        write(log, 1)
+        log.picture(1, "x", np.zeros((2, 3, 3), np.uint8), *np.zeros((2, 2, 3), np.uint8), SPEC)
+        log.cut(1)
+        log.begin_final(1)
+    assert log.records == [{"step": 1, "loss": 0.125}] and list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_shows_image_truth_and_prediction_side_by_side(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3, 5, 3)).astype(np.uint8)
+    truth, predicted = rng.choice([0, 1, 255], (3, 5)).astype(np.uint8), rng.integers(0, 2, (3, 5)).astype(np.uint8)
+    with Log(tmp_path, 0, evaluated=False) as log:
+        log.picture(7, "dots_1", image, truth, predicted, SPEC)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data = path.read_bytes()
+    png = data[data.index(b"\x89PNG") : data.index(b"IEND") + 8]
+    colors = np.zeros((256, 3), np.uint8)
+    colors[:2] = SPEC.colors
+    expected = np.concatenate([image, colors[truth], colors[predicted]], axis=1)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
+    assert [(tag, step) for tag, ((step, _),) in events_of(tmp_path).items()] == [("predictions/dots_1", 7)]
+
+
+def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = Log(tmp_path, 0, evaluated=False)
+    monkeypatch.setattr(tensorboardX.RecordWriter, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(log, 1)
+    log.close()

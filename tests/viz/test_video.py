@@ -1,0 +1,222 @@
+"""Videos keep their frames, their order and their times; what is drawn has the classes' colours."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from segjax.checkpoints.load import Trained
+from segjax.commands import predict
+from segjax.viz import overlay, video
+from tests.pixels import PROGRAMS, SPEC, Pixels, scene
+
+MODEL = Pixels(5)
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch):
+    monkeypatch.setattr(predict, "load_trained", lambda path: Trained(MODEL, SPEC, {}))
+    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
+
+
+def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb"):
+    """A video with these frames; `libx264rgb` keeps every pixel. `times` are in units of the time base."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        options = {"crf": "0"} if codec.startswith("libx264") else {}
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "rgb24" if codec == "libx264rgb" else "yuv420p"
+        if time_base is not None:
+            stream.codec_context.time_base = time_base
+        if sound:
+            audio = container.add_stream("aac", rate=16000)
+            audio.layout = "mono"
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound:
+            for at in range(0, 16000, 1024):
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                samples.sample_rate, samples.pts = 16000, at
+                container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+    return path
+
+
+def seen(path):
+    """Frames uint8 (N, H, W, 3) and their times in seconds, by PyAV alone."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        times = [frame.pts * stream.time_base for frame in frames]
+        kinds = [stream.type for stream in container.streams]
+        images = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+        return images, times, stream.average_rate, kinds
+
+
+def run(*arguments):
+    return predict.main([*map(str, arguments), "--checkpoint", "x"])
+
+
+def moving(number, height, width):
+    """Frames that are all different: a scene that moves to the left, four pixels a frame."""
+    wide = scene(7, height, width + 4 * number)
+    return [np.ascontiguousarray(wide[:, 4 * at : 4 * at + width]) for at in range(number)]
+
+
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30000, 1001)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_keeps_its_frames_their_order_and_their_rate(rate, suffix, tmp_path, capsys):
+    frames = moving(20, 96, 400)
+    source = film(tmp_path / f"clip{suffix}", frames, rate=rate)
+    out = tmp_path / "out"
+    assert run(source, "--output", out, "--write", "labels", "overlay", "sidebyside") == 0
+    _, times, expected_rate, _ = seen(source)
+    for kind in ("overlay", "sidebyside"):
+        drawn, drawn_times, drawn_rate, kinds = seen(out / kind / "clip.mp4")
+        assert len(drawn) == 20 and kinds == ["video"]
+        assert drawn_times == times
+        assert abs(drawn_rate - expected_rate) < Fraction(1, 50)
+        for number, image in enumerate(frames):
+            labels = MODEL.labels(image)
+            draw = overlay.over if kind == "overlay" else overlay.beside
+            error = np.abs(drawn[number].astype(int) - draw(image, labels, SPEC, still=False)).mean()
+            # Four pixels further it would be far more.
+            assert error < 6
+    for number, image in enumerate(frames):
+        with Image.open(out / "labels" / f"clip{suffix}" / f"{number:06d}.png") as labels:
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(image))
+    assert len(list((out / "labels" / f"clip{suffix}").iterdir())) == 20
+    said = capsys.readouterr().out
+    assert "wrote 1 video of 20 frames" in said and "sound" not in said
+
+
+def test_the_times_of_a_varying_rate_are_kept(tmp_path):
+    times = [0, 3, 4, 10, 11, 30, 31, 55]
+    source = film(tmp_path / "clip.mp4", moving(8, 64, 400), rate=30, times=times, time_base=Fraction(1, 60))
+    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 0
+    assert seen(source)[1] == [Fraction(time, 60) for time in times]
+    assert seen(tmp_path / "out" / "overlay" / "clip.mp4")[1] == [Fraction(time, 60) for time in times]
+
+
+def test_odd_sides_get_their_last_pixel_twice_and_it_is_said(tmp_path, capsys):
+    frames = moving(5, 63, 401)
+    source = film(tmp_path / "clip.mkv", frames, codec="ffv1")
+    assert run(source, "--output", tmp_path / "out") == 0
+    drawn, *_ = seen(tmp_path / "out" / "overlay" / "clip.mp4")
+    picture = overlay.over(frames[0], MODEL.labels(frames[0]), SPEC, still=False)
+    height, width = picture.shape[:2]
+    assert drawn.shape == (5, height + height % 2, width + 1, 3)
+    assert np.abs(drawn[0, :, -1].astype(int) - drawn[0, :, -2]).mean() < 8
+    with Image.open(tmp_path / "out" / "labels" / "clip.mkv" / "000004.png") as labels:
+        assert labels.size == (401, 63)
+    assert "H.264 has even sides alone" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_a_video_is_turned_as_its_file_says(matrix, turns, tmp_path):
+    """A telephone's: QuickTime's matrix (a b c d) moves (x, y) to (ax + cy, bx + dy), y downwards."""
+    frames = moving(3, 64, 96)
+    source = film(tmp_path / "clip.mp4", frames)
+    data = bytearray(source.read_bytes())
+    a, b, c, d = (np.array(value * 2**16, ">i4").tobytes() for value in matrix)
+    # Of the track's header: 40 bytes from its name on to the matrix, which has three columns.
+    at = data.index(b"tkhd") + 4 + 40
+    assert data[at : at + 4] == b"\0\1\0\0"
+    data[at : at + 8], data[at + 12 : at + 20] = a + b, c + d
+    source.write_bytes(data)
+    assert run(source, "--output", tmp_path / "out", "--write", "labels") == 0
+    for number, image in enumerate(frames):
+        with Image.open(tmp_path / "out" / "labels" / "clip.mp4" / f"{number:06d}.png") as labels:
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(np.rot90(image, turns)))
+
+
+def test_sound_is_dropped_and_that_is_said(tmp_path, capsys):
+    source = film(tmp_path / "clip.mp4", moving(5, 64, 400), sound=True)
+    assert seen(source)[3] == ["video", "audio"]
+    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 0
+    assert "its sound is dropped" in " ".join(capsys.readouterr().out.split())
+    assert seen(tmp_path / "out" / "overlay" / "clip.mp4")[3] == ["video"]
+
+
+def test_frames_go_through_the_model_in_batches_of_one_program(tmp_path):
+    frames = moving(7, 64, 400)
+    source = film(tmp_path / "clip.mp4", frames)
+    PROGRAMS.clear()
+    assert run(source, "--output", tmp_path / "out", "--write", "labels", "--batch", "3") == 0
+    assert PROGRAMS == [(3, 64, 400, 3)]
+    for number, image in enumerate(frames):
+        with Image.open(tmp_path / "out" / "labels" / "clip.mp4" / f"{number:06d}.png") as labels:
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(image))
+
+
+def test_a_damaged_video_is_told_and_leaves_nothing_half_done(tmp_path, capsys):
+    whole = film(tmp_path / "in" / "a.mkv", moving(30, 64, 400)).read_bytes()
+    (tmp_path / "in" / "b.mp4").write_bytes(b"no video at all, but text that is long enough to look at" * 9)
+    (tmp_path / "in" / "c.mkv").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "in" / "d.png").write_bytes(b"")
+    film(tmp_path / "in" / "e.mkv", moving(3, 64, 400))
+    assert run(tmp_path / "in", "--output", tmp_path / "out") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "b.mp4: cannot be opened as a video" in said and "d.png: is empty" in said
+    names = [path.name for path in (tmp_path / "out").rglob("*")]
+    assert "a.mp4" in names and "e.mp4" in names and "b.mp4" not in names
+    assert not [name for name in names if name.endswith(".part")]
+
+
+def test_a_failure_in_the_middle_of_a_video_takes_its_files_back(tmp_path, monkeypatch, capsys):
+    source = film(tmp_path / "clip.mp4", moving(12, 64, 400))
+    out = tmp_path / "out"
+    original = video.Writer.write
+    count = []
+
+    def write(self, *arguments):
+        count.append(1)
+        if len(count) > 5:
+            raise ValueError("the seventh picture is lost")
+        original(self, *arguments)
+
+    monkeypatch.setattr(video.Writer, "write", write)
+    assert run(source, "--output", out) == 1
+    assert "clip.mp4: the seventh picture is lost" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["predict.json"]
+    assert not (out / "labels" / "clip.mp4").exists()
+    monkeypatch.undo()
+
+
+def test_a_finished_video_is_left_alone_when_resuming(tmp_path, capsys):
+    source = film(tmp_path / "clip.mp4", moving(4, 64, 400))
+    arguments = (source, "--output", tmp_path / "out", "--resume")
+    assert run(*arguments) == 0
+    (tmp_path / "out" / "labels" / "clip.mp4" / "000002.png").unlink()
+    assert run(*arguments) == 0
+    assert "everything is done already" in capsys.readouterr().out
+    (tmp_path / "out" / "overlay" / "clip.mp4").unlink()
+    assert run(*arguments) == 0
+    assert len(list((tmp_path / "out" / "labels" / "clip.mp4").iterdir())) == 4
+
+
+def test_the_colours_of_a_video_are_those_of_the_classes(tmp_path):
+    """Through BT.709 and back: what a player shows that reads what the file says of its colours."""
+    header = video.Header(2, Fraction(25), Fraction(1, 25), False)
+    picture = np.zeros((64, 320, 3), np.uint8)
+    for k, color in enumerate(SPEC.colors):
+        picture[:, 64 * k : 64 * (k + 1)] = color
+    with video.Writer(tmp_path / "colours.mp4", header) as writer:
+        for time in range(2):
+            writer.write(picture, time, 1)
+    with av.open(str(tmp_path / "colours.mp4")) as container:
+        (frame, _) = container.decode(video=0)
+        context = container.streams.video[0].codec_context
+        assert context.name == "h264" and context.pix_fmt == "yuv420p"
+        assert (frame.colorspace, frame.color_range) == (1, 1)
+        shown = frame.to_ndarray(format="rgb24")
+    for k, color in enumerate(SPEC.colors):
+        middle = shown[16:48, 64 * k + 16 : 64 * k + 48].reshape(-1, 3).mean(axis=0)
+        np.testing.assert_allclose(middle, color, atol=4)
