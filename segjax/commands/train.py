@@ -26,6 +26,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from segjax import recipes
+from segjax.data.specs import DATASETS
 from segjax.recipes import common
 from segjax.train import constraints, schema
 
@@ -98,6 +99,7 @@ def _run(options: Options) -> int:
             distributed.initialize(address, options.num_processes, options.process_id)
         config = options.config
         workdir = Path(options.workdir or loop.default_workdir(config))
+        train_config.check(config, workdir)
         changes = train_config.changes(config, common.get_config(config.data.name))
         return loop.train(config, workdir, changes=changes)
     except KeyboardInterrupt as error:
@@ -229,12 +231,12 @@ def help_text() -> str:
     for name in recipes.RECIPES:
         variants = importlib.import_module(f"segjax.recipes.{name}").VARIANTS
         lines.append(_filled(f"{name}: {', '.join(variants)}", "  "))
-    lines += ["", "datasets, the first is the default:", _filled(", ".join(schema.DATASETS), "  ")]
+    lines += ["", "datasets, the first is the default:", _filled(", ".join(DATASETS), "  ")]
     lines += ["", "settings and their defaults, of which a recipe changes some:"]
     for section in schema.SECTIONS:
         lines += ["", f"{section.name}: {section.title}" if section.name else section.title]
         for setting in section.settings:
-            only = f" Only for {setting.dataset}." if setting.dataset else ""
+            only = " Only for generated datasets." if setting.generated else ""
             is_plain = isinstance(setting.allowed, constraints.Boolean | constraints.Text)
             allowed = "" if is_plain else f" [{setting.allowed.words}]"
             lines.append(f"  --config.{section.key(setting)}={_as_typed(setting.default)}")

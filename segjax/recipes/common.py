@@ -5,7 +5,8 @@ The defaults of all settings are in segjax/train/schema.py.
 
 from ml_collections import ConfigDict
 
-from segjax.train.schema import DATASETS, default_config
+from segjax.data.specs import DATASETS
+from segjax.train.schema import default_config
 
 
 def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
@@ -14,7 +15,7 @@ def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
     Raises:
       ValueError: a word that is neither a variant nor a dataset; lists both.
     """
-    variant, dataset = variants[0], DATASETS[0]
+    variant, dataset = variants[0], next(iter(DATASETS))
     for word in filter(None, (word.strip() for word in argument.split(","))):
         if word in variants:
             variant = word
@@ -28,29 +29,15 @@ def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
 
 
 def get_config(dataset: str) -> ConfigDict:
-    """The defaults of all settings, with the split that this dataset is evaluated on and a crop that suits it."""
+    """The defaults of all settings, with what the table of datasets (segjax/data/specs.py) has for this one."""
     config = default_config(dataset)
-    fit_to_dataset(config)
+    config.data.eval_split = DATASETS[dataset].evaluated_split
+    config.augment.crop = DATASETS[dataset].crop
+    if scenes := DATASETS[dataset].scenes:
+        config.data.update(scenes._asdict())
+    if dataset == "camvid":
+        config.train.steps = 20_000
     return config
-
-
-def fit_to_dataset(config: ConfigDict) -> None:
-    """Sets the evaluation split, the crop and the number of steps for the dataset of a config."""
-    match config.data.name:
-        case "streets":
-            config.data.eval_split = "val"
-            config.augment.crop = (128, 256)
-        case "camvid":
-            # Images are 360x480; a larger crop would be mostly padding.
-            config.augment.crop = (360, 480)
-            config.train.steps = 20_000
-        case "cityscapes":
-            # The labels of test are not published. Crop: SegFormer, section 4.1.
-            config.data.eval_split = "val"
-            config.augment.crop = (1024, 1024)
-        case "ade20k" | "voc":
-            # The labels of VOC's test are not published, and ADE20K's benchmark has none.
-            config.data.eval_split = "val"
 
 
 def from_scratch(config: ConfigDict) -> None:

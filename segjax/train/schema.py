@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from typing import cast
 
 from ml_collections import ConfigDict, config_dict
 
+from segjax.data.specs import DATASETS, Scenes
 from segjax.train.constraints import (
     Boolean,
     Choice,
@@ -26,8 +28,6 @@ from segjax.train.constraints import (
     Text,
 )
 
-DATASETS = ("streets", "camvid", "cityscapes", "ade20k", "voc", "pet", "folder")
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -37,7 +37,7 @@ class Setting:
       name: within its section.
       text: one sentence, with the unit and the source of the default.
       optional: whether None, unset, is allowed too.
-      dataset: the only dataset that reads this setting; empty for all.
+      generated: whether only generated datasets have this setting.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Setting:
     allowed: Constraint
     text: str
     optional: bool = False
-    dataset: str = ""
+    generated: bool = False
 
     def problem(self, value: object) -> str | None:
         """What the value must be instead, or None for one that is allowed."""
@@ -70,6 +70,7 @@ class Section:
 NOT_EMPTY = Text("text that is not empty", r".+")
 SIZE = Integer(32, 16_384)
 BATCH = Integer(1, 100_000)
+SCENES = cast(Scenes, DATASETS["streets"].scenes)
 
 RUN = Section(
     "",
@@ -114,7 +115,7 @@ DATA = Section(
     "data",
     "images and labels",
     (
-        Setting("name", "streets", Choice(DATASETS), "Dataset; streets are generated, folder is your own."),
+        Setting("name", "streets", Choice(tuple(DATASETS)), "Dataset; streets are generated, folder is your own."),
         Setting(
             "source",
             None,
@@ -145,9 +146,9 @@ DATA = Section(
         ),
         Setting("train_split", "train", NOT_EMPTY, "Split to train on."),
         Setting("eval_split", "test", NOT_EMPTY, "Split to evaluate, and to draw predictions of."),
-        Setting("train_images", 400, Integer(1), "Scenes generated to train on.", dataset="streets"),
-        Setting("eval_images", 64, Integer(1), "Scenes generated to evaluate.", dataset="streets"),
-        Setting("size", (128, 256), Pair(("height", "width"), SIZE), "Size of a scene, pixels.", dataset="streets"),
+        Setting("train_images", SCENES.train_images, Integer(1), "Scenes generated to train on.", generated=True),
+        Setting("eval_images", SCENES.eval_images, Integer(1), "Scenes generated to evaluate.", generated=True),
+        Setting("size", SCENES.size, Pair(("height", "width"), SIZE), "Size of a scene, pixels.", generated=True),
     ),
 )
 
@@ -373,7 +374,7 @@ def default_config(dataset: str) -> ConfigDict:
         part = ConfigDict() if section.name else config
         for setting in section.settings:
             default = dataset if section.key(setting) == "data.name" else setting.default
-            if setting.dataset in ("", dataset):
+            if _has(dataset, setting):
                 part[setting.name] = config_dict.placeholder(setting.allowed.kind) if default is None else default
         if section.name:
             config[section.name] = part
@@ -407,8 +408,8 @@ def missing(config: Mapping | ConfigDict) -> dict[str, str]:
             continue
         for setting in section.settings:
             key = section.key(setting)
-            if key not in values and setting.dataset in ("", values.get("data.name")):
-                why = f"data.name={setting.dataset!r} needs it, and " if setting.dataset else ""
+            if key not in values and _has(values.get("data.name"), setting):
+                why = "a generated dataset needs it, and " if setting.generated else ""
                 found[key] = f"missing; {why}the default is {setting.default!r}"
     return found
 
@@ -444,6 +445,13 @@ def with_current_names(config: Mapping) -> dict[str, object]:
     return current
 
 
+def _has(dataset: object, setting: Setting) -> bool:
+    """Whether a config for this dataset has a setting."""
+    return not setting.generated or any(
+        name == dataset for name, described in DATASETS.items() if described.kind == "generated"
+    )
+
+
 def similar(word: str) -> list[str]:
     """The settings that a person may have meant by `word`: those of that last name, else the closest; at most three."""
     word = word.replace("-", "_")
@@ -461,6 +469,6 @@ def why_unknown(key: str, *, prefix: str) -> str:
     if key in RENAMED:
         return f"no such setting; it is {prefix}{RENAMED[key]} now"
     if key in SETTINGS:
-        return f"no such setting here; only a config with data.name={SETTINGS[key].dataset!r} has it"
+        return "no such setting here; only generated datasets have it"
     close = [prefix + name for name in similar(key) or similar(key.rpartition(".")[2])]
     return f"no such setting; did you mean {' or '.join(close)}?" if close else "no such setting"

@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from segjax import recipes
+from segjax.data.specs import DATASETS
 from segjax.recipes import common
 from segjax.train import schema
 
@@ -46,7 +47,7 @@ def test_every_module_beside_the_shared_one_is_a_recipe():
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_a_recipe_by_name_is_the_same_by_file(name, variant):
-    for dataset in schema.DATASETS:
+    for dataset in DATASETS:
         argument = f"{variant},{dataset}"
         by_name = recipes.load(f"{name}:{argument}")
         assert by_name.to_dict() == MODULES[name].get_config(argument).to_dict()
@@ -79,7 +80,7 @@ def test_a_word_that_a_recipe_does_not_know_is_refused_with_its_lists(reference)
     word = reference.replace(",", ":").split(":")[-1]
     message = refused(reference)
     assert message.startswith(f"{reference}: {word!r} is neither a variant (b0, b1, b2, b3, b4, b5, plain_b0, ")
-    assert message.endswith(f"nor a dataset ({', '.join(schema.DATASETS)})")
+    assert message.endswith(f"nor a dataset ({', '.join(DATASETS)})")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_what_is_neither_recipe_nor_file_is_refused_with_the_recipes(reference, 
     assert refused(reference).startswith(hint)
 
 
-@pytest.mark.parametrize("dataset", schema.DATASETS)
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_a_dataset_has_its_published_split_and_crop(dataset):
     config = common.get_config(dataset)
     split = "test" if dataset in ("camvid", "pet", "folder") else "val"
