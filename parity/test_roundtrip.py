@@ -19,7 +19,7 @@ from parity.subjects import SUBJECTS
 from parity.test_dialects import FOLDED, differing, original, renamed
 from segjax.checkpoints import files
 from segjax.checkpoints.architectures import FAMILIES, family_of
-from segjax.checkpoints.key_maps import FORMS
+from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.state_dict import CheckpointError
 from segjax.commands import convert
 
@@ -62,7 +62,7 @@ def test_pth_to_orbax_to_safetensors_to_pth_is_bitwise(label, tmp_path):
 
 
 def dialects_for(label, *, whole):
-    forms = [form for form in FORMS if form.family == family_of(SUBJECTS[label].name)]
+    forms = [form for form in KEY_FORMATS if form.family == family_of(SUBJECTS[label].name)]
     return [form.dialect for form in forms if not (whole and form.encoder_only)]
 
 
@@ -79,7 +79,7 @@ def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tm
         assert run(source, destination, "--to", dialect) == 0
         assert f"wrote {destination} ({dialect} names)" in caplog.messages
         written = files.read_file(destination)
-        (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+        (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
         # A bias that mmsegmentation does not have is zero from there on.
         expected = dict(weights)
         if label in FOLDED and (dialect == "mmseg" or number > 0):
@@ -207,7 +207,7 @@ def test_verify_compares_with_pytorch_and_says_by_how_much(
     label, dialect, num_classes, against, tmp_path, caplog, quick_to_compile
 ):
     caplog.set_level("INFO", "segjax")
-    (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
     save_pth(tmp_path / "a.pth", renamed(original(label, num_classes), form))
     assert run(tmp_path / "a.pth", tmp_path / "b.safetensors", "--verify") == 0
     line = next(text for text in caplog.messages if text.startswith("verified against"))
@@ -257,7 +257,7 @@ def broken_files(folder, weights):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "page.pth").write_text("<html>404: not found, and so on</html>")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    files.write_file(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", about={})
+    save.write_checkpoint(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", metadata={})
     good = (folder / "good.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(good[: len(good) // 2])
     torch.save([1, 2, 3], folder / "list.pth")

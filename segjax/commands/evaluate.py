@@ -133,13 +133,13 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     from segjax.models.functional import FunctionalModel
     from segjax.runtime.parallel import Parallel
 
-    config = orbax_folder.load_record(source).get("config")
+    config = orbax_folder.load_metadata(source).get("config")
     if not config:
         raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
     folder = output or workdir / ("report-best" if best else "report")
     _refuse_unwritable(folder)
     # Of the settings only what evaluation needs: those of an older run may lack others.
-    model, about = orbax_folder.load_model_and_record(source, dtype=jnp.dtype(config["model"]["dtype"]))
+    model, about = orbax_folder.load_model_and_metadata(source, dtype=jnp.dtype(config["model"]["dtype"]))
     split, step = config["data"]["eval_split"], about.get("step")
     data, spec = _load(config["data"]["name"], split, config["data"]["source"], config["data"]["dir"], config)
     parallel, skeleton = Parallel("jit"), FunctionalModel(model)
@@ -209,21 +209,21 @@ def evaluate_checkpoint(
       classes that are not those of the model.
     """
     from segjax.checkpoints import state_dict
-    from segjax.checkpoints.load import load_trained
+    from segjax.checkpoints.load import load
     from segjax.inference.engine import Inference
     from segjax.runtime import console
 
     console.say(f"evaluates {path} on {name} {split}: {protocol}")
     _refuse_unwritable(output)
     with console.log_said():
-        trained = load_trained(path)
-    model, about = trained.model, trained.about
+        trained = load(path)
+    model, about = trained.model, trained.metadata
     data, spec = _load(name, split, source, data_dir, about.get("config"))
     _refuse_other_classes(path, trained, spec)
     count, batch = len(records_of(data)), batch or jax.local_device_count()
     console.say(f"model    {model.spec.name}, {model.spec.num_classes} classes")
     console.say(f"data     {spec.name} {split}, {count} images")
-    if not trained.named:
+    if not trained.dataset:
         console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
     console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     console.say(f"report   {output}")
@@ -239,7 +239,7 @@ def evaluate_checkpoint(
         output,
         path=path,
         step=about.get("step"),
-        model=state_dict.model_record(model),
+        model=state_dict.model_metadata(model),
         split=split,
         protocol=protocol,
     )
@@ -273,7 +273,7 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
     from segjax.data.sources import listed
     from segjax.runtime import console
 
-    own, recorded = trained.model.spec.num_classes, trained.named
+    own, recorded = trained.model.spec.num_classes, trained.dataset
     of = f" of {recorded['name']}" if recorded else ""
     if own != spec.num_classes:
         raise ValueError(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from segjax.checkpoints.load import Trained, load_trained
+from segjax.checkpoints.load import LoadedCheckpoint, load
 from segjax.inference import batch_run
 from segjax.inference.batch_run import Job, Run
 from segjax.inference.predictor import Predictor
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     if any(job.is_video for job in jobs):
         video.pyav()
     with console.log_said():
-        trained = load_trained(options.checkpoint)
+        trained = load(options.checkpoint)
     predictor = Predictor(
         trained,
         mode=options.mode,
@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _record(predictor: Predictor, sha256: str, checkpoint: Path) -> dict[str, object]:
     """What the files of an output folder were made by."""
-    protocol, spec = predictor.protocol, predictor.spec
+    protocol, spec = predictor.protocol, predictor.classes
     windows = {"crop": list(protocol.crop), "stride": list(protocol.stride)} if protocol.mode == "slide" else {}
     return {
         "checkpoint": str(checkpoint),
@@ -152,12 +152,12 @@ def _done(jobs: Sequence[Job], output: Path, record: dict[str, object]) -> set[P
     return {job.source for job in jobs if all(path.exists() for path in job.outputs.values())}
 
 
-def _describe(trained: Trained, params, predictor: Predictor, jobs, skipped: int, done: int, options) -> None:
+def _describe(trained: LoadedCheckpoint, params, predictor: Predictor, jobs, skipped: int, done: int, options) -> None:
     import jax
 
-    spec, protocol = predictor.spec, predictor.protocol
+    spec, protocol = predictor.classes, predictor.protocol
     count = sum(array.size for array in params.values())
-    origin = "" if trained.named else f" (the file names none; {spec.name} has as many)"
+    origin = "" if trained.dataset else f" (the file names none; {spec.name} has as many)"
     console.say(f"checkpoint  {options.checkpoint}: {trained.model.spec.name}, {count:,} parameters")
     console.say(f"classes     {spec.num_classes} of {spec.name}{origin}")
     videos = sum(job.is_video for job in jobs)

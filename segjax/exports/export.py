@@ -33,7 +33,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers, models
-from segjax.checkpoints.load import Trained, load_trained
+from segjax.checkpoints.load import LoadedCheckpoint, load
 from segjax.checkpoints.state_dict import CheckpointError, from_values, logger, named_variables
 from segjax.data import streets
 from segjax.exports import stablehlo
@@ -139,9 +139,9 @@ def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tup
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def about_file(trained: Trained, form: ExportFormat) -> dict[str, object]:
+def about_file(trained: LoadedCheckpoint, form: ExportFormat) -> dict[str, object]:
     """What someone who has nothing but the file must know."""
-    spec = trained.spec
+    spec = trained.classes
     return {
         "model": trained.model.spec.name,
         "dataset": spec.name,
@@ -163,7 +163,7 @@ def about_file(trained: Trained, form: ExportFormat) -> dict[str, object]:
     }
 
 
-def _shapes(form: ExportFormat, trained: Trained, logits: tuple[int, ...]) -> list[str]:
+def _shapes(form: ExportFormat, trained: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
     """Names, types and shapes of input and output, for people."""
     batch, height, width = ("batch", "height", "width") if form.dynamic else (1, *form.size)
     shape = (batch, height, width, 3) if form.channels_last else (batch, 3, height, width)
@@ -181,8 +181,8 @@ def _shapes(form: ExportFormat, trained: Trained, logits: tuple[int, ...]) -> li
     ]
     if form.dynamic:
         lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
-    classes = ", ".join(trained.spec.label_names)
-    return [*lines, *textwrap.wrap(f"  classes of {trained.spec.name}: {classes}", 80, subsequent_indent="    ")]
+    classes = ", ".join(trained.classes.label_names)
+    return [*lines, *textwrap.wrap(f"  classes of {trained.classes.name}: {classes}", 80, subsequent_indent="    ")]
 
 
 def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
@@ -214,7 +214,7 @@ def export(source: Path, destination: Path, form: ExportFormat) -> bool:
     """
     logger.info("%s -> %s", source, destination)
     write, open_file = _reader_and_writer(form)
-    trained = load_trained(source)
+    trained = load(source)
     form = dataclasses.replace(form, mean=trained.mean, std=trained.std)
     _require(form, destination, trained.model)
     model = rounded(trained.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))

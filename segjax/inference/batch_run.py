@@ -326,7 +326,7 @@ class Run:
     def _predict_images(self, jobs: Sequence[Job]) -> None:
         def write(job, image, prediction):
             for kind, path in job.outputs.items():
-                save(path, kind, image, prediction, self._predictor.spec)
+                save(path, kind, image, prediction, self._predictor.classes)
 
         def done(_):
             self.images += 1
@@ -361,7 +361,7 @@ class Run:
             count = f"{header.frames} frames" if header.frames else "frames"
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
             with (
-                VideoOutputs(job, header, self._predictor.spec) as outputs,
+                VideoOutputs(job, header, self._predictor.classes) as outputs,
                 Progress(header.frames, "frames") as progress,
             ):
                 overlapped(

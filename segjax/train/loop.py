@@ -181,7 +181,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         scores = scores.after(step, score)
         if scores.step == step and config.eval.every and is_lead():
             weights = setup.weights_of(fetched(state))
-            orbax_folder.save_weights(workdir / "best", weights, about=about | {"step": step, "mean_iou": score})
+            orbax_folder.save_weights(workdir / "best", weights, metadata=about | {"step": step, "mean_iou": score})
         if step < config.train.steps:
             progress.say(f"step {step}: mIoU {console.score(score)}{', the best so far' * (scores.step == step)}")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.checkpoints.load import Trained
+from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
 from segjax.data import codec
 from segjax.inference import batch_run
@@ -32,9 +32,9 @@ def models(monkeypatch):
         if path.name not in "51":
             raise ValueError(f"{path}: there is no such file")
         model, spec = MODELS[int(path.name)]
-        return Trained(model, spec, {})
+        return LoadedCheckpoint(model, spec, {})
 
-    monkeypatch.setattr(predict, "load_trained", load)
+    monkeypatch.setattr(predict, "load", load)
     monkeypatch.setattr(predict.runtime, "prepare", lambda: None)
 
 

@@ -448,10 +448,10 @@ def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_
     (workdir / "result.json").unlink()
     before = contents(workdir)
 
-    def record(spec, original=metadata.dataset_record):
+    def record(spec, original=metadata.dataset_metadata):
         return original(spec) | {"name": "lanes", "ignore_label": 254}
 
-    monkeypatch.setattr(setup, "dataset_record", record)
+    monkeypatch.setattr(setup, "dataset_metadata", record)
     with pytest.raises(RunError) as caught:
         run(make_config(optim__lr=0.5, model__decoder_dim=16), workdir)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]] == [
@@ -632,7 +632,7 @@ def test_the_layer_where_it_began_is_named_on_request(finished, tmp_path):
     weights, about = orbax_folder.load_weights(finished[0])
     # Finite, but not its square.
     weights["backbone.block3.0.attn.proj.kernel"][:] = 3e38
-    orbax_folder.save_weights(tmp_path / "start", weights, about=about)
+    orbax_folder.save_weights(tmp_path / "start", weights, metadata=about)
     config = make_config(init__from_=str(tmp_path / "start"), debug__nans=True)
     with pytest.raises(RunError, match=r"at step 1, on .* is that of backbone\.block3\.0\.norm2\. The state"):
         run(config, tmp_path / "run")

@@ -1,0 +1,148 @@
+"""Writes checkpoints: `.pth`, `.safetensors`, orbax folders and folders of transformers. Every write is atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax.checkpoints import huggingface, orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError, torch_module
+from segjax.checkpoints.files import METADATA
+from segjax.checkpoints.format_version import stamped
+from segjax.checkpoints.load import LoadedCheckpoint
+from segjax.checkpoints.metadata import carried, completed
+from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
+
+FILES = (".pth", ".safetensors")
+# Suffixes of files that are not written, so that a folder of that name is a mistake.
+_OTHER_FILES = (".pt", ".bin", ".ckpt", ".npz", ".onnx", ".pt2", ".stablehlo")
+
+
+def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str = "native") -> None:
+    """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
+
+    Args:
+      model: from `segjax.create`, `from_torch` or `load`. With what `load` returned, its classes, normalisation, licence
+        and provenance are saved, too; a `.pth` has no place for them.
+      path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder that
+        transformers loads.
+      dialect: whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`; of folders "native" or "hf".
+
+    Raises:
+      CheckpointError: the dialect has no keys for this model, or the path is of something else; nothing is written.
+      KeyError: unknown dialect.
+    """
+    path = Path(path).expanduser()
+    require_destination(path, dialect)
+    known = {}
+    if isinstance(model, LoadedCheckpoint):
+        model, known = model.model, carried(model.metadata, model.provenance)
+    write_checkpoint(path, model, dialect=dialect, metadata=known)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a checkpoint of this name is a folder."""
+    return path.suffix not in FILES
+
+
+def require_destination(path: Path, dialect: str) -> None:
+    """Raises CheckpointError for a path that no checkpoint in this dialect can be written to."""
+    if path.suffix in _OTHER_FILES:
+        raise CheckpointError(f"{path}: write *.pth or *.safetensors; a name without suffix is a folder")
+    if not is_folder(path):
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; choose another name")
+    elif dialect not in ("native", "hf"):
+        raise CheckpointError(
+            f"{path}: the dialect {dialect} names the keys of a .pth or .safetensors. This path becomes a folder: an "
+            "orbax folder, which has native keys, or with the dialect hf one for transformers; choose one of these, or "
+            "another name"
+        )
+
+
+def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: Mapping[str, object]) -> None:
+    """Writes a model with its metadata; see `save`."""
+    metadata = {"model": model_metadata(model), **metadata}
+    if is_folder(path):
+        if dialect == "hf":
+            _write_folder(path, model, metadata)
+        else:
+            orbax_folder.save_model(path, model, metadata=metadata)
+        return
+    weights = to_torch(model, dialect=dialect)
+    if key_format_of(model, dialect).encoder_only:
+        # The file contains neither the model nor its classes.
+        metadata = {key: value for key, value in metadata.items() if key not in ("model", "dataset")}
+    with _replacing_file(path) as temporary:
+        if path.suffix == ".pth":
+            torch = torch_module()
+            torch.save({key: _as_tensor(torch, value) for key, value in weights.items()}, temporary)
+        else:
+            _save_safetensors(weights, temporary, metadata)
+
+
+@contextlib.contextmanager
+def _replacing_file(path: Path) -> Iterator[str]:
+    """A temporary file that replaces `path` where nothing is raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, object]) -> None:
+    from safetensors.numpy import save_file
+
+    # transformers requires "format".
+    kept = {"format": "pt", METADATA: json.dumps(stamped(metadata), sort_keys=True)}
+    save_file(dict(weights), path, metadata=kept)
+
+
+def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, object]) -> None:
+    """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
+    weights, metadata = to_torch(model, dialect="hf"), completed(metadata)
+    config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}
+    texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
+    if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
+        raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    retired = folder.with_name(f"{temporary.name}.old")
+    try:
+        for name, content in texts.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        _save_safetensors(weights, temporary / huggingface.WEIGHTS[0], metadata)
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rename(retired)
+        temporary.rename(folder)
+    finally:
+        for left in (temporary, retired):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _as_tensor(torch, value: np.ndarray):
+    if value.dtype == jnp.bfloat16:
+        return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(value.copy())
