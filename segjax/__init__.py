@@ -5,21 +5,33 @@ logits, taps = model(images)          # (B, H, W, 3) normalised -> (B, H/4, W/4,
 labels = segjax.Predictor("segformer.b0.pth")(image)  # uint8 (H, W, 3) -> uint8 (H, W)
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
-from segjax.models import MODELS, create
-
 if TYPE_CHECKING:
+    from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
     from segjax.inference.predictor import Predictor
+    from segjax.models import MODELS, create
 
+__version__ = "0.1.0"
 __all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torch"]
+
+# Where each name is defined. A name is imported when it is asked for, so that `segjax --help` does not wait for jax.
+_MODULES = {
+    "MODELS": "segjax.models",
+    "Predictor": "segjax.inference.predictor",
+    "create": "segjax.models",
+    "from_torch": "segjax.checkpoints.state_dict",
+    "load_torch": "segjax.checkpoints.state_dict",
+    "to_torch": "segjax.checkpoints.state_dict",
+}
 
 
 def __getattr__(name: str):
-    # Only when asked for: it brings in what training is made of.
-    if name == "Predictor":
-        from segjax.inference.predictor import Predictor
+    if name not in _MODULES:
+        raise AttributeError(f"module 'segjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-        return Predictor
-    raise AttributeError(f"module 'segjax' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
