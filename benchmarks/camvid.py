@@ -22,8 +22,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import machine
 from configs import hrnet
-from segjax.benchmark import machine
 
 # Published from scratch, 360x480, 367 images: FC-DenseNet103 and LMFFNet-L; and what is hoped for.
 PUBLISHED, TARGET = {"FC-DenseNet103": 0.669, "LMFFNet-L": 0.681}, 0.72

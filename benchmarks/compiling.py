@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from segjax.benchmark import machine
+from benchmarks import machine
 
 NUM_CLASSES = 150
 FORMS = {

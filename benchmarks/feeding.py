@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from segjax.benchmark import machine
+from benchmarks import machine
 
 # Steps before and while it is measured, and between two records of a run.
 WARM, STEPS, EVERY = 10, 40, 5

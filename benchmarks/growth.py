@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from segjax.benchmark import machine
+from benchmarks import machine
 
 MODELS = ("segformer_b0", "segformer_b2", "hrnet_w18", "segnext_t", "segformer_simple", "segformer_zuppichini")
 SIZES = ((256, 256), (512, 512), (512, 1024), (1024, 2048))

@@ -93,21 +93,8 @@ def quickly(make_skeleton):
 
 def serve() -> None:
     # What a run imports late.
-    for name in (
-        "cv2",
-        "matplotlib.figure",
-        "orbax.checkpoint",
-    for name in (
-        "cv2",
-        "matplotlib.figure",
-        "orbax.checkpoint",
-        "segjax.train.loop",
-        "tensorboardX",
-        "configs.segformer",
-    ):
-        "tensorboardX",
-        "configs.segformer",
-    ):
+    late = "cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.train.loop", "tensorboardX", "configs.segformer"
+    for name in late:
         importlib.import_module(name)
     setup.make_skeleton = quickly(setup.make_skeleton)
     for line in sys.stdin:

@@ -1,17 +1,16 @@
 """Command line: weights between PyTorch and segjax.
 
-    python -m segjax.convert SRC DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
-                                     [--overrides KEY=VALUE ...] [--verify]
+    segjax convert CHECKPOINT DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
+                                  [--overrides KEY=VALUE ...] [--verify]
 
-SRC is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the Hub,
-told apart by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
+CHECKPOINT is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the
+Hub, told apart by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
 folder that transformers loads. Class names, normalisation and origin go with the weights, except into a `.pth`.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +35,8 @@ from segjax.checkpoints.state_dict import (
     parameters_of,
     to_torch,
 )
-from segjax.commands.arguments import parse_overrides
+from segjax.commands.arguments import add_checkpoint, overrides_at_fault, parse_overrides
+from segjax.commands.ending import CheckError, run_command
 from segjax.runtime import environment
 
 
@@ -47,36 +47,35 @@ def _storage_dtype(source: Mapping[str, np.ndarray]) -> jnp.dtype:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "source", type=Path, metavar="SRC", help=".pth, .safetensors, orbax or transformers folder, hf:owner/name"
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="segjax convert", description=__doc__.split("\n\n")[0])
+    add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="DST", help="*.pth, *.safetensors, anything else: a folder")
     parser.add_argument("--model", default="auto", help=f"insist on one of {', '.join(models.MODELS)}")
-    parser.add_argument("--num-classes", type=int, help="needed for a backbone alone, else checked")
-    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names SRC has")
+    parser.add_argument("--num-classes", type=int, help="needed for a backbone only, else checked")
+    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names CHECKPOINT has")
     parser.add_argument(
         "--to", choices=DIALECTS, help="whose names DST gets, default native; of folders hf is one for transformers"
     )
-    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that SRC cannot tell")
+    parser.add_argument(
+        "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not tell"
+    )
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)
     environment.keep_compiled_programs()
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO)
-    try:
-        return _run(options)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"segjax.convert: {message}", file=sys.stderr)
-        return 2
+
+    def run() -> None:
+        with overrides_at_fault(options.overrides):
+            _run(options)
+
+    return run_command("segjax convert", run)
 
 
-def _run(options: argparse.Namespace) -> int:
-    logger.info("%s -> %s", options.source, options.destination)
+def _run(options: argparse.Namespace) -> None:
+    logger.info("%s -> %s", options.checkpoint, options.destination)
     if options.destination.suffix in (".pt", ".bin", ".ckpt", ".npz", ".onnx"):
         raise CheckpointError(f"{options.destination}: write *.pth or *.safetensors; a name without suffix is a folder")
-    place, origin = huggingface.fetched(options.source)
+    place, origin = huggingface.fetched(options.checkpoint)
     if options.destination.exists() and place.exists() and options.destination.samefile(place):
         raise CheckpointError(f"{options.destination} is the source itself; choose another name")
     is_folder = options.destination.suffix not in (".pth", ".safetensors")
@@ -89,16 +88,18 @@ def _run(options: argparse.Namespace) -> int:
     if place.is_dir() and not huggingface.is_folder(place) and orbax_folder.holds_float64(place):
         jax.config.update("jax_enable_x64", True)
     # Of a repository this commit, whatever happens there in between.
-    contents = read_checkpoint(origin if huggingface.is_address(origin) else options.source)
+    contents = read_checkpoint(origin if huggingface.is_address(origin) else options.checkpoint)
     num_classes = options.num_classes
     if isinstance(contents.weights, nnx.Module):
         model, about = model_of(contents)
         about = {key: about[key] for key in metadata.LASTING if key in about} | {"provenance": provenance_of(contents)}
         foreign = to_torch(model)
         if options.model not in ("auto", model.spec.name):
-            raise CheckpointError(f"{options.source} holds {model.spec.name}, not {options.model}")
+            raise CheckpointError(f"{options.checkpoint} holds {model.spec.name}, not {options.model}")
         if options.num_classes not in (None, model.spec.num_classes):
-            raise CheckpointError(f"{options.source} has {model.spec.num_classes} classes, not {options.num_classes}")
+            raise CheckpointError(
+                f"{options.checkpoint} has {model.spec.num_classes} classes, not {options.num_classes}"
+            )
         if options.overrides or options.dialect != "auto":
             raise CheckpointError(
                 "an orbax folder says how its model was made; --overrides and --dialect are for PyTorch checkpoints"
@@ -131,8 +132,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.verify:
         report = _verify(model, foreign)
         if not report.passed:
-            print("segjax.convert: not written, because the outputs differ", file=sys.stderr)
-            return 1
+            raise CheckError("not written, because the outputs differ")
         about["provenance"] |= {"verified": {"against": report.against, "error": float(report.error)}}
     if is_folder and options.to == "hf":
         _measure_transformers(model)
@@ -141,7 +141,6 @@ def _run(options: argparse.Namespace) -> int:
         logger.info("note: a .pth holds weights alone; .safetensors keeps class names and more")
     folder = "a folder for transformers" if options.to == "hf" else "orbax folder"
     logger.info("wrote %s (%s)", options.destination, folder if is_folder else f"{options.to} names")
-    return 0
 
 
 def _warn_of_settings(model: nnx.Module, dialect: str, *, told: tuple[str, ...]) -> None:

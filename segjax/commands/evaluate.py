@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.records import Records, records_of
 from segjax.inference import evaluation
@@ -215,8 +215,7 @@ def evaluate_checkpoint(
 
     console.say(f"evaluates {path} on {name} {split}: {protocol}")
     _refuse_unwritable(output)
-    with console.log_said():
-        trained = load(path)
+    trained = load(path)
     model, about = trained.model, trained.metadata
     data, spec = _load(name, split, source, data_dir, about.get("config"))
     _refuse_other_classes(path, trained, spec)
@@ -300,7 +299,7 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax evaluate", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a training, on its own data")
     what.add_argument("--checkpoint", type=Path, metavar="PATH", help="whatever segjax.convert reads; with --data")
@@ -354,34 +353,30 @@ def _protocol(options: argparse.Namespace) -> Protocol:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from segjax.runtime import console, environment
+    from segjax.runtime import environment
 
     parser = _parser()
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
     environment.prepare()
-    try:
-        if options.workdir:
-            summary = evaluate_run(options.workdir, best=options.best, output=options.output)
-            if not options.best:
-                _compare_with_result(options.workdir, summary)
-            return 0
-        name, _, split = options.data.partition(":")
-        evaluate_checkpoint(
-            options.checkpoint,
-            name,
-            split or SPLITS[name],
-            source=options.source,
-            data_dir=options.data_dir,
-            protocol=_protocol(options),
-            batch=options.batch,
-            output=options.output or Path("report"),
-        )
-    except (ValueError, OSError) as error:
-        print(console.wrapped(f"segjax.evaluate: {error}"), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("segjax.evaluate: stopped; no report was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.workdir:
+        summary = evaluate_run(options.workdir, best=options.best, output=options.output)
+        if not options.best:
+            _compare_with_result(options.workdir, summary)
+        return
+    name, _, split = options.data.partition(":")
+    evaluate_checkpoint(
+        options.checkpoint,
+        name,
+        split or SPLITS[name],
+        source=options.source,
+        data_dir=options.data_dir,
+        protocol=_protocol(options),
+        batch=options.batch,
+        output=options.output or Path("report"),
+    )

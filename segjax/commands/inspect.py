@@ -1,15 +1,14 @@
 """Command line: what a checkpoint is, before anything is done with it.
 
-    python -m segjax.inspect FILE_OR_FOLDER
+    segjax inspect CHECKPOINT
 
-takes whatever `segjax.convert` reads: also the folder of a training, a folder of transformers, and
+takes whatever `segjax convert` reads: also the folder of a training, a folder of transformers, and
 hf:owner/name[@revision] on the Hub. Of a foreign checkpoint it tells what segjax makes of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import textwrap
 from collections import Counter
@@ -20,8 +19,11 @@ from flax import nnx
 
 from segjax.checkpoints.files import Contents, model_of, read_checkpoint
 from segjax.checkpoints.metadata import spec_of
-from segjax.checkpoints.state_dict import has_classifier, logger, named_variables, parameters_of
+from segjax.checkpoints.state_dict import has_classifier, named_variables, parameters_of
+from segjax.commands.arguments import add_checkpoint
+from segjax.commands.ending import run_command
 from segjax.runtime import environment
+from segjax.runtime.console import log_to, printable
 
 WIDTH, INDENT = 80, 15
 
@@ -132,40 +134,31 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "source", metavar="FILE_OR_FOLDER", help=".pth, .safetensors, orbax or transformers folder, hf:owner/name"
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="segjax inspect", description=__doc__.split("\n\n")[0])
+    add_checkpoint(parser, arguments)
     options = parser.parse_args(arguments)
     environment.keep_compiled_programs()
-    notes = _Notes()
-    logger.addHandler(notes)
-    level = logger.level
-    logger.setLevel(logging.INFO)
+    return run_command("segjax inspect", lambda: _run(str(options.checkpoint)), interrupted="nothing was changed")
+
+
+def _run(source: str) -> None:
+    notes = []
     try:
-        # For what is float64; the rest stays as it is.
-        with jax.enable_x64(True):
-            rows = describe(options.source)
+        # For float64 weights; others keep their type.
+        with log_to(notes.append), jax.enable_x64(True):
+            rows = describe(source)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        message = f"{options.source}: {error}" if options.source not in str(error) else f"{error}"
-        print(f"segjax.inspect: {message}", file=sys.stderr)
-        return 2
-    finally:
-        logger.removeHandler(notes)
-        logger.setLevel(level)
-    print(table([*rows, *((("", "notes")[not number], text) for number, text in enumerate(notes.said))]))
-    return 0
+        if source in str(error):
+            raise
+        raise ValueError(f"{source}: {error.args[0] if isinstance(error, KeyError) else error}") from error
+    notes = [text for text in notes if not text.startswith(_IN_ROWS)]
+    rows += [("" if number else "notes", text) for number, text in enumerate(notes)]
+    print(printable(table(rows)))
 
 
-class _Notes(logging.Handler):
-    """What is said while a checkpoint is read: what is assumed, unused, left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # These stand in rows of their own, or are of the decoder that is made up for an encoder alone.
-        rows = ("read as", "it names no classes", "the checkpoint does not name", "unlike")
-        if not record.msg.startswith((*rows, "a backbone alone", "the decoder is as wide", "left as initialised")):
-            self.said.append(record.getMessage())
+# Notes of the library that the rows tell too, or that are of the decoder that is made up for an encoder only.
+_IN_ROWS = (
+    *("read as", "it names no classes", "the checkpoint does not name", "unlike"),
+    *("a backbone alone", "the decoder is as wide", "left as initialised"),
+)

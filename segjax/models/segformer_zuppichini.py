@@ -294,7 +294,7 @@ class SegFormerZuppichini(nnx.Module):
             placing="aligned",
             training=not norm.use_running_average,
             fused=lambda: self.fuse_levels(features, convolution),
-            projections=[stage[1] for stage in self.layers.stages],
+            projections=[stage[1] for stage in self.decoder.stages],
         )
         return logits, layers.feature_taps(features)
 
@@ -303,7 +303,7 @@ class SegFormerZuppichini(nnx.Module):
         if layers.as_published():
             return fuse(jnp.concatenate(self.decoder(features), axis=-1))
         size = features[0].shape[1:3]
-        projections = [stage[1] for stage in self.layers.stages]
+        projections = [stage[1] for stage in self.decoder.stages]
         return layers.project_and_fuse(
             features[::-1], projections, fuse, lambda x: layers.resize(x, size, align_corners=True)
         )

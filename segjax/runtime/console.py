@@ -1,11 +1,14 @@
-"""Lines that fit 80 columns, on one of several processes."""
+"""What a command prints: lines of at most 80 columns, from the first of several processes only."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from segjax.runtime import distributed
 
@@ -21,28 +24,42 @@ def filled(line: str, *, indent: str = "") -> str:
     return textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
 
 
-def say(text: str) -> None:
-    """Of several processes, one speaks for all."""
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Prints prose in lines of 80 columns; of several processes the first one only.
+
+    Args:
+      to: stdout unless given.
+    """
     if distributed.is_lead():
-        print(wrapped(text), flush=True)
+        print(printable(wrapped(text)), file=sys.stdout if to is None else to, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with escapes for control characters, except line breaks, and for bytes of file names that are not UTF-8.
+
+    Names in a checkpoint or a folder could otherwise steer the terminal.
+    """
+    return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", _escaped, text)
+
+
+def _escaped(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 @contextlib.contextmanager
-def log_said() -> Iterator[None]:
-    """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
+def log_to(show: Callable[[str], None]) -> Iterator[None]:
+    """Hands what the library logs to the logger "segjax", from INFO on, to `show` and to nothing else."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
-    handler.emit = lambda record: say(filled(record.getMessage(), indent="  "))
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
+    handler.emit = lambda record: show(record.getMessage())
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
-        logger.propagate = propagate
 
 
 def score(value: float | None) -> str:

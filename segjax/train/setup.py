@@ -86,7 +86,7 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     )
     if pretrained and config.init.from_:
         console.say(f"initial weights from {config.init.from_}")
-        with console.log_said():
+        with console.log_to(console.say):
             initialize(model, config.init.from_, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     params = FunctionalModel(model).arrays()[0]

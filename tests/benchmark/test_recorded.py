@@ -9,9 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import camvid, compiling, feeding, growth
+from benchmarks import camvid, compiling, feeding, growth, machine
 from configs import hrnet, segformer
-from segjax.benchmark import machine
 from segjax.data import builders, streets
 from segjax.train import progress
 from segjax.train.config import check

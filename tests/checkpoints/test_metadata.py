@@ -58,7 +58,7 @@ def refused(capsys, source):
     capsys.readouterr()
     assert inspect.main([str(source)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("segjax.inspect: ") and str(source) in printed.err
+    assert printed.out == "" and printed.err.startswith("segjax inspect: ") and str(source) in printed.err
     return printed.err
 
 

@@ -410,13 +410,13 @@ def saved_model(tmp_path_factory):
 HARM_EVERY_FILE = """
 import json, shutil, sys
 from pathlib import Path
-from segjax import weights
+from segjax.checkpoints import state_dict
 from segjax.checkpoints.orbax_folder import CheckpointError, load_model
 from segjax.models.functional import params_sha256
 
 def outcome(place):
     try:
-        return params_sha256(weights.to_torch(load_model(place)))
+        return params_sha256(state_dict.to_torch(load_model(place)))
     except CheckpointError as error:
         assert str(place) in str(error), error
         return "refused"

@@ -16,7 +16,7 @@ from segjax.checkpoints import orbax_folder
 from segjax.commands import export as command
 from segjax.data import specs
 from segjax.exports import export, stablehlo
-from segjax.exports.format import SUFFIXES, ExportFormat
+from segjax.exports.format import ExportFormat
 from segjax.kernels import choice, resize
 from segjax.models.functional import FunctionalModel
 from tests.tiny import FAMILIES, tiny_model
@@ -190,15 +190,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments,
 def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
     assert run(tmp_path / "no", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 2
     assert "there is no such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_formats_that_need_the_repository_say_so_where_it_is_not(format, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "__file__", str(tmp_path / "site-packages" / "segjax" / "export.py"))
-    saved(tmp_path / "a", tiny_model(0))
-    out = tmp_path / f"a{SUFFIXES[format]}"
-    assert run(tmp_path / "a", out, "--format", format, "--size", 32, 64) == 2
-    assert f"--format {format} needs the repository" in capsys.readouterr().err
 
 
 def test_labels_are_right_where_classes_are_equal_but_for_rounding_and_nowhere_else():

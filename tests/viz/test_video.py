@@ -18,7 +18,7 @@ MODEL = Pixels(5)
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
     monkeypatch.setattr(predict, "load", lambda path: LoadedCheckpoint(MODEL, SPEC, {}))
-    monkeypatch.setattr(predict.runtime, "prepare", lambda: None)
+    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
 
 
 def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb"):
