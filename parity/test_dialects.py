@@ -18,9 +18,10 @@ from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_forward import transformers_network
 from segjax import models
 from segjax.checkpoints.architectures import FAMILIES, family_of
+from segjax.checkpoints.checkpoint import CheckpointError, as_arrays
 from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.renaming import renamings
-from segjax.checkpoints.state_dict import CheckpointError, as_arrays
+from segjax.checkpoints.state_dict import settings_of
 from segjax.torch_reference import verify
 from segjax.torch_reference.randomise import randomise
 
@@ -294,9 +295,8 @@ def test_what_a_checkpoint_cannot_tell_is_assumed_as_its_package_has_it_and_said
     (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(name)))
     weights = renamed(blank(name), form)
     found, _, overrides = ask(weights, num_classes=150)
-    said = [
-        match[1] for text in caplog.messages if (match := re.match(r"assumed (.*): a checkpoint does not tell", text))
-    ]
+    lines = (re.match(r"assumed (.*): a checkpoint does not contain", text) for text in caplog.messages)
+    said = [line[1] for line in lines if line]
     assert (found, sorted(said)) == (name, sorted(assumptions))
     settings = models.settings(name) | overrides
     assert sorted(f"{key}={settings[key]}" for key in (text.partition("=")[0] for text in said)) == sorted(assumptions)
@@ -344,7 +344,7 @@ def test_files_of_the_original_code_are_recognised_under_the_names_they_were_wri
     seeds = file in ("segformer_jo_jstrm", "segformer_camlaedtke")
     dialect = "segmentation_pytorch" if seeds else "native"
     assert (model.spec.name, model.spec.num_classes) == (name, golden.NUM_CLASSES)
-    settings = verify.settings_of(model)
+    settings = settings_of(model)
     assert {key: settings[key] for key in sizes if key != "ham_rank"} == {
         key: value for key, value in sizes.items() if key != "ham_rank"
     }
@@ -353,7 +353,9 @@ def test_files_of_the_original_code_are_recognised_under_the_names_they_were_wri
     assert differing(written, weights) == []
     if seeds:
         assert differing(segjax.to_torch(model), golden.weights(file)) == []
-    elif dialects := {form.dialect for form in KEY_FORMATS if form.family == family_of(name)} & {"segmentation_pytorch"}:
+    elif dialects := {form.dialect for form in KEY_FORMATS if form.family == family_of(name)} & {
+        "segmentation_pytorch"
+    }:
         # The seed's HRNet and simple SegFormer have the official names.
         assert differing(segjax.to_torch(model, dialect=dialects.pop()), weights) == []
 
@@ -556,7 +558,8 @@ ALONE = [
 
 def alone(label, dialect, extras):
     """An encoder's weights as the package writes them, and the classifier that they were trained with."""
-    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+    family = family_of(SUBJECTS[label].name)
+    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family))
     return renamed(original(label), form) | {key: np.ones(shape, np.float32) for key, shape in extras.items()}
 
 
@@ -853,9 +856,9 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
     weights = original("segformer")
     with pytest.raises(KeyError, match="no dialect 'keras'; the dialects are auto, native, hf"):
         segjax.from_torch(weights, dialect="keras")
-    with pytest.raises(KeyError, match="'mmseg' has no form for segformer; those with one are native, hf, smp"):
+    with pytest.raises(KeyError, match="'mmseg' has no keys for segformer; those that have are native, hf, smp"):
         segjax.from_torch(weights, dialect="mmseg", name="segformer_b0")
-    with pytest.raises(KeyError, match="'hf' has no form for hrnet; those with one are native"):
+    with pytest.raises(KeyError, match="'hf' has no keys for hrnet; those that have are native"):
         segjax.load_torch(model_of("hrnet"), original("hrnet"), dialect="hf")
     message = refused(weights, dialect="hf")
     assert "SegFormer as hf (transformers)" in message and "segformer.encoder.patch_embeddings.0.proj.weight" in message

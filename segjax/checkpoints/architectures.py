@@ -36,7 +36,7 @@ class _Reader(dict):
         raise MissingKeyError(key)
 
     def has(self, prefix: str) -> bool:
-        """Whether any key begins so. A layer of which one tensor is missing exists, so that the error names the tensor."""
+        """Whether any key begins so: a layer that lacks a tensor counts, so that errors name the tensor."""
         return any(key.startswith(prefix) for key in self)
 
     def blocks(self, pattern: str) -> int:

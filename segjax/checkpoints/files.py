@@ -1,5 +1,5 @@
-"""Reads every kind of checkpoint, told apart by content: `.pth`, `.safetensors`, orbax folders, folders of transformers,
-repositories of the Hugging Face Hub. `segjax.checkpoints.save` writes them."""
+"""Reads checkpoints: `.pth`, `.safetensors`, orbax folders, folders of transformers, repositories of the Hugging Face
+Hub. The kind is recognised by content. `segjax.checkpoints.save` writes them."""
 
 from __future__ import annotations
 

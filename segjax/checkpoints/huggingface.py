@@ -223,7 +223,9 @@ def metadata_of(folder: Path) -> tuple[dict[str, object], list[str]]:
             metadata["model"] = {"overrides": _overrides(config, folder / CONFIG)}
             eps = config.get("layer_norm_eps", LAYER_NORM_EPS)
             if eps != LAYER_NORM_EPS:
-                notes = [f"{CONFIG} has layer_norm_eps={eps}; transformers ignores it and computes with {LAYER_NORM_EPS}"]
+                notes = [
+                    f"{CONFIG} has layer_norm_eps={eps}; transformers ignores it and computes with {LAYER_NORM_EPS}"
+                ]
     if (folder / PREPROCESSOR).is_file():
         metadata |= _images(_json(folder / PREPROCESSOR))
     return metadata, notes

@@ -1,4 +1,4 @@
-"""Initial weights of a training: from a converted or PyTorch checkpoint, from an encoder only, or from parts of either."""
+"""Initial weights of a run: from a converted or PyTorch checkpoint, from an encoder only, or from parts of either."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _segnext(encoder: str, dwconv: str, head: str, classifier: str) -> tuple[Rul
     return _prefixed("backbone.", encoder, _mscan(dwconv)) + _prefixed("decode_head.", head, decoder)
 
 
-# ----------------------------------------------------------------------------------------------------------- key formats
+# --------------------------------------------------------------------------------------------------------- key formats
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -449,7 +449,7 @@ KEY_FORMATS = (
             _segnext("backbone.", "dwconv.dwconv", "head.", "classifier"),
         ),
         settings=(("ham_rank", 64),),
-        note="if its head has `classifier` in place of `cls_seg`, it upsamples features with align_corners=True; segjax does not",
+        note="if its head has `classifier`, not `cls_seg`, it upsamples with align_corners=True; segjax does not",
     ),
     _backbone(
         "segnext",

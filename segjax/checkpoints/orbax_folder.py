@@ -181,7 +181,9 @@ def build_model(
     # Orbax does not compare the tree that it restores with the expected one.
     if differing := differences(expected, {path: value.shape for path, value in weights.items()}):
         listed = "\n".join(differing)
-        raise CheckpointError(f"{folder}: its weights do not fit {described['name']}, which its metadata names:\n{listed}")
+        raise CheckpointError(
+            f"{folder}: its weights do not fit {described['name']}, which its metadata names:\n{listed}"
+        )
     return from_values(model, weights)
 
 

@@ -58,9 +58,7 @@ class Recognised:
         return {key for group in groups if not any(map(self.family.in_head, group.native)) for key in group.foreign}
 
 
-def recognise(
-    shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", family: str | None = None
-) -> Recognised:
+def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", family: str | None = None) -> Recognised:
     """The most likely key format of a state dict with these keys.
 
     Args:

@@ -27,15 +27,15 @@ FILES = (".pth", ".safetensors")
 _OTHER_FILES = (".pt", ".bin", ".ckpt", ".npz", ".onnx", ".pt2", ".stablehlo")
 
 
-def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str = "native") -> None:
+def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
     """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
 
     Args:
-      model: from `segjax.create`, `from_torch` or `load`. With what `load` returned, its classes, normalisation, licence
-        and provenance are saved, too; a `.pth` has no place for them.
+      model: from `segjax.create`, `from_torch` or `load`. Classes, normalisation, licence and provenance of a loaded
+        checkpoint are saved, too, except in a `.pth`.
       path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder that
         transformers loads.
-      dialect: whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`; of folders "native" or "hf".
+      dialect: whose keys a file gets, one of `segjax.checkpoints.key_maps.DIALECTS`; "native" by default.
 
     Raises:
       CheckpointError: the dialect has no keys for this model, or the path is of something else; nothing is written.
@@ -46,7 +46,7 @@ def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str
     known = {}
     if isinstance(model, LoadedCheckpoint):
         model, known = model.model, carried(model.metadata, model.provenance)
-    write_checkpoint(path, model, dialect=dialect, metadata=known)
+    write_checkpoint(path, model, dialect=dialect or "native", metadata=known)
 
 
 def is_folder(path: Path) -> bool:
@@ -54,18 +54,17 @@ def is_folder(path: Path) -> bool:
     return path.suffix not in FILES
 
 
-def require_destination(path: Path, dialect: str) -> None:
+def require_destination(path: Path, dialect: str | None) -> None:
     """Raises CheckpointError for a path that no checkpoint in this dialect can be written to."""
     if path.suffix in _OTHER_FILES:
         raise CheckpointError(f"{path}: write *.pth or *.safetensors; a name without suffix is a folder")
     if not is_folder(path):
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; choose another name")
-    elif dialect not in ("native", "hf"):
+    elif dialect not in (None, "hf"):
         raise CheckpointError(
-            f"{path}: the dialect {dialect} names the keys of a .pth or .safetensors. This path becomes a folder: an "
-            "orbax folder, which has native keys, or with the dialect hf one for transformers; choose one of these, or "
-            "another name"
+            f"the dialect {dialect} selects the keys of a .pth or .safetensors, and {path} becomes a folder: an orbax "
+            "folder, or with the dialect hf (--to hf) one for transformers; omit the dialect, or choose another name"
         )
 
 

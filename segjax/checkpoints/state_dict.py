@@ -144,7 +144,7 @@ def _log_note(key_format: KeyFormat) -> None:
         logger.info("note on %s: %s", key_format.package, key_format.note)
 
 
-# ------------------------------------------------------------------------------------------------------ PyTorch -> model
+# ----------------------------------------------------------------------------------------------------- PyTorch -> model
 
 
 def load_torch(
@@ -159,7 +159,7 @@ def load_torch(
 
     Args:
       model: from `segjax.create`.
-      state_dict: numpy arrays or torch tensors under the keys of any dialect; it may be wrapped, as training scripts do.
+      state_dict: numpy arrays or torch tensors under the keys of any dialect; wrapped as training scripts do, or not.
       dialect: "auto", or one of `segjax.checkpoints.key_maps.DIALECTS` to insist on it.
       drop: patterns ("head.*") of checkpoint keys that are not used.
       keep: patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
@@ -273,7 +273,9 @@ def _refuse_misfit(
         "not floating point": [f"{key}: {given[key].dtype}" for key in integers],
     }
     listed = [
-        f"{len(lines)} {kind}:\n" + "\n".join(f"    {line}" for line in lines) for kind, lines in problems.items() if lines
+        f"{len(lines)} {kind}:\n" + "\n".join(f"    {line}" for line in lines)
+        for kind, lines in problems.items()
+        if lines
     ]
     if listed:
         raise MisfitError(
@@ -447,7 +449,10 @@ def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, object]) 
         published_for = name if value is OF_VARIANT else key_format.package
         assumed[setting] = models.settings(name)[setting] if value is OF_VARIANT else value
         logger.info(
-            "assumed %s=%s: a checkpoint does not contain it; published for %s", setting, assumed[setting], published_for
+            "assumed %s=%s: a checkpoint does not contain it; published for %s",
+            setting,
+            assumed[setting],
+            published_for,
         )
     return assumed
 

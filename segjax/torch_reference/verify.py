@@ -16,8 +16,8 @@ from flax import nnx
 
 from segjax import models
 from segjax.checkpoints.architectures import family_of
-from segjax.checkpoints.key_maps import BATCH_COUNTER
 from segjax.checkpoints.checkpoint import Checkpoint
+from segjax.checkpoints.key_maps import BATCH_COUNTER
 from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
 from segjax.inference.engine import predictions

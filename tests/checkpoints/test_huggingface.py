@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from segjax import to_torch
 from segjax.checkpoints import huggingface
-from segjax.checkpoints.files import provenance_at, read_checkpoint, read_file
+from segjax.checkpoints.files import provenance_at, read_checkpoint
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.load import load
 from segjax.checkpoints.state_dict import CheckpointError
@@ -140,8 +140,8 @@ def test_a_start_from_a_folder_of_an_encoder_with_imagenet_classes(tmp_path, cap
     folder = write(tmp_path / "a", arrays, config=config)
     model = tiny_model(2)
     initialize(model, folder)
-    assert "an encoder alone: the decoder stays as initialised" in caplog.messages
-    with pytest.raises(CheckpointError, match="a backbone alone"):
+    assert "encoder only: the decoder stays as initialised" in caplog.messages
+    with pytest.raises(CheckpointError, match="encoder only"):
         load(folder)
 
 
@@ -167,27 +167,27 @@ def test_parts_that_are_missing_incomplete_or_elsewhere_are_named(tmp_path):
     index = folder / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"made.up": "model-00001-of-00003.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"promises keys that no part has: made\.up"):
-        read_file(folder)
+    with pytest.raises(CheckpointError, match=r"names keys that no part has: made\.up"):
+        read_checkpoint(folder)
     (folder / "model-00002-of-00003.safetensors").rename(tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00003\.safetensors, and there is no such file"):
-        read_file(folder)
+        read_checkpoint(folder)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "../b.safetensors")}))
-    with pytest.raises(CheckpointError, match="not an index of files beside it"):
-        read_file(folder)
+    with pytest.raises(CheckpointError, match="not an index"):
+        read_checkpoint(folder)
     index.write_text("{")
     with pytest.raises(CheckpointError, match=r"index\.json: not JSON"):
-        read_file(folder)
+        read_checkpoint(folder)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(CheckpointError, match=r"config\.json but no weights \(model\.safetensors or"):
-        read_file(tmp_path / "c")
+        read_checkpoint(tmp_path / "c")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys, caplog):
+def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys):
     source = write(tmp_path / "a", arrays_of(1), preprocessor=PREPROCESSOR)
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -200,12 +200,12 @@ def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys, c
     shared = CONFIG.keys() - {"layer_norm_eps"}
     assert {key: config[key] for key in shared} == {key: CONFIG[key] for key in shared}
     assert config["label2id"] == {name: number for number, name in enumerate(NAMES)}
-    assert "transformers computes with the same settings" in caplog.messages
+    assert "transformers computes with the same settings" in " ".join(capsys.readouterr().out.split())
     # Again over itself, not over anything else.
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     (tmp_path / "c").mkdir()
     assert convert.main([str(source), str(tmp_path / "c"), "--to", "hf"]) == 2
-    assert "c exists and is no folder of transformers" in capsys.readouterr().err
+    assert "c exists and is no folder of transformers" in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
@@ -383,10 +383,11 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("address", PROBLEMS)
-def test_a_repository_that_cannot_be_used_is_told_in_one_or_two_lines(hub, address, capsys):
+def test_a_repository_that_cannot_be_used_is_refused_in_few_lines(hub, address, capsys):
     assert inspect.main([address]) == 2
     printed = capsys.readouterr()
-    assert re.search(PROBLEMS[address], printed.err) and printed.err.count("\n") == 1 and len(printed.err) < 240
+    message = " ".join(printed.err.split())
+    assert re.search(PROBLEMS[address], message) and printed.err.count("\n") <= 3 and len(message) < 240
     assert printed.out == "" and not any(name.endswith("safetensors") for _, name in hub.asked)
     with pytest.raises(CheckpointError, match=f"^{re.escape(address)}"):
         read_checkpoint(address)

@@ -157,7 +157,7 @@ def test_an_encoder_alone_leaves_the_decoder_as_it_was(family, tmp_path, caplog)
         head = {name for name in before if in_head(family, name)}
         assert equal(after, before) == head and equal(after, expected) == set(before) - head, dialect
         assert said[0].startswith("read as ")
-        assert "an encoder alone: the decoder stays as initialised" in said
+        assert "encoder only: the decoder stays as initialised" in said
         extras = [key for key in arrays if key in EXTRAS.get(family, ()) or key.startswith("classifier.")]
         if extras:
             (unused,) = [line for line in said if line.startswith("not used from the checkpoint (")]
@@ -316,7 +316,7 @@ def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, cap
     text, at = " ".join(printed.split()), 0
     for piece in [
         "read as native",
-        "an encoder alone: the decoder stays as initialised",
+        "encoder only: the decoder stays as initialised",
         "not used from the checkpoint",
         "left as initialised",
         f"loaded {len(arrays) - 2} arrays",

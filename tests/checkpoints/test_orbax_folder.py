@@ -472,7 +472,7 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_
     content = json.loads(record.read_text())
     content["model"]["overrides"]["dims"] = [4, 8, 15, 16]
     record.write_text(json.dumps(orbax_folder.signed(content)))
-    with pytest.raises(CheckpointError, match=r"do not fit its own record of segformer_b0:\n.*\n.*instead of"):
+    with pytest.raises(CheckpointError, match=r"do not fit segformer_b0, which its metadata names:\n.*\n.*instead of"):
         load_model(broken)
 
 

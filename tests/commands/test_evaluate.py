@@ -224,7 +224,8 @@ def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, cap
     message = refused(capsys, "--checkpoint", workdir, *folder)
     assert "tells 19 classes of streets apart, and source has 3" in message
     other = specs.DatasetSpec("other", ("ground", "other", "thing"), SPEC.colors, 255)
-    orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), metadata={"dataset": dataset_metadata(other)})
+    known = {"dataset": dataset_metadata(other)}
+    orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), metadata=known)
     message = refused(capsys, "--checkpoint", tmp_path / "other", *folder)
     assert "1 is 'other', not 'thing', 2 is 'thing', not 'other'" in message and "of other are not those of" in message
 

@@ -12,7 +12,7 @@ import pytest
 
 import segjax
 from configs import segformer
-from segjax.checkpoints import files, metadata, orbax_folder
+from segjax.checkpoints import metadata, orbax_folder, save
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
