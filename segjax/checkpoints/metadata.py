@@ -24,8 +24,6 @@ from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.data import specs
 
-# The data set that a checkpoint without class names was most likely trained on.
-BY_NUMBER = {spec.num_classes: spec for spec in (specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID)}
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 # Parts that remain true when the weights are written to another file.
 LASTING = ("dataset", "normalisation", "input_size", "licence")
@@ -83,9 +81,8 @@ def _palette(num_classes: int) -> list[list[int]]:
 
 def guessed(num_classes: int) -> dict[str, object]:
     """{"dataset": ...} of the known data set with this number of classes; {} where there is none."""
-    if num_classes not in BY_NUMBER:
-        return {}
-    return {"dataset": dataset_metadata(BY_NUMBER[num_classes]) | {"guessed": True}}
+    spec = specs.guess(num_classes)
+    return {"dataset": dataset_metadata(spec) | {"guessed": True}} if spec else {}
 
 
 def of_names(
@@ -98,7 +95,7 @@ def of_names(
     names = list(names)
     if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
         return {}
-    known = BY_NUMBER.get(len(names))
+    known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
         known = None
     dataset = dataset_metadata(known) if known else {"name": "unknown", "ignore_label": 255}
