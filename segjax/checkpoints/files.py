@@ -3,15 +3,11 @@ folders through `checkpoint.py`. With the weights comes what was kept beside the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +31,7 @@ from segjax.checkpoints.state_dict import (
     to_torch,
     torch_module,
 )
+from segjax.runtime import atomic
 
 # The record of a model inside a `.safetensors`.
 METADATA = "segjax"
@@ -254,7 +251,7 @@ def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 
 
 def write_file(destination: Path, model: nnx.Module, *, dialect: str, about: Mapping[str, object]) -> None:
-    """Writes beside `destination` and renames, so that a reader never sees half a file.
+    """Writes a checkpoint atomically: a reader finds the old one or the new one, whole.
 
     `.pth` and `.safetensors` hold a state dict in the names of `dialect`, `.safetensors` with the record beside it. Any
     other suffix is an orbax folder, or in the names of transformers ("hf") a folder that transformers loads.
@@ -272,27 +269,12 @@ def write_file(destination: Path, model: nnx.Module, *, dialect: str, about: Map
     if form_of(model, dialect).encoder_only:
         # Neither the model nor its classes are in the file.
         about = {key: value for key, value in about.items() if key not in ("model", "dataset")}
-    with _beside(destination) as temporary:
+    with atomic.replacing_file(destination) as temporary:
         if destination.suffix == ".pth":
             torch = torch_module()
             torch.save({key: _as_tensor(torch, value) for key, value in weights.items()}, temporary)
         else:
             _save_safetensors(weights, temporary, about)
-
-
-@contextlib.contextmanager
-def _beside(destination: Path) -> Iterator[str]:
-    """A temporary file that takes the place of `destination` where nothing is raised."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, destination)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, object]) -> None:
@@ -309,26 +291,11 @@ def _write_folder(folder: Path, model: nnx.Module, about: Mapping[str, object]) 
     texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(about)}
     if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
         raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    retired = folder.with_name(f"{beside.name}.old")
-    try:
+    with atomic.replacing_folder(folder) as new:
+        new.mkdir()
         for name, content in texts.items():
-            (beside / name).write_text(json.dumps(content, indent=2) + "\n")
-        _save_safetensors(weights, beside / huggingface.WEIGHTS[0], about)
-        beside.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rename(retired)
-        beside.rename(folder)
-    finally:
-        for left in (beside, retired):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+        _save_safetensors(weights, new / huggingface.WEIGHTS[0], about)
 
 
 def _as_tensor(torch, value: np.ndarray):

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from flax import nnx
 from segjax import models
 from segjax.checkpoints.state_dict import CheckpointError, from_values, model_record, named_variables
 from segjax.models.functional import params_sha256
+from segjax.runtime import atomic
 
 
 class DamagedError(CheckpointError):
@@ -102,31 +102,12 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, about: Mapp
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and (folder / ABOUT).is_dir()):
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
-    beside, retired = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-
-    def clean():
-        # Orbax writes to a name of its own before it renames.
-        for left in folder.parent.glob(f"{beside.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    clean()
     items = {
         WEIGHTS: ocp.args.StandardSave(dict(weights)),
         ABOUT: ocp.args.JsonSave(signed({**about, HASH: params_sha256(dict(weights))})),
     }
-    try:
-        with failure(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(beside, ocp.args.Composite(**items))
-    finally:
-        if not beside.exists():
-            clean()
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        folder.rename(retired)
-    beside.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    with failure(folder), atomic.replacing_folder(folder) as new, _checkpointer() as checkpointer:
+        checkpointer.save(new, ocp.args.Composite(**items))
 
 
 def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from segjax.data import codec, specs
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor, as_rgb
-from segjax.runtime import console
+from segjax.runtime import atomic, console
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
 
@@ -162,21 +161,20 @@ class Prediction(NamedTuple):
 
 
 def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
-    """Writes one kind of output of an image beside its place, and moves it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            if kind == "probabilities":
-                np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
-            elif kind == "labels":
-                palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
-                file.write(codec.encode_palette(prediction.labels, palette))
-            else:
-                file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes one kind of output of an image, atomically."""
+    with atomic.replacing_file(path, durable=False) as temporary:
+        _write(temporary, kind, image, prediction, spec)
+
+
+def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
+    with path.open("wb") as file:
+        if kind == "probabilities":
+            np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
+        elif kind == "labels":
+            palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
+            file.write(codec.encode_palette(prediction.labels, palette))
+        else:
+            file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
 
 
 def _jpeg(picture: np.ndarray) -> bytes:
@@ -201,13 +199,11 @@ class VideoOutputs:
     """
 
     def __init__(self, job: Job, header: video.Header, spec: specs.DatasetSpec):
-        self._job, self._spec = job, spec
-        self._folders = {kind: path for kind, path in job.outputs.items() if kind in FRAME_SUFFIX}
+        self._job, self._header, self._spec = job, header, spec
         self._stack = contextlib.ExitStack()
+        self._folders: dict[str, Path] = {}
+        self._writers: dict[str, video.Writer] = {}
         self.made_even: dict[Path, tuple[int, int]] = {}
-        self._writers = {
-            kind: video.Writer(path, header) for kind, path in job.outputs.items() if kind not in FRAME_SUFFIX
-        }
 
     def write(self, number: int, frame: video.Frame, prediction: Prediction) -> None:
         for kind, writer in self._writers.items():
@@ -216,33 +212,21 @@ class VideoOutputs:
                 self.made_even[self._job.outputs[kind]] = drawn.shape[:2]
             writer.write(drawn, frame.time, frame.duration)
         for kind, folder in self._folders.items():
-            path = _unfinished(folder) / f"{number:06d}{FRAME_SUFFIX[kind]}"
-            save(path, kind, frame.image, prediction, self._spec)
+            _write(folder / f"{number:06d}{FRAME_SUFFIX[kind]}", kind, frame.image, prediction, self._spec)
 
     def __enter__(self) -> VideoOutputs:
-        for folder in self._folders.values():
-            shutil.rmtree(_unfinished(folder), ignore_errors=True)
-            self._stack.push(_moving(folder))
-        for writer in self._writers.values():
-            self._stack.enter_context(writer)
+        with contextlib.ExitStack() as stack:
+            for kind, path in self._job.outputs.items():
+                if kind in FRAME_SUFFIX:
+                    self._folders[kind] = stack.enter_context(atomic.replacing_folder(path, durable=False))
+                    self._folders[kind].mkdir()
+                else:
+                    self._writers[kind] = stack.enter_context(video.writer(path, self._header))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.part")
-
-
-def _moving(folder: Path) -> Callable:
-    def leave(kind, *_):
-        if kind is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            _unfinished(folder).replace(folder)
-        shutil.rmtree(_unfinished(folder), ignore_errors=True)
-
-    return leave
 
 
 class Progress:
@@ -409,7 +393,7 @@ class Run:
             )
 
     def _failed(self, job: Job, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
+        if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise error
         self.failures.append((job.source, _reason(error)))
 
