@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-DATASETS = ("streets", "camvid", "cityscapes", "ade20k", "voc", "pet", "folder")
+from segjax.data.specs import DATASETS
 
 
 def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
@@ -11,7 +11,7 @@ def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
     Raises:
       ValueError: a word that is neither a variant nor a dataset; lists both.
     """
-    variant, dataset = variants[0], DATASETS[0]
+    variant, dataset = variants[0], next(iter(DATASETS))
     for word in filter(None, (word.strip() for word in argument.split(","))):
         if word in variants:
             variant = word
@@ -52,11 +52,11 @@ def get_config(dataset: str) -> ConfigDict:
     config.data.cache_gb = 8.0
     # Splits to train on, and to evaluate and draw predictions from.
     config.data.train_split = "train"
-    config.data.eval_split = "test"
+    config.data.eval_split = DATASETS[dataset].evaluated_split
 
     config.augment = ConfigDict()
     # Height and width of the training crop, pixels.
-    config.augment.crop = (512, 512)
+    config.augment.crop = DATASETS[dataset].crop
     # Smallest and largest random scale of the image before the crop.
     config.augment.scale = (0.5, 2.0)
     # Probability of a horizontal flip.
@@ -160,23 +160,11 @@ def get_config(dataset: str) -> ConfigDict:
     # When a loss is not finite, compute that step again layer by layer to say where it began.
     config.debug.nans = False
 
-    if dataset == "streets":
-        config.data.eval_split = "val"
-        # Scenes drawn for training and for evaluation, and their height and width, pixels.
-        config.data.train_images = 400
-        config.data.eval_images = 64
-        config.data.size = (128, 256)
-        config.augment.crop = (128, 256)
-    elif dataset == "camvid":
-        # CamVid's images are 360x480; a larger crop would be mostly padding.
-        config.augment.crop = (360, 480)
+    if DATASETS[dataset].kind == "generated":
+        # Numbers of images drawn for training and for evaluation, and their height and width, pixels.
+        config.data.update(DATASETS[dataset].scenes._asdict())
+    if dataset == "camvid":
         config.train.steps = 20_000
-    elif dataset in ("cityscapes", "ade20k", "voc"):
-        # Of Cityscapes and VOC the labels of test are not published, and ADE20K's benchmark has none.
-        config.data.eval_split = "val"
-        if dataset == "cityscapes":
-            # SegFormer, section 4.1.
-            config.augment.crop = (1024, 1024)
     return config
 
 

@@ -23,8 +23,6 @@ from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.state_dict import CheckpointError
 from segjax.data import specs
 
-# What a checkpoint that names no classes was most likely trained on.
-BY_NUMBER = {spec.num_classes: spec for spec in (specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID)}
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 # Parts that stay true when the weights are written elsewhere.
 LASTING = ("dataset", "normalisation", "input_size", "licence")
@@ -82,9 +80,8 @@ def _palette(num_classes: int) -> list[list[int]]:
 
 def guessed(num_classes: int) -> dict[str, object]:
     """{"dataset": ...} of the data set that has so many classes; {} where none is known."""
-    if num_classes not in BY_NUMBER:
-        return {}
-    return {"dataset": dataset_record(BY_NUMBER[num_classes]) | {"guessed": True}}
+    spec = specs.guess(num_classes)
+    return {"dataset": dataset_record(spec) | {"guessed": True}} if spec else {}
 
 
 def of_names(
@@ -97,7 +94,7 @@ def of_names(
     names = list(names)
     if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
         return {}
-    known = BY_NUMBER.get(len(names))
+    known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
         known = None
     dataset = dataset_record(known) if known else {"name": "unknown", "ignore_label": 255}

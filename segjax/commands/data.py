@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return data_show.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="segjax data", description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=["prepare", "show"])
-    parser.add_argument("name", metavar="NAME", choices=builders.DATASETS, help=", ".join(builders.DATASETS))
+    parser.add_argument("name", metavar="NAME", choices=builders.names(), help=", ".join(builders.names()))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     options = parser.parse_args(arguments)

@@ -17,14 +17,13 @@ import numpy as np
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.augment import augment, step_keys
+from segjax.data.open import open_splits
 from segjax.data.pipeline import StreamBatches
 from segjax.data.records import Records, records_of
 from segjax.runtime import console
 from segjax.runtime.parallel import Parallel
 from segjax.viz import pictures
 
-# Height and width of the scenes, pixels, as training draws them.
-STREETS_SIZE = (128, 256)
 # No crop is larger than this where none is given, nor than the largest image.
 LARGEST_CROP = 512
 
@@ -93,11 +92,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
-    if options.name == "streets":
-        from segjax.data import streets
-
-        return streets.load(options.split, num_images=options.num, size=STREETS_SIZE, seed=options.seed), specs.STREETS
-    from segjax.data import builders
-
-    prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
-    return prepared.records(options.split), prepared.spec
+    (opened,) = open_splits(
+        options.name,
+        [options.split],
+        source=options.source,
+        data_dir=options.data_dir,
+        num_images=[options.num],
+        seed=options.seed,
+    )
+    return opened.data, opened.spec

@@ -27,18 +27,6 @@ from segjax.inference import evaluation
 from segjax.inference.engine import Protocol, predict_labels
 from segjax.inference.evaluation import Measured
 
-# The split that a data set is evaluated on unless another is named: as in configs/common.py.
-SPLITS = {
-    "streets": "val",
-    "camvid": "test",
-    "cityscapes": "val",
-    "ade20k": "val",
-    "voc": "val",
-    "pet": "test",
-    "folder": "test",
-}
-# What a training draws there: height and width, scenes by split, seed.
-STREETS = {"size": (128, 256), "train": 400, "val": 64, "test": 64, "seed": 0}
 PROTOCOL = ("mode", "crop", "stride", "scales", "flip", "size_divisor", "batch")
 
 
@@ -247,25 +235,18 @@ def evaluate_checkpoint(
 def _load(
     name: str, split: str, source: list[str] | None, data_dir: str | None, config: Mapping | None
 ) -> tuple[specs.Split | Records, specs.DatasetSpec]:
-    """A split with labels. Scenes of streets are those of the training, where `config` is of one on them."""
-    if name == "streets":
-        from segjax.data import streets
-        from segjax.runtime import console
+    """A split with labels. Of a generated dataset, it has the images of the training with this `config`, if any."""
+    from segjax.data.open import open_splits
+    from segjax.runtime import console
 
-        size, number, seed = STREETS["size"], STREETS.get(split, 1), STREETS["seed"]
-        if config and config["data"]["name"] == "streets":
-            drawn = config["data"]
-            size, seed = tuple(drawn["size"]), config["seed"]
-            evaluated = split == drawn["eval_split"] or split != drawn["train_split"]
-            number = drawn["eval_images"] if evaluated else drawn["train_images"]
-        console.say(f"drawing {number} street scenes ...")
-        return streets.load(split, num_images=number, size=size, seed=seed), specs.STREETS
-    from segjax.data import builders
-
-    prepared = builders.prepare(name, source=source, data_dir=data_dir)
-    # Refuses a split that is not there, or without labels.
-    prepared.pixel_counts(split)
-    return prepared.records(split), prepared.spec
+    generated = {}
+    if config and config["data"]["name"] == name and specs.DATASETS[name].kind == "generated":
+        run = config["data"]
+        only_trained_on = split == run["train_split"] != run["eval_split"]
+        number = run["train_images"] if only_trained_on else run["eval_images"]
+        generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
+    (opened,) = open_splits(name, [split], source=source, data_dir=data_dir, say=console.say, **generated)
+    return opened.data, opened.spec
 
 
 def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
@@ -309,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("with --workdir")
     run.add_argument("--best", action="store_true", help="the weights of its best evaluation, not the last ones")
     data = parser.add_argument_group("with --checkpoint")
-    data.add_argument("--data", metavar="NAME[:SPLIT]", help=f"one of {', '.join(SPLITS)}")
+    data.add_argument("--data", metavar="NAME[:SPLIT]", help=f"one of {', '.join(specs.DATASETS)}")
     data.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
     data.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     data.add_argument("--mode", choices=("whole", "slide"), help="whole images (default), or windows")
@@ -333,11 +314,11 @@ def _problems(options: argparse.Namespace) -> list[str]:
     wrong = {
         "--best goes with --workdir; to evaluate such weights here: --checkpoint WORKDIR/best": options.best,
         "--checkpoint needs --data NAME[:SPLIT]": not options.data,
-        f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(SPLITS)}, not {options.data!r}": (
-            options.data and name not in SPLITS
+        f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
+            options.data and name not in specs.DATASETS
         ),
-        "streets are drawn and need neither --source nor --data-dir": (
-            name == "streets" and (options.source or options.data_dir)
+        f"{name} are drawn and need neither --source nor --data-dir": (
+            name in specs.DATASETS and specs.DATASETS[name].kind == "generated" and (options.source or options.data_dir)
         ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
         f"--batch is at least 1, not {options.batch}": options.batch is not None and options.batch < 1,
@@ -373,7 +354,7 @@ def _run(options: argparse.Namespace) -> None:
     evaluate_checkpoint(
         options.checkpoint,
         name,
-        split or SPLITS[name],
+        split or specs.DATASETS[name].evaluated_split,
         source=options.source,
         data_dir=options.data_dir,
         protocol=_protocol(options),

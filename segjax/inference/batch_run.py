@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from segjax.data import codec, specs
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor, as_rgb
 from segjax.runtime import atomic, console
+from segjax.runtime.console import Progress
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
 
@@ -229,58 +227,6 @@ class VideoOutputs:
         self._stack.__exit__(*error)
 
 
-class Progress:
-    """A bar on a terminal, else a line every ten seconds; and how many are done a second, once the first one is."""
-
-    def __init__(self, total: int | None, unit: str):
-        self._total, self._unit = total, unit
-        self.count, self._since = 0, None
-        self._said = time.perf_counter()
-        form = "{percentage:3.0f}%|{bar}| " if total else ""
-        form += (
-            "{n_fmt}"
-            + "/{total_fmt}" * bool(total)
-            + f" {unit} [{{elapsed}}"
-            + "<{remaining}" * bool(total)
-            + "{postfix}]"
-        )
-        # Some terminals say that they have no rows, where tqdm would show nothing.
-        self._bar = tqdm(
-            total=total, bar_format=form, ncols=80, nrows=20, file=sys.stderr, disable=not sys.stderr.isatty()
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    @property
-    def rate(self) -> float | None:
-        """Per second, from the end of the first one on, which compiles."""
-        seconds = time.perf_counter() - (self._since or 0)
-        return (self.count - 1) / seconds if self.count > 1 else None
-
-    def advance(self) -> None:
-        self.count += 1
-        now = time.perf_counter()
-        self._since = self._since or now
-        rate = f"{self.rate:.2f} per second" if self.rate else ""
-        self._bar.set_postfix_str(rate, refresh=False)
-        self._bar.update(1)
-        if self._bar.disable and now - self._said >= 10:
-            total = f"/{self._total}" if self._total else ""
-            console.say(f"{self.count}{total} {self._unit}  {rate}".rstrip())
-            self._said = now
-
-    def say(self, text: str) -> None:
-        """Lines of their own, above the bar."""
-        if self._bar.disable:
-            console.say(text)
-        else:
-            self._bar.write(console.wrapped(text), file=sys.stdout)
-
-
 class Run:
     """Predicts jobs one after the other.
 
@@ -320,12 +266,12 @@ class Run:
             self._failed(job, error)
             progress.advance()
 
-        with Progress(len(jobs), "images") as progress:
+        with Progress("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
                 read=lambda job: read_image(job.source),
                 key=lambda image: self._predictor.padded_size(image.shape),
-                compute=lambda images: self._predicted(images, progress),
+                compute=lambda images: self._predicted(images),
                 write=write,
                 failed=failed,
                 done=done,
@@ -346,13 +292,13 @@ class Run:
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
             with (
                 VideoOutputs(job, header, self._predictor.spec) as outputs,
-                Progress(header.frames, "frames") as progress,
+                Progress("", header.frames, "frames") as progress,
             ):
                 overlapped(
                     itertools.count(),
                     read=lambda _: next(frames, None),
                     key=lambda frame: frame.image.shape,
-                    compute=lambda group: self._predicted([frame.image for frame in group], progress),
+                    compute=lambda group: self._predicted([frame.image for frame in group]),
                     write=outputs.write,
                     failed=failed,
                     done=done,
@@ -367,27 +313,27 @@ class Run:
         for path, (height, width) in outputs.made_even.items():
             console.say(f"  {path}: H.264 has even sides alone; {height}x{width} got its last row or column twice")
 
-    def _predicted(self, images: list[np.ndarray], progress: Progress) -> list[Prediction]:
-        self._advise(self._predictor.padded_size(images[0].shape), progress)
+    def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
+        self._advise(self._predictor.padded_size(images[0].shape))
         if "probabilities" not in self._kinds:
             return [Prediction(labels, None) for labels in self._predictor.labels(images)]
         # Of these and not computed on their own, so that both files say the same.
         scores = self._predictor.probabilities_of(images)
         return [Prediction(_labels_of(score), score) for score in scores]
 
-    def _advise(self, size: tuple[int, int], progress: Progress) -> None:
+    def _advise(self, size: tuple[int, int]) -> None:
         if self._predictor.protocol.mode != "whole":
             return
         self._sizes.add(size)
         if size[0] * size[1] > LARGE and "large" not in self._warned:
             self._warned.add("large")
-            progress.say(
+            console.say(
                 f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
                 "size; where it is not enough, take --mode slide"
             )
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
-            progress.say(
+            console.say(
                 f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 32 makes them fewer, and "
                 "changes some labels"
             )

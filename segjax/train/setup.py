@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,8 @@ from segjax.checkpoints.files import provenance_at
 from segjax.checkpoints.initialize import load_pretrained
 from segjax.checkpoints.metadata import IMAGENET, dataset_record, licence_of
 from segjax.data import class_weights, pipeline, specs
-from segjax.data.records import Records, padded_gigabytes
+from segjax.data.open import open_splits
+from segjax.data.records import Records
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
 from segjax.runtime import console
@@ -41,38 +41,24 @@ class Data(NamedTuple):
 
 
 def load_data(config: ConfigDict) -> Data:
-    """The splits of a config; such as fit into `data.resident_gb` are read into memory.
+    """The splits of a config; those that fit into `data.resident_gb` are read into memory.
 
     Raises:
       ValueError: data that cannot be used, or a split without published labels.
     """
-    if config.data.name == "streets":
-        from segjax.data import streets
-
-        size, seed = tuple(config.data.size), config.seed
-        console.say(f"drawing {config.data.train_images + config.data.eval_images} street scenes ...")
-        training = streets.load(config.data.train_split, num_images=config.data.train_images, size=size, seed=seed)
-        evaluation = streets.load(config.data.eval_split, num_images=config.data.eval_images, size=size, seed=seed)
-        return Data(training, evaluation, specs.STREETS, partial(_pixel_counts, training, specs.STREETS))
-    from segjax.data import builders
-
-    prepared = builders.prepare(config.data.name, source=config.data.source, data_dir=config.data.dir)
-    train_split, eval_split = config.data.train_split, config.data.eval_split
-    prepared.pixel_counts(eval_split)
-
-    def read(split):
-        records = prepared.records(split)
-        if padded_gigabytes(records) > config.data.resident_gb:
-            return records
-        return prepared.load(split)
-
-    counts = np.array(prepared.pixel_counts(train_split))
-    return Data(read(train_split), read(eval_split), prepared.spec, lambda: counts)
-
-
-def _pixel_counts(split: specs.Split, spec: specs.DatasetSpec) -> np.ndarray:
-    counts = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
-    return counts[: len(spec.label_names)]
+    data, generated = config.data, {}
+    if data.name in specs.DATASETS and specs.DATASETS[data.name].kind == "generated":
+        generated = dict(num_images=(data.train_images, data.eval_images), size=tuple(data.size), seed=config.seed)
+    training, evaluation = open_splits(
+        data.name,
+        (data.train_split, data.eval_split),
+        source=data.source,
+        data_dir=data.dir,
+        resident_gb=data.resident_gb,
+        say=console.say,
+        **generated,
+    )
+    return Data(training.data, evaluation.data, training.spec, training.pixel_counts)
 
 
 def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> FunctionalModel:

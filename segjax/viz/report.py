@@ -69,8 +69,10 @@ def write(
     files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
     listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
     # Before worst/ is touched, so that whoever reads results.json finds the pictures that it names, or none.
-    atomic.write_text(folder / "results.json", json.dumps({**about, **summary, "worst_images": listed}, indent=2) + "\n")
-    atomic.write_text(folder / "classes.csv", _csv([["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]))
+    results = {**about, **summary, "worst_images": listed}
+    atomic.write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    by_class = [["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]
+    atomic.write_text(folder / "classes.csv", _csv(by_class))
     names = spec.label_names
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
     atomic.write_text(folder / "confusion.csv", _csv([["truth / prediction", *names], *rows]))

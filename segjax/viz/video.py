@@ -109,7 +109,10 @@ def writer(path: Path, header: Header) -> Iterator[Writer]:
 
 
 class Writer:
-    """The encoder of one video, see `writer`. H.264 has only even sides: an odd one gets its last row or column twice."""
+    """The encoder of one video, see `writer`.
+
+    H.264 has only even sides: an odd one gets its last row or column twice.
+    """
 
     def __init__(self, path: Path, header: Header):
         self._path = path
@@ -145,8 +148,9 @@ class Writer:
 
     def finish(self) -> None:
         """Writes the frames that the encoder still holds."""
-        with _said(pyav(), "cannot be encoded"):
-            self._container.mux(self._stream.encode())
+        if self._container is not None:
+            with _said(pyav(), "cannot be encoded"):
+                self._container.mux(self._stream.encode())
 
     def close(self) -> None:
         if self._container is not None:

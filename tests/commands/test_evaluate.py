@@ -1,6 +1,7 @@
 """The command: what it measures, what it leaves, and what it says of what cannot be."""
 
 import csv
+import dataclasses
 import json
 import os
 from types import SimpleNamespace
@@ -9,12 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from configs import common
 from segjax import metrics
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.metadata import dataset_record
 from segjax.commands import evaluate, inspect
 from segjax.data import builders, prepared, specs, streets
+from segjax.data.open import GENERATORS
 from segjax.inference import evaluation
 from tests import runs
 from tests.tiny import tiny_model
@@ -117,15 +118,6 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
     np.testing.assert_array_equal(kept[11], split.images[11, ..., 0])
 
 
-def test_defaults_are_those_of_the_configs():
-    assert set(evaluate.SPLITS) == set(common.DATASETS) == {"streets", *builders.DATASETS}
-    for name, split in evaluate.SPLITS.items():
-        assert common.get_config(name).data.eval_split == split, name
-    config = common.get_config("streets")
-    drawn = config.data.train_images, config.data.eval_images, tuple(config.data.size), config.seed
-    assert drawn == tuple(evaluate.STREETS[key] for key in ("train", "val", "size", "seed"))
-
-
 # -------------------------------------------------------------------------------------------------------- of a training
 
 
@@ -152,13 +144,13 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
     (tmp_path / "result.json").write_text((workdir / "result.json").read_text())
     assert call("--workdir", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "exactly what" in printed and "step" not in printed and "drawing 5 street scenes" in printed
+    assert "exactly what" in printed and "step" not in printed and "drawing 5 images of streets" in printed
     assert inspect.main([str(tmp_path)]) == 0
     assert "a training of segjax\n" in capsys.readouterr().out
 
 
 def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
-    monkeypatch.setattr(streets, "load", lambda split, **drawn: (split, drawn["num_images"]))
+    monkeypatch.setitem(GENERATORS, "streets", lambda split, **drawn: (split, drawn["num_images"]))
     config = orbax_folder.load_record(workdir)["config"]
     of = {split: evaluate._load("streets", split, None, None, config)[0] for split in ("train", "val", "test")}
     assert of == {"train": ("train", 7), "val": ("val", 5), "test": ("test", 5)}
@@ -232,9 +224,11 @@ def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, cap
 def test_classes_without_names_are_taken_as_they_come(shapes, tmp_path, capsys, monkeypatch):
     model = tiny_model(1, num_classes=19)
     orbax_folder.save_model(tmp_path / "model", model, about={})
-    monkeypatch.setattr(evaluate, "STREETS", evaluate.STREETS | {"size": (40, 64), "val": 2})
+    few = dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(3, 2, (40, 64)))
+    monkeypatch.setitem(specs.DATASETS, "streets", few)
     assert call("--checkpoint", tmp_path / "model", "--data", "streets", "--output", tmp_path / "report") == 0
-    assert "does not name its classes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "does not name its classes" in printed and "drawing 2 images of streets" in printed
 
 
 def test_a_split_without_labels_is_refused(shapes, workdir, tmp_path, capsys, monkeypatch):

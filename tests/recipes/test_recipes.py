@@ -13,8 +13,8 @@ from flax import nnx
 from ml_collections import config_flags
 
 import segjax
-from configs import common
 from segjax import layers, losses, models
+from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.engine import predict_labels
 from segjax.models import segformer_simple
@@ -27,7 +27,7 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glo
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 VARIANTS = [(name, variant) for name in NAMES for variant in CONFIGS[name].VARIANTS]
 FIRST = ("b0", "plain_b0", "mmseg_b0", "small", "small_ocr")
-COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in common.DATASETS]
+COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in specs.DATASETS]
 NORMS = (layers.LayerNorm, layers.BatchNorm, layers.GroupNorm, segformer_simple.LayerNorm)
 # First words of the names of an encoder's parameters; what is left is the head.
 ENCODERS = {
@@ -155,7 +155,7 @@ def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, data
 
 
 @pytest.mark.parametrize("name", PICKY)
-@pytest.mark.parametrize("dataset", common.DATASETS)
+@pytest.mark.parametrize("dataset", specs.DATASETS)
 def test_crops_of_models_that_enlarge_by_whole_factors_divide_by_32(name, dataset):
     assert [side % 32 for side in get(name, "", dataset).augment.crop] == [0, 0]
 
@@ -222,7 +222,7 @@ def test_on_streets_nothing_is_dropped(name, variant):
     [pair if pair[1] in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in VARIANTS],
 )
 def test_what_does_not_decay_is_what_was_published(name, variant):
-    for dataset in common.DATASETS:
+    for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         model = model_of(config)
         still, norms = matched(model, config.optim.no_decay), of_modules(model, NORMS)
@@ -246,7 +246,7 @@ def test_what_does_not_decay_is_what_was_published(name, variant):
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_the_head_is_all_that_is_not_the_encoder(name, variant):
-    for dataset in common.DATASETS:
+    for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         names = parameters(model_of(config))
         encoder = {key for key in names if key.startswith(ENCODERS[name])}
