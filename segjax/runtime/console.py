@@ -144,9 +144,10 @@ class Progress:
     @property
     def rate(self) -> float | None:
         """How many a second, not counting the first ones, during which programs are compiled."""
-        if self._first is None or self.count == self._first[0]:
+        if self._first is None:
             return None
-        return (self.count - self._first[0]) / (time.perf_counter() - self._first[1])
+        counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
+        return counted / seconds if counted and seconds else None
 
     def advance(
         self, number: int = 1, *, notes: Sequence[str] | None = None, left: float | None = None, now: bool = False

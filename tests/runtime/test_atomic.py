@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -45,18 +46,14 @@ def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, t
     for text in ("old", "new"):
         WRITERS[kind](tmp_path / "sub" / "x", text)
         assert below(tmp_path / "sub") == RESULTS[kind](text)
-    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == sorted(
-        {n.split("/")[0] for n in RESULTS[kind]("")}
-    )
+    expected = {name.split("/")[0] for name in RESULTS[kind]("")}
+    assert {path.name for path in (tmp_path / "sub").iterdir()} == expected
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
 def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error, tmp_path):
-    write = {atomic.replacing_file: atomic.write_text, atomic.replacing_folder: write_folder}.get(
-        replacing, write_files
-    )
-    write(tmp_path / "x", "old")
+    WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
     before = below(tmp_path)
     with pytest.raises(type(error)) as caught, replacing(tmp_path / "x") as temporary:
         if replacing is atomic.replacing_folder:
@@ -89,8 +86,7 @@ def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask, tmp_
 
 # Writes the new version of KIND, and is killed by its own hand at the given one of the calls that change the disk.
 KILLED = """if True:
-    import ctypes, os, pathlib, signal, sys
-    sys.path.insert(0, sys.argv[4])
+    import os, pathlib, signal, sys
     from tests.runtime import test_atomic
     from segjax.runtime import atomic
     kind, target, moment = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
@@ -115,13 +111,13 @@ KILLED = """if True:
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_one_whole(kind, tmp_path):
-    repo = os.fspath(atomic.Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     found = set()
     for moment in itertools.count():
         target = tmp_path / str(moment) / "x"
         WRITERS[kind](target, "old")
-        command = [sys.executable, "-c", KILLED, kind, str(target), str(moment), repo]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-c", KILLED, kind, str(target), str(moment)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         visible = {name: text for name, text in below(target.parent).items() if not name.startswith(".")}
         if kind == "files":
