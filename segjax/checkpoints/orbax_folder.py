@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.checkpoints.state_dict import from_values, model_metadata, named_variables
 from segjax.models.functional import params_sha256
+from segjax.runtime import atomic
 
 
 class DamagedError(CheckpointError):
@@ -103,31 +103,12 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: M
 
     folder = folder.absolute()
     refuse_foreign(folder)
-    beside, retired = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-
-    def clean():
-        # Orbax writes to a temporary folder of its own before it renames.
-        for left in folder.parent.glob(f"{beside.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    clean()
     items = {
         WEIGHTS: ocp.args.StandardSave(dict(weights)),
         METADATA: ocp.args.JsonSave(signed({**metadata, HASH: params_sha256(dict(weights))})),
     }
-    try:
-        with failure(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(beside, ocp.args.Composite(**items))
-    finally:
-        if not beside.exists():
-            clean()
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        folder.rename(retired)
-    beside.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    with failure(folder), atomic.replacing_folder(folder) as new, _checkpointer() as checkpointer:
+        checkpointer.save(new, ocp.args.Composite(**items))
 
 
 def refuse_foreign(folder: Path) -> None:

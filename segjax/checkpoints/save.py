@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +17,7 @@ from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.checkpoints.metadata import carried, completed
 from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
+from segjax.runtime import atomic
 
 FILES = (".pth", ".safetensors")
 # Suffixes of files that are not written, so that a folder of that name is a mistake.
@@ -81,27 +78,12 @@ def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: M
     if key_format_of(model, dialect).encoder_only:
         # The file contains neither the model nor its classes.
         metadata = {key: value for key, value in metadata.items() if key not in ("model", "dataset")}
-    with _replacing_file(path) as temporary:
+    with atomic.replacing_file(path) as temporary:
         if path.suffix == ".pth":
             torch = torch_module()
             torch.save({key: _as_tensor(torch, value) for key, value in weights.items()}, temporary)
         else:
             _save_safetensors(weights, temporary, metadata)
-
-
-@contextlib.contextmanager
-def _replacing_file(path: Path) -> Iterator[str]:
-    """A temporary file that replaces `path` where nothing is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, object]) -> None:
@@ -119,26 +101,11 @@ def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, object
     texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
     if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
         raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    retired = folder.with_name(f"{temporary.name}.old")
-    try:
+    with atomic.replacing_folder(folder) as new:
+        new.mkdir()
         for name, content in texts.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-        _save_safetensors(weights, temporary / huggingface.WEIGHTS[0], metadata)
-        temporary.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rename(retired)
-        temporary.rename(folder)
-    finally:
-        for left in (temporary, retired):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+        _save_safetensors(weights, new / huggingface.WEIGHTS[0], metadata)
 
 
 def _as_tensor(torch, value: np.ndarray):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from segjax.commands.arguments import add_checkpoint
 from segjax.commands.ending import CheckError, run_command
-from segjax.exports.export import export
+from segjax.exports.export import UnequalError, export
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
 from segjax.runtime import environment
 
@@ -48,5 +48,7 @@ def _run(options: argparse.Namespace) -> None:
         argmax=options.with_argmax,
         dtype=options.dtype,
     )
-    if not export(options.checkpoint.expanduser(), options.destination, form):
-        raise CheckError("not written, because the outputs differ")
+    try:
+        export(options.checkpoint.expanduser(), options.destination, form)
+    except UnequalError as error:
+        raise CheckError(error) from error

@@ -7,10 +7,16 @@ import logging
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from typing import TextIO
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Self, TextIO, TypeVar
 
 from segjax.runtime import distributed
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def wrapped(text: str) -> str:
@@ -25,13 +31,19 @@ def filled(line: str, *, indent: str = "") -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints prose in lines of 80 columns; of several processes the first one only.
+    """Prints prose in lines of 80 columns, above the bar of a `Progress`; of several processes the first one only.
 
     Args:
       to: stdout unless given.
     """
-    if distributed.is_lead():
-        print(printable(wrapped(text)), file=sys.stdout if to is None else to, flush=True)
+    if not distributed.is_lead():
+        return
+    text, to = printable(wrapped(text)), sys.stdout if to is None else to
+    if _bars:
+        _bars[-1].write(text, file=to)
+        to.flush()
+    else:
+        print(text, file=to, flush=True)
 
 
 def printable(text: str) -> str:
@@ -60,6 +72,111 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
     finally:
         logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
+
+
+# Those that are on the terminal.
+_bars: list[tqdm] = []
+
+
+class Progress:
+    """How far something is: a bar on a terminal, else a line every ten seconds; of several processes one shows it.
+
+    Attributes:
+      count: how many are done.
+    """
+
+    SECONDS = 10  # between two lines
+
+    def __init__(self, what: str, total: int | None, unit: str = "", *, start: int = 0):
+        """Begins to show it; the end of the context removes the bar.
+
+        Args:
+          what: is being done; "" for nothing.
+          total: how many there are; None where nobody knows.
+          unit: of what is counted; "B" for bytes.
+          start: how many were done before.
+        """
+        self.count = start
+        self._what, self._total, self._unit = what, total, unit
+        self._first: tuple[int, float] | None = None
+        self._said = time.perf_counter()
+        self._bar: tqdm | None = None
+        if distributed.is_lead() and sys.stderr.isatty():
+            self._bar = self._made(start)
+            _bars.append(self._bar)
+
+    def _made(self, start: int) -> tqdm:
+        from tqdm import tqdm
+
+        what, is_bytes = self._what.replace("{", "{{").replace("}", "}}"), self._unit == "B"
+        form = f"{what} " if what else ""
+        form += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
+        form += "B" if is_bytes else f" {self._unit}".rstrip()
+        form += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
+        # Some terminals say that they have no rows, where tqdm would show nothing.
+        size = {"ncols": 80, "nrows": 20}
+        return tqdm(
+            total=self._total,
+            initial=start,
+            bar_format=form,
+            file=sys.stderr,
+            smoothing=0.1,
+            leave=False,
+            unit_scale=is_bytes,
+            **size,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            _bars.remove(self._bar)
+            self._bar.close()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items, each counted when the next one is asked for."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
+
+    @property
+    def rate(self) -> float | None:
+        """How many a second, not counting the first ones, during which programs are compiled."""
+        if self._first is None:
+            return None
+        counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
+        return counted / seconds if counted and seconds else None
+
+    def advance(
+        self, number: int = 1, *, notes: Sequence[str] | None = None, left: float | None = None, now: bool = False
+    ) -> None:
+        """Counts `number` more.
+
+        Args:
+          notes: shown with it; the rate unless given.
+          left: seconds until the end, for lines; an estimate from the rate unless given.
+          now: whether a line is due before ten seconds are over.
+        """
+        self.count += number
+        rate, moment = self.rate, time.perf_counter()
+        self._first = self._first or (self.count, moment)
+        if notes is None:
+            notes = [f"{amount(rate) if self._unit == 'B' else f'{rate:.2f}'} per second"] if rate else []
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(notes), refresh=False)
+            self._bar.update(number)
+        elif now or moment - self._said >= self.SECONDS:
+            self._said = moment
+            if left is None and rate and self._total is not None:
+                left = (self._total - self.count) / rate
+            say("  ".join([self._line(), *notes, *([f"{duration(left)} left"] if left else [])]))
+
+    def _line(self) -> str:
+        numbers = [self.count] if self._total is None else [self.count, self._total]
+        counted = "/".join(amount(number) if self._unit == "B" else str(number) for number in numbers)
+        return f"{self._what} {counted} {'' if self._unit == 'B' else self._unit}".strip()
 
 
 def score(value: float | None) -> str:

@@ -824,9 +824,11 @@ def test_on_a_terminal_progress_is_one_bar_of_80_columns(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    meter = SimpleNamespace(images_per_second=1234.5, waiting=0.25)
+    meter = SimpleNamespace(images_per_second=1234.5, waiting=0.25, seconds_for=lambda steps: None)
     with Progress(10, 40_000) as progress:
         for step in range(50, 500, 50):
+            # The bar is drawn ten times a second.
+            time.sleep(0.12)
             progress.show(step, 1.2345, meter)
     frames = terminal.getvalue().replace("\n", "\r").split("\r")
     assert max(map(len, frames)) <= 80
