@@ -1,7 +1,4 @@
-"""Command line: what a model costs, counted from its shapes.
-
-    python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
-                                  [--convention true|modelsummary]
+"""What a model costs, counted from its shapes.
 
 The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
 computed, so that the largest takes seconds.

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
-from segjax.checkpoints.initialize import load_pretrained
-from segjax.checkpoints.metadata import IMAGENET, dataset_record, licence_of
+from segjax.checkpoints.initialize import initialize
+from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.data import class_weights, pipeline, specs
 from segjax.data.open import open_splits
 from segjax.data.records import Records
@@ -72,8 +72,8 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
     )
     if pretrained and config.init.checkpoint:
         console.say(f"initial weights from {config.init.checkpoint}")
-        with console.log_said():
-            load_pretrained(model, config.init.checkpoint, keep=config.init.keep)
+        with console.log_to(console.say):
+            initialize(model, config.init.checkpoint, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     params = FunctionalModel(model).arrays()[0]
     rules = optim.rules(config.optim, params)
@@ -130,7 +130,7 @@ def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]
     return {
         "model": model_record(config, spec),
         "config": plain(config),
-        "dataset": dataset_record(spec),
+        "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,
         "input_size": list(config.augment.crop),
     }

@@ -448,10 +448,10 @@ def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_
     (workdir / "result.json").unlink()
     before = contents(workdir)
 
-    def record(spec, original=metadata.dataset_record):
+    def record(spec, original=metadata.dataset_metadata):
         return original(spec) | {"name": "lanes", "ignore_label": 254}
 
-    monkeypatch.setattr(setup, "dataset_record", record)
+    monkeypatch.setattr(setup, "dataset_metadata", record)
     with pytest.raises(RunError) as caught:
         run(make_config(optim__lr=0.5, model__decoder_dim=16), workdir)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]] == [
@@ -632,7 +632,7 @@ def test_the_layer_where_it_began_is_named_on_request(finished, tmp_path):
     weights, about = orbax_folder.load_weights(finished[0])
     # Finite, but not its square.
     weights["backbone.block3.0.attn.proj.kernel"][:] = 3e38
-    orbax_folder.save_weights(tmp_path / "start", weights, about=about)
+    orbax_folder.save_weights(tmp_path / "start", weights, metadata=about)
     config = make_config(init__checkpoint=str(tmp_path / "start"), debug__nans=True)
     with pytest.raises(RunError, match=r"at step 1, on .* is that of backbone\.block3\.0\.norm2\. The state"):
         run(config, tmp_path / "run")
@@ -824,9 +824,11 @@ def test_on_a_terminal_progress_is_one_bar_of_80_columns(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    meter = SimpleNamespace(images_per_second=1234.5, waiting=0.25)
+    meter = SimpleNamespace(images_per_second=1234.5, waiting=0.25, seconds_for=lambda steps: None)
     with Progress(10, 40_000) as progress:
         for step in range(50, 500, 50):
+            # The bar is drawn ten times a second.
+            time.sleep(0.12)
             progress.show(step, 1.2345, meter)
     frames = terminal.getvalue().replace("\n", "\r").split("\r")
     assert max(map(len, frames)) <= 80

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.checkpoints.load import Trained
+from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
 from segjax.viz import overlay, video
 from tests.pixels import PROGRAMS, SPEC, Pixels, scene
@@ -17,7 +17,7 @@ MODEL = Pixels(5)
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
-    monkeypatch.setattr(predict, "load_trained", lambda path: Trained(MODEL, SPEC, {}))
+    monkeypatch.setattr(predict, "load", lambda path: LoadedCheckpoint(MODEL, SPEC, {}))
     monkeypatch.setattr(predict.environment, "prepare", lambda: None)
 
 
