@@ -3,8 +3,8 @@
     python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
                                   [--convention true|modelsummary]
 
-The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
-computed, so that the largest takes seconds.
+The model is traced in evaluation mode for one image, each layer as published (`layers.published_implementations`);
+nothing is computed, so that the largest takes seconds.
 
 What is counted:
 
