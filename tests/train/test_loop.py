@@ -245,7 +245,7 @@ def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(f
         family, train__steps=3, loss__aux_weight=0.3, checkpoint__every=2, model__dropout_rate=0.2, data__eval_images=2
     )
     # Without the fast forms, which take longer to compile.
-    with choice.published_forms():
+    with choice.published_implementations():
         assert run(config, tmp_path / "whole")[0] == 0
         with monkeypatch.context() as patch:
             signal_before(patch, 0)
