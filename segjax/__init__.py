@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torch"]
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str):
     # Only when asked for: it brings in what training is made of.
