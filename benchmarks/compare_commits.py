@@ -119,7 +119,7 @@ def _first_of(*names: str):
 
 
 def _plain_implementations():
-    return _first_of("segjax.layers:plain_implementations", "segjax.models.layers:published_forms")()
+    return _first_of("segjax.layers:published_implementations", "segjax.models.layers:published_forms")()
 
 
 def _named(state) -> dict[str, np.ndarray]:
