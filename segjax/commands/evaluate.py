@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.records import Records, records_of
 from segjax.inference import evaluation
@@ -121,13 +121,13 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     from segjax.models.functional import FunctionalModel
     from segjax.runtime.parallel import Parallel
 
-    config = orbax_folder.load_record(source).get("config")
+    config = orbax_folder.load_metadata(source).get("config")
     if not config:
         raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
     folder = output or workdir / ("report-best" if best else "report")
     _refuse_unwritable(folder)
     # Of the settings only what evaluation needs: those of an older run may lack others.
-    model, about = orbax_folder.load_model_and_record(source, dtype=jnp.dtype(config["model"]["dtype"]))
+    model, about = orbax_folder.load_model_and_metadata(source, dtype=jnp.dtype(config["model"]["dtype"]))
     split, step = config["data"]["eval_split"], about.get("step")
     data, spec = _load(config["data"]["name"], split, config["data"]["source"], config["data"]["dir"], config)
     parallel, skeleton = Parallel("jit"), FunctionalModel(model)
@@ -197,21 +197,20 @@ def evaluate_checkpoint(
       classes that are not those of the model.
     """
     from segjax.checkpoints import state_dict
-    from segjax.checkpoints.load import load_trained
+    from segjax.checkpoints.load import load
     from segjax.inference.engine import Inference
     from segjax.runtime import console
 
     console.say(f"evaluates {path} on {name} {split}: {protocol}")
     _refuse_unwritable(output)
-    with console.log_said():
-        trained = load_trained(path)
-    model, about = trained.model, trained.about
+    trained = load(path)
+    model, about = trained.model, trained.metadata
     data, spec = _load(name, split, source, data_dir, about.get("config"))
     _refuse_other_classes(path, trained, spec)
     count, batch = len(records_of(data)), batch or jax.local_device_count()
     console.say(f"model    {model.spec.name}, {model.spec.num_classes} classes")
     console.say(f"data     {spec.name} {split}, {count} images")
-    if not trained.named:
+    if not trained.dataset:
         console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
     console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     console.say(f"report   {output}")
@@ -227,7 +226,7 @@ def evaluate_checkpoint(
         output,
         path=path,
         step=about.get("step"),
-        model=state_dict.model_record(model),
+        model=state_dict.model_metadata(model),
         split=split,
         protocol=protocol,
     )
@@ -254,7 +253,7 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
     from segjax.data.sources import listed
     from segjax.runtime import console
 
-    own, recorded = trained.model.spec.num_classes, trained.named
+    own, recorded = trained.model.spec.num_classes, trained.dataset
     of = f" of {recorded['name']}" if recorded else ""
     if own != spec.num_classes:
         raise ValueError(
@@ -281,7 +280,7 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax evaluate", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a training, on its own data")
     what.add_argument("--checkpoint", type=Path, metavar="PATH", help="whatever segjax.convert reads; with --data")
@@ -335,34 +334,30 @@ def _protocol(options: argparse.Namespace) -> Protocol:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from segjax.runtime import console, environment
+    from segjax.runtime import environment
 
     parser = _parser()
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
     environment.prepare()
-    try:
-        if options.workdir:
-            summary = evaluate_run(options.workdir, best=options.best, output=options.output)
-            if not options.best:
-                _compare_with_result(options.workdir, summary)
-            return 0
-        name, _, split = options.data.partition(":")
-        evaluate_checkpoint(
-            options.checkpoint,
-            name,
-            split or specs.DATASETS[name].evaluated_split,
-            source=options.source,
-            data_dir=options.data_dir,
-            protocol=_protocol(options),
-            batch=options.batch,
-            output=options.output or Path("report"),
-        )
-    except (ValueError, OSError) as error:
-        print(console.wrapped(f"segjax.evaluate: {error}"), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("segjax.evaluate: stopped; no report was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.workdir:
+        summary = evaluate_run(options.workdir, best=options.best, output=options.output)
+        if not options.best:
+            _compare_with_result(options.workdir, summary)
+        return
+    name, _, split = options.data.partition(":")
+    evaluate_checkpoint(
+        options.checkpoint,
+        name,
+        split or specs.DATASETS[name].evaluated_split,
+        source=options.source,
+        data_dir=options.data_dir,
+        protocol=_protocol(options),
+        batch=options.batch,
+        output=options.output or Path("report"),
+    )

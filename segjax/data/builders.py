@@ -40,9 +40,9 @@ from segjax.data.sources import (
     counted,
     digest_of,
     fingerprint_of,
-    progress,
     shorten,
 )
+from segjax.runtime import console
 
 StrPath = str | os.PathLike[str]
 _SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
@@ -293,7 +293,7 @@ def _builder_class(dataset: str):
 
 
 def _records(examples: list[Example], what: str):
-    for example in progress(examples, what, len(examples)):
+    for example in console.Progress(what, len(examples), "images").over(examples):
         # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
         yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import codec, specs
-from segjax.data.sources import Example, Examples, File, Problems, file_of, listed, progress
+from segjax.data.sources import Example, Examples, File, Problems, file_of, listed
+from segjax.runtime import atomic, console
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
 _UNREADABLE = "files that are no whole JPEG or PNG; copy or export them again"
@@ -119,10 +120,8 @@ def convert(
             return known, []
         measured, labels, faults = _check(example, spec, train_ids)
         if train_ids is not None and labels is not None and not faults:
-            target.parent.mkdir(exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}")
-            part.write_bytes(codec.encode_mask(labels))
-            part.replace(target)
+            with atomic.replacing_file(target, durable=False) as temporary:
+                temporary.write_bytes(codec.encode_mask(labels))
         return measured, faults
 
     measured: dict[str, list[Measured]] = {}
@@ -130,8 +129,8 @@ def convert(
         for split, found in examples.items():
             measured[split] = []
             with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
-                bar = progress(results, f"checking {split}", len(found))
-                for example, (result, faults) in zip(found, bar, strict=True):
+                progress = console.Progress(f"checking {split}", len(found), "images")
+                for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
                     for kind, entry in faults:
                         problems[kind].append(entry)

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from segjax.data import specs
-from segjax.data.sources import DataError, progress
+from segjax.data.sources import DataError
+from segjax.runtime import console
 
 # OpenCV decodes and NumPy copies outside the interpreter's lock.
 THREADS = min(16, os.cpu_count() or 1)
@@ -116,7 +117,7 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         images[number, :height, :width], labels[number, :height, :width] = read(records, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in progress(pool.map(fill, range(len(records))), what, len(records)):
+        for _ in console.Progress(what, len(records), "images").over(pool.map(fill, range(len(records)))):
             pass
     return specs.Split(images, labels, records.sizes, tuple(records.names))
 

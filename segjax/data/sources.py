@@ -19,9 +19,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from segjax.runtime import atomic, console
 
 
 class DataError(ValueError):
@@ -147,13 +146,16 @@ def _unpacked(path: Path, scratch: Path) -> Path:
     """The .tar of a .tar.gz, written atomically."""
     result = scratch / f"{path.name}.tar"
     if not result.exists():
-        part = scratch / f"{path.name}.{os.getpid()}.part"
-        bar = tqdm(desc=f"unpacking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, **BAR)
-        with path.open("rb") as packed, gzip.open(packed) as source, part.open("wb") as destination, bar:
+        with (
+            atomic.replacing_file(result, durable=False) as temporary,
+            path.open("rb") as packed,
+            gzip.open(packed) as source,
+            temporary.open("wb") as destination,
+            console.Progress(f"unpacking {path.name}", path.stat().st_size, "B") as progress,
+        ):
             while block := source.read(1 << 20):
                 destination.write(block)
-                bar.update(packed.tell() - bar.n)
-        part.rename(result)
+                progress.advance(packed.tell() - progress.count)
     return result
 
 
@@ -191,11 +193,3 @@ def listed(entries: list) -> str:
 
 def counted(splits: dict[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in splits.items())
-
-
-# disable None: shown only on a terminal.
-BAR: dict[str, Any] = dict(leave=False, disable=None, ncols=80)
-
-
-def progress(items: Iterable, what: str, total: int):
-    return tqdm(items, desc=what, total=total, unit=" images", **BAR)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from segjax import metrics
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.records import Records, records_of
@@ -181,7 +182,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         scores = scores.after(step, score)
         if scores.step == step and config.eval.every and is_lead():
             weights = setup.weights_of(fetched(state))
-            orbax_folder.save_weights(workdir / "best", weights, about=about | {"step": step, "mean_iou": score})
+            orbax_folder.save_weights(workdir / "best", weights, metadata=about | {"step": step, "mean_iou": score})
         if step < config.train.steps:
             progress.say(f"step {step}: mIoU {console.score(score)}{', the best so far' * (scores.step == step)}")
 
@@ -271,7 +272,7 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
             train_progress.stopped(done, config, workdir)
             return stop.exit_status
 
-    result = summary | {
+    result = stamped(summary) | {
         "step": done,
         "stopped_early": done < config.train.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},
@@ -328,7 +329,7 @@ def _not_finite(what: str, culprit: str, step: int, workdir: Path) -> str:
     return (
         f"{what}. {culprit}The state before it is saved in {workdir}/checkpoints/{step}.\n"
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
-        f"    --workdir=NEW --config.init.from={workdir}\n"
+        f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
         f"  to leave such steps out: --config.train.may_skip=N, at most N in a row{find}"
     )
@@ -340,6 +341,7 @@ def _earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())
+    refuse_newer(result, path)
     refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
     return result
 

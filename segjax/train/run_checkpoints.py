@@ -95,11 +95,10 @@ class RunCheckpoints:
 
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
-        (about,) = orbax_folder.read_items(folder, orbax_folder.ABOUT)
-        orbax_folder.refuse_changed(folder, about)
+        about = orbax_folder.read_metadata(folder)
         # Before the arrays, because those of another model cannot be compared with these.
         refuse(about)
-        if orbax_folder.RECORD_HASH not in about:
+        if orbax_folder.METADATA_HASH not in about:
             raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
         found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), about)
         orbax_folder.refuse_changed(folder, about, found.weights, found.training)
@@ -124,7 +123,7 @@ class RunCheckpoints:
         items = {
             orbax_folder.WEIGHTS: args.StandardSave(dict(weights)),
             orbax_folder.TRAINING: args.StandardSave(dict(training)),
-            orbax_folder.ABOUT: args.JsonSave(
+            orbax_folder.METADATA: args.JsonSave(
                 orbax_folder.signed(
                     {
                         **about,

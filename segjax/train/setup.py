@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
-from segjax.checkpoints.initialize import load_pretrained
-from segjax.checkpoints.metadata import IMAGENET, dataset_record, licence_of
+from segjax.checkpoints.initialize import initialize
+from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.data import class_weights, pipeline, specs
 from segjax.data.open import open_splits
 from segjax.data.records import Records
@@ -62,7 +62,7 @@ def load_data(config: ConfigDict) -> Data:
 
 
 def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> FunctionalModel:
-    """The model of a config; with `pretrained`, on the weights of init.from where that is set."""
+    """The model of a config; with `pretrained`, on the weights of init.checkpoint where that is set."""
     model = models.create(
         config.model.name,
         num_classes=num_classes,
@@ -70,10 +70,10 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
         dtype=jnp.dtype(config.model.dtype),
         **model_overrides(config),
     )
-    if pretrained and config.init.from_:
-        console.say(f"initial weights from {config.init.from_}")
-        with console.log_said():
-            load_pretrained(model, config.init.from_, keep=config.init.keep)
+    if pretrained and config.init.checkpoint:
+        console.say(f"initial weights from {config.init.checkpoint}")
+        with console.log_to(console.say):
+            initialize(model, config.init.checkpoint, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     params = FunctionalModel(model).arrays()[0]
     rules = optim.rules(config.optim, params)
@@ -130,7 +130,7 @@ def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]
     return {
         "model": model_record(config, spec),
         "config": plain(config),
-        "dataset": dataset_record(spec),
+        "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,
         "input_size": list(config.augment.crop),
     }
@@ -138,14 +138,14 @@ def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]
 
 def origin_record(config: ConfigDict) -> dict[str, object]:
     """Where the weights of a run come from."""
-    if not config.init.from_:
+    if not config.init.checkpoint:
         return {
             "licence": "trained from random weights; the terms of its data hold",
             "provenance": {"initial_weights": None},
         }
     return {
         "licence": licence_of(config.model.name),
-        "provenance": {"initial_weights": provenance_at(config.init.from_)},
+        "provenance": {"initial_weights": provenance_at(config.init.checkpoint)},
     }
 
 

@@ -767,7 +767,7 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
 def test_the_command_ends_with_2_and_one_error(tmp_path):
     done = run("prepare", "cityscapes", "--source", tmp_path / "none.zip", "--data-dir", tmp_path / "data")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("segjax.data: cityscapes: ") and done.stderr.count("\n") == 3
+    assert done.stderr.startswith("segjax data: cityscapes: ") and done.stderr.count("\n") == 3
     assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
     done = run("prepare", "kitti")
     assert done.returncode == 2 and "invalid choice: 'kitti'" in done.stderr and "ade20k" in done.stderr
