@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import segjax.data
-from configs import common, hrnet, segformer
+from configs import hrnet, segformer
 from segjax.checkpoints import metadata
 from segjax.commands import data, evaluate
 from segjax.data import archives, builders, specs, streets
 from segjax.data.open import GENERATORS, open_splits
 from segjax.data.records import records_of
 from segjax.data.sources import Example
+from segjax.recipes import common
 from tests import runs
 from tests.tiny import FAMILIES
 

@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.kill_resume import differences, events_of, records_of, remains
-from configs import common, segformer
+from configs import segformer
 from segjax.checkpoints import metadata, orbax_folder
 from segjax.checkpoints.orbax_folder import load_model
 from segjax.checkpoints.state_dict import named_variables
@@ -30,6 +30,7 @@ from segjax.inference import evaluation as inference_evaluation
 from segjax.inference.engine import predictions
 from segjax.kernels import choice
 from segjax.models.functional import params_sha256
+from segjax.recipes import common
 from segjax.runtime import console
 from segjax.runtime.parallel import Parallel
 from segjax.train import loop, optim, setup
