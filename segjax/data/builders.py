@@ -174,7 +174,7 @@ def _write(
     """Prints one line, then checks, converts and writes.
 
     Args:
-      identity: metadata that tells from which files the dataset was prepared: source, state, fingerprint.
+      identity: metadata about the files from which the dataset was prepared: source, state, fingerprint.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})

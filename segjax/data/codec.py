@@ -1,4 +1,4 @@
-"""Decodes and encodes JPEG and PNG files, and tells damaged files and those that cannot serve as image or mask."""
+"""Decodes and encodes JPEG and PNG files, and finds files that are damaged or cannot be used as an image or a mask."""
 
 from __future__ import annotations
 

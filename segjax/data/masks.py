@@ -180,7 +180,7 @@ def _check(
             faults.append((_UNREADABLE, f"{file.name}: {damage or 'does not decode'}"))
         return decoded
 
-    # Masks from archives are aligned with the images as stored, whatever orientation EXIF gives.
+    # Masks from archives are aligned with the images as stored, not as EXIF rotates them.
     of_image = (codec.fault_of_image,) if train_ids is not None else (codec.fault_of_image, codec.fault_of_turning)
     image = read(example.image, of_image, codec.decode_image)
     size = (0, 0) if image is None else image.shape[:2]

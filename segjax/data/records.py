@@ -75,7 +75,7 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
     """One image and its label, checked against the size that is stored for it.
 
     Raises:
-      RecordError or DataError: whatever goes wrong; the message names the image.
+      RecordError or DataError: any failure; the message names the image.
     """
     name, size = records.names[number], tuple(records.sizes[number].tolist())
     try:

@@ -633,12 +633,12 @@ def test_a_killed_run_leaves_nothing_that_passes_for_complete(tree, data):
 import os
 from segjax.data import builders
 
-def bar(items, what, total):
+def records(examples, what, original=builders._records):
     if what == "writing val":
         os._exit(9)
-    return items
+    return original(examples, what)
 
-builders.progress = bar
+builders._records = records
 builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.DEVNULL).returncode == 9
@@ -650,15 +650,15 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
 
 
 def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatch):
-    bar, inner = builders.progress, []
+    records, inner = builders._records, []
 
-    def bar_with_a_rival(items, what, total):
+    def records_with_a_rival(examples, what):
         if what == "writing val" and not inner:
             inner.append(None)
             inner[0] = prepare(tree, data)
-        return bar(items, what, total)
+        return records(examples, what)
 
-    monkeypatch.setattr(builders, "progress", bar_with_a_rival)
+    monkeypatch.setattr(builders, "_records", records_with_a_rival)
     outer = prepare(tree, data)
     assert outer == inner[0] and outer.load("train").names == ("a", "b")
     assert not list(data.rglob("*incomplete*"))
