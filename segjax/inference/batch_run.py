@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segjax.data import codec, specs
+from segjax.inference.engine import labels_of
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor, as_rgb
 from segjax.runtime import atomic, console
@@ -319,7 +320,7 @@ class Run:
             return [Prediction(labels, None) for labels in self._predictor.labels(images)]
         # Of these and not computed on their own, so that both files say the same.
         scores = self._predictor.probabilities_of(images)
-        return [Prediction(_labels_of(score), score) for score in scores]
+        return [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
 
     def _advise(self, size: tuple[int, int]) -> None:
         if self._predictor.protocol.mode != "whole":
@@ -342,11 +343,6 @@ class Run:
         if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise error
         self.failures.append((job.source, _reason(error)))
-
-
-def _labels_of(scores: np.ndarray) -> np.ndarray:
-    """uint8 (H, W) of probabilities (H, W, K)."""
-    return (scores[..., 0] > 0.5 if scores.shape[-1] == 1 else scores.argmax(axis=-1)).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:

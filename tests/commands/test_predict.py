@@ -18,6 +18,7 @@ from segjax.commands import predict
 from segjax.data import codec
 from segjax.inference import batch_run
 from segjax.inference import overlapped as inference_overlapped
+from segjax.inference.engine import labels_of
 from segjax.viz import overlay
 from tests.pixels import BINARY, SPEC, Pixels, scene
 
@@ -213,7 +214,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
             assert saved["probabilities"].dtype == np.float32 and saved["class_names"].tolist() == list(
                 spec.class_names
             )
-            np.testing.assert_array_equal(batch_run._labels_of(saved["probabilities"]), truth)
+            np.testing.assert_array_equal(labels_of(saved["probabilities"], threshold=0.5), truth)
         drawn = cv2.imread(str(out / "overlay" / f"{name}.jpg"))[..., ::-1].astype(float)
         blended = (1 - overlay.OPACITY) * image + overlay.OPACITY * shown
         assert drawn.shape[0] > 33 and np.abs(drawn[: truth.shape[0], : truth.shape[1]] - blended).mean() < 6
