@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from segjax.checkpoints.format_version import refuse_newer
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.records import Records, records_of
@@ -156,6 +157,7 @@ def _compare_with_result(workdir: Path, summary: Mapping) -> None:
     result = workdir / "result.json"
     if result.exists():
         recorded = json.loads(result.read_text())
+        refuse_newer(recorded, result)
         shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
         # Records of old runs do not say their step.
         same = all(recorded[key] == summary[key] for key in shared if summary[key] is not None)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from segjax.data import codec, specs
+from segjax.inference.images import read_image
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
-from segjax.inference.predictor import Predictor, as_rgb
+from segjax.inference.predictor import Predictor
 from segjax.runtime import atomic, console
 from segjax.runtime.console import Progress
 from segjax.viz import overlay, video
@@ -136,19 +137,6 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------- reading and writing
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3), upright. Raises ValueError for what is no image, is damaged, or has numbers of another kind."""
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("is empty")
-    if data.startswith((codec.PNG, codec.JPEG)) and (fault := codec.damage(data)):
-        raise ValueError(fault)
-    image = codec.decode_upright(data)
-    if image is None:
-        raise ValueError(f"is no image that can be decoded; it begins with {data[:8]!r}")
-    return as_rgb(image)
 
 
 class Prediction(NamedTuple):

@@ -8,7 +8,7 @@ image's own. With several scales or flips, probabilities are averaged.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -41,6 +41,31 @@ class Protocol:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     size_divisor: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        mode: str = "whole",
+        *,
+        crop: Sequence[int] | None = None,
+        stride: Sequence[int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        size_divisor: int = 1,
+    ) -> Protocol:
+        """A protocol with the default crop for None, and strides of three quarters of the crop.
+
+        Raises:
+          ValueError: a crop or a stride for whole images, or settings that contradict each other.
+        """
+        common = dict(mode=mode, scales=tuple(scales), flip=flip, size_divisor=size_divisor)
+        if mode != "slide":
+            if crop is not None or stride is not None:
+                raise ValueError("crop and stride are those of a sliding window: give mode='slide' too, or omit them")
+            return cls(**common)
+        crop = cls.crop if crop is None else tuple(crop)
+        stride = tuple(max(side * 3 // 4, 1) for side in crop) if stride is None else tuple(stride)
+        return cls(crop=crop, stride=stride, **common)
 
     def __post_init__(self):
         wrong = {

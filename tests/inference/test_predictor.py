@@ -16,7 +16,8 @@ from segjax.checkpoints import metadata, orbax_folder, save
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
-from segjax.inference.predictor import Predictor, as_rgb
+from segjax.inference.images import as_rgb
+from segjax.inference.predictor import Predictor
 from segjax.train import loop
 from tests.pixels import BINARY, PROGRAMS, SPEC, Pixels, scene
 from tests.tiny import tiny_model
