@@ -8,7 +8,7 @@ own. With several scales or flips, probabilities are averaged.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -24,31 +24,42 @@ from segjax.runtime.parallel import Parallel, compiler_options
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How the scores of an image come about.
+    """How the scores of an image are computed.
 
     Attributes:
-      mode: "whole", or "slide" for windows.
-      crop, stride: height and width of the windows and of the steps between them, pixels. The last window of a row or
-        column is shifted inside; where windows overlap, their scores are averaged.
-      scales: of the image, probabilities averaged.
-      flip: beside each scale its mirror image.
-      size_divisor: each scaled image is resized once more, up to multiples of this (SegFormer's AlignedResize).
+      mode: "whole", or "slide" for a sliding window.
+      crop, stride: of the sliding window, (height, width) in pixels: 512 a side and three quarters of the crop unless
+        given; None for whole images. The last crop of a row or column is shifted inside; where crops overlap, their
+        scores are averaged.
+      scales: of the image; probabilities are averaged.
+      flip: whether each scale is also scored mirrored.
+      size_divisor: each scaled image is resized once more, up to multiples of this (mmsegmentation's AlignedResize).
     """
 
     mode: str = "whole"
-    crop: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (384, 384)
-    scales: tuple[float, ...] = (1.0,)
+    crop: Sequence[int] | None = None
+    stride: Sequence[int] | None = None
+    scales: Sequence[float] = (1.0,)
     flip: bool = False
     size_divisor: int = 1
 
     def __post_init__(self):
+        if self.mode == "slide":
+            crop = (512, 512) if self.crop is None else tuple(self.crop)
+            stride = [max(side * 3 // 4, 1) for side in crop] if self.stride is None else self.stride
+            object.__setattr__(self, "crop", crop)
+            object.__setattr__(self, "stride", tuple(stride))
+        object.__setattr__(self, "scales", tuple(self.scales))
+        is_slide, sides = self.mode == "slide", (self.crop, self.stride)
         wrong = {
             f"mode is 'whole' or 'slide', not {self.mode!r}": self.mode not in ("whole", "slide"),
-            f"crop is (height, width), not {self.crop}": not _are_sides(self.crop),
-            f"stride is (height, width), not {self.stride}": not _are_sides(self.stride),
-            f"a stride of {self.stride} leaves gaps between windows of {self.crop}": (
-                self.mode == "slide" and any(step > side for step, side in zip(self.stride, self.crop, strict=False))
+            "crop and stride are those of a sliding window: give mode 'slide' too, or omit them": (
+                self.mode == "whole" and sides != (None, None)
+            ),
+            f"crop is (height, width), not {self.crop}": self.crop is not None and not _are_sides(self.crop),
+            f"stride is (height, width), not {self.stride}": self.stride is not None and not _are_sides(self.stride),
+            f"a stride of {self.stride} leaves gaps between crops of {self.crop}": (
+                is_slide and any(step > side for step, side in zip(self.stride, self.crop, strict=False))
             ),
             f"scales are positive numbers, not {self.scales}": (
                 not self.scales or not all(0 < scale < np.inf for scale in self.scales)
@@ -59,10 +70,10 @@ class Protocol:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
-        (height, width), (down, across) = self.crop, self.stride
         parts = ["whole images"]
         if self.mode == "slide":
-            parts = [f"windows of {height}x{width} every {down}x{across}"]
+            (height, width), (down, across) = self.crop, self.stride
+            parts = [f"sliding window of {height}x{width} every {down}x{across}"]
         if self.scales != (1.0,):
             parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
         if self.flip:
@@ -72,13 +83,13 @@ class Protocol:
         return ", ".join(parts)
 
     def record(self) -> dict[str, object]:
-        """The settings that count, as JSON."""
-        unused = () if self.mode == "slide" else ("crop", "stride")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        """The settings that apply, as JSON has them."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether the model sees the image itself and nothing else."""
+        """Whether the model is given the pixels of the image itself, once."""
         return self.scales == (1.0,) and not self.flip and self.size_divisor == 1
 
 

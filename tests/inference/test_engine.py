@@ -147,10 +147,15 @@ def test_a_scale_that_leaves_nothing_is_refused():
 
 def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
     with pytest.raises(ValueError) as caught:
-        Protocol("windows", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
+        Protocol("slide", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
     message = str(caught.value)
-    assert all(word in message for word in ("'windows'", "(0, 3)", "(0.5, -1.0)", "size_divisor"))
-    with pytest.raises(ValueError, match=r"a stride of \(17, 4\) leaves gaps between windows of \(16, 16\)"):
+    assert all(word in message for word in ("crop is (height, width), not (0, 3)", "(0.5, -1.0)", "size_divisor"))
+    with pytest.raises(ValueError, match=r"'windows'.*not \(0, 3\)"):
+        Protocol("windows", (0, 3))
+    for given in (dict(crop=(8, 8)), dict(stride=(8, 8))):
+        with pytest.raises(ValueError, match="give mode 'slide' too"):
+            Protocol(**given)
+    with pytest.raises(ValueError, match=r"a stride of \(17, 4\) leaves gaps between crops of \(16, 16\)"):
         Protocol("slide", (16, 16), (17, 4))
     with pytest.raises(ValueError, match="scales"):
         Protocol(scales=())
@@ -158,11 +163,19 @@ def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
         Protocol(scales=(float("nan"),))
 
 
+def test_a_sliding_window_steps_by_three_quarters_of_its_crop_by_default():
+    assert (Protocol("slide").crop, Protocol("slide").stride) == ((512, 512), (384, 384))
+    assert Protocol("slide", [1024, 1]).stride == (768, 1)
+    assert Protocol("slide", (100, 60), [50, 60]).stride == (50, 60)
+    assert (Protocol().crop, Protocol().stride) == (None, None)
+    assert Protocol("slide", [64, 32], scales=[1.0]) == Protocol("slide", (64, 32), (48, 24))
+
+
 def test_a_protocol_says_what_it_does():
     assert str(Protocol()) == "whole images"
     text = str(Protocol("slide", (512, 1024), (384, 768), (0.5, 1.0), flip=True, size_divisor=32))
-    assert text == "windows of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
-    assert Protocol().record() == {"mode": "whole", "scales": (1.0,), "flip": False, "size_divisor": 1}
+    assert text == "sliding window of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
+    assert Protocol().record() == {"mode": "whole", "scales": [1.0], "flip": False, "size_divisor": 1}
 
 
 def test_a_real_model_goes_through_all_of_it(quick_compile):

@@ -16,7 +16,8 @@ from segjax.checkpoints import metadata, orbax_folder, save
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
-from segjax.inference.predictor import Predictor, as_rgb
+from segjax.inference.images import as_rgb
+from segjax.inference.predictor import Predictor
 from segjax.train import loop
 from tests.pixels import BINARY, PROGRAMS, SPEC, Pixels, scene
 from tests.tiny import tiny_model
@@ -254,7 +255,7 @@ def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkey
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"crop": (8, 8)}, "mode='slide'"),
+        ({"crop": (8, 8)}, "mode 'slide'"),
         ({"pad_multiple": 0, "batch": 0}, "pad_multiple and batch"),
         ({"mode": "tiles"}, "'tiles'"),
         ({"mode": "slide", "crop": (8, 8), "stride": (9, 8)}, "gaps"),
