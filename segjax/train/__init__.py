@@ -1,8 +1,8 @@
 """Training: settings, the loop over steps, optimizers, checkpoints of runs.
 
-    from segjax.recipes import segformer
-    config = segformer.get_config("b2,camvid")
-    segjax.train.train(config, segjax.train.default_workdir(config))
+from segjax.recipes import segformer
+config = segformer.get_config("b2,camvid")
+segjax.train.train(config, segjax.train.default_workdir(config))
 """
 
 import importlib
