@@ -152,9 +152,9 @@ def training(work: Work, model):
     import jax
     import jax.numpy as jnp
 
-    from configs import common
     from segjax import losses
     from segjax.models.functional import FunctionalModel
+    from segjax.recipes import common
     from segjax.runtime.parallel import Parallel
     from segjax.train import optim
     from segjax.train.state import TrainState

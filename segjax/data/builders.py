@@ -79,7 +79,7 @@ def prepare(
         return _prepared_before(name, dataset, data_dir)
     paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in given]
     with contextlib.ExitStack() as opened:
-        if dataset.kind == "archives":
+        if dataset.spec and dataset.kind == "archives":
             return _prepare_archives(name, dataset.spec, paths, data_dir, opened)
         return _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
 
@@ -114,7 +114,7 @@ def _prepare_folder(
     if published:
         _check_published(published, spec, examples, problems)
         spec = published
-    if problems:
+    if problems or spec is None:
         # The contents of the files are checked too, so that one report lists everything.
         scratch = masks.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
         masks.convert(examples, spec, None, scratch, problems)
@@ -278,7 +278,7 @@ def _builder_class(dataset: str):
         def _shard_iterators_per_split(self, dl_manager):
             iterators = {}
             for split, found in self.examples.items():
-                size = sum(example.image.size + example.label.size for example in found)
+                size = sum(file.size for example in found for file in (example.image, example.label) if file)
                 count = min(math.ceil(size / _SHARD_BYTES), len(found))
                 shards = [[found[i] for i in part] for part in np.array_split(np.arange(len(found)), count)]
                 iterators[split] = [

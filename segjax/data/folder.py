@@ -31,6 +31,7 @@ _CLASSES = (  # A kind of problem, with its remedy.
 
 def read_classes(root: Path, problems: Problems) -> specs.DatasetSpec | None:
     """The classes in classes.json; None, and the reasons in `problems`, if it cannot be used."""
+    content = {}
     try:
         content = {"name": root.name} | json.loads((root / "classes.json").read_text(encoding="utf-8-sig"))
         faults = list(_faults_of_classes(**{key: content.get(key) for key in ("name", "names", "colors", "ignore")}))
@@ -125,5 +126,5 @@ def state_of(root: Path, examples: Examples) -> str:
     file. An edited file changes it even if its size is the same, and two folders differ even if an archive has set
     equal times. A folder that was moved is prepared again, which costs time but is never wrong.
     """
-    names = (file.name for found in examples.values() for each in found for file in (each.image, each.label))
+    names = (file.name for found in examples.values() for each in found for file in (each.image, each.label) if file)
     return digest_of(((name, root / name) for name in names), bytes(root), (root / "classes.json").read_bytes())

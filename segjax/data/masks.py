@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def convert(
         if known and (train_ids is None or _is_whole(target)):
             return known, []
         measured, labels, faults = _check(example, spec, train_ids)
-        if train_ids is not None and not faults:
+        if train_ids is not None and labels is not None and not faults:
             with atomic.replacing_file(target, durable=False) as temporary:
                 temporary.write_bytes(codec.encode_mask(labels))
         return measured, faults
@@ -148,8 +148,8 @@ def convert(
     return converted, measured
 
 
-def _in_threads(function: Callable, items: Iterable) -> Iterator:
-    """Results in the order of the items. Closing the iterator cancels the calls that have not begun."""
+def _in_threads(function: Callable, items: Iterable) -> Generator:
+    """Results in the order of the items. Closing the generator cancels the calls that have not begun."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield from pool.map(function, items)
@@ -168,7 +168,7 @@ def _check(
     faults: list[tuple[str, str]] = []
 
     def read(file: File, faults_of_kind: tuple, decode) -> np.ndarray | None:
-        decoded = None
+        decoded, data = None, b""
         try:
             data = file.read()
             damage = codec.damage(data)
@@ -186,7 +186,7 @@ def _check(
     size = (0, 0) if image is None else image.shape[:2]
     if example.label is None:
         # A mask of ignored pixels, because readers expect one.
-        return Measured(size, ()), np.full(size, spec.ignore_label, np.uint8), faults
+        return Measured(size, ()), np.full(size, spec.ignore_label if spec else 255, np.uint8), faults
     of_mask = codec.fault_of_mask if train_ids is None else codec.fault_of_published_mask
     mask = read(example.label, (of_mask,), codec.decode_mask)
     if image is not None and mask is not None and size != mask.shape:

@@ -67,24 +67,24 @@ def open_splits(
     if name not in specs.DATASETS:
         raise DataError(f"no dataset '{name}'; there are {', '.join(specs.DATASETS)}")
     dataset = specs.DATASETS[name]
-    if dataset.kind == "generated":
-        default = [dataset.scenes.train_images if split == "train" else dataset.scenes.eval_images for split in splits]
-        return _generated(name, splits, num_images or default, size or dataset.scenes.size, seed, say)
-    return _prepared(builders.prepare(name, source=source, data_dir=data_dir), splits, resident_gb)
-
-
-def _generated(
-    name: str, splits: Sequence[str], num_images: Sequence[int], size: tuple[int, int], seed: int, say: Callable
-) -> list[OpenSplit]:
-    spec, generate = specs.DATASETS[name].spec, GENERATORS[name]
-
-    def pixel_counts(data: specs.Split) -> np.ndarray:
-        counts = sum(np.bincount(labels.ravel(), minlength=256) for labels in data.labels)
-        return counts[: len(spec.label_names)]
-
+    if dataset.scenes is None or dataset.spec is None:
+        return _prepared(builders.prepare(name, source=source, data_dir=data_dir), splits, resident_gb)
+    scenes, spec = dataset.scenes, dataset.spec
+    if num_images is None:
+        num_images = [scenes.train_images if split == "train" else scenes.eval_images for split in splits]
     say(f"drawing {sum(num_images)} images of {name} ...")
-    found = [generate(split, num_images=n, size=size, seed=seed) for split, n in zip(splits, num_images, strict=True)]
-    return [OpenSplit(data, spec, partial(pixel_counts, data)) for data in found]
+    return [
+        _generated(GENERATORS[name](split, num_images=number, size=size or scenes.size, seed=seed), spec)
+        for split, number in zip(splits, num_images, strict=True)
+    ]
+
+
+def _generated(data: specs.Split, spec: specs.DatasetSpec) -> OpenSplit:
+    def pixel_counts() -> np.ndarray:
+        counts = [np.bincount(labels.ravel(), minlength=256) for labels in data.labels]
+        return np.sum(counts, axis=0)[: len(spec.label_names)]
+
+    return OpenSplit(data, spec, pixel_counts)
 
 
 def _prepared(prepared: Prepared, splits: Sequence[str], resident_gb: float) -> list[OpenSplit]:

@@ -7,6 +7,7 @@ import dataclasses
 import operator
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from absl import logging
@@ -94,7 +95,8 @@ class PreparedRecords:
         self._prepared, self._split = prepared, split
         skip = tfds.decode.SkipDecoding()
         with quiet():
-            builder = tfds.builder_from_directory(prepared.path)
+            # Any: the decorators of as_data_source hide its parameters from type checkers.
+            builder: Any = tfds.builder_from_directory(prepared.path)
             self._source = builder.as_data_source(split, decoders={"image": skip, "label": skip})
 
     def __reduce__(self):
@@ -154,7 +156,7 @@ def open_prepared(path: Path) -> Prepared:
         raise DataError(f"{path} is there but holds no complete dataset; delete it")
     with quiet():
         info = tfds.builder_from_directory(path).info
-    metadata = dict(info.metadata)
+    metadata = cast(dict[str, Any], dict(info.metadata or {}))
     fields = metadata["spec"]
     spec = specs.DatasetSpec(
         name=fields["name"],

@@ -179,7 +179,7 @@ _ADE20K = """
 def _named_colors(text: str) -> dict[str, tuple[int, int, int]]:
     """name -> RGB, of "name rrggbb" entries between commas."""
     pairs = (entry.strip().rpartition(" ") for entry in text.split(","))
-    return {name: tuple(bytes.fromhex(color)) for name, _, color in pairs}
+    return {name: (int(color[:2], 16), int(color[2:4], 16), int(color[4:], 16)) for name, _, color in pairs}
 
 
 ADE20K = DatasetSpec(
@@ -196,7 +196,8 @@ def _voc_color(value: int) -> tuple[int, int, int]:
 
     Bits 0, 3 and 6 of the value are the highest bits of red, bits 1, 4 and 7 those of green, 2 and 5 those of blue.
     """
-    return tuple(sum((value >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3))
+    red, green, blue = (sum((value >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3))
+    return red, green, blue
 
 
 # Everingham et al., "The PASCAL Visual Object Classes Challenge 2012"; 255 marks outlines and
@@ -269,6 +270,14 @@ class Dataset:
     class_weights: tuple[float, ...] | None = None
     guessed: bool = False
     scenes: Scenes | None = None
+
+    def __post_init__(self):
+        if (self.scenes is not None) != (self.kind == "generated"):
+            raise ValueError(
+                f"a {self.kind} dataset with scenes={self.scenes}; a generated one needs them, no other does"
+            )
+        if self.spec is None and self.kind != "folder":
+            raise ValueError(f"a dataset of kind '{self.kind}' without a spec; only a folder names its own classes")
 
 
 DATASETS = {

@@ -329,7 +329,7 @@ def _not_finite(what: str, culprit: str, step: int, workdir: Path) -> str:
     return (
         f"{what}. {culprit}The state before it is saved in {workdir}/checkpoints/{step}.\n"
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
-        f"    --workdir=NEW --config.init.from={workdir}\n"
+        f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
         f"  to leave such steps out: --config.train.may_skip=N, at most N in a row{find}"
     )

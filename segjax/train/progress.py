@@ -20,8 +20,8 @@ from segjax.train.config import RunError
 
 
 def show_settings(changes: Sequence[str]) -> None:
-    """What a run has otherwise than configs/common.py."""
-    console.say("settings other than the defaults of configs/common.py:")
+    """KEY=VALUE of the settings that differ from the defaults."""
+    console.say("settings other than the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
     console.say(console.filled(joined, indent="  ").replace("\0", " "))

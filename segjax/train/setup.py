@@ -62,7 +62,7 @@ def load_data(config: ConfigDict) -> Data:
 
 
 def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> FunctionalModel:
-    """The model of a config; with `pretrained`, on the weights of init.from where that is set."""
+    """The model of a config; with `pretrained`, on the weights of init.checkpoint where that is set."""
     model = models.create(
         config.model.name,
         num_classes=num_classes,
@@ -70,10 +70,10 @@ def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, p
         dtype=jnp.dtype(config.model.dtype),
         **model_overrides(config),
     )
-    if pretrained and config.init.from_:
-        console.say(f"initial weights from {config.init.from_}")
+    if pretrained and config.init.checkpoint:
+        console.say(f"initial weights from {config.init.checkpoint}")
         with console.log_to(console.say):
-            initialize(model, config.init.from_, keep=config.init.keep)
+            initialize(model, config.init.checkpoint, keep=config.init.keep)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     params = FunctionalModel(model).arrays()[0]
     rules = optim.rules(config.optim, params)
@@ -138,14 +138,14 @@ def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]
 
 def origin_record(config: ConfigDict) -> dict[str, object]:
     """Where the weights of a run come from."""
-    if not config.init.from_:
+    if not config.init.checkpoint:
         return {
             "licence": "trained from random weights; the terms of its data hold",
             "provenance": {"initial_weights": None},
         }
     return {
         "licence": licence_of(config.model.name),
-        "provenance": {"initial_weights": provenance_at(config.init.from_)},
+        "provenance": {"initial_weights": provenance_at(config.init.checkpoint)},
     }
 
 

@@ -403,9 +403,9 @@ def test_without_a_network_the_cache_is_named_at_once(tmp_path, monkeypatch, off
 
 
 def test_a_start_from_the_hub_is_checked_for_its_form_alone(tmp_path):
-    check(make_config(init__from_="hf:made/up@v1.0"), tmp_path / "run")
-    with pytest.raises(RunError, match=r"config\.init\.from: hf:made: a repository is written hf:owner/name"):
-        check(make_config(init__from_="hf:made"), tmp_path / "run")
+    check(make_config(init__checkpoint="hf:made/up@v1.0"), tmp_path / "run")
+    with pytest.raises(RunError, match=r"config\.init\.checkpoint: hf:made: a repository is written hf:owner/name"):
+        check(make_config(init__checkpoint="hf:made"), tmp_path / "run")
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch):

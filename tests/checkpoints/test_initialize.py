@@ -292,7 +292,7 @@ def start(source, **settings):
     """The skeleton of a run that starts from a checkpoint."""
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
-    config.init.from_ = str(source)
+    config.init.checkpoint = str(source)
     config.init.update(settings)
     with numpy_draws():
         return setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
@@ -331,7 +331,7 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
     config.model.update(SIZES)
     with numpy_draws():
         setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
-        config.init.from_ = "/nowhere"
+        config.init.checkpoint = "/nowhere"
         setup.make_skeleton(config, 5, Parallel("jit"), pretrained=False)
     assert capsys.readouterr().out == ""
 

@@ -210,10 +210,10 @@ def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is
     start = tmp_path / "start.safetensors"
     save_file(to_torch(tiny_model(3, num_classes=19)), start)
     origin = {"source": "start.safetensors", "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
-    run(make_config(train__steps=4, init__from_=str(start)), tmp_path / "run")
+    run(make_config(train__steps=4, init__checkpoint=str(start)), tmp_path / "run")
     # What it started from may change, or go away but for a file of that name.
     save_file({"a": np.ones(1)}, start)
-    run(make_config(train__steps=6, init__from_=str(start)), tmp_path / "run")
+    run(make_config(train__steps=6, init__checkpoint=str(start)), tmp_path / "run")
     about = load(tmp_path / "run").metadata
     assert about["step"] == 6 and about["input_size"] == [32, 48]
     assert about["normalisation"] == {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}

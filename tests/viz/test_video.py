@@ -57,7 +57,8 @@ def seen(path):
         times = [frame.pts * stream.time_base for frame in frames]
         kinds = [stream.type for stream in container.streams]
         images = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
-        return images, times, stream.average_rate, kinds
+        # From PyAV 19 on a number of its own, without abs().
+        return images, times, Fraction(stream.average_rate), kinds
 
 
 def run(*arguments):
