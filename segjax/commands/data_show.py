@@ -19,7 +19,7 @@ from segjax.data import specs
 from segjax.data.augment import augment, step_keys
 from segjax.data.pipeline import StreamBatches
 from segjax.data.records import Records, records_of
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
 
 # Height and width of the scenes, pixels, as training draws them.
@@ -38,7 +38,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
       RecordError: an image or a label cannot be used.
     """
     records, key = records_of(data), jax.random.key(seed)
-    parallel = Parallel("jit", jax.local_devices()[:1])
+    parallel = JitParallel(jax.local_devices()[:1])
     with StreamBatches(
         records, batch_size=num, seed=seed, parallel=parallel, settings=settings, key=key, threads=1
     ) as batches:

@@ -131,7 +131,7 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     from segjax.checkpoints import orbax_folder
     from segjax.data.augment import normalise
     from segjax.models.functional import FunctionalModel
-    from segjax.runtime.parallel import Parallel
+    from segjax.runtime.parallel import JitParallel
 
     config = orbax_folder.load_record(source).get("config")
     if not config:
@@ -142,7 +142,7 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     model, about = orbax_folder.load_model_and_record(source, dtype=jnp.dtype(config["model"]["dtype"]))
     split, step = config["data"]["eval_split"], about.get("step")
     data, spec = _load(config["data"]["name"], split, config["data"]["source"], config["data"]["dir"], config)
-    parallel, skeleton = Parallel("jit"), FunctionalModel(model)
+    parallel, skeleton = JitParallel(), FunctionalModel(model)
     arrays = parallel.replicate(skeleton.arrays())
     predict = partial(parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise)), *arrays)
     of = "" if step is None else f"step {step} "
