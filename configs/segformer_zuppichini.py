@@ -1,33 +1,5 @@
-"""The SegFormer of F. Zuppichini's article: `--config configs/segformer_zuppichini.py:article,camvid`.
+"""`--config configs/segformer_zuppichini.py` reads the recipe segjax/recipes/segformer_zuppichini.py."""
 
-`article` has the sizes of the article, `small` is a narrow one for a CPU; on streets (the default), camvid or folder.
-The article ends before training; the recipe is SegFormer's (`configs/segformer.py`).
-"""
+from segjax.recipes.segformer_zuppichini import VARIANTS, get_config
 
-from configs import common
-
-VARIANTS = ("small", "article")
-
-
-def get_config(argument=""):
-    variant, dataset = common.parse(argument, VARIANTS)
-    config = common.get_config(dataset)
-    config.label = f"segformer-zuppichini-{variant}"
-    config.model.name = "segformer_zuppichini"
-    # Of the last block; the article's default.
-    config.model.drop_path_rate = 0.0
-    if variant == "small":
-        config.model.dims = (32, 64, 160, 256)
-        config.model.depths = (2, 2, 2, 2)
-        config.model.num_heads = (1, 2, 5, 8)
-    # Norms have numbers here: these are the places of LayerNorms and of the head's BatchNorm.
-    config.optim.no_decay = r"overlap_patch_merge\.1|blocks\.\d+\.[01]\.fn\.0|reducer\.1|\.norm\.|fuse\.2"
-    config.optim.lr_multipliers = ((r"^(decoder|head)\.", 10.0),)
-    # Its sides must divide by 32.
-    if dataset == "camvid":
-        config.augment.crop = (352, 480)
-    if dataset in ("streets", "camvid"):
-        common.from_scratch(config)
-    if dataset == "streets":
-        common.minutes_on_a_cpu(config)
-    return config
+__all__ = ["VARIANTS", "get_config"]

@@ -18,16 +18,17 @@ from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_forward import transformers_network
 from segjax import models
 from segjax.checkpoints.architectures import FAMILIES, family_of
-from segjax.checkpoints.key_maps import FORMS
-from segjax.checkpoints.renaming import RENAMINGS
-from segjax.checkpoints.state_dict import CheckpointError, as_arrays
+from segjax.checkpoints.checkpoint import CheckpointError, as_arrays
+from segjax.checkpoints.key_maps import KEY_FORMATS
+from segjax.checkpoints.renaming import renamings
+from segjax.checkpoints.state_dict import settings_of
 from segjax.torch_reference import verify
 from segjax.torch_reference.randomise import randomise
 
 # Every form with each subject of its family; alignment of corners is in no checkpoint.
 TRIPS = [
     (label, form)
-    for form in FORMS
+    for form in KEY_FORMATS
     for label, subject in SUBJECTS.items()
     if form.family == family_of(subject.name) and label != "hrnet, corners"
 ]
@@ -75,7 +76,7 @@ def renamed(native, form):
     """A native state dict as the form writes it, without a model."""
     if form.encoder_only:
         native = {key: value for key, value in native.items() if not FAMILIES[form.family].in_head(key)}
-    return RENAMINGS[form.dialect, form.family][0].to_foreign(native)
+    return renamings(form)[0].to_foreign(native)
 
 
 def bits(array):
@@ -236,7 +237,7 @@ TAKEN_FOR = {
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_variant_is_recognised_in_every_form(name, ask, caplog):
     family = family_of(name)
-    for form in FORMS:
+    for form in KEY_FORMATS:
         if form.family != family:
             continue
         dialect, taken = TAKEN_FOR.get((form.dialect, family), (form.dialect, family))
@@ -256,7 +257,7 @@ def test_a_variant_with_another_decoder_keeps_its_name(ask):
     with torch.device("meta"):
         reference = verify.REFERENCES["segformer"](num_classes=3, **sizes)
     native = {key: np.zeros(value.shape, np.float32) for key, value in reference.state_dict().items()}
-    (smp,) = (form for form in FORMS if (form.dialect, form.family) == ("smp", "segformer"))
+    (smp,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == ("smp", "segformer"))
     assert ask(renamed(native, smp)) == ("segformer_b2", 3, {"decoder_dim": 256})
 
 
@@ -291,12 +292,11 @@ HEADS, HALVES = "num_heads=(1, 2, 5, 8)", ("block_norm_eps=1e-06", "patch_norm_e
 def test_what_a_checkpoint_cannot_tell_is_assumed_as_its_package_has_it_and_said(
     name, dialect, assumptions, ask, caplog
 ):
-    (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(name)))
+    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(name)))
     weights = renamed(blank(name), form)
     found, _, overrides = ask(weights, num_classes=150)
-    said = [
-        match[1] for text in caplog.messages if (match := re.match(r"assumed (.*): a checkpoint does not tell", text))
-    ]
+    lines = (re.match(r"assumed (.*): a checkpoint does not contain", text) for text in caplog.messages)
+    said = [line[1] for line in lines if line]
     assert (found, sorted(said)) == (name, sorted(assumptions))
     settings = models.settings(name) | overrides
     assert sorted(f"{key}={settings[key]}" for key in (text.partition("=")[0] for text in said)) == sorted(assumptions)
@@ -344,7 +344,7 @@ def test_files_of_the_original_code_are_recognised_under_the_names_they_were_wri
     seeds = file in ("segformer_jo_jstrm", "segformer_camlaedtke")
     dialect = "segmentation_pytorch" if seeds else "native"
     assert (model.spec.name, model.spec.num_classes) == (name, golden.NUM_CLASSES)
-    settings = verify.settings_of(model)
+    settings = settings_of(model)
     assert {key: settings[key] for key in sizes if key != "ham_rank"} == {
         key: value for key, value in sizes.items() if key != "ham_rank"
     }
@@ -353,7 +353,9 @@ def test_files_of_the_original_code_are_recognised_under_the_names_they_were_wri
     assert differing(written, weights) == []
     if seeds:
         assert differing(segjax.to_torch(model), golden.weights(file)) == []
-    elif dialects := {form.dialect for form in FORMS if form.family == family_of(name)} & {"segmentation_pytorch"}:
+    elif dialects := {form.dialect for form in KEY_FORMATS if form.family == family_of(name)} & {
+        "segmentation_pytorch"
+    }:
         # The seed's HRNet and simple SegFormer have the official names.
         assert differing(segjax.to_torch(model, dialect=dialects.pop()), weights) == []
 
@@ -556,7 +558,8 @@ ALONE = [
 
 def alone(label, dialect, extras):
     """An encoder's weights as the package writes them, and the classifier that they were trained with."""
-    (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+    family = family_of(SUBJECTS[label].name)
+    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family))
     return renamed(original(label), form) | {key: np.ones(shape, np.float32) for key, shape in extras.items()}
 
 
@@ -646,7 +649,7 @@ def test_load_torch_takes_an_encoder_alone_when_told_what_to_drop_and_keep(label
 
 
 def test_a_lone_pattern_is_one_pattern_and_foreign_names_can_be_kept():
-    form = next(form for form in FORMS if form.dialect == "hf")
+    form = next(form for form in KEY_FORMATS if form.dialect == "hf")
     weights, model = renamed(original("segformer"), form), empty(model_of("segformer"))
     del weights["decode_head.classifier.weight"]
     segjax.load_torch(model, weights | {"head.weight": np.ones(3)}, drop="head.*", keep="decode_head.classifier.*")
@@ -853,9 +856,9 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
     weights = original("segformer")
     with pytest.raises(KeyError, match="no dialect 'keras'; the dialects are auto, native, hf"):
         segjax.from_torch(weights, dialect="keras")
-    with pytest.raises(KeyError, match="'mmseg' has no form for segformer; those with one are native, hf, smp"):
+    with pytest.raises(KeyError, match="'mmseg' has no keys for segformer; those that have are native, hf, smp"):
         segjax.from_torch(weights, dialect="mmseg", name="segformer_b0")
-    with pytest.raises(KeyError, match="'hf' has no form for hrnet; those with one are native"):
+    with pytest.raises(KeyError, match="'hf' has no keys for hrnet; those that have are native"):
         segjax.load_torch(model_of("hrnet"), original("hrnet"), dialect="hf")
     message = refused(weights, dialect="hf")
     assert "SegFormer as hf (transformers)" in message and "segformer.encoder.patch_embeddings.0.proj.weight" in message
@@ -865,9 +868,9 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
 def test_a_dialect_that_cannot_express_a_model_says_so_and_lists_those_that_can(label):
     model = model_of(label)
     family = family_of(model.spec.name)
-    able = {form.dialect for form in FORMS if form.family == family}
+    able = {form.dialect for form in KEY_FORMATS if form.family == family}
     assert "native" in able
-    for dialect in {form.dialect for form in FORMS} - able:
+    for dialect in {form.dialect for form in KEY_FORMATS} - able:
         with pytest.raises(CheckpointError, match=f"{model.spec.name} cannot be written as {dialect}") as raised:
             segjax.to_torch(model, dialect=dialect)
         listed = str(raised.value).rpartition("can be written as ")[2].split(", ")
@@ -877,7 +880,7 @@ def test_a_dialect_that_cannot_express_a_model_says_so_and_lists_those_that_can(
 
 
 def test_settings_that_a_checkpoint_cannot_tell_can_be_given():
-    form = next(form for form in FORMS if form.dialect == "hf")
+    form = next(form for form in KEY_FORMATS if form.dialect == "hf")
     weights = renamed(original("segformer"), form)
     model = segjax.from_torch(weights, block_norm_eps=1e-6, num_heads=(1, 1, 1, 1))
     assert dict(model.spec.overrides)["num_heads"] == (1, 1, 1, 1)

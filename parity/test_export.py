@@ -73,7 +73,7 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    orbax_folder.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), about={})
+    orbax_folder.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), metadata={})
     name = f"b0{SUFFIXES[format]}"
     options = ("--dynamic", "--with-preprocessing", "--with-argmax")
     assert run("b0", name, "--format", format, "--size", 64, 80, *options) == 0
@@ -107,7 +107,7 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
 def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
-    orbax_folder.save_model(tmp_path / "a", tiny(label), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
     path = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--dtype", dtype) == 0
     (error,) = re.findall(r"worst relative error of logits (\S+): equal", caplog.text)
@@ -124,7 +124,7 @@ def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format,
 
 
 def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
-    orbax_folder.save_model(tmp_path / "a", tiny("segformer", num_classes=19), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer", num_classes=19), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 0
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -153,7 +153,7 @@ def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path)
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog, monkeypatch):
-    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     other = verify.reference_for(tiny("segformer", seed=1))
     monkeypatch.setattr(torch_program, "reference_for", lambda model: other)
     out = tmp_path / f"a{SUFFIXES[format]}"
@@ -164,6 +164,6 @@ def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), about={})
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 2
     assert "--format onnx needs onnxscript: pip install -e '.[export]'" in capsys.readouterr().err

@@ -159,11 +159,11 @@ def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, d
     x, bases = compare.images(batch, size, seed=3, dtype=dtype), verify.bases_for(model, batch)
     graphdef, state = nnx.split(model)
 
-    def as_published(state, x, *bases):
-        with choice.published_forms():
+    def is_published(state, x, *bases):
+        with choice.published_implementations():
             return nnx.merge(graphdef, state)(x, *bases)
 
-    plain, _ = jax.jit(as_published)(state, x, *bases)
+    plain, _ = jax.jit(is_published)(state, x, *bases)
     fast, _ = verify.compiled(model)(x, *bases)
     family = architectures.family_of(subject.name)
     within("output", dtype, verify.relative_error(fast, plain), f"{family}, fast forms = published forms")

@@ -12,8 +12,8 @@ from parity.subjects import SUBJECTS
 from parity.test_dialects import original
 from segjax import from_torch
 from segjax.checkpoints import orbax_folder
-from segjax.checkpoints.load import load_trained
-from segjax.checkpoints.metadata import dataset_record
+from segjax.checkpoints.load import load
+from segjax.checkpoints.metadata import dataset_metadata
 from segjax.commands import convert
 from segjax.data import specs
 from segjax.torch_reference import verify
@@ -35,11 +35,11 @@ def model_of(seed, **settings):
 def save(folder, model):
     spec = specs.DatasetSpec("yard", tuple(NAMES), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), 200)
     about = {
-        "dataset": dataset_record(spec),
+        "dataset": dataset_metadata(spec),
         "normalisation": {"mean": [127.5, 63.75, 31.875], "std": [51.0, 102.0, 153.0]},
         "input_size": [64, 96],
     }
-    orbax_folder.save_model(folder, model, about=about)
+    orbax_folder.save_model(folder, model, metadata=about)
     return folder
 
 
@@ -53,11 +53,11 @@ def ours_and_theirs(model, folder, seed=0):
 
 
 @pytest.mark.parametrize(("eps", "heads"), [(1e-5, (1, 2, 4, 8)), (1e-6, None)])
-def test_transformers_loads_the_folder_and_computes_the_same_or_what_was_said(tmp_path, within, caplog, eps, heads):
+def test_transformers_loads_the_folder_and_computes_the_same_or_what_was_said(tmp_path, within, capsys, eps, heads):
     settings = dict(block_norm_eps=eps, patch_norm_eps=1e-5) | ({"num_heads": heads} if heads else {})
     model = model_of(1, **settings)
     assert convert.main([str(save(tmp_path / "a", model)), str(tmp_path / "b"), "--to", "hf"]) == 0
-    printed = "\n".join(caplog.messages)
+    printed = " ".join(capsys.readouterr().out.split())
     ours, theirs, network = ours_and_theirs(model, tmp_path / "b")
     if eps == 1e-5:
         assert "transformers computes with the same settings" in printed
@@ -76,7 +76,7 @@ def test_its_processor_makes_of_an_image_what_ours_makes(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "b")
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     theirs = processor(images=image, return_tensors="pt")["pixel_values"]
-    ours = load_trained(tmp_path / "b").normalise(image)
+    ours = load(tmp_path / "b").normalise(image)
     np.testing.assert_allclose(np.asarray(ours), verify.to_nhwc(theirs)[0], atol=1e-5)
     assert (processor.size["height"], processor.size["width"]) == (64, 96)
 
@@ -96,8 +96,8 @@ def test_a_folder_that_transformers_writes_is_read_as_it_computes(tmp_path, with
     network = transformers.SegformerForSemanticSegmentation(config).eval()
     network.save_pretrained(tmp_path / "a", **({"max_shard_size": "20KB"} if shards else {}))
     assert (tmp_path / "a" / "model.safetensors.index.json").exists() == shards
-    trained = load_trained(tmp_path / "a")
-    assert trained.spec.class_names == tuple(NAMES)
+    trained = load(tmp_path / "a")
+    assert trained.classes.class_names == tuple(NAMES)
     ours, theirs, _ = ours_and_theirs(trained.model, tmp_path / "a")
     within("output", "float32", verify.relative_error(ours, theirs), "transformers, from its folder")
 
@@ -108,7 +108,7 @@ def test_a_family_that_transformers_does_not_have_is_refused(label, tmp_path, ca
     assert convert.main([str(tmp_path / "a.pth"), str(tmp_path / "b"), "--to", "hf"]) == 2
     assert "cannot be written as hf" in capsys.readouterr().err and not (tmp_path / "b").exists()
     assert convert.main([str(tmp_path / "a.pth"), str(tmp_path / "b"), "--to", "native"]) == 2
-    assert "with --to hf one for transformers" in capsys.readouterr().err
+    assert "(--to hf) one for transformers" in capsys.readouterr().err
 
 
 def test_a_file_of_mmsegmentation_brings_its_classes(tmp_path):
@@ -116,8 +116,8 @@ def test_a_file_of_mmsegmentation_brings_its_classes(tmp_path):
     count = next(value for key, value in weights.items() if key.endswith("conv_seg.bias")).shape[0]
     names, palette = tuple(f"kind {k}" for k in range(count)), [[k, 2 * k, 3 * k] for k in range(count)]
     torch.save({"meta": {"CLASSES": names, "PALETTE": palette}, "state_dict": weights}, tmp_path / "a.pth")
-    trained = load_trained(tmp_path / "a.pth")
-    assert trained.spec.class_names == names and trained.spec.colors == tuple(map(tuple, palette))
+    trained = load(tmp_path / "a.pth")
+    assert trained.classes.class_names == names and trained.classes.colors == tuple(map(tuple, palette))
 
 
 def test_the_older_head_of_cvpytorch_is_read_too():

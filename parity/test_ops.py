@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from segjax import layers
-from segjax.kernels import attention, choice, convolution, gelu, resize, units
+from segjax.kernels import attention, choice, convolution, gelu, resize
 from segjax.models import segformer
 from segjax.torch_reference import verify
 
@@ -105,19 +105,19 @@ def test_once_changes_no_bit_on_either_way(dtype, float64):
     x = np.concatenate([normal(997, seed=70, dtype="float64"), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-300]])
     x, gradient = x.astype(jnp.dtype(dtype)), x[::-1].astype(jnp.dtype(dtype))
     with choice.meant_for("cpu"):
-        output, backward = jax.vjp(jax.jit(units.once), x)
+        output, backward = jax.vjp(jax.jit(layers.once), x)
         for found, given in ((output, x), *zip(backward(gradient), (gradient,), strict=True)):
             assert found.dtype == given.dtype and np.asarray(found).tobytes() == given.tobytes()
 
 
-def test_once_is_nothing_in_published_forms_and_on_a_gpu():
+def test_once_is_nothing_in_published_implementations_and_on_a_gpu():
     x = jnp.ones(3)
     with choice.meant_for("cpu"):
-        assert units.once(x) is not x
-        with choice.published_forms():
-            assert units.once(x) is x
+        assert layers.once(x) is not x
+        with choice.published_implementations():
+            assert layers.once(x) is x
     with choice.meant_for("cuda"):
-        assert units.once(x) is x
+        assert layers.once(x) is x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -337,7 +337,7 @@ def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
             taken.clear()
         monkeypatch.setattr(attention, "MOST_SCORES", 1)
-        with choice.published_forms():
+        with choice.published_implementations():
             layers.attention(*arguments)
     with choice.meant_for("cuda"):
         layers.attention(*arguments)

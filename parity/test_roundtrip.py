@@ -17,10 +17,12 @@ import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
 from parity.test_dialects import FOLDED, differing, original, renamed
-from segjax.checkpoints import files
 from segjax.checkpoints.architectures import FAMILIES, family_of
-from segjax.checkpoints.key_maps import FORMS
-from segjax.checkpoints.state_dict import CheckpointError
+from segjax.checkpoints.checkpoint import CheckpointError
+from segjax.checkpoints.files import read_checkpoint
+from segjax.checkpoints.key_maps import KEY_FORMATS
+from segjax.checkpoints.load import load
+from segjax.checkpoints.save import write_checkpoint
 from segjax.commands import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,12 +39,22 @@ def weights():
     return original("segformer", 3, seed=1)
 
 
+def key_format(dialect, family):
+    (found,) = (each for each in KEY_FORMATS if (each.dialect, each.family) == (dialect, family))
+    return found
+
+
 def save_pth(path, weights):
     torch.save({key: torch.from_numpy(value.copy()) for key, value in weights.items()}, path)
 
 
 def run(*arguments):
     return convert.main([str(argument) for argument in arguments])
+
+
+def printed(capsys):
+    """What the command has printed, without its line breaks."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def equal(one, other):
@@ -57,29 +69,27 @@ def test_pth_to_orbax_to_safetensors_to_pth_is_bitwise(label, tmp_path):
     assert run(tmp_path / "b", tmp_path / "c.safetensors") == 0
     assert run(tmp_path / "c.safetensors", tmp_path / "d.pth") == 0
     assert equal(load_file(tmp_path / "c.safetensors"), weights)
-    assert equal(files.read_file(tmp_path / "d.pth"), weights)
+    assert equal(read_checkpoint(tmp_path / "d.pth").weights, weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b", "c.safetensors", "d.pth"]
 
 
 def dialects_for(label, *, whole):
-    forms = [form for form in FORMS if form.family == family_of(SUBJECTS[label].name)]
+    forms = [form for form in KEY_FORMATS if form.family == family_of(SUBJECTS[label].name)]
     return [form.dialect for form in forms if not (whole and form.encoder_only)]
 
 
 @FAMILY
-def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tmp_path, caplog):
-    caplog.set_level("INFO", "segjax")
+def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tmp_path, capsys):
     weights = original(label)
     save_pth(tmp_path / "native.pth", weights)
     source = tmp_path / "native.pth"
     # From each to the next and back to the first: every dialect is read and written once.
     for number, dialect in enumerate([*dialects_for(label, whole=True)[1:], "native"]):
-        caplog.clear()
         destination = tmp_path / f"{number}{('.safetensors', '.pth')[number % 2]}"
         assert run(source, destination, "--to", dialect) == 0
-        assert f"wrote {destination} ({dialect} names)" in caplog.messages
-        written = files.read_file(destination)
-        (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+        assert f"wrote {destination} ({dialect} names)" in printed(capsys)
+        written = read_checkpoint(destination).weights
+        form = key_format(dialect, family_of(SUBJECTS[label].name))
         # A bias that mmsegmentation does not have is zero from there on.
         expected = dict(weights)
         if label in FOLDED and (dialect == "mmseg" or number > 0):
@@ -88,10 +98,9 @@ def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tm
         assert equal(written, renamed(expected, form)), dialect
         source = destination
     for encoder in set(dialects_for(label, whole=False)) - set(dialects_for(label, whole=True)):
-        caplog.clear()
         assert run(tmp_path / "native.pth", tmp_path / "encoder.pth", "--to", encoder) == 0
-        assert any(text.startswith("left out, because") for text in caplog.messages)
-        left = files.read_file(tmp_path / "encoder.pth").values()
+        assert "omitted, because" in printed(capsys)
+        left = read_checkpoint(tmp_path / "encoder.pth").weights.values()
         native = [value for key, value in weights.items() if not FAMILIES[family_of(SUBJECTS[label].name)].in_head(key)]
         assert sorted(value.tobytes() for value in left) == sorted(value.tobytes() for value in native)
 
@@ -123,17 +132,15 @@ def test_a_dialect_that_cannot_express_a_checkpoint_is_refused_and_the_others_li
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_what_is_assumed_is_printed_and_what_the_target_computes_otherwise_is_noted(weights, tmp_path, caplog):
-    caplog.set_level("INFO", "segjax")
+def test_what_is_assumed_is_printed_and_what_the_target_computes_otherwise_is_noted(weights, tmp_path, capsys):
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf") == 0
-    assert any(text.startswith("assumed block_norm_eps=1e-06") for text in caplog.messages)
-    notes = [text for text in caplog.messages if text.startswith("note: ")]
-    assert notes == ["note: transformers computes with block_norm_eps=1e-05, this model with 1e-06"]
-    caplog.clear()
+    said = printed(capsys)
+    assert "assumed block_norm_eps=1e-06" in said and said.count("note: ") == 1
+    assert "note: transformers computes with block_norm_eps=1e-05, this model with 1e-06" in said
     overrides = ("--overrides", "block_norm_eps=1e-5", "num_heads=(1,2,5,8)")
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf", *overrides) == 0
-    assert not [text for text in caplog.messages if text.startswith(("note: ", "assumed num_heads", "assumed block"))]
+    assert not re.search("note: |assumed num_heads|assumed block", printed(capsys))
 
 
 def of_type(weights, dtype):
@@ -181,7 +188,7 @@ def test_float64_survives_the_command_line(weights, tmp_path):
 def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b", "--overrides", "num_heads=(1,1,1,1)", "block_norm_eps=1e-5") == 0
-    model = files.read_file(tmp_path / "b")
+    model = load(tmp_path / "b").model
     assert model.spec.num_classes == 3
     assert dict(model.spec.overrides)["num_heads"] == (1, 1, 1, 1)
     assert model.backbone.block3[0].norm1.epsilon == 1e-5
@@ -204,14 +211,13 @@ def test_an_orbax_folder_builds_its_model_again(weights, tmp_path):
     ],
 )
 def test_verify_compares_with_pytorch_and_says_by_how_much(
-    label, dialect, num_classes, against, tmp_path, caplog, quick_to_compile
+    label, dialect, num_classes, against, tmp_path, capsys, quick_to_compile
 ):
-    caplog.set_level("INFO", "segjax")
-    (form,) = (form for form in FORMS if (form.dialect, form.family) == (dialect, family_of(SUBJECTS[label].name)))
+    form = key_format(dialect, family_of(SUBJECTS[label].name))
     save_pth(tmp_path / "a.pth", renamed(original(label, num_classes), form))
     assert run(tmp_path / "a.pth", tmp_path / "b.safetensors", "--verify") == 0
-    line = next(text for text in caplog.messages if text.startswith("verified against"))
-    assert against in line and "worst relative error" in line and ": equal" in line
+    _, found, line = printed(capsys).partition("verified against")
+    assert found and against in line and "worst relative error" in line and ": equal" in line
     assert ("masks at 0.5" in line and "positive" in line) if num_classes == 1 else "equal labels" in line
     assert (tmp_path / "b.safetensors").exists()
 
@@ -224,8 +230,7 @@ def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeyp
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path, capsys, caplog, quick_to_compile):
-    caplog.set_level("INFO", "segjax")
+def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path, capsys, quick_to_compile):
     alone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     alone["head.weight"], alone["head.bias"] = np.ones((10, 32), np.float32), np.ones(10, np.float32)
     save_pth(tmp_path / "mit.pth", alone)
@@ -233,8 +238,8 @@ def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path
     assert "number of classes" in capsys.readouterr().err
     options = ("--num-classes", 4, "--verify", "--overrides", "decoder_dim=24")
     assert run(tmp_path / "mit.pth", tmp_path / "b", *options) == 0
-    assert any("head.weight" in text for text in caplog.messages)
-    assert any("left as initialised" in text for text in caplog.messages)
+    said = printed(capsys)
+    assert "head.weight" in said and "left as initialised" in said
 
 
 class Payload:
@@ -257,7 +262,7 @@ def broken_files(folder, weights):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "page.pth").write_text("<html>404: not found, and so on</html>")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    files.write_file(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", about={})
+    write_checkpoint(folder / "good.safetensors", segjax.from_torch(weights), dialect="native", metadata={})
     good = (folder / "good.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(good[: len(good) // 2])
     torch.save([1, 2, 3], folder / "list.pth")

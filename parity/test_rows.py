@@ -19,8 +19,6 @@ from segjax import layers
 from segjax.checkpoints import architectures
 from segjax.kernels import choice, units
 from segjax.kernels.decoder import blends
-from segjax.layers import decoder as layers_decoder
-from segjax.layers import feed_forward
 from segjax.torch_reference import verify
 
 
@@ -93,9 +91,11 @@ def feed_forward_of(kind, dtype, *, channels=3, hidden=8, out=5):
 
 
 def by_rows(first, depthwise, *others):
+    """The network in row tiles where a CPU will run it, else layer by layer."""
     *pointwise, last = others
-    settings = dict(in_steps=one_by_one(first, depthwise, *others), pointwise=pointwise[0] if pointwise else None)
-    return lambda x: feed_forward.feed_forward(first, depthwise, last, x, **settings)
+    middle = pointwise[0] if pointwise else None
+    in_tiles = layers.cpu_implementation(lambda x: layers.feed_forward(first, depthwise, last, x, pointwise=middle))
+    return in_tiles(one_by_one(first, depthwise, *others))
 
 
 def one_by_one(first, depthwise, *others):
@@ -185,7 +185,7 @@ def test_a_feed_forward_network_in_bands_equals_its_layers_one_by_one(kind, band
     plain, _ = of_arrays(network, one_by_one)
     ours = jax.jit(run)(x, *arrays)
     assert bands.pop() == 4
-    with choice.published_forms():
+    with choice.published_implementations():
         expected = jax.jit(plain)(x, *arrays)
         # The same function gives the plain form there, and on a GPU.
         np.testing.assert_array_equal(jax.jit(lambda *given: run(*given))(x, *arrays), expected)
@@ -204,7 +204,7 @@ def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(
     plain, _ = of_arrays(network, one_by_one)
     wide = [np.asarray(array, np.float64) for array in (x, *arrays)]
     exact = torch_values_and_gradients(torch_feed_forward, *wide)
-    with choice.published_forms():
+    with choice.published_implementations():
         others = values_and_gradients(plain, x, *arrays)
     monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
     alone = jax.jit(lambda *given: run(*given))(x, *arrays)
@@ -228,7 +228,7 @@ PLACINGS = {
 def as_wanted(placing, size):
     """Enlarges a map by the layers of the plain form."""
     if placing == "nearest":
-        # By another factor on each axis, which no model asks `enlarge_nearest` for.
+        # By another factor on each axis, which no model asks `upsample_nearest` for.
         return lambda x: jnp.repeat(jnp.repeat(x, size[0] // x.shape[1], axis=1), size[1] // x.shape[2], axis=2)
     return lambda x: layers.resize(x, size, align_corners=placing == "aligned")
 
@@ -296,21 +296,19 @@ class Decoder(nnx.Module):
         size = tuple(max(x.shape[axis] for x in levels) for axis in (1, 2))
         return layers.classify(self.classifier, self.finish(self.fused(levels, as_wanted(placing, size))))
 
-    def by_rows(self, levels, placing, *, training=False, fused=None):
-        return layers_decoder.decode(
-            levels,
-            self.fuse,
-            self.finish,
-            self.classifier,
-            placing=placing,
-            training=training,
-            fused=fused or never,
-            projections=list(self.projections) or None,
-        )
+    def by_rows(self, levels, placing):
+        projections = list(self.projections) or None
+        settings = dict(projections=projections, **PLACINGS[placing])
+        return layers.decode(levels, self.fuse, self.finish, self.classifier, **settings)
 
+    def chosen(self, levels, fused):
+        """In row tiles where a CPU will run it and sizes allow it, else from the `fused` map."""
 
-def never():
-    raise AssertionError("the levels were not decoded by rows")
+        @layers.cpu_implementation(lambda levels: self.by_rows(levels, "half"))
+        def decode(levels):
+            return layers.classify(self.classifier, self.finish(fused))
+
+        return decode(levels)
 
 
 def decoder_of(name, dtype):
@@ -396,7 +394,7 @@ def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypa
 def test_a_decoder_in_bands_equals_its_plain_form(placing, float64, within, monkeypatch):
     given = decoder_of("deepest first", "float64")
     monkeypatch.setattr(units, "BAND_BYTES", 1)
-    with choice.published_forms():
+    with choice.published_implementations():
         expected = jax.jit(given.call("plain", placing))(*given.levels, *given.arrays)
     ours = jax.jit(given.call("by_rows", placing))(*given.levels, *given.arrays)
     within("output", "float64", verify.relative_error(ours, expected), "decoder in bands = plain form")
@@ -417,25 +415,24 @@ EVEN = ((8, 12), (4, 6), (2, 3))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "training", "context"),
+    ("sizes", "context"),
     [
-        pytest.param(((17, 25), (9, 13), (5, 7), (3, 4)), False, choice.meant_for("cpu"), id="no multiples"),
-        pytest.param(((8, 12), (4, 5), (2, 3)), False, choice.meant_for("cpu"), id="no multiples of columns"),
-        pytest.param(((8, 12), (5, 6), (2, 3)), False, choice.meant_for("cpu"), id="no multiples of rows"),
-        pytest.param(((8, 4), (4, 8)), False, choice.meant_for("cpu"), id="none is the largest"),
-        pytest.param((*EVEN, (8, 12)), False, choice.meant_for("cpu"), id="two of the largest"),
-        pytest.param(((8, 12),), False, choice.meant_for("cpu"), id="one level"),
-        pytest.param(EVEN, True, choice.meant_for("cpu"), id="training"),
-        pytest.param(EVEN, False, choice.published_forms(), id="published forms"),
-        pytest.param(EVEN, False, choice.meant_for("cuda"), id="on a GPU"),
+        pytest.param(((17, 25), (9, 13), (5, 7), (3, 4)), choice.meant_for("cpu"), id="no multiples"),
+        pytest.param(((8, 12), (4, 5), (2, 3)), choice.meant_for("cpu"), id="no multiples of columns"),
+        pytest.param(((8, 12), (5, 6), (2, 3)), choice.meant_for("cpu"), id="no multiples of rows"),
+        pytest.param(((8, 4), (4, 8)), choice.meant_for("cpu"), id="none is the largest"),
+        pytest.param((*EVEN, (8, 12)), choice.meant_for("cpu"), id="two of the largest"),
+        pytest.param(((8, 12),), choice.meant_for("cpu"), id="one level"),
+        pytest.param(EVEN, choice.published_implementations(), id="published forms"),
+        pytest.param(EVEN, choice.meant_for("cuda"), id="on a GPU"),
     ],
 )
-def test_a_decoder_is_computed_in_steps(sizes, training, context, bands, float64):
+def test_a_decoder_is_computed_in_steps(sizes, context, bands, float64):
     decoder = Decoder(len(sizes), projected=True, fuse_bias=True, classes=3, dtype="float64")
     levels = [normal(2, *size, 2 + index, seed=30 + index, dtype="float64") for index, size in enumerate(sizes)]
     fused = normal(2, *sizes[0], 6, seed=50, dtype="float64")
     with context:
-        ours = decoder.by_rows(levels, "half", training=training, fused=lambda: fused)
+        ours = decoder.chosen(levels, fused)
     finished = np.maximum(fused * decoder.scale[...] + 0.5, 0)
     expected = finished @ np.asarray(decoder.classifier.kernel[0, 0]) + np.asarray(decoder.classifier.bias[...])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
@@ -453,10 +450,7 @@ def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
     levels = [jax.ShapeDtypeStruct((b, *size), jnp.float32) for size in ((2 * h, 2 * w, 2), (h, w, 3))]
     fused = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, 6), jnp.float32)
 
-    def decode(levels, fused):
-        return decoder.by_rows(levels, "half", fused=lambda: fused)
-
-    assert jax.eval_shape(decode, levels, fused).shape == (b, 2 * h, 2 * w, 3)
+    assert jax.eval_shape(decoder.chosen, levels, fused).shape == (b, 2 * h, 2 * w, 3)
     assert not bands
 
 
@@ -464,7 +458,8 @@ def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
 @pytest.mark.parametrize("factor", range(1, 9))
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_blends_are_torchs_and_sum_to_one(length, factor, placing, within):
-    weights = blends(length, factor, placing)
+    settings = dict(mode=PLACINGS[placing]["mode"], align_corners=PLACINGS[placing].get("align_corners", False))
+    weights = blends(length, factor, **settings)
     assert weights.shape == (3, length, factor) and weights.min() >= 0
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-12)
     # Every pixel in a channel of its own shows its weight.

@@ -15,7 +15,7 @@ from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax import losses
 from segjax.checkpoints import architectures
-from segjax.checkpoints.initialize import load_pretrained
+from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.models.functional import FunctionalModel
 from segjax.runtime.parallel import JitParallel
@@ -188,7 +188,7 @@ def test_a_start_from_a_pth_of_torch_is_that_network(tmp_path):
             subject.name, num_classes=NUM_CLASSES, seed=2, dtype="float32", **subject.fixed
         )
         before = segjax.to_torch(model)
-        load_pretrained(model, tmp_path / file)
+        initialize(model, tmp_path / file)
         after = segjax.to_torch(model)
         for key in expected:
             np.testing.assert_array_equal(after[key], (expected if key in loaded else before)[key], err_msg=key)

@@ -1,25 +1,88 @@
 """segjax: semantic segmentation in JAX/Flax, proven equal to PyTorch.
 
-model = segjax.from_torch(torch.load("segformer.b0.pth", weights_only=True))
-logits, taps = model(images)          # (B, H, W, 3) normalised -> (B, H/4, W/4, K)
-labels = segjax.Predictor("segformer.b0.pth")(image)  # uint8 (H, W, 3) -> uint8 (H, W)
+    model = segjax.create("segformer_b2", num_classes=19)       # random weights
+    logits, taps = model(images)                  # (B, H, W, 3) normalised -> (B, H/4, W/4, K)
+
+    checkpoint = segjax.load("segformer.b0.pth")  # any checkpoint; also a folder or hf:owner/name
+    checkpoint.model, checkpoint.classes, checkpoint.metadata
+    segjax.save(checkpoint, "b0.safetensors")
+
+    predictor = segjax.Predictor("runs/mine")
+    labels = predictor(image)                     # uint8 (H, W, 3), a path or a PIL image -> uint8 (H, W)
+
+    segjax.evaluate_dataset("runs/mine", "camvid:test")["mean_iou"]
+    segjax.export_model("runs/mine", "mine.onnx", size=(512, 1024))
+
+    model = segjax.from_torch(state_dict)         # a PyTorch state dict
+    segjax.load_torch(model, state_dict)
+    state_dict = segjax.to_torch(model, dialect="hf")
+
+and the namespaces `layers`, `models`, `losses`, `metrics`, `data` and `train`. All of it is imported when it is first
+used: `import segjax` itself does not import jax.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
-from segjax.models import MODELS, create
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from segjax import data, layers, losses, metrics, models, train
+    from segjax.checkpoints.load import LoadedCheckpoint, load
+    from segjax.checkpoints.save import save
+    from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
+    from segjax.exports.export import export_model
+    from segjax.inference.evaluate_dataset import evaluate_dataset
     from segjax.inference.predictor import Predictor
+    from segjax.models import MODELS, create
 
-__all__ = ["MODELS", "Predictor", "create", "from_torch", "load_torch", "to_torch"]
+__all__ = [
+    "MODELS",
+    "LoadedCheckpoint",
+    "Predictor",
+    "create",
+    "data",
+    "evaluate_dataset",
+    "export_model",
+    "from_torch",
+    "layers",
+    "load",
+    "load_torch",
+    "losses",
+    "metrics",
+    "models",
+    "save",
+    "to_torch",
+    "train",
+]
+
+_MODULE_OF = {
+    "MODELS": "segjax.models",
+    "LoadedCheckpoint": "segjax.checkpoints.load",
+    "Predictor": "segjax.inference.predictor",
+    "create": "segjax.models",
+    "evaluate_dataset": "segjax.inference.evaluate_dataset",
+    "export_model": "segjax.exports.export",
+    "from_torch": "segjax.checkpoints.state_dict",
+    "load": "segjax.checkpoints.load",
+    "load_torch": "segjax.checkpoints.state_dict",
+    "save": "segjax.checkpoints.save",
+    "to_torch": "segjax.checkpoints.state_dict",
+}
+_NAMESPACES = ("data", "layers", "losses", "metrics", "models", "train")
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # Only when asked for: it brings in what training is made of.
-    if name == "Predictor":
-        from segjax.inference.predictor import Predictor
-
-        return Predictor
+    if name in _NAMESPACES:
+        return importlib.import_module(f"segjax.{name}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'segjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -141,7 +141,7 @@ class Criterion:
         logits = logits.astype(precision.at_least_float32(logits.dtype))
         counts = counts.astype(logits.dtype)
         is_cross_entropy = [name for name, _ in self.factors] == ["cross_entropy"] and not self.label_smoothing
-        if is_cross_entropy and pays(logits, labels.shape[1:3]):
+        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, labels.shape[1:3]):
             weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
             return self.factors[0][1] * _mean(kernels_cross_entropy.cross_entropy(logits, labels, weights), counts[0])
         logits = layers.resize(logits, labels.shape[1:3])

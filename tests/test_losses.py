@@ -15,7 +15,7 @@ from segjax import losses
 from segjax.data import class_weights, specs
 from segjax.inference.engine import predictions
 from segjax.kernels import cross_entropy as kernels_cross_entropy
-from segjax.kernels.choice import meant_for, published_forms
+from segjax.kernels.choice import meant_for, published_implementations
 from segjax.kernels.cross_entropy import BAND, _rows
 from segjax.losses import cross_entropy as loss_under_test
 
@@ -688,7 +688,7 @@ def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu
         assert not kernels_cross_entropy.pays(logits, other), other
     assert not kernels_cross_entropy.pays(logits[..., :1], size)
     assert kernels_cross_entropy.pays(logits[..., :2], size)
-    with published_forms():
+    with published_implementations():
         assert not kernels_cross_entropy.pays(logits, size)
     with meant_for("cuda"):
         assert not kernels_cross_entropy.pays(logits, size)

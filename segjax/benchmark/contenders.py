@@ -152,9 +152,9 @@ def training(work: Work, model):
     import jax
     import jax.numpy as jnp
 
-    from configs import common
     from segjax import losses
     from segjax.models.functional import FunctionalModel
+    from segjax.recipes import common
     from segjax.runtime.parallel import JitParallel
     from segjax.train import optim
     from segjax.train.state import TrainState
@@ -237,11 +237,11 @@ def of_transformers(work: Work) -> Contender:
     import transformers
 
     from segjax.checkpoints import metadata
-    from segjax.checkpoints.files import write_file
+    from segjax.checkpoints.save import write_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         about = metadata.completed(metadata.guessed(work.num_classes))
-        write_file(Path(folder) / "model", pair(work)[0], dialect="hf", about=about)
+        write_checkpoint(Path(folder) / "model", pair(work)[0], dialect="hf", metadata=about)
         network = transformers.SegformerForSemanticSegmentation.from_pretrained(Path(folder) / "model")
     for module in network.modules():
         for rate in ("p", "drop_prob"):

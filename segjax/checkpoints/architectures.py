@@ -1,4 +1,4 @@
-"""What a state dict tells of its model: for each family, how its sizes are read off names and shapes."""
+"""The families of models, and how the sizes of each are read from the keys and shapes of a state dict."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
-
 from segjax import models
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class MissingKeyError(KeyError):
-    """A key without which sizes cannot be read."""
+    """A key that is needed to read the sizes is missing."""
 
 
 class UnreadableShapeError(ValueError):
-    """A key whose shape has no sizes to read."""
+    """A key that is needed to read the sizes has no such axis, or an empty one."""
 
 
 class _Reader(dict):
-    """Shapes by native key; a key that is not there raises `MissingKeyError`."""
+    """Shapes by native key; a missing key raises `MissingKeyError`."""
 
     asked: str = ""
 
@@ -38,11 +36,11 @@ class _Reader(dict):
         raise MissingKeyError(key)
 
     def has(self, prefix: str) -> bool:
-        """Whether any key begins so: one tensor of a layer may be missing and is to be called that."""
+        """Whether any key begins so: a layer that lacks a tensor counts, so that errors name the tensor."""
         return any(key.startswith(prefix) for key in self)
 
     def blocks(self, pattern: str) -> int:
-        """How many blocks there are, numbered at `{}` from zero on; the first must have the key."""
+        """Number of blocks, which are numbered from zero at `{}`; the first must have the key."""
         number = 1 if self[pattern.format(0)] else 0
         while self.has(f"{pattern.partition('{}')[0]}{number}."):
             number += 1
@@ -170,10 +168,10 @@ class Family:
     """Models that share one constructor.
 
     Attributes:
-      title: for messages.
-      names: in `segjax.MODELS`.
-      head: patterns of native keys that are not the encoder's.
-      read_encoder, read_head: sizes from shapes by native key.
+      title: its name, for messages.
+      names: of its models in `segjax.MODELS`.
+      head: patterns of the native keys outside the encoder.
+      read_encoder, read_head: read sizes from shapes by native key.
     """
 
     title: str
@@ -182,21 +180,21 @@ class Family:
     read_encoder: Callable[[_Reader], dict[str, object]]
     read_head: Callable[[_Reader], dict[str, object]]
 
-    def read(self, native: Mapping[str, np.ndarray]) -> tuple[dict[str, object], int | None]:
-        """Settings of the model that a native state dict belongs to, and its number of classes; None without a head.
+    def read(self, shapes: Shapes) -> tuple[dict[str, object], int | None]:
+        """Settings of the model with arrays of these shapes, by native key, and its number of classes; None without a
+        head.
 
         Raises:
-          MissingKeyError: a key that is needed for it.
-          UnreadableShapeError: a key that is needed has no such axis, or an empty one.
+          MissingKeyError, UnreadableShapeError: a key that is needed.
         """
-        shapes = _Reader({key: value.shape for key, value in native.items()})
+        reader = _Reader(shapes)
         try:
-            sizes = self.read_encoder(shapes)
-            if not any(map(self.in_head, native)):
+            sizes = self.read_encoder(reader)
+            if not any(map(self.in_head, shapes)):
                 return sizes, None
-            sizes |= self.read_head(shapes)
+            sizes |= self.read_head(reader)
         except IndexError:
-            raise UnreadableShapeError(shapes.asked) from None
+            raise UnreadableShapeError(reader.asked) from None
         return sizes, sizes.pop("num_classes")
 
     def in_head(self, key: str) -> bool:
@@ -204,7 +202,7 @@ class Family:
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Whether one of several shell-style patterns fits."""
+    """Whether a key matches one of several shell-style patterns."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
@@ -246,16 +244,16 @@ FAMILIES = {
 
 
 def family_of(name: str) -> str:
-    """The key of FAMILIES that a name of `segjax.MODELS` belongs to."""
+    """The key in `FAMILIES` of a name in `segjax.MODELS`."""
     return next(key for key, family in FAMILIES.items() if name in family.names)
 
 
-# Settings that tell the variants of a family apart, whatever its decoder.
+# Settings in which the variants of a family differ, apart from the decoder.
 ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
 
 
 def nearest_variant(family: Family, sizes: Mapping[str, object]) -> str:
-    """The family's name with most of the sizes that were read, the encoder's first; the smallest of several."""
+    """The model of a family that shares most sizes, those of the encoder first; the smallest of several."""
 
     def fit(name: str) -> tuple[int, int]:
         settings = models.settings(name)

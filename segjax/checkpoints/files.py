@@ -1,184 +1,72 @@
-"""Checkpoints in, out and told apart: `.pth`, `.safetensors`, folders of transformers, repositories of the Hub; orbax
-folders through `checkpoint.py`. With the weights comes what was kept beside them, as `record.py` has it."""
+"""Reads checkpoints: `.pth`, `.safetensors`, orbax folders, folders of transformers, repositories of the Hugging Face
+Hub. The kind is recognised by content. `segjax.checkpoints.save` writes them."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import pickle
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from segjax import models
-from segjax.checkpoints import huggingface, metadata
-from segjax.checkpoints.architectures import family_of
-from segjax.checkpoints.renaming import recognise
-from segjax.checkpoints.state_dict import (
-    CheckpointError,
-    as_arrays,
-    form_of,
-    from_torch,
-    has_classifier,
-    logger,
-    model_record,
-    shorten,
-    to_torch,
-    torch_module,
-)
+from segjax.checkpoints import huggingface, metadata, orbax_folder
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, as_arrays, shorten, torch_module
+from segjax.checkpoints.format_version import refuse_newer
+from segjax.checkpoints.state_dict import logger
 
-# The record of a model inside a `.safetensors`.
+# The key of segjax's metadata in the header of a `.safetensors`.
 METADATA = "segjax"
 
 
-class Contents(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-      weights: a state dict, or the model of an orbax folder.
-      about: what came beside them, as a record has it; of a foreign checkpoint some parts or none.
-      origin: name of the file or folder; of a repository its address with the commit.
-      paths: the files that the weights were read from; none for an orbax folder.
-    """
-
-    weights: dict[str, np.ndarray] | nnx.Module
-    about: dict[str, object]
-    origin: str
-    paths: tuple[Path, ...]
-
-
-def read_checkpoint(source: str | Path, *, dtype: jnp.dtype | None = None) -> Contents:
-    """Everything that is read anywhere as a checkpoint, told apart by content.
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Reads weights and metadata.
 
     Args:
-      source: a `.pth` or `.safetensors`, an orbax folder or that of a training, a folder of transformers, or the
-        address hf:owner/name[@revision] of one.
-      dtype: of the computation, for an orbax folder.
+      source: a `.pth` or `.safetensors`, an orbax folder or the folder of a run, a folder of transformers, or the
+        address hf:owner/name[@revision] of a repository.
 
     Raises:
-      CheckpointError: what is there instead, and what to do.
+      CheckpointError: there is no checkpoint, it is damaged or of a newer format; the message says what to do.
     """
-    place, origin = huggingface.fetched(source)
+    place, name = huggingface.fetched(source)
     if not place.is_dir():
-        return Contents(*_read_single(place), origin, (place,))
+        return Checkpoint(*_read_file(place), name, (place,))
     if huggingface.is_folder(place):
-        return _read_folder(place, origin)
-    from segjax.checkpoints import orbax_folder
-
-    model, about = orbax_folder.load_model_and_record(place, dtype=dtype)
-    return Contents(model, about, origin, ())
-
-
-def model_of(
-    contents: Contents,
-    *,
-    name: str = "auto",
-    dialect: str = "auto",
-    num_classes: int | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    **overrides,
-) -> tuple[nnx.Module, dict[str, object]]:
-    """The model that a checkpoint holds or makes, and its whole record. The arguments are those of `from_torch`."""
-    found = contents.weights
-    if isinstance(found, nnx.Module):
-        about = metadata.completed(contents.about)
-        return found, about if "dataset" in about else about | metadata.guessed(found.spec.num_classes)
-    kept = contents.about.get("model", {})
-    told = {key: _tupled(value) for key, value in kept.get("overrides", {}).items()}
-    if "name" in kept:
-        # A record of ours: what it does not name has the model's own default, not that of the file's dialect.
-        told = models.settings(kept["name"]) | told if name in ("auto", kept["name"]) else {}
-        name = kept["name"] if name == "auto" else name
-    model = from_torch(
-        found,
-        name=name,
-        dialect=dialect,
-        num_classes=num_classes,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        **told | overrides,
-    )
-    form = recognise(found, dialect=dialect, family=family_of(model.spec.name)).form
-    provenance = {**provenance_of(contents), "dialect": form.dialect, "package": form.package}
-    about = {"licence": metadata.licence_of(model.spec.name), **contents.about}
-    about |= {"model": model_record(model), "provenance": provenance}
-    named, classes = about.pop("dataset", None), model.spec.num_classes
-    # What an encoder names are ImageNet's classes.
-    if has_classifier(found, dialect=dialect):
-        if named and len(named["class_names"]) != classes:
-            logger.info("its %d class names are not used: it has %d classes", len(named["class_names"]), classes)
-            named = None
-        about |= {"dataset": named} if named else metadata.guessed(classes)
-        if "dataset" not in about:
-            logger.info("the checkpoint does not name its classes")
-        elif not named:
-            logger.info("it names no classes; %d are taken for those of %s", classes, about["dataset"]["name"])
-    return model, metadata.completed(about)
-
-
-def _tupled(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+        return _read_folder(place, name)
+    folder = orbax_folder.find(place)
+    return Checkpoint(*orbax_folder.load_weights(folder), name, (folder,), is_orbax=True)
 
 
 def provenance_at(source: str | Path) -> dict[str, object]:
-    """Name and hash of a checkpoint, for the record of what is made from it; of an orbax folder its arrays' hash."""
-    place, origin = huggingface.fetched(source)
-    if place.is_dir() and not huggingface.is_folder(place):
-        from segjax.checkpoints import orbax_folder
-
-        return provenance_of(Contents({}, orbax_folder.load_record(place), origin, ()))
-    paths = huggingface.weight_files(place) if place.is_dir() else [place]
-    return provenance_of(Contents({}, {}, origin, tuple(paths)))
-
-
-def provenance_of(contents: Contents) -> dict[str, object]:
-    """Name and hash of a checkpoint, and what it says that it was made from itself."""
-    before = contents.about.get("provenance")
-    made_from = {"made_from": before} if before else {}
-    if not contents.paths:
-        kept = {key: contents.about[key] for key in ("sha256", "step") if key in contents.about}
-        return {"source": contents.origin, **kept, **made_from}
-    digest = hashlib.sha256()
-    for path in contents.paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return {"source": contents.origin, "sha256": digest.hexdigest(), **made_from}
+    """`Checkpoint.provenance` of a checkpoint, without reading its weights."""
+    place, name = huggingface.fetched(source)
+    if not place.is_dir():
+        return Checkpoint({}, {}, name, (place,)).provenance
+    if huggingface.is_folder(place):
+        return Checkpoint({}, {}, name, tuple(huggingface.weight_files(place))).provenance
+    folder = orbax_folder.find(place)
+    return Checkpoint({}, orbax_folder.read_metadata(folder), name, (folder,), is_orbax=True).provenance
 
 
-def read_file(source: str | Path) -> dict[str, np.ndarray] | nnx.Module:
-    """The weights alone of what `read_checkpoint` takes."""
-    return read_checkpoint(source).weights
-
-
-def _read_folder(folder: Path, origin: str) -> Contents:
-    """A folder of transformers, in one file or several."""
-    about, notes = huggingface.about_folder(folder)
+def _read_folder(folder: Path, name: str) -> Checkpoint:
+    """A folder of transformers, with weights in one file or several."""
+    known, notes = huggingface.metadata_of(folder)
     arrays, paths = {}, huggingface.weight_files(folder)
     for path in paths:
-        part, kept = _read_single(path)
+        part, in_file = _read_file(path)
         arrays |= part
-        # A record of ours knows better than what transformers has a place for.
-        about |= kept
-    for note in notes if "name" not in about.get("model", {}) else ():
+        # segjax's own metadata has more than config.json can hold.
+        known |= in_file
+    for note in notes if "name" not in known.get("model", {}) else ():
         logger.info("%s", note)
-    promised = huggingface.keys_of_shards(folder)
-    if promised is not None and (missing := sorted(promised - arrays.keys())):
-        raise CheckpointError(f"{folder}: its index promises keys that no part has: {shorten(missing, most=6)}")
-    return Contents(arrays, about, origin, tuple(paths))
+    indexed = huggingface.keys_of_shards(folder)
+    if indexed is not None and (missing := sorted(indexed - arrays.keys())):
+        raise CheckpointError(f"{folder}: its index names keys that no part has: {shorten(missing, most=6)}")
+    return Checkpoint(arrays, known, name, tuple(paths))
 
 
-def _read_single(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def _read_file(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     if not source.exists():
         raise CheckpointError(f"{source}: there is no such file")
     size = source.stat().st_size
@@ -190,11 +78,11 @@ def _read_single(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
         return _read_safetensors(source)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_pth(source)
-    what = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "something else"
-    hint = " (a page that says why the download failed, or a git-lfs pointer?)" if what == "text" else ""
+    kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "binary"
+    hint = " (a page that says why the download failed, or a git-lfs pointer?)" if kind == "text" else ""
     raise CheckpointError(
         f"{source}: neither a PyTorch checkpoint, nor safetensors, nor an orbax folder; it begins with "
-        f"{head[:24]!r}, which is {what}{hint}"
+        f"{head[:24]!r}, which is {kind}{hint}"
     )
 
 
@@ -206,7 +94,7 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, ob
         arrays = load_file(source)
     except (SafetensorError, AttributeError) as error:
         if isinstance(error, AttributeError):
-            # The reader looks numpy up for a type that numpy does not have, such as float8.
+            # A dtype that numpy does not have, such as float8.
             raise CheckpointError(f"{source}: holds a number type that cannot be read ({error})") from None
         raise CheckpointError(
             f"{source}: a safetensors file that is damaged or cut short ({error}); fetch it again"
@@ -217,9 +105,11 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, ob
     if kept is None:
         return arrays, metadata.of_mmseg(None, arrays)
     try:
-        return arrays, dict(json.loads(kept))
+        known = dict(json.loads(kept))
     except (TypeError, ValueError):
-        raise CheckpointError(f"{source}: what it says of itself under {METADATA!r} is not a record") from None
+        raise CheckpointError(f"{source}: its metadata {METADATA!r} is not a JSON object") from None
+    refuse_newer(known, source)
+    return arrays, known
 
 
 def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
@@ -235,7 +125,7 @@ def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
             raise CheckpointError(
                 f"{source}: refused, because loading it would run code: it holds objects other than tensors and plain "
                 f"containers. {detail}\n  If you trust its origin, load it where it was made and save "
-                "model.state_dict() alone"
+                "only model.state_dict()"
             ) from None
         raise CheckpointError(
             f"{source}: not a PyTorch checkpoint, or a damaged one ({reason.splitlines()[0]})"
@@ -251,87 +141,3 @@ def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
         return arrays, metadata.of_mmseg(loaded, arrays)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
-
-
-def write_file(destination: Path, model: nnx.Module, *, dialect: str, about: Mapping[str, object]) -> None:
-    """Writes beside `destination` and renames, so that a reader never sees half a file.
-
-    `.pth` and `.safetensors` hold a state dict in the names of `dialect`, `.safetensors` with the record beside it. Any
-    other suffix is an orbax folder, or in the names of transformers ("hf") a folder that transformers loads.
-    """
-    about = {"model": model_record(model), **about}
-    if destination.suffix not in (".pth", ".safetensors"):
-        if dialect == "hf":
-            _write_folder(destination, model, about)
-            return
-        from segjax.checkpoints import orbax_folder
-
-        orbax_folder.save_model(destination, model, about=about)
-        return
-    weights = to_torch(model, dialect=dialect)
-    if form_of(model, dialect).encoder_only:
-        # Neither the model nor its classes are in the file.
-        about = {key: value for key, value in about.items() if key not in ("model", "dataset")}
-    with _beside(destination) as temporary:
-        if destination.suffix == ".pth":
-            torch = torch_module()
-            torch.save({key: _as_tensor(torch, value) for key, value in weights.items()}, temporary)
-        else:
-            _save_safetensors(weights, temporary, about)
-
-
-@contextlib.contextmanager
-def _beside(destination: Path) -> Iterator[str]:
-    """A temporary file that takes the place of `destination` where nothing is raised."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, destination)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, about: Mapping[str, object]) -> None:
-    from safetensors.numpy import save_file
-
-    # "format" is what transformers looks for before it reads a file.
-    save_file(dict(weights), path, metadata={"format": "pt", METADATA: json.dumps(about, sort_keys=True)})
-
-
-def _write_folder(folder: Path, model: nnx.Module, about: Mapping[str, object]) -> None:
-    """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
-    weights = to_torch(model, dialect="hf")
-    config = huggingface.config_of(model, about) | {"dtype": str(next(iter(weights.values())).dtype)}
-    texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(about)}
-    if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
-        raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    retired = folder.with_name(f"{beside.name}.old")
-    try:
-        for name, content in texts.items():
-            (beside / name).write_text(json.dumps(content, indent=2) + "\n")
-        _save_safetensors(weights, beside / huggingface.WEIGHTS[0], about)
-        beside.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rename(retired)
-        beside.rename(folder)
-    finally:
-        for left in (beside, retired):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _as_tensor(torch, value: np.ndarray):
-    if value.dtype == jnp.bfloat16:
-        return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(value.copy())

@@ -1,13 +1,13 @@
-"""How each package writes each family's weights: tables of renames, splits and merges onto the native names, both ways.
+"""Key maps: tables of renames, splits and merges between the keys of each package's state dicts and the native keys.
 
-Native names are the attribute paths of our modules, which are the keys that the first publisher of a family used. A
-*rule* pairs native names with foreign ones; `{t}` is the tensor's own name (`weight`, `running_var`, ...), which stays,
-and stands at the end where a name does not place it. Where one side has several names, its tensors stacked along the
-first axis make up the other side. In a name `{s}` is the stage 1..4, `{z}` the stage from zero, `{r}` the stage from
-the deep end from zero, `{b}` a number, `{rest}` anything.
+Native keys are the attribute paths of segjax's modules, which are the keys of the first publisher of a family. A *rule*
+pairs native keys with foreign ones. Templates have these fields: `{t}` the name of the tensor (`weight`, `running_var`,
+...), added at the end of a template that does not contain it; `{s}` the stage, 1 to 4; `{z}` the stage, 0 to 3; `{r}`
+the stage counted from the deepest, 0 to 3; `{b}` a number; `{rest}` anything. Where one side of a rule has several
+keys, their tensors concatenated along the first axis equal the tensors of the other side.
 
-A *naming* is a list of rules. A *form* is how one package (the dialect) writes one family: its naming, older ones that
-it also reads, and what its files leave unsaid.
+A *key map* is a tuple of rules. A *key format* describes how one package (the dialect) stores one family: its key map,
+older key maps that are read too, and the settings that its checkpoints do not contain.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import dataclasses
 from collections.abc import Iterable
 
 BATCH_COUNTER = "num_batches_tracked"
-# A setting that a checkpoint cannot tell and that differs between the published variants of a family.
+# A setting that a checkpoint does not contain and that differs between the published variants of a family.
 OF_VARIANT = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Native names and foreign names of the same numbers.
+    """Native keys and foreign keys of the same numbers.
 
     Attributes:
-      native, foreign: templates; several stand for tensors stacked along the first axis.
-      shares: relative lengths of the native parts, where there are several.
-      as_conv: a linear layer (out, in) here is a 1x1 convolution (out, in, 1, 1) there.
+      native, foreign: templates; several stand for tensors concatenated along the first axis.
+      shares: relative lengths of the native tensors, where there are several.
+      as_conv: whether a native linear layer (out, in) is a foreign 1x1 convolution (out, in, 1, 1).
     """
 
     native: tuple[str, ...]
@@ -75,7 +75,7 @@ _MIT = _same(
     *("block{s}.{b}.attn.sr", "block{s}.{b}.attn.norm", "block{s}.{b}.attn.proj", "block{s}.{b}.norm2"),
     *("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.dwconv.dwconv", "block{s}.{b}.mlp.fc2", "norm{s}"),
 )
-# transformers as written to disk, and version 5 in memory.
+# transformers: files, and models of version 5 in memory.
 _MIT_HF = (
     _rule("patch_embed{s}.proj", "patch_embeddings.{z}.proj"),
     _rule("patch_embed{s}.norm", "patch_embeddings.{z}.layer_norm"),
@@ -144,7 +144,7 @@ _MMSEG_HEAD = _same("convs.{b}.conv", "convs.{b}.bn", "fusion_conv.conv", "fusio
 
 
 def _segformer(encoder: str, mit: tuple[Rule, ...], head: str, decoder: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """An encoder's rules and a decoder's, each behind the foreign prefix in front of it."""
+    """The rules of an encoder and a decoder, each with its foreign prefix."""
     return _prefixed("backbone.", encoder, mit) + _prefixed("decode_head.", head, decoder)
 
 
@@ -203,30 +203,30 @@ def _segnext(encoder: str, dwconv: str, head: str, classifier: str) -> tuple[Rul
     return _prefixed("backbone.", encoder, _mscan(dwconv)) + _prefixed("decode_head.", head, decoder)
 
 
-# ----------------------------------------------------------------------------------------------------------- the forms
+# --------------------------------------------------------------------------------------------------------- key formats
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """One package's way of writing one family.
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyFormat:
+    """How one package stores one family.
 
     Attributes:
-      dialect: as in `--dialect`. family: a key of `segjax.families.FAMILIES`.
-      package: for messages.
-      namings: the first is the one that is written, all are read.
-      unused: patterns of keys that the package writes but its model never reads, dropped without being asked.
-      backbone_extras: patterns of keys that come with a backbone alone (an ImageNet classifier).
-      settings: what the published model has that its checkpoint cannot tell, setting -> value.
-      without_bias: names of convolutions whose bias the package leaves out, since a BatchNorm follows, and the names
-        of those norms: the bias is zero on the way in and taken from the running mean on the way out.
-      encoder_only: the package has no place for the decoder.
-      note: what the package computes besides, or otherwise, with the same weights; said with every conversion.
+      dialect: as in `--dialect`. family: a key of `segjax.checkpoints.architectures.FAMILIES`.
+      package: its name, for messages.
+      key_maps: the first is written, all are read.
+      settings: settings of the published model that its checkpoints do not contain, (name, value).
+      unused: patterns of keys that the package writes and its model never reads; they are skipped.
+      backbone_extras: patterns of keys that come with an encoder only (an ImageNet classifier).
+      without_bias: (convolution, norm): convolutions that have no bias in the package, because a BatchNorm follows. The
+        bias is read as zero, and written by subtracting it from the running mean of the norm.
+      encoder_only: whether the package has no decoder.
+      note: what the package computes differently with the same weights; logged with every conversion.
     """
 
     dialect: str
     family: str
     package: str
-    namings: tuple[tuple[Rule, ...], ...]
+    key_maps: tuple[tuple[Rule, ...], ...]
     settings: tuple[tuple[str, object], ...]
     unused: tuple[str, ...] = ()
     backbone_extras: tuple[str, ...] = ()
@@ -236,7 +236,7 @@ class Form:
 
 
 def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
-    # The heads are published alike for every MiT, in every package.
+    # Every package publishes every MiT with the same heads.
     return (("num_heads", (1, 2, 5, 8)), ("block_norm_eps", block), ("patch_norm_eps", patch))
 
 
@@ -244,86 +244,88 @@ _IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "cl
 _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
 _MMSEG_UNUSED = ("data_preprocessor.*",)
-_HRNET_FORM = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+_HRNET_KEYS = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
 
 
-def _backbone(family: str, package: str, *namings: tuple[Rule, ...], settings, backbone_extras) -> Form:
-    """The encoder alone, as files pretrained on ImageNet are."""
-    return Form(
+def _backbone(family: str, package: str, *key_maps: tuple[Rule, ...], settings, backbone_extras) -> KeyFormat:
+    """The encoder only, as in files pretrained on ImageNet."""
+    return KeyFormat(
         dialect="backbone",
         family=family,
         package=package,
-        namings=tuple(_prefixed("backbone.", "", naming) for naming in namings),
+        key_maps=tuple(_prefixed("backbone.", "", key_map) for key_map in key_maps),
         settings=settings,
         backbone_extras=backbone_extras,
         encoder_only=True,
     )
 
 
-_RESIZED_TWICE = "its HRNet resizes twice between branches, and equals ours where 32 divides the image's sides"
+_RESIZED_TWICE = (
+    "its HRNet resizes twice between branches, and equals that of segjax if 32 divides the sides of the image"
+)
 
 
-def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[Form, ...]:
-    """HRNet's branches alone: timm's features, and files pretrained on ImageNet, which have the same names."""
+def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[KeyFormat, ...]:
+    """HRNet's encoder only: timm's features, and files pretrained on ImageNet, which have the same keys."""
     kinds = dict(
         family=family,
-        namings=(_HRNET,),
+        key_maps=(_HRNET,),
         settings=(("align_corners", align_corners),),
         backbone_extras=_IMAGENET_HRNET,
         encoder_only=True,
     )
-    nearest = "its modules enlarge by nearest neighbours between branches, ours bilinearly"
+    nearest = "its modules upsample between branches by nearest neighbours, those of segjax bilinearly"
     return (
-        Form(dialect="timm", package="timm, features of the raw branches", note=nearest, **kinds),
-        Form(dialect="backbone", package="an HRNet encoder alone", **kinds),
+        KeyFormat(dialect="timm", package="timm, features of the raw branches", note=nearest, **kinds),
+        KeyFormat(dialect="backbone", package="an HRNet encoder", **kinds),
     )
 
 
-# Of several that fit a file equally well the first is taken. So a MiT encoder alone is mmsegmentation's if it has its
-# names, else the official one; jo-jstrm's, whose names begin alike, comes after both.
-FORMS = (
-    Form(
+# Where several fit a file equally well, the first is taken: a MiT encoder is read as mmsegmentation's if it has those
+# keys, else as the official one; that of jo-jstrm, whose keys begin alike, comes after both.
+KEY_FORMATS = (
+    KeyFormat(
         dialect="native",
         family="segformer",
         package="NVlabs SegFormer",
-        namings=(_segformer("backbone.", _MIT, "decode_head.", _OFFICIAL_HEAD),),
+        key_maps=(_segformer("backbone.", _MIT, "decode_head.", _OFFICIAL_HEAD),),
         unused=("decode_head.conv_seg.*",),
         settings=_eps(1e-6, 1e-5),
     ),
-    Form(
+    KeyFormat(
         dialect="hf",
         family="segformer",
         package="transformers",
-        namings=(
+        key_maps=(
             _segformer("segformer.encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
             _segformer("segformer.", _MIT_HF5, "decode_head.", _HF5_HEAD),
-            # SegformerModel saved on its own, in both namings.
+            # SegformerModel saved on its own, in both key maps.
             _segformer("encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
             _segformer("", _MIT_HF5, "decode_head.", _HF5_HEAD),
         ),
         backbone_extras=("classifier.*",),
         settings=_eps(1e-5, 1e-5),
     ),
-    Form(
+    KeyFormat(
         dialect="smp",
         family="segformer",
         package="segmentation-models-pytorch",
-        namings=(_segformer("encoder.", _MIT, "", _SMP_HEAD),),
+        key_maps=(_segformer("encoder.", _MIT, "", _SMP_HEAD),),
         settings=_eps(1e-6, 1e-5),
-        note="its model enlarges the logits fourfold, with aligned corners",
+        note="its model upsamples the logits four times, with align_corners=True",
     ),
-    Form(
+    KeyFormat(
         dialect="native",
         family="segformer_mmseg",
         package=f"{_MMSEG}'s SegFormer, with the official encoder's names",
-        namings=(_segformer("backbone.", _MIT, "decode_head.", _MMSEG_HEAD),),
+        key_maps=(_segformer("backbone.", _MIT, "decode_head.", _MMSEG_HEAD),),
         settings=_eps(1e-6, 1e-6),
     ),
-    Form(
+    KeyFormat(
         dialect="mmseg",
         family="segformer_mmseg",
         package=_MMSEG,
-        namings=(
+        key_maps=(
             _segformer("backbone.", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
             _segformer("", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
         ),
@@ -333,84 +335,84 @@ FORMS = (
     *(
         _backbone(
             family,
-            "a MiT encoder alone",
+            "a MiT encoder",
             *(_MIT, _MIT_MMSEG),
             settings=_eps(1e-6, patch_eps),
             backbone_extras=("head.*",),
         )
         for family, patch_eps in (("segformer", 1e-5), ("segformer_plain", 1e-5), ("segformer_mmseg", 1e-6))
     ),
-    Form(
+    KeyFormat(
         dialect="native",
         family="segformer_plain",
         package=f"{_SEED}, with the official prefixes",
-        namings=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
+        key_maps=(_segformer("backbone.", _MIT, "decode_head.", _PLAIN_HEAD),),
         settings=_eps(1e-6, 1e-5),
     ),
-    Form(
+    KeyFormat(
         dialect="segmentation_pytorch",
         family="segformer_plain",
         package=_SEED,
-        namings=(_segformer("", _MIT, "", _PLAIN_HEAD),),
+        key_maps=(_segformer("", _MIT, "", _PLAIN_HEAD),),
         settings=_eps(1e-6, 1e-5),
     ),
     *(
-        Form(
+        KeyFormat(
             dialect=dialect,
             family="segformer_simple",
             package=package,
-            namings=(_same("mit.stages.{rest}", "to_fused.{rest}", "to_segmentation.{rest}"),),
+            key_maps=(_same("mit.stages.{rest}", "to_fused.{rest}", "to_segmentation.{rest}"),),
             settings=(("num_heads", (1, 2, 5, 8)),),
         )
         for dialect, package in (("native", "segformer-pytorch"), ("segmentation_pytorch", _SEED))
     ),
-    Form(
+    KeyFormat(
         dialect="native",
         family="segformer_zuppichini",
         package="F. Zuppichini's article",
-        namings=(_same("encoder.stages.{rest}", "decoder.stages.{rest}", "head.fuse.{rest}", "head.predict"),),
+        key_maps=(_same("encoder.stages.{rest}", "decoder.stages.{rest}", "head.fuse.{rest}", "head.predict"),),
         settings=(("num_heads", (1, 2, 4, 8)),),
     ),
     *(
-        Form(
+        KeyFormat(
             dialect=dialect,
             family="hrnet",
             package=package,
-            namings=(_HRNET + _HRNET_HEAD,),
+            key_maps=(_HRNET + _HRNET_HEAD,),
             settings=(("align_corners", False),),
             note=note,
-            **_HRNET_FORM,
+            **_HRNET_KEYS,
         )
         for dialect, package, note in (
             ("native", "HRNet-Semantic-Segmentation", ""),
-            ("segmentation_pytorch", _SEED, "its model enlarges the logits to the size of its training crop"),
+            ("segmentation_pytorch", _SEED, "its model upsamples the logits to the size of its training crop"),
         )
     ),
     *_hrnet_encoder("hrnet", align_corners=False),
-    Form(
+    KeyFormat(
         dialect="mmseg",
         family="hrnet",
         package=_MMSEG,
-        namings=(_prefixed("", "backbone.", _HRNET) + _prefixed("last_layer.", "decode_head.", _MMSEG_FCN),),
+        key_maps=(_prefixed("", "backbone.", _HRNET) + _prefixed("last_layer.", "decode_head.", _MMSEG_FCN),),
         unused=_MMSEG_UNUSED,
         without_bias=(("last_layer.0", "last_layer.1"),),
         settings=(("align_corners", False),),
         note=_RESIZED_TWICE,
     ),
-    Form(
+    KeyFormat(
         dialect="native",
         family="hrnet_ocr",
         package="HRNet-Semantic-Segmentation, with OCR",
-        namings=(_HRNET + _OCR_HEADS,),
+        key_maps=(_HRNET + _OCR_HEADS,),
         settings=(("align_corners", True),),
-        **_HRNET_FORM,
+        **_HRNET_KEYS,
     ),
     *_hrnet_encoder("hrnet_ocr", align_corners=True),
-    Form(
+    KeyFormat(
         dialect="mmseg",
         family="hrnet_ocr",
         package=_MMSEG,
-        namings=(
+        key_maps=(
             _prefixed("", "backbone.", _HRNET)
             + _prefixed("aux_head.", "decode_head.0.", _MMSEG_FCN)
             + _prefixed("", "decode_head.1.", _MMSEG_OCR),
@@ -420,42 +422,42 @@ FORMS = (
         settings=(("align_corners", False),),
         note=_RESIZED_TWICE,
     ),
-    Form(
+    KeyFormat(
         dialect="native",
         family="segnext",
         package="Visual-Attention-Network/SegNeXt",
-        namings=(_segnext("backbone.", "dwconv.dwconv", "decode_head.", "conv_seg"),),
+        key_maps=(_segnext("backbone.", "dwconv.dwconv", "decode_head.", "conv_seg"),),
         settings=(("ham_rank", OF_VARIANT),),
     ),
-    Form(
+    KeyFormat(
         dialect="mmseg",
         family="segnext",
         package=_MMSEG,
-        namings=(
+        key_maps=(
             _segnext("backbone.", "dwconv", "decode_head.", "conv_seg"),
             _segnext("", "dwconv", "decode_head.", "conv_seg"),
         ),
         unused=_MMSEG_UNUSED,
         settings=(("ham_rank", 16),),
     ),
-    Form(
+    KeyFormat(
         dialect="cvpytorch",
         family="segnext",
         package="CvPytorch",
-        namings=(
+        key_maps=(
             _segnext("backbone.", "dwconv.dwconv", "head.", "cls_seg"),
             _segnext("backbone.", "dwconv.dwconv", "head.", "classifier"),
         ),
         settings=(("ham_rank", 64),),
-        note="where its head has `classifier` for `cls_seg`, it enlarges features with aligned corners, and ours not",
+        note="if its head has `classifier`, not `cls_seg`, it upsamples with align_corners=True; segjax does not",
     ),
     _backbone(
         "segnext",
-        "an MSCAN encoder alone",
+        "an MSCAN encoder",
         _mscan("dwconv.dwconv"),
         settings=(("ham_rank", OF_VARIANT),),
         backbone_extras=("head.*",),
     ),
 )
-# What `dialect=` takes, in the order of their first appearance.
-DIALECTS = tuple(dict.fromkeys(form.dialect for form in FORMS))
+# Values of `dialect=`, in the order of their first appearance.
+DIALECTS = tuple(dict.fromkeys(key_format.dialect for key_format in KEY_FORMATS))

@@ -1,66 +1,142 @@
-"""A model together with what its outputs mean and what it takes for an image, from whatever it is kept in."""
+"""`segjax.load`: a model together with its classes, its normalisation and its metadata, from any checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.checkpoints.files import model_of, read_checkpoint
-from segjax.checkpoints.metadata import spec_of
-from segjax.checkpoints.state_dict import CheckpointError
+from segjax import models
+from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints.architectures import family_of
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
+from segjax.checkpoints.files import read_checkpoint
+from segjax.checkpoints.state_dict import from_torch, logger, model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
 
 
-class Trained(NamedTuple):
-    """A model in evaluation mode and what came with it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedCheckpoint:
+    """A model and everything that its checkpoint contains in addition to the weights.
 
     Attributes:
-      spec: names and colours of its classes, and the label to ignore.
-      about: the record beside the weights, as `segjax.record` has it. Where `about["dataset"]["guessed"]` is set, the
-        checkpoint names no classes and those of `spec` are guessed from their number.
-      mean, std: of the images that it was trained on, RGB in 0..255.
+      model: in evaluation mode; images (B, H, W, 3), normalised, -> (logits, taps).
+      classes: names and colours of its classes, and the label to ignore.
+      metadata: as in `segjax.checkpoints.metadata`. Where `metadata["dataset"]["guessed"]` is set, the checkpoint names
+        no classes, and `classes` are a guess from their number.
+      mean, std: of the training images, RGB in 0..255.
+      provenance: name and hash of the checkpoint, and its own provenance under "made_from".
     """
 
     model: nnx.Module
-    spec: specs.DatasetSpec
-    about: Mapping[str, object]
+    classes: specs.DatasetSpec
+    metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
+    provenance: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
-    def named(self) -> Mapping | None:
-        """The record of the data set, where the checkpoint names its classes itself."""
-        record = self.about.get("dataset")
-        return None if not record or record.get("guessed") else record
+    def dataset(self) -> Mapping | None:
+        """The metadata of the data set, where the checkpoint itself names its classes."""
+        dataset = self.metadata.get("dataset")
+        return None if not dataset or dataset.get("guessed") else dataset
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
+        """RGB 0..255 (..., 3) of any dtype -> float32 as the model takes it."""
         return normalise(images, self.mean, self.std)
 
 
-def load_trained(source: str | Path, *, dtype: jnp.dtype | None = None) -> Trained:
-    """The model of whatever is read as a checkpoint, and the record that predicting needs.
+def load(source: str | Path, *, dtype: jnp.dtype | None = None) -> LoadedCheckpoint:
+    """Loads the model of any checkpoint, with its classes, its normalisation and its metadata.
 
     Args:
-      source: a converted folder, that of a training, any PyTorch checkpoint, a folder of transformers, or
-        hf:owner/name[@revision] on the Hub.
-      dtype: of the computation; float32 unless given.
+      source: a converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
+        transformers, or hf:owner/name[@revision] on the Hugging Face Hub.
+      dtype: of the computation; float32 by default (float64 for an orbax folder in float64).
 
     Raises:
-      CheckpointError: nothing there, nothing that can be read as a model, or an encoder alone.
+      CheckpointError: nothing is there, it cannot be read as a model, or it is an encoder only.
     """
-    contents = read_checkpoint(source, dtype=dtype)
+    checkpoint = read_checkpoint(source)
     try:
-        model, about = model_of(contents, dtype=dtype or jnp.float32)
-        spec = spec_of(about, model.spec.num_classes)
+        model, known = model_of(checkpoint, dtype=dtype)
+        classes = metadata.classes_of(known, model.spec.num_classes)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-    model.eval()
-    mean, std = (tuple(about["normalisation"][key]) for key in ("mean", "std"))
-    return Trained(model, spec, about, mean, std)
+        message = str(error) if str(error).startswith(str(source)) else f"{source}: {error}"
+        raise CheckpointError(message) from None
+    mean, std = (tuple(known["normalisation"][key]) for key in ("mean", "std"))
+    provenance = checkpoint.provenance if checkpoint.is_orbax else known["provenance"]
+    return LoadedCheckpoint(model, classes, known, mean, std, provenance)
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    *,
+    name: str = "auto",
+    num_classes: int | None = None,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
+    **overrides,
+) -> tuple[nnx.Module, dict[str, object]]:
+    """The model of a checkpoint, in evaluation mode, and its complete metadata.
+
+    Args:
+      name, num_classes, param_dtype, **overrides: as for `from_torch`; for a state dict only.
+      dtype: of the computation; by default float32, or float64 for an orbax folder in float64.
+
+    Raises:
+      CheckpointError: the checkpoint fits no model, or its folder contradicts itself.
+      KeyError: unknown name or dialect.
+    """
+    if checkpoint.is_orbax:
+        model = orbax_folder.build_model(checkpoint.weights, checkpoint.metadata, *checkpoint.paths, dtype=dtype)
+        known = metadata.completed(checkpoint.metadata)
+        return model, known if "dataset" in known else known | metadata.guessed(model.spec.num_classes)
+    name, settings = _settings_in(checkpoint.metadata, name)
+    checkpoint = checkpoint.read_as(family=None if name == "auto" else family_of(name))
+    model = from_torch(
+        checkpoint,
+        name=name,
+        num_classes=num_classes,
+        dtype=dtype or jnp.float32,
+        param_dtype=param_dtype,
+        **settings | overrides,
+    )
+    return model, _metadata_for(model, checkpoint)
+
+
+def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, object]]:
+    """Name and settings of the model by the metadata of a state dict, where `name` does not contradict it."""
+    kept = known.get("model", {})
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in kept.get("overrides", {}).items()}
+    if "name" not in kept:
+        return name, settings
+    if name not in ("auto", kept["name"]):
+        return name, {}
+    # Metadata of segjax: settings that it does not name are the model's defaults, not those of the dialect.
+    return kept["name"], models.settings(kept["name"]) | settings
+
+
+def _metadata_for(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, object]:
+    """The metadata of a model that was made for a state dict."""
+    found = checkpoint.recognised
+    provenance = {**checkpoint.provenance, "dialect": found.key_format.dialect, "package": found.key_format.package}
+    known = {"licence": metadata.licence_of(model.spec.name), **checkpoint.metadata}
+    known |= {"model": model_metadata(model), "provenance": provenance}
+    dataset, classes = known.pop("dataset", None), model.spec.num_classes
+    # The classes that an encoder names are ImageNet's.
+    if found.has_head:
+        if dataset and len(dataset["class_names"]) != classes:
+            logger.info("its %d class names are not used: it has %d classes", len(dataset["class_names"]), classes)
+            dataset = None
+        known |= {"dataset": dataset} if dataset else metadata.guessed(classes)
+        if "dataset" not in known:
+            logger.info("the checkpoint does not name its classes")
+        elif not dataset:
+            logger.info("it names no classes; %d are assumed to be those of %s", classes, known["dataset"]["name"])
+    return metadata.completed(known)

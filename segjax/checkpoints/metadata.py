@@ -1,15 +1,16 @@
-"""What a checkpoint says of itself beside its weights, so that predicting needs nothing else.
+"""Metadata of a checkpoint: what predicting needs to know in addition to the weights.
 
-A record is JSON: the item `about` of an orbax folder, the metadata `segjax` of a `.safetensors`. Its parts:
+It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metadata of a `.safetensors`. Its parts:
 
     model           name, num_classes, overrides, param_dtype: how to build it
     dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
-    normalisation   mean and std that images had removed, RGB in 0..255
-    input_size      height and width of what it was trained on, or null
+    normalisation   mean and std of the training images, RGB in 0..255
+    input_size      height and width of the training crops, or null
     licence         a note
-    provenance      what it was made from: source, sha256, dialect, package, verified
+    provenance      the origin of the weights: source, sha256, dialect, package, verified
+    format_version, segjax_version      see `segjax.checkpoints.format_version`
 
-What other packages keep of this is read here too.
+Metadata of other packages is translated into these parts.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from segjax.checkpoints.architectures import family_of
-from segjax.checkpoints.state_dict import CheckpointError
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.data import specs
 
-# What a checkpoint that names no classes was most likely trained on.
-BY_NUMBER = {spec.num_classes: spec for spec in (specs.CITYSCAPES, specs.ADE20K, specs.VOC, specs.CAMVID)}
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
-# Parts that stay true when the weights are written elsewhere.
+# Parts that remain true when the weights are written to another file.
 LASTING = ("dataset", "normalisation", "input_size", "licence")
 
 _NVIDIA = (
@@ -44,7 +43,7 @@ _LICENCES = {
 }
 
 
-def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
+def dataset_metadata(spec: specs.DatasetSpec) -> dict[str, object]:
     return {
         "name": spec.name,
         "class_names": list(spec.class_names),
@@ -53,16 +52,16 @@ def dataset_record(spec: specs.DatasetSpec) -> dict[str, object]:
     }
 
 
-def spec_of(about: Mapping, num_classes: int) -> specs.DatasetSpec:
-    """The classes that a record names; without any, numbers for names.
+def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
+    """The classes that metadata names; where it names none, they are called by their numbers.
 
     Raises:
-      CheckpointError: more classes than an 8-bit label can tell, or a record that contradicts itself.
+      CheckpointError: more classes than an 8-bit label can hold, or metadata that contradicts itself.
     """
     try:
-        record = about.get("dataset") or _unnamed(num_classes)
-        colors = tuple(tuple(color) for color in record["colors"])
-        return specs.DatasetSpec(record["name"], tuple(record["class_names"]), colors, record["ignore_label"])
+        dataset = metadata.get("dataset") or _unnamed(num_classes)
+        colors = tuple(tuple(color) for color in dataset["colors"])
+        return specs.DatasetSpec(dataset["name"], tuple(dataset["class_names"]), colors, dataset["ignore_label"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the classes of this checkpoint cannot be used: {error}") from None
 
@@ -73,7 +72,7 @@ def _unnamed(num_classes: int) -> dict[str, object]:
 
 
 def _palette(num_classes: int) -> list[list[int]]:
-    """Colours far from one another: hues by the golden ratio, three brightnesses."""
+    """Distinct colours: hues by the golden ratio, three brightnesses."""
     return [
         [round(255 * part) for part in colorsys.hsv_to_rgb(0.618033988749895 * k % 1, 0.75, (1.0, 0.8, 0.6)[k % 3])]
         for k in range(num_classes)
@@ -81,10 +80,9 @@ def _palette(num_classes: int) -> list[list[int]]:
 
 
 def guessed(num_classes: int) -> dict[str, object]:
-    """{"dataset": ...} of the data set that has so many classes; {} where none is known."""
-    if num_classes not in BY_NUMBER:
-        return {}
-    return {"dataset": dataset_record(BY_NUMBER[num_classes]) | {"guessed": True}}
+    """{"dataset": ...} of the known data set with this number of classes; {} where there is none."""
+    spec = specs.guess(num_classes)
+    return {"dataset": dataset_metadata(spec) | {"guessed": True}} if spec else {}
 
 
 def of_names(
@@ -92,18 +90,18 @@ def of_names(
 ) -> dict[str, object]:
     """{"dataset": ...} of class names, with name and colours of the known data set that has most of them.
 
-    {} where labels of so many classes do not fit 8 bits, or a name or colour is not one.
+    {} where the classes do not fit into 8 bits, or a name is no string.
     """
     names = list(names)
     if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
         return {}
-    known = BY_NUMBER.get(len(names))
+    known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
         known = None
-    dataset = dataset_record(known) if known else {"name": "unknown", "ignore_label": 255}
+    dataset = dataset_metadata(known) if known else {"name": "unknown", "ignore_label": 255}
     dataset["class_names"] = names
     dataset["colors"] = _colors(colors, len(names)) or dataset.get("colors") or _palette(len(names))
-    # Where it is no label that could be ignored, as -100 or 0, the file means none.
+    # Other values, such as -100 or 0, are no label that could be ignored: the file has none.
     if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= 255:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
@@ -118,29 +116,35 @@ def _colors(colors: object, count: int) -> list[list[int]] | None:
 
 
 def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, object]:
-    """What mmsegmentation keeps beside a state dict: `meta` with CLASSES and PALETTE, from 1.0 on in its `dataset_meta`
-    with small letters; and mean and deviation of its preprocessor, where they were saved."""
-    about = {}
+    """Metadata from a file of mmsegmentation: `meta` with CLASSES and PALETTE, from 1.0 on in its `dataset_meta` in
+    lower case; and mean and standard deviation of its preprocessor, where they were saved."""
+    translated = {}
     meta = loaded.get("meta") if isinstance(loaded, Mapping) else None
     if isinstance(meta, Mapping):
         meta = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), Mapping) else meta
         found = {key.lower(): value for key, value in meta.items() if isinstance(key, str)}
         if isinstance(found.get("classes"), list | tuple):
-            about |= of_names(found["classes"], colors=found.get("palette"))
+            translated |= of_names(found["classes"], colors=found.get("palette"))
     mean, std = (weights.get(f"data_preprocessor.{name}") for name in ("mean", "std"))
     if mean is not None and std is not None and mean.size == std.size == 3:
-        about["normalisation"] = {"mean": mean.ravel().tolist(), "std": std.ravel().tolist()}
-    return about
+        translated["normalisation"] = {"mean": mean.ravel().tolist(), "std": std.ravel().tolist()}
+    return translated
 
 
 def licence_of(name: str) -> str:
-    """A note for weights that came from elsewhere, by name of their model."""
+    """A note for weights from elsewhere, by the name of their model."""
     published = _LICENCES.get(family_of(name))
     return "that of the source" + (f"; {published}" if published else "")
 
 
-def completed(about: Mapping) -> dict[str, object]:
-    """A record with what older and foreign ones lack: ImageNet's normalisation, the crop of a training's config."""
-    size = about.get("config", {}).get("augment", {}).get("crop")
-    known = {key: value for key, value in about.items() if value is not None}
+def completed(metadata: Mapping) -> dict[str, object]:
+    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and the crop
+    in the config of a run."""
+    size = metadata.get("config", {}).get("augment", {}).get("crop")
+    known = {key: value for key, value in metadata.items() if value is not None}
     return {"normalisation": IMAGENET, "input_size": size, **known}
+
+
+def carried(metadata: Mapping, provenance: Mapping) -> dict[str, object]:
+    """The metadata of a file that is written from a checkpoint with `metadata`, which is called `provenance`."""
+    return {key: metadata[key] for key in LASTING if key in metadata} | {"provenance": dict(provenance)}

@@ -1,8 +1,7 @@
-"""Orbax folders: named weights, whatever else a run needs to go on, and a JSON record of what they are.
+"""Orbax folders: weights by name, their metadata, and whatever else a run needs to resume.
 
-A folder holds the items `weights` (parameters and running statistics by dotted name) and `about` (JSON); a training
-checkpoint adds `training`. Orbax writes a folder beside its place and renames it, so one that is there is whole. This
-module knows names, arrays and records, and nothing of models but how to ask for one.
+A folder contains the items `weights` (parameters and running statistics by dotted path) and `about` (metadata, JSON); a
+checkpoint of a run also contains `training`. Writes are atomic: orbax writes to a temporary folder and renames it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,16 +22,20 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
-from segjax.checkpoints.state_dict import CheckpointError, from_values, model_record, named_variables
+from segjax.checkpoints.checkpoint import CheckpointError
+from segjax.checkpoints.format_version import refuse_newer, stamped
+from segjax.checkpoints.state_dict import from_values, model_metadata, named_variables
 from segjax.models.functional import params_sha256
+from segjax.runtime import atomic
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is torn, cut short or changed since it was written."""
+    """A checkpoint that is incomplete, truncated or changed since it was written."""
 
 
-WEIGHTS, ABOUT, TRAINING = "weights", "about", "training"
-HASH, TRAINING_HASH, RECORD_HASH = "sha256", "sha256_training", "sha256_record"
+WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
+# Keys of the metadata: hashes of the items, and of the metadata itself.
+HASH, TRAINING_HASH, METADATA_HASH = "sha256", "sha256_training", "sha256_record"
 
 
 def this_process_alone():
@@ -50,15 +52,15 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def report_errors_once() -> None:
-    """Orbax logs an error from each of its threads, with a traceback each, before it raises it: a hundred lines."""
+    """Orbax logs an error, with a traceback, from each of its threads before it raises it: a hundred lines."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     previous = sys.unraisablehook
     if previous.__module__ == __name__:
         return
 
     def hook(unraisable):
-        # At the first error orbax closes its event loop; each read or write still in flight reports that, by the
-        # hundred, and after the error has left here.
+        # At the first error orbax closes its event loop. Every read or write that is still in flight reports that, a
+        # hundred of them, after the error was raised.
         if "Event loop is closed" not in str(unraisable.exc_value):
             previous(unraisable)
 
@@ -66,7 +68,7 @@ def report_errors_once() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The end of an error's first line: before it tensorstore puts where, behind it a specification of the array."""
+    """The end of an error's first line, without tensorstore's path in front and its array specification behind."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).splitlines() or [""])[0]
@@ -85,115 +87,119 @@ def _checkpointer(**handlers):
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def save_model(folder: Path, model: nnx.Module, *, about: Mapping[str, object]) -> None:
-    """Writes the model's weights and how to build it to an orbax folder; an older one at that place is replaced.
+def save_model(folder: Path, model: nnx.Module, *, metadata: Mapping[str, object]) -> None:
+    """Writes the weights of a model and how to build it to an orbax folder; an older one at that path is replaced.
 
     Raises:
-      CheckpointError: something that is not such a folder lies there.
+      CheckpointError: something that is not such a folder exists at that path.
     """
     weights = {path: np.asarray(variable[...]) for path, variable in named_variables(model).items()}
-    save_weights(folder, weights, about={"model": model_record(model), **about})
+    save_weights(folder, weights, metadata={"model": model_metadata(model), **metadata})
 
 
-def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, about: Mapping[str, object]) -> None:
-    """The same for arrays by dotted name; `about["model"]` says how to build their model."""
+def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: Mapping[str, object]) -> None:
+    """The same for arrays by dotted path; `metadata["model"]` says how to build their model."""
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and (folder / ABOUT).is_dir()):
-        raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
-    beside, retired = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-
-    def clean():
-        # Orbax writes to a name of its own before it renames.
-        for left in folder.parent.glob(f"{beside.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    clean()
+    refuse_foreign(folder)
     items = {
         WEIGHTS: ocp.args.StandardSave(dict(weights)),
-        ABOUT: ocp.args.JsonSave(signed({**about, HASH: params_sha256(dict(weights))})),
+        METADATA: ocp.args.JsonSave(signed({**metadata, HASH: params_sha256(dict(weights))})),
     }
-    try:
-        with failure(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(beside, ocp.args.Composite(**items))
-    finally:
-        if not beside.exists():
-            clean()
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        folder.rename(retired)
-    beside.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    with failure(folder), atomic.replacing_folder(folder) as new, _checkpointer() as checkpointer:
+        checkpointer.save(new, ocp.args.Composite(**items))
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises CheckpointError where something exists at this path that is no orbax folder of segjax."""
+    if folder.exists() and not (folder / METADATA).is_dir():
+        raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
 
 
 def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
-    """The model in a converted folder, in one training checkpoint, or in the newest one of a training workdir.
+    """The model in a converted folder, in one checkpoint of a run, or in the newest one of the folder of a run.
 
     Args:
-      dtype: of the computation; float32 (float64 for float64 weights) unless given.
+      dtype: of the computation; float32 by default (float64 for float64 weights).
 
     Raises:
-      CheckpointError: no checkpoint of segjax is there, it is damaged, or it holds float64 while jax_enable_x64 is off.
+      CheckpointError: no checkpoint of segjax is there, it is damaged, or it is in float64 while jax_enable_x64 is off.
     """
-    return load_model_and_record(folder, dtype=dtype)[0]
+    return load_model_and_metadata(folder, dtype=dtype)[0]
 
 
-def load_model_and_record(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, object]]:
-    """The same, and the record beside it."""
-    found = _find(folder)
-    weights, about = load_weights(found)
+def load_model_and_metadata(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, object]]:
+    """The same, and its metadata."""
+    folder = find(folder)
+    weights, metadata = load_weights(folder)
+    return build_model(weights, metadata, folder, dtype=dtype), metadata
+
+
+def build_model(
+    weights: Mapping[str, np.ndarray], metadata: Mapping, folder: Path, *, dtype: jnp.dtype | None = None
+) -> nnx.Module:
+    """The model of the weights and metadata that `load_weights` read from `folder`.
+
+    Raises:
+      CheckpointError: they contradict each other, or are in float64 while jax_enable_x64 is off.
+    """
     try:
-        record = about["model"]
-        param_dtype = jnp.dtype(record["param_dtype"])
+        described = metadata["model"]
+        param_dtype = jnp.dtype(described["param_dtype"])
         model = nnx.eval_shape(
             lambda: models.create(
-                record["name"],
-                num_classes=record["num_classes"],
+                described["name"],
+                num_classes=described["num_classes"],
                 dtype=dtype or jnp.promote_types(param_dtype, jnp.float32),
                 param_dtype=param_dtype,
-                **record["overrides"],
+                **described["overrides"],
             )
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{found}: the model it describes cannot be built: {error}") from error
+        raise CheckpointError(f"{folder}: the model in its metadata cannot be built: {error}") from error
     expected = {path: variable.get_value().shape for path, variable in named_variables(model).items()}
-    # Orbax restores a tree that differs from the expected one without a word.
+    # Orbax does not compare the tree that it restores with the expected one.
     if differing := differences(expected, {path: value.shape for path, value in weights.items()}):
         listed = "\n".join(differing)
-        raise CheckpointError(f"{found}: its weights do not fit its own record of {record['name']}:\n{listed}")
-    return from_values(model, weights), about
+        raise CheckpointError(
+            f"{folder}: its weights do not fit {described['name']}, which its metadata names:\n{listed}"
+        )
+    return from_values(model, weights)
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """Arrays by dotted name, and the record beside them, of any folder that `load_model` takes.
+    """Arrays by dotted path, and their metadata, from any folder that `load_model` takes.
 
     Raises:
-      CheckpointError: no checkpoint of segjax is there, or it is damaged.
+      CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
     """
-    found = _find(folder)
-    weights, about = read_items(found, WEIGHTS, ABOUT)
-    refuse_changed(found, about, weights)
-    return weights, about
+    found = find(folder)
+    metadata = read_metadata(found)
+    (weights,) = read_items(found, WEIGHTS)
+    refuse_changed(found, metadata, weights)
+    return weights, metadata
 
 
-def holds_float64(folder: Path) -> bool:
-    """Whether `load_model` needs jax_enable_x64."""
-    return load_record(folder).get("model", {}).get("param_dtype") == "float64"
+def load_metadata(folder: Path) -> dict[str, object]:
+    """Only the metadata of any folder that `load_model` takes; its arrays are neither read nor checked."""
+    return read_metadata(find(folder))
 
 
-def load_record(folder: Path) -> dict[str, object]:
-    """The record alone of any folder that `load_model` takes; its arrays are neither read nor checked."""
-    found = _find(folder)
-    (about,) = read_items(found, ABOUT)
-    refuse_changed(found, about)
-    return about
+def read_metadata(folder: Path) -> dict[str, object]:
+    """The metadata of one checkpoint.
+
+    Raises:
+      CheckpointError: it is damaged, or of a newer format.
+    """
+    (metadata,) = read_items(folder, METADATA)
+    refuse_newer(metadata, folder)
+    refuse_changed(folder, metadata)
+    return metadata
 
 
 def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
-    """Every name that is missing, unexpected, or of another shape (and dtype, where it is part of the tuples)."""
+    """A line for every name that is missing, unexpected, or of another shape (and dtype, if the tuples contain it)."""
     lines = [f"  missing: {path}" for path in expected if path not in found]
     lines += [f"  unexpected: {path}" for path in found if path not in expected]
     return lines + [
@@ -203,34 +209,45 @@ def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> li
     ]
 
 
-def signed(record: Mapping[str, object]) -> dict[str, object]:
-    """A copy of the record with a hash of itself."""
-    text = json.dumps({key: value for key, value in record.items() if key != RECORD_HASH}, sort_keys=True)
-    return json.loads(text) | {RECORD_HASH: hashlib.sha256(text.encode()).hexdigest()}
+def signed(metadata: Mapping[str, object]) -> dict[str, object]:
+    """Metadata as it is written: with the format version, and a hash of itself."""
+    return _hashed(stamped(metadata))
 
 
-def refuse_changed(folder: Path, about: Mapping, weights: Mapping | None = None, training: Mapping | None = None):
-    # The storage format keeps no checksum of its own: a flipped bit would load as another number.
-    if RECORD_HASH in about and signed(about) != about:
-        raise DamagedError(f"{folder}: a damaged checkpoint (its record is not the one that was saved)")
+def _hashed(metadata: Mapping[str, object]) -> dict[str, object]:
+    text = json.dumps({key: value for key, value in metadata.items() if key != METADATA_HASH}, sort_keys=True)
+    return json.loads(text) | {METADATA_HASH: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def refuse_changed(
+    folder: Path, metadata: Mapping, weights: Mapping | None = None, training: Mapping | None = None
+) -> None:
+    """Raises DamagedError where metadata or arrays do not have the hashes that were saved."""
+    # Orbax keeps no checksum of arrays: a flipped bit would load as another number.
+    if METADATA_HASH in metadata and _hashed(metadata) != metadata:
+        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata is not what was saved)")
     for arrays, key in ((weights, HASH), (training, TRAINING_HASH)):
-        if arrays is not None and key in about and params_sha256(arrays) != about[key]:
+        if arrays is not None and key in metadata and params_sha256(arrays) != metadata[key]:
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
-def _find(folder: Path) -> Path:
-    """The folder itself, or the newest step below it or below its `checkpoints`."""
+def find(folder: Path) -> Path:
+    """The folder itself, or the newest step in it or in its `checkpoints`.
+
+    Raises:
+      CheckpointError: neither is there.
+    """
     for place in (folder, folder / "checkpoints"):
-        if (place / ABOUT).is_dir():
+        if (place / METADATA).is_dir():
             return place
-        steps = [child for child in place.glob("*") if child.name.isdigit() and (child / ABOUT).is_dir()]
+        steps = [child for child in place.glob("*") if child.name.isdigit() and (child / METADATA).is_dir()]
         if steps:
             return max(steps, key=lambda child: int(child.name))
-    raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{ABOUT}` nor numbered steps)")
+    raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{METADATA}` nor numbered steps)")
 
 
 def read_items(folder: Path, *items: str) -> list:
-    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; `about` as a dict.
+    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; metadata as a dict.
 
     Raises:
       CheckpointError: the folder is damaged.
@@ -240,15 +257,15 @@ def read_items(folder: Path, *items: str) -> list:
     folder = folder.absolute()
     if missing := [item for item in items if not (folder / item).is_dir()]:
         raise DamagedError(f"{folder}: a damaged checkpoint (without {' and '.join(missing)})")
-    # Also for items that are not asked for: orbax warns of every item that it has no handler for.
-    handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
+    # Also for items that are not read, because orbax warns of every item without a handler.
+    handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
         handlers[TRAINING] = ocp.PyTreeCheckpointHandler()
     with _damage(folder), _checkpointer(**handlers) as checkpointer:
         found = checkpointer.metadata(folder).item_metadata
 
         def argument(item):
-            if item == ABOUT:
+            if item == METADATA:
                 return ocp.args.JsonRestore()
             restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found[item].tree}
             return ocp.args.PyTreeRestore(restore_args=restore_args)
@@ -259,23 +276,23 @@ def read_items(folder: Path, *items: str) -> list:
 
 @contextlib.contextmanager
 def _damage(folder: Path):
-    """Turns whatever orbax and tensorstore raise for a damaged folder into one DamagedError."""
+    """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
     except Exception as error:
-        # Of what was in flight.
+        # Errors of operations that were in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise DamagedError(f"{folder}: a damaged checkpoint ({_reason(error)})") from error
 
 
 @contextlib.contextmanager
 def failure(folder: Path):
-    """Turns whatever orbax and tensorstore raise for a full or broken disk into one CheckpointError."""
+    """Turns errors of orbax and tensorstore on a full or broken disk into a CheckpointError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise CheckpointError(
             f"{folder}: cannot be written ({_reason(error)}).\n"
-            "  What was saved before is whole: make room, and give the same command again"
+            "  What was saved before is complete: make room, and run the same command again"
         ) from error

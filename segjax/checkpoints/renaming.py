@@ -1,23 +1,23 @@
-"""Renames keys between formats by the key maps, both ways, and recognises the format of a state dict."""
+"""Renames whole state dicts by the key maps, in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from segjax.checkpoints import key_maps
-from segjax.checkpoints.key_maps import Form, Rule
+from segjax.checkpoints.key_maps import KeyFormat, Rule
 
-# ---------------------------------------------------------------------------------------------------- applying a naming
+# ------------------------------------------------------------------------------------------------------- one rule
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Keys on both sides that hold the same numbers, and how those are cut."""
+    """Native and foreign keys that hold the same numbers, by one rule."""
 
     native: tuple[str, ...]
     foreign: tuple[str, ...]
@@ -38,7 +38,7 @@ class Group:
 
 
 def _joined(values: list[np.ndarray]) -> np.ndarray:
-    # A counter is a scalar: each part has its own, all alike.
+    # A counter is a scalar: each part has its own, all equal.
     return values[0] if len(values) == 1 or not values[0].ndim else np.concatenate(values)
 
 
@@ -51,22 +51,75 @@ def _parts(whole: np.ndarray, shares: tuple[int, ...]) -> list[np.ndarray]:
     return np.split(whole, ends[:-1])
 
 
-class Renaming:
-    """One naming of a form, ready to be applied in both directions to whole state dicts."""
+_FIELDS = {"{b}": r"(?P<b>\d+)", "{t}": r"(?P<t>\w+)", "{rest}": r"(?P<rest>.+)"}
+_STAGES = {"{s}": "[1-4]", "{z}": "[0-3]", "{r}": "[0-3]"}
 
-    def __init__(self, rules: tuple[Rule, ...], without_bias: tuple[tuple[str, str], ...] = ()):
-        self._rules = [
-            (tuple(map(_Template, native)), tuple(map(_Template, foreign)), rule)
-            for rule in rules
-            for native, foreign in _by_stage(rule)
-        ]
-        # All foreign templates in one pattern: `recognise` asks every naming about every key.
-        self._foreign = re.compile("|".join(template.anonymous for _, side, _ in self._rules for template in side))
-        # (bias, running mean) in native names.
+
+def _pattern_of(template: str, expressions: Mapping[str, str]) -> str:
+    pattern = re.escape(template)
+    for field, expression in expressions.items():
+        pattern = pattern.replace(re.escape(field), expression)
+    return pattern
+
+
+class _Template:
+    """A key with fields `{b}`, `{t}`, `{rest}`; its pattern is compiled when a key begins like it."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self._start = text.partition("{")[0]
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern:
+        return re.compile(_pattern_of(self.text, _FIELDS))
+
+    def match(self, key: str) -> dict[str, str] | None:
+        if not key.startswith(self._start):
+            return None
+        found = self._pattern.fullmatch(key)
+        return None if found is None else found.groupdict()
+
+    def fill(self, fields: Mapping[str, str]) -> str:
+        return self.text.format(**fields)
+
+
+def _at_each_stage(rule: Rule) -> Iterable[tuple[tuple[_Template, ...], tuple[_Template, ...], Rule]]:
+    """Native and foreign templates of a rule with the stage filled in, once for each stage where it has one."""
+    for stage in range(1, 5) if any("{s}" in name for name in rule.native) else (0,):
+        fields = {"{s}": str(stage), "{z}": str(stage - 1), "{r}": str(4 - stage)}
+
+        def filled(names, fields=fields):
+            for field, value in fields.items():
+                names = [name.replace(field, value) for name in names]
+            return tuple(map(_Template, names))
+
+        yield filled(rule.native), filled(rule.foreign), rule
+
+
+# --------------------------------------------------------------------------------------------------- a whole key map
+
+
+class Renaming:
+    """One key map, ready to rename whole state dicts in both directions."""
+
+    def __init__(self, key_map: tuple[Rule, ...], without_bias: tuple[tuple[str, str], ...] = ()):
+        self._key_map = key_map
+        # (bias, running mean) by native keys.
         self.folded = tuple((f"{layer}.bias", f"{norm}.running_mean") for layer, norm in without_bias)
 
+    @functools.cached_property
+    def _rules(self) -> list[tuple[tuple[_Template, ...], tuple[_Template, ...], Rule]]:
+        return [templates for rule in self._key_map for templates in _at_each_stage(rule)]
+
+    @functools.cached_property
+    def _foreign(self) -> re.Pattern:
+        # All foreign templates in one pattern, because recognition asks every key map about every key.
+        anonymous = {field: pattern.replace(f"?P<{field[1:-1]}>", "?:") for field, pattern in _FIELDS.items()}
+        names = dict.fromkeys(name for rule in self._key_map for name in rule.foreign)
+        return re.compile("|".join(_pattern_of(name, anonymous | _STAGES) for name in names))
+
     def groups(self, keys: Iterable[str], *, foreign: bool = False) -> list[Group]:
-        """The groups that native (or foreign) keys belong to, without those that no rule fits."""
+        """The groups of native (or foreign) keys; keys that match no rule are skipped."""
         found = {}
         for key in keys:
             group = self._group(key, foreign)
@@ -87,20 +140,20 @@ class Renaming:
         return None
 
     def fits(self, key: str) -> bool:
-        """Whether a foreign key has a place."""
+        """Whether a foreign key matches a rule."""
         return self._foreign.fullmatch(key) is not None
 
     def foreign_names(self, key: str) -> tuple[str, ...]:
-        """Foreign keys of a native one; empty where no rule fits."""
+        """The foreign keys of a native one; empty where no rule matches."""
         group = self._group(key, foreign=False)
         return () if group is None else group.foreign
 
     def to_foreign(self, native: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames, splits and merges. Raises KeyError for a native key that the dialect has no place for."""
+        """Renames, splits and merges. Raises KeyError for a native key that matches no rule."""
         native = dict(native)
         for bias, mean in self.folded:
             if bias in native and mean in native:
-                # (x + bias - mean) is what the norm sees.
+                # (x + bias - mean) is the norm's input.
                 native[mean] = native[mean] - native.pop(bias)
         groups = self.groups(native)
         placed = {key for group in groups for key in group.native}
@@ -113,8 +166,8 @@ class Renaming:
         return foreign
 
     def to_native(self, foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames, splits and merges; keys that no rule fits are left out, and groups that lack a part or whose parts
-        are of shapes that cannot be stacked."""
+        """Renames, splits and merges. Skips keys that match no rule, groups of which a key is missing, and groups whose
+        arrays cannot be concatenated."""
         native = {}
         for group in self.groups(foreign, foreign=True):
             parts = [foreign[key] for key in group.foreign if key in foreign]
@@ -126,87 +179,7 @@ class Renaming:
         return native
 
 
-def _by_stage(rule: Rule) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Native and foreign templates with the stage filled in, once for each stage where there is one."""
-    stages = range(1, 5) if any("{s}" in name for name in rule.native) else (0,)
-    for stage in stages:
-        fields = {"{s}": stage, "{z}": stage - 1, "{r}": 4 - stage}
-
-        def at_stage(names, fields=fields):
-            for field, value in fields.items():
-                names = tuple(name.replace(field, str(value)) for name in names)
-            return names
-
-        yield at_stage(rule.native), at_stage(rule.foreign)
-
-
-_FIELDS = {"{b}": r"(?P<b>\d+)", "{t}": r"(?P<t>\w+)", "{rest}": r"(?P<rest>.+)"}
-
-
-class _Template:
-    """A name with fields `{b}`, `{t}`, `{rest}`."""
-
-    def __init__(self, text: str):
-        self.text = text
-        pattern = re.escape(text)
-        for field, expression in _FIELDS.items():
-            pattern = pattern.replace(re.escape(field), expression)
-        self._start = re.split(r"[{]", text)[0]
-        self._pattern = re.compile(pattern)
-        self.anonymous = re.sub(r"\(\?P<\w+>", "(?:", pattern)
-
-    def match(self, key: str) -> dict[str, str] | None:
-        if not key.startswith(self._start):
-            return None
-        found = self._pattern.fullmatch(key)
-        return None if found is None else found.groupdict()
-
-    def fill(self, fields: Mapping[str, str]) -> str:
-        return self.text.format(**fields)
-
-
-RENAMINGS = {
-    (form.dialect, form.family): tuple(Renaming(rules, form.without_bias) for rules in form.namings)
-    for form in key_maps.FORMS
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recognised:
-    """The form and naming that fit most keys of a file.
-
-    Attributes:
-      fitting: how many of the keys have a place in it.
-    """
-
-    form: Form
-    renaming: Renaming
-    fitting: int
-
-
-def recognise(keys: Iterable[str], *, dialect: str = "auto", family: str | None = None) -> Recognised:
-    """What a file with these keys is most likely to be.
-
-    Args:
-      dialect: "auto", or one of `DIALECTS` to insist on one. family: to insist on one.
-
-    Raises:
-      KeyError: an unknown dialect, or one without a form for `family`; lists those that there are.
-    """
-    if dialect != "auto" and dialect not in key_maps.DIALECTS:
-        raise KeyError(f"no dialect {dialect!r}; the dialects are auto, {', '.join(key_maps.DIALECTS)}")
-    forms = [form for form in key_maps.FORMS if dialect in ("auto", form.dialect) and family in (None, form.family)]
-    if not forms:
-        raise KeyError(f"the dialect {dialect!r} has no form for {family}; those with one are {dialects_of(family)}")
-    keys = list(keys)
-    candidates = [
-        Recognised(form, renaming, sum(map(renaming.fits, keys)))
-        for form in forms
-        for renaming in RENAMINGS[form.dialect, form.family]
-    ]
-    return max(candidates, key=lambda candidate: candidate.fitting)
-
-
-def dialects_of(family: str) -> str:
-    """The dialects that a family can be written in, as text."""
-    return ", ".join(form.dialect for form in key_maps.FORMS if form.family == family)
+@functools.cache
+def renamings(key_format: KeyFormat) -> tuple[Renaming, ...]:
+    """The key maps of a format; the first is the one to write with."""
+    return tuple(Renaming(key_map, key_format.without_bias) for key_map in key_format.key_maps)

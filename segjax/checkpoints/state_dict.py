@@ -1,8 +1,7 @@
-"""A model's weights as PyTorch state dicts, both ways, all or nothing.
+"""Weights of segjax's models as PyTorch state dicts, in both directions: everything is loaded, or nothing.
 
-The attribute names of our modules are the keys of the published checkpoints, so one rule converts every model: kernel
-and scale are `weight`, mean and var are the running statistics, HWIO is OIHW transposed, (in, out) is (out, in). Other
-packages' names are tables in `dialects.py`.
+`segjax.checkpoints.layout` has the rule that converts every model; keys of other packages are renamed by
+`segjax.checkpoints.key_maps`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
+from segjax.checkpoints import layout
 from segjax.checkpoints.architectures import (
     ENCODER_SIZES,
     FAMILIES,
@@ -26,29 +26,22 @@ from segjax.checkpoints.architectures import (
     matches,
     nearest_variant,
 )
-from segjax.checkpoints.key_maps import BATCH_COUNTER, DIALECTS, FORMS, OF_VARIANT, Form
-from segjax.checkpoints.renaming import RENAMINGS, Recognised, dialects_of, recognise
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
+from segjax.checkpoints.key_maps import BATCH_COUNTER, DIALECTS, KEY_FORMATS, OF_VARIANT, KeyFormat
+from segjax.checkpoints.layout import torch_name
+from segjax.checkpoints.recognition import Recognised, dialects_of
+from segjax.checkpoints.renaming import Renaming, renamings
 
 logger = logging.getLogger("segjax")
 
-_TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# How training scripts wrap a state dict, and what torch's DataParallel, or a wrapper of a network and its loss, puts
-# before every key.
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "model.")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit; the message lists everything that is wrong with it."""
-
 
 class MisfitError(CheckpointError):
-    """Keys that are missing, unexpected or misshapen.
+    """Keys that are missing, unexpected or of another shape.
 
     Attributes:
-      problems: the message without advice on what to do.
-      parameters: those of the model, by torch name, that are missing from the checkpoint or of another shape there.
-      unexpected: keys of the checkpoint that the model has no place for.
+      problems: the message without advice.
+      parameters: parameters of the model, by native key, that are missing from the checkpoint or have another shape.
+      unexpected: keys of the checkpoint that the model does not have.
     """
 
     def __init__(self, problems: str, advice: str, *, parameters: list[str], unexpected: list[str]):
@@ -56,7 +49,7 @@ class MisfitError(CheckpointError):
         self.problems, self.parameters, self.unexpected = problems, parameters, unexpected
 
 
-# ------------------------------------------------------------------------------------- a model's weights by torch name
+# -------------------------------------------------------------------------------------------------- weights of a model
 
 
 def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -65,41 +58,22 @@ def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def torch_name(path: str) -> str:
-    """ "backbone.norm1.scale" -> "backbone.norm1.weight"; a name that is torch's own stays."""
-    module, _, tensor = path.rpartition(".")
-    return f"{module}.{_TORCH_NAMES.get(tensor, tensor)}"
-
-
-def to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW and (in, out) -> (out, in) for a kernel; anything else as it is."""
-    if not path.endswith(".kernel"):
-        return value
-    return np.ascontiguousarray(value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0)))
-
-
-def from_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
-    """The inverse of `to_torch_layout`."""
-    if not path.endswith(".kernel"):
-        return value
-    return np.ascontiguousarray(value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0)))
-
-
-def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return to_torch_layout(path, np.broadcast_to(np.zeros((), np.int8), shape)).shape
-
-
-def parameters_of(model: nnx.Module, *, encoder_alone: bool = False) -> int:
-    """How many numbers are learned; running statistics are not."""
+def parameters_of(model: nnx.Module, *, encoder_only: bool = False) -> int:
+    """Number of learned numbers; running statistics do not count."""
     in_head = FAMILIES[family_of(model.spec.name)].in_head
     return sum(
         variable.get_value().size
         for path, variable in named_variables(model).items()
-        if isinstance(variable, nnx.Param) and not (encoder_alone and in_head(torch_name(path)))
+        if isinstance(variable, nnx.Param) and not (encoder_only and in_head(torch_name(path)))
     )
 
 
-def model_record(model: nnx.Module) -> dict[str, object]:
+def settings_of(model: nnx.Module) -> dict[str, object]:
+    """Every setting of a model: the defaults of its name, and its overrides."""
+    return models.settings(model.spec.name) | dict(model.spec.overrides)
+
+
+def model_metadata(model: nnx.Module) -> dict[str, object]:
     """How to build the model again, as JSON."""
     variables = named_variables(model).values()
     (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
@@ -112,265 +86,237 @@ def model_record(model: nnx.Module) -> dict[str, object]:
 
 
 def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndarray]:
-    """The model's weights as a state dict that strict-loads in the original.
+    """The weights of a model as a state dict that the original loads with `strict=True`.
 
     Args:
-      dialect: whose names to write, one of `segjax.dialects.DIALECTS`. "backbone" and "timm" have no place for a
-        decoder; what they leave out is an INFO line of the logger `segjax`.
+      dialect: whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`. "backbone" and "timm" have no decoder: what is
+        omitted is an INFO line of the logger `segjax`.
 
     Returns:
-      Arrays under the dialect's keys in the model's param_dtype; `num_batches_tracked` is int64 0.
+      Arrays in the model's param_dtype under the dialect's keys; `num_batches_tracked` is int64 0.
 
     Raises:
-      CheckpointError: the dialect has no form for this family of models.
+      CheckpointError: the dialect has no keys for this family of models.
       KeyError: unknown dialect.
     """
-    form = form_of(model, dialect)
+    key_format = key_format_of(model, dialect)
     native = {}
     for path, variable in named_variables(model).items():
-        native[torch_name(path)] = to_torch_layout(path, np.array(variable[...]))
+        native[torch_name(path)] = layout.to_torch_layout(path, np.array(variable[...]))
         if path.endswith(".var"):
             native[path.removesuffix("var") + BATCH_COUNTER] = np.zeros((), np.int64)
-    if form.encoder_only:
-        head = [key for key in native if FAMILIES[form.family].in_head(key)]
+    if key_format.encoder_only:
+        head = [key for key in native if FAMILIES[key_format.family].in_head(key)]
         native = {key: value for key, value in native.items() if key not in head}
-        parts = dict.fromkeys(key.rpartition(".")[0] for key in head)
-        logger.info("left out, because %s has no place for it (%d): %s", form.package, len(head), shorten(parts))
-    if form.note:
-        logger.info("note on %s: %s", form.package, form.note)
-    for layer, norm in form.without_bias:
-        logger.info("%s.bias is taken from the running mean of %s: %s has no bias there", layer, norm, form.package)
-    return RENAMINGS[form.dialect, form.family][0].to_foreign(native)
+        modules = dict.fromkeys(key.rpartition(".")[0] for key in head)
+        logger.info("omitted, because %s has no place for it (%d): %s", key_format.package, len(head), shorten(modules))
+    _log_note(key_format)
+    for convolution, norm in key_format.without_bias:
+        logger.info("%s has no %s.bias: it goes into the running mean of %s", key_format.package, convolution, norm)
+    return renamings(key_format)[0].to_foreign(native)
 
 
-def form_of(model: nnx.Module, dialect: str) -> Form:
-    """How `dialect` writes the family of `model`.
+def key_format_of(model: nnx.Module, dialect: str) -> KeyFormat:
+    """The key format of a dialect for the family of `model`.
 
     Raises:
-      CheckpointError: it does not. KeyError: unknown dialect.
+      CheckpointError: it has none. KeyError: unknown dialect.
     """
     if dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are {', '.join(DIALECTS)}")
     family = family_of(model.spec.name)
-    for form in FORMS:
-        if (form.dialect, form.family) == (dialect, family):
-            return form
+    for key_format in KEY_FORMATS:
+        if (key_format.dialect, key_format.family) == (dialect, family):
+            return key_format
     raise CheckpointError(
         f"{model.spec.name} cannot be written as {dialect}, which has no network that computes the same; "
         f"{FAMILIES[family].title} can be written as {dialects_of(family)}"
     )
 
 
-# ------------------------------------------------------------------------------------------------ state dicts as given
+def log_recognised(found: Recognised) -> None:
+    logger.info("read as %s (%s)", found.key_format.dialect, found.key_format.package)
+    _log_note(found.key_format)
 
 
-def as_arrays(state_dict: Mapping) -> dict[str, np.ndarray]:
-    """Unwraps what training scripts save and turns torch tensors into numpy arrays, without importing torch.
-
-    Raises:
-      CheckpointError: no mapping of names to arrays is found inside.
-    """
-    if not isinstance(state_dict, Mapping):
-        raise CheckpointError(
-            f"expected a state dict (names to arrays) but got {type(state_dict).__name__}; "
-            "save model.state_dict(), not the model"
-        )
-    for wrapper in _WRAPPERS:
-        if isinstance(state_dict.get(wrapper), Mapping):
-            return as_arrays(state_dict[wrapper])
-    arrays, strangers = {}, []
-    for key, value in state_dict.items():
-        try:
-            array = _as_array(value)
-        except (TypeError, RuntimeError, AttributeError) as error:
-            # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
-            kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
-            raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
-        if array is None or not isinstance(key, str):
-            strangers.append(f"{key}: {type(value).__name__}")
-        else:
-            arrays[key] = array
-    if strangers or not arrays:
-        found = f"it holds {shorten(strangers)}" if strangers else "it is empty"
-        raise CheckpointError(f"this is not a state dict (names to arrays): {found}")
-    for prefix in _PREFIXES:
-        # Not all: beside the network there may be a loss with weights of its own.
-        if 2 * sum(key.startswith(prefix) for key in arrays) > len(arrays):
-            arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
-    return arrays
+def _log_note(key_format: KeyFormat) -> None:
+    if key_format.note:
+        logger.info("note on %s: %s", key_format.package, key_format.note)
 
 
-def _as_array(value) -> np.ndarray | None:
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value)
-    if not hasattr(value, "detach"):
-        return None
-    tensor = value.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
-        # numpy has no bfloat16; jax's is bit for bit torch's.
-        return tensor.contiguous().view(torch_module().int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
-
-
-def torch_module():
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            "reading and writing .pth files needs PyTorch, which is not installed: "
-            'pip install "segjax[parity]" (or convert a .safetensors file, which needs nothing)'
-        ) from None
-    return torch
-
-
-def shorten(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-# ------------------------------------------------------------------------------------------------------ PyTorch -> ours
+# ----------------------------------------------------------------------------------------------------- PyTorch -> model
 
 
 def load_torch(
     model: nnx.Module,
-    state_dict: Mapping,
+    state_dict: Mapping | Checkpoint,
     *,
     dialect: str = "auto",
     drop: Iterable[str] = (),
     keep: Iterable[str] = (),
 ) -> None:
-    """Writes a PyTorch state dict into `model`: everything, or nothing and one error that lists every mismatch.
+    """Loads a PyTorch state dict into `model`: everything, or nothing and one error that lists every mismatch.
 
     Args:
       model: from `segjax.create`.
-      state_dict: numpy arrays or torch tensors under the names of any dialect, wrapped or not.
-      dialect: "auto", or one of `segjax.dialects.DIALECTS` to insist.
+      state_dict: numpy arrays or torch tensors under the keys of any dialect; wrapped as training scripts do, or not.
+      dialect: "auto", or one of `segjax.checkpoints.key_maps.DIALECTS` to insist on it.
       drop: patterns ("head.*") of checkpoint keys that are not used.
-      keep: patterns ("decode_head.*") of the model's parameters that stay as they are where the checkpoint lacks them.
+      keep: patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
 
     Raises:
       CheckpointError: missing, unexpected and misshapen keys, all of them; the model is unchanged.
       KeyError: unknown dialect.
     """
-    foreign = as_arrays(state_dict)
-    found = recognise(foreign, dialect=dialect, family=family_of(model.spec.name))
-    # A lone pattern is meant as one, not as its letters.
+    checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
+    # A single string is one pattern, not its letters.
     drop, keep = ((patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (drop, keep))
-    plan = _plan(model, foreign, found, drop=drop, keep=keep)
+    plan = _plan(model, checkpoint, drop=drop, keep=keep)
     if not plan.values:
         raise CheckpointError("drop and keep leave nothing of the checkpoint to load")
-    _announce(plan)
+    _log_plan(plan)
     nnx.update(model, _filled(model, plan.values))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A validated load: values in our layout by attribute path, and what is said about the rest."""
+    """A load that was checked.
+
+    Attributes:
+      values: arrays in segjax's layout by dotted path. dropped: keys of the checkpoint that are not used.
+      kept: dotted paths that the checkpoint lacks.
+    """
 
     values: dict[str, np.ndarray]
     dropped: list[str]
     kept: list[str]
 
 
-def _plan(model: nnx.Module, foreign: dict[str, np.ndarray], found: Recognised, *, drop: tuple, keep: tuple) -> _Plan:
-    renaming = found.renaming
+def _plan(model: nnx.Module, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
+    """Raises MisfitError where the checkpoint does not fit the model."""
+    found, arrays = checkpoint.recognised, checkpoint.state_dict
+    expected = _expected(model, found.renaming)
+    dropped = sorted(key for key in arrays if matches(key, (*drop, *found.key_format.unused)))
+    skipped = expected.counters.union(dropped)
+    given = {key: value for key, value in arrays.items() if key not in skipped}
+    kept = expected.kept(given, keep)
+    _refuse_misfit(model, found, expected, given, kept)
+    kept |= {bias for bias, mean in expected.folded.items() if mean in kept}
+    used = {key: given[key] for key in expected.shapes if not kept.intersection(expected.native[key])}
+    native = found.renaming.to_native(used)
+    values = {path: layout.from_torch_layout(path, native[k]) for k, path in expected.paths.items() if k not in kept}
+    return _Plan(values, dropped, sorted(expected.paths[key] for key in kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """The arrays of a model under the keys of a checkpoint, so that messages name keys that its owner finds there.
+
+    Attributes:
+      shapes: by key. Arrays that the dialect has no key for (of a decoder, where it has only encoders) have their
+        native key.
+      native: key -> native keys that it holds.
+      paths: native key -> dotted path in the model.
+      folded: native bias that is not stored -> native running mean that it goes into.
+      counters: keys of batch counters, which may be there and are not used.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    native: dict[str, tuple[str, ...]]
+    paths: dict[str, str]
+    folded: dict[str, str]
+    counters: frozenset[str]
+
+    def kept(self, given: Mapping[str, np.ndarray], keep: tuple[str, ...]) -> set[str]:
+        """Native keys that the checkpoint lacks and that `keep` names: by key, native key or dotted path."""
+        kept = set()
+        for key in self.shapes.keys() - given.keys():
+            native = self.native[key]
+            if any(matches(name, keep) for name in (key, *native, *(self.paths[name] for name in native))):
+                kept.update(native)
+        return kept
+
+
+def _expected(model: nnx.Module, renaming: Renaming) -> _Expected:
     variables = named_variables(model)
     paths = {torch_name(path): path for path in variables}
-    # Comparing in the checkpoint's own names lets every message name a key that its owner can find. What the dialect
-    # has no name for (a decoder, where it knows encoders alone) goes by ours.
-    blank = np.zeros((), np.int8)
-    blanks = {
-        key: np.broadcast_to(blank, _torch_shape(path, variables[path].get_value().shape))
-        for key, path in paths.items()
-    }
+    blanks = {key: layout.blank_of(path, variables[path].get_value().shape) for key, path in paths.items()}
     groups = renaming.groups(blanks)
-    without_bias = {bias: mean for bias, mean in renaming.folded if bias in blanks}
+    folded = {bias: mean for bias, mean in renaming.folded if bias in blanks}
+    native = {key: group.native for group in groups for key in group.foreign if group.native[0] not in folded}
     placed = {key for group in groups for key in group.native}
-    owners = {key: group.native for group in groups for key in group.foreign if group.native[0] not in without_bias}
-    owners |= {key: (key,) for key in blanks if key not in placed}
-    expected = renaming.to_foreign({key: value for key, value in blanks.items() if key in placed})
-    expected = {key: value.shape for key, value in expected.items()}
-    expected |= {key: blanks[key].shape for key in blanks if key not in placed}
-    counters = {
-        name
-        for key in blanks
-        if key.endswith(".running_var")
-        for name in renaming.foreign_names(key.removesuffix("running_var") + BATCH_COUNTER)
+    elsewhere = {key: value for key, value in blanks.items() if key not in placed}
+    arrays = renaming.to_foreign({key: value for key, value in blanks.items() if key in placed}) | elsewhere
+    statistics = [key.removesuffix("running_var") for key in blanks if key.endswith(".running_var")]
+    return _Expected(
+        shapes={key: value.shape for key, value in arrays.items()},
+        native=native | {key: (key,) for key in elsewhere},
+        paths=paths,
+        folded=folded,
+        counters=frozenset(name for norm in statistics for name in renaming.foreign_names(norm + BATCH_COUNTER)),
+    )
+
+
+def _refuse_misfit(
+    model: nnx.Module, found: Recognised, expected: _Expected, given: Mapping[str, np.ndarray], kept: set[str]
+) -> None:
+    """Raises MisfitError, which lists every key that is missing, unexpected, of another shape or not floating point."""
+    shapes = expected.shapes
+    missing = [key for key in shapes if key not in given and not kept.issuperset(expected.native[key])]
+    unexpected = [key for key in given if key not in shapes]
+    misshapen = [key for key in shapes if key in given and given[key].shape != shapes[key]]
+    integers = [key for key in shapes if key in given and not jnp.issubdtype(given[key].dtype, jnp.floating)]
+    problems = {
+        "missing from the checkpoint": missing,
+        "unexpected in the checkpoint": unexpected,
+        "of another shape": [f"{key}: checkpoint {given[key].shape}, model {shapes[key]}" for key in misshapen],
+        "not floating point": [f"{key}: {given[key].dtype}" for key in integers],
     }
-    dropped = sorted(key for key in foreign if matches(key, drop) or matches(key, found.form.unused))
-    given = {key: value for key, value in foreign.items() if key not in set(dropped) | counters}
-    missing = [key for key in expected if key not in given]
-    kept = {
-        native
-        for key in missing
-        if any(matches(name, keep) for name in (key, *owners[key], *(paths[native] for native in owners[key])))
-        for native in owners[key]
-    }
-    missing = [key for key in missing if not kept.issuperset(owners[key])]
-    kept |= {bias for bias, mean in without_bias.items() if mean in kept}
-    unexpected = [key for key in given if key not in expected]
-    misshapen = [key for key, shape in expected.items() if key in given and given[key].shape != shape]
-    not_floats = [
-        f"{key}: {value.dtype}"
-        for key, value in given.items()
-        if key in expected and not jnp.issubdtype(value.dtype, jnp.floating)
+    listed = [
+        f"{len(lines)} {kind}:\n" + "\n".join(f"    {line}" for line in lines)
+        for kind, lines in problems.items()
+        if lines
     ]
-    problems = [
-        f"{len(found)} {kind}:\n" + "\n".join(f"    {line}" for line in found)
-        for kind, found in (
-            ("missing from the checkpoint", missing),
-            ("unexpected in the checkpoint", unexpected),
-            ("of another shape", [f"{k}: checkpoint {given[k].shape}, model {expected[k]}" for k in misshapen]),
-            ("not floating point", not_floats),
-        )
-        if found
-    ]
-    if problems:
+    if listed:
         raise MisfitError(
-            f"the checkpoint (read as {found.form.dialect}: {found.form.package}) does not fit {model.spec.name} with "
-            f"{model.spec.num_classes} classes; nothing was loaded.\n  " + "\n  ".join(problems),
-            _advice(missing, unexpected, FAMILIES[found.form.family].head[0]),
-            parameters=[native for key in (*missing, *misshapen) for native in owners[key]],
+            f"the checkpoint (read as {found.key_format.dialect}: {found.key_format.package}) does not fit "
+            f"{model.spec.name} with {model.spec.num_classes} classes; nothing was loaded.\n  " + "\n  ".join(listed),
+            _advice(missing, unexpected, found.family.head[0]),
+            parameters=[name for key in (*missing, *misshapen) for name in expected.native[key]],
             unexpected=unexpected,
         )
-    native = renaming.to_native({key: given[key] for key in expected if not kept.intersection(owners[key])})
-    values = {path: from_torch_layout(path, native[key]) for key, path in paths.items() if key not in kept}
-    return _Plan(values=values, dropped=dropped, kept=sorted(paths[key] for key in kept))
 
 
 def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     lines = []
     if missing:
-        lines.append(
-            f"to leave parameters as they are initialised, load_torch takes keep=(pattern, ...), as in {head!r}"
-        )
+        lines.append(f"load_torch leaves missing parameters as initialised with keep=(pattern, ...), as in {head!r}")
     if unexpected:
-        lines.append("to leave keys of the checkpoint unused, load_torch takes drop=(pattern, ...), as in 'head.*'")
+        lines.append("load_torch skips unexpected keys with drop=(pattern, ...), as in 'head.*'")
     return "".join(f"\n  {line}" for line in lines)
 
 
-def _announce(plan: _Plan) -> None:
+def _log_plan(plan: _Plan) -> None:
     if plan.dropped:
         logger.info("not used from the checkpoint (%d): %s", len(plan.dropped), shorten(plan.dropped))
     if plan.kept:
-        # By layer: a list of every kernel and bias hides what it says.
-        kept = dict.fromkeys(path.rpartition(".")[0] for path in plan.kept)
-        logger.info("left as initialised (%d): %s", len(plan.kept), shorten(kept))
+        # By module, because a list of every kernel and bias is not read.
+        modules = dict.fromkeys(path.rpartition(".")[0] for path in plan.kept)
+        logger.info("left as initialised (%d): %s", len(plan.kept), shorten(modules))
 
 
 def _filled(model: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.State:
-    """The model's state with `values` put in, in the model's own storage dtypes."""
+    """The model's state with `values` in place of its own, in its dtypes."""
     flat = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
         value = values.get(".".join(map(str, path)))
         if value is not None:
-            variable = variable.replace(_own(value, variable))
+            variable = variable.replace(_copied(value, variable))
         flat.append((path, variable))
     return nnx.from_flat_state(flat)
 
 
-def _own(value: np.ndarray | jax.Array, variable: nnx.Variable) -> jax.Array:
+def _copied(value: np.ndarray | jax.Array, variable: nnx.Variable) -> jax.Array:
     """A copy in the variable's dtype: jnp.asarray may share memory with a tensor that its owner goes on changing."""
     return jnp.array(value, variable.get_value().dtype, copy=True)
 
@@ -379,7 +325,7 @@ def _own(value: np.ndarray | jax.Array, variable: nnx.Variable) -> jax.Array:
 
 
 def from_torch(
-    state_dict: Mapping,
+    state_dict: Mapping | Checkpoint,
     *,
     name: str = "auto",
     dialect: str = "auto",
@@ -388,156 +334,175 @@ def from_torch(
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
 ) -> nnx.Module:
-    """Builds the model that a checkpoint belongs to and loads it.
+    """Builds the model of a PyTorch checkpoint and loads it.
 
-    Sizes and the number of classes are read off the shapes. What no checkpoint tells (heads, eps) is the published
-    setting of the dialect, or an override; each such assumption is an INFO line of the logger `segjax`. For a backbone
-    alone `num_classes` must be given; its decoder stays as initialised. Streams of dropout and of random bases start
+    Sizes and the number of classes are read from shapes. Settings that no checkpoint contains (heads, eps) are those
+    published with the dialect, or overrides; each assumption is an INFO line of the logger `segjax`. For an encoder
+    only, `num_classes` is required and the decoder stays as initialised. Streams of dropout and of random bases start
     from key 0.
 
     Args:
       state_dict: as for `load_torch`.
-      name: a name of `segjax.MODELS`, to insist on one.
-      dialect: "auto", or a dialect's name to insist on one.
-      num_classes: checked against the checkpoint where it has a classifier.
+      name: "auto", or a name in `segjax.MODELS` to insist on it.
+      dialect: "auto", or the name of a dialect to insist on it.
+      num_classes: compared with the checkpoint, if that has a classifier.
       dtype, param_dtype, **overrides: as for `segjax.create`.
 
+    Returns:
+      The model in evaluation mode, as `segjax.create` returns it.
+
     Raises:
-      CheckpointError: the file fits no model; says which is nearest and what differs.
+      CheckpointError: the checkpoint fits no model; the message names the nearest one and the differences.
       KeyError: unknown name or dialect.
     """
-    foreign = as_arrays(state_dict)
     if name != "auto":
         models.settings(name)
-    found = recognise(foreign, dialect=dialect, family=None if name == "auto" else family_of(name))
-    family = FAMILIES[found.form.family]
-    native = found.renaming.to_native(foreign)
+    family = None if name == "auto" else family_of(name)
+    checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family)
+    sizes, classes_in_file = _sizes(checkpoint)
+    found = checkpoint.recognised
+    log_recognised(found)
+    classes = _number_of_classes(num_classes, classes_in_file)
+    name, settings = _settings(found, sizes, name, overrides)
+
+    def create() -> nnx.Module:
+        try:
+            return models.create(name, num_classes=classes, dtype=dtype, param_dtype=param_dtype, **settings)
+        except ValueError as error:
+            raise CheckpointError(f"no {name} has the sizes of the checkpoint: {error}") from None
+
+    model = nnx.eval_shape(create)
+    if found.has_head:
+        plan = _plan(model, checkpoint, drop=(), keep=())
+        _log_plan(plan)
+        return from_values(model, plan.values)
+    logger.info("encoder only: the decoder stays as initialised")
+    plan = _plan(model, checkpoint, drop=found.key_format.backbone_extras, keep=found.family.head)
+    _log_plan(plan)
+    return from_values(model, plan.values | _initial(create, plan.kept))
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, object], int | None]:
+    """`Recognised.sizes`, with errors for people."""
+    found = checkpoint.recognised
     try:
-        read, in_file = family.read(native)
+        return found.sizes
     except MissingKeyError as error:
-        raise CheckpointError(_no_fit(foreign, found, error.args[0])) from None
+        raise CheckpointError(_why_no_model(checkpoint, error.args[0])) from None
     except UnreadableShapeError as error:
         (key,) = error.args
         raise CheckpointError(
-            f"{' and '.join(found.renaming.foreign_names(key))}: {family.title} has no shape {native[key].shape} there "
-            f"(the checkpoint was read as {found.form.dialect}: {found.form.package})"
+            f"{' and '.join(found.renaming.foreign_names(key))}: {found.family.title} cannot have the shape "
+            f"{found.native_shapes[key]} there (read as {found.key_format.dialect}: {found.key_format.package})"
         ) from None
-    logger.info("read as %s (%s)", found.form.dialect, found.form.package)
-    if found.form.note:
-        logger.info("note on %s: %s", found.form.package, found.form.note)
-    if num_classes is None and in_file is None:
-        raise CheckpointError("the checkpoint is a backbone alone and has no classifier; give the number of classes")
-    if num_classes is not None and in_file is not None and num_classes != in_file:
+
+
+def _number_of_classes(given: int | None, in_file: int | None) -> int:
+    if given is None and in_file is None:
+        raise CheckpointError("the checkpoint is an encoder only, without a classifier; give the number of classes")
+    if None not in (given, in_file) and given != in_file:
         raise CheckpointError(
-            f"the checkpoint has {in_file} classes, not {num_classes}; to put a new classifier on its weights, create "
+            f"the checkpoint has {in_file} classes, not {given}; to put a new classifier on its weights, create "
             "the model and call load_torch with drop and keep"
         )
-    nearest = nearest_variant(family, read)
+    return in_file if given is None else given
+
+
+def _settings(
+    found: Recognised, sizes: Mapping[str, object], name: str, overrides: Mapping[str, object]
+) -> tuple[str, dict[str, object]]:
+    """The name of the model, and its settings that differ from the defaults of that name.
+
+    Raises:
+      CheckpointError: `name` is given, and the encoder of the checkpoint is another one.
+    """
+    nearest = nearest_variant(found.family, sizes)
     name = nearest if name == "auto" else name
     defaults = models.settings(name)
-    read |= _assumed(found.form, name, overrides)
-    wrong = [
-        f"{key} is {read[key]}, in {name} {defaults[key]}"
+    settings = {**sizes, **_assumed(found.key_format, name, overrides)}
+    differing = [
+        f"{key} is {settings[key]}, in {name} {defaults[key]}"
         for key in ENCODER_SIZES
-        if key in read and key not in overrides and defaults[key] != read[key]
+        if key in settings and key not in overrides and defaults[key] != settings[key]
     ]
-    if wrong and name != nearest:
+    if differing and name != nearest:
         raise CheckpointError(
-            f"the checkpoint is not {name}: {'; '.join(wrong)}. The nearest model is {nearest}; "
+            f"the checkpoint is not {name}: {'; '.join(differing)}. The nearest model is {nearest}; "
             "or pass the sizes as overrides"
         )
-    for setting in ("decoder_dim", "ham_channels"):
-        if in_file is None and setting in defaults and setting not in overrides:
-            logger.info("the decoder is as wide as in %s: %s", name, defaults[setting])
-    changed = {key: value for key, value in (read | overrides).items() if key not in defaults or defaults[key] != value}
-    classes = in_file if num_classes is None else num_classes
-
-    def create():
-        try:
-            return models.create(name, num_classes=classes, dtype=dtype, param_dtype=param_dtype, **changed)
-        except ValueError as error:
-            raise CheckpointError(f"the checkpoint's sizes make no {name}: {error}") from None
-
+    for key in ("decoder_dim", "ham_channels"):
+        if not found.has_head and key in defaults and key not in overrides:
+            logger.info("the decoder is as wide as in %s: %s", name, defaults[key])
+    settings |= overrides
+    changed = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
     if changed:
         logger.info("unlike %s: %s", name, ", ".join(f"{key}={value}" for key, value in sorted(changed.items())))
-    model = nnx.eval_shape(create)
-    alone = in_file is None
-    if alone:
-        logger.info("a backbone alone: the decoder stays as initialised")
-    plan = _plan(
-        model,
-        foreign,
-        found,
-        drop=found.form.backbone_extras if alone else (),
-        keep=family.head if alone else (),
-    )
-    _announce(plan)
-    return from_values(model, plan.values | (_initial(create, plan.kept) if alone else {}))
+    return name, changed
 
 
-def has_classifier(state_dict: Mapping, *, dialect: str = "auto") -> bool:
-    """Whether a checkpoint has more than an encoder."""
-    keys = as_arrays(state_dict).keys()
-    found = recognise(keys, dialect=dialect)
-    in_head = FAMILIES[found.form.family].in_head
-    return any(in_head(key) for group in found.renaming.groups(keys, foreign=True) for key in group.native)
+def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, object]) -> dict[str, object]:
+    """Settings that a checkpoint of this format does not contain, except those in `overrides`; each one is logged."""
+    assumed = {}
+    for setting, value in key_format.settings:
+        if setting in overrides:
+            continue
+        published_for = name if value is OF_VARIANT else key_format.package
+        assumed[setting] = models.settings(name)[setting] if value is OF_VARIANT else value
+        logger.info(
+            "assumed %s=%s: a checkpoint does not contain it; published for %s",
+            setting,
+            assumed[setting],
+            published_for,
+        )
+    return assumed
 
 
 def _initial(create: Callable[[], nnx.Module], paths: list[str]) -> dict[str, jax.Array]:
-    """Initial values at these paths of the model that `create` makes."""
+    """Initial values at these dotted paths of the model that `create` makes."""
 
     def draw():
         variables = named_variables(create())
         return {path: variables[path].get_value() for path in paths}
 
-    # As one program, from which the compiler strikes the rest of the model: `create` itself compiles one a shape, 20 s.
+    # As one program, from which the compiler removes the rest of the model. `create` itself compiles one for each
+    # shape, which takes 20 s.
     return jax.jit(draw)()
 
 
-def _assumed(form: Form, name: str, overrides: Mapping[str, object]) -> dict[str, object]:
-    """The settings that a checkpoint of this form cannot tell, each said out loud; those in `overrides` are known."""
-    assumed = {}
-    for setting, value in form.settings:
-        if setting in overrides:
-            continue
-        source = name if value is OF_VARIANT else form.package
-        assumed[setting] = models.settings(name)[setting] if value is OF_VARIANT else value
-        logger.info("assumed %s=%s: a checkpoint does not tell; published for %s", setting, assumed[setting], source)
-    return assumed
+def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
+    """Why a state dict without the native key `missing` fits no model: the nearest family, and the differences."""
+    found, keys = checkpoint.recognised, checkpoint.state_dict
+    unknown = [key for key in keys if not found.renaming.fits(key)]
+    differences = f"it lacks {' and '.join(found.renaming.foreign_names(missing) or (missing,))}"
+    if unknown:
+        differences += f", and there is no place for {shorten(unknown, most=6)}"
+    free = dataclasses.replace(checkpoint, dialect="auto", family=None).recognised
 
+    def described(found: Recognised) -> str:
+        return f"{found.family.title} as {found.key_format.dialect} ({found.key_format.package}) writes it"
 
-def _no_fit(foreign: Mapping[str, np.ndarray], found: Recognised, missing: str) -> str:
-    """Why a state dict without the native key `missing` fits no model: the nearest family, and what differs."""
-    strangers = [key for key in foreign if not found.renaming.fits(key)]
-    lacking = found.renaming.foreign_names(missing) or (missing,)
-    differences = f"it lacks {' and '.join(lacking)}"
-    if strangers:
-        differences += f", and there is no place for {shorten(strangers, most=6)}"
-    free = recognise(foreign)
     if free.fitting > found.fitting:
-        # A name or a dialect was insisted on.
+        # Only where a name or a dialect was given.
         return (
-            f"the checkpoint is not {FAMILIES[found.form.family].title} as {found.form.dialect} "
-            f"({found.form.package}) writes it: {differences}. It looks like {FAMILIES[free.form.family].title} as "
-            f"{free.form.dialect} ({free.form.package}) writes it: {free.fitting} of {len(foreign)} keys fit"
+            f"the checkpoint is not {described(found)}: {differences}. It looks like {described(free)}: "
+            f"{free.fitting} of {len(keys)} keys fit"
         )
     return (
-        f"the checkpoint fits no model of segjax. The nearest family is {FAMILIES[found.form.family].title} as "
-        f"{found.form.dialect} ({found.form.package}) writes it: {found.fitting} of {len(foreign)} keys have a place "
-        f"there, but {differences}"
+        f"the checkpoint fits no model of segjax. The nearest family is {described(found)}: {found.fitting} of "
+        f"{len(keys)} keys have a place there, but {differences}"
     )
 
 
 def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
-    """A concrete model from an abstract one whose every parameter is in `values`; random streams start from key 0."""
+    """A model from an abstract one and all of its parameters and running statistics by dotted path; random streams
+    start from key 0."""
     graphdef, weights, streams = nnx.split(abstract, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat = []
     for path, variable in nnx.to_flat_state(weights):
-        flat.append((path, variable.replace(_own(values[".".join(map(str, path))], variable))))
+        flat.append((path, variable.replace(_copied(values[".".join(map(str, path))], variable))))
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(nnx.to_flat_state(streams)) + 1))
     drawn = []
     for path, variable in nnx.to_flat_state(streams):
         is_key = isinstance(variable, nnx.RngKey)
         drawn.append((path, variable.replace(next(keys) if is_key else jnp.zeros((), jnp.uint32))))
-    model = nnx.merge(graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(drawn))
-    return model
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), nnx.from_flat_state(drawn))

@@ -1,8 +1,8 @@
 """Times a model beside PyTorch's: the same weights, the same input, the same work, turn by turn.
 
-    python -m segjax.benchmark --model segformer_b0 --size 512 512 --batch 1 --mode infer --against torch torch-compile
-    python -m segjax.benchmark --table --json benchmarks/records/2026-11-20-cpu.json
-    python -m segjax.benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
+    segjax benchmark --model segformer_b0 --size 512 512 --batch 1 --mode infer --against torch torch-compile
+    segjax benchmark --table --json benchmarks/records/2026-11-20-cpu.json
+    segjax benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
 
 Every contender is a process of its own, so that neither allocator nor threads of one disturb another, and only one of
 them works at a time. First their results are compared: nothing is timed that computes something else. Then each does a
@@ -33,10 +33,12 @@ from segjax.benchmark.floor import measured_ceilings
 from segjax.benchmark.report import machine, markdown, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
 from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, compare, largest_that_fits
+from segjax.commands.ending import run_command
+from segjax.runtime import atomic, console, environment
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.benchmark", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax benchmark", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="segformer_b0", help="a name of segjax.MODELS")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)
@@ -62,16 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=Path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="prints the README's table of a record")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.markdown:
-        print("\n".join(markdown(json.loads(options.markdown.read_text()))))
-        return 0
-    try:
-        _run(options, sys.argv[1:] if arguments is None else arguments)
-    except (BenchmarkError, OSError) as error:
-        print(f"segjax.benchmark: {error}", file=sys.stderr)
-        return 2
-    return 0
+    # This process counts and prints; a GPU is left to the contenders.
+    environment.prepare(cpu_only=True)
+
+    def run() -> None:
+        if options.markdown:
+            print("\n".join(markdown(json.loads(options.markdown.read_text()))))
+        else:
+            _run(options, arguments)
+
+    return run_command("segjax benchmark", run, interrupted="rows that were finished are in the --json file")
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
@@ -79,7 +83,6 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     try:
         from segjax import models
         from segjax.benchmark.contenders import FLOAT32_PRODUCTS, chosen, rivals
-        from segjax.runtime import atomic
     except ModuleNotFoundError as error:
         raise BenchmarkError(f"this needs {error.name}: pip install 'segjax[parity]'") from None
     if options.model not in models.MODELS:
@@ -100,9 +103,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
+    say = console.say
     say("measuring what the machine can do ...")
     ceiling = measured_ceilings(dtype)
     on_gpu = ceiling["platform"] != "cpu"
@@ -137,7 +138,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         if options.json:
             record = {
                 "date": datetime.date.today().isoformat(),
-                "command": "python -m segjax.benchmark " + " ".join(command),
+                "command": "segjax benchmark " + " ".join(command),
                 **machine(ceiling["device"]),
                 "float32_products": FLOAT32_PRODUCTS,
                 "ceilings": ceiling,
@@ -145,7 +146,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             }
             atomic.write_text(options.json, json.dumps(record, indent=1) + "\n")
     if options.json:
-        print(f"\nwrote {options.json}")
+        say(f"\nwrote {options.json}")
 
 
 def _title(row: Row) -> str:

@@ -1,7 +1,7 @@
 """Command line: prepares a dataset for training, and shows what is in it.
 
-    python -m segjax.data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
-    python -m segjax.data show NAME [--crop H W] [--num N] [--output FILE] ...
+    segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
+    segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
 A PATH is a folder or an archive. A dataset that is prepared already is described again, and needs no source. `show`
 writes a page of augmented samples, see `show --help`.
@@ -14,7 +14,9 @@ import sys
 
 import numpy as np
 
+from segjax.commands.ending import run_command
 from segjax.data import builders, class_weights
+from segjax.runtime import console
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,22 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m segjax.data", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data", description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=["prepare", "show"])
-    parser.add_argument("name", metavar="NAME", choices=builders.DATASETS, help=", ".join(builders.DATASETS))
+    parser.add_argument("name", metavar="NAME", choices=builders.names(), help=", ".join(builders.names()))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
-        print("\n".join(describe(prepared)))
-    except KeyboardInterrupt:
-        print("segjax.data: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"segjax.data: {error}", file=sys.stderr)
-        return 2
-    return 0
+        console.say("\n".join(describe(prepared)))
+
+    return run_command("segjax data", run, interrupted="the same command goes on")
 
 
 def describe(prepared: builders.Prepared) -> list[str]:

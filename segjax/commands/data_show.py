@@ -1,13 +1,12 @@
 """Draws what the model will see: augmented samples beside their labels, on one page.
 
-python -m segjax.data show
-python -m segjax.data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
+segjax data show
+segjax data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +14,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
+from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.augment import augment, step_keys
+from segjax.data.open import open_splits
 from segjax.data.pipeline import StreamBatches
 from segjax.data.records import Records, records_of
+from segjax.runtime import console
 from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
 
-# Height and width of the scenes, pixels, as training draws them.
-STREETS_SIZE = (128, 256)
 # No crop is larger than this where none is given, nor than the largest image.
 LARGEST_CROP = 512
 
@@ -56,7 +56,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.data show", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data show", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
@@ -76,26 +76,28 @@ def main(arguments: list[str] | None = None) -> int:
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         parser.error("; ".join(problems))
-    try:
-        data, spec = _data(options)
-        largest = records_of(data).sizes.max(axis=0).tolist()
-        crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
-        settings = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
-        path = options.output or Path(f"show-{options.name}.png")
-        show(data, spec, settings, seed=options.seed, num=options.num, path=path)
-    except (ValueError, OSError) as error:
-        print(f"segjax.data show: {error}", file=sys.stderr)
-        return 2
-    print(f"{path}: {options.num} samples of {crop[0]}x{crop[1]} from {spec.name} {options.split}, seed {options.seed}")
-    return 0
+    return run_command("segjax data show", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    data, spec = _data(options)
+    largest = records_of(data).sizes.max(axis=0).tolist()
+    crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
+    settings = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
+    path = options.output or Path(f"show-{options.name}.png")
+    show(data, spec, settings, seed=options.seed, num=options.num, path=path)
+    console.say(
+        f"{path}: {options.num} samples of {crop[0]}x{crop[1]} from {spec.name} {options.split}, seed {options.seed}"
+    )
 
 
 def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
-    if options.name == "streets":
-        from segjax.data import streets
-
-        return streets.load(options.split, num_images=options.num, size=STREETS_SIZE, seed=options.seed), specs.STREETS
-    from segjax.data import builders
-
-    prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
-    return prepared.records(options.split), prepared.spec
+    (opened,) = open_splits(
+        options.name,
+        [options.split],
+        source=options.source,
+        data_dir=options.data_dir,
+        num_images=[options.num],
+        seed=options.seed,
+    )
+    return opened.data, opened.spec

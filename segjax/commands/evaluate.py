@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,24 +20,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.records import Records, records_of
 from segjax.inference import evaluation
 from segjax.inference.engine import Protocol, predict_labels
 from segjax.inference.evaluation import Measured
 
-# The split that a data set is evaluated on unless another is named: as in configs/common.py.
-SPLITS = {
-    "streets": "val",
-    "camvid": "test",
-    "cityscapes": "val",
-    "ade20k": "val",
-    "voc": "val",
-    "pet": "test",
-    "folder": "test",
-}
-# What a training draws there: height and width, scenes by split, seed.
-STREETS = {"size": (128, 256), "train": 400, "val": 64, "test": 64, "seed": 0}
 PROTOCOL = ("mode", "crop", "stride", "scales", "flip", "size_divisor", "batch")
 
 
@@ -133,13 +121,13 @@ def evaluate_run(workdir: Path, *, best: bool, output: Path | None = None) -> di
     from segjax.models.functional import FunctionalModel
     from segjax.runtime.parallel import JitParallel
 
-    config = orbax_folder.load_record(source).get("config")
+    config = orbax_folder.load_metadata(source).get("config")
     if not config:
         raise ValueError(f"{workdir} is no folder of a training; evaluate it with --checkpoint {workdir} --data NAME")
     folder = output or workdir / ("report-best" if best else "report")
     _refuse_unwritable(folder)
     # Of the settings only what evaluation needs: those of an older run may lack others.
-    model, about = orbax_folder.load_model_and_record(source, dtype=jnp.dtype(config["model"]["dtype"]))
+    model, about = orbax_folder.load_model_and_metadata(source, dtype=jnp.dtype(config["model"]["dtype"]))
     split, step = config["data"]["eval_split"], about.get("step")
     data, spec = _load(config["data"]["name"], split, config["data"]["source"], config["data"]["dir"], config)
     parallel, skeleton = JitParallel(), FunctionalModel(model)
@@ -209,21 +197,20 @@ def evaluate_checkpoint(
       classes that are not those of the model.
     """
     from segjax.checkpoints import state_dict
-    from segjax.checkpoints.load import load_trained
+    from segjax.checkpoints.load import load
     from segjax.inference.engine import Inference
     from segjax.runtime import console
 
     console.say(f"evaluates {path} on {name} {split}: {protocol}")
     _refuse_unwritable(output)
-    with console.log_said():
-        trained = load_trained(path)
-    model, about = trained.model, trained.about
+    trained = load(path)
+    model, about = trained.model, trained.metadata
     data, spec = _load(name, split, source, data_dir, about.get("config"))
     _refuse_other_classes(path, trained, spec)
     count, batch = len(records_of(data)), batch or jax.local_device_count()
     console.say(f"model    {model.spec.name}, {model.spec.num_classes} classes")
     console.say(f"data     {spec.name} {split}, {count} images")
-    if not trained.named:
+    if not trained.dataset:
         console.say(f"  the checkpoint does not name its classes: they are taken to be those of {spec.name}, in order")
     console.say(f"device   {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     console.say(f"report   {output}")
@@ -239,7 +226,7 @@ def evaluate_checkpoint(
         output,
         path=path,
         step=about.get("step"),
-        model=state_dict.model_record(model),
+        model=state_dict.model_metadata(model),
         split=split,
         protocol=protocol,
     )
@@ -248,32 +235,25 @@ def evaluate_checkpoint(
 def _load(
     name: str, split: str, source: list[str] | None, data_dir: str | None, config: Mapping | None
 ) -> tuple[specs.Split | Records, specs.DatasetSpec]:
-    """A split with labels. Scenes of streets are those of the training, where `config` is of one on them."""
-    if name == "streets":
-        from segjax.data import streets
-        from segjax.runtime import console
+    """A split with labels. Of a generated dataset, it has the images of the training with this `config`, if any."""
+    from segjax.data.open import open_splits
+    from segjax.runtime import console
 
-        size, number, seed = STREETS["size"], STREETS.get(split, 1), STREETS["seed"]
-        if config and config["data"]["name"] == "streets":
-            drawn = config["data"]
-            size, seed = tuple(drawn["size"]), config["seed"]
-            evaluated = split == drawn["eval_split"] or split != drawn["train_split"]
-            number = drawn["eval_images"] if evaluated else drawn["train_images"]
-        console.say(f"drawing {number} street scenes ...")
-        return streets.load(split, num_images=number, size=size, seed=seed), specs.STREETS
-    from segjax.data import builders
-
-    prepared = builders.prepare(name, source=source, data_dir=data_dir)
-    # Refuses a split that is not there, or without labels.
-    prepared.pixel_counts(split)
-    return prepared.records(split), prepared.spec
+    generated = {}
+    if config and config["data"]["name"] == name and specs.DATASETS[name].kind == "generated":
+        run = config["data"]
+        only_trained_on = split == run["train_split"] != run["eval_split"]
+        number = run["train_images"] if only_trained_on else run["eval_images"]
+        generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
+    (opened,) = open_splits(name, [split], source=source, data_dir=data_dir, say=console.say, **generated)
+    return opened.data, opened.spec
 
 
 def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
     from segjax.data.sources import listed
     from segjax.runtime import console
 
-    own, recorded = trained.model.spec.num_classes, trained.named
+    own, recorded = trained.model.spec.num_classes, trained.dataset
     of = f" of {recorded['name']}" if recorded else ""
     if own != spec.num_classes:
         raise ValueError(
@@ -300,7 +280,7 @@ def _refuse_other_classes(path: Path, trained, spec: specs.DatasetSpec) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m segjax.evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax evaluate", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a training, on its own data")
     what.add_argument("--checkpoint", type=Path, metavar="PATH", help="whatever segjax.convert reads; with --data")
@@ -310,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("with --workdir")
     run.add_argument("--best", action="store_true", help="the weights of its best evaluation, not the last ones")
     data = parser.add_argument_group("with --checkpoint")
-    data.add_argument("--data", metavar="NAME[:SPLIT]", help=f"one of {', '.join(SPLITS)}")
+    data.add_argument("--data", metavar="NAME[:SPLIT]", help=f"one of {', '.join(specs.DATASETS)}")
     data.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
     data.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     data.add_argument("--mode", choices=("whole", "slide"), help="whole images (default), or windows")
@@ -334,11 +314,11 @@ def _problems(options: argparse.Namespace) -> list[str]:
     wrong = {
         "--best goes with --workdir; to evaluate such weights here: --checkpoint WORKDIR/best": options.best,
         "--checkpoint needs --data NAME[:SPLIT]": not options.data,
-        f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(SPLITS)}, not {options.data!r}": (
-            options.data and name not in SPLITS
+        f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
+            options.data and name not in specs.DATASETS
         ),
-        "streets are drawn and need neither --source nor --data-dir": (
-            name == "streets" and (options.source or options.data_dir)
+        f"{name} are drawn and need neither --source nor --data-dir": (
+            name in specs.DATASETS and specs.DATASETS[name].kind == "generated" and (options.source or options.data_dir)
         ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
         f"--batch is at least 1, not {options.batch}": options.batch is not None and options.batch < 1,
@@ -354,34 +334,30 @@ def _protocol(options: argparse.Namespace) -> Protocol:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from segjax.runtime import console, environment
+    from segjax.runtime import environment
 
     parser = _parser()
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
     environment.prepare()
-    try:
-        if options.workdir:
-            summary = evaluate_run(options.workdir, best=options.best, output=options.output)
-            if not options.best:
-                _compare_with_result(options.workdir, summary)
-            return 0
-        name, _, split = options.data.partition(":")
-        evaluate_checkpoint(
-            options.checkpoint,
-            name,
-            split or SPLITS[name],
-            source=options.source,
-            data_dir=options.data_dir,
-            protocol=_protocol(options),
-            batch=options.batch,
-            output=options.output or Path("report"),
-        )
-    except (ValueError, OSError) as error:
-        print(console.wrapped(f"segjax.evaluate: {error}"), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("segjax.evaluate: stopped; no report was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.workdir:
+        summary = evaluate_run(options.workdir, best=options.best, output=options.output)
+        if not options.best:
+            _compare_with_result(options.workdir, summary)
+        return
+    name, _, split = options.data.partition(":")
+    evaluate_checkpoint(
+        options.checkpoint,
+        name,
+        split or specs.DATASETS[name].evaluated_split,
+        source=options.source,
+        data_dir=options.data_dir,
+        protocol=_protocol(options),
+        batch=options.batch,
+        output=options.output or Path("report"),
+    )

@@ -1,21 +1,29 @@
-"""None"""
+"""Command line: a trained model as one file that runs without segjax.
+
+    segjax export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
+                  [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
+
+CHECKPOINT is what `segjax convert` reads, or the folder of a run. What the file takes and gives is described in
+segjax/exports/export.py.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from segjax.checkpoints.state_dict import logger
-from segjax.exports.export import export
+from segjax.commands.arguments import add_checkpoint
+from segjax.commands.ending import CheckError, run_command
+from segjax.exports.export import UnequalError, export
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
 from segjax.runtime import environment
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.export", description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", type=Path, metavar="CHECKPOINT", help="what segjax.convert reads, or a workdir")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="segjax export", description=__doc__.split("\n\n")[0])
+    add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="OUT", help="*.stablehlo, *.onnx or *.pt2")
     parser.add_argument("--format", required=True, choices=list(SUFFIXES))
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the images, in pixels")
@@ -26,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with-argmax", action="store_true", help="gives labels of the images' size, not logits")
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
     options = parser.parse_args(arguments)
+    # Files are compared on the CPU, whose float32 products are not rounded.
+    environment.prepare(cpu_only=True)
+    return run_command("segjax export", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     form = ExportFormat(
         options.format,
         tuple(options.size),
@@ -34,15 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         argmax=options.with_argmax,
         dtype=options.dtype,
     )
-    environment.prepare()
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logger.setLevel(logging.INFO)
     try:
-        if export(options.source.expanduser(), options.destination, form):
-            return 0
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"segjax.export: {message}", file=sys.stderr)
-        return 2
-    print("segjax.export: not written, because the outputs differ", file=sys.stderr)
-    return 1
+        export(options.checkpoint.expanduser(), options.destination, form)
+    except UnequalError as error:
+        raise CheckError(error) from error

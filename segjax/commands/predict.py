@@ -19,7 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from segjax.checkpoints.load import Trained, load_trained
+from segjax.checkpoints.load import LoadedCheckpoint, load
+from segjax.commands.ending import run_command
 from segjax.inference import batch_run
 from segjax.inference.batch_run import Job, Run
 from segjax.inference.predictor import Predictor
@@ -37,7 +38,7 @@ RECORD = "predict.json"
 def main(arguments: list[str] | None = None) -> int:
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m segjax.predict",
+        prog="segjax predict",
         description=summary,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,27 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="leave out what is done")
     options = parser.parse_args(arguments)
     environment.prepare()
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("segjax.predict: stopped; what was written is whole. --resume goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        room = (
-            "\n  Make room, and give the command again with --resume"
-            if getattr(error, "errno", None) in video.NO_ROOM
-            else ""
-        )
-        print(console.wrapped(f"segjax.predict: {error}{room}"), file=sys.stderr)
-        return 2
+    return run_command(
+        "segjax predict",
+        lambda: _run(options),
+        interrupted="what was written is whole. --resume goes on",
+        full_disk="make room, and give the command again with --resume",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
     jobs, skipped = batch_run.plan(options.inputs, options.output, options.write)
     if any(job.is_video for job in jobs):
         video.pyav()
-    with console.log_said():
-        trained = load_trained(options.checkpoint)
+    trained = load(options.checkpoint)
     predictor = Predictor(
         trained,
         mode=options.mode,
@@ -122,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _record(predictor: Predictor, sha256: str, checkpoint: Path) -> dict[str, object]:
     """What the files of an output folder were made by."""
-    protocol, spec = predictor.protocol, predictor.spec
+    protocol, spec = predictor.protocol, predictor.classes
     windows = {"crop": list(protocol.crop), "stride": list(protocol.stride)} if protocol.mode == "slide" else {}
     return {
         "checkpoint": str(checkpoint),
@@ -152,12 +145,12 @@ def _done(jobs: Sequence[Job], output: Path, record: dict[str, object]) -> set[P
     return {job.source for job in jobs if all(path.exists() for path in job.outputs.values())}
 
 
-def _describe(trained: Trained, params, predictor: Predictor, jobs, skipped: int, done: int, options) -> None:
+def _describe(trained: LoadedCheckpoint, params, predictor: Predictor, jobs, skipped: int, done: int, options) -> None:
     import jax
 
-    spec, protocol = predictor.spec, predictor.protocol
+    spec, protocol = predictor.classes, predictor.protocol
     count = sum(array.size for array in params.values())
-    origin = "" if trained.named else f" (the file names none; {spec.name} has as many)"
+    origin = "" if trained.dataset else f" (the file names none; {spec.name} has as many)"
     console.say(f"checkpoint  {options.checkpoint}: {trained.model.spec.name}, {count:,} parameters")
     console.say(f"classes     {spec.num_classes} of {spec.name}{origin}")
     videos = sum(job.is_video for job in jobs)
@@ -193,6 +186,6 @@ def _report(run: Run, jobs: Sequence[Job], output: Path, seconds: float) -> None
     for path in next((job.outputs.values() for job in jobs if job.source not in failed), ()):
         console.say(f"  {path}")
     if run.failures:
-        print(f"{len(failed)} of {_counted(len(jobs), 'input')} failed:", file=sys.stderr)
+        console.say(f"{len(failed)} of {_counted(len(jobs), 'input')} failed:", to=sys.stderr)
         for path, reason in run.failures:
-            print(console.filled(f"{path}: {reason}", indent="  "), file=sys.stderr)
+            console.say(console.filled(f"{path}: {reason}", indent="  "), to=sys.stderr)

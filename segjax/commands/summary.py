@@ -1,28 +1,9 @@
 """Command line: what a model costs, counted from its shapes.
 
-    python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
-                                  [--convention true|modelsummary]
+    segjax summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
+                   [--convention true|modelsummary]
 
-The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
-computed, so that the largest takes seconds.
-
-What is counted:
-
-- parameters: everything that is trained, each once. Running statistics are none.
-- multiply-adds: every matrix product and convolution, from its shapes; zeros of the padding are multiplied too. A FLOP
-  count is twice that. Norms, activations, softmax, sums and biases are not counted.
-- not counted, and told beside it: products that are only a way to move pixels, namely enlargements that run as products
-  with a matrix of weights (two neighbours in each row of it, the rest zeros) and patches unfolded by a convolution with
-  ones and zeros. Their number is that of the form chosen here and says nothing about the model.
-- activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, enlargements and
-  unfoldings, for one image, in the type each is computed in; of attention that includes the (h, N, M) weights. About
-  what a training step has to keep when nothing is computed twice. Sums and products by elements are left out, and so
-  is what a compiler saves.
-- layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
-
-`least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
-
-The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
+What is counted is described in segjax/models/summary.py.
 """
 
 from __future__ import annotations
@@ -30,12 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 
 from segjax import models
-from segjax.commands.arguments import parse_overrides
+from segjax.commands.arguments import overrides_at_fault, parse_overrides
+from segjax.commands.ending import run_command
 from segjax.models.summary import KINDS, NOT_COUNTED, PublishedSummary, Summary, modelsummary, summarise
+from segjax.runtime import environment
 
 # ------------------------------------------------------------------------------------------------------------ command
 
@@ -95,7 +77,7 @@ def _json(summary: Summary | PublishedSummary) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m segjax.summary", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax summary", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(models.MODELS)}")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels")
     parser.add_argument("--num-classes", type=int, default=19, metavar="K", help="19 unless given")
@@ -108,15 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="modelsummary: the figures of jo-jstrm/segmentation_pytorch, which are no parameter counts",
     )
     options = parser.parse_args(arguments)
+    # Nothing is computed.
+    environment.prepare(cpu_only=True)
+    return run_command("segjax summary", lambda: _run(options), interrupted="nothing was counted")
+
+
+def _run(options: argparse.Namespace) -> None:
     count = summarise if options.convention == "true" else modelsummary
-    try:
+    with overrides_at_fault(options.overrides):
         summary = count(options.name, tuple(options.size), options.num_classes, **parse_overrides(options.overrides))
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"segjax.summary: {message}", file=sys.stderr)
-        return 2
     if options.json:
         print(_json(summary))
     else:
         print(_table(summary) if isinstance(summary, Summary) else _published_table(summary))
-    return 0

@@ -1,0 +1,60 @@
+"""Datasets: from files on disk to batches on the devices.
+
+    training, test = segjax.data.open_splits("camvid", ["train", "test"], source="DIR")
+    image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and uint8 (H, W), train ids
+
+`specs.py` has the table of datasets, and `open.py` opens one by its name. In the order in which images pass through the
+other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `masks.py` checks them and converts
+their masks; `builders.py` stores them; `prepared.py` and `records.py` read them; `pipeline.py` makes batches, which
+`augment.py` augments on the device.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segjax.data.augment import normalise
+    from segjax.data.builders import prepare
+    from segjax.data.open import OpenSplit, open_splits
+    from segjax.data.pipeline import StreamBatches, TrainBatches, evaluation_batches
+    from segjax.data.prepared import Prepared
+    from segjax.data.records import RecordError, Records, records_of
+    from segjax.data.sources import DataError
+    from segjax.data.specs import DATASETS, Dataset, DatasetSpec, Split
+
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "DatasetSpec",
+    "OpenSplit",
+    "Prepared",
+    "RecordError",
+    "Records",
+    "Split",
+    "StreamBatches",
+    "TrainBatches",
+    "evaluation_batches",
+    "normalise",
+    "open_splits",
+    "prepare",
+    "records_of",
+]
+# File of each name. It is imported when the name is first used, because `pipeline` and `augment` import jax.
+_FILES = {
+    "augment": ("normalise",),
+    "builders": ("prepare",),
+    "open": ("OpenSplit", "open_splits"),
+    "pipeline": ("StreamBatches", "TrainBatches", "evaluation_batches"),
+    "prepared": ("Prepared",),
+    "records": ("RecordError", "Records", "records_of"),
+    "sources": ("DataError",),
+    "specs": ("DATASETS", "Dataset", "DatasetSpec", "Split"),
+}
+
+
+def __getattr__(name: str):
+    for file, names in _FILES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

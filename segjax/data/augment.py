@@ -19,40 +19,40 @@ from segjax.data import specs
 
 
 class Crops(NamedTuple):
-    """Where the crop of each sample lies, and which part of its image is there to take it from.
+    """Position of the crop of each sample, and of the window of its image that is stored.
 
     Attributes:
       scaled: int32 (B, 2), height and width of the scaled image.
-      offset: int32 (B, 2), the crop's first row and column in the scaled image.
-      flip: bool (B,).
-      origin: int32 (B, 2), row and column of the image that the stored pixels begin with; 0 where all of it is stored.
+      offset: int32 (B, 2), first row and column of the crop in the scaled image.
+      flip: bool (B,), whether the crop is mirrored horizontally.
+      origin: int32 (B, 2), first row and column of the image that are stored; 0 if the whole image is stored.
     """
 
-    scaled: jax.Array
-    offset: jax.Array
-    flip: jax.Array
-    origin: jax.Array
+    scaled: jax.Array | np.ndarray
+    offset: jax.Array | np.ndarray
+    flip: jax.Array | np.ndarray
+    origin: jax.Array | np.ndarray
 
 
 def normalise(
     images: jax.Array, mean: Sequence[float] = specs.IMAGENET_MEAN, std: Sequence[float] = specs.IMAGENET_STD
 ) -> jax.Array:
-    """RGB 0..255 (..., 3) of any type -> float32 with mean and deviation, by default ImageNet's, removed."""
-    mean, std = (jnp.array(values, jnp.float32) for values in (mean, std))
-    return (images.astype(jnp.float32) - mean) / std
+    """(images - mean) / std: RGB in 0..255 (..., 3) of any dtype -> float32; mean and std default to ImageNet's."""
+    return (images.astype(jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
 def augment(
     keys: jax.Array, batch: dict[str, jax.Array], settings, *, ignore_label: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Augments a batch, each sample by its own key.
+    """Augments a batch, each sample with its own key.
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image.
-        What is stored beyond it is never seen. "crop" is there where the crops were drawn ahead, from the same keys and
-        by `draw_crops`, because no more than a window of each image was sent.
-      settings: the `augment` part of a config.
+      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image
+        without its padding, which is never read. "crop", optional: the result of `draw_crops` for the same keys, of a
+        batch that holds only a window of each image.
+      settings: the `augment` section of a config.
+      ignore_label: label of the padding.
 
     Returns:
       float32 (B, h, w, 3), normalised, and uint8 (B, h, w); (h, w) is settings.crop.
@@ -70,7 +70,7 @@ def augment(
 
 
 def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
-    """Scale, place and flip of each sample, by its key (B,) and the size (B, 2) of its image."""
+    """Scale, position and flip of each sample, from its key (B,) and the size (B, 2) of its image."""
 
     def one(key, size):
         geometry, _ = jax.random.split(key)
@@ -85,20 +85,21 @@ def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
     return jax.vmap(one)(keys, sizes)
 
 
-# Pixels beside those between the first and the last position of a crop: one in front and one behind that interpolation
-# reaches, as much again because the device rounds positions on its own, and one because a fence has one more post.
+# Rows of an image that a crop may need in addition to the distance between its first and last row: 1 because n + 1 rows
+# span a distance of n, 1 on each side for interpolation, and 1 on each side for rounding on the device.
 _MARGIN = 5
 
 
 def window_size(sizes: np.ndarray, settings) -> tuple[int, int]:
-    """Height and width of the part of an image that is enough for any crop of any image of the sizes (N, 2)."""
-    # A scaled side is rounded, by half a pixel at most, before its pixels are spread over the image.
+    """Height and width of a window of an image that contains any crop of any image of the sizes (N, 2)."""
+    # A scaled side is rounded, by at most half a pixel, before the positions of its pixels are computed.
     needed = (math.ceil((side + 0.5) / settings.scale[0]) + _MARGIN for side in settings.crop)
-    return tuple(min(side, int(largest)) for side, largest in zip(needed, sizes.max(axis=0), strict=True))
+    height, width = (min(side, int(largest)) for side, largest in zip(needed, sizes.max(axis=0), strict=True))
+    return height, width
 
 
 def with_origins(crops: Crops, sizes: np.ndarray, window: tuple[int, int]) -> Crops:
-    """The same crops, to be taken from windows (h, w) of images of the sizes (B, 2); on the host."""
+    """The same crops, taken from windows (h, w) of images of the sizes (B, 2); computed on the host."""
     scaled, offset, flip, _ = map(np.asarray, crops)
     first = np.floor((offset + 0.5) * (sizes / scaled) - 0.5).astype(np.int32) - _MARGIN // 2
     origin = np.clip(first, 0, np.maximum(sizes - window, 0)).astype(np.int32)
@@ -106,7 +107,7 @@ def with_origins(crops: Crops, sizes: np.ndarray, window: tuple[int, int]) -> Cr
 
 
 def _scale_crop_flip(image, label, size, crop, lengths, ignore_label):
-    """-> float32 (h, w, 3) in 0..255, uint8 (h, w), bool (h, w): what is not padding."""
+    """-> float32 (h, w, 3) in 0..255, uint8 (h, w), bool (h, w): False in the padding."""
     rows, rows_inside = _source_positions(lengths[0], size[0], crop.scaled[0], crop.offset[0], flip=False)
     columns, columns_inside = _source_positions(lengths[1], size[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
     # One axis after the other: two small gathers instead of four of every pixel.
@@ -118,14 +119,15 @@ def _scale_crop_flip(image, label, size, crop, lengths, ignore_label):
 
 
 def _source_positions(length, size, scaled, offset, *, flip):
-    """Where the pixels of a crop lie in the source along one axis.
+    """Positions of the pixels of a crop in the image along one axis.
 
     Args:
-      length: of the crop. size: of the image. scaled: of the scaled image. offset: of the crop in it. flip: mirrors
-        what is inside.
+      length: of the crop. size: of the image. scaled: of the scaled image. offset: of the crop in the scaled image.
+      flip: mirrors the part of the crop that is inside the image.
 
     Returns:
-      float32 (length,) positions in source pixels, half-pixel centres as in cv2.resize; bool (length,) inside.
+      float32 (length,) positions in pixels of the image, half-pixel centres as in cv2.resize; bool (length,), False in
+      the padding.
     """
     inside_length = jnp.minimum(length, scaled - offset)
     target = jnp.arange(length)
@@ -190,7 +192,7 @@ def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) ->
     return value[..., None] - chroma[..., None] * fall
 
 
-def step_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a step draws from: a key (B,) for each sample at `positions` of the batch, and one for dropout."""
+def step_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Random keys of a step: (B,), one for each sample at `positions` of the batch, and one for dropout."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
     return jax.vmap(partial(jax.random.fold_in, augment_key))(positions), dropout_key

@@ -1,15 +1,16 @@
-"""Prepares datasets with TensorFlow Datasets and without TensorFlow.
+"""Prepares a dataset once, with TensorFlow Datasets (TFDS) but without TensorFlow; `prepared.py` reads it.
 
-Every dataset takes one way: its source (`published.py`, `folder.py`) -> examples -> checked, and published masks
-converted to train ids (`conversion.py`) -> array_record in TFDS's data directory. One error lists everything found
-wrong, and then nothing is left behind. Images keep their own bytes, and so do masks of train ids.
+Every dataset is prepared in the same steps: its reader (`archives.py` or `folder.py`) finds the examples in the source;
+they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
+its data directory. One error lists everything that is wrong, and then nothing is left on disk. Images are stored byte
+for byte, and so are masks of train ids.
 
-    segjax_cityscapes/1.1.0                    one place for each published dataset
-    segjax_folder/<name>-<state>/1.1.0         one place per state of a folder, see `folder.state_of`
-    segjax_<dataset>/.converting-<state>       while a preparation is under way; an interrupted one goes on there
+    segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
+    segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
+    segjax_<dataset>/.converting-<state>       during a preparation; one that was interrupted continues there
 
-TFDS writes to `incomplete.*` beside the first two and renames at the end: what stands there is complete, and
-`tfds.builder_from_directory` reads it too.
+The first two are atomic: TFDS writes to `incomplete.*` next to them and renames it at the end.
+`tfds.builder_from_directory` reads them too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segjax.data import conversion, folder, published, specs
+from segjax.data import archives, folder, masks, specs
 from segjax.data.prepared import Prepared, open_prepared, quiet
 from segjax.data.sources import (
     DataError,
@@ -39,58 +40,70 @@ from segjax.data.sources import (
     counted,
     digest_of,
     fingerprint_of,
-    progress,
     shorten,
 )
+from segjax.runtime import console
 
-DATASETS = ("camvid", *published.PUBLISHED, "folder")
-_SHARD_BYTES = 1 << 29  # so that no file is too large to copy at ease
+_SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
 _VERSION = "1.1.0"
 
 
-def prepare(name: str, *, source: str | Sequence[str] | None, data_dir: str | None) -> Prepared:
-    """Finds a dataset prepared, or checks and prepares it and says so in one line on stdout.
+def names() -> tuple[str, ...]:
+    """Names of the datasets that are prepared: all of the table but the generated ones."""
+    return tuple(name for name, dataset in specs.DATASETS.items() if dataset.kind != "generated")
+
+
+def prepare(
+    name: str, *, source: str | Sequence[str] | None = None, data_dir: str | os.PathLike[str] | None = None
+) -> Prepared:
+    """Opens a prepared dataset; before its first use, checks and prepares it and prints one line on stdout.
 
     Args:
-      name: one of `DATASETS`.
-      source: where its files are, see `folder.LAYOUT` and `published.PUBLISHED`; several paths where it comes in
-        several archives. A published dataset, once prepared, needs none.
+      name: one of `names()`.
+      source: path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
+        "folder" needs it once the dataset is prepared.
       data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
 
     Returns:
       The prepared dataset; of a folder, always in its present state.
 
     Raises:
-      DataError: no source where one is needed, one with problems (all are listed), or a published dataset that was
-        prepared from other files.
+      DataError: another name; no source where one is needed; one with problems, which are all listed; or a dataset that
+        was prepared from other files.
     """
-    if name not in DATASETS:
-        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(DATASETS)}")
-    needs = published.PUBLISHED[name].needs if name in published.PUBLISHED else folder.LAYOUT
+    if name not in names():
+        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names())}")
+    dataset = specs.DATASETS[name]
     given = [] if source is None else [source] if isinstance(source, str) else list(source)
     if not given:
-        return _prepared_before(name, needs, data_dir)
+        return _prepared_before(name, dataset, data_dir)
     paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in given]
     with contextlib.ExitStack() as opened:
-        if name in published.PUBLISHED:
-            return _prepare_published(name, paths, data_dir, opened)
-        return _prepare_folder(name, paths, given, data_dir, opened)
+        if dataset.spec and dataset.kind == "archives":
+            return _prepare_archives(name, dataset.spec, paths, data_dir, opened)
+        return _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
 
 
-def _prepared_before(name: str, needs: str, data_dir: str | None) -> Prepared:
+def _prepared_before(name: str, dataset: specs.Dataset, data_dir: str | os.PathLike[str] | None) -> Prepared:
+    needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
     need = f"pass --config.data.source=DIR (train.py) or --source (segjax.data), where DIR holds {needs}"
-    if name == "folder":
-        raise DataError(f"folder needs a source: {need}")
+    if dataset.spec is None:
+        raise DataError(f"{name} needs a source: {need}")
     path = Path(_builder(name, None, data_dir).data_path)
     if not path.exists():
-        spec = published.PUBLISHED[name].spec if name in published.PUBLISHED else specs.CAMVID
-        splits = counted(dict(spec.splits))
-        raise DataError(f"{name} is not prepared yet (nothing at {path}): {need}, with the splits {splits}")
+        splits = counted(dict(dataset.spec.splits))
+        with_splits = f", with the splits {splits}" if splits else ""
+        raise DataError(f"{name} is not prepared yet (nothing at {path}): {need}{with_splits}")
     return open_prepared(path)
 
 
 def _prepare_folder(
-    name: str, paths: list[Path], given: Sequence[str], data_dir: str | None, opened: contextlib.ExitStack
+    name: str,
+    published: specs.DatasetSpec | None,
+    paths: list[Path],
+    given: Sequence[str],
+    data_dir: str | os.PathLike[str] | None,
+    opened: contextlib.ExitStack,
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
         raise DataError(f"{name}: {' '.join(given)} is no directory; it must be one, which holds {folder.LAYOUT}")
@@ -98,16 +111,17 @@ def _prepare_folder(
     problems: Problems = collections.defaultdict(list)
     spec = folder.read_classes(root, problems)
     examples = folder.find_examples(root, problems)
-    if name == "camvid":
-        spec = _check_camvid(spec, examples, problems)
-    if problems:
-        # All that is wrong goes into one report, the contents of the files too.
-        scratch = conversion.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
-        conversion.convert(examples, spec, None, scratch, problems)
+    if published:
+        _check_published(published, spec, examples, problems)
+        spec = published
+    if problems or spec is None:
+        # The contents of the files are checked too, so that one report lists everything.
+        scratch = masks.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
+        masks.convert(examples, spec, None, scratch, problems)
         raise _refusal(name, paths, problems)
     state = folder.state_of(root, examples)
-    config = f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}" if name == "folder" else None
-    # Of CamVid any copy will do.
+    config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}"
+    # Any copy of a published dataset is the same dataset.
     fingerprint = fingerprint_of(examples, (root / "classes.json").read_bytes())
     identity = {"source": str(root), "state": state, "fingerprint": fingerprint}
     builder = _builder(name, config, data_dir)
@@ -117,20 +131,26 @@ def _prepare_folder(
     return _write(builder, spec, examples, None, _scratch(builder, state), identity)
 
 
-def _prepare_published(name: str, paths: list[Path], data_dir: str | None, opened: contextlib.ExitStack) -> Prepared:
-    dataset = published.PUBLISHED[name]
+def _prepare_archives(
+    name: str,
+    spec: specs.DatasetSpec,
+    paths: list[Path],
+    data_dir: str | os.PathLike[str] | None,
+    opened: contextlib.ExitStack,
+) -> Prepared:
+    reader = archives.READERS[name]
     problems: Problems = collections.defaultdict(list)
-    loose, archives = published.locate(dataset, paths, problems)
+    loose, packed = archives.locate(name, reader, paths, problems)
     if problems:
         raise _refusal(name, paths, problems)
-    state = digest_of((str(path), path) for path in (*(path for _, path in loose), *archives))
+    state = digest_of((str(path), path) for path in (*(path for _, path in loose), *packed))
     builder = _builder(name, None, data_dir)
     path = Path(builder.data_path)
     before = open_prepared(path) if path.exists() else None
     if before and before.metadata["state"] == state:
         return before
     scratch = _scratch(builder, state)
-    examples = published.read(dataset, loose, archives, scratch.make, opened, problems)
+    examples = archives.read(spec, reader, loose, packed, scratch.make, opened, problems)
     if problems:
         scratch.remove()
         raise _refusal(name, paths, problems)
@@ -138,7 +158,7 @@ def _prepare_published(name: str, paths: list[Path], data_dir: str | None, opene
     if before:
         scratch.remove()
         return _refuse_other_files(before, identity)
-    return _write(builder, dataset.spec, examples, dataset.train_ids, scratch, identity)
+    return _write(builder, spec, examples, reader.train_ids, scratch, identity)
 
 
 def _write(
@@ -146,10 +166,14 @@ def _write(
     spec: specs.DatasetSpec,
     examples: Examples,
     train_ids: np.ndarray | None,
-    scratch: conversion.Scratch,
+    scratch: masks.Scratch,
     identity: dict[str, str],
 ) -> Prepared:
-    """Checks, converts and writes, and says what it does."""
+    """Prints one line, then checks, converts and writes.
+
+    Args:
+      identity: metadata that tells from which files the dataset was prepared: source, state, fingerprint.
+    """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
     print(f"Preparing {spec.name}, images per split: {counts}; from {identity['source']} to {path}", flush=True)
@@ -163,27 +187,27 @@ def _write(
             "choose another data directory"
         )
     try:
-        builder.examples, measured = conversion.convert(examples, spec, train_ids, scratch, problems)
+        builder.examples, measured = masks.convert(examples, spec, train_ids, scratch, problems)
         if problems:
             scratch.remove()
             raise _refusal(spec.name, [identity["source"]], problems)
         builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(examples, measured))
-        # TFDS makes directories for downloads, of which there are none.
+        # TFDS creates a directory for downloads, although there are none.
         with quiet(), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
             builder.download_and_prepare(file_format="array_record", download_dir=downloads)
     except Exception:
-        # Another process, started at the same time, may have finished the same, renamed it and cleared up.
+        # Another process that prepares the same dataset may have finished, renamed it and removed the scratch folder.
         if not path.exists():
             raise
     scratch.remove()
     for pattern in (f"incomplete.*_{path.name}", ".converting-*"):
-        for left in path.parent.glob(pattern):  # by processes that were killed
+        for left in path.parent.glob(pattern):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
     return _refuse_other_files(open_prepared(path), identity)
 
 
-def _metadata(examples: Examples, measured: dict[str, list[conversion.Measured]]) -> dict[str, dict[str, list]]:
-    """What is known of each split without decoding it, as JSON has it."""
+def _metadata(examples: Examples, measured: dict[str, list[masks.Measured]]) -> dict[str, dict[str, list]]:
+    """Names, sizes and pixel counts by split, as JSON, so that no image need be decoded for them."""
     return {
         "names": {split: [example.name for example in found] for split, found in examples.items()},
         "sizes": {split: [list(each.size) for each in found] for split, found in measured.items()},
@@ -199,7 +223,7 @@ def _refuse_other_files(before: Prepared, identity: dict[str, str]) -> Prepared:
     if before.metadata["fingerprint"] != identity["fingerprint"]:
         raise DataError(
             f"{before.path} was prepared from {before.metadata['source']}, which held other files than the present "
-            "source. Leave --config.data.source empty to use what is prepared; delete that directory to prepare it anew"
+            "source. Leave the source empty to use the prepared dataset; delete that directory to prepare it again"
         )
     return before
 
@@ -211,7 +235,7 @@ def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> Data
     return DataError("\n".join(lines))
 
 
-def _builder(dataset: str, config: str | None, data_dir: str | None):
+def _builder(dataset: str, config: str | None, data_dir: str | os.PathLike[str] | None):
     import tensorflow_datasets as tfds
 
     with quiet():
@@ -221,8 +245,8 @@ def _builder(dataset: str, config: str | None, data_dir: str | None):
         )
 
 
-def _scratch(builder, state: str) -> conversion.Scratch:
-    return conversion.Scratch(Path(builder.data_dir_root) / builder.name / f".converting-{state}")
+def _scratch(builder, state: str) -> masks.Scratch:
+    return masks.Scratch(Path(builder.data_dir_root) / builder.name / f".converting-{state}")
 
 
 @functools.cache
@@ -231,7 +255,7 @@ def _builder_class(dataset: str):
 
     class Info(tfds.core.DatasetInfo):
         def initialize_from_bucket(self):
-            """Asks no server for published statistics, and leaves no temporary directory for them."""
+            """Does nothing: TFDS would ask a server for published statistics and leave a temporary directory."""
 
     # Not GeneratorBasedBuilder, whose shuffling needs TensorFlow for a split of more than 1 GB.
     class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -239,7 +263,7 @@ def _builder_class(dataset: str):
 
         name = f"segjax_{dataset}"
         VERSION = tfds.core.Version(_VERSION)
-        url_infos = None  # nothing is downloaded; finding it out would import importlib_resources, which TFDS lacks
+        url_infos = None  # nothing is downloaded; to look for it, TFDS would import importlib_resources, which it lacks
         examples: Examples
 
         def _info(self):
@@ -254,7 +278,7 @@ def _builder_class(dataset: str):
         def _shard_iterators_per_split(self, dl_manager):
             iterators = {}
             for split, found in self.examples.items():
-                size = sum(example.image.size + example.label.size for example in found)
+                size = sum(file.size for example in found for file in (example.image, example.label) if file)
                 count = min(math.ceil(size / _SHARD_BYTES), len(found))
                 shards = [[found[i] for i in part] for part in np.array_split(np.arange(len(found)), count)]
                 iterators[split] = [
@@ -267,20 +291,26 @@ def _builder_class(dataset: str):
 
 
 def _records(examples: list[Example], what: str):
-    for example in progress(examples, what, len(examples)):
-        # Files to be read, not bytes: TFDS holds on to every example of a shard until it has counted them.
+    for example in console.Progress(what, len(examples), "images").over(examples):
+        # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
         yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 
 
-def _check_camvid(spec: specs.DatasetSpec | None, examples: Examples, problems: Problems) -> specs.DatasetSpec:
-    """Compares a folder with the published dataset, whose spec it returns."""
+def _check_published(
+    published: specs.DatasetSpec, spec: specs.DatasetSpec | None, examples: Examples, problems: Problems
+) -> None:
+    """Compares the classes and examples of a folder with those of the published dataset that it should contain."""
     for field in ("class_names", "colors", "ignore_label") if spec else ():
-        ours, published_one = getattr(spec, field), getattr(specs.CAMVID, field)
-        if ours != published_one:
-            kind = "classes.json is not that of CamVid's 11 classes; correct it, or prepare the data as 'folder'"
-            problems[kind].append(f"{field} {ours} instead of {published_one}")
-    counts, expected = {split: len(found) for split, found in examples.items()}, dict(specs.CAMVID.splits)
-    if counts != expected:
-        kind = "images with a mask are not as many as in CamVid; complete them, or prepare the data as 'folder'"
+        found, expected = getattr(spec, field), getattr(published, field)
+        if found != expected:
+            kind = (
+                f"classes.json does not have the {published.num_classes} classes of {published.name}; correct it, or "
+                "prepare the data as 'folder'"
+            )
+            problems[kind].append(f"{field} {found} instead of {expected}")
+    counts, expected = {split: len(found) for split, found in examples.items()}, dict(published.splits)
+    if expected and counts != expected:
+        kind = (
+            f"images with a mask are not as many as in {published.name}; complete them, or prepare the data as 'folder'"
+        )
         problems[kind].append(f"{counted(counts) or 'none'} instead of {counted(expected)}")
-    return specs.CAMVID

@@ -1,4 +1,4 @@
-"""Weights of classes in the loss: published, given, or by median frequency."""
+"""Class weights of the loss: those of a published recipe, given numbers, or by median frequency."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ import numpy as np
 
 from segjax.data import specs
 
-# As HRNet's official Cityscapes recipe has them, in the order of the train ids.
-CITYSCAPES_WEIGHTS = (
-    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
-    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
-)
-
-
-# ---------------------------------------------------------------------------------------------------- class weights
-
 
 def class_weights(
     choice: str | Sequence[float] | None, spec: specs.DatasetSpec, pixel_counts: np.ndarray | None = None
 ) -> tuple[float, ...] | None:
-    """The K weights that a setting stands for, unnormalised, or None for none.
+    """The K weights that the setting `loss.class_weights` selects, not normalised; None for no weights.
 
     Args:
-      choice: None or "", "median_frequency", "cityscapes", or the K numbers themselves.
-      pixel_counts: for "median_frequency": pixels by label value, see there. A binary data set has two label values;
-        its one weight, of class 1, is theirs relative to that of the background.
+      choice: None or "", "median_frequency", "cityscapes" (see `specs.DATASETS`), or the K numbers themselves.
+      pixel_counts: for "median_frequency": number of pixels of each label value, as `median_frequency` takes them. A
+        binary dataset has two label values; its one weight is that of class 1 divided by that of the background.
 
     Raises:
       ValueError: another word; numbers that are negative, not finite, all zero or not one for each class; the weights
@@ -39,14 +30,14 @@ def class_weights(
         case "median_frequency":
             return _balancing(spec, pixel_counts)
         case "cityscapes":
-            names = tuple(name for name, _ in specs.CITYSCAPES_CLASSES)
+            names = specs.CITYSCAPES.class_names
             if spec.class_names != names:
                 raise ValueError(
                     f"loss.class_weights=cityscapes are weights of the {len(names)} classes of Cityscapes ({names[0]}, "
                     f"{names[1]}, ...), and {spec.name} has others ({', '.join(spec.class_names[:2])}, ...); use "
                     "median_frequency, or give one number for each class"
                 )
-            return CITYSCAPES_WEIGHTS
+            return specs.DATASETS["cityscapes"].class_weights
     try:
         weights = tuple(float(weight) for weight in choice) if not isinstance(choice, str) else ()
     except (TypeError, ValueError):
@@ -62,14 +53,14 @@ def class_weights(
 
 
 def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
-    """Eigen and Fergus: median of the classes' frequencies / frequency of the class, float64 (K,).
+    """Median of the class frequencies / frequency of the class, float64 (K,) (Eigen and Fergus, ICCV 2015).
 
-    A class's frequency is its share of the pixels of those images that it is in. A class without a pixel has weight 0
-    and no part in the median: no pixel will ever be multiplied by it, and its true one is infinite.
+    The frequency of a class is its share of the pixels of those images that contain it. A class without pixels has
+    weight 0 and is excluded from the median: its true weight is infinite, and no pixel will be multiplied by it.
 
     Args:
-      pixel_counts: (N, K), labelled pixels by image and class; or (K,), the sums, which take the whole data set as one
-        image and hence the share of all pixels as a frequency.
+      pixel_counts: (N, K), number of labelled pixels by image and class; or (K,), their sums, which treat the whole
+        dataset as one image, so that a frequency is a share of all pixels.
 
     Raises:
       ValueError: no pixel at all.
@@ -79,14 +70,14 @@ def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
     present = of_class > 0
     if not present.any():
         raise ValueError("no class has a pixel, so that there is no frequency to take the median of")
-    of_its_images = (counts > 0).T @ counts.sum(axis=1)
-    frequency = of_class[present] / of_its_images[present]
+    in_its_images = (counts > 0).T @ counts.sum(axis=1)
+    frequency = of_class[present] / in_its_images[present]
     weights = np.zeros(counts.shape[1])
     weights[present] = np.median(frequency) / frequency
     return weights
 
 
-def _balancing(spec, pixel_counts):
+def _balancing(spec: specs.DatasetSpec, pixel_counts: np.ndarray | None) -> tuple[float, ...]:
     values = len(spec.label_names)
     if pixel_counts is None or np.shape(pixel_counts)[-1:] != (values,):
         raise ValueError(
@@ -96,12 +87,13 @@ def _balancing(spec, pixel_counts):
     weights = median_frequency(pixel_counts)
     if spec.num_classes == 1:
         background, positive = weights
-        # Where either is missing there is nothing to balance.
+        # If one of them is absent there is nothing to balance.
         weights = [positive / background if background and positive else 1.0]
     return tuple(float(weight) for weight in weights)
 
 
 def problems_of_weights(weights: tuple[float, ...], num_classes: int) -> list[str]:
+    """The reasons why weights cannot be used, each beginning with the name of the setting."""
     wrong = {
         f"class_weights has {len(weights)} numbers for {num_classes} classes": len(weights) != num_classes,
         f"class_weights must be finite and not negative: {weights}": not all(map(_is_weight, weights)),

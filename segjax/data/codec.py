@@ -1,4 +1,4 @@
-"""Image files: whether they are whole, which are of use as images and as masks, and how they decode."""
+"""Decodes and encodes JPEG and PNG files, and tells damaged files and those that cannot serve as image or mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what such a file begins with
 
 
 def damage(data: bytes) -> str | None:
-    """Why a file is no whole PNG or JPEG. Decoders differ: some fill what a truncated file lacks and say nothing."""
+    """Why a file is not a complete PNG or JPEG; None if it is one. Some decoders fill a truncated file silently."""
     if not data:
         return "is empty"
     if data.startswith(PNG):
@@ -33,20 +33,20 @@ def damage(data: bytes) -> str | None:
         at = len(JPEG)  # segments: 2 bytes marker, 2 bytes length that counts itself, content
         while at + 4 <= len(data) and data[at : at + 2] != b"\xff\xda":
             at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]  # 0xFF may be repeated
-        # The end marker counts from the scan on: a thumbnail before it has one of its own.
+        # Searched from the scan on, because a thumbnail before it has an end marker of its own.
         return None if data.find(b"\xff\xd9", at) >= 0 else "is truncated"
     return f"begins with {data[:8]!r}"
 
 
 def fault_of_image(data: bytes) -> str | None:
-    """What keeps a whole image file from use, with its remedy."""
+    """The reason, with its remedy, why a complete file cannot be used as an image; None if it can."""
     if data.startswith(PNG) and data[24] == 16:
         return "images of 16 bits a channel, whose scale to 8 bits is not known; save them with 8 bits"
     return None
 
 
 def fault_of_turning(data: bytes) -> str | None:
-    """The same where nobody knows whether the masks lie as the image is stored or as EXIF turns it."""
+    """The same for an image that EXIF rotates, because its mask may be aligned with either orientation."""
     import cv2
 
     if b"Exif\0\0" in data or b"eXIf" in data:
@@ -54,13 +54,13 @@ def fault_of_turning(data: bytes) -> str | None:
             _decode(data, cv2.IMREAD_COLOR),
             _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION),
         )
-        if turned is not None and not np.array_equal(turned, as_stored):
-            return "images that EXIF turns, so that they may not lie as their masks do; save them upright"
+        if turned is not None and as_stored is not None and not np.array_equal(turned, as_stored):
+            return "images that EXIF rotates, so that their masks may have another orientation; save them upright"
     return None
 
 
 def fault_of_mask(data: bytes) -> str | None:
-    """What keeps a whole file from use as a mask of train ids, with its remedy."""
+    """The reason, with its remedy, why a complete file cannot be used as a mask of train ids; None if it can."""
     if not data.startswith(PNG):
         return "masks that are JPEG inside, which blurs class ids; export them as PNG from the original"
     depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
@@ -77,7 +77,7 @@ def fault_of_mask(data: bytes) -> str | None:
 
 
 def fault_of_published_mask(data: bytes) -> str | None:
-    """The same for the masks of a published dataset, where palette indices are values too."""
+    """The same for masks from archives, which may also be palette images; the indices are the values."""
     if data.startswith(PNG) and (data[25] == 3 or (data[24], data[25]) == (8, 0)):
         return None
     return "masks that are no 8-bit grey or palette PNG, as published; fetch their archive again"
@@ -92,9 +92,9 @@ def decode_image(data: bytes) -> np.ndarray | None:
 
 
 def decode_upright(data: bytes) -> np.ndarray | None:
-    """(H, W, 3), RGB, in the file's own depth and turned as its EXIF says; None if it cannot be decoded.
+    """(H, W, 3), RGB, in the depth of the file and rotated as its EXIF demands; None if it cannot be decoded.
 
-    Grey is repeated, alpha left out, a palette becomes its colours; of several pictures in a file this is the first.
+    Grey is repeated, alpha is dropped, a palette becomes its colours; of several images in a file this is the first.
     """
     import cv2
 
@@ -103,7 +103,7 @@ def decode_upright(data: bytes) -> np.ndarray | None:
 
 
 def decode_mask(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W), the stored values, of a palette PNG its indices; None if it cannot be decoded."""
+    """uint8 (H, W), the stored values; the indices of a palette PNG; None if it cannot be decoded."""
     import cv2
 
     if data.startswith(PNG) and data[25:26] == b"\3":
@@ -119,7 +119,7 @@ def encode_mask(labels: np.ndarray) -> bytes:
 
 
 def encode_palette(labels: np.ndarray, palette: np.ndarray) -> bytes:
-    """An 8-bit palette PNG of uint8 (H, W): its indices are the labels, its colours the palette's, uint8 (256, 3)."""
+    """An 8-bit palette PNG of uint8 (H, W) labels, which become its indices; palette: RGB, uint8 (256, 3)."""
     from PIL import Image
 
     image = Image.fromarray(labels)
@@ -134,12 +134,12 @@ def _decode(data: bytes, flags: int) -> np.ndarray | None:
 
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # raised for sizes beyond OpenCV's limits, where other faults give None
+    except cv2.error:  # raised for sizes beyond OpenCV's limits; other faults give None
         return None
 
 
 def _decode_palette(data: bytes) -> np.ndarray | None:
-    # OpenCV gives the colours of a palette PNG.
+    # With Pillow, because OpenCV gives the colours of a palette PNG.
     from PIL import Image
 
     try:

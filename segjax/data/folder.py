@@ -1,10 +1,10 @@
-"""A folder of images and masks: what it holds, and what is wrong with it.
+"""Reader of a folder of images and masks in segjax's own layout, and of everything that is wrong with it.
 
     images/<split>/<stem>.jpg   or .jpeg, .png; 8 bits a channel; grey is repeated over RGB, alpha is dropped
     labels/<split>/<stem>.png   8-bit grey: one train id (0..K-1; 0 and 1 for a single class) or the ignore value
     classes.json                {"names": [K strings], "colors": [K of [r, g, b]], "ignore": 255, "name": "optional"}
 
-Nothing here writes. Problems are collected by kind, each kind worded with its remedy, so that one report can list all.
+Nothing here writes. Problems are collected by kind, and each kind states its remedy, so that one report lists them all.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ LAYOUT = (
     '("names", "colors", "ignore")'
 )
 
-_CLASSES = (  # Kinds of problems are worded with their remedy.
+_CLASSES = (  # A kind of problem, with its remedy.
     'classes.json, which needs "names" (K different strings), "colors" (K of [r, g, b], 0..255) and "ignore" (the mask '
     'value that is not counted, K..255), and may have "name" (a string)'
 )
 
 
 def read_classes(root: Path, problems: Problems) -> specs.DatasetSpec | None:
-    """What classes.json describes; None, and the reasons in `problems`, where it describes no dataset."""
+    """The classes in classes.json; None, and the reasons in `problems`, if it cannot be used."""
+    content = {}
     try:
         content = {"name": root.name} | json.loads((root / "classes.json").read_text(encoding="utf-8-sig"))
         faults = list(_faults_of_classes(**{key: content.get(key) for key in ("name", "names", "colors", "ignore")}))
@@ -73,13 +74,13 @@ def _faults_of_classes(name, names, colors, ignore) -> Iterator[str]:
 
 
 def find_examples(root: Path, problems: Problems) -> Examples:
-    """Images with their masks, in the order of their stems. Hidden files are passed over."""
+    """Images with their masks, in the order of their stems. Hidden files are skipped."""
     found: dict[str, dict[str, dict[str, Path]]] = {"images": {}, "labels": {}}
     for part, suffixes in (("images", (".jpg", ".jpeg", ".png")), ("labels", (".png",))):
         for directory in _visible(root / part):
             where = f"{part}/{directory.name}"
             if not directory.is_dir():
-                problems["files beside the splits' directories; move them into one"].append(where)
+                problems["files next to the directories of the splits; move them into one"].append(where)
                 continue
             if not re.fullmatch(r"[A-Za-z0-9_]+", directory.name) or directory.name.lower() == "all":
                 problems["splits TFDS cannot name; use letters, digits and _, and not 'all'"].append(where)
@@ -119,11 +120,11 @@ def _visible(directory: Path) -> list[Path]:
 
 
 def state_of(root: Path, examples: Examples) -> str:
-    """16 hex digits for the present state of a folder.
+    """16 hex digits that identify the present state of a folder.
 
-    They hash the folder's own path, classes.json, and every file's path, size and time of modification. So an edited
-    file counts even where its size stayed, and two folders are two even where an archive has set all times equal. A
-    folder that was moved is prepared again, which costs time but is never wrong.
+    They are a hash of the path of the folder, of classes.json, and of the path, size and modification time of every
+    file. An edited file changes it even if its size is the same, and two folders differ even if an archive has set
+    equal times. A folder that was moved is prepared again, which costs time but is never wrong.
     """
-    names = (file.name for found in examples.values() for each in found for file in (each.image, each.label))
+    names = (file.name for found in examples.values() for each in found for file in (each.image, each.label) if file)
     return digest_of(((name, root / name) for name in names), bytes(root), (root / "classes.json").read_bytes())

@@ -1,6 +1,6 @@
-"""Batches: for training from the device's memory or streamed from disk, for evaluation in groups of one size.
+"""Batches: for training from device memory or streamed from disk, for evaluation in groups of one image size.
 
-A dataset comes as a `Split`, which is all in memory, or as `Records`, which are decoded when they are asked for.
+A split is given as a `Split`, which is in memory, or as `Records`, which are decoded when they are read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ from segjax.runtime.parallel import Parallel
 
 
 def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which images step `step` (from 0) trains on: int64 (B,).
+    """Numbers of the images that step `step` (from 0) trains on: int64 (B,).
 
-    The samples are one endless row of permutations, a new one each epoch, so that every image comes up once per epoch
-    also where the batch does not divide their number.
+    The samples are an endless sequence of permutations, a new one each epoch, so that every image is used once per
+    epoch even if the batch size does not divide the number of images.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = np.divmod(positions, num_images)
@@ -36,9 +37,9 @@ def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarr
 
 
 class TrainBatches:
-    """Training batches as a pure function of (seed, step): a resumed run needs to know nothing but its step.
+    """Training batches as a pure function of (seed, step), so that a resumed run needs only its step.
 
-    The split lies on every device as uint8. Here nothing ever waits; `waited` and `close` are there because a stream
+    Every device holds the whole split as uint8. Nothing waits here; `waited` and `close` exist because `StreamBatches`
     has them.
     """
 
@@ -49,7 +50,7 @@ class TrainBatches:
         self.indices = partial(order, num_images=len(split.images), batch_size=batch_size, seed=seed)
 
         def everywhere(array):
-            # Not device_put, which sends an array between all processes to see whether it is the same in each.
+            # Not device_put, which sends the array between all processes to check that it is the same in each.
             return jax.make_array_from_callback(array.shape, parallel.whole, lambda index: array[index])
 
         def gather(resident, rows):
@@ -76,11 +77,11 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class _WindowLoader:
-    """Makes this process's part of a step's batch, in host memory."""
+    """Reads the part of a step's batch that belongs to this process, into host memory."""
 
     records: CachedRecords
     order: Callable[[int], np.ndarray]  # step -> numbers of the images (B,)
-    rows: np.ndarray  # int32 (b,), those of the batch that this process makes
+    rows: np.ndarray  # int32 (b,), positions in the batch that this process reads
     draw: Callable[[np.int32, np.ndarray], Crops]  # step, sizes (b, 2) -> crops of these rows
     window: tuple[int, int]
 
@@ -98,24 +99,24 @@ class _WindowLoader:
 
 
 def _compiled_draw(key: jax.Array, rows: np.ndarray, settings) -> Callable[[np.int32, np.ndarray], Crops]:
-    """`(step, sizes (b, 2)) -> Crops` as the training step draws them, computed on the host."""
+    """`(step, sizes (b, 2)) -> Crops`, the same as in the training step, computed on the host."""
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 
     def draw(key, step, sizes):
         sample_keys, _ = step_keys(key, step, rows)
         return draw_crops(sample_keys, sizes, settings)
 
-    # Compiled here, since the threads that call it do not know of a `jax.enable_x64` around this one.
+    # Compiled here, because `jax.enable_x64` around this thread does not apply to the threads that call it.
     compiled = jax.jit(draw).lower(key, np.int32(0), np.zeros((len(rows), 2), np.int32)).compile()
     return partial(compiled, key)
 
 
 class StreamBatches:
-    """The batches of `TrainBatches`, bit for bit after `augment`, of records that need not fit into any memory.
+    """Batches of records that need not fit into memory; after `augment`, bit for bit those of `TrainBatches`.
 
-    The crop of a sample follows from the run's key: so it is drawn ahead, and only the window of the image that it is
-    taken from goes to the device. Threads decode and cut; one more sends batches to the devices, where two wait at
-    most. Of several processes each reads what its own devices train on.
+    The crop of a sample depends only on the key of the run. It is drawn in advance, and only the window of the image
+    that it needs is sent to the device. Threads decode and cut windows; one more thread sends batches to the devices,
+    where at most two wait. Each of several processes reads what its own devices train on.
 
     Attributes:
       waited: seconds that `at` has waited for images.
@@ -134,20 +135,20 @@ class StreamBatches:
         threads: int = THREADS,
         cache_bytes: float = 0,
     ):
-        """Begins to read.
+        """Starts the threads.
 
         Args:
-          settings: the `augment` part of a config.
-          key: of the run, as `train_step` gets it.
-          start: the step that `at` will first be asked for.
-          threads: that decode; `threads + 1` batches wait in host memory.
-          cache_bytes: of decoded images that are kept in memory.
+          settings: the `augment` section of a config.
+          key: random key of the run, the same that the training step gets.
+          start: the first step that `at` will be called with.
+          threads: number of threads that decode; `threads + 1` batches wait in host memory.
+          cache_bytes: bytes of decoded images that are kept in memory.
         """
         parallel.check(batch_size)
         rows = parallel.rows(batch_size).astype(np.int32)
         self.waited = 0.0
         self.indices = partial(order, num_images=len(records), batch_size=batch_size, seed=seed)
-        # Apart from this object, which running threads would otherwise hold on to, and it on to them.
+        # An object of its own: threads that refer to `self`, and `self` to them, would keep each other alive.
         self._load = _WindowLoader(
             CachedRecords(records, cache_bytes),
             self.indices,
@@ -159,7 +160,8 @@ class StreamBatches:
         self._batches = None
         self._go_to(start)
 
-    def _go_to(self, step: int) -> None:
+    def _go_to(self, step: int) -> Iterator:
+        """The batches from step `step` on, which threads begin to compute."""
         import grain
 
         self.close()
@@ -168,18 +170,20 @@ class StreamBatches:
         self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=1))
         self._batches.start_prefetch()
         self._next = step
+        return self._batches
 
-    def at(self, step: int) -> dict[str, object]:
-        """The batch of step `step`, on the devices. Steps are best asked for one after the other; others start anew.
+    def at(self, step: int) -> dict[str, Any]:
+        """The batch of step `step`, on the devices. A step that does not follow the previous one restarts the threads.
 
         Raises:
           RecordError: an image or a label cannot be used.
         """
         since = time.perf_counter()
-        if self._batches is None or step != self._next:
-            self._go_to(step)
+        batches = self._batches
+        if batches is None or step != self._next:
+            batches = self._go_to(step)
         try:
-            batch = next(self._batches)
+            batch = next(batches)
         except BaseException:
             self.close()
             raise
@@ -188,7 +192,7 @@ class StreamBatches:
         return batch
 
     def close(self) -> None:
-        """Stops the threads: they end with the batch that they are at."""
+        """Stops the threads after the batches that they are working on."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -206,14 +210,14 @@ class StreamBatches:
 def evaluation_batches(
     data: specs.Split | Records, *, batch_size: int, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every image once, at its own size, read ahead by threads.
+    """Every image once, at its own size, read in advance by threads.
 
     Args:
-      part: (i, n) yields the i-th of n parts, of almost equal numbers of batches.
+      part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
-      uint8 (B, H, W, 3), uint8 (B, H, W) and int64 (n,) image numbers. Images of one size share batches; the last batch
-      of a size repeats its last image up to B rows, and n < B says how many rows count.
+      uint8 (B, H, W, 3), uint8 (B, H, W) and int64 (n,) image numbers. A batch has images of one size; the last batch
+      of a size repeats its last image up to B rows, and only the first n rows count.
 
     Raises:
       RecordError: an image or a label cannot be used.

@@ -1,22 +1,19 @@
-"""A prepared dataset, as `builders.py` wrote it: decoded whole, or record by record."""
+"""Reads a dataset that `builders.py` has prepared: a whole split at once, or image by image."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import operator
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from absl import logging
 
-from segjax.data import codec, specs
+from segjax.data import codec, records, specs
 from segjax.data.sources import DataError, counted
-
-THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Prepared:
       splits: number of images per split.
       labelled: the splits whose labels are published.
       path: the directory that TFDS wrote.
-      metadata: what `builders.py` stored about source, names, sizes and pixels.
+      metadata: stored by `builders.py`: source, and for each split the names, sizes and pixel counts of its images.
     """
 
     spec: specs.DatasetSpec
@@ -38,7 +35,7 @@ class Prepared:
     metadata: dict = dataclasses.field(repr=False, compare=False)
 
     def pixel_counts(self, split: str) -> list[int]:
-        """Pixels of each label value, in the order of `spec.label_names`: K numbers, or 2 for a single class.
+        """Number of pixels of each label value, in the order of `spec.label_names`: K numbers, or 2 for a single class.
 
         Raises:
           DataError: there is no such split, or its labels are not published.
@@ -46,13 +43,13 @@ class Prepared:
         self._refuse_unlabelled(split)
         return list(self.metadata["pixels"][split])
 
-    def records(self, split: str) -> Records:
-        """A split to be read at random; DataError where there is no such split."""
+    def records(self, split: str) -> PreparedRecords:
+        """A split, of which images are read in any order; DataError where there is no such split."""
         self._refuse_unknown(split)
-        return Records(self, split)
+        return PreparedRecords(self, split)
 
     def load(self, split: str) -> specs.Split:
-        """Decodes a split into host memory: 4 * H * W bytes per image, H and W being the largest of the split.
+        """Decodes a split into host memory: 4 * H * W bytes per image, where H and W are the largest of the split.
 
         Args:
           split: a key of `splits`.
@@ -63,10 +60,8 @@ class Prepared:
         Raises:
           DataError: there is no such split, its labels are not published, or a record does not decode.
         """
-        from segjax.data import records as data_records
-
         self._refuse_unlabelled(split)
-        return data_records.load(
+        return records.load(
             self.records(split), ignore_label=self.spec.ignore_label, what=f"loading {self.spec.name} {split}"
         )
 
@@ -82,8 +77,10 @@ class Prepared:
             )
 
 
-class Records:
-    """A split on disk, decoded record by record, in any order and from any thread; pickled by where it lies.
+class PreparedRecords:
+    """The `records.Records` of a prepared split: decoded one by one, in any order and from any thread.
+
+    A pickle contains the path of the dataset, not the images.
 
     Attributes:
       names: N names, as in `specs.Split`.
@@ -98,15 +95,16 @@ class Records:
         self._prepared, self._split = prepared, split
         skip = tfds.decode.SkipDecoding()
         with quiet():
-            builder = tfds.builder_from_directory(prepared.path)
+            # Any: the decorators of as_data_source hide its parameters from type checkers.
+            builder: Any = tfds.builder_from_directory(prepared.path)
             self._source = builder.as_data_source(split, decoders={"image": skip, "label": skip})
 
     def __reduce__(self):
-        return Records, (self._prepared, self._split)
+        return PreparedRecords, (self._prepared, self._split)
 
     def __repr__(self) -> str:
-        # Grain compares it, to tell whether a saved position is one in the same data.
-        return f"Records({self._prepared.spec.name} {self._split}, {len(self)} images)"
+        # Without the address of the object, because Grain compares it to detect other data.
+        return f"PreparedRecords({self._prepared.spec.name} {self._split}, {len(self)} images)"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -122,7 +120,7 @@ class Records:
         return self._decoded(index, record, "image"), self._decoded(index, record, "label")
 
     def image(self, index: int) -> np.ndarray:
-        """The image alone, uint8 (H, W, 3), also of a split without labels; DataError where it does not decode."""
+        """Only the image, uint8 (H, W, 3), also of a split without labels; DataError where it does not decode."""
         return self._decoded(index, self._read(index), "image")
 
     def _read(self, index: int) -> dict[str, bytes]:
@@ -132,7 +130,7 @@ class Records:
         try:
             return self._source[index]
         except Exception as error:
-            # A damaged file raises what the library at fault happens to raise.
+            # The type of exception depends on the library that reads the damaged file.
             raise self._damaged(index, f"cannot be read ({error})") from error
 
     def _decoded(self, index: int, record: dict[str, bytes], part: str) -> np.ndarray:
@@ -147,7 +145,7 @@ class Records:
 
 
 def open_prepared(path: Path) -> Prepared:
-    """What TFDS wrote at `path`.
+    """The dataset that TFDS wrote at `path`.
 
     Raises:
       DataError: it is not complete.
@@ -158,7 +156,7 @@ def open_prepared(path: Path) -> Prepared:
         raise DataError(f"{path} is there but holds no complete dataset; delete it")
     with quiet():
         info = tfds.builder_from_directory(path).info
-    metadata = dict(info.metadata)
+    metadata = cast(dict[str, Any], dict(info.metadata or {}))
     fields = metadata["spec"]
     spec = specs.DatasetSpec(
         name=fields["name"],
@@ -171,18 +169,9 @@ def open_prepared(path: Path) -> Prepared:
     return Prepared(spec, splits, tuple(metadata["pixels"]), path, metadata)
 
 
-def in_threads(function, items) -> Iterator:
-    """Results in the order of the items. What has not begun when the iterator is closed is never done."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            yield from pool.map(function, items)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 @contextlib.contextmanager
-def quiet():
-    """Holds back TFDS's log, among it a warning that each folder's config is not built in."""
+def quiet() -> Iterator[None]:
+    """Suppresses TFDS's log, which warns that the config of a folder is not built in."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

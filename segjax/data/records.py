@@ -1,4 +1,4 @@
-"""Images and labels of a split, in memory or read one by one."""
+"""Images and labels of a split: in memory, or read one by one and cached."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 
 from segjax.data import specs
-from segjax.data.sources import DataError, progress
+from segjax.data.sources import DataError
+from segjax.runtime import console
 
-# OpenCV decodes, and NumPy copies, outside the interpreter's lock.
+# OpenCV decodes and NumPy copies outside the interpreter's lock.
 THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -23,25 +24,29 @@ class RecordError(ValueError):
 
 
 class Records(Protocol):
-    """A split on disk. Several threads read at once.
+    """A split on disk, which several threads read at the same time.
 
     Attributes:
       sizes: int32 (N, 2), height and width of each image.
       names: N names, for messages and file names.
     """
 
-    sizes: np.ndarray
-    names: Sequence[str]
+    @property
+    def sizes(self) -> np.ndarray: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]:
         """uint8 image (H, W, 3), RGB, and uint8 label (H, W), train ids."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitRecords:
-    """The images of a split without the padding that they are stored with."""
+    """The images of a split in memory, without the padding that they are stored with."""
 
     split: specs.Split
 
@@ -62,21 +67,26 @@ class SplitRecords:
 
 
 def records_of(data: specs.Split | Records) -> Records:
+    """The interface of `Records` for a split that is in memory or on disk."""
     return SplitRecords(data) if isinstance(data, specs.Split) else data
 
 
 def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image and its label; RecordError, which names it, whatever goes wrong."""
+    """One image and its label, checked against the size that is stored for it.
+
+    Raises:
+      RecordError or DataError: whatever goes wrong; the message names the image.
+    """
     name, size = records.names[number], tuple(records.sizes[number].tolist())
     try:
         image, label = records[number]
     except (RecordError, DataError):
-        # It names the record itself.
+        # The message names the record already.
         raise
     except BaseException as error:
-        # BaseException, because what ends a thread in silence would leave the training waiting for it.
+        # BaseException, because a thread that ends without a result leaves the training waiting for it.
         raise RecordError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
-    # np.shape, because what could not be decoded may be None.
+    # np.shape, because an image that does not decode may be None.
     shapes = np.shape(image), np.shape(label)
     if shapes != ((*size, 3), size):
         raise RecordError(f"{name} should be of size {size}, but its image and label have the shapes {shapes}")
@@ -84,16 +94,17 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padded_gigabytes(records: Records) -> float:
-    """What `load` would take."""
+    """Gigabytes (1e9 bytes) of host memory that `load` takes."""
     height, width = records.sizes.max(axis=0).tolist()
     return 4 * len(records) * height * width / 1e9
 
 
 def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs.Split:
-    """Reads all of it into memory, padded to the largest image: 4 * N * H * W bytes.
+    """Reads a split into host memory, padded to its largest image: 4 * N * H * W bytes.
 
     Args:
-      what: is being done, for the progress on a terminal.
+      ignore_label: label of the padding.
+      what: text of the progress bar.
 
     Raises:
       RecordError: an image or a label cannot be used.
@@ -106,16 +117,16 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         images[number, :height, :width], labels[number, :height, :width] = read(records, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in progress(pool.map(fill, range(len(records))), what, len(records)):
+        for _ in console.Progress(what, len(records), "images").over(pool.map(fill, range(len(records)))):
             pass
     return specs.Split(images, labels, records.sizes, tuple(records.names))
 
 
 class CachedRecords:
-    """Records, read by `read`, of which as many as fit into `limit` bytes stay in memory, decoded.
+    """Records that keep decoded images in memory until they take `limit` bytes.
 
-    What is kept stays: where every image comes up once an epoch, making room for the newest would drop each one just
-    before it is asked for again.
+    An image that is kept is never dropped: every image is read once per epoch, and a cache of the newest ones would
+    drop each image just before it is read again.
     """
 
     def __init__(self, records: Records, limit: float):
@@ -140,7 +151,7 @@ class CachedRecords:
 
 
 def ahead(items, work: Callable, *, threads: int):
-    """Grain's dataset of `work(item)` in the order of the items, computed ahead by threads."""
+    """A Grain dataset of `work(item)` in the order of the items, which threads compute in advance."""
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

@@ -1,6 +1,6 @@
-"""Where a dataset comes from: files in folders and in zip and tar archives, by the path that they have inside.
+"""Files in folders and in zip and tar archives, which readers look for examples in; and their error, `DataError`.
 
-Files are read one by one out of an archive, and never extracted whole. But a .tar.gz cannot be read at random: it is
+Files are read one by one from an archive, which is never extracted. Only a .tar.gz, which has no random access, is
 unpacked to a .tar in a scratch folder first.
 """
 
@@ -20,16 +20,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from segjax.runtime import atomic, console
 
 
 class DataError(ValueError):
-    """A source or a prepared dataset that cannot be used; the message lists every reason and says what to do."""
+    """A source or a prepared dataset that cannot be used; the message lists every reason and its remedy."""
 
 
 _SHOWN = 10  # entries of one kind that a report lists
 
-Problems = collections.defaultdict[str, list[str]]  # kind, worded with its remedy -> where, with the values found there
+Problems = collections.defaultdict[str, list[str]]  # kind, with its remedy -> the files, with the values found there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class File:
     Attributes:
       name: the path, for messages.
       size: bytes.
-      read: gives the content; may be called from any thread; OSError where it cannot be read.
+      read: () -> content, from any thread; OSError if it cannot be read.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Example:
     Attributes:
       name: unique in the split.
       image: a JPEG or PNG.
-      label: its mask; None where none was published.
+      label: its mask; None if it is not published.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Example:
 
 
 class ArchiveError(ValueError):
-    """A file that is no archive, or a damaged one; the message says what it is instead."""
+    """A file that is not an archive, or a damaged one; the message states what was found."""
 
 
 Examples = dict[str, list[Example]]  # split -> examples in the order of their names
 
 
 def in_folder(root: Path, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(path inside, path) of the files below those of the folders `parts` that `root` has, hidden ones left out."""
+    """(path relative to `root`, path) of all files below those folders of `parts` that `root` contains."""
     for part in sorted(parts):
         for directory, folders, names in os.walk(root / part, followlinks=True):
             folders.sort()
@@ -83,14 +83,14 @@ def file_of(path: Path, name: str) -> File:
 
 
 def in_archive(path: Path, scratch: Callable[[], Path], opened: contextlib.ExitStack) -> dict[str, File]:
-    """The files of a .zip, .tar or .tar.gz, told apart by content.
+    """The files of a .zip, .tar or .tar.gz by their path inside; the type is detected from the content.
 
     Args:
-      scratch: makes and returns the folder that a .tar.gz is unpacked to; what is there from before is used.
+      scratch: creates and returns the folder that a .tar.gz is unpacked to; a .tar that is there already is used.
       opened: closes the archive; files can be read until then.
 
     Raises:
-      ArchiveError: no such archive, or a damaged one.
+      ArchiveError: the file is not such an archive, or it is damaged.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -143,21 +143,24 @@ def _in_tar(path: Path, shown: str) -> dict[str, File]:
 
 
 def _unpacked(path: Path, scratch: Path) -> Path:
-    """The .tar of a .tar.gz; renamed when it is whole."""
+    """The .tar of a .tar.gz, written atomically."""
     result = scratch / f"{path.name}.tar"
     if not result.exists():
-        part = scratch / f"{path.name}.{os.getpid()}.part"
-        bar = tqdm(desc=f"unpacking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, **BAR)
-        with path.open("rb") as packed, gzip.open(packed) as source, part.open("wb") as destination, bar:
+        with (
+            atomic.replacing_file(result, durable=False) as temporary,
+            path.open("rb") as packed,
+            gzip.open(packed) as source,
+            temporary.open("wb") as destination,
+            console.Progress(f"unpacking {path.name}", path.stat().st_size, "B") as progress,
+        ):
             while block := source.read(1 << 20):
                 destination.write(block)
-                bar.update(packed.tell() - bar.n)
-        part.rename(result)
+                progress.advance(packed.tell() - progress.count)
     return result
 
 
 def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes) -> str:
-    """16 hex digits for the present state of files: their names, sizes and times of modification."""
+    """16 hex digits that identify the present state of files: a hash of their names, sizes and modification times."""
     digest = hashlib.sha256(b"\0".join(start))
     for name, path in paths:
         stat = path.stat()
@@ -166,9 +169,9 @@ def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes) -> str:
 
 
 def fingerprint_of(examples: Examples, *start: bytes) -> str:
-    """16 hex digits for what a dataset holds, whatever its files lie in: splits, names and sizes.
+    """16 hex digits that identify the examples of a dataset, wherever its files are: a hash of splits, names and sizes.
 
-    Contents would tell most, but to read them all at each start takes minutes.
+    A hash of the contents would be exact, but reading them at every start takes minutes.
     """
     digest = hashlib.sha256(b"\0".join(start))
     for split, found in examples.items():
@@ -179,6 +182,7 @@ def fingerprint_of(examples: Examples, *start: bytes) -> str:
 
 
 def shorten(entries: list) -> list[str]:
+    """The first entries as text, and the number of the others."""
     rest = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
     return [f"{entry!s:.300}" for entry in entries[:_SHOWN]] + rest
 
@@ -189,10 +193,3 @@ def listed(entries: list) -> str:
 
 def counted(splits: dict[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in splits.items())
-
-
-BAR = dict(leave=False, disable=None, ncols=80)  # disable None: only on a terminal
-
-
-def progress(items: Iterable, what: str, total: int):
-    return tqdm(items, desc=what, total=total, unit=" images", **BAR)

@@ -1,9 +1,12 @@
-"""What a dataset is: one frozen record per dataset, and nothing that reads a file."""
+"""The table of datasets, and the classes and colours of each. Nothing here reads a file or imports more than NumPy.
+
+`DATASETS`, at the end, is the only list of datasets: commands, recipes and readers look names up in it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,14 +18,14 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """Classes of a dataset and the one label value that no loss and no metric counts.
+    """Classes of a dataset and the one label value that losses and metrics ignore.
 
     Attributes:
-      name: the dataset's own name, used in file names and messages.
+      name: name of the dataset, used in file names and messages.
       class_names: K names, position = train id.
       colors: K RGB triples in 0..255, position = train id.
       ignore_label: label value that is excluded everywhere; not a train id.
-      splits: (name, number of images) pairs as published; empty where any number is right.
+      splits: (name, number of images) pairs as published; empty where any number is accepted.
     """
 
     name: str
@@ -51,12 +54,12 @@ class DatasetSpec:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """What each label value means: the classes, or for a single class 0 background and 1 the class."""
+        """Name of each label value: the classes, or for a single class "background" (0) and the class (1)."""
         return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
 
     @property
     def label_colors(self) -> tuple[tuple[int, int, int], ...]:
-        """RGB of each label value, as `label_names`."""
+        """RGB of each label value, in the order of `label_names`."""
         return self.colors if self.num_classes > 1 else ((60, 60, 60), *self.colors)
 
 
@@ -78,7 +81,7 @@ class Split(NamedTuple):
 
 # Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR 2016: the 19 evaluated classes
 # in train-id order with the palette of the benchmark.
-CITYSCAPES_CLASSES = (
+_CITYSCAPES_CLASSES = (
     ("road", (128, 64, 128)),
     ("sidewalk", (244, 35, 232)),
     ("building", (70, 70, 70)),
@@ -102,21 +105,17 @@ CITYSCAPES_CLASSES = (
 
 CITYSCAPES = DatasetSpec(
     name="cityscapes",
-    class_names=tuple(name for name, _ in CITYSCAPES_CLASSES),
-    colors=tuple(color for _, color in CITYSCAPES_CLASSES),
+    class_names=tuple(name for name, _ in _CITYSCAPES_CLASSES),
+    colors=tuple(color for _, color in _CITYSCAPES_CLASSES),
     ignore_label=255,
     splits=(("train", 2975), ("val", 500), ("test", 1525)),
 )
 
-STREETS = DatasetSpec(
-    name="streets",
-    class_names=tuple(name for name, _ in CITYSCAPES_CLASSES),
-    colors=tuple(color for _, color in CITYSCAPES_CLASSES),
-    ignore_label=255,
-)
+# Scenes that streets.py draws, with the classes of Cityscapes.
+STREETS = dataclasses.replace(CITYSCAPES, name="streets", splits=())
 
-# Brostow et al., "Semantic object classes in video", 2009, in the 11-class form of SegNet (Badrinarayanan et al.,
-# 2017); mask value 11 is "unlabelled".
+# Brostow et al., "Semantic object classes in video", 2009, with the 11 classes of SegNet (Badrinarayanan et al., 2017);
+# mask value 11 is "unlabelled".
 CAMVID = DatasetSpec(
     name="camvid",
     class_names=(
@@ -180,7 +179,7 @@ _ADE20K = """
 def _named_colors(text: str) -> dict[str, tuple[int, int, int]]:
     """name -> RGB, of "name rrggbb" entries between commas."""
     pairs = (entry.strip().rpartition(" ") for entry in text.split(","))
-    return {name: tuple(bytes.fromhex(color)) for name, _, color in pairs}
+    return {name: (int(color[:2], 16), int(color[2:4], 16), int(color[4:], 16)) for name, _, color in pairs}
 
 
 ADE20K = DatasetSpec(
@@ -193,11 +192,16 @@ ADE20K = DatasetSpec(
 
 
 def _voc_color(value: int) -> tuple[int, int, int]:
-    """The development kit's colour of a value: its bits 0, 3, 6 from the top of red, 1, 4, 7 of green, 2, 5 of blue."""
-    return tuple(sum((value >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3))
+    """Colour of a mask value in the development kit.
+
+    Bits 0, 3 and 6 of the value are the highest bits of red, bits 1, 4 and 7 those of green, 2 and 5 those of blue.
+    """
+    red, green, blue = (sum((value >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3))
+    return red, green, blue
 
 
-# Everingham et al., "The PASCAL Visual Object Classes Challenge 2012"; 255 marks outlines and what is left out.
+# Everingham et al., "The PASCAL Visual Object Classes Challenge 2012"; 255 marks outlines and
+# objects that are not evaluated.
 _VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -211,8 +215,8 @@ VOC = DatasetSpec(
     splits=(("train", 1464), ("val", 1449)),
 )
 
-# Parkhi et al., "Cats and Dogs", CVPR 2012: the animal against what is around it; the colour is ours. The train split
-# is the one that is published as trainval.
+# Parkhi et al., "Cats and Dogs", CVPR 2012: the animal against its background; the colour is segjax's own. The train
+# split is the one that is published as trainval.
 PET = DatasetSpec(
     name="pet",
     class_names=("pet",),
@@ -220,3 +224,101 @@ PET = DatasetSpec(
     ignore_label=255,
     splits=(("train", 3680), ("test", 3669)),
 )
+
+# As in HRNet's official Cityscapes recipe, in the order of the train ids.
+_CITYSCAPES_WEIGHTS = (
+    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
+    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
+)
+# 1 / sqrt(share of the labelled training pixels), as in SalsaNext (Cortinhal et al., 2020).
+_CAMVID_WEIGHTS = (0.88, 0.75, 3.64, 0.64, 1.70, 1.15, 3.33, 3.40, 1.49, 4.49, 6.71)
+
+
+class Scenes(NamedTuple):
+    """Number and size of the scenes of a generated dataset, unless a config sets others.
+
+    Attributes:
+      train_images: number of scenes to train on.
+      eval_images: number of scenes to evaluate on.
+      size: (height, width) of each scene in pixels.
+    """
+
+    train_images: int
+    eval_images: int
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Everything that is known of a dataset before any of its files are read.
+
+    Attributes:
+      kind: "generated": drawn by a function in open.py; "archives": prepared from its official archives, by a reader in
+        archives.py; "folder": prepared from a folder with the layout that folder.py describes.
+      spec: its classes; None where a folder names its own.
+      evaluated_split: the split that is evaluated unless another is named.
+      crop: (height, width) in pixels of the training crop, unless a recipe has its own.
+      class_weights: K weights by which a published recipe multiplies the loss of each class.
+      guessed: whether a checkpoint with as many classes, but without names for them, is assumed to have these.
+      scenes: of a generated dataset; None for all others.
+    """
+
+    kind: Literal["generated", "archives", "folder"]
+    spec: DatasetSpec | None
+    evaluated_split: str
+    crop: tuple[int, int] = (512, 512)
+    class_weights: tuple[float, ...] | None = None
+    guessed: bool = False
+    scenes: Scenes | None = None
+
+    def __post_init__(self):
+        if (self.scenes is not None) != (self.kind == "generated"):
+            raise ValueError(
+                f"a {self.kind} dataset with scenes={self.scenes}; a generated one needs them, no other does"
+            )
+        if self.spec is None and self.kind != "folder":
+            raise ValueError(f"a dataset of kind '{self.kind}' without a spec; only a folder names its own classes")
+
+
+DATASETS = {
+    "streets": Dataset(
+        kind="generated",
+        spec=STREETS,
+        evaluated_split="val",
+        crop=(128, 256),
+        scenes=Scenes(train_images=400, eval_images=64, size=(128, 256)),
+    ),
+    "camvid": Dataset(
+        kind="folder",
+        spec=CAMVID,
+        evaluated_split="test",
+        # The size of its images; a larger crop would be mostly padding.
+        crop=(360, 480),
+        class_weights=_CAMVID_WEIGHTS,
+        guessed=True,
+    ),
+    # The labels of test are not published.
+    "cityscapes": Dataset(
+        kind="archives",
+        spec=CITYSCAPES,
+        evaluated_split="val",
+        # SegFormer (Xie et al., 2021), section 4.1.
+        crop=(1024, 1024),
+        class_weights=_CITYSCAPES_WEIGHTS,
+        guessed=True,
+    ),
+    # The benchmark has no test split.
+    "ade20k": Dataset(kind="archives", spec=ADE20K, evaluated_split="val", guessed=True),
+    # The labels of test are not published.
+    "voc": Dataset(kind="archives", spec=VOC, evaluated_split="val", guessed=True),
+    "pet": Dataset(kind="archives", spec=PET, evaluated_split="test"),
+    "folder": Dataset(kind="folder", spec=None, evaluated_split="test"),
+}
+
+
+def guess(num_classes: int) -> DatasetSpec | None:
+    """The dataset that a checkpoint with so many unnamed classes was most likely trained on; None if none is known."""
+    for dataset in DATASETS.values():
+        if dataset.guessed and dataset.spec and dataset.spec.num_classes == num_classes:
+            return dataset.spec
+    return None

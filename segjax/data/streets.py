@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ class Face(NamedTuple):
     plane: tuple
     solid: bool
     label: int
-    shapes: list
+    shapes: Sequence
 
 
 def _cutout(label, *shapes):
@@ -249,7 +250,7 @@ def _traffic_light(rng, s):
     heads, bars = [(0.0, foot)], [(0, 0, 0, foot + 1.5)]
     if mast < 0.4:
         heads, bars = [*heads, (-s * reach, 4.6)], [(0, 0, 0, 5.9), (0, 5.6, -s * reach, 5.8)]
-    shapes = [(_rects(*((x - 0.31, y, x + 0.31, y + 1.5) for x, y in heads)), (24, 26, 26))]
+    shapes: list = [(_rects(*((x - 0.31, y, x + 0.31, y + 1.5) for x, y in heads)), (24, 26, 26))]
     for i, color in enumerate((GREEN, AMBER, RED)):
         lamps = np.stack([_disc(x, y + 0.28 + 0.47 * i, 0.19) for x, y in heads])
         shapes.append((lamps, np.multiply(color, 1.0 if i == int(lit) else 0.28)))
@@ -680,7 +681,7 @@ def _paint(street, camera, mood, sun, canvas):
     pixels = _pixels(shares, canvas.shape[:2])
     for i in order[seen[order]]:
         polygons = pixels[first[i] : first[i] + corners[i]].reshape(-1, sides[i], 2)
-        cv2.fillPoly(canvas, polygons, color[i], shift=SHIFT)
+        cv2.fillPoly(canvas, polygons, tuple(color[i]), shift=SHIFT)
 
 
 def _shadows(street, camera, sun, size):
@@ -703,12 +704,14 @@ def _noise(rng, size, *grids):
     import cv2
 
     fields = [rng.standard_normal(grid, dtype=np.float32) for grid in grids]
-    return sum(cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC) for field in fields) / len(fields)
+    return np.add.reduce([cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC) for field in fields]) / len(
+        grids
+    )
 
 
 def _sky(rng, camera, mood, size):
     """float32 (H, W, 3): zenith to horizon, with clouds."""
-    zenith, horizon = np.float32(mood.zenith), np.float32(mood.horizon)
+    zenith, horizon = np.array(mood.zenith, np.float32), np.array(mood.horizon, np.float32)
     t = np.linspace(0, 1 / camera.horizon, size[0], dtype=np.float32).clip(0, 1)[:, None, None] ** 1.4
     clear = zenith + (horizon - zenith) * t
     cloud = _noise(rng, size, (10, 6), (24, 16), (56, 40))[..., None]
@@ -719,7 +722,7 @@ def _ground(rng, camera, mood, size):
     """In perspective, float32: brightness (H, W, 4) of road, sidewalk, terrain and the rest, and haze (H, 1)."""
     import cv2
 
-    tile = rng.standard_normal((128, 128, 3), dtype=np.float32) * np.float32((0.07, 0.045, 0.16))  # 8 × 8 m
+    tile = rng.standard_normal((128, 128, 3), dtype=np.float32) * np.array((0.07, 0.045, 0.16), np.float32)  # 8 × 8 m
     tile += cv2.resize(rng.standard_normal((16, 16, 3), dtype=np.float32) * 0.05, (128, 128))
     tile[::16, :, 1] -= 0.25  # joints between slabs of 1 m
     tile[:, ::16, 1] -= 0.25
@@ -728,7 +731,7 @@ def _ground(rng, camera, mood, size):
     x = (u - 0.5) * z * 2 / camera.focal + camera.x - z * (camera.yaw + camera.bend * z)
     maps = np.stack((x, np.broadcast_to(z, size))).astype(np.float32) * (128 / 8)
     texture = np.zeros((*size, 4), np.float32)
-    texture[..., :3] = cv2.remap(tile, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    texture[..., :3] = cv2.remap(tile, maps[0], maps[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
     near = np.minimum(1, 14 / z).astype(np.float32)  # farther off, the texture is finer than a pixel
     return 1 + texture * near[..., None], (1 - np.exp(-z / mood.visibility)).astype(np.float32)
 
@@ -791,12 +794,12 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     fine, coarse = _noise(rng, size, (128, 256)), _noise(rng, size, (32, 64))
     brightness *= 1 + GRAIN[label, 0] * fine + GRAIN[label, 1] * coarse
     image *= brightness[..., None]
-    image += (np.float32(mood.horizon) - image) * (haze * (ground < 3))[..., None]
+    image += (np.array(mood.horizon, np.float32) - image) * (haze * (ground < 3))[..., None]
 
     # The camera: exposure, saturation, focus in pixels, sensor noise in grey levels.
     exposure, saturation, focus, sensor = rng.uniform((0.9, 0.75, 0.3, 1.5), (1.2, 1.15, 0.6, 5.0)).tolist()
     grey = image.mean(2, keepdims=True)
-    image = (grey + (image - grey) * saturation) * (np.float32(mood.tint) * exposure)
+    image = (grey + (image - grey) * saturation) * (np.array(mood.tint, np.float32) * exposure)
     image = cv2.GaussianBlur(image, (0, 0), focus)
     image += sensor * rng.standard_normal((height, width, 3), dtype=np.float32)
     border = max(1, height // 128)  # one pixel in 128, as rectified pictures have
@@ -819,5 +822,5 @@ def load(split: str, *, num_images: int, size: tuple[int, int], seed: int) -> sp
         raise ValueError(f"streets: num_images is {num_images}; ask for at least one")
     indices = range(SPLITS.index(split), len(SPLITS) * num_images, len(SPLITS))
     images, labels = (np.stack(arrays) for arrays in zip(*(scene(seed, i, size) for i in indices), strict=True))
-    sizes = np.tile(np.int32(size), (num_images, 1))
+    sizes = np.tile(np.array(size, np.int32), (num_images, 1))
     return specs.Split(images, labels, sizes, tuple(f"streets_{split}_{i:06d}" for i in range(num_images)))

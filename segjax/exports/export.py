@@ -1,9 +1,6 @@
-"""Command line: a trained model as one file that runs without segjax.
+"""A trained model as one file that runs without segjax.
 
-    python -m segjax.export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
-                            [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
-
-CHECKPOINT is what `segjax.convert` reads, or the folder of a training. What a file takes as `images` and gives:
+What a file takes as `images` and gives:
 
     stablehlo       float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
     onnx, torch     float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
@@ -20,9 +17,6 @@ and torch compute in float32, since onnxruntime has no bfloat16 convolution on a
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +27,14 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers, models
-from segjax.checkpoints.load import Trained, load_trained
+from segjax.checkpoints.load import LoadedCheckpoint, load
 from segjax.checkpoints.state_dict import CheckpointError, from_values, logger, named_variables
 from segjax.data import streets
 from segjax.exports import stablehlo
 from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
+from segjax.runtime import atomic
 
 # --------------------------------------------------------------------------------------------------------- our own side
 
@@ -139,9 +134,9 @@ def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tup
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def about_file(trained: Trained, form: ExportFormat) -> dict[str, object]:
+def about_file(trained: LoadedCheckpoint, form: ExportFormat) -> dict[str, object]:
     """What someone who has nothing but the file must know."""
-    spec = trained.spec
+    spec = trained.classes
     return {
         "model": trained.model.spec.name,
         "dataset": spec.name,
@@ -163,7 +158,7 @@ def about_file(trained: Trained, form: ExportFormat) -> dict[str, object]:
     }
 
 
-def _shapes(form: ExportFormat, trained: Trained, logits: tuple[int, ...]) -> list[str]:
+def _shapes(form: ExportFormat, trained: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
     """Names, types and shapes of input and output, for people."""
     batch, height, width = ("batch", "height", "width") if form.dynamic else (1, *form.size)
     shape = (batch, height, width, 3) if form.channels_last else (batch, 3, height, width)
@@ -181,8 +176,8 @@ def _shapes(form: ExportFormat, trained: Trained, logits: tuple[int, ...]) -> li
     ]
     if form.dynamic:
         lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
-    classes = ", ".join(trained.spec.label_names)
-    return [*lines, *textwrap.wrap(f"  classes of {trained.spec.name}: {classes}", 80, subsequent_indent="    ")]
+    classes = ", ".join(trained.classes.label_names)
+    return [*lines, *textwrap.wrap(f"  classes of {trained.classes.name}: {classes}", 80, subsequent_indent="    ")]
 
 
 def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
@@ -205,16 +200,21 @@ def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
         raise CheckpointError("; ".join(problems))
 
 
-def export(source: Path, destination: Path, form: ExportFormat) -> bool:
-    """Writes the file, unless it differs from our model: then False.
+class UnequalError(Exception):
+    """An exported file that does not compute what the model computes; it is not kept."""
+
+
+def export(source: Path, destination: Path, form: ExportFormat) -> None:
+    """Writes the file, and compares it with the model first.
 
     Raises:
       CheckpointError: nothing to export, or not so; every reason at once.
       ValueError: the model takes no images of this size.
+      UnequalError: the outputs differ.
     """
     logger.info("%s -> %s", source, destination)
     write, open_file = _reader_and_writer(form)
-    trained = load_trained(source)
+    trained = load(source)
     form = dataclasses.replace(form, mean=trained.mean, std=trained.std)
     _require(form, destination, trained.model)
     model = rounded(trained.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
@@ -223,30 +223,25 @@ def export(source: Path, destination: Path, form: ExportFormat) -> bool:
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
     logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, form.dtype)
     logger.info("exporting as %s; large models take minutes", form.format)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-    try:
-        path = folder / destination.name
+    with atomic.replacing_files(destination) as path:
         try:
             write(path, model, form, about_file(trained, form))
-            if not _is_equal(open_file(path), trained.model, model, form):
-                return False
+            is_equal = _is_equal(open_file(path), trained.model, model, form)
         except Exception as error:
             # Neither jax nor torch has one error for a size on which a program depends.
             if not form.dynamic or isinstance(error, OSError | CheckpointError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"sizes of this model cannot be left open ({reason}); leave out --dynamic") from error
-        for written in sorted(folder.iterdir()):
-            os.replace(written, destination.with_name(written.name))
-            size = destination.with_name(written.name).stat().st_size
-            amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
-            logger.info("wrote %s, %s", destination.with_name(written.name), amount)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not is_equal:
+            raise UnequalError("not written, because the outputs differ")
+        written = [destination.with_name(file.name) for file in sorted(path.parent.iterdir())]
+    for file in written:
+        size = file.stat().st_size
+        amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
+        logger.info("wrote %s, %s", file, amount)
     for line in _shapes(form, trained, logits):
         logger.info("%s", line)
-    return True
 
 
 def _is_equal(run: Callable, trained: nnx.Module, model: nnx.Module, form: ExportFormat) -> bool:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import shutil
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from segjax.data import codec, specs
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor, as_rgb
-from segjax.runtime import console
+from segjax.runtime import atomic, console
+from segjax.runtime.console import Progress
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
 
@@ -162,21 +159,20 @@ class Prediction(NamedTuple):
 
 
 def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
-    """Writes one kind of output of an image beside its place, and moves it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            if kind == "probabilities":
-                np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
-            elif kind == "labels":
-                palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
-                file.write(codec.encode_palette(prediction.labels, palette))
-            else:
-                file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes one kind of output of an image, atomically."""
+    with atomic.replacing_file(path, durable=False) as temporary:
+        _write(temporary, kind, image, prediction, spec)
+
+
+def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
+    with path.open("wb") as file:
+        if kind == "probabilities":
+            np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
+        elif kind == "labels":
+            palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
+            file.write(codec.encode_palette(prediction.labels, palette))
+        else:
+            file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
 
 
 def _jpeg(picture: np.ndarray) -> bytes:
@@ -201,13 +197,11 @@ class VideoOutputs:
     """
 
     def __init__(self, job: Job, header: video.Header, spec: specs.DatasetSpec):
-        self._job, self._spec = job, spec
-        self._folders = {kind: path for kind, path in job.outputs.items() if kind in FRAME_SUFFIX}
+        self._job, self._header, self._spec = job, header, spec
         self._stack = contextlib.ExitStack()
+        self._folders: dict[str, Path] = {}
+        self._writers: dict[str, video.Writer] = {}
         self.made_even: dict[Path, tuple[int, int]] = {}
-        self._writers = {
-            kind: video.Writer(path, header) for kind, path in job.outputs.items() if kind not in FRAME_SUFFIX
-        }
 
     def write(self, number: int, frame: video.Frame, prediction: Prediction) -> None:
         for kind, writer in self._writers.items():
@@ -216,85 +210,21 @@ class VideoOutputs:
                 self.made_even[self._job.outputs[kind]] = drawn.shape[:2]
             writer.write(drawn, frame.time, frame.duration)
         for kind, folder in self._folders.items():
-            path = _unfinished(folder) / f"{number:06d}{FRAME_SUFFIX[kind]}"
-            save(path, kind, frame.image, prediction, self._spec)
+            _write(folder / f"{number:06d}{FRAME_SUFFIX[kind]}", kind, frame.image, prediction, self._spec)
 
     def __enter__(self) -> VideoOutputs:
-        for folder in self._folders.values():
-            shutil.rmtree(_unfinished(folder), ignore_errors=True)
-            self._stack.push(_moving(folder))
-        for writer in self._writers.values():
-            self._stack.enter_context(writer)
+        with contextlib.ExitStack() as stack:
+            for kind, path in self._job.outputs.items():
+                if kind in FRAME_SUFFIX:
+                    self._folders[kind] = stack.enter_context(atomic.replacing_folder(path, durable=False))
+                    self._folders[kind].mkdir()
+                else:
+                    self._writers[kind] = stack.enter_context(video.writer(path, self._header))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.part")
-
-
-def _moving(folder: Path) -> Callable:
-    def leave(kind, *_):
-        if kind is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            _unfinished(folder).replace(folder)
-        shutil.rmtree(_unfinished(folder), ignore_errors=True)
-
-    return leave
-
-
-class Progress:
-    """A bar on a terminal, else a line every ten seconds; and how many are done a second, once the first one is."""
-
-    def __init__(self, total: int | None, unit: str):
-        self._total, self._unit = total, unit
-        self.count, self._since = 0, None
-        self._said = time.perf_counter()
-        form = "{percentage:3.0f}%|{bar}| " if total else ""
-        form += (
-            "{n_fmt}"
-            + "/{total_fmt}" * bool(total)
-            + f" {unit} [{{elapsed}}"
-            + "<{remaining}" * bool(total)
-            + "{postfix}]"
-        )
-        # Some terminals say that they have no rows, where tqdm would show nothing.
-        self._bar = tqdm(
-            total=total, bar_format=form, ncols=80, nrows=20, file=sys.stderr, disable=not sys.stderr.isatty()
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    @property
-    def rate(self) -> float | None:
-        """Per second, from the end of the first one on, which compiles."""
-        seconds = time.perf_counter() - (self._since or 0)
-        return (self.count - 1) / seconds if self.count > 1 else None
-
-    def advance(self) -> None:
-        self.count += 1
-        now = time.perf_counter()
-        self._since = self._since or now
-        rate = f"{self.rate:.2f} per second" if self.rate else ""
-        self._bar.set_postfix_str(rate, refresh=False)
-        self._bar.update(1)
-        if self._bar.disable and now - self._said >= 10:
-            total = f"/{self._total}" if self._total else ""
-            console.say(f"{self.count}{total} {self._unit}  {rate}".rstrip())
-            self._said = now
-
-    def say(self, text: str) -> None:
-        """Lines of their own, above the bar."""
-        if self._bar.disable:
-            console.say(text)
-        else:
-            self._bar.write(console.wrapped(text), file=sys.stdout)
 
 
 class Run:
@@ -326,7 +256,7 @@ class Run:
     def _predict_images(self, jobs: Sequence[Job]) -> None:
         def write(job, image, prediction):
             for kind, path in job.outputs.items():
-                save(path, kind, image, prediction, self._predictor.spec)
+                save(path, kind, image, prediction, self._predictor.classes)
 
         def done(_):
             self.images += 1
@@ -336,12 +266,12 @@ class Run:
             self._failed(job, error)
             progress.advance()
 
-        with Progress(len(jobs), "images") as progress:
+        with Progress("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
                 read=lambda job: read_image(job.source),
                 key=lambda image: self._predictor.padded_size(image.shape),
-                compute=lambda images: self._predicted(images, progress),
+                compute=lambda images: self._predicted(images),
                 write=write,
                 failed=failed,
                 done=done,
@@ -361,14 +291,14 @@ class Run:
             count = f"{header.frames} frames" if header.frames else "frames"
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
             with (
-                VideoOutputs(job, header, self._predictor.spec) as outputs,
-                Progress(header.frames, "frames") as progress,
+                VideoOutputs(job, header, self._predictor.classes) as outputs,
+                Progress("", header.frames, "frames") as progress,
             ):
                 overlapped(
                     itertools.count(),
                     read=lambda _: next(frames, None),
                     key=lambda frame: frame.image.shape,
-                    compute=lambda group: self._predicted([frame.image for frame in group], progress),
+                    compute=lambda group: self._predicted([frame.image for frame in group]),
                     write=outputs.write,
                     failed=failed,
                     done=done,
@@ -383,33 +313,33 @@ class Run:
         for path, (height, width) in outputs.made_even.items():
             console.say(f"  {path}: H.264 has even sides alone; {height}x{width} got its last row or column twice")
 
-    def _predicted(self, images: list[np.ndarray], progress: Progress) -> list[Prediction]:
-        self._advise(self._predictor.padded_size(images[0].shape), progress)
+    def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
+        self._advise(self._predictor.padded_size(images[0].shape))
         if "probabilities" not in self._kinds:
             return [Prediction(labels, None) for labels in self._predictor.labels(images)]
         # Of these and not computed on their own, so that both files say the same.
         scores = self._predictor.probabilities_of(images)
         return [Prediction(_labels_of(score), score) for score in scores]
 
-    def _advise(self, size: tuple[int, int], progress: Progress) -> None:
+    def _advise(self, size: tuple[int, int]) -> None:
         if self._predictor.protocol.mode != "whole":
             return
         self._sizes.add(size)
         if size[0] * size[1] > LARGE and "large" not in self._warned:
             self._warned.add("large")
-            progress.say(
+            console.say(
                 f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
                 "size; where it is not enough, take --mode slide"
             )
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
-            progress.say(
+            console.say(
                 f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 32 makes them fewer, and "
                 "changes some labels"
             )
 
     def _failed(self, job: Job, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
+        if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise error
         self.failures.append((job.source, _reason(error)))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from segjax import metrics
 from segjax.data import specs
 from segjax.data.pipeline import evaluation_batches
 from segjax.data.records import Records, records_of
+from segjax.runtime import console
 
 SHOWN = 10  # images of the report
 
@@ -121,7 +121,8 @@ def measure(
     """`evaluate` by one process, with progress, and with the `shown` worst images kept."""
     confusion, worst, kept = _nothing_counted(spec), [], {}
     found = predictions(predict, data, spec, batch_size=batch_size)
-    for number, truth, predicted in _told(found, len(records_of(data))):
+    progress = console.Progress("evaluating", len(records_of(data)), "images")
+    for number, truth, predicted in progress.over(found):
         counts = _count(truth, predicted, spec)
         confusion += counts
         iou = metrics.summarise(counts)["mean_iou"]
@@ -129,19 +130,3 @@ def measure(
             worst = sorted([*worst, (iou, number)])[:shown]
             kept = {k: predicted if k == number else kept[k] for _, k in worst}
     return Measured(confusion, worst, kept)
-
-
-def _told(images: Iterable, total: int) -> Iterator:
-    """The same, with a bar on a terminal and else a line every ten seconds."""
-    from tqdm import tqdm
-
-    from segjax.data.sources import BAR
-    from segjax.runtime import console
-
-    bar = tqdm(images, desc="evaluating", total=total, unit=" images", **BAR)
-    said = time.perf_counter()
-    for done, image in enumerate(bar, start=1):
-        yield image
-        if bar.disable and time.perf_counter() - said >= 10:
-            said = time.perf_counter()
-            console.say(f"  {done} of {total} images")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from segjax.viz import video
+from segjax.runtime import atomic
 
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError)  # of one input; jax's own are RuntimeErrors
 THREADS = 2  # that read images, and as many that write; each may be one image ahead or behind
@@ -70,7 +70,7 @@ def _told(failed: Callable, items: Sequence) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        if isinstance(error, OSError) and error.errno in video.NO_ROOM:
+        if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise
         for item in items:
             failed(item, error)

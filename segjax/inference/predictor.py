@@ -2,7 +2,7 @@
 
 predictor = segjax.Predictor("runs/mine")
 labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3)
-predictor.spec.label_names[labels[0, 0]]
+predictor.classes.label_names[labels[0, 0]]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from segjax.checkpoints.load import Trained, load_trained
-from segjax.checkpoints.metadata import spec_of
+from segjax.checkpoints.load import LoadedCheckpoint, load
+from segjax.checkpoints.metadata import classes_of
 from segjax.inference.engine import Inference, Protocol
 
 # Pixels that a model is given at once. The attention of a SegFormer needs memory by the square of this: at 2**24,
@@ -58,15 +58,15 @@ class Predictor:
     """A model that takes images and gives label maps. Safe to call from several threads.
 
     Attributes:
-      spec: names and colours of the classes; `spec.label_names[label]` is what a label means. Of a model with one class
-        0 is the background and 1 the class.
+      classes: names and colours of the classes; `classes.label_names[label]` is the name of a label. If the model has
+        one class, 0 is the background and 1 the class.
       protocol: how the scores of an image come about.
       pad_multiple, batch: as given.
     """
 
     def __init__(
         self,
-        checkpoint_or_model: str | Path | Trained | nnx.Module,
+        checkpoint_or_model: str | Path | LoadedCheckpoint | nnx.Module,
         *,
         mode: str = "whole",
         crop: tuple[int, int] | None = None,
@@ -80,8 +80,7 @@ class Predictor:
 
         Args:
           checkpoint_or_model: the folder of a training or of a conversion; a PyTorch checkpoint, `.pth` or
-            `.safetensors`; what `load_trained` gave; or a model, whose classes are named after the data set that has as
-            many.
+            `.safetensors`; the result of `segjax.load`; or a model, whose classes are called by their numbers.
           mode: "whole", or "slide": in windows, where images of any size need the memory of one row of them.
           crop, stride: of "slide", (height, width) in pixels; 512 a side, and three quarters of the crop.
           scales: of the image, probabilities averaged. flip: beside each scale its mirror image. Both hold the
@@ -104,17 +103,17 @@ class Predictor:
             stride = tuple(max(side * 3 // 4, 1) for side in crop) if stride is None else tuple(stride)
             given = Protocol(mode=mode, crop=crop, stride=stride, scales=given.scales, flip=flip)
         match checkpoint_or_model:
-            case Trained():
-                trained = checkpoint_or_model
+            case LoadedCheckpoint():
+                loaded = checkpoint_or_model
             case nnx.Module():
-                trained = Trained(checkpoint_or_model, spec_of({}, checkpoint_or_model.spec.num_classes), {})
+                loaded = LoadedCheckpoint(checkpoint_or_model, classes_of({}, checkpoint_or_model.spec.num_classes))
             case _:
-                trained = load_trained(checkpoint_or_model)
-        self.spec = trained.spec
+                loaded = load(checkpoint_or_model)
+        self.classes = loaded.classes
         self.protocol = given
         self.pad_multiple = pad_multiple
         self.batch = batch
-        self._inference = Inference(trained.model, given, batch=batch, normalise=trained.normalise)
+        self._inference = Inference(loaded.model, given, batch=batch, normalise=loaded.normalise)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Train ids, uint8 (H, W), of an RGB image, uint8 (H, W, 3), or one that `as_rgb` makes such.

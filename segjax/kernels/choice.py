@@ -1,53 +1,46 @@
-"""Which implementations models run: fast ones on a CPU, or those that the publications write."""
+"""Which implementations run: those that are fast where XLA will run them, or those that the publications write.
+
+Both settings are user contexts of jax, part of the key of its caches: a compiled function that is called again inside
+another context is traced again.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+from contextlib import AbstractContextManager
 
 import jax
+from jax.sharding import AxisType
+
+_PUBLISHED = jax.make_user_context(False)
+_PLATFORM = jax.make_user_context(None)
 
 
-@contextlib.contextmanager
-def holding(variable: contextvars.ContextVar, value):
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+def published_implementations() -> AbstractContextManager:
+    """Models called inside run every operation as its publication writes it, in no equal but cheaper implementation.
 
-
-_AS_PUBLISHED = contextvars.ContextVar("as_published", default=False)
-
-
-@contextlib.contextmanager
-def published_forms():
-    """Models called inside run every layer as its publication writes it, in no equal but cheaper form.
-
-    What is counted (`segjax.summary`) and what a fast form is compared with.
+    It is what `segjax summary` counts, and what fast implementations are compared with.
     """
-    with holding(_AS_PUBLISHED, True):
-        yield
+    return _PUBLISHED(True)
 
 
-def as_published() -> bool:
-    return _AS_PUBLISHED.get()
+def meant_for(platform: str) -> AbstractContextManager:
+    """Models called inside take the implementations that are fast on `platform` ("cpu", "cuda"), wherever they run."""
+    return _PLATFORM(platform)
 
 
-_PLATFORM = contextvars.ContextVar("platform", default=None)
+def is_published() -> bool:
+    """Whether every operation runs as its publication writes it."""
+    return _PUBLISHED.value
 
 
-@contextlib.contextmanager
-def meant_for(platform: str):
-    """Models called inside take the forms that are fast on `platform` ("cpu", "cuda"), wherever they are traced."""
-    with holding(_PLATFORM, platform):
-        yield
+def is_fast_on_cpu() -> bool:
+    """Whether XLA's CPU backend will run the computation, for which several operations have a faster implementation.
 
+    Not under a mesh with explicit axes: the gradients that these implementations define state no shardings.
 
-def fast_cpu_forms() -> bool:
-    """True where XLA's CPU backend will run the computation, for which several layers have a faster form.
-
-    Measured on two cores (wall time of the plain form / of the fast one): depthwise 3x3 forward and backward 4 to 184,
-    bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
+    Measured on two cores (wall time of the plain implementation / of the fast one): depthwise 3x3 forward and backward
+    4 to 184, bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
     """
-    return (_PLATFORM.get() or jax.default_backend()) == "cpu" and not as_published()
+    if _PUBLISHED.value or (_PLATFORM.value or jax.default_backend()) != "cpu":
+        return False
+    return AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types

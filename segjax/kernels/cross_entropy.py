@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from segjax.kernels import choice, resize, units
+from segjax.kernels import resize, units
 
 # Bytes of a band's enlarged logits: what a core's share of the cache holds a few times.
 BAND = 8 * 2**20
@@ -24,7 +24,7 @@ def pays(logits: jax.Array, size: tuple[int, int]) -> bool:
     """Whether `cross_entropy` is faster than enlarging everything at once, to `size` (H, W)."""
     height, width, num_classes = logits.shape[1:]
     whole = size[0] % height == 0 and size[1] % width == 0
-    return whole and num_classes > 1 and choice.fast_cpu_forms() and _rows(logits, size) < height
+    return whole and num_classes > 1 and _rows(logits, size) < height
 
 
 def _rows(logits: jax.Array, size: tuple[int, int]) -> int:

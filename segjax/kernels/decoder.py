@@ -31,7 +31,8 @@ def decode_by_rows(
     finish: Callable[[jax.Array], jax.Array],
     classify: Callable[[jax.Array], jax.Array],
     *,
-    placing: str,
+    mode: str,
+    align_corners: bool,
 ) -> jax.Array:
     """`decode` of kernels (C_level, C) and a bias (C,): nothing as large as an enlarged level is ever written.
 
@@ -51,7 +52,10 @@ def decode_by_rows(
         coarse.append(
             (
                 jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"),
-                *(blends(old, new // old, placing) for old, new in zip(x.shape[1:3], (height, width), strict=True)),
+                *(
+                    blends(old, new // old, mode=mode, align_corners=align_corners)
+                    for old, new in zip(x.shape[1:3], (height, width), strict=True)
+                ),
             )
         )
     # Of 28, 14, 7 and 4 rows, an image of 112, no factor is a multiple of all others.
@@ -86,18 +90,18 @@ def decode_by_rows(
     return jnp.moveaxis(out, 0, 1).reshape(B, height, width, -1)
 
 
-def blends(length: int, factor: int, placing: str) -> np.ndarray:
-    """How an axis is enlarged by a whole factor: weights (3, length, factor) of the pixel before, the same, the next.
+def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.ndarray:
+    """How an axis is upsampled by a whole factor: weights (3, length, factor) of the pixel before, the same, the next.
 
     Pixel factor * j + p of the result blends pixels j - 1, j and j + 1; beyond the ends the last pixel is repeated.
     """
     before, pixel = np.arange(factor), np.arange(length)[:, None]
-    if placing == "half":
-        offset = (before + 0.5) / factor - 0.5 + 0 * pixel
-    elif placing == "aligned":
+    if mode == "nearest":
+        offset = 0.0 * before * pixel
+    elif align_corners:
         offset = (before * (length - 1) - pixel * (factor - 1)) / max(length * factor - 1, 1)
     else:
-        offset = 0.0 * before * pixel
+        offset = (before + 0.5) / factor - 0.5 + 0 * pixel
     return np.stack([np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0)])
 
 

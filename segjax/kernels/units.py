@@ -8,8 +8,6 @@ from collections.abc import Callable
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from segjax.kernels import choice
-
 
 def compiled_apart(function: Callable) -> Callable:
     """A function of arrays that XLA compiles by itself: what is computed in it is fused with nothing around it.
@@ -35,17 +33,13 @@ def compiled_apart(function: Callable) -> Callable:
     return call
 
 
+@jax.custom_vjp
 def once(x: jax.Array) -> jax.Array:
     """The same array, computed once and kept, however many read it, on the way back as well.
 
     For the ends of blocks: XLA:CPU otherwise computes a chain of shortcuts from its beginning for every reader (two
     cores, with / without: HRNet-W18 1x512x512 inference 0.53, 2x256x256 training 0.40).
     """
-    return _once(x) if choice.fast_cpu_forms() else x
-
-
-@jax.custom_vjp
-def _once(x):
     return _unchanged(x)
 
 
@@ -54,7 +48,7 @@ def _unchanged(x):
     return x
 
 
-_once.defvjp(lambda x: (_unchanged(x), None), lambda _, gradient: (_unchanged(gradient),))
+once.defvjp(lambda x: (_unchanged(x), None), lambda _, gradient: (_unchanged(gradient),))
 
 
 # Bytes of the widest map of a band. SegFormer-B0's inference, over that without bands: of 1 MiB 0.91, 2 0.89, 4 0.87,

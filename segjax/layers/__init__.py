@@ -8,9 +8,9 @@ multiplied; norms, softmax and sums of logits never compute in less than float32
 Operations that have several implementations are in `functional`, which decides which one runs.
 """
 
-from segjax.kernels.choice import as_published, fast_cpu_forms, meant_for, published_forms
+from segjax.kernels.choice import is_fast_on_cpu, is_published, meant_for, published_implementations
 from segjax.kernels.precision import at_least_float32
-from segjax.kernels.units import compiled_apart, once
+from segjax.kernels.units import compiled_apart
 from segjax.layers.blocks import (
     CHANGED_BY_A_CALL,
     GELU,
@@ -18,13 +18,22 @@ from segjax.layers.blocks import (
     BlockExecution,
     ReLU,
     Sequential,
-    blocks_executed,
     run_blocks,
 )
 from segjax.layers.checks import feature_taps, require_four, require_images, require_whole_heads
-from segjax.layers.decoder import conv1x1_of_resized, decode, fused_projections, project_and_fuse, slices_by_level
+from segjax.layers.decoder import conv1x1_of_resized, decode, project_and_fuse
 from segjax.layers.drop import Dropout2d, DropPath, DropPathOfBatch, draw_per_sample
-from segjax.layers.functional import attention, conv, enlarge_nearest, gelu, resize
+from segjax.layers.functional import (
+    attention,
+    cheaper_order,
+    conv,
+    cpu_implementation,
+    gelu,
+    once,
+    residual,
+    resize,
+    upsample_nearest,
+)
 from segjax.layers.initializers import (
     LINEAR_STD,
     classifier_init,
@@ -54,36 +63,36 @@ __all__ = [
     "Linear",
     "ReLU",
     "Sequential",
-    "as_published",
     "at_least_float32",
     "attention",
-    "blocks_executed",
+    "cheaper_order",
     "classifier_init",
     "classify",
     "compiled_apart",
     "conv",
     "conv1x1_of_resized",
+    "cpu_implementation",
     "decode",
     "draw_per_sample",
-    "enlarge_nearest",
     "fan_in_bias_init",
     "fan_in_init",
     "fan_out_init",
-    "fast_cpu_forms",
     "feature_taps",
     "feed_forward",
-    "fused_projections",
     "gelu",
+    "is_fast_on_cpu",
+    "is_published",
     "joint_projection_init",
     "linear_init",
     "meant_for",
     "once",
     "project_and_fuse",
-    "published_forms",
+    "published_implementations",
     "require_four",
     "require_images",
     "require_whole_heads",
+    "residual",
     "resize",
     "run_blocks",
-    "slices_by_level",
+    "upsample_nearest",
 ]

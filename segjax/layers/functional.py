@@ -1,45 +1,95 @@
-"""Operations without parameters, and which implementation of each runs."""
+"""Operations without parameters, and which implementation of each runs. This page is the only one that decides it.
+
+| operation | implementation | where it runs |
+|---|---|---|
+| `conv` | matrix product | 1x1, stride 1, no padding, no groups |
+| | `convolution.conv_of_patches` | CPU; kernel as large as its stride, no padding, no groups |
+| | `convolution.depthwise` | CPU; one input channel per group, stride 1, size kept, odd kernel |
+| | `convolution.conv_plain` | everywhere else |
+| `gelu` | `gelu.gelu_by_slope` | CPU |
+| | `gelu.gelu_plain` | everywhere else |
+| `attention` | `attention.attention_by_rows` | CPU; static sizes, more than `attention.MOST_SCORES` scores |
+| | `attention.attention_plain` | everywhere else |
+| `resize` | `resize.resize_by_phases` | CPU; bilinear, corners not aligned, whole factors |
+| | `resize.resize_aligned` | corners aligned |
+| | `resize.resize_plain` | everywhere else |
+| `residual`, `once` | `units.once` | CPU; an addition, or nothing, elsewhere |
+| feed-forward networks | `kernels.feed_forward` (`layers.feed_forward`) | CPU; static sizes |
+| decoders | `kernels.decoder` (`layers.decode`) | CPU; evaluation, static sizes, whole factors |
+| | `layers.project_and_fuse`, `layers.conv1x1_of_resized` | everywhere else, unless as published |
+| cross-entropy | `kernels.cross_entropy` (`losses`) | CPU; whole factors, more than one class, large logits |
+
+"CPU" is `choice.is_fast_on_cpu`: XLA's CPU backend will run it, and it is not asked for as published. No operation has
+an implementation of its own for GPUs yet.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from segjax.kernels import choice, convolution
+from segjax.kernels import choice, convolution, units
 from segjax.kernels.attention import MOST_SCORES, attention_by_rows, attention_plain
 from segjax.kernels.gelu import gelu_by_slope, gelu_plain
 from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_plain
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
-    """Convolution (B, H, W, in) with an HWIO kernel, in whichever of the equal forms below is fastest.
+def cpu_implementation(fast: Callable) -> Callable:
+    """Attaches a fast implementation for CPUs to a method, which itself holds the equation.
 
-    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128), on a CPU so is a
-    kernel that steps by its own size, and a depthwise kernel of stride 1 goes to `depthwise`; all else is `conv_plain`.
+    Args:
+      fast: function of the method's arguments, `self` included. It returns NotImplemented where it does not apply.
+    """
+    return _attached(fast, choice.is_fast_on_cpu)
+
+
+def cheaper_order(fast: Callable) -> Callable:
+    """Attaches an equal but cheaper order of products to a method; it runs on every platform, unless as published."""
+    return _attached(fast, lambda: not choice.is_published())
+
+
+def _attached(fast: Callable, applies: Callable[[], bool]) -> Callable:
+    def attach(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def chosen(self, *arguments):
+            output = fast(self, *arguments) if applies() else NotImplemented
+            return method(self, *arguments) if output is NotImplemented else output
+
+        return chosen
+
+    return attach
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
+    """Convolution of (B, H, W, in) with an HWIO kernel and explicit zero padding: (B, H', W', out).
+
+    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128).
     """
     kernel_height, kernel_width, in_per_group, out_channels = kernel.shape
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0) and groups == 1:
         return jnp.matmul(x, kernel[0, 0])
-    if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and choice.fast_cpu_forms():
+    if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and choice.is_fast_on_cpu():
         return convolution.conv_of_patches(x, kernel)
+    if in_per_group == 1 and groups < out_channels:
+        # Several outputs of a channel are neighbours. Grouped by input channel, their kernel's gradient would gather
+        # the batch of all devices.
+        x, groups = jnp.repeat(x, out_channels // groups, axis=-1), out_channels
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
-    if in_per_group == 1 and stride == 1 and keeps_size and choice.fast_cpu_forms():
-        # Where a channel has several outputs, they are neighbours.
-        repeated = x if groups == out_channels else jnp.repeat(x, out_channels // groups, axis=-1)
-        return convolution.depthwise(repeated, kernel)
+    if in_per_group == 1 and stride == 1 and keeps_size and choice.is_fast_on_cpu():
+        return convolution.depthwise(x, kernel)
     return convolution.conv_plain(x, kernel, stride=stride, padding=padding, groups=groups)
-
-
-# -------------------------------------------------------------------------------------------- activations, attention
 
 
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU by the error function; jax's default is the tanh approximation, 4.7e-4 away."""
-    return gelu_by_slope(x) if choice.fast_cpu_forms() else gelu_plain(x)
+    return gelu_by_slope(x) if choice.is_fast_on_cpu() else gelu_plain(x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D)) v with the softmax in at least float32.
+    """Scaled dot-product attention, softmax(q kᵀ / sqrt(D)) v, with the softmax in at least float32.
 
     Args:
       query: (B, h, N, D); key, value: (B, h, M, D). Head-major, so that both products are plain batched ones.
@@ -49,16 +99,13 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       float64 inputs (1e-7).
     """
     (B, h, N, _), M = query.shape, key.shape[2]
-    # Of sizes that an exported program leaves open nobody knows whether the scores are many.
-    if not choice.fast_cpu_forms() or not all(isinstance(size, int) for size in (B, N, M)):
+    # Whether there are many scores is unknown for sizes that an exported program leaves open.
+    if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
         return attention_plain(query, key, value)
     rows = max(1, MOST_SCORES // (B * h * M))
     if rows >= N:
         return attention_plain(query, key, value)
     return attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
-
-
-# ------------------------------------------------------------------------------------------------------------ resize
 
 
 def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) -> jax.Array:
@@ -73,11 +120,21 @@ def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) 
     if align_corners:
         return resize_aligned(x, size)
     factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
-    if all(factors) and choice.fast_cpu_forms():
+    if all(factors) and choice.is_fast_on_cpu():
         return resize_by_phases(x, tuple(factors))
     return resize_plain(x, size)
 
 
-def enlarge_nearest(x: jax.Array, factor: int) -> jax.Array:
+def upsample_nearest(x: jax.Array, factor: int) -> jax.Array:
     """torch.nn.Upsample(mode="nearest", scale_factor=factor): (B, H, W, C) -> (B, H * factor, W * factor, C)."""
     return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
+
+
+def once(x: jax.Array) -> jax.Array:
+    """The same array, computed once and kept for all that read it, in the backward pass too; see `units.once`."""
+    return units.once(x) if choice.is_fast_on_cpu() else x
+
+
+def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
+    """x + branch, computed once however many layers read it."""
+    return once(x + branch)

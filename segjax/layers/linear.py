@@ -45,7 +45,9 @@ class Linear(nnx.Module):
         self.bias = _bias(bias_init, self.kernel, rngs=rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        # As a call of lax's own, which quantisation and LoRA libraries intercept.
+        contracted = (((x.ndim - 1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), contracted)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -1,43 +1,30 @@
-"""Mix-FFN: feed-forward networks with a depthwise 3x3 convolution, as every encoder here has them."""
+"""Mix-FFN: the feed-forward networks of all encoders here, with a depthwise 3x3 convolution, in row tiles on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
-from segjax.kernels import choice
 from segjax.kernels.feed_forward import feed_forward_by_rows
-from segjax.layers.linear import Conv
-
-# ------------------------------------------------------------------------------- linear, depthwise 3x3, GELU, linear
+from segjax.layers.linear import Conv, Linear
 
 
 def feed_forward(
-    first,
-    depthwise: Conv,
-    last,
-    x: jax.Array,
-    *,
-    in_steps: Callable[[jax.Array], jax.Array],
-    pointwise: Conv | None = None,
+    first: Linear | Conv, depthwise: Conv, last: Linear | Conv, x: jax.Array, *, pointwise: Conv | None = None
 ) -> jax.Array:
-    """in_steps(x) = last(gelu(pointwise(depthwise(first(x))))), the feed-forward network of every encoder here.
+    """last(gelu(pointwise(depthwise(first(x))))) in row tiles: (B, H, W, C) -> (B, H, W, out). For a CPU.
 
-    On a CPU in bands of rows. Two cores, with / without: 32 to 256 and back to 32 channels at 128x128 pixels 0.53, 64
-    to 512 at 64x64 0.74.
+    Two cores, with / without: 32 to 256 and back to 32 channels at 128x128 pixels 0.53, 64 to 512 at 64x64 0.74.
 
     Args:
-      first, last: Linear, or Conv of 1x1. depthwise: 3x3, one or several outputs of each channel. pointwise: 1x1, or
-        None for nothing. All with biases.
-      x: (B, H, W, C).
-      in_steps: calls the layers one by one.
+      first, last: Linear, or Conv of 1x1. All layers have biases.
+      depthwise: 3x3 Conv with one or several outputs per channel.
+      pointwise: 1x1 Conv, or None for the identity.
 
     Returns:
-      (B, H, W, out).
+      NotImplemented where an export leaves sizes open.
     """
-    if not choice.fast_cpu_forms() or not all(isinstance(side, int) for side in x.shape):
-        return in_steps(x)
+    if not all(isinstance(side, int) for side in x.shape):
+        return NotImplemented
     dtype = first.dtype
     parts = dict(first=first, depthwise=depthwise, pointwise=pointwise, last=last)
     arrays = {

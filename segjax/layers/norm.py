@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from segjax.kernels import precision, units
+from segjax.kernels import precision
+from segjax.layers import functional
 
 # ------------------------------------------------------------------------------------------------------------- norms
 
@@ -30,7 +31,7 @@ class LayerNorm(nnx.Module):
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         normed = centered * lax.rsqrt(variance + self.epsilon)
-        return units.once(
+        return functional.once(
             (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(self.dtype)
         )
 

@@ -41,11 +41,13 @@ class FunctionalModel:
         model.eval()
         self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
+        model.set_attributes(execution=execution, raise_if_not_found=False)
         for path, module in nnx.iter_modules(model):
             names = {".".join(map(str, (*path, part))) for part in ("scale", "bias")}
             if isinstance(module, layers.BatchNorm) and names <= frozen:
                 module.use_running_average = True
         self._training, params, batch_stats, streams = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        model.set_attributes(execution=layers.PLAIN, raise_if_not_found=False)
         model.eval()
         self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
         self._is_trained = stacks.with_stacks({name: name not in frozen for name in self._params})

@@ -121,6 +121,7 @@ class HighResolutionModule(nnx.Module):
     def __init__(self, channels, num_blocks, *, align_corners, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.align_corners = align_corners
+        self.execution = layers.PLAIN
         self.branches = nnx.List(
             [
                 layers.Sequential([BasicBlock(width, rngs=rngs, **kinds) for _ in range(num_blocks)])
@@ -135,7 +136,7 @@ class HighResolutionModule(nnx.Module):
         )
 
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
-        maps = [layers.run_blocks(branch, x) for branch, x in zip(self.branches, maps, strict=True)]
+        maps = [layers.run_blocks(branch, x, self.execution) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
         for target, exchanges in enumerate(self.fuse_layers):
             total = None
@@ -204,6 +205,7 @@ class HighResolutionNet(nnx.Module):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.dtype = dtype
         self.align_corners = align_corners
+        self.execution = layers.PLAIN
         self.conv1 = conv3x3(3, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
         self.bn1 = batch_norm(STEM_CHANNELS, **kinds)
         self.conv2 = conv3x3(STEM_CHANNELS, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
@@ -230,13 +232,13 @@ class HighResolutionNet(nnx.Module):
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = jax.nn.relu(self.bn2(self.conv2(x)))
-        maps = [layers.run_blocks(self.layer1, x)]
+        maps = [layers.run_blocks(self.layer1, x, self.execution)]
         for stage in (2, 3, 4):
             maps = apply_transition(getattr(self, f"transition{stage - 1}"), maps)
-            maps = layers.run_blocks(getattr(self, f"stage{stage}"), maps)
+            maps = layers.run_blocks(getattr(self, f"stage{stage}"), maps, self.execution)
         return maps
 
-    def enlarge_to(self, size: tuple[int, int]):
+    def upsample_to(self, size: tuple[int, int]):
         """Resizes a map to `size`, for the head."""
         return partial(layers.resize, size=size, align_corners=self.align_corners)
 
@@ -271,14 +273,20 @@ class HRNet(HighResolutionNet):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         maps = self.branches(images)
+        return self.decode(maps), layers.feature_taps(maps)
+
+    def row_tiles(self, maps: list[jax.Array]) -> jax.Array:
+        """The decoder for CPUs. BatchNorm needs whole maps in training."""
         convolution, norm, relu, classifier = self.last_layer
-        logits = layers.decode(
-            maps,
-            convolution,
-            lambda fused: relu(norm(fused)),
-            classifier,
-            placing="aligned" if self.align_corners else "half",
-            training=not norm.use_running_average,
-            fused=lambda: layers.conv1x1_of_resized(convolution, maps, self.enlarge_to(maps[0].shape[1:3])),
+        if not norm.use_running_average:
+            return NotImplemented
+        return layers.decode(
+            maps, convolution, lambda fused: relu(norm(fused)), classifier, align_corners=self.align_corners
         )
-        return logits, layers.feature_taps(maps)
+
+    @layers.cpu_implementation(row_tiles)
+    def decode(self, maps: list[jax.Array]) -> jax.Array:
+        """The branches -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K)."""
+        convolution, norm, relu, classifier = self.last_layer
+        fused = layers.conv1x1_of_resized(convolution, maps, self.upsample_to(maps[0].shape[1:3]))
+        return layers.classify(classifier, relu(norm(fused)))

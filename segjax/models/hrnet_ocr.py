@@ -62,11 +62,11 @@ class ObjectAttention(nnx.Module):
 
     def __call__(self, features: jax.Array, objects: jax.Array) -> jax.Array:
         B, H, W, _ = features.shape
-        query = self.f_pixel(features).reshape(B, 1, H * W, -1)  # (B, 1, N, D)
+        query = self.f_pixel(features).reshape(B, H * W, -1)[:, None]  # (B, 1, N, D)
         key, value = self.f_object(objects), self.f_down(objects)  # (B, K, 1, D)
         key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))  # (B, 1, K, D)
         context = layers.attention(query, key, value)  # (B, 1, N, D)
-        return self.f_up(context.reshape(B, H, W, -1))
+        return self.f_up(context[:, 0].reshape(B, H, W, -1))
 
 
 class SpatialOCR(nnx.Module):
@@ -125,10 +125,10 @@ class HRNetOCR(HighResolutionNet):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         maps = self.branches(images)
-        enlarge = self.enlarge_to(maps[0].shape[1:3])
-        together = jnp.concatenate([enlarge(x) for x in maps], axis=-1)  # (B, H/4, W/4, 15 * width)
+        upsample = self.upsample_to(maps[0].shape[1:3])
+        together = jnp.concatenate([upsample(x) for x in maps], axis=-1)  # (B, H/4, W/4, 15 * width)
         convolution, norm, relu, classifier = self.aux_head
-        aux_logits = layers.classify(classifier, relu(norm(layers.conv1x1_of_resized(convolution, maps, enlarge))))
+        aux_logits = layers.classify(classifier, relu(norm(layers.conv1x1_of_resized(convolution, maps, upsample))))
         features = self.conv3x3_ocr(together)
         objects = gather_objects(features, aux_logits)
         logits = layers.classify(self.cls_head, self.ocr_distri_head(features, objects))

@@ -6,7 +6,7 @@ checkpoints; settings that the paper leaves open are those of the official code,
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
 drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
 
-Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `MLPDecoder.fuse_levels`.
+Deviations: none in what is computed. The decoder's products run in an equal, cheaper order (`layers.project_and_fuse`).
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
         heads, width = self.num_heads, C // self.num_heads
-        query = self.q(x).reshape(B, H * W, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
         reduced = x if self.sr is None else self.norm(self.sr(x))  # (B, H/r, W/r, C)
-        key, value = (
-            self.kv(reduced).reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
-        )
+        # Pixels become tokens before channels become heads: one reshape of both has no sharding under a mesh.
+        query = self.q(x).reshape(B, -1, C)  # (B, N, C)
+        query = query.reshape(B, -1, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
+        key_value = self.kv(reduced).reshape(B, -1, 2 * C)  # (B, M, 2C)
+        key, value = key_value.reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
         mixed = layers.attention(query, key, value)  # (B, h, N, D)
-        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(B, -1, C).reshape(B, H, W, C))
 
 
 class DWConv(nnx.Module):
@@ -91,10 +92,8 @@ class Mlp(nnx.Module):
         self.dwconv = DWConv(hidden_dim, **kinds)
         self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
 
+    @layers.cpu_implementation(lambda self, x: layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x))
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
-
-    def in_steps(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
 
 
@@ -134,8 +133,8 @@ class Block(nnx.Module):
         self.drop_path2 = layers.DropPath(drop_path_rate, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = layers.once(x + self.drop_path1(self.attn(self.norm1(x))))
-        return layers.once(x + self.drop_path2(self.mlp(self.norm2(x))))
+        x = layers.residual(x, self.drop_path1(self.attn(self.norm1(x))))
+        return layers.residual(x, self.drop_path2(self.mlp(self.norm2(x))))
 
 
 class MixTransformer(nnx.Module):
@@ -160,6 +159,7 @@ class MixTransformer(nnx.Module):
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.sr_ratios = sr_ratios
+        self.execution = layers.PLAIN
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         for stage in range(4):
             embed = OverlapPatchEmbed(
@@ -203,7 +203,7 @@ class MixTransformer(nnx.Module):
                     f"the image is too small: stage {stage + 1} sees a map of {x.shape[1]}x{x.shape[2]} and reduces it "
                     f"{self.sr_ratios[stage]} times; use images of at least {least}x{least} pixels"
                 )
-            x = layers.run_blocks(getattr(self, f"block{stage + 1}"), x)
+            x = layers.run_blocks(getattr(self, f"block{stage + 1}"), x, self.execution)
             x = getattr(self, f"norm{stage + 1}")(x)
             features.append(x)
         return features
@@ -249,35 +249,33 @@ class MLPDecoder(nnx.Module):
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
 
+    def row_tiles(self, features: list[jax.Array]) -> jax.Array:
+        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        if not self.dropout.deterministic:
+            return NotImplemented
+        levels = features[::-1]
+        return layers.decode(levels, self.fusion(), self.finish, self.linear_pred, projections=self.levels())
+
+    @layers.cpu_implementation(row_tiles)
     def __call__(self, features: list[jax.Array]) -> jax.Array:
-        return layers.decode(
-            features[::-1],
-            self.fusion(),
-            lambda fused: self.dropout(self.finish(fused)),
-            self.linear_pred,
-            placing="half",
-            training=not self.dropout.deterministic,
-            fused=lambda: self.fuse_levels(features),
-            projections=self.levels(),
-        )
+        fused = self.finish(self.fuse_levels(features))  # (B, H/4, W/4, C)
+        return layers.classify(self.linear_pred, self.dropout(fused))
 
     def levels(self) -> list[layers.Linear]:
         """The four projections in the order in which their outputs are concatenated: deepest level first."""
         return [self.linear_c4.proj, self.linear_c3.proj, self.linear_c2.proj, self.linear_c1.proj]
 
-    def fuse_levels_plain(self, features: list[jax.Array]) -> jax.Array:
-        """As the paper writes it: project, enlarge to 1/4, concatenate, 1x1 convolution. -> (B, H/4, W/4, C)."""
-        size = features[0].shape[1:3]
-        projected = [level(x) for level, x in zip(self.levels(), features[::-1], strict=True)]
-        enlarged = [layers.resize(x, size) for x in projected]
-        return self.fusion()(jnp.concatenate(enlarged, axis=-1))
-
-    def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
-        """The same, cheaper: see `layers.project_and_fuse`. -> (B, H/4, W/4, C)."""
-        if layers.as_published():
-            return self.fuse_levels_plain(features)
+    def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
         size = features[0].shape[1:3]
         return layers.project_and_fuse(features[::-1], self.levels(), self.fusion(), lambda x: layers.resize(x, size))
+
+    @layers.cheaper_order(fuse_at_low_resolution)
+    def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
+        """Projects, upsamples to 1/4, concatenates, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        size = features[0].shape[1:3]
+        projected = [level(x) for level, x in zip(self.levels(), features[::-1], strict=True)]
+        upsampled = [layers.resize(x, size) for x in projected]
+        return self.fusion()(jnp.concatenate(upsampled, axis=-1))
 
 
 class SegFormerHead(MLPDecoder):

@@ -50,18 +50,24 @@ class MMSegHead(nnx.Module):
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
         self.conv_seg = layers.Conv(decoder_dim, num_classes, 1, kernel_init=layers.classifier_init, **kinds)
 
+    def project(self, features: list[jax.Array]) -> list[jax.Array]:
+        """Each level at its own resolution with `decoder_dim` channels."""
+        return [conv(x) for conv, x in zip(self.convs, features, strict=True)]
+
+    def row_tiles(self, features: list[jax.Array]) -> jax.Array:
+        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        if not self.dropout.deterministic:
+            return NotImplemented
+        fuse = self.fusion_conv
+        return layers.decode(self.project(features), fuse.conv, fuse.activate, self.conv_seg)
+
+    @layers.cpu_implementation(row_tiles)
     def __call__(self, features: list[jax.Array]) -> jax.Array:
-        projected = [conv(x) for conv, x in zip(self.convs, features, strict=True)]
-        size, fuse = features[0].shape[1:3], self.fusion_conv.conv
-        return layers.decode(
-            projected,
-            fuse,
-            lambda fused: self.dropout(self.fusion_conv.activate(fused)),
-            self.conv_seg,
-            placing="half",
-            training=not self.dropout.deterministic,
-            fused=lambda: layers.conv1x1_of_resized(fuse, projected, lambda x: layers.resize(x, size)),
-        )
+        size = features[0].shape[1:3]
+        fused = layers.conv1x1_of_resized(
+            self.fusion_conv.conv, self.project(features), lambda x: layers.resize(x, size)
+        )  # (B, H/4, W/4, C)
+        return layers.classify(self.conv_seg, self.dropout(self.fusion_conv.activate(fused)))
 
 
 class SegFormerMMSeg(segformer.SegFormer):

@@ -78,10 +78,13 @@ class EfficientSelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
         heads, width = self.num_heads, C // self.num_heads
-        query = self.to_q(x).reshape(B, H * W, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
-        key, value = self.to_kv(x).reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
+        # Pixels become tokens before channels become heads: one reshape of both has no sharding under a mesh.
+        query = self.to_q(x).reshape(B, -1, C)  # (B, N, C)
+        query = query.reshape(B, -1, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
+        key_value = self.to_kv(x).reshape(B, -1, 2 * C)  # (B, M, 2C)
+        key, value = key_value.reshape(B, -1, 2, heads, width).transpose(2, 0, 3, 1, 4)  # (2, B, h, M, D)
         mixed = layers.attention(query, key, value)  # (B, h, N, D)
-        return self.to_out(mixed.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+        return self.to_out(mixed.transpose(0, 2, 1, 3).reshape(B, -1, C).reshape(B, H, W, C))
 
 
 class DsConv2d(nnx.Module):
@@ -111,10 +114,15 @@ class MixFeedForward(nnx.Module):
             ]
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def row_tiles(self, x: jax.Array) -> jax.Array:
+        """The network for CPUs."""
         first, middle, _, last = self.net
         depthwise, pointwise = middle.net
-        return layers.feed_forward(first, depthwise, last, x, in_steps=self.net, pointwise=pointwise)
+        return layers.feed_forward(first, depthwise, last, x, pointwise=pointwise)
+
+    @layers.cpu_implementation(row_tiles)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net(x)
 
 
 class Unfold(nnx.Module):
@@ -133,10 +141,7 @@ class Unfold(nnx.Module):
         )
 
 
-def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
-    """`projection(unfold(x))` as one convolution: (B, H, W, C) -> (B, H/s, W/s, dim)."""
-    if layers.as_published():
-        return projection(unfold(x))
+def embed_by_one_convolution(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
     side, channels = unfold.kernel_size, x.shape[-1]
     kernel = projection.kernel[...].reshape(channels, side, side, -1).transpose(1, 2, 0, 3)  # (k, k, C, dim)
     dtype = projection.dtype
@@ -145,10 +150,16 @@ def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.
     return y + projection.bias[...].astype(dtype)
 
 
+@layers.cheaper_order(embed_by_one_convolution)
+def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
+    """Overlapping patches, projected: (B, H, W, C) -> (B, H/s, W/s, dim)."""
+    return projection(unfold(x))
+
+
 def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
     """Attention and feed-forward, each around a shortcut."""
     for part in parts:
-        x = layers.once(part(x) + x)
+        x = layers.residual(x, part(x))
     return x
 
 
@@ -157,6 +168,7 @@ class MiT(nnx.Module):
 
     def __init__(self, *, dims, depths, num_heads, mlp_ratios, sr_ratios, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.execution = layers.PLAIN
         stages = []
         for stage, (kernel_size, stride, padding) in enumerate(PATCHES):
             dim, channels = dims[stage], 3 if stage == 0 else dims[stage - 1]
@@ -175,7 +187,7 @@ class MiT(nnx.Module):
         features = []
         for unfold, projection, blocks in self.stages:
             x = embed_patches(unfold, projection, x)
-            x = layers.run_blocks(blocks, x, _block)
+            x = layers.run_blocks(blocks, x, self.execution, _block)
             features.append(x)
         return features
 
@@ -187,7 +199,7 @@ class Upsample(nnx.Module):
         self.factor = factor
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layers.enlarge_nearest(x, self.factor)
+        return layers.upsample_nearest(x, self.factor)
 
 
 class SegFormerSimple(nnx.Module):
@@ -237,27 +249,30 @@ class SegFormerSimple(nnx.Module):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.mit(images.astype(self.dtype))
-        fuse, classifier = self.to_segmentation
-        logits = layers.decode(
-            features,
-            fuse,
-            lambda fused: fused,
-            classifier,
-            placing="nearest",
-            training=False,
-            fused=lambda: self.fuse_levels(features, fuse),
-            projections=[level[0] for level in self.to_fused],
-        )
-        return logits, layers.feature_taps(features)
+        return self.decode(features), layers.feature_taps(features)
 
-    def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
-        """Project, enlarge to 1/4, concatenate from the largest map on, 1x1 convolution. -> (B, H/4, W/4, C)."""
-        if layers.as_published():
-            return fuse(jnp.concatenate([level(x) for level, x in zip(self.to_fused, features, strict=True)], axis=-1))
+    def row_tiles(self, features: list[jax.Array]) -> jax.Array:
+        """The decoder for CPUs."""
+        fuse, classifier = self.to_segmentation
+        projections = [level[0] for level in self.to_fused]
+        return layers.decode(features, fuse, lambda fused: fused, classifier, mode="nearest", projections=projections)
+
+    @layers.cpu_implementation(row_tiles)
+    def decode(self, features: list[jax.Array]) -> jax.Array:
+        """Four maps -> logits (B, H/4, W/4, K)."""
+        _, classifier = self.to_segmentation
+        return layers.classify(classifier, self.fuse_levels(features))
+
+    def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
         height = features[0].shape[1]
+        fuse, _ = self.to_segmentation
+        projections = [level[0] for level in self.to_fused]
         return layers.project_and_fuse(
-            features,
-            [level[0] for level in self.to_fused],
-            fuse,
-            lambda x: layers.enlarge_nearest(x, height // x.shape[1]),
+            features, projections, fuse, lambda x: layers.upsample_nearest(x, height // x.shape[1])
         )
+
+    @layers.cheaper_order(fuse_at_low_resolution)
+    def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
+        """Projects, upsamples to 1/4, concatenates from the largest map on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        fuse, _ = self.to_segmentation
+        return fuse(jnp.concatenate([level(x) for level, x in zip(self.to_fused, features, strict=True)], axis=-1))

@@ -98,9 +98,14 @@ class MixMLP(layers.Sequential):
             ]
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def row_tiles(self, x: jax.Array) -> jax.Array:
+        """The network for CPUs."""
         first, depthwise, _, last = self
-        return layers.feed_forward(first, depthwise, last, x, in_steps=super().__call__)
+        return layers.feed_forward(first, depthwise, last, x)
+
+    @layers.cpu_implementation(row_tiles)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x)
 
 
 class ResidualAdd(nnx.Module):
@@ -110,7 +115,7 @@ class ResidualAdd(nnx.Module):
         self.fn = fn
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layers.once(self.fn(x) + x)
+        return layers.residual(x, self.fn(x))
 
 
 class EncoderStage(nnx.Module):
@@ -150,11 +155,12 @@ class EncoderStage(nnx.Module):
             blocks.append(
                 layers.Sequential([ResidualAdd(layers.Sequential(attend)), ResidualAdd(layers.Sequential(feed))])
             )
+        self.execution = layers.PLAIN
         self.blocks = layers.Sequential(blocks)
         self.norm = layers.LayerNorm(dim, epsilon=NORM_EPS, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(layers.run_blocks(self.blocks, self.overlap_patch_merge(x)))
+        return self.norm(layers.run_blocks(self.blocks, self.overlap_patch_merge(x), self.execution))
 
 
 class Encoder(nnx.Module):
@@ -285,25 +291,37 @@ class SegFormerZuppichini(nnx.Module):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         layers.require_images(images, multiple=LARGEST_STRIDE)
         features = self.encoder(images.astype(self.dtype))
+        return self.decode(features), layers.feature_taps(features)
+
+    def row_tiles(self, features: list[jax.Array]) -> jax.Array:
+        """The decoder for CPUs. BatchNorm needs whole maps in training."""
         convolution, relu, norm = self.head.fuse
-        logits = layers.decode(
+        if not norm.use_running_average:
+            return NotImplemented
+        projections = [stage[1] for stage in self.decoder.stages]
+        return layers.decode(
             features[::-1],
             convolution,
             lambda fused: norm(relu(fused)),
             self.head.predict,
-            placing="aligned",
-            training=not norm.use_running_average,
-            fused=lambda: self.fuse_levels(features, convolution),
-            projections=[stage[1] for stage in self.decoder.stages],
+            align_corners=True,
+            projections=projections,
         )
-        return logits, layers.feature_taps(features)
 
-    def fuse_levels(self, features: list[jax.Array], fuse: layers.Conv) -> jax.Array:
-        """Enlarge to 1/4, project, concatenate from the deepest level on, 1x1 convolution. -> (B, H/4, W/4, C)."""
-        if layers.as_published():
-            return fuse(jnp.concatenate(self.decoder(features), axis=-1))
+    @layers.cpu_implementation(row_tiles)
+    def decode(self, features: list[jax.Array]) -> jax.Array:
+        """Four maps -> logits (B, H/4, W/4, K)."""
+        _, relu, norm = self.head.fuse
+        return layers.classify(self.head.predict, norm(relu(self.fuse_levels(features))))
+
+    def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
         size = features[0].shape[1:3]
         projections = [stage[1] for stage in self.decoder.stages]
         return layers.project_and_fuse(
-            features[::-1], projections, fuse, lambda x: layers.resize(x, size, align_corners=True)
+            features[::-1], projections, self.head.fuse[0], lambda x: layers.resize(x, size, align_corners=True)
         )
+
+    @layers.cheaper_order(fuse_at_low_resolution)
+    def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
+        """Upsamples to 1/4, projects, concatenates from the deepest level on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        return self.head.fuse[0](jnp.concatenate(self.decoder(features), axis=-1))

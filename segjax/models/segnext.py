@@ -133,10 +133,8 @@ class Mlp(nnx.Module):
         self.dwconv = DWConv(hidden_dim, **kinds)
         self.fc2 = layers.Conv(hidden_dim, dim, 1, **kinds)
 
+    @layers.cpu_implementation(lambda self, x: layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x))
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x, in_steps=self.in_steps)
-
-    def in_steps(self, x: jax.Array) -> jax.Array:
         return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
 
 
@@ -157,8 +155,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         first, second = (scale[...].astype(self.dtype) for scale in (self.layer_scale_1, self.layer_scale_2))
-        x = layers.once(x + self.drop_path1(first * self.attn(self.norm1(x))))
-        return layers.once(x + self.drop_path2(second * self.mlp(self.norm2(x))))
+        x = layers.residual(x, self.drop_path1(first * self.attn(self.norm1(x))))
+        return layers.residual(x, self.drop_path2(second * self.mlp(self.norm2(x))))
 
 
 class MSCAN(nnx.Module):
@@ -166,6 +164,7 @@ class MSCAN(nnx.Module):
 
     def __init__(self, *, dims, depths, mlp_ratios, drop_path_rate, dtype, param_dtype, rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.execution = layers.PLAIN
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         for stage in range(4):
             if stage == 0:
@@ -190,7 +189,7 @@ class MSCAN(nnx.Module):
         features = []
         for stage in range(1, 5):
             x = getattr(self, f"patch_embed{stage}")(x)
-            x = layers.run_blocks(getattr(self, f"block{stage}"), x)
+            x = layers.run_blocks(getattr(self, f"block{stage}"), x, self.execution)
             x = getattr(self, f"norm{stage}")(x)
             features.append(x)
         return features

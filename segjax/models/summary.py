@@ -1,10 +1,7 @@
-"""Command line: what a model costs, counted from its shapes.
+"""What a model costs, counted from its shapes.
 
-    python -m segjax.summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
-                                  [--convention true|modelsummary]
-
-The model is traced in evaluation mode for one image, each layer as published (`layers.published_forms`); nothing is
-computed, so that the largest takes seconds.
+The model is traced in evaluation mode for one image, each layer as published (`layers.published_implementations`);
+nothing is computed, so that the largest takes seconds.
 
 What is counted:
 
@@ -69,13 +66,13 @@ KIND_INSIDE = {
 FUNCTIONS = (
     # Models call them as layers.X, layers as functional.X.
     *((place, "gelu", "GELU") for place in (layers, layers.functional)),
-    *((layers, name, name) for name in ("attention", "resize", "enlarge_nearest")),
-    *((place, "classify", "Conv") for place in (layers, layers.decoder)),
+    *((layers, name, name) for name in ("attention", "resize", "upsample_nearest")),
+    (layers, "classify", "Conv"),
     (hrnet_ocr, "gather_objects", "gather_objects"),
     (segnext, "factorise", "factorise"),
     (jax.nn, "relu", "ReLU"),
 )
-UNLISTED = ("attention", "resize", "enlarge_nearest", "gather_objects", "factorise")
+UNLISTED = ("attention", "resize", "upsample_nearest", "gather_objects", "factorise")
 
 # What jo-jstrm/segmentation_pytorch has, what it calls our layers (None: has no module there), how many dropouts of
 # rate 0 it calls within a layer that have no counterpart here, and whose parameters its tool adds up.
@@ -229,7 +226,7 @@ def _cheapest_order() -> Iterator[None]:
 
 
 def _trace(
-    model: nnx.Module, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_forms
+    model: nnx.Module, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_implementations
 ) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
     """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
     if any(side < 1 for side in size):

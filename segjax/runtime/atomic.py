@@ -1,13 +1,223 @@
-"""Atomic writes: a reader never sees half a file."""
+"""Atomic writes: a reader finds the old file or folder or the new one, whole, whenever the writer is killed.
+
+What is new is written to a temporary name next to its target and renamed at the end. Several writers of one target take
+different temporary names; the last one to finish wins. A writer locks its temporary for as long as it lives: one that
+nobody has locked was left by a writer that was killed, and the next writer of the same target removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    # On Windows what killed writers have left stays.
+    fcntl = None
+
+# Errors of a write that found no room.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Temporary names of one target that are looked at for what killed writers have left.
+_NAMES = 4
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    """Replaces `path` by text in UTF-8; its folder is made where it is missing."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields the name of an empty file to write; it replaces `path`, or is removed where the body raises.
+
+    Args:
+      path: the target; its folder is made where it is missing.
+      durable: whether to wait until the disk has the file, some milliseconds. Without, a power cut soon afterwards may
+        leave an empty file; for files of which there are many and which can be made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with _temporary(path, is_folder=False) as temporary:
+        try:
+            yield temporary
+            if durable:
+                _flush(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+    if durable:
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields the name of a folder to make; it replaces the folder `path`, or is removed where the body raises.
+
+    Linux and macOS exchange two names in one step, so that there is a folder at `path` at every moment. On file systems
+    that cannot, there is none for the moment between two renames.
+
+    Args:
+      path: the target; the folder around it is made where it is missing.
+      durable: as of `replacing_file`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, is_folder=True) as around:
+        try:
+            new = around / path.name
+            yield new
+            for place in (*new.rglob("*"), new) if durable else ():
+                _flush(place)
+            _put(new, path, retired=around / "old")
+        finally:
+            _remove(around)
+    if durable:
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_files(path: Path) -> Iterator[Path]:
+    """Yields the name of `path` in an empty folder, to write it and files that belong to it next to it.
+
+    They replace those of the same names around `path`; where the body raises, none does. Companions that are replaced
+    are removed first, and new ones arrive last: a writer that is killed leaves no companions of another version.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, is_folder=True) as folder:
+        try:
+            yield folder / path.name
+            companions = sorted(file for file in folder.iterdir() if file.name != path.name)
+            for file in (folder / path.name, *companions):
+                _flush(file)
+            for file in companions:
+                path.with_name(file.name).unlink(missing_ok=True)
+            for file in (folder / path.name, *companions):
+                os.replace(file, path.with_name(file.name))
+        finally:
+            _remove(folder)
+    _flush(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A new file or folder next to `path` that is locked while the body, which moves or removes it, runs."""
+    for number in range(_NAMES):
+        _remove_if_abandoned(_name(path, number))
+    for number in itertools.count():
+        temporary = _name(path, number)
+        try:
+            if is_folder:
+                temporary.mkdir()
+            else:
+                temporary.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        with _locked(temporary, wait=True) as is_own:
+            # Not, where another writer has taken it for abandoned before it was locked.
+            if is_own:
+                yield temporary
+                return
+
+
+def _name(path: Path, number: int) -> Path:
+    return path.with_name(f".{path.name}.part{number}")
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
+    """Locks a temporary for the body; yields whether it is there and, unless `wait`, was not locked before."""
+    if fcntl is None:
+        yield wait
+        return
+    try:
+        # Network file systems lock only what is opened for writing, and no folder can be.
+        handle = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_locked = True
+        except OSError:
+            # By another writer, or the file system has no locks.
+            is_locked = wait
+        yield is_locked and _is_at(handle, temporary)
+    finally:
+        os.close(handle)
+
+
+def _is_at(handle: int, temporary: Path) -> bool:
+    """Whether a name still stands for the opened file or folder."""
+    try:
+        return os.path.samestat(os.fstat(handle), temporary.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_abandoned(temporary: Path) -> None:
+    # One of another user may be neither opened nor removed; then it stays.
+    with contextlib.suppress(PermissionError):
+        if temporary.exists():
+            with _locked(temporary, wait=False) as is_abandoned:
+                if is_abandoned:
+                    _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _put(new: Path, path: Path, *, retired: Path) -> None:
+    """Moves the folder `new` to `path`; the one that was there is `new` or `retired` afterwards."""
+    if not path.exists():
+        try:
+            os.rename(new, path)
+            return
+        except OSError as error:
+            # Another writer was quicker.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    if not _exchange(new, path):
+        os.rename(path, retired)
+        os.rename(new, path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step; False where the system or the file system cannot."""
+    library = None if sys.platform == "win32" else ctypes.CDLL(None)
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    exchange, ignored = 2, -1
+    if hasattr(library, "renameat2"):  # Linux
+        return library.renameat2(ignored, names[0], ignored, names[1], exchange) == 0
+    if hasattr(library, "renamex_np"):  # macOS
+        return library.renamex_np(*names, exchange) == 0
+    return False
+
+
+def _flush(place: Path) -> None:
+    """Waits until the disk has the content of a file, or the names in a folder."""
+    on_windows = sys.platform == "win32"
+    if on_windows and place.is_dir():
+        return
+    handle = os.open(place, os.O_RDWR if on_windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems do not flush folders.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)

@@ -1,13 +1,22 @@
-"""Lines that fit 80 columns, on one of several processes."""
+"""What a command prints: lines of at most 80 columns, from the first of several processes only."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Self, TextIO, TypeVar
 
 from segjax.runtime import distributed
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def wrapped(text: str) -> str:
@@ -21,28 +30,153 @@ def filled(line: str, *, indent: str = "") -> str:
     return textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
 
 
-def say(text: str) -> None:
-    """Of several processes, one speaks for all."""
-    if distributed.is_lead():
-        print(wrapped(text), flush=True)
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Prints prose in lines of 80 columns, above the bar of a `Progress`; of several processes the first one only.
+
+    Args:
+      to: stdout unless given.
+    """
+    if not distributed.is_lead():
+        return
+    text, to = printable(wrapped(text)), sys.stdout if to is None else to
+    if _bars:
+        _bars[-1].write(text, file=to)
+        to.flush()
+    else:
+        print(text, file=to, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with escapes for control characters, except line breaks, and for bytes of file names that are not UTF-8.
+
+    Names in a checkpoint or a folder could otherwise steer the terminal.
+    """
+    return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", _escaped, text)
+
+
+def _escaped(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 @contextlib.contextmanager
-def log_said() -> Iterator[None]:
-    """What the library logs inside about weights that it reads is said, whatever else is set up for logging."""
+def log_to(show: Callable[[str], None]) -> Iterator[None]:
+    """Hands what the library logs to the logger "segjax", from INFO on, to `show` and to nothing else."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
-    handler.emit = lambda record: say(filled(record.getMessage(), indent="  "))
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
+    handler.emit = lambda record: show(record.getMessage())
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
-        logger.propagate = propagate
+
+
+# Those that are on the terminal.
+_bars: list[tqdm] = []
+
+
+class Progress:
+    """How far something is: a bar on a terminal, else a line every ten seconds; of several processes one shows it.
+
+    Attributes:
+      count: how many are done.
+    """
+
+    SECONDS = 10  # between two lines
+
+    def __init__(self, what: str, total: int | None, unit: str = "", *, start: int = 0):
+        """Begins to show it; the end of the context removes the bar.
+
+        Args:
+          what: is being done; "" for nothing.
+          total: how many there are; None where nobody knows.
+          unit: of what is counted; "B" for bytes.
+          start: how many were done before.
+        """
+        self.count = start
+        self._what, self._total, self._unit = what, total, unit
+        self._first: tuple[int, float] | None = None
+        self._said = time.perf_counter()
+        self._bar: tqdm | None = None
+        if distributed.is_lead() and sys.stderr.isatty():
+            self._bar = self._made(start)
+            _bars.append(self._bar)
+
+    def _made(self, start: int) -> tqdm:
+        from tqdm import tqdm
+
+        what, is_bytes = self._what.replace("{", "{{").replace("}", "}}"), self._unit == "B"
+        form = f"{what} " if what else ""
+        form += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
+        form += "B" if is_bytes else f" {self._unit}".rstrip()
+        form += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
+        # Some terminals say that they have no rows, where tqdm would show nothing.
+        size = {"ncols": 80, "nrows": 20}
+        return tqdm(
+            total=self._total,
+            initial=start,
+            bar_format=form,
+            file=sys.stderr,
+            smoothing=0.1,
+            leave=False,
+            unit_scale=is_bytes,
+            **size,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            _bars.remove(self._bar)
+            self._bar.close()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items, each counted when the next one is asked for."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
+
+    @property
+    def rate(self) -> float | None:
+        """How many a second, not counting the first ones, during which programs are compiled."""
+        if self._first is None:
+            return None
+        counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
+        return counted / seconds if counted and seconds else None
+
+    def advance(
+        self, number: int = 1, *, notes: Sequence[str] | None = None, left: float | None = None, now: bool = False
+    ) -> None:
+        """Counts `number` more.
+
+        Args:
+          notes: shown with it; the rate unless given.
+          left: seconds until the end, for lines; an estimate from the rate unless given.
+          now: whether a line is due before ten seconds are over.
+        """
+        self.count += number
+        rate, moment = self.rate, time.perf_counter()
+        self._first = self._first or (self.count, moment)
+        if notes is None:
+            notes = [f"{amount(rate) if self._unit == 'B' else f'{rate:.2f}'} per second"] if rate else []
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(notes), refresh=False)
+            self._bar.update(number)
+        elif now or moment - self._said >= self.SECONDS:
+            self._said = moment
+            if left is None and rate and self._total is not None:
+                left = (self._total - self.count) / rate
+            say("  ".join([self._line(), *notes, *([f"{duration(left)} left"] if left else [])]))
+
+    def _line(self) -> str:
+        numbers = [self.count] if self._total is None else [self.count, self._total]
+        counted = "/".join(amount(number) if self._unit == "B" else str(number) for number in numbers)
+        return f"{self._what} {counted} {'' if self._unit == 'B' else self._unit}".strip()
 
 
 def score(value: float | None) -> str:

@@ -37,7 +37,8 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
 
 def is_lead() -> bool:
     """Whether this is the process that prints, saves and draws."""
-    return jax.process_index() == 0
+    # Asked for the index, jax would start its backends: seconds, and memory of a GPU, for a line of text.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_lead(function: Callable):
@@ -68,7 +69,7 @@ def leave(status: int) -> int:
 
     An orderly end would wait for them, and they for this one.
     """
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         os._exit(status)
     return status

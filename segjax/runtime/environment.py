@@ -10,11 +10,18 @@ from pathlib import Path
 import jax
 
 
-def prepare() -> None:
-    """For the start of a command: programs stay on disk, freed memory with the process, the CPU beside the GPUs."""
+def prepare(*, cpu_only: bool = False) -> None:
+    """To be called when a command starts: keeps compiled programs on disk and freed memory with the process.
+
+    Args:
+      cpu_only: whether a GPU, most of whose memory jax would take, is left to others; else the CPU is kept next to it.
+    """
     keep_freed_memory()
     keep_compiled_programs()
-    keep_the_cpu()
+    if cpu_only:
+        jax.config.update("jax_platforms", "cpu")
+    else:
+        keep_the_cpu()
 
 
 def keep_compiled_programs() -> None:

@@ -15,10 +15,10 @@ import torch
 from flax import nnx
 
 from segjax import models
-from segjax.checkpoints.architectures import FAMILIES, family_of
+from segjax.checkpoints.architectures import family_of
+from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.key_maps import BATCH_COUNTER
-from segjax.checkpoints.renaming import recognise
-from segjax.checkpoints.state_dict import as_arrays, from_torch, to_torch
+from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
 from segjax.inference.engine import predictions
 from segjax.models.segnext import evaluation_bases
@@ -49,10 +49,6 @@ REFERENCES = {
 }
 
 # ------------------------------------------------------------------------------------------------------- the two sides
-
-
-def settings_of(model: nnx.Module) -> dict[str, object]:
-    return models.settings(model.spec.name) | dict(model.spec.overrides)
 
 
 def reference_for(model: nnx.Module, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
@@ -156,15 +152,20 @@ class Report:
         )
 
 
-def verify(model: nnx.Module, state_dict: Mapping) -> Report:
-    """Runs PyTorch on the checkpoint as given and our model as converted on one image."""
+def verify(model: nnx.Module, state_dict: Mapping | Checkpoint) -> Report:
+    """Compares PyTorch on a checkpoint with the model that was made from it, on one image.
+
+    Args:
+      state_dict: as for `from_torch`.
+    """
     from segjax.data import streets
 
     picture, _ = streets.scene(seed=0, index=46, size=(160, 224))
     x = np.asarray(normalise(picture[None]))
     dtype = next(iter(to_torch(model).values())).dtype
     x = x.astype(np.float64 if dtype == np.float64 else np.float32)
-    against, theirs = _run_theirs(model, as_arrays(state_dict), x)
+    checkpoint = Checkpoint.of(state_dict).read_as(family=family_of(model.spec.name))
+    against, theirs = _run_theirs(model, checkpoint, x)
     ours = np.asarray(compiled(model)(x, *bases_for(model, len(x)))[0])
     size = picture.shape[:2]
     labels = [np.asarray(predictions(jnp.asarray(logits), size)) for logits in (ours, theirs)]
@@ -177,19 +178,18 @@ def verify(model: nnx.Module, state_dict: Mapping) -> Report:
     )
 
 
-def _run_theirs(model: nnx.Module, foreign: dict[str, np.ndarray], x: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the PyTorch model and its logits (B, h, w, K), computed in the type of `x`."""
-    family = family_of(model.spec.name)
-    found = recognise(foreign, family=family)
-    native = found.renaming.to_native(foreign)
-    if found.form.dialect == "hf" and any(map(FAMILIES[family].in_head, native)):
-        network = _transformers_model(model, foreign).to(torch.from_numpy(x).dtype).eval()
+def _run_theirs(model: nnx.Module, checkpoint: Checkpoint, x: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name of the PyTorch model and its logits (B, h, w, K), computed in the dtype of `x`."""
+    found = checkpoint.recognised
+    if found.key_format.dialect == "hf" and found.has_head:
+        network = _transformers_model(model, checkpoint.state_dict).to(torch.from_numpy(x).dtype).eval()
         import transformers
 
         with torch.no_grad():
             return f"transformers {transformers.__version__}", to_nhwc(network(to_nchw(x)).logits)
     weights = to_torch(model)
-    # The file's own tensors, renamed but untouched by our layouts; what it lacks is what our model keeps.
+    # The tensors of the file, renamed, without the layouts of segjax; the model has those that the file lacks.
+    native = found.renaming.to_native(checkpoint.state_dict)
     weights |= {key: value for key, value in native.items() if key in weights}
     weights = {key: value if value.dtype == np.int64 else value.astype(x.dtype) for key, value in weights.items()}
     with torch.no_grad():

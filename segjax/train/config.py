@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-import re
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from segjax import losses, models
 from segjax.checkpoints import huggingface
-from segjax.train import optim
+from segjax.train import schema
 
 # Settings that may differ when a run is taken up again: none of them changes what was computed so far.
 FREE_ON_RESUME = (
@@ -42,63 +43,62 @@ def check(config: ConfigDict, workdir: Path) -> None:
     Raises:
       RunError: lists each by its key.
     """
-    train, optimizer, augment = config.train, config.optim, config.augment
-    parts = jax.device_count() * max(train.accumulate, 1)
-    wrong = {
-        f"model.name: no model {config.model.name!r}": config.model.name not in models.MODELS,
-        f"model.dtype is 'float32' or 'bfloat16', not {config.model.dtype!r}": (
-            config.model.dtype not in ("float32", "bfloat16")
-        ),
-        f"parallel is 'jit' or 'pmap', not {config.parallel!r}": config.parallel not in ("jit", "pmap"),
-        f"optim.name is 'adamw' or 'sgd', not {optimizer.name!r}": optimizer.name not in ("adamw", "sgd"),
-        f"optim.schedule is one of {', '.join(optim.SCHEDULES)}, not {optimizer.schedule!r}": (
-            optimizer.schedule not in optim.SCHEDULES
-        ),
-        f"optim.clip_norm must not be negative: {optimizer.clip_norm}": optimizer.clip_norm < 0,
-        f"optim.warmup_steps must not be negative: {optimizer.warmup_steps}": optimizer.warmup_steps < 0,
-        f"optim.lr_multipliers are (pattern, factor) pairs, as in (('head', 10.0),), not {optimizer.lr_multipliers}": (
-            not all(map(_is_multiplier, optimizer.lr_multipliers))
-        ),
-        f"train.accumulate must be at least 1: {train.accumulate}": train.accumulate < 1,
-        f"train.batch={train.batch} does not divide among {jax.device_count()} devices"
-        + (f" and {train.accumulate} micro-batches" if train.accumulate > 1 else ""): (
-            train.batch < 1 or train.batch % parts
-        ),
-        f"train.ema lies in [0, 1), 0 for none: {train.ema}": not 0 <= train.ema < 1,
-        f"train.may_skip must not be negative: {train.may_skip}": train.may_skip < 0,
-        f"train.steps must not be negative: {train.steps}": train.steps < 0,
-        f"train.log_every must be at least 1: {train.log_every}": train.log_every < 1,
-        f"eval.batch={config.eval.batch} does not divide among {jax.device_count()} devices": (
-            config.eval.batch < 1 or config.eval.batch % jax.device_count()
-        ),
-        f"eval.every must not be negative: {config.eval.every}": config.eval.every < 0,
-        f"eval.patience must not be negative: {config.eval.patience}": config.eval.patience < 0,
-        f"eval.patience={config.eval.patience} needs eval.every": config.eval.patience > 0 and not config.eval.every,
-        f"eval.pictures must not be negative: {config.eval.pictures}": config.eval.pictures < 0,
-        f"checkpoint.every must be at least 1: {config.checkpoint.every}": config.checkpoint.every < 1,
-        f"checkpoint.keep must be at least 1: {config.checkpoint.keep}": config.checkpoint.keep < 1,
-        f"augment.crop is (height, width), at least 32 each, not {tuple(augment.crop)}": (
-            len(augment.crop) != 2 or not all(isinstance(side, int) and side >= 32 for side in augment.crop)
-        ),
-        f"augment.scale is (smallest, largest), not {tuple(augment.scale)}": (
-            len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]
-        ),
-        f"augment.flip is a probability, not {augment.flip}": not 0 <= augment.flip <= 1,
-        f"init.from: {_why_no_start(config.init.from_)}": _why_no_start(config.init.from_),
-        "init.keep names what stays random of a checkpoint, and needs init.from": (
-            bool(config.init.keep) and not config.init.from_
-        ),
-    }
-    patterns = [("optim.no_decay", optimizer.no_decay)]
-    patterns += [("optim.frozen", pattern) for pattern in optimizer.frozen]
-    patterns += [("optim.lr_multipliers", pair[0]) for pair in optimizer.lr_multipliers if _is_multiplier(pair)]
-    wrong |= {f"{key} is no regular expression: {text!r}": not _is_pattern(text) for key, text in patterns}
-    problems = [f"config.{message}" for message, is_wrong in wrong.items() if is_wrong]
-    problems += [f"config.loss.{message}" for message in losses.problems_of(config.loss)]
+    wrong = schema.problems(config)
+    if not schema.missing(config):
+        wrong |= _problems_of_model(config, wrong) | _contradictions(config, wrong)
+    problems = [f"config.{key}: {problem}" for key, problem in wrong.items()]
     if reason := _why_not_writable(workdir):
         problems.append(f"--workdir {workdir}: {reason}")
     if problems:
         raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _problems_of_model(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+    """An unknown model, or settings that its constructor does not have."""
+    name = config.model.name
+    if "model.name" in wrong:
+        return {}
+    if name not in models.MODELS:
+        close = difflib.get_close_matches(name, models.MODELS, n=1)
+        hint = f"did you mean {close[0]!r}? The models" if close else "the models"
+        return {"model.name": f"{name!r}; no such model; {hint} are {', '.join(models.MODELS)}"}
+    known, found = models.settings(name), {}
+    for key in model_overrides(config):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean model.{close[0]}? It" if close else "it"
+            found[f"model.{key}"] = f"no such setting of {name}; {hint} has {', '.join(known)}"
+    return found
+
+
+def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+    """Settings that do not fit other settings, the devices or the files that there are.
+
+    Args:
+      wrong: keys of settings that are wrong by themselves, from which nothing else follows.
+    """
+
+    def sound(*keys: str) -> bool:
+        return not any(key in wrong for key in keys)
+
+    found, devices, accumulate = {}, jax.device_count(), config.train.accumulate
+    if sound("train.batch", "train.accumulate") and config.train.batch % (devices * accumulate):
+        parts = f" and {accumulate} micro-batches" if accumulate > 1 else ""
+        found["train.batch"] = f"{config.train.batch}; does not divide among {devices} devices{parts}"
+    if sound("eval.batch") and config.eval.batch % devices:
+        found["eval.batch"] = f"{config.eval.batch}; does not divide among {devices} devices"
+    if sound("eval.patience", "eval.every") and config.eval.patience and not config.eval.every:
+        found["eval.patience"] = f"{config.eval.patience}; needs eval.every, the steps between two evaluations"
+    if sound("init.checkpoint") and (reason := _why_no_start(config.init.checkpoint)):
+        found["init.checkpoint"] = reason
+    if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
+        found["init.keep"] = f"{config.init.keep}; says what stays random of a checkpoint, and needs init.checkpoint"
+    if not any(config.loss[name] for name in losses.TERMS):
+        terms = ", ".join(losses.TERMS)
+        found["loss.cross_entropy"] = (
+            f"{config.loss.cross_entropy}; {terms} are all 0, give at least one of them a factor"
+        )
+    return found
 
 
 def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
@@ -123,18 +123,6 @@ def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
     kinds, counts = np.unique(sizes, axis=0, return_counts=True)
     covered = np.minimum(scales * kinds / crop, 1).prod(axis=-1).mean(axis=0)
     return 1 - np.average(covered, weights=counts).item()
-
-
-def _is_multiplier(pair: object) -> bool:
-    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], int | float) and pair[1] >= 0
-
-
-def _is_pattern(text: object) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, TypeError):
-        return False
-    return True
 
 
 def _why_no_start(source: str | None) -> str | None:
@@ -182,12 +170,12 @@ def differing(before: dict, now: dict) -> list[str]:
 
 def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
     """Raises RunError where the run in `workdir` was made with settings or data that cannot be mixed with these."""
+    recorded = [
+        {"config": schema.with_current_names(about.get("config", {})), "dataset": about.get("dataset", {})}
+        for about in (before, now)
+    ]
     lines = [
-        line
-        for line in differing(
-            *({part: about.get(part, {}) for part in ("config", "dataset")} for about in (before, now))
-        )
-        if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
+        line for line in differing(*recorded) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
     ]
     if lines:
         raise RunError(

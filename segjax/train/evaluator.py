@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class Evaluator:
         return bool(every) and 0 < step < self._steps and step % every == 0
 
     def evaluate(
-        self, step: int, state: TrainState, *, stop: StopRequest, say: Callable[[str], None]
+        self, step: int, state: TrainState, *, stop: StopRequest
     ) -> tuple[dict[str, object], dict[int, np.ndarray]]:
         """Evaluates a state; the first time for a step also logs and scores it, and saves it where it is the best.
 
@@ -130,7 +130,7 @@ class Evaluator:
         summary = metrics.summarise(confusion)
         if self.scores.evaluated != step:
             self._write(step, summary, predicted)
-            self._score(step, state, summary["mean_iou"], say)
+            self._score(step, state, summary["mean_iou"])
         return summary, predicted
 
     def _write(self, step: int, summary: Mapping, predicted: Mapping[int, np.ndarray]) -> None:
@@ -141,11 +141,11 @@ class Evaluator:
             name, (image, truth) = self._records.names[number], self._records[number]
             self._log.picture(step, name, image, truth, labels, self._spec)
 
-    def _score(self, step: int, state: TrainState, mean_iou: float | None, say: Callable[[str], None]) -> None:
+    def _score(self, step: int, state: TrainState, mean_iou: float | None) -> None:
         self.scores = self.scores.after(step, mean_iou)
         is_best = self.scores.step == step
         if is_best and self._settings.every and is_lead():
             metadata = {**self._metadata, "step": step, "mean_iou": mean_iou}
-            orbax_folder.save_weights(self._best, weights_of(self._fetch(state)), about=metadata)
+            orbax_folder.save_weights(self._best, weights_of(self._fetch(state)), metadata=metadata)
         if step < self._steps:
-            say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")
+            console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from segjax import metrics
+from segjax.checkpoints.format_version import stamped
 from segjax.models.functional import params_sha256
 from segjax.runtime import atomic, console
 from segjax.runtime.distributed import from_lead, is_lead
@@ -83,7 +84,7 @@ def _fit(run: Run, program: setup.Program, state: TrainState, stop: StopRequest,
     try:
         if evaluator.is_due(step) and evaluator.scores.evaluated != step:
             # The run was stopped while it evaluated.
-            evaluator.evaluate(step, state, stop=stop, say=bar.say)
+            evaluator.evaluate(step, state, stop=stop)
         while step < run.steps and not evaluator.gave_up:
             stop.raise_if_requested()
             run.window.wait()
@@ -96,16 +97,16 @@ def _fit(run: Run, program: setup.Program, state: TrainState, stop: StopRequest,
                 jax.block_until_ready(state)
                 meter.restart(step, batches.waited)
             if step % run.log_every == 0 or is_last:
-                run.read_losses(step, state, bar.say)
+                run.read_losses(step, state)
                 meter.lap(step, batches.waited)
                 bar.show(step, run.write_means(step, state), meter)
                 stop.agree()
             if evaluator.is_due(step):
-                run.read_losses(step, state, bar.say)
-                evaluator.evaluate(step, state, stop=stop, say=bar.say)
+                run.read_losses(step, state)
+                evaluator.evaluate(step, state, stop=stop)
                 meter.restart(step, batches.waited)
             if step % run.save_every == 0 or is_last or evaluator.gave_up:
-                run.read_losses(step, state, bar.say)
+                run.read_losses(step, state)
                 run.save(step, state)
                 meter.restart(step, batches.waited)
         # Whatever happens while evaluating, the training is safe.
@@ -114,9 +115,9 @@ def _fit(run: Run, program: setup.Program, state: TrainState, stop: StopRequest,
             console.say(f"stopped early at step {step}: no better mIoU in {evaluator.scores.worse} evaluations")
         console.say(f"evaluating on {len(run.evaluation)} images ({run.eval_split}) ...")
         run.log.begin_final(step)
-        return step, state, evaluator.evaluate(step, state, stop=stop, say=bar.say)
+        return step, state, evaluator.evaluate(step, state, stop=stop)
     except StoppedError:
-        run.read_losses(step, state, bar.say)
+        run.read_losses(step, state)
         run.save(step, state)
         run.checkpoints.wait()
         progress.stopped(step, run.steps, run.workdir)
@@ -131,7 +132,7 @@ def _write_result(run: Run, step: int, state: TrainState, summary: Mapping, pred
     """
     scores = run.evaluator.scores
     result = {
-        **summary,
+        **stamped(summary),
         "step": step,
         "stopped_early": step < run.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},

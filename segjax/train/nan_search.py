@@ -40,7 +40,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     def forward(params, batch_stats, images, key):
         model = train_step.model.bind(params, batch_stats, key=key)
         # The plain implementations: fast ones do not call every layer.
-        with choice.published_forms(), _outputs_recorded(model) as outputs:
+        with choice.published_implementations(), _outputs_recorded(model) as outputs:
             model(images)
         calls[:] = outputs
         return list(outputs.values()), train_step.model.batch_stats_of(model)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from segjax.data import specs
 from segjax.runtime import console, distributed
 
 
 def show_settings(changes: Sequence[str]) -> None:
-    """Prints settings that differ from the defaults of configs/common.py."""
-    console.say("settings other than the defaults of configs/common.py:")
+    """Prints KEY=VALUE of the settings that differ from the defaults."""
+    console.say("settings other than the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
     console.say(console.filled(joined, indent="  ").replace("\0", " "))
@@ -115,51 +113,21 @@ class Meter:
         return steps * self._batch_size * self._seconds / self._images if self._images else None
 
 
-class Progress:
-    """A bar on a terminal, else a line every ten seconds."""
-
-    FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+class Progress(console.Progress):
+    """Progress of a training: its steps, with the loss and the images per second."""
 
     def __init__(self, start: int, total: int):
-        self._total = total
-        self._said = time.perf_counter()
-        self._bar = None
-        if sys.stderr.isatty() and distributed.is_lead():
-            # Some terminals report that they have no rows; tqdm would show nothing there.
-            size = {"ncols": 80, "nrows": 20}
-            self._bar = tqdm(total=total, initial=start, bar_format=self.FORMAT, file=sys.stderr, smoothing=0.1, **size)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        super().__init__("step", total, start=start)
+        self._steps = total
 
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
-        rate = "" if meter.images_per_second is None else f"{meter.images_per_second:.1f} img/s"
-        if meter.waiting:
-            rate += f", {meter.waiting:.0%} waiting"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {console.score(loss)}, {rate}", refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.perf_counter()
-        if now - self._said >= 10 or step == self._total:
-            left = meter.seconds_for(self._total - step)
-            remaining = f"  {console.duration(left)} left" if left else ""
-            console.say(
-                f"step {step}/{self._total}  loss {console.score(loss)}  "
-                f"{rate}{' for data' * bool(meter.waiting)}{remaining}"
-            )
-            self._said = now
-
-    def say(self, text: str) -> None:
-        """Prints lines of their own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(console.wrapped(text), file=sys.stdout)
-        else:
-            console.say(text)
+        notes = [f"loss {console.score(loss)}"]
+        if meter.images_per_second is not None:
+            # The share of the time in which the device waits for data.
+            waiting = f", {meter.waiting:.0%} waiting" if meter.waiting else ""
+            notes.append(f"{meter.images_per_second:.1f} img/s{waiting}")
+        left = meter.seconds_for(self._steps - step)
+        self.advance(step - self.count, notes=notes, left=left, now=step == self._steps)
 
 
 class StoppedError(Exception):

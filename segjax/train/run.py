@@ -11,6 +11,7 @@ import jax
 from segjax.data import pipeline, specs
 from segjax.data.records import Records
 from segjax.models.functional import FunctionalModel
+from segjax.runtime import console
 from segjax.runtime.parallel import Parallel
 from segjax.train import nan_search
 from segjax.train.config import RunError
@@ -77,7 +78,7 @@ class Run:
         metadata = {**self.metadata, "step": step, "scores": scores, "window": self.window.rows}
         self.checkpoints.save(step, weights_of(host), training_of(host), metadata)
 
-    def read_losses(self, step: int, state: TrainState, say: Callable[[str], None]) -> None:
+    def read_losses(self, step: int, state: TrainState) -> None:
         """Waits for the losses of all steps up to `step`, and reports those that were skipped.
 
         Raises:
@@ -86,7 +87,7 @@ class Run:
         for problem in self.window.read(step):
             if problem.stopped:
                 self._end_before(problem, state)
-            say(f"{problem.text}: skipped")
+            console.say(f"{problem.text}: skipped")
 
     def _end_before(self, problem: NotFinite, state: TrainState) -> None:
         # Later steps have left the state as it was before that one.

@@ -95,11 +95,10 @@ class RunCheckpoints:
 
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
-        (metadata,) = orbax_folder.read_items(folder, orbax_folder.ABOUT)
-        orbax_folder.refuse_changed(folder, metadata)
+        metadata = orbax_folder.read_metadata(folder)
         # Before the arrays, because those of another model cannot be compared with these.
         refuse(metadata)
-        if orbax_folder.RECORD_HASH not in metadata:
+        if orbax_folder.METADATA_HASH not in metadata:
             raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
         found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), metadata)
         orbax_folder.refuse_changed(folder, metadata, found.weights, found.training)
@@ -124,7 +123,7 @@ class RunCheckpoints:
         items = {
             orbax_folder.WEIGHTS: args.StandardSave(dict(weights)),
             orbax_folder.TRAINING: args.StandardSave(dict(training)),
-            orbax_folder.ABOUT: args.JsonSave(
+            orbax_folder.METADATA: args.JsonSave(
                 orbax_folder.signed(
                     {
                         **metadata,

@@ -22,11 +22,13 @@ from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
-from segjax.checkpoints.initialize import load_pretrained
-from segjax.checkpoints.metadata import IMAGENET, dataset_record, licence_of
+from segjax.checkpoints.format_version import refuse_newer
+from segjax.checkpoints.initialize import initialize
+from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.data import class_weights, pipeline, specs
 from segjax.data.augment import augment, normalise
-from segjax.data.records import Records, padded_gigabytes, records_of
+from segjax.data.open import OpenSplit, open_splits
+from segjax.data.records import Records, records_of
 from segjax.inference.engine import predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
@@ -46,21 +48,6 @@ from segjax.train.window import Window
 
 # A compiled step: (state, batch, key) -> (state, scalars).
 Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class Data(NamedTuple):
-    """The images that a run trains on and is evaluated on.
-
-    Attributes:
-      training, evaluation: splits in memory, or records to be read.
-      spec: the dataset.
-      pixel_counts: () -> pixels of each label value in the training split, (K,), or (2,) for a single class.
-    """
-
-    training: specs.Split | Records
-    evaluation: specs.Split | Records
-    spec: specs.DatasetSpec
-    pixel_counts: Callable[[], np.ndarray]
 
 
 class Start(NamedTuple):
@@ -90,10 +77,10 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
       RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
       ValueError: data, weights or checkpoints that cannot be used.
     """
-    data = load_data(config.data, seed=config.seed)
-    spec, training, evaluation = data.spec, records_of(data.training), records_of(data.evaluation)
-    padding = check_crop(config, training.sizes)
-    criterion = make_criterion(config.loss, data)
+    training, evaluation = load_data(config.data, seed=config.seed)
+    spec, images = training.spec, records_of(training.data)
+    padding = check_crop(config, images.sizes)
+    criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     is_new = not checkpoints.steps()
@@ -109,7 +96,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
     metadata |= start.origin
-    _refuse_small_images(model, evaluation.sizes)
+    _refuse_small_images(model, records_of(evaluation.data).sizes)
 
     train_step = TrainStep(
         model=model,
@@ -123,12 +110,12 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     )
     key = jax.random.key(config.seed)
     feeding = dict(batch_size=config.train.batch, seed=config.seed, parallel=parallel, key=key, start=start.step)
-    batches = make_batches(data.training, config.augment, cache_gb=config.data.cache_gb, **feeding)
+    batches = make_batches(training.data, config.augment, cache_gb=config.data.cache_gb, **feeding)
     log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
     evaluator = Evaluator(
         config.eval,
         model,
-        data.evaluation,
+        evaluation.data,
         spec,
         parallel=parallel,
         steps=config.train.steps,
@@ -145,7 +132,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         save_every=config.checkpoint.every,
         search_nans=config.debug.nans,
         spec=spec,
-        evaluation=evaluation,
+        evaluation=records_of(evaluation.data),
         eval_split=config.data.eval_split,
         parallel=parallel,
         model=model,
@@ -154,18 +141,25 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        window=Window(parallel, lambda step: [training.names[i] for i in batches.indices(step)], start.window),
+        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step)], start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
         metadata=metadata,
-        summary=summary(config, workdir, data, model, parallel, padding=padding),
+        summary=summary(config, workdir, training, evaluation, model, parallel, padding=padding),
     )
     return run, _on_devices(start.state, model, parallel)
 
 
 def summary(
-    config: ConfigDict, workdir: Path, data: Data, model: FunctionalModel, parallel: Parallel, *, padding: float
+    config: ConfigDict,
+    workdir: Path,
+    training: OpenSplit,
+    evaluation: OpenSplit,
+    model: FunctionalModel,
+    parallel: Parallel,
+    *,
+    padding: float,
 ) -> dict[str, str]:
     """A line for each part of a run, by label; `padding` is the share of the crops that no image covers."""
     (height, width), devices = config.augment.crop, parallel.devices
@@ -174,9 +168,9 @@ def summary(
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return {
         "model": f"{config.model.name}, {count:,} parameters, computes in {config.model.dtype}",
-        "data": f"{data.spec.name}, {data.spec.num_classes} classes",
-        "images": f"{len(records_of(data.training))} to train on ({config.data.train_split}), "
-        f"{len(records_of(data.evaluation))} to evaluate ({config.data.eval_split})",
+        "data": f"{training.spec.name}, {training.spec.num_classes} classes",
+        "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
+        f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
         "steps": f"{config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}",
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
@@ -188,11 +182,13 @@ def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
 
     Raises:
       RunError: that run had other settings.
+      ValueError: a newer segjax wrote it.
     """
     path = workdir / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text())
+    refuse_newer(result, path)
     refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
     return result
 
@@ -206,38 +202,26 @@ def is_finished(result: Mapping, config: ConfigDict) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def load_data(settings: ConfigDict, *, seed: int) -> Data:
-    """The splits of `config.data`; those that fit into `resident_gb` are read into memory.
+def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]:
+    """The training and the evaluation split of `config.data`; those that fit into `resident_gb` are read into memory.
 
     Raises:
       ValueError: data that cannot be used, or a split without published labels.
     """
-    if settings.name == "streets":
-        from segjax.data import streets
-
-        size = tuple(settings.size)
-        console.say(f"drawing {settings.train_images + settings.eval_images} street scenes ...")
-        training = streets.load(settings.train_split, num_images=settings.train_images, size=size, seed=seed)
-        evaluation = streets.load(settings.eval_split, num_images=settings.eval_images, size=size, seed=seed)
-        return Data(training, evaluation, specs.STREETS, partial(_pixel_counts, training, specs.STREETS))
-    from segjax.data import builders
-
-    prepared = builders.prepare(settings.name, source=settings.source, data_dir=settings.dir)
-    prepared.pixel_counts(settings.eval_split)
-
-    def read(split):
-        records = prepared.records(split)
-        if padded_gigabytes(records) > settings.resident_gb:
-            return records
-        return prepared.load(split)
-
-    counts = np.array(prepared.pixel_counts(settings.train_split))
-    return Data(read(settings.train_split), read(settings.eval_split), prepared.spec, lambda: counts)
-
-
-def _pixel_counts(split: specs.Split, spec: specs.DatasetSpec) -> np.ndarray:
-    counts = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
-    return counts[: len(spec.label_names)]
+    generated = {}
+    if settings.name in specs.DATASETS and specs.DATASETS[settings.name].kind == "generated":
+        numbers = (settings.train_images, settings.eval_images)
+        generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
+    training, evaluation = open_splits(
+        settings.name,
+        (settings.train_split, settings.eval_split),
+        source=settings.source,
+        data_dir=settings.dir,
+        resident_gb=settings.resident_gb,
+        say=console.say,
+        **generated,
+    )
+    return training, evaluation
 
 
 def make_batches(
@@ -278,10 +262,10 @@ def create_model(settings: ConfigDict, overrides: Mapping[str, object], *, num_c
 
 def load_initial_weights(module: nnx.Module, settings: ConfigDict) -> None:
     """Fills a model from the checkpoint that `config.init` names, if any."""
-    if settings.from_:
-        console.say(f"initial weights from {settings.from_}")
-        with console.log_said():
-            load_pretrained(module, settings.from_, keep=settings.keep)
+    if settings.checkpoint:
+        console.say(f"initial weights from {settings.checkpoint}")
+        with console.log_to(console.say):
+            initialize(module, settings.checkpoint, keep=settings.keep)
 
 
 def make_functional(
@@ -304,10 +288,10 @@ def make_functional(
     )
 
 
-def make_criterion(settings: ConfigDict, data: Data) -> losses.Criterion:
+def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterion:
     """The loss of `config.loss`, with class weights that may depend on the training split."""
-    choice, spec = settings.class_weights, data.spec
-    counts = data.pixel_counts() if choice == "median_frequency" else None
+    choice, spec = settings.class_weights, training.spec
+    counts = training.pixel_counts() if choice == "median_frequency" else None
     return losses.criterion(
         settings,
         num_classes=spec.num_classes,
@@ -425,7 +409,7 @@ def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -
             "param_dtype": "float32",
         },
         "config": config,
-        "dataset": dataset_record(spec),
+        "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,
         "input_size": config["augment"]["crop"],
     }
@@ -433,9 +417,9 @@ def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -
 
 def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
     """Metadata about where the weights of a new run come from; `settings` is `config.init`."""
-    if not settings.from_:
+    if not settings.checkpoint:
         return {
             "licence": "trained from random weights; the terms of its data hold",
             "provenance": {"initial_weights": None},
         }
-    return {"licence": licence_of(model_name), "provenance": {"initial_weights": provenance_at(settings.from_)}}
+    return {"licence": licence_of(model_name), "provenance": {"initial_weights": provenance_at(settings.checkpoint)}}

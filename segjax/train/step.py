@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from segjax import layers, losses
+from segjax import losses
 from segjax.data.augment import step_keys
 from segjax.models.functional import FunctionalModel
 from segjax.train import optim
@@ -90,8 +90,7 @@ class TrainStep:
 
         def loss_of(trained, batch_stats, images, labels, key):
             model = self.model.bind(state.params | trained, batch_stats, key=key)
-            with layers.blocks_executed(self.model.execution):
-                logits, taps = model(images)
+            logits, taps = model(images)
             total = self.criterion.total(logits, labels, counts)
             if "aux_logits" in taps:
                 total = total + self.aux_weight * self.criterion.total(taps["aux_logits"], labels, counts)

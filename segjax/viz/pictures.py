@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import specs
+from segjax.runtime import atomic
 
 
 def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
@@ -151,7 +152,5 @@ def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpe
 
 
 def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with atomic.replacing_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -14,6 +14,7 @@ import numpy as np
 
 from segjax import metrics
 from segjax.data import specs
+from segjax.runtime import atomic
 from segjax.viz import pictures
 
 LARGEST_SIDE = 768  # pixels of a picture in the page
@@ -55,7 +56,7 @@ def write(
 ) -> None:
     """Writes results.json, classes.csv, confusion.csv, confusion.png, worst/ and, last, index.html.
 
-    Each is written beside its place and renamed. Other files in the folder stay, but for the worst/ of an older report.
+    Each file is written atomically. Other files in the folder stay, but for the worst/ of an older report.
 
     Args:
       confusion: pixel counts (K, K).
@@ -66,14 +67,15 @@ def write(
     summary = summarise(confusion, spec)
     images = [_figures_of(shown, spec) for shown in worst]
     files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
-    folder.mkdir(parents=True, exist_ok=True)
     listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
     # Before worst/ is touched, so that whoever reads results.json finds the pictures that it names, or none.
-    _write(folder / "results.json", json.dumps({**about, **summary, "worst_images": listed}, indent=2) + "\n")
-    _write(folder / "classes.csv", _csv([["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]))
+    results = {**about, **summary, "worst_images": listed}
+    atomic.write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    by_class = [["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]
+    atomic.write_text(folder / "classes.csv", _csv(by_class))
     names = spec.label_names
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-    _write(folder / "confusion.csv", _csv([["truth / prediction", *names], *rows]))
+    atomic.write_text(folder / "confusion.csv", _csv([["truth / prediction", *names], *rows]))
     pictures.save_confusion(folder / "confusion.png", confusion, spec)
     for (file, image), shown in zip(files.items(), worst, strict=True):
         own = "-" if image["mean_iou"] is None else f"{image['mean_iou']:.4f}"
@@ -81,7 +83,7 @@ def write(
     for left in (folder / "worst").glob("[0-9][0-9].png"):
         if f"worst/{left.name}" not in files:
             left.unlink()
-    _write(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
+    atomic.write_text(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
 
 
 def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, object]:
@@ -146,9 +148,3 @@ def _csv(rows) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
+from segjax.runtime import atomic
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
 
 
 class VideoError(ValueError):
@@ -97,16 +96,27 @@ def _frames(av, container, stream, header: Header) -> Iterator[Frame]:
         raise VideoError("has no frames")
 
 
-class Writer:
-    """An H.264 file in MP4; 4:2:0, BT.709. It is at its place once it is whole, and not before.
+@contextlib.contextmanager
+def writer(path: Path, header: Header) -> Iterator[Writer]:
+    """Writes an H.264 file in MP4, 4:2:0 and BT.709, which is at `path` once the body is done and not before."""
+    with atomic.replacing_file(path, durable=False) as temporary:
+        found = Writer(temporary, header)
+        try:
+            yield found
+            found.finish()
+        finally:
+            found.close()
 
-    H.264 has even sides alone: an odd one gets the last row or column once more.
+
+class Writer:
+    """The encoder of one video, see `writer`.
+
+    H.264 has only even sides: an odd one gets its last row or column twice.
     """
 
     def __init__(self, path: Path, header: Header):
         self._path = path
         self._header = header
-        self._beside = path.with_name(f".{path.name}.part")
         self._container = self._stream = None
 
     def write(self, picture: np.ndarray, time: int, duration: int) -> None:
@@ -126,8 +136,7 @@ class Writer:
             self._container.mux(self._stream.encode(frame))
 
     def _open(self, av, height: int, width: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._beside), "w", format="mp4", options={"movflags": "+faststart"})
+        self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "+faststart"})
         options = {"preset": "veryfast", "crf": "18"}
         self._stream = self._container.add_stream("libx264", rate=self._header.rate, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
@@ -137,20 +146,16 @@ class Writer:
         context.colorspace = context.color_primaries = context.color_trc = bt709
         context.color_range = studio_range
 
-    def __enter__(self) -> Writer:
-        return self
+    def finish(self) -> None:
+        """Writes the frames that the encoder still holds."""
+        if self._container is not None:
+            with _said(pyav(), "cannot be encoded"):
+                self._container.mux(self._stream.encode())
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if self._container is not None:
-                with _said(pyav(), "cannot be encoded"):
-                    if kind is None:
-                        self._container.mux(self._stream.encode())
-                    self._container.close()
-                if kind is None:
-                    self._beside.replace(self._path)
-        finally:
-            self._beside.unlink(missing_ok=True)
+    def close(self) -> None:
+        if self._container is not None:
+            with _said(pyav(), "cannot be encoded"):
+                self._container.close()
 
 
 @contextlib.contextmanager
@@ -159,6 +164,6 @@ def _said(av, what):
     try:
         yield
     except av.FFmpegError as error:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise
         raise VideoError(f"{what() if callable(what) else what} ({error.strerror or error})") from error

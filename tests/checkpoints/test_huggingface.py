@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from segjax import to_torch
 from segjax.checkpoints import huggingface
-from segjax.checkpoints.files import provenance_at, read_checkpoint, read_file
-from segjax.checkpoints.initialize import load_pretrained
-from segjax.checkpoints.load import load_trained
+from segjax.checkpoints.files import provenance_at, read_checkpoint
+from segjax.checkpoints.initialize import initialize
+from segjax.checkpoints.load import load
 from segjax.checkpoints.state_dict import CheckpointError
 from segjax.commands import convert, inspect
 from segjax.data import specs
@@ -87,48 +87,48 @@ def same_weights(model, arrays):
 def test_a_folder_of_transformers_brings_its_classes_heads_and_normalisation(tmp_path, parts, caplog):
     caplog.set_level(logging.INFO, "segjax")
     arrays = arrays_of(1)
-    trained = load_trained(write(tmp_path / "a", arrays, parts=parts, preprocessor=PREPROCESSOR))
-    assert same_weights(trained.model, arrays)
-    settings = dict(trained.model.spec.overrides)
+    loaded = load(write(tmp_path / "a", arrays, parts=parts, preprocessor=PREPROCESSOR))
+    assert same_weights(loaded.model, arrays)
+    settings = dict(loaded.model.spec.overrides)
     # What transformers computes with, and not what its file says.
     assert settings["num_heads"] == (1, 2, 5, 4) and settings["block_norm_eps"] == 1e-5
     assert any("layer_norm_eps=1e-06" in line for line in caplog.messages)
-    assert trained.spec.class_names == tuple(NAMES) and trained.spec.ignore_label == 255
-    assert "guessed" not in trained.about["dataset"]
-    np.testing.assert_allclose(trained.mean, (127.5, 63.75, 31.875))
-    np.testing.assert_allclose(trained.std, (51, 102, 153))
-    assert trained.about["input_size"] == [96, 160]
+    assert loaded.classes.class_names == tuple(NAMES) and loaded.classes.ignore_label == 255
+    assert "guessed" not in loaded.metadata["dataset"]
+    np.testing.assert_allclose(loaded.mean, (127.5, 63.75, 31.875))
+    np.testing.assert_allclose(loaded.std, (51, 102, 153))
+    assert loaded.metadata["input_size"] == [96, 160]
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
     expected = (images / 255 - PREPROCESSOR["image_mean"]) / PREPROCESSOR["image_std"]
-    np.testing.assert_allclose(trained.normalise(images), expected, atol=1e-6)
+    np.testing.assert_allclose(loaded.normalise(images), expected, atol=1e-6)
 
 
 def test_a_preprocessor_that_only_rescales_and_one_with_an_older_size_are_understood(tmp_path):
     plain = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 128}
-    trained = load_trained(write(tmp_path / "a", arrays_of(1), preprocessor=plain))
-    assert trained.about["input_size"] == [128, 128]
+    loaded = load(write(tmp_path / "a", arrays_of(1), preprocessor=plain))
+    assert loaded.metadata["input_size"] == [128, 128]
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
-    np.testing.assert_allclose(trained.normalise(images), images / 255, atol=1e-6)
+    np.testing.assert_allclose(loaded.normalise(images), images / 255, atol=1e-6)
 
 
 def test_the_hash_of_a_folder_is_that_of_its_one_file(tmp_path):
     folder = write(tmp_path / "a", arrays_of(1))
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert provenance_at(folder) == {"source": "a", "sha256": expected}
-    assert load_trained(folder).about["provenance"]["sha256"] == expected
+    assert load(folder).metadata["provenance"]["sha256"] == expected
 
 
 def test_names_that_transformers_makes_up_are_none(tmp_path):
     config = CONFIG | {"id2label": {str(k): f"LABEL_{k}" for k in range(21)}}
-    trained = load_trained(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config))
-    assert trained.spec == specs.DatasetSpec(**{**vars(specs.VOC), "splits": ()})
-    assert trained.about["dataset"]["guessed"] is True
+    loaded = load(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config))
+    assert loaded.classes == specs.DatasetSpec(**{**vars(specs.VOC), "splits": ()})
+    assert loaded.metadata["dataset"]["guessed"] is True
 
 
 def test_most_names_of_a_known_data_set_give_its_colours(tmp_path):
     names = [name.title() for name in specs.VOC.class_names[:-1]] + ["screen"]
     config = CONFIG | {"id2label": dict(enumerate(names))}
-    spec = load_trained(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config)).spec
+    spec = load(write(tmp_path / "a", arrays_of(1, num_classes=21), config=config)).classes
     assert (spec.name, spec.class_names, spec.colors) == ("voc", tuple(names), specs.VOC.colors)
 
 
@@ -139,10 +139,10 @@ def test_a_start_from_a_folder_of_an_encoder_with_imagenet_classes(tmp_path, cap
     config = CONFIG | {"id2label": {str(k): f"kind {k}" for k in range(1000)}}
     folder = write(tmp_path / "a", arrays, config=config)
     model = tiny_model(2)
-    load_pretrained(model, folder)
-    assert "an encoder alone: the decoder stays as initialised" in caplog.messages
-    with pytest.raises(CheckpointError, match="a backbone alone"):
-        load_trained(folder)
+    initialize(model, folder)
+    assert "encoder only: the decoder stays as initialised" in caplog.messages
+    with pytest.raises(CheckpointError, match="encoder only"):
+        load(folder)
 
 
 REFUSED = {
@@ -158,7 +158,7 @@ REFUSED = {
 def test_another_network_is_refused_by_its_config(tmp_path, what):
     changes, message = REFUSED[what]
     with pytest.raises(CheckpointError, match=message):
-        load_trained(write(tmp_path / "a", arrays_of(1), **changes))
+        load(write(tmp_path / "a", arrays_of(1), **changes))
 
 
 def test_parts_that_are_missing_incomplete_or_elsewhere_are_named(tmp_path):
@@ -167,45 +167,45 @@ def test_parts_that_are_missing_incomplete_or_elsewhere_are_named(tmp_path):
     index = folder / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"made.up": "model-00001-of-00003.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"promises keys that no part has: made\.up"):
-        read_file(folder)
+    with pytest.raises(CheckpointError, match=r"names keys that no part has: made\.up"):
+        read_checkpoint(folder)
     (folder / "model-00002-of-00003.safetensors").rename(tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00003\.safetensors, and there is no such file"):
-        read_file(folder)
+        read_checkpoint(folder)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "../b.safetensors")}))
-    with pytest.raises(CheckpointError, match="not an index of files beside it"):
-        read_file(folder)
+    with pytest.raises(CheckpointError, match="not an index"):
+        read_checkpoint(folder)
     index.write_text("{")
     with pytest.raises(CheckpointError, match=r"index\.json: not JSON"):
-        read_file(folder)
+        read_checkpoint(folder)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(CheckpointError, match=r"config\.json but no weights \(model\.safetensors or"):
-        read_file(tmp_path / "c")
+        read_checkpoint(tmp_path / "c")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys, caplog):
+def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys):
     source = write(tmp_path / "a", arrays_of(1), preprocessor=PREPROCESSOR)
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    before, after = load_trained(source), load_trained(tmp_path / "b")
+    before, after = load(source), load(tmp_path / "b")
     assert same_weights(after.model, arrays_of(1)) and after.model.spec == before.model.spec
-    assert (after.spec, after.mean, after.std) == (before.spec, before.mean, before.std)
-    assert after.about["input_size"] == [96, 160]
-    assert after.about["provenance"]["made_from"]["source"] == "a"
+    assert (after.classes, after.mean, after.std) == (before.classes, before.mean, before.std)
+    assert after.metadata["input_size"] == [96, 160]
+    assert after.metadata["provenance"]["made_from"]["source"] == "a"
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     shared = CONFIG.keys() - {"layer_norm_eps"}
     assert {key: config[key] for key in shared} == {key: CONFIG[key] for key in shared}
     assert config["label2id"] == {name: number for number, name in enumerate(NAMES)}
-    assert "transformers computes with the same settings" in caplog.messages
+    assert "transformers computes with the same settings" in " ".join(capsys.readouterr().out.split())
     # Again over itself, not over anything else.
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     (tmp_path / "c").mkdir()
     assert convert.main([str(source), str(tmp_path / "c"), "--to", "hf"]) == 2
-    assert "c exists and is no folder of transformers" in capsys.readouterr().err
+    assert "c exists and is no folder of transformers" in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
@@ -314,14 +314,14 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_repository_is_read_at_its_revision_with_the_files_that_are_needed_alone(hub):
-    trained = load_trained("hf:made/up")
-    assert same_weights(trained.model, arrays_of(1)) and trained.spec.class_names == tuple(NAMES)
-    assert trained.about["provenance"]["source"] == f"hf:made/up@{FIRST}"
+    loaded = load("hf:made/up")
+    assert same_weights(loaded.model, arrays_of(1)) and loaded.classes.class_names == tuple(NAMES)
+    assert loaded.metadata["provenance"]["source"] == f"hf:made/up@{FIRST}"
     names = {"config.json", "preprocessor_config.json", "model.safetensors"}
     assert set(hub.asked) == {("made/up", name) for name in names}
     hub.asked.clear()
     for revision in ("next", SECOND):
-        assert same_weights(load_trained(f"hf:made/up@{revision}").model, arrays_of(2))
+        assert same_weights(load(f"hf:made/up@{revision}").model, arrays_of(2))
     # In parts, and each fetched once.
     assert sorted(name for _, name in hub.asked) == [
         "config.json",
@@ -329,16 +329,16 @@ def test_a_repository_is_read_at_its_revision_with_the_files_that_are_needed_alo
         "model.safetensors.index.json",
     ]
     # Without a config what is asked of any file is asked of this one.
-    plain = load_trained("hf:made/plain")
-    assert plain.spec.name == "camvid" and plain.about["dataset"]["guessed"]
+    plain = load("hf:made/plain")
+    assert plain.classes.name == "camvid" and plain.metadata["dataset"]["guessed"]
 
 
 def test_a_repository_is_a_start_a_source_and_is_inspected(hub, tmp_path, capsys):
     model = tiny_model(5)
-    load_pretrained(model, "hf:made/up@next")
+    initialize(model, "hf:made/up@next")
     assert same_weights(model, arrays_of(2))
     assert convert.main(["hf:made/up", str(tmp_path / "b")]) == 0
-    assert f"hf:made/up@{FIRST}" in str(load_trained(tmp_path / "b").about["provenance"])
+    assert f"hf:made/up@{FIRST}" in str(load(tmp_path / "b").metadata["provenance"])
     assert inspect.main(["hf:made/up"]) == 0
     printed = capsys.readouterr().out
     assert "tram #" in printed and f"hf:made/up@{FIRST}" in printed
@@ -346,13 +346,13 @@ def test_a_repository_is_a_start_a_source_and_is_inspected(hub, tmp_path, capsys
 
 def test_what_was_fetched_once_is_used_without_a_network(hub, tmp_path, monkeypatch):
     for address in ("hf:made/up", "hf:made/up@next", "hf:made/plain"):
-        load_trained(address)
+        load(address)
     closed = f"http://127.0.0.1:{free_port()}"
     for offline in (True, False):
         use(monkeypatch, closed, tmp_path / "home", offline=offline)
-        assert same_weights(load_trained("hf:made/up").model, arrays_of(1))
-        assert same_weights(load_trained("hf:made/up@next").model, arrays_of(2))
-        assert load_trained("hf:made/plain").model.spec.num_classes == 11
+        assert same_weights(load("hf:made/up").model, arrays_of(1))
+        assert same_weights(load("hf:made/up@next").model, arrays_of(2))
+        assert load("hf:made/plain").model.spec.num_classes == 11
     # As a command, by the variables of huggingface_hub itself.
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -383,10 +383,11 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("address", PROBLEMS)
-def test_a_repository_that_cannot_be_used_is_told_in_one_or_two_lines(hub, address, capsys):
+def test_a_repository_that_cannot_be_used_is_refused_in_few_lines(hub, address, capsys):
     assert inspect.main([address]) == 2
     printed = capsys.readouterr()
-    assert re.search(PROBLEMS[address], printed.err) and printed.err.count("\n") == 1 and len(printed.err) < 240
+    message = " ".join(printed.err.split())
+    assert re.search(PROBLEMS[address], message) and printed.err.count("\n") <= 3 and len(message) < 240
     assert printed.out == "" and not any(name.endswith("safetensors") for _, name in hub.asked)
     with pytest.raises(CheckpointError, match=f"^{re.escape(address)}"):
         read_checkpoint(address)
@@ -397,14 +398,14 @@ def test_without_a_network_the_cache_is_named_at_once(tmp_path, monkeypatch, off
     use(monkeypatch, f"http://127.0.0.1:{free_port()}", tmp_path, offline=offline)
     why = "HF_HUB_OFFLINE is set" if offline else r"the Hub cannot be reached \(.*[Cc]onnection.*\)"
     with pytest.raises(CheckpointError, match=f"^hf:made/up: {why}, and it is not in the cache, {tmp_path}/hub$"):
-        load_trained("hf:made/up")
+        load("hf:made/up")
     assert caplog.messages == []
 
 
 def test_a_start_from_the_hub_is_checked_for_its_form_alone(tmp_path):
-    check(make_config(init__from_="hf:made/up@v1.0"), tmp_path / "run")
-    with pytest.raises(RunError, match=r"config\.init\.from: hf:made: a repository is written hf:owner/name"):
-        check(make_config(init__from_="hf:made"), tmp_path / "run")
+    check(make_config(init__checkpoint="hf:made/up@v1.0"), tmp_path / "run")
+    with pytest.raises(RunError, match=r"config\.init\.checkpoint: hf:made: a repository is written hf:owner/name"):
+        check(make_config(init__checkpoint="hf:made"), tmp_path / "run")
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch):

@@ -14,8 +14,8 @@ from segjax import to_torch
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.architectures import FAMILIES as OF_NAME
 from segjax.checkpoints.architectures import family_of
-from segjax.checkpoints.initialize import load_pretrained
-from segjax.checkpoints.key_maps import FORMS
+from segjax.checkpoints.initialize import initialize
+from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.state_dict import CheckpointError, named_variables, torch_name
 from segjax.train import run_checkpoints
 from tests.runs import functional_model
@@ -40,7 +40,7 @@ EXTRAS |= dict.fromkeys(("plain", "plain with norm", "mmseg", "segnext"), EXTRAS
 def forms(family):
     """Dialects with a place for the whole model."""
     of = family_of(FAMILIES[family][0])
-    return dict.fromkeys(form.dialect for form in FORMS if form.family == of and not form.encoder_only)
+    return dict.fromkeys(form.dialect for form in KEY_FORMATS if form.family == of and not form.encoder_only)
 
 
 def in_head(family, name):
@@ -65,7 +65,7 @@ def lines_of(caplog, source, model, **settings):
     """What is said of a start."""
     caplog.clear()
     with caplog.at_level(logging.INFO, "segjax"):
-        load_pretrained(model, source, **settings)
+        initialize(model, source, **settings)
     return caplog.messages
 
 
@@ -73,7 +73,7 @@ def refusal(model, source, **settings):
     """The message of a refusal, which has changed nothing."""
     before = weights(model)
     with pytest.raises(CheckpointError) as caught:
-        load_pretrained(model, source, **settings)
+        initialize(model, source, **settings)
     assert equal(before, weights(model)) == set(before)
     return str(caught.value)
 
@@ -98,17 +98,17 @@ def test_a_file_of_any_dialect_fills_the_whole_model(family, dialect, tmp_path, 
 def test_folders_of_models_and_of_runs_are_starts_as_files_are(family, tmp_path):
     source = tiny_model(1, family)
     expected = weights(source)
-    about = {"model": state_dict.model_record(source)}
-    orbax_folder.save_model(tmp_path / "converted", source, about={})
+    about = {"model": state_dict.model_metadata(source)}
+    orbax_folder.save_model(tmp_path / "converted", source, metadata={})
     run = tmp_path / "run"
-    orbax_folder.save_weights(run / "best", expected, about=about)
+    orbax_folder.save_weights(run / "best", expected, metadata=about)
     saved = run_checkpoints.RunCheckpoints(run / "checkpoints", keep=2)
     saved.save(3, weights(tiny_model(7, family)), {"step": np.int32(3)}, about)
     saved.save(5, expected, {"step": np.int32(5)}, about)
     saved.wait()
     for place in ("converted", "run", "run/best", "run/checkpoints/5"):
         model = tiny_model(2, family)
-        load_pretrained(model, tmp_path / place)
+        initialize(model, tmp_path / place)
         assert equal(weights(model), expected) == set(expected), place
 
 
@@ -117,7 +117,7 @@ def test_numbers_are_stored_in_the_type_of_the_model_and_a_path_may_begin_at_hom
     arrays = {key: value.astype(np.float16) for key, value in to_torch(tiny_model(1)).items() if "num" not in key}
     save(tmp_path / "half.safetensors", arrays)
     model = tiny_model(2)
-    load_pretrained(model, "~/half.safetensors")
+    initialize(model, "~/half.safetensors")
     assert {variable.get_value().dtype for variable in named_variables(model).values()} == {np.dtype(np.float32)}
     kernel = model.decode_head.linear_pred.kernel[...]
     np.testing.assert_array_equal(kernel, arrays["decode_head.linear_pred.weight"].transpose(2, 3, 1, 0))
@@ -133,7 +133,7 @@ def encoder_files(family):
     native = {key: value for key, value in to_torch(source).items() if not in_head(family, key)}
     yield "native", native | extras
     of = family_of(FAMILIES[family][0])
-    for form in FORMS:
+    for form in KEY_FORMATS:
         if form.family == of and form.encoder_only:
             yield form.dialect, to_torch(source, dialect=form.dialect) | extras
     if family == "segformer":
@@ -157,7 +157,7 @@ def test_an_encoder_alone_leaves_the_decoder_as_it_was(family, tmp_path, caplog)
         head = {name for name in before if in_head(family, name)}
         assert equal(after, before) == head and equal(after, expected) == set(before) - head, dialect
         assert said[0].startswith("read as ")
-        assert "an encoder alone: the decoder stays as initialised" in said
+        assert "encoder only: the decoder stays as initialised" in said
         extras = [key for key in arrays if key in EXTRAS.get(family, ()) or key.startswith("classifier.")]
         if extras:
             (unused,) = [line for line in said if line.startswith("not used from the checkpoint (")]
@@ -246,7 +246,7 @@ def test_an_encoder_under_another_kind_of_head_is_a_start_where_the_whole_head_s
     patterns = advised(refusal(model, path))
     assert patterns == OF_NAME[family_of(FAMILIES[target][0])].head
     before = weights(model)
-    load_pretrained(model, path, keep=patterns)
+    initialize(model, path, keep=patterns)
     after = weights(model)
     head = {name for name in before if in_head(target, name)}
     assert equal(after, before) == head
@@ -257,7 +257,7 @@ def test_any_part_may_stay_random(tmp_path):
     arrays = to_torch(tiny_model(1))
     model = tiny_model(2)
     before, expected = weights(model), weights(tiny_model(1))
-    load_pretrained(model, save(tmp_path / "a.safetensors", arrays), keep=["backbone.block2.*", "*.linear_fuse.bn.*"])
+    initialize(model, save(tmp_path / "a.safetensors", arrays), keep=["backbone.block2.*", "*.linear_fuse.bn.*"])
     after = weights(model)
     kept = {name for name in before if "block2" in name or "linear_fuse.bn" in name}
     assert len(kept) > 10 and equal(after, before) == kept and equal(after, expected) == set(before) - kept
@@ -292,7 +292,7 @@ def start(source, **settings):
     """The model of a run that starts from a checkpoint."""
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
-    config.init.from_ = str(source)
+    config.init.checkpoint = str(source)
     config.init.update(settings)
     with numpy_draws():
         return functional_model(config, 5, initial=True)
@@ -316,7 +316,7 @@ def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, cap
     text, at = " ".join(printed.split()), 0
     for piece in [
         "read as native",
-        "an encoder alone: the decoder stays as initialised",
+        "encoder only: the decoder stays as initialised",
         "not used from the checkpoint",
         "left as initialised",
         f"loaded {len(arrays) - 2} arrays",
@@ -331,7 +331,7 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
     config.model.update(SIZES)
     with numpy_draws():
         functional_model(config, 5, initial=True)
-        config.init.from_ = "/nowhere"
+        config.init.checkpoint = "/nowhere"
         functional_model(config, 5)
     assert capsys.readouterr().out == ""
 

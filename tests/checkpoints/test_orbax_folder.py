@@ -178,7 +178,7 @@ def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
     for name in ("run/7.orbax-checkpoint-tmp", ".model.new.orbax-checkpoint-tmp", ".model.new"):
         shutil.copytree(tmp_path / "run" / "3", tmp_path / name)
     save(tmp_path / "run", state, steps=(9,))
-    save_model(tmp_path / "model", tiny_model(0), about={})
+    save_model(tmp_path / "model", tiny_model(0), metadata={})
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["3", "9"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
     ):
         run.wait()
     with pytest.raises(CheckpointError, match=r"model: cannot be written \(No space left on device\)"):
-        save_model(tmp_path / "model", tiny_model(0), about={})
+        save_model(tmp_path / "model", tiny_model(0), metadata={})
     assert not any(path.name.startswith(".model") for path in tmp_path.iterdir())
     assert capfd.readouterr().err == "" and [record for record in caplog.records if record.levelno >= 40] == []
 
@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
 )
 def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed, num_classes, overrides):
     model = tiny_model(seed, num_classes=num_classes, **overrides)
-    save_model(tmp_path / "deep" / "model", model, about={"dataset": {"name": "noise"}})
+    save_model(tmp_path / "deep" / "model", model, metadata={"dataset": {"name": "noise"}})
     again = load_model(tmp_path / "deep" / "model")
     assert again.spec == model.spec
     assert_same_bits(state_dict.to_torch(again), state_dict.to_torch(model))
@@ -317,7 +317,7 @@ def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed,
 
 
 def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick_compile):
-    save_model(tmp_path / "model", tiny_model(0, dropout_rate=0.5, drop_path_rate=0.5), about={})
+    save_model(tmp_path / "model", tiny_model(0, dropout_rate=0.5, drop_path_rate=0.5), metadata={})
     model = load_model(tmp_path / "model")
     images = jnp.array(np.random.default_rng(0).standard_normal((2, 32, 40, 3)), jnp.float32)
     logits = nnx.jit(lambda model, images: model(images)[0])
@@ -328,7 +328,7 @@ def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick
 
 def test_a_float64_model_comes_back_as_one(tmp_path, float64):
     model = tiny_model(0, dtype=jnp.float64)
-    save_model(tmp_path / "model", model, about={})
+    save_model(tmp_path / "model", model, metadata={})
     again = load_model(tmp_path / "model")
     with jax.enable_x64(False), pytest.raises(state_dict.CheckpointError, match="jax_enable_x64"):
         load_model(tmp_path / "model")
@@ -338,8 +338,8 @@ def test_a_float64_model_comes_back_as_one(tmp_path, float64):
 
 def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
     old, new = tiny_model(0), tiny_model(1, num_classes=3)
-    save_model(tmp_path / "model", old, about={})
-    save_model(tmp_path / "model", new, about={})
+    save_model(tmp_path / "model", old, metadata={})
+    save_model(tmp_path / "model", new, metadata={})
     assert_same_bits(state_dict.to_torch(load_model(tmp_path / "model")), state_dict.to_torch(new))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -352,16 +352,16 @@ def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
     file.write_text("also dear")
     for place in (foreign, file):
         with pytest.raises(CheckpointError, match=f"{place} exists and is no checkpoint of segjax"):
-            save_model(place, tiny_model(0), about={})
+            save_model(place, tiny_model(0), metadata={})
     assert files_below(tmp_path) == [file, foreign / "holiday.jpg"]
     assert file.read_text() == "also dear" and (foreign / "holiday.jpg").read_bytes() == b"dear"
 
 
 def test_a_model_that_fails_to_be_saved_leaves_the_older_one(tmp_path):
     model = tiny_model(0)
-    save_model(tmp_path / "model", model, about={})
+    save_model(tmp_path / "model", model, metadata={})
     with pytest.raises(TypeError):
-        save_model(tmp_path / "model", tiny_model(1), about={"no JSON": object()})
+        save_model(tmp_path / "model", tiny_model(1), metadata={"no JSON": object()})
     assert_same_bits(state_dict.to_torch(load_model(tmp_path / "model")), state_dict.to_torch(model))
 
 
@@ -372,7 +372,7 @@ def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_pat
     run = RunCheckpoints(tmp_path / "checkpoints", keep=3)
     for step, arrays in ((9, other), (10, params | batch_stats)):
         # 10 comes before 9 in the order of letters.
-        run.save(step, arrays, {"step": np.int32(step)}, {"model": state_dict.model_record(model)})
+        run.save(step, arrays, {"step": np.int32(step)}, {"model": state_dict.model_metadata(model)})
     run.wait()
     for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
         assert_same_bits(state_dict.to_torch(load_model(place)), state_dict.to_torch(model))
@@ -382,7 +382,7 @@ def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_pat
 
 
 def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
-    save_model(tmp_path / "model", tiny_model(0), about={})
+    save_model(tmp_path / "model", tiny_model(0), metadata={})
     model = load_model(tmp_path / "model", dtype=jnp.bfloat16)
     assert model.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype(np.float32)}
@@ -401,7 +401,7 @@ def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
 def saved_model(tmp_path_factory):
     model = tiny_model(7)
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save_model(folder, model, about={})
+    save_model(folder, model, metadata={})
     return folder, state_dict.to_torch(model)
 
 
@@ -472,7 +472,7 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_
     content = json.loads(record.read_text())
     content["model"]["overrides"]["dims"] = [4, 8, 15, 16]
     record.write_text(json.dumps(orbax_folder.signed(content)))
-    with pytest.raises(CheckpointError, match=r"do not fit its own record of segformer_b0:\n.*\n.*instead of"):
+    with pytest.raises(CheckpointError, match=r"do not fit segformer_b0, which its metadata names:\n.*\n.*instead of"):
         load_model(broken)
 
 

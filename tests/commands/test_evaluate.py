@@ -1,6 +1,7 @@
 """The command: what it measures, what it leaves, and what it says of what cannot be."""
 
 import csv
+import dataclasses
 import json
 import os
 from types import SimpleNamespace
@@ -9,12 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from configs import common
 from segjax import metrics
 from segjax.checkpoints import orbax_folder
-from segjax.checkpoints.metadata import dataset_record
+from segjax.checkpoints.metadata import dataset_metadata
 from segjax.commands import evaluate, inspect
 from segjax.data import builders, prepared, specs, streets
+from segjax.data.open import GENERATORS
 from segjax.inference import evaluation
 from tests import runs
 from tests.tiny import tiny_model
@@ -40,7 +41,7 @@ def shapes(tmp_path_factory):
     """A checkpoint of three classes, and a folder of images to prepare that has them."""
     root = tmp_path_factory.mktemp("shapes")
     model = tiny_model(1, num_classes=3)
-    orbax_folder.save_model(root / "model", model, about={"dataset": dataset_record(SPEC)})
+    orbax_folder.save_model(root / "model", model, metadata={"dataset": dataset_metadata(SPEC)})
     rng = np.random.default_rng(0)
     source = root / "source"
     for split, sizes in {"val": [(33, 47), (40, 36), (33, 47)], "test": [(32, 32)]}.items():
@@ -117,15 +118,6 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
     np.testing.assert_array_equal(kept[11], split.images[11, ..., 0])
 
 
-def test_defaults_are_those_of_the_configs():
-    assert set(evaluate.SPLITS) == set(common.DATASETS) == {"streets", *builders.DATASETS}
-    for name, split in evaluate.SPLITS.items():
-        assert common.get_config(name).data.eval_split == split, name
-    config = common.get_config("streets")
-    drawn = config.data.train_images, config.data.eval_images, tuple(config.data.size), config.seed
-    assert drawn == tuple(evaluate.STREETS[key] for key in ("train", "val", "size", "seed"))
-
-
 # -------------------------------------------------------------------------------------------------------- of a training
 
 
@@ -148,18 +140,18 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
     config = {key: value for key, value in about["config"].items() if key not in ("debug", "init", "loss", "optim")}
     config["data"] = {key: value for key, value in config["data"].items() if key not in ("cache_gb", "resident_gb")}
     old = {key: about[key] for key in ("model", "dataset")} | {"config": config}
-    orbax_folder.save_weights(tmp_path / "checkpoints" / "6", weights, about=old)
+    orbax_folder.save_weights(tmp_path / "checkpoints" / "6", weights, metadata=old)
     (tmp_path / "result.json").write_text((workdir / "result.json").read_text())
     assert call("--workdir", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "exactly what" in printed and "step" not in printed and "drawing 5 street scenes" in printed
+    assert "exactly what" in printed and "step" not in printed and "drawing 5 images of streets" in printed
     assert inspect.main([str(tmp_path)]) == 0
     assert "a training of segjax\n" in capsys.readouterr().out
 
 
 def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
-    monkeypatch.setattr(streets, "load", lambda split, **drawn: (split, drawn["num_images"]))
-    config = orbax_folder.load_record(workdir)["config"]
+    monkeypatch.setitem(GENERATORS, "streets", lambda split, **drawn: (split, drawn["num_images"]))
+    config = orbax_folder.load_metadata(workdir)["config"]
     of = {split: evaluate._load("streets", split, None, None, config)[0] for split in ("train", "val", "test")}
     assert of == {"train": ("train", 7), "val": ("val", 5), "test": ("test", 5)}
     config["data"]["eval_split"] = "train"
@@ -224,17 +216,20 @@ def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, cap
     message = refused(capsys, "--checkpoint", workdir, *folder)
     assert "tells 19 classes of streets apart, and source has 3" in message
     other = specs.DatasetSpec("other", ("ground", "other", "thing"), SPEC.colors, 255)
-    orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), about={"dataset": dataset_record(other)})
+    known = {"dataset": dataset_metadata(other)}
+    orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), metadata=known)
     message = refused(capsys, "--checkpoint", tmp_path / "other", *folder)
     assert "1 is 'other', not 'thing', 2 is 'thing', not 'other'" in message and "of other are not those of" in message
 
 
 def test_classes_without_names_are_taken_as_they_come(shapes, tmp_path, capsys, monkeypatch):
     model = tiny_model(1, num_classes=19)
-    orbax_folder.save_model(tmp_path / "model", model, about={})
-    monkeypatch.setattr(evaluate, "STREETS", evaluate.STREETS | {"size": (40, 64), "val": 2})
+    orbax_folder.save_model(tmp_path / "model", model, metadata={})
+    few = dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(3, 2, (40, 64)))
+    monkeypatch.setitem(specs.DATASETS, "streets", few)
     assert call("--checkpoint", tmp_path / "model", "--data", "streets", "--output", tmp_path / "report") == 0
-    assert "does not name its classes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "does not name its classes" in printed and "drawing 2 images of streets" in printed
 
 
 def test_a_split_without_labels_is_refused(shapes, workdir, tmp_path, capsys, monkeypatch):

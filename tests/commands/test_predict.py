@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.checkpoints.load import Trained
+from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
 from segjax.data import codec
 from segjax.inference import batch_run
@@ -32,9 +32,9 @@ def models(monkeypatch):
         if path.name not in "51":
             raise ValueError(f"{path}: there is no such file")
         model, spec = MODELS[int(path.name)]
-        return Trained(model, spec, {})
+        return LoadedCheckpoint(model, spec, {})
 
-    monkeypatch.setattr(predict, "load_trained", load)
+    monkeypatch.setattr(predict, "load", load)
     monkeypatch.setattr(predict.environment, "prepare", lambda: None)
 
 
@@ -351,7 +351,7 @@ def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatc
 def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
     put(tmp_path / "x.png", scene(0, 20, 30))
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", checkpoint="nowhere") == 2
-    assert capsys.readouterr().err == "segjax.predict: nowhere: there is no such file\n"
+    assert capsys.readouterr().err == "segjax predict: nowhere: there is no such file\n"
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", "--crop", "8", "8") == 2
     assert "mode='slide'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.data import builders, codec, conversion, specs
+from segjax.data import builders, codec, masks, specs
 
 REPO = Path(__file__).parents[2]
 CLASSES = {
@@ -102,8 +102,9 @@ def data(tmp_path) -> Path:
 @pytest.fixture
 def tiny_camvid(tmp_path, monkeypatch) -> Path:
     """A tree with CamVid's classes, and CamVid's published numbers of images cut to that tree's."""
-    monkeypatch.setattr(specs, "CAMVID", dataclasses.replace(specs.CAMVID, splits=(("train", 2), ("val", 1))))
-    spec = specs.CAMVID
+    dataset = specs.DATASETS["camvid"]
+    spec = dataclasses.replace(dataset.spec, splits=(("train", 2), ("val", 1)))
+    monkeypatch.setitem(specs.DATASETS, "camvid", dataclasses.replace(dataset, spec=spec))
     classes = {"names": spec.class_names, "colors": spec.colors, "ignore": spec.ignore_label}
     root = make_tree(tmp_path / "camvid", classes)
     for path in root.glob("labels/*/*.png"):
@@ -303,7 +304,7 @@ def test_the_data_directory_defaults_to_that_of_tfds(tree, data, monkeypatch):
 
 def test_an_unchanged_folder_is_not_prepared_again(tree, data, monkeypatch):
     first = prepare(tree, data)
-    monkeypatch.setattr(conversion, "convert", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(masks, "convert", lambda *_: pytest.fail("checked again"))
     assert prepare(tree, data) == first
 
 
@@ -350,7 +351,7 @@ def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, data):
 
 def test_camvid_once_prepared_needs_no_source(tiny_camvid, data):
     prepared = prepare(tiny_camvid, data, "camvid")
-    assert prepared.spec == specs.CAMVID and prepared.path == data / "segjax_camvid/1.1.0"
+    assert prepared.spec == specs.DATASETS["camvid"].spec and prepared.path == data / "segjax_camvid/1.1.0"
     shutil.rmtree(tiny_camvid)
     again = builders.prepare("camvid", source=None, data_dir=str(data))
     assert again == prepared and again.load("train").labels.max() == 11
@@ -494,7 +495,10 @@ REFUSED = {
         lambda root: (remove("images/train/b.png")(root), (root / "images/train/b.png").symlink_to(root / "gone.png")),
         ["images/train/b.png"],
     ),
-    "file beside splits": (lambda root: write(root / "images/a.png", b""), ["beside the splits", "images/a.png"]),
+    "file next to splits": (
+        lambda root: write(root / "images/a.png", b""),
+        ["files next to the directories of the splits", "images/a.png"],
+    ),
     "no images/": (remove("images"), ["directories missing", "\n    images\n", "labels/train without images/train"]),
     "no labels/": (remove("labels"), ["directories missing", "\n    labels\n", "images/val without labels/val"]),
     "empty images/": (empty_directory("images"), ["without a split in them", "\n    images\n"]),
@@ -605,7 +609,7 @@ def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, mess
 
 
 def test_a_failure_midway_leaves_no_dataset_and_the_next_run_goes_on(tree, data, monkeypatch, capsys):
-    convert = conversion.convert
+    convert = masks.convert
 
     def convert_then_lose_a_file(*args):
         result = convert(*args)
@@ -613,7 +617,7 @@ def test_a_failure_midway_leaves_no_dataset_and_the_next_run_goes_on(tree, data,
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "convert", convert_then_lose_a_file)
+        patch.setattr(masks, "convert", convert_then_lose_a_file)
         with pytest.raises(FileNotFoundError, match=r"a\.png"):
             prepare(tree, data)
     left = [path for path in data.rglob("*") if path.is_file() or path.name == "1.1.0" or "incomplete" in path.name]

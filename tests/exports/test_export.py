@@ -33,7 +33,7 @@ def run(*arguments):
 
 
 def saved(folder, model, **about):
-    orbax_folder.save_model(folder, model, about=about)
+    orbax_folder.save_model(folder, model, metadata=about)
     return folder
 
 

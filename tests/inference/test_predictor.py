@@ -12,8 +12,8 @@ import pytest
 
 import segjax
 from configs import segformer
-from segjax.checkpoints import files, metadata, orbax_folder
-from segjax.checkpoints.load import Trained
+from segjax.checkpoints import metadata, orbax_folder, save
+from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
 from segjax.inference.predictor import Predictor, as_rgb
@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 
 def pixels(num_classes=5, seed=0, *, context=False, **settings):
     model = Pixels(num_classes, seed, context=context)
-    return model, Predictor(Trained(model, BINARY if num_classes == 1 else SPEC, {}), **settings)
+    return model, Predictor(LoadedCheckpoint(model, BINARY if num_classes == 1 else SPEC, {}), **settings)
 
 
 def softmax(scores):
@@ -61,7 +61,7 @@ def test_a_real_model_predicts_what_its_enlarged_logits_say(quick_compile):
     clear = ordered[..., -1] - ordered[..., -2] > 1e-3
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(predict(image)[clear], scores.argmax(axis=-1)[clear])
-    assert predict.spec.label_names == tuple(f"class {k}" for k in range(5))
+    assert predict.classes.label_names == tuple(f"class {k}" for k in range(5))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -100,14 +100,14 @@ def test_a_checkpoint_is_enough(form, tmp_path, quick_compile):
     place = tmp_path / "model"
     if form == "safetensors":
         place = tmp_path / "model.safetensors"
-        files.write_file(place, model, dialect="native", about={})
+        save.write_checkpoint(place, model, dialect="native", metadata={})
     else:
-        about = {} if form == "converted" else {"dataset": metadata.dataset_record(SPEC)}
-        orbax_folder.save_model(place / "checkpoints" / "7" if form == "training" else place, model, about=about)
+        about = {} if form == "converted" else {"dataset": metadata.dataset_metadata(SPEC)}
+        orbax_folder.save_model(place / "checkpoints" / "7" if form == "training" else place, model, metadata=about)
     predict = segjax.Predictor(str(place))
     image = scene(5, 48, 64)
     np.testing.assert_array_equal(predict(image), Predictor(model)(image))
-    assert predict.spec.class_names == (
+    assert predict.classes.class_names == (
         SPEC.class_names if form == "training" else tuple(f"class {k}" for k in range(5))
     )
 

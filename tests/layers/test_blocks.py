@@ -11,7 +11,6 @@ from flax import nnx
 from segjax import layers
 from segjax.kernels import choice
 from segjax.layers import BlockExecution
-from segjax.layers.blocks import _BLOCK_EXECUTION
 from segjax.models import segformer_simple
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
@@ -52,7 +51,7 @@ def noise(shapes):
 
 
 class Row(nnx.Module):
-    """A row of blocks by itself, with what a `Skeleton` asks of a model."""
+    """A group of blocks on its own, with what a `FunctionalModel` asks of a model."""
 
     def __init__(self, kind):
         family = kind.partition(",")[0]
@@ -60,14 +59,16 @@ class Row(nnx.Module):
         self.blocks = of_model(tiny_model(0, family, dtype=jnp.float64, **DEEP[family]))
         self.call = CALLS.get(family, lambda block, x: block(x))
         self.spec, self.size_multiple = None, 1
+        self.execution = layers.PLAIN
 
     def __call__(self, x):
-        return layers.run_blocks(self.blocks, x, self.call)
+        return layers.run_blocks(self.blocks, x, self.execution, self.call)
 
 
 def called(model, execution, x):
-    # Without the fast forms: SegNeXt's strips, written out, take four times as long to compile.
-    with layers.blocks_executed(execution), choice.published_forms():
+    model.set_attributes(execution=execution)
+    # Without the fast implementations: SegNeXt's strips, written out, take four times as long to compile.
+    with choice.published_implementations():
         return model(x)
 
 
@@ -262,9 +263,24 @@ def test_under_bfloat16_blocks_of_every_family_can_be_gone_through_in_every_way(
         assert bool(scans(found)) == bool(execution.scan_from) and bool(remats(found)) == execution.remat
 
 
-def test_a_way_to_go_through_blocks_ends_with_its_context():
-    with layers.blocks_executed(EXECUTIONS["scan"]):
-        with layers.blocks_executed(EXECUTIONS["remat"]):
-            assert _BLOCK_EXECUTION.get() == EXECUTIONS["remat"]
-        assert _BLOCK_EXECUTION.get() == EXECUTIONS["scan"]
-    assert _BLOCK_EXECUTION.get() == layers.PLAIN
+def test_the_execution_is_for_training_and_part_of_the_key_of_jit():
+    model = tiny_model(0, "segformer", depths=(3, 1, 1, 1), drop_path_rate=0.0)
+    functional = FunctionalModel(model, execution=EXECUTIONS["scan"])
+    params, batch_stats = functional.arrays()
+    x = np.zeros((2, 32, 64, 3), np.float32)
+    found = [
+        scans(
+            list(
+                equations(jax.make_jaxpr(lambda x, key=key: functional.bind(params, batch_stats, key=key)(x))(x).jaxpr)
+            )
+        )
+        for key in (None, jax.random.key(0))
+    ]
+    assert found == [[], [3]]
+    # The model itself stays as it was.
+    assert model.backbone.execution == layers.PLAIN
+    graphs = set()
+    for execution in EXECUTIONS.values():
+        model.set_attributes(execution=execution)
+        graphs.add(nnx.split(model)[0])
+    assert len(graphs) == len(EXECUTIONS)

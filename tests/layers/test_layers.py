@@ -11,8 +11,8 @@ from segjax.kernels import choice, convolution, cross_entropy, gelu
 from segjax.kernels import decoder as kernels_decoder
 from segjax.kernels import units as kernels_units
 from segjax.kernels.feed_forward import feed_forward_by_rows
-from segjax.kernels.units import compiled_apart, once
-from segjax.layers import decoder
+from segjax.kernels.units import compiled_apart
+from segjax.layers import once
 
 
 def calls(function, *arguments):
@@ -56,7 +56,7 @@ def test_once_is_a_call_on_the_way_there_and_on_the_way_back():
         assert len(calls(read_twice(lambda x: once(x * x)), x)) == 1
         back = calls(slopes(lambda x: once(x * x) + x, of=0), x)
     assert len(back) == 2 and all("_unchanged" in name for name in back)
-    with choice.published_forms():
+    with choice.published_implementations():
         assert calls(read_twice(lambda x: once(x * x)), x) == []
 
 
@@ -102,11 +102,12 @@ def feed_forward(*, pointwise=False, channels=4, hidden=64):
     named = dict(first=first, depthwise=depthwise, last=last) | (dict(pointwise=middle) if pointwise else {})
     arrays = {name: (layer.kernel[...], layer.bias[...]) for name, layer in named.items()}
 
-    def in_steps(x):
+    @layers.cpu_implementation(lambda x: layers.feed_forward(first, depthwise, last, x, pointwise=middle))
+    def run(x):
         hidden = depthwise(first(x))
         return last(layers.gelu(middle(hidden) if pointwise else hidden))
 
-    return lambda x: layers.feed_forward(first, depthwise, last, x, in_steps=in_steps, pointwise=middle), arrays
+    return run, arrays
 
 
 # Units of a map in one piece, of a band, and of a forward pass with its backward pass.
@@ -150,7 +151,7 @@ def test_a_band_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monke
     run, _ = feed_forward()
     x = normal(2, 64, 16, 4, seed=9)
     widest = 16 * x.nbytes
-    with choice.published_forms():
+    with choice.published_implementations():
         assert temporaries(lambda x: run(x), x) >= widest
     monkeypatch.setattr(kernels_units, "BAND_BYTES", widest // 32)
     with choice.meant_for("cpu"):
@@ -163,12 +164,10 @@ def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
     kinds = dict(**KINDS, rngs=nnx.Rngs(0))
     fuse, classifier = layers.Conv(12, 64, 1, **kinds), layers.Conv(64, 3, 1, **kinds)
 
+    @layers.cpu_implementation(lambda *levels: layers.decode(levels, fuse, jax.nn.relu, classifier))
     def run(*levels):
-        def fused():
-            return layers.conv1x1_of_resized(fuse, levels, lambda x: layers.resize(x, sizes[0]))
-
-        settings = dict(placing="half", training=False, fused=fused)
-        return decoder.decode(levels, fuse, jax.nn.relu, classifier, **settings)
+        fused = layers.conv1x1_of_resized(fuse, levels, lambda x: layers.resize(x, sizes[0]))
+        return layers.classify(classifier, jax.nn.relu(fused))
 
     enlarged = 2 * 128 * 16 * 64 * 4
     monkeypatch.setattr(kernels_units, "BAND_BYTES", enlarged // 16)

@@ -327,7 +327,7 @@ def test_json_is_the_summary_and_nothing_else(capsys):
 def test_an_error_is_one_line_and_status_2(arguments, says, capsys):
     status, out, err = run(capsys, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("segjax.summary: ") and says in err
+    assert err.startswith("segjax summary: ") and says in err
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
 """Every recipe: what each variant and dataset builds, the published numbers, and which parameters are treated apart."""
 
 import importlib
-import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 import segjax
-from configs import common
 from segjax import layers, losses, models
+from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.engine import predict_labels
 from segjax.models import segformer_simple
@@ -27,7 +24,7 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glo
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 VARIANTS = [(name, variant) for name in NAMES for variant in CONFIGS[name].VARIANTS]
 FIRST = ("b0", "plain_b0", "mmseg_b0", "small", "small_ocr")
-COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in common.DATASETS]
+COMBINATIONS = [(name, variant, dataset) for name, variant in VARIANTS for dataset in specs.DATASETS]
 NORMS = (layers.LayerNorm, layers.BatchNorm, layers.GroupNorm, segformer_simple.LayerNorm)
 # First words of the names of an encoder's parameters; what is left is the head.
 ENCODERS = {
@@ -155,7 +152,7 @@ def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, data
 
 
 @pytest.mark.parametrize("name", PICKY)
-@pytest.mark.parametrize("dataset", common.DATASETS)
+@pytest.mark.parametrize("dataset", specs.DATASETS)
 def test_crops_of_models_that_enlarge_by_whole_factors_divide_by_32(name, dataset):
     assert [side % 32 for side in get(name, "", dataset).augment.crop] == [0, 0]
 
@@ -186,7 +183,7 @@ def test_a_folder_is_trained_on_by_the_published_recipe(name, variant):
     assert terms == dict.fromkeys(losses.TERMS, 0.0) | {"cross_entropy": 1.0}
     assert (config.loss.aux_weight, config.loss.class_weights, config.loss.label_smoothing) == (0.4, None, 0.0)
     assert (config.train.accumulate, config.train.ema, config.train.may_skip) == (1, 0.0, 0)
-    assert (config.optim.frozen, config.init.from_, config.init.keep) == ((), "", ())
+    assert (config.optim.frozen, config.init.checkpoint, config.init.keep) == ((), "", ())
     assert tuple(config.augment.scale) == (0.5, 2.0) and config.augment.flip == 0.5
 
 
@@ -222,7 +219,7 @@ def test_on_streets_nothing_is_dropped(name, variant):
     [pair if pair[1] in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in VARIANTS],
 )
 def test_what_does_not_decay_is_what_was_published(name, variant):
-    for dataset in common.DATASETS:
+    for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         model = model_of(config)
         still, norms = matched(model, config.optim.no_decay), of_modules(model, NORMS)
@@ -246,7 +243,7 @@ def test_what_does_not_decay_is_what_was_published(name, variant):
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_the_head_is_all_that_is_not_the_encoder(name, variant):
-    for dataset in common.DATASETS:
+    for dataset in specs.DATASETS:
         config = get(name, variant, dataset)
         names = parameters(model_of(config))
         encoder = {key for key in names if key.startswith(ENCODERS[name])}
@@ -262,19 +259,22 @@ def test_the_head_is_all_that_is_not_the_encoder(name, variant):
 # ----------------------------------------------------------------------------------------- settings that cannot be used
 
 WRONG = {
-    "optim.schedule": ("step", "optim.schedule is one of poly, cosine, not 'step'"),
-    "optim.clip_norm": (-1.0, "optim.clip_norm must not be negative: -1.0"),
-    "optim.no_decay": ("norm(", "optim.no_decay is no regular expression: 'norm('"),
-    "optim.frozen": (("backbone", "*"), "optim.frozen is no regular expression: '*'"),
-    "optim.lr_multipliers": (
-        (("head", 10.0), ("[", 2.0)),
-        "optim.lr_multipliers is no regular expression: '['",
+    "optim.schedule": ("step", "'step'; must be 'poly' or 'cosine'"),
+    "optim.clip_norm": (-1.0, "-1.0; must be finite and at least 0"),
+    "optim.no_decay": (
+        "norm(",
+        "'norm('; must be a regular expression (missing ), unterminated subpattern at position 4)",
     ),
-    "train.accumulate": (3, "train.batch=8 does not divide among 4 devices and 3 micro-batches"),
-    "train.ema": (1.0, "train.ema lies in [0, 1), 0 for none: 1.0"),
-    "train.may_skip": (-1, "train.may_skip must not be negative: -1"),
-    "eval.patience": (2, "eval.patience=2 needs eval.every"),
-    "init.keep": (("head.*",), "init.keep names what stays random of a checkpoint, and needs init.from"),
+    "optim.frozen": (
+        ("backbone", "*"),
+        "('backbone', '*'); must be a tuple of regular expressions, as in ('backbone',)",
+    ),
+    "train.accumulate": (0, "0; must be at least 1 and at most 100000"),
+    "train.batch": (6, "6; does not divide among 4 devices"),
+    "train.ema": (1.0, "1.0; must be at least 0 and less than 1"),
+    "train.may_skip": (-1, "-1; must be at least 0"),
+    "eval.patience": (2, "2; needs eval.every, the steps between two evaluations"),
+    "init.keep": (("head.*",), "('head.*',); says what stays random of a checkpoint, and needs init.checkpoint"),
 }
 
 
@@ -290,16 +290,25 @@ def test_a_setting_that_cannot_be_used_is_refused_by_its_key(key, tmp_path):
     value, message = WRONG[key]
     with pytest.raises(RunError) as caught:
         check(changed(**{key: value}), tmp_path)
-    assert str(caught.value) == f"the settings cannot be used:\n  config.{message}"
+    assert str(caught.value) == f"the settings cannot be used:\n  config.{key}: {message}"
 
 
 def test_all_that_is_wrong_with_the_settings_is_in_one_error(tmp_path):
-    values = {key: value for key, (value, _) in WRONG.items()} | {"init.from_": str(tmp_path / "absent")}
+    absent = str(tmp_path / "absent")
+    values = {key: value for key, (value, _) in WRONG.items()} | {"init.checkpoint": absent}
     with pytest.raises(RunError) as caught:
         check(changed(**values), tmp_path)
     lines = str(caught.value).splitlines()[1:]
-    expected = [f"  config.{message}" for key, (_, message) in WRONG.items() if key != "init.keep"]
-    assert sorted(lines) == sorted([*expected, f"  config.init.from: there is nothing at {tmp_path / 'absent'}"])
+    # Nothing follows from an accumulate that is wrong, and a checkpoint is named.
+    expected = [
+        f"  config.{key}: {message}" for key, (_, message) in WRONG.items() if key not in ("init.keep", "train.batch")
+    ]
+    assert sorted(lines) == sorted([*expected, f"  config.init.checkpoint: there is nothing at {absent}"])
+
+
+def test_a_batch_divides_among_devices_and_micro_batches(tmp_path):
+    with pytest.raises(RunError, match=r"batch: 8; does not divide among 4 devices and 3 micro-batches$"):
+        check(changed(**{"train.accumulate": 3}), tmp_path)
 
 
 @pytest.mark.parametrize("value", [("head", 10.0), (("head",),), (("head", "10"),), ((),), (("head", -1.0),)])
@@ -307,7 +316,8 @@ def test_multipliers_that_are_no_pairs_are_refused_with_an_example(value, tmp_pa
     with pytest.raises(RunError) as caught:
         check(changed(**{"optim.lr_multipliers": value}), tmp_path)
     (line,) = str(caught.value).splitlines()[1:]
-    assert line.endswith(f"optim.lr_multipliers are (pattern, factor) pairs, as in (('head', 10.0),), not {value}")
+    must_be = "(regular expression, factor) pairs, as in (('head', 10.0),)"
+    assert line == f"  config.optim.lr_multipliers: {value}; must be {must_be}"
 
 
 def test_settings_that_can_be_used_are_taken(tmp_path):
@@ -325,31 +335,9 @@ def test_settings_that_can_be_used_are_taken(tmp_path):
                 "train.may_skip": 3,
                 "eval.every": 10,
                 "eval.patience": 2,
-                "init.from_": str(tmp_path / "file.pth"),
+                "init.checkpoint": str(tmp_path / "file.pth"),
                 "init.keep": ("head.*",),
             }
         ),
         tmp_path / "new" / "folder",
     )
-
-
-def test_every_new_setting_is_a_flag_of_the_command(monkeypatch):
-    # init.from, a word of Python's, is one by train.py's doing.
-    values = {
-        "init.keep": "('decode_head.*',)",
-        "optim.frozen": "('patch_embed','block1')",
-        "optim.lr_multipliers": "(('head',3.0),)",
-        "train.accumulate": "2",
-        "train.ema": "0.999",
-        "loss.class_weights": "median_frequency",
-    }
-    arguments = ["train.py", *(f"--config.{key}={value}" for key, value in values.items())]
-    monkeypatch.setattr(sys, "argv", arguments)
-    given = flags.FlagValues()
-    config = get("segformer", "b0", "streets")
-    config_flags.DEFINE_config_dict("config", config, flag_values=given)
-    given(arguments)
-    assert config.init.keep == ("decode_head.*",)
-    assert (config.optim.frozen, config.optim.lr_multipliers) == (("patch_embed", "block1"), (("head", 3.0),))
-    assert (config.train.accumulate, config.train.ema) == (2, 0.999)
-    assert config.loss.class_weights == "median_frequency"

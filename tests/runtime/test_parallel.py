@@ -106,7 +106,7 @@ def trained(kind, devices, family="segformer"):
     if family == "segformer":
         return train(parallel, functional, everything)
     # Without the fast forms: SegNeXt's strips, written out, take four times as long to compile.
-    with choice.published_forms():
+    with choice.published_implementations():
         return train(parallel, functional, as_it_is, (32, 40))
 
 
@@ -303,7 +303,7 @@ def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
         after, scalars = train_step(state, batch, jax.random.key(0))
         return {name: after.params[name] - params[name] for name in params}, scalars["loss"]
 
-    with choice.published_forms():
+    with choice.published_implementations():
         without, main = step(0.0)
     found, loss = step(0.4)
     whole, both = step(1.0)

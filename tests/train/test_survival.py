@@ -63,7 +63,7 @@ def flat(text):
     return " ".join(text.split())
 
 
-FULL = "What was saved before is whole: make room, and give the same command again"
+FULL = "What was saved before is complete: free some space, and give the same command again"
 
 
 def differing(alone, workdir):
@@ -163,7 +163,7 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
 def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
     _, stages = hard_life
     stage = stages["told twice"]
-    assert stage.status == 143 and "train.py: stopped at once; what was saved is whole" in stage.said
+    assert stage.status == 143 and "segjax train: stopped at once; what was saved is complete" in stage.said
     assert "stopped at step" not in stage.said and "Traceback" not in stage.said
     # The next start goes on from what is whole.
     assert f"resuming at step {stage.checkpoints[-1]} of {STEPS} " in stages[ALL_BUT_TRAINING].said
@@ -181,7 +181,7 @@ def test_a_full_disk_ends_a_run_with_the_reason_and_leaves_the_last_save_whole(h
     _, stages = hard_life
     stage, before = stages[room], stages["told twice"].checkpoints
     assert stage.status == 2 and stage.checkpoints[-1] >= before[-1]
-    complaint = re.search(f" train.py: {where} {FULL}$", stage.said)
+    complaint = re.search(f" segjax train: {where} {FULL}$", stage.said)
     assert complaint
     assert "Traceback" not in stage.said and "rror" not in stage.said[: complaint.start()]
 

@@ -1,4 +1,4 @@
-"""Published datasets, in made-up archives of their form: every form gives the same, and what is wrong is refused."""
+"""Datasets in archives made up for the test: every way of giving them is the same dataset, and faults are refused."""
 
 import dataclasses
 import errno
@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 from segjax.commands.data import main
-from segjax.data import builders, codec, conversion, published, sources, specs
+from segjax.data import archives, builders, codec, masks, sources, specs
 
 REPO = Path(__file__).parents[2]
-NAMES = list(published.PUBLISHED)
+NAMES = list(archives.READERS)
 COUNTS = {
     "cityscapes": {"train": 3, "val": 2, "test": 2},
     "ade20k": {"train": 3, "val": 2},
@@ -180,9 +180,10 @@ def pack(root: Path, archive: Path, part: str) -> Path:
 @pytest.fixture
 def few(monkeypatch):
     """The published numbers of images cut to those of `COUNTS`."""
-    for name, dataset in published.PUBLISHED.items():
+    for name in NAMES:
+        dataset = specs.DATASETS[name]
         spec = dataclasses.replace(dataset.spec, splits=tuple(COUNTS[name].items()))
-        monkeypatch.setitem(published.PUBLISHED, name, dataclasses.replace(dataset, spec=spec))
+        monkeypatch.setitem(specs.DATASETS, name, dataclasses.replace(dataset, spec=spec))
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ def test_a_dataset_once_prepared_needs_no_source_and_takes_any_form_of_it(name, 
     sources = forms(name, tmp_path)
     first = prepare(name, data, *sources["archives"])
     before = files_in(data)
-    monkeypatch.setattr(conversion, "convert", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(masks, "convert", lambda *_: pytest.fail("prepared again"))
     assert builders.prepare(name, source=None, data_dir=str(data)) == first
     for source in sources.values():
         assert prepare(name, data, *source) == first
@@ -288,10 +289,10 @@ def test_a_dataset_once_prepared_needs_no_source_and_takes_any_form_of_it(name, 
 
 
 def test_archives_that_have_not_changed_are_not_even_opened(few, tmp_path, data, monkeypatch):
-    archives = Made(tmp_path / "made", "pet").packed(tmp_path)
-    first = prepare("pet", data, *archives)
-    monkeypatch.setattr(published, "in_archive", lambda *_: pytest.fail("opened again"))
-    assert prepare("pet", data, *archives) == first
+    packed = Made(tmp_path / "made", "pet").packed(tmp_path)
+    first = prepare("pet", data, *packed)
+    monkeypatch.setattr(archives, "in_archive", lambda *_: pytest.fail("opened again"))
+    assert prepare("pet", data, *packed) == first
 
 
 def test_the_source_of_a_config_is_one_path(few, tmp_path, data):
@@ -343,7 +344,7 @@ def test_names_and_colours_of_the_classes_are_the_published_ones():
 
 
 def test_the_published_numbers_of_images():
-    assert {name: dict(dataset.spec.splits) for name, dataset in published.PUBLISHED.items()} == {
+    assert {name: dict(specs.DATASETS[name].spec.splits) for name in NAMES} == {
         "cityscapes": {"train": 2975, "val": 500, "test": 1525},
         "ade20k": {"train": 20210, "val": 2000},
         "voc": {"train": 1464, "val": 1449},
@@ -403,7 +404,7 @@ def test_records_are_read_in_any_order_from_any_thread_and_after_pickling(name, 
                 assert image.shape == (height, width, 3) and image.dtype == label.dtype == np.uint8
                 np.testing.assert_array_equal(image, loaded.images[i, :height, :width])
                 np.testing.assert_array_equal(label, loaded.labels[i, :height, :width])
-    assert len(list(records)) == 3 and repr(records) == f"Records({name} train, 3 images)"
+    assert len(list(records)) == 3 and repr(records) == f"PreparedRecords({name} train, 3 images)"
     for index in (-1, 3):
         with pytest.raises(IndexError, match=f"{name} train has 3 images, and no number {index}"):
             records[index]
@@ -468,12 +469,12 @@ def start_and_kill(name: str, data: Path, source: list[Path], *, after: int) -> 
     """Starts a preparation in a process of its own and kills it once it has noted `after` images."""
     code = f"""
 import dataclasses, time
-from segjax.data import builders, codec, prepared, published
+from segjax.data import builders, codec, masks, specs
 
-dataset = published.PUBLISHED[{name!r}]
+dataset = specs.DATASETS[{name!r}]
 spec = dataclasses.replace(dataset.spec, splits=tuple({COUNTS[name]!r}.items()))
-published.PUBLISHED[{name!r}] = dataclasses.replace(dataset, spec=spec)
-prepared.THREADS = 1
+specs.DATASETS[{name!r}] = dataclasses.replace(dataset, spec=spec)
+masks.THREADS = 1
 encode = codec.encode_mask
 codec.encode_mask = lambda labels: (time.sleep(0.2), encode(labels))[1]
 builders.prepare({name!r}, source={list(map(str, source))!r}, data_dir={str(data)!r})
@@ -528,9 +529,9 @@ def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path,
 
 
 def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
-    first, second = (conversion.Measured((i, 2), (3, 4)) for i in range(2))
+    first, second = (masks.Measured((i, 2), (3, 4)) for i in range(2))
     for name, measured in (("a", first), ("b", second)):
-        scratch = conversion.Scratch(tmp_path / "scratch")
+        scratch = masks.Scratch(tmp_path / "scratch")
         with scratch.journal() as note:
             note("train", name, measured)
         with (tmp_path / "scratch/checked.jsonl").open("a") as file:
@@ -552,7 +553,7 @@ def refused(name, data: Path, *source: Path) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_other_numbers_of_images_than_published_are_refused(name, tmp_path, data):
     made = Made(tmp_path / "made", name)
-    published_numbers = ", ".join(f"{split} {count}" for split, count in published.PUBLISHED[name].spec.splits)
+    published_numbers = ", ".join(f"{split} {count}" for split, count in specs.DATASETS[name].spec.splits)
     made_numbers = ", ".join(f"{split} {count}" for split, count in COUNTS[name].items())
     for source in ([made.root], made.packed(tmp_path / "archives")):
         report = refused(name, data, *source)
@@ -662,7 +663,7 @@ def test_sources_of_something_else_are_refused_with_what_they_hold(name, few, tm
     needs = next(iter(ARCHIVES[name]))
     for source, found in (("other", "other holds .hidden, photos"), ("empty", "empty holds nothing")):
         report = refused(name, data, tmp_path / source)
-        assert found in report and needs in report and published.PUBLISHED[name].layout in report
+        assert found in report and needs in report and archives.READERS[name].layout in report
     report = refused(name, data, tmp_path / "other.zip")
     assert f"which comes in {needs}; found: README, photos" in report
 
@@ -708,7 +709,7 @@ def test_a_damaged_file_inside_a_zip_is_refused_by_name(few, tmp_path, data):
 def test_files_that_come_twice_are_refused(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     report = refused("cityscapes", data, made.root, *made.packed(tmp_path / "archives"))
-    assert "files that come twice" in report and "gtFine_trainvaltest.zip" in report
+    assert "files that were given twice" in report and "gtFine_trainvaltest.zip" in report
 
 
 def test_other_files_than_those_it_was_prepared_from_are_refused(few, tmp_path, data):
@@ -751,7 +752,7 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
     for split, count in COUNTS[name].items():
         assert f"{split:<20} {count:>9}" in text
     assert ("not published" in text) == (name == "cityscapes")
-    spec = published.PUBLISHED[name].spec
+    spec = specs.DATASETS[name].spec
     assert all(label[:18] in text for label in spec.label_names)
     labels = builders.prepare(name, source=None, data_dir=str(data)).load("train").labels
     counts = np.array([np.sum(labels == value) for value in range(len(spec.label_names))])
@@ -766,7 +767,7 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
 def test_the_command_ends_with_2_and_one_error(tmp_path):
     done = run("prepare", "cityscapes", "--source", tmp_path / "none.zip", "--data-dir", tmp_path / "data")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("segjax.data: cityscapes: ") and done.stderr.count("\n") == 3
+    assert done.stderr.startswith("segjax data: cityscapes: ") and done.stderr.count("\n") == 3
     assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
     done = run("prepare", "kitti")
     assert done.returncode == 2 and "invalid choice: 'kitti'" in done.stderr and "ade20k" in done.stderr
@@ -783,7 +784,7 @@ def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
         return encode(labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr("segjax.data.prepared.THREADS", 1)
+        patch.setattr(masks, "THREADS", 1)
         patch.setattr(codec, "encode_mask", encode_some)
         assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 130
     assert "the same command goes on" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Published datasets in the form of their official archives, extracted or not.
+"""Readers of published datasets, whose images and masks lie in their official archives, extracted or not.
 
     cityscapes  leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip; raw label ids, of which 19 are evaluated
     ade20k      ADEChallengeData2016.zip; 0 is unlabelled, 1..150 are the classes
@@ -7,6 +7,8 @@
 
 Sources: cityscapes-dataset.com and cityscapesScripts (labels.py); sceneparsing.csail.mit.edu; the development kit of
 host.robots.ox.ac.uk/pascal/VOC/voc2012; robots.ox.ac.uk/~vgg/data/pets.
+
+`READERS`, at the end, has one entry for each dataset of kind "archives" in `specs.DATASETS`.
 """
 
 from __future__ import annotations
@@ -37,19 +39,18 @@ Files = dict[str, File]  # by the path inside the dataset
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """A published dataset.
+class Reader:
+    """How the examples of a dataset are found among the files of its archives.
 
     Attributes:
-      spec: what it is, with the published numbers of images.
-      parts: the folders that are read, and the official archive that each comes in.
-      above: folders that the archives have above those.
+      parts: folder that is read -> official archive that contains it.
+      above: folders of the archives that enclose those of `parts`; removed from paths.
       layout: the files that are read, for messages.
-      find: examples among the files; says what is missing in the problems.
-      train_ids: int16 (256,), the train id of each value of the masks, -1 for values that they cannot have.
+      find: (files, problems) -> examples by split; adds what is missing to the problems.
+      train_ids: int16 (256,), the train id of each mask value; the ignore label for a value that is ignored, -1 for
+        one that the masks cannot have.
     """
 
-    spec: specs.DatasetSpec
     parts: Mapping[str, str]
     above: tuple[str, ...]
     layout: str
@@ -62,10 +63,19 @@ class Published:
         return f"{' and '.join(dict.fromkeys(self.parts.values()))}, or what they hold: {self.layout}"
 
 
-def locate(dataset: Published, given: list[Path], problems: Problems) -> tuple[list[tuple[str, Path]], list[Path]]:
-    """What of the given paths is to be read: (path inside, file) in folders, and archives."""
+def locate(
+    name: str, reader: Reader, given: list[Path], problems: Problems
+) -> tuple[list[tuple[str, Path]], list[Path]]:
+    """The files and archives to read among the given paths.
+
+    Args:
+      name: of the dataset, for messages.
+
+    Returns:
+      (path inside the dataset, path on disk) of files in folders, and paths of archives.
+    """
     loose, archives = [], []
-    known = {*dataset.parts, *dataset.above}
+    known = {*reader.parts, *reader.above}
     for path in given:
         if not path.is_dir():
             archives.append(path)
@@ -74,14 +84,14 @@ def locate(dataset: Published, given: list[Path], problems: Problems) -> tuple[l
         if not inside and path.name in known:
             loose += in_folder(path.parent, [path.name])
             continue
-        # A folder may hold the archives, or some of them beside what was extracted from others.
-        wanted = [] if set(inside) & set(dataset.above) else [part for part in dataset.parts if part not in inside]
-        packed = {path / dataset.parts[part]: None for part in wanted if (path / dataset.parts[part]).is_file()}
+        # A folder may contain the archives, or some of them next to the extracted files of the others.
+        wanted = [] if set(inside) & set(reader.above) else [part for part in reader.parts if part not in inside]
+        packed = {path / reader.parts[part]: None for part in wanted if (path / reader.parts[part]).is_file()}
         loose += in_folder(path, inside)
         archives += packed
         if not inside and not packed:
             names = listed(sorted(entry.name for entry in path.iterdir()))
-            problems[f"folders with nothing of {dataset.spec.name}; needed are {dataset.needs}"].append(
+            problems[f"folders with nothing of {name}; needed are {reader.needs}"].append(
                 f"{path} holds {names or 'nothing'}"
             )
     for path in archives:
@@ -91,14 +101,20 @@ def locate(dataset: Published, given: list[Path], problems: Problems) -> tuple[l
 
 
 def read(
-    dataset: Published,
+    spec: specs.DatasetSpec,
+    reader: Reader,
     loose: list[tuple[str, Path]],
     archives: list[Path],
     scratch: Callable[[], Path],
     opened: contextlib.ExitStack,
     problems: Problems,
 ) -> Examples:
-    """The examples of what `locate` found; see `sources.in_archive` for `scratch` and `opened`."""
+    """The examples in the files and archives that `locate` found.
+
+    Args:
+      spec: of the dataset; other numbers of images than its published ones are a problem.
+      scratch, opened: see `sources.in_archive`.
+    """
     found: list[tuple[str, File]] = [(inside, file_of(path, inside)) for inside, path in loose]
     for path in archives:
         try:
@@ -110,12 +126,12 @@ def read(
     for name, file in found:
         if any(part[0] == "." or part == "__MACOSX" for part in name.split("/")):
             continue
-        for folder in dataset.above:
+        for folder in reader.above:
             name = name.removeprefix(f"{folder}/")
-        if name.partition("/")[0] not in dataset.parts:
+        if name.partition("/")[0] not in reader.parts:
             others.add(name.partition("/")[0])
         elif name in files:
-            problems["files that come twice; give each folder or archive once"].append(
+            problems["files that were given twice; give each folder or archive once"].append(
                 f"{files[name].name} and {file.name}"
             )
         else:
@@ -123,21 +139,21 @@ def read(
     if problems:
         return {}
     there = {name.partition("/")[0] for name in files}
-    for part, archive in dataset.parts.items():
+    for part, archive in reader.parts.items():
         if part not in there:
             entry = f"{part}/, which comes in {archive}; found: {listed(sorted(there | others)) or 'nothing'}"
-            problems[f"folders missing; needed are {dataset.needs}"].append(entry)
+            problems[f"folders missing; needed are {reader.needs}"].append(entry)
     if problems:
         return {}
-    examples = dataset.find(files, problems)
-    counts = {split: len(examples[split]) for split, _ in dataset.spec.splits}
-    if counts != dict(dataset.spec.splits):
-        kind = f"images are not as many as in {dataset.spec.name}; fetch the archives again"
-        problems[kind].append(f"{counted(counts)} instead of {counted(dict(dataset.spec.splits))}")
+    examples = reader.find(files, problems)
+    counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
+    if counts != dict(spec.splits):
+        kind = f"images are not as many as in {spec.name}; fetch the archives again"
+        problems[kind].append(f"{counted(counts)} instead of {counted(dict(spec.splits))}")
     return examples
 
 
-# What lies where
+# ------------------------------------------------------------------------- where images and masks lie in each dataset
 
 
 def _cityscapes(files: Files, problems: Problems) -> Examples:
@@ -152,8 +168,8 @@ def _ade20k(files: Files, problems: Problems) -> Examples:
     images = _matched(files, r"images/(training|validation)/([^/]+)\.jpg")
     masks = _matched(files, r"annotations/(training|validation)/([^/]+)\.png")
     return {
-        ours: _paired(images.get(theirs, {}), masks.get(theirs, {}), problems)
-        for ours, theirs in (("train", "training"), ("val", "validation"))
+        split: _paired(images.get(folder, {}), masks.get(folder, {}), problems)
+        for split, folder in (("train", "training"), ("val", "validation"))
     }
 
 
@@ -168,7 +184,7 @@ def _pet(files: Files, problems: Problems) -> Examples:
 
 
 def _matched(files: Files, pattern: str) -> dict[str, dict[str, File]]:
-    """split -> name -> file, of the paths that match; the pattern's groups are split and name."""
+    """split -> name -> file, for the paths that match; the groups of the pattern are split and name."""
     found: dict[str, dict[str, File]] = {}
     for path, file in files.items():
         if match := re.fullmatch(pattern, path):
@@ -189,7 +205,7 @@ def _paired(images: Files, masks: Files, problems: Problems) -> list[Example]:
 
 
 def _listed(files: Files, lists: Mapping[str, str], image: str, mask: str, problems: Problems) -> Examples:
-    """Examples by text files that hold a name per line, in its first column."""
+    """Examples named by text files, which have one name per line, in the first column."""
     examples: Examples = {}
     for split, path in lists.items():
         examples[split] = []
@@ -207,7 +223,7 @@ def _listed(files: Files, lists: Mapping[str, str], image: str, mask: str, probl
 
 
 def _train_ids(classes: Mapping[int, int], ignored: Iterable[int]) -> np.ndarray:
-    """int16 (256,): value of the mask -> train id; -1 for a value that is neither a class nor ignored."""
+    """int16 (256,), the train id of each mask value; -1 for a value that is neither a class nor ignored."""
     table = np.full(256, -1, np.int16)
     table[list(ignored)] = 255
     table[list(classes)] = list(classes.values())
@@ -216,36 +232,32 @@ def _train_ids(classes: Mapping[int, int], ignored: Iterable[int]) -> np.ndarray
 
 _ADE = "ADEChallengeData2016.zip"
 _VOC = "VOCtrainval_11-May-2012.tar"
-# The raw ids of Cityscapes' 19 evaluated classes, in the order of the train ids; 0..33 are in use (labels.py).
+# The label ids of Cityscapes' 19 evaluated classes, in the order of the train ids; ids 0..33 are in use (labels.py).
 _EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
-PUBLISHED = {
-    "cityscapes": Published(
-        spec=specs.CITYSCAPES,
+READERS = {
+    "cityscapes": Reader(
         parts={"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"},
         above=(),
         layout="leftImg8bit/<split>/<city>/*_leftImg8bit.png, gtFine/<split>/<city>/*_gtFine_labelIds.png",
         find=_cityscapes,
-        train_ids=_train_ids({raw: train_id for train_id, raw in enumerate(_EVALUATED)}, ignored=range(34)),
+        train_ids=_train_ids({value: train_id for train_id, value in enumerate(_EVALUATED)}, ignored=range(34)),
     ),
-    "ade20k": Published(
-        spec=specs.ADE20K,
+    "ade20k": Reader(
         parts={"images": _ADE, "annotations": _ADE},
         above=("ADEChallengeData2016",),
         layout="images/training/*.jpg, annotations/training/*.png, and the same of validation",
         find=_ade20k,
         train_ids=_train_ids({value: value - 1 for value in range(1, 151)}, ignored=[0]),
     ),
-    "voc": Published(
-        spec=specs.VOC,
+    "voc": Reader(
         parts={"JPEGImages": _VOC, "SegmentationClass": _VOC, "ImageSets": _VOC},
         above=("VOCdevkit", "VOC2012"),
         layout="JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/train.txt and val.txt",
         find=_voc,
         train_ids=_train_ids({value: value for value in range(21)}, ignored=[255]),
     ),
-    "pet": Published(
-        spec=specs.PET,
+    "pet": Reader(
         parts={"images": "images.tar.gz", "annotations": "annotations.tar.gz"},
         above=(),
         layout="images/*.jpg, annotations/trimaps/*.png, annotations/trainval.txt and test.txt",

@@ -1,7 +1,7 @@
-"""Checks every image and mask of a dataset, measures them, and converts published masks to train ids.
+"""Checks every image and mask of a dataset, counts pixels by class, and converts masks from archives to train ids.
 
-Decoding is what takes long, so that it runs in threads, and what is done is kept in a scratch folder: a preparation
-that was interrupted goes on there.
+Decoding takes most of the time. It runs in threads, and results are kept in a scratch folder, where a preparation that
+was interrupted continues.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from segjax.data import codec, specs
-from segjax.data.prepared import in_threads
-from segjax.data.sources import Example, Examples, File, Problems, file_of, listed, progress
+from segjax.data.sources import Example, Examples, File, Problems, file_of, listed
+from segjax.runtime import atomic, console
 
+THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
 _UNREADABLE = "files that are no whole JPEG or PNG; copy or export them again"
 _OTHER_SIZE = "masks of another size (height x width) than their image"
 
 
 class Scratch:
-    """A folder beside the dataset for the time of its preparation; made when something is put into it.
+    """A folder next to the dataset for the time of its preparation; created when the first file is written to it.
 
-    It holds the train ids of each mask as <split>/<name>.png, and checked.jsonl: a line for each example in order.
+    It contains the train ids of each mask as <split>/<name>.png, and checked.jsonl: a line for each valid example.
     """
 
     def __init__(self, path: Path):
@@ -42,7 +44,7 @@ class Scratch:
         return self.path
 
     def remove(self) -> None:
-        """Removes it, and the folders above it that were made for it and are empty."""
+        """Removes the folder, and the empty folders above it that were created for it."""
         shutil.rmtree(self.path, ignore_errors=True)
         for path in self._made[1:]:
             with contextlib.suppress(OSError):
@@ -52,7 +54,7 @@ class Scratch:
         return self.path / split / f"{name}.png"
 
     def checked(self) -> dict[tuple[str, str], Measured]:
-        """What earlier attempts have found in order."""
+        """(split, name) -> measurement of the examples that earlier attempts found valid."""
         found = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / "checked.jsonl").read_text().splitlines():
@@ -64,7 +66,7 @@ class Scratch:
 
     @contextlib.contextmanager
     def journal(self) -> Iterator:
-        """Writes down, as it is called, that an example is in order."""
+        """Gives a function (split, name, measured) that records that an example is valid."""
         path = self.make() / "checked.jsonl"
         cut = path.exists() and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
@@ -72,18 +74,18 @@ class Scratch:
 
             def write(split: str, name: str, measured: Measured) -> None:
                 file.write(json.dumps([split, name, *dataclasses.astuple(measured)]) + "\n")
-                file.flush()  # a killed process loses what it holds
+                file.flush()  # a process that is killed loses its buffer
 
             yield write
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One example.
+    """Size and pixel counts of one example.
 
     Attributes:
-      size: height and width; zeros where there is no image to see.
-      pixels: how many have each label value, in the order of `spec.label_names`.
+      size: height and width in pixels; zeros where the image does not decode.
+      pixels: number of pixels of each label value, in the order of `spec.label_names`; empty without a valid mask.
     """
 
     size: tuple[int, int]
@@ -97,15 +99,14 @@ def convert(
     scratch: Scratch,
     problems: Problems,
 ) -> tuple[Examples, dict[str, list[Measured]]]:
-    """Decodes every file and adds what is wrong to `problems`.
+    """Decodes every file and adds all errors to `problems`.
 
     Args:
-      spec: None where it is not known, which is a problem already; then label values are not checked.
-      train_ids: int16 (256,), the train id of each value that published masks may have, -1 for all others. None for
-        masks of train ids, which are stored as they are.
+      spec: None if it could not be read, which is among the problems already; label values are not checked then.
+      train_ids: int16 (256,), see `archives.Reader`. None for masks of train ids, which are stored unchanged.
 
     Returns:
-      The examples, each with the mask that is to be stored, and what was measured, in the same order.
+      The examples, each with the mask to be stored, and their measurements, in the same order.
     """
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
@@ -118,20 +119,18 @@ def convert(
         if known and (train_ids is None or _is_whole(target)):
             return known, []
         measured, labels, faults = _check(example, spec, train_ids)
-        if train_ids is not None and not faults:
-            target.parent.mkdir(exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}")
-            part.write_bytes(codec.encode_mask(labels))
-            part.replace(target)
+        if train_ids is not None and labels is not None and not faults:
+            with atomic.replacing_file(target, durable=False) as temporary:
+                temporary.write_bytes(codec.encode_mask(labels))
         return measured, faults
 
     measured: dict[str, list[Measured]] = {}
     with scratch.journal() as note:
         for split, found in examples.items():
             measured[split] = []
-            with contextlib.closing(in_threads(functools.partial(check, split), found)) as results:
-                bar = progress(results, f"checking {split}", len(found))
-                for example, (result, faults) in zip(found, bar, strict=True):
+            with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
+                progress = console.Progress(f"checking {split}", len(found), "images")
+                for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
                     for kind, entry in faults:
                         problems[kind].append(entry)
@@ -149,6 +148,15 @@ def convert(
     return converted, measured
 
 
+def _in_threads(function: Callable, items: Iterable) -> Generator:
+    """Results in the order of the items. Closing the generator cancels the calls that have not begun."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _is_whole(path: Path) -> bool:
     return path.is_file() and codec.damage(path.read_bytes()) is None
 
@@ -156,11 +164,11 @@ def _is_whole(path: Path) -> bool:
 def _check(
     example: Example, spec: specs.DatasetSpec | None, train_ids: np.ndarray | None
 ) -> tuple[Measured, np.ndarray | None, list[tuple[str, str]]]:
-    """What one example measures, its train ids if they are to be converted, and (kind, entry) for each problem."""
+    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem."""
     faults: list[tuple[str, str]] = []
 
     def read(file: File, faults_of_kind: tuple, decode) -> np.ndarray | None:
-        decoded = None
+        decoded, data = None, b""
         try:
             data = file.read()
             damage = codec.damage(data)
@@ -172,13 +180,13 @@ def _check(
             faults.append((_UNREADABLE, f"{file.name}: {damage or 'does not decode'}"))
         return decoded
 
-    # The masks of published datasets lie as the images are stored, whatever EXIF says.
+    # Masks from archives are aligned with the images as stored, whatever orientation EXIF gives.
     of_image = (codec.fault_of_image,) if train_ids is not None else (codec.fault_of_image, codec.fault_of_turning)
     image = read(example.image, of_image, codec.decode_image)
     size = (0, 0) if image is None else image.shape[:2]
     if example.label is None:
-        # Without a label that counts, for readers that expect one.
-        return Measured(size, ()), np.full(size, spec.ignore_label, np.uint8), faults
+        # A mask of ignored pixels, because readers expect one.
+        return Measured(size, ()), np.full(size, spec.ignore_label if spec else 255, np.uint8), faults
     of_mask = codec.fault_of_mask if train_ids is None else codec.fault_of_published_mask
     mask = read(example.label, (of_mask,), codec.decode_mask)
     if image is not None and mask is not None and size != mask.shape:
@@ -199,7 +207,7 @@ def _check(
 
 
 def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:
-    """As `train_ids`, for masks of train ids."""
+    """The same table as `train_ids`, for masks of train ids."""
     table = np.full(256, -1, np.int16)
     values = [*range(len(spec.label_names)), spec.ignore_label]
     table[values] = values

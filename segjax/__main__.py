@@ -1,0 +1,47 @@
+"""The command `segjax`: `segjax COMMAND ...`, where each command is a module that is imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+# Command: the module whose `main(arguments) -> int` it is, and the line of --help.
+COMMANDS = {
+    "train": ("segjax.commands.train", "train a model on a data set, or resume a run"),
+    "evaluate": ("segjax.commands.evaluate", "mIoU of a checkpoint on a data set, with a report"),
+    "predict": ("segjax.commands.predict", "label maps and overlays of images and videos"),
+    "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
+    "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
+    "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
+    "summary": ("segjax.commands.summary", "parameters, multiply-adds and memory of a model"),
+    "benchmark": ("segjax.commands.benchmark", "speed of a model next to PyTorch's"),
+    "data": ("segjax.commands.data", "prepare a data set, or draw its augmented samples"),
+}
+USAGE = "usage: segjax COMMAND ...   (segjax COMMAND --help lists its arguments)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status; 2 where there is no such command."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    if name in ("-h", "--help"):
+        print(USAGE, "", *(f"  {command:<11}{line}" for command, (_, line) in COMMANDS.items()), sep="\n")
+        return 0
+    if name == "--version":
+        from segjax import __version__
+
+        print(f"segjax {__version__}")
+        return 0
+    if not name:
+        print(f"{USAGE}\nsegjax: no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+    print(f"segjax: no command {name!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

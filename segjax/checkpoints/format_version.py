@@ -1,0 +1,35 @@
+"""The version of the files that segjax writes: folders of checkpoints and runs, `.safetensors`, exports, results.
+
+    1   today's; `format_version` and `segjax_version` are in the metadata
+    -   without `format_version`: files of segjax 0.1.0 before the version was written; read as version 1
+
+A change that an older segjax would misread takes the next number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import segjax
+from segjax.checkpoints.checkpoint import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+def stamped(metadata: Mapping[str, object]) -> dict[str, object]:
+    """Metadata with the format version, and the version of segjax that writes it."""
+    return {**metadata, "format_version": FORMAT_VERSION, "segjax_version": segjax.__version__}
+
+
+def refuse_newer(metadata: Mapping[str, object], place: str | Path) -> None:
+    """Raises CheckpointError for metadata of a newer format; the message names the segjax that reads it."""
+    version = metadata.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version <= FORMAT_VERSION:
+        return
+    writer = metadata.get("segjax_version")
+    needed = f"segjax {writer} or newer, which wrote it" if writer else "a newer segjax"
+    raise CheckpointError(
+        f"{place}: has format version {version}, and segjax {segjax.__version__} reads versions up to "
+        f"{FORMAT_VERSION}. Install {needed}: pip install --upgrade segjax"
+    )

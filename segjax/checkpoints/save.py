@@ -1,0 +1,114 @@
+"""Writes checkpoints: `.pth`, `.safetensors`, orbax folders and folders of transformers. Every write is atomic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segjax.checkpoints import huggingface, orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError, torch_module
+from segjax.checkpoints.files import METADATA
+from segjax.checkpoints.format_version import stamped
+from segjax.checkpoints.load import LoadedCheckpoint
+from segjax.checkpoints.metadata import carried, completed
+from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
+from segjax.runtime import atomic
+
+FILES = (".pth", ".safetensors")
+# Suffixes of files that are not written, so that a folder of that name is a mistake.
+_OTHER_FILES = (".pt", ".bin", ".ckpt", ".npz", ".onnx", ".pt2", ".stablehlo")
+
+
+def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
+    """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
+
+    Args:
+      model: from `segjax.create`, `from_torch` or `load`. Classes, normalisation, licence and provenance of a loaded
+        checkpoint are saved, too, except in a `.pth`.
+      path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder that
+        transformers loads.
+      dialect: whose keys a file gets, one of `segjax.checkpoints.key_maps.DIALECTS`; "native" by default.
+
+    Raises:
+      CheckpointError: the dialect has no keys for this model, or the path is of something else; nothing is written.
+      KeyError: unknown dialect.
+    """
+    path = Path(path).expanduser()
+    require_destination(path, dialect)
+    known = {}
+    if isinstance(model, LoadedCheckpoint):
+        model, known = model.model, carried(model.metadata, model.provenance)
+    write_checkpoint(path, model, dialect=dialect or "native", metadata=known)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a checkpoint of this name is a folder."""
+    return path.suffix not in FILES
+
+
+def require_destination(path: Path, dialect: str | None) -> None:
+    """Raises CheckpointError for a path that no checkpoint in this dialect can be written to."""
+    if path.suffix in _OTHER_FILES:
+        raise CheckpointError(f"{path}: write *.pth or *.safetensors; a name without suffix is a folder")
+    if not is_folder(path):
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; choose another name")
+    elif dialect not in (None, "hf"):
+        raise CheckpointError(
+            f"the dialect {dialect} selects the keys of a .pth or .safetensors, and {path} becomes a folder: an orbax "
+            "folder, or with the dialect hf (--to hf) one for transformers; omit the dialect, or choose another name"
+        )
+
+
+def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: Mapping[str, object]) -> None:
+    """Writes a model with its metadata; see `save`."""
+    metadata = {"model": model_metadata(model), **metadata}
+    if is_folder(path):
+        if dialect == "hf":
+            _write_folder(path, model, metadata)
+        else:
+            orbax_folder.save_model(path, model, metadata=metadata)
+        return
+    weights = to_torch(model, dialect=dialect)
+    if key_format_of(model, dialect).encoder_only:
+        # The file contains neither the model nor its classes.
+        metadata = {key: value for key, value in metadata.items() if key not in ("model", "dataset")}
+    with atomic.replacing_file(path) as temporary:
+        if path.suffix == ".pth":
+            torch = torch_module()
+            torch.save({key: _as_tensor(torch, value) for key, value in weights.items()}, temporary)
+        else:
+            _save_safetensors(weights, temporary, metadata)
+
+
+def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, object]) -> None:
+    from safetensors.numpy import save_file
+
+    # transformers requires "format".
+    kept = {"format": "pt", METADATA: json.dumps(stamped(metadata), sort_keys=True)}
+    save_file(dict(weights), path, metadata=kept)
+
+
+def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, object]) -> None:
+    """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
+    weights, metadata = to_torch(model, dialect="hf"), completed(metadata)
+    config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}
+    texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
+    if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
+        raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
+    with atomic.replacing_folder(folder) as new:
+        new.mkdir()
+        for name, content in texts.items():
+            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+        _save_safetensors(weights, new / huggingface.WEIGHTS[0], metadata)
+
+
+def _as_tensor(torch, value: np.ndarray):
+    if value.dtype == jnp.bfloat16:
+        return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(value.copy())

@@ -1,0 +1,257 @@
+"""segjax train: trains a segmentation model.
+
+    segjax train --config segformer:b2,camvid --config.data.source=DIR
+    python train.py --config configs/segformer.py:b2,camvid
+
+--config takes a packaged recipe or a Python file with a function get_config(argument); the words after the colon select
+a variant and a dataset. Every setting is a flag. A run is kept in --workdir, and the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import importlib
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from segjax import recipes
+from segjax.data.specs import DATASETS
+from segjax.recipes import common
+from segjax.train import constraints, schema
+
+PROGRAM = "segjax train"
+HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+DEFAULT_RECIPE = "segformer"
+# Flags that are no settings, with the placeholder of their value and their text.
+FLAGS = {
+    "config": (
+        "RECIPE",
+        f"Packaged recipe or config file, RECIPE[:VARIANT,DATASET] or FILE[:ARGUMENT]; default {DEFAULT_RECIPE}. The "
+        f"recipes are {', '.join(recipes.RECIPES)}.",
+    ),
+    "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. A run that is there already is resumed."),
+    "coordinator": (
+        "HOST:PORT",
+        "Several processes: address of the first, or auto to use what SLURM, Open MPI, Kubernetes or Cloud TPU set.",
+    ),
+    "num_processes": ("N", "Several processes: how many there are."),
+    "process_id": ("I", "Several processes: which one this is, from 0."),
+}
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be used; the message is one line."""
+
+
+class Options(NamedTuple):
+    """The parsed command line; `recipe` is the value of --config."""
+
+    recipe: str
+    config: ConfigDict
+    workdir: str | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status.
+
+    That is 0, 130 or 143 for a run that Ctrl-C or SIGTERM stopped, 2 for what the user can correct, 1 for a bug.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if set(HELP) & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        options = parse(arguments)
+    except ValueError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    if not options.coordinator or options.process_id == 0:
+        # JAX takes a second or more to import, and longer to find its devices.
+        print(f"recipe   {options.recipe}", flush=True)
+    return _run(options)
+
+
+def _run(options: Options) -> int:
+    # Imported only after the command line was found to be right.
+    from segjax.runtime import console, distributed, environment
+    from segjax.train import config as train_config
+    from segjax.train import loop
+
+    logging.set_verbosity(logging.WARNING)
+    environment.prepare()
+    try:
+        if options.coordinator:
+            address = None if options.coordinator == "auto" else options.coordinator
+            distributed.initialize(address, options.num_processes, options.process_id)
+        config = options.config
+        workdir = Path(options.workdir or loop.default_workdir(config))
+        train_config.check(config, workdir)
+        changes = train_config.changes(config, common.get_config(config.data.name))
+        return loop.train(config, workdir, changes=changes)
+    except KeyboardInterrupt as error:
+        print(f"{PROGRAM}: stopped at once; what was saved is complete", file=sys.stderr, flush=True)
+        # Threads that save or read would each report that the interpreter is shutting down.
+        os._exit(error.args[0] if error.args else loop.INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if distributed.is_lead():
+            print(console.wrapped(f"{PROGRAM}: {error}{_advice(error)}"), file=sys.stderr, flush=True)
+        return distributed.leave(2)
+    except Exception:
+        traceback.print_exc()
+        return distributed.leave(1)
+
+
+def _advice(error: Exception) -> str:
+    """What to do when the disk is full, which Python's message does not say."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    return ".\n  What was saved before is complete: free some space, and give the same command again"
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: list[str]) -> Options:
+    """Loads the recipe and applies the flags to it. Nothing global is read or changed, not even sys.argv.
+
+    Raises:
+      UsageError, recipes.ConfigError: a flag or a recipe that cannot be used.
+    """
+    with _in_one_line():
+        # --flagfile=FILE stands for the flags in a file.
+        arguments = flags.FlagValues().read_flags_from_files(arguments, force_gnu=False)
+    recipe, arguments = _split_off_config(arguments)
+    config = recipes.load(recipe)
+    _refuse_unknown_settings(arguments, config)
+    values, argv = flags.FlagValues(), [PROGRAM, *arguments]
+    for name in ("workdir", "coordinator"):
+        flags.DEFINE_string(name, None, FLAGS[name][1], flag_values=values)
+    for name in ("num_processes", "process_id"):
+        flags.DEFINE_integer(name, None, FLAGS[name][1], flag_values=values)
+    with _in_one_line():
+        # It defines a flag for each setting that the arguments name, and changes `config` as they are parsed.
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        _, *stray = values(argv)
+    if stray:
+        raise UsageError(_why_stray(stray))
+    # --config.optim="{...}" replaces a whole section.
+    schema.require_complete(config)
+    given = {name: values[name].value for name in FLAGS if name != "config"}
+    return Options(recipe, config, **given)
+
+
+def _split_off_config(arguments: list[str]) -> tuple[str, list[str]]:
+    """The value of the last --config, and the other arguments."""
+    recipe, others, pending = DEFAULT_RECIPE, [], iter(arguments)
+    for argument in pending:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            recipe = value if equals else next(pending, "")
+            if not recipe:
+                raise UsageError(f"--config needs a recipe or a file, as in --config {DEFAULT_RECIPE}:b2,camvid")
+        else:
+            others.append(argument)
+    return recipe, others
+
+
+def _refuse_unknown_settings(arguments: list[str], config: ConfigDict) -> None:
+    """Raises UsageError for --config.KEY where the config has no such setting."""
+    keys = schema.flattened(config)
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", argument)
+        if match is None or match[1] in keys or match[1] in config:
+            continue
+        key = match[1]
+        if key.startswith("model."):
+            of_model = [name for name in keys if name.startswith("model.")]
+            close = difflib.get_close_matches(key, of_model, n=1, cutoff=0.75)
+            why = f"no such setting in this recipe{_did_you_mean(close)}{'' if close else ';'} It sets "
+            why += f"{', '.join(of_model)}; others of the model's constructor are set in a config file"
+        else:
+            why = schema.why_unknown(key, prefix="--config.")
+        raise UsageError(f"--config.{key}: {why}")
+
+
+def _why_stray(stray: list[str]) -> str:
+    hint = "settings are flags, as in --config.train.steps=100"
+    if stray[0].partition(":")[0] in recipes.RECIPES or ".py" in stray[0]:
+        hint = f"did you mean --config {stray[0]}?"
+    return f"unexpected argument {' '.join(stray)!r}; {hint}"
+
+
+def _did_you_mean(settings: list[str]) -> str:
+    return f"; did you mean {' or '.join(f'--config.{key}' for key in settings)}?" if settings else ""
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Raises UsageError for everything that absl and ml_collections raise for flags."""
+    try:
+        yield
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        if close := difflib.get_close_matches(name.replace("-", "_"), FLAGS, n=1, cutoff=0.75):
+            raise UsageError(f"there is no flag --{name}; did you mean --{close[0]}?") from None
+        raise UsageError(f"there is no flag --{name}{_did_you_mean(schema.similar(name))}") from None
+    except flags.IllegalFlagValueError as error:
+        text = " ".join(str(error).split()).removeprefix("flag ")
+        match = re.match(r"(--config\.([\w.]+)=(.*?)): ", text)
+        if match and match[2] in schema.SETTINGS:
+            text = f"{match[1]}: must be {schema.SETTINGS[match[2]].problem(match[3])}"
+        raise UsageError(text) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error.args[0] if error.args else error).split())) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def help_text() -> str:
+    """The flags, the recipes with their variants, and every setting with its default, in lines of 80 columns."""
+    summary = (__doc__ or "").partition("\n\n")[2].rpartition("\n\n")
+    lines = [f"usage: {PROGRAM} [--config RECIPE] [--workdir DIR] [--config.KEY=VALUE ...]", ""]
+    lines += [*summary[0].splitlines(), "", _filled(summary[2], ""), "", "flags:"]
+    for name, (value, text) in FLAGS.items():
+        lines += [f"  --{name} {value}", _filled(text, "      ")]
+    lines += ["", "variants of the recipes, the first of each is the default:"]
+    for name in recipes.RECIPES:
+        variants = importlib.import_module(f"segjax.recipes.{name}").VARIANTS
+        lines.append(_filled(f"{name}: {', '.join(variants)}", "  "))
+    lines += ["", "datasets, the first is the default:", _filled(", ".join(DATASETS), "  ")]
+    lines += ["", "settings and their defaults, of which a recipe changes some:"]
+    for section in schema.SECTIONS:
+        lines += ["", f"{section.name}: {section.title}" if section.name else section.title]
+        for setting in section.settings:
+            only = " Only for generated datasets." if setting.generated else ""
+            is_plain = isinstance(setting.allowed, constraints.Boolean | constraints.Text)
+            allowed = "" if is_plain else f" [{setting.allowed.words}]"
+            lines.append(f"  --config.{section.key(setting)}={_as_typed(setting.default)}")
+            lines.append(_filled(f"{setting.text}{only}{allowed}", "      "))
+    return "\n".join(lines)
+
+
+def _filled(text: str, indent: str) -> str:
+    return textwrap.fill(
+        text, 80, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _as_typed(value: object) -> str:
+    """A default as a person types it in a shell; nothing for one that is unset."""
+    if value is None:
+        return ""
+    return f'"{value}"' if isinstance(value, tuple) else str(value)

@@ -1,0 +1,125 @@
+"""The packaged recipes by name, and how a recipe or a config file becomes the config of a run.
+
+A config file is a Python file with a function `get_config(argument)` that returns an ml_collections.ConfigDict. The
+simplest one changes a recipe:
+
+    from segjax.recipes import segformer
+
+    def get_config(argument=""):
+        config = segformer.get_config(argument)
+        config.optim.lr = 1e-4
+        return config
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from segjax.train import schema
+
+RECIPES = ("segformer", "segformer_simple", "segformer_zuppichini", "hrnet", "segnext")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be made; the message is one line, with the file and line at fault where there is one."""
+
+
+def load(reference: str) -> ConfigDict:
+    """The config of a packaged recipe or of a file.
+
+    Args:
+      reference: RECIPE, FILE, RECIPE:ARGUMENT or FILE:ARGUMENT, for example "segformer:b2,camvid" or
+        "configs/segformer.py:b2,camvid". The argument is what `get_config` is called with; without a colon it is called
+        without one.
+
+    Raises:
+      ConfigError: no such recipe or file; a file that does not compile, raises, or returns no ConfigDict or one without
+        all settings; an argument that the recipe refuses.
+    """
+    name, colon, argument = _split(reference)
+    if name in RECIPES:
+        path, get_config = None, importlib.import_module(f"segjax.recipes.{name}").get_config
+    else:
+        path = Path(name)
+        get_config = _get_config_of(path)
+    try:
+        config = get_config(argument) if colon else get_config()
+    except Exception as error:
+        raise ConfigError(f"{_place(error, path) or reference}: {_message(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"{name}: get_config() returned {type(config).__name__}, not an ml_collections.ConfigDict; start from that "
+            "of a recipe, as in segjax.recipes.segformer.get_config()"
+        )
+    if lacking := schema.missing(config):
+        raise ConfigError(
+            f"{name}: the config has no {', '.join(lacking)}; start from that of a recipe, as in "
+            "segjax.recipes.segformer.get_config()"
+        )
+    return config
+
+
+def _split(reference: str) -> tuple[str, str, str]:
+    """Name, colon and argument; a colon before .py belongs to the path, as in C:\\configs\\mine.py."""
+    if match := re.fullmatch(r"(.+?\.py)(?:(:)(.*))?", reference):
+        return match[1], match[2] or "", match[3] or ""
+    return reference.partition(":")
+
+
+def _get_config_of(path: Path) -> Callable[..., object]:
+    """The function of that name that a config file defines."""
+    if not path.exists():
+        close = difflib.get_close_matches(path.name, RECIPES, n=1)
+        hint = f"did you mean {close[0]}? The recipes" if close else "the recipes"
+        raise ConfigError(f"{path}: no such file or recipe; {hint} are {', '.join(RECIPES)}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: is not a regular file")
+    # Under a name in sys.modules, because dataclasses and pickle look their module up there.
+    module = types.ModuleType("segjax_config_file")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        raise ConfigError(f"{_place(error, path) or path}: {_message(error)}") from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"{path}: defines no function get_config(argument)")
+    return get_config
+
+
+def _place(error: Exception, path: Path | None) -> str | None:
+    """FILE:LINE of an error: of the source that does not compile, or of the last line of the config file that was run.
+
+    None where no line of a file is at fault: a packaged recipe has refused its argument, or get_config takes none.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}" if error.lineno else error.filename
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if path is not None and frame.filename == str(path)]
+    if own:
+        return f"{path}:{own[-1].lineno}"
+    last = frames[-1]
+    return None if isinstance(error, ValueError) or last.filename == __file__ else f"{last.filename}:{last.lineno}"
+
+
+def _message(error: Exception) -> str:
+    """The error in one line, with its type unless the text was written for people."""
+    if isinstance(error, SyntaxError):
+        return error.msg
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError) and text[:1] in "\"'" and text[-1:] == text[:1]:
+        # A KeyError quotes its message, and ml_collections makes AttributeErrors of KeyErrors.
+        text = ast.literal_eval(text)
+    text = " ".join(text.split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

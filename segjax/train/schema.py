@@ -1,0 +1,474 @@
+"""Every setting of a run: its default, what it may be, and a line of text. The only place that has any of these.
+
+`default_config` builds the config that recipes change, `problems` checks one as a whole, and `segjax train --help`
+prints the table. Settings of the model's own class (config.model.dims and the like) are those of its constructor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import cast
+
+from ml_collections import ConfigDict, config_dict
+
+from segjax.data.specs import DATASETS, Scenes
+from segjax.train.constraints import (
+    Boolean,
+    Choice,
+    ClassWeights,
+    Constraint,
+    Integer,
+    Multipliers,
+    Pair,
+    Real,
+    RegularExpression,
+    Several,
+    Text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+      name: within its section.
+      text: one sentence, with the unit and the source of the default.
+      optional: whether None, unset, is allowed too.
+      generated: whether only generated datasets have this setting.
+    """
+
+    name: str
+    default: object
+    allowed: Constraint
+    text: str
+    optional: bool = False
+    generated: bool = False
+
+    def problem(self, value: object) -> str | None:
+        """What the value must be instead, or None for one that is allowed."""
+        if value is None and self.optional:
+            return None
+        return self.allowed.problem(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Settings that one part of a run reads; the name is empty for those at the top of a config."""
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+
+    def key(self, setting: Setting) -> str:
+        """The dotted name, for example optim.lr."""
+        return f"{self.name}.{setting.name}" if self.name else setting.name
+
+
+NOT_EMPTY = Text("text that is not empty", r".+")
+SIZE = Integer(32, 16_384)
+BATCH = Integer(1, 100_000)
+SCENES = cast(Scenes, DATASETS["streets"].scenes)
+
+RUN = Section(
+    "",
+    "the run",
+    (
+        Setting(
+            "label",
+            "",
+            Text("printable text without path separators (/ and \\)", r"[^/\\\x00-\x1f\x7f]*"),
+            "Name of the run, which is kept in runs/<label>-<dataset> unless --workdir is given.",
+        ),
+        Setting(
+            "seed",
+            0,
+            Integer(0, 2**32 - 1),
+            "Seed of the initial weights, the order of images, augmentation and dropout.",
+        ),
+        Setting(
+            "parallel",
+            "jit",
+            Choice(("jit", "pmap")),
+            "How a batch is spread over all devices: jit over a mesh of them, or pmap.",
+        ),
+    ),
+)
+
+MODEL = Section(
+    "model",
+    "the model; a recipe adds settings of its constructor",
+    (
+        Setting("name", "", NOT_EMPTY, "Model, a name in segjax.MODELS. Each recipe sets it."),
+        Setting(
+            "dtype",
+            "float32",
+            Choice(("float32", "bfloat16")),
+            "Type of the computation; parameters stay float32.",
+        ),
+    ),
+)
+
+DATA = Section(
+    "data",
+    "images and labels",
+    (
+        Setting("name", "streets", Choice(tuple(DATASETS)), "Dataset; streets are generated, folder is your own."),
+        Setting(
+            "source",
+            None,
+            NOT_EMPTY,
+            "Folder that a dataset is prepared from at first use: the official archives or their contents; for camvid "
+            "and folder images/, labels/ and classes.json.",
+            optional=True,
+        ),
+        Setting(
+            "dir",
+            None,
+            NOT_EMPTY,
+            "Folder of prepared datasets. Unset: TFDS_DATA_DIR, or else ~/tensorflow_datasets.",
+            optional=True,
+        ),
+        Setting(
+            "resident_gb",
+            2.0,
+            Real(least=0),
+            "Gigabytes, decoded and padded, up to which a split is kept in memory, that for training on every device; "
+            "larger ones are streamed.",
+        ),
+        Setting(
+            "cache_gb",
+            8.0,
+            Real(least=0),
+            "Decoded images that each process keeps of a streamed split, gigabytes.",
+        ),
+        Setting("train_split", "train", NOT_EMPTY, "Split to train on."),
+        Setting("eval_split", "test", NOT_EMPTY, "Split to evaluate, and to draw predictions of."),
+        Setting("train_images", SCENES.train_images, Integer(1), "Scenes generated to train on.", generated=True),
+        Setting("eval_images", SCENES.eval_images, Integer(1), "Scenes generated to evaluate.", generated=True),
+        Setting("size", SCENES.size, Pair(("height", "width"), SIZE), "Size of a scene, pixels.", generated=True),
+    ),
+)
+
+AUGMENT = Section(
+    "augment",
+    "augmentation of training images",
+    (
+        Setting("crop", (512, 512), Pair(("height", "width"), SIZE), "Size of the training crop, pixels."),
+        Setting(
+            "scale",
+            (0.5, 2.0),
+            Pair(("smallest", "largest"), Real(least=0.01, most=100), ascending=True),
+            "Range of the random factor that an image is resized by before it is cropped.",
+        ),
+        Setting("flip", 0.5, Real(least=0, most=1), "Probability of a horizontal flip."),
+        Setting("photometric", True, Boolean(), "Random brightness, contrast, saturation and hue."),
+    ),
+)
+
+TRAIN = Section(
+    "train",
+    "training",
+    (
+        Setting("steps", 40_000, Integer(0), "Updates of the weights."),
+        Setting("batch", 8, BATCH, "Images per update, over all devices."),
+        Setting(
+            "accumulate",
+            1,
+            BATCH,
+            "Micro-batches that a batch is computed in, one after the other: less memory, the same gradient.",
+        ),
+        Setting(
+            "ema",
+            0.0,
+            Real(least=0, below=1),
+            "Decay of a moving average of weights and statistics, which is evaluated and saved in their place; 0 for "
+            "none.",
+        ),
+        Setting(
+            "may_skip",
+            0,
+            Integer(0),
+            "Consecutive steps that may be skipped because their loss is not finite; one more ends the run.",
+        ),
+        Setting(
+            "scan_blocks",
+            False,
+            Boolean(),
+            "Compile seven or more equal blocks once, as a loop: deep models compile sooner, with the same results.",
+        ),
+        Setting(
+            "remat",
+            False,
+            Boolean(),
+            "Compute blocks again in the backward pass: less memory, more time, the same results. On a CPU it needs "
+            "scan_blocks, which then takes every group of equal blocks.",
+        ),
+        Setting("log_every", 50, Integer(1), "Steps between two lines of metrics.jsonl."),
+    ),
+)
+
+LOSS = Section(
+    "loss",
+    "the loss, a sum of terms; a factor of 0 omits a term (see segjax.losses)",
+    (
+        Setting("cross_entropy", 1.0, Real(least=0), "Factor of the cross-entropy."),
+        Setting("ohem", 0.0, Real(least=0), "Factor of the cross-entropy of each image's hard pixels only."),
+        Setting("dice", 0.0, Real(least=0), "Factor of the Dice loss."),
+        Setting("focal", 0.0, Real(least=0), "Factor of the focal loss."),
+        Setting("lovasz", 0.0, Real(least=0), "Factor of the Lovász loss."),
+        Setting(
+            "class_weights",
+            None,
+            ClassWeights(),
+            "Weights by class in cross_entropy, ohem and focal: none, those that balance the training split, those "
+            "published with HRNet for Cityscapes, or others.",
+            optional=True,
+        ),
+        Setting(
+            "label_smoothing",
+            0.0,
+            Real(least=0, most=1),
+            "Share of the label that cross_entropy spreads over all classes, as in torch.",
+        ),
+        Setting("focal_gamma", 2.0, Real(least=0), "Exponent of the focal loss; 2 was best in its paper."),
+        Setting(
+            "ohem_threshold",
+            0.7,
+            Real(least=0, most=1),
+            "A pixel is hard where its true class has a lower probability; mmsegmentation and BiSeNet: 0.7.",
+        ),
+        Setting(
+            "ohem_min_kept",
+            1 / 16,
+            Real(least=0, most=1),
+            "Share of an image's labelled pixels that ohem keeps in any case, the hardest first. BiSeNet: 1/16; "
+            "mmsegmentation: 100,000 pixels of two crops of 512x1024, 1/10.",
+        ),
+        Setting("aux_weight", 0.4, Real(least=0), "Weight of the loss of auxiliary logits; only OCR models have them."),
+    ),
+)
+
+OPTIM = Section(
+    "optim",
+    "optimizer and learning rate",
+    (
+        Setting("name", "adamw", Choice(("adamw", "sgd")), "Optimizer, computed as in torch."),
+        Setting(
+            "lr",
+            6e-5,
+            Real(above=0, most=100),
+            "Learning rate at the peak of the schedule. SegFormer on Cityscapes: 6e-5 from pretrained weights.",
+        ),
+        Setting("end_lr", 0.0, Real(least=0, most=100), "Learning rate at the end of the schedule."),
+        Setting(
+            "schedule",
+            "poly",
+            Choice(("poly", "cosine")),
+            "Decay of the learning rate; it is multiplied by a linear warm-up.",
+        ),
+        Setting("power", 1.0, Real(least=0, most=100), "Exponent of poly: lr * (1 - step / steps) ** power."),
+        Setting("warmup_steps", 1500, Integer(0), "Steps of the warm-up. mmsegmentation: 1500."),
+        Setting("warmup_ratio", 1e-6, Real(least=0, most=1), "Factor of the learning rate where the warm-up begins."),
+        Setting("weight_decay", 0.01, Real(least=0, most=100), "Weight decay; AdamW's is decoupled, SGD's is L2."),
+        Setting("beta1", 0.9, Real(least=0, below=1), "AdamW: decay of the mean of gradients."),
+        Setting("beta2", 0.999, Real(least=0, below=1), "AdamW: decay of the mean of squared gradients."),
+        Setting("eps", 1e-8, Real(above=0, most=1), "AdamW: added to the denominator, as in torch."),
+        Setting("momentum", 0.9, Real(least=0, below=1), "SGD: momentum."),
+        Setting("clip_norm", 0.0, Real(least=0), "Gradients with a larger norm are scaled down to it; 0 for none."),
+        Setting(
+            "no_decay",
+            "norm",
+            RegularExpression(),
+            "Parameters without weight decay: a regular expression searched for in dotted names; empty for none. "
+            "Published: norm (other biases do decay).",
+        ),
+        Setting(
+            "lr_multipliers",
+            (("head", 10.0),),
+            Multipliers(),
+            "Factors of the learning rate by parameter name. Published: the head learns ten times as fast as the "
+            "backbone.",
+        ),
+        Setting(
+            "frozen",
+            (),
+            Several(RegularExpression(), "a tuple of regular expressions, as in ('backbone',)"),
+            "Parameters that are not trained, by regular expressions that are searched for in their names.",
+        ),
+    ),
+)
+
+INIT = Section(
+    "init",
+    "initial weights",
+    (
+        Setting(
+            "checkpoint",
+            "",
+            Text(),
+            "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, or the folder of "
+            "another run; an encoder is enough. Empty: random weights.",
+            optional=True,
+        ),
+        Setting(
+            "keep",
+            (),
+            Several(Text(), "a tuple of patterns, as in ('decode_head.linear_pred.*',)"),
+            "Patterns (* and ?) of parameters that stay random although the checkpoint has them.",
+        ),
+    ),
+)
+
+EVAL = Section(
+    "eval",
+    "evaluation",
+    (
+        Setting("batch", 8, BATCH, "Images per evaluation batch, over all devices."),
+        Setting("every", 0, Integer(0), "Steps between two evaluations; 0 evaluates only at the end."),
+        Setting(
+            "patience",
+            0,
+            Integer(0),
+            "Consecutive evaluations without a better mIoU after which training ends; 0 never ends it early.",
+        ),
+        Setting("pictures", 8, Integer(0), "Images whose predictions are drawn in predictions/."),
+    ),
+)
+
+CHECKPOINT = Section(
+    "checkpoint",
+    "checkpoints",
+    (
+        Setting("every", 1000, Integer(1), "Steps between two checkpoints."),
+        Setting("keep", 2, Integer(1), "Checkpoints that are kept, the newest."),
+    ),
+)
+
+DEBUG = Section(
+    "debug",
+    "debugging",
+    (
+        Setting(
+            "nans",
+            False,
+            Boolean(),
+            "When a loss is not finite, compute that step again layer by layer to report where it began.",
+        ),
+    ),
+)
+
+SECTIONS = (RUN, MODEL, DATA, AUGMENT, TRAIN, LOSS, OPTIM, INIT, EVAL, CHECKPOINT, DEBUG)
+SETTINGS: dict[str, Setting] = {section.key(setting): setting for section in SECTIONS for setting in section.settings}
+
+# Names in runs and config files of segjax 0.1.0 -> today's.
+RENAMED = {"init.from_": "init.checkpoint", "init.from": "init.checkpoint"}
+
+
+def default_config(dataset: str) -> ConfigDict:
+    """The defaults of all settings that a run on this dataset has."""
+    config = ConfigDict()
+    for section in SECTIONS:
+        part = ConfigDict() if section.name else config
+        for setting in section.settings:
+            default = dataset if section.key(setting) == "data.name" else setting.default
+            if _has(dataset, setting):
+                part[setting.name] = config_dict.placeholder(setting.allowed.kind) if default is None else default
+        if section.name:
+            config[section.name] = part
+    return config
+
+
+def problems(config: Mapping | ConfigDict) -> dict[str, str]:
+    """What is wrong with each setting taken by itself, by dotted key.
+
+    Whether settings fit together is not looked at, nor are the settings of the model's own class.
+
+    Returns:
+      "VALUE; must be ..." for values, "no such setting ..." for what nothing reads, and what `missing` returns.
+    """
+    values, found = flattened(config), missing(config)
+    for key, value in values.items():
+        if key in SETTINGS:
+            if must_be := SETTINGS[key].problem(value):
+                found[key] = f"{value!r}; must be {must_be}"
+        elif not key.startswith("model.") and key not in found:
+            found[key] = why_unknown(key, prefix="config.")
+    return found
+
+
+def missing(config: Mapping | ConfigDict) -> dict[str, str]:
+    """ "missing; ..." by dotted key for every section and setting that a config lacks. No run can do without them."""
+    values, found = flattened(config), {}
+    for section in SECTIONS:
+        if section.name and not isinstance(config.get(section.name), Mapping | ConfigDict):
+            found[section.name] = "missing; a config has all sections that `segjax train --help` lists"
+            continue
+        for setting in section.settings:
+            key = section.key(setting)
+            if key not in values and _has(values.get("data.name"), setting):
+                why = "a generated dataset needs it, and " if setting.generated else ""
+                found[key] = f"missing; {why}the default is {setting.default!r}"
+    return found
+
+
+def require_complete(config: Mapping | ConfigDict) -> None:
+    """Raises ValueError, with all that `problems` finds, for a config that lacks a section or a setting."""
+    if missing(config):
+        lines = "\n".join(f"  config.{key}: {problem}" for key, problem in problems(config).items())
+        raise ValueError(f"the settings cannot be used:\n{lines}")
+
+
+def flattened(config: Mapping | ConfigDict) -> dict[str, object]:
+    """The settings of a config by dotted key."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= {f"{name}.{key}": entry for key, entry in flattened(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def with_current_names(config: Mapping) -> dict[str, object]:
+    """A config that was recorded by an earlier version, a nested dict, with its settings under their present names."""
+    current: dict[str, object] = {}
+    for name, value in config.items():
+        current[name] = dict(value) if isinstance(value, Mapping) else value
+    for old, new in RENAMED.items():
+        (section, before), (_, after) = old.split("."), new.split(".")
+        settings = current.get(section)
+        if isinstance(settings, dict) and before in settings:
+            settings[after] = settings.pop(before)
+    return current
+
+
+def _has(dataset: object, setting: Setting) -> bool:
+    """Whether a config for this dataset has a setting."""
+    return not setting.generated or any(
+        name == dataset for name, described in DATASETS.items() if described.kind == "generated"
+    )
+
+
+def similar(word: str) -> list[str]:
+    """The settings that a person may have meant by `word`: those of that last name, else the closest; at most three."""
+    word = word.replace("-", "_")
+    names = {key: key.rpartition(".")[2] for key in SETTINGS}
+    last_names = difflib.get_close_matches(word, set(names.values()), n=1, cutoff=0.75)
+    return (
+        [key for key in SETTINGS if names[key] == word]
+        or difflib.get_close_matches(word, SETTINGS, n=1, cutoff=0.75)
+        or [key for key in SETTINGS if names[key] in last_names]
+    )[:3]
+
+
+def why_unknown(key: str, *, prefix: str) -> str:
+    """Why a config has no setting of this dotted name, and which may be meant; `prefix` goes before those."""
+    if key in RENAMED:
+        return f"no such setting; it is {prefix}{RENAMED[key]} now"
+    if key in SETTINGS:
+        return "no such setting here; only generated datasets have it"
+    close = [prefix + name for name in similar(key) or similar(key.rpartition(".")[2])]
+    return f"no such setting; did you mean {' or '.join(close)}?" if close else "no such setting"

@@ -1,0 +1,109 @@
+"""How commands end: status, and one message on stderr in lines of 80 columns."""
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from segjax.commands.ending import CheckError, run_command
+from segjax.runtime import console
+
+
+def ended(capsys, error, **settings):
+    """Status, stdout and stderr of a command that raises `error`."""
+
+    def run():
+        raise error
+
+    status = run_command("segjax try", run, **settings)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
+def test_the_status_of_a_command_is_what_it_returns(returned, status, capsys):
+    assert run_command("segjax try", lambda: returned) == status
+    assert capsys.readouterr() == ("", "")
+
+
+def missing():
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a b/photo.png")
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ValueError("photo.png: is empty"), 2, "photo.png: is empty"),
+        (KeyError("no model 'x'"), 2, "no model 'x'"),
+        (missing(), 2, "a b/photo.png: No such file or directory"),
+        (OSError("cannot be fetched"), 2, "cannot be fetched"),
+        (ValueError(), 2, "ValueError"),
+        (CheckError("not written, because the outputs differ"), 1, "not written, because the outputs differ"),
+        (KeyboardInterrupt(), 130, "stopped; nothing was written"),
+    ],
+)
+def test_wrong_input_failed_checks_and_ctrl_c_are_one_message(error, status, message, capsys):
+    assert ended(capsys, error) == (status, "", f"segjax try: {message}\n")
+
+
+def test_an_error_that_is_nobodys_input_keeps_its_traceback(capsys):
+    status, out, err = ended(capsys, ZeroDivisionError("division by zero"))
+    assert (status, out) == (1, "")
+    assert err.startswith("Traceback") and err.endswith("ZeroDivisionError: division by zero\n") and "in run" in err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_comes_with_what_to_do(number, capsys):
+    status, _, err = ended(capsys, OSError(number, os.strerror(number), "o.pth"), full_disk="make room, then --resume")
+    assert status == 2
+    assert err == f"segjax try: o.pth: {os.strerror(number)}.\n  Make room, then --resume\n"
+
+
+def test_messages_are_wrapped_and_cannot_steer_the_terminal(capsys):
+    _, _, err = ended(capsys, ValueError("word " * 40 + "\x1b[2J\udc80\n  a line   as it is"))
+    lines = err.splitlines()
+    assert all(len(line) <= 80 for line in lines) and len(lines) > 2
+    assert "\\x1b[2J\\udc80" in err and "\x1b" not in err and lines[-1] == "  a line   as it is"
+
+
+def test_what_the_library_logs_is_printed_during_the_command_only(capsys):
+    logger = logging.getLogger("segjax")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def run():
+        logger.info("read as %s", "native")
+        logger.debug("unseen")
+        notes = []
+        with console.log_to(notes.append):
+            logger.info("a note")
+        assert notes == ["a note"]
+        logger.info("word " * 30)
+
+    run_command("segjax try", run)
+    logger.info("afterwards")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "read as native" and len(others) == 2 and all(len(line) <= 80 for line in others)
+    assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+PRINTS = """if True:
+    import sys, time
+    from segjax.commands.ending import run_command
+    def run():
+        print("first", flush=True)
+        time.sleep(0.2)
+        for number in range(100_000):
+            print(number)
+    sys.exit(run_command("segjax try", run))
+"""
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly():
+    with subprocess.Popen([sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"first\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141

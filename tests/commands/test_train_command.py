@@ -1,0 +1,335 @@
+"""segjax train: flags, help and what it answers to a mistyped command line; nothing here trains for long."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from tiny import SIZES
+
+from segjax import recipes
+from segjax.commands import train
+from segjax.data.specs import DATASETS
+from segjax.train import schema
+
+REPO = Path(__file__).parents[2]
+SMALL = (
+    "--config.data.train_images=4",
+    "--config.data.eval_images=3",
+    "--config.data.size=(32,64)",
+    "--config.augment.crop=(32,64)",
+    "--config.train.batch=4",
+    "--config.train.log_every=1",
+    "--config.eval.batch=4",
+    "--config.eval.pictures=1",
+    "--config.train.steps=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch):
+    monkeypatch.chdir(REPO)
+
+
+@pytest.fixture
+def no_run(monkeypatch):
+    """Whatever main would run is returned instead."""
+    started = []
+    monkeypatch.setattr(train, "_run", lambda options: started.append(options) or 0)
+    return started
+
+
+def refused(arguments, capsys):
+    """What is said of a command line that cannot be used: one line, with status 2 and nothing on stdout."""
+    status = train.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("segjax train: ") and len(err.splitlines()) == 1
+    return err.removeprefix("segjax train: ").strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_without_arguments_it_is_the_default_recipe(no_run):
+    assert train.main([]) == 0
+    (options,) = no_run
+    assert options.config.to_dict() == recipes.load("segformer").to_dict()
+    assert options[2:] == (None, None, None, None)
+
+
+@pytest.mark.parametrize("reference", ["hrnet:w48_ocr,camvid", "configs/hrnet.py:w48_ocr,camvid"])
+@pytest.mark.parametrize("spelled", ["--config={}", "-config={}", "--config {}"])
+def test_config_takes_a_recipe_or_a_file(spelled, reference):
+    options = train.parse(spelled.format(reference).split(" "))
+    assert options.config.to_dict() == recipes.load("hrnet:w48_ocr,camvid").to_dict()
+
+
+@pytest.mark.parametrize(
+    "arguments, key, value",
+    [
+        (["--config.optim.lr=1e-4"], "optim.lr", 1e-4),
+        (["--config.optim.lr", "1e-4"], "optim.lr", 1e-4),
+        (["-config.optim.lr=3"], "optim.lr", 3.0),
+        (["--config.optim.end_lr", "-1"], "optim.end_lr", -1.0),
+        (["--config.train.steps=20", "--config.train.steps=30"], "train.steps", 30),
+        (["--config.augment.crop=(64,96)"], "augment.crop", (64, 96)),
+        (["--config.augment.crop=64", "--config.augment.crop=96"], "augment.crop", (64, 96)),
+        (["--config.augment.photometric"], "augment.photometric", True),
+        (["--config.augment.photometric=true"], "augment.photometric", True),
+        (["--noconfig.train.remat"], "train.remat", False),
+        (["--config.data.source=/data/x"], "data.source", "/data/x"),
+        (["--config.data.source=a=b"], "data.source", "a=b"),
+        (["--config.init.checkpoint=mit_b0.pth"], "init.checkpoint", "mit_b0.pth"),
+        (["--config.init.keep=('decode_head.*',)"], "init.keep", ("decode_head.*",)),
+        (["--config.optim.frozen=('patch_embed','block1')"], "optim.frozen", ("patch_embed", "block1")),
+        (["--config.optim.lr_multipliers=(('head',3.0),)"], "optim.lr_multipliers", (("head", 3.0),)),
+        (["--config.loss.class_weights=median_frequency"], "loss.class_weights", "median_frequency"),
+        (["--config.loss.class_weights=(1.0, 2.5)"], "loss.class_weights", (1.0, 2.5)),
+        (["--config.model.drop_path_rate=0.25"], "model.drop_path_rate", 0.25),
+        (["--config.seed=7"], "seed", 7),
+        (["--config.label=mine"], "label", "mine"),
+    ],
+)
+def test_every_kind_of_setting_is_a_flag(arguments, key, value):
+    for order in ([*arguments, "--config=segformer:b1"], ["--config", "segformer:b1", *arguments]):
+        config = train.parse(order).config
+        assert config.model.name == "segformer_b1"
+        assert schema.flattened(config)[key] == value
+        default = schema.flattened(recipes.load("segformer:b1"))
+        assert {name for name, entry in schema.flattened(config).items() if entry != default[name]} <= {key}
+
+
+def test_flags_that_are_no_settings_are_returned():
+    arguments = ["--workdir=runs/x", "--coordinator", "auto", "--num_processes=4", "--process_id=3"]
+    assert train.parse(arguments)[2:] == ("runs/x", "auto", 4, 3)
+
+
+def test_flags_may_be_in_a_file(tmp_path, capsys):
+    assert "/nowhere" in refused(["--flagfile=/nowhere"], capsys)
+    (tmp_path / "flags").write_text("--config=segnext:s\n--config.train.steps=5\n")
+    config = train.parse([f"--flagfile={tmp_path / 'flags'}", "--config.seed=2"]).config
+    assert (config.model.name, config.train.steps, config.seed) == ("segnext_s", 5, 2)
+
+
+def test_a_command_line_leaves_nothing_behind_for_the_next():
+    argv, defined = list(sys.argv), set(flags.FLAGS)
+    first = train.parse(["--config.optim.lr=0.5", "--workdir=a"])
+    second = train.parse([])
+    assert (first.config.optim.lr, first.workdir) == (0.5, "a")
+    assert (second.config.optim.lr, second.workdir) == (recipes.load("segformer").optim.lr, None)
+    assert sys.argv == argv and set(flags.FLAGS) == defined
+
+
+# -------------------------------------------------------------------------------------------------- mistyped commands
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--steps=20", "there is no flag --steps; did you mean --config.train.steps?"),
+        ("--lr=1e-4", "there is no flag --lr; did you mean --config.optim.lr?"),
+        ("--batch=4", "there is no flag --batch; did you mean --config.train.batch or --config.eval.batch?"),
+        ("--log-every=4", "there is no flag --log-every; did you mean --config.train.log_every?"),
+        ("--optim.lr=1", "there is no flag --optim.lr; did you mean --config.optim.lr?"),
+        ("--warmup_step=4", "there is no flag --warmup_step; did you mean --config.optim.warmup_steps?"),
+        ("--workdri=x", "there is no flag --workdri; did you mean --workdir?"),
+        ("--process-id=0", "there is no flag --process-id; did you mean --process_id?"),
+        ("--conifg=segformer", "there is no flag --conifg; did you mean --config?"),
+        ("--xyz", "there is no flag --xyz"),
+        ("--config.trian.steps=3", "--config.trian.steps: no such setting; did you mean --config.train.steps?"),
+        ("--config.steps=3", "--config.steps: no such setting; did you mean --config.train.steps?"),
+        ("--config.xyz=3", "--config.xyz: no such setting"),
+        ("--config.init.from=x", "--config.init.from: no such setting; it is --config.init.checkpoint now"),
+        ("--config.model.dropout=0", "--config.model.dropout: no such setting in this recipe; did you mean "
+         "--config.model.dropout_rate? It sets model."),
+        ("--config.model.dims=(1,2)", "--config.model.dims: no such setting in this recipe; It sets model."),
+        ("--config.train.steps=many", "--config.train.steps=many: must be a whole number, at least 0"),
+        ("--config.train.steps=2.5", "--config.train.steps=2.5: must be a whole number, at least 0"),
+        ("--config.optim.lr=fast", "--config.optim.lr=fast: must be a number, greater than 0 and at most 100"),
+        ("--config.train.remat=maybe", "--config.train.remat=maybe: must be True or False"),
+        ("--config.augment.crop=(64, ", "--config.augment.crop=(64, : must be (height, width), each at least 32"),
+        ("--config.model.drop_path_rate=x", "--config.model.drop_path_rate=x: "),
+        ("--num_processes=two", "--num_processes=two: "),
+        ("--config", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
+        ("--config=", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
+        ("--config=segfromer", "segfromer: no such file or recipe; did you mean segformer?"),
+        ("--config=segformer:b9", "segformer:b9: 'b9' is neither a variant (b0, "),
+        ("--config=configs/nothing.py", "configs/nothing.py: no such file or recipe"),
+        ("segformer:b2", "unexpected argument 'segformer:b2'; did you mean --config segformer:b2?"),
+        ("configs/hrnet.py", "unexpected argument 'configs/hrnet.py'; did you mean --config configs/hrnet.py?"),
+        ("config.train.steps=3", "unexpected argument 'config.train.steps=3'; settings are flags, as in --config."),
+    ],
+)  # fmt: skip
+def test_a_mistyped_argument_is_answered_in_one_line(argument, said, capsys, no_run):
+    message = refused([argument], capsys)
+    assert message.startswith(said)
+    assert no_run == []
+
+
+@pytest.mark.parametrize("key", schema.SETTINGS)
+def test_the_bare_name_of_any_setting_is_answered_by_its_flag(key, capsys):
+    message = refused([f"--{key.rpartition('.')[2]}=1"], capsys)
+    assert re.search(rf"did you mean .*--config\.{re.escape(key)}\b", message)
+
+
+def test_settings_of_another_dataset_are_refused_by_it(capsys):
+    said = refused(["--config=segformer:camvid", "--config.data.size=(64,64)"], capsys)
+    assert said == "--config.data.size: no such setting here; only generated datasets have it"
+
+
+def test_a_section_that_is_replaced_has_to_be_whole(capsys):
+    assert train.main(["--config.optim={'lr': 1.0}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "segjax train: the settings cannot be used:"
+    assert "  config.optim.power: missing; the default is 1.0" in lines
+
+
+def test_a_file_with_a_fault_is_answered_by_its_line(tmp_path, capsys, no_run):
+    (tmp_path / "mine.py").write_text("x = 1\nx = = 2\n")
+    assert refused([f"--config={tmp_path / 'mine.py'}:b2"], capsys) == f"{tmp_path / 'mine.py'}:2: invalid syntax"
+    assert no_run == []
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.fixture(scope="module")
+def help_text():
+    return train.help_text()
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "-help", "--helpfull"])
+def test_help_is_printed_whatever_else_is_wrong(word, capsys, help_text):
+    assert train.main(["--steps=20", word, "--config=nothing"]) == 0
+    assert capsys.readouterr().out == help_text + "\n"
+
+
+@pytest.mark.parametrize("key", schema.SETTINGS)
+def test_help_lists_every_setting_with_its_default_and_text(key, help_text):
+    setting = schema.SETTINGS[key]
+    block = re.search(rf"^  --config\.{re.escape(key)}=(.*)\n((?:      .*\n?)+)", help_text, flags=re.MULTILINE)
+    assert setting.text in " ".join(block[2].split())
+    default = block[1]
+    if setting.default is None:
+        assert default == ""
+    elif isinstance(setting.default, str):
+        assert default == setting.default
+    else:
+        assert ast.literal_eval(default.strip('"')) == setting.default
+
+
+def test_a_default_as_help_has_it_is_a_flag_that_changes_nothing(help_text):
+    lines = [line.strip() for line in help_text.splitlines() if line.startswith("  --config.")]
+    assert len(lines) == len(schema.SETTINGS)
+    (typed,) = (line for line in lines if "lr_multipliers" in line)
+    assert typed == """--config.optim.lr_multipliers="(('head', 10.0),)\""""
+    arguments = [line.replace('"', "") for line in lines if not line.endswith("=")]
+    config = train.parse(arguments).config
+    for argument in arguments:
+        key = argument.removeprefix("--config.").partition("=")[0]
+        assert schema.flattened(config)[key] == schema.SETTINGS[key].default
+
+
+def test_help_lists_recipes_variants_and_datasets_in_80_columns(help_text):
+    assert [line for line in help_text.splitlines() if len(line) > 80] == []
+    text = " ".join(help_text.split())
+    for name in recipes.RECIPES:
+        variants = sys.modules[f"segjax.recipes.{name}"].VARIANTS
+        assert f"{name}: {', '.join(variants)}" in text
+    assert ", ".join(DATASETS) in text
+    for name in ("config", "workdir", "coordinator", "num_processes", "process_id"):
+        assert f"--{name} " in text
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "segjax.train"]])
+def test_every_way_to_call_it_prints_the_same_help(command, help_text):
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=REPO, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (help_text + "\n", "")
+
+
+# -------------------------------------------------------------------------------------------------------------- start
+
+
+def loaded_after(code):
+    """Which of the slow modules are loaded after these lines, and what they printed before."""
+    code += '\nprint(*sorted({"jax", "flax", "optax"} & set(sys.modules)))'
+    command = [sys.executable, "-c", f"import sys\nfrom segjax.commands import train\n{code}"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    *said, loaded = done.stdout.splitlines()
+    return loaded.split(), said, done.stderr
+
+
+def test_help_and_mistyped_arguments_are_answered_without_jax():
+    loaded, said, err = loaded_after('train.main(["--help"]), train.main(["--steps=20"])')
+    assert loaded == [] and len(said) > 100 and "did you mean --config.train.steps" in err
+
+
+def test_the_first_line_comes_before_jax_is_imported():
+    loaded, said, _ = loaded_after('train._run = lambda options: 0\ntrain.main(["--config=segformer:b2,camvid"])')
+    assert (loaded, said) == ([], ["recipe   segformer:b2,camvid"])
+
+
+@pytest.mark.parametrize("process, speaks", [("0", True), ("1", False)])
+def test_of_several_processes_only_the_first_prints_a_first_line(process, speaks, no_run, capsys):
+    assert train.main(["--coordinator=localhost:1", "--num_processes=2", f"--process_id={process}"]) == 0
+    assert bool(capsys.readouterr().out) == speaks
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+TINY = f"""
+from segjax.recipes import segformer
+
+def get_config(argument=""):
+    config = segformer.get_config(argument)
+    config.model.update({SIZES!r})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, quick_compile):
+    """A run of two steps: its config file and its folder."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "tiny.py").write_text(TINY)
+    arguments = [f"--config={folder / 'tiny.py'}:b0,streets", f"--workdir={folder / 'run'}", *SMALL]
+    assert train.main(arguments) == 0
+    return folder, arguments
+
+
+def test_a_run_by_main_reports_settings_other_than_the_defaults(tiny_run, capsys):
+    folder, arguments = tiny_run
+    assert json.loads((folder / "run" / "result.json").read_text())["step"] == 2
+    # The same command in the same process.
+    assert train.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "is finished" in out and err == ""
+    assert out.startswith(f"recipe   {folder / 'tiny.py'}:b0,streets\n")
+    assert train.main([*arguments, "--config.train.steps=4"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "resuming at step 2 of 4" in out
+    said = " ".join(out.split())
+    for change in ("train.steps=4", "train.batch=4", "model.dims=[4, 8, 10, 16]", "label=segformer-b0"):
+        assert change in said
+    assert "optim.power" not in said and "init." not in said
+
+
+def test_settings_that_cannot_be_used_are_all_reported_at_once(tmp_path, capsys):
+    arguments = ["--config.optim.lr=-1", "--config.optim.power=nan", "--config.train.batch=3", "--config.label=a/b"]
+    arguments += ["--config.data.name=cityscape"]
+    assert train.main([f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "segjax train: the settings cannot be used:"
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "config.optim.lr",
+        "config.optim.power",
+        "config.train.batch",
+        "config.label",
+        "config.data.name",
+    }
+    assert not (tmp_path / "run").exists()

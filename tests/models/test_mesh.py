@@ -1,0 +1,93 @@
+"""Models on several devices: under a mesh with explicit axes they trace, and a step communicates sums only."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from segjax import losses
+from segjax.kernels import choice
+from segjax.models.functional import FunctionalModel
+from segjax.runtime.parallel import JitParallel
+from segjax.train.state import TrainState
+from segjax.train.step import TrainStep
+from tests.tiny import FAMILIES, abstract_family, tiny_model
+
+LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0)
+LOSS |= dict(label_smoothing=0.0, focal_gamma=2.0, ohem_threshold=0.7, ohem_min_kept=0.1)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def on_mesh(mesh, tree, *axes):
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
+    model = abstract_family(family)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    mesh = jax.make_mesh((4,), ("data",))
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+
+    def loss(params, rest, images):
+        logits, taps = nnx.merge(graph, params, rest, copy=True)(images)
+        return sum(jnp.mean(jnp.square(x)) for x in (logits, *taps.values())), logits
+
+    with jax.set_mesh(mesh):
+        images = on_mesh(mesh, jax.ShapeDtypeStruct((8, 64, 96, 3), jnp.float32), "data")
+        arguments = on_mesh(mesh, params), on_mesh(mesh, rest), images
+        gradients, logits = jax.eval_shape(jax.grad(loss, has_aux=True), *arguments)
+    assert logits.sharding.spec[0] == "data"
+    assert all("data" not in x.sharding.spec for x in jax.tree.leaves(gradients))
+
+
+def collectives(text):
+    """How often each kind of communication between devices occurs in an optimised program."""
+    found = re.findall(
+        r"= .*? (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast)"
+        r"(?:-start)?\(",
+        text,
+    )
+    return collections.Counter(found)
+
+
+@pytest.mark.parametrize("implementations", ["fast", "published"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_only_adds_up_over_devices(family, implementations):
+    functional = FunctionalModel(tiny_model(0, family))
+    params, batch_stats = functional.arrays()
+    optimizer = optax.with_extra_args_support(optax.sgd(0.1))
+    step = TrainStep(
+        functional,
+        optax.GradientTransformationExtraArgs(
+            optimizer.init, lambda updates, state, params, accepted: optimizer.update(updates, state, params)
+        ),
+        lambda keys, batch: (batch["image"], batch["label"]),
+        losses.criterion(LOSS, num_classes=5, ignore_label=255),
+        aux_weight=0.4,
+    )
+    parallel = JitParallel(jax.devices()[:4])
+    state = parallel.replicate(TrainState.start(params, batch_stats, optimizer.init(params)))
+    batch = parallel.spread(
+        {
+            "image": np.zeros((8, 64, 96, 3), np.float32),
+            "label": np.zeros((8, 64, 96), np.uint8),
+            "position": np.arange(8, dtype=np.int32),
+        }
+    )
+    context = choice.published_implementations() if implementations == "published" else choice.meant_for("cpu")
+    with context:
+        program = parallel.compile_train(step).lower(state, batch, jax.random.key(0)).compile()
+    found = collectives(program.as_text())
+    assert set(found) == {"all-reduce"}
+    # XLA combines reductions; there are never more than one per gradient, two per BatchNorm's forward and backward
+    # pass, and those of the loss's sum and counts.
+    assert found["all-reduce"] <= len(params) + 2 * len(batch_stats) + 3

@@ -1,0 +1,194 @@
+"""Atomic writes: what a reader finds when writers fail, are killed at any moment, or write at the same time."""
+
+import errno
+import itertools
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from segjax.runtime import atomic
+
+
+def below(folder):
+    """Every file below a folder with its content, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_folder(path, text):
+    with atomic.replacing_folder(path) as new:
+        (new / "inside").mkdir(parents=True)
+        (new / "inside" / "a.txt").write_text(text)
+        (new / "b.txt").write_text(text)
+
+
+def write_files(path, text):
+    with atomic.replacing_files(path) as new:
+        new.write_text(text)
+        new.with_name(f"{path.name}.json").write_text(text)
+
+
+WRITERS = {"file": atomic.write_text, "folder": write_folder, "files": write_files}
+RESULTS = {
+    "file": lambda text: {"x": text},
+    "folder": lambda text: {"x/inside/a.txt": text, "x/b.txt": text},
+    "files": lambda text: {"x": text, "x.json": text},
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, tmp_path):
+    for text in ("old", "new"):
+        WRITERS[kind](tmp_path / "sub" / "x", text)
+        assert below(tmp_path / "sub") == RESULTS[kind](text)
+    expected = {name.split("/")[0] for name in RESULTS[kind]("")}
+    assert {path.name for path in (tmp_path / "sub").iterdir()} == expected
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
+def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error, tmp_path):
+    WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
+    before = below(tmp_path)
+    with pytest.raises(type(error)) as caught, replacing(tmp_path / "x") as temporary:
+        if replacing is atomic.replacing_folder:
+            temporary.mkdir()
+            temporary /= "part"
+        temporary.write_text("half")
+        raise error
+    assert caught.value is error
+    assert below(tmp_path) == before
+
+
+def test_a_body_that_makes_nothing_is_an_error_and_the_old_folder_stays(tmp_path):
+    write_folder(tmp_path / "x", "old")
+    with pytest.raises(FileNotFoundError), atomic.replacing_folder(tmp_path / "x"):
+        pass
+    assert below(tmp_path) == RESULTS["folder"]("old")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        atomic.write_text(tmp_path / "file", "x")
+        write_folder(tmp_path / "folder", "x")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder", "folder/b.txt")]
+    assert modes == [0o666 & ~mask, 0o777 & ~mask, 0o666 & ~mask]
+
+
+# Writes the new version of KIND, and is killed by its own hand at the given one of the calls that change the disk.
+KILLED = """if True:
+    import os, pathlib, signal, sys
+    from tests.runtime import test_atomic
+    from segjax.runtime import atomic
+    kind, target, moment = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
+    calls = 0
+    def counted(function):
+        def call(*arguments, **named):
+            global calls
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return function(*arguments, **named)
+        return call
+    for name in ("replace", "rename", "fsync", "unlink", "close"):
+        setattr(os, name, counted(getattr(os, name)))
+    atomic._exchange = counted(atomic._exchange)
+    atomic._remove = counted(atomic._remove)
+    pathlib.Path.unlink = counted(pathlib.Path.unlink)
+    test_atomic.WRITERS[kind](target, "new")
+    print(calls)
+"""
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_one_whole(kind, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    found = set()
+    for moment in itertools.count():
+        target = tmp_path / str(moment) / "x"
+        WRITERS[kind](target, "old")
+        command = [sys.executable, "-c", KILLED, kind, str(target), str(moment)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        visible = {name: text for name, text in below(target.parent).items() if not name.startswith(".")}
+        if kind == "files":
+            # Two names cannot change at once: a companion may be missing, but none belongs to another version.
+            assert visible["x"] == visible.get("x.json", visible["x"])
+        else:
+            assert visible in (RESULTS[kind]("old"), RESULTS[kind]("new"))
+        found.add(visible["x" if kind != "folder" else "x/b.txt"])
+        # The next writer of the same target clears what the killed one has left.
+        WRITERS[kind](target, "third")
+        assert below(target.parent) == RESULTS[kind]("third")
+        if done.returncode == 0:
+            break
+    assert found == {"old", "new"} and moment >= 3
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_writers_of_one_target_at_the_same_time_do_not_mix(kind, tmp_path):
+    target, errors, stop = tmp_path / "x", [], threading.Event()
+    WRITERS[kind](target, "0" * 1000)
+
+    def write(number):
+        try:
+            for _ in range(15):
+                WRITERS[kind](target, str(number) * 1000)
+        except BaseException as error:
+            errors.append(error)
+
+    def read():
+        while not stop.is_set() and kind == "file":
+            text = target.read_text()
+            if len(text) != 1000 or len(set(text)) != 1:
+                errors.append(ValueError(text[:20]))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(1, 7)]
+    reader = threading.Thread(target=read)
+    for thread in (*threads, reader):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    reader.join()
+    assert not errors
+    found = below(tmp_path)
+    assert found.keys() == RESULTS[kind]("").keys() and {len(text) for text in found.values()} == {1000}
+    if kind != "files":
+        assert len({text for text in found.values()}) == 1 and len(set("".join(found.values()))) == 1
+
+
+def test_the_temporary_of_a_living_writer_is_left_alone(tmp_path):
+    with atomic.replacing_file(tmp_path / "x") as first:
+        first.write_text("first")
+        with atomic.replacing_file(tmp_path / "x") as second:
+            second.write_text("second")
+            assert first != second
+        assert first.exists() and (tmp_path / "x").read_text() == "second"
+    assert below(tmp_path) == {"x": "first"}
+
+
+def test_where_names_cannot_be_exchanged_a_folder_is_replaced_by_two_renames(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    for text in ("old", "new"):
+        write_folder(tmp_path / "x", text)
+        assert below(tmp_path) == RESULTS["folder"](text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on macOS another call does it, on Windows none")
+def test_linux_exchanges_two_folders_in_one_step(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot")
+    assert below(tmp_path) == {"a/b": "", "b/a": ""}

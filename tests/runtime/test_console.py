@@ -1,0 +1,175 @@
+"""What commands print: wrapped prose, and the progress of a loop on a terminal and elsewhere."""
+
+import io
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from segjax.runtime import console, distributed
+from segjax.runtime.console import Progress
+
+
+class Clock:
+    now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
+    Clock.now = 0.0
+    return Clock
+
+
+class Terminal(io.StringIO):
+    """Understands what tqdm sends: carriage returns, line breaks, and the cursor's way up and down."""
+
+    def isatty(self):
+        return True
+
+    @property
+    def screen(self):
+        """The lines that a person sees."""
+        lines, column = [""], 0
+        for character in self.getvalue():
+            if character == "\r":
+                column = 0
+            elif character == "\n":
+                lines.append("")
+                column = 0
+            else:
+                lines[-1] = lines[-1][:column].ljust(column) + character + lines[-1][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in lines]
+
+
+def both_streams(monkeypatch, stream):
+    """Has a test print to one stream; not a fixture, because pytest sets its own streams after those."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+def test_prose_is_wrapped_and_indented_lines_stay_as_they_are(capsys):
+    console.say("word " * 30 + "\n  a  table   of lines" + "x" * 80)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines[:2]) and lines[2] == "  a  table   of lines" + "x" * 80
+    console.say("to the other stream", to=sys.stderr)
+    assert capsys.readouterr() == ("", "to the other stream\n")
+
+
+@pytest.mark.parametrize("text", ["é 中 😀 ü", "a\x1b[2Jb", "tab\there", "bytes \udcff", "c1 \x9b31m"])
+def test_control_characters_are_shown_and_all_others_are_kept(text, capsys):
+    console.say(text)
+    shown = capsys.readouterr().out
+    assert shown.isprintable() or shown[:-1].isprintable()
+    assert (shown == f"{text}\n") == text.isprintable()
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock, monkeypatch):
+    pipe = both_streams(monkeypatch, io.StringIO())
+    with Progress("checking", 12, "images") as progress:
+        for _ in range(12):
+            clock.now += 4
+            progress.advance()
+    assert pipe.getvalue().splitlines() == [
+        "checking 3/12 images  0.25 per second  0.6 min left",
+        "checking 6/12 images  0.25 per second  0.4 min left",
+        "checking 9/12 images  0.25 per second  0.2 min left",
+        "checking 12/12 images  0.25 per second",
+    ]
+
+
+def test_the_rate_does_not_count_the_first_which_compiles(clock):
+    progress = Progress("", 5, "images")
+    clock.now = 60.0
+    progress.advance()
+    assert progress.rate is None
+    clock.now = 62.0
+    progress.advance(4)
+    assert progress.rate == 2 and progress.count == 5
+
+
+def test_notes_and_the_time_left_can_be_given_and_a_line_can_be_asked_for(clock, monkeypatch):
+    pipe = both_streams(monkeypatch, io.StringIO())
+    progress = Progress("step", 9, start=3)
+    progress.advance(1, notes=["loss 1.5", "4.0 img/s"], left=120.0, now=True)
+    progress.advance(5, notes=[], left=0.0, now=True)
+    assert pipe.getvalue().splitlines() == ["step 4/9  loss 1.5  4.0 img/s  2.0 min left", "step 9/9"]
+
+
+def test_a_number_that_nobody_knows_and_bytes_are_counted_too(clock, monkeypatch):
+    pipe = both_streams(monkeypatch, io.StringIO())
+    for arguments, number in ((("", None, "frames"), 7), (("unpacking {x}.tar.gz", 3 * 2**20, "B"), 2**20)):
+        progress = Progress(*arguments)
+        progress.advance(number)
+        clock.now += 10
+        progress.advance(number)
+    assert pipe.getvalue().splitlines() == [
+        "14 frames  0.70 per second",
+        "unpacking {x}.tar.gz 2.0 MiB/3.0 MiB  0.1 MiB per second  0.2 min left",
+    ]
+
+
+@pytest.mark.parametrize("total, unit", [(40, "images"), (None, "frames"), (5 * 2**30, "B")])
+def test_on_a_terminal_there_is_one_bar_of_80_columns_and_nothing_in_the_end(total, unit, monkeypatch):
+    terminal = both_streams(monkeypatch, Terminal())
+    with Progress("a {strange} name", total, unit) as progress:
+        for _ in range(10):
+            time.sleep(0.02)
+            progress.advance(2 if unit != "B" else 2**28)
+        bar = terminal.screen[-1]
+        assert len(terminal.screen) == 1 and len(bar) <= 80 and bar.startswith("a {strange} name ")
+    assert "".join(terminal.screen) == ""
+
+
+def test_lines_are_printed_above_the_bar(monkeypatch):
+    terminal = both_streams(monkeypatch, Terminal())
+    with Progress("evaluating", 4, "images") as progress:
+        progress.advance()
+        console.say("step 3: mIoU 0.5")
+        assert terminal.screen[0] == "step 3: mIoU 0.5" and terminal.screen[-1].startswith("evaluating ")
+        console.say("an error", to=sys.stderr)
+        assert terminal.screen[1] == "an error"
+    assert [line for line in terminal.screen if line] == ["step 3: mIoU 0.5", "an error"]
+    console.say("afterwards")
+    assert terminal.getvalue().endswith("afterwards\n")
+
+
+def test_items_are_counted_as_the_next_is_asked_for_and_the_bar_goes_with_them(monkeypatch):
+    terminal = both_streams(monkeypatch, Terminal())
+    progress = Progress("", 3, "images")
+    seen = []
+    for item in progress.over("abc"):
+        seen.append((item, progress.count))
+    assert seen == [("a", 0), ("b", 1), ("c", 2)] and progress.count == 3
+    assert "".join(terminal.screen) == "" and console._bars == []
+    for _ in Progress("", 3, "images").over("abc"):
+        break
+    assert console._bars == []
+
+
+def test_of_several_processes_one_shows_it(clock, monkeypatch):
+    terminal = both_streams(monkeypatch, Terminal())
+    monkeypatch.setattr(distributed, "is_lead", lambda: False)
+    with Progress("checking", 3, "images") as progress:
+        for _ in range(3):
+            clock.now += 20
+            progress.advance()
+        console.say("unsaid")
+    assert terminal.getvalue() == "" and progress.count == 3
+
+
+def test_the_first_process_is_known_without_starting_jax(monkeypatch):
+    def process_index():
+        raise AssertionError("starts the backends")
+
+    monkeypatch.setattr(distributed.jax, "process_index", process_index)
+    assert distributed.is_lead()
+    monkeypatch.setattr(
+        distributed,
+        "jax",
+        SimpleNamespace(distributed=SimpleNamespace(is_initialized=lambda: True), process_index=lambda: 1),
+    )
+    assert not distributed.is_lead()
