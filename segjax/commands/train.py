@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import os
 import re
 import sys
 import textwrap
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -87,13 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: Options) -> int:
     # Imported only after the command line was found to be right.
+    from segjax.commands.ending import run_command
     from segjax.runtime import console, distributed, environment
     from segjax.train import config as train_config
     from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
     environment.prepare()
-    try:
+
+    def run() -> int:
         if options.coordinator:
             address = None if options.coordinator == "auto" else options.coordinator
             distributed.initialize(address, options.num_processes, options.process_id)
@@ -101,25 +101,15 @@ def _run(options: Options) -> int:
         workdir = Path(options.workdir or loop.default_workdir(config))
         train_config.check(config, workdir)
         changes = train_config.changes(config, common.get_config(config.data.name))
-        return loop.train(config, workdir, changes=changes)
-    except KeyboardInterrupt as error:
-        print(f"{PROGRAM}: stopped at once; what was saved is complete", file=sys.stderr, flush=True)
-        # Threads that save or read would each report that the interpreter is shutting down.
-        os._exit(error.args[0] if error.args else loop.INTERRUPTED)
-    except (ValueError, OSError) as error:
-        if distributed.is_lead():
-            print(console.wrapped(f"{PROGRAM}: {error}{_advice(error)}"), file=sys.stderr, flush=True)
-        return distributed.leave(2)
-    except Exception:
-        traceback.print_exc()
-        return distributed.leave(1)
+        try:
+            return loop.train(config, workdir, changes=changes)
+        except KeyboardInterrupt as error:
+            console.say(f"{PROGRAM}: stopped at once; what was saved is complete", to=sys.stderr)
+            # Threads that save or read would each report that the interpreter is shutting down.
+            os._exit(error.args[0] if error.args else loop.INTERRUPTED)
 
-
-def _advice(error: Exception) -> str:
-    """What to do when the disk is full, which Python's message does not say."""
-    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ""
-    return ".\n  What was saved before is complete: free some space, and give the same command again"
+    full_disk = "what was saved before is complete: free some space, and give the same command again"
+    return run_command(PROGRAM, run, interrupted="the run had not begun", full_disk=full_disk)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -79,7 +79,7 @@ def test_the_command_draws_streets_without_any_data(tmp_path, capsys, monkeypatc
 
 def test_the_command_says_in_one_line_what_is_wrong(capsys):
     assert show.main(["streets", "--split", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("segjax.data show: streets: no split 'nowhere'")
+    assert capsys.readouterr().err.startswith("segjax data show: streets: no split 'nowhere'")
     with pytest.raises(SystemExit):
         show.main(["--num", "0", "--crop", "0", "9", "--scale", "2", "1"])
     errors = capsys.readouterr().err
