@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from segjax import layers, losses
 from segjax.data import class_weights, specs
 from segjax.inference.engine import labels_of
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.choice import meant_for, published_implementations
 from segjax.kernels.cross_entropy import BAND, _rows
+from segjax.recipes import common
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

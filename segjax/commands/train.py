@@ -14,9 +14,11 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,20 +82,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.coordinator or options.process_id == 0:
         # JAX takes a second or more to import, and longer to find its devices.
         print(f"recipe   {options.recipe}", flush=True)
-    return _run(options)
+    with _stops_at_once():
+        from segjax.commands.ending import run_command
+
+        full_disk = "what was saved before is whole: make room, and give the same command again"
+        return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
     # Imported only after the command line was found to be right.
-    from segjax.commands.ending import run_command
-    from segjax.runtime import console, distributed, environment
+    from segjax.runtime import distributed, environment
     from segjax.train import config as train_config
     from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
     environment.prepare()
-
-    def run() -> int:
+    with _stops_at_once():
         if options.coordinator:
             address = None if options.coordinator == "auto" else options.coordinator
             distributed.initialize(address, options.num_processes, options.process_id)
@@ -101,15 +105,17 @@ def _run(options: Options) -> int:
         workdir = Path(options.workdir or loop.default_workdir(config))
         train_config.check(config, workdir)
         changes = train_config.changes(config, common.get_config(config.data.name))
-        try:
-            return loop.train(config, workdir, changes=changes)
-        except KeyboardInterrupt as error:
-            console.say(f"{PROGRAM}: stopped at once; what was saved is complete", to=sys.stderr)
-            # Threads that save or read would each report that the interpreter is shutting down.
-            os._exit(error.args[0] if error.args else loop.INTERRUPTED)
+        return loop.train(config, workdir, changes=changes)
 
-    full_disk = "what was saved before is complete: free some space, and give the same command again"
-    return run_command(PROGRAM, run, interrupted="the run had not begun", full_disk=full_disk)
+
+@contextlib.contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """Ends the process after Ctrl-C, before threads that save or read each report that the interpreter shuts down."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print(f"{PROGRAM}: stopped at once; what was saved is whole", file=sys.stderr, flush=True)
+        os._exit(error.args[0] if error.args else 128 + signal.SIGINT)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -19,7 +19,7 @@ from flax import nnx
 from segjax import layers
 from segjax.data.augment import normalise
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import Parallel, compiler_options
+from segjax.runtime.parallel import JitParallel, compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Inference:
         """
         self.protocol = protocol
         self._batch = batch
-        self._parallel = Parallel("jit")
+        self._parallel = JitParallel()
         skeleton = FunctionalModel(model)
         self._arrays = self._parallel.replicate(skeleton.arrays())
         options = compiler_options(self._parallel.devices[0].platform)
