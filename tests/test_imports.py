@@ -20,7 +20,7 @@ ALLOWED = {
     "viz": ("data", "metrics", "runtime"),
     "checkpoints": ("runtime", "models", "data"),
     "inference": ("runtime", "kernels", "layers", "models", "data", "metrics", "viz", "checkpoints"),
-    "torch_reference": ("runtime", "models", "data", "checkpoints", "inference"),
+    "torch_reference": ("runtime", "layers", "models", "data", "checkpoints", "inference"),
     "exports": ("runtime", "kernels", "layers", "models", "data", "checkpoints", "inference", "torch_reference"),
     "train": ("runtime", "kernels", "layers", "models", "data", "losses", "metrics", "viz", "checkpoints", "inference"),
     "recipes": ("data", "train"),

@@ -79,6 +79,7 @@ def evaluate_dataset(
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
+    logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; each size of image takes its time once ...")
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)

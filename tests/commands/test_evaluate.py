@@ -147,7 +147,7 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
     printed = capsys.readouterr().out
     assert "exactly what" in printed and "step" not in printed and "drawing 5 images of streets" in printed
     assert inspect.main([str(tmp_path)]) == 0
-    assert "a training of segjax\n" in capsys.readouterr().out
+    assert "a run of segjax\n" in capsys.readouterr().out
 
 
 def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):

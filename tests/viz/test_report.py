@@ -5,6 +5,7 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -122,9 +123,16 @@ def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkey
     arguments = dict(facts={}, about={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
     before = (tmp_path / "index.html").read_bytes()
-    monkeypatch.setattr(report.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    replace = os.replace
+
+    def torn_down(temporary, path):
+        if path.name == "index.html":
+            raise OSError("power cut")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", torn_down)
     with pytest.raises(OSError, match="power cut"):
-        report._write(tmp_path / "index.html", "half a pa")
+        report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="second", **arguments)
     assert (tmp_path / "index.html").read_bytes() == before
 
 
