@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,14 @@ class Protocol:
         Raises:
           ValueError: a crop or a stride for whole images, or settings that contradict each other.
         """
-        common = dict(mode=mode, scales=tuple(scales), flip=flip, size_divisor=size_divisor)
+        settings: dict[str, Any] = dict(mode=mode, scales=tuple(scales), flip=flip, size_divisor=size_divisor)
         if mode != "slide":
             if crop is not None or stride is not None:
                 raise ValueError("crop and stride are those of a sliding window: give mode='slide' too, or omit them")
-            return cls(**common)
-        crop = cls.crop if crop is None else tuple(crop)
-        stride = tuple(max(side * 3 // 4, 1) for side in crop) if stride is None else tuple(stride)
-        return cls(crop=crop, stride=stride, **common)
+            return cls(**settings)
+        settings["crop"] = crop = cls.crop if crop is None else tuple(crop)
+        settings["stride"] = tuple(max(side * 3 // 4, 1) for side in crop) if stride is None else tuple(stride)
+        return cls(**settings)
 
     def __post_init__(self):
         wrong = {

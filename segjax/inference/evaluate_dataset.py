@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,7 +33,7 @@ def evaluate_dataset(
     flip: bool = False,
     size_divisor: int = 1,
     batch: int | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
 
     Args:
@@ -87,7 +88,7 @@ def open_evaluated(
     if name not in specs.DATASETS:
         raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
     dataset, config = specs.DATASETS[name], checkpoint.metadata.get("config")
-    split, generated = split or dataset.evaluated_split, {}
+    split, generated = split or dataset.evaluated_split, dict[str, Any]()
     if config and config["data"]["name"] == name and dataset.kind == "generated":
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]

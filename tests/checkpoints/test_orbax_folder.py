@@ -17,8 +17,8 @@ from flax import nnx
 
 from configs import common
 from segjax.checkpoints import orbax_folder, state_dict
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import load_model, save_model
-from segjax.checkpoints.state_dict import CheckpointError
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.runtime import atomic, console
 from segjax.train import optim, setup
