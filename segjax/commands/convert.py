@@ -162,11 +162,10 @@ def _measure_transformers(model: nnx.Module) -> None:
     if settings == settings | eps:
         logger.info("transformers computes with the same settings")
         return
-    kinds = dict(
-        num_classes=model.spec.num_classes, dtype=model.dtype, param_dtype=model_metadata(model)["param_dtype"]
-    )
+    kinds: dict[str, Any] = dict(num_classes=model.spec.num_classes, dtype=model.dtype)
+    kinds |= settings | eps | {"param_dtype": model_metadata(model)["param_dtype"]}
     values = {path: variable.get_value() for path, variable in named_variables(model).items()}
-    moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds, **settings | eps)), values)
+    moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds)), values)
     image = np.random.default_rng(0).standard_normal((1, 128, 160, 3)).astype(np.float32)
     logits, others = (np.asarray(_logits(one, image)) for one in (model, moved))
     difference, largest = np.abs(logits - others).max(), np.abs(logits).max()

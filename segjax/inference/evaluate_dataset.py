@@ -93,7 +93,7 @@ def open_evaluated(
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
         number = run["train_images"] if only_trained_on else run["eval_images"]
-        generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
+        generated |= dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
     (opened,) = open_splits(name, [split], source=data_source, data_dir=data_dir, say=logger.info, **generated)
     return opened
 
