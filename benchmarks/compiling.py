@@ -57,11 +57,11 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     from flax import nnx
 
     import segjax
-    from configs import common
     from segjax import layers, losses, models
     from segjax.models.functional import FunctionalModel
     from segjax.models.stacked import Stacks
-    from segjax.runtime.parallel import Parallel
+    from segjax.recipes import common
+    from segjax.runtime.parallel import JitParallel
     from segjax.train import optim
     from segjax.train.state import TrainState
     from segjax.train.step import TrainStep
@@ -73,14 +73,14 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
 
     config = common.get_config("folder")
     config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
-    parallel = Parallel("jit", jax.devices()[:1])
+    parallel = JitParallel(jax.devices()[:1])
     params, _ = FunctionalModel(nnx.eval_shape(create)).arrays()
     execution = layers.BlockExecution.of(**FORMS[form])
     stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(config.optim, params))
-    skeleton = FunctionalModel(nnx.eval_shape(create), execution=execution, stacks=stacks)
+    functional = FunctionalModel(nnx.eval_shape(create), execution=execution, stacks=stacks)
     optimizer = optim.optimizer(config.optim, params, steps=10**9, stacks=stacks)
     step = TrainStep(
-        skeleton=skeleton,
+        model=functional,
         optimizer=optimizer,
         augment=lambda _, batch: (batch["image"], batch["label"]),
         criterion=losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255),

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import segjax
-from configs import common
 from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax import losses
@@ -18,7 +17,8 @@ from segjax.checkpoints import architectures
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import Parallel
+from segjax.recipes import common
+from segjax.runtime.parallel import JitParallel
 from segjax.torch_reference import verify
 from segjax.train import optim
 from segjax.train.state import TrainState
@@ -89,19 +89,19 @@ def our_steps(model, batches, *, name, frozen, clip_norm, accumulate):
     config.optim.update(name=name, lr=1e-3 if name == "adamw" else 1e-2, weight_decay=0.01, momentum=0.9, power=0.0)
     config.optim.update(warmup_steps=0, no_decay="", lr_multipliers=(), clip_norm=clip_norm)
     names = list(FunctionalModel(model).arrays()[0])
-    skeleton = FunctionalModel(model, frozen=optim.frozen_names(frozen, names))
-    params, batch_stats = skeleton.arrays()
+    functional = FunctionalModel(model, frozen=optim.frozen_names(frozen, names))
+    params, batch_stats = functional.arrays()
     optimizer = optim.optimizer(config.optim, names, steps=STEPS)
     step = TrainStep(
-        skeleton=skeleton,
+        model=functional,
         optimizer=optimizer,
         augment=lambda _, batch: (batch["image"], batch["label"]),
         criterion=losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255),
         accumulate=accumulate,
     )
-    parallel = Parallel("jit", jax.devices()[:1])
+    parallel = JitParallel(jax.devices()[:1])
     program = parallel.compile_train(step)
-    state = TrainState.start(params, batch_stats, optimizer.init(skeleton.trained(params)))
+    state = TrainState.start(params, batch_stats, optimizer.init(functional.trained(params)))
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
     curve, norms = [], []
     for x, labels in batches:

@@ -17,7 +17,7 @@ from segjax.checkpoints import architectures
 from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from segjax.torch_reference import verify
 from segjax.train import optim
 from segjax.train.state import TrainState
@@ -70,9 +70,9 @@ def torch_training(reference, settings, batches, bases):
 
 
 def our_training(model, config, batches):
-    parallel = Parallel("jit", jax.devices()[:1])
-    skeleton = FunctionalModel(model)
-    params, batch_stats = skeleton.arrays()
+    parallel = JitParallel(jax.devices()[:1])
+    functional = FunctionalModel(model)
+    params, batch_stats = functional.arrays()
     optimizer = optim.optimizer(config.optim, params, steps=STEPS)
     state = TrainState.start(params, batch_stats, optimizer.init(params))
     state = parallel.replicate(jax.tree.map(jnp.copy, state))
@@ -82,7 +82,7 @@ def our_training(model, config, batches):
 
     criterion = losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255)
     step = parallel.compile_train(
-        TrainStep(skeleton=skeleton, optimizer=optimizer, augment=as_given, criterion=criterion, aux_weight=AUX_WEIGHT)
+        TrainStep(model=functional, optimizer=optimizer, augment=as_given, criterion=criterion, aux_weight=AUX_WEIGHT)
     )
     curve = []
     for x, labels in batches:

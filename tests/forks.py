@@ -81,12 +81,12 @@ class Fork:
         return self.poll()
 
 
-def quickly(make_skeleton):
+def quickly(create_model):
     """Initial weights are drawn by NumPy: to draw them by JAX takes a second of compilation at each start."""
 
     def make(*args, **settings):
         with numpy_draws():
-            return make_skeleton(*args, **settings)
+            return create_model(*args, **settings)
 
     return make
 
@@ -96,7 +96,7 @@ def serve() -> None:
     late = "cv2", "matplotlib.figure", "orbax.checkpoint", "segjax.train.loop", "tensorboardX", "configs.segformer"
     for name in late:
         importlib.import_module(name)
-    setup.make_skeleton = quickly(setup.make_skeleton)
+    setup.create_model = quickly(setup.create_model)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

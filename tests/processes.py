@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from configs import common
 from segjax import losses
 from segjax.data import specs
 from segjax.data.augment import augment
@@ -21,14 +20,16 @@ from segjax.data.pipeline import StreamBatches, TrainBatches, order
 from segjax.data.records import load
 from segjax.inference import evaluation
 from segjax.models.functional import FunctionalModel
+from segjax.recipes import common
 from segjax.runtime import environment
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel, PmapParallel, ShardMapParallel
 from segjax.train import optim
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 SETTINGS = SimpleNamespace(crop=(16, 20), scale=(0.5, 2.0), flip=0.5, photometric=True)
+KINDS = {"jit": JitParallel, "pmap": PmapParallel, "shard_map": ShardMapParallel}
 BATCH, STEPS, SEED = 8, 3, 5
 
 
@@ -68,13 +69,13 @@ def trained(parallel, batches):
     """Weights and losses after a few steps of SGD on these batches, as lists."""
     config = common.get_config("folder")
     config.optim.update(name="sgd", lr=0.5, warmup_steps=0, no_decay="", lr_multipliers=())
-    skeleton = FunctionalModel(Colours())
-    params, _ = skeleton.arrays()
+    functional = FunctionalModel(Colours())
+    params, _ = functional.arrays()
     optimizer = optim.optimizer(config.optim, params, steps=10)
     state = parallel.replicate(TrainState.start(params, {}, optimizer.init(params)))
     step = parallel.compile_train(
         TrainStep(
-            skeleton=skeleton,
+            model=functional,
             optimizer=optimizer,
             augment=partial(augment, settings=SETTINGS, ignore_label=SPEC.ignore_label),
             criterion=losses.criterion(config.loss, num_classes=SPEC.num_classes, ignore_label=SPEC.ignore_label),
@@ -124,4 +125,4 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
     environment.prepare()
     jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-    print(json.dumps({kind: results(Parallel(kind)) for kind in ("jit", "pmap")}))
+    print(json.dumps({kind: results(of_kind()) for kind, of_kind in KINDS.items()}))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from configs import hrnet, segformer, segnext
 from segjax import metrics
 from segjax.data import pipeline
-from segjax.train import loop
+from segjax.train import config as train_config
+from segjax.train import loop, setup
 from segjax.train.step import TrainStep
 from tests.tiny import FAMILIES
 
@@ -33,6 +34,15 @@ def make_config(family="segformer", **changes):
     config.checkpoint.every = 4
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
+
+
+def functional_model(config, num_classes, *, axis_name=None, initial=False):
+    """The model of a config as a run trains it; with `initial`, on the weights of config.init."""
+    overrides = train_config.model_overrides(config)
+    module = setup.create_model(config.model, overrides, num_classes=num_classes, seed=config.seed)
+    if initial:
+        setup.load_initial_weights(module, config.init)
+    return setup.make_functional(module, config.optim, config.train, axis_name=axis_name)
 
 
 def run(config, workdir):
@@ -113,11 +123,8 @@ class CheapStep(TrainStep):
         for step, value in self.norms.items():
             norm = jnp.where(state.step == step, value, norm)
         params = {name: 0.9 * value + shift for name, value in state.params.items()}
-        state = self._unless_not_finite(
-            jnp.isfinite(loss) & jnp.isfinite(norm),
-            state,
-            dict(params=params, batch_stats=state.batch_stats, opt_state=state.opt_state, ema=state.ema),
-        )
+        new = dict(params=params, batch_stats=state.batch_stats, opt_state=state.opt_state, ema=state.ema)
+        state = self.advanced(state, self.accepts(state, loss, norm), new)
         return state, {"loss": loss, "gradient_norm": norm, "stopped": state.skipped[1] > self.may_skip}
 
 
@@ -128,4 +135,4 @@ def cheap_step(patch, losses=None, norms=None):
         pass
 
     Step.losses, Step.norms = losses or {}, norms or {}
-    patch.setattr(loop, "TrainStep", Step)
+    patch.setattr(setup, "TrainStep", Step)

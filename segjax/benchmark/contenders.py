@@ -127,12 +127,12 @@ def _our_inference(work: Work, model) -> Contender:
     from segjax.models.functional import FunctionalModel
     from segjax.runtime.parallel import compiler_options
 
-    skeleton = FunctionalModel(model)
-    arrays = jax.device_put(skeleton.arrays())
+    functional = FunctionalModel(model)
+    arrays = jax.device_put(functional.arrays())
     images = jax.device_put(work.images())
 
     def forward(params, batch_stats, images):
-        return skeleton.bind(params, batch_stats)(images)[0]
+        return functional.bind(params, batch_stats)(images)[0]
 
     since = time.perf_counter()
     options = compiler_options(jax.default_backend())
@@ -155,18 +155,18 @@ def training(work: Work, model):
     from segjax import losses
     from segjax.models.functional import FunctionalModel
     from segjax.recipes import common
-    from segjax.runtime.parallel import Parallel
+    from segjax.runtime.parallel import JitParallel
     from segjax.train import optim
     from segjax.train.state import TrainState
     from segjax.train.step import TrainStep
 
     config = common.get_config("folder")
     config.optim.update(lr=LR, weight_decay=WEIGHT_DECAY, no_decay="", warmup_steps=0, lr_multipliers=())
-    parallel, skeleton = Parallel("jit", jax.devices()[:1]), FunctionalModel(model)
-    params, batch_stats = skeleton.arrays()
+    parallel, functional = JitParallel(jax.devices()[:1]), FunctionalModel(model)
+    params, batch_stats = functional.arrays()
     optimizer = optim.optimizer(config.optim, params, steps=10**9)
     step = TrainStep(
-        skeleton=skeleton,
+        model=functional,
         optimizer=optimizer,
         augment=lambda _, batch: (batch["image"], batch["label"]),
         criterion=losses.criterion(config.loss, num_classes=work.num_classes, ignore_label=255),

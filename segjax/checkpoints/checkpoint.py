@@ -70,7 +70,7 @@ class Checkpoint:
         return recognise(shapes, dialect=self.dialect, family=self.family)
 
     def read_as(self, *, dialect: str = "auto", family: str | None = None) -> Checkpoint:
-        """The checkpoint read as a dialect or family; itself where it is read or was recognised as that already."""
+        """The checkpoint read as a dialect or family; itself where that changes nothing."""
         if "recognised" in vars(self):
             found = self.recognised.key_format
             if dialect in ("auto", found.dialect) and family in (None, found.family):

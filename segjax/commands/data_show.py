@@ -21,7 +21,7 @@ from segjax.data.open import open_splits
 from segjax.data.pipeline import StreamBatches
 from segjax.data.records import Records, records_of
 from segjax.runtime import console
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
 
 # No crop is larger than this where none is given, nor than the largest image.
@@ -38,7 +38,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
       RecordError: an image or a label cannot be used.
     """
     records, key = records_of(data), jax.random.key(seed)
-    parallel = Parallel("jit", jax.local_devices()[:1])
+    parallel = JitParallel(jax.local_devices()[:1])
     with StreamBatches(
         records, batch_size=num, seed=seed, parallel=parallel, settings=settings, key=key, threads=1
     ) as batches:

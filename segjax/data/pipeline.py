@@ -58,13 +58,12 @@ class TrainBatches:
             images, labels, sizes = (jnp.take(array, indices, axis=0) for array in resident)
             return {"image": images, "label": labels, "size": sizes, "position": position}
 
-        self._positions = np.arange(batch_size) if parallel.kind == "jit" else parallel.rows(batch_size)
+        self._positions = np.arange(batch_size, dtype=np.int32)
         self._gather, self._resident = parallel.batch(gather), jax.tree.map(everywhere, tuple(split[:3]))
 
     def at(self, step: int) -> dict[str, jax.Array]:
         """The batch of step `step`, on the devices: image, label, size and position in the batch."""
-        rows = self.indices(step)[self._positions], self._positions.astype(np.int32)
-        return self._gather(self._resident, rows)
+        return self._gather(self._resident, (self.indices(step), self._positions))
 
     def close(self) -> None:
         pass

@@ -65,7 +65,7 @@ class Predictor:
         Raises:
           CheckpointError: nothing that can be read as a model. ValueError: settings that contradict each other.
         """
-        self.protocol = Protocol.of(mode, crop=crop, stride=stride, scales=scales, flip=flip)
+        self.protocol = Protocol(mode, crop, stride, scales, flip)
         if wrong := [name for name, value in (("pad_multiple", pad_multiple), ("batch", batch)) if value < 1]:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
         loaded = as_loaded(checkpoint_or_model)

@@ -1,9 +1,10 @@
-"""Where arrays live, and how a step runs on several devices: `jit` over a data mesh, or `pmap`."""
+"""Data parallelism: where arrays live and how a step is compiled for several devices, by `jit` or by `pmap`."""
 
 from __future__ import annotations
 
+import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -12,14 +13,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+# An array that every device holds, and one that is split over its first axis.
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, int] | None:
-    """What programs for "cpu" or "gpu" are compiled with: `jax.jit(..., compiler_options=compiler_options(platform))`.
+    """XLA options for a platform, "cpu" or "gpu": `jax.jit(..., compiler_options=compiler_options(platform))`.
 
-    XLA:CPU uses half of AVX-512's registers unless told otherwise; two cores, with / without: SegNeXt-T 1x512x512
-    inference 0.89, the other models 0.95 to 1.0. An XLA that does not know the option refuses it, and goes without.
+    By default XLA:CPU uses half the width of AVX-512's registers. Time with the option / without, two cores: SegNeXt-T
+    inference, 1x512x512, 0.89; the other models 0.95 to 1.0. None where this XLA does not know the option.
     """
     if platform != "cpu":
         return None
@@ -31,108 +34,197 @@ def compiler_options(platform: str) -> dict[str, int] | None:
     return options
 
 
-class Parallel:
-    """Where arrays live and how a step body is compiled: `jit` over a data mesh, or `pmap`.
+class Parallel(abc.ABC):
+    """How a run uses its devices; `JitParallel` and `PmapParallel` implement it, `parallel_for` chooses.
 
-    Both give the numbers of one device with the whole batch: under jit the compiler sees whole arrays; under pmap the
-    body sums over the named axis, and the model's layers do where they need to. Of several processes each one calls the
-    same; arrays of `jit` span them all, while those of `pmap` are the process's own part.
+    All of them give the numbers of one device that holds the whole batch. Of several processes, each calls the same
+    methods in the same order.
+
+    Attributes:
+      kind: the setting `parallel` of a run, "jit" or "pmap".
+      devices: the devices that share a batch, those of other processes included. own_devices: this process's.
+      axis_name: name of the mapped axis, which `BatchNorm` and the drop layers need to know,
+        `model.set_attributes(axis_name=...)`; None where the compiler sees whole arrays.
+      whole: sharding of an array that every device holds. split: sharding of an array split over its first axis.
+      compiles_ahead: whether `compile_train(...)` can be lowered and compiled before its first call.
     """
 
-    def __init__(self, kind: str, devices: list[jax.Device] | None = None):
-        if kind not in ("jit", "pmap"):
-            raise ValueError(f"parallel is 'jit' or 'pmap'; got {kind!r}")
-        self.kind = kind
-        self.devices = jax.devices() if devices is None else devices
-        mesh = Mesh(np.array(self.devices), (AXIS,))
-        self.own_devices = list(mesh.local_mesh.devices)
-        if kind == "pmap":
-            mesh = mesh.local_mesh
-        self.whole = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._compiler_options = compiler_options(self.devices[0].platform)
+    kind: str
+    axis_name: str | None = None
+    compiles_ahead = True
+    whole: NamedSharding
+    split: NamedSharding
 
-    @property
-    def axis_name(self) -> str | None:
-        """What `BatchNorm` and the drop layers must be told: `model.set_attributes(axis_name=...)`."""
-        return AXIS if self.kind == "pmap" else None
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        """Takes `devices`, by default all of them."""
+        self.devices = jax.devices() if devices is None else list(devices)
+        self._mesh = Mesh(np.array(self.devices), (AXIS,))
+        self.own_devices = list(self._mesh.local_mesh.devices)
 
     def check(self, batch_size: int) -> None:
+        """Raises ValueError where a batch cannot be split evenly."""
         if batch_size % len(self.devices):
             raise ValueError(f"a batch of {batch_size} does not divide among {len(self.devices)} devices")
 
-    def replicate(self, tree):
-        """The same arrays on every device: under pmap with a leading axis of devices."""
-        if self.kind == "jit":
-            return jax.device_put(tree, self.whole)
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.own_devices), *jnp.shape(x))), tree)
-        return jax.device_put(stacked, self.split)
-
-    def fetch(self, tree):
-        """Undoes `replicate`: one copy of every array, on the host, which no later step can touch."""
-        if self.kind == "jit":
-            return jax.tree.map(np.array, jax.device_get(tree))
-        first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
-        return jax.tree.map(lambda whole, part: np.array(part.reshape(-1, *whole.shape[1:])[0]), tree, first)
-
-    def scalars(self, steps: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
-        """What several steps gave, one number a step, by name."""
-        rows = [{name: np.ravel(value)[0] for name, value in row.items()} for row in jax.device_get(steps)]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
     def rows(self, batch_size: int) -> np.ndarray:
-        """Which rows of a batch the devices of this process hold, in their order: int64 (b,)."""
+        """Rows of a batch that the devices of this process hold, in their order: int64 (b,)."""
         share = batch_size // len(self.devices)
         own = [place for place, device in enumerate(self.devices) if device in self.own_devices]
         return np.concatenate([np.arange(place * share, (place + 1) * share) for place in own])
 
-    def spread(self, batch):
-        """Arrays (b, ...) of this process's `rows` -> the whole batch on the devices, as `compile_train` takes it."""
-        if self.kind == "jit":
-            return jax.make_array_from_process_local_data(self.split, batch)
-        return jax.device_put(jax.tree.map(self._by_device, batch), self.split)
+    def scalars(self, steps: Sequence[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+        """Scalars that `steps` training steps returned: an array (steps,) by name, on the host."""
+        rows = [{name: np.ravel(value)[0] for name, value in row.items()} for row in jax.device_get(steps)]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
-    def _by_device(self, array):
-        return array.reshape(len(self.own_devices), -1, *array.shape[1:])
+    @abc.abstractmethod
+    def replicate(self, tree):
+        """The arrays of `tree` on every device, as `compile_train` and `compile_eval` take them."""
+
+    @abc.abstractmethod
+    def fetch(self, tree):
+        """Undoes `replicate`: one copy of every array, on the host, which no later step can change."""
+
+    @abc.abstractmethod
+    def spread(self, batch):
+        """Arrays (b, ...) of this process's `rows` -> the batch on the devices, as `compile_train` takes it."""
+
+    @abc.abstractmethod
+    def batch(self, gather: Callable) -> Callable:
+        """Compiles `gather(arrays, rows) -> batch`, where every device makes its own part of the batch.
+
+        Returns:
+          A function of `arrays`, which every device holds (`whole`), and of `rows`, a tree of arrays (B, ...) with an
+          entry for each sample of the whole batch. It returns the batch as `compile_train` takes it.
+        """
+
+    @abc.abstractmethod
+    def compile_train(self, body: Callable) -> Callable:
+        """Compiles `body(state, batch, key, axis_name=...) -> (state, scalars)`; the state given to it is donated."""
+
+    @abc.abstractmethod
+    def compile_eval(self, body: Callable) -> Callable:
+        """Compiles `body(params, batch_stats, images (B, ...)) -> (B, ...)`; takes and returns whole batches.
+
+        All devices must belong to this process: of several processes, each evaluates by itself.
+        """
+
+
+class JitParallel(Parallel):
+    """`jax.jit` over a mesh of all devices: the compiler sees whole arrays and inserts the communication.
+
+    The arrays of several processes are global: they span the devices of all of them.
+    """
+
+    kind = "jit"
+
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        super().__init__(devices)
+        self.whole, self.split = NamedSharding(self._mesh, WHOLE), NamedSharding(self._mesh, SPLIT)
+        self._jit = partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
+
+    def replicate(self, tree):
+        return jax.device_put(tree, self.whole)
+
+    def fetch(self, tree):
+        return jax.tree.map(np.array, jax.device_get(tree))
+
+    def spread(self, batch):
+        return jax.make_array_from_process_local_data(self.split, batch)
 
     def batch(self, gather: Callable) -> Callable:
-        """Compiles `gather(arrays, rows (b,)) -> arrays (b, ...)`, whose result is spread over the devices.
-
-        Under jit `rows` are those of the whole batch, under pmap those of this process.
-        """
-
-        def shaped(arrays, rows):
-            batch = gather(arrays, rows)
-            return batch if self.kind == "jit" else jax.tree.map(self._by_device, batch)
-
-        return jax.jit(shaped, out_shardings=self.split)
+        return jax.jit(gather, out_shardings=self.split)
 
     def compile_train(self, body: Callable) -> Callable:
-        """`body(state, batch, key, axis_name=...)` over all devices; the state given to it is used up."""
-        if self.kind == "jit":
-            return jax.jit(body, donate_argnums=0, out_shardings=self.whole, compiler_options=self._compiler_options)
-        return jax.pmap(
-            partial(body, axis_name=AXIS),
-            axis_name=AXIS,
-            in_axes=(0, 0, None),
-            donate_argnums=0,
-            devices=self.devices,
-        )
+        return self._jit(body, donate_argnums=0, out_shardings=self.whole)
 
     def compile_eval(self, body: Callable) -> Callable:
-        """`body(params, batch_stats, images (B, ...)) -> (B, ...)` over all devices; takes and gives whole batches.
+        compiled = self._jit(body, out_shardings=self.split)
+        # Of several processes, jit would take the images to be parts of one global array.
+        return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
 
-        The devices are those of this process alone: each evaluates by itself.
-        """
-        if self.kind == "jit":
-            compiled = jax.jit(body, out_shardings=self.split, compiler_options=self._compiler_options)
-            # Of several processes, jit would take the images for those of all.
-            return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
+
+class PmapParallel(Parallel):
+    """`jax.pmap`: every device runs the body on its own samples, and the body sums over the axis `axis_name`.
+
+    Arrays have a leading axis of devices. Each process holds its own part of them.
+    """
+
+    kind, axis_name = "pmap", AXIS
+
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        super().__init__(devices)
+        own = self._mesh.local_mesh
+        self.whole, self.split = NamedSharding(own, WHOLE), NamedSharding(own, SPLIT)
+        # Lowering wants the arrays of all processes, of which each has only its own.
+        self.compiles_ahead = len(self.own_devices) == len(self.devices)
+
+    def _by_device(self, array):
+        """(b, ...) -> (own devices, b / own devices, ...)."""
+        return array.reshape(len(self.own_devices), -1, *array.shape[1:])
+
+    def replicate(self, tree):
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.own_devices), *jnp.shape(x))), tree)
+        return jax.device_put(stacked, self.split)
+
+    def fetch(self, tree):
+        first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
+        return jax.tree.map(lambda whole, part: np.array(part.reshape(-1, *whole.shape[1:])[0]), tree, first)
+
+    def spread(self, batch):
+        return jax.device_put(jax.tree.map(self._by_device, batch), self.split)
+
+    def batch(self, gather: Callable) -> Callable:
+        @partial(jax.jit, out_shardings=self.split)
+        def by_device(arrays, rows):
+            return jax.tree.map(self._by_device, gather(arrays, rows))
+
+        return lambda arrays, rows: by_device(arrays, jax.tree.map(lambda x: x[self.rows(len(x))], rows))
+
+    def compile_train(self, body: Callable) -> Callable:
+        body = partial(body, axis_name=AXIS)
+        return jax.pmap(body, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=0, devices=self.devices)
+
+    def compile_eval(self, body: Callable) -> Callable:
         mapped = jax.pmap(body, axis_name=AXIS, devices=self.devices)
 
         def whole(params, batch_stats, images):
-            spread = images.reshape(len(self.devices), -1, *images.shape[1:])
-            predicted = mapped(params, batch_stats, spread)
+            predicted = mapped(params, batch_stats, self._by_device(images))
             return predicted.reshape(-1, *predicted.shape[2:])
 
         return whole
+
+
+class ShardMapParallel(JitParallel):
+    """`pmap` for a jax without `jax.pmap`: `jax.shard_map` inside `jit`, on arrays laid out as `JitParallel` has them.
+
+    Every device runs the same body as under `PmapParallel`, and gives the same bits.
+    """
+
+    kind, axis_name = "pmap", AXIS
+
+    def _mapped(self, body: Callable, in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Callable:
+        # With check_vma=True the gradients of replicated parameters would be summed already, and by the body again.
+        return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def compile_train(self, body: Callable) -> Callable:
+        mapped = self._mapped(partial(body, axis_name=AXIS), (WHOLE, SPLIT, WHOLE), WHOLE)
+        # Without compiler options, which pmap does not take either.
+        return jax.jit(mapped, donate_argnums=0)
+
+    def compile_eval(self, body: Callable) -> Callable:
+        compiled = jax.jit(self._mapped(body, (WHOLE, WHOLE, SPLIT), SPLIT))
+        return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
+
+
+def parallel_for(kind: str, devices: Sequence[jax.Device] | None = None) -> Parallel:
+    """The implementation for the setting `parallel` of a run, on `devices` or else on all of them.
+
+    Raises:
+      ValueError: a kind other than "jit" and "pmap".
+    """
+    if kind == "jit":
+        return JitParallel(devices)
+    if kind == "pmap":
+        return PmapParallel(devices) if hasattr(jax, "pmap") else ShardMapParallel(devices)
+    raise ValueError(f"parallel is 'jit' or 'pmap'; got {kind!r}")

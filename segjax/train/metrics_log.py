@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, and the same for TensorBoard."""
+"""The log of a run: metrics.jsonl, and the same records for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,38 +16,56 @@ from segjax.viz import pictures
 
 
 class Log:
-    """metrics.jsonl, one record per line, and TensorBoard's event files, without gaps or doubles after a resumption.
+    """metrics.jsonl, one record per line, and TensorBoard's event files, without gaps or doubles in a resumed run.
 
-    Event files cannot be cut, so that there is one for each stretch between two checkpoints, named after the step it
-    begins at: on resuming, those that begin at the checkpoint or after it are removed, and made again.
+    Event files cannot be cut. So there is one for each stretch between two checkpoints, named after the step it begins
+    at; those that begin at the checkpoint or after it are removed when the run resumes, and written again.
 
-    Args of the constructor:
-      start: the step that the run goes on from; records of later ones are dropped.
-      evaluated: whether the evaluation after that step is part of what the run goes on from; else it will be made
-        again, and its record is dropped too.
-      active: whether this process writes. Of several, one does.
+    Entering the context cuts both back to the checkpoint.
+
+    Attributes:
+      records: all records so far, those of the run before it was resumed included.
     """
 
     def __init__(self, workdir: Path, start: int, *, evaluated: bool, active: bool = True):
+        """Touches no file yet.
+
+        Args:
+          start: step of the checkpoint; records of later steps are dropped.
+          evaluated: whether the checkpoint includes the evaluation after that step. Otherwise the run evaluates again,
+            and the record of the evaluation is dropped too.
+          active: whether this process writes. Of several, one does.
+        """
+        self.records: list[dict[str, object]] = []
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
-        self._active = active
-        lines = self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
-        records = [record for record in map(_parsed, lines) if record and record["step"] <= start]
-        self.records = [record for record in records if evaluated or record["step"] < start or "mean_iou" not in record]
+        self._start, self._evaluated, self._active = start, evaluated, active
         self._writer = None
         self._stretch = f"from-{start:09d}"
-        if active:
+
+    def __enter__(self) -> Log:
+        lines = self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
+        self.records = [record for record in map(_parsed, lines) if record and self._is_kept(record)]
+        if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):
                 # Others may keep files there: TensorBoard's profiler does.
                 if found := re.search(r"\.(from|final)-(\d+)$", path.name):
                     begins = int(found[2])
-                    if begins > start or (begins == start and (found[1] == "from" or not evaluated)):
+                    if begins > self._start or (begins == self._start and (found[1] == "from" or not self._evaluated)):
                         path.unlink()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _is_kept(self, record: Mapping[str, object]) -> bool:
+        if record["step"] == self._start:
+            return self._evaluated or "mean_iou" not in record
+        return record["step"] < self._start
 
     def write(self, record: Mapping[str, object]) -> None:
-        """One record of numbers and of dicts of numbers; "step" says where it belongs."""
+        """Writes a record of numbers and of dicts of numbers, by name; "step" is the step that it belongs to."""
         self.records.append(dict(record))
         if not self._active:
             return
@@ -63,7 +81,7 @@ class Log:
     def picture(
         self, step: int, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec
     ) -> None:
-        """Image, truth and prediction side by side, for TensorBoard alone."""
+        """Image, truth and prediction side by side, for TensorBoard only."""
         if self._active:
             from tensorboardX import summary
 
@@ -72,8 +90,8 @@ class Log:
             self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
 
     def _event(self, step: int, summary) -> None:
-        # Not tensorboardX's SummaryWriter: it writes in a thread of its own, and where that dies of a full disk, the
-        # run waits for it for ever.
+        # Not tensorboardX's SummaryWriter: it writes in a thread of its own, and when a full disk ends that thread, the
+        # run waits for it forever.
         from tensorboardX import RecordWriter
         from tensorboardX.proto.event_pb2 import Event
 
@@ -85,11 +103,11 @@ class Log:
         self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def cut(self, step: int) -> None:
-        """To be called before a checkpoint of `step`: what was written belongs to it, what comes is made again."""
+        """Begins a new event file; to be called before a checkpoint of `step`, which the file before belongs to."""
         self._begin(f"from-{step:09d}")
 
     def begin_final(self, step: int) -> None:
-        """To be called before the evaluation of the last step, whose checkpoint is there."""
+        """Begins an event file for the evaluation after the last step, whose checkpoint exists."""
         self._begin(f"final-{step:09d}")
 
     def _begin(self, stretch: str) -> None:
@@ -101,15 +119,9 @@ class Log:
             writer, self._writer = self._writer, None
             writer.close()
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
 
 def _scalars(record: Mapping[str, object]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows of a record: it knows no missing numbers."""
+    """Tag and number of each scalar of a record; TensorBoard has no missing numbers, so those are dropped."""
     for key, value in record.items():
         named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
         yield from ((tag, number) for tag, number in named.items() if number is not None and tag != "step")

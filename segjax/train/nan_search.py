@@ -1,4 +1,4 @@
-"""Where a number that is not finite comes from."""
+"""Finds the layer that a number which is not finite comes from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     The step is computed again: its forward pass with a look at every layer, then its gradients.
 
     Args:
-      state: before the step. batch, key: what the step was given; under pmap with the axis of devices.
+      state: the state before the step.
+      batch, key: the arguments of the step; under pmap the batch has a leading axis of devices.
     """
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if batch["label"].ndim == 4 else batch
     images, labels, dropout_key = train_step.inputs(state, batch, key)
@@ -37,12 +38,12 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     calls: list[str] = []
 
     def forward(params, batch_stats, images, key):
-        model = train_step.skeleton.bind(params, batch_stats, key=key)
-        # Layer by layer: faster forms go past some of them.
+        model = train_step.model.bind(params, batch_stats, key=key)
+        # The plain implementations: fast ones do not call every layer.
         with choice.published_implementations(), _outputs_recorded(model) as outputs:
             model(images)
         calls[:] = outputs
-        return list(outputs.values()), train_step.skeleton.batch_stats_of(model)
+        return list(outputs.values()), train_step.model.batch_stats_of(model)
 
     forward, batch_stats = _on_one_device(forward), state.batch_stats
     for part, _, part_key in zip(*train_step.micro_batches(images, labels, dropout_key), strict=True):
@@ -56,8 +57,8 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     if not np.isfinite(loss):
         return f"All outputs of layers are finite, but the loss is {loss}. "
     if found := _not_finite(gradients):
-        # The backward pass begins with the layer that was called last; of layers of which only the one around them was
-        # called, names sort a classifier behind the others.
+        # The backward pass begins with the layer that was called last. Parameters of a layer that was not called by
+        # itself have the place of the layer around it; of those the last by name is taken, such as a classifier's.
         first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
         return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
     if not np.isfinite(optim.norm(gradients)):
@@ -67,7 +68,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
 
 
 def _on_one_device(function):
-    """Compiles it for one batch; layers that know of an axis of devices find one of length 1."""
+    """Compiles `function` for one device; layers that sum over an axis of devices find one of length 1."""
     mapped = jax.vmap(function, in_axes=None, axis_size=1, axis_name=AXIS)
     return jax.jit(lambda *arguments: jax.tree.map(lambda x: x[0], mapped(*arguments)))
 
@@ -77,7 +78,7 @@ def _not_finite(arrays: dict[str, jax.Array]) -> list[str]:
 
 
 def _called(parameter: str, calls: list[str]) -> str:
-    """The layer that a parameter belongs to, or the nearest one around it that was called as such."""
+    """The layer that a parameter belongs to, or the innermost one around it that was called."""
     layer = parameter.rpartition(".")[0]
     while layer and layer not in calls:
         layer = layer.rpartition(".")[0]
@@ -86,7 +87,7 @@ def _called(parameter: str, calls: list[str]) -> str:
 
 @contextlib.contextmanager
 def _outputs_recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
-    """Whether the output of each module that is called inside is finite, by name, in the order of their ends."""
+    """Records for every module that is called whether its output is finite, by name, in the order of their returns."""
     modules = [(".".join(map(str, path)) or WHOLE, module) for path, module in nnx.iter_modules(model)]
     names = {id(module): name for name, module in modules}
     owners = {owner for _, module in modules for owner in type(module).__mro__ if "__call__" in vars(owner)}

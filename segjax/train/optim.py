@@ -1,4 +1,4 @@
-"""The published recipes as optax transforms over parameters by dotted name."""
+"""Optimizers and schedules of the published recipes, as optax transforms over parameters by dotted name."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def poly_schedule(
     """Polynomial decay with a linear warm-up that multiplies it, as in mmsegmentation's `poly` policy.
 
     Args:
-      base: learning rate at the height of the schedule.
+      base: peak learning rate.
       steps: length of the decay; the rate is `end` from there on.
-      power: 1 decays along a line.
-      warmup_steps: over which the factor grows from `warmup_ratio` to 1.
+      power: exponent of the decay; 1 is linear.
+      warmup_steps: number of steps in which the factor of the warm-up grows from `warmup_ratio` to 1.
     """
 
     def decayed(step):
@@ -61,7 +61,7 @@ SCHEDULES = ("poly", "cosine")
 
 
 def schedule(settings, *, steps: int) -> optax.Schedule:
-    """Learning rate by step for the `optim` part of a config.
+    """Learning rate by step, for `settings`, the section `config.optim`.
 
     Raises:
       ValueError: a schedule other than `SCHEDULES`.
@@ -80,7 +80,7 @@ def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[s
     """The dotted names that a regular expression is found in.
 
     Raises:
-      ValueError: it is found in none, so that it was mistyped or meant for another model; names `setting`.
+      ValueError: it is found in no name, hence mistyped or meant for another model; the message names `setting`.
     """
     names = list(names)
     found = frozenset(name for name in names if re.search(pattern, name))
@@ -93,7 +93,7 @@ def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[s
 
 
 def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
-    """The parameters that `optim.frozen` keeps as they are.
+    """The parameters that the patterns of `optim.frozen` keep as they are.
 
     Raises:
       ValueError: a pattern that is found in no name, or patterns that leave nothing to train.
@@ -106,7 +106,7 @@ def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str
 
 
 def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by: the product over all patterns found in its name.
+    """Factor of each parameter's learning rate: the product over all patterns that are found in its name.
 
     Raises:
       ValueError: a pattern that is found in no name.
@@ -120,7 +120,7 @@ def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -
 
 
 class Rule(NamedTuple):
-    """How a parameter is trained: at all, with weight decay, with its learning rate multiplied by `factor`."""
+    """How a parameter is trained: whether at all, whether with weight decay, and the factor of its learning rate."""
 
     is_trained: bool
     decays: bool
@@ -128,7 +128,7 @@ class Rule(NamedTuple):
 
 
 def rules(settings, names: Iterable[str]) -> dict[str, Rule]:
-    """The rule of each parameter, by name.
+    """The rule of each parameter, by name, for `settings`, the section `config.optim`.
 
     Raises:
       ValueError: a pattern that is found in no name.
@@ -166,7 +166,7 @@ def _scale_by_rule(by_name: dict[str, Rule]) -> optax.GradientTransformation:
 
 
 def _unless_refused(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A rule whose state stays as it was where `accepted`, a bool scalar that `update` is given, is False."""
+    """`rule`, whose state does not change where `accepted`, a bool scalar argument of `update`, is False."""
 
     def update(gradients, state, params=None, *, accepted=True):
         updates, new = rule.update(gradients, state, params)
@@ -176,10 +176,10 @@ def _unless_refused(rule: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam as `_unless_refused` has it, and the update follows from the moments that are kept.
+    """optax.scale_by_adam inside `_unless_refused`, with the update computed from the moments that are kept.
 
-    From the new ones it would be the same, for a refused update is not used; but XLA then needs old and new moments
-    at once: for SegFormer-B5 646 MiB, and half as much again to compile for the optimizer.
+    Computed from the new moments it would be the same where it is used, but XLA would hold old and new moments at once:
+    646 MiB more for SegFormer-B5, and the optimizer would take half as long again to compile.
     """
     plain = _unless_refused(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
 
@@ -198,15 +198,14 @@ def optimizer(
     """AdamW or SGD as torch computes them, with the published exceptions by parameter name.
 
     Args:
-      settings: the `optim` part of a config.
-      names: dotted names of all parameters of the model. Those that are frozen, which it is not given, may be all that
-        a pattern is found in.
+      settings: the section `config.optim`.
+      names: dotted names of all parameters of the model, frozen ones included: a pattern may be found in those only.
       steps: length of the schedule.
-      stacks: whose arrays it takes in place of their members', too.
+      stacks: stacked parameters, which the optimizer also takes in place of their members.
 
     Returns:
-      A transform whose `update` takes `accepted`, a bool scalar: where it is False, no state changes, and the updates
-      are not to be used.
+      A transform of the parameters that are not frozen. Its `update` takes `accepted`, a bool scalar: where it is
+      False, the state does not change, and the updates must not be used.
 
     Raises:
       ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
@@ -216,7 +215,7 @@ def optimizer(
         settings.weight_decay, mask=lambda params: {name: by_name[name].decays for name in params}
     )
     if settings.name == "adamw":
-        # torch's AdamW: decay beside the moments, eps outside the root, both scaled by the learning rate.
+        # torch's AdamW: decay next to the moments, eps outside the root, both scaled by the learning rate.
         rule = [_scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
     elif settings.name == "sgd":
         # torch's SGD: decay is part of the gradient that the momentum accumulates.
@@ -232,10 +231,12 @@ def optimizer(
 
 
 def learning_rates(settings, names: Iterable[str], *, steps: int):
-    """`rates(step)` -> that step's rates for a log: "lr", and "lr x10" and the like where parameters have a factor.
+    """Returns `rates(step)`, the learning rates of a step for the log: "lr", and "lr x10" for a factor of 10.
 
     Args:
-      names: dotted names of all parameters of the model; those that are frozen have no rate.
+      settings: the section `config.optim`.
+      names: dotted names of all parameters of the model; frozen ones have no rate.
+      steps: length of the schedule.
     """
     factors = sorted({rule.factor for rule in rules(settings, names).values() if rule.is_trained} - {1.0})
     base = schedule(settings, steps=steps)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: plain lines that fit 80 columns, a progress bar on a terminal, and Ctrl-C."""
+"""The terminal of a run: plain lines that fit 80 columns, a progress bar, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,58 +10,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from segjax.data import specs
-from segjax.data.records import Records
 from segjax.runtime import console, distributed
-from segjax.runtime.parallel import Parallel
-from segjax.train.config import RunError
 
 
 def show_settings(changes: Sequence[str]) -> None:
-    """KEY=VALUE of the settings that differ from the defaults."""
+    """Prints KEY=VALUE of the settings that differ from the defaults."""
     console.say("settings other than the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", "\0") for change in changes)
     console.say(console.filled(joined, indent="  ").replace("\0", " "))
 
 
-def describe(
-    config: ConfigDict,
-    workdir: Path,
-    params: Mapping[str, jax.Array],
-    training: Records,
-    evaluation: Records,
-    padding: float,
-    spec: specs.DatasetSpec,
-    parallel: Parallel,
-    start: int,
-) -> None:
-    """What the run will do; `padding` is the share of the crops that no image covers."""
-    height, width = config.augment.crop
-    count = sum(array.size for array in params.values())
-    kind = parallel.devices[0].device_kind
-    console.say(f"model    {config.model.name}, {count:,} parameters, computes in {config.model.dtype}")
-    console.say(f"data     {spec.name}, {spec.num_classes} classes")
-    console.say(
-        f"images   {len(training)} to train on ({config.data.train_split}), "
-        f"{len(evaluation)} to evaluate ({config.data.eval_split})"
-    )
-    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
-    console.say(
-        f"steps    {config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}"
-    )
-    where = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    console.say(f"device   {len(parallel.devices)} x {kind}{where}, {parallel.kind}")
-    console.say(f"workdir  {workdir}")
+def describe(summary: Mapping[str, str], *, start: int, steps: int) -> None:
+    """Prints what a run will do: a line for each entry of `summary`, and from which step it goes on."""
+    for label, text in summary.items():
+        console.say(f"{label:<8} {text}")
     if start:
-        console.say(f"resuming at step {start} of {config.train.steps}")
-    if start < config.train.steps:
+        console.say(f"resuming at step {start} of {steps}")
+    if start < steps:
         console.say("compiling the training step; the first time takes longest ...")
 
 
-def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None:
+def already_finished(result: Mapping, workdir: Path) -> None:
+    """Prints the `result` of a run that has nothing to do, and how to train longer or anew."""
     console.say(
         f"{workdir} is finished: mIoU {console.score(result['mean_iou'])} at step {result['step']} (result.json)"
     )
@@ -74,13 +47,14 @@ def already_finished(result: Mapping, config: ConfigDict, workdir: Path) -> None
     console.say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")
 
 
-def stopped(step: int, config: ConfigDict, workdir: Path) -> None:
-    console.say(f"stopped at step {step} of {config.train.steps} and saved in {workdir}")
+def stopped(step: int, steps: int, workdir: Path) -> None:
+    """Prints that a run was stopped and saved, and how to go on."""
+    console.say(f"stopped at step {step} of {steps} and saved in {workdir}")
     console.say("  to go on: the same command again")
 
 
 def table(result: Mapping, spec: specs.DatasetSpec) -> None:
-    """IoU by class, and the means."""
+    """Prints the IoU of every class, and the means."""
     console.say("")
     ious = zip(spec.label_names, result["per_class_iou"], strict=True)
     cells = [f"{name:<20.20} {console.score(iou):>6}" for name, iou in ious]
@@ -97,39 +71,16 @@ def table(result: Mapping, spec: specs.DatasetSpec) -> None:
 
 
 def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
-    """The table of classes and where the files are."""
+    """Prints the table of classes and where the files are."""
     table(result, spec)
     if result["images_per_second"]:
         console.say(f"trained at {result['images_per_second']:.1f} images per second")
     console.say(f"{workdir}/result.json")
-    console.say("  beside it: curve.png, predictions/, checkpoints/, tensorboard/")
-
-
-def compiled(step: Callable, arguments: tuple, parallel: Parallel) -> Callable:
-    """The training step as a program, with how long that took and what memory it needs."""
-    since = time.perf_counter()
-    program = step.lower(*arguments).compile()
-    seconds = time.perf_counter() - since
-    analysis = program.memory_analysis()
-    # Arguments that are used up are counted among the outputs too.
-    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    there = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
-    of = f" of {console.amount(there)}" if there else ""
-    console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
-    if there and needed > there:
-        raise RunError(
-            f"a step needs {console.amount(needed)}, the device has {console.amount(there)}. What needs less:\n"
-            "  --config.train.accumulate=2 (the same batch in two parts)\n"
-            "  --config.train.remat=True\n"
-            "  --config.model.dtype=bfloat16\n"
-            "  or a smaller batch or crop"
-        )
-    return program
+    console.say("  next to it: curve.png, predictions/, checkpoints/, tensorboard/")
 
 
 class Meter:
-    """Images per second of training alone: saving, evaluating and compiling are left out."""
+    """Measures images per second while a run trains: time to save, evaluate and compile is excluded."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
@@ -137,7 +88,7 @@ class Meter:
         self.restart(0, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
-        """Begins to count at `step`; `waited` is how long the run has waited for data so far, seconds."""
+        """Begins to count at `step`; `waited` is the time that the run has waited for data so far, seconds."""
         self._step, self._since, self._waited_before = step, time.perf_counter(), waited
 
     def lap(self, step: int, waited: float) -> None:
@@ -149,7 +100,7 @@ class Meter:
 
     @property
     def waiting(self) -> float | None:
-        """Share of the time that was spent waiting for data."""
+        """Share of the time that was spent waiting for data; None before anything was counted."""
         return self._waited / self._seconds if self._seconds else None
 
     @property
@@ -158,12 +109,12 @@ class Meter:
         return self._images / self._seconds if self._images else None
 
     def seconds_for(self, steps: int) -> float | None:
-        """How long so many steps take at that rate."""
+        """Seconds that so many steps take at that rate; None before anything was counted."""
         return steps * self._batch_size * self._seconds / self._images if self._images else None
 
 
 class Progress(console.Progress):
-    """Steps of a training, with the loss and the images per second."""
+    """Progress of a training: its steps, with the loss and the images per second."""
 
     def __init__(self, start: int, total: int):
         super().__init__("step", total, start=start)
@@ -178,22 +129,18 @@ class Progress(console.Progress):
         left = meter.seconds_for(self._steps - step)
         self.advance(step - self.count, notes=notes, left=left, now=step == self._steps)
 
-    def say(self, text: str) -> None:
-        """Lines of their own, above the bar."""
-        console.say(text)
-
 
 class StoppedError(Exception):
-    """A person or the system has asked to stop."""
+    """A stop was requested: Ctrl-C or SIGTERM."""
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once, which leaves the last save whole.
+    """Ctrl-C or SIGTERM requests a stop after the step; a second one stops at once and leaves the last save whole.
 
     Of several processes all must stop at the same step: a request counts once they have agreed on it.
 
     Attributes:
-      signal: the number of the first one that came to this process; None before.
+      signal: number of the first signal that came to this process; None before.
       requested: whether to stop.
     """
 
@@ -209,21 +156,25 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports for a program that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The status that a shell reports for a program ended by the signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def agree(self) -> None:
-        """Asks the other processes; each of them has to, at the same step."""
+        """Agrees with the other processes on whether to stop; each of them must call this at the same step."""
         self._agreed = distributed.anywhere(self.signal is not None)
 
-    def refuse_when_requested(self, function: Callable, *args):
-        """`function(*args)`, or StoppedError."""
+    def raise_if_requested(self) -> None:
+        """Raises StoppedError once a stop is requested."""
         if self.requested:
             raise StoppedError
+
+    def refuse_when_requested(self, function: Callable, *args):
+        """Returns `function(*args)`; raises StoppedError instead once a stop is requested."""
+        self.raise_if_requested()
         return function(*args)
 
     def __enter__(self) -> StopRequest:
-        # Python delivers signals to the main thread alone, where a library user may not be.
+        # Python delivers signals to the main thread only, and a library user may be in another one.
         is_main = threading.current_thread() is threading.main_thread()
         self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS if is_main}
         return self
@@ -236,5 +187,5 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt(128 + number)
         self.signal = number
-        # Not print: where the signal came in the middle of one, to stderr too, Python refuses a second.
+        # Not print, which Python refuses inside another print, to stderr too: the signal may have come in one.
         os.write(2, b"\nstopping after this step and saving; once more stops at once\n")

@@ -17,19 +17,19 @@ from segjax.runtime import distributed
 
 
 class Restored(NamedTuple):
-    """A checkpoint as it was saved: flat dicts of numpy arrays, and the record."""
+    """A checkpoint as it was saved: flat dicts of numpy arrays, and the metadata as read from JSON."""
 
     step: int
     weights: dict[str, np.ndarray]
     training: dict[str, np.ndarray]
-    about: dict[str, object]
+    metadata: dict[str, object]
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, by step. Saving runs beside the training; leaving the context waits for it.
+    """The checkpoints of one training run, by step. A save runs while training goes on; leaving the context waits.
 
-    Of several processes, all of which hold the same arrays, the first alone reads and writes files, and tells the
-    others.
+    Several processes all hold the same arrays. Only the first of them reads and writes files, and sends the others what
+    it has read.
     """
 
     def __init__(self, folder: Path, *, keep: int):
@@ -43,7 +43,7 @@ class RunCheckpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=False,
-                # What a save leaves that was killed.
+                # Removes what a save that was killed has left.
                 cleanup_tmp_directories=True,
                 multiprocessing_options=orbax_folder.this_process_alone(),
             )
@@ -51,18 +51,18 @@ class RunCheckpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> list[int]:
-        """The steps that were saved."""
+        """The steps of the checkpoints, in order."""
         return distributed.from_lead(lambda: sorted(self._manager.all_steps()))
 
     def restore(
         self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
     ) -> Restored | None:
-        """The newest checkpoint that is whole; None where there is none. Damaged ones are put aside.
+        """Reads the newest checkpoint that is whole; None without any. Damaged ones are moved to damaged/.
 
         Args:
-          weights, training: templates of what is expected.
-          refuse: raises for a record of a run that is another.
-          say: told of every checkpoint that is put aside.
+          weights, training: templates of the expected arrays.
+          refuse: called with the metadata before arrays are read; raises where the checkpoint is of another run.
+          say: called with a message for every damaged checkpoint.
 
         Raises:
           CheckpointError: names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
@@ -95,13 +95,13 @@ class RunCheckpoints:
 
     @staticmethod
     def _read_whole(step, folder, weights, training, refuse) -> Restored:
-        about = orbax_folder.read_metadata(folder)
+        metadata = orbax_folder.read_metadata(folder)
         # Before the arrays, because those of another model cannot be compared with these.
-        refuse(about)
-        if orbax_folder.METADATA_HASH not in about:
-            raise DamagedError(f"{folder}: a damaged checkpoint (its record has no hash)")
-        found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), about)
-        orbax_folder.refuse_changed(folder, about, found.weights, found.training)
+        refuse(metadata)
+        if orbax_folder.METADATA_HASH not in metadata:
+            raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
+        found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), metadata)
+        orbax_folder.refuse_changed(folder, metadata, found.weights, found.training)
         problems = []
         for template, arrays in ((weights, found.weights), (training, found.training)):
             expected = {name: _kind(array) for name, array in template.items()}
@@ -110,8 +110,8 @@ class RunCheckpoints:
             raise CheckpointError(f"{folder} does not fit this run:\n" + "\n".join(problems))
         return found
 
-    def save(self, step: int, weights: Mapping, training: Mapping, about: Mapping[str, object]) -> None:
-        """Saves flat dicts of arrays and a JSON record; returns once the arrays may change again.
+    def save(self, step: int, weights: Mapping, training: Mapping, metadata: Mapping[str, object]) -> None:
+        """Saves flat dicts of arrays and JSON metadata; returns as soon as all of them may change again.
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written.
@@ -126,7 +126,7 @@ class RunCheckpoints:
             orbax_folder.METADATA: args.JsonSave(
                 orbax_folder.signed(
                     {
-                        **about,
+                        **metadata,
                         orbax_folder.HASH: params_sha256(dict(weights)),
                         orbax_folder.TRAINING_HASH: params_sha256(dict(training)),
                     }

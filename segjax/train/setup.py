@@ -1,189 +1,425 @@
-"""The parts of a run, each made from its config; training and evaluation use the same."""
+"""Builds a run from its config.
+
+Only `build`, and the summary that it makes for printing, read the config as a whole. The functions that make the parts
+take their own sections: `config.data`, `config.optim` and so on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
+from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.data import class_weights, pipeline, specs
-from segjax.data.open import open_splits
-from segjax.data.records import Records
+from segjax.data.augment import augment, normalise
+from segjax.data.open import OpenSplit, open_splits
+from segjax.data.records import Records, records_of
+from segjax.inference.engine import predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
 from segjax.runtime import console
-from segjax.runtime.parallel import Parallel
-from segjax.train import optim, run_checkpoints
-from segjax.train.config import model_overrides, plain
-from segjax.train.state import TrainState
+from segjax.runtime.distributed import is_lead
+from segjax.runtime.parallel import Parallel, parallel_for
+from segjax.train import optim
+from segjax.train.config import RunError, check_crop, model_overrides, plain, refuse_other_run
+from segjax.train.evaluator import Evaluator, Scores
+from segjax.train.metrics_log import Log
+from segjax.train.progress import Meter
+from segjax.train.run import Run
+from segjax.train.run_checkpoints import RunCheckpoints
+from segjax.train.state import TrainState, restored, training_of, weights_of
+from segjax.train.step import TrainStep
+from segjax.train.window import Window
+
+# A compiled step: (state, batch, key) -> (state, scalars).
+Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class Data(NamedTuple):
-    """What a run trains on and is evaluated on.
+class Start(NamedTuple):
+    """Where a run begins or resumes.
 
     Attributes:
-      training, evaluation: splits in memory, or records to be read.
-      pixel_counts: () -> pixels of each label value in the training split, (K,), or (2,) for a single class.
+      step: number of steps taken before.
+      state: on the host.
+      scores: the evaluations before. window: losses since the last line of the log, as `Window.rows`.
+      origin: metadata about where the weights come from.
     """
 
-    training: specs.Split | Records
-    evaluation: specs.Split | Records
-    spec: specs.DatasetSpec
-    pixel_counts: Callable[[], np.ndarray]
+    step: int
+    state: TrainState
+    scores: Scores
+    window: list[list[float]]
+    origin: Mapping[str, object]
 
 
-def load_data(config: ConfigDict) -> Data:
-    """The splits of a config; those that fit into `data.resident_gb` are read into memory.
+def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run, TrainState]:
+    """Builds a run, and its state on the devices: that of the newest whole checkpoint in `workdir`, or a new one.
+
+    Args:
+      ended: what `earlier_result` returned.
+
+    Raises:
+      RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
+      ValueError: data, weights or checkpoints that cannot be used.
+    """
+    training, evaluation = load_data(config.data, seed=config.seed)
+    spec, images = training.spec, records_of(training.data)
+    padding = check_crop(config, images.sizes)
+    criterion = make_criterion(config.loss, training)
+    parallel = parallel_for(config.parallel)
+    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    is_new = not checkpoints.steps()
+    overrides = model_overrides(config)
+    module = create_model(config.model, overrides, num_classes=spec.num_classes, seed=config.seed)
+    if is_new:
+        load_initial_weights(module, config.init)
+    model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
+    optimizer, state = make_optimizer(model, config.optim, config.train)
+
+    metadata = run_metadata(plain(config), overrides, spec)
+    start = _resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
+    if start is None:
+        start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
+    metadata |= start.origin
+    _refuse_small_images(model, records_of(evaluation.data).sizes)
+
+    train_step = TrainStep(
+        model=model,
+        optimizer=optimizer,
+        augment=partial(augment, settings=config.augment, ignore_label=spec.ignore_label),
+        criterion=criterion,
+        aux_weight=config.loss.aux_weight,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema,
+        may_skip=config.train.may_skip,
+    )
+    key = jax.random.key(config.seed)
+    feeding = dict(batch_size=config.train.batch, seed=config.seed, parallel=parallel, key=key, start=start.step)
+    batches = make_batches(training.data, config.augment, cache_gb=config.data.cache_gb, **feeding)
+    log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
+    evaluator = Evaluator(
+        config.eval,
+        model,
+        evaluation.data,
+        spec,
+        parallel=parallel,
+        steps=config.train.steps,
+        log=log,
+        best=workdir / "best",
+        metadata=metadata,
+        scores=start.scores,
+    )
+    run = Run(
+        workdir=workdir,
+        first=start.step,
+        steps=config.train.steps,
+        log_every=config.train.log_every,
+        save_every=config.checkpoint.every,
+        search_nans=config.debug.nans,
+        spec=spec,
+        evaluation=records_of(evaluation.data),
+        eval_split=config.data.eval_split,
+        parallel=parallel,
+        model=model,
+        train_step=train_step,
+        key=key,
+        batches=batches,
+        checkpoints=checkpoints,
+        log=log,
+        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step)], start.window),
+        evaluator=evaluator,
+        meter=Meter(config.train.batch),
+        rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
+        metadata=metadata,
+        summary=summary(config, workdir, training, evaluation, model, parallel, padding=padding),
+    )
+    return run, _on_devices(start.state, model, parallel)
+
+
+def summary(
+    config: ConfigDict,
+    workdir: Path,
+    training: OpenSplit,
+    evaluation: OpenSplit,
+    model: FunctionalModel,
+    parallel: Parallel,
+    *,
+    padding: float,
+) -> dict[str, str]:
+    """A line for each part of a run, by label; `padding` is the share of the crops that no image covers."""
+    (height, width), devices = config.augment.crop, parallel.devices
+    count = sum(array.size for array in model.arrays()[0].values())
+    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return {
+        "model": f"{config.model.name}, {count:,} parameters, computes in {config.model.dtype}",
+        "data": f"{training.spec.name}, {training.spec.num_classes} classes",
+        "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
+        f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
+        "steps": f"{config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}",
+        "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
+        "workdir": f"{workdir}",
+    }
+
+
+def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
+    """The content of result.json of a run that has ended in `workdir`; None where there is none.
+
+    Raises:
+      RunError: that run had other settings.
+      ValueError: a newer segjax wrote it.
+    """
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    refuse_newer(result, path)
+    refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
+    return result
+
+
+def is_finished(result: Mapping, config: ConfigDict) -> bool:
+    """Whether the run with this result has nothing left to do under `config`."""
+    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
+    return result["step"] >= config.train.steps or gave_up
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]:
+    """The training and the evaluation split of `config.data`; those that fit into `resident_gb` are read into memory.
 
     Raises:
       ValueError: data that cannot be used, or a split without published labels.
     """
-    data, generated = config.data, {}
-    if data.name in specs.DATASETS and specs.DATASETS[data.name].kind == "generated":
-        generated = dict(num_images=(data.train_images, data.eval_images), size=tuple(data.size), seed=config.seed)
+    generated = {}
+    if settings.name in specs.DATASETS and specs.DATASETS[settings.name].kind == "generated":
+        numbers = (settings.train_images, settings.eval_images)
+        generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
     training, evaluation = open_splits(
-        data.name,
-        (data.train_split, data.eval_split),
-        source=data.source,
-        data_dir=data.dir,
-        resident_gb=data.resident_gb,
+        settings.name,
+        (settings.train_split, settings.eval_split),
+        source=settings.source,
+        data_dir=settings.dir,
+        resident_gb=settings.resident_gb,
         say=console.say,
         **generated,
     )
-    return Data(training.data, evaluation.data, training.spec, training.pixel_counts)
+    return training, evaluation
 
 
-def make_skeleton(config: ConfigDict, num_classes: int, parallel: Parallel, *, pretrained: bool) -> FunctionalModel:
-    """The model of a config; with `pretrained`, on the weights of init.checkpoint where that is set."""
-    model = models.create(
-        config.model.name,
-        num_classes=num_classes,
-        seed=config.seed,
-        dtype=jnp.dtype(config.model.dtype),
-        **model_overrides(config),
+def make_batches(
+    split: specs.Split | Records,
+    augmentation: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    parallel: Parallel,
+    key: jax.Array,
+    start: int,
+    cache_gb: float,
+) -> pipeline.TrainBatches | pipeline.StreamBatches:
+    """Training batches, from the memory of the devices for a split in memory, else streamed.
+
+    Args:
+      augmentation: `config.augment`.
+      key: key of the run. start: the first step to ask for.
+      cache_gb: gigabytes of decoded images that a stream keeps in memory.
+    """
+    common = dict(batch_size=batch_size, seed=seed, parallel=parallel)
+    if isinstance(split, specs.Split):
+        return pipeline.TrainBatches(split, **common)
+    return pipeline.StreamBatches(
+        split, settings=augmentation, key=key, start=start, cache_bytes=1e9 * cache_gb, **common
     )
-    if pretrained and config.init.checkpoint:
-        console.say(f"initial weights from {config.init.checkpoint}")
+
+
+# --------------------------------------------------------------------------------------------------- model and step
+
+
+def create_model(settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int) -> nnx.Module:
+    """The model of `config.model` with random weights; `overrides` are settings of its own class."""
+    return models.create(
+        settings.name, num_classes=num_classes, seed=seed, dtype=jnp.dtype(settings.dtype), **overrides
+    )
+
+
+def load_initial_weights(module: nnx.Module, settings: ConfigDict) -> None:
+    """Fills a model from the checkpoint that `config.init` names, if any."""
+    if settings.checkpoint:
+        console.say(f"initial weights from {settings.checkpoint}")
         with console.log_to(console.say):
-            initialize(model, config.init.checkpoint, keep=config.init.keep)
-    model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
-    params = FunctionalModel(model).arrays()[0]
-    rules = optim.rules(config.optim, params)
-    execution = layers.BlockExecution.of(scan_blocks=config.train.scan_blocks, remat=config.train.remat)
+            initialize(module, settings.checkpoint, keep=settings.keep)
+
+
+def make_functional(
+    module: nnx.Module, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
+) -> FunctionalModel:
+    """The model as a training step takes it.
+
+    Args:
+      optimizer, training: `config.optim` and `config.train`: which parameters are frozen, and how equal blocks run.
+      axis_name: as `Parallel` has it.
+    """
+    module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
+    params = FunctionalModel(module).arrays()[0]
+    execution = layers.BlockExecution.of(scan_blocks=training.scan_blocks, remat=training.remat)
     return FunctionalModel(
-        model,
-        frozen=optim.frozen_names(config.optim.frozen, params),
+        module,
+        frozen=optim.frozen_names(optimizer.frozen, params),
         execution=execution,
-        stacks=Stacks.of(params, shortest=execution.scan_from, alike=rules),
+        stacks=Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(optimizer, params)),
     )
 
 
-def make_criterion(config: ConfigDict, data: Data) -> losses.Criterion:
-    """The loss of a config, with class weights that may follow from the training split."""
-    choice, spec = config.loss.class_weights, data.spec
-    counts = data.pixel_counts() if choice == "median_frequency" else None
+def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterion:
+    """The loss of `config.loss`, with class weights that may depend on the training split."""
+    choice, spec = settings.class_weights, training.spec
+    counts = training.pixel_counts() if choice == "median_frequency" else None
     return losses.criterion(
-        config.loss,
+        settings,
         num_classes=spec.num_classes,
         ignore_label=spec.ignore_label,
         class_weights=class_weights.class_weights(choice, spec, counts),
     )
 
 
-def make_batches(
-    config: ConfigDict, data: Data, parallel: Parallel, key: jax.Array, start: int
-) -> pipeline.TrainBatches | pipeline.StreamBatches:
-    """Training batches from the devices' memory where the split was read into memory, else streamed."""
-    common = dict(batch_size=config.train.batch, seed=config.seed, parallel=parallel)
-    if isinstance(data.training, specs.Split):
-        return pipeline.TrainBatches(data.training, **common)
-    return pipeline.StreamBatches(
-        data.training,
-        settings=config.augment,
-        key=key,
-        start=start,
-        cache_bytes=1e9 * config.data.cache_gb,
-        **common,
+def make_optimizer(
+    model: FunctionalModel, settings: ConfigDict, training: ConfigDict
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+    """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
+    params, batch_stats = model.arrays()
+    optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
+    # Compiled as a whole: array by array, every shape of the model would be a program of its own.
+    opt_state = jax.jit(optimizer.init)(model.trained(params))
+    return optimizer, TrainState.start(params, batch_stats, opt_state, ema=training.ema > 0)
+
+
+def compile_step(run: Run, state: TrainState) -> Program:
+    """The training step as a program for `run.parallel`, compiled now where that is possible.
+
+    Raises:
+      RunError: a step needs more memory than a device has.
+    """
+    program = run.parallel.compile_train(run.train_step)
+    if run.first < run.steps and run.parallel.compiles_ahead:
+        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel.own_devices[0])
+    return program
+
+
+def _compiled(program: Program, arguments: tuple, device: jax.Device) -> Program:
+    """Compiles a step, and prints the time that took and the memory that a step needs."""
+    since = time.perf_counter()
+    compiled = program.lower(*arguments).compile()
+    seconds = time.perf_counter() - since
+    analysis = compiled.memory_analysis()
+    # Donated arguments are counted among the outputs too.
+    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    available = (device.memory_stats() or {}).get("bytes_limit")
+    of = f" of {console.amount(available)}" if available else ""
+    console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
+    if available and needed > available:
+        raise RunError(
+            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. What needs less:\n"
+            "  --config.train.accumulate=2 (the same batch in two parts)\n"
+            "  --config.train.remat=True\n"
+            "  --config.model.dtype=bfloat16\n"
+            "  or a smaller batch or crop"
+        )
+    return compiled
+
+
+def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
+    """Raises ValueError where an image is too small for the model, which must not come up only after the training."""
+    height, width = min(sizes.tolist(), key=min)
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)
+
+
+# --------------------------------------------------------------------------------------------------- state and metadata
+
+
+def _resumed(
+    checkpoints: RunCheckpoints,
+    state: TrainState,
+    metadata: Mapping,
+    workdir: Path,
+    ended: Mapping | None,
+    *,
+    may_skip: int,
+) -> Start | None:
+    """The newest whole checkpoint; None where there is none. See `build` and `state.restored`.
+
+    Args:
+      state: a state of the run, for its structure. metadata: of the run as configured now.
+    """
+    found = checkpoints.restore(
+        weights_of(state),
+        training_of(state),
+        refuse=lambda before: refuse_other_run(before, metadata, workdir),
+        say=console.say,
     )
+    if found is None:
+        return None
+    scores = Scores(**found.metadata["scores"])
+    if ended and ended["step"] == found.step:
+        # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
+        scores = scores.after(found.step, ended["mean_iou"])
+    state = restored(found.weights, found.training, state, may_skip=may_skip)
+    # Taken from the checkpoint, because the initial weights may be gone.
+    origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
+    return Start(found.step, state, scores, found.metadata["window"], origin)
 
 
-def model_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]:
-    """How to build the model again, as `checkpoint.load_model` reads it."""
+def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
+    # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+    copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
+    return parallel.replicate(copied(state))
+
+
+def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, object]:
+    """Metadata that every checkpoint of a run has.
+
+    Args:
+      config: all settings as JSON has them. overrides: settings of the model's own class.
+    """
     return {
-        "name": config.model.name,
-        "num_classes": spec.num_classes,
-        "overrides": model_overrides(config),
-        "param_dtype": "float32",
-    }
-
-
-def run_record(config: ConfigDict, spec: specs.DatasetSpec) -> dict[str, object]:
-    """What every checkpoint of a run says of it."""
-    return {
-        "model": model_record(config, spec),
-        "config": plain(config),
+        # As `orbax_folder.load_model` reads it.
+        "model": {
+            "name": config["model"]["name"],
+            "num_classes": spec.num_classes,
+            "overrides": dict(overrides),
+            "param_dtype": "float32",
+        },
+        "config": config,
         "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,
-        "input_size": list(config.augment.crop),
+        "input_size": config["augment"]["crop"],
     }
 
 
-def origin_record(config: ConfigDict) -> dict[str, object]:
-    """Where the weights of a run come from."""
-    if not config.init.checkpoint:
+def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
+    """Metadata about where the weights of a new run come from; `settings` is `config.init`."""
+    if not settings.checkpoint:
         return {
             "licence": "trained from random weights; the terms of its data hold",
             "provenance": {"initial_weights": None},
         }
-    return {
-        "licence": licence_of(config.model.name),
-        "provenance": {"initial_weights": provenance_at(config.init.checkpoint)},
-    }
-
-
-# --------------------------------------------------------------------------------------- a state as a checkpoint has it
-
-
-def weights_of(state: TrainState) -> dict[str, jax.Array]:
-    """What the model is used with, by dotted name."""
-    params, batch_stats = state.evaluated
-    return params | batch_stats
-
-
-def training_of(state: TrainState) -> dict[str, jax.Array]:
-    """Everything else that a step changes, by dotted name."""
-    leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def restored(found: run_checkpoints.Restored, state: TrainState, *, may_skip: int) -> TrainState:
-    """The state of a checkpoint, in the structure of `state`."""
-    structure = jax.tree.structure(_rest(state))
-    rest = jax.tree.unflatten(structure, [found.training[name] for name in training_of(state)])
-    own = rest.get("own", found.weights)
-    skipped = np.array(rest["skipped"])
-    if skipped[1] > may_skip:
-        # It was saved because a loss was not finite: the batch gets another chance.
-        skipped[1] = 0
-    return TrainState(
-        step=rest["step"],
-        skipped=skipped,
-        params={name: own[name] for name in state.params},
-        batch_stats={name: own[name] for name in state.batch_stats},
-        opt_state=rest["optimizer"],
-        ema=None if state.ema is None else {name: found.weights[name] for name in state.ema},
-    )
-
-
-def _rest(state: TrainState) -> dict[str, object]:
-    rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
-    # Beside their average, which takes the place of the weights.
-    return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}
+    return {"licence": licence_of(model_name), "provenance": {"initial_weights": provenance_at(settings.checkpoint)}}

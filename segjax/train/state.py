@@ -1,26 +1,28 @@
-"""What a training step changes."""
+"""The state that a training step changes, and its arrays as a checkpoint names them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a training step changes.
 
     Attributes:
       step: int32 scalar, number of batches taken.
-      skipped: int32 (2,), how many of them changed nothing, because loss or gradient were not finite: in all, and in a
-        row up to now.
+      skipped: int32 (2,), number of those batches that changed nothing, because loss or gradient were not finite: in
+        all, and in a row up to now.
       params: parameters by dotted name; those of a loop of blocks stacked (`Stacks`), as are their moments and average.
       batch_stats: running statistics by dotted name.
-      opt_state: optax's.
+      opt_state: optax's state.
       ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
     """
 
@@ -39,7 +41,50 @@ class TrainState:
 
     @property
     def evaluated(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Parameters and statistics that the model is evaluated and used with: their average, where one is kept."""
+        """Parameters and statistics that are evaluated and published: their average, where one is kept."""
         if self.ema is None:
             return self.params, self.batch_stats
         return tuple({name: self.ema[name] for name in part} for part in (self.params, self.batch_stats))
+
+
+def weights_of(state: TrainState) -> dict[str, jax.Array]:
+    """The part of a checkpoint that a model is built from, by dotted name: `state.evaluated` in one dict."""
+    params, batch_stats = state.evaluated
+    return params | batch_stats
+
+
+def training_of(state: TrainState) -> dict[str, jax.Array]:
+    """The other part of a checkpoint, by dotted name: what only training needs."""
+    leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip: int) -> TrainState:
+    """The state of a checkpoint.
+
+    Args:
+      weights, training: the parts of the checkpoint, with the names of `weights_of` and `training_of`.
+      state: a state of the run, for its structure.
+      may_skip: as `TrainStep` has it.
+    """
+    structure = jax.tree.structure(_rest(state))
+    rest = jax.tree.unflatten(structure, [training[name] for name in training_of(state)])
+    own = rest.get("own", weights)
+    skipped = np.array(rest["skipped"])
+    if skipped[1] > may_skip:
+        # It was saved because a loss was not finite: the batch gets another chance.
+        skipped[1] = 0
+    return TrainState(
+        step=rest["step"],
+        skipped=skipped,
+        params={name: own[name] for name in state.params},
+        batch_stats={name: own[name] for name in state.batch_stats},
+        opt_state=rest["optimizer"],
+        ema=None if state.ema is None else {name: weights[name] for name in state.ema},
+    )
+
+
+def _rest(state: TrainState) -> dict[str, object]:
+    rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
+    # Where an average is kept, it is saved as the weights, and the weights that are trained next to it.
+    return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}

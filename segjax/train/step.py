@@ -1,4 +1,4 @@
-"""The training and the evaluation step: pure bodies, and the two ways to run them on several devices."""
+"""The training step: a pure function of state, batch and key, which `segjax.runtime.parallel` compiles."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
 class TrainStep:
     """One update, as a pure function of state, batch and key.
 
-    The gradient is that of (sum of losses) / (what they are counted by), both over all devices and micro-batches: it
-    does not depend on how the batch is spread. Statistics of a BatchNorm do depend on micro-batches, each of which is
-    normalised by its own, one after the other, as torch does it.
+    The gradient is that of (sum of losses) / (sum of their counts), where both sums run over all devices and
+    micro-batches: it does not depend on how the batch is split. The statistics of a BatchNorm do depend on
+    micro-batches, each of which is normalised by its own, one after the other, as in torch.
 
     Attributes:
+      model: the model that is trained.
+      optimizer: a transform of `optim.optimizer`.
       augment: uint8 batch -> normalised images and labels.
-      criterion: of `losses.criterion`.
-      aux_weight: of the loss of a model's auxiliary logits, where it has any.
-      accumulate: number of micro-batches that a batch is computed in, for the sake of memory.
-      ema_decay: of the moving average; 0 keeps none. It is smaller at first, (1 + step) / (10 + step), so that the
-        random weights of the start are soon forgotten.
-      may_skip: how many steps in a row may be left out because loss or gradient are not finite. One more, and no later
-        step changes anything either, so that the state before it is there when the host finds out.
+      criterion: a loss of `losses.criterion`.
+      aux_weight: weight of the loss of auxiliary logits, for a model that has them.
+      accumulate: number of micro-batches that a batch is computed in, to need less memory.
+      ema_decay: decay of the moving average; 0 keeps none. It is smaller at first, (1 + step) / (10 + step), so that
+        the random initial weights are soon forgotten.
+      may_skip: number of steps in a row that may be skipped because loss or gradient are not finite. One more stops the
+        training: no later step changes anything either, so that the state before it is there when the host finds out.
     """
 
-    skeleton: FunctionalModel
+    model: FunctionalModel
     optimizer: optax.GradientTransformationExtraArgs
     augment: Augment
     criterion: losses.Criterion
@@ -54,48 +56,48 @@ class TrainStep:
         """The next state, and scalars "loss", "gradient_norm" (before clipping) and "stopped".
 
         Args:
-          batch: what `augment` takes, and "position" int32 (B,): each sample's place in the whole batch, from which its
-            random numbers follow, whatever device it is on.
-          key: of the run; the step's own is folded from it.
-          axis_name: of the mapped axis under pmap.
+          batch: the arrays that `augment` takes, and "position" int32 (B,): each sample's place in the whole batch,
+            from which its random numbers follow, whatever device it is on.
+          key: key of the run; that of the step is folded from it.
+          axis_name: name of the mapped axis under pmap.
         """
         images, labels, dropout_key = self.inputs(state, batch, key)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
-        # A count of labels alone, so that micro-batches and devices can divide by that of the whole batch.
+        # Counts depend on labels only, so that micro-batches and devices can divide by those of the whole batch.
         counts = across(self.criterion.counts(labels))
         loss, gradients, batch_stats = self.gradients(state, images, labels, counts, dropout_key)
         loss, gradients = across((loss, gradients))
         gradient_norm = optim.norm(gradients)
-        trained = self.skeleton.trained(state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        accepted = finite & ~(state.skipped[1] > self.may_skip)
+        trained = self.model.trained(state.params)
+        accepted = self.accepts(state, loss, gradient_norm)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
         params = state.params | optax.apply_updates(trained, updates)
         ema = self._moved_ema(state, params | batch_stats)
 
-        state = self._unless_not_finite(finite, state, dict(params=params, batch_stats=batch_stats, ema=ema))
+        state = self.advanced(state, accepted, dict(params=params, batch_stats=batch_stats, ema=ema))
+        # The optimizer has kept its state where the step is not accepted.
         state = dataclasses.replace(state, opt_state=opt_state)
         stopped = state.skipped[1] > self.may_skip
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
     def inputs(self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
-        """Augmented images and labels, and the key of the model's own random streams."""
+        """Augmented images and labels, and the key for the model's random streams."""
         sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
         return *self.augment(sample_keys, batch), dropout_key
 
     def gradients(self, state, images, labels, counts, dropout_key):
-        """Loss, gradients of the trained parameters, and the statistics that the batch has moved."""
+        """Loss, gradients of the trained parameters, and the running statistics after the batch."""
 
         def loss_of(trained, batch_stats, images, labels, key):
-            model = self.skeleton.bind(state.params | trained, batch_stats, key=key)
+            model = self.model.bind(state.params | trained, batch_stats, key=key)
             logits, taps = model(images)
             total = self.criterion.total(logits, labels, counts)
             if "aux_logits" in taps:
                 total = total + self.aux_weight * self.criterion.total(taps["aux_logits"], labels, counts)
-            return total, self.skeleton.batch_stats_of(model)
+            return total, self.model.batch_stats_of(model)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        trained = self.skeleton.trained(state.params)
+        trained = self.model.trained(state.params)
         if self.accumulate == 1:
             (loss, batch_stats), gradients = value_and_grad(trained, state.batch_stats, images, labels, dropout_key)
             return loss, gradients, batch_stats
@@ -125,22 +127,31 @@ class TrainStep:
     def _moved_ema(self, state: TrainState, new: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         if state.ema is None:
             return None
-        # 1 - decay, which float32 would leave three digits of.
+        # 1 - decay by itself: as a difference in float32 it would keep three digits.
         share = jnp.maximum(1 - self.ema_decay, 9 / (10 + state.step.astype(float)))
         return {name: old + share.astype(old.dtype) * (new[name] - old) for name, old in state.ema.items()}
 
-    def _unless_not_finite(self, finite: jax.Array, before: TrainState, changed: dict) -> TrainState:
-        """The state with what the step has changed, or without it."""
-        in_all, in_a_row = before.skipped
-        was_stopped = in_a_row > self.may_skip
-        in_a_row = jnp.where(was_stopped, in_a_row, jnp.where(finite, 0, in_a_row + 1))
+    def accepts(self, state: TrainState, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
+        """Whether a step may change anything: it is finite, and the training has not stopped before."""
+        return jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (state.skipped[1] <= self.may_skip)
+
+    def advanced(self, state: TrainState, accepted: jax.Array, new: dict) -> TrainState:
+        """The state after a step.
+
+        Args:
+          accepted: as `accepts` returned. Otherwise the step is skipped, and counted; or it stops the training, where
+            `may_skip` in a row were skipped before it, and then even `step` stays as it is.
+          new: fields of the state that an accepted step changes.
+        """
+        skipped, in_a_row = state.skipped
+        # One more than may be skipped, `may_skip + 1`, stands for a training that has stopped.
+        in_a_row = jnp.where(accepted, 0, jnp.minimum(in_a_row + 1, self.may_skip + 1))
         stopped = in_a_row > self.may_skip
-        kept = {name: getattr(before, name) for name in changed}
-        # Where it is finite, it has stopped only if it had before.
-        chosen = jax.tree.map(lambda new, old: jnp.where(finite & ~was_stopped, new, old), changed, kept)
+        skips = ~accepted & ~stopped
+        old = {name: getattr(state, name) for name in new}
         return dataclasses.replace(
-            before,
-            step=before.step + jnp.where(stopped, 0, 1),
-            skipped=jnp.stack([in_all + jnp.where(finite | stopped, 0, 1), in_a_row]),
-            **chosen,
+            state,
+            step=state.step + jnp.where(stopped, 0, 1),
+            skipped=jnp.stack([skipped + jnp.where(skips, 1, 0), in_a_row]),
+            **jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old),
         )

@@ -18,8 +18,8 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.state_dict import named_variables, torch_name
-from segjax.runtime.parallel import Parallel
-from segjax.train import run_checkpoints, setup
+from segjax.train import run_checkpoints
+from tests.runs import functional_model
 from tests.tiny import FAMILIES, SIZES, numpy_draws, tiny_model
 
 # Head keys of ImageNet classifiers, as they come with the encoders.
@@ -290,13 +290,13 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path):
 
 
 def start(source, **settings):
-    """The skeleton of a run that starts from a checkpoint."""
+    """The model of a run that starts from a checkpoint."""
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
     config.init.checkpoint = str(source)
     config.init.update(settings)
     with numpy_draws():
-        return setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
+        return functional_model(config, 5, initial=True)
 
 
 def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, capsys, caplog):
@@ -331,9 +331,9 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
     with numpy_draws():
-        setup.make_skeleton(config, 5, Parallel("jit"), pretrained=True)
+        functional_model(config, 5, initial=True)
         config.init.checkpoint = "/nowhere"
-        setup.make_skeleton(config, 5, Parallel("jit"), pretrained=False)
+        functional_model(config, 5)
     assert capsys.readouterr().out == ""
 
 

@@ -15,15 +15,15 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from configs import common
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import load_model, save_model
 from segjax.models.functional import FunctionalModel, params_sha256
+from segjax.recipes import common
 from segjax.runtime import atomic, console
-from segjax.train import optim, setup
+from segjax.train import optim
 from segjax.train.run_checkpoints import RunCheckpoints
-from segjax.train.state import TrainState
+from segjax.train.state import TrainState, restored, training_of, weights_of
 from tests.tiny import tiny_model
 
 REPO = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def make_state(seed, *, name="adamw", step=3, ema=False):
 def save(folder, state, *, keep=2, about=None, steps=(3,)):
     run = RunCheckpoints(folder, keep=keep)
     for step in steps:
-        run.save(step, setup.weights_of(state), setup.training_of(state), about or {})
+        run.save(step, weights_of(state), training_of(state), about or {})
     run.wait()
 
 
@@ -56,10 +56,10 @@ def restore(folder, state, *, refuse=lambda about: None, say=lambda text: None, 
     """-> what was found, and the state in it; (None, None) where there is nothing."""
     run = RunCheckpoints(folder, keep=2)
     try:
-        found = run.restore(setup.weights_of(state), setup.training_of(state), refuse=refuse, say=say)
+        found = run.restore(weights_of(state), training_of(state), refuse=refuse, say=say)
     finally:
         run.wait()
-    return found, found and setup.restored(found, state, may_skip=may_skip)
+    return found, found and restored(found.weights, found.training, state, may_skip=may_skip)
 
 
 def assert_same_bits(a, b):
@@ -82,7 +82,7 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path, seed, name, ema):
     state = make_state(seed, name=name, ema=ema)
     save(tmp_path / "run", state, about={"what": [1, {"deep": None}]})
     found, again = restore(tmp_path / "run", make_state(seed + 5, name=name, step=0, ema=ema))
-    assert found.step == 3 and found.about["what"] == [1, {"deep": None}]
+    assert found.step == 3 and found.metadata["what"] == [1, {"deep": None}]
     assert_same_bits(again, state)
     # What the model is used with.
     arrays, _ = orbax_folder.load_weights(tmp_path / "run")
@@ -240,7 +240,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken_and_damaged_ones_are_put_a
     shutil.copytree(saved, folder)
     DAMAGE[what](folder / "5")
     found, state = restore(folder, make_state(7, step=0), say=said.append)
-    assert found.step == 3 and found.about["mean_iou"] == 0.25
+    assert found.step == 3 and found.metadata["mean_iou"] == 0.25
     assert_same_bits(state, older)
     assert str(folder / "5") in said[0] and "damaged" in said[0] and str(tmp_path / "damaged" / "5") in said[1]
     printed = console.wrapped("\n".join(said).replace(str(tmp_path), "runs/name")).splitlines()
@@ -290,7 +290,7 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
 
     # In a thread beside the training, as orbax writes.
     monkeypatch.setattr(epath.Path, "write_text", dump)
-    run.save(3, setup.weights_of(state), setup.training_of(state), {})
+    run.save(3, weights_of(state), training_of(state), {})
     with pytest.raises(
         CheckpointError, match=r"run: cannot be written \(No space left on device\)\.\n  What was saved"
     ):

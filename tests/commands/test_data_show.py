@@ -11,7 +11,7 @@ from segjax.commands import data_show as show
 from segjax.data import specs
 from segjax.data.augment import augment, step_keys
 from segjax.data.pipeline import TrainBatches
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), tuple((40 * k, 250 - 40 * k, 30 * k) for k in range(5)), 255)
@@ -33,7 +33,7 @@ def test_the_samples_are_the_first_batch_of_a_run_of_that_seed(seed, tmp_path, m
     drawn = {}
     monkeypatch.setattr(pictures, "save_samples", lambda path, *given, **rest: drawn.update(given=given, **rest))
     show.show(split, SPEC, settings, seed=seed, num=3, path=tmp_path / "page.png")
-    batches = TrainBatches(split, batch_size=3, seed=seed, parallel=Parallel("jit", jax.devices()[:1]))
+    batches = TrainBatches(split, batch_size=3, seed=seed, parallel=JitParallel(jax.devices()[:1]))
     keys, _ = step_keys(jax.random.key(seed), 0, np.arange(3))
     images, labels = augment(keys, batches.at(0), settings, ignore_label=255)
     pixels, given_labels, spec = drawn["given"]

@@ -799,5 +799,5 @@ def test_the_first_training_prepares_what_its_config_names(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     config = segformer.get_config("b0,cityscapes")
     config.data.source, config.data.dir = str(made.root), str(data)
-    data = setup.load_data(config)
+    data = setup.load_data(config.data, seed=config.seed)
     assert (len(data.training.images), len(data.evaluation.images), data.spec.name) == (3, 2, "cityscapes")

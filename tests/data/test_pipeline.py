@@ -8,7 +8,7 @@ import pytest
 
 from segjax.data import specs
 from segjax.data.pipeline import TrainBatches, evaluation_batches
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import parallel_for
 
 
 def make_split(number, *, canvas=(6, 9), sizes=None, seed=0):
@@ -24,7 +24,7 @@ def make_split(number, *, canvas=(6, 9), sizes=None, seed=0):
 
 
 def batches_of(number, batch_size, *, seed=0, kind="jit", devices=1):
-    parallel = Parallel(kind, jax.devices()[:devices])
+    parallel = parallel_for(kind, jax.devices()[:devices])
     return TrainBatches(make_split(number), batch_size=batch_size, seed=seed, parallel=parallel)
 
 
@@ -72,7 +72,7 @@ def test_the_row_of_images_is_the_same_for_every_batch_size():
 @pytest.mark.parametrize("kind, devices", [("jit", 1), ("jit", 4), ("pmap", 4)])
 def test_a_batch_holds_the_images_labels_and_sizes_of_its_indices(kind, devices):
     split = make_split(7, sizes=[(6, 9), (4, 9), (6, 5), (3, 3), (6, 9), (5, 8), (6, 7)])
-    batches = TrainBatches(split, batch_size=8, seed=1, parallel=Parallel(kind, jax.devices()[:devices]))
+    batches = TrainBatches(split, batch_size=8, seed=1, parallel=parallel_for(kind, jax.devices()[:devices]))
     for step in (0, 1, 4):
         batch, rows = batches.at(step), batches.indices(step)
         assert {name: array.dtype for name, array in batch.items()} == {
@@ -106,7 +106,7 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused(kind):
 
 def test_another_kind_of_parallelism_is_refused():
     with pytest.raises(ValueError, match="'jit' or 'pmap'; got 'vmap'"):
-        Parallel("vmap")
+        parallel_for("vmap")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

@@ -19,7 +19,7 @@ from segjax.data.augment import Crops, augment, step_keys, window_size, with_ori
 from segjax.data.pipeline import StreamBatches, TrainBatches, evaluation_batches
 from segjax.data.records import CachedRecords, RecordError, SplitRecords, load
 from segjax.inference.evaluation import evaluate
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel, parallel_for
 from segjax.train import setup
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
@@ -58,7 +58,7 @@ def settings_of(crop=(32, 40), scale=(0.5, 2.0), photometric=True):
 
 
 def stream(records, *, batch_size=4, seed=0, kind="jit", devices=1, settings=None, **options):
-    parallel = Parallel(kind, jax.devices()[:devices])
+    parallel = parallel_for(kind, jax.devices()[:devices])
     settings, key = settings or settings_of(), jax.random.key(seed)
     return StreamBatches(
         records, batch_size=batch_size, seed=seed, parallel=parallel, settings=settings, key=key, **options
@@ -118,7 +118,7 @@ def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
         )
     )
     for seed in range(3):
-        resident = TrainBatches(split, batch_size=5, seed=seed, parallel=Parallel("jit", jax.devices()[:1]))
+        resident = TrainBatches(split, batch_size=5, seed=seed, parallel=JitParallel(jax.devices()[:1]))
         with stream(records, batch_size=5, seed=seed, settings=settings) as streamed:
             for step in (*range(6), 1_000_003):
                 np.testing.assert_array_equal(streamed.indices(step), resident.indices(step))
@@ -167,7 +167,7 @@ def test_a_window_holds_every_pixel_that_its_crop_is_made_of(seed):
 
 @pytest.mark.parametrize("kind, devices", [("jit", 4), ("pmap", 4)])
 def test_a_stream_spreads_its_batches_as_the_resident_split_does(kind, devices):
-    records, parallel = Noise(), Parallel(kind, jax.devices()[:devices])
+    records, parallel = Noise(), parallel_for(kind, jax.devices()[:devices])
     split = load(records, ignore_label=255)
     with stream(records, batch_size=8, kind=kind, devices=devices) as streamed, stream(records, batch_size=8) as plain:
         expected = TrainBatches(split, batch_size=8, seed=0, parallel=parallel).at(2)
@@ -184,7 +184,7 @@ def test_a_stream_spreads_its_batches_as_the_resident_split_does(kind, devices):
 def test_a_stream_does_not_depend_on_64_bits_being_switched_on(float64):
     records = Noise()
     split, settings = load(records, ignore_label=255), settings_of()
-    parallel, key = Parallel("jit", jax.devices()[:1]), jax.random.key(0)
+    parallel, key = JitParallel(jax.devices()[:1]), jax.random.key(0)
     with stream(records) as streamed:
         for step in range(3):
             both = []
@@ -343,15 +343,16 @@ def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
     (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))
     config = segformer.get_config("b0,folder")
     config.data.update(source=str(tmp_path / "data"), dir=str(tmp_path / "prepared"))
-    config.augment.crop, config.train.batch = (32, 48), 3
-    parallel, key = Parallel("jit", jax.devices()[:1]), jax.random.key(config.seed)
+    config.augment.crop = (32, 48)
+    parallel, key = JitParallel(jax.devices()[:1]), jax.random.key(config.seed)
     gigabytes = 4 * len(SIZES) * 90 * 133 / 1e9
     seen = []
     for limit, kind in ((gigabytes * 1.001, TrainBatches), (gigabytes * 0.999, StreamBatches)):
         config.data.resident_gb = limit
-        data = setup.load_data(config)
+        data = setup.load_data(config.data, seed=config.seed)
         assert data.pixel_counts().sum() == sum(height * width for height, width in SIZES)
-        with setup.make_batches(config, data, parallel, key, 4) as batches:
+        feeding = dict(batch_size=3, seed=config.seed, parallel=parallel, key=key, start=4, cache_gb=0.0)
+        with setup.make_batches(data.training, config.augment, **feeding) as batches:
             assert type(batches) is kind
             batch = batches.at(4)
             keys, _ = step_keys(key, 4, batch["position"])

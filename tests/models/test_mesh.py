@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from segjax import losses
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from tests.tiny import FAMILIES, abstract_family, tiny_model
@@ -74,7 +74,7 @@ def test_a_training_step_only_adds_up_over_devices(family, implementations):
         losses.criterion(LOSS, num_classes=5, ignore_label=255),
         aux_weight=0.4,
     )
-    parallel = Parallel("jit", jax.devices()[:4])
+    parallel = JitParallel(jax.devices()[:4])
     state = parallel.replicate(TrainState.start(params, batch_stats, optimizer.init(params)))
     batch = parallel.spread(
         {

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import common, segformer
+from configs import segformer
 from segjax import layers, losses
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
@@ -20,14 +20,15 @@ from segjax.inference.evaluation import evaluate
 from segjax.kernels import choice
 from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import AXIS, Parallel
-from segjax.train import optim, setup
+from segjax.recipes import common
+from segjax.runtime.parallel import AXIS, JitParallel, PmapParallel, ShardMapParallel, parallel_for
+from segjax.train import optim
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
+from tests.runs import functional_model
 from tests.tiny import SIZES, tiny_model
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
-KINDS = [("jit", 4), ("pmap", 4), ("jit", 1)]
 STEPS = 3
 AUX_WEIGHT = 0.4
 
@@ -46,7 +47,7 @@ def make_split(number, size, seed):
 
 
 def parallel_of(kind, devices):
-    return Parallel(kind, jax.devices()[:devices])
+    return PARALLEL[kind](jax.devices()[:devices])
 
 
 # What is random in training, beside SegNeXt's bases.
@@ -57,32 +58,32 @@ RATES = {
 }
 
 
-def step_of(skeleton, optimizer, augmentation, *, aux_weight=AUX_WEIGHT):
+def step_of(functional, optimizer, augmentation, *, aux_weight=AUX_WEIGHT):
     settings = common.get_config("folder").loss
     criterion = losses.criterion(settings, num_classes=5, ignore_label=SPEC.ignore_label)
     return TrainStep(
-        skeleton=skeleton, optimizer=optimizer, augment=augmentation, criterion=criterion, aux_weight=aux_weight
+        model=functional, optimizer=optimizer, augment=augmentation, criterion=criterion, aux_weight=aux_weight
     )
 
 
-def tiny_skeleton(parallel, seed=0, family="segformer"):
+def tiny_functional(parallel, seed=0, family="segformer"):
     model = tiny_model(seed, family, dtype=jnp.float64, **RATES[family])
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     return FunctionalModel(model)
 
 
-def train(parallel, skeleton, augmentation, size=(40, 56)):
+def train(parallel, functional, augmentation, size=(40, 56), seed=0):
     """Three steps of SGD -> the state on the devices, host copies of it, and of the scalars of every step."""
     settings = common.get_config("folder").optim
     settings.update(name="sgd", lr=0.05, warmup_steps=0, no_decay="", lr_multipliers=())
-    params, batch_stats = skeleton.arrays()
+    params, batch_stats = functional.arrays()
     optimizer = optim.optimizer(settings, params, steps=10)
     state = TrainState.start(params, batch_stats, optimizer.init(params))
-    step = parallel.compile_train(step_of(skeleton, optimizer, augmentation))
-    batches = TrainBatches(make_split(11, size, 0), batch_size=8, seed=0, parallel=parallel)
+    step = parallel.compile_train(step_of(functional, optimizer, augmentation))
+    batches = TrainBatches(make_split(11, size, seed), batch_size=8, seed=seed, parallel=parallel)
     state, scalars = parallel.replicate(jax.tree.map(jnp.copy, state)), []
     for i in range(STEPS):
-        state, now = step(state, batches.at(i), jax.random.key(7))
+        state, now = step(state, batches.at(i), jax.random.key(7 + seed))
         scalars.append(parallel.fetch(now))
         assert not scalars[-1].pop("stopped")
     return state, parallel.fetch(state), scalars
@@ -92,18 +93,22 @@ def as_it_is(keys, batch):
     return normalise(batch["image"]), batch["label"]
 
 
+PARALLEL = {"jit": JitParallel, "pmap": PmapParallel, "shard_map": ShardMapParallel}
+KINDS = [("jit", 4), ("pmap", 4), ("shard_map", 4), ("jit", 1)]
+
+
 @functools.cache
 def trained(kind, devices, family="segformer"):
     """With everything random on; of SegFormer every augmentation, too."""
     settings = ConfigDict(dict(crop=(32, 48), scale=(0.5, 2.0), flip=0.5, photometric=True))
     everything = partial(augment, settings=settings, ignore_label=SPEC.ignore_label)
     parallel = parallel_of(kind, devices)
-    skeleton = tiny_skeleton(parallel, family=family)
+    functional = tiny_functional(parallel, family=family)
     if family == "segformer":
-        return train(parallel, skeleton, everything)
+        return train(parallel, functional, everything)
     # Without the fast forms: SegNeXt's strips, written out, take four times as long to compile.
     with choice.published_implementations():
-        return train(parallel, skeleton, as_it_is, (32, 40))
+        return train(parallel, functional, as_it_is, (32, 40))
 
 
 def distance(a, b):
@@ -114,6 +119,19 @@ def distance(a, b):
 
 # Of the other families in the slow tier: what their layers must do by themselves under pmap is asked for further below.
 FAMILY = [pytest.param(family, marks=[] if family == "segformer" else [pytest.mark.slow]) for family in RATES]
+
+
+def assert_same_bits(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes()), path
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_shard_map_trains_a_model_to_the_same_bits_as_pmap(family, float64):
+    _, *found = trained("shard_map", 4, family)
+    _, *expected = trained("pmap", 4, family)
+    assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
@@ -131,7 +149,7 @@ def test_training_on_four_devices_equals_training_on_one(kind, family, float64):
 
 @pytest.mark.parametrize("family", FAMILY)
 def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_differ(family, float64):
-    params, batch_stats = tiny_skeleton(parallel_of("jit", 1), family=family).arrays()
+    params, batch_stats = tiny_functional(parallel_of("jit", 1), family=family).arrays()
     _, state, scalars = trained("jit", 1, family)
     for before, after in ((params, state.params), (batch_stats, state.batch_stats)):
         for name in before:
@@ -144,8 +162,8 @@ def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_
 class Layers(nnx.Module):
     """One of each layer that looks at the batch as a whole."""
 
-    def __init__(self):
-        kinds = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+    def __init__(self, dtype=jnp.float64):
+        kinds = dict(dtype=dtype, param_dtype=dtype)
         rngs = nnx.Rngs(0)
         self.conv = layers.Conv(3, 32, 4, stride=4, rngs=rngs, **kinds)
         self.bn = layers.BatchNorm(32, **kinds)
@@ -156,26 +174,48 @@ class Layers(nnx.Module):
         self.spec, self.size_multiple = None, 1
 
     def __call__(self, images):
-        x = self.bn(self.conv(images.astype(jnp.float64)))
+        x = self.bn(self.conv(images.astype(self.conv.dtype)))
         return self.pred(self.dropout(self.ham(x + self.path(jnp.sin(x)), None))), {}
 
 
-def trained_layers(kind, devices, told):
-    """Trains `Layers`, of which those in `told` know the axis."""
-    parallel, model = parallel_of(kind, devices), Layers()
+LAYERS = ("bn", "path", "dropout", "ham")
+
+
+def trained_layers(kind, devices, told=LAYERS, **options):
+    """Trains `Layers`, of which those in `told` know the axis -> host copies of the state, and of every step's scalars.
+
+    Options: dtype, seed.
+    """
+    parallel, model = parallel_of(kind, devices), Layers(options.pop("dtype", jnp.float64))
     for name in told:
         getattr(model, name).axis_name = parallel.axis_name
-    return train(parallel, FunctionalModel(model), as_it_is)[1]
+    return train(parallel, FunctionalModel(model), as_it_is, **options)[1:]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shard_map_trains_layers_in_float32_to_the_same_bits_as_pmap(seed):
+    found, expected = (
+        trained_layers(kind, 4, dtype=jnp.float32, seed=seed, size=(36, 44)) for kind in ("shard_map", "pmap")
+    )
+    assert_same_bits(found, expected)
+    start = FunctionalModel(Layers(jnp.float32)).arrays()[0]
+    assert all((found[0].params[name] != start[name]).any() for name in ("conv.kernel", "bn.scale", "pred.bias"))
+
+
+def test_pmap_is_jax_pmap_where_there_is_one_and_else_shard_map(monkeypatch):
+    assert type(parallel_for("jit")) is JitParallel and type(parallel_for("pmap")) is PmapParallel
+    monkeypatch.delattr(jax, "pmap")
+    assert type(parallel_for("jit")) is JitParallel and type(parallel_for("pmap")) is ShardMapParallel
+    assert [parallel_for(kind).kind for kind in ("jit", "pmap")] == ["jit", "pmap"]
 
 
 def test_under_pmap_a_layer_that_does_not_know_its_axis_trains_to_something_else(float64, monkeypatch):
     monkeypatch.setattr(segnext, "TRAINING_STEPS", 1)
     # The trap that axis_name is there for: statistics, masks and bases of each device's own part of the batch.
-    everything = ("bn", "path", "dropout", "ham")
-    expected = trained_layers("jit", 1, everything)
-    assert distance(trained_layers("pmap", 4, everything).params, expected.params) < 1e-10
-    for forgotten in everything:
-        state = trained_layers("pmap", 4, [name for name in everything if name != forgotten])
+    expected, _ = trained_layers("jit", 1)
+    assert distance(trained_layers("pmap", 4)[0].params, expected.params) < 1e-10
+    for forgotten in LAYERS:
+        state, _ = trained_layers("pmap", 4, [name for name in LAYERS if name != forgotten])
         assert distance(state.params, expected.params) > 1e-3, forgotten
 
 
@@ -188,12 +228,12 @@ def test_under_pmap_all_devices_hold_the_same_state(float64):
 
 
 def test_every_layer_drops_by_a_key_of_its_own_that_changes_with_the_step():
-    skeleton = FunctionalModel(tiny_model(0, drop_path_rate=0.5, dropout_rate=0.5))
-    params, batch_stats = skeleton.arrays()
+    functional = FunctionalModel(tiny_model(0, drop_path_rate=0.5, dropout_rate=0.5))
+    params, batch_stats = functional.arrays()
 
     def masks(key):
         """Which of 64 samples each layer keeps, by path; of the dropout that of its first channel."""
-        model = skeleton.bind(params, batch_stats, key=key)
+        model = functional.bind(params, batch_stats, key=key)
         drops = {path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, layers.Drop)}
         # The first block drops nothing.
         drops = {path: layer for path, layer in drops.items() if layer.rate > 0}
@@ -232,15 +272,13 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
     settings.update(name="sgd", lr=1.0, warmup_steps=0, momentum=0.0, weight_decay=0.0, no_decay="")
     settings.lr_multipliers = ()
     for kind, devices in KINDS:
-        parallel, skeleton = parallel_of(kind, devices), FunctionalModel(Constant())
-        params, _ = skeleton.arrays()
+        parallel, functional = parallel_of(kind, devices), FunctionalModel(Constant())
+        params, _ = functional.arrays()
         optimizer = optim.optimizer(settings, params, steps=10)
         state = parallel.replicate(jax.tree.map(jnp.copy, TrainState.start(params, {}, optimizer.init(params))))
         batch = {"image": split.images, "label": labels, "size": split.sizes, "position": np.arange(8, dtype=np.int32)}
-        if kind == "pmap":
-            batch = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
-        step = parallel.compile_train(step_of(skeleton, optimizer, as_it_is))
-        state, scalars = (parallel.fetch(part) for part in step(state, batch, jax.random.key(0)))
+        step = parallel.compile_train(step_of(functional, optimizer, as_it_is))
+        state, scalars = (parallel.fetch(part) for part in step(state, parallel.spread(batch), jax.random.key(0)))
         np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-13)
         share = np.bincount(labels[labels != 255], minlength=5) / (labels != 255).sum()
         gradient = np.exp(logits) / np.exp(logits).sum() - share
@@ -250,19 +288,19 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
 
 def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
     parallel = parallel_of("jit", 1)
-    skeleton = tiny_skeleton(parallel, family="ocr")
+    functional = tiny_functional(parallel, family="ocr")
     split = make_split(2, (32, 40), 1)
     batch = {"image": split.images, "label": split.labels % 5, "size": split.sizes, "position": np.arange(2)}
     settings = common.get_config("folder").optim
     settings.update(name="sgd", lr=1.0, warmup_steps=0, momentum=0.0, weight_decay=0.0, no_decay="")
     settings.lr_multipliers = ()
-    params, batch_stats = skeleton.arrays()
+    params, batch_stats = functional.arrays()
     optimizer = optim.optimizer(settings, params, steps=10)
     state = TrainState.start(params, batch_stats, optimizer.init(params))
 
     @jax.jit
     def step(aux_weight):
-        train_step = step_of(skeleton, optimizer, as_it_is, aux_weight=aux_weight)
+        train_step = step_of(functional, optimizer, as_it_is, aux_weight=aux_weight)
         after, scalars = train_step(state, batch, jax.random.key(0))
         return {name: after.params[name] - params[name] for name in params}, scalars["loss"]
 
@@ -286,7 +324,7 @@ def test_the_auxiliary_loss_counts_by_its_weight_in_loss_and_update(float64):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kind, devices", KINDS)
+@pytest.mark.parametrize("kind, devices", [("jit", 4), ("pmap", 4), ("jit", 1)])
 def test_batch_norm_uses_the_statistics_of_the_whole_batch(kind, devices, seed, float64):
     rng = np.random.default_rng(seed)
     # Means that differ from device to device: averaged variances of the parts would be far too small.
@@ -318,9 +356,9 @@ def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
     results = []
     for kind, devices in KINDS:
         parallel = parallel_of(kind, devices)
-        skeleton = tiny_skeleton(parallel, seed=2)  # which predicts every class somewhere
-        params, batch_stats = parallel.replicate(skeleton.arrays())
-        predict = parallel.compile_eval(partial(predict_labels, skeleton, normalise=normalise))
+        functional = tiny_functional(parallel, seed=2)  # which predicts every class somewhere
+        params, batch_stats = parallel.replicate(functional.arrays())
+        predict = parallel.compile_eval(partial(predict_labels, functional, normalise=normalise))
         results.append(evaluate(partial(predict, params, batch_stats), split, SPEC, batch_size=4, keep=(0, 4, 5)))
     for confusion, kept in results:
         np.testing.assert_array_equal(confusion, results[0][0])
@@ -359,8 +397,8 @@ def test_an_evaluation_split_without_images_is_refused_by_name():
 def test_the_model_of_a_run_is_told_the_axis(kind, expected):
     config = segformer.get_config("b0,folder")
     config.model.update(SIZES)
-    skeleton = setup.make_skeleton(config, 5, Parallel(kind), pretrained=False)
-    model = skeleton.bind(*skeleton.arrays())
+    functional = functional_model(config, 5, axis_name=parallel_for(kind).axis_name)
+    model = functional.bind(*functional.arrays())
     told = [module for _, module in nnx.iter_modules(model) if hasattr(module, "axis_name")]
     assert len(told) == 1 + 1 + 2 * 4  # BatchNorm, dropout, and drop path twice a block
     assert {module.axis_name for module in told} == {expected}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import JitParallel
 from tests import processes
 
 HERE = Path(__file__).parents[1]
@@ -46,10 +46,10 @@ def of_two():
 
 @pytest.fixture(scope="module")
 def of_one(quick_compile):
-    return processes.results(Parallel("jit", jax.devices()[:1]))
+    return processes.results(JitParallel(jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", processes.KINDS)
 @pytest.mark.parametrize("way", ["streamed", "resident"])
 def test_training_in_two_processes_is_that_in_one(kind, way, of_two, of_one):
     (weights, losses), (_, initial_loss) = of_one[way], of_one["resident"]
@@ -61,7 +61,7 @@ def test_training_in_two_processes_is_that_in_one(kind, way, of_two, of_one):
     assert of_two[0][kind][way] == of_two[1][kind][way]
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", processes.KINDS)
 def test_a_process_reads_the_rows_of_its_own_devices_alone(kind, of_two, of_one):
     assert [of_process[kind]["rows"] for of_process in of_two] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert of_one["rows"] == list(range(8))
@@ -70,7 +70,7 @@ def test_a_process_reads_the_rows_of_its_own_devices_alone(kind, of_two, of_one)
         assert of_process[kind]["read"] >= 4 * processes.STEPS / 2
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", processes.KINDS)
 def test_the_evaluation_of_two_processes_is_that_of_one_and_both_know_it(kind, of_two, of_one):
     records = processes.Noise()
     expected = np.zeros((5, 5), np.int64)

@@ -20,20 +20,21 @@ import pytest
 from flax import nnx
 
 from benchmarks.kill_resume import differences, events_of, records_of, remains
-from configs import common, segformer
+from configs import segformer
+from segjax import layers
 from segjax.checkpoints import metadata, orbax_folder
 from segjax.checkpoints.orbax_folder import load_model
 from segjax.checkpoints.state_dict import named_variables
 from segjax.data import specs, streets
 from segjax.data.augment import draw_crops, normalise
-from segjax.inference import evaluation as inference_evaluation
-from segjax.inference.engine import predictions
+from segjax.data.open import OpenSplit
+from segjax.inference import evaluation
+from segjax.inference.engine import labels_of
 from segjax.kernels import choice
 from segjax.models.functional import params_sha256
+from segjax.recipes import common
 from segjax.runtime import console
-from segjax.runtime.parallel import Parallel
 from segjax.train import loop, optim, setup
-from segjax.train import progress as train_progress
 from segjax.train.config import RunError, check, check_crop
 from segjax.train.progress import Meter, Progress, StopRequest, describe, report
 from segjax.train.step import TrainStep
@@ -41,6 +42,7 @@ from tests.runs import (
     STEPS,
     cheap_step,
     contents,
+    functional_model,
     make_config,
     power_cut_before,
     power_cut_in_the_end,
@@ -73,7 +75,7 @@ def scores_of(model):
     """Pixel accuracy and IoU by class of a model on the evaluation images, counted with plain numpy."""
     split = streets.load("val", num_images=5, size=(40, 64), seed=0)
     logits = nnx.jit(lambda model, images: model(normalise(images))[0])(model, split.images)
-    predicted = np.asarray(predictions(logits, (40, 64)))
+    predicted = np.asarray(labels_of(layers.resize(logits, (40, 64))))
     valid = split.labels != 255
     right = (predicted == split.labels) & valid
     ious = []
@@ -89,13 +91,13 @@ def miou_of(model):
 
 def stop_in_evaluation(patch):
     """Ctrl-C as an evaluation begins."""
-    original = inference_evaluation.evaluate
+    original = evaluation.evaluate
 
     def evaluate(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    patch.setattr(loop, "evaluate", evaluate)
+    patch.setattr(evaluation, "evaluate", evaluate)
 
 
 # --------------------------------------------------------------------------------------------- what a run leaves behind
@@ -231,7 +233,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
 def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(family, tmp_path, monkeypatch):
     seen = []
 
-    def make_skeleton(*args, original=setup.make_skeleton, **kwargs):
+    def create_model(*args, original=setup.create_model, **kwargs):
         with numpy_draws():
             return original(*args, **kwargs)
 
@@ -239,8 +241,8 @@ def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(f
         seen.append(settings["aux_weight"])
         return original(**settings)
 
-    monkeypatch.setattr(setup, "make_skeleton", make_skeleton)
-    monkeypatch.setattr(loop, "TrainStep", train_step)
+    monkeypatch.setattr(setup, "create_model", create_model)
+    monkeypatch.setattr(setup, "TrainStep", train_step)
     config = make_config(
         family, train__steps=3, loss__aux_weight=0.3, checkpoint__every=2, model__dropout_rate=0.2, data__eval_images=2
     )
@@ -307,7 +309,11 @@ def test_a_run_stopped_between_two_lines_of_its_log_loses_no_step_of_them(tmp_pa
     assert events_of(tmp_path / "stopped") == events_of(tmp_path / "whole")
 
 
-def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(tmp_path, monkeypatch, cheap):
+@pytest.mark.parametrize("has_pmap", [True, False])
+def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(has_pmap, tmp_path, monkeypatch, cheap):
+    if not has_pmap:
+        # As in a jax that is to come.
+        monkeypatch.delattr(jax, "pmap")
     run(make_config(), tmp_path / "jit")
     with monkeypatch.context() as patch:
         signal_before(patch, 2)
@@ -325,7 +331,7 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(tmp_path
 def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(loopless, parallel, tmp_path, monkeypatch):
     changes, expected = loopless
     config, compiled = make_config(**changes, train__scan_blocks=True, parallel=parallel), []
-    monkeypatch.setattr(train_progress, "compiled", lambda f, given, _: compiled.append(given[0]) or f)
+    monkeypatch.setattr(setup, "_compiled", lambda f, given, _: compiled.append(given[0]) or f)
     with monkeypatch.context() as patch:
         signal_before(patch, 2)
         assert run(config, tmp_path)[0] == 130
@@ -347,7 +353,7 @@ def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(loopless, 
         for name, array in found.items():
             np.testing.assert_allclose(array, others[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert training["optimizer.0.mu.backbone.block2.6.mlp.fc1.kernel"].any()
-    before = setup.make_skeleton(config, 19, Parallel("jit"), pretrained=False).arrays()[0]
+    before = functional_model(config, 19).arrays()[0]
     assert all((training[f"own.{name}"] != array).any() for name, array in before.items() if "fc1.kernel" in name)
     params = {name: array for name, array in weights.items() if name in before}
     assert params_sha256(params) == result_of(tmp_path)["params_sha256"]
@@ -366,10 +372,10 @@ def loopless(tmp_path_factory, quick_compile):
 
 def test_blocks_that_are_trained_otherwise_than_their_neighbours_are_in_no_row():
     config = make_config(model__depths=(1, 9, 1, 1), train__scan_blocks=True, optim__frozen=(r"block2\.0\.attn",))
-    stacks = setup.make_skeleton(config, 19, Parallel("jit"), pretrained=False).stacks
+    stacks = functional_model(config, 19).stacks
     assert {key.split(".")[2] for key in stacks.rows} == {"1-8"}
     config.optim.frozen = (r"block2\.4\.attn",)
-    assert setup.make_skeleton(config, 19, Parallel("jit"), pretrained=False).stacks.rows == {}
+    assert functional_model(config, 19).stacks.rows == {}
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path, cheap):
@@ -477,7 +483,7 @@ def test_settings_that_change_no_weights_may_differ(finished, key, value):
 @pytest.fixture
 def no_data(monkeypatch):
     """Fails where a run gets as far as its data."""
-    monkeypatch.setattr(setup, "load_data", lambda config: pytest.fail("data was loaded for settings that are wrong"))
+    monkeypatch.setattr(setup, "load_data", lambda *_, **__: pytest.fail("data was loaded for settings that are wrong"))
 
 
 BAD = {
@@ -534,7 +540,7 @@ def test_a_crop_that_no_image_fills_is_refused(sizes):
 
 
 def test_a_crop_larger_than_every_image_ends_a_run_before_a_model_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "make_skeleton", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr(setup, "create_model", lambda *_, **__: pytest.fail("a model was made"))
     with pytest.raises(RunError, match="the best is 60x96 then"):
         run(make_config(augment__crop=(64, 64), augment__scale=(1.0, 1.5)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -601,7 +607,7 @@ def test_what_is_saved_is_the_state_before_it_from_which_the_run_goes_on(tmp_pat
     assert weights_at(tmp_path / "run", 6) == weights_at(tmp_path / "whole", 6)
 
 
-def test_steps_that_may_be_left_out_are_and_those_of_the_log_are_the_others(tmp_path, monkeypatch):
+def test_steps_that_may_be_skipped_are_and_the_log_has_the_others(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         cheap_step(patch)
         run(make_config(train__log_every=1), tmp_path / "whole")
@@ -611,7 +617,7 @@ def test_steps_that_may_be_left_out_are_and_those_of_the_log_are_the_others(tmp_
     said = " ".join(printed.split())
     for became, step in (("nan", 2), ("inf", 3), ("nan", 6)):
         assert f"the loss became {became} at step {step}, on streets_train_" in said
-    assert said.count("left out") == 3
+    assert said.count(": skipped") == 3
     losses = [record.get("loss") for record in records_of(tmp_path / "run")]
     whole = [record.get("loss") for record in records_of(tmp_path / "whole")]
     assert losses == [whole[0], whole[3], whole[4], None]
@@ -622,7 +628,7 @@ def test_steps_that_may_be_left_out_are_and_those_of_the_log_are_the_others(tmp_
     assert training["skipped"].tolist() == [3, 1] and training["step"] == 6
 
 
-def test_one_more_in_a_row_than_may_be_left_out_ends_the_run(tmp_path, monkeypatch):
+def test_one_more_in_a_row_than_may_be_skipped_ends_the_run(tmp_path, monkeypatch):
     cheap_step(monkeypatch, dict.fromkeys((1, 2, 3, 4), math.nan))
     with pytest.raises(RunError, match=r"the loss became nan at step 4, .*\n?.*checkpoints/3\."):
         run(make_config(train__may_skip=2, train__log_every=6), tmp_path)
@@ -842,14 +848,16 @@ def test_on_a_terminal_progress_is_one_bar_of_80_columns(monkeypatch):
 )
 def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsys):
     config = segformer.get_config(f"b5,{dataset}")
+    workdir = loop.default_workdir(config)
     names = tuple(f"class {k}" for k in range(150))
     spec = {"streets": specs.STREETS, "camvid": specs.CAMVID}.get(
         dataset, specs.DatasetSpec("apartments", names, ((1, 2, 3),) * 150, 255)
     )
-    splits = [range(count) for count in counts]
-    params = {"w": np.empty((84_000_000,), np.int8)}
+    splits = [OpenSplit(range(count), spec, None) for count in counts]
+    model = SimpleNamespace(arrays=lambda: ({"w": np.empty((84_000_000,), np.int8)}, {}))
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
-    describe(config, loop.default_workdir(config), params, *splits, 0.25, spec, parallel, start=1000)
+    summary = setup.summary(config, workdir, *splits, model, parallel, padding=0.25)
+    describe(summary, start=1000, steps=config.train.steps)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []
     assert f"workdir  runs/segformer-b5-{dataset}" in lines

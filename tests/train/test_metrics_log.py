@@ -71,10 +71,19 @@ def test_event_files_have_the_checksums_that_tensorboard_asks_for(tmp_path):
 
 
 def test_what_is_written_can_be_read_at_once(tmp_path):
-    log = Log(tmp_path, 0, evaluated=False)
-    write(log, 1)
-    assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}] and events_of(tmp_path) == {"loss": [(1, 0.125)]}
-    log.close()
+    with Log(tmp_path, 0, evaluated=False) as log:
+        write(log, 1)
+        assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}] and events_of(tmp_path) == {"loss": [(1, 0.125)]}
+
+
+def test_a_log_touches_no_file_before_it_is_entered(tmp_path):
+    with Log(tmp_path, 0, evaluated=False) as log:
+        write(log, 1, 2, 3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    log = Log(tmp_path, 1, evaluated=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before and len(before) == 2
+    with log:
+        assert lines_of(tmp_path) == [{"step": 1, "loss": 0.125}]
 
 
 @pytest.mark.parametrize("start", [0, 4, 8])
@@ -106,7 +115,8 @@ def test_an_evaluation_that_will_be_made_again_is_dropped_and_no_other(tmp_path,
         log.cut(4)
         log.begin_final(4)
         log.write({"step": 4, "mean_iou": 0.75})
-    log = Log(tmp_path, 4, evaluated=evaluated)
+    with Log(tmp_path, 4, evaluated=evaluated):
+        pass
     kept = [(2, 0.5), (4, 0.75)][: 1 + evaluated]
     assert [(line["step"], line["mean_iou"]) for line in lines_of(tmp_path) if "mean_iou" in line] == kept
     assert events_of(tmp_path) == {"loss": [(2, 0.25), (4, 0.5)], "mean_iou": kept}
@@ -119,7 +129,8 @@ def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "tensorboard" / "events.out.tfevents.1.host").write_bytes(b"mine")
     with Log(tmp_path, 0, evaluated=False) as log:
         write(log, 1)
-    Log(tmp_path, 0, evaluated=False)
+    with Log(tmp_path, 0, evaluated=False):
+        pass
     assert foreign.is_dir() and stretches_of(tmp_path) == ["host", "plugins"]
 
 
@@ -160,8 +171,7 @@ def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    log = Log(tmp_path, 0, evaluated=False)
-    monkeypatch.setattr(tensorboardX.RecordWriter, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
-        write(log, 1)
-    log.close()
+    with Log(tmp_path, 0, evaluated=False) as log:
+        monkeypatch.setattr(tensorboardX.RecordWriter, "flush", full)
+        with pytest.raises(OSError, match="No space left"):
+            write(log, 1)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common
 from segjax import losses
 from segjax.checkpoints.state_dict import named_variables
 from segjax.data.augment import normalise
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import AXIS, Parallel
+from segjax.recipes import common
+from segjax.runtime.parallel import AXIS, JitParallel, PmapParallel
 from segjax.train import nan_search, optim
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
@@ -70,12 +70,12 @@ def asked(
     model.set_attributes(axis_name=None if devices is None else AXIS, raise_if_not_found=False)
     config = common.get_config("folder")
     config.optim.update(name="sgd", no_decay="", lr_multipliers=())
-    skeleton = FunctionalModel(model)
-    params, batch_stats = skeleton.arrays()
+    functional = FunctionalModel(model)
+    params, batch_stats = functional.arrays()
     transform = optim.optimizer(config.optim, params, steps=10)
     criterion = losses.criterion(config.loss, num_classes=5, ignore_label=255)
     step = TrainStep(
-        skeleton=skeleton, optimizer=transform, augment=augmentation, criterion=Changed(criterion, change), **options
+        model=functional, optimizer=transform, augment=augmentation, criterion=Changed(criterion, change), **options
     )
     state = jax.device_get(TrainState.start(params, batch_stats, transform.init(params)))
     rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def asked(
         "position": np.arange(4, dtype=np.int32),
     }
     # As a run has it: under jit a sample on each of four devices.
-    parallel = Parallel("jit") if devices is None else Parallel("pmap", jax.devices()[:devices])
+    parallel = JitParallel() if devices is None else PmapParallel(jax.devices()[:devices])
     batch = parallel.spread(batch)
     return nan_search.first_not_finite(step, state, batch, jax.random.key(0))
 

@@ -1,4 +1,4 @@
-"""One update: micro-batches, frozen parts, the moving average, and steps that are left out or end the run."""
+"""One update: micro-batches, frozen parts, the moving average, and steps that are skipped or end the run."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from segjax import layers, losses
 from segjax.data.augment import normalise
 from segjax.layers import BlockExecution
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
-from segjax.runtime.parallel import Parallel
+from segjax.recipes import common
+from segjax.runtime.parallel import JitParallel, parallel_for
 from segjax.train import optim
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
@@ -62,15 +62,15 @@ def make_step(
     settings.update(optimizer or {}, frozen=frozen)
     params, batch_stats = FunctionalModel(model).arrays()
     stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(settings, params))
-    skeleton = FunctionalModel(model, frozen=optim.frozen_names(frozen, params), execution=execution, stacks=stacks)
+    functional = FunctionalModel(model, frozen=optim.frozen_names(frozen, params), execution=execution, stacks=stacks)
     transform = optim.optimizer(settings, params, steps=20, stacks=stacks)
     state = TrainState.start(
-        params, batch_stats, transform.init(skeleton.trained(params)), ema=options.get("ema_decay", 0) > 0
+        params, batch_stats, transform.init(functional.trained(params)), ema=options.get("ema_decay", 0) > 0
     )
     criterion = criterion_of() if criterion is None else criterion
     return (
         TrainStep(
-            skeleton=skeleton, optimizer=transform, augment=augmentation, criterion=criterion, aux_weight=0.4, **options
+            model=functional, optimizer=transform, augment=augmentation, criterion=criterion, aux_weight=0.4, **options
         ),
         state,
     )
@@ -78,14 +78,12 @@ def make_step(
 
 def run(step, state, batches, *, parallel=None):
     """-> host copies of the state before and after every step, and of every step's scalars."""
-    parallel = parallel or Parallel("jit", jax.devices()[:1])
-    program, stacks = parallel.compile_train(step), step.skeleton.stacks
+    parallel = parallel or JitParallel(jax.devices()[:1])
+    program, stacks = parallel.compile_train(step), step.model.stacks
     state = parallel.replicate(stacks.stacked(jax.tree.map(jnp.copy, state)))
     states, scalars = [stacks.apart(parallel.fetch(state))], []
     for batch in batches:
-        if parallel.kind == "pmap":
-            batch = jax.tree.map(lambda x: x.reshape(len(parallel.devices), -1, *x.shape[1:]), batch)
-        state, now = program(state, batch, jax.random.key(7))
+        state, now = program(state, parallel.spread(batch), jax.random.key(7))
         states.append(stacks.apart(parallel.fetch(state)))
         scalars.append(parallel.fetch(now))
     return states, scalars
@@ -119,11 +117,11 @@ LOSS = dict(class_weights=(0.3, 1.0, 2.0, 0.0, 1.5), label_smoothing=0.1, dice=0
 @functools.cache
 def of_plain(kind, devices, accumulate, execution=layers.PLAIN, depths=(1, 1, 1, 1)):
     """Three steps of a network without BatchNorm; nothing is dropped, since that is drawn by micro-batch."""
-    parallel = Parallel(kind, jax.devices()[:devices])
+    parallel = parallel_for(kind, jax.devices()[:devices])
     model = tiny_model(0, "plain", dtype=jnp.float64, fuse="conv", drop_path_rate=0.0, depths=depths)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     step, state = make_step(model, criterion=criterion_of(**LOSS), accumulate=accumulate, execution=execution)
-    assert bool(step.skeleton.stacks.rows) == bool(execution.scan_from)
+    assert bool(step.model.stacks.rows) == bool(execution.scan_from)
     return run(step, state, [make_batch(seed) for seed in (0, 1, 2)], parallel=parallel)
 
 
@@ -160,7 +158,7 @@ def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, fl
         model = tiny_model(0, "segformer", dtype=jnp.float64, depths=(2, 1, 4, 1))
         options = dict(execution=execution, optimizer=rules, frozen=(r"block1\.", r"block3\.3"), ema_decay=0.9)
         step, state = make_step(model, **options)
-        return step.skeleton.stacks, run(step, state, [make_batch(seed) for seed in (0, 1, 2)])
+        return step.model.stacks, run(step, state, [make_batch(seed) for seed in (0, 1, 2)])
 
     stacks, (states, scalars) = trained(BlockExecution(scan_from=2))
     # Blocks that are trained alike.
@@ -290,7 +288,7 @@ def test_the_norm_of_the_gradient_is_that_of_what_is_trained():
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 @pytest.mark.parametrize("kind, devices", [("jit", 1), ("pmap", 4)])
 def test_the_moving_average_follows_its_recurrence(decay, kind, devices, float64):
-    parallel, model = Parallel(kind, jax.devices()[:devices]), Net(0, jnp.float64)
+    parallel, model = parallel_for(kind, jax.devices()[:devices]), Net(0, jnp.float64)
     model.bn.axis_name = parallel.axis_name
     step, state = make_step(model, ema_decay=decay)
     states, _ = run(step, state, [make_batch(seed) for seed in range(5)], parallel=parallel)
@@ -338,7 +336,7 @@ def runs_through(kinds, *, may_skip, parallel=None, **options):
 
 @pytest.mark.parametrize("kind, devices", [("jit", 1), ("jit", 4), ("pmap", 4)])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, devices):
-    parallel = Parallel(kind, jax.devices()[:devices])
+    parallel = parallel_for(kind, jax.devices()[:devices])
     states, scalars = runs_through([GOOD, BAD, GOOD, BAD, BAD, GOOD], may_skip=2, parallel=parallel)
     assert [bool(np.isfinite(now["loss"])) for now in scalars] == [True, False, True, False, False, True]
     assert not any(now["stopped"] for now in scalars)
@@ -352,7 +350,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, devices)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
 
 
-def test_the_schedule_waits_for_steps_that_are_left_out():
+def test_the_schedule_does_not_advance_with_skipped_steps():
     # Three times the same batch, as the warm-up rises: a step more or less would show.
     between, _ = runs_through([GOOD, BAD, GOOD, BAD, GOOD], may_skip=1)
     alone, _ = runs_through([GOOD, GOOD, GOOD], may_skip=1)
@@ -364,7 +362,7 @@ def test_the_schedule_waits_for_steps_that_are_left_out():
 
 
 @pytest.mark.parametrize("may_skip", [0, 1])
-def test_one_more_than_may_be_left_out_stops_the_training_with_the_state_before_it(may_skip):
+def test_one_more_than_may_be_skipped_stops_the_training_with_the_state_before_it(may_skip):
     bad = [BAD] * (may_skip + 1)
     states, scalars = runs_through([GOOD, GOOD, *bad, GOOD, BAD, GOOD], may_skip=may_skip)
     last = 2 + may_skip
@@ -421,7 +419,7 @@ def test_the_norm_is_that_before_clipping():
 
 def test_scalars_of_several_steps_come_as_one_array_each():
     for kind in ("jit", "pmap"):
-        parallel = Parallel(kind)
+        parallel = parallel_for(kind)
         found = parallel.scalars([parallel.replicate({"loss": 0.5 * step, "stopped": step > 1}) for step in range(3)])
         np.testing.assert_array_equal(found["loss"], [0, 0.5, 1])
         np.testing.assert_array_equal(found["stopped"], [False, False, True])

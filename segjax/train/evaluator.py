@@ -1,0 +1,151 @@
+"""Evaluations during and after a training, the best of them, and early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from segjax import metrics
+from segjax.checkpoints import orbax_folder
+from segjax.data import specs
+from segjax.data.augment import normalise
+from segjax.data.records import Records, records_of
+from segjax.inference import evaluation
+from segjax.inference.engine import predict_labels
+from segjax.models.functional import FunctionalModel
+from segjax.runtime import console
+from segjax.runtime.distributed import is_lead
+from segjax.runtime.parallel import Parallel, parallel_for
+from segjax.train.metrics_log import Log
+from segjax.train.progress import StopRequest
+from segjax.train.state import TrainState, weights_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The best evaluation so far, and the count that early stopping follows. Part of a checkpoint.
+
+    Attributes:
+      best: mean IoU of the best evaluation; None before any.
+      step: step of the best evaluation.
+      worse: number of evaluations since the best one.
+      evaluated: step of the last evaluation.
+    """
+
+    best: float | None = None
+    step: int | None = None
+    worse: int = 0
+    evaluated: int | None = None
+
+    def after(self, step: int, score: float | None) -> Scores:
+        """The scores with one more evaluation; unchanged where it is counted already."""
+        if step == self.evaluated:
+            return self
+        if score is not None and (self.best is None or score > self.best):
+            return Scores(best=score, step=step, evaluated=step)
+        return dataclasses.replace(self, worse=self.worse + 1, evaluated=step)
+
+    def given_up(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations were no better than the best; a patience of 0 never gives up."""
+        return 0 < patience <= self.worse
+
+
+class Evaluator:
+    """Evaluates the weights of a run on a split, and keeps the best ones in a folder.
+
+    Attributes:
+      scores: the scores so far.
+    """
+
+    def __init__(
+        self,
+        settings: ConfigDict,
+        model: FunctionalModel,
+        split: specs.Split | Records,
+        spec: specs.DatasetSpec,
+        *,
+        parallel: Parallel,
+        steps: int,
+        log: Log,
+        best: Path,
+        metadata: Mapping[str, object],
+        scores: Scores,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          settings: `config.eval`.
+          parallel: how the run trains. Of several processes, each evaluates a part of the images on its own devices.
+          steps: the last step, whose evaluation is that of the result and not one on the way.
+          log: where evaluations are written.
+          best: folder for the best weights, which is written where the run evaluates on the way.
+          metadata: of the run, saved with the best weights.
+        """
+        self.scores = scores
+        self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
+        self._log, self._best, self._metadata = log, best, metadata
+        self._fetch = lambda tree: model.stacks.apart(parallel.fetch(tree))
+        self._parallel, self._local = parallel, parallel_for(parallel.kind, parallel.own_devices)
+        self._predict = self._local.compile_eval(partial(predict_labels, model, normalise=normalise))
+        self._records = records_of(split)
+        shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)
+        self._shown = np.unique(shown).tolist()
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the training is to stop early."""
+        return self.scores.given_up(self._settings.patience)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run evaluates on the way after `step` steps."""
+        every = self._settings.every
+        return bool(every) and 0 < step < self._steps and step % every == 0
+
+    def evaluate(
+        self, step: int, state: TrainState, *, stop: StopRequest
+    ) -> tuple[dict[str, object], dict[int, np.ndarray]]:
+        """Evaluates a state; the first time for a step also logs and scores it, and saves it where it is the best.
+
+        Returns:
+          The metrics of `metrics.summarise`; and uint8 predictions (H, W) by image number, of those images to be drawn
+          that this process has evaluated.
+
+        Raises:
+          StoppedError: `stop` was requested before the last batch; nothing is logged or scored then.
+        """
+        arrays = state.evaluated
+        if jax.process_count() > 1:
+            arrays = self._local.replicate(self._parallel.fetch(arrays))
+        predict = partial(stop.refuse_when_requested, partial(self._predict, *arrays))
+        batch_size = self._settings.batch // jax.process_count()
+        confusion, predicted = evaluation.evaluate(
+            predict, self._split, self._spec, batch_size=batch_size, keep=self._shown
+        )
+        summary = metrics.summarise(confusion)
+        if self.scores.evaluated != step:
+            self._write(step, summary, predicted)
+            self._score(step, state, summary["mean_iou"])
+        return summary, predicted
+
+    def _write(self, step: int, summary: Mapping, predicted: Mapping[int, np.ndarray]) -> None:
+        means = {key: summary[key] for key in ("mean_iou", "pixel_accuracy")}
+        by_class = dict(zip(self._spec.label_names, summary["per_class_iou"], strict=True))
+        self._log.write({"step": step, **means, "iou": by_class})
+        for number, labels in predicted.items():
+            name, (image, truth) = self._records.names[number], self._records[number]
+            self._log.picture(step, name, image, truth, labels, self._spec)
+
+    def _score(self, step: int, state: TrainState, mean_iou: float | None) -> None:
+        self.scores = self.scores.after(step, mean_iou)
+        is_best = self.scores.step == step
+        if is_best and self._settings.every and is_lead():
+            metadata = {**self._metadata, "step": step, "mean_iou": mean_iou}
+            orbax_folder.save_weights(self._best, weights_of(self._fetch(state)), metadata=metadata)
+        if step < self._steps:
+            console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")

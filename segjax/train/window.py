@@ -1,0 +1,101 @@
+"""Losses and gradient norms since the last line of the log, and what is not finite among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from segjax.runtime.parallel import Parallel
+
+# Steps that the host may hand to the device before it waits: enough to keep it busy, and few enough that waiting for
+# data shows as such.
+AHEAD = 3
+
+
+class NotFinite(NamedTuple):
+    """A step whose loss or gradient is not finite.
+
+    Attributes:
+      step: number of steps before it.
+      text: one clause with the value, the step and its images.
+      stopped: whether it ended the training; otherwise it was skipped.
+    """
+
+    step: int
+    text: str
+    stopped: bool
+
+
+class Window:
+    """Loss and gradient norm of every step since the last line of the log.
+
+    To read the scalars of a step means to wait for the device. So they stay there until `read`, which a run calls only
+    before it logs, evaluates or saves.
+
+    Attributes:
+      rows: [loss, gradient norm] of each finite step that was read. Part of a checkpoint.
+    """
+
+    def __init__(self, parallel: Parallel, names_of: Callable[[int], Iterable[str]], rows: Iterable[list[float]] = ()):
+        """Begins with the `rows` of a checkpoint.
+
+        Args:
+          names_of: names of the images of step `step` (from 0).
+        """
+        self.rows = list(rows)
+        self._parallel, self._names_of = parallel, names_of
+        self._unread: list[dict[str, jax.Array]] = []
+
+    def wait(self) -> None:
+        """Waits until the device is fewer than `AHEAD` steps behind the host."""
+        if len(self._unread) >= AHEAD:
+            jax.block_until_ready(self._unread[-AHEAD])
+
+    def add(self, scalars: dict[str, jax.Array]) -> None:
+        """Takes what `TrainStep` returned for the next step; does not wait for it."""
+        self._unread.append(scalars)
+
+    def read(self, step: int) -> list[NotFinite]:
+        """Waits for all steps up to `step` and returns those that are not finite; the last one may have stopped."""
+        if not self._unread:
+            return []
+        scalars, self._unread = self._parallel.scalars(self._unread), []
+        found = []
+        rows = zip(*(scalars[name].tolist() for name in ("loss", "gradient_norm", "stopped")), strict=True)
+        for number, (loss, gradient_norm, stopped) in enumerate(rows, step - len(scalars["loss"])):
+            if np.isfinite([loss, gradient_norm]).all():
+                self.rows.append([loss, gradient_norm])
+                continue
+            became = f"the gradient became {gradient_norm}" if np.isfinite(loss) else f"the loss became {loss}"
+            names = ", ".join(self._names_of(number))
+            found.append(NotFinite(number, f"{became} at step {number + 1}, on {names}", stopped))
+            if stopped:
+                # Later steps changed nothing.
+                break
+        return found
+
+    def take_means(self) -> tuple[float | None, float | None]:
+        """Mean loss and gradient norm, None without a finite step; the window is empty afterwards."""
+        loss, gradient_norm = np.mean(self.rows, axis=0).tolist() if self.rows else (None, None)
+        self.rows.clear()
+        return loss, gradient_norm
+
+
+def not_finite_message(problem: NotFinite, culprit: str, workdir: Path) -> str:
+    """The message of the error that ends a run at a step that is not finite, with the remedies.
+
+    Args:
+      culprit: a sentence of `nan_search.first_not_finite`, or "" where nothing was searched for.
+    """
+    find = "" if culprit else "\n  to find the layer: --config.debug.nans=True"
+    return (
+        f"{problem.text}. {culprit}The state before it is saved in {workdir}/checkpoints/{problem.step}.\n"
+        "  to go on from there in another place, with a lower rate or clipped gradients:\n"
+        f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
+        "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
+        f"  to skip such steps: --config.train.may_skip=N, at most N in a row{find}"
+    )
