@@ -14,7 +14,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import segjax
-from parity import compare
 from parity.subjects import SUBJECTS
 from parity.test_dialects import FOLDED, differing, original, renamed
 from segjax.checkpoints import checkpoint
@@ -26,6 +25,7 @@ from segjax.checkpoints.load import load
 from segjax.checkpoints.recognition import recognise
 from segjax.checkpoints.save import write_checkpoint
 from segjax.commands import convert
+from segjax.torch_reference import segformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -247,7 +247,7 @@ def test_a_conversion_with_verify_recognises_its_keys_once(
 
 def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeypatch, quick_to_compile):
     save_pth(tmp_path / "a.pth", weights)
-    monkeypatch.setattr(compare.segformer.F, "gelu", lambda x, **_: torch.relu(x))
+    monkeypatch.setattr(segformer.F, "gelu", lambda x, **_: torch.relu(x))
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--verify") == 1
     assert "not written" in refused(capsys)
     assert not (tmp_path / "b.pth").exists()

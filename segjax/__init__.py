@@ -40,6 +40,7 @@ __all__ = [
     "MODELS",
     "LoadedCheckpoint",
     "Predictor",
+    "__version__",
     "create",
     "data",
     "evaluate_dataset",

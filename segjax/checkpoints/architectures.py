@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from segjax import models
 
@@ -56,7 +57,7 @@ def _reduction(shapes: _Reader, block: str) -> int:
     return shapes[f"{block}.attn.sr.weight"][-1] if reduces else 1
 
 
-def _mit(shapes: _Reader) -> dict[str, object]:
+def _mit(shapes: _Reader) -> dict[str, Any]:
     dims = tuple(shapes[f"backbone.patch_embed{s}.proj.weight"][0] for s in range(1, 5))
     blocks = [f"backbone.block{s}.0" for s in range(1, 5)]
     hidden = [shapes[f"{block}.mlp.fc1.weight"][0] for block in blocks]
@@ -68,26 +69,26 @@ def _mit(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _official_head(shapes: _Reader) -> dict[str, object]:
+def _official_head(shapes: _Reader) -> dict[str, Any]:
     return {
         "decoder_dim": shapes["decode_head.linear_c1.proj.weight"][0],
         "num_classes": shapes["decode_head.linear_pred.weight"][0],
     }
 
 
-def _plain_head(shapes: _Reader) -> dict[str, object]:
+def _plain_head(shapes: _Reader) -> dict[str, Any]:
     normalised = shapes.has("decode_head.linear_fuse_bn.")
     return _official_head(shapes) | {"fuse": "conv_bn" if normalised else "conv"}
 
 
-def _mmseg_head(shapes: _Reader) -> dict[str, object]:
+def _mmseg_head(shapes: _Reader) -> dict[str, Any]:
     return {
         "decoder_dim": shapes["decode_head.convs.0.conv.weight"][0],
         "num_classes": shapes["decode_head.conv_seg.weight"][0],
     }
 
 
-def _simple(shapes: _Reader) -> dict[str, object]:
+def _simple(shapes: _Reader) -> dict[str, Any]:
     dims = tuple(shapes[f"mit.stages.{s}.1.weight"][0] for s in range(4))
     blocks = [f"mit.stages.{s}.2.0" for s in range(4)]
     hidden = [shapes[f"{block}.1.fn.net.0.weight"][0] for block in blocks]
@@ -99,14 +100,14 @@ def _simple(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _simple_head(shapes: _Reader) -> dict[str, object]:
+def _simple_head(shapes: _Reader) -> dict[str, Any]:
     return {
         "decoder_dim": shapes["to_fused.0.0.weight"][0],
         "num_classes": shapes["to_segmentation.1.weight"][0],
     }
 
 
-def _zuppichini(shapes: _Reader) -> dict[str, object]:
+def _zuppichini(shapes: _Reader) -> dict[str, Any]:
     dims = tuple(shapes[f"encoder.stages.{s}.norm.weight"][0] for s in range(4))
     blocks = [f"encoder.stages.{s}.blocks.0" for s in range(4)]
     hidden = [shapes[f"{block}.1.fn.1.1.weight"][0] for block in blocks]
@@ -118,11 +119,11 @@ def _zuppichini(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _zuppichini_head(shapes: _Reader) -> dict[str, object]:
+def _zuppichini_head(shapes: _Reader) -> dict[str, Any]:
     return {"decoder_dim": shapes["head.predict.weight"][1], "num_classes": shapes["head.predict.weight"][0]}
 
 
-def _hrnet(shapes: _Reader) -> dict[str, object]:
+def _hrnet(shapes: _Reader) -> dict[str, Any]:
     return {
         "width": shapes["stage2.0.branches.0.0.conv1.weight"][0],
         "stage1_channels": shapes["layer1.0.conv1.weight"][0],
@@ -134,11 +135,11 @@ def _hrnet(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _hrnet_head(shapes: _Reader) -> dict[str, object]:
+def _hrnet_head(shapes: _Reader) -> dict[str, Any]:
     return {"num_classes": shapes["last_layer.3.weight"][0]}
 
 
-def _ocr_heads(shapes: _Reader) -> dict[str, object]:
+def _ocr_heads(shapes: _Reader) -> dict[str, Any]:
     return {
         "ocr_channels": shapes["conv3x3_ocr.0.weight"][0],
         "ocr_key_channels": shapes["ocr_distri_head.object_context_block.f_down.0.weight"][0],
@@ -146,7 +147,7 @@ def _ocr_heads(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _mscan(shapes: _Reader) -> dict[str, object]:
+def _mscan(shapes: _Reader) -> dict[str, Any]:
     dims = tuple(shapes[f"backbone.norm{s}.weight"][0] for s in range(1, 5))
     hidden = [shapes[f"backbone.block{s}.0.mlp.fc1.weight"][0] for s in range(1, 5)]
     return {
@@ -156,7 +157,7 @@ def _mscan(shapes: _Reader) -> dict[str, object]:
     }
 
 
-def _ham_head(shapes: _Reader) -> dict[str, object]:
+def _ham_head(shapes: _Reader) -> dict[str, Any]:
     return {
         "ham_channels": shapes["decode_head.squeeze.conv.weight"][0],
         "num_classes": shapes["decode_head.conv_seg.weight"][0],
@@ -177,10 +178,10 @@ class Family:
     title: str
     names: tuple[str, ...]
     head: tuple[str, ...]
-    read_encoder: Callable[[_Reader], dict[str, object]]
-    read_head: Callable[[_Reader], dict[str, object]]
+    read_encoder: Callable[[_Reader], dict[str, Any]]
+    read_head: Callable[[_Reader], dict[str, Any]]
 
-    def read(self, shapes: Shapes) -> tuple[dict[str, object], int | None]:
+    def read(self, shapes: Shapes) -> tuple[dict[str, Any], int | None]:
         """Settings of the model with arrays of these shapes, by native key, and its number of classes; None without a
         head.
 
@@ -252,7 +253,7 @@ def family_of(name: str) -> str:
 ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
 
 
-def nearest_variant(family: Family, sizes: Mapping[str, object]) -> str:
+def nearest_variant(family: Family, sizes: Mapping[str, Any]) -> str:
     """The model of a family that shares most sizes, those of the encoder first; the smallest of several."""
 
     def fit(name: str) -> tuple[int, int]:

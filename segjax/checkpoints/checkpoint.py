@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Checkpoint:
     """
 
     weights: Mapping[str, np.ndarray]
-    metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str = "state dict"
     paths: tuple[Path, ...] = ()
     is_orbax: bool = False
@@ -49,7 +50,7 @@ class Checkpoint:
     @classmethod
     def of(cls, state_dict: Mapping | Checkpoint) -> Checkpoint:
         """A state dict, as `as_arrays` takes it, as a checkpoint; a checkpoint itself."""
-        return state_dict if isinstance(state_dict, cls) else cls(as_arrays(state_dict))
+        return state_dict if isinstance(state_dict, Checkpoint) else cls(as_arrays(state_dict))
 
     @functools.cached_property
     def state_dict(self) -> Mapping[str, np.ndarray]:
@@ -86,7 +87,7 @@ class Checkpoint:
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     @functools.cached_property
-    def provenance(self) -> dict[str, object]:
+    def provenance(self) -> dict[str, Any]:
         """Name and hash of the checkpoint, and its own provenance under "made_from", as JSON."""
         before = self.metadata.get("provenance")
         made_from = {"made_from": before} if before else {}

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     return Checkpoint(*orbax_folder.load_weights(folder), name, (folder,), is_orbax=True)
 
 
-def provenance_at(source: str | Path) -> dict[str, object]:
+def provenance_at(source: str | Path) -> dict[str, Any]:
     """`Checkpoint.provenance` of a checkpoint, without reading its weights."""
     place, name = huggingface.fetched(source)
     if not place.is_dir():
@@ -66,7 +67,7 @@ def _read_folder(folder: Path, name: str) -> Checkpoint:
     return Checkpoint(arrays, known, name, tuple(paths))
 
 
-def _read_file(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def _read_file(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not source.exists():
         raise CheckpointError(f"{source}: there is no such file")
     size = source.stat().st_size
@@ -86,7 +87,7 @@ def _read_file(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     )
 
 
-def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -112,7 +113,7 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, ob
     return arrays, known
 
 
-def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def _read_pth(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     torch = torch_module()
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import segjax
 from segjax.checkpoints.checkpoint import CheckpointError
@@ -17,12 +18,12 @@ from segjax.checkpoints.checkpoint import CheckpointError
 FORMAT_VERSION = 1
 
 
-def stamped(metadata: Mapping[str, object]) -> dict[str, object]:
+def stamped(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata with the format version, and the version of segjax that writes it."""
     return {**metadata, "format_version": FORMAT_VERSION, "segjax_version": segjax.__version__}
 
 
-def refuse_newer(metadata: Mapping[str, object], place: str | Path) -> None:
+def refuse_newer(metadata: Mapping[str, Any], place: str | Path) -> None:
     """Raises CheckpointError for metadata of a newer format; the message names the segjax that reads it."""
     version = metadata.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version <= FORMAT_VERSION:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -22,6 +23,7 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # The first that exists is read; an index lists the files of weights in several parts.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADDRESS = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_SPELLING = "a repository is written hf:owner/name or hf:owner/name@revision"
 # transformers' SegFormer computes with this, whatever the layer_norm_eps in its config.json.
 LAYER_NORM_EPS = 1e-5
 _WANTED = f"{WEIGHTS[0]} or {WEIGHTS[2]}, or an index of either with its parts"
@@ -33,9 +35,7 @@ def is_address(source: str | Path) -> bool:
 
 def problem_of(address: str | Path) -> str | None:
     """Why this is no valid address; None for a valid one."""
-    if _ADDRESS.fullmatch(str(address)):
-        return None
-    return "a repository is written hf:owner/name or hf:owner/name@revision"
+    return None if _ADDRESS.fullmatch(str(address)) else _SPELLING
 
 
 # ----------------------------------------------------------------------------------------------------------- the Hub
@@ -52,13 +52,14 @@ def fetched(source: str | Path) -> tuple[Path, str]:
         path = Path(source).expanduser()
         return path, path.absolute().name
     address = str(source)
-    if problem := problem_of(address):
-        raise CheckpointError(f"{address}: {problem}")
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise CheckpointError(f"{address}: {_SPELLING}")
     try:
         import huggingface_hub
     except ModuleNotFoundError:
         raise CheckpointError(f'{address}: needs huggingface_hub: pip install "segjax[hub]"') from None
-    repository, revision = _ADDRESS.fullmatch(address).groups()
+    repository, revision = found.groups()
     del huggingface_hub
     unreachable = _why_unreachable(repository, revision)
     with _errors_of_the_hub(address, repository, revision, unreachable):
@@ -207,7 +208,7 @@ def refuse_other_models(config: Path) -> None:
         raise CheckpointError(f"{config}: a model of type {kind!r}; segjax has only segformer of transformers' models")
 
 
-def metadata_of(folder: Path) -> tuple[dict[str, object], list[str]]:
+def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The metadata in config.json and preprocessor_config.json, and notes for the user.
 
     Raises:
@@ -250,7 +251,7 @@ _SETTINGS = {
 _SIZES = {"dims": "hidden_sizes", "depths": "depths", "sr_ratios": "sr_ratios", "mlp_ratios": "mlp_ratios"}
 
 
-def _overrides(config: Mapping, path: Path) -> dict[str, object]:
+def _overrides(config: Mapping, path: Path) -> dict[str, Any]:
     """Settings that the weights do not contain; others are read from shapes."""
     other = [f"{key}={config[key]}" for key, value in _FIXED.items() if config.get(key, value) != value]
     if other:
@@ -258,9 +259,9 @@ def _overrides(config: Mapping, path: Path) -> dict[str, object]:
     return {name: config[foreign] for name, foreign in _SETTINGS.items() if foreign in config}
 
 
-def _images(preprocessor: Mapping) -> dict[str, object]:
+def _images(preprocessor: Mapping) -> dict[str, Any]:
     scale = 1 / preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
-    metadata: dict[str, object] = {}
+    metadata: dict[str, Any] = {}
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
     if not preprocessor.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
@@ -281,7 +282,7 @@ def _images(preprocessor: Mapping) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, object]:
+def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, Any]:
     """config.json for one of segjax's SegFormers.
 
     Raises:
@@ -307,7 +308,7 @@ def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, object]:
     }
 
 
-def preprocessor_of(metadata: Mapping) -> dict[str, object]:
+def preprocessor_of(metadata: Mapping) -> dict[str, Any]:
     """preprocessor_config.json; images keep their size where the metadata has none."""
     size, normalisation = metadata.get("input_size"), metadata["normalisation"]
     resize = {"size": dict(zip(("height", "width"), size, strict=True)), "resample": 2} if size else {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 BATCH_COUNTER = "num_batches_tracked"
 # A setting that a checkpoint does not contain and that differs between the published variants of a family.
@@ -244,7 +245,7 @@ _IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "cl
 _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
 _MMSEG_UNUSED = ("data_preprocessor.*",)
-_HRNET_KEYS = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+_HRNET_KEYS: dict[str, Any] = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
 
 
 def _backbone(family: str, package: str, *key_maps: tuple[Rule, ...], settings, backbone_extras) -> KeyFormat:
@@ -267,7 +268,7 @@ _RESIZED_TWICE = (
 
 def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[KeyFormat, ...]:
     """HRNet's encoder only: timm's features, and files pretrained on ImageNet, which have the same keys."""
-    kinds = dict(
+    kinds: dict[str, Any] = dict(
         family=family,
         key_maps=(_HRNET,),
         settings=(("align_corners", align_corners),),

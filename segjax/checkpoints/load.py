@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,10 @@ class LoadedCheckpoint:
 
     model: nnx.Module
     classes: specs.DatasetSpec
-    metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
-    provenance: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def dataset(self) -> Mapping | None:
@@ -91,7 +92,7 @@ def model_of(
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
-) -> tuple[nnx.Module, dict[str, object]]:
+) -> tuple[nnx.Module, dict[str, Any]]:
     """The model of a checkpoint, in evaluation mode, and its complete metadata.
 
     Args:
@@ -119,7 +120,7 @@ def model_of(
     return model, _metadata_for(model, checkpoint)
 
 
-def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, object]]:
+def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, Any]]:
     """Name and settings of the model by the metadata of a state dict, where `name` does not contradict it."""
     kept = known.get("model", {})
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in kept.get("overrides", {}).items()}
@@ -131,7 +132,7 @@ def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, object]]:
     return kept["name"], models.settings(kept["name"]) | settings
 
 
-def _metadata_for(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, object]:
+def _metadata_for(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     """The metadata of a model that was made for a state dict."""
     found = checkpoint.recognised
     provenance = {**checkpoint.provenance, "dialect": found.key_format.dialect, "package": found.key_format.package}

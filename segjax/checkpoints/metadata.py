@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ _LICENCES = {
 }
 
 
-def dataset_metadata(spec: specs.DatasetSpec) -> dict[str, object]:
+def dataset_metadata(spec: specs.DatasetSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "class_names": list(spec.class_names),
@@ -66,7 +67,7 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
         raise CheckpointError(f"the classes of this checkpoint cannot be used: {error}") from None
 
 
-def _unnamed(num_classes: int) -> dict[str, object]:
+def _unnamed(num_classes: int) -> dict[str, Any]:
     names = [f"class {number}" for number in range(num_classes)]
     return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": 255}
 
@@ -79,7 +80,7 @@ def _palette(num_classes: int) -> list[list[int]]:
     ]
 
 
-def guessed(num_classes: int) -> dict[str, object]:
+def guessed(num_classes: int) -> dict[str, Any]:
     """{"dataset": ...} of the known data set with this number of classes; {} where there is none."""
     spec = specs.guess(num_classes)
     return {"dataset": dataset_metadata(spec) | {"guessed": True}} if spec else {}
@@ -87,7 +88,7 @@ def guessed(num_classes: int) -> dict[str, object]:
 
 def of_names(
     names: Sequence[str], *, colors: Sequence | None = None, ignore_label: int | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """{"dataset": ...} of class names, with name and colours of the known data set that has most of them.
 
     {} where the classes do not fit into 8 bits, or a name is no string.
@@ -115,7 +116,7 @@ def _colors(colors: object, count: int) -> list[list[int]] | None:
         return None
 
 
-def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, object]:
+def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Metadata from a file of mmsegmentation: `meta` with CLASSES and PALETTE, from 1.0 on in its `dataset_meta` in
     lower case; and mean and standard deviation of its preprocessor, where they were saved."""
     translated = {}
@@ -137,7 +138,7 @@ def licence_of(name: str) -> str:
     return "that of the source" + (f"; {published}" if published else "")
 
 
-def completed(metadata: Mapping) -> dict[str, object]:
+def completed(metadata: Mapping) -> dict[str, Any]:
     """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and the crop
     in the config of a run."""
     size = metadata.get("config", {}).get("augment", {}).get("crop")
@@ -145,6 +146,6 @@ def completed(metadata: Mapping) -> dict[str, object]:
     return {"normalisation": IMAGENET, "input_size": size, **known}
 
 
-def carried(metadata: Mapping, provenance: Mapping) -> dict[str, object]:
+def carried(metadata: Mapping, provenance: Mapping) -> dict[str, Any]:
     """The metadata of a file that is written from a checkpoint with `metadata`, which is called `provenance`."""
     return {key: metadata[key] for key in LASTING if key in metadata} | {"provenance": dict(provenance)}

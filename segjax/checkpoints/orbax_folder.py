@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def _checkpointer(**handlers):
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def save_model(folder: Path, model: nnx.Module, *, metadata: Mapping[str, object]) -> None:
+def save_model(folder: Path, model: nnx.Module, *, metadata: Mapping[str, Any]) -> None:
     """Writes the weights of a model and how to build it to an orbax folder; an older one at that path is replaced.
 
     Raises:
@@ -97,7 +98,7 @@ def save_model(folder: Path, model: nnx.Module, *, metadata: Mapping[str, object
     save_weights(folder, weights, metadata={"model": model_metadata(model), **metadata})
 
 
-def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: Mapping[str, object]) -> None:
+def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: Mapping[str, Any]) -> None:
     """The same for arrays by dotted path; `metadata["model"]` says how to build their model."""
     import orbax.checkpoint as ocp
 
@@ -129,7 +130,7 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
     return load_model_and_metadata(folder, dtype=dtype)[0]
 
 
-def load_model_and_metadata(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, object]]:
+def load_model_and_metadata(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, Any]]:
     """The same, and its metadata."""
     folder = find(folder)
     weights, metadata = load_weights(folder)
@@ -168,7 +169,7 @@ def build_model(
     return from_values(model, weights)
 
 
-def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays by dotted path, and their metadata, from any folder that `load_model` takes.
 
     Raises:
@@ -181,12 +182,12 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, object]
     return weights, metadata
 
 
-def load_metadata(folder: Path) -> dict[str, object]:
+def load_metadata(folder: Path) -> dict[str, Any]:
     """Only the metadata of any folder that `load_model` takes; its arrays are neither read nor checked."""
     return read_metadata(find(folder))
 
 
-def read_metadata(folder: Path) -> dict[str, object]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata of one checkpoint.
 
     Raises:
@@ -209,12 +210,12 @@ def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> li
     ]
 
 
-def signed(metadata: Mapping[str, object]) -> dict[str, object]:
+def signed(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as it is written: with the format version, and a hash of itself."""
     return _hashed(stamped(metadata))
 
 
-def _hashed(metadata: Mapping[str, object]) -> dict[str, object]:
+def _hashed(metadata: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps({key: value for key, value in metadata.items() if key != METADATA_HASH}, sort_keys=True)
     return json.loads(text) | {METADATA_HASH: hashlib.sha256(text.encode()).hexdigest()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from segjax.checkpoints.architectures import FAMILIES, Family
 from segjax.checkpoints.key_maps import DIALECTS, KEY_FORMATS, KeyFormat
@@ -44,7 +45,7 @@ class Recognised:
         return any(self.family.in_head(key) for group in groups for key in group.native)
 
     @functools.cached_property
-    def sizes(self) -> tuple[dict[str, object], int | None]:
+    def sizes(self) -> tuple[dict[str, Any], int | None]:
         """Settings of the model that shapes contain, and the number of classes; None without a head.
 
         Raises:
@@ -75,7 +76,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
         if dialect in ("auto", key_format.dialect) and family in (None, key_format.family)
         for renaming in renamings(key_format)
     ]
-    if not candidates:
+    if family and not candidates:
         raise KeyError(f"the dialect {dialect!r} has no keys for {family}; those that have are {dialects_of(family)}")
     return max(candidates, key=lambda candidate: candidate.fitting)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def require_destination(path: Path, dialect: str | None) -> None:
         )
 
 
-def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: Mapping[str, object]) -> None:
+def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: Mapping[str, Any]) -> None:
     """Writes a model with its metadata; see `save`."""
     metadata = {"model": model_metadata(model), **metadata}
     if is_folder(path):
@@ -86,7 +87,7 @@ def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: M
             _save_safetensors(weights, temporary, metadata)
 
 
-def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, object]) -> None:
+def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     # transformers requires "format".
@@ -94,7 +95,7 @@ def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metad
     save_file(dict(weights), path, metadata=kept)
 
 
-def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, object]) -> None:
+def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, Any]) -> None:
     """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
     weights, metadata = to_torch(model, dialect="hf"), completed(metadata)
     config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +69,12 @@ def parameters_of(model: nnx.Module, *, encoder_only: bool = False) -> int:
     )
 
 
-def settings_of(model: nnx.Module) -> dict[str, object]:
+def settings_of(model: nnx.Module) -> dict[str, Any]:
     """Every setting of a model: the defaults of its name, and its overrides."""
     return models.settings(model.spec.name) | dict(model.spec.overrides)
 
 
-def model_metadata(model: nnx.Module) -> dict[str, object]:
+def model_metadata(model: nnx.Module) -> dict[str, Any]:
     """How to build the model again, as JSON."""
     variables = named_variables(model).values()
     (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
@@ -382,7 +383,7 @@ def from_torch(
     return from_values(model, plan.values | _initial(create, plan.kept))
 
 
-def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, object], int | None]:
+def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
     """`Recognised.sizes`, with errors for people."""
     found = checkpoint.recognised
     try:
@@ -398,19 +399,21 @@ def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, object], int | None]:
 
 
 def _number_of_classes(given: int | None, in_file: int | None) -> int:
-    if given is None and in_file is None:
-        raise CheckpointError("the checkpoint is an encoder only, without a classifier; give the number of classes")
-    if None not in (given, in_file) and given != in_file:
+    if in_file is None:
+        if given is None:
+            raise CheckpointError("the checkpoint is an encoder only, without a classifier; give the number of classes")
+        return given
+    if given not in (None, in_file):
         raise CheckpointError(
             f"the checkpoint has {in_file} classes, not {given}; to put a new classifier on its weights, create "
             "the model and call load_torch with drop and keep"
         )
-    return in_file if given is None else given
+    return in_file
 
 
 def _settings(
-    found: Recognised, sizes: Mapping[str, object], name: str, overrides: Mapping[str, object]
-) -> tuple[str, dict[str, object]]:
+    found: Recognised, sizes: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The name of the model, and its settings that differ from the defaults of that name.
 
     Raises:
@@ -440,7 +443,7 @@ def _settings(
     return name, changed
 
 
-def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, object]) -> dict[str, object]:
+def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a checkpoint of this format does not contain, except those in `overrides`; each one is logged."""
     assumed = {}
     for setting, value in key_format.settings:

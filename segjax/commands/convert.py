@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def _refuse_destination(options: argparse.Namespace) -> None:
         raise CheckpointError(f"{options.destination} is the source itself; choose another name")
 
 
-def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, object]]:
+def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, Any]]:
     """The model in an orbax folder of segjax, and the metadata to write."""
     if options.overrides or options.dialect != "auto":
         raise CheckpointError(
@@ -112,7 +113,7 @@ def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tup
     return model, carried(known, checkpoint.provenance)
 
 
-def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, object]]:
+def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, Any]]:
     """The model of a PyTorch checkpoint, and the metadata to write."""
     to_encoder = any(key_format.encoder_only for key_format in KEY_FORMATS if key_format.dialect == options.to)
     encoder_only = options.num_classes is None and to_encoder and not checkpoint.recognised.has_head
@@ -161,11 +162,10 @@ def _measure_transformers(model: nnx.Module) -> None:
     if settings == settings | eps:
         logger.info("transformers computes with the same settings")
         return
-    kinds = dict(
-        num_classes=model.spec.num_classes, dtype=model.dtype, param_dtype=model_metadata(model)["param_dtype"]
-    )
+    kinds: dict[str, Any] = dict(num_classes=model.spec.num_classes, dtype=model.dtype)
+    kinds |= settings | eps | {"param_dtype": model_metadata(model)["param_dtype"]}
     values = {path: variable.get_value() for path, variable in named_variables(model).items()}
-    moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds, **settings | eps)), values)
+    moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds)), values)
     image = np.random.default_rng(0).standard_normal((1, 128, 160, 3)).astype(np.float32)
     logits, others = (np.asarray(_logits(one, image)) for one in (model, moved))
     difference, largest = np.abs(logits - others).max(), np.abs(logits).max()
@@ -177,7 +177,7 @@ def _logits(model: nnx.Module, images: jax.Array) -> jax.Array:
     return model(images)[0]
 
 
-def _verified(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, object]:
+def _verified(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     """The result of comparing the model with PyTorch on the checkpoint. Raises CheckError where they differ."""
     report = _verify(model, checkpoint)
     if not report.passed:

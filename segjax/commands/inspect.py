@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -123,7 +124,7 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     """Rows in 80 columns, with texts next to their names."""
     lines = []
     for name, text in rows:
-        settings = dict(width=WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
+        settings: dict[str, Any] = dict(width=WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
         pieces = [piece for line in text.splitlines() for piece in textwrap.wrap(line, **settings)]
         lines += [f"{name if number == 0 else '':<{INDENT}}{piece}" for number, piece in enumerate(pieces)]
     return "\n".join(lines).replace("\0", " ")

@@ -20,6 +20,7 @@ import dataclasses
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tup
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def about_file(loaded: LoadedCheckpoint, form: ExportFormat) -> dict[str, object]:
+def about_file(loaded: LoadedCheckpoint, form: ExportFormat) -> dict[str, Any]:
     """Metadata of an exported file, for users who have only the file."""
     classes = loaded.classes
     about = {
@@ -241,8 +242,9 @@ def export_model(
         raise CheckpointError(f"{path}: the suffix selects the format: {', '.join(formats)}")
     if dtype not in BOUNDS:
         raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
+    height, width = size
     form = ExportFormat(
-        formats[path.suffix], tuple(size), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
+        formats[path.suffix], (height, width), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
     )
     export(source, path, form)
 

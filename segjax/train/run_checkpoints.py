@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import DamagedError
-from segjax.checkpoints.state_dict import CheckpointError
 from segjax.models.functional import params_sha256
 from segjax.runtime import distributed
 

@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 
 from segjax import to_torch
 from segjax.checkpoints import huggingface
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.files import provenance_at, read_checkpoint
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.load import load
-from segjax.checkpoints.state_dict import CheckpointError
 from segjax.commands import convert, inspect
 from segjax.data import specs
 from segjax.train.config import RunError, check

@@ -14,9 +14,10 @@ from segjax import to_torch
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.architectures import FAMILIES as OF_NAME
 from segjax.checkpoints.architectures import family_of
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.key_maps import KEY_FORMATS
-from segjax.checkpoints.state_dict import CheckpointError, named_variables, torch_name
+from segjax.checkpoints.state_dict import named_variables, torch_name
 from segjax.train import run_checkpoints
 from tests.runs import functional_model
 from tests.tiny import FAMILIES, SIZES, numpy_draws, tiny_model

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from segjax import layers, to_torch
 from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import load
-from segjax.checkpoints.state_dict import CheckpointError
 from segjax.commands import convert, inspect
 from segjax.data import specs
 from segjax.data.augment import normalise

@@ -16,8 +16,8 @@ from etils import epath
 from flax import nnx
 
 from segjax.checkpoints import orbax_folder, state_dict
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import load_model, save_model
-from segjax.checkpoints.state_dict import CheckpointError
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.recipes import common
 from segjax.runtime import atomic, console
