@@ -57,10 +57,10 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     from flax import nnx
 
     import segjax
-    from configs import common
     from segjax import layers, losses, models
     from segjax.models.functional import FunctionalModel
     from segjax.models.stacked import Stacks
+    from segjax.recipes import common
     from segjax.runtime.parallel import JitParallel
     from segjax.train import optim
     from segjax.train.state import TrainState

@@ -18,7 +18,7 @@ import torch
 from flax import nnx
 
 from parity import tolerances
-from segjax import models
+from segjax import losses, models
 from segjax.checkpoints.architectures import family_of
 from segjax.runtime import environment
 from segjax.torch_reference.verify import bases_for, randomised_pair, relative_error, run_reference, to_nhwc
@@ -30,6 +30,21 @@ UNLIKE = {"segformer_simple": r"mit\.stages\.\d\.2\.\d+\.[01]"}
 def images(batch: int, size: tuple[int, int], *, seed: int, dtype) -> np.ndarray:
     """Normal noise (B, H, W, 3), which is what normalised images look like to a layer."""
     return np.random.default_rng(seed).normal(size=(batch, *size, 3)).astype(jnp.dtype(dtype))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) -> jax.Array:
+    """The mean that a training minimises: logits (B, h, w, K) and labels (B, H, W) -> scalar."""
+    criterion = losses.Criterion(
+        num_classes=logits.shape[-1],
+        ignore_label=ignore_label,
+        class_weights=None,
+        factors=(("cross_entropy", 1.0),),
+        label_smoothing=0.0,
+        focal_gamma=0.0,
+        ohem_threshold=0.0,
+        ohem_min_kept=0.0,
+    )
+    return criterion.total(logits, labels, criterion.counts(labels))
 
 
 # ------------------------------------------------------------------------------------------------------ layer by layer

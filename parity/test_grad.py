@@ -14,7 +14,6 @@ from parity.subjects import AT_ONCE, FAMILIES, NUM_CLASSES, SUBJECTS
 from parity.test_forward import channels_last, golden_model
 from segjax.checkpoints import architectures
 from segjax.checkpoints.state_dict import to_torch_layout, torch_name
-from segjax.losses import cross_entropy
 from segjax.models.functional import FunctionalModel
 from segjax.torch_reference import verify
 
@@ -30,10 +29,10 @@ def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
     def loss_of(params):
         bound = skeleton.bind(params, batch_stats, key=jax.random.key(0) if training else None)
         logits, taps = bound(x, *bases)
-        total, count = cross_entropy(logits, labels, ignore_label=255)
+        loss = compare.cross_entropy(logits, labels, ignore_label=255)
         if "aux_logits" in taps:
-            total += aux_weight * cross_entropy(taps["aux_logits"], labels, ignore_label=255)[0]
-        return total / count, skeleton.batch_stats_of(bound)
+            loss += aux_weight * compare.cross_entropy(taps["aux_logits"], labels, ignore_label=255)
+        return loss, skeleton.batch_stats_of(bound)
 
     (loss, stats), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     by_key = {torch_name(path): to_torch_layout(path, np.asarray(value)) for path, value in gradients.items()}

@@ -17,11 +17,13 @@ import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
 from parity.test_dialects import FOLDED, differing, original, renamed
+from segjax.checkpoints import checkpoint
 from segjax.checkpoints.architectures import FAMILIES, family_of
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.load import load
+from segjax.checkpoints.recognition import recognise
 from segjax.checkpoints.save import write_checkpoint
 from segjax.commands import convert
 
@@ -55,6 +57,11 @@ def run(*arguments):
 def printed(capsys):
     """What the command has printed, without its line breaks."""
     return " ".join(capsys.readouterr().out.split())
+
+
+def refused(capsys):
+    """Its error, without line breaks."""
+    return " ".join(capsys.readouterr().err.split())
 
 
 def equal(one, other):
@@ -125,9 +132,9 @@ def test_a_dialect_that_cannot_express_a_checkpoint_is_refused_and_the_others_li
     save_pth(tmp_path / "a.pth", original(label))
     for destination in ("b.pth", "b.safetensors"):
         assert run(tmp_path / "a.pth", tmp_path / destination, "--to", dialect) == 2
-        message = capsys.readouterr().err
+        message = refused(capsys)
         assert f"cannot be written as {dialect}" in message and "no network that computes the same" in message
-        (listed,) = re.findall(r"can be written as (.*)$", message.strip())
+        (listed,) = re.findall(r"can be written as (.*)$", message)
         assert sorted(listed.split(", ")) == sorted(possible.split(", "))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
@@ -222,11 +229,27 @@ def test_verify_compares_with_pytorch_and_says_by_how_much(
     assert (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize(("dialect", "suffix"), [("native", ".pth"), ("hf", ".safetensors"), ("smp", ".pth")])
+def test_a_conversion_with_verify_recognises_its_keys_once(
+    dialect, suffix, weights, tmp_path, monkeypatch, quick_to_compile
+):
+    calls = []
+
+    def counted(shapes, **insisted):
+        calls.append(insisted)
+        return recognise(shapes, **insisted)
+
+    monkeypatch.setattr(checkpoint, "recognise", counted)
+    save_pth(tmp_path / "a.pth", renamed(weights, key_format(dialect, "segformer")))
+    assert run(tmp_path / "a.pth", tmp_path / f"b{suffix}", "--verify") == 0
+    assert calls == [{"dialect": "auto", "family": None}]
+
+
 def test_verify_refuses_to_write_what_differs(weights, tmp_path, capsys, monkeypatch, quick_to_compile):
     save_pth(tmp_path / "a.pth", weights)
     monkeypatch.setattr(compare.segformer.F, "gelu", lambda x, **_: torch.relu(x))
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--verify") == 1
-    assert "not written" in capsys.readouterr().err
+    assert "not written" in refused(capsys)
     assert not (tmp_path / "b.pth").exists()
 
 
@@ -235,7 +258,7 @@ def test_a_backbone_alone_converts_once_it_is_told_the_classes(weights, tmp_path
     alone["head.weight"], alone["head.bias"] = np.ones((10, 32), np.float32), np.ones(10, np.float32)
     save_pth(tmp_path / "mit.pth", alone)
     assert run(tmp_path / "mit.pth", tmp_path / "b") == 2
-    assert "number of classes" in capsys.readouterr().err
+    assert "number of classes" in refused(capsys)
     options = ("--num-classes", 4, "--verify", "--overrides", "decoder_dim=24")
     assert run(tmp_path / "mit.pth", tmp_path / "b", *options) == 0
     said = printed(capsys)
@@ -289,7 +312,7 @@ def test_every_bad_file_gets_a_message_and_leaves_nothing(weights, tmp_path, cap
     for name, expected in broken_files(tmp_path, weights).items():
         for destination in ("out.pth", "out.safetensors", "out"):
             assert run(tmp_path / name, tmp_path / destination) == 2, name
-            message = capsys.readouterr().err
+            message = refused(capsys)
             assert expected in message, (name, message)
             assert "Traceback" not in message
             assert not (tmp_path / destination).exists(), name
@@ -323,7 +346,7 @@ def test_without_torch_the_message_names_the_extra(weights, tmp_path, monkeypatc
     save_pth(tmp_path / "a.pth", weights)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert run(tmp_path / "a.pth", tmp_path / "b") == 2
-    assert "segjax[parity]" in capsys.readouterr().err
+    assert "segjax[parity]" in refused(capsys)
 
 
 def test_a_damaged_orbax_folder_is_refused(weights, tmp_path, capsys):
@@ -333,7 +356,7 @@ def test_a_damaged_orbax_folder_is_refused(weights, tmp_path, capsys):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert run(tmp_path / "b", tmp_path / "c.pth") == 2
-    assert "damaged" in capsys.readouterr().err
+    assert "damaged" in refused(capsys)
 
 
 def test_the_loaded_model_computes_in_the_type_asked_for(weights):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import segjax
-from configs import common
 from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax import losses
@@ -18,6 +17,7 @@ from segjax.checkpoints import architectures
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.state_dict import to_torch_layout, torch_name
 from segjax.models.functional import FunctionalModel
+from segjax.recipes import common
 from segjax.runtime.parallel import JitParallel
 from segjax.torch_reference import verify
 from segjax.train import optim

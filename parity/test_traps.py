@@ -11,7 +11,7 @@ import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
 from segjax import layers
-from segjax.inference.engine import predictions
+from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.torch_reference import verify
 
@@ -145,7 +145,7 @@ def test_labels_come_from_enlarged_logits_and_are_not_enlarged_themselves():
     size = (36, 52)
     enlarged = F.interpolate(verify.to_nchw(logits), size=size, mode="bilinear", align_corners=False)
     theirs = enlarged.argmax(1).numpy()
-    late = np.asarray(predictions(jnp.asarray(logits), size))
+    late = np.asarray(labels_of(layers.resize(jnp.asarray(logits), size)))
     early = logits.argmax(-1).repeat(4, axis=1).repeat(4, axis=2)
     assert (late == theirs).mean() > 0.9999
     assert (early == theirs).mean() < 0.95

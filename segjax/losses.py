@@ -290,20 +290,3 @@ def _lovasz_extension(errors, truth):
     step = jnp.where(truth, 1 / union, right / union / jnp.maximum(union - 1, 1))
     step = jnp.where(union == 1, 1, step)
     return jnp.sum(jax.nn.relu(-negated) * step, axis=-1)
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) -> tuple[jax.Array, jax.Array]:
-    """Sum of -log p(label) over all pixels that count, and how many those are.
-
-    The logits are enlarged to the labels' size first (bilinear, align_corners False), as every published recipe does.
-
-    Args:
-      logits: (B, h, w, K), float32 or wider. K = 1 is a binary model: sigmoid, labels 0 and 1.
-      labels: (B, H, W) integers; `ignore_label` does not count.
-
-    Returns:
-      Scalar sum in the dtype of `logits` and scalar int32 count. Nothing to count gives (0, 0).
-    """
-    valid = labels != ignore_label
-    loss = _negative_log_likelihood(layers.resize(logits, labels.shape[1:3]), labels)
-    return jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)

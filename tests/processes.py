@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from configs import common
 from segjax import losses
 from segjax.data import specs
 from segjax.data.augment import augment
@@ -21,6 +20,7 @@ from segjax.data.pipeline import StreamBatches, TrainBatches, order
 from segjax.data.records import load
 from segjax.inference import evaluation
 from segjax.models.functional import FunctionalModel
+from segjax.recipes import common
 from segjax.runtime import environment
 from segjax.runtime.parallel import JitParallel, PmapParallel, ShardMapParallel
 from segjax.train import optim

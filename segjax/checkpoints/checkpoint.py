@@ -69,12 +69,14 @@ class Checkpoint:
         return recognise(shapes, dialect=self.dialect, family=self.family)
 
     def read_as(self, *, dialect: str = "auto", family: str | None = None) -> Checkpoint:
-        """The checkpoint read as a dialect or family; itself where it was recognised as that."""
+        """The checkpoint read as a dialect or family; itself where that changes nothing or it was recognised as that."""
         if "recognised" in vars(self):
             found = self.recognised.key_format
             if dialect in ("auto", found.dialect) and family in (None, found.family):
                 return self
         dialect, family = self.dialect if dialect == "auto" else dialect, family or self.family
+        if (dialect, family) == (self.dialect, self.family):
+            return self
         return dataclasses.replace(self, dialect=dialect, family=family)
 
     @property

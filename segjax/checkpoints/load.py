@@ -74,6 +74,15 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None) -> LoadedCheckpo
     return LoadedCheckpoint(model, classes, known, mean, std, provenance)
 
 
+def as_loaded(source: str | Path | LoadedCheckpoint | nnx.Module) -> LoadedCheckpoint:
+    """Loads a checkpoint that is not loaded yet; a model gets classes that are called by their numbers."""
+    if isinstance(source, LoadedCheckpoint):
+        return source
+    if isinstance(source, nnx.Module):
+        return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes))
+    return load(source)
+
+
 def model_of(
     checkpoint: Checkpoint,
     *,

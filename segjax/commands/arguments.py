@@ -23,6 +23,21 @@ def add_checkpoint(
         parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=help)
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """Adds how an image is scored, see `segjax.inference.engine.Protocol`."""
+    parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
+    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512")
+    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop")
+    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="average probabilities; default 1")
+    parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
+
+
+def protocol_of(options: argparse.Namespace) -> dict[str, object]:
+    """The settings of `add_protocol` that were given."""
+    names = ("mode", "crop", "stride", "scales", "flip")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
     """Python literals from KEY=VALUE; ValueError for anything else."""
     overrides = {}

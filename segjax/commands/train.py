@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import os
 import re
+import signal
 import sys
 import textwrap
-import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,18 +82,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.coordinator or options.process_id == 0:
         # JAX takes a second or more to import, and longer to find its devices.
         print(f"recipe   {options.recipe}", flush=True)
-    return _run(options)
+    with _stops_at_once():
+        from segjax.commands.ending import run_command
+
+        full_disk = "what was saved before is whole: make room, and give the same command again"
+        return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
     # Imported only after the command line was found to be right.
-    from segjax.runtime import console, distributed, environment
+    from segjax.runtime import distributed, environment
     from segjax.train import config as train_config
     from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
     environment.prepare()
-    try:
+    with _stops_at_once():
         if options.coordinator:
             address = None if options.coordinator == "auto" else options.coordinator
             distributed.initialize(address, options.num_processes, options.process_id)
@@ -102,24 +106,16 @@ def _run(options: Options) -> int:
         train_config.check(config, workdir)
         changes = train_config.changes(config, common.get_config(config.data.name))
         return loop.train(config, workdir, changes=changes)
+
+
+@contextlib.contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """Ends the process after Ctrl-C, before threads that save or read each report that the interpreter shuts down."""
+    try:
+        yield
     except KeyboardInterrupt as error:
-        print(f"{PROGRAM}: stopped at once; what was saved is complete", file=sys.stderr, flush=True)
-        # Threads that save or read would each report that the interpreter is shutting down.
-        os._exit(error.args[0] if error.args else loop.INTERRUPTED)
-    except (ValueError, OSError) as error:
-        if distributed.is_lead():
-            print(console.wrapped(f"{PROGRAM}: {error}{_advice(error)}"), file=sys.stderr, flush=True)
-        return distributed.leave(2)
-    except Exception:
-        traceback.print_exc()
-        return distributed.leave(1)
-
-
-def _advice(error: Exception) -> str:
-    """What to do when the disk is full, which Python's message does not say."""
-    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ""
-    return ".\n  What was saved before is complete: free some space, and give the same command again"
+        print(f"{PROGRAM}: stopped at once; what was saved is whole", file=sys.stderr, flush=True)
+        os._exit(error.args[0] if error.args else 128 + signal.SIGINT)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -44,6 +44,7 @@ from segjax.data.sources import (
 )
 from segjax.runtime import console
 
+StrPath = str | os.PathLike[str]
 _SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
 _VERSION = "1.1.0"
 
@@ -54,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 
 def prepare(
-    name: str, *, source: str | Sequence[str] | None = None, data_dir: str | os.PathLike[str] | None = None
+    name: str, *, source: StrPath | Sequence[StrPath] | None = None, data_dir: StrPath | None = None
 ) -> Prepared:
     """Opens a prepared dataset; before its first use, checks and prepares it and prints one line on stdout.
 
@@ -74,7 +75,8 @@ def prepare(
     if name not in names():
         raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names())}")
     dataset = specs.DATASETS[name]
-    given = [] if source is None else [source] if isinstance(source, str) else list(source)
+    sources = [source] if isinstance(source, str | os.PathLike) else source or ()
+    given = [os.fspath(path) for path in sources if path]
     if not given:
         return _prepared_before(name, dataset, data_dir)
     paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in given]
@@ -84,7 +86,7 @@ def prepare(
         return _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
 
 
-def _prepared_before(name: str, dataset: specs.Dataset, data_dir: str | os.PathLike[str] | None) -> Prepared:
+def _prepared_before(name: str, dataset: specs.Dataset, data_dir: StrPath | None) -> Prepared:
     needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
     need = f"pass --config.data.source=DIR (train.py) or --source (segjax.data), where DIR holds {needs}"
     if dataset.spec is None:
@@ -102,7 +104,7 @@ def _prepare_folder(
     published: specs.DatasetSpec | None,
     paths: list[Path],
     given: Sequence[str],
-    data_dir: str | os.PathLike[str] | None,
+    data_dir: StrPath | None,
     opened: contextlib.ExitStack,
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
@@ -135,7 +137,7 @@ def _prepare_archives(
     name: str,
     spec: specs.DatasetSpec,
     paths: list[Path],
-    data_dir: str | os.PathLike[str] | None,
+    data_dir: StrPath | None,
     opened: contextlib.ExitStack,
 ) -> Prepared:
     reader = archives.READERS[name]
@@ -235,7 +237,7 @@ def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> Data
     return DataError("\n".join(lines))
 
 
-def _builder(dataset: str, config: str | None, data_dir: str | os.PathLike[str] | None):
+def _builder(dataset: str, config: str | None, data_dir: StrPath | None):
     import tensorflow_datasets as tfds
 
     with quiet():

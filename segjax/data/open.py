@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -36,8 +35,8 @@ def open_splits(
     name: str,
     splits: Sequence[str],
     *,
-    source: str | Sequence[str] | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
+    source: builders.StrPath | Sequence[builders.StrPath] | None = None,
+    data_dir: builders.StrPath | None = None,
     resident_gb: float = 0.0,
     num_images: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,

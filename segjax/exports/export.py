@@ -1,4 +1,4 @@
-"""A trained model as one file that runs without segjax.
+"""A model as one file that runs without segjax.
 
 What a file takes as `images` and gives:
 
@@ -27,8 +27,10 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers, models
-from segjax.checkpoints.load import LoadedCheckpoint, load
-from segjax.checkpoints.state_dict import CheckpointError, from_values, logger, named_variables
+from segjax.checkpoints.checkpoint import CheckpointError
+from segjax.checkpoints.format_version import stamped
+from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
+from segjax.checkpoints.state_dict import from_values, logger, named_variables
 from segjax.data import streets
 from segjax.exports import stablehlo
 from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
@@ -134,16 +136,16 @@ def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tup
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def about_file(trained: LoadedCheckpoint, form: ExportFormat) -> dict[str, object]:
-    """What someone who has nothing but the file must know."""
-    spec = trained.classes
-    return {
-        "model": trained.model.spec.name,
-        "dataset": spec.name,
+def about_file(loaded: LoadedCheckpoint, form: ExportFormat) -> dict[str, object]:
+    """Metadata of an exported file, for users who have only the file."""
+    classes = loaded.classes
+    about = {
+        "model": loaded.model.spec.name,
+        "dataset": classes.name,
         # By label value.
-        "classes": list(spec.label_names),
-        "colors": [list(color) for color in spec.label_colors],
-        "ignore_label": spec.ignore_label,
+        "classes": list(classes.label_names),
+        "colors": [list(color) for color in classes.label_colors],
+        "ignore_label": classes.ignore_label,
         "normalisation": {
             "mean": list(form.mean),
             "std": list(form.std),
@@ -151,14 +153,15 @@ def about_file(trained: LoadedCheckpoint, form: ExportFormat) -> dict[str, objec
             "range": "0..255",
             "inside": form.preprocessing,
         },
-        "size_multiple": trained.model.size_multiple,
+        "size_multiple": loaded.model.size_multiple,
         "input": "images",
         "output": form.output,
         "weights": form.dtype,
     }
+    return stamped(about)
 
 
-def _shapes(form: ExportFormat, trained: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
+def _shapes(form: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
     """Names, types and shapes of input and output, for people."""
     batch, height, width = ("batch", "height", "width") if form.dynamic else (1, *form.size)
     shape = (batch, height, width, 3) if form.channels_last else (batch, 3, height, width)
@@ -169,15 +172,15 @@ def _shapes(form: ExportFormat, trained: LoadedCheckpoint, logits: tuple[int, ..
         h, w = (f"height/{stride}", f"width/{stride}") if form.dynamic else logits[1:3]
         given = (batch, h, w, logits[3]) if form.format == "stablehlo" else (batch, logits[3], h, w)
     kind = "uint8 RGB" if form.preprocessing else "float32 normalised RGB"
-    multiple = trained.model.size_multiple
+    multiple = loaded.model.size_multiple
     lines = [
         f"  in   images  {kind} ({', '.join(map(str, shape))})",
         f"  out  {form.output}  {'uint8' if form.argmax else 'float32'} ({', '.join(map(str, given))})",
     ]
     if form.dynamic:
         lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
-    classes = ", ".join(trained.classes.label_names)
-    return [*lines, *textwrap.wrap(f"  classes of {trained.classes.name}: {classes}", 80, subsequent_indent="    ")]
+    classes = ", ".join(loaded.classes.label_names)
+    return [*lines, *textwrap.wrap(f"  classes of {loaded.classes.name}: {classes}", 80, subsequent_indent="    ")]
 
 
 def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
@@ -201,23 +204,57 @@ def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
 
 
 class UnequalError(Exception):
-    """An exported file that does not compute what the model computes; it is not kept."""
+    """An exported file does not compute what the model computes; it is not kept."""
 
 
-def export(source: Path, destination: Path, form: ExportFormat) -> None:
-    """Writes the file, and compares it with the model first.
+def export_model(
+    source: str | Path | LoadedCheckpoint | nnx.Module,
+    path: str | Path,
+    *,
+    size: tuple[int, int],
+    dynamic: bool = False,
+    preprocessing: bool = False,
+    argmax: bool = False,
+    dtype: str = "float32",
+) -> None:
+    """Exports a model as one file that runs without segjax, and compares its outputs with the model's first.
+
+    Args:
+      source: as for `segjax.load`, the result of it, or a model.
+      path: `*.stablehlo`, `*.onnx` or `*.pt2` (`torch.export`): its suffix selects the format. The last two need the
+        extra `export`. What the file takes and gives is in the docstring of `segjax.exports.export`. Classes and
+        normalisation are in the file, for StableHLO in `*.stablehlo.json` next to it.
+      size: (height, width) of the images.
+      dynamic: whether batch and sizes stay open; else the batch is 1.
+      preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
+      argmax: whether the file gives labels of the images' size in place of logits.
+      dtype: of the stored weights, "float32", "bfloat16" or "float16".
 
     Raises:
-      CheckpointError: nothing to export, or not so; every reason at once.
+      CheckpointError: no model can be read from `source`, or it cannot be exported like this; every reason at once.
       ValueError: the model takes no images of this size.
-      UnequalError: the outputs differ.
+      UnequalError: the outputs of the file differ from the model's.
     """
-    logger.info("%s -> %s", source, destination)
+    path = Path(path).expanduser()
+    formats = {suffix: name for name, suffix in SUFFIXES.items()}
+    if path.suffix not in formats:
+        raise CheckpointError(f"{path}: the suffix selects the format: {', '.join(formats)}")
+    if dtype not in BOUNDS:
+        raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
+    form = ExportFormat(
+        formats[path.suffix], tuple(size), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
+    )
+    export(source, path, form)
+
+
+def export(source: str | Path | LoadedCheckpoint | nnx.Module, destination: Path, form: ExportFormat) -> None:
+    """`export_model` with its settings in one object."""
+    logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(form)
-    trained = load(source)
-    form = dataclasses.replace(form, mean=trained.mean, std=trained.std)
-    _require(form, destination, trained.model)
-    model = rounded(trained.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
+    loaded = as_loaded(source)
+    form = dataclasses.replace(form, mean=loaded.mean, std=loaded.std)
+    _require(form, destination, loaded.model)
+    model = rounded(loaded.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
     # Before anything is compiled, so that a size that the model does not take is refused at once.
     image = jax.ShapeDtypeStruct((1, *form.size, 3), jnp.float32)
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
@@ -225,8 +262,8 @@ def export(source: Path, destination: Path, form: ExportFormat) -> None:
     logger.info("exporting as %s; large models take minutes", form.format)
     with atomic.replacing_files(destination) as path:
         try:
-            write(path, model, form, about_file(trained, form))
-            is_equal = _is_equal(open_file(path), trained.model, model, form)
+            write(path, model, form, about_file(loaded, form))
+            is_equal = _is_equal(open_file(path), loaded.model, model, form)
         except Exception as error:
             # Neither jax nor torch has one error for a size on which a program depends.
             if not form.dynamic or isinstance(error, OSError | CheckpointError):
@@ -240,11 +277,11 @@ def export(source: Path, destination: Path, form: ExportFormat) -> None:
         size = file.stat().st_size
         amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
         logger.info("wrote %s, %s", file, amount)
-    for line in _shapes(form, trained, logits):
+    for line in _shapes(form, loaded, logits):
         logger.info("%s", line)
 
 
-def _is_equal(run: Callable, trained: nnx.Module, model: nnx.Module, form: ExportFormat) -> bool:
+def _is_equal(run: Callable, original: nnx.Module, model: nnx.Module, form: ExportFormat) -> bool:
     """Runs the file and our model on street scenes, and says how far they are apart."""
     logger.info("comparing it with our model")
     ours, bound, passed = compiled(model, form), BOUNDS[form.computes_in], True
@@ -257,7 +294,7 @@ def _is_equal(run: Callable, trained: nnx.Module, model: nnx.Module, form: Expor
         logger.info("  %-14s worst relative error of %s %.1e: %s", where, form.output, error, verdict)
         passed &= error <= bound
         if size == form.size and form.dtype != "float32":
-            exact = compiled(rounded(trained, stored=jnp.float32, computes_in=jnp.float32), form)(images)
+            exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), form)(images)
             ends = [scores if scores.ndim == 3 else labels_of(enlarged(scores, size)) for scores in (output, exact)]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())
             logger.info("  %-14s %.2f%% of the labels are those of float32", where, 100 * share)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax import nnx
 
 from segjax.data import codec, specs
+from segjax.inference.engine import labels_of
+from segjax.inference.images import read_image
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
-from segjax.inference.predictor import Predictor, as_rgb
+from segjax.inference.predictor import Predictor
+from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.runtime import atomic, console
 from segjax.runtime.console import Progress
 from segjax.viz import overlay, video
@@ -135,20 +140,42 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
     return together + overwritten
 
 
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+RECORD = "predict.json"
+
+
+def record_of(predictor: Predictor, model: nnx.Module, checkpoint: str | Path) -> dict[str, object]:
+    """What the files of an output folder are made by, for its `RECORD`."""
+    params, batch_stats = FunctionalModel(model).arrays()
+    protocol = {name: value for name, value in predictor.protocol.record().items() if name != "size_divisor"}
+    labels = zip(predictor.classes.label_names, predictor.classes.label_colors, strict=True)
+    return {
+        "checkpoint": str(checkpoint),
+        "weights_sha256": params_sha256(params | batch_stats),
+        **protocol,
+        "pad_multiple": predictor.pad_multiple,
+        "classes": [{"name": name, "color": list(color)} for name, color in labels],
+    }
+
+
+def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> set[Path]:
+    """The inputs of which every output is there. Raises ValueError where they were made by something else."""
+    path = output / RECORD
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            key for key in record.keys() | old.keys() if key != "checkpoint" and old.get(key) != record.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{output} was made with other {', '.join(sorted(differing))} ({path}); omit --resume to make "
+                "everything anew, or take another --output"
+            )
+    return {job.source for job in jobs if all(path.exists() for path in job.outputs.values())}
+
+
 # -------------------------------------------------------------------------------------------------- reading and writing
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3), upright. Raises ValueError for what is no image, is damaged, or has numbers of another kind."""
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("is empty")
-    if data.startswith((codec.PNG, codec.JPEG)) and (fault := codec.damage(data)):
-        raise ValueError(fault)
-    image = codec.decode_upright(data)
-    if image is None:
-        raise ValueError(f"is no image that can be decoded; it begins with {data[:8]!r}")
-    return as_rgb(image)
 
 
 class Prediction(NamedTuple):
@@ -252,6 +279,17 @@ class Run:
                     self._predict_video(job)
                 except FAULTS as error:
                     self._failed(job, error)
+        self._look_for_outputs(jobs)
+
+    def _look_for_outputs(self, jobs: Sequence[Job]) -> None:
+        """Counts inputs as failed whose outputs somebody has removed in the meantime."""
+        failed = {source for source, _ in self.failures}
+        for job in jobs:
+            missing = [path for path in job.outputs.values() if not path.exists()]
+            if missing and job.source not in failed:
+                self.failures.append((job.source, f"{missing[0]} was written and is gone"))
+                self.images -= not job.is_video
+                self.videos -= job.is_video
 
     def _predict_images(self, jobs: Sequence[Job]) -> None:
         def write(job, image, prediction):
@@ -319,7 +357,7 @@ class Run:
             return [Prediction(labels, None) for labels in self._predictor.labels(images)]
         # Of these and not computed on their own, so that both files say the same.
         scores = self._predictor.probabilities_of(images)
-        return [Prediction(_labels_of(score), score) for score in scores]
+        return [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
 
     def _advise(self, size: tuple[int, int]) -> None:
         if self._predictor.protocol.mode != "whole":
@@ -342,11 +380,6 @@ class Run:
         if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise error
         self.failures.append((job.source, _reason(error)))
-
-
-def _labels_of(scores: np.ndarray) -> np.ndarray:
-    """uint8 (H, W) of probabilities (H, W, K)."""
-    return (scores[..., 0] > 0.5 if scores.shape[-1] == 1 else scores.argmax(axis=-1)).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:

@@ -1,14 +1,14 @@
-"""Labels and probabilities of whole images: at once or in windows, at one scale or several.
+"""Labels and probabilities of images: by one pass of the model or by a sliding window, at one scale or several.
 
 The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, rounded to 8 bits), the model scores
-it as a whole or in overlapping windows, scores are enlarged to the size that the model was given and from there to the
-image's own. With several scales or flips, probabilities are averaged.
+it as a whole or crop by crop, scores are upsampled to the size that the model was given and from there to the image's
+own. With several scales or flips, probabilities are averaged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -24,31 +24,42 @@ from segjax.runtime.parallel import JitParallel, compiler_options
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How the scores of an image come about.
+    """How the scores of an image are computed.
 
     Attributes:
-      mode: "whole", or "slide" for windows.
-      crop, stride: height and width of the windows and of the steps between them, pixels. The last window of a row or
-        column is shifted inside; where windows overlap, their scores are averaged.
-      scales: of the image, probabilities averaged.
-      flip: beside each scale its mirror image.
-      size_divisor: each scaled image is resized once more, up to multiples of this (SegFormer's AlignedResize).
+      mode: "whole", or "slide" for a sliding window.
+      crop, stride: of the sliding window, (height, width) in pixels: 512 a side and three quarters of the crop unless
+        given; None for whole images. The last crop of a row or column is shifted inside; where crops overlap, their
+        scores are averaged.
+      scales: of the image; probabilities are averaged.
+      flip: whether each scale is also scored mirrored.
+      size_divisor: each scaled image is resized once more, up to multiples of this (mmsegmentation's AlignedResize).
     """
 
     mode: str = "whole"
-    crop: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (384, 384)
-    scales: tuple[float, ...] = (1.0,)
+    crop: Sequence[int] | None = None
+    stride: Sequence[int] | None = None
+    scales: Sequence[float] = (1.0,)
     flip: bool = False
     size_divisor: int = 1
 
     def __post_init__(self):
+        if self.mode == "slide":
+            crop = (512, 512) if self.crop is None else tuple(self.crop)
+            stride = [max(side * 3 // 4, 1) for side in crop] if self.stride is None else self.stride
+            object.__setattr__(self, "crop", crop)
+            object.__setattr__(self, "stride", tuple(stride))
+        object.__setattr__(self, "scales", tuple(self.scales))
+        is_slide, sides = self.mode == "slide", (self.crop, self.stride)
         wrong = {
             f"mode is 'whole' or 'slide', not {self.mode!r}": self.mode not in ("whole", "slide"),
-            f"crop is (height, width), not {self.crop}": not _are_sides(self.crop),
-            f"stride is (height, width), not {self.stride}": not _are_sides(self.stride),
-            f"a stride of {self.stride} leaves gaps between windows of {self.crop}": (
-                self.mode == "slide" and any(step > side for step, side in zip(self.stride, self.crop, strict=False))
+            "crop and stride are those of a sliding window: give mode 'slide' too, or omit them": (
+                self.mode == "whole" and sides != (None, None)
+            ),
+            f"crop is (height, width), not {self.crop}": self.crop is not None and not _are_sides(self.crop),
+            f"stride is (height, width), not {self.stride}": self.stride is not None and not _are_sides(self.stride),
+            f"a stride of {self.stride} leaves gaps between crops of {self.crop}": (
+                is_slide and any(step > side for step, side in zip(self.stride, self.crop, strict=False))
             ),
             f"scales are positive numbers, not {self.scales}": (
                 not self.scales or not all(0 < scale < np.inf for scale in self.scales)
@@ -59,10 +70,10 @@ class Protocol:
             raise ValueError("; ".join(problems))
 
     def __str__(self) -> str:
-        (height, width), (down, across) = self.crop, self.stride
         parts = ["whole images"]
         if self.mode == "slide":
-            parts = [f"windows of {height}x{width} every {down}x{across}"]
+            (height, width), (down, across) = self.crop, self.stride
+            parts = [f"sliding window of {height}x{width} every {down}x{across}"]
         if self.scales != (1.0,):
             parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
         if self.flip:
@@ -72,13 +83,13 @@ class Protocol:
         return ", ".join(parts)
 
     def record(self) -> dict[str, object]:
-        """The settings that count, as JSON."""
-        unused = () if self.mode == "slide" else ("crop", "stride")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        """The settings that apply, as JSON has them."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether the model sees the image itself and nothing else."""
+        """Whether the model is given the pixels of the image itself, once."""
         return self.scales == (1.0,) and not self.flip and self.size_divisor == 1
 
 
@@ -86,8 +97,8 @@ def _are_sides(sides) -> bool:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
-def windows(length: int, crop: int, stride: int) -> list[int]:
-    """Where windows of `crop` begin along an axis: every `stride`, the last one at the end."""
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
+    """Positions of a sliding window of `crop` pixels along an axis: every `stride`, and the last one at the end."""
     return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
@@ -118,8 +129,8 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
 def score(skeleton: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable) -> jax.Array:
     """Logits of uint8 images (B, H, W, 3) at their own size: float32 or wider (B, H, W, K).
 
-    A model that takes multiples of some size alone is given the image with zeros, the mean colour, below and to the
-    right of it, and its scores there are cut off.
+    For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
+    and on the right, and the scores of the padding are cut off.
     """
     height, width = images.shape[1:3]
     below, right = -height % skeleton.size_multiple, -width % skeleton.size_multiple
@@ -136,7 +147,7 @@ def predict_labels(
 
 
 class Inference:
-    """A model and a protocol, compiled once for each size of image. Safe to call from several threads."""
+    """A model and a protocol, compiled once for each shape of its input. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -146,11 +157,11 @@ class Inference:
         batch: int = 1,
         normalise: Callable[[jax.Array], jax.Array] = normalise,
     ):
-        """Takes the model apart.
+        """Takes the parameters out of the model and puts them on every device.
 
         Args:
-          batch: windows at a time.
-          normalise: uint8 images -> what the model takes.
+          batch: number of crops of a sliding window that the model scores at a time.
+          normalise: uint8 images -> input of the model.
         """
         self.protocol = protocol
         self._batch = batch
@@ -168,10 +179,11 @@ class Inference:
             return np.asarray(_labels_of_probabilities(self._mean(images)))
         if self.protocol.mode == "whole":
             return np.asarray(self._labels(*self._arrays, self._placed(images)))
-        return np.stack([np.concatenate([np.asarray(_labels(band)) for band in self.bands(image)]) for image in images])
+        tiles = ([np.asarray(_labels(tile)) for tile in self.row_tiles(image)] for image in images)
+        return np.stack([np.concatenate(of_image) for of_image in tiles])
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Probability of each class, float32 (B, H, W, K); K = 1 is that of the class, not of the background."""
+        """Probability of each class, float32 (B, H, W, K); for K = 1 that of the class, not of the background."""
         return np.asarray(self._mean(images))
 
     def _mean(self, images: np.ndarray) -> jax.Array:
@@ -187,32 +199,33 @@ class Inference:
     def _logits(self, images: np.ndarray) -> jax.Array:
         if self.protocol.mode == "whole":
             return self._score(*self._arrays, self._placed(images))
-        return jnp.stack([jnp.concatenate(list(self.bands(image))) for image in images])
+        return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
 
-    def bands(self, image: np.ndarray) -> Iterator[jax.Array]:
-        """Logits of an image (H, W, 3) in windows, from top to bottom: arrays (h, W, K) whose h add up to H.
+    def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
+        """Logits of an image (H, W, 3) by a sliding window, from top to bottom: arrays (h, W, K) whose h add up to H.
 
-        No more than one row of windows is kept at a time, so that images of any height need the memory of one.
+        Where crops overlap, their scores are averaged. Only the scores of one row of crops are kept at a time, so that
+        memory does not grow with the height of the image.
         """
         crop = tuple(map(min, self.protocol.crop, image.shape))
-        tops, lefts = map(windows, image.shape[:2], crop, self.protocol.stride)
+        tops, lefts = map(window_starts, image.shape[:2], crop, self.protocol.stride)
         across, down = (
             np.bincount(np.add.outer(starts, np.arange(side)).ravel())
             for starts, side in ((lefts, crop[1]), (tops, crop[0]))
         )
-        # Groups of one size, the last of which repeats its last window.
+        # Groups of one size, the last of which repeats its last crop.
         groups = [lefts[start : start + self._batch] for start in range(0, len(lefts), self._batch)]
         size = min(self._batch, len(lefts))
-        band = None
+        tile = None
         for top, below in zip(tops, [*tops[1:], len(image)], strict=True):
             for group in groups:
                 starts = group + group[-1:] * (size - len(group))
                 stack = np.stack([image[top : top + crop[0], left : left + crop[1]] for left in starts])
                 logits = self._score(*self._arrays, self._placed(stack))
-                if band is None:
-                    band = jnp.zeros((crop[0], image.shape[1], logits.shape[-1]), logits.dtype)
-                band = _added(band, logits, np.array(starts), len(group))
-            done, band = _split(band, np.outer(down[top:below], across), rows=below - top)
+                if tile is None:
+                    tile = jnp.zeros((crop[0], image.shape[1], logits.shape[-1]), logits.dtype)
+                tile = _added(tile, logits, np.array(starts), len(group))
+            done, tile = _split(tile, np.outer(down[top:below], across), rows=below - top)
             yield done
 
     def _placed(self, images: np.ndarray) -> jax.Array:
@@ -221,21 +234,21 @@ class Inference:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _added(band: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> jax.Array:
-    """A band (h, W, K) and the first `count` of the windows (B, h, w, K) that begin at its columns `lefts`."""
+def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> jax.Array:
+    """A row tile (h, W, K) plus the first `count` of the crops (B, h, w, K), which begin at its columns `lefts`."""
 
-    def add(number, band):
+    def add(number, tile):
         at = (0, lefts[number], 0)
-        old = jax.lax.dynamic_slice(band, at, logits.shape[1:])
-        return jax.lax.dynamic_update_slice(band, old + logits[number], at)
+        old = jax.lax.dynamic_slice(tile, at, logits.shape[1:])
+        return jax.lax.dynamic_update_slice(tile, old + logits[number], at)
 
-    return jax.lax.fori_loop(0, count, add, band)
+    return jax.lax.fori_loop(0, count, add, tile)
 
 
 @partial(jax.jit, static_argnames="rows")
-def _split(band: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The mean of the first rows, and a band that begins below them."""
-    return band[:rows] / counts[..., None].astype(band.dtype), jnp.pad(band[rows:], ((0, rows), (0, 0), (0, 0)))
+def _split(tile: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The mean of the first rows, and a row tile that begins below them."""
+    return tile[:rows] / counts[..., None].astype(tile.dtype), jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
 
 
 _labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))
@@ -254,13 +267,11 @@ def _probabilities(logits: jax.Array, size: tuple[int, int], flipped: bool) -> j
     return probabilities[:, :, ::-1] if flipped else probabilities
 
 
-def predictions(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Train ids (B, H, W), int32: logits enlarged in float32 to `size`, then argmax (K = 1: probability above 0.5)."""
-    return labels_of(layers.resize(logits, size))
+def labels_of(scores: jax.Array | np.ndarray, *, threshold: float = 0) -> jax.Array | np.ndarray:
+    """Train ids (...), int32, of scores (..., K): the class with the highest, or for K = 1 whether above `threshold`.
 
-
-def labels_of(scores: jax.Array, *, threshold: float = 0) -> jax.Array:
-    """Train ids (...), int32, of scores (..., K): the highest, or for K = 1 whether it is above `threshold`."""
+    The first of several equal ones. Arrays of NumPy stay arrays of NumPy.
+    """
     if scores.shape[-1] == 1:
-        return (scores[..., 0] > threshold).astype(jnp.int32)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        return (scores[..., 0] > threshold).astype(np.int32)
+    return scores.argmax(axis=-1).astype(np.int32)

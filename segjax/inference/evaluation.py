@@ -96,12 +96,12 @@ def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
 
 
 class Measured(NamedTuple):
-    """What a split was measured to be.
+    """The evaluation of a split, and its worst images.
 
     Attributes:
       confusion: int64 (K, K) over all images.
-      worst: (mean IoU of the image alone, its number) of the worst ones, the worst first; images without a labelled
-        pixel are not among them.
+      worst: (own mean IoU, number) of the images with the lowest, the lowest first; images without a labelled pixel are
+        not among them.
       predicted: train ids (H, W) of those, by number.
     """
 
@@ -117,12 +117,14 @@ def measure(
     *,
     batch_size: int,
     shown: int = SHOWN,
+    progress: bool = False,
 ) -> Measured:
-    """`evaluate` by one process, with progress, and with the `shown` worst images kept."""
+    """`evaluate` by one process, with the `shown` worst images kept, and with its progress printed if asked for."""
     confusion, worst, kept = _nothing_counted(spec), [], {}
     found = predictions(predict, data, spec, batch_size=batch_size)
-    progress = console.Progress("evaluating", len(records_of(data)), "images")
-    for number, truth, predicted in progress.over(found):
+    if progress:
+        found = console.Progress("evaluating", len(records_of(data)), "images").over(found)
+    for number, truth, predicted in found:
         counts = _count(truth, predicted, spec)
         confusion += counts
         iou = metrics.summarise(counts)["mean_iou"]

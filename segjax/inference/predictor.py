@@ -7,51 +7,23 @@ predictor.classes.label_names[labels[0, 0]]
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from segjax.checkpoints.load import LoadedCheckpoint, load
-from segjax.checkpoints.metadata import classes_of
+from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.inference.engine import Inference, Protocol
+from segjax.inference.images import as_rgb
 
+# What `as_rgb` takes: an array, a path, or a PIL image. PIL is not imported, hence Any.
+Image = np.ndarray | str | os.PathLike[str] | Any
 # Pixels that a model is given at once. The attention of a SegFormer needs memory by the square of this: at 2**24,
 # 4096 x 4096, it is 64 GiB.
 LARGEST_WHOLE = 2**24
-# A 16-bit image that is nowhere as bright as this is black to the eye: it holds 12 bits or fewer.
-DARKEST_16_BIT = 2**12
-
-
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) of an image in one of the usual forms; one that is that already is returned itself.
-
-    Grey, (H, W) or (H, W, 1), is repeated. Alpha, the last channel of (H, W, 4), is left out, and what it hides is
-    seen. uint16 is rounded to 8 bits, 65535 to 255.
-
-    Raises:
-      ValueError: any other form; 16 bits of which only 12 are used.
-    """
-    image = np.asarray(image)
-    channels = image.shape[2] if image.ndim == 3 else 1
-    problems = []
-    if image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
-        problems.append(f"its shape is {image.shape}; an image is (H, W, 3), or grey (H, W), or RGBA (H, W, 4)")
-    if image.dtype not in (np.uint8, np.uint16):
-        problems.append(f"its numbers are {image.dtype}; convert them to uint8, 0 to 255")
-    elif image.dtype == np.uint16 and image.size and 0 < (brightest := int(image.max())) < DARKEST_16_BIT:
-        problems.append(
-            f"its brightest value is {brightest} of 65535, black to the model; if fewer bits are used, scale them up"
-        )
-    if problems:
-        raise ValueError(f"an image that cannot be used: {'; '.join(problems)}")
-    if image.dtype == np.uint16:
-        # A table: to compute with wider numbers would take four times the memory of the image.
-        image = ((np.arange(2**16) + 128) // 257).astype(np.uint8)[image]
-    if channels == 1:
-        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
-    return image[..., :3]
 
 
 class Predictor:
@@ -93,45 +65,36 @@ class Predictor:
         Raises:
           CheckpointError: nothing that can be read as a model. ValueError: settings that contradict each other.
         """
-        given = Protocol(mode=mode, scales=tuple(scales), flip=flip)
-        if mode == "whole" and (crop is not None or stride is not None):
-            raise ValueError("crop and stride are those of windows: give mode='slide' too, or leave them out")
+        self.protocol = Protocol(mode, crop, stride, scales, flip)
         if wrong := [name for name, value in (("pad_multiple", pad_multiple), ("batch", batch)) if value < 1]:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
-        if mode == "slide":
-            crop = given.crop if crop is None else tuple(crop)
-            stride = tuple(max(side * 3 // 4, 1) for side in crop) if stride is None else tuple(stride)
-            given = Protocol(mode=mode, crop=crop, stride=stride, scales=given.scales, flip=flip)
-        match checkpoint_or_model:
-            case LoadedCheckpoint():
-                loaded = checkpoint_or_model
-            case nnx.Module():
-                loaded = LoadedCheckpoint(checkpoint_or_model, classes_of({}, checkpoint_or_model.spec.num_classes))
-            case _:
-                loaded = load(checkpoint_or_model)
+        loaded = as_loaded(checkpoint_or_model)
         self.classes = loaded.classes
-        self.protocol = given
         self.pad_multiple = pad_multiple
         self.batch = batch
-        self._inference = Inference(loaded.model, given, batch=batch, normalise=loaded.normalise)
+        self._inference = Inference(loaded.model, self.protocol, batch=batch, normalise=loaded.normalise)
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Train ids, uint8 (H, W), of an RGB image, uint8 (H, W, 3), or one that `as_rgb` makes such.
+    def __call__(self, image: Image) -> np.ndarray:
+        """Labels, uint8 (H, W).
+
+        Args:
+          image: uint8 (H, W, 3), RGB; or a path, a PIL image or another array that `segjax.inference.images.as_rgb`
+            converts.
 
         Raises:
           ValueError: an image that cannot be used, or that is too large for mode "whole" or too small for the model.
         """
         return self.labels([image])[0]
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
+    def probabilities(self, image: Image) -> np.ndarray:
         """Probability of each class, float32 (H, W, K), of the same; K = 1 is that of the class."""
         return self.probabilities_of([image])[0]
 
-    def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def labels(self, images: Sequence[Image]) -> list[np.ndarray]:
         """What a call gives, of several images of one `padded_size`."""
         return self._of(self._inference.labels, images)
 
-    def probabilities_of(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:
         """What `probabilities` gives, of several images of one `padded_size`."""
         return [scores.astype(np.float32, copy=False) for scores in self._of(self._inference.probabilities, images)]
 
@@ -140,7 +103,7 @@ class Predictor:
         height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in size[:2])
         return height, width
 
-    def _of(self, function: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _of(self, function: Callable[[np.ndarray], np.ndarray], images: Sequence[Image]) -> list[np.ndarray]:
         images = [as_rgb(image) for image in images]
         for image in images:
             self._refuse_too_large(image.shape[:2])

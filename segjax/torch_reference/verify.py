@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from flax import nnx
 
-from segjax import models
+from segjax import layers, models
 from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.key_maps import BATCH_COUNTER
 from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
-from segjax.inference.engine import predictions
+from segjax.inference.engine import labels_of
 from segjax.models.segnext import evaluation_bases
 from segjax.torch_reference import (
     hrnet,
@@ -168,7 +168,7 @@ def verify(model: nnx.Module, state_dict: Mapping | Checkpoint) -> Report:
     against, theirs = _run_theirs(model, checkpoint, x)
     ours = np.asarray(compiled(model)(x, *bases_for(model, len(x)))[0])
     size = picture.shape[:2]
-    labels = [np.asarray(predictions(jnp.asarray(logits), size)) for logits in (ours, theirs)]
+    labels = [np.asarray(labels_of(layers.resize(jnp.asarray(logits), size))) for logits in (ours, theirs)]
     return Report(
         against=against,
         error=relative_error(ours, theirs),

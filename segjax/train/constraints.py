@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import struct
+from collections.abc import Collection
 from typing import ClassVar, TypeGuard
 
 # Steps and counts are int32 on the device.
@@ -90,7 +91,7 @@ class Boolean:
 class Choice:
     """One of a few words."""
 
-    options: tuple[str, ...]
+    options: Collection[str]
     kind: ClassVar[type] = str
 
     @property

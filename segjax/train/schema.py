@@ -115,7 +115,7 @@ DATA = Section(
     "data",
     "images and labels",
     (
-        Setting("name", "streets", Choice(tuple(DATASETS)), "Dataset; streets are generated, folder is your own."),
+        Setting("name", "streets", Choice(DATASETS), "Dataset; streets are generated, folder is your own."),
         Setting(
             "source",
             None,

@@ -15,11 +15,11 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from configs import common
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.orbax_folder import load_model, save_model
 from segjax.checkpoints.state_dict import CheckpointError
 from segjax.models.functional import FunctionalModel, params_sha256
+from segjax.recipes import common
 from segjax.runtime import atomic, console
 from segjax.train import optim
 from segjax.train.run_checkpoints import RunCheckpoints

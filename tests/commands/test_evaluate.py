@@ -16,7 +16,7 @@ from segjax.checkpoints.metadata import dataset_metadata
 from segjax.commands import evaluate, inspect
 from segjax.data import builders, prepared, specs, streets
 from segjax.data.open import GENERATORS
-from segjax.inference import evaluation
+from segjax.inference import evaluate_dataset, evaluation
 from tests import runs
 from tests.tiny import tiny_model
 
@@ -122,8 +122,9 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_a_training_is_measured_to_be_exactly_what_it_says(best, workdir, capsys):
-    assert call("--workdir", workdir, *["--best"] * best) == 0
+@pytest.mark.parametrize("named", [("--workdir",), ("--checkpoint",), ()], ids=" ".join)
+def test_a_training_is_measured_to_be_exactly_what_it_says(named, best, workdir, capsys):
+    assert call(*named, workdir, *["--best"] * best) == 0
     printed = capsys.readouterr().out
     folder = workdir / ("report-best" if best else "report")
     found, recorded = results(folder), runs.result_of(workdir)
@@ -152,17 +153,21 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
 def test_a_training_evaluated_on_what_it_trained_on_has_as_many_scenes(workdir, monkeypatch):
     monkeypatch.setitem(GENERATORS, "streets", lambda split, **drawn: (split, drawn["num_images"]))
     config = orbax_folder.load_metadata(workdir)["config"]
-    of = {split: evaluate._load("streets", split, None, None, config)[0] for split in ("train", "val", "test")}
+
+    def drawn(split):
+        return evaluate_dataset._opened("streets", split, config, data_source=None, data_dir=None).data
+
+    of = {split: drawn(split) for split in ("train", "val", "test")}
     assert of == {"train": ("train", 7), "val": ("val", 5), "test": ("test", 5)}
     config["data"]["eval_split"] = "train"
-    assert evaluate._load("streets", "train", None, None, config)[0] == ("train", 5)
+    assert drawn("train") == ("train", 5)
 
 
 def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     recorded = runs.result_of(workdir)
     summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
-    evaluate._compare_with_result(tmp_path, summary)
+    evaluate._compare_with_result(tmp_path / "result.json", summary)
     printed = capsys.readouterr().out
     assert printed.startswith("NOT what") and "(mIoU 0.9000, " in printed
     assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
@@ -178,7 +183,7 @@ def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(work
     assert [entry["pixels"] for entry in found["classes"]] == labelled.tolist()
     assert {image["name"] for image in found["worst_images"]} == set(scenes.names)
     first, *_ = printed.splitlines()
-    assert first.startswith("evaluates ") and "on streets val: whole images" in " ".join(printed.split())
+    assert first.startswith("evaluates ") and "data streets val, 5 images" in " ".join(printed.split())
     assert "mIoU" in printed and str(output / "index.html") in printed.replace("\n", "")
     assert_fits(printed.replace(str(output), "report").replace(str(workdir), "run"))
 
@@ -187,11 +192,11 @@ def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(work
 
 
 def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, capsys):
-    given = ("--checkpoint", shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
+    given = (shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
     protocol = ("--mode", "slide", "--crop", 32, 32, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
     assert call(*given, "--data", "folder:val", *protocol, "--output", tmp_path) == 0
     printed, found = " ".join(capsys.readouterr().out.split()), results(tmp_path)
-    assert "windows of 32x32 every 24x24, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
+    assert "sliding window of 32x32 every 24x24, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
     assert found["protocol"] == {
         "mode": "slide",
         "crop": [32, 32],
@@ -214,7 +219,7 @@ def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, 
 def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
     folder = ("--data", "folder:val", "--source", shapes.source, "--data-dir", shapes.data, "--output", tmp_path)
     message = refused(capsys, "--checkpoint", workdir, *folder)
-    assert "tells 19 classes of streets apart, and source has 3" in message
+    assert "the model has 19 classes of streets, and source has 3" in message
     other = specs.DatasetSpec("other", ("ground", "other", "thing"), SPEC.colors, 255)
     known = {"dataset": dataset_metadata(other)}
     orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), metadata=known)
@@ -244,19 +249,19 @@ def test_a_split_without_labels_is_refused(shapes, workdir, tmp_path, capsys, mo
 
 OF_CHECKPOINT = ("--checkpoint", "nowhere", "--data")
 WRONG = {
-    ("--checkpoint", "nowhere"): "--checkpoint needs --data NAME",
+    ("nowhere",): "nowhere: there is no such file or folder",
     (*OF_CHECKPOINT, "mars:val"): "NAME one of streets, camvid, cityscapes, ade20k, voc, pet, folder, not 'mars:val'",
     (*OF_CHECKPOINT, "streets", "--crop", "64", "64"): "--crop and --stride go with --mode slide",
     (*OF_CHECKPOINT, "streets", "--batch", "0"): "--batch is at least 1, not 0",
     (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are drawn",
-    (*OF_CHECKPOINT, "streets", "--best"): "--best goes with --workdir",
+    (*OF_CHECKPOINT, "streets", "--best"): "nowhere/best: there is no such file",
     (*OF_CHECKPOINT, "streets", "--scales", "0"): "scales are positive numbers, not (0.0,)",
     (*OF_CHECKPOINT, "streets", "--mode", "slide", "--crop", "8", "8", "--stride", "9", "8"): "leaves gaps",
     (*OF_CHECKPOINT, "streets", "--mode", "windows"): "invalid choice: 'windows'",
-    ("--workdir", "nowhere", "--flip", "--batch", "3"): "--flip, --batch: --workdir evaluates as the training does",
-    ("--workdir", "nowhere"): "no checkpoint of segjax in this folder",
+    ("--workdir", "nowhere", "--flip", "--batch", "3"): "--flip, --batch: without --data a run is evaluated as",
+    ("--workdir", "nowhere"): "nowhere: there is no such file or folder",
     (*OF_CHECKPOINT, "streets"): "nowhere: there is no such file",
-    (): "one of the arguments --workdir --checkpoint is required",
+    (): "the following arguments are required: CHECKPOINT",
 }
 
 
@@ -269,12 +274,13 @@ def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, capsy
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file" / "report")
-    assert f"{tmp_path / 'file'} is a file; choose another --output" in message
+    assert f"{tmp_path / 'file'} is a file; choose another folder" in message
     monkeypatch.setattr(os, "access", lambda *_: False)
     message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path)
     assert "cannot be written to" in message
 
 
 def test_a_folder_that_is_no_training_is_told_how_to_be_evaluated(shapes, capsys):
-    message = refused(capsys, "--workdir", shapes.model)
-    assert "is no folder of a training" in message and "--checkpoint" in message
+    for arguments in (("--workdir", shapes.model), (shapes.model,), (shapes.source / "classes.json",)):
+        message = refused(capsys, *arguments)
+        assert f"{arguments[-1]} is not the folder of a run" in message and "--data NAME" in message

@@ -18,6 +18,7 @@ from segjax.commands import predict
 from segjax.data import codec
 from segjax.inference import batch_run
 from segjax.inference import overlapped as inference_overlapped
+from segjax.inference.engine import labels_of
 from segjax.viz import overlay
 from tests.pixels import BINARY, SPEC, Pixels, scene
 
@@ -213,7 +214,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
             assert saved["probabilities"].dtype == np.float32 and saved["class_names"].tolist() == list(
                 spec.class_names
             )
-            np.testing.assert_array_equal(batch_run._labels_of(saved["probabilities"]), truth)
+            np.testing.assert_array_equal(labels_of(saved["probabilities"], threshold=0.5), truth)
         drawn = cv2.imread(str(out / "overlay" / f"{name}.jpg"))[..., ::-1].astype(float)
         blended = (1 - overlay.OPACITY) * image + overlay.OPACITY * shown
         assert drawn.shape[0] > 33 and np.abs(drawn[: truth.shape[0], : truth.shape[1]] - blended).mean() < 6
@@ -319,17 +320,53 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
 
-    def replace(beside, path):
-        if path.suffix != ".json":
-            assert beside.parent == path.parent and beside.name.startswith(".") and beside.stat().st_size > 50
-            assert path != old or path.read_bytes() == b"old"
-            raise OSError(errno.EIO, "Input/output error")
+    def replace(temporary, path, original=os.replace):
+        if path.suffix == ".json":
+            return original(temporary, path)
+        assert temporary.parent == path.parent and temporary.name.startswith(".") and temporary.stat().st_size > 50
+        assert path != old or path.read_bytes() == b"old"
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(predict.Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert run(tmp_path / "a.png", "--output", out) == 1
     assert "a.png: Input/output error" in " ".join(capsys.readouterr().err.split())
     assert old.read_bytes() == b"old"
-    assert [name for name in below(out) if name.endswith((".png", ".jpg", ".part"))] == ["labels/a.png"]
+    assert below(out) == ["labels/a.png", "predict.json"]
+
+
+def test_an_output_that_is_removed_while_others_are_written_is_told(tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
+    save = batch_run.save
+
+    def saved(path, *arguments):
+        save(path, *arguments)
+        if path.name == "1.png":
+            path.unlink()
+
+    monkeypatch.setattr(batch_run, "save", saved)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = capsys.readouterr()
+    assert "wrote 2 images" in said.out and "1 of 3 inputs failed:" in said.err
+    assert "labels/1.png was written and is gone" in " ".join(said.err.split())
+
+
+def test_the_checkpoint_is_the_first_argument_or_an_option(tmp_path, capsys):
+    put(tmp_path / "a.png", scene(0, 20, 30))
+    put(tmp_path / "b.png", scene(1, 20, 30))
+    for number, arguments in enumerate(
+        (
+            ("5", tmp_path / "a.png", tmp_path / "b.png", "--output", tmp_path / "0"),
+            ("5", "--output", tmp_path / "1", tmp_path / "a.png", tmp_path / "b.png"),
+            (tmp_path / "a.png", tmp_path / "b.png", "--checkpoint=5", "--output", tmp_path / "2"),
+            ("--checkpoint", "5", "--output", tmp_path / "3", tmp_path / "a.png", tmp_path / "b.png"),
+        )
+    ):
+        assert predict.main([str(argument) for argument in arguments]) == 0
+        assert len(below(tmp_path / str(number))) == 5
+    with pytest.raises(SystemExit):
+        predict.main(["5", "--output", str(tmp_path / "4")])
+    assert "the following arguments are required: INPUT" in capsys.readouterr().err
 
 
 def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -352,8 +389,9 @@ def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys
     put(tmp_path / "x.png", scene(0, 20, 30))
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", checkpoint="nowhere") == 2
     assert capsys.readouterr().err == "segjax predict: nowhere: there is no such file\n"
-    assert run(tmp_path / "x.png", "--output", tmp_path / "out", "--crop", "8", "8") == 2
-    assert "mode='slide'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "x.png", "--output", tmp_path / "out", "--crop", "8", "8")
+    assert caught.value.code == 2 and "--crop and --stride go with --mode slide" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from tiny import SIZES
 
 from segjax import recipes
 from segjax.commands import train
 from segjax.data.specs import DATASETS
 from segjax.train import schema
+from tests.tiny import SIZES
 
 REPO = Path(__file__).parents[2]
 SMALL = (
@@ -270,8 +270,22 @@ def test_help_and_mistyped_arguments_are_answered_without_jax():
 
 
 def test_the_first_line_comes_before_jax_is_imported():
-    loaded, said, _ = loaded_after('train._run = lambda options: 0\ntrain.main(["--config=segformer:b2,camvid"])')
-    assert (loaded, said) == ([], ["recipe   segformer:b2,camvid"])
+    code = """if True:
+        import sys
+        from segjax.commands import train
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "jax":
+                    print("jax is imported")
+                    sys.exit(0)
+
+        sys.meta_path.insert(0, Finder)
+        train.main(["--config=segformer:b2,camvid"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["recipe   segformer:b2,camvid", "jax is imported"]
 
 
 @pytest.mark.parametrize("process, speaks", [("0", True), ("1", False)])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
 from segjax.data import augment, specs
+from segjax.recipes import common
 
 IGNORE = 255
 MEAN, STD = np.array(specs.IMAGENET_MEAN), np.array(specs.IMAGENET_STD)

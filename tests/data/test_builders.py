@@ -349,11 +349,12 @@ def test_two_folders_alike_in_names_sizes_and_times_are_two(tmp_path, data):
 # CamVid, with published numbers cut to a tiny tree
 
 
-def test_camvid_once_prepared_needs_no_source(tiny_camvid, data):
+@pytest.mark.parametrize("source", [None, "", ()])
+def test_camvid_once_prepared_needs_no_source(source, tiny_camvid, data):
     prepared = prepare(tiny_camvid, data, "camvid")
     assert prepared.spec == specs.DATASETS["camvid"].spec and prepared.path == data / "segjax_camvid/1.1.0"
     shutil.rmtree(tiny_camvid)
-    again = builders.prepare("camvid", source=None, data_dir=str(data))
+    again = builders.prepare("camvid", source=source, data_dir=str(data))
     assert again == prepared and again.load("train").labels.max() == 11
 
 

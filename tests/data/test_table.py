@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import segjax.data
-from configs import common, hrnet, segformer
+from configs import hrnet, segformer
 from segjax.checkpoints import metadata
 from segjax.commands import data, evaluate
 from segjax.data import archives, builders, specs, streets
 from segjax.data.open import GENERATORS, open_splits
 from segjax.data.records import records_of
 from segjax.data.sources import Example
+from segjax.recipes import common
 from tests import runs
 from tests.tiny import FAMILIES
 
@@ -231,7 +232,7 @@ def test_a_new_dataset_in_a_folder_needs_no_reader_of_its_own(splits, monkeypatc
                 assert cv2.imwrite(str(tmp_path / part / split / f"{i}.png"), array)
     classes = {"names": TOY.class_names, "colors": TOY.colors, "ignore": 255}
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    prepared = builders.prepare("toy", source=str(tmp_path), data_dir=str(tmp_path / "data"))
+    prepared = builders.prepare("toy", source=tmp_path, data_dir=tmp_path / "data")
     assert prepared.spec == spec and prepared.splits == {"train": 2, "val": 1}
     (tmp_path / "classes.json").write_text(json.dumps(classes | {"names": ["a", "b", "c"]}))
     with pytest.raises(builders.DataError, match=r"does not have the 3 classes of toy; correct it") as error:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from segjax import layers
-from segjax.inference.engine import Inference, Protocol, scaled, scaled_size, windows
+from segjax.inference.engine import Inference, Protocol, scaled, scaled_size, window_starts
 from tests.tiny import tiny_model
 
 
@@ -40,7 +40,7 @@ def logits_of(inference, image):
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 17, 23, 40])
 @pytest.mark.parametrize("crop, stride", [(8, 5), (8, 8), (8, 1), (40, 7)])
 def test_windows_cover_everything_once_at_least_and_stay_inside(length, crop, stride):
-    starts = windows(length, crop, stride)
+    starts = window_starts(length, crop, stride)
     side = min(crop, length)
     assert starts[0] == 0 and starts[-1] + side == length
     assert starts == sorted(set(starts))
@@ -54,13 +54,13 @@ def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, s
     inference = Inference(Blurred(3), Protocol("slide", crop, stride), batch=batch)
     image = draw(0, *size)
     total, seen = np.zeros((*size, 3)), np.zeros((*size, 1))
-    for top in windows(size[0], crop[0], stride[0]):
-        for left in windows(size[1], crop[1], stride[1]):
+    for top in window_starts(size[0], crop[0], stride[0]):
+        for left in window_starts(size[1], crop[1], stride[1]):
             part = np.s_[top : top + crop[0], left : left + crop[1]]
             total[part] += logits_of(inference, np.ascontiguousarray(image[part]))
             seen[part] += 1
-    bands = [np.asarray(band) for band in inference.bands(image)]
-    np.testing.assert_allclose(np.concatenate(bands), total / seen, rtol=1e-4, atol=1e-4)
+    tiles = [np.asarray(tile) for tile in inference.row_tiles(image)]
+    np.testing.assert_allclose(np.concatenate(tiles), total / seen, rtol=1e-4, atol=1e-4)
     labels = inference.labels(image[None])
     assert labels.dtype == np.uint8 and labels.shape == (1, *size)
     assert (labels[0] == (total / seen).argmax(axis=-1)).mean() > 0.999
@@ -68,7 +68,7 @@ def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, s
 
 def test_one_row_of_windows_is_kept_at_a_time():
     inference = Inference(Blurred(2), Protocol("slide", (16, 16), (8, 16)))
-    assert [band.shape for band in inference.bands(draw(1, 37, 21))] == [
+    assert [tile.shape for tile in inference.row_tiles(draw(1, 37, 21))] == [
         (8, 21, 2),
         (8, 21, 2),
         (5, 21, 2),
@@ -147,10 +147,15 @@ def test_a_scale_that_leaves_nothing_is_refused():
 
 def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
     with pytest.raises(ValueError) as caught:
-        Protocol("windows", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
+        Protocol("slide", (0, 3), (4, 4), scales=(0.5, -1.0), size_divisor=0)
     message = str(caught.value)
-    assert all(word in message for word in ("'windows'", "(0, 3)", "(0.5, -1.0)", "size_divisor"))
-    with pytest.raises(ValueError, match=r"a stride of \(17, 4\) leaves gaps between windows of \(16, 16\)"):
+    assert all(word in message for word in ("crop is (height, width), not (0, 3)", "(0.5, -1.0)", "size_divisor"))
+    with pytest.raises(ValueError, match=r"'windows'.*not \(0, 3\)"):
+        Protocol("windows", (0, 3))
+    for given in (dict(crop=(8, 8)), dict(stride=(8, 8))):
+        with pytest.raises(ValueError, match="give mode 'slide' too"):
+            Protocol(**given)
+    with pytest.raises(ValueError, match=r"a stride of \(17, 4\) leaves gaps between crops of \(16, 16\)"):
         Protocol("slide", (16, 16), (17, 4))
     with pytest.raises(ValueError, match="scales"):
         Protocol(scales=())
@@ -158,11 +163,19 @@ def test_a_protocol_that_makes_no_sense_is_refused_in_one_error():
         Protocol(scales=(float("nan"),))
 
 
+def test_a_sliding_window_steps_by_three_quarters_of_its_crop_by_default():
+    assert (Protocol("slide").crop, Protocol("slide").stride) == ((512, 512), (384, 384))
+    assert Protocol("slide", [1024, 1]).stride == (768, 1)
+    assert Protocol("slide", (100, 60), [50, 60]).stride == (50, 60)
+    assert (Protocol().crop, Protocol().stride) == (None, None)
+    assert Protocol("slide", [64, 32], scales=[1.0]) == Protocol("slide", (64, 32), (48, 24))
+
+
 def test_a_protocol_says_what_it_does():
     assert str(Protocol()) == "whole images"
     text = str(Protocol("slide", (512, 1024), (384, 768), (0.5, 1.0), flip=True, size_divisor=32))
-    assert text == "windows of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
-    assert Protocol().record() == {"mode": "whole", "scales": (1.0,), "flip": False, "size_divisor": 1}
+    assert text == "sliding window of 512x1024 every 384x768, at scales 0.5 1, and mirrored, resized to multiples of 32"
+    assert Protocol().record() == {"mode": "whole", "scales": [1.0], "flip": False, "size_divisor": 1}
 
 
 def test_a_real_model_goes_through_all_of_it(quick_compile):

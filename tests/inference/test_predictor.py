@@ -16,7 +16,8 @@ from segjax.checkpoints import metadata, orbax_folder, save
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
-from segjax.inference.predictor import Predictor, as_rgb
+from segjax.inference.images import as_rgb
+from segjax.inference.predictor import Predictor
 from segjax.train import loop
 from tests.pixels import BINARY, PROGRAMS, SPEC, Pixels, scene
 from tests.tiny import tiny_model
@@ -215,19 +216,19 @@ def test_windows_give_the_mean_of_all_scores_of_a_pixel(num_classes, size, batch
     np.testing.assert_array_equal(predict(image)[clear], truth[clear])
 
 
-def test_labels_in_windows_never_hold_the_scores_of_the_whole_image(monkeypatch):
+def test_labels_of_a_sliding_window_never_hold_the_scores_of_the_whole_image(monkeypatch):
     model, predict = pixels(mode="slide", crop=(16, 40), stride=(12, 30), batch=2)
     image, largest = scene(0, 400, 50), []
-    original = predict._inference.bands
+    original = predict._inference.row_tiles
 
-    def bands(image):
-        for band in original(image):
+    def row_tiles(image):
+        for tile in original(image):
             largest.append(sum(array.size for array in jax.live_arrays() if array.shape[-1:] == (5,)))
-            yield band
+            yield tile
 
-    monkeypatch.setattr(predict._inference, "bands", bands)
+    monkeypatch.setattr(predict._inference, "row_tiles", row_tiles)
     np.testing.assert_array_equal(predict(image), model.labels(image))
-    # A band, the mean of its upper part, and windows; the whole image has 400 rows.
+    # A row tile, the mean of its upper part, and crops; the whole image has 400 rows.
     assert 0 < max(largest) < 100 * 50 * 5
 
 
@@ -254,7 +255,7 @@ def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkey
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"crop": (8, 8)}, "mode='slide'"),
+        ({"crop": (8, 8)}, "mode 'slide'"),
         ({"pad_multiple": 0, "batch": 0}, "pad_multiple and batch"),
         ({"mode": "tiles"}, "'tiles'"),
         ({"mode": "slide", "crop": (8, 8), "stride": (9, 8)}, "gaps"),
@@ -276,6 +277,6 @@ def test_segjax_brings_the_predictor_in_when_it_is_asked_for():
         getattr(segjax, mistyped)
 
 
-def test_windows_step_by_three_quarters_unless_said_otherwise():
+def test_a_sliding_window_steps_by_three_quarters_of_the_crop_by_default():
     assert pixels(mode="slide")[1].protocol.stride == (384, 384)
     assert pixels(mode="slide", crop=(1024, 512))[1].protocol.stride == (768, 384)

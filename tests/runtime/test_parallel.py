@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import common, segformer
+from configs import segformer
 from segjax import layers, losses
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
@@ -20,6 +20,7 @@ from segjax.inference.evaluation import evaluate
 from segjax.kernels import choice
 from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
+from segjax.recipes import common
 from segjax.runtime.parallel import AXIS, JitParallel, PmapParallel, ShardMapParallel, parallel_for
 from segjax.train import optim
 from segjax.train.state import TrainState

@@ -20,7 +20,8 @@ import pytest
 from flax import nnx
 
 from benchmarks.kill_resume import differences, events_of, records_of, remains
-from configs import common, segformer
+from configs import segformer
+from segjax import layers
 from segjax.checkpoints import metadata, orbax_folder
 from segjax.checkpoints.orbax_folder import load_model
 from segjax.checkpoints.state_dict import named_variables
@@ -28,9 +29,10 @@ from segjax.data import specs, streets
 from segjax.data.augment import draw_crops, normalise
 from segjax.data.open import OpenSplit
 from segjax.inference import evaluation
-from segjax.inference.engine import predictions
+from segjax.inference.engine import labels_of
 from segjax.kernels import choice
 from segjax.models.functional import params_sha256
+from segjax.recipes import common
 from segjax.runtime import console
 from segjax.train import loop, optim, setup
 from segjax.train.config import RunError, check, check_crop
@@ -73,7 +75,7 @@ def scores_of(model):
     """Pixel accuracy and IoU by class of a model on the evaluation images, counted with plain numpy."""
     split = streets.load("val", num_images=5, size=(40, 64), seed=0)
     logits = nnx.jit(lambda model, images: model(normalise(images))[0])(model, split.images)
-    predicted = np.asarray(predictions(logits, (40, 64)))
+    predicted = np.asarray(labels_of(layers.resize(logits, (40, 64))))
     valid = split.labels != 255
     right = (predicted == split.labels) & valid
     ious = []

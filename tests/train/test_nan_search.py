@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common
 from segjax import losses
 from segjax.checkpoints.state_dict import named_variables
 from segjax.data.augment import normalise
 from segjax.models.functional import FunctionalModel
+from segjax.recipes import common
 from segjax.runtime.parallel import AXIS, JitParallel, PmapParallel
 from segjax.train import nan_search, optim
 from segjax.train.state import TrainState

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 import segjax
-from configs import common, segformer
+from configs import segformer
 from segjax import layers
+from segjax.recipes import common
 from segjax.train import optim
 
 # ---------------------------------------------------------------------------------------------------------- schedules

@@ -70,7 +70,8 @@ def refused_by(allowed):
         case constraints.Boolean():
             yield from (0, 1, "True", 1.0, ())
         case constraints.Choice():
-            yield from ("", "no such word", allowed.options[0].upper(), f"{allowed.options[0]} ", 1, allowed.options)
+            first = next(iter(allowed.options))
+            yield from ("", "no such word", first.upper(), f"{first} ", 1, tuple(allowed.options))
         case constraints.Text():
             yield from (1, b"text", ("text",), 1.5)
         case constraints.RegularExpression():

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from segjax import layers, losses
 from segjax.data.augment import normalise
 from segjax.layers import BlockExecution
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
+from segjax.recipes import common
 from segjax.runtime.parallel import JitParallel, parallel_for
 from segjax.train import optim
 from segjax.train.state import TrainState

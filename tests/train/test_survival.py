@@ -63,7 +63,7 @@ def flat(text):
     return " ".join(text.split())
 
 
-FULL = "What was saved before is complete: free some space, and give the same command again"
+FULL = "What was saved before is whole: make room, and give the same command again"
 
 
 def differing(alone, workdir):
@@ -163,7 +163,7 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
 def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
     _, stages = hard_life
     stage = stages["told twice"]
-    assert stage.status == 143 and "segjax train: stopped at once; what was saved is complete" in stage.said
+    assert stage.status == 143 and "segjax train: stopped at once; what was saved is whole" in stage.said
     assert "stopped at step" not in stage.said and "Traceback" not in stage.said
     # The next start goes on from what is whole.
     assert f"resuming at step {stage.checkpoints[-1]} of {STEPS} " in stages[ALL_BUT_TRAINING].said
@@ -199,7 +199,9 @@ def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone,
     (workdir / "result.json").unlink()
     process = train(workdir, largest_file=ALL_BUT_WEIGHTS)
     # A picture, or best/ where the last evaluation was the best.
-    assert process.wait() == 2 and re.search(rf" train\.py: [^:]*(: [^:]*)?File too large\)?\. {FULL}$", process.said())
+    assert process.wait() == 2 and re.search(
+        rf" segjax train: [^:]*(: [^:]*)?File too large\)?\. {FULL}$", process.said()
+    )
     assert not (workdir / "result.json").exists()
     process = train(workdir)
     assert process.wait() == 0 and differing(alone, workdir) == []

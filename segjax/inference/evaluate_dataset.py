@@ -1,0 +1,250 @@
+"""`segjax.evaluate_dataset`: mIoU and other figures of any checkpoint on a split of a data set, and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.huggingface import is_address
+from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
+from segjax.checkpoints.state_dict import logger, model_metadata
+from segjax.data import specs
+from segjax.data.open import OpenSplit, open_splits
+from segjax.data.records import records_of
+from segjax.data.sources import DataError, listed
+from segjax.inference.engine import Inference, Protocol
+from segjax.inference.evaluation import SHOWN, Measured, measure
+from segjax.viz import report
+
+
+def evaluate_dataset(
+    source: str | Path | LoadedCheckpoint | nnx.Module,
+    data: str | OpenSplit | None = None,
+    *,
+    data_source: str | Sequence[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    mode: str = "whole",
+    crop: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    size_divisor: int = 1,
+    batch: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> dict[str, object]:
+    """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
+
+    Args:
+      source: as for `segjax.load`, the result of it, or a model.
+      data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
+        default; or one of `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in
+        the dtype and with the batch of its training, whose figures come out again; then the protocol cannot be changed.
+      data_source, data_dir: the files that a data set is prepared from at its first use, and the folder for the
+        prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
+      mode, crop, stride, scales, flip: as for `segjax.Predictor`.
+      size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
+      batch: images, or with mode "slide" crops, that go through the model at a time; one for each device by default.
+      output: folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); none by default.
+      progress: whether to print how many images are done.
+
+    Returns:
+      "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in 0..1, or None
+      where no pixel counts; "per_class_iou", K numbers, or None for a class that occurs nowhere; "classes", with a dict
+      for each class: "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step" of a run's
+      checkpoint, else None.
+
+    Raises:
+      CheckpointError: no model can be read from `source`.
+      ValueError: settings that contradict each other, data that cannot be used, classes other than the model's, or an
+        `output` that cannot be written.
+    """
+    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor)
+    if output is not None:
+        _refuse_unwritable(Path(output))
+    if data is None:
+        if protocol != Protocol() or batch is not None:
+            raise ValueError("a run is evaluated as by its training; to set the protocol or the batch, name the data")
+        given = _of_run(source, data_source=data_source, data_dir=data_dir)
+    else:
+        given = _of_checkpoint(as_loaded(source), data, data_source=data_source, data_dir=data_dir, batch=batch)
+    checkpoint, classes = given.checkpoint, given.opened.spec
+    model, count = checkpoint.model, len(records_of(given.opened.data))
+    logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
+    logger.info("data     %s, %d images", given.name, count)
+    logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
+    logger.info("compiling; each size of image takes its time once ...")
+    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)
+    # The crops of one image make a batch, or several whole images do.
+    batch_size = given.batch if protocol.mode == "whole" else 1
+    shown = 0 if output is None else SHOWN
+    measured = measure(
+        inference.labels, given.opened.data, classes, batch_size=batch_size, shown=shown, progress=progress
+    )
+    if output is not None:
+        name = str(source) if isinstance(source, str | Path) else model.spec.name
+        _write_report(Path(output), measured, given, protocol, name)
+    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step")}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What is evaluated: a checkpoint and a split, `batch` images or crops at a time.
+
+    Attributes:
+      split: its name, "" where nobody knows.
+    """
+
+    checkpoint: LoadedCheckpoint
+    opened: OpenSplit
+    split: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.opened.spec.name} {self.split}".strip()
+
+
+def _of_run(
+    source: str | Path | LoadedCheckpoint | nnx.Module,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> _Given:
+    """The newest checkpoint of a run, and the split that the run is evaluated on."""
+    folder = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if folder and not folder.exists() and not is_address(source):
+        raise ValueError(f"{source}: there is no such file or folder")
+    config = orbax_folder.load_metadata(folder).get("config") if folder and folder.is_dir() else None
+    if not config:
+        raise ValueError(f"{source} is not the folder of a run, which has data of its own: name the data (--data NAME)")
+    checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
+    data = config["data"]
+    opened = _opened(
+        data["name"],
+        data["eval_split"],
+        config,
+        data_source=data_source or data["source"],
+        data_dir=data_dir or data["dir"],
+    )
+    return _Given(checkpoint, opened, data["eval_split"], config["eval"]["batch"])
+
+
+def _of_checkpoint(
+    checkpoint: LoadedCheckpoint,
+    data: str | OpenSplit,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+    batch: int | None,
+) -> _Given:
+    """A checkpoint, and a split whose classes are those of the checkpoint."""
+    if isinstance(data, str):
+        name, _, split = data.partition(":")
+        if name not in specs.DATASETS:
+            raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
+        split = split or specs.DATASETS[name].evaluated_split
+        config = checkpoint.metadata.get("config")
+        data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
+    elif data_source is not None or data_dir is not None:
+        raise ValueError("data_source and data_dir are for data that is given by its name; omit them")
+    else:
+        split = ""
+    refuse_other_classes(checkpoint, data.spec)
+    return _Given(checkpoint, data, split, batch or jax.local_device_count())
+
+
+def _opened(
+    name: str,
+    split: str,
+    config: Mapping | None,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> OpenSplit:
+    """Opens a split with labels. Of a generated data set, it has the images of the run with this config, if any.
+
+    Raises:
+      ValueError: there is no such split, or it cannot be used.
+    """
+    generated = {}
+    if config and config["data"]["name"] == name and specs.DATASETS[name].kind == "generated":
+        run = config["data"]
+        only_trained_on = split == run["train_split"] != run["eval_split"]
+        number = run["train_images"] if only_trained_on else run["eval_images"]
+        generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
+    (opened,) = open_splits(name, [split], source=data_source, data_dir=data_dir, say=logger.info, **generated)
+    return opened
+
+
+def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:
+    """Raises ValueError where the classes of a checkpoint are not those of a data set, in the same order.
+
+    Up to a quarter of the names may differ, because packages spell some of them differently; these are logged.
+    """
+    dataset, own = checkpoint.dataset, checkpoint.model.spec.num_classes
+    of = f" of {dataset['name']}" if dataset else ""
+    if own != classes.num_classes:
+        raise ValueError(
+            f"the model has {own} classes{of}, and {classes.name} has {classes.num_classes}: no figure would mean "
+            "anything; choose the data set that it was trained on"
+        )
+    if not dataset:
+        logger.info("the checkpoint does not name its classes; those of %s are assumed, in their order", classes.name)
+        return
+    differing = [
+        f"{number} is {name!r}, not {other!r}"
+        for number, (name, other) in enumerate(zip(dataset["class_names"], classes.class_names, strict=True))
+        if name.strip().casefold() != other.casefold()
+    ]
+    if len(differing) > own / 4:
+        raise ValueError(
+            f"the classes of the model{of} are not those of {classes.name}: {listed(differing)}; choose the data set "
+            "that it was trained on, or one with the same classes in the same order"
+        )
+    if differing:
+        logger.info("classes with other names in the checkpoint: %s", listed(differing))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Before hours are spent on a report that cannot be written there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"the report cannot go to {folder}: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"the report cannot go to {folder}: {there} cannot be written to; choose another folder")
+
+
+def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Protocol, name: str) -> None:
+    """Writes the report of an evaluation.
+
+    Args:
+      name: of the checkpoint, or of a model that was given without one.
+    """
+    model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
+    step, predicted = given.checkpoint.metadata.get("step"), measured.predicted
+    worst = [report.Shown(records.names[number], *records[number], predicted[number]) for _, number in measured.worst]
+    facts = {
+        "checkpoint": name if step is None else f"{name}, step {step}",
+        "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
+        "protocol": str(protocol),
+    }
+    about = {
+        "checkpoint": name,
+        "step": step,
+        "model": model_metadata(model),
+        "data": {"name": classes.name, "split": given.split, "images": len(records)},
+        "protocol": protocol.record(),
+    }
+    title = f"{model.spec.name} on {given.name}"
+    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, about=about)

@@ -1,0 +1,147 @@
+"""`segjax.evaluate_dataset` against NumPy, and the figures of runs against what their trainings have written."""
+
+import json
+import logging
+from functools import partial
+
+import numpy as np
+import pytest
+
+import segjax
+from segjax.checkpoints import orbax_folder
+from segjax.data import specs
+from segjax.data.augment import normalise
+from segjax.data.open import OpenSplit
+from segjax.inference.engine import Inference, predict_labels
+from segjax.models.functional import FunctionalModel
+from segjax.runtime.parallel import Parallel
+from tests import runs
+from tests.pixels import SPEC, Pixels, scene
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def split_of(seed, number, size):
+    """A split that is already open, with labels of which a part is ignored."""
+    rng = np.random.default_rng(seed)
+    images = np.stack([scene(seed + i, *size) for i in range(number)])
+    labels = rng.choice([0, 1, 2, 3, 4, 255], (number, *size)).astype(np.uint8)
+    split = specs.Split(images, labels, np.tile(np.int32(size), (number, 1)), tuple(f"{i}" for i in range(number)))
+    return OpenSplit(split, SPEC, lambda: np.bincount(labels[labels != 255], minlength=5))
+
+
+@pytest.mark.parametrize("seed, number, size", [(0, 7, (33, 50)), (3, 4, (40, 31))])
+@pytest.mark.parametrize("settings", [{}, {"batch": 3}, {"mode": "slide", "crop": (24, 32), "batch": 2}])
+def test_the_figures_are_those_of_all_pixels_counted_by_numpy(seed, number, size, settings):
+    model, opened = Pixels(5, seed), split_of(seed, number, size)
+    found = segjax.evaluate_dataset(model, opened, **settings)
+    counts = np.zeros((5, 5), np.int64)
+    for image, truth in zip(opened.data.images, opened.data.labels, strict=True):
+        valid = truth != 255
+        np.add.at(counts, (truth[valid], model.labels(image)[valid]), 1)
+    expected = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
+    np.testing.assert_allclose(found["per_class_iou"], expected, rtol=1e-12)
+    assert found["mean_iou"] == pytest.approx(expected.mean(), rel=1e-12)
+    assert found["pixel_accuracy"] == pytest.approx(np.diag(counts).sum() / counts.sum(), rel=1e-12)
+    assert [entry["class"] for entry in found["classes"]] == list(SPEC.class_names)
+    assert [entry["pixels"] for entry in found["classes"]] == counts.sum(1).tolist() and found["step"] is None
+
+
+def test_a_report_is_written_only_where_it_is_asked_for_and_nothing_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    opened = split_of(1, 4, (20, 28))
+    quiet = segjax.evaluate_dataset(Pixels(5), opened)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+    assert segjax.evaluate_dataset(Pixels(5), opened, output=tmp_path / "report") == quiet
+    written = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {key: written[key] for key in quiet} == quiet
+    assert written["checkpoint"] == "pixels" and written["data"] == {"name": "noise", "split": "", "images": 4}
+    assert len(written["worst_images"]) == 4
+
+
+def test_what_is_evaluated_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "segjax"):
+        segjax.evaluate_dataset(Pixels(5), split_of(1, 4, (20, 28)))
+    lines = [record.getMessage() for record in caplog.records]
+    assert "model    pixels, 5 classes" in lines and "data     noise, 4 images" in lines
+
+
+@pytest.mark.parametrize(
+    "source, data, settings, words",
+    [
+        (Pixels(3), None, {}, "is not the folder of a run"),
+        ("nowhere", None, {}, "nowhere: there is no such file or folder"),
+        ("nowhere", "mars", {}, "nowhere"),
+        (Pixels(3), "mars", {}, "no dataset 'mars'"),
+        (Pixels(3), split_of(0, 4, (8, 9)), {}, "the model has 3 classes, and noise has 5"),
+        (Pixels(5), split_of(0, 4, (8, 9)), {"data_dir": "x"}, "data that is given by its name"),
+        (Pixels(5), None, {"flip": True}, "name the data"),
+        (Pixels(5), None, {"batch": 2}, "name the data"),
+        (Pixels(5), None, {"crop": (8, 8)}, "give mode 'slide' too"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_the_reason(source, data, settings, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        segjax.evaluate_dataset(source, data, **settings)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("family", ["segformer", "ocr", "segnext"])
+def test_labels_are_those_that_a_training_on_four_devices_computes(family, kind):
+    model = tiny_model(2, family)
+    images = np.random.default_rng(2).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
+    parallel, functional = Parallel(kind), FunctionalModel(model)
+    assert len(parallel.devices) == 4
+    predict = parallel.compile_eval(partial(predict_labels, functional, normalise=normalise))
+    training = np.asarray(predict(*parallel.replicate(functional.arrays()), images))
+    found = Inference(model, batch=8).labels(images)
+    np.testing.assert_array_equal(found, training)
+    assert len(np.unique(found)) > 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"parallel": "pmap"}, {"model__dtype": "bfloat16", "seed": 2}, {"eval__batch": 8}]
+)
+def test_a_run_is_evaluated_to_exactly_what_its_training_has_written(settings, tmp_path, monkeypatch):
+    runs.cheap_step(monkeypatch)
+    status, _ = runs.run(runs.make_config(**settings), tmp_path / "run")
+    assert status == 0
+    found, recorded = segjax.evaluate_dataset(tmp_path / "run"), runs.result_of(tmp_path / "run")
+    for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step"):
+        assert found[key] == recorded[key], key
+
+
+def test_a_run_whose_data_was_moved_is_evaluated_where_it_is_now(tmp_path, monkeypatch):
+    """Source and folder that were given win over those of the run."""
+    runs.cheap_step(monkeypatch)
+    runs.run(runs.make_config(), tmp_path / "run")
+    asked = []
+
+    def open_splits(name, splits, *, source, data_dir, **_):
+        asked.append((name, splits, source, data_dir))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("segjax.inference.evaluate_dataset.open_splits", open_splits)
+    for given in ({}, {"data_source": "there", "data_dir": "elsewhere"}):
+        with pytest.raises(ValueError, match="seen"):
+            segjax.evaluate_dataset(tmp_path / "run", **given)
+    data = orbax_folder.load_metadata(tmp_path / "run")["config"]["data"]
+    assert asked == [
+        ("streets", ["val"], data["source"], data["dir"]),
+        ("streets", ["val"], "there", "elsewhere"),
+    ]
+
+
+def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_path, caplog):
+    opened, model = split_of(0, 4, (33, 40)), tiny_model(0, num_classes=5)
+    names = {1: ["red thing", "green thing", "blue", "yellow", "purple"], 2: ["red thing", "green", "blue", "x", "y"]}
+    for number, class_names in names.items():
+        dataset = {"name": "other", "class_names": class_names, "colors": [[0, 0, 0]] * 5, "ignore_label": 255}
+        orbax_folder.save_model(tmp_path / str(number), model, metadata={"dataset": dataset})
+    with caplog.at_level(logging.INFO, "segjax"):
+        segjax.evaluate_dataset(tmp_path / "1", opened)
+    assert any("other names in the checkpoint: 4 is 'purple', not 'violet'" in line for line in caplog.messages)
+    with pytest.raises(ValueError, match="the classes of the model of other are not those of noise: 1 is 'green'"):
+        segjax.evaluate_dataset(tmp_path / "2", opened)
