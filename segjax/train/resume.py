@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -59,7 +59,7 @@ class Start(NamedTuple):
 def resumed(
     checkpoints: RunCheckpoints,
     state: TrainState,
-    metadata: Mapping,
+    metadata: dict[str, Any],
     workdir: Path,
     ended: Mapping | None,
     *,

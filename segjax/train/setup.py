@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step)], start.window),
+        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
@@ -275,7 +276,7 @@ def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterio
 
 def make_optimizer(
     model: FunctionalModel, settings: ConfigDict, training: ConfigDict
-) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
@@ -335,7 +336,7 @@ def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, object]:
+def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, Any]:
     """Metadata that every checkpoint of a run has.
 
     Args:

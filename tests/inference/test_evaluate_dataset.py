@@ -14,7 +14,7 @@ from segjax.data.augment import normalise
 from segjax.data.open import OpenSplit
 from segjax.inference.engine import Inference, predict_labels
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import Parallel
+from segjax.runtime.parallel import parallel_for
 from tests import runs
 from tests.pixels import SPEC, Pixels, scene
 from tests.tiny import tiny_model
@@ -92,7 +92,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(source, data, setti
 def test_labels_are_those_that_a_training_on_four_devices_computes(family, kind):
     model = tiny_model(2, family)
     images = np.random.default_rng(2).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
-    parallel, functional = Parallel(kind), FunctionalModel(model)
+    parallel, functional = parallel_for(kind), FunctionalModel(model)
     assert len(parallel.devices) == 4
     predict = parallel.compile_eval(partial(predict_labels, functional, normalise=normalise))
     training = np.asarray(predict(*parallel.replicate(functional.arrays()), images))
