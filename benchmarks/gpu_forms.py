@@ -289,13 +289,13 @@ def _inference(work: contenders.Work, count: int) -> Callable:
     """A mean logit of each image; that of several images costs no more memory than that of one."""
     from segjax.models.functional import FunctionalModel
 
-    skeleton = FunctionalModel(_model(work))
-    arrays = skeleton.arrays()
+    functional = FunctionalModel(_model(work))
+    arrays = functional.arrays()
     images = jnp.stack([jnp.asarray(work.images())] * count)
 
     @jax.jit
     def run(params, batch_stats, images):
-        model = skeleton.bind(params, batch_stats)
+        model = functional.bind(params, batch_stats)
         return lax.scan(lambda _, x: (None, jnp.mean(jnp.square(model(x)[0]))), None, images)[1]
 
     return lambda: run(*arrays, images)

@@ -52,11 +52,11 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
     from segjax.models.functional import FunctionalModel
     from segjax.runtime.parallel import compiler_options
 
-    skeleton = FunctionalModel(segjax.create(model, num_classes=NUM_CLASSES))
-    arrays = jax.device_put(skeleton.arrays())
+    functional = FunctionalModel(segjax.create(model, num_classes=NUM_CLASSES))
+    arrays = jax.device_put(functional.arrays())
 
     def logits(params, batch_stats, images):
-        return skeleton.bind(params, batch_stats)(images)[0]
+        return functional.bind(params, batch_stats)(images)[0]
 
     def compiled(function, images):
         since = time.perf_counter()
@@ -67,7 +67,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
     rows, calls = [], []
     for size in sizes:
         pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
-        whole, _ = compiled(partial(engine.predict_labels, skeleton, normalise=normalise), pixels)
+        whole, _ = compiled(partial(engine.predict_labels, functional, normalise=normalise), pixels)
         images = jax.block_until_ready(normalise(pixels))
         program, seconds = compiled(logits, images)
 

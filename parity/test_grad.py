@@ -23,16 +23,16 @@ AUX_WEIGHT = 0.4
 
 def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
     """Loss, gradients by torch key and layout, and running statistics after the forward pass by torch key."""
-    skeleton = FunctionalModel(model)
-    params, batch_stats = skeleton.arrays()
+    functional = FunctionalModel(model)
+    params, batch_stats = functional.arrays()
 
     def loss_of(params):
-        bound = skeleton.bind(params, batch_stats, key=jax.random.key(0) if training else None)
+        bound = functional.bind(params, batch_stats, key=jax.random.key(0) if training else None)
         logits, taps = bound(x, *bases)
         loss = compare.cross_entropy(logits, labels, ignore_label=255)
         if "aux_logits" in taps:
             loss += aux_weight * compare.cross_entropy(taps["aux_logits"], labels, ignore_label=255)
-        return loss, skeleton.batch_stats_of(bound)
+        return loss, functional.batch_stats_of(bound)
 
     (loss, stats), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     by_key = {torch_name(path): to_torch_layout(path, np.asarray(value)) for path, value in gradients.items()}

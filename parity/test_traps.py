@@ -95,11 +95,11 @@ def test_variance_of_a_large_flat_map_is_never_negative():
 
 def test_every_drop_path_has_its_own_mask_and_every_step_new_ones():
     model = segjax.create("segformer_b0", num_classes=2, drop_path_rate=0.9, **NARROW.sizes)
-    skeleton = FunctionalModel(model)
-    arrays = skeleton.arrays()
+    functional = FunctionalModel(model)
+    arrays = functional.arrays()
 
     def masks(key):
-        bound = skeleton.bind(*arrays, key=key)
+        bound = functional.bind(*arrays, key=key)
         ones = jnp.ones((64, 1, 1, 1))
         drops = [
             module for _, module in nnx.iter_modules(bound) if isinstance(module, layers.DropPath) and module.stream

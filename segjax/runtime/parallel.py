@@ -6,6 +6,7 @@ import abc
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,15 +79,15 @@ class Parallel(abc.ABC):
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     @abc.abstractmethod
-    def replicate(self, tree):
+    def replicate(self, tree: Any) -> Any:
         """The arrays of `tree` on every device, as `compile_train` and `compile_eval` take them."""
 
     @abc.abstractmethod
-    def fetch(self, tree):
+    def fetch(self, tree: Any) -> Any:
         """Undoes `replicate`: one copy of every array, on the host, which no later step can change."""
 
     @abc.abstractmethod
-    def spread(self, batch):
+    def spread(self, batch: Any) -> Any:
         """Arrays (b, ...) of this process's `rows` -> the batch on the devices, as `compile_train` takes it."""
 
     @abc.abstractmethod
@@ -123,13 +124,13 @@ class JitParallel(Parallel):
         self.whole, self.split = NamedSharding(self._mesh, WHOLE), NamedSharding(self._mesh, SPLIT)
         self._jit = partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
 
-    def replicate(self, tree):
+    def replicate(self, tree: Any) -> Any:
         return jax.device_put(tree, self.whole)
 
-    def fetch(self, tree):
+    def fetch(self, tree: Any) -> Any:
         return jax.tree.map(np.array, jax.device_get(tree))
 
-    def spread(self, batch):
+    def spread(self, batch: Any) -> Any:
         return jax.make_array_from_process_local_data(self.split, batch)
 
     def batch(self, gather: Callable) -> Callable:
@@ -163,15 +164,15 @@ class PmapParallel(Parallel):
         """(b, ...) -> (own devices, b / own devices, ...)."""
         return array.reshape(len(self.own_devices), -1, *array.shape[1:])
 
-    def replicate(self, tree):
+    def replicate(self, tree: Any) -> Any:
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.own_devices), *jnp.shape(x))), tree)
         return jax.device_put(stacked, self.split)
 
-    def fetch(self, tree):
+    def fetch(self, tree: Any) -> Any:
         first = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
         return jax.tree.map(lambda whole, part: np.array(part.reshape(-1, *whole.shape[1:])[0]), tree, first)
 
-    def spread(self, batch):
+    def spread(self, batch: Any) -> Any:
         return jax.device_put(jax.tree.map(self._by_device, batch), self.split)
 
     def batch(self, gather: Callable) -> Callable:

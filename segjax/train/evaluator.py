@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from segjax.inference.engine import predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.runtime import console
 from segjax.runtime.distributed import is_lead
-from segjax.runtime.parallel import Parallel, parallel_for
+from segjax.runtime.parallel import Parallel
 from segjax.train.metrics_log import Log
 from segjax.train.progress import StopRequest
 from segjax.train.state import TrainState, weights_of
@@ -54,6 +55,18 @@ class Scores:
     def given_up(self, patience: int) -> bool:
         """Whether the last `patience` evaluations were no better than the best; a patience of 0 never gives up."""
         return 0 < patience <= self.worse
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      metrics: as `metrics.summarise` returns them, over the whole split.
+      predicted: uint8 predictions (H, W) by image number, of those images to be drawn that this process has evaluated.
+    """
+
+    metrics: dict[str, Any]
+    predicted: dict[int, np.ndarray]
 
 
 class Evaluator:
@@ -91,7 +104,7 @@ class Evaluator:
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
         self._log, self._best, self._metadata = log, best, metadata
         self._fetch = lambda tree: model.stacks.apart(parallel.fetch(tree))
-        self._parallel, self._local = parallel, parallel_for(parallel.kind, parallel.own_devices)
+        self._parallel, self._local = parallel, type(parallel)(parallel.own_devices)
         self._predict = self._local.compile_eval(partial(predict_labels, model, normalise=normalise))
         self._records = records_of(split)
         shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)
@@ -107,14 +120,8 @@ class Evaluator:
         every = self._settings.every
         return bool(every) and 0 < step < self._steps and step % every == 0
 
-    def evaluate(
-        self, step: int, state: TrainState, *, stop: StopRequest
-    ) -> tuple[dict[str, object], dict[int, np.ndarray]]:
+    def evaluate(self, step: int, state: TrainState, *, stop: StopRequest) -> Evaluation:
         """Evaluates a state; the first time for a step also logs and scores it, and saves it where it is the best.
-
-        Returns:
-          The metrics of `metrics.summarise`; and uint8 predictions (H, W) by image number, of those images to be drawn
-          that this process has evaluated.
 
         Raises:
           StoppedError: `stop` was requested before the last batch; nothing is logged or scored then.
@@ -127,17 +134,17 @@ class Evaluator:
         confusion, predicted = evaluation.evaluate(
             predict, self._split, self._spec, batch_size=batch_size, keep=self._shown
         )
-        summary = metrics.summarise(confusion)
+        found = Evaluation(metrics.summarise(confusion), predicted)
         if self.scores.evaluated != step:
-            self._write(step, summary, predicted)
-            self._score(step, state, summary["mean_iou"])
-        return summary, predicted
+            self._write(step, found)
+            self._score(step, state, found.metrics["mean_iou"])
+        return found
 
-    def _write(self, step: int, summary: Mapping, predicted: Mapping[int, np.ndarray]) -> None:
-        means = {key: summary[key] for key in ("mean_iou", "pixel_accuracy")}
-        by_class = dict(zip(self._spec.label_names, summary["per_class_iou"], strict=True))
+    def _write(self, step: int, found: Evaluation) -> None:
+        means = {key: found.metrics[key] for key in ("mean_iou", "pixel_accuracy")}
+        by_class = dict(zip(self._spec.label_names, found.metrics["per_class_iou"], strict=True))
         self._log.write({"step": step, **means, "iou": by_class})
-        for number, labels in predicted.items():
+        for number, labels in found.predicted.items():
             name, (image, truth) = self._records.names[number], self._records[number]
             self._log.picture(step, name, image, truth, labels, self._spec)
 

@@ -24,8 +24,9 @@ from segjax.checkpoints.format_version import stamped
 from segjax.models.functional import params_sha256
 from segjax.runtime import atomic, console
 from segjax.runtime.distributed import from_lead, is_lead
-from segjax.train import progress, setup
+from segjax.train import progress, resume, setup
 from segjax.train.config import check
+from segjax.train.evaluator import Evaluation
 from segjax.train.progress import Progress, StoppedError, StopRequest
 from segjax.train.run import Run
 from segjax.train.state import TrainState
@@ -56,8 +57,8 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
       ValueError: data, weights or checkpoints that cannot be used.
     """
     check(config, workdir)
-    ended = from_lead(lambda: setup.earlier_result(config, workdir))
-    if ended and setup.is_finished(ended, config):
+    ended = from_lead(lambda: resume.earlier_result(config, workdir))
+    if ended and resume.is_finished(ended, config):
         progress.already_finished(ended, workdir)
         return 0
     run, state = setup.build(config, workdir, ended)
@@ -69,16 +70,18 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
         step, state, evaluation = _fit(run, program, state, stop, bar)
     if evaluation is None:
         return stop.exit_status
-    _write_result(run, step, state, *evaluation)
+    _write_result(run, step, state, evaluation)
     return 0
 
 
-def _fit(run: Run, program: setup.Program, state: TrainState, stop: StopRequest, bar: Progress):
-    """Trains until the last step, or until the evaluations no longer improve, and evaluates.
+def _fit(
+    run: Run, program: setup.Program, state: TrainState, stop: StopRequest, bar: Progress
+) -> tuple[int, TrainState, Evaluation | None]:
+    """Trains until the last step, or until evaluations no longer improve, and evaluates.
 
     Returns:
-      Number of steps taken, the state, and what `Evaluator.evaluate` returned; or None in its place where a stop was
-      requested. Then the state is saved.
+      Number of steps taken, the state, and its evaluation; no evaluation where a stop was requested. Then the state is
+      saved.
     """
     step, evaluator, batches, meter = run.first, run.evaluator, run.batches, run.meter
     try:
@@ -124,15 +127,11 @@ def _fit(run: Run, program: setup.Program, state: TrainState, stop: StopRequest,
         return step, state, None
 
 
-def _write_result(run: Run, step: int, state: TrainState, summary: Mapping, predicted: Mapping) -> None:
-    """Writes curve.png, predictions/ and result.json, and prints the metrics.
-
-    Args:
-      summary, predicted: as `Evaluator.evaluate` returned them.
-    """
+def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation) -> None:
+    """Writes curve.png, predictions/ and result.json, and prints the metrics."""
     scores = run.evaluator.scores
     result = {
-        **stamped(summary),
+        **stamped(evaluation.metrics),
         "step": step,
         "stopped_early": step < run.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},
@@ -141,7 +140,7 @@ def _write_result(run: Run, step: int, state: TrainState, summary: Mapping, pred
         "params_sha256": params_sha256(run.fetch(state.evaluated[0])),
     }
     if is_lead():
-        draw(run, predicted)
+        draw(run, evaluation.predicted)
         # Last, because its presence means that the run is finished.
         atomic.write_text(run.workdir / "result.json", json.dumps(result, indent=2) + "\n")
     progress.report(result, run.spec, run.workdir)

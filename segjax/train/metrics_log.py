@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Log:
             and the record of the evaluation is dropped too.
           active: whether this process writes. Of several, one does.
         """
-        self.records: list[dict[str, object]] = []
+        self.records: list[dict[str, Any]] = []
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
         self._start, self._evaluated, self._active = start, evaluated, active
@@ -59,12 +60,12 @@ class Log:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _is_kept(self, record: Mapping[str, object]) -> bool:
+    def _is_kept(self, record: Mapping[str, Any]) -> bool:
         if record["step"] == self._start:
             return self._evaluated or "mean_iou" not in record
         return record["step"] < self._start
 
-    def write(self, record: Mapping[str, object]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Writes a record of numbers and of dicts of numbers, by name; "step" is the step that it belongs to."""
         self.records.append(dict(record))
         if not self._active:
@@ -120,7 +121,7 @@ class Log:
             writer.close()
 
 
-def _scalars(record: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Tag and number of each scalar of a record; TensorBoard has no missing numbers, so those are dropped."""
     for key, value in record.items():
         named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Restored(NamedTuple):
     step: int
     weights: dict[str, np.ndarray]
     training: dict[str, np.ndarray]
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
 
 
 class RunCheckpoints:
@@ -100,7 +100,8 @@ class RunCheckpoints:
         refuse(metadata)
         if orbax_folder.METADATA_HASH not in metadata:
             raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
-        found = Restored(step, *orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING), metadata)
+        found_weights, found_training = orbax_folder.read_items(folder, orbax_folder.WEIGHTS, orbax_folder.TRAINING)
+        found = Restored(step, found_weights, found_training, metadata)
         orbax_folder.refuse_changed(folder, metadata, found.weights, found.training)
         problems = []
         for template, arrays in ((weights, found.weights), (training, found.training)):

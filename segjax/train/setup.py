@@ -6,12 +6,11 @@ take their own sections: `config.data`, `config.optim` and so on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
-from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.data import class_weights, pipeline, specs
@@ -36,13 +34,14 @@ from segjax.runtime import console
 from segjax.runtime.distributed import is_lead
 from segjax.runtime.parallel import Parallel, parallel_for
 from segjax.train import optim
-from segjax.train.config import RunError, check_crop, model_overrides, plain, refuse_other_run
+from segjax.train.config import RunError, check_crop, model_overrides, plain
 from segjax.train.evaluator import Evaluator, Scores
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
+from segjax.train.resume import Start, resumed
 from segjax.train.run import Run
 from segjax.train.run_checkpoints import RunCheckpoints
-from segjax.train.state import TrainState, restored, training_of, weights_of
+from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from segjax.train.window import Window
 
@@ -50,28 +49,11 @@ from segjax.train.window import Window
 Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class Start(NamedTuple):
-    """Where a run begins or resumes.
-
-    Attributes:
-      step: number of steps taken before.
-      state: on the host.
-      scores: the evaluations before. window: losses since the last line of the log, as `Window.rows`.
-      origin: metadata about where the weights come from.
-    """
-
-    step: int
-    state: TrainState
-    scores: Scores
-    window: list[list[float]]
-    origin: Mapping[str, object]
-
-
 def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run, TrainState]:
     """Builds a run, and its state on the devices: that of the newest whole checkpoint in `workdir`, or a new one.
 
     Args:
-      ended: what `earlier_result` returned.
+      ended: what `resume.earlier_result` returned.
 
     Raises:
       RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
@@ -92,7 +74,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
     metadata = run_metadata(plain(config), overrides, spec)
-    start = _resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
+    start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
     metadata |= start.origin
@@ -109,8 +91,16 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         may_skip=config.train.may_skip,
     )
     key = jax.random.key(config.seed)
-    feeding = dict(batch_size=config.train.batch, seed=config.seed, parallel=parallel, key=key, start=start.step)
-    batches = make_batches(training.data, config.augment, cache_gb=config.data.cache_gb, **feeding)
+    batches = make_batches(
+        training.data,
+        config.augment,
+        batch_size=config.train.batch,
+        seed=config.seed,
+        parallel=parallel,
+        key=key,
+        start=start.step,
+        cache_gb=config.data.cache_gb,
+    )
     log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
     evaluator = Evaluator(
         config.eval,
@@ -141,7 +131,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step)], start.window),
+        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
@@ -175,28 +165,6 @@ def summary(
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
     }
-
-
-def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
-    """The content of result.json of a run that has ended in `workdir`; None where there is none.
-
-    Raises:
-      RunError: that run had other settings.
-      ValueError: a newer segjax wrote it.
-    """
-    path = workdir / "result.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    refuse_newer(result, path)
-    refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
-    return result
-
-
-def is_finished(result: Mapping, config: ConfigDict) -> bool:
-    """Whether the run with this result has nothing left to do under `config`."""
-    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
-    return result["step"] >= config.train.steps or gave_up
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -242,15 +210,21 @@ def make_batches(
       key: key of the run. start: the first step to ask for.
       cache_gb: gigabytes of decoded images that a stream keeps in memory.
     """
-    common = dict(batch_size=batch_size, seed=seed, parallel=parallel)
     if isinstance(split, specs.Split):
-        return pipeline.TrainBatches(split, **common)
+        return pipeline.TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
     return pipeline.StreamBatches(
-        split, settings=augmentation, key=key, start=start, cache_bytes=1e9 * cache_gb, **common
+        split,
+        batch_size=batch_size,
+        seed=seed,
+        parallel=parallel,
+        settings=augmentation,
+        key=key,
+        start=start,
+        cache_bytes=1e9 * cache_gb,
     )
 
 
-# --------------------------------------------------------------------------------------------------- model and step
+# ------------------------------------------------------------------------------------------------- model, loss and step
 
 
 def create_model(settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int) -> nnx.Module:
@@ -302,7 +276,7 @@ def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterio
 
 def make_optimizer(
     model: FunctionalModel, settings: ConfigDict, training: ConfigDict
-) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+) -> tuple[optax.GradientTransformation, TrainState]:
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
@@ -346,6 +320,12 @@ def _compiled(program: Program, arguments: tuple, device: jax.Device) -> Program
     return compiled
 
 
+def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
+    # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+    copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
+    return parallel.replicate(copied(state))
+
+
 def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
     """Raises ValueError where an image is too small for the model, which must not come up only after the training."""
     height, width = min(sizes.tolist(), key=min)
@@ -353,48 +333,10 @@ def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
     jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)
 
 
-# --------------------------------------------------------------------------------------------------- state and metadata
+# ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def _resumed(
-    checkpoints: RunCheckpoints,
-    state: TrainState,
-    metadata: Mapping,
-    workdir: Path,
-    ended: Mapping | None,
-    *,
-    may_skip: int,
-) -> Start | None:
-    """The newest whole checkpoint; None where there is none. See `build` and `state.restored`.
-
-    Args:
-      state: a state of the run, for its structure. metadata: of the run as configured now.
-    """
-    found = checkpoints.restore(
-        weights_of(state),
-        training_of(state),
-        refuse=lambda before: refuse_other_run(before, metadata, workdir),
-        say=console.say,
-    )
-    if found is None:
-        return None
-    scores = Scores(**found.metadata["scores"])
-    if ended and ended["step"] == found.step:
-        # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
-        scores = scores.after(found.step, ended["mean_iou"])
-    state = restored(found.weights, found.training, state, may_skip=may_skip)
-    # Taken from the checkpoint, because the initial weights may be gone.
-    origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
-    return Start(found.step, state, scores, found.metadata["window"], origin)
-
-
-def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
-    # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-    copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
-    return parallel.replicate(copied(state))
-
-
-def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, object]:
+def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, Any]:
     """Metadata that every checkpoint of a run has.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ class TrainState:
         """Parameters and statistics that are evaluated and published: their average, where one is kept."""
         if self.ema is None:
             return self.params, self.batch_stats
-        return tuple({name: self.ema[name] for name in part} for part in (self.params, self.batch_stats))
+        params, batch_stats = ({name: self.ema[name] for name in part} for part in (self.params, self.batch_stats))
+        return params, batch_stats
 
 
 def weights_of(state: TrainState) -> dict[str, jax.Array]:
@@ -84,7 +86,7 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
     )
 
 
-def _rest(state: TrainState) -> dict[str, object]:
+def _rest(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
     # Where an average is kept, it is saved as the weights, and the weights that are trained next to it.
     return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}

@@ -341,5 +341,5 @@ def test_a_start_that_does_not_fit_is_refused_with_the_setting_that_would_help(t
     path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, num_classes=3)))
     with pytest.raises(CheckpointError, match=r"init\.keep=\('decode_head\.linear_pred\.\*',\)"):
         start(path)
-    skeleton = start(path, keep=("decode_head.linear_pred.*",))
-    assert isinstance(skeleton.bind(*skeleton.arrays()), nnx.Module)
+    functional = start(path, keep=("decode_head.linear_pred.*",))
+    assert isinstance(functional.bind(*functional.arrays()), nnx.Module)

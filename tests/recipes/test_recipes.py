@@ -144,10 +144,12 @@ PICKY = ("segformer_simple", "segformer_zuppichini")
 def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, dataset):
     config = get(name, "", dataset)
     evaluated = tuple(config.data.size) if dataset == "streets" else (360, 480)
-    skeleton = FunctionalModel(model_of(config))
+    functional = FunctionalModel(model_of(config))
     for size in (tuple(config.augment.crop), evaluated):
         images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-        predicted = jax.eval_shape(partial(predict_labels, skeleton, normalise=normalise), *skeleton.arrays(), images)
+        predicted = jax.eval_shape(
+            partial(predict_labels, functional, normalise=normalise), *functional.arrays(), images
+        )
         assert predicted.shape == (1, *size)
 
 

@@ -1,0 +1,95 @@
+"""How a run resumes: from its result, if it has ended, and from its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from segjax.checkpoints.format_version import refuse_newer
+from segjax.runtime import console
+from segjax.train.config import plain, refuse_other_run
+from segjax.train.evaluator import Scores
+from segjax.train.run_checkpoints import RunCheckpoints
+from segjax.train.state import TrainState, restored, training_of, weights_of
+
+
+def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
+    """The content of result.json of a run that has ended in `workdir`; None where there is none.
+
+    Raises:
+      RunError: that run had other settings.
+      ValueError: a newer segjax wrote it.
+    """
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    refuse_newer(result, path)
+    refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
+    return result
+
+
+def is_finished(result: Mapping, config: ConfigDict) -> bool:
+    """Whether the run with this result has nothing left to do under `config`."""
+    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
+    return result["step"] >= config.train.steps or gave_up
+
+
+class Start(NamedTuple):
+    """Where a run begins or resumes.
+
+    Attributes:
+      step: number of steps taken before.
+      state: on the host.
+      scores: the evaluations before. window: losses since the last line of the log, as `Window.rows`.
+      origin: metadata about where the weights come from.
+    """
+
+    step: int
+    state: TrainState
+    scores: Scores
+    window: list[list[float]]
+    origin: Mapping[str, object]
+
+
+def resumed(
+    checkpoints: RunCheckpoints,
+    state: TrainState,
+    metadata: dict[str, Any],
+    workdir: Path,
+    ended: Mapping | None,
+    *,
+    may_skip: int,
+) -> Start | None:
+    """Where the newest whole checkpoint of a run lets it resume; None without a checkpoint.
+
+    Args:
+      state: a state of the run, for its structure.
+      metadata: metadata of the run as it is configured now.
+      ended: what `earlier_result` returned.
+      may_skip: as `TrainStep` has it.
+
+    Raises:
+      RunError: the checkpoint is of a run with other settings or data.
+      CheckpointError: it does not fit, or every checkpoint is damaged.
+    """
+    found = checkpoints.restore(
+        weights_of(state),
+        training_of(state),
+        refuse=lambda before: refuse_other_run(before, metadata, workdir),
+        say=console.say,
+    )
+    if found is None:
+        return None
+    scores = Scores(**found.metadata["scores"])
+    if ended and ended["step"] == found.step:
+        # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
+        scores = scores.after(found.step, ended["mean_iou"])
+    state = restored(found.weights, found.training, state, may_skip=may_skip)
+    # Taken from the checkpoint, because the initial weights may be gone.
+    origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
+    return Start(found.step, state, scores, found.metadata["window"], origin)
