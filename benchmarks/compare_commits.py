@@ -119,7 +119,12 @@ def _first_of(*names: str):
 
 
 def _plain_implementations():
-    return _first_of("segjax.layers:plain_implementations", "segjax.models.layers:published_forms")()
+    layers = (
+        "segjax.layers:plain_implementations",
+        "segjax.layers:published_forms",
+        "segjax.models.layers:published_forms",
+    )
+    return _first_of(*layers)()
 
 
 def _named(state) -> dict[str, np.ndarray]:
@@ -470,11 +475,11 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
 
 def _time_table(old: Path, new: Path, models: Sequence[str] | None) -> bool:
     """Times the rows of the benchmark's table; whether none is slower."""
-    from segjax.benchmark import TABLE
+    table = _first_of("segjax.benchmark.rows:TABLE", "segjax.benchmark:TABLE")
 
     good = True
     print(f"{'':34s}{'old':>9s}{'new':>9s}   new/old (quartiles)    temporaries MiB   outcome")
-    for row in TABLE:
+    for row in table:
         if models and row.model not in models:
             continue
         # A process of its own for every row: what another one left in memory would be part of it.
