@@ -470,11 +470,11 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
 
 def _time_table(old: Path, new: Path, models: Sequence[str] | None) -> bool:
     """Times the rows of the benchmark's table; whether none is slower."""
-    from segjax.benchmark import TABLE
+    table = _first_of("segjax.benchmark.rows:TABLE", "segjax.benchmark:TABLE")
 
     good = True
     print(f"{'':34s}{'old':>9s}{'new':>9s}   new/old (quartiles)    temporaries MiB   outcome")
-    for row in TABLE:
+    for row in table:
         if models and row.model not in models:
             continue
         # A process of its own for every row: what another one left in memory would be part of it.

@@ -1,0 +1,38 @@
+"""The comparison of two commits reports a change of one unit in the last place of a single number."""
+
+import numpy as np
+import pytest
+
+from benchmarks import compare_commits
+from benchmarks.compare_commits import CheckoutError, differences
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_unit_in_the_last_place_of_one_number_is_a_difference(dtype, seed):
+    rng = np.random.default_rng(seed)
+    old = {name: rng.standard_normal((3, 5)).astype(dtype) for name in ("a", "b")}
+    new = {name: array.copy() for name, array in old.items()}
+    assert differences(old, new) == []
+    new["b"][2, 1] = np.nextafter(new["b"][2, 1], np.inf, dtype=dtype)
+    ((relative, where),) = differences(old, new)
+    assert where == "b" and 0 < relative <= np.finfo(dtype).eps
+    expected = abs(float(new["b"][2, 1]) - float(old["b"][2, 1])) / float(np.abs(old["b"]).max())
+    np.testing.assert_allclose(relative, expected, rtol=1e-12)
+
+
+def test_arrays_of_other_names_shapes_and_types_are_infinitely_different():
+    old = {"a": np.zeros((2, 3)), "b": np.zeros(2), "c": np.zeros(2)}
+    new = {"a": np.zeros((3, 2)), "b": np.zeros(2, np.float32), "d": np.zeros(2)}
+    found = differences(old, new)
+    assert [relative for relative, _ in found] == [np.inf] * 4
+    assert [where.split()[0] for _, where in found] == ["c", "d", "a", "b"]
+
+
+def test_a_negative_zero_is_another_number():
+    assert differences({"a": np.zeros(2)}, {"a": np.array([0.0, -0.0])}) == [(0.0, "a")]
+
+
+def test_a_folder_without_segjax_is_refused(tmp_path):
+    with pytest.raises(CheckoutError, match=r"no checkout of segjax: it has no segjax/__init__\.py"):
+        compare_commits.Checkout(tmp_path)
