@@ -51,7 +51,7 @@ def decode_by_rows(
         y = jnp.matmul(x, kernel)
         coarse.append(
             (
-                jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"),
+                _edges_repeated(_edges_repeated(y, 1), 2),
                 *(
                     blends(old, new // old, mode=mode, align_corners=align_corners)
                     for old, new in zip(x.shape[1:3], (height, width), strict=True)
@@ -88,6 +88,16 @@ def decode_by_rows(
         return band(0)
     out = lax.map(band, jnp.arange(height // rows))  # (bands, B, rows, W, K)
     return jnp.moveaxis(out, 0, 1).reshape(B, height, width, -1)
+
+
+def _edges_repeated(x: jax.Array, axis: int) -> jax.Array:
+    """One more row, or column, before the first and after the last.
+
+    `jnp.pad(mode="edge")` would slice the batch too, which several devices may share.
+    """
+    length = x.shape[axis]
+    first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, length - 1, length, axis=axis)
+    return jnp.concatenate([first, x, last], axis=axis)
 
 
 def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.ndarray:

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 from segjax.kernels import precision
 from segjax.layers import functional, initializers
@@ -45,9 +46,9 @@ class Linear(nnx.Module):
         self.bias = _bias(bias_init, self.kernel, rngs=rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # As a call of lax's own, which quantisation and LoRA libraries intercept.
-        contracted = (((x.ndim - 1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), contracted)
+        # By flax's cast and lax's own product, which quantisation and LoRA libraries intercept.
+        x, kernel = dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
