@@ -20,8 +20,12 @@ Item = TypeVar("Item")
 
 
 def wrapped(text: str) -> str:
-    """Prose in lines of 80 columns; what is indented, lists and commands, stays as it is."""
-    return "\n".join(line if line[:1].isspace() else filled(line) for line in text.splitlines())
+    """Prose in lines of 80 columns; what is indented, lists and commands, and a label with a path stay as they are."""
+
+    def is_prose(line: str) -> bool:
+        return not line[:1].isspace() and len(line.split()) > 2
+
+    return "\n".join(filled(line) if is_prose(line) else line for line in text.splitlines())
 
 
 def filled(line: str, *, indent: str = "") -> str:

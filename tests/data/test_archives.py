@@ -767,7 +767,8 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
 def test_the_command_ends_with_2_and_one_error(tmp_path):
     done = run("prepare", "cityscapes", "--source", tmp_path / "none.zip", "--data-dir", tmp_path / "data")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("segjax data: cityscapes: ") and done.stderr.count("\n") == 3
+    # Prose is wrapped, the list below it is not.
+    assert done.stderr.startswith("segjax data: cityscapes:") and done.stderr.count("\n    ") == 1
     assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
     done = run("prepare", "kitti")
     assert done.returncode == 2 and "invalid choice: 'kitti'" in done.stderr and "ade20k" in done.stderr
@@ -799,5 +800,5 @@ def test_the_first_training_prepares_what_its_config_names(few, tmp_path, data):
     made = Made(tmp_path / "made", "cityscapes")
     config = segformer.get_config("b0,cityscapes")
     config.data.source, config.data.dir = str(made.root), str(data)
-    data = setup.load_data(config.data, seed=config.seed)
-    assert (len(data.training.images), len(data.evaluation.images), data.spec.name) == (3, 2, "cityscapes")
+    training, evaluation = setup.load_data(config.data, seed=config.seed)
+    assert (len(training.data.images), len(evaluation.data.images), training.spec.name) == (3, 2, "cityscapes")
