@@ -80,10 +80,10 @@ def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: i
 
     config = segformer.get_config(argument)
     config.update_from_flattened_dict(settings)
-    data, parallel = setup.load_data(config.data, seed=config.seed), parallel_for(config.parallel)
+    (split, _), parallel = setup.load_data(config.data, seed=config.seed), parallel_for(config.parallel)
     common = dict(batch_size=config.train.batch, seed=config.seed, cache_gb=config.data.cache_gb)
     key = jax.random.key(config.seed)
-    with setup.make_batches(data.training, config.augment, parallel=parallel, key=key, start=0, **common) as batches:
+    with setup.make_batches(split.data, config.augment, parallel=parallel, key=key, start=0, **common) as batches:
         for step in range(warm):
             jax.block_until_ready(batches.at(step))
         since = time.perf_counter()

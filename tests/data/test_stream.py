@@ -349,10 +349,10 @@ def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
     seen = []
     for limit, kind in ((gigabytes * 1.001, TrainBatches), (gigabytes * 0.999, StreamBatches)):
         config.data.resident_gb = limit
-        data = setup.load_data(config.data, seed=config.seed)
-        assert data.pixel_counts().sum() == sum(height * width for height, width in SIZES)
+        training, _ = setup.load_data(config.data, seed=config.seed)
+        assert training.pixel_counts().sum() == sum(height * width for height, width in SIZES)
         feeding = dict(batch_size=3, seed=config.seed, parallel=parallel, key=key, start=4, cache_gb=0.0)
-        with setup.make_batches(data.training, config.augment, **feeding) as batches:
+        with setup.make_batches(training.data, config.augment, **feeding) as batches:
             assert type(batches) is kind
             batch = batches.at(4)
             keys, _ = step_keys(key, 4, batch["position"])
