@@ -71,14 +71,15 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, caplog, monkeypatch):
+def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     orbax_folder.save_model(tmp_path / "b0", tiny("segformer", num_classes=19), metadata={})
     name = f"b0{SUFFIXES[format]}"
     options = ("--dynamic", "--with-preprocessing", "--with-argmax")
     assert run("b0", name, "--format", format, "--size", 64, 80, *options) == 0
-    assert "  in   images  uint8 RGB (batch, height, width, 3)" in caplog.messages
-    assert max(map(len, caplog.messages)) <= 80
+    lines = capsys.readouterr().out.splitlines()
+    assert "  in   images  uint8 RGB (batch, height, width, 3)" in lines
+    assert max(map(len, lines)) <= 80
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if f'"{name}"' in block]
     code = "import sys\nsys.modules.update(segjax=None, flax=None, parity=None)\n" + example
@@ -106,13 +107,14 @@ def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
-def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, caplog):
+def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
     path = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--dtype", dtype) == 0
-    (error,) = re.findall(r"worst relative error of logits (\S+): equal", caplog.text)
+    printed = capsys.readouterr().out
+    (error,) = re.findall(r"worst relative error of logits (\S+): equal", printed)
     assert float(error) < 5e-5
-    (share,) = re.findall(r"([\d.]+)% of the labels are those of float32", caplog.text)
+    (share,) = re.findall(r"([\d.]+)% of the labels are those of float32", printed)
     assert 80 < float(share) <= 100
     if format == "torch":
         kinds = {parameter.dtype for parameter in torch.export.load(path).parameters()}
@@ -152,13 +154,13 @@ def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, caplog, monkeypatch):
+def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, capsys, monkeypatch):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     other = verify.reference_for(tiny("segformer", seed=1))
     monkeypatch.setattr(torch_program, "reference_for", lambda model: other)
     out = tmp_path / f"a{SUFFIXES[format]}"
     assert run(tmp_path / "a", out, "--format", format, "--size", 64, 96) == 1
-    assert "NOT equal" in caplog.text
+    assert "NOT equal" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
