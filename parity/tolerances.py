@@ -1,5 +1,6 @@
-"""How far the two implementations may lie apart, each with its reason. Nothing else in parity/ holds a bound on
-them.
+"""Tolerances: how far segjax and the PyTorch reference may lie apart, each with its reason.
+
+No other file in parity/ has one for that; those of the references against the original code are in test_reference*.py.
 
 Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same for the worst single
 parameter (see test_grad.gradient_errors); of trajectories the norm of the difference over the

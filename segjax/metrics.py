@@ -1,4 +1,4 @@
-"""Intersection over union from one confusion matrix, summed over every image before anything is divided."""
+"""Mean intersection over union (mIoU) and accuracies from one confusion matrix, summed over all images first."""
 
 from __future__ import annotations
 

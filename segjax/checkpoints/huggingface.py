@@ -1,7 +1,8 @@
 """Folders that transformers writes, and repositories of the Hugging Face Hub, which are such folders.
 
 `hf:owner/name` or `hf:owner/name@revision` may replace the path of a checkpoint everywhere. huggingface_hub downloads
-the files that are needed into its cache (HF_HOME); with HF_HUB_OFFLINE=1 it only looks there.
+the files that are needed into its cache (HF_HOME); with HF_HUB_OFFLINE=1 it only looks there. `key_maps.py`
+has the names of the keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Orbax folders: weights by name, their metadata, and whatever else a run needs to resume.
 
 A folder contains the items `weights` (parameters and running statistics by dotted path) and `about` (metadata, JSON); a
-checkpoint of a run also contains `training`. Writes are atomic: orbax writes to a temporary folder and renames it.
+checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`);
+checkpoints of a run are written by `train/run_checkpoints.py`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def augment(
 
 
 def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
-    """Scale, position and flip of each sample, from its key (B,) and the size (B, 2) of its image."""
+    """Random crop: scale, position and flip of each sample, from its key (B,) and the size (B, 2) of its image."""
 
     def one(key, size):
         geometry, _ = jax.random.split(key)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from segjax import layers
 from segjax.data.augment import normalise
+from segjax.inference.sliding_window import row_tiles
 from segjax.models.functional import FunctionalModel
 from segjax.runtime.parallel import JitParallel, compiler_options
 
@@ -95,11 +96,6 @@ class Protocol:
 
 def _are_sides(sides) -> bool:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
-
-
-def window_starts(length: int, crop: int, stride: int) -> list[int]:
-    """Positions of a sliding window of `crop` pixels along an axis: every `stride`, and the last one at the end."""
-    return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -202,53 +198,16 @@ class Inference:
         return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
 
     def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
-        """Logits of an image (H, W, 3) by a sliding window, from top to bottom: arrays (h, W, K) whose h add up to H.
+        """Logits of an image (H, W, 3) by a sliding window, in row tiles: see `sliding_window.row_tiles`."""
 
-        Where crops overlap, their scores are averaged. Only the scores of one row of crops are kept at a time, so that
-        memory does not grow with the height of the image.
-        """
-        crop = tuple(map(min, self.protocol.crop, image.shape))
-        tops, lefts = map(window_starts, image.shape[:2], crop, self.protocol.stride)
-        across, down = (
-            np.bincount(np.add.outer(starts, np.arange(side)).ravel())
-            for starts, side in ((lefts, crop[1]), (tops, crop[0]))
-        )
-        # Groups of one size, the last of which repeats its last crop.
-        groups = [lefts[start : start + self._batch] for start in range(0, len(lefts), self._batch)]
-        size = min(self._batch, len(lefts))
-        tile = None
-        for top, below in zip(tops, [*tops[1:], len(image)], strict=True):
-            for group in groups:
-                starts = group + group[-1:] * (size - len(group))
-                stack = np.stack([image[top : top + crop[0], left : left + crop[1]] for left in starts])
-                logits = self._score(*self._arrays, self._placed(stack))
-                if tile is None:
-                    tile = jnp.zeros((crop[0], image.shape[1], logits.shape[-1]), logits.dtype)
-                tile = _added(tile, logits, np.array(starts), len(group))
-            done, tile = _split(tile, np.outer(down[top:below], across), rows=below - top)
-            yield done
+        def logits_of(crops: np.ndarray) -> jax.Array:
+            return self._score(*self._arrays, self._placed(crops))
+
+        return row_tiles(logits_of, image, crop=self.protocol.crop, stride=self.protocol.stride, batch=self._batch)
 
     def _placed(self, images: np.ndarray) -> jax.Array:
         whole = len(images) % len(self._parallel.devices)
         return jax.device_put(images, self._parallel.whole if whole else self._parallel.split)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> jax.Array:
-    """A row tile (h, W, K) plus the first `count` of the crops (B, h, w, K), which begin at its columns `lefts`."""
-
-    def add(number, tile):
-        at = (0, lefts[number], 0)
-        old = jax.lax.dynamic_slice(tile, at, logits.shape[1:])
-        return jax.lax.dynamic_update_slice(tile, old + logits[number], at)
-
-    return jax.lax.fori_loop(0, count, add, tile)
-
-
-@partial(jax.jit, static_argnames="rows")
-def _split(tile: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The mean of the first rows, and a row tile that begins below them."""
-    return tile[:rows] / counts[..., None].astype(tile.dtype), jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
 
 
 _labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))

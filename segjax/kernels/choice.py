@@ -1,5 +1,7 @@
 """Which implementations run: those that are fast where XLA will run them, or those that the publications write.
 
+`segjax/layers/functional.py` lists the operations, their implementations and the condition for each.
+
 Both settings are user contexts of jax, part of the key of its caches: a compiled function that is called again inside
 another context is traced again.
 """

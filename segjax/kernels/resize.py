@@ -12,7 +12,10 @@ from segjax.kernels import precision, units
 
 
 def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Half-pixel bilinear. Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away)."""
+    """Bilinear with `align_corners=False`: half-pixel centres.
+
+    Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away).
+    """
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
 
 
@@ -75,7 +78,7 @@ enlarge_axis.defvjp(_enlarge_forward, enlarge_axis_backward)
 
 
 def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear with aligned corners as two matrix products, (B, H, W, C) -> (B, *size, C).
+    """Bilinear with `align_corners=True` as two matrix products, (B, H, W, C) -> (B, *size, C).
 
     In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.
     """

@@ -47,7 +47,10 @@ class Drop(nnx.Module):
 
 
 class DropPath(Drop):
-    """Stochastic depth (Huang et al., 2016): drops the whole branch of a sample. (B, H, W, C) -> the same."""
+    """Drop path, or stochastic depth (Huang et al., 2016): drops the whole branch of a sample.
+
+    (B, H, W, C) -> the same.
+    """
 
     def keep(self, x: jax.Array) -> jax.Array:
         def draw(key, samples):

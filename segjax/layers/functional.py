@@ -1,4 +1,4 @@
-"""Operations without parameters, and which implementation of each runs. This page is the only one that decides it.
+"""Operations without parameters, and which implementation of each runs. The table lists every choice.
 
 | operation | implementation | where it runs |
 |---|---|---|
@@ -15,8 +15,11 @@
 | | `resize.resize_plain` | everywhere else |
 | `residual`, `once` | `units.once` | CPU; an addition, or nothing, elsewhere |
 | feed-forward networks | `kernels.feed_forward` (`layers.feed_forward`) | CPU; static sizes |
+| | layer by layer, the method itself | everywhere else |
 | decoders | `kernels.decoder` (`layers.decode`) | CPU; evaluation, static sizes, whole factors |
 | | `layers.project_and_fuse`, `layers.conv1x1_of_resized` | everywhere else, unless as published |
+| | as published, the method itself | inside `published_implementations` |
+| patches of the simple SegFormer | `embed_by_one_convolution` (its model) | everywhere, unless as published |
 | cross-entropy | `kernels.cross_entropy` (`losses`) | CPU; whole factors, more than one class, large logits |
 
 "CPU" is `choice.is_fast_on_cpu`: XLA's CPU backend will run it, and it is not asked for as published. No operation has
@@ -74,8 +77,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
     if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and choice.is_fast_on_cpu():
         return convolution.conv_of_patches(x, kernel)
     if in_per_group == 1 and groups < out_channels:
-        # Several outputs of a channel are neighbours. Grouped by input channel, their kernel's gradient would gather
-        # the batch of all devices.
+        # A channel multiplier: the input is repeated, so that each output channel has an input channel of its own. The
+        # gradient of the grouped kernel would gather the batch of all devices.
         x, groups = jnp.repeat(x, out_channels // groups, axis=-1), out_channels
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
     if in_per_group == 1 and stride == 1 and keeps_size and choice.is_fast_on_cpu():

@@ -1,5 +1,7 @@
 """Atomic writes: a reader finds the old file or folder or the new one, whole, whenever the writer is killed.
 
+@@ Only the checkpoints of a run are written by orbax's own manager (`train/run_checkpoints.py`).
+
 What is new is written to a temporary name next to its target and renamed at the end. Several writers of one target take
 different temporary names; the last one to finish wins. A writer locks its temporary for as long as it lives: one that
 nobody has locked was left by a writer that was killed, and the next writer of the same target removes it.

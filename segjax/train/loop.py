@@ -11,7 +11,6 @@ random numbers follow from (seed, step) only, so that a resumed run continues bi
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,9 +30,6 @@ from segjax.train.progress import Progress, StoppedError, StopRequest
 from segjax.train.run import Run
 from segjax.train.state import TrainState
 from segjax.viz import pictures
-
-# The status that a shell reports for a program that Ctrl-C has ended.
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -90,14 +86,15 @@ def _fit(
             evaluator.evaluate(step, state, stop=stop)
         while step < run.steps and not evaluator.gave_up:
             stop.raise_if_requested()
-            run.window.wait()
+            # Bounds how far the host runs ahead of the device.
+            run.recent.wait()
             state, scalars = program(state, batches.at(step), run.key)
-            run.window.add(scalars)
+            run.recent.add(scalars)
             step += 1
             is_last = step == run.steps
             if step == run.first + 1:
-                # The first step may wait for data, which is not training.
                 jax.block_until_ready(state)
+                # The first step may have waited for data, which is not training.
                 meter.restart(step, batches.waited)
             if step % run.log_every == 0 or is_last:
                 run.read_losses(step, state)

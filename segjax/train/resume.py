@@ -45,7 +45,7 @@ class Start(NamedTuple):
     Attributes:
       step: number of steps taken before.
       state: on the host.
-      scores: the evaluations before. window: losses since the last line of the log, as `Window.rows`.
+      scores: the evaluations before. window: losses since the last line of the log, as `RecentLosses.rows`.
       origin: metadata about where the weights come from.
     """
 

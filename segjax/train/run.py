@@ -18,10 +18,10 @@ from segjax.train.config import RunError
 from segjax.train.evaluator import Evaluator
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
+from segjax.train.recent_losses import NotFinite, RecentLosses, not_finite_message
 from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState, training_of, weights_of
 from segjax.train.step import TrainStep
-from segjax.train.window import NotFinite, Window, not_finite_message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Run:
       key: key of all random numbers of the training.
       batches: training batches by step.
       checkpoints, log: where the run is saved, and where metrics are written. `log` opens with the loop.
-      window, evaluator, meter: losses since the last line of the log, evaluations so far, speed so far.
+      recent, evaluator, meter: losses since the last line of the log, evaluations so far, speed so far.
       rates: step -> learning rates by name, for the log.
       metadata: of the run; part of every checkpoint.
       summary: lines that describe the run, by label.
@@ -59,7 +59,7 @@ class Run:
     batches: pipeline.TrainBatches | pipeline.StreamBatches
     checkpoints: RunCheckpoints
     log: Log
-    window: Window
+    recent: RecentLosses
     evaluator: Evaluator
     meter: Meter
     rates: Callable[[int], dict[str, float]]
@@ -75,7 +75,7 @@ class Run:
         self.log.cut(step)
         host = self.fetch(state)
         scores = dataclasses.asdict(self.evaluator.scores)
-        metadata = {**self.metadata, "step": step, "scores": scores, "window": self.window.rows}
+        metadata = {**self.metadata, "step": step, "scores": scores, "window": self.recent.rows}
         self.checkpoints.save(step, weights_of(host), training_of(host), metadata)
 
     def read_losses(self, step: int, state: TrainState) -> None:
@@ -84,7 +84,7 @@ class Run:
         Raises:
           RunError: a step that may not be skipped is not finite. The state before it is saved.
         """
-        for problem in self.window.read(step):
+        for problem in self.recent.read(step):
             if problem.stopped:
                 self._end_before(problem, state)
             console.say(f"{problem.text}: skipped")
@@ -101,7 +101,7 @@ class Run:
 
     def write_means(self, step: int, state: TrainState) -> float | None:
         """Writes a line of the log; returns the mean loss, None where no step since the last line was finite."""
-        loss, gradient_norm = self.window.take_means()
+        loss, gradient_norm = self.recent.take_means()
         # A skipped step does not advance the schedule.
         rates = self.rates(step - 1 - int(self.parallel.fetch(state.skipped)[0]))
         means = {"loss": loss, "gradient_norm": gradient_norm, **rates}

@@ -38,12 +38,12 @@ from segjax.train.config import RunError, check_crop, model_overrides, plain
 from segjax.train.evaluator import Evaluator, Scores
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
+from segjax.train.recent_losses import RecentLosses
 from segjax.train.resume import Start, resumed
 from segjax.train.run import Run
 from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
-from segjax.train.window import Window
 
 # A compiled step: (state, batch, key) -> (state, scalars).
 Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -131,7 +131,9 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        window=Window(parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window),
+        recent=RecentLosses(
+            parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window
+        ),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),

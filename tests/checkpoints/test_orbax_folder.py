@@ -175,7 +175,7 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
 def test_what_a_save_that_was_killed_has_left_is_cleared(tmp_path):
     state = make_state(0)
     save(tmp_path / "run", state)
-    for name in ("run/7.orbax-checkpoint-tmp", ".model.new.orbax-checkpoint-tmp", ".model.new"):
+    for name in ("run/7.orbax-checkpoint-tmp", ".model.part0/model.orbax-checkpoint-tmp", ".model.part1"):
         shutil.copytree(tmp_path / "run" / "3", tmp_path / name)
     save(tmp_path / "run", state, steps=(9,))
     save_model(tmp_path / "model", tiny_model(0), metadata={})

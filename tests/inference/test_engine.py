@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from segjax import layers
-from segjax.inference.engine import Inference, Protocol, scaled, scaled_size, window_starts
+from segjax.inference.engine import Inference, Protocol, scaled, scaled_size
+from segjax.inference.sliding_window import window_starts
 from tests.tiny import tiny_model
 
 

@@ -1,5 +1,7 @@
 """What is compiled apart stays apart in the optimised program: else all its readers compute it anew, and silently."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +176,7 @@ def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
     with choice.meant_for("cpu"):
         assert temporaries(run, *levels) < enlarged / 2
         # One for each level, and one that adds them up.
-        assert units(lambda *levels: run(*levels), *levels) == ["enlarged", "enlarged_1", "finished"]
+        names = [re.sub(r"_\d+$", "", name) for name in units(lambda *levels: run(*levels), *levels)]
+        assert names == ["enlarged", "enlarged", "finished"]
         monkeypatch.setattr(kernels_decoder, "are_multiples", lambda shapes: False)
         assert temporaries(lambda *levels: run(*levels), *levels) >= enlarged

@@ -6,16 +6,16 @@ import jax
 import pytest
 
 from segjax.runtime.parallel import JitParallel, PmapParallel, ShardMapParallel
-from segjax.train import window as window_module
+from segjax.train import recent_losses as recent_losses_module
 from segjax.train.evaluator import Scores
-from segjax.train.window import NotFinite, Window, not_finite_message
+from segjax.train.recent_losses import NotFinite, RecentLosses, not_finite_message
 
 ALL = pytest.mark.parametrize("parallel_class", [JitParallel, PmapParallel, ShardMapParallel])
 
 
 def window_of(parallel, steps, *, rows=()):
     """A window that was given the (loss, gradient norm, stopped) of several steps, on the devices."""
-    window = Window(parallel, lambda step: [f"image{2 * step}", f"image{2 * step + 1}"], rows)
+    window = RecentLosses(parallel, lambda step: [f"image{2 * step}", f"image{2 * step + 1}"], rows)
     for loss, norm, stopped in steps:
         window.add(parallel.replicate({"loss": loss, "gradient_norm": norm, "stopped": stopped}))
     return window
@@ -54,12 +54,14 @@ def test_the_rows_of_a_checkpoint_do_not_change_with_the_window():
 
 def test_the_host_waits_for_the_step_that_is_so_many_behind(monkeypatch):
     waited = []
-    monkeypatch.setattr(window_module.jax, "block_until_ready", lambda scalars: waited.append(float(scalars["loss"])))
-    window = Window(JitParallel(), lambda step: [])
+    monkeypatch.setattr(
+        recent_losses_module.jax, "block_until_ready", lambda scalars: waited.append(float(scalars["loss"]))
+    )
+    window = RecentLosses(JitParallel(), lambda step: [])
     for step in range(6):
         window.wait()
         window.add({"loss": jax.numpy.float32(step)})
-    assert waited == [0, 1, 2] and window_module.AHEAD == 3
+    assert waited == [0, 1, 2] and recent_losses_module.AHEAD == 3
 
 
 @pytest.mark.parametrize("culprit", ["", "The first output that is not finite is that of stem. "])

@@ -30,7 +30,7 @@ class NotFinite(NamedTuple):
     stopped: bool
 
 
-class Window:
+class RecentLosses:
     """Loss and gradient norm of every step since the last line of the log.
 
     To read the scalars of a step means to wait for the device. So they stay there until `read`, which a run calls only
@@ -79,7 +79,7 @@ class Window:
         return found
 
     def take_means(self) -> tuple[float | None, float | None]:
-        """Mean loss and gradient norm, None without a finite step; the window is empty afterwards."""
+        """Mean loss and gradient norm, None without a finite step; none is left afterwards."""
         loss, gradient_norm = np.mean(self.rows, axis=0).tolist() if self.rows else (None, None)
         self.rows.clear()
         return loss, gradient_norm
