@@ -1,6 +1,8 @@
 """Atomic writes: a reader finds the old file or folder or the new one, whole, whenever the writer is killed.
 
-@@ Only the checkpoints of a run are written by orbax's own manager (`train/run_checkpoints.py`).
+Everything is written so: a `.pth` or `.safetensors` (`checkpoints/save.py`), an orbax folder
+(`checkpoints/orbax_folder.py`), results and reports. Only the checkpoints of a run are written by orbax's own manager
+(`train/run_checkpoints.py`).
 
 What is new is written to a temporary name next to its target and renamed at the end. Several writers of one target take
 different temporary names; the last one to finish wins. A writer locks its temporary for as long as it lives: one that
