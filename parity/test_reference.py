@@ -1,6 +1,6 @@
 """The PyTorch reference is the original: it equals figures of the original code, and the transformers package.
 
-The JAX models are compared with `parity/reference`, so a misreading there would pass on both sides. Everything here is
+The JAX models are compared with `segjax.torch_reference`, so a misreading there would pass on both sides. Everything here is
 float64, where agreement means equal mathematics: errors measured are 1e-15 (gradients 1e-14), while a wrong head count
 or LayerNorm eps makes 1e-6 or more.
 """
@@ -17,10 +17,10 @@ from segjax.torch_reference.randomise import randomise
 from segjax.torch_reference.segformer import VARIANTS, Block, DropPath, SegFormer
 
 IGNORE = 255
-# The goldens' narrow model (REFERENCES.md section 7).
+# The narrow model of the goldens.
 NARROW = {"num_classes": 7, "dims": (4, 8, 10, 16), "depths": (2, 1, 1, 1), "decoder_dim": 12}
 
-# REFERENCES.md table 1, without the unused decode_head.conv_seg.
+# Counted in the original code, without the unused decode_head.conv_seg.
 PARAMETERS = {
     19: {"b0": 3719027, "b1": 13682131, "b2": 27361235, "b3": 47237075, "b4": 64007635, "b5": 84607955},
     150: {"b0": 3752694, "b1": 13715798, "b2": 27461974, "b3": 47337814, "b4": 64108374, "b5": 84708694},

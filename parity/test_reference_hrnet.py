@@ -1,6 +1,6 @@
 """The PyTorch references of HRNet and HRNet-OCR are the originals: they equal figures of the original code.
 
-The JAX models are compared with `parity/reference`, so a misreading there would pass on both sides. Everything here is
+The JAX models are compared with `segjax.torch_reference`, so a misreading there would pass on both sides. Everything here is
 float64, where agreement means equal mathematics: errors measured are at most 1e-15 (gradients 2e-14), while each of the
 misreadings below makes 0.1 or more.
 
@@ -38,7 +38,7 @@ NARROW = {
 OCR = {"ocr_channels": 24, "ocr_key_channels": 12}
 FORMS = {"hrnet": (HRNet, NARROW), "ocr": (HRNetOCR, NARROW | OCR)}
 
-# REFERENCES.md table 1, 19 classes.
+# Counted in the original code, 19 classes.
 PARAMETERS = {HRNet: {"w18": 9641119, "w48": 65859379}, HRNetOCR: {"w18": 12080818, "w48": 70372678}}
 BACKBONE_PARAMETERS = {"w18": 9562260, "w32": 29305536, "w48": 65325120}
 

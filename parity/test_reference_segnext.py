@@ -24,7 +24,7 @@ NARROW = {"num_classes": 7, "dims": (4, 8, 10, 16), "depths": (2, 1, 1, 1), "ham
 # last shift is just that: its true gradient is zero, and what either side computes for it is rounding.
 WITHOUT_GRADIENT = "backbone.norm4.bias"
 
-# REFERENCES.md table 1, 19 classes.
+# Counted in the original code, 19 classes.
 PARAMETERS = {"t": 4229747, "s": 13899219, "b": 27569107, "l": 48792275}
 BACKBONE_PARAMETERS = {"t": 3903584, "s": 13450176, "b": 26277824, "l": 44636864}
 

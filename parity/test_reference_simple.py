@@ -197,7 +197,7 @@ def test_a_pixel_of_equal_channels_has_no_gradient_in_the_package_either():
 
 @pytest.mark.parametrize(("settings", "count"), [(DEFAULT, 7722099), (B5_LIKE, 174780307)], ids=["default", "b5-like"])
 def test_parameter_count_is_the_published_one(settings, count):
-    """REFERENCES.md table 1, and the package's own names and shapes."""
+    """Counted in the original code, and the package's own names and shapes."""
     with torch.device("meta"):
         ours, theirs = SegFormerSimple(**settings), package_model(settings)
     assert parameter_count(ours) == parameter_count(theirs) == count

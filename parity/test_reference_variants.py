@@ -415,7 +415,7 @@ def test_mmseg_names_and_shapes_are_those_of_its_own_structure(variant):
 
 
 def test_keys_of_the_mmseg_structure_are_those_of_its_checkpoints():
-    """REFERENCES.md section 5, written out: of stage 1, of stage 4 (which reduces nothing) and of the head."""
+    """The published arithmetic, written out: of stage 1, of stage 4 (which reduces nothing) and of the head."""
     inside = [f"norm{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
     inside += ["attn.attn.in_proj_weight", "attn.attn.in_proj_bias"]
     inside += ["attn.attn.out_proj.weight", "attn.attn.out_proj.bias"]
