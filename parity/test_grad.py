@@ -13,7 +13,7 @@ from parity import compare, golden
 from parity.subjects import AT_ONCE, FAMILIES, NUM_CLASSES, SUBJECTS
 from parity.test_forward import channels_last, golden_model
 from segjax.checkpoints import architectures
-from segjax.checkpoints.state_dict import to_torch_layout, torch_name
+from segjax.checkpoints.layout import to_torch_layout, torch_name
 from segjax.models.functional import FunctionalModel
 from segjax.torch_reference import verify
 

@@ -15,7 +15,7 @@ from parity.subjects import NUM_CLASSES, SUBJECTS
 from segjax import losses
 from segjax.checkpoints import architectures
 from segjax.checkpoints.initialize import initialize
-from segjax.checkpoints.state_dict import to_torch_layout, torch_name
+from segjax.checkpoints.layout import to_torch_layout, torch_name
 from segjax.models.functional import FunctionalModel
 from segjax.recipes import common
 from segjax.runtime.parallel import JitParallel

@@ -14,7 +14,7 @@ from parity.subjects import NUM_CLASSES, SUBJECTS
 from parity.test_grad import AUX_WEIGHT, their_loss
 from segjax import losses
 from segjax.checkpoints import architectures
-from segjax.checkpoints.state_dict import to_torch_layout, torch_name
+from segjax.checkpoints.layout import to_torch_layout, torch_name
 from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
 from segjax.runtime.parallel import JitParallel

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from segjax.torch_reference import verify
 
 BOUNDS = {
-    # What `segjax.convert --verify` holds users' checkpoints to.
+    # What `segjax convert --verify` holds users' checkpoints to.
     ("output", "float64"): verify.BOUNDS["float64"],
     ("output", "float32"): verify.BOUNDS["float32"],
     # Each gradient is a sum over all pixels, with cancellation: 1e-14 was measured on the largest parameters.

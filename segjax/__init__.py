@@ -72,8 +72,6 @@ _MODULE_OF = {
 }
 _NAMESPACES = ("data", "layers", "losses", "metrics", "models", "train")
 
-__version__ = "0.1.0"
-
 
 def __getattr__(name: str):
     if name in _NAMESPACES:

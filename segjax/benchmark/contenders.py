@@ -100,7 +100,7 @@ def pair(work: Work):
 
 
 def ours(work: Work) -> Contender:
-    """Ours, as `train.py` and `segjax.evaluate` run it."""
+    """Ours, as `train.py` and `segjax evaluate` run it."""
     import jax.numpy as jnp
 
     import segjax

@@ -79,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
+    if not sys.platform.startswith("linux"):
+        raise BenchmarkError("segjax benchmark reads memory from /proc and needs Linux")
     since = time.monotonic()
     try:
         from segjax import models

@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,8 @@ def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> Data
 
 
 def _builder(dataset: str, config: str | None, data_dir: StrPath | None):
+    if sys.platform == "win32":
+        raise DataError("prepared datasets need array_record, which has no version for Windows; streets need none")
     import tensorflow_datasets as tfds
 
     with quiet():

@@ -1,4 +1,4 @@
-"""Our weights in the PyTorch reference, as an ONNX file or a `torch.export` program: what `segjax.export` writes."""
+"""Our weights in the PyTorch reference, as an ONNX file or a `torch.export` program: what `segjax export` writes."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import codec, specs
 from segjax.inference.engine import labels_of
 from segjax.inference.images import read_image
@@ -150,13 +151,15 @@ def record_of(predictor: Predictor, model: nnx.Module, checkpoint: str | Path) -
     params, batch_stats = FunctionalModel(model).arrays()
     protocol = {name: value for name, value in predictor.protocol.record().items() if name != "size_divisor"}
     labels = zip(predictor.classes.label_names, predictor.classes.label_colors, strict=True)
-    return {
-        "checkpoint": str(checkpoint),
-        "weights_sha256": params_sha256(params | batch_stats),
-        **protocol,
-        "pad_multiple": predictor.pad_multiple,
-        "classes": [{"name": name, "color": list(color)} for name, color in labels],
-    }
+    return stamped(
+        {
+            "checkpoint": str(checkpoint),
+            "weights_sha256": params_sha256(params | batch_stats),
+            **protocol,
+            "pad_multiple": predictor.pad_multiple,
+            "classes": [{"name": name, "color": list(color)} for name, color in labels],
+        }
+    )
 
 
 def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> set[Path]:
@@ -164,9 +167,9 @@ def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object])
     path = output / RECORD
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            key for key in record.keys() | old.keys() if key != "checkpoint" and old.get(key) != record.get(key)
-        ]
+        refuse_newer(old, path)
+        compared = (record.keys() | old.keys()) - {"checkpoint", "format_version", "segjax_version"}
+        differing = [key for key in compared if old.get(key) != record.get(key)]
         if differing:
             raise ValueError(
                 f"{output} was made with other {', '.join(sorted(differing))} ({path}); omit --resume to make "

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
 from segjax.checkpoints.state_dict import logger, model_metadata
@@ -240,12 +241,14 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(protocol),
     }
-    about = {
-        "checkpoint": name,
-        "step": step,
-        "model": model_metadata(model),
-        "data": {"name": classes.name, "split": given.split, "images": len(records)},
-        "protocol": protocol.record(),
-    }
+    about = stamped(
+        {
+            "checkpoint": name,
+            "step": step,
+            "model": model_metadata(model),
+            "data": {"name": classes.name, "split": given.split, "images": len(records)},
+            "protocol": protocol.record(),
+        }
+    )
     title = f"{model.spec.name} on {given.name}"
     report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, about=about)

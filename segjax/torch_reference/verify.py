@@ -123,7 +123,7 @@ def compiled(model: nnx.Module) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `segjax.convert --verify` prints.
+    """What `segjax convert --verify` prints.
 
     Attributes:
       against: what ours was compared with.

@@ -18,6 +18,7 @@ from segjax.data.pipeline import TrainBatches
 from segjax.inference.engine import predict_labels
 from segjax.inference.evaluation import evaluate
 from segjax.kernels import choice
+from segjax.layers.drop import Drop
 from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
 from segjax.recipes import common
@@ -234,7 +235,7 @@ def test_every_layer_drops_by_a_key_of_its_own_that_changes_with_the_step():
     def masks(key):
         """Which of 64 samples each layer keeps, by path; of the dropout that of its first channel."""
         model = functional.bind(params, batch_stats, key=key)
-        drops = {path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, layers.Drop)}
+        drops = {path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, Drop)}
         # The first block drops nothing.
         drops = {path: layer for path, layer in drops.items() if layer.rate > 0}
         return {path: np.asarray(layer(jnp.ones((64, 1, 1, 12))))[:, 0, 0, 0] > 0 for path, layer in drops.items()}
