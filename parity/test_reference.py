@@ -1,6 +1,6 @@
 """The PyTorch reference is the original: it equals figures of the original code, and the transformers package.
 
-The JAX models are compared with `segjax.torch_reference`, so a misreading there would pass on both sides. All of this is
+The JAX models are compared with `segjax.torch_reference`: a misreading there would pass on both sides. Everything is
 float64, where agreement means equal mathematics: errors measured are 1e-15 (gradients 1e-14), while a wrong head count
 or LayerNorm eps makes 1e-6 or more.
 """

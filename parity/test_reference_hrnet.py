@@ -1,6 +1,6 @@
 """The PyTorch references of HRNet and HRNet-OCR are the originals: they equal figures of the original code.
 
-The JAX models are compared with `segjax.torch_reference`, so a misreading there would pass on both sides. All of this is
+The JAX models are compared with `segjax.torch_reference`: a misreading there would pass on both sides. Everything is
 float64, where agreement means equal mathematics: errors measured are at most 1e-15 (gradients 2e-14), while each of the
 misreadings below makes 0.1 or more.
 

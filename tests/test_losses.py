@@ -707,16 +707,27 @@ def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu
         assert not kernels_cross_entropy.pays(logits, other), other
     assert not kernels_cross_entropy.pays(logits[..., :1], size)
     assert kernels_cross_entropy.pays(logits[..., :2], size)
-    with published_implementations():
-        assert not kernels_cross_entropy.pays(logits, size)
-    with meant_for("cuda"):
-        assert not kernels_cross_entropy.pays(logits, size)
     # A single row, or all that are there in one band.
     assert not kernels_cross_entropy.pays(logits[:, :1], (4, 20))
     whole = 2 * 24 * 20 * 3 * 4
     for band, pays in ((whole - 1, True), (whole, False)):
         monkeypatch.setattr(kernels_cross_entropy, "BAND", band)
         assert kernels_cross_entropy.pays(logits, size) == pays
+
+
+@pytest.mark.parametrize("context", [published_implementations, lambda: meant_for("cuda")])
+def test_the_loss_goes_through_row_tiles_on_a_cpu_only(context, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("in row tiles")
+
+    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
+    logits, labels = draw(12, (3, 5), (12, 20))
+    criterion, logits = build(CROSS_ENTROPY, classes=5), jnp.asarray(logits, jnp.float32)
+    with context():
+        assert np.isfinite(criterion.total(logits, labels, criterion.counts(labels)))
+    with meant_for("cpu"), pytest.raises(AssertionError, match="in row tiles"):
+        criterion.total(logits, labels, criterion.counts(labels))
 
 
 def test_a_band_is_as_many_rows_as_fit_and_divide_the_height(monkeypatch):

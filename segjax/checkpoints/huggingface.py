@@ -293,6 +293,8 @@ def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, Any]:
     if any(ratio != int(ratio) for ratio in settings["mlp_ratios"]):
         raise CheckpointError(f"transformers takes whole numbers for mlp_ratios, not {settings['mlp_ratios']}")
     classes = classes_of(metadata, model.spec.num_classes)
+    # Without names, transformers' placeholders, which `_class_names` takes for none.
+    names = classes.class_names if metadata.get("dataset") else [f"LABEL_{k}" for k in range(classes.num_classes)]
     kept = {foreign: settings[name] for name, foreign in (_SETTINGS | _SIZES).items()}
     return {
         "architectures": ["SegformerForSemanticSegmentation"],
@@ -304,8 +306,8 @@ def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": settings["block_norm_eps"],
         "semantic_loss_ignore_index": classes.ignore_label,
-        "id2label": {str(number): name for number, name in enumerate(classes.class_names)},
-        "label2id": {name: number for number, name in enumerate(classes.class_names)},
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
     }
 
 

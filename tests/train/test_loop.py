@@ -124,6 +124,8 @@ def test_a_run_leaves_its_result_curve_predictions_and_checkpoints(finished):
 def test_the_result_says_what_was_reached_and_with_which_settings(finished):
     result = result_of(finished[0])
     assert set(result) == {
+        "format_version",
+        "segjax_version",
         "mean_iou",
         "pixel_accuracy",
         "per_class_iou",
