@@ -123,7 +123,7 @@ def test_cross_entropy_in_bands_is_torchs_and_that_of_all_rows_at_once(
     # Of the CPU, whatever computes it here.
     with choice.meant_for("cpu"):
         for band in (rows * one_row, 2**40):
-            monkeypatch.setattr(cross_entropy, "BAND", band)
+            monkeypatch.setattr(cross_entropy, "TILE_BYTES", band)
             assert cross_entropy.pays(logits, large) == (band < 2**40)
             assert cross_entropy._rows(logits, large) == (rows if band < 2**40 else small[0])
             computed.append(

@@ -146,7 +146,7 @@ def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands,
     network = feed_forward_of(kind, dtype)
     run, arrays = of_arrays(network, by_rows)
     for shape, rows_of_a_band, expected in CASES[cases]:
-        monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, shape, rows_of_a_band, dtype))
+        monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, shape, rows_of_a_band, dtype))
         x = normal(*shape, 3, seed=20, dtype=dtype)
         # Anew, since what was traced holds the bands of its time.
         ours = jax.jit(lambda *given: run(*given))(x, *arrays)
@@ -165,7 +165,7 @@ def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands,
 def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dtype, float64, within, monkeypatch):
     run, arrays = of_arrays(feed_forward_of(kind, dtype), by_rows)
     x = normal(*shape, 3, seed=21, dtype=dtype)
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     ours = values_and_gradients(run, x, *arrays)
     assert_all_within(
         ours,
@@ -180,7 +180,7 @@ def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dty
 def test_a_feed_forward_network_in_bands_equals_its_layers_one_by_one(kind, bands, float64, within, monkeypatch):
     network = feed_forward_of(kind, "float64")
     x = normal(2, 7, 5, 3, seed=22, dtype="float64")
-    monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, x.shape, 2, "float64"))
+    monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, x.shape, 2, "float64"))
     run, arrays = of_arrays(network, by_rows)
     plain, _ = of_arrays(network, one_by_one)
     ours = jax.jit(run)(x, *arrays)
@@ -206,7 +206,7 @@ def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(
     exact = torch_values_and_gradients(torch_feed_forward, *wide)
     with choice.published_implementations():
         others = values_and_gradients(plain, x, *arrays)
-    monkeypatch.setattr(units, "BAND_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
+    monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
     alone = jax.jit(lambda *given: run(*given))(x, *arrays)
     assert bands == [3]
     ours = values_and_gradients(run, x, *arrays)
@@ -362,7 +362,7 @@ def test_a_decoder_in_bands_and_its_gradients_equal_torch(placing, name, dtype, 
     everything = (*given.levels, *given.arrays)
     theirs = torch_values_and_gradients(torch_decoder(given.names, len(sizes), placing), *everything)
     run = given.call("by_rows", placing)
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     ours = values_and_gradients(run, *everything)
     assert_all_within(ours, theirs, dtype, within, "decoder in bands = torch")
     assert ours[0].dtype == jnp.dtype(dtype)
@@ -371,7 +371,7 @@ def test_a_decoder_in_bands_and_its_gradients_equal_torch(placing, name, dtype, 
         return
     assert bands and set(bands) == {height // smallest}
     # All rows fit: one band, and no loop.
-    monkeypatch.setattr(units, "BAND_BYTES", 2 * height * width * 6 * jnp.dtype(dtype).itemsize)
+    monkeypatch.setattr(units, "TILE_BYTES", 2 * height * width * 6 * jnp.dtype(dtype).itemsize)
     bands.clear()
     in_one = jax.jit(lambda *given: run(*given))(*everything)
     assert not bands
@@ -383,7 +383,7 @@ def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypa
     expected = given.call("plain", "half")(*given.levels, *given.arrays)
     row = 2 * 9 * 6 * 8
     for fits, number in ((19.9, 2), (10, 2), (9.9, 4), (5, 4), (0.1, 4)):
-        monkeypatch.setattr(units, "BAND_BYTES", int(fits * row))
+        monkeypatch.setattr(units, "TILE_BYTES", int(fits * row))
         ours = jax.jit(lambda *arrays: given.call("by_rows", "half")(*arrays))(*given.levels, *given.arrays)
         assert bands == [number], fits
         bands.clear()
@@ -393,7 +393,7 @@ def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypa
 @pytest.mark.parametrize("placing", PLACINGS)
 def test_a_decoder_in_bands_equals_its_plain_form(placing, float64, within, monkeypatch):
     given = decoder_of("deepest first", "float64")
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     with choice.published_implementations():
         expected = jax.jit(given.call("plain", placing))(*given.levels, *given.arrays)
     ours = jax.jit(given.call("by_rows", placing))(*given.levels, *given.arrays)
@@ -405,7 +405,7 @@ def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(bands, fl
     everything = (*given.levels, *given.arrays)
     wide = [torch.from_numpy(np.asarray(array, np.float64)) for array in everything]
     exact = torch_decoder(given.names, 4, "half")(*wide)
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     ours, plain = (jax.jit(given.call(form, "half"))(*everything) for form in ("by_rows", "plain"))
     assert bands and ours.dtype == plain.dtype == jnp.float32
     assert verify.relative_error(ours, exact) < 2 * verify.relative_error(plain, exact)
@@ -440,7 +440,7 @@ def test_a_decoder_is_computed_in_steps(sizes, context, bands, float64):
 
 
 def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     b, h, w = jax.export.symbolic_shape("b, h, w")
     network = feed_forward_of("linear", "float32")
     x = jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32)
@@ -496,7 +496,7 @@ def test_a_model_in_bands_equals_the_reference(name, short, size, bands, float64
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=6, dtype="float64", **subject.sizes | short
     )
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     x, bases = compare.images(2, size, seed=12, dtype="float64"), verify.bases_for(model, 2)
     ours, _ = verify.compiled(model)(x, *bases)
     with torch.no_grad():
@@ -517,6 +517,6 @@ def test_gradients_of_a_model_in_bands_equal_the_reference(bands, float64, withi
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=4, dtype="float64", **subject.fixed | SHORT
     )
-    monkeypatch.setattr(units, "BAND_BYTES", 1)
+    monkeypatch.setattr(units, "TILE_BYTES", 1)
     assert_gradients_equal(subject, model, reference, 2, EVEN_IMAGE, "float64", False, within, "in bands")
     assert 2 in bands

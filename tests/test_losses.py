@@ -15,7 +15,7 @@ from segjax.data import class_weights, specs
 from segjax.inference.engine import labels_of
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.choice import meant_for, published_implementations
-from segjax.kernels.cross_entropy import BAND, _rows
+from segjax.kernels.cross_entropy import TILE_BYTES, _rows
 from segjax.recipes import common
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -228,14 +228,14 @@ def build(factors, *, classes, ignore=255, weights=None, **settings):
 
 @functools.cache
 def compiled(criterion, band):
-    """Counts, loss and gradient; a program goes by the `banded_loss.BAND` that it was traced with."""
-    assert band == BAND
+    """Counts, loss and gradient; a program goes by the `banded_loss.TILE_BYTES` that it was traced with."""
+    assert band == TILE_BYTES
     return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
 
 
 def loss_of(criterion, logits, labels, counts=None):
     """Loss and gradient."""
-    counts_of, run = compiled(criterion, BAND)
+    counts_of, run = compiled(criterion, TILE_BYTES)
     return run(logits, labels, counts_of(labels) if counts is None else counts)
 
 
@@ -627,7 +627,7 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
 @pytest.fixture
 def in_bands(monkeypatch):
     """Bands of one row, where there are bands at all."""
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
 
 
 CROSS_ENTROPY = {"cross_entropy": 1.0}
@@ -640,7 +640,7 @@ def test_in_bands_loss_and_gradient_are_those_of_numpy(small, factors, ignore, r
     large = small[0] * factors[0], small[1] * factors[1]
     logits, labels = draw(15 + rows, small, large, ignore=ignore)
     labels[1] = ignore
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", rows * 3 * factors[0] * large[1] * 5 * 8)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", rows * 3 * factors[0] * large[1] * 5 * 8)
     assert kernels_cross_entropy.pays(logits, large) and _rows(logits, large) == rows
     loss, gradient = loss_of(
         build({"cross_entropy": 0.5}, classes=5, ignore=ignore, weights=WEIGHTS[5]), logits, labels
@@ -701,7 +701,7 @@ def test_in_bands_narrow_logits_are_widened_before_they_are_enlarged(in_bands):
 
 def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu(monkeypatch):
     logits, size = jnp.zeros((2, 6, 5, 3)), (24, 20)
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
     assert kernels_cross_entropy.pays(logits, size)
     for other in ((25, 20), (24, 21), (6, 7), (3, 20), (24, 4)):
         assert not kernels_cross_entropy.pays(logits, other), other
@@ -711,7 +711,7 @@ def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu
     assert not kernels_cross_entropy.pays(logits[:, :1], (4, 20))
     whole = 2 * 24 * 20 * 3 * 4
     for band, pays in ((whole - 1, True), (whole, False)):
-        monkeypatch.setattr(kernels_cross_entropy, "BAND", band)
+        monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", band)
         assert kernels_cross_entropy.pays(logits, size) == pays
 
 
@@ -720,7 +720,7 @@ def test_the_loss_goes_through_row_tiles_on_a_cpu_only(context, monkeypatch):
     def refuse(*_):
         raise AssertionError("in row tiles")
 
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
     monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
     logits, labels = draw(12, (3, 5), (12, 20))
     criterion, logits = build(CROSS_ENTROPY, classes=5), jnp.asarray(logits, jnp.float32)
@@ -733,7 +733,7 @@ def test_the_loss_goes_through_row_tiles_on_a_cpu_only(context, monkeypatch):
 def test_a_band_is_as_many_rows_as_fit_and_divide_the_height(monkeypatch):
     one_row = 2 * 4 * 20 * 3 * 4
     for height, fit, rows in ((6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 6, 6), (7, 6, 1), (7, 7, 7), (12, 5, 4)):
-        monkeypatch.setattr(kernels_cross_entropy, "BAND", fit * one_row)
+        monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", fit * one_row)
         assert _rows(jnp.zeros((2, height, 5, 3)), (4 * height, 20)) == rows, (height, fit)
 
 
@@ -758,7 +758,7 @@ def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, m
         raise AssertionError("computed in bands")
 
     expected = traced_now()
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", 1)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
     monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
     for found, before in zip(traced_now(), expected, strict=True):
         np.testing.assert_array_equal(found, before)
@@ -771,7 +771,7 @@ def test_in_bands_four_devices_give_the_loss_and_gradient_of_one(kind, float64, 
     logits, labels = draw(19, (6, 5), (24, 20), batch=8)
     labels[0], labels[3, :6] = 255, 255
     # A band is one row of eight images, or three of the two that a device has under pmap.
-    monkeypatch.setattr(kernels_cross_entropy, "BAND", 8 * 4 * 20 * 5 * 8)
+    monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 8 * 4 * 20 * 5 * 8)
     assert [_rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
     criterion = build(CROSS_ENTROPY, classes=5, weights=WEIGHTS[5])
     assert_four_devices_equal_one(kind, criterion, logits, labels)

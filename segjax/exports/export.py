@@ -58,9 +58,9 @@ def rounded(model: nnx.Module, *, stored: jnp.dtype, computes_in: jnp.dtype) -> 
 
 def compiled(model: nnx.Module, form: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
     """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised as `form` says."""
-    skeleton = FunctionalModel(model)
-    run = jax.jit(lambda arrays, images: skeleton.bind(*arrays)(form.normalise(images))[0])
-    arrays = skeleton.arrays()
+    functional = FunctionalModel(model)
+    run = jax.jit(lambda arrays, images: functional.bind(*arrays)(form.normalise(images))[0])
+    arrays = functional.arrays()
 
     def call(images):
         with jax.default_matmul_precision("highest"):

@@ -22,28 +22,28 @@ from segjax.models.functional import FunctionalModel
 # ------------------------------------------------------------------------------------------------------------ StableHLO
 
 
-def run_model(skeleton: FunctionalModel, params, batch_stats, images: jax.Array, *, form: ExportFormat) -> jax.Array:
+def run_model(functional: FunctionalModel, params, batch_stats, images: jax.Array, *, form: ExportFormat) -> jax.Array:
     """What the file computes, on images as `form` has them but for (B, H, W, 3): logits (B, h, w, K) or labels."""
     if form.preprocessing:
         images = form.normalise(images)
-    logits, _ = skeleton.bind(params, batch_stats)(images)
+    logits, _ = functional.bind(params, batch_stats)(images)
     if not form.argmax:
         return logits
     # 8 bits, as label images have them, where they are enough.
-    kind = jnp.uint8 if skeleton.spec.num_classes <= 256 else jnp.int32
+    kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
     return labels_of(layers.resize(logits, images.shape[1:3])).astype(kind)
 
 
 def write_stablehlo(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
     """Writes the program and, beside it, what its outputs mean: a StableHLO file has no place for that."""
-    skeleton = FunctionalModel(model)
-    params, batch_stats = skeleton.arrays()
+    functional = FunctionalModel(model)
+    params, batch_stats = functional.arrays()
     params = {name: value.astype(form.dtype) for name, value in params.items()}
 
     def on(platform):
         def run(params, batch_stats, images):
             with choice.meant_for(platform):
-                return run_model(skeleton, params, batch_stats, images, form=form)
+                return run_model(functional, params, batch_stats, images, form=form)
 
         return run
 

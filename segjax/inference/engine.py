@@ -122,24 +122,24 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
     return image
 
 
-def score(skeleton: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable) -> jax.Array:
+def score(functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable) -> jax.Array:
     """Logits of uint8 images (B, H, W, 3) at their own size: float32 or wider (B, H, W, K).
 
     For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
     and on the right, and the scores of the padding are cut off.
     """
     height, width = images.shape[1:3]
-    below, right = -height % skeleton.size_multiple, -width % skeleton.size_multiple
+    below, right = -height % functional.size_multiple, -width % functional.size_multiple
     padded = jnp.pad(normalise(images), ((0, 0), (0, below), (0, right), (0, 0)))
-    logits, _ = skeleton.bind(params, batch_stats)(padded)
+    logits, _ = functional.bind(params, batch_stats)(padded)
     return layers.resize(logits, (height + below, width + right))[:, :height, :width]
 
 
 def predict_labels(
-    skeleton: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable
+    functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
     """Train ids of uint8 images (B, H, W, 3), as a whole: uint8 (B, H, W)."""
-    return labels_of(score(skeleton, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)
+    return labels_of(score(functional, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)
 
 
 class Inference:
@@ -162,12 +162,11 @@ class Inference:
         self.protocol = protocol
         self._batch = batch
         self._parallel = JitParallel()
-        skeleton = FunctionalModel(model)
-        self._arrays = self._parallel.replicate(skeleton.arrays())
+        functional = FunctionalModel(model)
+        self._arrays = self._parallel.replicate(functional.arrays())
         options = compiler_options(self._parallel.devices[0].platform)
-        self._labels = jax.jit(partial(predict_labels, skeleton, normalise=normalise), compiler_options=options)
-        self._score = jax.jit(partial(score, skeleton, normalise=normalise), compiler_options=options)
-        self._num_classes = skeleton.spec.num_classes
+        self._labels = jax.jit(partial(predict_labels, functional, normalise=normalise), compiler_options=options)
+        self._score = jax.jit(partial(score, functional, normalise=normalise), compiler_options=options)
 
     def labels(self, images: np.ndarray) -> np.ndarray:
         """Train ids (B, H, W), uint8, of uint8 RGB images (B, H, W, 3)."""

@@ -111,24 +111,24 @@ def sums_of_products(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> ja
     kernel_height, kernel_width = kernel.shape[:2]
     top, left = kernel_height // 2, kernel_width // 2
     inner = gradient[:, top : gradient.shape[1] - top, left : gradient.shape[2] - left]
-    taps = jnp.stack([_sum_of_bands(moved, inner) for row in shifted(x, kernel.shape[:2]) for moved in row])
+    taps = jnp.stack([_sum_over_row_tiles(moved, inner) for row in shifted(x, kernel.shape[:2]) for moved in row])
     return jnp.sum(taps, axis=(1, 2, 3)).reshape(kernel.shape).astype(kernel.dtype)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _sum_of_bands(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x * y, added up over bands of rows in at least float32: (B, H, W, C) twice -> (B, H / bands, W, C).
+def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, added up over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
 
     A first step of a sum over pixels: XLA:CPU's reduction reads its input from memory, the whole product otherwise
     (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
     """
     height = x.shape[1]
-    bands = max(number for number in range(1, 9) if height % number == 0)
+    tiles = max(number for number in range(1, 9) if height % number == 0)
     wide = precision.at_least_float32(x.dtype)
     products = (
         one.astype(wide) * other.astype(wide)
-        for one, other in zip(jnp.split(x, bands, axis=1), jnp.split(y, bands, axis=1), strict=True)
+        for one, other in zip(jnp.split(x, tiles, axis=1), jnp.split(y, tiles, axis=1), strict=True)
     )
     return sum(products)

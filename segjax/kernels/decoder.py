@@ -39,7 +39,7 @@ def decode_by_rows(
     Args:
       classify: (B, H, W, C) -> logits (B, H, W, K), pixel by pixel.
 
-    Each band reads the few rows of every level that it depends on, and one unit enlarges them and adds them up.
+    Each tile reads the few rows of every level that it depends on, and one unit enlarges them and adds them up.
     """
     height, width = (max(x.shape[axis] for x in levels) for axis in (1, 2))
     base, coarse = None, []
@@ -63,9 +63,9 @@ def decode_by_rows(
     B, dtype = len(levels[0]), kernels[0].dtype
     row_bytes = B * width * kernels[0].shape[1] * dtype.itemsize
     steps = [number for number in range(1, height // step + 1) if height // step % number == 0]
-    rows = step * max(number for number in steps if number == 1 or number * step * row_bytes <= units.BAND_BYTES)
+    rows = step * max(number for number in steps if number == 1 or number * step * row_bytes <= units.TILE_BYTES)
 
-    def band(number):
+    def tile(number):
         x, kernel = base
         part = jnp.matmul(lax.dynamic_slice_in_dim(x, number * rows, rows, axis=1), kernel)
         tall = [_taller(y, down, number, rows) for y, down, _ in coarse]
@@ -85,8 +85,8 @@ def decode_by_rows(
         return classify(finished(part, bias, *tall))
 
     if rows == height:
-        return band(0)
-    out = lax.map(band, jnp.arange(height // rows))  # (bands, B, rows, W, K)
+        return tile(0)
+    out = lax.map(tile, jnp.arange(height // rows))  # (tiles, B, rows, W, K)
     return jnp.moveaxis(out, 0, 1).reshape(B, height, width, -1)
 
 

@@ -32,23 +32,23 @@ def feed_forward_by_rows(arrays: dict[str, tuple[jax.Array, jax.Array]], x: jax.
         return jnp.matmul(hidden, _matrix(kernel)) + bias
 
     B, H, W, _ = x.shape
-    bands = min(H, -(-B * H * W * kernel1.shape[1] * x.dtype.itemsize // units.BAND_BYTES))
-    if bands == 1:
+    tiles = min(H, -(-B * H * W * kernel1.shape[1] * x.dtype.itemsize // units.TILE_BYTES))
+    if tiles == 1:
         return after(_biased_and_padded(jnp.matmul(x, kernel1), bias1))
-    rows = -(-H // bands)
-    bands = -(-H // rows)
-    # Each band with a row more above and below.
-    reaching = jnp.pad(x, ((0, 0), (1, 1 + bands * rows - H), (0, 0), (0, 0)))
+    rows = -(-H // tiles)
+    tiles = -(-H // rows)
+    # Each tile with a row more above and below.
+    reaching = jnp.pad(x, ((0, 0), (1, 1 + tiles * rows - H), (0, 0), (0, 0)))
 
-    def band(number):
+    def tile(number):
         part = lax.dynamic_slice_in_dim(reaching, number * rows, rows + 2, axis=1)
         row = number * rows - 1 + jnp.arange(rows + 2)
         # The convolution is padded with zeros, where a row outside the image would hold the bias.
         inside = ((row >= 0) & (row < H)).astype(x.dtype)[:, None, None]
         return after(_biased_and_padded_aside(jnp.matmul(part, kernel1), bias1, inside))
 
-    out = lax.map(band, jnp.arange(bands))  # (bands, B, rows, W, out)
-    return jnp.moveaxis(out, 0, 1).reshape(B, bands * rows, W, -1)[:, :H]
+    out = lax.map(tile, jnp.arange(tiles))  # (tiles, B, rows, W, out)
+    return jnp.moveaxis(out, 0, 1).reshape(B, tiles * rows, W, -1)[:, :H]
 
 
 def _feed_forward_forward(arrays, x):

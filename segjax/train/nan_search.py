@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.checkpoints.state_dict import shorten
+from segjax.checkpoints.checkpoint import shorten
 from segjax.kernels import choice
 from segjax.runtime.parallel import AXIS
 from segjax.train import optim

@@ -76,14 +76,14 @@ def counters_of(model):
     return {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model, nnx.RngCount))}
 
 
-def computed(skeleton, execution):
+def computed(functional, execution):
     """`run(params, batch_stats, x)` -> loss, (outputs, statistics and counters afterwards), gradients."""
 
     def loss_of(params, batch_stats, x):
-        model = skeleton.bind(params, batch_stats, key=jax.random.key(5))
+        model = functional.bind(params, batch_stats, key=jax.random.key(5))
         outputs = called(model, execution, x)
         loss = sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(outputs))
-        return loss, (outputs, skeleton.batch_stats_of(model), counters_of(model))
+        return loss, (outputs, functional.batch_stats_of(model), counters_of(model))
 
     return jax.value_and_grad(loss_of, argnums=(0, 2), has_aux=True)
 
@@ -91,8 +91,8 @@ def computed(skeleton, execution):
 @functools.cache
 def results(kind, execution):
     model = Row(kind)
-    skeleton, x = FunctionalModel(model), noise(model.shape)
-    return skeleton, jax.device_get(jax.jit(computed(skeleton, execution))(*skeleton.arrays(), x))
+    functional, x = FunctionalModel(model), noise(model.shape)
+    return functional, jax.device_get(jax.jit(computed(functional, execution))(*functional.arrays(), x))
 
 
 def assert_close(found, expected):
@@ -118,10 +118,10 @@ DRAWING = ("segformer", "zuppichini", "segnext")
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_blocks_of_the_comparison_move_statistics_and_have_gradients(kind, float64):
-    skeleton, ((_, (_, moved, counters)), (gradients, of_input)) = results(kind, layers.PLAIN)
+    functional, ((_, (_, moved, counters)), (gradients, of_input)) = results(kind, layers.PLAIN)
     # A layer without drop path has no stream.
     assert {int(counter) for counter in counters.values()} == ({1} if kind in DRAWING else set())
-    params, before = skeleton.arrays()
+    params, before = functional.arrays()
     assert bool(before) == kind.startswith(("hrnet", "segnext"))
     assert all(not np.array_equal(moved[name], before[name]) for name in before)
     silent = [name for name in params if np.abs(gradients[name]).max() == 0]
@@ -133,14 +133,14 @@ def test_the_blocks_of_the_comparison_move_statistics_and_have_gradients(kind, f
 @pytest.mark.parametrize("kind", DRAWING)
 def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
     model = Row(kind)
-    skeleton, x = FunctionalModel(model), noise(model.shape)
+    functional, x = FunctionalModel(model), noise(model.shape)
 
     def run(execution):
         def forward(params, batch_stats):
-            model = skeleton.bind(params, batch_stats, key=jax.random.key(5))
+            model = functional.bind(params, batch_stats, key=jax.random.key(5))
             return [called(model, execution, x) for _ in range(4)], counters_of(model)
 
-        return jax.device_get(jax.jit(forward)(*skeleton.arrays()))
+        return jax.device_get(jax.jit(forward)(*functional.arrays()))
 
     calls, counters = run(EXECUTIONS["scan, remat"])
     assert {int(counter) for counter in counters.values()} == {4}
@@ -155,14 +155,14 @@ def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
     ["segformer", "segnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simple", "zuppichini", "ocr"))],
 )
 def test_a_whole_model_in_training_gives_the_same_as_a_loop_that_is_computed_again(family, float64):
-    skeleton, x = FunctionalModel(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
+    functional, x = FunctionalModel(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
 
     def run(execution):
         def forward(params, batch_stats):
-            model = skeleton.bind(params, batch_stats, key=jax.random.key(3))
-            return called(model, execution, x), skeleton.batch_stats_of(model)
+            model = functional.bind(params, batch_stats, key=jax.random.key(3))
+            return called(model, execution, x), functional.batch_stats_of(model)
 
-        return jax.device_get(jax.jit(forward)(*skeleton.arrays()))
+        return jax.device_get(jax.jit(forward)(*functional.arrays()))
 
     assert_close(run(EXECUTIONS["scan, remat"]), run(layers.PLAIN))
 
@@ -183,14 +183,14 @@ def equations(jaxpr):
 
 def traced(family, execution, *, dtype=jnp.float32, **settings):
     """Equations of a forward pass in training."""
-    skeleton = FunctionalModel(abstract_family(family, dtype=dtype, **settings))
+    functional = FunctionalModel(abstract_family(family, dtype=dtype, **settings))
 
     def forward(params, batch_stats, x):
-        model = skeleton.bind(params, batch_stats, key=jax.random.key(0))
+        model = functional.bind(params, batch_stats, key=jax.random.key(0))
         return called(model, execution, x)
 
     x = jax.ShapeDtypeStruct((2, 32, 64, 3), jnp.float32)
-    return list(equations(jax.make_jaxpr(forward)(*skeleton.arrays(), x).jaxpr))
+    return list(equations(jax.make_jaxpr(forward)(*functional.arrays(), x).jaxpr))
 
 
 def scans(found):

@@ -76,7 +76,7 @@ def test_gelu_is_called_where_it_has_several_readers():
 
 
 def test_a_band_is_enlarged_once_and_its_slope_reduced_once(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "BAND", 1)
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
     labels, weights = np.zeros((2, 16, 12), np.uint8), normal(2, 16, 12, seed=5)
     called = calls(jax.value_and_grad(cross_entropy.cross_entropy), normal(2, 4, 3, 5, seed=6), labels, weights)
     for name in ("enlarge", "_loss_and_slope", "reduce"):
@@ -87,7 +87,7 @@ def test_a_band_is_all_that_is_ever_enlarged(monkeypatch):
     logits, labels = normal(2, 32, 32, 40, seed=7), np.zeros((2, 128, 128), np.uint8)
     weights = np.ones(labels.shape, np.float32)
     whole = labels.size * 40 * 4
-    monkeypatch.setattr(cross_entropy, "BAND", whole // 32)
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", whole // 32)
     program = jax.jit(jax.value_and_grad(cross_entropy.cross_entropy)).lower(logits, labels, weights).compile()
     assert program.memory_analysis().temp_size_in_bytes < whole / 4
 
@@ -139,7 +139,7 @@ def test_each_unit_of_a_feed_forward_network_is_called_once(kind, monkeypatch):
     in_one, in_bands, with_gradient = UNITS[kind]
     with choice.meant_for("cpu"):
         assert units(run, x) == sorted(in_one)
-        monkeypatch.setattr(kernels_units, "BAND_BYTES", 2**12)
+        monkeypatch.setattr(kernels_units, "TILE_BYTES", 2**12)
         # Anew, since what was traced holds the bands of its time.
         assert units(lambda x: run(x), x) == sorted(in_bands)
         assert units(slopes(feed_forward_by_rows, of=(0, 1)), arrays, x) == sorted(with_gradient)
@@ -155,7 +155,7 @@ def test_a_band_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monke
     widest = 16 * x.nbytes
     with choice.published_implementations():
         assert temporaries(lambda x: run(x), x) >= widest
-    monkeypatch.setattr(kernels_units, "BAND_BYTES", widest // 32)
+    monkeypatch.setattr(kernels_units, "TILE_BYTES", widest // 32)
     with choice.meant_for("cpu"):
         assert temporaries(run, x) < widest / 3
 
@@ -172,7 +172,7 @@ def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
         return layers.classify(classifier, jax.nn.relu(fused))
 
     enlarged = 2 * 128 * 16 * 64 * 4
-    monkeypatch.setattr(kernels_units, "BAND_BYTES", enlarged // 16)
+    monkeypatch.setattr(kernels_units, "TILE_BYTES", enlarged // 16)
     with choice.meant_for("cpu"):
         assert temporaries(run, *levels) < enlarged / 2
         # One for each level, and one that adds them up.

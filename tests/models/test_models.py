@@ -600,17 +600,17 @@ def equations(jaxpr):
 def traced(family, *, training, dtype, param_dtype):
     """The jaxpr of a forward pass in evaluation, or of gradients in training with everything random on."""
     rates = {key: 0.5 for key in ("drop_path_rate", "dropout_rate") if key in models.settings(FAMILIES[family][0])}
-    skeleton = FunctionalModel(abstract_family(family, dtype=dtype, param_dtype=param_dtype, **rates))
+    functional = FunctionalModel(abstract_family(family, dtype=dtype, param_dtype=param_dtype, **rates))
     x = jax.ShapeDtypeStruct((2, 64, 96, 3), param_dtype)
 
     def evaluate(params, batch_stats, x):
-        return skeleton.bind(params, batch_stats)(x)
+        return functional.bind(params, batch_stats)(x)
 
     def loss_of(params, batch_stats, x):
-        model = skeleton.bind(params, batch_stats, key=jax.random.key(0))
-        return jnp.sum(model(x)[0] ** 2), skeleton.batch_stats_of(model)
+        model = functional.bind(params, batch_stats, key=jax.random.key(0))
+        return jnp.sum(model(x)[0] ** 2), functional.batch_stats_of(model)
 
-    return jax.make_jaxpr(jax.grad(loss_of, has_aux=True) if training else evaluate)(*skeleton.arrays(), x)
+    return jax.make_jaxpr(jax.grad(loss_of, has_aux=True) if training else evaluate)(*functional.arrays(), x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
