@@ -15,7 +15,7 @@ from segjax.data import class_weights, specs
 from segjax.inference.engine import labels_of
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.choice import meant_for, published_implementations
-from segjax.kernels.cross_entropy import TILE_BYTES, _rows
+from segjax.kernels.cross_entropy import _rows
 from segjax.recipes import common
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -228,14 +228,14 @@ def build(factors, *, classes, ignore=255, weights=None, **settings):
 
 @functools.cache
 def compiled(criterion, band):
-    """Counts, loss and gradient; a program goes by the `banded_loss.TILE_BYTES` that it was traced with."""
-    assert band == TILE_BYTES
+    """Counts, loss and gradient; a program goes by the `kernels_cross_entropy.TILE_BYTES` that it was traced with."""
+    assert band == kernels_cross_entropy.TILE_BYTES
     return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
 
 
 def loss_of(criterion, logits, labels, counts=None):
     """Loss and gradient."""
-    counts_of, run = compiled(criterion, TILE_BYTES)
+    counts_of, run = compiled(criterion, kernels_cross_entropy.TILE_BYTES)
     return run(logits, labels, counts_of(labels) if counts is None else counts)
 
 

@@ -34,8 +34,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from segjax.kernels import attention as attention_kernels
 from segjax.kernels import choice, convolution, units
-from segjax.kernels.attention import MOST_SCORES, attention_by_rows, attention_plain
 from segjax.kernels.gelu import gelu_by_slope, gelu_plain
 from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_plain
 
@@ -104,11 +104,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     (B, h, N, _), M = query.shape, key.shape[2]
     # Whether there are many scores is unknown for sizes that an exported program leaves open.
     if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
-        return attention_plain(query, key, value)
-    rows = max(1, MOST_SCORES // (B * h * M))
+        return attention_kernels.attention_plain(query, key, value)
+    rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))
     if rows >= N:
-        return attention_plain(query, key, value)
-    return attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
+        return attention_kernels.attention_plain(query, key, value)
+    return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
 
 
 def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) -> jax.Array:
