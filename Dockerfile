@@ -15,6 +15,7 @@ RUN pip install --no-cache-dir ".[cuda,hub,video]"
 
 # Data, runs and checkpoints are mounted here. Compiled programs stay with them, so that the next container starts soon.
 WORKDIR /workspace
-ENV XDG_CACHE_HOME=/workspace/.cache
+ENV XDG_CACHE_HOME=/workspace/.cache \
+    TFDS_DATA_DIR=/workspace/tensorflow_datasets
 ENTRYPOINT ["segjax"]
 CMD ["--help"]

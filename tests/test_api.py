@@ -15,7 +15,7 @@ import pytest
 import segjax
 from segjax.data import specs, streets
 from segjax.data.open import OpenSplit
-from tests.tiny import tiny_model
+from tests.tiny import SIZES, tiny_model
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = ("create", "evaluate_dataset", "export_model", "from_torch", "load", "load_torch", "save", "to_torch")
@@ -82,6 +82,14 @@ def test_every_function_works_once_every_module_is_imported(name, tmp_path):
     labels = np.stack([predictor(image) for image in split.images])
     counted = split.labels != 255
     assert found["pixel_accuracy"] == pytest.approx((labels == split.labels)[counted].mean())
+    created = segjax.create("segformer_b0", num_classes=2, **SIZES)
+    assert (created.spec.num_classes, created.spec.name) == (2, "segformer_b0")
+
+
+def test_a_model_is_exported_once_every_module_is_imported(tmp_path):
+    import_everything()
+    segjax.export_model(tiny_model(3), tmp_path / "a.stablehlo", size=(32, 64))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
 
 
 def test_what_was_loaded_is_saved_with_its_metadata(tmp_path):

@@ -16,7 +16,8 @@ def add_checkpoint(
 ) -> None:
     """Adds the checkpoint: the next positional argument, or an option where `arguments` have one of its names."""
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
-    help = f"{CHECKPOINT}; {' and '.join(f'{name} CHECKPOINT' for name in names)} mean the same"
+    means = "means" if len(names) == 1 else "mean"
+    help = f"{CHECKPOINT}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
     if by_name:
         parser.add_argument(*names, dest="checkpoint", required=True, type=Path, metavar="CHECKPOINT", help=help)
     else:

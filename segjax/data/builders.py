@@ -89,7 +89,7 @@ def prepare(
 
 def _prepared_before(name: str, dataset: specs.Dataset, data_dir: StrPath | None) -> Prepared:
     needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
-    need = f"pass --config.data.source=DIR (train.py) or --source (segjax.data), where DIR holds {needs}"
+    need = f"pass --config.data.source=DIR (segjax train) or --source (segjax data prepare), where DIR holds {needs}"
     if dataset.spec is None:
         raise DataError(f"{name} needs a source: {need}")
     path = Path(_builder(name, None, data_dir).data_path)

@@ -10,14 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from segjax.kernels import choice, decoder, precision
+from segjax.kernels import decoder, precision
+from segjax.layers import functional
 from segjax.layers.linear import Conv, Linear, classify
 
 
+def _conv1x1_at_low_resolution(layer: Conv, levels: Sequence[jax.Array], upsample: Callable) -> jax.Array:
+    kernels = _slices_by_level(layer, levels)
+    fused = _sum_of_levels([x.astype(layer.dtype) for x in levels], kernels, None, upsample)
+    return fused if layer.bias is None else fused + layer.bias[...].astype(layer.dtype)
+
+
+@functional.cheaper_order(_conv1x1_at_low_resolution)
 def conv1x1_of_resized(
     layer: Conv, levels: Sequence[jax.Array], upsample: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Upsamples maps to one size, concatenates them and applies the 1x1 convolution `layer`, in a cheaper order.
+    """Upsamples maps to one size, concatenates them and applies the 1x1 convolution `layer`.
 
     Args:
       levels: maps (B, h, w, C_level), their channels in the order of the kernel's.
@@ -26,11 +34,7 @@ def conv1x1_of_resized(
     Returns:
       (B, H, W, C).
     """
-    if choice.is_published():
-        return layer(jnp.concatenate([upsample(x) for x in levels], axis=-1))
-    kernels = _slices_by_level(layer, levels)
-    fused = _sum_of_levels([x.astype(layer.dtype) for x in levels], kernels, None, upsample)
-    return fused if layer.bias is None else fused + layer.bias[...].astype(layer.dtype)
+    return layer(jnp.concatenate([upsample(x) for x in levels], axis=-1))
 
 
 def _slices_by_level(layer: Conv, levels: Sequence[jax.Array]) -> list[jax.Array]:

@@ -595,7 +595,7 @@ def test_exif_that_turns_nothing_is_accepted(tree, data):
 
 
 @pytest.mark.parametrize("name, source, message", [
-    ("folder", None, "folder needs a source: pass --config.data.source=DIR (train.py) or --source"),
+    ("folder", None, "folder needs a source: pass --config.data.source=DIR (segjax train) or --source"),
     ("folder", "not/there", "folder: not/there is no directory"),
     ("camvid", "not/there", "camvid: not/there is no directory"),
     ("kitti", None, "no dataset 'kitti' to prepare; there are camvid, cityscapes, ade20k, voc, pet, folder"),
