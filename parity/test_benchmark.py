@@ -79,7 +79,7 @@ def test_what_computes_something_else_is_not_timed(monkeypatch, capsys):
 )
 def test_what_cannot_be_timed_is_refused_before_anything_is_made(options, said, capsys):
     assert benchmark.main(options) == 2
-    assert said in capsys.readouterr().err
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_table_of_a_record_has_a_column_for_each_rival(tmp_path, capsys):
@@ -251,7 +251,8 @@ def test_a_type_has_one_name_in_a_record(fakes, tmp_path, spelling):
 def table(fakes, monkeypatch):
     """Three rows, each of which takes a hundred seconds; calls it with options and gives what was begun."""
     clock = [0.0]
-    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (benchmark, benchmark_runner):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     rows = [Row(name, "train", 8, (64, 96), ("torch",)) for name in ("segformer_b0", "segnext_t", "hrnet_w48")]
     monkeypatch.setitem(TABLES, "gpu", rows)
     begun, compare = [], benchmark_runner.compare
@@ -275,7 +276,9 @@ def table(fakes, monkeypatch):
 def test_a_table_ends_in_time_and_a_second_command_takes_it_up(table, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert table("--minutes", 4, "--json", path) == (0, [("segformer_b0", 8), ("segnext_t", 8)])
-    assert "hrnet_w48, train 8x64x96: not begun: such a row takes 100 s, and 40 s are left" in capsys.readouterr().out
+    assert "hrnet_w48, train 8x64x96: not begun: such a row takes 100 s, and 40 s are left" in " ".join(
+        capsys.readouterr().out.split()
+    )
     first = json.loads(path.read_text())["results"]
     assert [result["model"] for result in first] == ["segformer_b0", "segnext_t"]
     assert table("--minutes", 4, "--json", path) == (0, [("hrnet_w48", 8)])
@@ -326,7 +329,9 @@ def test_a_record_of_another_machine_is_not_gone_on_with(table, monkeypatch, tmp
     assert table("--json", path)[0] == 0
     monkeypatch.setattr(benchmark_floor, "measured_ceilings", lambda dtype: CEILING | {"device": "another card"})
     assert table("--json", path) == (2, [])
-    assert "other work than bfloat16 of 150 classes on another card; name another file" in capsys.readouterr().err
+    assert "other work than bfloat16 of 150 classes on another card; name another file" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_rows_of_the_same_work_become_one_of_the_readme(tmp_path, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segjax.benchmark.floor import floor_of
+from segjax.benchmark import floor as floors
 from segjax.benchmark.rows import Row
 
 OURS = "segjax"
@@ -158,7 +158,7 @@ def compare(
         for runner in runners:
             stack.callback(runner.close)
         # While they come up.
-        floor = floor_of(work, ceiling)
+        floor = floors.floor_of(work, ceiling)
         for runner in runners:
             say(f"  {runner.name}: making it ready ...")
             try:

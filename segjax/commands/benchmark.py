@@ -29,10 +29,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from segjax.benchmark.floor import measured_ceilings
+from segjax.benchmark import floor, runner
 from segjax.benchmark.report import machine, markdown, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
-from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, compare, largest_that_fits
+from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, largest_that_fits
 from segjax.commands.ending import run_command
 from segjax.runtime import atomic, console, environment
 
@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
     say = console.say
     say("measuring what the machine can do ...")
-    ceiling = measured_ceilings(dtype)
+    ceiling = floor.measured_ceilings(dtype)
     on_gpu = ceiling["platform"] != "cpu"
     say(
         f"{ceiling['flops_per_second'] / 1e9:.0f} GFLOP/s in products of matrices, "
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     )
 
     def measure(row: Row) -> dict[str, object]:
-        return compare(
+        return runner.compare(
             [OURS, *row.against],
             (row.model, row.size, row.batch, row.mode, dtype, options.num_classes),
             ceiling=ceiling,
@@ -136,7 +136,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         measured = _one_after_the_other(rows, measure, say=say)
     for results in measured:
         if "failed" not in results[-1]:
-            say("\n".join(report(results[-1], ceiling)))
+            # A table, whose lines are not prose.
+            print("\n".join(report(results[-1], ceiling)), flush=True)
         if options.json:
             record = {
                 "date": datetime.date.today().isoformat(),

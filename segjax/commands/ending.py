@@ -24,7 +24,7 @@ def run_command(
     run: Callable[[], int | None],
     *,
     interrupted: str = "nothing was written",
-    full_disk: str = "make room, and give the same command again",
+    full_disk: str = "make room, and run the same command again",
 ) -> int:
     """Runs a command; what it logs to the logger "segjax" is printed.
 

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         "segjax predict",
         lambda: _run(options),
         interrupted="what was written is whole. --resume goes on",
-        full_disk="make room, and give the command again with --resume",
+        full_disk="make room, and run the command again with --resume",
     )
 
 

@@ -63,7 +63,7 @@ def flat(text):
     return " ".join(text.split())
 
 
-FULL = "What was saved before is whole: make room, and give the same command again"
+FULL = "[Ww]hat was saved before is complete: make room, and run the same command again"
 
 
 def differing(alone, workdir):
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_a_run_with_the_reason_and_leaves_the_last_save_whole(h
     stage, before = stages[room], stages["told twice"].checkpoints
     assert stage.status == 2 and stage.checkpoints[-1] >= before[-1]
     complaint = re.search(f" segjax train: {where} {FULL}$", stage.said)
-    assert complaint
+    assert complaint, stage.said[-600:]
     assert "Traceback" not in stage.said and "rror" not in stage.said[: complaint.start()]
 
 
