@@ -1,5 +1,6 @@
 """Every layer against torch's, and every fast form against its plain one, with gradients."""
 
+import contextlib
 from functools import partial
 
 import jax
