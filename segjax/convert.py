@@ -2,7 +2,9 @@
 
 import sys
 
-if __name__ == "__main__":
-    from segjax.commands.convert import main
+from segjax.commands.convert import main
 
+__all__ = ["main"]
+
+if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 import sys
 
-if __name__ == "__main__":
-    from segjax.commands.summary import main
+from segjax.commands.summary import main
 
+__all__ = ["main"]
+
+if __name__ == "__main__":
     sys.exit(main())
