@@ -142,8 +142,7 @@ def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
         yield wait
         return
     try:
-        # Network file systems lock only what is opened for writing, and no folder can be.
-        handle = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+        handle = _open(temporary)
     except FileNotFoundError:
         yield False
         return
@@ -157,6 +156,17 @@ def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
         yield is_locked and _is_at(handle, temporary)
     finally:
         os.close(handle)
+
+
+def _open(temporary: Path) -> int:
+    """Opens a file for writing, since network file systems lock nothing else; a folder cannot be.
+
+    The name is not asked for its kind first: another writer may remove a file, or make a folder, in between.
+    """
+    try:
+        return os.open(temporary, os.O_RDWR)
+    except IsADirectoryError:
+        return os.open(temporary, os.O_RDONLY)
 
 
 def _is_at(handle: int, temporary: Path) -> bool:
