@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from segjax.checkpoints.checkpoint import CheckpointError, shorten
 from segjax.checkpoints.metadata import classes_of, of_names
 from segjax.checkpoints.state_dict import settings_of
+from segjax.models.segmentation_model import SegmentationModel
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # The first that exists is read; an index lists the files of weights in several parts.
@@ -283,7 +282,7 @@ def _images(preprocessor: Mapping) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def config_of(model: nnx.Module, metadata: Mapping) -> dict[str, Any]:
+def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
     """config.json for one of segjax's SegFormers.
 
     Raises:

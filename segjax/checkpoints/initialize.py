@@ -6,8 +6,6 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax import nnx
-
 from segjax.checkpoints.architectures import family_of, matches
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import read_checkpoint
@@ -21,9 +19,10 @@ from segjax.checkpoints.state_dict import (
     named_variables,
     torch_name,
 )
+from segjax.models.segmentation_model import SegmentationModel
 
 
-def initialize(model: nnx.Module, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()) -> None:
+def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()) -> None:
     """Fills a model from any checkpoint; the log has what was loaded and what was not.
 
     Args:
@@ -52,7 +51,7 @@ def initialize(model: nnx.Module, source: str | Path | Checkpoint, *, keep: Sequ
         raise CheckpointError(f"{place}: {error}") from None
 
 
-def _load(model: nnx.Module, checkpoint: Checkpoint, names: list[str], keep: tuple[str, ...]) -> None:
+def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], keep: tuple[str, ...]) -> None:
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     log_recognised(found)
     if not arrays.keys() - found.of_encoder(arrays) - _extras_of_encoders(found):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from segjax import models
 from segjax.checkpoints import metadata, orbax_folder
@@ -19,6 +18,7 @@ from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.state_dict import from_torch, logger, model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
+from segjax.models.segmentation_model import SegmentationModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class LoadedCheckpoint:
       provenance: name and hash of the checkpoint, and its own provenance under "made_from".
     """
 
-    model: nnx.Module
+    model: SegmentationModel
     classes: specs.DatasetSpec
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
@@ -75,13 +75,13 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None) -> LoadedCheckpo
     return LoadedCheckpoint(model, classes, known, mean, std, provenance)
 
 
-def as_loaded(source: str | Path | LoadedCheckpoint | nnx.Module) -> LoadedCheckpoint:
+def as_loaded(source: str | Path | LoadedCheckpoint | SegmentationModel) -> LoadedCheckpoint:
     """Loads a checkpoint that is not loaded yet; a model gets classes that are called by their numbers."""
     if isinstance(source, LoadedCheckpoint):
         return source
-    if isinstance(source, nnx.Module):
-        return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes))
-    return load(source)
+    if isinstance(source, str | Path):
+        return load(source)
+    return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes))
 
 
 def model_of(
@@ -92,7 +92,7 @@ def model_of(
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
-) -> tuple[nnx.Module, dict[str, Any]]:
+) -> tuple[SegmentationModel, dict[str, Any]]:
     """The model of a checkpoint, in evaluation mode, and its complete metadata.
 
     Args:
@@ -132,7 +132,7 @@ def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, Any]]:
     return kept["name"], models.settings(kept["name"]) | settings
 
 
-def _metadata_for(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any]:
     """The metadata of a model that was made for a state dict."""
     found = checkpoint.recognised
     provenance = {**checkpoint.provenance, "dialect": found.key_format.dialect, "package": found.key_format.package}

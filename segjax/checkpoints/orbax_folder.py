@@ -28,6 +28,7 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.checkpoints.state_dict import from_values, model_metadata, named_variables
 from segjax.models.functional import params_sha256
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
 
@@ -89,7 +90,7 @@ def _checkpointer(**handlers):
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def save_model(folder: Path, model: nnx.Module, *, metadata: Mapping[str, Any]) -> None:
+def save_model(folder: Path, model: SegmentationModel, *, metadata: Mapping[str, Any]) -> None:
     """Writes the weights of a model and how to build it to an orbax folder; an older one at that path is replaced.
 
     Raises:
@@ -119,7 +120,7 @@ def refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
 
 
-def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
+def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> SegmentationModel:
     """The model in a converted folder, in one checkpoint of a run, or in the newest one of the folder of a run.
 
     Args:
@@ -131,7 +132,9 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> nnx.Module:
     return load_model_and_metadata(folder, dtype=dtype)[0]
 
 
-def load_model_and_metadata(folder: Path, *, dtype: jnp.dtype | None = None) -> tuple[nnx.Module, dict[str, Any]]:
+def load_model_and_metadata(
+    folder: Path, *, dtype: jnp.dtype | None = None
+) -> tuple[SegmentationModel, dict[str, Any]]:
     """The same, and its metadata."""
     folder = find(folder)
     weights, metadata = load_weights(folder)
@@ -140,7 +143,7 @@ def load_model_and_metadata(folder: Path, *, dtype: jnp.dtype | None = None) -> 
 
 def build_model(
     weights: Mapping[str, np.ndarray], metadata: Mapping, folder: Path, *, dtype: jnp.dtype | None = None
-) -> nnx.Module:
+) -> SegmentationModel:
     """The model of the weights and metadata that `load_weights` read from `folder`.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from segjax.checkpoints import huggingface, orbax_folder
 from segjax.checkpoints.checkpoint import CheckpointError, torch_module
@@ -18,6 +17,7 @@ from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.checkpoints.metadata import carried, completed
 from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
 FILES = (".pth", ".safetensors")
@@ -25,7 +25,7 @@ FILES = (".pth", ".safetensors")
 _OTHER_FILES = (".pt", ".bin", ".ckpt", ".npz", ".onnx", ".pt2", ".stablehlo")
 
 
-def save(model: nnx.Module | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
+def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
     """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
 
     Args:
@@ -66,7 +66,7 @@ def require_destination(path: Path, dialect: str | None) -> None:
         )
 
 
-def write_checkpoint(path: Path, model: nnx.Module, *, dialect: str, metadata: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, model: SegmentationModel, *, dialect: str, metadata: Mapping[str, Any]) -> None:
     """Writes a model with its metadata; see `save`."""
     metadata = {"model": model_metadata(model), **metadata}
     if is_folder(path):
@@ -95,7 +95,7 @@ def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metad
     save_file(dict(weights), path, metadata=kept)
 
 
-def _write_folder(folder: Path, model: nnx.Module, metadata: Mapping[str, Any]) -> None:
+def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str, Any]) -> None:
     """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
     weights, metadata = to_torch(model, dialect="hf"), completed(metadata)
     config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}

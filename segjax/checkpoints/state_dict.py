@@ -32,6 +32,7 @@ from segjax.checkpoints.key_maps import BATCH_COUNTER, DIALECTS, KEY_FORMATS, OF
 from segjax.checkpoints.layout import torch_name
 from segjax.checkpoints.recognition import Recognised, dialects_of
 from segjax.checkpoints.renaming import Renaming, renamings
+from segjax.models.segmentation_model import SegmentationModel
 
 logger = logging.getLogger("segjax")
 
@@ -53,13 +54,13 @@ class MisfitError(CheckpointError):
 # -------------------------------------------------------------------------------------------------- weights of a model
 
 
-def named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+def named_variables(model: SegmentationModel) -> dict[str, nnx.Variable]:
     """Parameters and running statistics by dotted attribute path, for example "backbone.norm1.scale"."""
     state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def parameters_of(model: nnx.Module, *, encoder_only: bool = False) -> int:
+def parameters_of(model: SegmentationModel, *, encoder_only: bool = False) -> int:
     """Number of learned numbers; running statistics do not count."""
     in_head = FAMILIES[family_of(model.spec.name)].in_head
     return sum(
@@ -69,12 +70,12 @@ def parameters_of(model: nnx.Module, *, encoder_only: bool = False) -> int:
     )
 
 
-def settings_of(model: nnx.Module) -> dict[str, Any]:
+def settings_of(model: SegmentationModel) -> dict[str, Any]:
     """Every setting of a model: the defaults of its name, and its overrides."""
     return models.settings(model.spec.name) | dict(model.spec.overrides)
 
 
-def model_metadata(model: nnx.Module) -> dict[str, Any]:
+def model_metadata(model: SegmentationModel) -> dict[str, Any]:
     """How to build the model again, as JSON."""
     variables = named_variables(model).values()
     (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
@@ -86,7 +87,7 @@ def model_metadata(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndarray]:
+def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, np.ndarray]:
     """The weights of a model as a state dict that the original loads with `strict=True`.
 
     Args:
@@ -117,7 +118,7 @@ def to_torch(model: nnx.Module, *, dialect: str = "native") -> dict[str, np.ndar
     return renamings(key_format)[0].to_foreign(native)
 
 
-def key_format_of(model: nnx.Module, dialect: str) -> KeyFormat:
+def key_format_of(model: SegmentationModel, dialect: str) -> KeyFormat:
     """The key format of a dialect for the family of `model`.
 
     Raises:
@@ -149,7 +150,7 @@ def _log_note(key_format: KeyFormat) -> None:
 
 
 def load_torch(
-    model: nnx.Module,
+    model: SegmentationModel,
     state_dict: Mapping | Checkpoint,
     *,
     dialect: str = "auto",
@@ -193,7 +194,7 @@ class _Plan:
     kept: list[str]
 
 
-def _plan(model: nnx.Module, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
+def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
     """Raises MisfitError where the checkpoint does not fit the model."""
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     expected = _expected(model, found.renaming)
@@ -238,7 +239,7 @@ class _Expected:
         return kept
 
 
-def _expected(model: nnx.Module, renaming: Renaming) -> _Expected:
+def _expected(model: SegmentationModel, renaming: Renaming) -> _Expected:
     variables = named_variables(model)
     paths = {torch_name(path): path for path in variables}
     blanks = {key: layout.blank_of(path, variables[path].get_value().shape) for key, path in paths.items()}
@@ -259,7 +260,7 @@ def _expected(model: nnx.Module, renaming: Renaming) -> _Expected:
 
 
 def _refuse_misfit(
-    model: nnx.Module, found: Recognised, expected: _Expected, given: Mapping[str, np.ndarray], kept: set[str]
+    model: SegmentationModel, found: Recognised, expected: _Expected, given: Mapping[str, np.ndarray], kept: set[str]
 ) -> None:
     """Raises MisfitError, which lists every key that is missing, unexpected, of another shape or not floating point."""
     shapes = expected.shapes
@@ -306,7 +307,7 @@ def _log_plan(plan: _Plan) -> None:
         logger.info("left as initialised (%d): %s", len(plan.kept), shorten(modules))
 
 
-def _filled(model: nnx.Module, values: Mapping[str, np.ndarray]) -> nnx.State:
+def _filled(model: SegmentationModel, values: Mapping[str, np.ndarray]) -> nnx.State:
     """The model's state with `values` in place of its own, in its dtypes."""
     flat = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
@@ -334,7 +335,7 @@ def from_torch(
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
-) -> nnx.Module:
+) -> SegmentationModel:
     """Builds the model of a PyTorch checkpoint and loads it.
 
     Sizes and the number of classes are read from shapes. Settings that no checkpoint contains (heads, eps) are those
@@ -366,7 +367,7 @@ def from_torch(
     classes = _number_of_classes(num_classes, classes_in_file)
     name, settings = _settings(found, sizes, name, overrides)
 
-    def create() -> nnx.Module:
+    def create() -> SegmentationModel:
         try:
             return models.create(name, num_classes=classes, dtype=dtype, param_dtype=param_dtype, **settings)
         except ValueError as error:
@@ -460,7 +461,7 @@ def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, Any]) -> 
     return assumed
 
 
-def _initial(create: Callable[[], nnx.Module], paths: list[str]) -> dict[str, jax.Array]:
+def _initial(create: Callable[[], SegmentationModel], paths: list[str]) -> dict[str, jax.Array]:
     """Initial values at these dotted paths of the model that `create` makes."""
 
     def draw():
@@ -496,7 +497,7 @@ def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
     )
 
 
-def from_values(abstract: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
+def from_values(abstract: SegmentationModel, values: Mapping[str, np.ndarray | jax.Array]) -> SegmentationModel:
     """A model from an abstract one and all of its parameters and running statistics by dotted path; random streams
     start from key 0."""
     graphdef, weights, streams = nnx.split(abstract, nnx.Any(nnx.Param, nnx.BatchStat), ...)

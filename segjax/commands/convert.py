@@ -40,6 +40,7 @@ from segjax.checkpoints.state_dict import (
 )
 from segjax.commands.arguments import add_checkpoint, overrides_at_fault, parse_overrides
 from segjax.commands.ending import CheckError, run_command
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import environment
 
 
@@ -98,7 +99,7 @@ def _refuse_destination(options: argparse.Namespace) -> None:
         raise CheckpointError(f"{options.destination} is the source itself; choose another name")
 
 
-def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, Any]]:
+def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[SegmentationModel, dict[str, Any]]:
     """The model in an orbax folder of segjax, and the metadata to write."""
     if options.overrides or options.dialect != "auto":
         raise CheckpointError(
@@ -113,7 +114,7 @@ def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tup
     return model, carried(known, checkpoint.provenance)
 
 
-def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.Module, dict[str, Any]]:
+def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[SegmentationModel, dict[str, Any]]:
     """The model of a PyTorch checkpoint, and the metadata to write."""
     to_encoder = any(key_format.encoder_only for key_format in KEY_FORMATS if key_format.dialect == options.to)
     encoder_only = options.num_classes is None and to_encoder and not checkpoint.recognised.has_head
@@ -131,13 +132,13 @@ def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[nnx.
     return model, metadata
 
 
-def _log_model(model: nnx.Module, *, encoder_only: bool = False) -> None:
+def _log_model(model: SegmentationModel, *, encoder_only: bool = False) -> None:
     part = "its encoder only" if encoder_only else f"{model.spec.num_classes} classes"
     parameters = parameters_of(model, encoder_only=encoder_only)
     logger.info("%s, %s, %s parameters", model.spec.name, part, f"{parameters:,}")
 
 
-def _log_other_settings(model: nnx.Module, dialect: str, *, stored: tuple[str, ...]) -> None:
+def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple[str, ...]) -> None:
     """Logs the settings in which the package that is written for computes otherwise than this model.
 
     Args:
@@ -155,7 +156,7 @@ def _log_other_settings(model: nnx.Module, dialect: str, *, stored: tuple[str, .
             )
 
 
-def _measure_transformers(model: nnx.Module) -> None:
+def _measure_transformers(model: SegmentationModel) -> None:
     """Logs how far the logits of a random image move with the LayerNorm eps of transformers, the only difference."""
     eps = dict.fromkeys(("block_norm_eps", "patch_norm_eps"), huggingface.LAYER_NORM_EPS)
     settings = settings_of(model)
@@ -173,11 +174,11 @@ def _measure_transformers(model: nnx.Module) -> None:
 
 
 @nnx.jit
-def _logits(model: nnx.Module, images: jax.Array) -> jax.Array:
+def _logits(model: SegmentationModel, images: jax.Array) -> jax.Array:
     return model(images)[0]
 
 
-def _verified(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+def _verified(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any]:
     """The result of comparing the model with PyTorch on the checkpoint. Raises CheckError where they differ."""
     report = _verify(model, checkpoint)
     if not report.passed:
@@ -185,7 +186,7 @@ def _verified(model: nnx.Module, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"against": report.against, "error": float(report.error)}
 
 
-def _verify(model: nnx.Module, checkpoint: Checkpoint):
+def _verify(model: SegmentationModel, checkpoint: Checkpoint):
     """-> torch_reference.verify.Report."""
     try:
         from segjax.torch_reference import verify

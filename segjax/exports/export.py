@@ -37,12 +37,13 @@ from segjax.exports import stablehlo
 from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
 # --------------------------------------------------------------------------------------------------------- our own side
 
 
-def rounded(model: nnx.Module, *, stored: jnp.dtype, computes_in: jnp.dtype) -> nnx.Module:
+def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dtype) -> SegmentationModel:
     """The model with its parameters rounded to `stored`, held in float32. Running statistics keep their digits."""
     spec = model.spec
     abstract = nnx.eval_shape(
@@ -56,7 +57,7 @@ def rounded(model: nnx.Module, *, stored: jnp.dtype, computes_in: jnp.dtype) -> 
     return from_values(abstract, values)
 
 
-def compiled(model: nnx.Module, form: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
+def compiled(model: SegmentationModel, form: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
     """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised as `form` says."""
     functional = FunctionalModel(model)
     run = jax.jit(lambda arrays, images: functional.bind(*arrays)(form.normalise(images))[0])
@@ -184,7 +185,7 @@ def _shapes(form: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...
     return [*lines, *textwrap.wrap(f"  classes of {loaded.classes.name}: {classes}", 80, subsequent_indent="    ")]
 
 
-def _require(form: ExportFormat, destination: Path, model: nnx.Module) -> None:
+def _require(form: ExportFormat, destination: Path, model: SegmentationModel) -> None:
     """Raises CheckpointError for all that is wrong with what was asked for."""
     height, width = form.size
     multiple = model.size_multiple
@@ -209,7 +210,7 @@ class UnequalError(Exception):
 
 
 def export_model(
-    source: str | Path | LoadedCheckpoint | nnx.Module,
+    source: str | Path | LoadedCheckpoint | SegmentationModel,
     path: str | Path,
     *,
     size: tuple[int, int],
@@ -249,7 +250,7 @@ def export_model(
     export(source, path, form)
 
 
-def export(source: str | Path | LoadedCheckpoint | nnx.Module, destination: Path, form: ExportFormat) -> None:
+def export(source: str | Path | LoadedCheckpoint | SegmentationModel, destination: Path, form: ExportFormat) -> None:
     """`export_model` with its settings in one object."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(form)
@@ -283,7 +284,7 @@ def export(source: str | Path | LoadedCheckpoint | nnx.Module, destination: Path
         logger.info("%s", line)
 
 
-def _is_equal(run: Callable, original: nnx.Module, model: nnx.Module, form: ExportFormat) -> bool:
+def _is_equal(run: Callable, original: SegmentationModel, model: SegmentationModel, form: ExportFormat) -> bool:
     """Runs the file and our model on street scenes, and says how far they are apart."""
     logger.info("comparing it with our model")
     ours, bound, passed = compiled(model, form), BOUNDS[form.computes_in], True

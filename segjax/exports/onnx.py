@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flax import nnx
 
 from segjax.exports import torch_program
 from segjax.exports.format import ExportFormat
+from segjax.models.segmentation_model import SegmentationModel
 
 # ----------------------------------------------------------------------------------------------------------------- ONNX
 
@@ -26,7 +26,7 @@ def require_onnx() -> None:
     del onnx, onnxruntime, onnxscript
 
 
-def write_onnx(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
+def write_onnx(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
     """One file, weights included; each entry of `about` is JSON in its metadata."""
     import onnx
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import export as jax_export
 from jax import lax
 
@@ -18,6 +17,7 @@ from segjax.exports.format import LEAST, PLATFORMS, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
+from segjax.models.segmentation_model import SegmentationModel
 
 # ------------------------------------------------------------------------------------------------------------ StableHLO
 
@@ -34,7 +34,7 @@ def run_model(functional: FunctionalModel, params, batch_stats, images: jax.Arra
     return labels_of(layers.resize(logits, images.shape[1:3])).astype(kind)
 
 
-def write_stablehlo(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
+def write_stablehlo(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
     """Writes the program and, beside it, what its outputs mean: a StableHLO file has no place for that."""
     functional = FunctionalModel(model)
     params, batch_stats = functional.arrays()

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flax import nnx
 from torch import Tensor
 
 from segjax.checkpoints.architectures import family_of
 from segjax.exports.format import LEAST, ExportFormat
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.segnext import evaluation_bases
 from segjax.torch_reference.verify import reference_for
 
@@ -29,7 +29,7 @@ class Program(torch.nn.Module):
     Parameters are kept in the type of `form` and widened to float32 where they are used.
     """
 
-    def __init__(self, model: nnx.Module, form: ExportFormat):
+    def __init__(self, model: SegmentationModel, form: ExportFormat):
         super().__init__()
         self.form = form
         self.num_classes = model.spec.num_classes
@@ -60,7 +60,7 @@ class Program(torch.nn.Module):
         return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
 
 
-def traced(model: nnx.Module, form: ExportFormat) -> torch.export.ExportedProgram:
+def traced(model: SegmentationModel, form: ExportFormat) -> torch.export.ExportedProgram:
     """The program as operations alone, with the sizes that `form` leaves open."""
     # A batch of 1 would be taken for a constant.
     batch, (height, width) = 2 if form.dynamic else 1, form.size
@@ -98,7 +98,7 @@ def quiet() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------- torch
 
 
-def write_torch(path: Path, model: nnx.Module, form: ExportFormat, about: dict[str, object]) -> None:
+def write_torch(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
     """A program of `torch.export`, which PyTorch runs without segjax; `about` is its extra file of that name.
 
     Not TorchScript, which PyTorch has deprecated and which checks no shapes.

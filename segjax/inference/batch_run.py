@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from flax import nnx
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import codec, specs
@@ -20,6 +19,7 @@ from segjax.inference.images import read_image
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic, console
 from segjax.runtime.console import Progress
 from segjax.viz import overlay, video
@@ -146,7 +146,7 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
 RECORD = "predict.json"
 
 
-def record_of(predictor: Predictor, model: nnx.Module, checkpoint: str | Path) -> dict[str, object]:
+def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | Path) -> dict[str, object]:
     """What the files of an output folder are made by, for its `RECORD`."""
     params, batch_stats = FunctionalModel(model).arrays()
     protocol = {name: value for name, value in predictor.protocol.record().items() if name != "size_divisor"}

@@ -14,12 +14,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from segjax import layers
 from segjax.data.augment import normalise
 from segjax.inference.sliding_window import row_tiles
 from segjax.models.functional import FunctionalModel
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.parallel import JitParallel, compiler_options
 
 
@@ -147,7 +147,7 @@ class Inference:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: SegmentationModel,
         protocol: Protocol = Protocol(),
         *,
         batch: int = 1,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.format_version import stamped
@@ -22,11 +21,12 @@ from segjax.data.records import records_of
 from segjax.data.sources import DataError, listed
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.viz import report
 
 
 def evaluate_dataset(
-    source: str | Path | LoadedCheckpoint | nnx.Module,
+    source: str | Path | LoadedCheckpoint | SegmentationModel,
     data: str | OpenSplit | None = None,
     *,
     data_source: str | Sequence[str] | None = None,
@@ -115,7 +115,7 @@ class _Given:
 
 
 def _of_run(
-    source: str | Path | LoadedCheckpoint | nnx.Module,
+    source: str | Path | LoadedCheckpoint | SegmentationModel,
     *,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,

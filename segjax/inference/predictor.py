@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.images import as_rgb
+from segjax.models.segmentation_model import SegmentationModel
 
 # What `as_rgb` takes: an array, a path, or a PIL image. PIL is not imported, hence Any.
 Image = np.ndarray | str | os.PathLike[str] | Any
@@ -38,7 +38,7 @@ class Predictor:
 
     def __init__(
         self,
-        checkpoint_or_model: str | Path | LoadedCheckpoint | nnx.Module,
+        checkpoint_or_model: str | Path | LoadedCheckpoint | SegmentationModel,
         *,
         mode: str = "whole",
         crop: tuple[int, int] | None = None,

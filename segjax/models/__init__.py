@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 from functools import partial
@@ -22,6 +21,7 @@ from segjax.models import (
     segformer_zuppichini,
     segnext,
 )
+from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 
 
 def _variants(pattern: str, model: type, variants: dict[str, dict]) -> dict[str, partial]:
@@ -38,22 +38,6 @@ MODELS = (
     | _variants("hrnet_{}_ocr", hrnet_ocr.HRNetOCR, hrnet_ocr.VARIANTS)
     | _variants("segnext_{}", segnext.SegNeXt, segnext.VARIANTS)
 )
-
-
-# Models that do not take images of any size.
-SIZE_MULTIPLES = {
-    segformer_simple.SegFormerSimple: segformer_simple.LARGEST_STRIDE,
-    segformer_zuppichini.SegFormerZuppichini: segformer_zuppichini.LARGEST_STRIDE,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """What `create` was called with, so that a checkpoint can say how to build its model again."""
-
-    name: str
-    num_classes: int
-    overrides: tuple[tuple[str, object], ...]
 
 
 def settings(name: str) -> dict[str, object]:
@@ -97,7 +81,7 @@ def create(
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
-) -> nnx.Module:
+) -> SegmentationModel:
     """Builds a model in evaluation mode, with published initial weights drawn from `seed`. Traceable (nnx.eval_shape).
 
     Args:
@@ -138,5 +122,4 @@ def create(
     )
     model.eval()
     model.spec = ModelSpec(name, num_classes, tuple(sorted(frozen.items())))
-    model.size_multiple = SIZE_MULTIPLES.get(type(model), 1)
     return model

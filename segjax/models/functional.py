@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.stacked import NO_STACKS, Stacks
 
 
@@ -22,7 +23,7 @@ class FunctionalModel:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: SegmentationModel,
         *,
         frozen: frozenset[str] = frozenset(),
         execution: layers.BlockExecution = layers.PLAIN,
@@ -66,7 +67,7 @@ class FunctionalModel:
         """Those parameters that training changes."""
         return {name: value for name, value in params.items() if self._is_trained[name]}
 
-    def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> nnx.Module:
+    def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> SegmentationModel:
         """A model holding these arrays: in training mode where a key for its random streams is given."""
         streams = []
         for index, (path, variable) in enumerate(self._streams):
@@ -85,7 +86,7 @@ class FunctionalModel:
             copy=True,
         )
 
-    def batch_stats_of(self, model: nnx.Module) -> dict[str, jax.Array]:
+    def batch_stats_of(self, model: SegmentationModel) -> dict[str, jax.Array]:
         """The running statistics that a bound model has moved."""
         return {name: variable.get_value() for name, (_, variable) in _by_name(nnx.state(model, nnx.BatchStat)).items()}
 

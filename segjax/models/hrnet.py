@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 
 # Width of the branch with the highest resolution; the others have 2, 4 and 8 times as many channels.
 VARIANTS = {"w18": dict(width=18), "w32": dict(width=32), "w48": dict(width=48)}
@@ -184,7 +185,7 @@ def apply_transition(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
     return [x if part is None else part(x) for part, x in zip(parts, sources, strict=True)]
 
 
-class HighResolutionNet(nnx.Module):
+class HighResolutionNet(SegmentationModel):
     """The backbone, whose names stand at the top of a checkpoint: images (B, H, W, 3) -> four maps from 1/4 to 1/32."""
 
     def __init__(

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 
 # Widths C1..C4, blocks per stage and decoder width C of table 6. B0 is the smallest, B5 the largest.
 VARIANTS = {
@@ -291,7 +292,7 @@ class SegFormerHead(MLPDecoder):
         return jax.nn.relu(self.linear_fuse.bn(fused))
 
 
-class SegFormer(nnx.Module):
+class SegFormer(SegmentationModel):
     """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:

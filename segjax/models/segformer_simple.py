@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 
 VARIANTS = {
     "": dict(
@@ -34,7 +35,6 @@ VARIANTS = {
 }
 # Kernel, stride and padding of the four patch embeddings.
 PATCHES = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
-LARGEST_STRIDE = 32
 TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
 
@@ -202,7 +202,7 @@ class Upsample(nnx.Module):
         return layers.upsample_nearest(x, self.factor)
 
 
-class SegFormerSimple(nnx.Module):
+class SegFormerSimple(SegmentationModel):
     """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:
@@ -211,6 +211,8 @@ class SegFormerSimple(nnx.Module):
       decoder_dim: width of the decoder.
       dtype: of the computation. param_dtype: of what is stored.
     """
+
+    size_multiple = 32
 
     def __init__(
         self,
@@ -247,7 +249,7 @@ class SegFormerSimple(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images, multiple=LARGEST_STRIDE)
+        layers.require_images(images, multiple=self.size_multiple)
         features = self.mit(images.astype(self.dtype))
         return self.decode(features), layers.feature_taps(features)
 

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 
 VARIANTS = {
     "": dict(
@@ -34,7 +35,6 @@ VARIANTS = {
 }
 # Kernel and stride of the four patch embeddings.
 PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))
-LARGEST_STRIDE = 32
 NORM_EPS = 1e-5
 TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
@@ -244,7 +244,7 @@ class Head(nnx.Module):
         self.predict = layers.Conv(decoder_dim, num_classes, 1, rngs=rngs, **kinds, **TORCH_INIT)
 
 
-class SegFormerZuppichini(nnx.Module):
+class SegFormerZuppichini(SegmentationModel):
     """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:
@@ -254,6 +254,8 @@ class SegFormerZuppichini(nnx.Module):
       drop_path_rate: of the last block; the first has 0, those between lie on a line.
       dtype: of the computation. param_dtype: of what is stored.
     """
+
+    size_multiple = 32
 
     def __init__(
         self,
@@ -289,7 +291,7 @@ class SegFormerZuppichini(nnx.Module):
         self.head = Head(decoder_dim=decoder_dim, num_classes=num_classes, **kinds)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images, multiple=LARGEST_STRIDE)
+        layers.require_images(images, multiple=self.size_multiple)
         features = self.encoder(images.astype(self.dtype))
         return self.decode(features), layers.feature_taps(features)
 

@@ -29,6 +29,7 @@ from flax import nnx
 from jax import lax
 
 from segjax import layers
+from segjax.models.segmentation_model import SegmentationModel
 
 # Widths and blocks of table 2, width and rank of the decoder as in the official configurations.
 VARIANTS = {
@@ -311,7 +312,7 @@ class LightHamHead(nnx.Module):
         return layers.classify(self.conv_seg, self.dropout(x))
 
 
-class SegNeXt(nnx.Module):
+class SegNeXt(SegmentationModel):
     """Images (B, H, W, 3), normalised -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K) and taps `feature0..feature3`.
 
     `model(images, bases=...)` starts the factorisation from (B, ham_channels, ham_rank), of length 1 over channels.

@@ -38,6 +38,7 @@ from flax import nnx
 from segjax import layers, models
 from segjax.kernels import choice, convolution
 from segjax.models import hrnet, hrnet_ocr, segformer, segformer_plain, segformer_simple, segnext
+from segjax.models.segmentation_model import SegmentationModel
 
 # Kinds of multiply-adds, as `Summary.multiply_adds` and the table call them.
 KINDS = {
@@ -172,7 +173,7 @@ class _Call:
 
 
 @contextlib.contextmanager
-def _noting_calls(model: nnx.Module, calls: list[_Call]) -> Iterator[None]:
+def _noting_calls(model: SegmentationModel, calls: list[_Call]) -> Iterator[None]:
     """While it lasts, every call of a layer of `model` is appended to `calls` when it ends, and is a `named_scope`.
 
     Classes and functions are exchanged for the whole process: nothing else may be traced at the same time.
@@ -226,7 +227,7 @@ def _cheapest_order() -> Iterator[None]:
 
 
 def _trace(
-    model: nnx.Module, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_implementations
+    model: SegmentationModel, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_implementations
 ) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
     """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
     if any(side < 1 for side in size):
@@ -284,7 +285,7 @@ def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: 
         yield from found
 
 
-def _abstract(name: str, num_classes: int, overrides: Mapping) -> nnx.Module:
+def _abstract(name: str, num_classes: int, overrides: Mapping) -> SegmentationModel:
     """The model, of shapes alone."""
     return nnx.eval_shape(lambda: models.create(name, num_classes=num_classes, **overrides))
 

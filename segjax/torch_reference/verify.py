@@ -21,6 +21,7 @@ from segjax.checkpoints.key_maps import BATCH_COUNTER
 from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
 from segjax.inference.engine import labels_of
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.segnext import evaluation_bases
 from segjax.torch_reference import (
     hrnet,
@@ -51,7 +52,7 @@ REFERENCES = {
 # ------------------------------------------------------------------------------------------------------- the two sides
 
 
-def reference_for(model: nnx.Module, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
+def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
     """The PyTorch reference of our model in evaluation mode, strictly loaded with `weights` (its own by default)."""
     weights = to_torch(model) if weights is None else weights
     reference = REFERENCES[family_of(model.spec.name)](num_classes=model.spec.num_classes, **settings_of(model))
@@ -63,7 +64,7 @@ def reference_for(model: nnx.Module, weights: Mapping[str, np.ndarray] | None = 
 
 def randomised_pair(
     name: str, *, num_classes: int, seed: int, dtype, **overrides
-) -> tuple[nnx.Module, torch.nn.Module]:
+) -> tuple[SegmentationModel, torch.nn.Module]:
     """A model and its reference with the same weights, of which every one shows in the output."""
     sizes = models.settings(name) | overrides
     reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
@@ -74,7 +75,7 @@ def randomised_pair(
     return model, reference
 
 
-def bases_for(model: nnx.Module, batch: int) -> tuple[np.ndarray, ...]:
+def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
     """What the model takes beside images: SegNeXt's bases (B, C, R), different for every image, else nothing."""
     if family_of(model.spec.name) != "segnext":
         return ()
@@ -106,7 +107,7 @@ def relative_error(ours, theirs) -> float:
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny))
 
 
-def compiled(model: nnx.Module) -> Callable:
+def compiled(model: SegmentationModel) -> Callable:
     """The model as one compiled function of images, in float32 "highest" where the hardware has a choice."""
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, x, *bases: nnx.merge(graphdef, state)(x, *bases))
@@ -152,7 +153,7 @@ class Report:
         )
 
 
-def verify(model: nnx.Module, state_dict: Mapping | Checkpoint) -> Report:
+def verify(model: SegmentationModel, state_dict: Mapping | Checkpoint) -> Report:
     """Compares PyTorch on a checkpoint with the model that was made from it, on one image.
 
     Args:
@@ -178,7 +179,7 @@ def verify(model: nnx.Module, state_dict: Mapping | Checkpoint) -> Report:
     )
 
 
-def _run_theirs(model: nnx.Module, checkpoint: Checkpoint, x: np.ndarray) -> tuple[str, np.ndarray]:
+def _run_theirs(model: SegmentationModel, checkpoint: Checkpoint, x: np.ndarray) -> tuple[str, np.ndarray]:
     """Name of the PyTorch model and its logits (B, h, w, K), computed in the dtype of `x`."""
     found = checkpoint.recognised
     if found.key_format.dialect == "hf" and found.has_head:
@@ -197,7 +198,7 @@ def _run_theirs(model: nnx.Module, checkpoint: Checkpoint, x: np.ndarray) -> tup
     return "the PyTorch reference (segjax.torch_reference)", to_nhwc(logits)
 
 
-def _transformers_model(model: nnx.Module, foreign: Mapping[str, np.ndarray]) -> torch.nn.Module:
+def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarray]) -> torch.nn.Module:
     """The checkpoint in the package that it comes from, loaded as that package loads files."""
     import transformers
     from safetensors.numpy import save_file

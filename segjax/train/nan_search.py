@@ -12,6 +12,7 @@ from flax import nnx
 
 from segjax.checkpoints.checkpoint import shorten
 from segjax.kernels import choice
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.parallel import AXIS
 from segjax.train import optim
 from segjax.train.state import TrainState
@@ -86,7 +87,7 @@ def _called(parameter: str, calls: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _outputs_recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
+def _outputs_recorded(model: SegmentationModel) -> Iterator[dict[str, jax.Array]]:
     """Records for every module that is called whether its output is finite, by name, in the order of their returns."""
     modules = [(".".join(map(str, path)) or WHOLE, module) for path, module in nnx.iter_modules(model)]
     names = {id(module): name for name, module in modules}

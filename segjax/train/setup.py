@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
@@ -29,6 +28,7 @@ from segjax.data.open import OpenSplit, open_splits
 from segjax.data.records import Records, records_of
 from segjax.inference.engine import predict_labels
 from segjax.models.functional import FunctionalModel
+from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.stacked import Stacks
 from segjax.runtime import console
 from segjax.runtime.distributed import is_lead
@@ -229,14 +229,16 @@ def make_batches(
 # ------------------------------------------------------------------------------------------------- model, loss and step
 
 
-def create_model(settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int) -> nnx.Module:
+def create_model(
+    settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int
+) -> SegmentationModel:
     """The model of `config.model` with random weights; `overrides` are settings of its own class."""
     return models.create(
         settings.name, num_classes=num_classes, seed=seed, dtype=jnp.dtype(settings.dtype), **overrides
     )
 
 
-def load_initial_weights(module: nnx.Module, settings: ConfigDict) -> None:
+def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> None:
     """Fills a model from the checkpoint that `config.init` names, if any."""
     if settings.checkpoint:
         console.say(f"initial weights from {settings.checkpoint}")
@@ -245,7 +247,7 @@ def load_initial_weights(module: nnx.Module, settings: ConfigDict) -> None:
 
 
 def make_functional(
-    module: nnx.Module, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
+    module: SegmentationModel, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
 ) -> FunctionalModel:
     """The model as a training step takes it.
 
