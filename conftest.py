@@ -1,11 +1,15 @@
 """Set-up of every test: four CPU devices, compiled programs kept on disk, float64 where a test asks for it."""
 
 import gc
+import os
 
 import jax
 import pytest
 
 from segjax.runtime import environment
+
+# Tests run in a process per core, where threads of torch wait for cores in busy loops: minutes for what takes seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Data parallelism is tested for real: on a CPU one process can be split into several devices. Before the first use.
 jax.config.update("jax_num_cpu_devices", 4)
