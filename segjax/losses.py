@@ -139,12 +139,13 @@ class Criterion:
           Scalar. A term whose count is 0 has loss 0 and gradient 0.
         """
         logits = logits.astype(precision.at_least_float32(logits.dtype))
+        height, width = labels.shape[1:3]
         counts = counts.astype(logits.dtype)
         is_cross_entropy = [name for name, _ in self.factors] == ["cross_entropy"] and not self.label_smoothing
-        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, labels.shape[1:3]):
+        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, (height, width)):
             weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
             return self.factors[0][1] * _mean(kernels_cross_entropy.cross_entropy(logits, labels, weights), counts[0])
-        logits = layers.resize(logits, labels.shape[1:3])
+        logits = layers.resize(logits, (height, width))
         sums = {
             "cross_entropy": self._cross_entropy,
             "ohem": self._ohem,
@@ -160,13 +161,13 @@ class Criterion:
 
     # Each of the following: (B, H, W, K) logits and (B, H, W) labels -> scalar sum.
 
-    def _cross_entropy(self, logits, labels):
+    def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         loss = self._weighted(_negative_log_likelihood(logits, labels), labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * self._mean_over_classes(logits)
         return jnp.sum(jnp.where(labels != self.ignore_label, loss, 0))
 
-    def _focal(self, logits, labels):
+    def _focal(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         loss = _negative_log_likelihood(logits, labels)
         # Where the probability is 1, a power below 1 has no finite gradient; that of the loss is 0 there, as its value.
         is_wrong = loss > jnp.finfo(loss.dtype).tiny
@@ -175,7 +176,7 @@ class Criterion:
         loss = jnp.where(is_wrong, (-jnp.expm1(-safe)) ** self.focal_gamma * safe, 0)
         return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
 
-    def _ohem(self, logits, labels):
+    def _ohem(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Means over the pixels that are kept of each image, summed over images.
 
         Published code keeps pixels of all images that a device holds at once. Then the loss would depend on how many
@@ -194,7 +195,7 @@ class Criterion:
         weight = jnp.ones_like(loss) if self.num_classes == 1 else self._weighted(jnp.ones_like(loss), labels)
         return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
 
-    def _dice(self, logits, labels):
+    def _dice(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
 
         V-Net's squares, smoothed by 1, as mmsegmentation's first DiceLoss has them; that one also sums p² and y² over
@@ -209,7 +210,7 @@ class Criterion:
         dice = (2 * overlap + 1) / (predicted + labelled + 1)  # (B, K)
         return jnp.sum(jnp.mean(1 - dice, axis=1))
 
-    def _lovasz(self, logits, labels):
+    def _lovasz(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Lovász-Softmax, mean over the classes that an image has, summed over images; K = 1: Lovász hinge."""
         truth = self._truth(labels)
         if self.num_classes == 1:
@@ -224,14 +225,14 @@ class Criterion:
         losses = _lovasz_extension(_pixels_last(errors), _pixels_last(truth))  # (B, K)
         return jnp.sum(_mean(jnp.sum(jnp.where(counted, losses, 0), axis=1), jnp.sum(counted, axis=1)))
 
-    def _weighted(self, loss, labels):
+    def _weighted(self, loss: jax.Array, labels: jax.Array) -> jax.Array:
         """(B, H, W) times the weight of each pixel's class."""
         if self.class_weights is None:
             return loss
         table = jnp.asarray((1.0, *self.class_weights) if self.num_classes == 1 else self.class_weights, loss.dtype)
         return loss * jnp.take(table, labels.astype(jnp.int32), mode="clip")
 
-    def _mean_over_classes(self, logits):
+    def _mean_over_classes(self, logits: jax.Array) -> jax.Array:
         """-log p of every class, weighted, mean over classes: (B, H, W, K) -> (B, H, W)."""
         weights = jnp.asarray(self.class_weights or (1.0,) * self.num_classes, logits.dtype)
         if self.num_classes == 1:
@@ -239,21 +240,21 @@ class Criterion:
             return (jax.nn.softplus(score) + weights[0] * jax.nn.softplus(-score)) / 2
         return -jnp.mean(weights * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
-    def _probability(self, logits):
+    def _probability(self, logits: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(logits) if self.num_classes == 1 else jax.nn.softmax(logits, axis=-1)
 
-    def _truth(self, labels):
+    def _truth(self, labels: jax.Array) -> jax.Array:
         """(B, H, W) labels -> (B, H, W, K): is it this class, False in ignored pixels."""
         classes = jnp.arange(self.num_classes, dtype=jnp.int32) if self.num_classes > 1 else jnp.ones(1, jnp.int32)
         return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
 
 
-def _mean(total, count):
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count; 0 with gradient 0 where the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
 
 
-def _negative_log_likelihood(logits, labels):
+def _negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log p(label) by pixel, (B, H, W, K) and (B, H, W) -> (B, H, W); finite where the label is no class."""
     labels = labels.astype(jnp.int32)
     if logits.shape[-1] == 1:
@@ -265,12 +266,12 @@ def _negative_log_likelihood(logits, labels):
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
 
 
-def _pixels_last(x):
+def _pixels_last(x: jax.Array) -> jax.Array:
     """(B, H, W, K) -> (B, K, H * W)."""
     return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], x.shape[-1], -1)
 
 
-def _lovasz_extension(errors, truth):
+def _lovasz_extension(errors: jax.Array, truth: jax.Array) -> jax.Array:
     """Lovász extension of the Jaccard loss |wrong| / |truth ∪ wrong| at `errors`, negative ones as 0.
 
     Args:

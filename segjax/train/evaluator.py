@@ -153,6 +153,7 @@ class Evaluator:
         is_best = self.scores.step == step
         if is_best and self._settings.every and is_lead():
             metadata = {**self._metadata, "step": step, "mean_iou": mean_iou}
-            orbax_folder.save_weights(self._best, weights_of(self._fetch(state)), metadata=metadata)
+            weights = {name: np.asarray(array) for name, array in weights_of(self._fetch(state)).items()}
+            orbax_folder.save_weights(self._best, weights, metadata=metadata)
         if step < self._steps:
             console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")

@@ -90,11 +90,13 @@ class Log:
             joined = np.concatenate(row, axis=1)
             self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
 
-    def _event(self, step: int, summary) -> None:
+    def _event(self, step: int, summary: Any) -> None:
         # Not tensorboardX's SummaryWriter: it writes in a thread of its own, and when a full disk ends that thread, the
         # run waits for it forever.
         from tensorboardX import RecordWriter
-        from tensorboardX.proto.event_pb2 import Event
+
+        # protobuf makes the class when the module is imported, so that a type checker does not see it.
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._writer is None:
             self._events.mkdir(parents=True, exist_ok=True)

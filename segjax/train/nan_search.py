@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,9 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         return "The augmented images are not finite. "
     calls: list[str] = []
 
-    def forward(params, batch_stats, images, key):
+    def forward(
+        params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], images: jax.Array, key: jax.Array
+    ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
         model = train_step.model.bind(params, batch_stats, key=key)
         # The plain implementations: fast ones do not call every layer.
         with choice.published_implementations(), _outputs_recorded(model) as outputs:
@@ -46,9 +48,9 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         calls[:] = outputs
         return list(outputs.values()), train_step.model.batch_stats_of(model)
 
-    forward, batch_stats = _on_one_device(forward), state.batch_stats
+    on_one_device, batch_stats = _on_one_device(forward), state.batch_stats
     for part, _, part_key in zip(*train_step.micro_batches(images, labels, dropout_key), strict=True):
-        finite, batch_stats = forward(state.params, batch_stats, part, part_key)
+        finite, batch_stats = on_one_device(state.params, batch_stats, part, part_key)
         for name, is_finite in zip(calls, finite, strict=True):
             if not is_finite:
                 return f"The first output that is not finite is that of {name}. "
@@ -68,7 +70,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     return "Computed again, everything was finite. "
 
 
-def _on_one_device(function):
+def _on_one_device(function: Callable) -> Callable:
     """Compiles `function` for one device; layers that sum over an axis of devices find one of length 1."""
     mapped = jax.vmap(function, in_axes=None, axis_size=1, axis_name=AXIS)
     return jax.jit(lambda *arguments: jax.tree.map(lambda x: x[0], mapped(*arguments)))

@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
 from segjax.data import specs
 from segjax.runtime import console, distributed
+
+T = TypeVar("T")
 
 
 def show_settings(changes: Sequence[str]) -> None:
@@ -168,7 +171,7 @@ class StopRequest:
         if self.requested:
             raise StoppedError
 
-    def refuse_when_requested(self, function: Callable, *args):
+    def refuse_when_requested(self, function: Callable[..., T], *args: object) -> T:
         """Returns `function(*args)`; raises StoppedError instead once a stop is requested."""
         self.raise_if_requested()
         return function(*args)
@@ -183,7 +186,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt(128 + number)
         self.signal = number

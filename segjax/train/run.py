@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -22,6 +23,8 @@ from segjax.train.recent_losses import NotFinite, RecentLosses, not_finite_messa
 from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState, training_of, weights_of
 from segjax.train.step import TrainStep
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class Run:
     metadata: Mapping[str, object]
     summary: Mapping[str, str]
 
-    def fetch(self, tree):
+    def fetch(self, tree: T) -> T:
         """Copies of arrays on the host, one for each parameter of the model."""
         return self.model.stacks.apart(self.parallel.fetch(tree))
 

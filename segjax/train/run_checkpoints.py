@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from segjax.checkpoints import orbax_folder
@@ -14,6 +15,9 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import DamagedError
 from segjax.models.functional import params_sha256
 from segjax.runtime import distributed
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 
 class Restored(NamedTuple):
@@ -52,7 +56,11 @@ class RunCheckpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order."""
-        return distributed.from_lead(lambda: sorted(self._manager.all_steps()))
+        return distributed.from_lead(lambda: sorted(self._of_lead().all_steps()))
+
+    def _of_lead(self) -> ocp.CheckpointManager:
+        assert self._manager is not None, "only the first process reads"
+        return self._manager
 
     def restore(
         self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
@@ -70,9 +78,11 @@ class RunCheckpoints:
         """
         return distributed.from_lead(lambda: self._restore(weights, training, refuse, say))
 
-    def _restore(self, weights, training, refuse, say) -> Restored | None:
-        damaged: list[Path] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+    def _restore(
+        self, weights: Mapping, training: Mapping, refuse: Callable[[dict], None], say: Callable[[str], None]
+    ) -> Restored | None:
+        manager, damaged = self._of_lead(), list[Path]()
+        for step in sorted(manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             try:
                 found = self._read_whole(step, folder, weights, training, refuse)
@@ -86,7 +96,7 @@ class RunCheckpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 say(f"  put aside as {aside}")
-            self._manager.reload()
+            manager.reload()
             return found
         if damaged:
             listed = ", ".join(str(folder) for folder in damaged)
@@ -94,7 +104,9 @@ class RunCheckpoints:
         return None
 
     @staticmethod
-    def _read_whole(step, folder, weights, training, refuse) -> Restored:
+    def _read_whole(
+        step: int, folder: Path, weights: Mapping, training: Mapping, refuse: Callable[[dict], None]
+    ) -> Restored:
         metadata = orbax_folder.read_metadata(folder)
         # Before the arrays, because those of another model cannot be compared with these.
         refuse(metadata)
@@ -155,5 +167,5 @@ class RunCheckpoints:
             self._manager.close()
 
 
-def _kind(array) -> tuple:
-    return (*np.shape(array), str(array.dtype))
+def _kind(array: jax.Array | np.ndarray) -> tuple[int | str, ...]:
+    return (*array.shape, str(array.dtype))

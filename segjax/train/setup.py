@@ -101,6 +101,11 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         start=start.step,
         cache_gb=config.data.cache_gb,
     )
+
+    def names_of(step: int) -> list[str]:
+        numbers: list[int] = batches.indices(step).tolist()
+        return [images.names[number] for number in numbers]
+
     log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
     evaluator = Evaluator(
         config.eval,
@@ -131,9 +136,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        recent=RecentLosses(
-            parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window
-        ),
+        recent=RecentLosses(parallel, names_of, start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
@@ -178,7 +181,7 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
     Raises:
       ValueError: data that cannot be used, or a split without published labels.
     """
-    generated = {}
+    generated: dict[str, Any] = {}
     if settings.name in specs.DATASETS and specs.DATASETS[settings.name].kind == "generated":
         numbers = (settings.train_images, settings.eval_images)
         generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
@@ -230,7 +233,7 @@ def make_batches(
 
 
 def create_model(
-    settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int
+    settings: ConfigDict, overrides: Mapping[str, Any], *, num_classes: int, seed: int
 ) -> SegmentationModel:
     """The model of `config.model` with random weights; `overrides` are settings of its own class."""
     return models.create(
@@ -280,7 +283,7 @@ def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterio
 
 def make_optimizer(
     model: FunctionalModel, settings: ConfigDict, training: ConfigDict
-) -> tuple[optax.GradientTransformation, TrainState]:
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
@@ -297,20 +300,23 @@ def compile_step(run: Run, state: TrainState) -> Program:
     """
     program = run.parallel.compile_train(run.train_step)
     if run.first < run.steps and run.parallel.compiles_ahead:
-        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel.own_devices[0])
+        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel)
     return program
 
 
-def _compiled(program: Program, arguments: tuple, device: jax.Device) -> Program:
+def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program:
     """Compiles a step, and prints the time that took and the memory that a step needs."""
     since = time.perf_counter()
-    compiled = program.lower(*arguments).compile()
+    compiled: jax.stages.Compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - since
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        console.say(f"compiled in {seconds:.1f} s")
+        return compiled
     # Donated arguments are counted among the outputs too.
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    available = (device.memory_stats() or {}).get("bytes_limit")
+    available = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {console.amount(available)}" if available else ""
     console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
     if available and needed > available:

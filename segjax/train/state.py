@@ -69,16 +69,16 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
       state: a state of the run, for its structure.
       may_skip: as `TrainStep` has it.
     """
-    structure = jax.tree.structure(_rest(state))
-    rest = jax.tree.unflatten(structure, [training[name] for name in training_of(state)])
-    own = rest.get("own", weights)
-    skipped = np.array(rest["skipped"])
-    if skipped[1] > may_skip:
+    arrays = {name: training[name] for name in training_of(state)}
+    skipped, in_a_row = arrays["skipped"]
+    if in_a_row > may_skip:
         # It was saved because a loss was not finite: the batch gets another chance.
-        skipped[1] = 0
+        arrays["skipped"] = np.array([skipped, 0], np.int32)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), list(arrays.values()))
+    own = rest.get("own", weights)
     return TrainState(
         step=rest["step"],
-        skipped=skipped,
+        skipped=rest["skipped"],
         params={name: own[name] for name in state.params},
         batch_stats={name: own[name] for name in state.batch_stats},
         opt_state=rest["optimizer"],

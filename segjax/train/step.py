@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ class TrainStep:
         trained = self.model.trained(state.params)
         accepted = self.accepts(state, loss, gradient_norm)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
-        params = state.params | optax.apply_updates(trained, updates)
+        # optax returns what it was given; its own annotation is any tree.
+        updated = cast(dict[str, jax.Array], optax.apply_updates(trained, updates))
+        params = state.params | updated
         ema = self._moved_ema(state, params | batch_stats)
 
         state = self.advanced(state, accepted, dict(params=params, batch_stats=batch_stats, ema=ema))
@@ -80,12 +83,17 @@ class TrainStep:
         stopped = state.skipped[1] > self.may_skip
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
-    def inputs(self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
+    def inputs(
+        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Augmented images and labels, and the key for the model's random streams."""
         sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
-        return *self.augment(sample_keys, batch), dropout_key
+        images, labels = self.augment(sample_keys, batch)
+        return images, labels, dropout_key
 
-    def gradients(self, state, images, labels, counts, dropout_key):
+    def gradients(
+        self, state: TrainState, images: jax.Array, labels: jax.Array, counts: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
         """Loss, gradients of the trained parameters, and the running statistics after the batch."""
 
         def loss_of(trained, batch_stats, images, labels, key):
@@ -112,7 +120,9 @@ class TrainStep:
         (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
         return loss, gradients, batch_stats
 
-    def micro_batches(self, images, labels, dropout_key):
+    def micro_batches(
+        self, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images, labels and key of each micro-batch, one after the other along a new first axis."""
         if self.accumulate == 1:
             return images[None], labels[None], dropout_key[None]
@@ -135,7 +145,7 @@ class TrainStep:
         """Whether a step may change anything: it is finite, and the training has not stopped before."""
         return jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (state.skipped[1] <= self.may_skip)
 
-    def advanced(self, state: TrainState, accepted: jax.Array, new: dict) -> TrainState:
+    def advanced(self, state: TrainState, accepted: jax.Array, new: dict[str, Any]) -> TrainState:
         """The state after a step.
 
         Args:
