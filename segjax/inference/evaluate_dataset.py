@@ -179,7 +179,7 @@ def _opened(
       ValueError: there is no such split, or it cannot be used.
     """
     generated = {}
-    if config and config["data"]["name"] == name and specs.DATASETS[name].kind == "generated":
+    if config and config["data"]["name"] == name and specs.is_generated(name):
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
         number = run["train_images"] if only_trained_on else run["eval_images"]
