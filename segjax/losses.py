@@ -12,7 +12,6 @@ Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normal
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -26,57 +25,42 @@ from segjax.kernels import precision
 from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
+ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
 # Divided by a number or weight of pixels; the others are means over images.
 PER_PIXEL = ("cross_entropy", "focal")
-# Largest value of each setting; the smallest is 0.
-LARGEST = dict.fromkeys((*TERMS, "focal_gamma"), math.inf) | dict.fromkeys(
-    ("label_smoothing", "ohem_threshold", "ohem_min_kept"), 1
-)
-# In the same part of a config, and read by whoever makes the criterion.
-READ_BY_CALLER = ("class_weights", "aux_weight")
 
 
 def criterion(
     settings: Mapping, *, num_classes: int, ignore_label: int, class_weights: Sequence[float] | None = None
 ) -> Criterion:
-    """The loss that the `loss` part of a config describes.
+    """The loss that the section `loss` of a config describes.
 
     Args:
+      settings: a value for each of `TERMS` and for the settings of `Criterion`. Their ranges are those of
+        `segjax.train.schema`, which has checked a config before a run reads it; they are not checked again here.
       class_weights: K numbers, used as they are; see `Criterion`.
 
     Raises:
-      ValueError: settings that are unknown, missing or out of range; weights that do not fit; all in one error.
+      KeyError: a setting is missing.
+      ValueError: every factor is 0; class weights that do not fit.
     """
-    problems = problems_of(settings)
     if class_weights is not None:
         class_weights = tuple(float(weight) for weight in class_weights)
-        problems += problems_of_weights(class_weights, num_classes)
-    if problems:
-        raise ValueError("the loss cannot be computed:\n" + "\n".join(f"  loss.{line}" for line in problems))
+        if problems := problems_of_weights(class_weights, num_classes):
+            raise ValueError("\n".join(f"loss.{problem}" for problem in problems))
+    factors = tuple((name, float(settings[name])) for name in TERMS if settings[name])
+    if not factors:
+        raise ValueError(f"loss: {ALL_ZERO}")
     return Criterion(
         num_classes=num_classes,
         ignore_label=ignore_label,
         class_weights=class_weights,
-        factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
+        factors=factors,
         label_smoothing=float(settings["label_smoothing"]),
         focal_gamma=float(settings["focal_gamma"]),
         ohem_threshold=float(settings["ohem_threshold"]),
         ohem_min_kept=float(settings["ohem_min_kept"]),
     )
-
-
-def problems_of(settings: Mapping) -> list[str]:
-    """What is wrong with the `loss` part of a config, whatever the data set: lines that begin with a key."""
-    problems = [f"{name} is no setting of the loss" for name in settings if name not in (*LARGEST, *READ_BY_CALLER)]
-    for name, largest in LARGEST.items():
-        if name not in settings:
-            problems.append(f"{name} is missing")
-        elif not 0 <= settings[name] <= largest or math.isinf(settings[name]):
-            upwards = "finite and not negative" if math.isinf(largest) else f"within 0..{largest}"
-            problems.append(f"{name} must be {upwards}: {settings[name]}")
-    if not any(settings.get(name) for name in TERMS):
-        problems.append(f"{', '.join(TERMS)} are all 0: give at least one of them a factor")
-    return problems
 
 
 @dataclasses.dataclass(frozen=True)

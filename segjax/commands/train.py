@@ -103,8 +103,11 @@ def _run(options: Options) -> int:
             distributed.initialize(address, options.num_processes, options.process_id)
         config = options.config
         workdir = Path(options.workdir or loop.default_workdir(config))
-        train_config.check(config, workdir)
-        changes = train_config.changes(config, common.get_config(config.data.name))
+
+        def changes() -> list[str]:
+            # Called once `train` has checked the settings; before, the dataset may be one that does not exist.
+            return train_config.changes(config, common.get_config(config.data.name))
+
         return loop.train(config, workdir, changes=changes)
 
 

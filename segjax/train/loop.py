@@ -11,7 +11,7 @@ random numbers follow from (seed, step) only, so that a resumed run continues bi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from segjax.models.functional import params_sha256
 from segjax.runtime import atomic, console
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.train import progress, resume, setup
-from segjax.train.config import check
+from segjax.train.config import check, plain
 from segjax.train.evaluator import Evaluation
 from segjax.train.progress import Progress, StoppedError, StopRequest
 from segjax.train.run import Run
@@ -37,13 +37,14 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{config.label}-{config.data.name}"
 
 
-def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> int:
+def train(config: ConfigDict, workdir: Path, *, changes: Callable[[], Sequence[str]] = tuple) -> int:
     """Trains, or resumes training, and leaves everything in `workdir`.
 
     Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
 
     Args:
-      changes: KEY=VALUE of the settings to print, those that differ from the defaults.
+      changes: returns KEY=VALUE of each setting to print, those that differ from the defaults. It is called after the
+        settings have been checked.
 
     Returns:
       Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run after a save.
@@ -53,13 +54,14 @@ def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> 
       ValueError: data, weights or checkpoints that cannot be used.
     """
     check(config, workdir)
-    ended = from_lead(lambda: resume.earlier_result(config, workdir))
-    if ended and resume.is_finished(ended, config):
+    recorded = plain(config)
+    ended = from_lead(lambda: resume.earlier_result(recorded, workdir))
+    if ended and resume.is_finished(ended, steps=config.train.steps, evaluation=recorded["eval"]):
         progress.already_finished(ended, workdir)
         return 0
     run, state = setup.build(config, workdir, ended)
-    if changes:
-        progress.show_settings(changes)
+    if lines := changes():
+        progress.show_settings(lines)
     progress.describe(run.summary, start=run.first, steps=run.steps)
     program = setup.compile_step(run, state)
     with run.checkpoints, run.log, run.batches, StopRequest() as stop, Progress(run.first, run.steps) as bar:

@@ -1,7 +1,7 @@
 """Every setting of a run: its default, what it may be, and a line of text. The only place that has any of these.
 
 `default_config` builds the config that recipes change, `problems` checks one as a whole, and `segjax train --help`
-prints the table. Settings of the model's own class (config.model.dims and the like) are those of its constructor.
+prints the table. Other settings in config.model, such as config.model.dims, are those of the model's constructor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 
 from ml_collections import ConfigDict, config_dict
 
-from segjax.data.specs import DATASETS, Scenes
+from segjax.data.specs import DATASETS, Scenes, is_generated
 from segjax.train.constraints import (
     Boolean,
     Choice,
@@ -69,6 +69,8 @@ class Section:
 
 NOT_EMPTY = Text("text that is not empty", r".+")
 SIZE = Integer(32, 16_384)
+# Settings of a model's constructor whose names end in _rate.
+MODEL_RATE = Real(least=0, below=1)
 BATCH = Integer(1, 100_000)
 SCENES = cast(Scenes, DATASETS["streets"].scenes)
 
@@ -384,7 +386,7 @@ def default_config(dataset: str) -> ConfigDict:
 def problems(config: Mapping | ConfigDict) -> dict[str, str]:
     """What is wrong with each setting taken by itself, by dotted key.
 
-    Whether settings fit together is not looked at, nor are the settings of the model's own class.
+    Not checked here: whether settings fit together, and settings of the model's constructor other than rates.
 
     Returns:
       "VALUE; must be ..." for values, "no such setting ..." for what nothing reads, and what `missing` returns.
@@ -394,7 +396,10 @@ def problems(config: Mapping | ConfigDict) -> dict[str, str]:
         if key in SETTINGS:
             if must_be := SETTINGS[key].problem(value):
                 found[key] = f"{value!r}; must be {must_be}"
-        elif not key.startswith("model.") and key not in found:
+        elif key.startswith("model."):
+            must_be = MODEL_RATE.problem(value) if key.endswith("_rate") else None
+            found |= {key: f"{value!r}; must be {must_be}"} if must_be else {}
+        elif key not in found:
             found[key] = why_unknown(key, prefix="config.")
     return found
 
@@ -447,9 +452,7 @@ def with_current_names(config: Mapping) -> dict[str, object]:
 
 def _has(dataset: object, setting: Setting) -> bool:
     """Whether a config for this dataset has a setting."""
-    return not setting.generated or any(
-        name == dataset for name, described in DATASETS.items() if described.kind == "generated"
-    )
+    return not setting.generated or (isinstance(dataset, str) and is_generated(dataset))
 
 
 def similar(word: str) -> list[str]:

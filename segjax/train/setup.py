@@ -1,7 +1,7 @@
 """Builds a run from its config.
 
-Only `build`, and the summary that it makes for printing, read the config as a whole. The functions that make the parts
-take their own sections: `config.data`, `config.optim` and so on.
+Only `build` reads the config as a whole. The functions that make the parts take their own sections: `config.data`,
+`config.optim` and so on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
+from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import class_weights, pipeline, specs
 from segjax.data.augment import augment, normalise
 from segjax.data.open import OpenSplit, open_splits
@@ -61,19 +62,18 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     """
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
-    padding = check_crop(config, images.sizes)
+    padding = check_crop(config.augment, images.sizes)
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     is_new = not checkpoints.steps()
-    overrides = model_overrides(config)
-    module = create_model(config.model, overrides, num_classes=spec.num_classes, seed=config.seed)
+    module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed)
     if is_new:
         load_initial_weights(module, config.init)
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
-    metadata = run_metadata(plain(config), overrides, spec)
+    metadata = run_metadata(plain(config), model_metadata(module), spec)
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
@@ -141,35 +141,59 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
         metadata=metadata,
-        summary=summary(config, workdir, training, evaluation, model, parallel, padding=padding),
+        summary=summary(
+            workdir,
+            training,
+            evaluation,
+            model,
+            parallel,
+            dtype=config.model.dtype,
+            data=config.data,
+            steps=summary_of_steps(config.train, config.augment, config.optim, padding=padding),
+        ),
     )
     return run, _on_devices(start.state, model, parallel)
 
 
 def summary(
-    config: ConfigDict,
     workdir: Path,
     training: OpenSplit,
     evaluation: OpenSplit,
     model: FunctionalModel,
     parallel: Parallel,
     *,
-    padding: float,
+    dtype: str,
+    data: ConfigDict,
+    steps: str,
 ) -> dict[str, str]:
-    """A line for each part of a run, by label; `padding` is the share of the crops that no image covers."""
-    (height, width), devices = config.augment.crop, parallel.devices
-    count = sum(array.size for array in model.arrays()[0].values())
-    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    """A line of text for each part of a run, by label.
+
+    Args:
+      dtype: `config.model.dtype`. data: `config.data`.
+      steps: what `summary_of_steps` returned.
+    """
+    count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return {
-        "model": f"{config.model.name}, {count:,} parameters, computes in {config.model.dtype}",
+        "model": f"{model.spec.name}, {count:,} parameters, computes in {dtype}",
         "data": f"{training.spec.name}, {training.spec.num_classes} classes",
-        "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
-        f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
-        "steps": f"{config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}",
+        "images": f"{len(records_of(training.data))} to train on ({data.train_split}), "
+        f"{len(records_of(evaluation.data))} to evaluate ({data.eval_split})",
+        "steps": steps,
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
     }
+
+
+def summary_of_steps(training: ConfigDict, augmentation: ConfigDict, optimizer: ConfigDict, *, padding: float) -> str:
+    """The steps of a run in words, from `config.train`, `config.augment` and `config.optim`.
+
+    Args:
+      padding: share of the pixels of crops that no image covers.
+    """
+    height, width = augmentation.crop
+    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    return f"{training.steps} of {training.batch} crops of {height}x{width}{padded}, {optimizer.name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -182,7 +206,7 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
       ValueError: data that cannot be used, or a split without published labels.
     """
     generated: dict[str, Any] = {}
-    if settings.name in specs.DATASETS and specs.DATASETS[settings.name].kind == "generated":
+    if specs.is_generated(settings.name):
         numbers = (settings.train_images, settings.eval_images)
         generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
     training, evaluation = open_splits(
@@ -232,13 +256,10 @@ def make_batches(
 # ------------------------------------------------------------------------------------------------- model, loss and step
 
 
-def create_model(
-    settings: ConfigDict, overrides: Mapping[str, Any], *, num_classes: int, seed: int
-) -> SegmentationModel:
-    """The model of `config.model` with random weights; `overrides` are settings of its own class."""
-    return models.create(
-        settings.name, num_classes=num_classes, seed=seed, dtype=jnp.dtype(settings.dtype), **overrides
-    )
+def create_model(settings: ConfigDict, *, num_classes: int, seed: int) -> SegmentationModel:
+    """The model of `config.model` with random weights."""
+    overrides, dtype = model_overrides(settings), jnp.dtype(settings.dtype)
+    return models.create(settings.name, num_classes=num_classes, seed=seed, dtype=dtype, **overrides)
 
 
 def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> None:
@@ -346,20 +367,15 @@ def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, Any]:
+def run_metadata(config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec) -> dict[str, Any]:
     """Metadata that every checkpoint of a run has.
 
     Args:
-      config: all settings as JSON has them. overrides: settings of the model's own class.
+      config: all settings, as `config.plain` returns them.
+      model: what `state_dict.model_metadata` returned.
     """
     return {
-        # As `orbax_folder.load_model` reads it.
-        "model": {
-            "name": config["model"]["name"],
-            "num_classes": spec.num_classes,
-            "overrides": dict(overrides),
-            "param_dtype": "float32",
-        },
+        "model": model,
         "config": config,
         "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,

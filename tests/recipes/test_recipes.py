@@ -94,7 +94,7 @@ def test_every_combination_can_be_run(name, variant, dataset, tmp_path):
     check(config, tmp_path)
     assert config.to_dict() == CONFIGS[name].get_config(f" {dataset} ,{variant}").to_dict()
     assert config.data.name == dataset
-    overrides = model_overrides(config)
+    overrides = model_overrides(config.model)
     assert set(overrides) <= set(models.settings(config.model.name))
     assert all(0 <= value < 1 for key, value in overrides.items() if key.endswith("rate"))
     assert config.optim.warmup_steps < config.train.steps
