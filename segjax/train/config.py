@@ -17,7 +17,7 @@ from segjax.checkpoints import huggingface
 from segjax.runtime.atomic import why_not_writable
 from segjax.train import schema
 
-# Settings that may differ when a run is taken up again: none of them changes what was computed so far.
+# Settings that may differ when a run is resumed: none of them changes the steps that were computed before.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
@@ -35,14 +35,14 @@ FREE_ON_RESUME = (
 
 
 class RunError(ValueError):
-    """A run that cannot go on as asked; the message says why and what to do."""
+    """A run that cannot start or continue; the message states the reason and the remedy."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
-    """Everything that is wrong with the settings, in one error, before anything slow happens.
+    """Reports every problem of the settings in one error, before anything slow happens.
 
     Raises:
-      RunError: lists each by its key.
+      RunError: settings that cannot be used, each by its key; a `workdir` that cannot be written.
     """
     wrong = schema.problems(config)
     if not schema.missing(config):
@@ -77,10 +77,10 @@ def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str
 
 
 def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
-    """Settings that do not fit other settings, the devices or the files that there are.
+    """Settings that do not fit other settings, the devices, or the files that exist.
 
     Args:
-      wrong: keys of settings that are wrong by themselves, from which nothing else follows.
+      wrong: keys of settings that are wrong by themselves, which are not compared with others.
     """
 
     def sound(*keys: str) -> bool:
@@ -97,7 +97,7 @@ def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str
     if sound("init.checkpoint") and (reason := _why_no_start(config.init.checkpoint)):
         found["init.checkpoint"] = reason
     if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
-        found["init.keep"] = f"{config.init.keep}; says what stays random of a checkpoint, and needs init.checkpoint"
+        found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
@@ -128,7 +128,7 @@ def check_crop(settings: ConfigDict, sizes: np.ndarray) -> float:
 
 
 def _why_no_start(source: str | None) -> str | None:
-    """Why training cannot start from there; whether a repository has weights is found out when they are fetched."""
+    """Why training cannot start from a checkpoint; a repository on the Hub is asked for its weights only later."""
     if not source:
         return None
     if huggingface.is_address(source):
@@ -148,13 +148,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def changes(config: ConfigDict, default: ConfigDict) -> list[str]:
-    """KEY=VALUE for every setting that a config has otherwise than another, or that the other lacks."""
+    """KEY=VALUE of every setting in `config` whose value is not that in `default`, or that `default` lacks."""
     new, old = _flat(plain(config)), _flat(plain(default))
     return [f"{key}={value}" for key, value in new.items() if key not in old or old[key] != value]
 
 
 def differing(before: dict, now: dict) -> list[str]:
-    """One line for each entry that two nested records do not share, by dotted key."""
+    """A line for each entry in which two nested dicts differ, by dotted key."""
     old, new = _flat(before), _flat(now)
     return [
         f"  {key}: {old.get(key)} there, {new.get(key)} now"
@@ -164,19 +164,23 @@ def differing(before: dict, now: dict) -> list[str]:
 
 
 def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
-    """Raises RunError where the run in `workdir` was made with settings or data that cannot be mixed with these."""
-    recorded = [
-        {"config": schema.with_current_names(about.get("config", {})), "dataset": about.get("dataset", {})}
-        for about in (before, now)
+    """Raises RunError where the run in `workdir` has other settings or data, with which it cannot be resumed.
+
+    Args:
+      before: metadata of the run in `workdir`. now: metadata of the run as it is configured now.
+    """
+    compared = [
+        {"config": schema.with_current_names(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
+        for metadata in (before, now)
     ]
     lines = [
-        line for line in differing(*recorded) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
+        line for line in differing(*compared) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
     ]
     if lines:
         raise RunError(
             f"{workdir} holds a run with other settings:\n"
             + "\n".join(lines)
-            + "\n  give those settings again to go on with it, or another --workdir to start anew"
+            + "\n  give those settings again to resume it, or another --workdir for a new run"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a run resumes: from its result, if it has ended, and from its newest checkpoint."""
+"""Resuming a run: reads its result, if it has ended, and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segjax.train.state import TrainState, restored, training_of, weights_of
 
 
 def earlier_result(config: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
-    """The content of result.json of a run that has ended in `workdir`; None where there is none.
+    """The content of `workdir`/result.json, which a run writes when it ends; None where there is none.
 
     Args:
       config: all settings of the run as it is configured now, as `config.plain` returns them.
@@ -71,7 +71,7 @@ def resumed(
     *,
     may_skip: int,
 ) -> Start | None:
-    """Where the newest whole checkpoint of a run lets it resume; None without a checkpoint.
+    """Where a run resumes from its newest whole checkpoint; None without a checkpoint.
 
     Args:
       state: a state of the run, for its structure.
@@ -93,9 +93,9 @@ def resumed(
         return None
     scores = Scores(**found.metadata["scores"])
     if ended and ended["step"] == found.step:
-        # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
+        # The run had ended at this step. Its last evaluation came after the checkpoint, whose scores lack it.
         scores = scores.after(found.step, ended["mean_iou"])
     state = restored(found.weights, found.training, state, may_skip=may_skip)
-    # Taken from the checkpoint, because the initial weights may be gone.
+    # From the checkpoint, because the initial weights may no longer exist.
     origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
     return Start(found.step, state, scores, found.metadata["window"], origin)

@@ -30,10 +30,10 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, by step. A save runs while training goes on; leaving the context waits.
+    """The checkpoints of one training run, by step. A save runs in the background; leaving the context waits for it.
 
-    Several processes all hold the same arrays. Only the first of them reads and writes files, and sends the others what
-    it has read.
+    Several processes all hold the same arrays. Only the first of them reads and writes files; it sends what it has read
+    to the others.
     """
 
     def __init__(self, folder: Path, *, keep: int):
@@ -42,12 +42,12 @@ class RunCheckpoints:
         if distributed.is_lead():
             import orbax.checkpoint as ocp
 
-            # Orbax makes no folder for one process of several.
+            # Of several processes, orbax does not make the folder.
             self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=False,
-                # Removes what a save that was killed has left.
+                # Removes temporary folders of a save that was killed.
                 cleanup_tmp_directories=True,
                 multiprocessing_options=orbax_folder.this_process_alone(),
             )
@@ -108,7 +108,7 @@ class RunCheckpoints:
         step: int, folder: Path, weights: Mapping, training: Mapping, refuse: Callable[[dict], None]
     ) -> Restored:
         metadata = orbax_folder.read_metadata(folder)
-        # Before the arrays, because those of another model cannot be compared with these.
+        # Before the arrays are read, because arrays of another model would fail with a less useful message.
         refuse(metadata)
         if orbax_folder.METADATA_HASH not in metadata:
             raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
@@ -124,7 +124,7 @@ class RunCheckpoints:
         return found
 
     def save(self, step: int, weights: Mapping, training: Mapping, metadata: Mapping[str, object]) -> None:
-        """Saves flat dicts of arrays and JSON metadata; returns as soon as all of them may change again.
+        """Saves flat dicts of arrays and JSON metadata in the background; the arguments may change once it returns.
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written.
@@ -150,7 +150,7 @@ class RunCheckpoints:
             self._manager.save(step, args=args.Composite(**items))
 
     def wait(self) -> None:
-        """Returns once the last save is whole; raises CheckpointError where it could not be written."""
+        """Waits until the last save is complete; raises CheckpointError where it could not be written."""
         if self._manager is not None:
             with orbax_folder.failure(self._folder):
                 self._manager.wait_until_finished()
@@ -159,7 +159,7 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # Whatever has ended the run, the last save becomes whole; but a second Ctrl-C wants it gone at once.
+        # The last save is completed whatever has ended the run, except a second Ctrl-C, which stops at once.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             return
         self.wait()

@@ -1,4 +1,4 @@
-"""Every setting of a run: its default, what it may be, and a line of text. The only place that has any of these.
+"""The table of all settings of a run: default, allowed values and a line of text, which are written nowhere else.
 
 `default_config` builds the config that recipes change, `problems` checks one as a whole, and `segjax train --help`
 prints the table. Other settings in config.model, such as config.model.dims, are those of the model's constructor.
@@ -94,7 +94,7 @@ RUN = Section(
             "parallel",
             "jit",
             Choice(("jit", "pmap")),
-            "How a batch is spread over all devices: jit over a mesh of them, or pmap.",
+            "How a batch is divided among all devices: jit over a mesh of them, or pmap.",
         ),
     ),
 )
@@ -180,7 +180,7 @@ TRAIN = Section(
             "accumulate",
             1,
             BATCH,
-            "Micro-batches that a batch is computed in, one after the other: less memory, the same gradient.",
+            "Micro-batches that a batch is split into, computed one after the other: less memory, the same gradient.",
         ),
         Setting(
             "ema",
@@ -384,12 +384,12 @@ def default_config(dataset: str) -> ConfigDict:
 
 
 def problems(config: Mapping | ConfigDict) -> dict[str, str]:
-    """What is wrong with each setting taken by itself, by dotted key.
+    """The problem of each setting that is wrong by itself, by dotted key.
 
     Not checked here: whether settings fit together, and settings of the model's constructor other than rates.
 
     Returns:
-      "VALUE; must be ..." for values, "no such setting ..." for what nothing reads, and what `missing` returns.
+      "VALUE; must be ..." for values, "no such setting ..." for unknown keys, and the entries of `missing`.
     """
     values, found = flattened(config), missing(config)
     for key, value in values.items():
@@ -405,7 +405,7 @@ def problems(config: Mapping | ConfigDict) -> dict[str, str]:
 
 
 def missing(config: Mapping | ConfigDict) -> dict[str, str]:
-    """ "missing; ..." by dotted key for every section and setting that a config lacks. No run can do without them."""
+    """ "missing; ..." by dotted key for every section and setting that a config lacks; a run needs all of them."""
     values, found = flattened(config), {}
     for section in SECTIONS:
         if section.name and not isinstance(config.get(section.name), Mapping | ConfigDict):
@@ -456,7 +456,7 @@ def _has(dataset: object, setting: Setting) -> bool:
 
 
 def similar(word: str) -> list[str]:
-    """The settings that a person may have meant by `word`: those of that last name, else the closest; at most three."""
+    """At most three settings that `word` may mean: those whose last name it is, or else the closest ones."""
     word = word.replace("-", "_")
     names = {key: key.rpartition(".")[2] for key in SETTINGS}
     last_names = difflib.get_close_matches(word, set(names.values()), n=1, cutoff=0.75)
@@ -468,7 +468,7 @@ def similar(word: str) -> list[str]:
 
 
 def why_unknown(key: str, *, prefix: str) -> str:
-    """Why a config has no setting of this dotted name, and which may be meant; `prefix` goes before those."""
+    """Why a config has no setting of this dotted name, and which may be meant, each with `prefix` before it."""
     if key in RENAMED:
         return f"no such setting; it is {prefix}{RENAMED[key]} now"
     if key in SETTINGS:

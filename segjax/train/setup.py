@@ -232,7 +232,7 @@ def make_batches(
     start: int,
     cache_gb: float,
 ) -> pipeline.TrainBatches | pipeline.StreamBatches:
-    """Training batches, from the memory of the devices for a split in memory, else streamed.
+    """Training batches: from the memory of the devices where the split is in memory, streamed otherwise.
 
     Args:
       augmentation: `config.augment`.
@@ -273,11 +273,12 @@ def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> Non
 def make_functional(
     module: SegmentationModel, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
 ) -> FunctionalModel:
-    """The model as a training step takes it.
+    """The functional model that a training step calls.
 
     Args:
-      optimizer, training: `config.optim` and `config.train`: which parameters are frozen, and how equal blocks run.
-      axis_name: as `Parallel` has it.
+      optimizer: `config.optim`, which names the frozen parameters.
+      training: `config.train`, which selects how equal blocks run.
+      axis_name: `Parallel.axis_name`.
     """
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
     params = FunctionalModel(module).arrays()[0]
@@ -308,7 +309,7 @@ def make_optimizer(
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
-    # Compiled as a whole: array by array, every shape of the model would be a program of its own.
+    # Compiled as one program; otherwise every shape of the model would compile one of its own.
     opt_state = jax.jit(optimizer.init)(model.trained(params))
     return optimizer, TrainState.start(params, batch_stats, opt_state, ema=training.ema > 0)
 
@@ -334,7 +335,7 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program
     if analysis is None:
         console.say(f"compiled in {seconds:.1f} s")
         return compiled
-    # Donated arguments are counted among the outputs too.
+    # Donated arguments are also counted among the outputs, as aliases.
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     available = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
@@ -342,7 +343,7 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program
     console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
     if available and needed > available:
         raise RunError(
-            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. What needs less:\n"
+            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. These need less:\n"
             "  --config.train.accumulate=2 (the same batch in two parts)\n"
             "  --config.train.remat=True\n"
             "  --config.model.dtype=bfloat16\n"
@@ -352,13 +353,13 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program
 
 
 def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
-    # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+    # Copied, because a step donates its buffers, and a new optimizer state uses one buffer of zeros several times.
     copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
     return parallel.replicate(copied(state))
 
 
 def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
-    """Raises ValueError where an image is too small for the model, which must not come up only after the training."""
+    """Raises ValueError where an image is too small for the model, before the training rather than after it."""
     height, width = min(sizes.tolist(), key=min)
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)

@@ -19,9 +19,10 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, number of batches taken.
-      skipped: int32 (2,), number of those batches that changed nothing, because loss or gradient were not finite: in
-        all, and in a row up to now.
-      params: parameters by dotted name; those of a loop of blocks stacked (`Stacks`), as are their moments and average.
+      skipped: int32 (2,), number of those batches that were skipped because loss or gradient were not finite: in total,
+        and consecutively up to now.
+      params: parameters by dotted name. Those of blocks that run as a loop are stacked (`Stacks`), and so are their
+        moments and their average.
       batch_stats: running statistics by dotted name.
       opt_state: optax's state.
       ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
@@ -56,7 +57,7 @@ def weights_of(state: TrainState) -> dict[str, jax.Array]:
 
 
 def training_of(state: TrainState) -> dict[str, jax.Array]:
-    """The other part of a checkpoint, by dotted name: what only training needs."""
+    """The other part of a checkpoint, which only training needs, by dotted name."""
     leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -88,5 +89,5 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
 
 def _rest(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
-    # Where an average is kept, it is saved as the weights, and the weights that are trained next to it.
+    # Where an average is kept, it is saved as the weights of the checkpoint, and the trained weights as "own".
     return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}
