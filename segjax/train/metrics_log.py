@@ -91,8 +91,8 @@ class Log:
             self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
 
     def _event(self, step: int, summary: Any) -> None:
-        # Not tensorboardX's SummaryWriter, which writes in a thread: a full disk ends the thread, and the run would then
-        # wait for it forever.
+        # Not tensorboardX's SummaryWriter, which writes in a thread. A full disk ends that thread, and the
+        # run then waits for it forever.
         from tensorboardX import RecordWriter
 
         # protobuf makes the class when the module is imported, so that a type checker does not see it.

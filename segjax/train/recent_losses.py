@@ -97,5 +97,5 @@ def not_finite_message(problem: NotFinite, culprit: str, workdir: Path) -> str:
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
         f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
-        f"  to skip such steps: --config.train.may_skip=N, at most N in a row{find}"
+        f"  to skip such steps: --config.train.may_skip=N, at most N consecutive ones{find}"
     )

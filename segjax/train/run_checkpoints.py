@@ -91,11 +91,11 @@ class RunCheckpoints:
                 damaged.append(folder)
                 continue
             for folder in damaged:
-                aside = folder.parent.with_name("damaged") / folder.name
-                aside.parent.mkdir(exist_ok=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                say(f"  put aside as {aside}")
+                moved = folder.parent.with_name("damaged") / folder.name
+                moved.parent.mkdir(exist_ok=True)
+                shutil.rmtree(moved, ignore_errors=True)
+                folder.rename(moved)
+                say(f"  moved to {moved}")
             manager.reload()
             return found
         if damaged:

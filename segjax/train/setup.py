@@ -101,11 +101,6 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         start=start.step,
         cache_gb=config.data.cache_gb,
     )
-
-    def names_of(step: int) -> list[str]:
-        numbers: list[int] = batches.indices(step).tolist()
-        return [images.names[number] for number in numbers]
-
     log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
     evaluator = Evaluator(
         config.eval,
@@ -119,6 +114,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         metadata=metadata,
         scores=start.scores,
     )
+    steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
         workdir=workdir,
         first=start.step,
@@ -136,20 +132,13 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        recent=RecentLosses(parallel, names_of, start.window),
+        recent=RecentLosses(parallel, partial(_image_names, batches, images), start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
         metadata=metadata,
         summary=summary(
-            workdir,
-            training,
-            evaluation,
-            model,
-            parallel,
-            dtype=config.model.dtype,
-            data=config.data,
-            steps=summary_of_steps(config.train, config.augment, config.optim, padding=padding),
+            workdir, training, evaluation, model, parallel, dtype=config.model.dtype, data=config.data, steps=steps
         ),
     )
     return run, _on_devices(start.state, model, parallel)
@@ -251,6 +240,12 @@ def make_batches(
         start=start,
         cache_bytes=1e9 * cache_gb,
     )
+
+
+def _image_names(batches: pipeline.TrainBatches | pipeline.StreamBatches, images: Records, step: int) -> list[str]:
+    """The names of the images in the batch of a step."""
+    numbers: list[int] = batches.indices(step).tolist()
+    return [images.names[number] for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------------- model, loss and step

@@ -224,7 +224,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     assert process.wait() == 0, process.said()
     said = process.said()
     assert f" runs/name/checkpoints/{newer.name}: a damaged checkpoint (" in said
-    assert f" put aside as runs/name/damaged/{newer.name} " in said
+    assert f" moved to runs/name/damaged/{newer.name} " in said
     assert f" resuming at step {older.name} of {STEPS} " in said
     shutil.rmtree(workdir / "damaged")
     assert differing(alone, workdir) == [] and [r["step"] for r in records_of(workdir)][-1] == STEPS
