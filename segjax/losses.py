@@ -1,18 +1,18 @@
-"""Losses at the resolution of the labels, as sums over pixels or images and counts that depend on the labels alone.
+"""Losses at the resolution of the labels: sums over pixels or images, and counts that depend on the labels only.
 
-A mean is taken once, over the whole batch: counts of devices or of micro-batches are added first, and what the parts
-give, each divided by the counts of the whole, adds up to the loss and the gradient of the whole batch.
+The mean is taken once, over the whole batch. Counts are first added up over devices and micro-batches. Each part of the
+batch then divides its sums by the counts of the whole batch, so that the losses and the gradients of the parts add up
+to those of the whole batch.
 
 Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. Dice loss, Milletari et al., "V-Net",
-2016. Hard pixels alone (OHEM), Shrivastava et al., 2016, in the form for pixels of Wu et al., "Bridging Category-level
-and Instance-level Semantic Image Segmentation", 2016. Lovász losses, Berman et al., "The Lovász-Softmax loss", 2018.
+2016. Hard pixels only (OHEM), Shrivastava et al., 2016, applied to pixels as in Wu et al., "Bridging Category-level and
+Instance-level Semantic Image Segmentation", 2016. Lovász losses, Berman et al., "The Lovász-Softmax loss", 2018.
 Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -26,57 +26,42 @@ from segjax.kernels import precision
 from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
-# Divided by a number or weight of pixels; the others are means over images.
+ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
+# Terms that are divided by a number or weight of pixels; the others are means over images.
 PER_PIXEL = ("cross_entropy", "focal")
-# Largest value of each setting; the smallest is 0.
-LARGEST = dict.fromkeys((*TERMS, "focal_gamma"), math.inf) | dict.fromkeys(
-    ("label_smoothing", "ohem_threshold", "ohem_min_kept"), 1
-)
-# In the same part of a config, and read by whoever makes the criterion.
-READ_BY_CALLER = ("class_weights", "aux_weight")
 
 
 def criterion(
     settings: Mapping, *, num_classes: int, ignore_label: int, class_weights: Sequence[float] | None = None
 ) -> Criterion:
-    """The loss that the `loss` part of a config describes.
+    """Builds the loss that the section `loss` of a config describes.
 
     Args:
+      settings: a value for each of `TERMS` and for the settings of `Criterion`. Their ranges are those of
+        `segjax.train.schema`, which has checked a config before a run reads it; they are not checked again here.
       class_weights: K numbers, used as they are; see `Criterion`.
 
     Raises:
-      ValueError: settings that are unknown, missing or out of range; weights that do not fit; all in one error.
+      KeyError: a setting is missing.
+      ValueError: every factor is 0; class weights that do not fit.
     """
-    problems = problems_of(settings)
     if class_weights is not None:
         class_weights = tuple(float(weight) for weight in class_weights)
-        problems += problems_of_weights(class_weights, num_classes)
-    if problems:
-        raise ValueError("the loss cannot be computed:\n" + "\n".join(f"  loss.{line}" for line in problems))
+        if problems := problems_of_weights(class_weights, num_classes):
+            raise ValueError("\n".join(f"loss.{problem}" for problem in problems))
+    factors = tuple((name, float(settings[name])) for name in TERMS if settings[name])
+    if not factors:
+        raise ValueError(f"loss: {ALL_ZERO}")
     return Criterion(
         num_classes=num_classes,
         ignore_label=ignore_label,
         class_weights=class_weights,
-        factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
+        factors=factors,
         label_smoothing=float(settings["label_smoothing"]),
         focal_gamma=float(settings["focal_gamma"]),
         ohem_threshold=float(settings["ohem_threshold"]),
         ohem_min_kept=float(settings["ohem_min_kept"]),
     )
-
-
-def problems_of(settings: Mapping) -> list[str]:
-    """What is wrong with the `loss` part of a config, whatever the data set: lines that begin with a key."""
-    problems = [f"{name} is no setting of the loss" for name in settings if name not in (*LARGEST, *READ_BY_CALLER)]
-    for name, largest in LARGEST.items():
-        if name not in settings:
-            problems.append(f"{name} is missing")
-        elif not 0 <= settings[name] <= largest or math.isinf(settings[name]):
-            upwards = "finite and not negative" if math.isinf(largest) else f"within 0..{largest}"
-            problems.append(f"{name} must be {upwards}: {settings[name]}")
-    if not any(settings.get(name) for name in TERMS):
-        problems.append(f"{', '.join(TERMS)} are all 0: give at least one of them a factor")
-    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +71,16 @@ class Criterion:
     K = 1 is a binary model: sigmoid, labels 0 and 1.
 
     Attributes:
-      class_weights: None, or K weights of the pixels of each class in the terms that are made of cross-entropies:
-        cross_entropy, focal (where they are its alpha) and ohem. As torch has them: K > 1 divides by the sum of the
-        weights; K = 1 has one, of the pixels labelled 1 (torch's pos_weight), and divides by the number of pixels.
-        Dice and Lovász, which are means over classes, take none.
+      class_weights: K weights, or None. A pixel's loss is multiplied by the weight of its class in the terms that are
+        made of cross-entropies: cross_entropy, focal (where the weights are its alpha) and ohem. As in torch, K > 1
+        divides by the sum of the weights; K = 1 has one weight, that of the pixels labelled 1 (torch's pos_weight), and
+        divides by the number of pixels. Dice and Lovász are means over classes and use no weights.
       factors: (name of the term, factor above 0) in the order of `counts`.
-      label_smoothing: of cross_entropy alone; torch's: this share of the label is spread over all classes.
+      label_smoothing: share of the label that cross_entropy spreads over all classes, as in torch; other terms have no
+        smoothing.
       focal_gamma: exponent of the focal loss; 0 makes it cross-entropy without smoothing.
-      ohem_threshold: ohem keeps pixels whose true class has a lower probability than this,
-      ohem_min_kept: and in any case the hardest of an image's labelled pixels, this share of them and at least one.
+      ohem_threshold: ohem keeps every pixel whose true class has a lower probability than this.
+      ohem_min_kept: share of an image's labelled pixels that ohem keeps in any case, the hardest ones, at least one.
     """
 
     num_classes: int
@@ -107,9 +93,9 @@ class Criterion:
     ohem_min_kept: float
 
     def counts(self, labels: jax.Array) -> jax.Array:
-        """What each term's sum is divided by, (T,) float32, or float64 where jax has 64 bits.
+        """The divisor of each term's sum, (T,) float32, or float64 where jax has 64 bits enabled.
 
-        Counts of parts of a batch add up to those of the batch.
+        The counts of the parts of a batch add up to the counts of the batch.
 
         Args:
           labels: (B, H, W) integers.
@@ -125,26 +111,27 @@ class Criterion:
         return jnp.stack([jnp.asarray(pixels if name in PER_PIXEL else images, float) for name, _ in self.factors])
 
     def total(self, logits: jax.Array, labels: jax.Array, counts: jax.Array) -> jax.Array:
-        """The loss of these pixels as a part of the batch that `counts` are of.
+        """The contribution of these pixels to the mean loss of the whole batch.
 
-        The logits are enlarged to the labels' size first (bilinear, align_corners False), as every published recipe
-        does, and computed with in float32 at least.
+        The logits are cast to at least float32 and upsampled to the size of the labels (bilinear, align_corners False),
+        as in every published recipe.
 
         Args:
           logits: (B, h, w, K).
-          labels: (B, H, W) integers; `ignore_label` has no part in the loss.
-          counts: (T,), `self.counts` of the whole batch: of all devices and all micro-batches.
+          labels: (B, H, W) integers; pixels labelled `ignore_label` do not count.
+          counts: (T,), `self.counts` of the whole batch, added up over all devices and micro-batches.
 
         Returns:
           Scalar. A term whose count is 0 has loss 0 and gradient 0.
         """
         logits = logits.astype(precision.at_least_float32(logits.dtype))
+        height, width = labels.shape[1:3]
         counts = counts.astype(logits.dtype)
         is_cross_entropy = [name for name, _ in self.factors] == ["cross_entropy"] and not self.label_smoothing
-        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, labels.shape[1:3]):
+        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, (height, width)):
             weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
             return self.factors[0][1] * _mean(kernels_cross_entropy.cross_entropy(logits, labels, weights), counts[0])
-        logits = layers.resize(logits, labels.shape[1:3])
+        logits = layers.resize(logits, (height, width))
         sums = {
             "cross_entropy": self._cross_entropy,
             "ohem": self._ohem,
@@ -160,26 +147,27 @@ class Criterion:
 
     # Each of the following: (B, H, W, K) logits and (B, H, W) labels -> scalar sum.
 
-    def _cross_entropy(self, logits, labels):
+    def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         loss = self._weighted(_negative_log_likelihood(logits, labels), labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * self._mean_over_classes(logits)
         return jnp.sum(jnp.where(labels != self.ignore_label, loss, 0))
 
-    def _focal(self, logits, labels):
+    def _focal(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         loss = _negative_log_likelihood(logits, labels)
-        # Where the probability is 1, a power below 1 has no finite gradient; that of the loss is 0 there, as its value.
+        # Where the probability is 1, the loss and its gradient are 0. A power below 1 has no finite gradient there, so
+        # that it is computed elsewhere only.
         is_wrong = loss > jnp.finfo(loss.dtype).tiny
         safe = jnp.where(is_wrong, loss, 1)
         # 1 - p = -expm1(log p), exact where p is nearly 1.
         loss = jnp.where(is_wrong, (-jnp.expm1(-safe)) ** self.focal_gamma * safe, 0)
         return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
 
-    def _ohem(self, logits, labels):
-        """Means over the pixels that are kept of each image, summed over images.
+    def _ohem(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """The mean over the kept pixels of each image, summed over images.
 
-        Published code keeps pixels of all images that a device holds at once. Then the loss would depend on how many
-        devices there are; hence an image at a time.
+        Published code selects hard pixels among all images on a device, so that the loss depends on the number of
+        devices. Here they are selected image by image.
         """
         batch = labels.shape[0]
         valid = (labels != self.ignore_label).reshape(batch, -1)
@@ -187,19 +175,19 @@ class Criterion:
         hardness = lax.stop_gradient(jnp.where(valid, loss.reshape(batch, -1), -jnp.inf))
         least = jnp.ceil(self.ohem_min_kept * jnp.sum(valid, axis=1)).astype(jnp.int32)
         position = valid.shape[1] - jnp.clip(least, 1, valid.shape[1])
-        # Pixels as hard as the last one are all kept: of equal logits none is harder than another.
+        # Pixels that are as hard as the last one kept are kept too, because equal losses have no order.
         cutoff = jnp.take_along_axis(jnp.sort(hardness, axis=1), position[:, None], axis=1)
         kept = valid & ((hardness >= cutoff) | (jnp.exp(-hardness) < self.ohem_threshold))
         total = jnp.sum(jnp.where(kept, self._weighted(loss, labels).reshape(batch, -1), 0), axis=1)
         weight = jnp.ones_like(loss) if self.num_classes == 1 else self._weighted(jnp.ones_like(loss), labels)
         return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
 
-    def _dice(self, logits, labels):
+    def _dice(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
 
-        V-Net's squares, smoothed by 1, as mmsegmentation's first DiceLoss has them; that one also sums p² and y² over
-        ignored pixels, which here have no part. A class that the image lacks counts too: not to predict it is what
-        lowers its loss. An image without labelled pixels has loss 0.
+        V-Net's squares, smoothed by 1, as in mmsegmentation's first DiceLoss, which also sums p² and y² over ignored
+        pixels; here they do not count. A class that is absent from the image counts: its loss falls as less of it is
+        predicted. An image without labelled pixels has loss 0.
         """
         probability, truth = self._probability(logits), self._truth(labels)
         valid = (labels != self.ignore_label)[..., None]
@@ -209,7 +197,7 @@ class Criterion:
         dice = (2 * overlap + 1) / (predicted + labelled + 1)  # (B, K)
         return jnp.sum(jnp.mean(1 - dice, axis=1))
 
-    def _lovasz(self, logits, labels):
+    def _lovasz(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Lovász-Softmax, mean over the classes that an image has, summed over images; K = 1: Lovász hinge."""
         truth = self._truth(labels)
         if self.num_classes == 1:
@@ -219,19 +207,19 @@ class Criterion:
             probability = self._probability(logits)
             errors = jnp.where(truth, 1 - probability, probability)
             counted = jnp.any(truth, axis=(1, 2))
-        # Ignored pixels come last, where they change nothing for the others.
+        # An error of -inf sorts ignored pixels last, where they do not change the terms of the others.
         errors = jnp.where((labels != self.ignore_label)[..., None], errors, -jnp.inf)
         losses = _lovasz_extension(_pixels_last(errors), _pixels_last(truth))  # (B, K)
         return jnp.sum(_mean(jnp.sum(jnp.where(counted, losses, 0), axis=1), jnp.sum(counted, axis=1)))
 
-    def _weighted(self, loss, labels):
+    def _weighted(self, loss: jax.Array, labels: jax.Array) -> jax.Array:
         """(B, H, W) times the weight of each pixel's class."""
         if self.class_weights is None:
             return loss
         table = jnp.asarray((1.0, *self.class_weights) if self.num_classes == 1 else self.class_weights, loss.dtype)
         return loss * jnp.take(table, labels.astype(jnp.int32), mode="clip")
 
-    def _mean_over_classes(self, logits):
+    def _mean_over_classes(self, logits: jax.Array) -> jax.Array:
         """-log p of every class, weighted, mean over classes: (B, H, W, K) -> (B, H, W)."""
         weights = jnp.asarray(self.class_weights or (1.0,) * self.num_classes, logits.dtype)
         if self.num_classes == 1:
@@ -239,21 +227,21 @@ class Criterion:
             return (jax.nn.softplus(score) + weights[0] * jax.nn.softplus(-score)) / 2
         return -jnp.mean(weights * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
-    def _probability(self, logits):
+    def _probability(self, logits: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(logits) if self.num_classes == 1 else jax.nn.softmax(logits, axis=-1)
 
-    def _truth(self, labels):
+    def _truth(self, labels: jax.Array) -> jax.Array:
         """(B, H, W) labels -> (B, H, W, K): is it this class, False in ignored pixels."""
         classes = jnp.arange(self.num_classes, dtype=jnp.int32) if self.num_classes > 1 else jnp.ones(1, jnp.int32)
         return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
 
 
-def _mean(total, count):
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count; 0 with gradient 0 where the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
 
 
-def _negative_log_likelihood(logits, labels):
+def _negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log p(label) by pixel, (B, H, W, K) and (B, H, W) -> (B, H, W); finite where the label is no class."""
     labels = labels.astype(jnp.int32)
     if logits.shape[-1] == 1:
@@ -265,12 +253,12 @@ def _negative_log_likelihood(logits, labels):
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
 
 
-def _pixels_last(x):
+def _pixels_last(x: jax.Array) -> jax.Array:
     """(B, H, W, K) -> (B, K, H * W)."""
     return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], x.shape[-1], -1)
 
 
-def _lovasz_extension(errors, truth):
+def _lovasz_extension(errors: jax.Array, truth: jax.Array) -> jax.Array:
     """Lovász extension of the Jaccard loss |wrong| / |truth ∪ wrong| at `errors`, negative ones as 0.
 
     Args:
@@ -278,15 +266,16 @@ def _lovasz_extension(errors, truth):
       truth: (..., N) bool, the pixels of the class.
 
     Returns:
-      (...): in decreasing order, each error times what its pixel adds to the Jaccard loss of those before it.
+      (...): the sum, in decreasing order of errors, of each error times the increase of the Jaccard loss when its pixel
+      joins those before it.
     """
     negated, truth = lax.sort((-errors, truth), dimension=-1, num_keys=1)
     size = jnp.sum(truth, axis=-1, keepdims=True, dtype=jnp.int32)
     right = size - jnp.cumsum(truth, axis=-1, dtype=jnp.int32)
     union = (size + jnp.cumsum(~truth, axis=-1, dtype=jnp.int32)).astype(errors.dtype)
-    # The differences written out: subtracted from one another, float32 values near 1 leave a digit or two. A pixel of
-    # the class leaves the union as it is; any other enlarges it by one, and if it is the first of a union without any,
-    # takes the loss from 0 to 1.
+    # The increases in closed form: the difference of two float32 losses near 1 would keep a digit or two. A pixel of
+    # the class does not change the union; any other pixel adds one to it, and as the first of an empty union takes the
+    # loss from 0 to 1.
     step = jnp.where(truth, 1 / union, right / union / jnp.maximum(union - 1, 1))
     step = jnp.where(union == 1, 1, step)
     return jnp.sum(jax.nn.relu(-negated) * step, axis=-1)

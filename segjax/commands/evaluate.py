@@ -62,7 +62,7 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
 def _problems(options: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the options together."""
     name = (options.data or "").partition(":")[0]
-    generated = name in specs.DATASETS and specs.DATASETS[name].kind == "generated"
+    generated = specs.is_generated(name)
     stray = ", ".join(f"--{key.replace('_', '-')}" for key in _settings(options))
     wrong = {
         f"{stray}: without --data a run is evaluated as by its training; give --data NAME too": (

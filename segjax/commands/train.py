@@ -66,9 +66,11 @@ class Options(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status.
+    """Runs the command.
 
-    That is 0, 130 or 143 for a run that Ctrl-C or SIGTERM stopped, 2 for what the user can correct, 1 for a bug.
+    Returns:
+      Exit status: 0, 130 or 143 where Ctrl-C or SIGTERM stopped the run, 2 for an error that the user can correct, 1
+      for a bug.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if set(HELP) & set(arguments):
@@ -80,17 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     if not options.coordinator or options.process_id == 0:
-        # JAX takes a second or more to import, and longer to find its devices.
+        # Printed now, because JAX takes a second or more to import, and longer to find its devices.
         print(f"recipe   {options.recipe}", flush=True)
     with _stops_at_once():
         from segjax.commands.ending import run_command
 
-        full_disk = "what was saved before is complete: make room, and run the same command again"
+        full_disk = "earlier saves are complete: make room, and run the same command again"
         return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
-    # Imported only after the command line was found to be right.
+    # Imported here, because a command line that cannot be used is refused without waiting for JAX.
     from segjax.runtime import distributed, environment
     from segjax.train import config as train_config
     from segjax.train import loop
@@ -103,18 +105,21 @@ def _run(options: Options) -> int:
             distributed.initialize(address, options.num_processes, options.process_id)
         config = options.config
         workdir = Path(options.workdir or loop.default_workdir(config))
-        train_config.check(config, workdir)
-        changes = train_config.changes(config, common.get_config(config.data.name))
+
+        def changes() -> list[str]:
+            # Called once `train` has checked the settings; before, the dataset may be one that does not exist.
+            return train_config.changes(config, common.get_config(config.data.name))
+
         return loop.train(config, workdir, changes=changes)
 
 
 @contextlib.contextmanager
 def _stops_at_once() -> Iterator[None]:
-    """Ends the process after Ctrl-C, before threads that save or read each report that the interpreter shuts down."""
+    """Ends the process at once after Ctrl-C; otherwise each thread that saves or reads would report the shutdown."""
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"{PROGRAM}: stopped at once; what was saved is whole", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: stopped at once; the last complete save remains", file=sys.stderr, flush=True)
         os._exit(error.args[0] if error.args else 128 + signal.SIGINT)
 
 
@@ -195,7 +200,7 @@ def _did_you_mean(settings: list[str]) -> str:
 
 @contextlib.contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Raises UsageError for everything that absl and ml_collections raise for flags."""
+    """Turns all errors of absl and ml_collections about flags into UsageErrors of one line."""
     try:
         yield
     except flags.UnrecognizedFlagError as error:

@@ -52,7 +52,7 @@ _VERSION = "1.1.0"
 
 def names() -> tuple[str, ...]:
     """Names of the datasets that are prepared: all of the table but the generated ones."""
-    return tuple(name for name, dataset in specs.DATASETS.items() if dataset.kind != "generated")
+    return tuple(name for name in specs.DATASETS if not specs.is_generated(name))
 
 
 def prepare(

@@ -318,6 +318,11 @@ DATASETS = {
 }
 
 
+def is_generated(name: str) -> bool:
+    """Whether a dataset of the table is drawn, in the number and size that one asks for, rather than prepared."""
+    return name in DATASETS and DATASETS[name].kind == "generated"
+
+
 def guess(num_classes: int) -> DatasetSpec | None:
     """The dataset that a checkpoint with so many unnamed classes was most likely trained on; None if none is known."""
     for dataset in DATASETS.values():

@@ -22,6 +22,7 @@ from segjax.data.sources import DataError, listed
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime.atomic import why_not_writable
 from segjax.viz import report
 
 
@@ -68,8 +69,9 @@ def evaluate_dataset(
         `output` that cannot be written.
     """
     protocol = Protocol(mode, crop, stride, scales, flip, size_divisor)
-    if output is not None:
-        _refuse_unwritable(Path(output))
+    # Asked before hours are spent on the evaluation.
+    if output is not None and (problem := why_not_writable(Path(output))):
+        raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
             raise ValueError("a run is evaluated as by its training; to set the protocol or the batch, name the data")
@@ -177,7 +179,7 @@ def _opened(
       ValueError: there is no such split, or it cannot be used.
     """
     generated = {}
-    if config and config["data"]["name"] == name and specs.DATASETS[name].kind == "generated":
+    if config and config["data"]["name"] == name and specs.is_generated(name):
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
         number = run["train_images"] if only_trained_on else run["eval_images"]
@@ -216,15 +218,6 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """Before hours are spent on a report that cannot be written there."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"the report cannot go to {folder}: {there} is a file; choose another folder")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"the report cannot go to {folder}: {there} cannot be written to; choose another folder")
 
 
 def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Protocol, name: str) -> None:

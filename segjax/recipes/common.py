@@ -1,4 +1,4 @@
-"""What recipes share: the words after the colon, the defaults of a dataset, and two ways to train from random weights.
+"""Parts of recipes: the words after the colon, the defaults of a dataset, and two ways to train from random weights.
 
 The defaults of all settings are in segjax/train/schema.py.
 """
@@ -29,7 +29,7 @@ def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
 
 
 def get_config(dataset: str) -> ConfigDict:
-    """The defaults of all settings, with what the table of datasets (segjax/data/specs.py) has for this one."""
+    """The defaults of all settings, with those of the dataset from its table (segjax/data/specs.py)."""
     config = default_config(dataset)
     config.data.eval_split = DATASETS[dataset].evaluated_split
     config.augment.crop = DATASETS[dataset].crop
@@ -38,6 +38,12 @@ def get_config(dataset: str) -> ConfigDict:
     if dataset == "camvid":
         config.train.steps = 20_000
     return config
+
+
+def crop_in_multiples(config: ConfigDict, multiple: int) -> None:
+    """Reduces the training crop to multiples of what the model needs, in both directions."""
+    height, width = config.augment.crop
+    config.augment.crop = (height // multiple * multiple, width // multiple * multiple)
 
 
 def from_scratch(config: ConfigDict) -> None:

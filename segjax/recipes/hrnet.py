@@ -60,7 +60,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def camvid_from_scratch(config: ConfigDict) -> None:
-    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w48_ocr so unless told otherwise.
+    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w48_ocr with them by default.
 
     Why this family: without pretraining, the bias of convolutions makes up for some of the data that attention would
     need; poles, signs and riders are a few pixels wide, and only HRNet keeps stride 4 from end to end; the auxiliary

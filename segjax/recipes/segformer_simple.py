@@ -1,7 +1,7 @@
 """The simple SegFormer: `--config segformer_simple:b5,camvid`; a variant, on streets (the default) or another dataset.
 
-`default` has the sizes of the published package, `b5` those that jo-jstrm/segmentation_pytorch lists for it, `small` is
-a narrow one for a CPU. The package comes without a recipe; that repository trains it as its SegFormer.
+`default` has the sizes of the published package, `b5` those that jo-jstrm/segmentation_pytorch lists for it; `small` is
+a narrow one for a CPU. The package has no recipe; that repository trains it like its SegFormer.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +27,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # Its norms have `norm` in their names, as optim.no_decay expects; the head is all that follows the encoder.
     config.optim.lr_multipliers = (("to_fused|to_segmentation", 10.0),)
     # The sides of its images must be multiples of 32.
-    if dataset == "camvid":
-        config.augment.crop = (352, 480)
+    common.crop_in_multiples(config, 32)
     if dataset in ("streets", "camvid"):
         common.from_scratch(config)
     if dataset == "streets":

@@ -26,8 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optim.no_decay = r"overlap_patch_merge\.1|blocks\.\d+\.[01]\.fn\.0|reducer\.1|\.norm\.|fuse\.2"
     config.optim.lr_multipliers = ((r"^(decoder|head)\.", 10.0),)
     # The sides of its images must be multiples of 32.
-    if dataset == "camvid":
-        config.augment.crop = (352, 480)
+    common.crop_in_multiples(config, 32)
     if dataset in ("streets", "camvid"):
         common.from_scratch(config)
     if dataset == "streets":

@@ -33,6 +33,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NAMES = 4
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """Returns why nothing can be written in a folder that may not exist yet, or None where something can."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"no permission to write in {existing}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by text in UTF-8; its folder is made where it is missing."""
     with replacing_file(path) as temporary:

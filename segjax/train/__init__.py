@@ -18,7 +18,7 @@ __all__ = ["RunError", "default_workdir", "train"]
 _FILES = {"RunError": "config", "default_workdir": "loop", "train": "loop"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _FILES:
         return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

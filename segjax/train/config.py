@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from segjax import losses, models
 from segjax.checkpoints import huggingface
+from segjax.runtime.atomic import why_not_writable
 from segjax.train import schema
 
-# Settings that may differ when a run is taken up again: none of them changes what was computed so far.
+# Settings that may differ when a run is resumed: none of them changes the steps that were computed before.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
@@ -34,28 +35,32 @@ FREE_ON_RESUME = (
 
 
 class RunError(ValueError):
-    """A run that cannot go on as asked; the message says why and what to do."""
+    """A run that cannot start or continue; the message states the reason and the remedy."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
-    """Everything that is wrong with the settings, in one error, before anything slow happens.
+    """Reports every problem of the settings in one error, before anything slow happens.
 
     Raises:
-      RunError: lists each by its key.
+      RunError: settings that cannot be used, each by its key; a `workdir` that cannot be written.
     """
     wrong = schema.problems(config)
     if not schema.missing(config):
-        wrong |= _problems_of_model(config, wrong) | _contradictions(config, wrong)
+        wrong |= _problems_of_model(config.model, wrong) | _contradictions(config, wrong)
     problems = [f"config.{key}: {problem}" for key, problem in wrong.items()]
-    if reason := _why_not_writable(workdir):
+    if reason := why_not_writable(workdir):
         problems.append(f"--workdir {workdir}: {reason}")
     if problems:
         raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
 
 
-def _problems_of_model(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
-    """An unknown model, or settings that its constructor does not have."""
-    name = config.model.name
+def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+    """An unknown model, or settings in `config.model` that its constructor does not have.
+
+    Args:
+      wrong: keys of settings that are wrong by themselves.
+    """
+    name = settings.name
     if "model.name" in wrong:
         return {}
     if name not in models.MODELS:
@@ -63,7 +68,7 @@ def _problems_of_model(config: ConfigDict, wrong: Collection[str]) -> dict[str, 
         hint = f"did you mean {close[0]!r}? The models" if close else "the models"
         return {"model.name": f"{name!r}; no such model; {hint} are {', '.join(models.MODELS)}"}
     known, found = models.settings(name), {}
-    for key in model_overrides(config):
+    for key in model_overrides(settings):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean model.{close[0]}? It" if close else "it"
@@ -72,10 +77,10 @@ def _problems_of_model(config: ConfigDict, wrong: Collection[str]) -> dict[str, 
 
 
 def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
-    """Settings that do not fit other settings, the devices or the files that there are.
+    """Settings that do not fit other settings, the devices, or the files that exist.
 
     Args:
-      wrong: keys of settings that are wrong by themselves, from which nothing else follows.
+      wrong: keys of settings that are wrong by themselves, which are not compared with others.
     """
 
     def sound(*keys: str) -> bool:
@@ -92,31 +97,28 @@ def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str
     if sound("init.checkpoint") and (reason := _why_no_start(config.init.checkpoint)):
         found["init.checkpoint"] = reason
     if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
-        found["init.keep"] = f"{config.init.keep}; says what stays random of a checkpoint, and needs init.checkpoint"
+        found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
     if not any(config.loss[name] for name in losses.TERMS):
-        terms = ", ".join(losses.TERMS)
-        found["loss.cross_entropy"] = (
-            f"{config.loss.cross_entropy}; {terms} are all 0, give at least one of them a factor"
-        )
+        found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
 
 
-def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
-    """What share of the pixels of training crops is padding, on average over images and scales.
+def check_crop(settings: ConfigDict, sizes: np.ndarray) -> float:
+    """Returns the share of padding in training crops, the mean over images and scales, for `config.augment`.
 
     Args:
-      sizes: (N, 2), height and width of each training image.
+      sizes: (N, 2), height and width of each training image in pixels.
 
     Raises:
       RunError: no image fills a crop, even at the largest scale.
     """
-    crop, (smallest, largest) = np.array(config.augment.crop), config.augment.scale
-    enlarged = np.round(sizes * largest).astype(int)
-    if not (enlarged >= crop).all(axis=1).any():
-        height, width = enlarged[np.minimum(enlarged, crop).prod(axis=1).argmax()].tolist()
+    crop, (smallest, largest) = np.array(settings.crop), settings.scale
+    scaled = np.round(sizes * largest).astype(int)
+    if not (scaled >= crop).all(axis=1).any():
+        height, width = scaled[np.minimum(scaled, crop).prod(axis=1).argmax()].tolist()
         raise RunError(
-            f"config.augment.crop={tuple(config.augment.crop)} is larger than every training image, even at "
-            f"augment.scale's largest, {largest}: the best is {height}x{width} then. Give a crop that fits, or a "
+            f"config.augment.crop={tuple(settings.crop)} is larger than every training image, even at the largest "
+            f"factor of augment.scale, {largest}, where the best image has {height}x{width}. Give a smaller crop or a "
             "larger scale"
         )
     scales = np.linspace(smallest, largest, 101)[:, None, None]
@@ -126,7 +128,7 @@ def check_crop(config: ConfigDict, sizes: np.ndarray) -> float:
 
 
 def _why_no_start(source: str | None) -> str | None:
-    """Why training cannot start from there; whether a repository has weights is found out when they are fetched."""
+    """Why training cannot start from a checkpoint; a repository on the Hub is asked for its weights only later."""
     if not source:
         return None
     if huggingface.is_address(source):
@@ -135,31 +137,24 @@ def _why_no_start(source: str | None) -> str | None:
     return None if Path(source).expanduser().exists() else f"there is nothing at {source}"
 
 
-def _why_not_writable(folder: Path) -> str | None:
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        return f"{existing} is a file"
-    return None if os.access(existing, os.W_OK | os.X_OK) else f"no permission to write in {existing}"
+def model_overrides(settings: ConfigDict) -> dict[str, Any]:
+    """The settings in `config.model` that the constructor of the model takes."""
+    return {key: value for key, value in settings.items() if key not in ("name", "dtype")}
 
 
-def model_overrides(config: ConfigDict) -> dict[str, object]:
-    """The settings of the model's own class."""
-    return {key: value for key, value in config.model.items() if key not in ("name", "dtype")}
-
-
-def plain(config: ConfigDict) -> dict[str, object]:
+def plain(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: tuples are lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def changes(config: ConfigDict, default: ConfigDict) -> list[str]:
-    """KEY=VALUE for every setting that a config has otherwise than another, or that the other lacks."""
+    """KEY=VALUE of every setting in `config` whose value is not that in `default`, or that `default` lacks."""
     new, old = _flat(plain(config)), _flat(plain(default))
     return [f"{key}={value}" for key, value in new.items() if key not in old or old[key] != value]
 
 
 def differing(before: dict, now: dict) -> list[str]:
-    """One line for each entry that two nested records do not share, by dotted key."""
+    """A line for each entry in which two nested dicts differ, by dotted key."""
     old, new = _flat(before), _flat(now)
     return [
         f"  {key}: {old.get(key)} there, {new.get(key)} now"
@@ -169,19 +164,23 @@ def differing(before: dict, now: dict) -> list[str]:
 
 
 def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
-    """Raises RunError where the run in `workdir` was made with settings or data that cannot be mixed with these."""
-    recorded = [
-        {"config": schema.with_current_names(about.get("config", {})), "dataset": about.get("dataset", {})}
-        for about in (before, now)
+    """Raises RunError where the run in `workdir` has other settings or data, with which it cannot be resumed.
+
+    Args:
+      before: metadata of the run in `workdir`. now: metadata of the run as it is configured now.
+    """
+    compared = [
+        {"config": schema.with_current_names(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
+        for metadata in (before, now)
     ]
     lines = [
-        line for line in differing(*recorded) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
+        line for line in differing(*compared) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
     ]
     if lines:
         raise RunError(
             f"{workdir} holds a run with other settings:\n"
             + "\n".join(lines)
-            + "\n  give those settings again to go on with it, or another --workdir to start anew"
+            + "\n  give those settings again to resume it, or another --workdir for a new run"
         )
 
 

@@ -1,7 +1,8 @@
-"""What the value of a setting may be. Each constraint states it in words and finds what is wrong with a value.
+"""Constraints on the values of settings. Each one states in words which values are allowed, and checks a value.
 
-`kind` is the type that a config holds; `words` continues "must be"; `problem(value)` is None, or what the value must be
-instead. A bool is no number, and real numbers are judged as float32 has them, in which runs compute.
+`kind` is the type that a config holds. `words` continues "must be". `problem(value)` is None for an allowed value, and
+otherwise continues "must be". A bool is not a number. Real numbers must also meet their bounds in float32, in which
+runs compute.
 """
 
 from __future__ import annotations

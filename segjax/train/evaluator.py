@@ -35,7 +35,7 @@ class Scores:
     Attributes:
       best: mean IoU of the best evaluation; None before any.
       step: step of the best evaluation.
-      worse: number of evaluations since the best one.
+      worse: number of evaluations since the best one, none of which was better.
       evaluated: step of the last evaluation.
     """
 
@@ -45,7 +45,7 @@ class Scores:
     evaluated: int | None = None
 
     def after(self, step: int, score: float | None) -> Scores:
-        """The scores with one more evaluation; unchanged where it is counted already."""
+        """The scores after one more evaluation; unchanged where that of `step` is counted already."""
         if step == self.evaluated:
             return self
         if score is not None and (self.best is None or score > self.best):
@@ -58,11 +58,12 @@ class Scores:
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """Metrics and predictions of an evaluation.
 
     Attributes:
       metrics: as `metrics.summarise` returns them, over the whole split.
-      predicted: uint8 predictions (H, W) by image number, of those images to be drawn that this process has evaluated.
+      predicted: predicted labels, uint8 (H, W), by image number: of the images to draw, those that this process has
+        evaluated.
     """
 
     metrics: dict[str, Any]
@@ -95,9 +96,9 @@ class Evaluator:
         Args:
           settings: `config.eval`.
           parallel: how the run trains. Of several processes, each evaluates a part of the images on its own devices.
-          steps: the last step, whose evaluation is that of the result and not one on the way.
+          steps: the last step, whose evaluation is that of the result rather than one during the training.
           log: where evaluations are written.
-          best: folder for the best weights, which is written where the run evaluates on the way.
+          best: folder for the best weights, which is written where the run evaluates during the training.
           metadata: of the run, saved with the best weights.
         """
         self.scores = scores
@@ -116,12 +117,12 @@ class Evaluator:
         return self.scores.given_up(self._settings.patience)
 
     def is_due(self, step: int) -> bool:
-        """Whether the run evaluates on the way after `step` steps."""
+        """Whether the run evaluates after `step` steps, during the training."""
         every = self._settings.every
         return bool(every) and 0 < step < self._steps and step % every == 0
 
     def evaluate(self, step: int, state: TrainState, *, stop: StopRequest) -> Evaluation:
-        """Evaluates a state; the first time for a step also logs and scores it, and saves it where it is the best.
+        """Evaluates a state. The first evaluation of a step is also logged and scored, and its weights saved if best.
 
         Raises:
           StoppedError: `stop` was requested before the last batch; nothing is logged or scored then.
@@ -153,6 +154,7 @@ class Evaluator:
         is_best = self.scores.step == step
         if is_best and self._settings.every and is_lead():
             metadata = {**self._metadata, "step": step, "mean_iou": mean_iou}
-            orbax_folder.save_weights(self._best, weights_of(self._fetch(state)), metadata=metadata)
+            weights = {name: np.asarray(array) for name, array in weights_of(self._fetch(state)).items()}
+            orbax_folder.save_weights(self._best, weights, metadata=metadata)
         if step < self._steps:
             console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")

@@ -1,17 +1,18 @@
 """The training loop: read `train`, then `_fit`.
 
-Order of a start: check the settings; end here if the run is finished; build the run (`setup.build`: data, model, newest
-whole checkpoint or initial weights, batches); compile the step; cut the log back to the checkpoint. Then step, log,
-evaluate and save, in this order, until the last step. Then evaluate and write the result, result.json last.
+`train` checks the settings, returns if the run is finished, builds the run (`setup.build`: data, model, newest whole
+checkpoint or initial weights, batches), compiles the step, and truncates the log to the checkpoint. Each iteration
+then takes a step, logs, evaluates and saves, in this order. After the last step the run is evaluated and the result is
+written; result.json comes last.
 
-Order on resumption: first the evaluation that the checkpoint's step still lacks, then the next step. A batch and all
-random numbers follow from (seed, step) only, so that a resumed run continues bit for bit as if it had not stopped.
+A resumed run first makes the evaluation that was due at the step of its checkpoint, if it is missing. The batch and all
+random numbers depend on (seed, step) only, so that a resumed run equals an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from segjax.models.functional import params_sha256
 from segjax.runtime import atomic, console
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.train import progress, resume, setup
-from segjax.train.config import check
+from segjax.train.config import check, plain
 from segjax.train.evaluator import Evaluation
 from segjax.train.progress import Progress, StoppedError, StopRequest
 from segjax.train.run import Run
@@ -37,29 +38,32 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{config.label}-{config.data.name}"
 
 
-def train(config: ConfigDict, workdir: Path, *, changes: Sequence[str] = ()) -> int:
-    """Trains, or resumes training, and leaves everything in `workdir`.
+def train(config: ConfigDict, workdir: Path, *, changes: Callable[[], Sequence[str]] = tuple) -> int:
+    """Trains a model, or resumes its training, in the folder `workdir`.
 
     Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
 
     Args:
-      changes: KEY=VALUE of the settings to print, those that differ from the defaults.
+      changes: returns KEY=VALUE of each setting to print, those that differ from the defaults. It is called after the
+        settings have been checked.
 
     Returns:
-      Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run after a save.
+      Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run, which is then saved.
 
     Raises:
-      RunError: settings that contradict one another or the run in `workdir`; a loss that is not finite.
+      RunError: settings that cannot be used, or that differ from those of the run in `workdir`; a loss that is not
+        finite.
       ValueError: data, weights or checkpoints that cannot be used.
     """
     check(config, workdir)
-    ended = from_lead(lambda: resume.earlier_result(config, workdir))
-    if ended and resume.is_finished(ended, config):
+    recorded = plain(config)
+    ended = from_lead(lambda: resume.earlier_result(recorded, workdir))
+    if ended and resume.is_finished(ended, steps=config.train.steps, evaluation=recorded["eval"]):
         progress.already_finished(ended, workdir)
         return 0
     run, state = setup.build(config, workdir, ended)
-    if changes:
-        progress.show_settings(changes)
+    if lines := changes():
+        progress.show_settings(lines)
     progress.describe(run.summary, start=run.first, steps=run.steps)
     program = setup.compile_step(run, state)
     with run.checkpoints, run.log, run.batches, StopRequest() as stop, Progress(run.first, run.steps) as bar:
@@ -76,13 +80,13 @@ def _fit(
     """Trains until the last step, or until evaluations no longer improve, and evaluates.
 
     Returns:
-      Number of steps taken, the state, and its evaluation; no evaluation where a stop was requested. Then the state is
-      saved.
+      The number of steps taken, the state, and its evaluation. The evaluation is None where a stop was requested; the
+      state is saved then.
     """
     step, evaluator, batches, meter = run.first, run.evaluator, run.batches, run.meter
     try:
         if evaluator.is_due(step) and evaluator.scores.evaluated != step:
-            # The run was stopped while it evaluated.
+            # The run was stopped during this evaluation.
             evaluator.evaluate(step, state, stop=stop)
         while step < run.steps and not evaluator.gave_up:
             stop.raise_if_requested()
@@ -94,7 +98,7 @@ def _fit(
             is_last = step == run.steps
             if step == run.first + 1:
                 jax.block_until_ready(state)
-                # The first step may have waited for data, which is not training.
+                # The meter restarts here because the first step may have waited for the first batch.
                 meter.restart(step, batches.waited)
             if step % run.log_every == 0 or is_last:
                 run.read_losses(step, state)
@@ -109,7 +113,7 @@ def _fit(
                 run.read_losses(step, state)
                 run.save(step, state)
                 meter.restart(step, batches.waited)
-        # Whatever happens while evaluating, the training is safe.
+        # The last checkpoint is on disk before the evaluation, which may fail.
         run.checkpoints.wait()
         if step < run.steps:
             console.say(f"stopped early at step {step}: no better mIoU in {evaluator.scores.worse} evaluations")
@@ -138,13 +142,13 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
     }
     if is_lead():
         draw(run, evaluation.predicted)
-        # Last, because its presence means that the run is finished.
+        # Last, because a run with this file is finished.
         atomic.write_text(run.workdir / "result.json", json.dumps(result, indent=2) + "\n")
     progress.report(result, run.spec, run.workdir)
 
 
 def draw(run: Run, predicted: Mapping[int, np.ndarray]) -> None:
-    """Draws curve.png, and a picture of every prediction (H, W), by image number."""
+    """Draws curve.png, and a picture of each entry of `predicted`, labels (H, W) by image number."""
     pictures.save_curves(run.workdir / "curve.png", run.log.records)
     spec = run.spec
     for number, labels in predicted.items():

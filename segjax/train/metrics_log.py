@@ -17,32 +17,32 @@ from segjax.viz import pictures
 
 
 class Log:
-    """metrics.jsonl, one record per line, and TensorBoard's event files, without gaps or doubles in a resumed run.
+    """metrics.jsonl, one record per line, and TensorBoard's event files; a resumed run has no gaps or duplicates.
 
-    Event files cannot be cut. So there is one for each stretch between two checkpoints, named after the step it begins
-    at; those that begin at the checkpoint or after it are removed when the run resumes, and written again.
+    Event files cannot be truncated. So there is one for each interval between two checkpoints, named after its first
+    step. When a run resumes, the files that begin at its checkpoint or later are removed, and written again.
 
-    Entering the context cuts both back to the checkpoint.
+    Entering the context truncates both to the checkpoint.
 
     Attributes:
-      records: all records so far, those of the run before it was resumed included.
+      records: all records so far, including those from before the run was resumed.
     """
 
     def __init__(self, workdir: Path, start: int, *, evaluated: bool, active: bool = True):
-        """Touches no file yet.
+        """Reads and writes no file yet.
 
         Args:
           start: step of the checkpoint; records of later steps are dropped.
           evaluated: whether the checkpoint includes the evaluation after that step. Otherwise the run evaluates again,
             and the record of the evaluation is dropped too.
-          active: whether this process writes. Of several, one does.
+          active: whether this process writes; of several processes, one does.
         """
         self.records: list[dict[str, Any]] = []
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
         self._start, self._evaluated, self._active = start, evaluated, active
         self._writer = None
-        self._stretch = f"from-{start:09d}"
+        self._interval = f"from-{start:09d}"
 
     def __enter__(self) -> Log:
         lines = self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
@@ -50,7 +50,7 @@ class Log:
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):
-                # Others may keep files there: TensorBoard's profiler does.
+                # The folder may have files of others, such as TensorBoard's profiler.
                 if found := re.search(r"\.(from|final)-(\d+)$", path.name):
                     begins = int(found[2])
                     if begins > self._start or (begins == self._start and (found[1] == "from" or not self._evaluated)):
@@ -90,30 +90,32 @@ class Log:
             joined = np.concatenate(row, axis=1)
             self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
 
-    def _event(self, step: int, summary) -> None:
-        # Not tensorboardX's SummaryWriter: it writes in a thread of its own, and when a full disk ends that thread, the
-        # run waits for it forever.
+    def _event(self, step: int, summary: Any) -> None:
+        # Not tensorboardX's SummaryWriter, which writes in a thread. A full disk ends that thread, and the
+        # run then waits for it forever.
         from tensorboardX import RecordWriter
-        from tensorboardX.proto.event_pb2 import Event
+
+        # protobuf makes the class when the module is imported, so that a type checker does not see it.
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._writer is None:
             self._events.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads files in the order of their names.
-            self._writer = RecordWriter(str(self._events / f"events.out.tfevents.{time.time():.6f}.{self._stretch}"))
+            self._writer = RecordWriter(str(self._events / f"events.out.tfevents.{time.time():.6f}.{self._interval}"))
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def cut(self, step: int) -> None:
-        """Begins a new event file; to be called before a checkpoint of `step`, which the file before belongs to."""
+        """Begins a new event file, whose records come after the checkpoint of `step`; call it before that is saved."""
         self._begin(f"from-{step:09d}")
 
     def begin_final(self, step: int) -> None:
         """Begins an event file for the evaluation after the last step, whose checkpoint exists."""
         self._begin(f"final-{step:09d}")
 
-    def _begin(self, stretch: str) -> None:
+    def _begin(self, interval: str) -> None:
         self.close()
-        self._stretch = stretch
+        self._interval = interval
 
     def close(self) -> None:
         if self._writer is not None:
@@ -129,7 +131,7 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _parsed(line: str) -> dict | None:
-    # The last line may be cut or garbled where the machine stopped.
+    # The last line may be incomplete where the machine stopped.
     try:
         record = json.loads(line)
     except json.JSONDecodeError:

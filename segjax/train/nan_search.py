@@ -1,9 +1,9 @@
-"""Finds the layer that a number which is not finite comes from."""
+"""Finds the layer that produced the first number that is not finite."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ WHOLE = "the model"
 
 
 def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> str:
-    """One sentence: the first layer whose output is not finite in a training step, or else whose gradient is not.
+    """One sentence that names the first layer whose output, or else whose gradient, is not finite in a training step.
 
-    The step is computed again: its forward pass with a look at every layer, then its gradients.
+    The step is computed again: its forward pass with the output of every layer checked, then its gradients.
 
     Args:
       state: the state before the step.
@@ -38,17 +38,19 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         return "The augmented images are not finite. "
     calls: list[str] = []
 
-    def forward(params, batch_stats, images, key):
+    def forward(
+        params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], images: jax.Array, key: jax.Array
+    ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
         model = train_step.model.bind(params, batch_stats, key=key)
-        # The plain implementations: fast ones do not call every layer.
+        # With the plain implementations, because fast ones do not call every layer.
         with choice.published_implementations(), _outputs_recorded(model) as outputs:
             model(images)
         calls[:] = outputs
         return list(outputs.values()), train_step.model.batch_stats_of(model)
 
-    forward, batch_stats = _on_one_device(forward), state.batch_stats
+    on_one_device, batch_stats = _on_one_device(forward), state.batch_stats
     for part, _, part_key in zip(*train_step.micro_batches(images, labels, dropout_key), strict=True):
-        finite, batch_stats = forward(state.params, batch_stats, part, part_key)
+        finite, batch_stats = on_one_device(state.params, batch_stats, part, part_key)
         for name, is_finite in zip(calls, finite, strict=True):
             if not is_finite:
                 return f"The first output that is not finite is that of {name}. "
@@ -58,8 +60,9 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     if not np.isfinite(loss):
         return f"All outputs of layers are finite, but the loss is {loss}. "
     if found := _not_finite(gradients):
-        # The backward pass begins with the layer that was called last. Parameters of a layer that was not called by
-        # itself have the place of the layer around it; of those the last by name is taken, such as a classifier's.
+        # The backward pass begins with the layer that was called last. A layer that was not called itself takes the
+        # position of the layer that contains it; of several with one position, the last by name comes first, such as
+        # a classifier.
         first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
         return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
     if not np.isfinite(optim.norm(gradients)):
@@ -68,8 +71,8 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     return "Computed again, everything was finite. "
 
 
-def _on_one_device(function):
-    """Compiles `function` for one device; layers that sum over an axis of devices find one of length 1."""
+def _on_one_device(function: Callable) -> Callable:
+    """Compiles `function` for one device, inside an axis of length 1 for layers that sum over devices."""
     mapped = jax.vmap(function, in_axes=None, axis_size=1, axis_name=AXIS)
     return jax.jit(lambda *arguments: jax.tree.map(lambda x: x[0], mapped(*arguments)))
 
@@ -79,7 +82,7 @@ def _not_finite(arrays: dict[str, jax.Array]) -> list[str]:
 
 
 def _called(parameter: str, calls: list[str]) -> str:
-    """The layer that a parameter belongs to, or the innermost one around it that was called."""
+    """The layer of a parameter, or the innermost layer that contains it and was called."""
     layer = parameter.rpartition(".")[0]
     while layer and layer not in calls:
         layer = layer.rpartition(".")[0]
@@ -88,7 +91,7 @@ def _called(parameter: str, calls: list[str]) -> str:
 
 @contextlib.contextmanager
 def _outputs_recorded(model: SegmentationModel) -> Iterator[dict[str, jax.Array]]:
-    """Records for every module that is called whether its output is finite, by name, in the order of their returns."""
+    """Yields a dict that fills with whether the output of each called module is finite, by name, in order of return."""
     modules = [(".".join(map(str, path)) or WHOLE, module) for path, module in nnx.iter_modules(model)]
     names = {id(module): name for name, module in modules}
     owners = {owner for _, module in modules for owner in type(module).__mro__ if "__call__" in vars(owner)}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
 
 from segjax.models.stacked import NO_STACKS, Stacks
 
@@ -17,7 +21,7 @@ from segjax.models.stacked import NO_STACKS, Stacks
 def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
     """A linear warm-up that multiplies a decay, as in mmsegmentation."""
 
-    def rate(step):
+    def rate(step: ArrayLike) -> ArrayLike:
         # As a float first: an int32 divided stays float32 where jax computes in float64.
         step = jnp.asarray(step, float)
         if not warmup_steps:
@@ -40,7 +44,7 @@ def poly_schedule(
       warmup_steps: number of steps in which the factor of the warm-up grows from `warmup_ratio` to 1.
     """
 
-    def decayed(step):
+    def decayed(step: ArrayLike) -> jax.Array:
         return (base - end) * (1 - jnp.clip(step / steps, 0, 1)) ** power + end
 
     return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
@@ -51,7 +55,7 @@ def cosine_schedule(
 ) -> optax.Schedule:
     """Half a cosine from `base` to `end` (Loshchilov, Hutter, 2017, without restarts), with the same warm-up."""
 
-    def decayed(step):
+    def decayed(step: ArrayLike) -> jax.Array:
         return end + (base - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(step / steps, 0, 1)))
 
     return _with_warmup(decayed, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
@@ -60,7 +64,7 @@ def cosine_schedule(
 SCHEDULES = ("poly", "cosine")
 
 
-def schedule(settings, *, steps: int) -> optax.Schedule:
+def schedule(settings: ConfigDict, *, steps: int) -> optax.Schedule:
     """Learning rate by step, for `settings`, the section `config.optim`.
 
     Raises:
@@ -127,7 +131,7 @@ class Rule(NamedTuple):
     factor: float
 
 
-def rules(settings, names: Iterable[str]) -> dict[str, Rule]:
+def rules(settings: ConfigDict, names: Iterable[str]) -> dict[str, Rule]:
     """The rule of each parameter, by name, for `settings`, the section `config.optim`.
 
     Raises:
@@ -143,34 +147,39 @@ def rules(settings, names: Iterable[str]) -> dict[str, Rule]:
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
     """torch.nn.utils.clip_grad_norm_: all gradients times min(1, largest / (their norm + 1e-6))."""
 
-    def update(gradients, _params=None):
+    def update(gradients: optax.Updates, _params: optax.Params | None = None) -> optax.Updates:
         factor = jnp.minimum(1.0, largest / (norm(gradients) + 1e-6))
         return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
 
     return optax.stateless(update)
 
 
-def norm(tree) -> jax.Array:
+def norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves together."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def _scale_by_rule(by_name: dict[str, Rule]) -> optax.GradientTransformation:
-    def scaled(name, update):
-        factor = by_name[name].factor
+def _scale_by_rule(by_name: Mapping[str, Rule]) -> optax.GradientTransformation:
+    def scaled(path: jax.tree_util.KeyPath, update: jax.Array) -> jax.Array:
+        factor = by_name[path[0].key].factor
         return update if factor == 1 else factor * update
 
-    return optax.stateless(
-        lambda updates, _params=None: {name: scaled(name, update) for name, update in updates.items()}
-    )
+    return optax.stateless(lambda updates, _params=None: jax.tree.map_with_path(scaled, updates))
 
 
 def _unless_refused(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`rule`, whose state does not change where `accepted`, a bool scalar argument of `update`, is False."""
 
-    def update(gradients, state, params=None, *, accepted=True):
-        updates, new = rule.update(gradients, state, params)
-        return updates, jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        accepted: jax.Array | bool = True,
+        **_,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        changed, new = rule.update(updates, state, params)
+        return changed, jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
 
@@ -183,8 +192,16 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
     """
     plain = _unless_refused(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
 
-    def update(gradients, state, params=None, *, accepted=True):
-        _, kept = plain.update(gradients, state, params, accepted=accepted)
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        accepted: jax.Array | bool = True,
+        **_,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        _, kept = plain.update(updates, state, params, accepted=accepted)
+        assert isinstance(kept, optax.ScaleByAdamState)
         mean = optax.tree.bias_correction(kept.mu, b1, kept.count)
         square = optax.tree.bias_correction(kept.nu, b2, kept.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), kept
@@ -193,8 +210,8 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
 
 
 def optimizer(
-    settings, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
-) -> optax.GradientTransformation:
+    settings: ConfigDict, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
+) -> optax.GradientTransformationExtraArgs:
     """AdamW or SGD as torch computes them, with the published exceptions by parameter name.
 
     Args:
@@ -210,9 +227,9 @@ def optimizer(
     Raises:
       ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
     """
-    by_name = stacks.with_stacks(rules(settings, names))
+    by_name: dict[str, Any] = stacks.with_stacks(rules(settings, names))
     decay = optax.add_decayed_weights(
-        settings.weight_decay, mask=lambda params: {name: by_name[name].decays for name in params}
+        settings.weight_decay, mask=partial(jax.tree.map_with_path, lambda path, _: by_name[path[0].key].decays)
     )
     if settings.name == "adamw":
         # torch's AdamW: decay next to the moments, eps outside the root, both scaled by the learning rate.
@@ -230,7 +247,7 @@ def optimizer(
     )
 
 
-def learning_rates(settings, names: Iterable[str], *, steps: int):
+def learning_rates(settings: ConfigDict, names: Iterable[str], *, steps: int) -> Callable[[int], dict[str, float]]:
     """Returns `rates(step)`, the learning rates of a step for the log: "lr", and "lr x10" for a factor of 10.
 
     Args:
@@ -242,7 +259,7 @@ def learning_rates(settings, names: Iterable[str], *, steps: int):
     base = schedule(settings, steps=steps)
 
     def rates(step: int) -> dict[str, float]:
-        rate = float(base(step))
+        rate = float(np.asarray(base(step)))
         return {"lr": rate} | {f"lr x{factor:g}": rate * factor for factor in factors}
 
     return rates

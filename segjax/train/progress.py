@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
 from segjax.data import specs
 from segjax.runtime import console, distributed
+
+T = TypeVar("T")
 
 
 def show_settings(changes: Sequence[str]) -> None:
@@ -24,7 +27,7 @@ def show_settings(changes: Sequence[str]) -> None:
 
 
 def describe(summary: Mapping[str, str], *, start: int, steps: int) -> None:
-    """Prints what a run will do: a line for each entry of `summary`, and from which step it goes on."""
+    """Prints a line for each entry of `summary`, and the step at which the run resumes."""
     for label, text in summary.items():
         console.say(f"{label:<8} {text}")
     if start:
@@ -34,7 +37,7 @@ def describe(summary: Mapping[str, str], *, start: int, steps: int) -> None:
 
 
 def already_finished(result: Mapping, workdir: Path) -> None:
-    """Prints the `result` of a run that has nothing to do, and how to train longer or anew."""
+    """Prints the `result` of a run that is finished, and how to train longer or start a new run."""
     console.say(
         f"{workdir} is finished: mIoU {console.score(result['mean_iou'])} at step {result['step']} (result.json)"
     )
@@ -48,7 +51,7 @@ def already_finished(result: Mapping, workdir: Path) -> None:
 
 
 def stopped(step: int, steps: int, workdir: Path) -> None:
-    """Prints that a run was stopped and saved, and how to go on."""
+    """Prints that a run was stopped and saved, and how to resume it."""
     console.say(f"stopped at step {step} of {steps} and saved in {workdir}")
     console.say("  to go on: the same command again")
 
@@ -80,7 +83,7 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
 
 
 class Meter:
-    """Measures images per second while a run trains: time to save, evaluate and compile is excluded."""
+    """Measures images per second while a run trains: time spent saving, evaluating and compiling is excluded."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
@@ -88,7 +91,7 @@ class Meter:
         self.restart(0, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
-        """Begins to count at `step`; `waited` is the time that the run has waited for data so far, seconds."""
+        """Begins to count at `step`; `waited` is the time in seconds that the run has waited for data so far."""
         self._step, self._since, self._waited_before = step, time.perf_counter(), waited
 
     def lap(self, step: int, waited: float) -> None:
@@ -109,7 +112,7 @@ class Meter:
         return self._images / self._seconds if self._images else None
 
     def seconds_for(self, steps: int) -> float | None:
-        """Seconds that so many steps take at that rate; None before anything was counted."""
+        """Seconds that `steps` steps take at the mean rate so far; None before anything was counted."""
         return steps * self._batch_size * self._seconds / self._images if self._images else None
 
 
@@ -135,12 +138,12 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM requests a stop after the step; a second one stops at once and leaves the last save whole.
+    """Ctrl-C or SIGTERM requests a stop after the step. A second one stops at once; the last complete save remains.
 
-    Of several processes all must stop at the same step: a request counts once they have agreed on it.
+    Several processes must all stop at the same step: a request takes effect once they have agreed on it.
 
     Attributes:
-      signal: number of the first signal that came to this process; None before.
+      signal: number of the first signal that this process received; None before.
       requested: whether to stop.
     """
 
@@ -168,13 +171,13 @@ class StopRequest:
         if self.requested:
             raise StoppedError
 
-    def refuse_when_requested(self, function: Callable, *args):
+    def refuse_when_requested(self, function: Callable[..., T], *args: object) -> T:
         """Returns `function(*args)`; raises StoppedError instead once a stop is requested."""
         self.raise_if_requested()
         return function(*args)
 
     def __enter__(self) -> StopRequest:
-        # Python delivers signals to the main thread only, and a library user may be in another one.
+        # Python delivers signals to the main thread only, and a caller of `train` may be in another one.
         is_main = threading.current_thread() is threading.main_thread()
         self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS if is_main}
         return self
@@ -183,9 +186,9 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt(128 + number)
         self.signal = number
-        # Not print, which Python refuses inside another print, to stderr too: the signal may have come in one.
+        # Not print: Python refuses a print inside another one, which the signal may have interrupted.
         os.write(2, b"\nstopping after this step and saving; once more stops at once\n")

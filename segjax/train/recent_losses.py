@@ -1,4 +1,4 @@
-"""Losses and gradient norms since the last line of the log, and what is not finite among them."""
+"""Losses and gradient norms since the last line of the log, and the steps where they are not finite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from segjax.runtime.parallel import Parallel
 
-# Steps that the host may hand to the device before it waits: enough to keep it busy, and few enough that waiting for
-# data shows as such.
+# Steps that the host may enqueue before it waits for the device: enough to keep the device busy, and few enough that
+# time spent waiting for data is measured as such.
 AHEAD = 3
 
 
@@ -33,7 +33,7 @@ class NotFinite(NamedTuple):
 class RecentLosses:
     """Loss and gradient norm of every step since the last line of the log.
 
-    To read the scalars of a step means to wait for the device. So they stay there until `read`, which a run calls only
+    Reading the scalars of a step waits for the device. They stay on the device until `read`, which a run calls only
     before it logs, evaluates or saves.
 
     Attributes:
@@ -56,7 +56,7 @@ class RecentLosses:
             jax.block_until_ready(self._unread[-AHEAD])
 
     def add(self, scalars: dict[str, jax.Array]) -> None:
-        """Takes what `TrainStep` returned for the next step; does not wait for it."""
+        """Adds the scalars that `TrainStep` returned for the next step, without waiting for them."""
         self._unread.append(scalars)
 
     def read(self, step: int) -> list[NotFinite]:
@@ -74,12 +74,12 @@ class RecentLosses:
             names = ", ".join(self._names_of(number))
             found.append(NotFinite(number, f"{became} at step {number + 1}, on {names}", stopped))
             if stopped:
-                # Later steps changed nothing.
+                # Later steps did not change the state.
                 break
         return found
 
     def take_means(self) -> tuple[float | None, float | None]:
-        """Mean loss and gradient norm, None without a finite step; none is left afterwards."""
+        """Returns the mean loss and gradient norm, None without a finite step, and removes the rows."""
         loss, gradient_norm = np.mean(self.rows, axis=0).tolist() if self.rows else (None, None)
         self.rows.clear()
         return loss, gradient_norm
@@ -97,5 +97,5 @@ def not_finite_message(problem: NotFinite, culprit: str, workdir: Path) -> str:
         "  to go on from there in another place, with a lower rate or clipped gradients:\n"
         f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
-        f"  to skip such steps: --config.train.may_skip=N, at most N in a row{find}"
+        f"  to skip such steps: --config.train.may_skip=N, at most N consecutive ones{find}"
     )

@@ -1,4 +1,4 @@
-"""How a run resumes: from its result, if it has ended, and from its newest checkpoint."""
+"""Resuming a run: reads its result, if it has ended, and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from segjax.checkpoints.format_version import refuse_newer
 from segjax.runtime import console
-from segjax.train.config import plain, refuse_other_run
+from segjax.train.config import refuse_other_run
 from segjax.train.evaluator import Scores
 from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState, restored, training_of, weights_of
 
 
-def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
-    """The content of result.json of a run that has ended in `workdir`; None where there is none.
+def earlier_result(config: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
+    """The content of `workdir`/result.json, which a run writes when it ends; None where there is none.
+
+    Args:
+      config: all settings of the run as it is configured now, as `config.plain` returns them.
 
     Raises:
       RunError: that run had other settings.
@@ -29,14 +30,19 @@ def earlier_result(config: ConfigDict, workdir: Path) -> dict | None:
         return None
     result = json.loads(path.read_text())
     refuse_newer(result, path)
-    refuse_other_run({"config": result["config"]}, {"config": plain(config)}, workdir)
+    refuse_other_run({"config": result["config"]}, {"config": config}, workdir)
     return result
 
 
-def is_finished(result: Mapping, config: ConfigDict) -> bool:
-    """Whether the run with this result has nothing left to do under `config`."""
-    gave_up = result["stopped_early"] and result["config"]["eval"] == plain(config)["eval"]
-    return result["step"] >= config.train.steps or gave_up
+def is_finished(result: Mapping[str, Any], *, steps: int, evaluation: Mapping[str, Any]) -> bool:
+    """Whether the run with this result has nothing left to do.
+
+    Args:
+      steps: `config.train.steps` now.
+      evaluation: `config.eval` now, as `config.plain` returns it. A run that stopped early goes on if it has changed.
+    """
+    gave_up = result["stopped_early"] and result["config"]["eval"] == evaluation
+    return result["step"] >= steps or gave_up
 
 
 class Start(NamedTuple):
@@ -65,7 +71,7 @@ def resumed(
     *,
     may_skip: int,
 ) -> Start | None:
-    """Where the newest whole checkpoint of a run lets it resume; None without a checkpoint.
+    """Where a run resumes from its newest whole checkpoint; None without a checkpoint.
 
     Args:
       state: a state of the run, for its structure.
@@ -87,9 +93,9 @@ def resumed(
         return None
     scores = Scores(**found.metadata["scores"])
     if ended and ended["step"] == found.step:
-        # The run had ended here, with an evaluation after its last checkpoint, and is to go on.
+        # The run had ended at this step. Its last evaluation came after the checkpoint, whose scores lack it.
         scores = scores.after(found.step, ended["mean_iou"])
     state = restored(found.weights, found.training, state, may_skip=may_skip)
-    # Taken from the checkpoint, because the initial weights may be gone.
+    # From the checkpoint, because the initial weights may no longer exist.
     origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
     return Start(found.step, state, scores, found.metadata["window"], origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -23,6 +24,8 @@ from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState, training_of, weights_of
 from segjax.train.step import TrainStep
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -31,7 +34,7 @@ class Run:
     Attributes:
       first: number of steps taken when this process begins: 0, or the step of the checkpoint it resumes from.
       steps: number of the last step. log_every, save_every: steps between two lines of the log and two checkpoints.
-      search_nans: whether to name the layer where a step that is not finite began.
+      search_nans: whether to search for the layer whose output was the first that is not finite.
       spec, evaluation, eval_split: the dataset, the images that it is evaluated on, and the name of their split.
       model, train_step: the model, and the step that trains it.
       key: key of all random numbers of the training.
@@ -66,12 +69,12 @@ class Run:
     metadata: Mapping[str, object]
     summary: Mapping[str, str]
 
-    def fetch(self, tree):
+    def fetch(self, tree: T) -> T:
         """Copies of arrays on the host, one for each parameter of the model."""
         return self.model.stacks.apart(self.parallel.fetch(tree))
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begins a checkpoint of all that the run carries from step to step."""
+        """Begins to save everything that a resumed run needs."""
         self.log.cut(step)
         host = self.fetch(state)
         scores = dataclasses.asdict(self.evaluator.scores)
@@ -90,7 +93,7 @@ class Run:
             console.say(f"{problem.text}: skipped")
 
     def _end_before(self, problem: NotFinite, state: TrainState) -> None:
-        # Later steps have left the state as it was before that one.
+        # The state is still that before the problem, because later steps did not change it.
         self.save(problem.step, state)
         self.checkpoints.wait()
         culprit = ""

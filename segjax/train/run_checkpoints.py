@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from segjax.checkpoints import orbax_folder
@@ -14,6 +15,9 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.orbax_folder import DamagedError
 from segjax.models.functional import params_sha256
 from segjax.runtime import distributed
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 
 class Restored(NamedTuple):
@@ -26,10 +30,10 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run, by step. A save runs while training goes on; leaving the context waits.
+    """The checkpoints of one training run, by step. A save runs in the background; leaving the context waits for it.
 
-    Several processes all hold the same arrays. Only the first of them reads and writes files, and sends the others what
-    it has read.
+    Several processes all hold the same arrays. Only the first of them reads and writes files; it sends what it has read
+    to the others.
     """
 
     def __init__(self, folder: Path, *, keep: int):
@@ -38,12 +42,12 @@ class RunCheckpoints:
         if distributed.is_lead():
             import orbax.checkpoint as ocp
 
-            # Orbax makes no folder for one process of several.
+            # Of several processes, orbax does not make the folder.
             self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=False,
-                # Removes what a save that was killed has left.
+                # Removes temporary folders of a save that was killed.
                 cleanup_tmp_directories=True,
                 multiprocessing_options=orbax_folder.this_process_alone(),
             )
@@ -52,7 +56,11 @@ class RunCheckpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order."""
-        return distributed.from_lead(lambda: sorted(self._manager.all_steps()))
+        return distributed.from_lead(lambda: sorted(self._of_lead().all_steps()))
+
+    def _of_lead(self) -> ocp.CheckpointManager:
+        assert self._manager is not None, "only the first process reads"
+        return self._manager
 
     def restore(
         self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
@@ -70,9 +78,11 @@ class RunCheckpoints:
         """
         return distributed.from_lead(lambda: self._restore(weights, training, refuse, say))
 
-    def _restore(self, weights, training, refuse, say) -> Restored | None:
-        damaged: list[Path] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+    def _restore(
+        self, weights: Mapping, training: Mapping, refuse: Callable[[dict], None], say: Callable[[str], None]
+    ) -> Restored | None:
+        manager, damaged = self._of_lead(), list[Path]()
+        for step in sorted(manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             try:
                 found = self._read_whole(step, folder, weights, training, refuse)
@@ -81,12 +91,12 @@ class RunCheckpoints:
                 damaged.append(folder)
                 continue
             for folder in damaged:
-                aside = folder.parent.with_name("damaged") / folder.name
-                aside.parent.mkdir(exist_ok=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                say(f"  put aside as {aside}")
-            self._manager.reload()
+                moved = folder.parent.with_name("damaged") / folder.name
+                moved.parent.mkdir(exist_ok=True)
+                shutil.rmtree(moved, ignore_errors=True)
+                folder.rename(moved)
+                say(f"  moved to {moved}")
+            manager.reload()
             return found
         if damaged:
             listed = ", ".join(str(folder) for folder in damaged)
@@ -94,9 +104,11 @@ class RunCheckpoints:
         return None
 
     @staticmethod
-    def _read_whole(step, folder, weights, training, refuse) -> Restored:
+    def _read_whole(
+        step: int, folder: Path, weights: Mapping, training: Mapping, refuse: Callable[[dict], None]
+    ) -> Restored:
         metadata = orbax_folder.read_metadata(folder)
-        # Before the arrays, because those of another model cannot be compared with these.
+        # Before the arrays are read, because arrays of another model would fail with a less useful message.
         refuse(metadata)
         if orbax_folder.METADATA_HASH not in metadata:
             raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
@@ -112,7 +124,7 @@ class RunCheckpoints:
         return found
 
     def save(self, step: int, weights: Mapping, training: Mapping, metadata: Mapping[str, object]) -> None:
-        """Saves flat dicts of arrays and JSON metadata; returns as soon as all of them may change again.
+        """Saves flat dicts of arrays and JSON metadata in the background; the arguments may change once it returns.
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written.
@@ -138,7 +150,7 @@ class RunCheckpoints:
             self._manager.save(step, args=args.Composite(**items))
 
     def wait(self) -> None:
-        """Returns once the last save is whole; raises CheckpointError where it could not be written."""
+        """Waits until the last save is complete; raises CheckpointError where it could not be written."""
         if self._manager is not None:
             with orbax_folder.failure(self._folder):
                 self._manager.wait_until_finished()
@@ -147,7 +159,7 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # Whatever has ended the run, the last save becomes whole; but a second Ctrl-C wants it gone at once.
+        # The last save is completed whatever has ended the run, except a second Ctrl-C, which stops at once.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             return
         self.wait()
@@ -155,5 +167,5 @@ class RunCheckpoints:
             self._manager.close()
 
 
-def _kind(array) -> tuple:
-    return (*np.shape(array), str(array.dtype))
+def _kind(array: jax.Array | np.ndarray) -> tuple[int | str, ...]:
+    return (*array.shape, str(array.dtype))

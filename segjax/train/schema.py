@@ -1,7 +1,7 @@
-"""Every setting of a run: its default, what it may be, and a line of text. The only place that has any of these.
+"""The table of all settings of a run: default, allowed values and a line of text, which are written nowhere else.
 
 `default_config` builds the config that recipes change, `problems` checks one as a whole, and `segjax train --help`
-prints the table. Settings of the model's own class (config.model.dims and the like) are those of its constructor.
+prints the table. Other settings in config.model, such as config.model.dims, are those of the model's constructor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 
 from ml_collections import ConfigDict, config_dict
 
-from segjax.data.specs import DATASETS, Scenes
+from segjax.data.specs import DATASETS, Scenes, is_generated
 from segjax.train.constraints import (
     Boolean,
     Choice,
@@ -69,6 +69,8 @@ class Section:
 
 NOT_EMPTY = Text("text that is not empty", r".+")
 SIZE = Integer(32, 16_384)
+# Settings of a model's constructor whose names end in _rate.
+MODEL_RATE = Real(least=0, below=1)
 BATCH = Integer(1, 100_000)
 SCENES = cast(Scenes, DATASETS["streets"].scenes)
 
@@ -92,7 +94,7 @@ RUN = Section(
             "parallel",
             "jit",
             Choice(("jit", "pmap")),
-            "How a batch is spread over all devices: jit over a mesh of them, or pmap.",
+            "How a batch is divided among all devices: jit over a mesh of them, or pmap.",
         ),
     ),
 )
@@ -178,7 +180,7 @@ TRAIN = Section(
             "accumulate",
             1,
             BATCH,
-            "Micro-batches that a batch is computed in, one after the other: less memory, the same gradient.",
+            "Micro-batches that a batch is split into, computed one after the other: less memory, the same gradient.",
         ),
         Setting(
             "ema",
@@ -382,25 +384,28 @@ def default_config(dataset: str) -> ConfigDict:
 
 
 def problems(config: Mapping | ConfigDict) -> dict[str, str]:
-    """What is wrong with each setting taken by itself, by dotted key.
+    """The problem of each setting that is wrong by itself, by dotted key.
 
-    Whether settings fit together is not looked at, nor are the settings of the model's own class.
+    Not checked here: whether settings fit together, and settings of the model's constructor other than rates.
 
     Returns:
-      "VALUE; must be ..." for values, "no such setting ..." for what nothing reads, and what `missing` returns.
+      "VALUE; must be ..." for values, "no such setting ..." for unknown keys, and the entries of `missing`.
     """
     values, found = flattened(config), missing(config)
     for key, value in values.items():
         if key in SETTINGS:
             if must_be := SETTINGS[key].problem(value):
                 found[key] = f"{value!r}; must be {must_be}"
-        elif not key.startswith("model.") and key not in found:
+        elif key.startswith("model."):
+            must_be = MODEL_RATE.problem(value) if key.endswith("_rate") else None
+            found |= {key: f"{value!r}; must be {must_be}"} if must_be else {}
+        elif key not in found:
             found[key] = why_unknown(key, prefix="config.")
     return found
 
 
 def missing(config: Mapping | ConfigDict) -> dict[str, str]:
-    """ "missing; ..." by dotted key for every section and setting that a config lacks. No run can do without them."""
+    """ "missing; ..." by dotted key for every section and setting that a config lacks; a run needs all of them."""
     values, found = flattened(config), {}
     for section in SECTIONS:
         if section.name and not isinstance(config.get(section.name), Mapping | ConfigDict):
@@ -447,13 +452,11 @@ def with_current_names(config: Mapping) -> dict[str, object]:
 
 def _has(dataset: object, setting: Setting) -> bool:
     """Whether a config for this dataset has a setting."""
-    return not setting.generated or any(
-        name == dataset for name, described in DATASETS.items() if described.kind == "generated"
-    )
+    return not setting.generated or (isinstance(dataset, str) and is_generated(dataset))
 
 
 def similar(word: str) -> list[str]:
-    """The settings that a person may have meant by `word`: those of that last name, else the closest; at most three."""
+    """At most three settings that `word` may mean: those whose last name it is, or else the closest ones."""
     word = word.replace("-", "_")
     names = {key: key.rpartition(".")[2] for key in SETTINGS}
     last_names = difflib.get_close_matches(word, set(names.values()), n=1, cutoff=0.75)
@@ -465,7 +468,7 @@ def similar(word: str) -> list[str]:
 
 
 def why_unknown(key: str, *, prefix: str) -> str:
-    """Why a config has no setting of this dotted name, and which may be meant; `prefix` goes before those."""
+    """Why a config has no setting of this dotted name, and which may be meant, each with `prefix` before it."""
     if key in RENAMED:
         return f"no such setting; it is {prefix}{RENAMED[key]} now"
     if key in SETTINGS:

@@ -1,7 +1,7 @@
 """Builds a run from its config.
 
-Only `build`, and the summary that it makes for printing, read the config as a whole. The functions that make the parts
-take their own sections: `config.data`, `config.optim` and so on.
+Only `build` reads the config as a whole. The functions that make the parts take their own sections: `config.data`,
+`config.optim` and so on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from segjax import layers, losses, models
 from segjax.checkpoints.files import provenance_at
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
+from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import class_weights, pipeline, specs
 from segjax.data.augment import augment, normalise
 from segjax.data.open import OpenSplit, open_splits
@@ -61,19 +62,18 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     """
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
-    padding = check_crop(config, images.sizes)
+    padding = check_crop(config.augment, images.sizes)
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     is_new = not checkpoints.steps()
-    overrides = model_overrides(config)
-    module = create_model(config.model, overrides, num_classes=spec.num_classes, seed=config.seed)
+    module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed)
     if is_new:
         load_initial_weights(module, config.init)
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
-    metadata = run_metadata(plain(config), overrides, spec)
+    metadata = run_metadata(plain(config), model_metadata(module), spec)
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
@@ -114,6 +114,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         metadata=metadata,
         scores=start.scores,
     )
+    steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
         workdir=workdir,
         first=start.step,
@@ -131,42 +132,57 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         batches=batches,
         checkpoints=checkpoints,
         log=log,
-        recent=RecentLosses(
-            parallel, lambda step: [images.names[i] for i in batches.indices(step).tolist()], start.window
-        ),
+        recent=RecentLosses(parallel, partial(_image_names, batches, images), start.window),
         evaluator=evaluator,
         meter=Meter(config.train.batch),
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
         metadata=metadata,
-        summary=summary(config, workdir, training, evaluation, model, parallel, padding=padding),
+        summary=summary(
+            workdir, training, evaluation, model, parallel, dtype=config.model.dtype, data=config.data, steps=steps
+        ),
     )
     return run, _on_devices(start.state, model, parallel)
 
 
 def summary(
-    config: ConfigDict,
     workdir: Path,
     training: OpenSplit,
     evaluation: OpenSplit,
     model: FunctionalModel,
     parallel: Parallel,
     *,
-    padding: float,
+    dtype: str,
+    data: ConfigDict,
+    steps: str,
 ) -> dict[str, str]:
-    """A line for each part of a run, by label; `padding` is the share of the crops that no image covers."""
-    (height, width), devices = config.augment.crop, parallel.devices
-    count = sum(array.size for array in model.arrays()[0].values())
-    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    """A line of text for each part of a run, by label.
+
+    Args:
+      dtype: `config.model.dtype`. data: `config.data`.
+      steps: what `summary_of_steps` returned.
+    """
+    count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return {
-        "model": f"{config.model.name}, {count:,} parameters, computes in {config.model.dtype}",
+        "model": f"{model.spec.name}, {count:,} parameters, computes in {dtype}",
         "data": f"{training.spec.name}, {training.spec.num_classes} classes",
-        "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
-        f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
-        "steps": f"{config.train.steps} of {config.train.batch} crops of {height}x{width}{padded}, {config.optim.name}",
+        "images": f"{len(records_of(training.data))} to train on ({data.train_split}), "
+        f"{len(records_of(evaluation.data))} to evaluate ({data.eval_split})",
+        "steps": steps,
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
     }
+
+
+def summary_of_steps(training: ConfigDict, augmentation: ConfigDict, optimizer: ConfigDict, *, padding: float) -> str:
+    """The steps of a run in words, from `config.train`, `config.augment` and `config.optim`.
+
+    Args:
+      padding: share of the pixels of crops that no image covers.
+    """
+    height, width = augmentation.crop
+    padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
+    return f"{training.steps} of {training.batch} crops of {height}x{width}{padded}, {optimizer.name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -178,8 +194,8 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
     Raises:
       ValueError: data that cannot be used, or a split without published labels.
     """
-    generated = {}
-    if settings.name in specs.DATASETS and specs.DATASETS[settings.name].kind == "generated":
+    generated: dict[str, Any] = {}
+    if specs.is_generated(settings.name):
         numbers = (settings.train_images, settings.eval_images)
         generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
     training, evaluation = open_splits(
@@ -205,7 +221,7 @@ def make_batches(
     start: int,
     cache_gb: float,
 ) -> pipeline.TrainBatches | pipeline.StreamBatches:
-    """Training batches, from the memory of the devices for a split in memory, else streamed.
+    """Training batches: from the memory of the devices where the split is in memory, streamed otherwise.
 
     Args:
       augmentation: `config.augment`.
@@ -226,16 +242,19 @@ def make_batches(
     )
 
 
+def _image_names(batches: pipeline.TrainBatches | pipeline.StreamBatches, images: Records, step: int) -> list[str]:
+    """The names of the images in the batch of a step."""
+    numbers: list[int] = batches.indices(step).tolist()
+    return [images.names[number] for number in numbers]
+
+
 # ------------------------------------------------------------------------------------------------- model, loss and step
 
 
-def create_model(
-    settings: ConfigDict, overrides: Mapping[str, object], *, num_classes: int, seed: int
-) -> SegmentationModel:
-    """The model of `config.model` with random weights; `overrides` are settings of its own class."""
-    return models.create(
-        settings.name, num_classes=num_classes, seed=seed, dtype=jnp.dtype(settings.dtype), **overrides
-    )
+def create_model(settings: ConfigDict, *, num_classes: int, seed: int) -> SegmentationModel:
+    """The model of `config.model` with random weights."""
+    overrides, dtype = model_overrides(settings), jnp.dtype(settings.dtype)
+    return models.create(settings.name, num_classes=num_classes, seed=seed, dtype=dtype, **overrides)
 
 
 def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> None:
@@ -249,11 +268,12 @@ def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> Non
 def make_functional(
     module: SegmentationModel, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
 ) -> FunctionalModel:
-    """The model as a training step takes it.
+    """The functional model that a training step calls.
 
     Args:
-      optimizer, training: `config.optim` and `config.train`: which parameters are frozen, and how equal blocks run.
-      axis_name: as `Parallel` has it.
+      optimizer: `config.optim`, which names the frozen parameters.
+      training: `config.train`, which selects how equal blocks run.
+      axis_name: `Parallel.axis_name`.
     """
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
     params = FunctionalModel(module).arrays()[0]
@@ -280,11 +300,11 @@ def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterio
 
 def make_optimizer(
     model: FunctionalModel, settings: ConfigDict, training: ConfigDict
-) -> tuple[optax.GradientTransformation, TrainState]:
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
-    # Compiled as a whole: array by array, every shape of the model would be a program of its own.
+    # Compiled as one program; otherwise every shape of the model would compile one of its own.
     opt_state = jax.jit(optimizer.init)(model.trained(params))
     return optimizer, TrainState.start(params, batch_stats, opt_state, ema=training.ema > 0)
 
@@ -297,25 +317,28 @@ def compile_step(run: Run, state: TrainState) -> Program:
     """
     program = run.parallel.compile_train(run.train_step)
     if run.first < run.steps and run.parallel.compiles_ahead:
-        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel.own_devices[0])
+        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel)
     return program
 
 
-def _compiled(program: Program, arguments: tuple, device: jax.Device) -> Program:
+def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program:
     """Compiles a step, and prints the time that took and the memory that a step needs."""
     since = time.perf_counter()
-    compiled = program.lower(*arguments).compile()
+    compiled: jax.stages.Compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - since
     analysis = compiled.memory_analysis()
-    # Donated arguments are counted among the outputs too.
+    if analysis is None:
+        console.say(f"compiled in {seconds:.1f} s")
+        return compiled
+    # Donated arguments are also counted among the outputs, as aliases.
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    available = (device.memory_stats() or {}).get("bytes_limit")
+    available = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {console.amount(available)}" if available else ""
     console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
     if available and needed > available:
         raise RunError(
-            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. What needs less:\n"
+            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. These need less:\n"
             "  --config.train.accumulate=2 (the same batch in two parts)\n"
             "  --config.train.remat=True\n"
             "  --config.model.dtype=bfloat16\n"
@@ -325,13 +348,13 @@ def _compiled(program: Program, arguments: tuple, device: jax.Device) -> Program
 
 
 def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
-    # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+    # Copied, because a step donates its buffers, and a new optimizer state uses one buffer of zeros several times.
     copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
     return parallel.replicate(copied(state))
 
 
 def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
-    """Raises ValueError where an image is too small for the model, which must not come up only after the training."""
+    """Raises ValueError where an image is too small for the model, before the training rather than after it."""
     height, width = min(sizes.tolist(), key=min)
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)
@@ -340,20 +363,15 @@ def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def run_metadata(config: Mapping, overrides: Mapping, spec: specs.DatasetSpec) -> dict[str, Any]:
+def run_metadata(config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec) -> dict[str, Any]:
     """Metadata that every checkpoint of a run has.
 
     Args:
-      config: all settings as JSON has them. overrides: settings of the model's own class.
+      config: all settings, as `config.plain` returns them.
+      model: what `state_dict.model_metadata` returned.
     """
     return {
-        # As `orbax_folder.load_model` reads it.
-        "model": {
-            "name": config["model"]["name"],
-            "num_classes": spec.num_classes,
-            "overrides": dict(overrides),
-            "param_dtype": "float32",
-        },
+        "model": model,
         "config": config,
         "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,

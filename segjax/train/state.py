@@ -19,9 +19,10 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, number of batches taken.
-      skipped: int32 (2,), number of those batches that changed nothing, because loss or gradient were not finite: in
-        all, and in a row up to now.
-      params: parameters by dotted name; those of a loop of blocks stacked (`Stacks`), as are their moments and average.
+      skipped: int32 (2,), number of those batches that were skipped because loss or gradient were not finite: in total,
+        and consecutively up to now.
+      params: parameters by dotted name. Those of blocks that run as a loop are stacked (`Stacks`), and so are their
+        moments and their average.
       batch_stats: running statistics by dotted name.
       opt_state: optax's state.
       ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
@@ -56,7 +57,7 @@ def weights_of(state: TrainState) -> dict[str, jax.Array]:
 
 
 def training_of(state: TrainState) -> dict[str, jax.Array]:
-    """The other part of a checkpoint, by dotted name: what only training needs."""
+    """The other part of a checkpoint, which only training needs, by dotted name."""
     leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -69,16 +70,16 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
       state: a state of the run, for its structure.
       may_skip: as `TrainStep` has it.
     """
-    structure = jax.tree.structure(_rest(state))
-    rest = jax.tree.unflatten(structure, [training[name] for name in training_of(state)])
-    own = rest.get("own", weights)
-    skipped = np.array(rest["skipped"])
-    if skipped[1] > may_skip:
+    arrays = {name: training[name] for name in training_of(state)}
+    skipped, in_a_row = arrays["skipped"]
+    if in_a_row > may_skip:
         # It was saved because a loss was not finite: the batch gets another chance.
-        skipped[1] = 0
+        arrays["skipped"] = np.array([skipped, 0], np.int32)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), list(arrays.values()))
+    own = rest.get("own", weights)
     return TrainState(
         step=rest["step"],
-        skipped=skipped,
+        skipped=rest["skipped"],
         params={name: own[name] for name in state.params},
         batch_stats={name: own[name] for name in state.batch_stats},
         opt_state=rest["optimizer"],
@@ -88,5 +89,5 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
 
 def _rest(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
-    # Where an average is kept, it is saved as the weights, and the weights that are trained next to it.
+    # Where an average is kept, it is saved as the weights of the checkpoint, and the trained weights as "own".
     return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}

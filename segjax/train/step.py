@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class TrainStep:
     """One update, as a pure function of state, batch and key.
 
     The gradient is that of (sum of losses) / (sum of their counts), where both sums run over all devices and
-    micro-batches: it does not depend on how the batch is split. The statistics of a BatchNorm do depend on
-    micro-batches, each of which is normalised by its own, one after the other, as in torch.
+    micro-batches: it does not depend on how the batch is split. BatchNorm does depend on it: as in torch, each
+    micro-batch is normalised by its own statistics, and they update the running ones one after the other.
 
     Attributes:
       model: the model that is trained.
@@ -34,11 +35,12 @@ class TrainStep:
       augment: uint8 batch -> normalised images and labels.
       criterion: a loss of `losses.criterion`.
       aux_weight: weight of the loss of auxiliary logits, for a model that has them.
-      accumulate: number of micro-batches that a batch is computed in, to need less memory.
+      accumulate: number of micro-batches that a batch is split into, which needs less memory.
       ema_decay: decay of the moving average; 0 keeps none. It is smaller at first, (1 + step) / (10 + step), so that
         the random initial weights are soon forgotten.
-      may_skip: number of steps in a row that may be skipped because loss or gradient are not finite. One more stops the
-        training: no later step changes anything either, so that the state before it is there when the host finds out.
+      may_skip: number of consecutive steps that may be skipped because loss or gradient are not finite. One more stops
+        the training: no later step changes the state, so that the host, which reads the losses later, still finds the
+        state before that step.
     """
 
     model: FunctionalModel
@@ -56,14 +58,14 @@ class TrainStep:
         """The next state, and scalars "loss", "gradient_norm" (before clipping) and "stopped".
 
         Args:
-          batch: the arrays that `augment` takes, and "position" int32 (B,): each sample's place in the whole batch,
-            from which its random numbers follow, whatever device it is on.
+          batch: the arrays that `augment` takes, and "position" int32 (B,): each sample's index in the whole batch,
+            from which its random numbers are derived, so that they do not depend on the device.
           key: key of the run; that of the step is folded from it.
           axis_name: name of the mapped axis under pmap.
         """
         images, labels, dropout_key = self.inputs(state, batch, key)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
-        # Counts depend on labels only, so that micro-batches and devices can divide by those of the whole batch.
+        # Counts depend on labels only, so that every micro-batch and device can divide by those of the whole batch.
         counts = across(self.criterion.counts(labels))
         loss, gradients, batch_stats = self.gradients(state, images, labels, counts, dropout_key)
         loss, gradients = across((loss, gradients))
@@ -71,21 +73,28 @@ class TrainStep:
         trained = self.model.trained(state.params)
         accepted = self.accepts(state, loss, gradient_norm)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
-        params = state.params | optax.apply_updates(trained, updates)
+        # optax returns what it was given; its own annotation is any tree.
+        updated = cast(dict[str, jax.Array], optax.apply_updates(trained, updates))
+        params = state.params | updated
         ema = self._moved_ema(state, params | batch_stats)
 
         state = self.advanced(state, accepted, dict(params=params, batch_stats=batch_stats, ema=ema))
-        # The optimizer has kept its state where the step is not accepted.
+        # The optimizer itself keeps its state where the step is not accepted.
         state = dataclasses.replace(state, opt_state=opt_state)
         stopped = state.skipped[1] > self.may_skip
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
-    def inputs(self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
+    def inputs(
+        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Augmented images and labels, and the key for the model's random streams."""
         sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
-        return *self.augment(sample_keys, batch), dropout_key
+        images, labels = self.augment(sample_keys, batch)
+        return images, labels, dropout_key
 
-    def gradients(self, state, images, labels, counts, dropout_key):
+    def gradients(
+        self, state: TrainState, images: jax.Array, labels: jax.Array, counts: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
         """Loss, gradients of the trained parameters, and the running statistics after the batch."""
 
         def loss_of(trained, batch_stats, images, labels, key):
@@ -112,13 +121,15 @@ class TrainStep:
         (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
         return loss, gradients, batch_stats
 
-    def micro_batches(self, images, labels, dropout_key):
-        """Images, labels and key of each micro-batch, one after the other along a new first axis."""
+    def micro_batches(
+        self, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images, labels and key of each micro-batch, stacked along a new first axis."""
         if self.accumulate == 1:
             return images[None], labels[None], dropout_key[None]
 
         def in_parts(x):
-            # Every device keeps its own samples: (B, ...) -> (A, B / A, ...), part a has samples a, a + A, a + 2A ...
+            # (B, ...) -> (A, B / A, ...); part a has samples a, a + A, a + 2A ..., so that no sample leaves its device.
             return jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
 
         keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(self.accumulate))
@@ -127,20 +138,20 @@ class TrainStep:
     def _moved_ema(self, state: TrainState, new: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         if state.ema is None:
             return None
-        # 1 - decay by itself: as a difference in float32 it would keep three digits.
+        # `1 - ema_decay` is a Python float: the difference in float32 would keep three digits.
         share = jnp.maximum(1 - self.ema_decay, 9 / (10 + state.step.astype(float)))
         return {name: old + share.astype(old.dtype) * (new[name] - old) for name, old in state.ema.items()}
 
     def accepts(self, state: TrainState, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
-        """Whether a step may change anything: it is finite, and the training has not stopped before."""
+        """Whether a step may change the state: it is finite, and the training has not stopped before."""
         return jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (state.skipped[1] <= self.may_skip)
 
-    def advanced(self, state: TrainState, accepted: jax.Array, new: dict) -> TrainState:
+    def advanced(self, state: TrainState, accepted: jax.Array, new: dict[str, Any]) -> TrainState:
         """The state after a step.
 
         Args:
-          accepted: as `accepts` returned. Otherwise the step is skipped, and counted; or it stops the training, where
-            `may_skip` in a row were skipped before it, and then even `step` stays as it is.
+          accepted: what `accepts` returned. A step that is not accepted is skipped and counted. Where the `may_skip`
+            steps before it were skipped too, it stops the training, and `step` does not advance either.
           new: fields of the state that an accepted step changes.
         """
         skipped, in_a_row = state.skipped

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from segjax import layers, to_torch
-from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints import metadata, orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import load
 from segjax.commands import convert, inspect
@@ -21,7 +21,7 @@ from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.engine import Inference
 from segjax.train import setup
-from segjax.train.config import model_overrides, plain
+from segjax.train.config import plain
 from tests.runs import cheap_step, make_config, run
 from tests.tiny import FAMILIES, tiny_model
 
@@ -228,7 +228,8 @@ def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is
 
 def test_the_record_of_a_run_from_random_weights_is_json_and_says_so():
     config = make_config()
-    of_run = setup.run_metadata(plain(config), model_overrides(config), specs.STREETS)
+    model = state_dict.model_metadata(setup.create_model(config.model, num_classes=19, seed=0))
+    of_run = setup.run_metadata(plain(config), model, specs.STREETS)
     about = json.loads(json.dumps(of_run | setup.origin_metadata(config.model.name, config.init)))
     assert metadata.classes_of(about, 19) == specs.STREETS and about.keys() >= ABOUT.keys()
     assert about["provenance"] == {"initial_weights": None} and "random weights" in about["licence"]

@@ -333,9 +333,19 @@ def test_a_run_by_main_reports_settings_other_than_the_defaults(tiny_run, capsys
     assert "optim.power" not in said and "init." not in said
 
 
+def test_a_command_checks_its_settings_exactly_once(tiny_run, monkeypatch, capsys):
+    checked = []
+    monkeypatch.setattr(
+        schema, "problems", lambda config, original=schema.problems: checked.append(config) or original(config)
+    )
+    assert train.main(tiny_run[1]) == 0
+    (config,) = checked
+    assert config.model.dims == SIZES["dims"]
+
+
 def test_settings_that_cannot_be_used_are_all_reported_at_once(tmp_path, capsys):
     arguments = ["--config.optim.lr=-1", "--config.optim.power=nan", "--config.train.batch=3", "--config.label=a/b"]
-    arguments += ["--config.data.name=cityscape"]
+    arguments += ["--config.data.name=cityscape", "--config.model.drop_path_rate=1.0"]
     assert train.main([f"--workdir={tmp_path / 'run'}", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "segjax train: the settings cannot be used:"
@@ -345,5 +355,6 @@ def test_settings_that_cannot_be_used_are_all_reported_at_once(tmp_path, capsys)
         "config.train.batch",
         "config.label",
         "config.data.name",
+        "config.model.drop_path_rate",
     }
     assert not (tmp_path / "run").exists()

@@ -94,7 +94,7 @@ def test_every_combination_can_be_run(name, variant, dataset, tmp_path):
     check(config, tmp_path)
     assert config.to_dict() == CONFIGS[name].get_config(f" {dataset} ,{variant}").to_dict()
     assert config.data.name == dataset
-    overrides = model_overrides(config)
+    overrides = model_overrides(config.model)
     assert set(overrides) <= set(models.settings(config.model.name))
     assert all(0 <= value < 1 for key, value in overrides.items() if key.endswith("rate"))
     assert config.optim.warmup_steps < config.train.steps
@@ -155,8 +155,10 @@ def test_models_take_the_crops_and_the_evaluation_images_of_a_dataset(name, data
 
 @pytest.mark.parametrize("name", PICKY)
 @pytest.mark.parametrize("dataset", specs.DATASETS)
-def test_crops_of_models_that_enlarge_by_whole_factors_divide_by_32(name, dataset):
-    assert [side % 32 for side in get(name, "", dataset).augment.crop] == [0, 0]
+def test_crops_of_models_that_upsample_by_whole_factors_divide_by_32(name, dataset):
+    crop = get(name, "", dataset).augment.crop
+    assert [side % 32 for side in crop] == [0, 0]
+    assert crop == ((352, 480) if dataset == "camvid" else specs.DATASETS[dataset].crop)
 
 
 # ----------------------------------------------------------------------------------------------- published numbers
@@ -276,7 +278,7 @@ WRONG = {
     "train.ema": (1.0, "1.0; must be at least 0 and less than 1"),
     "train.may_skip": (-1, "-1; must be at least 0"),
     "eval.patience": (2, "2; needs eval.every, the steps between two evaluations"),
-    "init.keep": (("head.*",), "('head.*',); says what stays random of a checkpoint, and needs init.checkpoint"),
+    "init.keep": (("head.*",), "('head.*',); names parameters of a checkpoint, and needs init.checkpoint"),
 }
 
 

@@ -495,6 +495,7 @@ BAD = {
     "augment.scale": ((2.0, 0.5), r"\(2.0, 0.5\); must be \(smallest, largest\)"),
     "augment.flip": (1.5, "1.5; must be at least 0 and at most 1"),
     "model.name": ("segformer_b7", "'segformer_b7'; no such model; did you mean 'segformer_b"),
+    "model.drop_path_rate": (1.0, "1.0; must be at least 0 and less than 1"),
     "model.dtype": ("float16", "'float16'; must be 'float32' or 'bfloat16'"),
     "parallel": ("vmap", "'vmap'; must be 'jit' or 'pmap'"),
     "optim.name": ("adam", "'adam'; must be 'adamw' or 'sgd'"),
@@ -513,7 +514,7 @@ BAD = {
     "train.may_skip": (-1, "-1; must be at least 0"),
     "init.keep": (("head.*",), "needs init.checkpoint"),
     "loss.ohem_threshold": (1.5, "1.5; must be at least 0 and at most 1"),
-    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz are all 0, give"),
+    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz are all 0; give"),
 }
 
 
@@ -537,13 +538,13 @@ def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_da
 @pytest.mark.parametrize("sizes", [[(60, 200), (40, 64)], [(300, 63)]])
 def test_a_crop_that_no_image_fills_is_refused(sizes):
     config = make_config(augment__crop=(128, 128), augment__scale=(0.5, 2.0))
-    with pytest.raises(RunError, match=r"crop=\(128, 128\) is larger than every training image, even at .* 2.0"):
-        check_crop(config, np.array(sizes))
+    with pytest.raises(RunError, match=r"crop=\(128, 128\) is larger than every training image, even at .* 2.0,"):
+        check_crop(config.augment, np.array(sizes))
 
 
 def test_a_crop_larger_than_every_image_ends_a_run_before_a_model_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "create_model", lambda *_, **__: pytest.fail("a model was made"))
-    with pytest.raises(RunError, match="the best is 60x96 then"):
+    with pytest.raises(RunError, match="the best image has 60x96"):
         run(make_config(augment__crop=(64, 64), augment__scale=(1.0, 1.5)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -555,9 +556,9 @@ def test_padding_is_what_crops_have_where_their_image_ends():
     of_image = np.arange(6000) % 3
     scaled = np.asarray(draw_crops(keys, sizes[of_image], config.augment).scaled)
     drawn = 1 - np.minimum(scaled / crop, 1).prod(axis=1).mean()
-    assert check_crop(config, sizes) == pytest.approx(drawn, abs=0.01)
+    assert check_crop(config.augment, sizes) == pytest.approx(drawn, abs=0.01)
     roomy = make_config(augment__crop=(32, 32), augment__scale=(1.0, 2.0))
-    assert check_crop(roomy, sizes[:2]) == 0
+    assert check_crop(roomy.augment, sizes[:2]) == 0
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite
@@ -856,9 +857,12 @@ def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsy
         dataset, specs.DatasetSpec("apartments", names, ((1, 2, 3),) * 150, 255)
     )
     splits = [OpenSplit(range(count), spec, None) for count in counts]
-    model = SimpleNamespace(arrays=lambda: ({"w": np.empty((84_000_000,), np.int8)}, {}))
+    model = SimpleNamespace(
+        arrays=lambda: ({"w": np.empty((84_000_000,), np.int8)}, {}), spec=SimpleNamespace(name=config.model.name)
+    )
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
-    summary = setup.summary(config, workdir, *splits, model, parallel, padding=0.25)
+    steps = setup.summary_of_steps(config.train, config.augment, config.optim, padding=0.25)
+    summary = setup.summary(workdir, *splits, model, parallel, dtype=config.model.dtype, data=config.data, steps=steps)
     describe(summary, start=1000, steps=config.train.steps)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from segjax import models
 from segjax.data.specs import DATASETS
 from segjax.recipes import segformer
 from segjax.train import config as config_module
@@ -201,6 +202,8 @@ def test_all_problems_of_a_config_are_in_one_error(tmp_path):
         "loss__dice": -1.0,
         "eval__patience": 2,
         "init__checkpoint": str(tmp_path / "absent"),
+        "model__drop_path_rate": 1.0,
+        "model__dropout_rate": NAN,
         "model__name": "segformer_b7",
         "optim__lrr": 1.0,
     }
@@ -210,6 +213,7 @@ def test_all_problems_of_a_config_are_in_one_error(tmp_path):
     assert first == "the settings cannot be used:"
     assert sorted(line.split(":")[0] for line in lines) == sorted(f"  config.{key.replace('__', '.')}" for key in wrong)
     assert "  config.optim.lr: -1.0; must be greater than 0 and at most 100" in lines
+    assert "  config.model.drop_path_rate: 1.0; must be at least 0 and less than 1" in lines
     assert "  config.optim.lrr: no such setting; did you mean config.optim.lr?" in lines
     assert "  config.eval.patience: 2; needs eval.every, the steps between two evaluations" in lines
 
@@ -286,6 +290,22 @@ def test_an_unknown_setting_of_a_model_is_refused_before_the_run(key, hint, tmp_
         config_module.RunError, match=r"config\.model\.name: 'segformer_b7'; no such model; did you mean 's"
     ):
         config_module.check(config, tmp_path)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, NAN, INF, 0.99999999, True, "0.1", None, (0.1,)])
+@pytest.mark.parametrize("name", ["drop_path_rate", "dropout_rate"])
+def test_a_rate_of_a_model_that_is_not_below_1_is_refused_by_its_key(name, value):
+    problem = only_problem(f"model.{name}", value)
+    assert problem is not None and problem.startswith(f"{value!r}; must be ") and "less than 1" in problem
+    assert only_problem(f"model.{name}", 0.3) is None and only_problem(f"model.{name}", 0) is None
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_published_rates_of_every_model_are_allowed(name):
+    rates = {key: value for key, value in models.settings(name).items() if key.endswith("_rate")}
+    config = segformer.get_config("").to_dict()
+    config["model"] = {"name": name, "dtype": "float32"} | rates
+    assert schema.problems(config) == {}
 
 
 # --------------------------------------------------------------------------------------------------- what builds on it

@@ -163,7 +163,7 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
 def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
     _, stages = hard_life
     stage = stages["told twice"]
-    assert stage.status == 143 and "segjax train: stopped at once; what was saved is whole" in stage.said
+    assert stage.status == 143 and "segjax train: stopped at once; the last complete save remains" in stage.said
     assert "stopped at step" not in stage.said and "Traceback" not in stage.said
     # The next start goes on from what is whole.
     assert f"resuming at step {stage.checkpoints[-1]} of {STEPS} " in stages[ALL_BUT_TRAINING].said
@@ -224,7 +224,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     assert process.wait() == 0, process.said()
     said = process.said()
     assert f" runs/name/checkpoints/{newer.name}: a damaged checkpoint (" in said
-    assert f" put aside as runs/name/damaged/{newer.name} " in said
+    assert f" moved to runs/name/damaged/{newer.name} " in said
     assert f" resuming at step {older.name} of {STEPS} " in said
     shutil.rmtree(workdir / "damaged")
     assert differing(alone, workdir) == [] and [r["step"] for r in records_of(workdir)][-1] == STEPS
