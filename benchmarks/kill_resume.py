@@ -62,7 +62,7 @@ PHASES = ("compile", "step", "save", "evaluate")
 
 def records_of(workdir: Path) -> list[dict]:
     """metrics.jsonl without what was measured by the clock."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
@@ -97,7 +97,7 @@ def remains(workdir: Path) -> dict[str, object]:
     left |= {f"best, {name}": _hash(array) for name, array in weights.items()} | {"best, record": about}
     left["metrics.jsonl"] = records_of(workdir)
     left |= {f"TensorBoard, {tag}": values for tag, values in events_of(workdir).items()}
-    result = json.loads((workdir / "result.json").read_text())
+    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     left["result.json"] = {key: value for key, value in result.items() if key not in MEASURED}
     return left | {str(path.relative_to(workdir)): _hash(path.read_bytes()) for path in workdir.rglob("*.png")}
 
@@ -132,10 +132,10 @@ class Process(Protocol):
 def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
     """Returns as soon as a run that has just been started is in a phase, or has ended."""
     records = workdir / "metrics.jsonl"
-    before = len(records.read_text()) if records.exists() else 0
+    before = len(records.read_text(encoding="utf-8")) if records.exists() else 0
 
     def is_in_phase() -> bool:
-        said = output.read_text()
+        said = output.read_text(encoding="utf-8")
         if phase == "compile":
             return "compiling" in said
         if "compiled in" not in said:
@@ -144,7 +144,7 @@ def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
             return any((workdir / "checkpoints").glob("*tmp*")) or any(workdir.glob(".best.new*"))
         if phase == "evaluate":
             # After the twelfth step comes a record, and then an evaluation.
-            written = records.read_text() if records.exists() else ""
+            written = records.read_text(encoding="utf-8") if records.exists() else ""
             last = re.search(r'"step": (\d+), "loss".*\n\Z', written)
             return "evaluating" in said or (len(written) > before and last and int(last[1]) % 12 == 0)
         return True
@@ -176,7 +176,7 @@ def kill_until_finished(
         phase = rng.choice(PHASES) if sum(done.values()) < kills else None
         longest = {"compile": 1.0, "step": 0.4, "save": 0.1, "evaluate": 0.1, None: 0.0}[phase]
         delay = rng.uniform(0, longest)
-        output.write_text("")
+        output.write_text("", encoding="utf-8")
         process = start(output)
         if phase is not None:
             wait_for(phase, process, workdir, output)
@@ -188,7 +188,7 @@ def kill_until_finished(
         if process.poll() == 0:
             return dict(done)
         if process.poll() != -signal.SIGKILL:
-            raise RuntimeError(f"the run ended with {process.poll()}:\n{output.read_text()}")
+            raise RuntimeError(f"the run ended with {process.poll()}:\n{output.read_text(encoding='utf-8')}")
         done[phase] += 1
         say(f"kill {sum(done.values())} of {kills}: {phase}, {1000 * delay:.0f} ms into it")
 
@@ -204,7 +204,7 @@ def main() -> int:
 
     def start_in(workdir):
         def start(output):
-            with output.open("a") as file:
+            with output.open("a", encoding="utf-8") as file:
                 command = [*settings, f"--workdir={workdir}"]
                 return subprocess.Popen(command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT)
 

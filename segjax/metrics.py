@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: 
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def summarise(confusion: np.ndarray) -> dict[str, object]:
+def summarise(confusion: np.ndarray) -> dict[str, Any]:
     """`mean_iou`, `pixel_accuracy` and `per_class_iou` (a list, None where a class is in neither truth nor prediction).
 
     A class that occurs nowhere has no IoU and does not enter the mean. With nothing counted at all, the means are None.

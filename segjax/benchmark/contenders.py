@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Contender(NamedTuple):
         None.
     """
 
-    run: Callable[..., object]
+    run: Callable[..., Any]
     outcome: np.ndarray
     compile_seconds: float
     memory: int | None
@@ -76,10 +76,11 @@ def same_precision(work: Work) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def repeated(step: Callable[[], object], wait: Callable[[object], object], *, each: bool) -> Callable[..., object]:
+def repeated(step: Callable[[], Any], wait: Callable[[Any], object], *, each: bool) -> Callable[..., Any]:
     """`Contender.run`: `wait` is given what a step gave, after each one or after the last."""
 
     def run(steps: int = 1):
+        given = None
         for number in range(1, steps + 1):
             given = step()
             if each or number == steps:
@@ -109,7 +110,7 @@ def ours(work: Work) -> Contender:
 
     model, _ = pair(work)
     if work.dtype == "bfloat16":
-        overrides = dict(model.spec.overrides)
+        overrides: dict[str, Any] = dict(model.spec.overrides)
         model = segjax.from_torch(
             segjax.to_torch(model), name=work.model, num_classes=work.num_classes, dtype=jnp.bfloat16, **overrides
         )
@@ -140,7 +141,13 @@ def _our_inference(work: Work, model) -> Contender:
     outcome = np.asarray(program(*arrays, images))
     seconds = time.perf_counter() - since
     run = repeated(lambda: program(*arrays, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+    return Contender(run, outcome, seconds, _temporaries(program))
+
+
+def _temporaries(program) -> int | None:
+    """Bytes of a compiled program's temporaries, where the device reports them."""
+    analysis = program.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
 
 
 def training(work: Work, model):
@@ -194,7 +201,7 @@ def _our_training(work: Work, model) -> Contender:
         return scalars["loss"]
 
     run = repeated(train, jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+    return Contender(run, outcome, seconds, _temporaries(program))
 
 
 # ------------------------------------------------------------------------------------------------------------- PyTorch
@@ -321,9 +328,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
         with torch.inference_mode(), half:
             return forward(images, *extra)[0]
 
-    optimizer = None
-    if work.mode == "train":
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
 
     def train():
         if compiled:
@@ -353,7 +358,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     run(3)
     torch.cuda.reset_peak_memory_stats()
     run()
-    moments = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    moments = [value for state in optimizer.state.values() for value in state.values()]
     held = (*network.parameters(), *network.buffers(), *moments, *extra, images, labels)
     memory = torch.cuda.max_memory_allocated() - sum(tensor.nbytes for tensor in held if tensor.is_cuda)
     return Contender(run, outcome, seconds, memory)

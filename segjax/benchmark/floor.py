@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 ADAMW_BYTES = 7 * 4
 
@@ -25,7 +26,7 @@ def floor_of(work: tuple, ceiling: Mapping) -> dict[str, float]:
     return {"flops": flops, "bytes": moved, "milliseconds": 1e3 * seconds}
 
 
-def ceilings(dtype: str) -> dict[str, object]:
+def ceilings(dtype: str) -> dict[str, Any]:
     """What this machine reaches in a type: products of large matrices, FLOP/s, and a copy, bytes/s; and its name.
 
     Sizes that fill it: matrices of 2048 and 64 Mi numbers on a CPU, 8192 and 512 Mi on a GPU, of random numbers, since
@@ -69,7 +70,7 @@ def ceilings(dtype: str) -> dict[str, object]:
     }
 
 
-def measured_ceilings(dtype: str) -> dict[str, object]:
+def measured_ceilings(dtype: str) -> dict[str, Any]:
     """`ceilings` in a process of its own, which leaves nothing on a GPU."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(ceilings, dtype).result()

@@ -1,14 +1,8 @@
-"""Results of a benchmark as lines, as Markdown and as JSON."""
+"""Results of a benchmark as lines and as Markdown."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
-import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from segjax.benchmark.runner import OURS
 
@@ -75,17 +69,3 @@ def markdown(record: Mapping) -> Iterator[str]:
             cells += [f"{ours['images_per_second']:.0f}", f"{ours['share_of_floor']:.0%}"] if known else ["", ""]
         cells += [f"{rows[name]['ours_over_theirs'][0]:.2f}" if name in rows else "" for name in names]
         yield "| " + " | ".join(cells) + " |"
-
-
-def machine(device: str) -> dict[str, object]:
-    versions = {}
-    for name in ("jax", "jaxlib", "flax", "torch", "transformers", "segformer-pytorch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {
-        "versions": {"python": platform.python_version()} | versions,
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": device,
-    }

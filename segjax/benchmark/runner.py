@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from segjax.benchmark import floor as floors
+from segjax.benchmark.machine import cores, peak_bytes, quartiles, resident_bytes
 from segjax.benchmark.rows import Row
 
 OURS = "segjax"
@@ -50,7 +49,7 @@ def _serve(connection, name: str, work: tuple) -> None:
         from segjax.benchmark.contenders import CONTENDERS, Work, same_precision
 
         work = Work(*work)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         if name != OURS:
             # It only makes the weights there: the card is torch's.
             jax.config.update("jax_platforms", "cpu")
@@ -58,9 +57,9 @@ def _serve(connection, name: str, work: tuple) -> None:
             return
         same_precision(work)
         contender = CONTENDERS[name](work)
-        before = _resident()
+        before = resident_bytes()
         contender.run()
-        peak = contender.memory if contender.memory is not None else max(0, _peak() - before)
+        peak = contender.memory if contender.memory is not None else max(0, peak_bytes() - before)
         connection.send((contender.outcome, contender.compile_seconds, peak))
         while steps := connection.recv():
             # The caches, and memory that the kernel took for idle, are its own again.
@@ -72,23 +71,20 @@ def _serve(connection, name: str, work: tuple) -> None:
         connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _resident() -> int:
-    """Bytes that this process holds; the peak is counted anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def _peak() -> int:
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 class Runner:
     """A contender in its process, which comes up while others are made ready."""
 
     def __init__(self, name: str, work: tuple, *, until: float | None = None):
-        """until: on the clock of `time.monotonic`; later answers are not waited for."""
+        """Starts the process.
+
+        Args:
+          work: the fields of `contenders.Work`.
+          until: the moment, on the clock of `time.monotonic`, after which answers are not waited for.
+        """
         context = multiprocessing.get_context("spawn")
         self.name = name
+        # Largest difference of the outcome from that of the first contender.
+        self.error = float("nan")
         self._until = until
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, work), daemon=True)
@@ -264,8 +260,3 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     if one.shape != other.shape:
         return float("inf")
     return float(np.abs(one - other).max() / np.abs(other).max())
-
-
-def quartiles(values: np.ndarray) -> list[float]:
-    """Median, lower and upper quartile."""
-    return [float(np.percentile(values, share)) for share in (50, 25, 75)]

@@ -7,6 +7,13 @@ import ast
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+
+def summary_of(docstring: str | None) -> str:
+    """The first paragraph of a module's docstring, which is the first line of its command's --help."""
+    return (docstring or "").partition("\n\n")[0]
+
 
 CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
 
@@ -33,7 +40,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
 
 
-def protocol_of(options: argparse.Namespace) -> dict[str, object]:
+def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `add_protocol` that were given."""
     names = ("mode", "crop", "stride", "scales", "flip")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}

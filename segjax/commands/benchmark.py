@@ -30,15 +30,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from segjax.benchmark import floor, runner
-from segjax.benchmark.report import machine, markdown, report
+from segjax.benchmark.machine import described
+from segjax.benchmark.report import markdown, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
 from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, largest_that_fits
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
 from segjax.runtime import atomic, console, environment
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax benchmark", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax benchmark", description=summary_of(__doc__))
     parser.add_argument("--model", default="segformer_b0", help="a name of segjax.MODELS")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         if options.markdown:
-            print("\n".join(markdown(json.loads(options.markdown.read_text()))))
+            print("\n".join(markdown(json.loads(options.markdown.read_text(encoding="utf-8")))))
         else:
             _run(options, arguments)
 
@@ -142,7 +144,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             record = {
                 "date": datetime.date.today().isoformat(),
                 "command": "segjax benchmark " + " ".join(command),
-                **machine(ceiling["device"]),
+                **described(),
+                "device": ceiling["device"],
                 "float32_products": FLOAT32_PRODUCTS,
                 "ceilings": ceiling,
                 "results": results,
@@ -206,7 +209,7 @@ def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> l
     """
     if path is None or not path.exists():
         return []
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     # A row that failed has no type.
     work = {(dtype, num_classes), *((r["dtype"], r["num_classes"]) for r in record["results"] if "dtype" in r)}
     if record["device"] != device or len(work) > 1:

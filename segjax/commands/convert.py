@@ -38,7 +38,7 @@ from segjax.checkpoints.state_dict import (
     parameters_of,
     settings_of,
 )
-from segjax.commands.arguments import add_checkpoint, overrides_at_fault, parse_overrides
+from segjax.commands.arguments import add_checkpoint, overrides_at_fault, parse_overrides, summary_of
 from segjax.commands.ending import CheckError, run_command
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import environment
@@ -46,7 +46,7 @@ from segjax.runtime import environment
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax convert", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax convert", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="DST", help="*.pth, *.safetensors, anything else: a folder")
     parser.add_argument("--model", default="auto", help=f"insist on one of {', '.join(models.MODELS)}")
@@ -167,7 +167,7 @@ def _measure_transformers(model: SegmentationModel) -> None:
     kinds |= settings | eps | {"param_dtype": model_metadata(model)["param_dtype"]}
     values = {path: variable.get_value() for path, variable in named_variables(model).items()}
     moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds)), values)
-    image = np.random.default_rng(0).standard_normal((1, 128, 160, 3)).astype(np.float32)
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 160, 3)), jnp.float32)
     logits, others = (np.asarray(_logits(one, image)) for one in (model, moved))
     difference, largest = np.abs(logits - others).max(), np.abs(logits).max()
     logger.info("logits in transformers differ by at most %.1e (the largest is %.1f)", difference, largest)

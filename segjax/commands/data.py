@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
 from segjax.data import builders, class_weights
 from segjax.runtime import console
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="segjax data", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data", description=summary_of(__doc__))
     parser.add_argument("command", choices=["prepare", "show"])
     parser.add_argument("name", metavar="NAME", choices=builders.names(), help=", ".join(builders.names()))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")

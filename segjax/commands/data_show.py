@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.data.augment import augment, step_keys
@@ -45,7 +46,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
         batch, numbers = batches.at(0), batches.indices(0)
     keys, _ = step_keys(key, 0, batch["position"])
     images, labels = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))(keys, batch)
-    pixels = np.asarray(images) * np.float32(specs.IMAGENET_STD) + np.float32(specs.IMAGENET_MEAN)
+    pixels = np.asarray(images) * np.array(specs.IMAGENET_STD, np.float32) + np.array(specs.IMAGENET_MEAN, np.float32)
     titles = [
         f"{records.names[number]}   {height}x{width} × {scaled / height:.2f}{'   flipped' if flip else ''}"
         for number, (height, width), (scaled, _), flip in zip(
@@ -56,7 +57,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax data show", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data show", description=summary_of(__doc__))
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")

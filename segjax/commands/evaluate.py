@@ -15,9 +15,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from segjax.checkpoints.format_version import refuse_newer
-from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of
+from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of, summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.inference.evaluate_dataset import evaluate_dataset
@@ -27,7 +28,7 @@ from segjax.runtime.console import say, score
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax evaluate", description=summary_of(__doc__))
     add_checkpoint(parser, arguments, names=("--checkpoint", "--workdir"))
     parser.add_argument(
         "--data",
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, object]:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, as `evaluate_dataset` takes them."""
     others = {"size_divisor": options.size_divisor, "batch": options.batch}
     return protocol_of(options) | {name: value for name, value in others.items() if value is not None}

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from segjax.commands.arguments import add_checkpoint
+from segjax.commands.arguments import add_checkpoint, summary_of
 from segjax.commands.ending import CheckError, run_command
 from segjax.exports.export import UnequalError, export
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
@@ -22,7 +22,7 @@ from segjax.runtime import environment
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax export", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="OUT", help="*.stablehlo, *.onnx or *.pt2")
     parser.add_argument("--format", required=True, choices=list(SUFFIXES))

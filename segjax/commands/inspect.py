@@ -22,7 +22,7 @@ from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.load import model_of
 from segjax.checkpoints.metadata import classes_of
 from segjax.checkpoints.state_dict import parameters_of
-from segjax.commands.arguments import add_checkpoint
+from segjax.commands.arguments import add_checkpoint, summary_of
 from segjax.commands.ending import run_command
 from segjax.runtime import environment
 from segjax.runtime.console import log_to, printable
@@ -132,7 +132,7 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax inspect", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax inspect", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     options = parser.parse_args(arguments)
     environment.keep_compiled_programs()

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 
 from segjax import models
-from segjax.commands.arguments import overrides_at_fault, parse_overrides
+from segjax.commands.arguments import overrides_at_fault, parse_overrides, summary_of
 from segjax.commands.ending import run_command
 from segjax.models.summary import KINDS, NOT_COUNTED, PublishedSummary, Summary, modelsummary, summarise
 from segjax.runtime import environment
@@ -77,7 +77,7 @@ def _json(summary: Summary | PublishedSummary) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax summary", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax summary", description=summary_of(__doc__))
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(models.MODELS)}")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels")
     parser.add_argument("--num-classes", type=int, default=19, metavar="K", help="19 unless given")

@@ -35,10 +35,12 @@ class Crops(NamedTuple):
 
 
 def normalise(
-    images: jax.Array, mean: Sequence[float] = specs.IMAGENET_MEAN, std: Sequence[float] = specs.IMAGENET_STD
+    images: jax.Array | np.ndarray,
+    mean: Sequence[float] = specs.IMAGENET_MEAN,
+    std: Sequence[float] = specs.IMAGENET_STD,
 ) -> jax.Array:
     """(images - mean) / std: RGB in 0..255 (..., 3) of any dtype -> float32; mean and std default to ImageNet's."""
-    return (images.astype(jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
+    return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
 def augment(

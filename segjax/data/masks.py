@@ -57,7 +57,7 @@ class Scratch:
         """(split, name) -> measurement of the examples that earlier attempts found valid."""
         found = {}
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "checked.jsonl").read_text().splitlines():
+            for line in (self.path / "checked.jsonl").read_text(encoding="utf-8").splitlines():
                 # The last line may be cut where the process was killed.
                 with contextlib.suppress(ValueError):
                     split, name, size, pixels = json.loads(line)
@@ -69,7 +69,7 @@ class Scratch:
         """Gives a function (split, name, measured) that records that an example is valid."""
         path = self.make() / "checked.jsonl"
         cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write("\n" * cut)
 
             def write(split: str, name: str, measured: Measured) -> None:

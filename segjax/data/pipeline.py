@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -209,7 +209,7 @@ class StreamBatches:
 
 def evaluation_batches(
     data: specs.Split | Records, *, batch_size: int, part: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
     """Every image once, at its own size, read in advance by threads.
 
     Args:

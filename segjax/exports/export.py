@@ -46,8 +46,9 @@ from segjax.runtime import atomic
 def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dtype) -> SegmentationModel:
     """The model with its parameters rounded to `stored`, held in float32. Running statistics keep their digits."""
     spec = model.spec
+    overrides: dict[str, Any] = dict(spec.overrides)
     abstract = nnx.eval_shape(
-        lambda: models.create(spec.name, num_classes=spec.num_classes, dtype=computes_in, **dict(spec.overrides))
+        lambda: models.create(spec.name, num_classes=spec.num_classes, dtype=computes_in, **overrides)
     )
     values = {}
     for path, variable in named_variables(model).items():
@@ -110,7 +111,7 @@ def error_of(output: np.ndarray, ours: np.ndarray, size: tuple[int, int], form: 
     Of labels: by how much our score of the label given lies below our highest, at the worst pixel. Where two classes
     are equal but for rounding, either is right.
     """
-    largest = max(float(np.abs(ours).max()), np.finfo(np.float32).tiny)
+    largest = max(float(np.abs(ours).max()), float(np.finfo(np.float32).tiny))
     if not np.isfinite(largest):
         return np.inf
     if not form.argmax:

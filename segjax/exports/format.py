@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 
 from segjax.data import specs
 from segjax.data.augment import normalise
@@ -41,7 +42,7 @@ class ExportFormat:
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
-    def normalise(self, images: jax.Array) -> jax.Array:
+    def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
         """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
         return normalise(images, self.mean, self.std)
 

@@ -41,6 +41,8 @@ def write_onnx(path: Path, model: SegmentationModel, form: ExportFormat, about: 
             # It would widen the weights once and for all, and keep them so.
             optimize=form.dtype == "float32",
         )
+    # It gives none only without dynamo.
+    assert program is not None
     proto = program.model_proto
     _name_sizes(proto, form)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
@@ -69,4 +71,4 @@ def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: np.asarray(session.run(None, {"images": images})[0])

@@ -31,10 +31,10 @@ def run_model(functional: FunctionalModel, params, batch_stats, images: jax.Arra
         return logits
     # 8 bits, as label images have them, where they are enough.
     kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
-    return labels_of(layers.resize(logits, images.shape[1:3])).astype(kind)
+    return labels_of(layers.resize(logits, (images.shape[1], images.shape[2]))).astype(kind)
 
 
-def write_stablehlo(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
+def write_stablehlo(path: Path, model: SegmentationModel, form: ExportFormat, metadata: dict[str, object]) -> None:
     """Writes the program and, beside it, what its outputs mean: a StableHLO file has no place for that."""
     functional = FunctionalModel(model)
     params, batch_stats = functional.arrays()
@@ -59,11 +59,11 @@ def write_stablehlo(path: Path, model: SegmentationModel, form: ExportFormat, ab
         shape = jax_export.symbolic_shape("batch, height, width, 3", constraints=constraints)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if form.preprocessing else jnp.float32)
     path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
-    beside(path).write_text(json.dumps(about, indent=1))
+    metadata_path(path).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
 
-def beside(path: Path) -> Path:
-    """Where the meaning of a StableHLO file's outputs lies."""
+def metadata_path(path: Path) -> Path:
+    """The file of a StableHLO file's metadata, next to it."""
     return path.with_name(f"{path.name}.json")
 
 

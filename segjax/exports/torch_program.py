@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segjax.checkpoints.architectures import family_of
 from segjax.exports.format import LEAST, ExportFormat
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.segnext import evaluation_bases
+from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference.verify import reference_for
 
 ABOUT = "about.json"
@@ -28,6 +27,10 @@ class Program(torch.nn.Module):
 
     Parameters are kept in the type of `form` and widened to float32 where they are used.
     """
+
+    mean: Tensor
+    std: Tensor
+    bases: Tensor | None
 
     def __init__(self, model: SegmentationModel, form: ExportFormat):
         super().__init__()
@@ -41,8 +44,8 @@ class Program(torch.nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         bases = None
-        if family_of(model.spec.name) == "segnext":
-            # Left to itself the reference draws new ones at each call, as published; ours has these in evaluation.
+        if isinstance(model, SegNeXt):
+            # Otherwise the reference draws new bases at each call, as published; segjax has these in evaluation.
             ham = model.decode_head.hamburger
             bases = torch.from_numpy(evaluation_bases(ham.channels, ham.rank)).float()  # (C, R)
         self.register_buffer("bases", bases)

@@ -197,6 +197,8 @@ def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec:
 def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
     with path.open("wb") as file:
         if kind == "probabilities":
+            if prediction.probabilities is None:
+                raise ValueError("no probabilities were computed")
             np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
         elif kind == "labels":
             palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)

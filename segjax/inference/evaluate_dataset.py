@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def evaluate_dataset(
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
 
     Args:
@@ -123,12 +124,16 @@ def _of_run(
     data_dir: str | os.PathLike[str] | None,
 ) -> _Given:
     """The newest checkpoint of a run, and the split that the run is evaluated on."""
-    folder = Path(source).expanduser() if isinstance(source, str | Path) else None
-    if folder and not folder.exists() and not is_address(source):
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
+        )
+    folder = Path(source).expanduser()
+    if not folder.exists() and not is_address(source):
         raise ValueError(f"{source}: there is no such file or folder")
-    config = orbax_folder.load_metadata(folder).get("config") if folder and folder.is_dir() else None
+    config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
-        raise ValueError(f"{source} is not the folder of a run, which has data of its own: name the data (--data NAME)")
+        raise ValueError(f"{source} is not the folder of a run, which has data of its own; name the data")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
     opened = _opened(
@@ -178,7 +183,7 @@ def _opened(
     Raises:
       ValueError: there is no such split, or it cannot be used.
     """
-    generated = {}
+    generated: dict[str, Any] = {}
     if config and config["data"]["name"] == name and specs.is_generated(name):
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]

@@ -120,7 +120,9 @@ def measure(
     progress: bool = False,
 ) -> Measured:
     """`evaluate` by one process, with the `shown` worst images kept, and with its progress printed if asked for."""
-    confusion, worst, kept = _nothing_counted(spec), [], {}
+    confusion = _nothing_counted(spec)
+    worst: list[tuple[float, int]] = []
+    kept: dict[int, np.ndarray] = {}
     found = predictions(predict, data, spec, batch_size=batch_size)
     if progress:
         found = console.Progress("evaluating", len(records_of(data)), "images").over(found)

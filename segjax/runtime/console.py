@@ -42,12 +42,12 @@ def say(text: str, *, to: TextIO | None = None) -> None:
     """
     if not distributed.is_lead():
         return
-    text, to = printable(wrapped(text)), sys.stdout if to is None else to
+    text, stream = printable(wrapped(text)), sys.stdout if to is None else to
     if _bars:
-        _bars[-1].write(text, file=to)
-        to.flush()
+        _bars[-1].write(text, file=stream)
+        stream.flush()
     else:
-        print(text, file=to, flush=True)
+        print(text, file=stream, flush=True)
 
 
 def printable(text: str) -> str:
@@ -113,21 +113,21 @@ class Progress:
         from tqdm import tqdm
 
         what, is_bytes = self._what.replace("{", "{{").replace("}", "}}"), self._unit == "B"
-        form = f"{what} " if what else ""
-        form += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
-        form += "B" if is_bytes else f" {self._unit}".rstrip()
-        form += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
-        # Some terminals say that they have no rows, where tqdm would show nothing.
-        size = {"ncols": 80, "nrows": 20}
+        layout = f"{what} " if what else ""
+        layout += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
+        layout += "B" if is_bytes else f" {self._unit}".rstrip()
+        layout += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
         return tqdm(
             total=self._total,
             initial=start,
-            bar_format=form,
+            bar_format=layout,
             file=sys.stderr,
             smoothing=0.1,
             leave=False,
             unit_scale=is_bytes,
-            **size,
+            ncols=80,
+            # Some terminals report no rows, and tqdm would show nothing.
+            nrows=20,
         )
 
     def __enter__(self) -> Self:
@@ -187,7 +187,7 @@ def score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def amount(size: int) -> str:
+def amount(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 

@@ -39,7 +39,7 @@ def keep_compiled_programs() -> None:
 
 def keep_the_cpu() -> None:
     """Crops of streamed images are drawn on the CPU, which JAX_PLATFORMS=cuda would leave out. Before the first use."""
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]: jax defines it at run time
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
 from segjax.inference.engine import labels_of
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.segnext import evaluation_bases
+from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference import (
     hrnet,
     segformer,
@@ -66,7 +67,7 @@ def randomised_pair(
     name: str, *, num_classes: int, seed: int, dtype, **overrides
 ) -> tuple[SegmentationModel, torch.nn.Module]:
     """A model and its reference with the same weights, of which every one shows in the output."""
-    sizes = models.settings(name) | overrides
+    sizes: dict[str, Any] = models.settings(name) | overrides
     reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
     reference.to(torch.float64 if jnp.dtype(dtype) == jnp.float64 else torch.float32).eval()
     model = from_torch(
@@ -77,7 +78,7 @@ def randomised_pair(
 
 def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
     """What the model takes beside images: SegNeXt's bases (B, C, R), different for every image, else nothing."""
-    if family_of(model.spec.name) != "segnext":
+    if not isinstance(model, SegNeXt):
         return ()
     ham = model.decode_head.hamburger
     fixed = evaluation_bases(ham.channels, ham.rank)
@@ -206,8 +207,10 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = settings_of(model)
+    # A setting of every transformers model, which the signature of this one does not name.
+    common: dict[str, Any] = dict(num_labels=model.spec.num_classes)
     config = transformers.SegformerConfig(
-        num_labels=model.spec.num_classes,
+        **common,
         hidden_sizes=list(settings["dims"]),
         depths=list(settings["depths"]),
         num_attention_heads=list(settings["num_heads"]),
@@ -217,10 +220,12 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
     )
     with tempfile.TemporaryDirectory() as folder:
         record = config.to_dict() | {"architectures": ["SegformerForSemanticSegmentation"]}
-        Path(folder, "config.json").write_text(json.dumps(record))
+        Path(folder, "config.json").write_text(json.dumps(record), encoding="utf-8")
         arrays = {key: _for_transformers(value) for key, value in foreign.items()}
         save_file(arrays, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        network, info = transformers.SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+        load = transformers.SegformerForSemanticSegmentation.from_pretrained
+        # Its annotations know only the call without the report of the loading.
+        network, info = load(folder, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     # A counter moves no output, and files without one are common.
     if wrong := [key for key in wrong if not str(key).endswith(BATCH_COUNTER)]:

@@ -89,7 +89,7 @@ def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
         right.set_ylabel("mean IoU")
         right.set_ylim(0, 1)
         lines = [*lines, *right.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False, loc="upper center")
+    axis.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, frameon=False, loc="upper center")
     _save(figure, path)
 
 
@@ -138,11 +138,17 @@ def _figure(width: float, height: float):
 def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored: bool = False) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=np.array(spec.label_colors[k]) / 255, label=spec.label_names[k]) for k in classes]
+    patches = [Patch(color=_unit(spec.label_colors[k]), label=spec.label_names[k]) for k in classes]
     if ignored:
         patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////", label="ignored"))
     columns = _legend_columns(figure.get_figwidth(), classes, spec)
     figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+
+
+def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
+    """RGB in 0..1 of RGB in 0..255."""
+    red, green, blue = color
+    return red / 255, green / 255, blue / 255
 
 
 def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpec) -> int:

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Shown(NamedTuple):
     predicted: np.ndarray
 
 
-def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, object]:
+def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, Any]:
     """What `metrics.summarise` has, the means that mmsegmentation prints beside it, and "classes", one record each."""
     table = metrics.by_class(confusion)
     means = {f"mean_{column}": metrics.mean(table[column]) for column in COLUMNS[1:-1]}
@@ -86,7 +86,7 @@ def write(
     atomic.write_text(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
 
 
-def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, object]:
+def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
     """Name, mean IoU, and IoU by class that occurs in truth or prediction, of one image; and its pictures as URIs."""
     confusion = metrics.confusion_matrix(
         shown.truth, shown.predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
@@ -104,7 +104,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
     # Where the truth says nothing, the eye should not compare.
     predicted = np.where(ignored, spec.ignore_label, shown.predicted)
     wrong = (predicted != shown.truth)[..., None]
-    red = np.where(wrong, np.uint8([255, 30, 60, 255]), np.uint8(0))
+    red = np.where(wrong, np.array([255, 30, 60, 255], np.uint8), np.uint8(0))
     factor = min(1, LARGEST_SIDE / max(shown.truth.shape))
     size = tuple(max(1, round(side * factor)) for side in shown.truth.shape[::-1])
 
@@ -112,7 +112,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
         bgr = pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
         _, data = cv2.imencode(suffix, cv2.resize(bgr, size, interpolation=interpolation), settings)
         kind = {".jpg": "jpeg", ".png": "png"}[suffix]
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
 
     labels = {"truth": pictures.colourise(shown.truth, spec), "prediction": pictures.colourise(predicted, spec)}
     layers = {

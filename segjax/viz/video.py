@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from segjax.runtime import atomic
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
 
@@ -66,12 +70,10 @@ def opened(path: Path) -> Iterator[tuple[Header, Iterator[Frame]]]:
             raise VideoError("has no picture, only sound or data")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
+        rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+        if not rate or not time_base:
             raise VideoError("does not say how many frames it has a second")
-        header = Header(
-            stream.frames or None, Fraction(rate), Fraction(stream.time_base), bool(container.streams.audio)
-        )
+        header = Header(stream.frames or None, Fraction(rate), Fraction(time_base), bool(container.streams.audio))
         yield header, _frames(av, container, stream, header)
 
 
@@ -117,15 +119,17 @@ class Writer:
     def __init__(self, path: Path, header: Header):
         self._path = path
         self._header = header
-        self._container = self._stream = None
+        # Open from the first picture on, which has the size.
+        self._output: tuple[OutputContainer, VideoStream] | None = None
 
     def write(self, picture: np.ndarray, time: int, duration: int) -> None:
         """Adds uint8 (H, W, 3); times in units of the header's time base."""
         av = pyav()
         height, width = picture.shape[:2]
         with _said(av, "cannot be encoded"):
-            if self._stream is None:
-                self._open(av, height + height % 2, width + width % 2)
+            if self._output is None:
+                self._output = self._open(av, height + height % 2, width + width % 2)
+            container, stream = self._output
             padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             # Not left to the encoder: without a word on colours, players take large videos for BT.709 and small ones
             # for BT.601.
@@ -133,29 +137,31 @@ class Writer:
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
             frame.pts, frame.time_base, frame.duration = time, self._header.time_base, duration
-            self._container.mux(self._stream.encode(frame))
+            container.mux(stream.encode(frame))
 
-    def _open(self, av, height: int, width: int) -> None:
-        self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "+faststart"})
+    def _open(self, av, height: int, width: int) -> tuple[OutputContainer, VideoStream]:
+        container = av.open(str(self._path), "w", format="mp4", options={"movflags": "+faststart"})
         options = {"preset": "veryfast", "crf": "18"}
-        self._stream = self._container.add_stream("libx264", rate=self._header.rate, options=options)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-        context = self._stream.codec_context
+        stream = container.add_stream("libx264", rate=self._header.rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        context = stream.codec_context
         context.time_base = self._header.time_base
         bt709, studio_range = 1, 1
         context.colorspace = context.color_primaries = context.color_trc = bt709
         context.color_range = studio_range
+        return container, stream
 
     def finish(self) -> None:
         """Writes the frames that the encoder still holds."""
-        if self._container is not None:
+        if self._output is not None:
+            container, stream = self._output
             with _said(pyav(), "cannot be encoded"):
-                self._container.mux(self._stream.encode())
+                container.mux(stream.encode())
 
     def close(self) -> None:
-        if self._container is not None:
+        if self._output is not None:
             with _said(pyav(), "cannot be encoded"):
-                self._container.close()
+                self._output[0].close()
 
 
 @contextlib.contextmanager

@@ -117,7 +117,10 @@ def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
     saved(tmp_path / "a", model, normalisation=normalisation)
     path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
     assert run(tmp_path / "a", path, "--format", "stablehlo", *options) == 0
-    assert json.loads(stablehlo.beside(path).read_text())["normalisation"].items() >= normalisation.items()
+    assert (
+        json.loads(stablehlo.metadata_path(path).read_text(encoding="utf-8"))["normalisation"].items()
+        >= normalisation.items()
+    )
     images = pictures(1, (32, 64))
     by_hand = model((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))[0]
     assert relative_error(stablehlo.open_stablehlo(path)(images), np.asarray(by_hand)) < 1e-5
