@@ -120,27 +120,6 @@ def refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
 
 
-def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> SegmentationModel:
-    """The model in a converted folder, in one checkpoint of a run, or in the newest one of the folder of a run.
-
-    Args:
-      dtype: of the computation; float32 by default (float64 for float64 weights).
-
-    Raises:
-      CheckpointError: no checkpoint of segjax is there, it is damaged, or it is in float64 while jax_enable_x64 is off.
-    """
-    return load_model_and_metadata(folder, dtype=dtype)[0]
-
-
-def load_model_and_metadata(
-    folder: Path, *, dtype: jnp.dtype | None = None
-) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The same, and its metadata."""
-    folder = find(folder)
-    weights, metadata = load_weights(folder)
-    return build_model(weights, metadata, folder, dtype=dtype), metadata
-
-
 def build_model(
     weights: Mapping[str, np.ndarray], metadata: Mapping, folder: Path, *, dtype: jnp.dtype | None = None
 ) -> SegmentationModel:
@@ -174,7 +153,7 @@ def build_model(
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by dotted path, and their metadata, from any folder that `load_model` takes.
+    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `find`.
 
     Raises:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
@@ -187,7 +166,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load_metadata(folder: Path) -> dict[str, Any]:
-    """Only the metadata of any folder that `load_model` takes; its arrays are neither read nor checked."""
+    """Only the metadata of such a folder; its arrays are neither read nor checked."""
     return read_metadata(find(folder))
 
 

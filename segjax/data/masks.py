@@ -111,7 +111,7 @@ def convert(
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
     if taken := sum((split, example.name) in earlier for split, found in examples.items() for example in found):
-        print(f"Taking over {taken} of {total} images that an interrupted preparation has checked", flush=True)
+        console.say(f"Taking over {taken} of {total} images that an interrupted preparation has checked")
 
     def check(split: str, example: Example) -> tuple[Measured, list[tuple[str, str]]]:
         target = scratch.mask(split, example.name)
@@ -129,7 +129,7 @@ def convert(
         for split, found in examples.items():
             measured[split] = []
             with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
-                progress = console.Progress(f"checking {split}", len(found), "images")
+                progress = console.ProgressBar(f"checking {split}", len(found), "images")
                 for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
                     for kind, entry in faults:

@@ -117,7 +117,7 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         images[number, :height, :width], labels[number, :height, :width] = read(records, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in console.Progress(what, len(records), "images").over(pool.map(fill, range(len(records)))):
+        for _ in console.ProgressBar(what, len(records), "images").over(pool.map(fill, range(len(records)))):
             pass
     return specs.Split(images, labels, records.sizes, tuple(records.names))
 

@@ -21,7 +21,7 @@ from segjax.inference.predictor import Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic, console
-from segjax.runtime.console import Progress
+from segjax.runtime.console import ProgressBar
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
 
@@ -309,7 +309,7 @@ class Run:
             self._failed(job, error)
             progress.advance()
 
-        with Progress("", len(jobs), "images") as progress:
+        with ProgressBar("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
                 read=lambda job: read_image(job.source),
@@ -335,7 +335,7 @@ class Run:
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
             with (
                 VideoOutputs(job, header, self._predictor.classes) as outputs,
-                Progress("", header.frames, "frames") as progress,
+                ProgressBar("", header.frames, "frames") as progress,
             ):
                 overlapped(
                     itertools.count(),

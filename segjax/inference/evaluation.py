@@ -125,7 +125,7 @@ def measure(
     kept: dict[int, np.ndarray] = {}
     found = predictions(predict, data, spec, batch_size=batch_size)
     if progress:
-        found = console.Progress("evaluating", len(records_of(data)), "images").over(found)
+        found = console.ProgressBar("evaluating", len(records_of(data)), "images").over(found)
     for number, truth, predicted in found:
         counts = _count(truth, predicted, spec)
         confusion += counts

@@ -35,7 +35,7 @@ def filled(line: str, *, indent: str = "") -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints prose in lines of 80 columns, above the bar of a `Progress`; of several processes the first one only.
+    """Prints prose in lines of 80 columns, above a `ProgressBar`; of several processes the first one only.
 
     Args:
       to: stdout unless given.
@@ -82,23 +82,23 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
 _bars: list[tqdm] = []
 
 
-class Progress:
-    """How far something is: a bar on a terminal, else a line every ten seconds; of several processes one shows it.
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere a line every ten seconds. Of several processes the first shows it.
 
     Attributes:
-      count: how many are done.
+      count: number of items that are done.
     """
 
     SECONDS = 10  # between two lines
 
     def __init__(self, what: str, total: int | None, unit: str = "", *, start: int = 0):
-        """Begins to show it; the end of the context removes the bar.
+        """Shows the bar; the end of the context removes it.
 
         Args:
-          what: is being done; "" for nothing.
-          total: how many there are; None where nobody knows.
-          unit: of what is counted; "B" for bytes.
-          start: how many were done before.
+          what: label in front of the count, or "".
+          total: number of items; None if unknown.
+          unit: name of the items; "B" for bytes.
+          start: number of items that were done before.
         """
         self.count = start
         self._what, self._total, self._unit = what, total, unit
