@@ -36,7 +36,7 @@ from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
 from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, largest_that_fits
 from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
-from segjax.runtime import atomic, console, environment
+from segjax.runtime import atomic, console
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="prints the README's table of a record")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    # This process counts and prints; a GPU is left to the contenders.
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
+    # This process only counts and prints; a GPU is left to the contenders.
     environment.prepare(cpu_only=True)
 
     def run() -> None:

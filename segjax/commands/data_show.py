@@ -10,20 +10,18 @@ import argparse
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.data.augment import augment, step_keys
-from segjax.data.open import open_splits
-from segjax.data.pipeline import StreamBatches
-from segjax.data.records import Records, records_of
 from segjax.runtime import console
-from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
+
+if TYPE_CHECKING:
+    from segjax.data.records import Records
 
 # No crop is larger than this where none is given, nor than the largest image.
 LARGEST_CROP = 512
@@ -38,6 +36,14 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
     Raises:
       RecordError: an image or a label cannot be used.
     """
+    # Imported after parsing, because it imports jax, which takes a second.
+    import jax
+
+    from segjax.data.augment import augment, step_keys
+    from segjax.data.pipeline import StreamBatches
+    from segjax.data.records import records_of
+    from segjax.runtime.parallel import JitParallel
+
     records, key = records_of(data), jax.random.key(seed)
     parallel = JitParallel(jax.local_devices()[:1])
     with StreamBatches(
@@ -81,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.data.records import records_of
+
     data, spec = _data(options)
     largest = records_of(data).sizes.max(axis=0).tolist()
     crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
@@ -93,6 +101,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
+    from segjax.data.open import open_splits
+
     (opened,) = open_splits(
         options.name,
         [options.split],

@@ -17,12 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segjax.checkpoints.format_version import refuse_newer
 from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of, summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.inference.evaluate_dataset import evaluate_dataset
-from segjax.runtime import environment
 from segjax.runtime.console import say, score
 
 
@@ -50,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     environment.prepare()
     return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
 
@@ -82,6 +82,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.inference.evaluate_dataset import evaluate_dataset
+
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
@@ -116,13 +118,15 @@ def _print_table(summary: Mapping) -> None:
 
 
 def _compare_with_result(result: Path, summary: Mapping) -> None:
-    """Prints whether the figures are those that the training has written."""
+    """Prints whether the figures are those that the training wrote."""
+    from segjax.checkpoints.format_version import refuse_newer
+
     if not result.exists():
         return
     recorded = json.loads(result.read_text(encoding="utf-8"))
     refuse_newer(recorded, result)
     shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
-    # Checkpoints of old runs do not tell their step.
+    # Checkpoints of old runs do not contain their step.
     if all(recorded[key] == summary[key] for key in shared if summary[key] is not None):
         say(f"exactly what {result} says (mIoU {score(recorded['mean_iou'])})")
         return

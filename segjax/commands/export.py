@@ -15,9 +15,7 @@ from pathlib import Path
 
 from segjax.commands.arguments import add_checkpoint, summary_of
 from segjax.commands.ending import CheckError, run_command
-from segjax.exports.export import UnequalError, export
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
-from segjax.runtime import environment
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,13 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with-argmax", action="store_true", help="gives labels of the images' size, not logits")
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
     options = parser.parse_args(arguments)
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     # Files are compared on the CPU, whose float32 products are not rounded.
     environment.prepare(cpu_only=True)
     return run_command("segjax export", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    form = ExportFormat(
+    from segjax.exports.export import UnequalError, export
+
+    export_format = ExportFormat(
         options.format,
         tuple(options.size),
         dynamic=options.dynamic,
@@ -49,6 +52,6 @@ def _run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     try:
-        export(options.checkpoint.expanduser(), options.destination, form)
+        export(options.checkpoint.expanduser(), options.destination, export_format)
     except UnequalError as error:
         raise CheckError(error) from error

@@ -50,18 +50,13 @@ _SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
 _VERSION = "1.1.0"
 
 
-def names() -> tuple[str, ...]:
-    """Names of the datasets that are prepared: all of the table but the generated ones."""
-    return tuple(name for name in specs.DATASETS if not specs.is_generated(name))
-
-
 def prepare(
     name: str, *, source: StrPath | Sequence[StrPath] | None = None, data_dir: StrPath | None = None
 ) -> Prepared:
     """Opens a prepared dataset; before its first use, checks and prepares it and prints the paths on stdout.
 
     Args:
-      name: one of `names()`.
+      name: one of `specs.prepared_names()`.
       source: path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
         "folder" needs it once the dataset is prepared.
       data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
@@ -73,8 +68,9 @@ def prepare(
       DataError: another name; no source where one is needed; one with problems, which are all listed; or a dataset that
         was prepared from other files.
     """
-    if name not in names():
-        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names())}")
+    names = specs.prepared_names()
+    if name not in names:
+        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names)}")
     dataset = specs.DATASETS[name]
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]

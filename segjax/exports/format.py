@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING
 
 from segjax.data import specs
-from segjax.data.augment import normalise
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx", "torch": ".pt2"}
 PLATFORMS = ("cpu", "cuda")
@@ -44,6 +45,8 @@ class ExportFormat:
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
         """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
+        from segjax.data.augment import normalise
+
         return normalise(images, self.mean, self.std)
 
     @property

@@ -3,8 +3,8 @@
 import io
 import sys
 import time
-from types import SimpleNamespace
 
+import jax
 import pytest
 
 from segjax.runtime import console, distributed
@@ -165,11 +165,10 @@ def test_the_first_process_is_known_without_starting_jax(monkeypatch):
     def process_index():
         raise AssertionError("starts the backends")
 
-    monkeypatch.setattr(distributed.jax, "process_index", process_index)
+    monkeypatch.setattr(jax, "process_index", process_index)
     assert distributed.is_lead()
-    monkeypatch.setattr(
-        distributed,
-        "jax",
-        SimpleNamespace(distributed=SimpleNamespace(is_initialized=lambda: True), process_index=lambda: 1),
-    )
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert not distributed.is_lead()
+    monkeypatch.delitem(sys.modules, "jax")
+    assert distributed.is_lead()
