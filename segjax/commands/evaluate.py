@@ -82,22 +82,25 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from segjax.inference.evaluate_dataset import evaluate_dataset
+    from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
 
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
     output = options.output or (own_report if is_run else Path("report"))
     say(f"evaluates {checkpoint} on {options.data or 'its own data, as its training does'}")
-    summary = evaluate_dataset(
-        checkpoint,
-        options.data,
-        data_source=options.source,
-        data_dir=options.data_dir,
-        output=output,
-        progress=True,
-        **_settings(options),
-    )
+    try:
+        summary = evaluate_dataset(
+            checkpoint,
+            options.data,
+            data_source=options.source,
+            data_dir=options.data_dir,
+            output=output,
+            progress=True,
+            **_settings(options),
+        )
+    except NoDataError as error:
+        raise ValueError(f"{error}: --data NAME") from error
     _print_table(summary)
     say(f"report: {output / 'index.html'}")
     if is_run and not options.best:

@@ -27,6 +27,10 @@ from segjax.runtime.atomic import why_not_writable
 from segjax.viz import report
 
 
+class NoDataError(ValueError):
+    """No data is named, and the source is not the folder of a run, which has data of its own."""
+
+
 def evaluate_dataset(
     source: str | Path | LoadedCheckpoint | SegmentationModel,
     data: str | OpenSplit | None = None,
@@ -125,7 +129,7 @@ def _of_run(
 ) -> _Given:
     """The newest checkpoint of a run, and the split that the run is evaluated on."""
     if not isinstance(source, str | Path):
-        raise ValueError(
+        raise NoDataError(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
     folder = Path(source).expanduser()
@@ -133,7 +137,7 @@ def _of_run(
         raise ValueError(f"{source}: there is no such file or folder")
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
-        raise ValueError(f"{source} is not the folder of a run, which has data of its own; name the data")
+        raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
     opened = _opened(
