@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from segjax.benchmark.runner import OURS
 
-# --------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------------------- report
 
 
 def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
@@ -44,7 +44,7 @@ def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
 
 
 def markdown(record: Mapping) -> Iterator[str]:
-    """The table of the README: our time over theirs. Rows of the same work become one."""
+    """The table of the README: segjax's time over that of each contender. Rows of the same work are merged."""
     merged: dict[tuple, dict[str, Mapping]] = {}
     for result in record["results"]:
         rows = merged.setdefault((result["model"], result["mode"], result["batch"], *result["size"]), {})
@@ -52,7 +52,7 @@ def markdown(record: Mapping) -> Iterator[str]:
             if "failed" not in row:
                 rows.setdefault(row["name"], row)
     names = list(dict.fromkeys(name for rows in merged.values() for name in rows if name != OURS))
-    # Records of before have no floor.
+    # Old records have no floor.
     has_floor = any("share_of_floor" in row for rows in merged.values() for row in rows.values())
     extra = ["images/s", "of the floor"] if has_floor else []
     yield "| " + " | ".join(["model", "work", "segjax, ms", *extra, *names]) + " |"

@@ -1,10 +1,10 @@
-"""Command line: weights between PyTorch and segjax.
+"""Converts weights between PyTorch and segjax.
 
     segjax convert CHECKPOINT DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
                                   [--overrides KEY=VALUE ...] [--verify]
 
 CHECKPOINT is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the
-Hub, told apart by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
+Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
 folder that transformers loads. Class names, normalisation and origin go with the weights, except into a `.pth`.
 """
 

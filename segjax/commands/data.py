@@ -1,9 +1,9 @@
-"""Command line: prepares a dataset for training, and shows what is in it.
+"""Prepares a dataset for training, and shows what is in it.
 
     segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
-A PATH is a folder or an archive. A dataset that is prepared already is described again, and needs no source. `show`
+A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source. `show`
 writes a page of augmented samples, see `show --help`.
 """
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
         console.say("\n".join(describe(prepared)))
 
-    return run_command("segjax data", run, interrupted="the same command goes on")
+    return run_command("segjax data", run, interrupted="the same command continues")
 
 
 def describe(prepared: Prepared) -> list[str]:

@@ -1,4 +1,4 @@
-"""Draws what the model will see: augmented samples beside their labels, on one page.
+"""Draws augmented samples, as a training sees them, next to their labels, on one page.
 
 segjax data show
 segjax data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12

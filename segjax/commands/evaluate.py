@@ -3,9 +3,9 @@
     segjax evaluate RUN [--best]
     segjax evaluate CHECKPOINT --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
 
-The first evaluates the last weights of a run, or its best ones, on its own data and as its training does; the second
-any checkpoint, on any data set and with mmsegmentation's protocols. Both write a report: index.html, and its figures
-next to it.
+The first evaluates the last or the best weights of a run on its own data, in the same way as during training; the
+second evaluates any checkpoint on any dataset with mmsegmentation's protocols. Both write a report: index.html, and its
+figures next to it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data",
         metavar="NAME[:SPLIT]",
-        help=f"one of {', '.join(specs.DATASETS)}; without, CHECKPOINT is a run, and evaluated on its own data",
+        help=f"one of {', '.join(specs.DATASETS)}; without, CHECKPOINT is a run and is evaluated on its own data",
     )
-    parser.add_argument("--best", action="store_true", help="of a run, the weights of its best evaluation")
+    parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
     parser.add_argument(
         "--output",
         type=Path,
@@ -66,13 +66,13 @@ def _problems(options: argparse.Namespace) -> list[str]:
     generated = specs.is_generated(name)
     stray = ", ".join(f"--{key.replace('_', '-')}" for key in _settings(options))
     wrong = {
-        f"{stray}: without --data a run is evaluated as by its training; give --data NAME too": (
+        f"{stray}: without --data a run is evaluated as during training; give --data NAME too": (
             stray and not options.data
         ),
         f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
             options.data and name not in specs.DATASETS
         ),
-        f"{name} are drawn and need neither --source nor --data-dir": (
+        f"{name} are generated and need neither --source nor --data-dir": (
             generated and (options.source or options.data_dir)
         ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
     output = options.output or (own_report if is_run else Path("report"))
-    say(f"evaluates {checkpoint} on {options.data or 'its own data, as its training does'}")
+    say(f"evaluates {checkpoint} on {options.data or 'its own data, as during training'}")
     try:
         summary = evaluate_dataset(
             checkpoint,
@@ -131,10 +131,10 @@ def _compare_with_result(result: Path, summary: Mapping) -> None:
     shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
     # Checkpoints of old runs do not contain their step.
     if all(recorded[key] == summary[key] for key in shared if summary[key] is not None):
-        say(f"exactly what {result} says (mIoU {score(recorded['mean_iou'])})")
+        say(f"exactly as in {result} (mIoU {score(recorded['mean_iou'])})")
         return
     apart = abs((recorded["mean_iou"] or 0) - (summary["mean_iou"] or 0))
     say(
-        f"NOT what {result} says (mIoU {score(recorded['mean_iou'])}, {apart:.1e} from this one); another device, or "
+        f"NOT as in {result} (mIoU {score(recorded['mean_iou'])}, {apart:.1e} from this one); another device, or "
         "another version of jax or segjax, rounds differently"
     )

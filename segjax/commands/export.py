@@ -1,10 +1,10 @@
-"""Command line: a trained model as one file that runs without segjax.
+"""Exports a trained model as one file that runs without segjax.
 
     segjax export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
                   [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
 
-CHECKPOINT is what `segjax convert` reads, or the folder of a run. What the file takes and gives is described in
-segjax/exports/export.py.
+CHECKPOINT is anything that `segjax convert` reads, or the folder of a run. Input and output of the file are described
+in segjax/exports/export.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=list(SUFFIXES))
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the images, in pixels")
     parser.add_argument(
-        "--dynamic", action="store_true", help="leave batch, height and width open; else the batch is 1"
+        "--dynamic", action="store_true", help="dynamic batch, height and width; without, the batch is 1"
     )
-    parser.add_argument("--with-preprocessing", action="store_true", help="takes uint8 RGB (B, H, W, 3)")
-    parser.add_argument("--with-argmax", action="store_true", help="gives labels of the images' size, not logits")
+    parser.add_argument("--with-preprocessing", action="store_true", help="input is uint8 RGB (B, H, W, 3)")
+    parser.add_argument("--with-argmax", action="store_true", help="labels of the images' size instead of logits")
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.

@@ -1,9 +1,10 @@
-"""Command line: what a checkpoint is, before anything is done with it.
+"""Shows what a checkpoint holds and where it came from.
 
     segjax inspect CHECKPOINT
 
-reads whatever `segjax convert` reads: also the folder of a run, a folder of transformers, and hf:owner/name[@revision]
-on the Hub. For checkpoints of other packages it shows the model that segjax would make of them.
+reads everything that `segjax convert` reads: also the folder of a run, a folder of transformers, and
+hf:owner/name[@revision] on the Hub. For checkpoints of other packages it shows the model that segjax would make of
+them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _run(source: str) -> None:
     print(printable(table(rows).replace(NO_BREAK, " ")))
 
 
-# Notes of the library that are in the rows, too, or that concern the decoder that is made for an encoder.
+# Log messages that repeat a row, or that are about the decoder that is made for an encoder.
 _IN_ROWS = (
     *("read as", "it names no classes", "the checkpoint does not name", "unlike"),
     *("encoder only", "the decoder is as wide", "left as initialised"),

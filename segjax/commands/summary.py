@@ -1,9 +1,9 @@
-"""Command line: what a model costs, counted from its shapes.
+"""Counts parameters, multiply-adds and memory of a model from its shapes.
 
     segjax summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
                    [--convention true|modelsummary]
 
-What is counted is described in segjax/models/summary.py.
+The counts are defined in segjax/models/summary.py.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def evaluate_dataset(
       source: as for `segjax.load`, the result of it, or a model.
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
         default; or one of `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in
-        the dtype and with the batch of its training, whose figures come out again; then the protocol cannot be changed.
+        the dtype and with the batch of its training, and reproduces its figures; the protocol is then fixed.
       data_source, data_dir: the files that a data set is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
@@ -79,7 +79,7 @@ def evaluate_dataset(
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
-            raise ValueError("a run is evaluated as by its training; to set the protocol or the batch, name the data")
+            raise ValueError("a run is evaluated as during training; to set the protocol or the batch, name the data")
         given = _of_run(source, data_source=data_source, data_dir=data_dir)
     else:
         given = _of_checkpoint(as_loaded(source), data, data_source=data_source, data_dir=data_dir, batch=batch)
@@ -89,7 +89,7 @@ def evaluate_dataset(
     logger.info("data     %s, %d images", given.name, count)
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
-    logger.info("compiling; each size of image takes its time once ...")
+    logger.info("compiling; the first image of each size takes longer ...")
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)
     # The crops of one image make a batch, or several whole images do.
     batch_size = given.batch if protocol.mode == "whole" else 1
@@ -105,10 +105,11 @@ def evaluate_dataset(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What is evaluated: a checkpoint and a split, `batch` images or crops at a time.
+    """A checkpoint and the split to evaluate it on.
 
     Attributes:
-      split: its name, "" where nobody knows.
+      split: name of the split, or "" if it is unknown.
+      batch: number of images, or of crops, that go through the model at a time.
     """
 
     checkpoint: LoadedCheckpoint
@@ -243,7 +244,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(protocol),
     }
-    about = stamped(
+    metadata = stamped(
         {
             "checkpoint": name,
             "step": step,
@@ -253,4 +254,4 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
         }
     )
     title = f"{model.spec.name} on {given.name}"
-    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, about=about)
+    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, metadata=metadata)

@@ -20,7 +20,7 @@ KINDS = {
     "sidebyside": (".jpg", ".mp4"),
     "probabilities": (".npz", ""),
 }
-DRAWN = {"overlay": overlay.over, "sidebyside": overlay.beside}
+DRAWN = {"overlay": overlay.over, "sidebyside": overlay.side_by_side}
 FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
 LARGEST_JPEG = 65500  # pixels a side
 

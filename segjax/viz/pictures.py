@@ -1,4 +1,4 @@
-"""Pictures that a run leaves behind: predictions beside the truth, and learning curves."""
+"""Pictures of runs and evaluations: predictions next to the labels, learning curves, confusion matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_prediction(
     """
     figure = _figure(*_three_panels(image.shape[:2]))
     panels = figure.subplots(1, 3)
-    # Where the truth says nothing the prediction is left out too: the eye should compare what the metric compares.
+    # Pixels that metrics ignore are black in the prediction, too.
     shown = np.where(truth == spec.ignore_label, spec.ignore_label, predicted)
     names = ("image", "truth", "prediction")
     pictures = (image, colourise(truth, spec), colourise(shown, spec))
@@ -44,7 +44,7 @@ def save_prediction(
 def save_samples(
     path: Path, images: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, titles: Sequence[str]
 ) -> None:
-    """One PNG of images, each beside its label, and the classes that occur; what is ignored is striped.
+    """One PNG of images, each next to its labels, and the classes that occur; ignored pixels are striped.
 
     Args:
       images: uint8 (B, H, W, 3). labels: train ids (B, H, W).
@@ -60,7 +60,7 @@ def save_samples(
     panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
     for axis in panels.flat:
         axis.axis("off")
-    # As broad on the page whatever the size of the images, and of no class's colour in any place.
+    # Stripes of the same width on the page for images of any size, in greys that are no colours of classes.
     stripes = np.add.outer(np.arange(height), np.arange(width)) // max(width // 80, 1) % 2 * 120 + 135
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
@@ -101,7 +101,7 @@ def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -
     """
     classes, pixels = len(confusion), confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(pixels, 1)
-    # Names and figures fit into cells of a third of an inch; of many classes there are colours alone.
+    # Names and figures fit into cells of a third of an inch; with many classes the cells have only colours.
     side = classes / 3 + 2.5 if classes <= 40 else 12.0
     figure = _figure(side + 0.8, side)
     axis = figure.subplots()

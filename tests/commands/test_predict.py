@@ -232,7 +232,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
 
 
 @pytest.mark.parametrize("still", [True, False])
-@pytest.mark.parametrize("draw", [overlay.over, overlay.beside])
+@pytest.mark.parametrize("draw", [overlay.over, overlay.side_by_side])
 def test_the_legend_has_the_colours_of_the_classes_that_occur_and_of_no_others(draw, still):
     image, labels = np.full((60, 400, 3), 128, np.uint8), np.zeros((60, 400), np.uint8)
     labels[:, 100:] = 3

@@ -790,7 +790,7 @@ def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
         patch.setattr(masks, "THREADS", 1)
         patch.setattr(codec, "encode_mask", encode_some)
         assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 0
     assert "Taking over 2 of 5 images" in capsys.readouterr().out
 

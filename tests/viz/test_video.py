@@ -86,7 +86,7 @@ def test_a_video_keeps_its_frames_their_order_and_their_rate(rate, suffix, tmp_p
         assert abs(drawn_rate - expected_rate) < Fraction(1, 50)
         for number, image in enumerate(frames):
             labels = MODEL.labels(image)
-            draw = overlay.over if kind == "overlay" else overlay.beside
+            draw = overlay.over if kind == "overlay" else overlay.side_by_side
             error = np.abs(drawn[number].astype(int) - draw(image, labels, SPEC, still=False)).mean()
             # Four pixels further it would be far more.
             assert error < 6
