@@ -7,9 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+    import torch
+
+    from segjax.models.segmentation_model import SegmentationModel
+    from segjax.train.state import TrainState
+    from segjax.train.step import TrainStep
 
 LR, WEIGHT_DECAY = 6e-5, 0.01
 
@@ -90,7 +98,7 @@ def repeated(step: Callable[[], Any], wait: Callable[[Any], object], *, each: bo
     return run
 
 
-def pair(work: Work):
+def pair(work: Work) -> tuple[SegmentationModel, torch.nn.Module]:
     """A model of segjax and its PyTorch reference with the same weights, and without dropout in either."""
     from segjax import models
     from segjax.torch_reference.verify import randomised_pair
@@ -150,7 +158,9 @@ def _temporaries(program) -> int | None:
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def training(work: Work, model):
+def training(
+    work: Work, model: SegmentationModel
+) -> tuple[TrainStep, Callable[[Callable], Callable], TrainState, dict[str, jax.Array], jax.Array]:
     """A step of training as `train.py` compiles it, and what it is called with.
 
     Returns:

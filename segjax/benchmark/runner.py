@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def compare(
     *,
     ceiling: Mapping,
     rounds: int,
-    say,
+    say: Callable[[str], None],
     apart: bool = False,
     until: float | None = None,
     keep_going: bool = False,
@@ -234,7 +234,9 @@ def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def largest_that_fits(measure, row: Row, *, say) -> dict[str, object]:
+def largest_that_fits(
+    measure: Callable[[Row], dict[str, object]], row: Row, *, say: Callable[[str], None]
+) -> dict[str, object]:
     """`measure(row)`, where the batch is halved until every contender has enough memory.
 
     All contenders have the same batch: the largest that fits all, to within a factor of two.

@@ -1,8 +1,8 @@
 """Orbax folders: weights by name, their metadata, and whatever else a run needs to resume.
 
 A folder contains the items `weights` (parameters and running statistics by dotted path) and `about` (metadata, JSON); a
-checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`);
-checkpoints of a run are written by `train/run_checkpoints.py`.
+checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`); checkpoints of a run are written
+by `train/run_checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from segjax.models.functional import params_sha256
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
+if TYPE_CHECKING:
+    from orbax.checkpoint.options import MultiprocessingOptions
+
 
 class DamagedError(CheckpointError):
     """A checkpoint that is incomplete, truncated or changed since it was written."""
@@ -41,8 +44,8 @@ WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
 HASH, TRAINING_HASH, METADATA_HASH = "sha256", "sha256_training", "sha256_record"
 
 
-def this_process_alone():
-    """Without it every process would wait for all others at each file."""
+def this_process_alone() -> MultiprocessingOptions:
+    """Options with which orbax does not make this process wait for all others at each file."""
     from orbax.checkpoint.options import MultiprocessingOptions
 
     if jax.process_count() == 1:
@@ -259,7 +262,7 @@ def read_items(folder: Path, *items: str) -> list:
 
 
 @contextlib.contextmanager
-def _damage(folder: Path):
+def _damage(folder: Path) -> Iterator[None]:
     """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
@@ -270,7 +273,7 @@ def _damage(folder: Path):
 
 
 @contextlib.contextmanager
-def failure(folder: Path):
+def failure(folder: Path) -> Iterator[None]:
     """Turns errors of orbax and tensorstore on a full or broken disk into a CheckpointError."""
     try:
         yield

@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,13 +21,16 @@ from segjax.runtime import console
 from segjax.viz import pictures
 
 if TYPE_CHECKING:
+    from segjax.data.augment import AugmentSettings
     from segjax.data.records import Records
 
 # No crop is larger than this where none is given, nor than the largest image.
 LARGEST_CROP = 512
 
 
-def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed: int, num: int, path: Path) -> None:
+def show(
+    data: specs.Split | Records, spec: specs.DatasetSpec, settings: AugmentSettings, *, seed: int, num: int, path: Path
+) -> None:
     """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
 
     Args:
@@ -92,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
     data, spec = _data(options)
     largest = records_of(data).sizes.max(axis=0).tolist()
     crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
-    settings = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
+    settings: Any = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
     path = options.output or Path(f"show-{options.name}.png")
     show(data, spec, settings, seed=options.seed, num=options.num, path=path)
     console.say(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.data import specs
-from segjax.data.augment import Crops, draw_crops, step_keys, window_size, with_origins
+from segjax.data.augment import AugmentSettings, Crops, draw_crops, step_keys, window_size, with_origins
 from segjax.data.records import THREADS, CachedRecords, Records, ahead, read, records_of
 from segjax.runtime.parallel import Parallel
 
@@ -98,7 +98,9 @@ class _WindowLoader:
         return {"image": images, "label": labels, "size": sizes, "position": self.rows, "crop": crops}
 
 
-def _compiled_draw(key: jax.Array, rows: np.ndarray, settings) -> Callable[[np.int32, np.ndarray], Crops]:
+def _compiled_draw(
+    key: jax.Array, rows: np.ndarray, settings: AugmentSettings
+) -> Callable[[np.int32, np.ndarray], Crops]:
     """`(step, sizes (b, 2)) -> Crops`, the same as in the training step, computed on the host."""
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 
@@ -129,7 +131,7 @@ class StreamBatches:
         batch_size: int,
         seed: int,
         parallel: Parallel,
-        settings,
+        settings: AugmentSettings,
         key: jax.Array,
         start: int = 0,
         threads: int = THREADS,

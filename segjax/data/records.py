@@ -7,13 +7,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from segjax.data import specs
 from segjax.data.sources import DataError
 from segjax.runtime import console
+
+if TYPE_CHECKING:
+    import grain
 
 # OpenCV decodes and NumPy copies outside the interpreter's lock.
 THREADS = min(16, os.cpu_count() or 1)
@@ -150,7 +153,7 @@ class CachedRecords:
         return image, label
 
 
-def ahead(items, work: Callable, *, threads: int):
+def ahead(items: Sequence, work: Callable, *, threads: int) -> grain.IterDataset:
     """A Grain dataset of `work(item)` in the order of the items, which threads compute in advance."""
     import grain
 

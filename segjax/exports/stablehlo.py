@@ -14,14 +14,14 @@ from jax import lax
 
 from segjax import layers
 from segjax.exports.format import LEAST, PLATFORMS, ExportFormat
-from segjax.inference.engine import labels_of
+from segjax.inference.engine import Arrays, labels_of
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 
 
 def run_model(
-    functional: FunctionalModel, params, batch_stats, images: jax.Array, *, export_format: ExportFormat
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, export_format: ExportFormat
 ) -> jax.Array:
     """The computation of the file on images (B, H, W, 3): logits (B, h, w, K), or labels (B, H, W)."""
     if export_format.preprocessing:

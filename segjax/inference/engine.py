@@ -25,6 +25,9 @@ from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.parallel import JitParallel, compiler_options
 
+# Parameters or running statistics by dotted path.
+Arrays = dict[str, jax.Array]
+
 
 class SlidingWindow(NamedTuple):
     """Crops and the steps between them, (height, width) in pixels."""
@@ -138,7 +141,9 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
     return image
 
 
-def score(functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable) -> jax.Array:
+def score(
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
+) -> jax.Array:
     """Logits of uint8 images (B, H, W, 3) at their own size: float32 or wider (B, H, W, K).
 
     For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
@@ -152,7 +157,7 @@ def score(functional: FunctionalModel, params, batch_stats, images: jax.Array, *
 
 
 def predict_labels(
-    functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
     """Train ids of uint8 images (B, H, W, 3), as a whole: uint8 (B, H, W)."""
     return labels_of(score(functional, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)

@@ -7,20 +7,16 @@ predictor.classes.label_names[labels[0, 0]]
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.inference.engine import Inference, Protocol
-from segjax.inference.images import as_rgb
+from segjax.inference.images import Image, as_rgb
 from segjax.models.segmentation_model import SegmentationModel
 
-# Arguments of `as_rgb`: an array, a path, or a PIL image. PIL is not imported, hence Any.
-Image = np.ndarray | str | os.PathLike[str] | Any
 # Largest number of pixels of a whole image. The memory of SegFormer's attention grows with its square: at 2**24 pixels,
 # 4096 x 4096, it is 64 GiB.
 LARGEST_WHOLE = 2**24

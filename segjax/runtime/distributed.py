@@ -6,8 +6,11 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
+
+Result = TypeVar("Result")
 
 
 def initialize(coordinator: str | None, processes: int | None, number: int | None) -> None:
@@ -44,7 +47,7 @@ def is_lead() -> bool:
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def from_lead(function: Callable):
+def from_lead(function: Callable[[], Result]) -> Result:
     """Calls `function` in the first process; returns its result, or raises its exception, in every process."""
     import jax
     from jax.experimental import multihost_utils

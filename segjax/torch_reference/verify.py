@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 
 from segjax import layers, models
 from segjax.checkpoints.architectures import family_of
@@ -54,7 +55,7 @@ REFERENCES = {
 
 
 def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
-    """The PyTorch reference of our model in evaluation mode, strictly loaded with `weights` (its own by default)."""
+    """The PyTorch reference of a model in evaluation mode, strictly loaded with `weights`, by default the model's."""
     weights = to_torch(model) if weights is None else weights
     reference = REFERENCES[family_of(model.spec.name)](num_classes=model.spec.num_classes, **settings_of(model))
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}
@@ -64,20 +65,19 @@ def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | 
 
 
 def randomised_pair(
-    name: str, *, num_classes: int, seed: int, dtype, **overrides
+    name: str, *, num_classes: int, seed: int, dtype: DTypeLike, **overrides
 ) -> tuple[SegmentationModel, torch.nn.Module]:
-    """A model and its reference with the same weights, of which every one shows in the output."""
+    """A model and its reference with the same random weights, each of which changes the output."""
     sizes: dict[str, Any] = models.settings(name) | overrides
     reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
     reference.to(torch.float64 if jnp.dtype(dtype) == jnp.float64 else torch.float32).eval()
-    model = from_torch(
-        reference.state_dict(), name=name, num_classes=num_classes, dtype=dtype, param_dtype=dtype, **sizes
-    )
+    dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype)
+    model = from_torch(reference.state_dict(), name=name, num_classes=num_classes, **dtypes, **sizes)
     return model, reference
 
 
 def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
-    """What the model takes beside images: SegNeXt's bases (B, C, R), different for every image, else nothing."""
+    """Inputs of the model in addition to images: SegNeXt's bases (B, C, R), different for every image, else none."""
     if not isinstance(model, SegNeXt):
         return ()
     ham = model.decode_head.hamburger
@@ -85,7 +85,9 @@ def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
     return (np.stack([np.roll(fixed, number, axis=0) for number in range(batch)]).astype(model.dtype),)
 
 
-def run_reference(reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray):
+def run_reference(
+    reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The reference's (logits, taps), NCHW, on images (B, H, W, 3)."""
     return reference(to_nchw(x), *map(torch.from_numpy, bases))
 
@@ -98,7 +100,7 @@ def to_nhwc(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-def relative_error(ours, theirs) -> float:
+def relative_error(ours: ArrayLike, theirs: ArrayLike) -> float:
     """max |ours - theirs| / max |theirs|."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
@@ -125,13 +127,14 @@ def compiled(model: SegmentationModel) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `segjax convert --verify` prints.
+    """The result of a verification, as `segjax convert --verify` prints it.
 
     Attributes:
-      against: what ours was compared with.
-      error: worst relative error of the logits.
-      equal: share of pixels with the same label (of one class: the same side of probability 0.5).
-      positives: share of pixels above 0.5, for one class alone.
+      against: name of the PyTorch model.
+      error: largest error of the logits, relative to the largest logit.
+      equal: fraction of pixels with the same label (for one class, on the same side of probability 0.5).
+      positives: fraction of pixels above 0.5 if there is one class, else None.
+      bound: largest accepted error.
     """
 
     against: str

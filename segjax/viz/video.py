@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class Frame(NamedTuple):
     duration: int
 
 
-def pyav():
+def pyav() -> ModuleType:
     """Imports PyAV. Raises VideoError, with the command that installs it, where it is missing."""
     try:
         import av
