@@ -1,10 +1,10 @@
-"""Kills a training over and over at random moments and compares what it leaves with a run that was let alone.
+"""Kills a training again and again at random moments and compares its files with those of an undisturbed run.
 
     python -m benchmarks.kill_resume --kills 100
 
-Two runs of `train.py`, with settings that touch all that a run carries along. The second one is ended by SIGKILL at
-moments drawn from a seeded generator: while it compiles, steps, saves and evaluates. In the end both must hold the same
-bits. Takes 5 to 10 s a kill; writes its record to benchmarks/records/.
+Two runs of `train.py` have settings that use every part of a run's state. The second run is ended by SIGKILL at moments
+drawn from a seeded generator: while it compiles, steps, saves and evaluates. At the end both must have the same bits. A
+kill takes 5 to 10 s; the record is written to benchmarks/records/. It needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import collections
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
 import struct
@@ -23,12 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from segjax.benchmark import machine
 from segjax.checkpoints import orbax_folder
 from segjax.runtime import atomic
 
@@ -200,6 +199,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="default: benchmarks/records/<date>-kill-resume.json")
     arguments = parser.parse_args()
+    if sys.platform == "win32":
+        parser.error("runs are killed by SIGKILL, which Windows does not have")
     settings = [sys.executable, "train.py", *SETTINGS, f"--config.train.steps={arguments.steps}"]
 
     def start_in(workdir):
@@ -214,7 +215,7 @@ def main() -> int:
         folder = Path(folder)
         since = time.perf_counter()
         kill_until_finished(start_in(folder / "alone"), folder / "alone", folder / "output", kills=0, seed=0)
-        print(f"a run of {arguments.steps} steps let alone: {time.perf_counter() - since:.0f} s", flush=True)
+        print(f"a run of {arguments.steps} undisturbed steps: {time.perf_counter() - since:.0f} s", flush=True)
         since = time.perf_counter()
         done = kill_until_finished(
             start_in(folder / "killed"),
@@ -234,9 +235,7 @@ def main() -> int:
         "command": " ".join(["python -m benchmarks.kill_resume", *sys.argv[1:]]),
         "settings": [*SETTINGS, f"--config.train.steps={arguments.steps}"],
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "tensorboardX")},
+        **machine.described(),
         "kills": sum(done.values()),
         "kills_by_phase": done,
         "seed": arguments.seed,

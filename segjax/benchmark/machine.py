@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "torch", "transformers", "segformer-pytorch")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorboardX"),
+    *("torch", "transformers", "segformer-pytorch"),
+)
 
 
 def described() -> dict[str, object]:
