@@ -1,4 +1,4 @@
-"""What a command prints: lines of at most 80 columns, from the first of several processes only."""
+"""Output of commands: lines of at most 80 columns, printed only by the first of several processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 def wrapped(text: str) -> str:
-    """Prose in lines of 80 columns; what is indented, lists and commands, and a label with a path stay as they are."""
+    """Text with prose wrapped at 80 columns. Indented lines, and lines of at most two words, stay unchanged."""
 
     def is_prose(line: str) -> bool:
         return not line[:1].isspace() and len(line.split()) > 2
@@ -35,10 +35,10 @@ def filled(line: str, *, indent: str = "") -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints prose in lines of 80 columns, above a `ProgressBar`; of several processes the first one only.
+    """Prints text, see `wrapped`, above a `ProgressBar` if one is shown; only the first of several processes prints.
 
     Args:
-      to: stdout unless given.
+      to: stream to print to; stdout by default.
     """
     if not distributed.is_lead():
         return
@@ -64,7 +64,7 @@ def _escaped(found: re.Match) -> str:
 
 @contextlib.contextmanager
 def log_to(show: Callable[[str], None]) -> Iterator[None]:
-    """Hands what the library logs to the logger "segjax", from INFO on, to `show` and to nothing else."""
+    """Passes messages of the logger "segjax", from INFO on, to `show` instead of the handlers of the logger."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
     handler.emit = lambda record: show(record.getMessage())
@@ -78,7 +78,7 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
         logger.setLevel(level)
 
 
-# Those that are on the terminal.
+# Bars that are on the terminal, the last one on top.
 _bars: list[tqdm] = []
 
 
@@ -139,7 +139,7 @@ class ProgressBar:
             self._bar.close()
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items, each counted when the next one is asked for."""
+        """Yields the items; each is counted when the next one is requested."""
         with self:
             for item in items:
                 yield item
@@ -147,7 +147,7 @@ class ProgressBar:
 
     @property
     def rate(self) -> float | None:
-        """How many a second, not counting the first ones, during which programs are compiled."""
+        """Items per second, without the first items, during which programs are compiled; None at the beginning."""
         if self._first is None:
             return None
         counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
@@ -156,12 +156,12 @@ class ProgressBar:
     def advance(
         self, number: int = 1, *, notes: Sequence[str] | None = None, left: float | None = None, now: bool = False
     ) -> None:
-        """Counts `number` more.
+        """Adds `number` to the count.
 
         Args:
-          notes: shown with it; the rate unless given.
-          left: seconds until the end, for lines; an estimate from the rate unless given.
-          now: whether a line is due before ten seconds are over.
+          notes: texts next to the count; by default the rate.
+          left: seconds until the end, for lines; by default estimated from the rate.
+          now: whether a line is printed now, even if the last one is less than ten seconds old.
         """
         self.count += number
         rate, moment = self.rate, time.perf_counter()

@@ -118,7 +118,7 @@ def apply_transition(layers: nn.ModuleList, features: list[Tensor]) -> list[Tens
 
 
 def fuse_layer(dims: list[int], target: int, source: int) -> nn.Module:
-    """What brings branch `source` to branch `target`, but for the resizing of a coarser one.
+    """The layers from branch `source` to branch `target`, without the resizing of a coarser one.
 
     Coarser to finer: 1x1 convolution and BatchNorm. Finer to coarser: a stride-2 convolution and BatchNorm for each
     halving, in the source's width up to the last; ReLU stands between them and not after the last.
