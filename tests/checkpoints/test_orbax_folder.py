@@ -18,7 +18,7 @@ from flax import nnx
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import load
-from segjax.checkpoints.orbax_folder import save_model
+from segjax.checkpoints.orbax_folder import load_weights, save_model
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.recipes import common
 from segjax.runtime import atomic, console
@@ -310,9 +310,10 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
 )
 def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed, num_classes, overrides):
     model = tiny_model(seed, num_classes=num_classes, **overrides)
-    save_model(tmp_path / "deep" / "model", model, metadata={"dataset": {"name": "noise"}})
-    again = load(tmp_path / "deep" / "model").model
-    assert again.spec == model.spec
+    save_model(tmp_path / "deep" / "model", model, metadata={"licence": "noise's"})
+    loaded = load(tmp_path / "deep" / "model")
+    again = loaded.model
+    assert loaded.metadata["licence"] == "noise's" and again.spec == model.spec
     assert_same_bits(state_dict.to_torch(again), state_dict.to_torch(model))
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
@@ -395,7 +396,7 @@ def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
 def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=f"{place}: no checkpoint of segjax in this folder"):
-            load(place)
+            load_weights(place)
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ WRONG = {
     (*OF_CHECKPOINT, "mars:val"): "NAME one of streets, camvid, cityscapes, ade20k, voc, pet, folder, not 'mars:val'",
     (*OF_CHECKPOINT, "streets", "--crop", "64", "64"): "--crop and --stride go with --mode slide",
     (*OF_CHECKPOINT, "streets", "--batch", "0"): "--batch is at least 1, not 0",
-    (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are drawn",
+    (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are generated",
     (*OF_CHECKPOINT, "streets", "--best"): "nowhere/best: there is no such file",
     (*OF_CHECKPOINT, "streets", "--scales", "0"): "scales are positive numbers, not (0.0,)",
     (*OF_CHECKPOINT, "streets", "--mode", "slide", "--crop", "8", "8", "--stride", "9", "8"): "leaves gaps",
