@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import recorded
 from configs import hrnet
 
 # Published from scratch, 360x480, 367 images: FC-DenseNet103 and LMFFNet-L; and what is hoped for.
@@ -80,7 +80,7 @@ def call(command: Sequence[str]) -> None:
       FailedError: it has not ended well.
     """
     print("$ " + " ".join(["python", *command[1:]]), flush=True)
-    if status := subprocess.run(command, cwd=machine.REPO).returncode:
+    if status := subprocess.run(command, cwd=recorded.REPO).returncode:
         raise FailedError(command, status)
 
 
@@ -93,14 +93,14 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
     """
     workdir = options.workdir.absolute() / f"{options.variant}-seed-{seed}"
     call(training(options, seed, workdir, dtype))
-    result = json.loads((workdir / "result.json").read_text())
+    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     reports = {}
     for folder, command in evaluations(options, workdir).items():
         path = workdir / folder / "results.json"
         # A run that was made longer has to be evaluated anew.
-        if not path.exists() or json.loads(path.read_text())["step"] != result["step"]:
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["step"] != result["step"]:
             call(command)
-        reports[folder] = json.loads(path.read_text())
+        reports[folder] = json.loads(path.read_text(encoding="utf-8"))
     single = reports[SINGLE]
     return {
         "seed": seed,
@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.flags, options.source = flags, options.source.absolute()
     if options.data_dir:
         options.data_dir = options.data_dir.absolute()
-    dtype = "bfloat16" if machine.has_gpu() else "float32"
-    record = machine.about("benchmarks.camvid", words) | {
+    dtype = "bfloat16" if recorded.has_gpu() else "float32"
+    record = recorded.about("benchmarks.camvid", words) | {
         "variant": options.variant,
         "scales": options.scales,
         "runs": [],
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             record["config"] = config | {"seed": None}
             record["runs"].append(run)
             record["summary"] = summary(record["runs"])
-            machine.write(options.json, record)
+            recorded.write(options.json, record)
             print("\n".join(report(record["runs"])), flush=True)
     except FailedError as error:
         print(f"benchmarks.camvid: {error}", file=sys.stderr)

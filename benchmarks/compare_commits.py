@@ -506,6 +506,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", help="with --time: only the rows of these models")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if sys.platform == "win32":
+        parser.error("the processes of both commits inherit a pipe, which Windows does not support")
     if options.serve is not None:
         _serve(Connection(options.serve))
         return 0

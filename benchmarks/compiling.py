@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import recorded
+from segjax.benchmark.machine import quartiles
 
 NUM_CLASSES = 150
 FORMS = {
@@ -166,8 +167,8 @@ def run_in_turn(
                 seconds[form].append(time.perf_counter() - since)
     return {
         form: {
-            "seconds": machine.quartiles(own),
-            "ratio": machine.quartiles([a / b for a, b in zip(own, seconds["unrolled"], strict=True)]),
+            "seconds": quartiles(own),
+            "ratio": quartiles([a / b for a, b in zip(own, seconds["unrolled"], strict=True)]),
         }
         for form, own in seconds.items()
     }
@@ -194,15 +195,15 @@ def forms(
         for form in FORMS:
             say(f"compiling, {form} ...")
             found[form] = {
-                "cold": machine.in_a_process(compile_once, cache, model, timed, form, overrides),
-                "cached": machine.in_a_process(compile_once, cache, model, timed, form, overrides),
+                "cold": recorded.in_a_process(compile_once, cache, model, timed, form, overrides),
+                "cached": recorded.in_a_process(compile_once, cache, model, timed, form, overrides),
             }
         say("stepping, in turn ...")
-        for form, times in machine.in_a_process(run_in_turn, cache, model, timed, rounds, overrides).items():
+        for form, times in recorded.in_a_process(run_in_turn, cache, model, timed, rounds, overrides).items():
             found[form] |= times
         for form in FORMS:
             say(f"compiling the large step, {form} ...")
-            found[form]["large"] = machine.in_a_process(compile_once, cache, model, large, form, overrides)
+            found[form]["large"] = recorded.in_a_process(compile_once, cache, model, large, form, overrides)
     return found
 
 
@@ -217,7 +218,7 @@ def first_line(words: Sequence[str]) -> float:
     """
     since = time.perf_counter()
     command = [sys.executable, *words]
-    with subprocess.Popen(command, cwd=machine.REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=recorded.REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         line = process.stdout.readline()
         seconds = time.perf_counter() - since
         process.kill()
@@ -236,7 +237,7 @@ def starts(times: int) -> dict[str, list[float]]:
                 seconds.append(
                     first_line([*words, *(["--workdir", f"{folder}/run"] if words[0] == "train.py" else [])])
                 )
-        found[name] = machine.quartiles(seconds[1:])
+        found[name] = quartiles(seconds[1:])
     return found
 
 
@@ -283,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text):
         print(text, flush=True)
 
-    record = machine.about("benchmarks.compiling", sys.argv[1:] if arguments is None else arguments) | {
+    record = recorded.about("benchmarks.compiling", sys.argv[1:] if arguments is None else arguments) | {
         "model": options.model,
         "num_classes": NUM_CLASSES,
         "dtype": "float32",
@@ -296,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     say("\n".join(starts_report(record["starts"])))
     record["forms"] = forms(options.model, timed=TIMED, large=LARGE, rounds=options.rounds, overrides={}, say=say)
     say("\n".join(report(record)))
-    machine.write(options.json, record)
+    recorded.write(options.json, record)
     return 0
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import recorded
 
 # Steps before and while it is measured, and between two records of a run.
 WARM, STEPS, EVERY = 10, 40, 5
@@ -61,7 +61,7 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
             image, label = streets.scene(0, index, size)
             cv2.imwrite(str(root / "images" / split / f"{index:04d}.png"), image[..., ::-1])
             cv2.imwrite(str(root / "labels" / split / f"{index:04d}.png"), label)
-    (root / "classes.json").write_text(json.dumps(described))
+    (root / "classes.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -101,9 +101,9 @@ def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int
     flags = [f"--config=configs/segformer.py:{argument}", f"--workdir={folder / 'run'}"]
     flags += [f"--config.{key}={value}" for key, value in settings.items()]
     output, log = folder / "output", folder / "run" / "metrics.jsonl"
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         command = [sys.executable, "train.py", *flags]
-        process = subprocess.Popen(command, cwd=machine.REPO, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=recorded.REPO, stdout=file, stderr=subprocess.STDOUT)
     try:
         while True:
             ended = process.poll() is not None
@@ -111,7 +111,9 @@ def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int
             if warm in found and warm + steps in found:
                 return between(found[warm], found[warm + steps])
             if ended:
-                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output.read_text()}")
+                raise RuntimeError(
+                    f"{' '.join(command)} ended with {process.returncode}:\n{output.read_text(encoding='utf-8')}"
+                )
             time.sleep(0.5)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -121,7 +123,7 @@ def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int
 def records(path: Path) -> dict[int, dict[str, float]]:
     """By step what a run has written down so far, with the step; its last line may be half there."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             found[record["step"]] = record
@@ -147,7 +149,7 @@ def between(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, 
 
 def measure(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> dict[str, float]:
     """`between` and "delivered", images per second."""
-    alone = machine.in_a_process(delivered, argument, settings, warm, steps)
+    alone = recorded.in_a_process(delivered, argument, settings, warm, steps)
     with tempfile.TemporaryDirectory() as folder:
         return {"delivered": alone} | trained(argument, settings, warm, steps, Path(folder))
 
@@ -169,8 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < EVERY or options.steps % EVERY:
         parser.error(f"--steps is a multiple of {EVERY}, not {options.steps}")
-    dtype = "bfloat16" if machine.has_gpu() else "float32"
-    record = machine.about("benchmarks.feeding", sys.argv[1:] if arguments is None else arguments)
+    dtype = "bfloat16" if recorded.has_gpu() else "float32"
+    record = recorded.about("benchmarks.feeding", sys.argv[1:] if arguments is None else arguments)
     record |= {"model": "segformer_b0", "dtype": dtype, "warm": WARM, "steps": options.steps, "results": {}}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -179,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, case in cases(options.camvid.absolute(), folder / "large", folder / "prepared", dtype).items():
             print(f"{name} ...", flush=True)
             record["results"][name] = measure(*case, WARM, options.steps)
-            machine.write(options.json, record)
+            recorded.write(options.json, record)
     print("\n".join(report(record["results"])))
     return 0
 

@@ -28,7 +28,8 @@ from flax import nnx
 from jax import lax
 
 from segjax import layers
-from segjax.benchmark import contenders, floor, report, runner
+from segjax.benchmark import contenders, floor
+from segjax.benchmark.machine import described, quartiles
 from segjax.kernels import convolution, resize
 from segjax.kernels.attention import attention_plain
 from segjax.runtime import atomic
@@ -225,7 +226,7 @@ def milliseconds(program: Callable, arguments: tuple, *, rehearse: bool) -> list
 
     queued(2)
     calls = 1 if rehearse else max(1, round(0.05 / queued(5)))
-    return runner.quartiles(1e3 * np.array([queued(calls) for _ in range(2 if rehearse else 7)]))
+    return quartiles(1e3 * np.array([queued(calls) for _ in range(2 if rehearse else 7)]))
 
 
 def measured(case: Case, *, rehearse: bool, bytes_per_second: float) -> Iterator[dict[str, object]]:
@@ -375,7 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
             record = {
                 "date": datetime.date.today().isoformat(),
                 "command": "python -m benchmarks.gpu_forms " + " ".join(command),
-                **report.machine(device.device_kind),
+                **described(),
+                "device": device.device_kind,
                 "ceilings": ceiling,
                 "forms": rows,
             }

@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import recorded
+from segjax.benchmark.machine import quartiles
 
 MODELS = ("segformer_b0", "segformer_b2", "hrnet_w18", "segnext_t", "segformer_simple", "segformer_zuppichini")
 SIZES = ((256, 256), (512, 512), (512, 1024), (1024, 2048))
@@ -79,7 +80,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
             {
                 "size": list(size),
                 "temporaries": program.memory_analysis().temp_size_in_bytes,
-                "peak": machine.peak_of(call),
+                "peak": recorded.peak_of(call),
                 "labels_temporaries": whole.memory_analysis().temp_size_in_bytes,
                 "compile_seconds": seconds,
                 "multiply_adds": work.total_multiply_adds,
@@ -88,7 +89,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
         )
         calls.append(call)
     for row, times in zip(rows, _turn_by_turn(calls, rounds), strict=True):
-        row["milliseconds"] = machine.quartiles([1e3 * seconds for seconds in times])
+        row["milliseconds"] = quartiles([1e3 * seconds for seconds in times])
     return rows
 
 
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each size")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written")
     options = parser.parse_args(arguments)
-    record = machine.about("benchmarks.growth", sys.argv[1:] if arguments is None else arguments) | {
+    record = recorded.about("benchmarks.growth", sys.argv[1:] if arguments is None else arguments) | {
         "dtype": "float32",
         "batch": 1,
         "num_classes": NUM_CLASSES,
@@ -175,10 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
         "models": {},
     }
     for model in options.models:
-        rows = machine.in_a_process(measure, model, options.sizes, options.rounds)
+        rows = recorded.in_a_process(measure, model, options.sizes, options.rounds)
         print("\n".join(report(model, rows)), flush=True)
         record["models"][model] = {"rows": rows, "growth": growth(rows), "verdict": verdict(rows)}
-        machine.write(options.json, record)
+        recorded.write(options.json, record)
     return 0
 
 

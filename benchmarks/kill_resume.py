@@ -1,10 +1,10 @@
-"""Kills a training over and over at random moments and compares what it leaves with a run that was let alone.
+"""Kills a training again and again at random moments and compares its files with those of an undisturbed run.
 
     python -m benchmarks.kill_resume --kills 100
 
-Two runs of `train.py`, with settings that touch all that a run carries along. The second one is ended by SIGKILL at
-moments drawn from a seeded generator: while it compiles, steps, saves and evaluates. In the end both must hold the same
-bits. Takes 5 to 10 s a kill; writes its record to benchmarks/records/.
+Two runs of `train.py` have settings that use every part of a run's state. The second run is ended by SIGKILL at moments
+drawn from a seeded generator: while it compiles, steps, saves and evaluates. At the end both must have the same bits. A
+kill takes 5 to 10 s; the record is written to benchmarks/records/. It needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import collections
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
 import struct
@@ -23,12 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from segjax.benchmark import machine
 from segjax.checkpoints import orbax_folder
 from segjax.runtime import atomic
 
@@ -62,7 +61,7 @@ PHASES = ("compile", "step", "save", "evaluate")
 
 def records_of(workdir: Path) -> list[dict]:
     """metrics.jsonl without what was measured by the clock."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
@@ -97,7 +96,7 @@ def remains(workdir: Path) -> dict[str, object]:
     left |= {f"best, {name}": _hash(array) for name, array in weights.items()} | {"best, record": about}
     left["metrics.jsonl"] = records_of(workdir)
     left |= {f"TensorBoard, {tag}": values for tag, values in events_of(workdir).items()}
-    result = json.loads((workdir / "result.json").read_text())
+    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     left["result.json"] = {key: value for key, value in result.items() if key not in MEASURED}
     return left | {str(path.relative_to(workdir)): _hash(path.read_bytes()) for path in workdir.rglob("*.png")}
 
@@ -132,10 +131,10 @@ class Process(Protocol):
 def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
     """Returns as soon as a run that has just been started is in a phase, or has ended."""
     records = workdir / "metrics.jsonl"
-    before = len(records.read_text()) if records.exists() else 0
+    before = len(records.read_text(encoding="utf-8")) if records.exists() else 0
 
     def is_in_phase() -> bool:
-        said = output.read_text()
+        said = output.read_text(encoding="utf-8")
         if phase == "compile":
             return "compiling" in said
         if "compiled in" not in said:
@@ -144,7 +143,7 @@ def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
             return any((workdir / "checkpoints").glob("*tmp*")) or any(workdir.glob(".best.new*"))
         if phase == "evaluate":
             # After the twelfth step comes a record, and then an evaluation.
-            written = records.read_text() if records.exists() else ""
+            written = records.read_text(encoding="utf-8") if records.exists() else ""
             last = re.search(r'"step": (\d+), "loss".*\n\Z', written)
             return "evaluating" in said or (len(written) > before and last and int(last[1]) % 12 == 0)
         return True
@@ -176,7 +175,7 @@ def kill_until_finished(
         phase = rng.choice(PHASES) if sum(done.values()) < kills else None
         longest = {"compile": 1.0, "step": 0.4, "save": 0.1, "evaluate": 0.1, None: 0.0}[phase]
         delay = rng.uniform(0, longest)
-        output.write_text("")
+        output.write_text("", encoding="utf-8")
         process = start(output)
         if phase is not None:
             wait_for(phase, process, workdir, output)
@@ -188,7 +187,7 @@ def kill_until_finished(
         if process.poll() == 0:
             return dict(done)
         if process.poll() != -signal.SIGKILL:
-            raise RuntimeError(f"the run ended with {process.poll()}:\n{output.read_text()}")
+            raise RuntimeError(f"the run ended with {process.poll()}:\n{output.read_text(encoding='utf-8')}")
         done[phase] += 1
         say(f"kill {sum(done.values())} of {kills}: {phase}, {1000 * delay:.0f} ms into it")
 
@@ -200,11 +199,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="default: benchmarks/records/<date>-kill-resume.json")
     arguments = parser.parse_args()
+    if sys.platform == "win32":
+        parser.error("runs are killed by SIGKILL, which Windows does not have")
     settings = [sys.executable, "train.py", *SETTINGS, f"--config.train.steps={arguments.steps}"]
 
     def start_in(workdir):
         def start(output):
-            with output.open("a") as file:
+            with output.open("a", encoding="utf-8") as file:
                 command = [*settings, f"--workdir={workdir}"]
                 return subprocess.Popen(command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT)
 
@@ -214,7 +215,7 @@ def main() -> int:
         folder = Path(folder)
         since = time.perf_counter()
         kill_until_finished(start_in(folder / "alone"), folder / "alone", folder / "output", kills=0, seed=0)
-        print(f"a run of {arguments.steps} steps let alone: {time.perf_counter() - since:.0f} s", flush=True)
+        print(f"a run of {arguments.steps} undisturbed steps: {time.perf_counter() - since:.0f} s", flush=True)
         since = time.perf_counter()
         done = kill_until_finished(
             start_in(folder / "killed"),
@@ -234,9 +235,7 @@ def main() -> int:
         "command": " ".join(["python -m benchmarks.kill_resume", *sys.argv[1:]]),
         "settings": [*SETTINGS, f"--config.train.steps={arguments.steps}"],
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "tensorboardX")},
+        **machine.described(),
         "kills": sum(done.values()),
         "kills_by_phase": done,
         "seed": arguments.seed,

@@ -168,4 +168,4 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 2
-    assert "--format onnx needs onnxscript: pip install 'segjax[export]'" in capsys.readouterr().err
+    assert "the format onnx needs onnxscript: pip install 'segjax[export]'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: 
     """Pixel counts by (truth, prediction): int64 (K, K); K = 2 for a binary model of one class.
 
     Args:
-      labels, predicted: integers of one shape; pixels labelled `ignore_label` do not count.
+      labels, predicted: integer arrays of the same shape; pixels labelled `ignore_label` do not count.
 
     Raises:
       ValueError: a label that is neither a train id nor the ignore label; names the values.
@@ -28,10 +29,11 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: 
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def summarise(confusion: np.ndarray) -> dict[str, object]:
-    """`mean_iou`, `pixel_accuracy` and `per_class_iou` (a list, None where a class is in neither truth nor prediction).
+def summarise(confusion: np.ndarray) -> dict[str, Any]:
+    """`mean_iou`, `pixel_accuracy` and `per_class_iou` of a confusion matrix (K, K).
 
-    A class that occurs nowhere has no IoU and does not enter the mean. With nothing counted at all, the means are None.
+    `per_class_iou` is a list of K numbers. A class that is in neither truth nor prediction has the IoU None and is not
+    part of the mean. If no pixel was counted, the means are None.
     """
     right = np.diag(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
@@ -45,10 +47,10 @@ def summarise(confusion: np.ndarray) -> dict[str, object]:
 
 
 def by_class(confusion: np.ndarray) -> dict[str, list]:
-    """K figures each: `iou`, `accuracy`, `precision`, `recall`, `dice`, and `pixels`, how many are labelled so.
+    """Lists of K figures: `iou`, `accuracy`, `precision`, `recall`, `dice`, and `pixels`, the labelled ones of a class.
 
-    Accuracy is recall, mmsegmentation's two names for the share of a class's pixels that are predicted as it. Where
-    there is nothing to divide by, None.
+    Accuracy and recall are the same, mmsegmentation's two names for the fraction of a class's pixels that are predicted
+    as that class. A figure whose denominator is zero is None.
     """
     right, truth, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
 
@@ -66,6 +68,6 @@ def by_class(confusion: np.ndarray) -> dict[str, list]:
 
 
 def mean(figures: Iterable[float | None]) -> float | None:
-    """Of those that there are; None where there is none."""
+    """Mean of the figures that are not None; None if all are."""
     present = [figure for figure in figures if figure is not None]
     return float(np.mean(present)) if present else None

@@ -218,7 +218,7 @@ def test_importing_segjax_starts_no_backend_and_changes_no_setting_of_jax():
     code = """if True:
         import jax
         before = dict(jax.config.values)
-        import segjax, segjax.train.loop, segjax.commands.convert
+        import segjax, segjax.train.loop, segjax.commands.conversion
         assert not jax._src.xla_bridge.backends_are_initialized()
         changed = {key for key, value in jax.config.values.items() if before.get(key) != value}
         print(*changed)

@@ -1,4 +1,4 @@
-"""Who is timed: our model and the PyTorch ones, on the same weights and the same input."""
+"""The contenders that are timed: segjax's model and those of PyTorch, with the same weights and the same input."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+    import torch
+
+    from segjax.models.segmentation_model import SegmentationModel
+    from segjax.train.state import TrainState
+    from segjax.train.step import TrainStep
 
 LR, WEIGHT_DECAY = 6e-5, 0.01
 
 
 class Work(NamedTuple):
-    """What a step is.
+    """The work of a step.
 
     Attributes:
       mode: "infer", images to logits; or "train": forward, loss at the labels' resolution, backward, AdamW.
@@ -47,26 +55,26 @@ class Contender(NamedTuple):
     """A step that is ready to be timed.
 
     Attributes:
-      run: does so many steps (one unless told) and waits for their end: on a CPU for that of each, on a GPU for that of
-        the last, as a training run or a queue of images does. Gives what the last one gave.
-      outcome: of the first step: logits (B, h, w, K), or the loss.
-      compile_seconds: how long it took to make ready, the first step included.
-      memory: bytes that a step takes beside weights, the optimizer's moments and input, where the device tells; else
-        None.
+      run: number of steps, by default one -> result of the last step. On a CPU it waits for the end of each step, on a
+        GPU for that of the last, as a training run or a queue of images does.
+      outcome: result of the first step: logits (B, h, w, K), or the loss.
+      compile_seconds: seconds of the preparation, the first step included.
+      memory: bytes of a step in addition to weights, moments of the optimizer and input; None where the device does not
+        report them.
     """
 
-    run: Callable[..., object]
+    run: Callable[..., Any]
     outcome: np.ndarray
     compile_seconds: float
     memory: int | None
 
 
-# What products of float32 are made of, on both sides alike; recorded with the times.
+# Precision of float32 products, the same for all contenders; recorded with the times.
 FLOAT32_PRODUCTS = "float32, never TF32"
 
 
 def same_precision(work: Work) -> None:
-    """Both sides multiply float32 as float32: on an NVIDIA GPU either would round to TF32 somewhere, unless told."""
+    """Sets full precision of float32 products; on an NVIDIA GPU jax and torch would round some to TF32."""
     import jax
     import torch
 
@@ -76,10 +84,11 @@ def same_precision(work: Work) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def repeated(step: Callable[[], object], wait: Callable[[object], object], *, each: bool) -> Callable[..., object]:
-    """`Contender.run`: `wait` is given what a step gave, after each one or after the last."""
+def repeated(step: Callable[[], Any], wait: Callable[[Any], object], *, each: bool) -> Callable[..., Any]:
+    """`Contender.run`: calls `wait` with the result of a step, after `each` step or only after the last."""
 
     def run(steps: int = 1):
+        given = None
         for number in range(1, steps + 1):
             given = step()
             if each or number == steps:
@@ -89,8 +98,8 @@ def repeated(step: Callable[[], object], wait: Callable[[object], object], *, ea
     return run
 
 
-def pair(work: Work):
-    """Our model and its reference, nothing random in either, with the same weights."""
+def pair(work: Work) -> tuple[SegmentationModel, torch.nn.Module]:
+    """A model of segjax and its PyTorch reference with the same weights, and without dropout in either."""
     from segjax import models
     from segjax.torch_reference.verify import randomised_pair
 
@@ -100,7 +109,7 @@ def pair(work: Work):
 
 
 def ours(work: Work) -> Contender:
-    """Ours, as `train.py` and `segjax evaluate` run it."""
+    """segjax's model, as `segjax train` and `segjax evaluate` run it."""
     import jax.numpy as jnp
 
     import segjax
@@ -109,7 +118,7 @@ def ours(work: Work) -> Contender:
 
     model, _ = pair(work)
     if work.dtype == "bfloat16":
-        overrides = dict(model.spec.overrides)
+        overrides: dict[str, Any] = dict(model.spec.overrides)
         model = segjax.from_torch(
             segjax.to_torch(model), name=work.model, num_classes=work.num_classes, dtype=jnp.bfloat16, **overrides
         )
@@ -140,10 +149,18 @@ def _our_inference(work: Work, model) -> Contender:
     outcome = np.asarray(program(*arrays, images))
     seconds = time.perf_counter() - since
     run = repeated(lambda: program(*arrays, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+    return Contender(run, outcome, seconds, _temporaries(program))
 
 
-def training(work: Work, model):
+def _temporaries(program) -> int | None:
+    """Bytes of a compiled program's temporaries, where the device reports them."""
+    analysis = program.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def training(
+    work: Work, model: SegmentationModel
+) -> tuple[TrainStep, Callable[[Callable], Callable], TrainState, dict[str, jax.Array], jax.Array]:
     """A step of training as `train.py` compiles it, and what it is called with.
 
     Returns:
@@ -194,7 +211,7 @@ def _our_training(work: Work, model) -> Contender:
         return scalars["loss"]
 
     run = repeated(train, jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, program.memory_analysis().temp_size_in_bytes)
+    return Contender(run, outcome, seconds, _temporaries(program))
 
 
 # ------------------------------------------------------------------------------------------------------------- PyTorch
@@ -298,7 +315,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    # XLA too chooses its convolutions by timing them.
+    # XLA chooses its convolutions by timing them, too.
     torch.backends.cudnn.benchmark = True
     images = verify.to_nchw(work.images()).to(device)
     labels = torch.from_numpy(work.labels()).long().to(device)
@@ -311,19 +328,17 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     forward = torch.compile(network, mode=compiled) if compiled else network
 
     def loss_of(logits):
-        enlarged = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(enlarged, labels, ignore_index=255)
+        upsampled = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(upsampled, labels, ignore_index=255)
 
     def infer():
         if compiled:
-            # What the last step gave, a CUDA graph may write over.
+            # A CUDA graph may overwrite the result of the last step.
             torch.compiler.cudagraph_mark_step_begin()
         with torch.inference_mode(), half:
             return forward(images, *extra)[0]
 
-    optimizer = None
-    if work.mode == "train":
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=on_gpu)
 
     def train():
         if compiled:
@@ -353,7 +368,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     run(3)
     torch.cuda.reset_peak_memory_stats()
     run()
-    moments = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    moments = [value for state in optimizer.state.values() for value in state.values()]
     held = (*network.parameters(), *network.buffers(), *moments, *extra, images, labels)
     memory = torch.cuda.max_memory_allocated() - sum(tensor.nbytes for tensor in held if tensor.is_cuda)
     return Contender(run, outcome, seconds, memory)
@@ -411,7 +426,7 @@ CONTENDERS = {
     "transformers": of_transformers,
     "segformer-pytorch": of_segformer_pytorch,
 }
-# Beginnings of the names of models that a contender stands for; the others stand for all.
+# Prefix of the names of the models that a contender has; the others have all.
 ONLY = {
     "torch-sdpa": "segformer_b",
     "torch-fused": "segformer_b",
@@ -421,15 +436,15 @@ ONLY = {
 }
 
 
-# What pays on a GPU alone, and takes minutes to make ready: on a CPU it is timed only where it is asked for.
+# Contenders that are faster only on a GPU and take minutes to compile: on a CPU they are timed only if they are named.
 FOR_GPUS = ("torch-compile-max-autotune",)
 
 
 def rivals(model: str) -> list[str]:
-    """Whom a model of ours can be timed against."""
+    """Names of the contenders that a model can be compared with."""
     return [name for name in CONTENDERS if name != "segjax" and model.startswith(ONLY.get(name, ""))]
 
 
 def chosen(model: str, against: Sequence[str] | None, *, on_gpu: bool) -> list[str]:
-    """Whom it is timed against: those named in `against`, else all that this machine is for."""
+    """Names of the contenders to compare with: those in `against`, or if there are none all that suit the machine."""
     return [name for name in rivals(model) if (name in against if against else on_gpu or name not in FOR_GPUS)]

@@ -1,4 +1,4 @@
-"""The least time that a machine's ceilings allow."""
+"""Lower bound of the time of a step, from the rates that the machine reaches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 ADAMW_BYTES = 7 * 4
 
 
 def floor_of(work: tuple, ceiling: Mapping) -> dict[str, float]:
-    """The least that a step must do, and how long this machine takes for it; see the module's docstring."""
+    """Necessary FLOPs and bytes of a step, and their time on this machine; see `segjax/commands/benchmark.py`."""
     import jax.numpy as jnp
 
     from segjax.models import summary
@@ -25,12 +26,13 @@ def floor_of(work: tuple, ceiling: Mapping) -> dict[str, float]:
     return {"flops": flops, "bytes": moved, "milliseconds": 1e3 * seconds}
 
 
-def ceilings(dtype: str) -> dict[str, object]:
-    """What this machine reaches in a type: products of large matrices, FLOP/s, and a copy, bytes/s; and its name.
+def ceilings(dtype: str) -> dict[str, Any]:
+    """Rates of this machine in a dtype: products of large matrices, FLOP/s, and a copy, bytes/s; and its name.
 
-    Sizes that fill it: matrices of 2048 and 64 Mi numbers on a CPU, 8192 and 512 Mi on a GPU, of random numbers, since
-    zeros are multiplied faster. The best of ten. For a process of its own, which keeps freed memory as contenders do:
-    with results in fresh pages, which the kernel zeroes, two cores copy 10 GB a second instead of 40 to 65.
+    Each is the best of ten measurements. Matrices have sides of 2048 and copies 64 Mi numbers on a CPU, 8192 and 512 Mi
+    on a GPU; the numbers are random, since zeros are multiplied faster. To be called in a process of its own, which
+    keeps freed memory as contenders do: with results in new pages, which the kernel zeroes, two cores copy 10 GB/s
+    instead of 40 to 65.
     """
     from segjax.runtime import environment
 
@@ -46,7 +48,7 @@ def ceilings(dtype: str) -> dict[str, object]:
     def best(function, *arrays):
         program = jax.jit(function).lower(*arrays).compile()
         program(*arrays).block_until_ready()
-        # The start of a kernel is nothing that a GPU waits for when others are queued before it.
+        # With several kernels in the queue, a GPU does not wait for the launch of each.
         queued = 1 if on_cpu else 5
         seconds = []
         for _ in range(10):
@@ -69,7 +71,7 @@ def ceilings(dtype: str) -> dict[str, object]:
     }
 
 
-def measured_ceilings(dtype: str) -> dict[str, object]:
+def measured_ceilings(dtype: str) -> dict[str, Any]:
     """`ceilings` in a process of its own, which leaves nothing on a GPU."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(ceilings, dtype).result()

@@ -1,18 +1,12 @@
-"""Results of a benchmark as lines, as Markdown and as JSON."""
+"""Results of a benchmark as lines and as Markdown."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
-import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from segjax.benchmark.runner import OURS
 
-# --------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------------------- report
 
 
 def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
@@ -50,7 +44,7 @@ def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
 
 
 def markdown(record: Mapping) -> Iterator[str]:
-    """The table of the README: our time over theirs. Rows of the same work become one."""
+    """The table of the README: segjax's time over that of each contender. Rows of the same work are merged."""
     merged: dict[tuple, dict[str, Mapping]] = {}
     for result in record["results"]:
         rows = merged.setdefault((result["model"], result["mode"], result["batch"], *result["size"]), {})
@@ -58,7 +52,7 @@ def markdown(record: Mapping) -> Iterator[str]:
             if "failed" not in row:
                 rows.setdefault(row["name"], row)
     names = list(dict.fromkeys(name for rows in merged.values() for name in rows if name != OURS))
-    # Records of before have no floor.
+    # Old records have no floor.
     has_floor = any("share_of_floor" in row for rows in merged.values() for row in rows.values())
     extra = ["images/s", "of the floor"] if has_floor else []
     yield "| " + " | ".join(["model", "work", "segjax, ms", *extra, *names]) + " |"
@@ -75,17 +69,3 @@ def markdown(record: Mapping) -> Iterator[str]:
             cells += [f"{ours['images_per_second']:.0f}", f"{ours['share_of_floor']:.0%}"] if known else ["", ""]
         cells += [f"{rows[name]['ours_over_theirs'][0]:.2f}" if name in rows else "" for name in names]
         yield "| " + " | ".join(cells) + " |"
-
-
-def machine(device: str) -> dict[str, object]:
-    versions = {}
-    for name in ("jax", "jaxlib", "flax", "torch", "transformers", "segformer-pytorch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {
-        "versions": {"python": platform.python_version()} | versions,
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": device,
-    }

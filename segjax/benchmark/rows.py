@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Of a card that nobody else works on; the minutes are what is scarce there.
+# Few are enough on a card that nobody else uses, and time on it is scarce.
 ROUNDS_ON_A_GPU = 7
 
 
 class Row(NamedTuple):
-    """Of a table. batch: on a GPU, the largest that is tried. against: whom the row is for; all there are, if None."""
+    """One comparison of a table.
+
+    Attributes:
+      mode: "infer" or "train".
+      batch: images of a step; on a GPU, the largest batch that is tried.
+      size: (height, width) of the images, pixels.
+      against: names of the contenders to compare with; all that exist for the model if empty.
+    """
 
     model: str
     mode: str
     batch: int
     size: tuple[int, int]
-    against: tuple[str, ...] | None = None
+    against: tuple[str, ...] = ()
 
 
 TABLE = (
@@ -28,7 +35,10 @@ TABLE = (
 
 
 def _gpu_rows(models: Sequence[str], side: int, against: Sequence[str]) -> Iterator[Row]:
-    """Training, inference of many images and of one, of squares: batches by pixels, half as large where models are."""
+    """For each model training, inference of a batch and of one image, all of them `side` pixels square.
+
+    Batches shrink as images grow, and by another half for the largest model.
+    """
     for model in models:
         parts = (side // 512) ** 2 * (2 if model == "segformer_b5" else 1)
         for mode, batch in (("train", 64 // parts), ("infer", 32 // parts), ("infer", 1)):
@@ -37,7 +47,8 @@ def _gpu_rows(models: Sequence[str], side: int, against: Sequence[str]) -> Itera
 
 _FIRST, _SECOND = ("segformer_b0", "segnext_t", "hrnet_w48"), ("segformer_b2", "segformer_b5", "segnext_b")
 _RIVALS, _SLOW_RIVALS = ("torch", "torch-channels-last", "torch-compile"), ("torch-compile-max-autotune",)
-# By importance: a family each, then its other sizes, then larger images; what takes minutes to compile comes last.
+# The most important first: one model of each family, other models, larger images, and last what takes minutes to
+# compile.
 GPU_TABLE = (
     *_gpu_rows(_FIRST, 512, _RIVALS),
     *_gpu_rows(_SECOND, 512, _RIVALS),

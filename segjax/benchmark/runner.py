@@ -1,48 +1,47 @@
-"""Times contenders turn by turn, each in a process of its own."""
+"""Times contenders in turn, each in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from segjax.benchmark import floor as floors
+from segjax.benchmark.machine import cores, peak_bytes, quartiles, resident_bytes
 from segjax.benchmark.rows import Row
 
 OURS = "segjax"
-# What float32 and bfloat16 may differ by, relative to the largest logit, or to the loss.
+# Largest accepted difference between contenders, relative to the largest logit or to the loss, by dtype.
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1}
 SPELLINGS = {"bf16": "bfloat16"}
 ROUND_SECONDS, ROUNDS, QUIET_SECONDS = 0.5, 15, 0.5
 
 
 class BenchmarkError(ValueError):
-    """What cannot be timed, and why."""
+    """Something that cannot be timed; the message gives the reason."""
 
 
 class OutOfMemoryError(BenchmarkError):
-    """A contender whose step does not fit."""
+    """A contender whose step does not fit into memory."""
 
 
 class OutOfTimeError(BenchmarkError):
-    """A contender that is not done when the minutes are over."""
+    """A contender that is not done at the end of the time."""
 
 
 # ------------------------------------------------------------------------------------------------------- one contender
 
 
 def _serve(connection, name: str, work: tuple) -> None:
-    """A process that makes a contender, tells what it computes, and then does as many steps as it is asked for."""
+    """The main function of a contender's process: prepares it, sends its outcome, and then does steps on request."""
     try:
         from segjax.runtime import environment
 
-        # For torch as well: it gains from it as much.
+        # For torch as well, which gains as much.
         environment.keep_freed_memory()
         import jax
         import torch
@@ -50,20 +49,20 @@ def _serve(connection, name: str, work: tuple) -> None:
         from segjax.benchmark.contenders import CONTENDERS, Work, same_precision
 
         work = Work(*work)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         if name != OURS:
-            # It only makes the weights there: the card is torch's.
+            # jax only makes the weights, on the CPU; the card is torch's.
             jax.config.update("jax_platforms", "cpu")
         if not connection.recv():
             return
         same_precision(work)
         contender = CONTENDERS[name](work)
-        before = _resident()
+        before = resident_bytes()
         contender.run()
-        peak = contender.memory if contender.memory is not None else max(0, _peak() - before)
+        peak = contender.memory if contender.memory is not None else max(0, peak_bytes() - before)
         connection.send((contender.outcome, contender.compile_seconds, peak))
         while steps := connection.recv():
-            # The caches, and memory that the kernel took for idle, are its own again.
+            # A step that is not timed brings its data back into caches and memory.
             contender.run()
             since = time.perf_counter()
             contender.run(steps)
@@ -72,23 +71,20 @@ def _serve(connection, name: str, work: tuple) -> None:
         connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _resident() -> int:
-    """Bytes that this process holds; the peak is counted anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def _peak() -> int:
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 class Runner:
-    """A contender in its process, which comes up while others are made ready."""
+    """A contender in its own process, which starts while others are prepared."""
 
     def __init__(self, name: str, work: tuple, *, until: float | None = None):
-        """until: on the clock of `time.monotonic`; later answers are not waited for."""
+        """Starts the process.
+
+        Args:
+          work: the fields of `contenders.Work`.
+          until: the moment, on the clock of `time.monotonic`, after which answers are not waited for.
+        """
         context = multiprocessing.get_context("spawn")
         self.name = name
+        # Largest difference of the outcome from that of the first contender.
+        self.error = float("nan")
         self._until = until
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, work), daemon=True)
@@ -99,7 +95,7 @@ class Runner:
         self.outcome, self.compile_seconds, self.memory = self._answer_to(True)
 
     def seconds(self, steps: int) -> float:
-        """Of one step, when so many are done in a row."""
+        """Mean seconds of a step over `steps` consecutive ones."""
         return self._answer_to(steps)
 
     def _answer_to(self, message):
@@ -119,7 +115,7 @@ class Runner:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.send(0)
-        # One that compiles hears nothing for minutes.
+        # While it compiles, it reads no message for minutes.
         self._process.join(1 if self._until is not None and time.monotonic() > self._until else 10)
         self._process.kill()
 
@@ -133,23 +129,27 @@ def compare(
     *,
     ceiling: Mapping,
     rounds: int,
-    say,
+    say: Callable[[str], None],
     apart: bool = False,
     until: float | None = None,
     keep_going: bool = False,
 ) -> dict[str, object]:
-    """Times contenders against each other; the first one is ours.
+    """Times contenders against each other; the first one is segjax.
 
     Args:
+      names: keys of `contenders.CONTENDERS`.
       work: the fields of `contenders.Work`.
-      ceiling: of `ceilings`, for the same dtype.
-      apart: one contender after the other, each closed before the next is made, instead of turn by turn.
-      until: on the clock of `time.monotonic`, when all must be over; contenders that are not are left out.
-      keep_going: has a rival that cannot be timed stand in the result with the reason, "failed".
+      ceiling: result of `floor.ceilings` for the same dtype.
+      rounds: number of rounds.
+      say: called with lines about the progress.
+      apart: whether each contender is closed before the next one is prepared, instead of all taking turns.
+      until: end of the time, on the clock of `time.monotonic`; contenders that are not done are skipped.
+      keep_going: whether a rival that cannot be timed has the reason in the result as "failed", instead of an error.
 
     Raises:
-      BenchmarkError: one cannot be made, or computes something else. OutOfMemoryError, whatever `keep_going` says.
-      OutOfTimeError: ours was not done in time.
+      BenchmarkError: a contender cannot be prepared, or computes something else.
+      OutOfMemoryError: a contender does not fit into memory, also with `keep_going`.
+      OutOfTimeError: segjax was not done in time.
     """
     model, size, batch, mode, dtype, num_classes = work
     times, made, failed, cut = {}, {}, {}, False
@@ -157,7 +157,7 @@ def compare(
         runners = [Runner(name, work, until=until) for name in names]
         for runner in runners:
             stack.callback(runner.close)
-        # While they come up.
+        # While the processes start.
         floor = floors.floor_of(work, ceiling)
         for runner in runners:
             say(f"  {runner.name}: making it ready ...")
@@ -220,27 +220,29 @@ def compare(
 
 
 def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each, one number a round."""
+    """Seconds of a step by contender, one number for each round."""
     times = {runner.name: [] for runner in runners}
     steps = {runner.name: max(1, round(ROUND_SECONDS / runner.seconds(2))) for runner in runners}
     for number in range(rounds):
-        # Whoever comes after a heavy one may find a warmer machine: the order changes.
+        # The order changes, because a heavy contender may slow down the next one by heating the processor.
         start = number % len(runners)
         for runner in (*runners[start:], *runners[:start]):
-            # Threads of the one before may go on looking for work for some tenths of a second.
+            # Threads of the contender before may keep looking for work for some tenths of a second.
             if len(runners) > 1:
                 time.sleep(QUIET_SECONDS)
             times[runner.name].append(runner.seconds(steps[runner.name]))
     return times
 
 
-def largest_that_fits(measure, row: Row, *, say) -> dict[str, object]:
-    """`measure(row)`, with half the batch as long as one of the contenders has too little memory.
+def largest_that_fits(
+    measure: Callable[[Row], dict[str, object]], row: Row, *, say: Callable[[str], None]
+) -> dict[str, object]:
+    """`measure(row)`, where the batch is halved until every contender has enough memory.
 
-    All have the same batch: the largest that fits everybody, to within a factor of two.
+    All contenders have the same batch: the largest that fits all, to within a factor of two.
 
     Returns:
-      The result, with "did_not_fit", names and batches, and "seconds", how long all of it took.
+      The result, with the names and batches that did not fit as "did_not_fit", and the duration as "seconds".
 
     Raises:
       OutOfMemoryError: not even one image fits.
@@ -264,8 +266,3 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     if one.shape != other.shape:
         return float("inf")
     return float(np.abs(one - other).max() / np.abs(other).max())
-
-
-def quartiles(values: np.ndarray) -> list[float]:
-    """Median, lower and upper quartile."""
-    return [float(np.percentile(values, share)) for share in (50, 25, 75)]

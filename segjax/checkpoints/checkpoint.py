@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -159,7 +160,7 @@ def _as_array(value) -> np.ndarray | None:
     return tensor.numpy()
 
 
-def torch_module():
+def torch_module() -> ModuleType:
     """PyTorch. Raises CheckpointError where it is not installed."""
     try:
         import torch

@@ -193,7 +193,7 @@ def _shards(index: Path) -> list[str]:
 
 def _json(path: Path) -> dict:
     try:
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(read, dict):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segjax import models
 from segjax.checkpoints import metadata, orbax_folder
@@ -47,7 +48,7 @@ class LoadedCheckpoint:
         dataset = self.metadata.get("dataset")
         return None if not dataset or dataset.get("guessed") else dataset
 
-    def normalise(self, images: jax.Array) -> jax.Array:
+    def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
         """RGB 0..255 (..., 3) of any dtype -> float32 as the model takes it."""
         return normalise(images, self.mean, self.std)
 

@@ -1,8 +1,8 @@
 """Orbax folders: weights by name, their metadata, and whatever else a run needs to resume.
 
 A folder contains the items `weights` (parameters and running statistics by dotted path) and `about` (metadata, JSON); a
-checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`);
-checkpoints of a run are written by `train/run_checkpoints.py`.
+checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`); checkpoints of a run are written
+by `train/run_checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from segjax.models.functional import params_sha256
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
+if TYPE_CHECKING:
+    from orbax.checkpoint.options import MultiprocessingOptions
+
 
 class DamagedError(CheckpointError):
     """A checkpoint that is incomplete, truncated or changed since it was written."""
@@ -41,8 +44,8 @@ WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
 HASH, TRAINING_HASH, METADATA_HASH = "sha256", "sha256_training", "sha256_record"
 
 
-def this_process_alone():
-    """Without it every process would wait for all others at each file."""
+def this_process_alone() -> MultiprocessingOptions:
+    """Options with which orbax does not make this process wait for all others at each file."""
     from orbax.checkpoint.options import MultiprocessingOptions
 
     if jax.process_count() == 1:
@@ -120,27 +123,6 @@ def refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
 
 
-def load_model(folder: Path, *, dtype: jnp.dtype | None = None) -> SegmentationModel:
-    """The model in a converted folder, in one checkpoint of a run, or in the newest one of the folder of a run.
-
-    Args:
-      dtype: of the computation; float32 by default (float64 for float64 weights).
-
-    Raises:
-      CheckpointError: no checkpoint of segjax is there, it is damaged, or it is in float64 while jax_enable_x64 is off.
-    """
-    return load_model_and_metadata(folder, dtype=dtype)[0]
-
-
-def load_model_and_metadata(
-    folder: Path, *, dtype: jnp.dtype | None = None
-) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The same, and its metadata."""
-    folder = find(folder)
-    weights, metadata = load_weights(folder)
-    return build_model(weights, metadata, folder, dtype=dtype), metadata
-
-
 def build_model(
     weights: Mapping[str, np.ndarray], metadata: Mapping, folder: Path, *, dtype: jnp.dtype | None = None
 ) -> SegmentationModel:
@@ -174,7 +156,7 @@ def build_model(
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by dotted path, and their metadata, from any folder that `load_model` takes.
+    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `find`.
 
     Raises:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
@@ -187,7 +169,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load_metadata(folder: Path) -> dict[str, Any]:
-    """Only the metadata of any folder that `load_model` takes; its arrays are neither read nor checked."""
+    """Only the metadata of such a folder; its arrays are neither read nor checked."""
     return read_metadata(find(folder))
 
 
@@ -280,7 +262,7 @@ def read_items(folder: Path, *items: str) -> list:
 
 
 @contextlib.contextmanager
-def _damage(folder: Path):
+def _damage(folder: Path) -> Iterator[None]:
     """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
@@ -291,7 +273,7 @@ def _damage(folder: Path):
 
 
 @contextlib.contextmanager
-def failure(folder: Path):
+def failure(folder: Path) -> Iterator[None]:
     """Turns errors of orbax and tensorstore on a full or broken disk into a CheckpointError."""
     try:
         yield

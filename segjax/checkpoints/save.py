@@ -105,7 +105,7 @@ def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str,
     with atomic.replacing_folder(folder) as new:
         new.mkdir()
         for name, content in texts.items():
-            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+            (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _save_safetensors(weights, new / huggingface.WEIGHTS[0], metadata)
 
 

@@ -7,6 +7,13 @@ import ast
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+
+def summary_of(docstring: str | None) -> str:
+    """The first paragraph of a module's docstring, which is the first line of its command's --help."""
+    return (docstring or "").partition("\n\n")[0]
+
 
 CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
 
@@ -14,7 +21,7 @@ CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the fo
 def add_checkpoint(
     parser: argparse.ArgumentParser, arguments: Sequence[str], *, names: Sequence[str] = ("--checkpoint",)
 ) -> None:
-    """Adds the checkpoint: the next positional argument, or an option where `arguments` have one of its names."""
+    """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names."""
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
     means = "means" if len(names) == 1 else "mean"
     help = f"{CHECKPOINT}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
@@ -25,7 +32,7 @@ def add_checkpoint(
 
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:
-    """Adds how an image is scored, see `segjax.inference.engine.Protocol`."""
+    """Adds the options of a `segjax.inference.engine.Protocol`."""
     parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512")
     parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop")
@@ -33,7 +40,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
 
 
-def protocol_of(options: argparse.Namespace) -> dict[str, object]:
+def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `add_protocol` that were given."""
     names = ("mode", "crop", "stride", "scales", "flip")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -57,7 +64,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def overrides_at_fault(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns Python's errors about settings of a wrong kind into ValueErrors; without `overrides` they stay."""
+    """Turns Python's errors about settings of a wrong type into ValueErrors, if there are `overrides`."""
     try:
         yield
     except (TypeError, ArithmeticError) as error:

@@ -1,21 +1,22 @@
-"""Times a model beside PyTorch's: the same weights, the same input, the same work, turn by turn.
+"""Times a model next to PyTorch's: the same weights, the same input, the same work, in turn.
 
     segjax benchmark --model segformer_b0 --size 512 512 --batch 1 --mode infer --against torch torch-compile
     segjax benchmark --table --json benchmarks/records/2026-11-20-cpu.json
     segjax benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
 
-Every contender is a process of its own, so that neither allocator nor threads of one disturb another, and only one of
-them works at a time. First their results are compared: nothing is timed that computes something else. Then each does a
-few steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU one
-follows the other instead, each alone on the card, whose memory they could not share.
+Every contender runs in a process of its own, so that its allocator and threads do not disturb the others, and only one
+works at a time. First their results are compared: a contender that computes something else is not timed. Then each does
+a few steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU the
+contenders run one after the other instead, because they cannot share the memory of the card.
 
-Beside the times stands the floor: the larger of the time that the products would take at the rate of large matrix
-products, and the time that the traffic would take at the rate of a copy, both measured on the machine, in the type that
-is benchmarked. What is counted: `segjax.summary.least_work` for a forward pass; three times that for a training step,
-since the gradients of a layer's input and weight are two products more, each of which reads two of the same three
-arrays and writes the third; and AdamW's seven float32 numbers a parameter (parameter, gradient and two moments read,
-all but the gradient written). It is a floor of layer by layer: a kernel that computes two layers at once can go below.
-Rates are those of what must be done: who computes more, such as a decoder at full resolution, gets no credit for it.
+The floor is printed next to the times. It is the larger of two times: that of the matrix products at the rate of large
+matrix products, and that of the memory traffic at the rate of a copy. Both rates are measured on the machine in the
+dtype of the benchmark. A forward pass counts as `segjax.models.summary.least_work`, and a training step as three times
+that, since the gradients of a layer's input and weight are two more products, each of which reads two of the same three
+arrays and writes the third. AdamW adds seven float32 numbers per parameter: it reads parameter, gradient and two
+moments, and writes all but the gradient. The floor assumes one layer after the other: a kernel that computes two layers
+at once can be faster. Rates count only the necessary work: a contender that computes more, for example a decoder at
+full resolution, has a lower rate.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from segjax.benchmark import floor, runner
-from segjax.benchmark.report import machine, markdown, report
+from segjax.benchmark.machine import described
+from segjax.benchmark.report import markdown, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
 from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, largest_that_fits
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
-from segjax.runtime import atomic, console, environment
+from segjax.runtime import atomic, console
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax benchmark", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax benchmark", description=summary_of(__doc__))
     parser.add_argument("--model", default="segformer_b0", help="a name of segjax.MODELS")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)
@@ -50,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="bf16 for short; float32 unless given, bfloat16 in the table of GPUs",
     )
     parser.add_argument("--num-classes", type=int, default=150, metavar="K", help="150 unless given: ADE20K's")
-    parser.add_argument("--against", nargs="+", metavar="NAME", help="who else; all that there are")
+    parser.add_argument(
+        "--against", nargs="+", metavar="NAME", help="other contenders; default all that exist for the model"
+    )
     parser.add_argument(
         "--rounds", type=int, help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu"
     )
@@ -66,12 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="prints the README's table of a record")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    # This process counts and prints; a GPU is left to the contenders.
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
+    # This process only counts and prints; a GPU is left to the contenders.
     environment.prepare(cpu_only=True)
 
     def run() -> None:
         if options.markdown:
-            print("\n".join(markdown(json.loads(options.markdown.read_text()))))
+            print("\n".join(markdown(json.loads(options.markdown.read_text(encoding="utf-8")))))
         else:
             _run(options, arguments)
 
@@ -91,7 +99,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         raise BenchmarkError(f"--model: {options.model} is none of {', '.join(models.MODELS)}")
     of_gpus = options.table == "gpu"
     if options.minutes is not None and not of_gpus:
-        raise BenchmarkError("--minutes goes with --table gpu alone")
+        raise BenchmarkError("--minutes goes only with --table gpu")
     one = Row(options.model, options.mode, options.batch, tuple(options.size))
     rows = TABLES[options.table] if options.table else (one,)
     known = dict.fromkeys(name for row in rows for name in rivals(row.model))
@@ -142,7 +150,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             record = {
                 "date": datetime.date.today().isoformat(),
                 "command": "segjax benchmark " + " ".join(command),
-                **machine(ceiling["device"]),
+                **described(),
+                "device": ceiling["device"],
                 "float32_products": FLOAT32_PRODUCTS,
                 "ceilings": ceiling,
                 "results": results,
@@ -166,12 +175,12 @@ def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[
 
 
 def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float | None, say) -> Iterator[list[dict]]:
-    """The same, with those of `earlier` that are whole not measured again, at batches that fit, and in time.
+    """As `_one_after_the_other`, at batches that fit and within the time; complete rows of `earlier` are kept.
 
-    A row that cannot be measured stands in the results too, with the reason, "failed"; the others go on.
+    A row that cannot be measured has the reason in its result as "failed", and the next row follows.
 
     Args:
-      until: on the clock of `time.monotonic`. A row is not begun that would take longer than what is left.
+      until: end of the time, on the clock of `time.monotonic`. A row that would take longer is not begun.
     """
     results = earlier
     for row in rows:
@@ -199,14 +208,14 @@ def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float
 
 
 def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> list[dict]:
-    """Results of an earlier command, which this one goes on with.
+    """Results of an earlier command, which this one continues.
 
     Raises:
-      BenchmarkError: they are of something else.
+      BenchmarkError: they were measured for another dtype, number of classes or device.
     """
     if path is None or not path.exists():
         return []
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     # A row that failed has no type.
     work = {(dtype, num_classes), *((r["dtype"], r["num_classes"]) for r in record["results"] if "dtype" in r)}
     if record["device"] != device or len(work) > 1:
@@ -217,7 +226,7 @@ def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> l
 
 
 def _expected(results: Sequence[Mapping], row: Row) -> float:
-    """Seconds that a row will take: as long as the longest of the model and mode, of the mode, or of all; 0 of none."""
+    """Estimated seconds of a row: the longest of its model and mode, else of its mode, else of all; 0 without any."""
     for keys in (("model", "mode"), ("mode",), ()):
         alike = [r for r in results if "seconds" in r and all(r[key] == getattr(row, key) for key in keys)]
         if alike:

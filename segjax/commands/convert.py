@@ -1,197 +1,49 @@
-"""Command line: weights between PyTorch and segjax.
+"""Converts weights between PyTorch and segjax.
 
     segjax convert CHECKPOINT DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
                                   [--overrides KEY=VALUE ...] [--verify]
 
 CHECKPOINT is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the
-Hub, told apart by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
+Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
 folder that transformers loads. Class names, normalisation and origin go with the weights, except into a `.pth`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
-from segjax import models
-from segjax.checkpoints import huggingface
-from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
-from segjax.checkpoints.files import read_checkpoint
-from segjax.checkpoints.key_maps import DIALECTS, KEY_FORMATS, OF_VARIANT
-from segjax.checkpoints.load import model_of
-from segjax.checkpoints.metadata import carried
-from segjax.checkpoints.save import is_folder, require_destination, write_checkpoint
-from segjax.checkpoints.state_dict import (
-    from_values,
-    key_format_of,
-    logger,
-    model_metadata,
-    named_variables,
-    parameters_of,
-    settings_of,
-)
-from segjax.commands.arguments import add_checkpoint, overrides_at_fault, parse_overrides
-from segjax.commands.ending import CheckError, run_command
-from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import environment
+from segjax.checkpoints.key_maps import DIALECTS
+from segjax.commands.arguments import add_checkpoint, overrides_at_fault, summary_of
+from segjax.commands.ending import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax convert", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax convert", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="DST", help="*.pth, *.safetensors, anything else: a folder")
-    parser.add_argument("--model", default="auto", help=f"insist on one of {', '.join(models.MODELS)}")
+    parser.add_argument("--model", default="auto", help="insist on this model, a name of segjax.MODELS")
     parser.add_argument("--num-classes", type=int, help="needed for an encoder only, else checked")
     parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names CHECKPOINT has")
     parser.add_argument(
         "--to", choices=DIALECTS, help="whose names DST gets, default native; of folders hf is one for transformers"
     )
     parser.add_argument(
-        "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not tell"
+        "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not contain"
     )
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     environment.keep_compiled_programs()
 
     def run() -> None:
+        from segjax.commands.conversion import convert
+
         with overrides_at_fault(options.overrides):
-            _run(options)
+            convert(options)
 
     return run_command("segjax convert", run)
-
-
-def _run(options: argparse.Namespace) -> None:
-    logger.info("%s -> %s", options.checkpoint, options.destination)
-    _refuse_destination(options)
-    checkpoint = read_checkpoint(options.checkpoint).read_as(dialect=options.dialect)
-    dialect, to_folder = options.to or "native", is_folder(options.destination)
-    with jax.enable_x64(True) if checkpoint.param_dtype == np.float64 else contextlib.nullcontext():
-        model, metadata = (
-            _model_of_folder(checkpoint, options) if checkpoint.is_orbax else _model_of(checkpoint, options)
-        )
-        # Before the verification, so that keys which cannot express this model are refused at once.
-        if not to_folder or dialect == "hf":
-            _log_other_settings(model, dialect, stored=("num_heads",) if to_folder else ())
-        if options.verify:
-            metadata["provenance"] |= {"verified": _verified(model, checkpoint)}
-        if to_folder and dialect == "hf":
-            _measure_transformers(model)
-        write_checkpoint(options.destination, model, dialect=dialect, metadata=metadata)
-    if options.destination.suffix == ".pth" and "dataset" in metadata:
-        logger.info("note: a .pth contains only weights; .safetensors keeps class names and more")
-    folder = "a folder for transformers" if dialect == "hf" else "orbax folder"
-    logger.info("wrote %s (%s)", options.destination, folder if to_folder else f"{dialect} names")
-
-
-def _refuse_destination(options: argparse.Namespace) -> None:
-    require_destination(options.destination, options.to)
-    source = None if huggingface.is_address(options.checkpoint) else options.checkpoint.expanduser()
-    if source and source.exists() and options.destination.exists() and options.destination.samefile(source):
-        raise CheckpointError(f"{options.destination} is the source itself; choose another name")
-
-
-def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The model in an orbax folder of segjax, and the metadata to write."""
-    if options.overrides or options.dialect != "auto":
-        raise CheckpointError(
-            "an orbax folder contains the settings of its model; --overrides and --dialect are for PyTorch checkpoints"
-        )
-    model, known = model_of(checkpoint)
-    if options.model not in ("auto", model.spec.name):
-        raise CheckpointError(f"{options.checkpoint} holds {model.spec.name}, not {options.model}")
-    if options.num_classes not in (None, model.spec.num_classes):
-        raise CheckpointError(f"{options.checkpoint} has {model.spec.num_classes} classes, not {options.num_classes}")
-    _log_model(model)
-    return model, carried(known, checkpoint.provenance)
-
-
-def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The model of a PyTorch checkpoint, and the metadata to write."""
-    to_encoder = any(key_format.encoder_only for key_format in KEY_FORMATS if key_format.dialect == options.to)
-    encoder_only = options.num_classes is None and to_encoder and not checkpoint.recognised.has_head
-    storage = checkpoint.param_dtype
-    model, metadata = model_of(
-        checkpoint,
-        name=options.model,
-        # The decoder that is made for an encoder is not written.
-        num_classes=1 if encoder_only else options.num_classes,
-        dtype=jnp.promote_types(storage, jnp.float32),
-        param_dtype=storage,
-        **parse_overrides(options.overrides),
-    )
-    _log_model(model, encoder_only=encoder_only)
-    return model, metadata
-
-
-def _log_model(model: SegmentationModel, *, encoder_only: bool = False) -> None:
-    part = "its encoder only" if encoder_only else f"{model.spec.num_classes} classes"
-    parameters = parameters_of(model, encoder_only=encoder_only)
-    logger.info("%s, %s, %s parameters", model.spec.name, part, f"{parameters:,}")
-
-
-def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple[str, ...]) -> None:
-    """Logs the settings in which the package that is written for computes otherwise than this model.
-
-    Args:
-      stored: settings that the written checkpoint contains.
-    """
-    settings, key_format = settings_of(model), key_format_of(model, dialect)
-    for setting, value in key_format.settings:
-        if setting not in stored and value is not OF_VARIANT and settings[setting] != value:
-            logger.info(
-                "note: %s computes with %s=%s, this model with %s",
-                key_format.package,
-                setting,
-                value,
-                settings[setting],
-            )
-
-
-def _measure_transformers(model: SegmentationModel) -> None:
-    """Logs how far the logits of a random image move with the LayerNorm eps of transformers, the only difference."""
-    eps = dict.fromkeys(("block_norm_eps", "patch_norm_eps"), huggingface.LAYER_NORM_EPS)
-    settings = settings_of(model)
-    if settings == settings | eps:
-        logger.info("transformers computes with the same settings")
-        return
-    kinds: dict[str, Any] = dict(num_classes=model.spec.num_classes, dtype=model.dtype)
-    kinds |= settings | eps | {"param_dtype": model_metadata(model)["param_dtype"]}
-    values = {path: variable.get_value() for path, variable in named_variables(model).items()}
-    moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds)), values)
-    image = np.random.default_rng(0).standard_normal((1, 128, 160, 3)).astype(np.float32)
-    logits, others = (np.asarray(_logits(one, image)) for one in (model, moved))
-    difference, largest = np.abs(logits - others).max(), np.abs(logits).max()
-    logger.info("logits in transformers differ by at most %.1e (the largest is %.1f)", difference, largest)
-
-
-@nnx.jit
-def _logits(model: SegmentationModel, images: jax.Array) -> jax.Array:
-    return model(images)[0]
-
-
-def _verified(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The result of comparing the model with PyTorch on the checkpoint. Raises CheckError where they differ."""
-    report = _verify(model, checkpoint)
-    if not report.passed:
-        raise CheckError("not written, because the outputs differ")
-    return {"against": report.against, "error": float(report.error)}
-
-
-def _verify(model: SegmentationModel, checkpoint: Checkpoint):
-    """-> torch_reference.verify.Report."""
-    try:
-        from segjax.torch_reference import verify
-    except ModuleNotFoundError as error:
-        raise CheckpointError(f"--verify needs {error.name}: pip install 'segjax[parity]'") from None
-    report = verify.verify(model, checkpoint)
-    logger.info("%s", report)
-    return report

@@ -1,9 +1,9 @@
-"""Command line: prepares a dataset for training, and shows what is in it.
+"""Prepares a dataset for training, and shows what is in it.
 
     segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
-A PATH is a folder or an archive. A dataset that is prepared already is described again, and needs no source. `show`
+A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source. `show`
 writes a page of augmented samples, see `show --help`.
 """
 
@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
-from segjax.data import builders, class_weights
+from segjax.data import class_weights, specs
 from segjax.runtime import console
+
+if TYPE_CHECKING:
+    from segjax.data.prepared import Prepared
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,22 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="segjax data", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data", description=summary_of(__doc__))
+    names = specs.prepared_names()
     parser.add_argument("command", choices=["prepare", "show"])
-    parser.add_argument("name", metavar="NAME", choices=builders.names(), help=", ".join(builders.names()))
+    parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
 
     def run() -> None:
+        from segjax.data import builders
+
         prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
         console.say("\n".join(describe(prepared)))
 
-    return run_command("segjax data", run, interrupted="the same command goes on")
+    return run_command("segjax data", run, interrupted="the same command continues")
 
 
-def describe(prepared: builders.Prepared) -> list[str]:
-    """Images per split, and of the first labelled split the classes; lines of at most 80 columns but for the path."""
+def describe(prepared: Prepared) -> list[str]:
+    """Images per split, and of the first labelled split the classes; lines of at most 80 columns, except the path."""
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
     for split, count in prepared.splits.items():
         labels = "yes" if split in prepared.labelled else "not published"

@@ -1,4 +1,4 @@
-"""Draws what the model will see: augmented samples beside their labels, on one page.
+"""Draws augmented samples, as a training sees them, next to their labels, on one page.
 
 segjax data show
 segjax data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
@@ -10,25 +10,27 @@ import argparse
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
+from segjax.commands.arguments import summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.data.augment import augment, step_keys
-from segjax.data.open import open_splits
-from segjax.data.pipeline import StreamBatches
-from segjax.data.records import Records, records_of
 from segjax.runtime import console
-from segjax.runtime.parallel import JitParallel
 from segjax.viz import pictures
+
+if TYPE_CHECKING:
+    from segjax.data.augment import AugmentSettings
+    from segjax.data.records import Records
 
 # No crop is larger than this where none is given, nor than the largest image.
 LARGEST_CROP = 512
 
 
-def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed: int, num: int, path: Path) -> None:
+def show(
+    data: specs.Split | Records, spec: specs.DatasetSpec, settings: AugmentSettings, *, seed: int, num: int, path: Path
+) -> None:
     """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
 
     Args:
@@ -37,6 +39,14 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
     Raises:
       RecordError: an image or a label cannot be used.
     """
+    # Imported after parsing, because it imports jax, which takes a second.
+    import jax
+
+    from segjax.data.augment import augment, step_keys
+    from segjax.data.pipeline import StreamBatches
+    from segjax.data.records import records_of
+    from segjax.runtime.parallel import JitParallel
+
     records, key = records_of(data), jax.random.key(seed)
     parallel = JitParallel(jax.local_devices()[:1])
     with StreamBatches(
@@ -45,7 +55,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
         batch, numbers = batches.at(0), batches.indices(0)
     keys, _ = step_keys(key, 0, batch["position"])
     images, labels = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))(keys, batch)
-    pixels = np.asarray(images) * np.float32(specs.IMAGENET_STD) + np.float32(specs.IMAGENET_MEAN)
+    pixels = np.asarray(images) * np.array(specs.IMAGENET_STD, np.float32) + np.array(specs.IMAGENET_MEAN, np.float32)
     titles = [
         f"{records.names[number]}   {height}x{width} × {scaled / height:.2f}{'   flipped' if flip else ''}"
         for number, (height, width), (scaled, _), flip in zip(
@@ -56,7 +66,7 @@ def show(data: specs.Split | Records, spec: specs.DatasetSpec, settings, *, seed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax data show", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax data show", description=summary_of(__doc__))
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
@@ -80,10 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.data.records import records_of
+
     data, spec = _data(options)
     largest = records_of(data).sizes.max(axis=0).tolist()
     crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
-    settings = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
+    settings: Any = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
     path = options.output or Path(f"show-{options.name}.png")
     show(data, spec, settings, seed=options.seed, num=options.num, path=path)
     console.say(
@@ -92,6 +104,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
+    from segjax.data.open import open_splits
+
     (opened,) = open_splits(
         options.name,
         [options.split],

@@ -1,4 +1,4 @@
-"""How every command ends: with one line for what its user can mend, and with a traceback for anything else."""
+"""The end of every command: one message for errors that its user can correct, a traceback for all others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from segjax.runtime import atomic, console, distributed
 
 FAILED_CHECK, WRONG_INPUT = 1, 2
-# What a shell reports of a program that a signal has ended: 128 and the number of SIGINT or SIGPIPE.
+# The status that a shell reports for a program ended by a signal: 128 plus the number of SIGINT or SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class CheckError(Exception):
-    """A comparison that the command makes before it writes has failed; the message says what follows from it."""
+    """A comparison before the output is written has failed; the message states the consequence."""
 
 
 def run_command(
@@ -26,31 +26,30 @@ def run_command(
     interrupted: str = "nothing was written",
     full_disk: str = "make room, and run the same command again",
 ) -> int:
-    """Runs a command; what it logs to the logger "segjax" is printed.
+    """Runs a command; messages of the logger "segjax" are printed.
 
     Args:
-      name: the command as it is typed, "segjax convert"; every message begins with it.
-      run: the command itself; returns its exit status, or None for 0.
-      interrupted: what is left after Ctrl-C, as the end of a sentence.
-      full_disk: what to do after a write that found no room, as the end of a sentence.
+      name: name of the command as it is typed, "segjax convert"; every message begins with it.
+      run: function of the command; returns its exit status, or None for 0.
+      interrupted: state of the output after Ctrl-C, as the end of a sentence.
+      full_disk: remedy after a full disk, as the end of a sentence.
 
     Returns:
-      The exit status: that of `run`; 1 after a `CheckError` or an error that is nobody's input; 2 after a ValueError,
-      OSError or KeyError, whose message is printed in lines of 80 columns on stderr; 130 after Ctrl-C; 141 where the
-      reader of stdout has gone. One of several processes ends here instead of returning 1 or 2, so that the others do
-      not wait for it.
+      The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError or KeyError, whose
+      message is printed in lines of 80 columns on stderr; 130 after Ctrl-C; 141 where the reader of stdout has closed
+      it. One of several processes exits here instead of returning 1 or 2, so that the others do not wait for it.
     """
     try:
         with console.log_to(console.say):
             status = run()
-        # Here and not at exit, where Python could only complain of a pipe that nobody reads.
+        # Flushed here, because at exit Python could only print that the pipe is closed.
         sys.stdout.flush()
         return status or 0
     except KeyboardInterrupt:
         _complain(f"{name}: stopped; {interrupted}")
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes once more when it exits.
+        # Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except CheckError as error:

@@ -3,9 +3,9 @@
     segjax evaluate RUN [--best]
     segjax evaluate CHECKPOINT --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
 
-The first evaluates the last weights of a run, or its best ones, on its own data and as its training does; the second
-any checkpoint, on any data set and with mmsegmentation's protocols. Both write a report: index.html, and its figures
-next to it.
+The first evaluates the last or the best weights of a run on its own data, in the same way as during training; the
+second evaluates any checkpoint on any dataset with mmsegmentation's protocols. Both write a report: index.html, and its
+figures next to it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from segjax.checkpoints.format_version import refuse_newer
-from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of
+from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of, summary_of
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.inference.evaluate_dataset import evaluate_dataset
-from segjax.runtime import environment
 from segjax.runtime.console import say, score
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax evaluate", description=summary_of(__doc__))
     add_checkpoint(parser, arguments, names=("--checkpoint", "--workdir"))
     parser.add_argument(
         "--data",
         metavar="NAME[:SPLIT]",
-        help=f"one of {', '.join(specs.DATASETS)}; without, CHECKPOINT is a run, and evaluated on its own data",
+        help=f"one of {', '.join(specs.DATASETS)}; without, CHECKPOINT is a run and is evaluated on its own data",
     )
-    parser.add_argument("--best", action="store_true", help="of a run, the weights of its best evaluation")
+    parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
     parser.add_argument(
         "--output",
         type=Path,
@@ -49,11 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     environment.prepare()
     return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, object]:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, as `evaluate_dataset` takes them."""
     others = {"size_divisor": options.size_divisor, "batch": options.batch}
     return protocol_of(options) | {name: value for name, value in others.items() if value is not None}
@@ -65,13 +66,13 @@ def _problems(options: argparse.Namespace) -> list[str]:
     generated = specs.is_generated(name)
     stray = ", ".join(f"--{key.replace('_', '-')}" for key in _settings(options))
     wrong = {
-        f"{stray}: without --data a run is evaluated as by its training; give --data NAME too": (
+        f"{stray}: without --data a run is evaluated as during training; give --data NAME too": (
             stray and not options.data
         ),
         f"--data is NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
             options.data and name not in specs.DATASETS
         ),
-        f"{name} are drawn and need neither --source nor --data-dir": (
+        f"{name} are generated and need neither --source nor --data-dir": (
             generated and (options.source or options.data_dir)
         ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
@@ -81,20 +82,25 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
+
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
     output = options.output or (own_report if is_run else Path("report"))
-    say(f"evaluates {checkpoint} on {options.data or 'its own data, as its training does'}")
-    summary = evaluate_dataset(
-        checkpoint,
-        options.data,
-        data_source=options.source,
-        data_dir=options.data_dir,
-        output=output,
-        progress=True,
-        **_settings(options),
-    )
+    say(f"evaluates {checkpoint} on {options.data or 'its own data, as during training'}")
+    try:
+        summary = evaluate_dataset(
+            checkpoint,
+            options.data,
+            data_source=options.source,
+            data_dir=options.data_dir,
+            output=output,
+            progress=True,
+            **_settings(options),
+        )
+    except NoDataError as error:
+        raise ValueError(f"{error}: --data NAME") from error
     _print_table(summary)
     say(f"report: {output / 'index.html'}")
     if is_run and not options.best:
@@ -115,18 +121,20 @@ def _print_table(summary: Mapping) -> None:
 
 
 def _compare_with_result(result: Path, summary: Mapping) -> None:
-    """Prints whether the figures are those that the training has written."""
+    """Prints whether the figures are those that the training wrote."""
+    from segjax.checkpoints.format_version import refuse_newer
+
     if not result.exists():
         return
     recorded = json.loads(result.read_text(encoding="utf-8"))
     refuse_newer(recorded, result)
     shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
-    # Checkpoints of old runs do not tell their step.
+    # Checkpoints of old runs do not contain their step.
     if all(recorded[key] == summary[key] for key in shared if summary[key] is not None):
-        say(f"exactly what {result} says (mIoU {score(recorded['mean_iou'])})")
+        say(f"exactly as in {result} (mIoU {score(recorded['mean_iou'])})")
         return
     apart = abs((recorded["mean_iou"] or 0) - (summary["mean_iou"] or 0))
     say(
-        f"NOT what {result} says (mIoU {score(recorded['mean_iou'])}, {apart:.1e} from this one); another device, or "
+        f"NOT as in {result} (mIoU {score(recorded['mean_iou'])}, {apart:.1e} from this one); another device, or "
         "another version of jax or segjax, rounds differently"
     )

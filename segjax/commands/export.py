@@ -1,10 +1,10 @@
-"""Command line: a trained model as one file that runs without segjax.
+"""Exports a trained model as one file that runs without segjax.
 
     segjax export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
                   [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
 
-CHECKPOINT is what `segjax convert` reads, or the folder of a run. What the file takes and gives is described in
-segjax/exports/export.py.
+CHECKPOINT is anything that `segjax convert` reads, or the folder of a run. Input and output of the file are described
+in segjax/exports/export.py.
 """
 
 from __future__ import annotations
@@ -13,34 +13,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from segjax.commands.arguments import add_checkpoint
+from segjax.commands.arguments import add_checkpoint, summary_of
 from segjax.commands.ending import CheckError, run_command
-from segjax.exports.export import UnequalError, export
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
-from segjax.runtime import environment
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="segjax export", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=Path, metavar="OUT", help="*.stablehlo, *.onnx or *.pt2")
     parser.add_argument("--format", required=True, choices=list(SUFFIXES))
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the images, in pixels")
     parser.add_argument(
-        "--dynamic", action="store_true", help="leave batch, height and width open; else the batch is 1"
+        "--dynamic", action="store_true", help="dynamic batch, height and width; without, the batch is 1"
     )
-    parser.add_argument("--with-preprocessing", action="store_true", help="takes uint8 RGB (B, H, W, 3)")
-    parser.add_argument("--with-argmax", action="store_true", help="gives labels of the images' size, not logits")
+    parser.add_argument("--with-preprocessing", action="store_true", help="input is uint8 RGB (B, H, W, 3)")
+    parser.add_argument("--with-argmax", action="store_true", help="labels of the images' size instead of logits")
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
     options = parser.parse_args(arguments)
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     # Files are compared on the CPU, whose float32 products are not rounded.
     environment.prepare(cpu_only=True)
     return run_command("segjax export", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    form = ExportFormat(
+    from segjax.exports.export import UnequalError, export
+
+    export_format = ExportFormat(
         options.format,
         tuple(options.size),
         dynamic=options.dynamic,
@@ -49,6 +52,6 @@ def _run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     try:
-        export(options.checkpoint.expanduser(), options.destination, form)
+        export(options.checkpoint.expanduser(), options.destination, export_format)
     except UnequalError as error:
         raise CheckError(error) from error

@@ -17,24 +17,24 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
-from segjax.checkpoints.load import LoadedCheckpoint, load
 from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of
 from segjax.commands.ending import run_command
-from segjax.inference import batch_run
-from segjax.inference.batch_run import Job, Run
-from segjax.inference.predictor import Predictor
-from segjax.models.functional import FunctionalModel
-from segjax.runtime import console, environment
+from segjax.inference.outputs import KINDS, Job
+from segjax.runtime import console
 from segjax.runtime.atomic import write_text
 from segjax.viz import video
+
+if TYPE_CHECKING:
+    from segjax.checkpoints.load import LoadedCheckpoint
+    from segjax.inference.batch_run import Run
+    from segjax.inference.predictor import Predictor
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    summary, _, details = __doc__.partition("\n\n")
+    summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="segjax predict",
         description=summary,
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write",
         nargs="+",
-        choices=batch_run.KINDS,
+        choices=KINDS,
         default=["labels", "overlay"],
         metavar="KIND",
-        help=f"of {', '.join(batch_run.KINDS)}; default labels overlay",
+        help=f"of {', '.join(KINDS)}; default labels overlay",
     )
     add_protocol(parser)
     parser.add_argument(
@@ -69,16 +69,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.mode != "slide" and (options.crop or options.stride):
         parser.error("--crop and --stride go with --mode slide")
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     environment.prepare()
     return run_command(
         "segjax predict",
         lambda: _run(options),
-        interrupted="what was written is whole. --resume goes on",
+        interrupted="the files that were written are complete; --resume continues",
         full_disk="make room, and run the command again with --resume",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
+    from segjax.checkpoints.load import load
+    from segjax.inference import batch_run
+    from segjax.inference.batch_run import Run
+    from segjax.inference.predictor import Predictor
+
     jobs, skipped = batch_run.plan(options.inputs, options.output, options.write)
     if any(job.is_video for job in jobs):
         video.pyav()
@@ -106,6 +114,10 @@ def _describe(
     done: int,
     options: argparse.Namespace,
 ) -> None:
+    import jax
+
+    from segjax.models.functional import FunctionalModel
+
     classes, model = predictor.classes, checkpoint.model
     count = sum(array.size for array in FunctionalModel(model).arrays()[0].values())
     origin = "" if checkpoint.dataset else f" (the file names none; {classes.name} has as many)"

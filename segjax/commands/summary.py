@@ -1,9 +1,9 @@
-"""Command line: what a model costs, counted from its shapes.
+"""Counts parameters, multiply-adds and memory of a model from its shapes.
 
     segjax summary NAME --size H W [--num-classes K] [--overrides KEY=VALUE ...] [--json]
                    [--convention true|modelsummary]
 
-What is counted is described in segjax/models/summary.py.
+The counts are defined in segjax/models/summary.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from segjax import models
-from segjax.commands.arguments import overrides_at_fault, parse_overrides
+from segjax.commands.arguments import overrides_at_fault, parse_overrides, summary_of
 from segjax.commands.ending import run_command
-from segjax.models.summary import KINDS, NOT_COUNTED, PublishedSummary, Summary, modelsummary, summarise
-from segjax.runtime import environment
+
+if TYPE_CHECKING:
+    from segjax.models.summary import PublishedSummary, Summary
 
 # ------------------------------------------------------------------------------------------------------------ command
 
@@ -37,6 +38,8 @@ def _columns(counts: Mapping[str, int]) -> list[str]:
 
 
 def _table(summary: Summary) -> str:
+    from segjax.models.summary import KINDS, NOT_COUNTED
+
     h, w, _ = summary.logits
     lines = [
         _title(summary),
@@ -68,6 +71,8 @@ def _published_table(summary: PublishedSummary) -> str:
 
 
 def _json(summary: Summary | PublishedSummary) -> str:
+    from segjax.models.summary import Summary
+
     fields = dataclasses.asdict(summary)
     if isinstance(summary, Summary):
         fields |= {"total_multiply_adds": summary.total_multiply_adds, "activation_mib": summary.activation_mib}
@@ -77,8 +82,10 @@ def _json(summary: Summary | PublishedSummary) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax summary", description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(models.MODELS)}")
+    parser = argparse.ArgumentParser(prog="segjax summary", description=summary_of(__doc__))
+    parser.add_argument(
+        "name", metavar="NAME", help="a name of segjax.MODELS, such as segformer_b2; another one lists them"
+    )
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels")
     parser.add_argument("--num-classes", type=int, default=19, metavar="K", help="19 unless given")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the model")
@@ -90,12 +97,17 @@ def main(arguments: list[str] | None = None) -> int:
         help="modelsummary: the figures of jo-jstrm/segmentation_pytorch, which are no parameter counts",
     )
     options = parser.parse_args(arguments)
+    # Imported after parsing, because it imports jax, which takes a second.
+    from segjax.runtime import environment
+
     # Nothing is computed.
     environment.prepare(cpu_only=True)
     return run_command("segjax summary", lambda: _run(options), interrupted="nothing was counted")
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.models.summary import Summary, modelsummary, summarise
+
     count = summarise if options.convention == "true" else modelsummary
     with overrides_at_fault(options.overrides):
         summary = count(options.name, tuple(options.size), options.num_classes, **parse_overrides(options.overrides))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +34,33 @@ class Crops(NamedTuple):
     origin: jax.Array | np.ndarray
 
 
+class AugmentSettings(Protocol):
+    """The `augment` section of a config, see `segjax.train.schema`."""
+
+    @property
+    def crop(self) -> Sequence[int]: ...
+
+    @property
+    def scale(self) -> Sequence[float]: ...
+
+    @property
+    def flip(self) -> float: ...
+
+    @property
+    def photometric(self) -> bool: ...
+
+
 def normalise(
-    images: jax.Array, mean: Sequence[float] = specs.IMAGENET_MEAN, std: Sequence[float] = specs.IMAGENET_STD
+    images: jax.Array | np.ndarray,
+    mean: Sequence[float] = specs.IMAGENET_MEAN,
+    std: Sequence[float] = specs.IMAGENET_STD,
 ) -> jax.Array:
     """(images - mean) / std: RGB in 0..255 (..., 3) of any dtype -> float32; mean and std default to ImageNet's."""
-    return (images.astype(jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
+    return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
 def augment(
-    keys: jax.Array, batch: dict[str, jax.Array], settings, *, ignore_label: int
+    keys: jax.Array, batch: dict[str, Any], settings: AugmentSettings, *, ignore_label: int
 ) -> tuple[jax.Array, jax.Array]:
     """Augments a batch, each sample with its own key.
 
@@ -69,7 +87,7 @@ def augment(
     return jax.vmap(one)(keys, batch["image"], batch["label"], batch["size"], crops)
 
 
-def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
+def draw_crops(keys: jax.Array, sizes: jax.Array, settings: AugmentSettings) -> Crops:
     """Random crop: scale, position and flip of each sample, from its key (B,) and the size (B, 2) of its image."""
 
     def one(key, size):
@@ -90,7 +108,7 @@ def draw_crops(keys: jax.Array, sizes: jax.Array, settings) -> Crops:
 _MARGIN = 5
 
 
-def window_size(sizes: np.ndarray, settings) -> tuple[int, int]:
+def window_size(sizes: np.ndarray, settings: AugmentSettings) -> tuple[int, int]:
     """Height and width of a window of an image that contains any crop of any image of the sizes (N, 2)."""
     # A scaled side is rounded, by at most half a pixel, before the positions of its pixels are computed.
     needed = (math.ceil((side + 0.5) / settings.scale[0]) + _MARGIN for side in settings.crop)

@@ -50,18 +50,13 @@ _SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
 _VERSION = "1.1.0"
 
 
-def names() -> tuple[str, ...]:
-    """Names of the datasets that are prepared: all of the table but the generated ones."""
-    return tuple(name for name in specs.DATASETS if not specs.is_generated(name))
-
-
 def prepare(
     name: str, *, source: StrPath | Sequence[StrPath] | None = None, data_dir: StrPath | None = None
 ) -> Prepared:
-    """Opens a prepared dataset; before its first use, checks and prepares it and prints one line on stdout.
+    """Opens a prepared dataset; before its first use, checks and prepares it and prints the paths on stdout.
 
     Args:
-      name: one of `names()`.
+      name: one of `specs.prepared_names()`.
       source: path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
         "folder" needs it once the dataset is prepared.
       data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
@@ -73,8 +68,9 @@ def prepare(
       DataError: another name; no source where one is needed; one with problems, which are all listed; or a dataset that
         was prepared from other files.
     """
-    if name not in names():
-        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names())}")
+    names = specs.prepared_names()
+    if name not in names:
+        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names)}")
     dataset = specs.DATASETS[name]
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]
@@ -172,14 +168,15 @@ def _write(
     scratch: masks.Scratch,
     identity: dict[str, str],
 ) -> Prepared:
-    """Prints one line, then checks, converts and writes.
+    """Prints what is prepared, then checks, converts and writes.
 
     Args:
       identity: metadata about the files from which the dataset was prepared: source, state, fingerprint.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
-    print(f"Preparing {spec.name}, images per split: {counts}; from {identity['source']} to {path}", flush=True)
+    # Indented lines are not wrapped, so that the paths stay whole.
+    console.say(f"Preparing {spec.name}, images per split: {counts}\n  from {identity['source']}\n  to {path}")
     problems: Problems = collections.defaultdict(list)
     needed = sum(example.image.size for found in examples.values() for example in found)
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
@@ -296,7 +293,7 @@ def _builder_class(dataset: str):
 
 
 def _records(examples: list[Example], what: str):
-    for example in console.Progress(what, len(examples), "images").over(examples):
+    for example in console.ProgressBar(what, len(examples), "images").over(examples):
         # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
         yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 

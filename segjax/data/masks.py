@@ -57,7 +57,7 @@ class Scratch:
         """(split, name) -> measurement of the examples that earlier attempts found valid."""
         found = {}
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "checked.jsonl").read_text().splitlines():
+            for line in (self.path / "checked.jsonl").read_text(encoding="utf-8").splitlines():
                 # The last line may be cut where the process was killed.
                 with contextlib.suppress(ValueError):
                     split, name, size, pixels = json.loads(line)
@@ -69,7 +69,7 @@ class Scratch:
         """Gives a function (split, name, measured) that records that an example is valid."""
         path = self.make() / "checked.jsonl"
         cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write("\n" * cut)
 
             def write(split: str, name: str, measured: Measured) -> None:
@@ -111,7 +111,7 @@ def convert(
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
     if taken := sum((split, example.name) in earlier for split, found in examples.items() for example in found):
-        print(f"Taking over {taken} of {total} images that an interrupted preparation has checked", flush=True)
+        console.say(f"Taking over {taken} of {total} images that an interrupted preparation has checked")
 
     def check(split: str, example: Example) -> tuple[Measured, list[tuple[str, str]]]:
         target = scratch.mask(split, example.name)
@@ -129,7 +129,7 @@ def convert(
         for split, found in examples.items():
             measured[split] = []
             with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
-                progress = console.Progress(f"checking {split}", len(found), "images")
+                progress = console.ProgressBar(f"checking {split}", len(found), "images")
                 for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
                     for kind, entry in faults:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.data import specs
-from segjax.data.augment import Crops, draw_crops, step_keys, window_size, with_origins
+from segjax.data.augment import AugmentSettings, Crops, draw_crops, step_keys, window_size, with_origins
 from segjax.data.records import THREADS, CachedRecords, Records, ahead, read, records_of
 from segjax.runtime.parallel import Parallel
 
@@ -98,7 +98,9 @@ class _WindowLoader:
         return {"image": images, "label": labels, "size": sizes, "position": self.rows, "crop": crops}
 
 
-def _compiled_draw(key: jax.Array, rows: np.ndarray, settings) -> Callable[[np.int32, np.ndarray], Crops]:
+def _compiled_draw(
+    key: jax.Array, rows: np.ndarray, settings: AugmentSettings
+) -> Callable[[np.int32, np.ndarray], Crops]:
     """`(step, sizes (b, 2)) -> Crops`, the same as in the training step, computed on the host."""
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 
@@ -129,7 +131,7 @@ class StreamBatches:
         batch_size: int,
         seed: int,
         parallel: Parallel,
-        settings,
+        settings: AugmentSettings,
         key: jax.Array,
         start: int = 0,
         threads: int = THREADS,
@@ -209,7 +211,7 @@ class StreamBatches:
 
 def evaluation_batches(
     data: specs.Split | Records, *, batch_size: int, part: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
     """Every image once, at its own size, read in advance by threads.
 
     Args:

@@ -7,13 +7,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from segjax.data import specs
 from segjax.data.sources import DataError
 from segjax.runtime import console
+
+if TYPE_CHECKING:
+    import grain
 
 # OpenCV decodes and NumPy copies outside the interpreter's lock.
 THREADS = min(16, os.cpu_count() or 1)
@@ -117,7 +120,7 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         images[number, :height, :width], labels[number, :height, :width] = read(records, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in console.Progress(what, len(records), "images").over(pool.map(fill, range(len(records)))):
+        for _ in console.ProgressBar(what, len(records), "images").over(pool.map(fill, range(len(records)))):
             pass
     return specs.Split(images, labels, records.sizes, tuple(records.names))
 
@@ -150,7 +153,7 @@ class CachedRecords:
         return image, label
 
 
-def ahead(items, work: Callable, *, threads: int):
+def ahead(items: Sequence, work: Callable, *, threads: int) -> grain.IterDataset:
     """A Grain dataset of `work(item)` in the order of the items, which threads compute in advance."""
     import grain
 

@@ -151,7 +151,7 @@ def _unpacked(path: Path, scratch: Path) -> Path:
             path.open("rb") as packed,
             gzip.open(packed) as source,
             temporary.open("wb") as destination,
-            console.Progress(f"unpacking {path.name}", path.stat().st_size, "B") as progress,
+            console.ProgressBar(f"unpacking {path.name}", path.stat().st_size, "B") as progress,
         ):
             while block := source.read(1 << 20):
                 destination.write(block)

@@ -323,6 +323,11 @@ def is_generated(name: str) -> bool:
     return name in DATASETS and DATASETS[name].kind == "generated"
 
 
+def prepared_names() -> tuple[str, ...]:
+    """Names of the datasets that are prepared from files: all of the table but the generated ones."""
+    return tuple(name for name in DATASETS if not is_generated(name))
+
+
 def guess(num_classes: int) -> DatasetSpec | None:
     """The dataset that a checkpoint with so many unnamed classes was most likely trained on; None if none is known."""
     for dataset in DATASETS.values():

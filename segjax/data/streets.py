@@ -442,7 +442,7 @@ class Camera(NamedTuple):
     yaw: float  # tangent
     bend: float  # of the road, metres aside per square metre ahead
 
-    def project(self, x, y, z):
+    def project(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """World metres to shares of a picture's width and height, for a picture twice as wide as high."""
         z = np.maximum(z, NEAR)
         x = x - self.x + z * (self.yaw + self.bend * z)
@@ -462,12 +462,20 @@ class Street:
     def __init__(self):
         self.objects, self.owners, self.faces, self.footprints = [], [], [], []
 
-    def put(self, faces, x, z, turn=0.0, depth=None, foot=(-0.15, 0.15, 0.25, 1.7)):
+    def put(
+        self,
+        faces: Sequence[Face],
+        x: float,
+        z: float,
+        turn: float = 0.0,
+        depth: float | None = None,
+        foot: tuple[float, float, float, float] = (-0.15, 0.15, 0.25, 1.7),
+    ) -> None:
         """Stands an object at (x, z). Larger depths are painted first; foot is the block whose shadow it throws."""
         self.footprints.append((len(self.objects), *foot))
         self._add(faces, x, z, turn, z if depth is None else depth)
 
-    def lay(self, shape, color, label):
+    def lay(self, shape: np.ndarray, color: Sequence[float] | np.ndarray, label: int) -> None:
         """Paints a shape in (x, z) on the ground."""
         self._add([Face((0, 0, 0, 0, 0, 1, 1, 0, 0), False, label, [(shape, color)])], 0, 0, 0.0, math.inf)
 

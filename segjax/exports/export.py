@@ -1,17 +1,20 @@
-"""A model as one file that runs without segjax.
+"""Exports a model as one file that runs without segjax.
 
-What a file takes as `images` and gives:
+Input and output of a file:
 
-    stablehlo       float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
-    onnx, torch     float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
-    --with-preprocessing    in every format uint8 (B, H, W, 3), RGB, instead
-    --with-argmax           in every format `labels` uint8 (B, H, W) instead: logits enlarged in float32, bilinear
+    stablehlo         float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
+    onnx, torch       float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
+    preprocessing     input of every format: uint8 RGB (B, H, W, 3)
+    argmax            output of every format: `labels` uint8 (B, H, W), of logits upsampled bilinearly in float32
 
-StableHLO is our own model through `jax.export`, for CPUs and NVIDIA GPUs in one file. ONNX and torch (`torch.export`)
-are made from the PyTorch model of segjax.torch_reference, which the test suite holds equal to ours, with our weights:
-there is no converter from JAX to ONNX that keeps sizes open. Every file is run and compared with our model first.
-`--dtype` is how weights are kept. A StableHLO program computes in it as well, but for norms, softmax and logits; ONNX
-and torch compute in float32, since onnxruntime has no bfloat16 convolution on a CPU, and PyTorch no wider norms.
+A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. Files of ONNX and torch
+(`torch.export`) are made from the model's PyTorch reference in segjax.torch_reference, with the same weights, because
+no converter from JAX to ONNX supports dynamic sizes; the tests show that model and reference are equal. Every file is
+run and compared with the model before it is kept.
+
+Weights are stored in `dtype`. A StableHLO program also computes in it, except norms, softmax and logits. ONNX and torch
+files compute in float32, since onnxruntime has no bfloat16 convolution on a CPU and PyTorch no float32 norms of
+bfloat16 inputs.
 """
 
 from __future__ import annotations
@@ -40,14 +43,15 @@ from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 
-# --------------------------------------------------------------------------------------------------------- our own side
+# ------------------------------------------------------------------------------------------------------ segjax's side
 
 
 def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dtype) -> SegmentationModel:
     """The model with its parameters rounded to `stored`, held in float32. Running statistics keep their digits."""
     spec = model.spec
+    overrides: dict[str, Any] = dict(spec.overrides)
     abstract = nnx.eval_shape(
-        lambda: models.create(spec.name, num_classes=spec.num_classes, dtype=computes_in, **dict(spec.overrides))
+        lambda: models.create(spec.name, num_classes=spec.num_classes, dtype=computes_in, **overrides)
     )
     values = {}
     for path, variable in named_variables(model).items():
@@ -57,10 +61,10 @@ def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dty
     return from_values(abstract, values)
 
 
-def compiled(model: SegmentationModel, form: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised as `form` says."""
+def compiled(model: SegmentationModel, export_format: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised by `export_format`."""
     functional = FunctionalModel(model)
-    run = jax.jit(lambda arrays, images: functional.bind(*arrays)(form.normalise(images))[0])
+    run = jax.jit(lambda arrays, images: functional.bind(*arrays)(export_format.normalise(images))[0])
     arrays = functional.arrays()
 
     def call(images):
@@ -70,19 +74,21 @@ def compiled(model: SegmentationModel, form: ExportFormat) -> Callable[[np.ndarr
     return call
 
 
-def _reader_and_writer(form: ExportFormat) -> tuple[Callable, Callable]:
-    """`write(path, model, form, about)` and `open(path)`, which gives a function of images."""
-    if form.format == "stablehlo":
+def _reader_and_writer(export_format: ExportFormat) -> tuple[Callable, Callable]:
+    """`write(path, model, export_format, metadata)` and `open(path)`, which gives a function of images."""
+    if export_format.format == "stablehlo":
         return stablehlo.write_stablehlo, stablehlo.open_stablehlo
     try:
         from segjax.exports import onnx, torch_program
 
-        if form.format == "torch":
+        if export_format.format == "torch":
             return torch_program.write_torch, torch_program.open_torch
         onnx.require_onnx()
         return onnx.write_onnx, onnx.open_onnx
     except ModuleNotFoundError as error:
-        raise CheckpointError(f"--format {form.format} needs {error.name}: pip install 'segjax[export]'") from None
+        raise CheckpointError(
+            f"the format {export_format.format} needs {error.name}: pip install 'segjax[export]'"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -93,31 +99,31 @@ def pictures(batch: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
 
 
-def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, form: ExportFormat) -> np.ndarray:
+def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, export_format: ExportFormat) -> np.ndarray:
     """The output of a file on uint8 images (B, H, W, 3): logits (B, h, w, K) or labels (B, H, W)."""
-    given = images if form.preprocessing else np.asarray(form.normalise(images))
-    output = run(given if form.channels_last else np.ascontiguousarray(np.moveaxis(given, -1, 1)))
-    return output if form.argmax or form.format == "stablehlo" else np.moveaxis(output, 1, -1)
+    given = images if export_format.preprocessing else np.asarray(export_format.normalise(images))
+    output = run(given if export_format.channels_last else np.ascontiguousarray(np.moveaxis(given, -1, 1)))
+    return output if export_format.argmax or export_format.format == "stablehlo" else np.moveaxis(output, 1, -1)
 
 
-def enlarged(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def upsampled(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(layers.resize(jnp.asarray(logits), size))
 
 
-def error_of(output: np.ndarray, ours: np.ndarray, size: tuple[int, int], form: ExportFormat) -> float:
-    """How far the output of a file is from our logits (B, h, w, K), relative to the largest of them.
+def error_of(output: np.ndarray, expected: np.ndarray, size: tuple[int, int], export_format: ExportFormat) -> float:
+    """Largest error of a file's output against the model's logits (B, h, w, K), relative to the largest logit.
 
-    Of labels: by how much our score of the label given lies below our highest, at the worst pixel. Where two classes
-    are equal but for rounding, either is right.
+    For labels it is the difference, at the worst pixel, between the model's highest score and its score of the file's
+    label: where two classes differ only by rounding, either label is right.
     """
-    largest = max(float(np.abs(ours).max()), np.finfo(np.float32).tiny)
+    largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     if not np.isfinite(largest):
         return np.inf
-    if not form.argmax:
-        if output.shape != ours.shape or not np.isfinite(output).all():
+    if not export_format.argmax:
+        if output.shape != expected.shape or not np.isfinite(output).all():
             return np.inf
-        return float(np.abs(output.astype(np.float64) - ours).max()) / largest
-    scores = enlarged(ours, size)
+        return float(np.abs(output.astype(np.float64) - expected).max()) / largest
+    scores = upsampled(expected, size)
     if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
         return np.inf
     if scores.shape[-1] == 1:
@@ -127,10 +133,10 @@ def error_of(output: np.ndarray, ours: np.ndarray, size: tuple[int, int], form: 
     return float((scores.max(axis=-1) - given).max()) / largest
 
 
-def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tuple[int, int]]]:
-    """Batches and sizes at which a file is compared: its own, and where sizes are open, others that are not square."""
-    own = [(1, form.size)]
-    if not form.dynamic:
+def checked_sizes(export_format: ExportFormat, size_multiple: int) -> list[tuple[int, tuple[int, int]]]:
+    """Batches and sizes at which a file is compared: its own, and if sizes are dynamic, others that are not square."""
+    own = [(1, export_format.size)]
+    if not export_format.dynamic:
         return own
     return own + ([(2, (67, 141)), (3, (98, 65))] if size_multiple == 1 else [(2, (64, 160)), (3, (96, 64))])
 
@@ -138,10 +144,10 @@ def checked_sizes(form: ExportFormat, size_multiple: int) -> list[tuple[int, tup
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def about_file(loaded: LoadedCheckpoint, form: ExportFormat) -> dict[str, Any]:
+def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict[str, Any]:
     """Metadata of an exported file, for users who have only the file."""
     classes = loaded.classes
-    about = {
+    metadata = {
         "model": loaded.model.spec.name,
         "dataset": classes.name,
         # By label value.
@@ -149,55 +155,57 @@ def about_file(loaded: LoadedCheckpoint, form: ExportFormat) -> dict[str, Any]:
         "colors": [list(color) for color in classes.label_colors],
         "ignore_label": classes.ignore_label,
         "normalisation": {
-            "mean": list(form.mean),
-            "std": list(form.std),
+            "mean": list(export_format.mean),
+            "std": list(export_format.std),
             "order": "RGB",
             "range": "0..255",
-            "inside": form.preprocessing,
+            "inside": export_format.preprocessing,
         },
         "size_multiple": loaded.model.size_multiple,
         "input": "images",
-        "output": form.output,
-        "weights": form.dtype,
+        "output": export_format.output,
+        "weights": export_format.dtype,
     }
-    return stamped(about)
+    return stamped(metadata)
 
 
-def _shapes(form: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
-    """Names, types and shapes of input and output, for people."""
-    batch, height, width = ("batch", "height", "width") if form.dynamic else (1, *form.size)
-    shape = (batch, height, width, 3) if form.channels_last else (batch, 3, height, width)
-    if form.argmax:
+def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
+    """Names, types and shapes of input and output, as lines to print."""
+    batch, height, width = ("batch", "height", "width") if export_format.dynamic else (1, *export_format.size)
+    shape = (batch, height, width, 3) if export_format.channels_last else (batch, 3, height, width)
+    if export_format.argmax:
         given = (batch, height, width)
     else:
-        stride = -(-form.size[0] // logits[1])
-        h, w = (f"height/{stride}", f"width/{stride}") if form.dynamic else logits[1:3]
-        given = (batch, h, w, logits[3]) if form.format == "stablehlo" else (batch, logits[3], h, w)
-    kind = "uint8 RGB" if form.preprocessing else "float32 normalised RGB"
+        stride = -(-export_format.size[0] // logits[1])
+        h, w = (f"height/{stride}", f"width/{stride}") if export_format.dynamic else logits[1:3]
+        given = (batch, h, w, logits[3]) if export_format.format == "stablehlo" else (batch, logits[3], h, w)
+    kind = "uint8 RGB" if export_format.preprocessing else "float32 normalised RGB"
+    dtype = "uint8" if export_format.argmax else "float32"
     multiple = loaded.model.size_multiple
     lines = [
         f"  in   images  {kind} ({', '.join(map(str, shape))})",
-        f"  out  {form.output}  {'uint8' if form.argmax else 'float32'} ({', '.join(map(str, given))})",
+        f"  out  {export_format.output}  {dtype} ({', '.join(map(str, given))})",
     ]
-    if form.dynamic:
+    if export_format.dynamic:
         lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
     classes = ", ".join(loaded.classes.label_names)
     return [*lines, *textwrap.wrap(f"  classes of {loaded.classes.name}: {classes}", 80, subsequent_indent="    ")]
 
 
-def _require(form: ExportFormat, destination: Path, model: SegmentationModel) -> None:
-    """Raises CheckpointError for all that is wrong with what was asked for."""
-    height, width = form.size
+def _require(export_format: ExportFormat, destination: Path, model: SegmentationModel) -> None:
+    """Raises CheckpointError for a size or a destination that cannot be used; the message lists every problem."""
+    height, width = export_format.size
     multiple = model.size_multiple
-    nearest = [-(-side // multiple) * multiple for side in form.size]
+    nearest = [-(-side // multiple) * multiple for side in export_format.size]
     wrong = {
-        f"--size {height} {width}: height and width are at least 1": min(form.size) < 1,
-        f"--size {height} {width}: {model.spec.name} takes multiples of {multiple}: {nearest[0]} {nearest[1]}": (
-            min(form.size) > 0 and list(form.size) != nearest
+        f"size {height} {width}: height and width are at least 1": min(export_format.size) < 1,
+        f"size {height} {width}: {model.spec.name} takes multiples of {multiple}: {nearest[0]} {nearest[1]}": (
+            min(export_format.size) > 0 and list(export_format.size) != nearest
         ),
-        f"--size {height} {width}: with --dynamic, sides are at least {LEAST}": form.dynamic and min(form.size) < LEAST,
-        f"{destination}: --format {form.format} writes *{SUFFIXES[form.format]}": (
-            destination.suffix != SUFFIXES[form.format]
+        f"size {height} {width}: dynamic sides are at least {LEAST}": export_format.dynamic
+        and min(export_format.size) < LEAST,
+        f"{destination}: a file of the format {export_format.format} is named *{SUFFIXES[export_format.format]}": (
+            destination.suffix != SUFFIXES[export_format.format]
         ),
         f"{destination} is a folder; choose another name": destination.is_dir(),
     }
@@ -224,13 +232,13 @@ def export_model(
     Args:
       source: as for `segjax.load`, the result of it, or a model.
       path: `*.stablehlo`, `*.onnx` or `*.pt2` (`torch.export`): its suffix selects the format. The last two need the
-        extra `export`. What the file takes and gives is in the docstring of `segjax.exports.export`. Classes and
-        normalisation are in the file, for StableHLO in `*.stablehlo.json` next to it.
-      size: (height, width) of the images.
-      dynamic: whether batch and sizes stay open; else the batch is 1.
+        extra `export`. Input and output of the file are described in the docstring of `segjax.exports.export`. Classes
+        and normalisation are in the file, for StableHLO in `*.stablehlo.json` next to it.
+      size: (height, width) of the images, pixels.
+      dynamic: whether batch, height and width are dynamic; otherwise the batch is 1.
       preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
-      argmax: whether the file gives labels of the images' size in place of logits.
-      dtype: of the stored weights, "float32", "bfloat16" or "float16".
+      argmax: whether the output is labels of the images' size instead of logits.
+      dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
 
     Raises:
       CheckpointError: no model can be read from `source`, or it cannot be exported like this; every reason at once.
@@ -244,35 +252,41 @@ def export_model(
     if dtype not in BOUNDS:
         raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
     height, width = size
-    form = ExportFormat(
+    export_format = ExportFormat(
         formats[path.suffix], (height, width), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
     )
-    export(source, path, form)
+    export(source, path, export_format)
 
 
-def export(source: str | Path | LoadedCheckpoint | SegmentationModel, destination: Path, form: ExportFormat) -> None:
+def export(
+    source: str | Path | LoadedCheckpoint | SegmentationModel, destination: Path, export_format: ExportFormat
+) -> None:
     """`export_model` with its settings in one object."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
-    write, open_file = _reader_and_writer(form)
+    write, open_file = _reader_and_writer(export_format)
     loaded = as_loaded(source)
-    form = dataclasses.replace(form, mean=loaded.mean, std=loaded.std)
-    _require(form, destination, loaded.model)
-    model = rounded(loaded.model, stored=jnp.dtype(form.dtype), computes_in=jnp.dtype(form.computes_in))
+    export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std)
+    _require(export_format, destination, loaded.model)
+    model = rounded(
+        loaded.model, stored=jnp.dtype(export_format.dtype), computes_in=jnp.dtype(export_format.computes_in)
+    )
     # Before anything is compiled, so that a size that the model does not take is refused at once.
-    image = jax.ShapeDtypeStruct((1, *form.size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *export_format.size, 3), jnp.float32)
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
-    logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, form.dtype)
-    logger.info("exporting as %s; large models take minutes", form.format)
+    logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.dtype)
+    logger.info("exporting as %s; large models take minutes", export_format.format)
     with atomic.replacing_files(destination) as path:
         try:
-            write(path, model, form, about_file(loaded, form))
-            is_equal = _is_equal(open_file(path), loaded.model, model, form)
+            write(path, model, export_format, file_metadata(loaded, export_format))
+            is_equal = _is_equal(open_file(path), loaded.model, model, export_format)
         except Exception as error:
-            # Neither jax nor torch has one error for a size on which a program depends.
-            if not form.dynamic or isinstance(error, OSError | CheckpointError):
+            # Neither jax nor torch has an error class of its own for a program that depends on a size.
+            if not export_format.dynamic or isinstance(error, OSError | CheckpointError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"sizes of this model cannot be left open ({reason}); leave out --dynamic") from error
+            raise CheckpointError(
+                f"the sizes of this model cannot be dynamic ({reason}); export it for one size"
+            ) from error
         if not is_equal:
             raise UnequalError("not written, because the outputs differ")
         written = [destination.with_name(file.name) for file in sorted(path.parent.iterdir())]
@@ -280,25 +294,27 @@ def export(source: str | Path | LoadedCheckpoint | SegmentationModel, destinatio
         size = file.stat().st_size
         amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
         logger.info("wrote %s, %s", file, amount)
-    for line in _shapes(form, loaded, logits):
+    for line in _shapes(export_format, loaded, logits):
         logger.info("%s", line)
 
 
-def _is_equal(run: Callable, original: SegmentationModel, model: SegmentationModel, form: ExportFormat) -> bool:
-    """Runs the file and our model on street scenes, and says how far they are apart."""
-    logger.info("comparing it with our model")
-    ours, bound, passed = compiled(model, form), BOUNDS[form.computes_in], True
-    for batch, size in checked_sizes(form, model.size_multiple):
+def _is_equal(
+    run: Callable, original: SegmentationModel, model: SegmentationModel, export_format: ExportFormat
+) -> bool:
+    """Whether file and model agree on street scenes; logs the largest errors."""
+    logger.info("comparing it with the model")
+    expected, bound, passed = compiled(model, export_format), BOUNDS[export_format.computes_in], True
+    for batch, size in checked_sizes(export_format, model.size_multiple):
         images = pictures(batch, size)
-        output = run_file(run, images, form)
-        error = error_of(output, ours(images), size, form)
+        output = run_file(run, images, export_format)
+        error = error_of(output, expected(images), size, export_format)
         verdict = "equal" if error <= bound else f"NOT equal (bound {bound:.0e})"
         where = f"{batch}x{size[0]}x{size[1]}"
-        logger.info("  %-14s worst relative error of %s %.1e: %s", where, form.output, error, verdict)
+        logger.info("  %-14s worst relative error of %s %.1e: %s", where, export_format.output, error, verdict)
         passed &= error <= bound
-        if size == form.size and form.dtype != "float32":
-            exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), form)(images)
-            ends = [scores if scores.ndim == 3 else labels_of(enlarged(scores, size)) for scores in (output, exact)]
+        if size == export_format.size and export_format.dtype != "float32":
+            exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), export_format)(images)
+            ends = [scores if scores.ndim == 3 else labels_of(upsampled(scores, size)) for scores in (output, exact)]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())
             logger.info("  %-14s %.2f%% of the labels are those of float32", where, 100 * share)
     return passed

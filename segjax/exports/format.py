@@ -1,35 +1,39 @@
-"""What an exported file takes, gives and is stored as."""
+"""Formats of exported files: inputs, outputs and the dtype of the weights."""
 
 from __future__ import annotations
 
 import dataclasses
-
-import jax
+from typing import TYPE_CHECKING
 
 from segjax.data import specs
-from segjax.data.augment import normalise
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx", "torch": ".pt2"}
 PLATFORMS = ("cpu", "cuda")
-# Smallest side of an image where sizes are left open: two pixels in the smallest map of every family. `torch.export`
-# would take a map of one pixel for another program.
+# Smallest side of an image, pixels, where sizes are dynamic. It gives two pixels in the smallest map of every family;
+# for a map of one pixel `torch.export` would trace another program.
 LEAST = 64
-# How far a file may be from our model, by the type it computes in: max |file - ours| / max |ours|. Both sides have the
-# same weights, rounded if they are. 2e-6 was the worst measured in float32; programs of 16 bits differ in how XLA
-# merges their roundings.
+# Largest accepted error of a file, max |file - model| / max |model|, by the dtype of its computation. Both sides have
+# the same, possibly rounded weights. The largest that was measured in float32 is 2e-6; in 16 bits XLA rounds in another
+# order.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportFormat:
-    """What a file is to be.
+    """Format of an exported file.
 
     Attributes:
-      format: a key of `SUFFIXES`. size: (H, W).
-      dynamic: whether batch, height and width are left open; else the batch is 1.
-      preprocessing: whether it normalises. argmax: whether it gives labels.
-      dtype: of the weights.
-      mean, std: of the images that the model was trained on, RGB in 0..255.
+      format: a key of `SUFFIXES`.
+      size: (height, width) of the images, pixels.
+      dynamic: whether batch, height and width are dynamic; otherwise the batch is 1.
+      preprocessing: whether the file normalises its images itself.
+      argmax: whether the output is labels instead of logits.
+      dtype: dtype of the stored weights, a key of `BOUNDS`.
+      mean, std: mean and standard deviation of the training images, RGB in 0..255.
     """
 
     format: str
@@ -41,13 +45,15 @@ class ExportFormat:
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """RGB 0..255 (..., 3) of any type -> float32 as the model takes it."""
+    def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """RGB 0..255 (..., 3) of any dtype -> normalised float32."""
+        from segjax.data.augment import normalise
+
         return normalise(images, self.mean, self.std)
 
     @property
     def channels_last(self) -> bool:
-        """Whether `images` are (B, H, W, 3), else (B, 3, H, W)."""
+        """Whether the file takes images (B, H, W, 3), or else (B, 3, H, W)."""
         return self.preprocessing or self.format == "stablehlo"
 
     @property

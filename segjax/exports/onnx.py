@@ -14,8 +14,6 @@ from segjax.exports import torch_program
 from segjax.exports.format import ExportFormat
 from segjax.models.segmentation_model import SegmentationModel
 
-# ----------------------------------------------------------------------------------------------------------------- ONNX
-
 
 def require_onnx() -> None:
     """Raises ModuleNotFoundError for a package that `write_onnx` or `open_onnx` lacks."""
@@ -26,33 +24,35 @@ def require_onnx() -> None:
     del onnx, onnxruntime, onnxscript
 
 
-def write_onnx(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
-    """One file, weights included; each entry of `about` is JSON in its metadata."""
+def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
+    """Writes one file, weights included; each entry of `metadata` is JSON in the file's own metadata."""
     import onnx
 
     with torch_program.quiet():
         program = torch.onnx.export(
-            torch_program.traced(model, form),
+            torch_program.traced(model, export_format),
             input_names=["images"],
-            output_names=[form.output],
+            output_names=[export_format.output],
             dynamo=True,
             external_data=False,
             verbose=False,
-            # It would widen the weights once and for all, and keep them so.
-            optimize=form.dtype == "float32",
+            # The optimiser would store 16-bit weights as float32.
+            optimize=export_format.dtype == "float32",
         )
+    # torch.onnx.export returns None only without dynamo.
+    assert program is not None
     proto = program.model_proto
-    _name_sizes(proto, form)
-    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
+    _name_sizes(proto, export_format)
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
 
-def _name_sizes(proto, form: ExportFormat) -> None:
-    """Calls the sizes that are left open what they are, wherever the file has symbols of the exporter's own."""
+def _name_sizes(proto, export_format: ExportFormat) -> None:
+    """Renames the exporter's symbols of dynamic sizes to "batch", "height" and "width"."""
     (images,) = proto.graph.input
     batch, *sides = images.type.tensor_type.shape.dim
-    sides = sides[:2] if form.channels_last else sides[1:]
+    sides = sides[:2] if export_format.channels_last else sides[1:]
     names = {
         dim.dim_param: name
         for dim, name in zip((batch, *sides), ("batch", "height", "width"), strict=True)
@@ -69,4 +69,4 @@ def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: np.asarray(session.run(None, {"images": images})[0])

@@ -14,56 +14,58 @@ from jax import lax
 
 from segjax import layers
 from segjax.exports.format import LEAST, PLATFORMS, ExportFormat
-from segjax.inference.engine import labels_of
+from segjax.inference.engine import Arrays, labels_of
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 
-# ------------------------------------------------------------------------------------------------------------ StableHLO
 
-
-def run_model(functional: FunctionalModel, params, batch_stats, images: jax.Array, *, form: ExportFormat) -> jax.Array:
-    """What the file computes, on images as `form` has them but for (B, H, W, 3): logits (B, h, w, K) or labels."""
-    if form.preprocessing:
-        images = form.normalise(images)
+def run_model(
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, export_format: ExportFormat
+) -> jax.Array:
+    """The computation of the file on images (B, H, W, 3): logits (B, h, w, K), or labels (B, H, W)."""
+    if export_format.preprocessing:
+        images = export_format.normalise(images)
     logits, _ = functional.bind(params, batch_stats)(images)
-    if not form.argmax:
+    if not export_format.argmax:
         return logits
-    # 8 bits, as label images have them, where they are enough.
+    # 8 bits, as in label images, where these are enough.
     kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
-    return labels_of(layers.resize(logits, images.shape[1:3])).astype(kind)
+    return labels_of(layers.resize(logits, (images.shape[1], images.shape[2]))).astype(kind)
 
 
-def write_stablehlo(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
-    """Writes the program and, beside it, what its outputs mean: a StableHLO file has no place for that."""
+def write_stablehlo(
+    path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]
+) -> None:
+    """Writes the program and, next to it, its metadata: a StableHLO file has no place for metadata."""
     functional = FunctionalModel(model)
     params, batch_stats = functional.arrays()
-    params = {name: value.astype(form.dtype) for name, value in params.items()}
+    params = {name: value.astype(export_format.dtype) for name, value in params.items()}
 
     def on(platform):
         def run(params, batch_stats, images):
             with choice.meant_for(platform):
-                return run_model(functional, params, batch_stats, images, form=form)
+                return run_model(functional, params, batch_stats, images, export_format=export_format)
 
         return run
 
     def images_to_output(images):
-        # The forms that are fast on a CPU are not those of a GPU, and a file holds both.
+        # A file contains the implementations for both: those that are fast on a CPU are not fast on a GPU.
         return lax.platform_dependent(params, batch_stats, images, **{name: on(name) for name in PLATFORMS})
 
-    shape = (1, *form.size, 3)
-    if form.dynamic and model.size_multiple > 1:
+    shape = (1, *export_format.size, 3)
+    if export_format.dynamic and model.size_multiple > 1:
         shape = jax_export.symbolic_shape(f"batch, {model.size_multiple}*height, {model.size_multiple}*width, 3")
-    elif form.dynamic:
+    elif export_format.dynamic:
         constraints = (f"height >= {LEAST}", f"width >= {LEAST}")
         shape = jax_export.symbolic_shape("batch, height, width, 3", constraints=constraints)
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8 if form.preprocessing else jnp.float32)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8 if export_format.preprocessing else jnp.float32)
     path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
-    beside(path).write_text(json.dumps(about, indent=1))
+    metadata_path(path).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
 
-def beside(path: Path) -> Path:
-    """Where the meaning of a StableHLO file's outputs lies."""
+def metadata_path(path: Path) -> Path:
+    """The file of a StableHLO file's metadata, next to it."""
     return path.with_name(f"{path.name}.json")
 
 

@@ -1,4 +1,4 @@
-"""Our weights in the PyTorch reference, as an ONNX file or a `torch.export` program: what `segjax export` writes."""
+"""The PyTorch reference with a model's weights as a program of `torch.export`, from which ONNX files are made too."""
 
 from __future__ import annotations
 
@@ -14,74 +14,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segjax.checkpoints.architectures import family_of
 from segjax.exports.format import LEAST, ExportFormat
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.segnext import evaluation_bases
+from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference.verify import reference_for
 
-ABOUT = "about.json"
+METADATA = "about.json"  # name of the extra file in a program
 
 
 class Program(torch.nn.Module):
-    """Images -> logits (B, K, h, w) or labels (B, H, W), as `form` says.
+    """Images -> logits (B, K, h, w) or labels (B, H, W), by `export_format`.
 
-    Parameters are kept in the type of `form` and widened to float32 where they are used.
+    Parameters are stored in the dtype of the format and converted to float32 where they are used.
     """
 
-    def __init__(self, model: SegmentationModel, form: ExportFormat):
+    mean: Tensor
+    std: Tensor
+    bases: Tensor | None
+
+    def __init__(self, model: SegmentationModel, export_format: ExportFormat):
         super().__init__()
-        self.form = form
+        self.export_format = export_format
         self.num_classes = model.spec.num_classes
         self.reference = reference_for(model).requires_grad_(False)
-        stored = getattr(torch, form.dtype)
+        stored = getattr(torch, export_format.dtype)
         for parameter in self.reference.parameters():
             parameter.data = parameter.data.to(stored)
-        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (form.mean, form.std))
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (export_format.mean, export_format.std))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         bases = None
-        if family_of(model.spec.name) == "segnext":
-            # Left to itself the reference draws new ones at each call, as published; ours has these in evaluation.
+        if isinstance(model, SegNeXt):
+            # Otherwise the reference draws new bases at each call, as published; segjax has these in evaluation.
             ham = model.decode_head.hamburger
             bases = torch.from_numpy(evaluation_bases(ham.channels, ham.rank)).float()  # (C, R)
         self.register_buffer("bases", bases)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.form.preprocessing:
+        if self.export_format.preprocessing:
             images = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         bases = () if self.bases is None else (self.bases.expand(images.shape[0], -1, -1),)
         wide = {name: parameter.float() for name, parameter in self.reference.named_parameters()}
         logits, _ = torch.func.functional_call(self.reference, wide, (images, *bases))
-        if not self.form.argmax:
+        if not self.export_format.argmax:
             return logits
         scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
         labels = (scores[:, 0] > 0) if self.num_classes == 1 else scores.argmax(dim=1)
         return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
 
 
-def traced(model: SegmentationModel, form: ExportFormat) -> torch.export.ExportedProgram:
-    """The program as operations alone, with the sizes that `form` leaves open."""
-    # A batch of 1 would be taken for a constant.
-    batch, (height, width) = 2 if form.dynamic else 1, form.size
-    axes = (1, 2) if form.channels_last else (2, 3)
-    images = torch.zeros(batch, height, width, 3) if form.channels_last else torch.zeros(batch, 3, height, width)
-    if form.preprocessing:
+def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.export.ExportedProgram:
+    """The program as a graph of operations, with symbolic sizes where the format is dynamic."""
+    # torch.export would take a batch of 1 for a constant.
+    batch, (height, width) = 2 if export_format.dynamic else 1, export_format.size
+    axes = (1, 2) if export_format.channels_last else (2, 3)
+    images = (
+        torch.zeros(batch, height, width, 3) if export_format.channels_last else torch.zeros(batch, 3, height, width)
+    )
+    if export_format.preprocessing:
         images = images.to(torch.uint8)
     open_sizes = None
-    if form.dynamic:
+    if export_format.dynamic:
         multiple = model.size_multiple
         sides = [torch.export.Dim(name, min=-(-LEAST // multiple)) for name in ("height", "width")]
         open_sizes = {0: torch.export.Dim("batch")} | {
             axis: side if multiple == 1 else multiple * side for axis, side in zip(axes, sides, strict=True)
         }
     with torch.no_grad(), quiet():
-        return torch.export.export(Program(model, form).eval(), (images,), dynamic_shapes=(open_sizes,))
+        return torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporters of PyTorch tell of themselves."""
+    """Suppresses warnings and log messages of PyTorch's exporters."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -98,13 +103,13 @@ def quiet() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------- torch
 
 
-def write_torch(path: Path, model: SegmentationModel, form: ExportFormat, about: dict[str, object]) -> None:
-    """A program of `torch.export`, which PyTorch runs without segjax; `about` is its extra file of that name.
+def write_torch(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
+    """Writes a program of `torch.export`, which PyTorch runs without segjax, with the metadata as an extra file.
 
-    Not TorchScript, which PyTorch has deprecated and which checks no shapes.
+    It is not TorchScript, which PyTorch has deprecated and which checks no shapes.
     """
     with quiet():
-        torch.export.save(traced(model, form), path, extra_files={ABOUT: json.dumps(about)})
+        torch.export.save(traced(model, export_format), path, extra_files={METADATA: json.dumps(metadata)})
 
 
 def open_torch(path: Path) -> Callable[[np.ndarray], np.ndarray]:

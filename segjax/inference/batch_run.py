@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
-from segjax.data import codec, specs
 from segjax.inference.engine import labels_of
 from segjax.inference.images import read_image
+from segjax.inference.outputs import KINDS, Job, Prediction, VideoOutputs, save
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic, console
-from segjax.runtime.console import Progress
-from segjax.viz import overlay, video
-from segjax.viz.pictures import colourise
+from segjax.runtime.console import ProgressBar
+from segjax.viz import video
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-# What each kind becomes, for an image and for a video; a video without a suffix is a folder of its frames.
-KINDS = {
-    "labels": (".png", ""),
-    "overlay": (".jpg", ".mp4"),
-    "sidebyside": (".jpg", ".mp4"),
-    "probabilities": (".npz", ""),
-}
-DRAWN = {"overlay": overlay.over, "sidebyside": overlay.beside}
-FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
-# From here on memory is worth a word: SegFormer's attention takes 4 GiB for as many pixels.
+# Pixels from which a whole image brings a hint about memory: SegFormer's attention takes 4 GiB for as many.
 LARGE = 2**22
-LARGEST_JPEG = 65500  # pixels a side
-MANY_SIZES = 8  # of images, each of which is compiled for
-
-
-class Job(NamedTuple):
-    """An input, and where each kind of output goes."""
-
-    source: Path
-    outputs: dict[str, Path]
-    is_video: bool
-
+MANY_SIZES = 8  # different image sizes, at which a hint about compilation is due
 
 # ------------------------------------------------------------------------------------------------------------- planning
 
 
 def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[list[Job], int]:
-    """The jobs of files, folders and patterns, in their order, and how many files in folders are none.
+    """Makes a job of every image and video among files, folders and patterns.
+
+    Args:
+      inputs: paths and glob patterns, as they were given.
+      output: folder of all outputs; what is in it is not read.
+      kinds: keys of `KINDS`.
+
+    Returns:
+      The jobs, in the order of the inputs, and the number of files in folders that were skipped because they are
+      neither images nor videos.
 
     Raises:
-      ValueError: everything that is wrong with them: missing, of another kind, or in each other's place.
+      ValueError: inputs that are missing or of another kind, and outputs that would overwrite an input or each other;
+        the message lists all of them.
     """
     problems, jobs, skipped = [], {}, 0
     for given in inputs:
@@ -67,7 +55,7 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
         for file in files:
             if file.suffix.lower() not in (*IMAGES, *video.SUFFIXES):
                 known = " ".join((*IMAGES, *video.SUFFIXES))
-                problems.append(f"{file}: of the suffixes {known} it has none")
+                problems.append(f"{file}: is no image or video by its suffix; those that can be read are {known}")
             else:
                 job = _job(file, file.relative_to(root), output, kinds)
                 jobs.setdefault(file.resolve(), job)
@@ -78,7 +66,7 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
 
 
 def _files(given: str, output: Path) -> tuple[list[Path], Path, int]:
-    """Files that an input stands for, what their outputs' folders are relative to, and how many were passed over."""
+    """Files of an input, the folder to which the paths of outputs are relative, and the number of skipped files."""
     path = Path(given).expanduser()
     if path.is_dir():
         root, found = path, path.rglob("*")
@@ -91,7 +79,7 @@ def _files(given: str, output: Path) -> tuple[list[Path], Path, int]:
     else:
         return [], path, 0
     own = output.resolve()
-    # What is hidden is unfinished or the system's; what is below the output folder was written by an earlier call.
+    # Hidden files are unfinished or the system's, and files below the output folder are outputs of an earlier call.
     files = sorted(
         file
         for file in found
@@ -108,13 +96,13 @@ def _nothing(given: str, passed: int) -> str:
         return f"{given}: {passed} files, of which none is an image or a video"
     if Path(given).expanduser().is_dir():
         return f"{given}: a folder without images or videos"
-    return f"{given}: {'no file is like this' if glob.has_magic(given) else 'there is no such file or folder'}"
+    return f"{given}: {'no file matches' if glob.has_magic(given) else 'there is no such file or folder'}"
 
 
 def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str]) -> Job:
     is_video = file.suffix.lower() in video.SUFFIXES
     suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
-    # A folder of frames keeps the video's whole name, so that a folder of images may have the same without.
+    # A folder of frames keeps the suffix of its video: a folder of images may have the name without it.
     outputs = {
         kind: output / kind / (relative.with_suffix(suffix) if suffix else relative)
         for kind, suffix in suffixes.items()
@@ -129,7 +117,7 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
         for path in job.outputs.values():
             place = path.resolve()
             if place in sources:
-                overwritten.append(f"{sources[place]}: would be overwritten; take another --output")
+                overwritten.append(f"{sources[place]}: would be overwritten; choose another --output")
             if place in owner:
                 together.append(f"{owner[place]} and {job.source} would both become {path}")
                 break
@@ -147,7 +135,7 @@ RECORD = "predict.json"
 
 
 def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | Path) -> dict[str, object]:
-    """What the files of an output folder are made by, for its `RECORD`."""
+    """Metadata of an output folder, for its `RECORD`: checkpoint, protocol and classes."""
     params, batch_stats = FunctionalModel(model).arrays()
     protocol = {name: value for name, value in predictor.protocol.record().items() if name != "size_divisor"}
     labels = zip(predictor.classes.label_names, predictor.classes.label_colors, strict=True)
@@ -163,7 +151,7 @@ def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | 
 
 
 def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> set[Path]:
-    """The inputs of which every output is there. Raises ValueError where they were made by something else."""
+    """The inputs whose outputs all exist. Raises ValueError where these were made with other weights or settings."""
     path = output / RECORD
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -173,96 +161,20 @@ def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object])
         if differing:
             raise ValueError(
                 f"{output} was made with other {', '.join(sorted(differing))} ({path}); omit --resume to make "
-                "everything anew, or take another --output"
+                "everything anew, or choose another --output"
             )
     return {job.source for job in jobs if all(path.exists() for path in job.outputs.values())}
 
 
-# -------------------------------------------------------------------------------------------------- reading and writing
-
-
-class Prediction(NamedTuple):
-    """labels: uint8 (H, W). probabilities: float32 (H, W, K), or None where nobody wants them."""
-
-    labels: np.ndarray
-    probabilities: np.ndarray | None
-
-
-def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
-    """Writes one kind of output of an image, atomically."""
-    with atomic.replacing_file(path, durable=False) as temporary:
-        _write(temporary, kind, image, prediction, spec)
-
-
-def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
-    with path.open("wb") as file:
-        if kind == "probabilities":
-            np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
-        elif kind == "labels":
-            palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
-            file.write(codec.encode_palette(prediction.labels, palette))
-        else:
-            file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    import cv2
-
-    if max(picture.shape) > LARGEST_JPEG:
-        raise ValueError(
-            f"a picture of {picture.shape[0]}x{picture.shape[1]} is too large for JPEG; take --write labels"
-        )
-    # Colours at full resolution: the usual half of it would fray the edges of classes and letters.
-    flags = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
-
-
-class VideoOutputs:
-    """What is written of one video: H.264 for what is drawn, a folder of numbered files for labels and probabilities.
-
-    Everything is at its place once the whole video is done.
-
-    Attributes:
-      made_even: height and width of pictures with an odd one, by the file they went to.
-    """
-
-    def __init__(self, job: Job, header: video.Header, spec: specs.DatasetSpec):
-        self._job, self._header, self._spec = job, header, spec
-        self._stack = contextlib.ExitStack()
-        self._folders: dict[str, Path] = {}
-        self._writers: dict[str, video.Writer] = {}
-        self.made_even: dict[Path, tuple[int, int]] = {}
-
-    def write(self, number: int, frame: video.Frame, prediction: Prediction) -> None:
-        for kind, writer in self._writers.items():
-            drawn = DRAWN[kind](frame.image, prediction.labels, self._spec, still=False)
-            if drawn.shape[0] % 2 or drawn.shape[1] % 2:
-                self.made_even[self._job.outputs[kind]] = drawn.shape[:2]
-            writer.write(drawn, frame.time, frame.duration)
-        for kind, folder in self._folders.items():
-            _write(folder / f"{number:06d}{FRAME_SUFFIX[kind]}", kind, frame.image, prediction, self._spec)
-
-    def __enter__(self) -> VideoOutputs:
-        with contextlib.ExitStack() as stack:
-            for kind, path in self._job.outputs.items():
-                if kind in FRAME_SUFFIX:
-                    self._folders[kind] = stack.enter_context(atomic.replacing_folder(path, durable=False))
-                    self._folders[kind].mkdir()
-                else:
-                    self._writers[kind] = stack.enter_context(video.writer(path, self._header))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+# ----------------------------------------------------------------------------------------------------------- predicting
 
 
 class Run:
     """Predicts jobs one after the other.
 
     Attributes:
-      failures: (input, what was wrong with it).
-      images, frames: how many were written, of how many videos.
+      failures: inputs, each with the reason why it could not be predicted.
+      images, videos, frames: numbers of images, videos and frames of videos that were written.
     """
 
     def __init__(self, predictor: Predictor, kinds: Sequence[str]):
@@ -285,7 +197,7 @@ class Run:
         self._look_for_outputs(jobs)
 
     def _look_for_outputs(self, jobs: Sequence[Job]) -> None:
-        """Counts inputs as failed whose outputs somebody has removed in the meantime."""
+        """Counts an input as failed if one of its outputs was removed in the meantime."""
         failed = {source for source, _ in self.failures}
         for job in jobs:
             missing = [path for path in job.outputs.values() if not path.exists()]
@@ -307,7 +219,7 @@ class Run:
             self._failed(job, error)
             progress.advance()
 
-        with Progress("", len(jobs), "images") as progress:
+        with ProgressBar("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
                 read=lambda job: read_image(job.source),
@@ -333,7 +245,7 @@ class Run:
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
             with (
                 VideoOutputs(job, header, self._predictor.classes) as outputs,
-                Progress("", header.frames, "frames") as progress,
+                ProgressBar("", header.frames, "frames") as progress,
             ):
                 overlapped(
                     itertools.count(),
@@ -352,13 +264,13 @@ class Run:
         rate = f", {written.rate:.2f} per second" if written.rate else ""
         console.say(f"{job.source}: {written.count} frames done{rate}")
         for path, (height, width) in outputs.made_even.items():
-            console.say(f"  {path}: H.264 has even sides alone; {height}x{width} got its last row or column twice")
+            console.say(f"  {path}: H.264 needs even sides; the last row or column of {height}x{width} was repeated")
 
     def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
         self._advise(self._predictor.padded_size(images[0].shape))
         if "probabilities" not in self._kinds:
             return [Prediction(labels, None) for labels in self._predictor.labels(images)]
-        # Of these and not computed on their own, so that both files say the same.
+        # Labels are derived from the probabilities, so that both files agree.
         scores = self._predictor.probabilities_of(images)
         return [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
 
@@ -370,13 +282,13 @@ class Run:
             self._warned.add("large")
             console.say(
                 f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
-                "size; where it is not enough, take --mode slide"
+                "size; if there is not enough of it, use --mode slide"
             )
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
             console.say(
-                f"{MANY_SIZES} sizes so far, and each new one is compiled for; --pad-multiple 32 makes them fewer, and "
-                "changes some labels"
+                f"{MANY_SIZES} image sizes so far, and each new one is compiled; --pad-multiple 32 makes them fewer, "
+                "but changes some labels"
             )
 
     def _failed(self, job: Job, error: Exception) -> None:
@@ -387,7 +299,7 @@ class Run:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "memory is not enough; take --mode slide, or a smaller --batch"
+        return "not enough memory; use --mode slide or a smaller --batch"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,8 +8,11 @@ own. With several scales or flips, probabilities are averaged.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,16 @@ from segjax.inference.sliding_window import row_tiles
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.parallel import JitParallel, compiler_options
+
+# Parameters or running statistics by dotted path.
+Arrays = dict[str, jax.Array]
+
+
+class SlidingWindow(NamedTuple):
+    """Crops and the steps between them, (height, width) in pixels."""
+
+    crop: tuple[int, int]
+    stride: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +64,15 @@ class Protocol:
             object.__setattr__(self, "crop", crop)
             object.__setattr__(self, "stride", tuple(stride))
         object.__setattr__(self, "scales", tuple(self.scales))
-        is_slide, sides = self.mode == "slide", (self.crop, self.stride)
         wrong = {
             f"mode is 'whole' or 'slide', not {self.mode!r}": self.mode not in ("whole", "slide"),
             "crop and stride are those of a sliding window: give mode 'slide' too, or omit them": (
-                self.mode == "whole" and sides != (None, None)
+                self.mode == "whole" and (self.crop, self.stride) != (None, None)
             ),
             f"crop is (height, width), not {self.crop}": self.crop is not None and not _are_sides(self.crop),
             f"stride is (height, width), not {self.stride}": self.stride is not None and not _are_sides(self.stride),
-            f"a stride of {self.stride} leaves gaps between crops of {self.crop}": (
-                is_slide and any(step > side for step, side in zip(self.stride, self.crop, strict=False))
-            ),
+            f"a stride of {self.stride} leaves gaps between crops of {self.crop}": self.mode == "slide"
+            and any(step > side for step, side in zip(self.stride or (), self.crop or (), strict=False)),
             f"scales are positive numbers, not {self.scales}": (
                 not self.scales or not all(0 < scale < np.inf for scale in self.scales)
             ),
@@ -72,8 +83,8 @@ class Protocol:
 
     def __str__(self) -> str:
         parts = ["whole images"]
-        if self.mode == "slide":
-            (height, width), (down, across) = self.crop, self.stride
+        if self.window:
+            (height, width), (down, across) = self.window
             parts = [f"sliding window of {height}x{width} every {down}x{across}"]
         if self.scales != (1.0,):
             parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
@@ -89,12 +100,20 @@ class Protocol:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property
+    def window(self) -> SlidingWindow | None:
+        """The sliding window; None for whole images."""
+        if self.crop is None or self.stride is None:
+            return None
+        (height, width), (down, across) = self.crop, self.stride
+        return SlidingWindow((height, width), (down, across))
+
+    @property
     def is_one_pass(self) -> bool:
         """Whether the model is given the pixels of the image itself, once."""
         return self.scales == (1.0,) and not self.flip and self.size_divisor == 1
 
 
-def _are_sides(sides) -> bool:
+def _are_sides(sides: Sequence[object]) -> bool:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
@@ -122,7 +141,9 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
     return image
 
 
-def score(functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable) -> jax.Array:
+def score(
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
+) -> jax.Array:
     """Logits of uint8 images (B, H, W, 3) at their own size: float32 or wider (B, H, W, K).
 
     For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
@@ -136,7 +157,7 @@ def score(functional: FunctionalModel, params, batch_stats, images: jax.Array, *
 
 
 def predict_labels(
-    functional: FunctionalModel, params, batch_stats, images: jax.Array, *, normalise: Callable
+    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
     """Train ids of uint8 images (B, H, W, 3), as a whole: uint8 (B, H, W)."""
     return labels_of(score(functional, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)
@@ -182,14 +203,17 @@ class Inference:
         return np.asarray(self._mean(images))
 
     def _mean(self, images: np.ndarray) -> jax.Array:
-        protocol, size, total = self.protocol, images.shape[1:3], None
+        """The mean of the probabilities over scales and flips, of which one is in memory next to the sum."""
+        count = len(self.protocol.scales) * (1 + self.protocol.flip)
+        return functools.reduce(operator.add, self._by_scale_and_flip(images)) / count
+
+    def _by_scale_and_flip(self, images: np.ndarray) -> Iterator[jax.Array]:
+        protocol, size = self.protocol, (images.shape[1], images.shape[2])
         for scale in protocol.scales:
             resized = np.stack([scaled(image, scale, protocol.size_divisor) for image in images])
             for flipped in (False, True)[: 1 + protocol.flip]:
                 logits = self._logits(resized[:, :, ::-1] if flipped else resized)
-                part = _probabilities(logits, size, flipped)
-                total = part if total is None else total + part
-        return total / (len(protocol.scales) * (1 + protocol.flip))
+                yield _probabilities(logits, size, flipped)
 
     def _logits(self, images: np.ndarray) -> jax.Array:
         if self.protocol.mode == "whole":
@@ -197,12 +221,15 @@ class Inference:
         return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
 
     def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
-        """Logits of an image (H, W, 3) by a sliding window, in row tiles: see `sliding_window.row_tiles`."""
+        """Logits of an image (H, W, 3) by the sliding window, in row tiles: see `sliding_window.row_tiles`."""
+        window = self.protocol.window
+        if window is None:
+            raise ValueError(f"row tiles are those of a sliding window, and mode is {self.protocol.mode!r}")
 
         def logits_of(crops: np.ndarray) -> jax.Array:
             return self._score(*self._arrays, self._placed(crops))
 
-        return row_tiles(logits_of, image, crop=self.protocol.crop, stride=self.protocol.stride, batch=self._batch)
+        return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
     def _placed(self, images: np.ndarray) -> jax.Array:
         whole = len(images) % len(self._parallel.devices)
@@ -225,10 +252,18 @@ def _probabilities(logits: jax.Array, size: tuple[int, int], flipped: bool) -> j
     return probabilities[:, :, ::-1] if flipped else probabilities
 
 
+@overload
+def labels_of(scores: jax.Array, *, threshold: float = 0) -> jax.Array: ...
+
+
+@overload
+def labels_of(scores: np.ndarray, *, threshold: float = 0) -> np.ndarray: ...
+
+
 def labels_of(scores: jax.Array | np.ndarray, *, threshold: float = 0) -> jax.Array | np.ndarray:
     """Train ids (...), int32, of scores (..., K): the class with the highest, or for K = 1 whether above `threshold`.
 
-    The first of several equal ones. Arrays of NumPy stay arrays of NumPy.
+    Of several classes with the highest score it is the first. Labels of NumPy arrays are NumPy arrays.
     """
     if scores.shape[-1] == 1:
         return (scores[..., 0] > threshold).astype(np.int32)

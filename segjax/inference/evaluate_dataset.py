@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,10 @@ from segjax.runtime.atomic import why_not_writable
 from segjax.viz import report
 
 
+class NoDataError(ValueError):
+    """No data is named, and the source is not the folder of a run, which has data of its own."""
+
+
 def evaluate_dataset(
     source: str | Path | LoadedCheckpoint | SegmentationModel,
     data: str | OpenSplit | None = None,
@@ -41,14 +46,14 @@ def evaluate_dataset(
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
 
     Args:
       source: as for `segjax.load`, the result of it, or a model.
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
         default; or one of `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in
-        the dtype and with the batch of its training, whose figures come out again; then the protocol cannot be changed.
+        the dtype and with the batch of its training, and reproduces its figures; the protocol is then fixed.
       data_source, data_dir: the files that a data set is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
@@ -74,7 +79,7 @@ def evaluate_dataset(
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
-            raise ValueError("a run is evaluated as by its training; to set the protocol or the batch, name the data")
+            raise ValueError("a run is evaluated as during training; to set the protocol or the batch, name the data")
         given = _of_run(source, data_source=data_source, data_dir=data_dir)
     else:
         given = _of_checkpoint(as_loaded(source), data, data_source=data_source, data_dir=data_dir, batch=batch)
@@ -84,7 +89,7 @@ def evaluate_dataset(
     logger.info("data     %s, %d images", given.name, count)
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
-    logger.info("compiling; each size of image takes its time once ...")
+    logger.info("compiling; the first image of each size takes longer ...")
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)
     # The crops of one image make a batch, or several whole images do.
     batch_size = given.batch if protocol.mode == "whole" else 1
@@ -100,10 +105,11 @@ def evaluate_dataset(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What is evaluated: a checkpoint and a split, `batch` images or crops at a time.
+    """A checkpoint and the split to evaluate it on.
 
     Attributes:
-      split: its name, "" where nobody knows.
+      split: name of the split, or "" if it is unknown.
+      batch: number of images, or of crops, that go through the model at a time.
     """
 
     checkpoint: LoadedCheckpoint
@@ -123,12 +129,16 @@ def _of_run(
     data_dir: str | os.PathLike[str] | None,
 ) -> _Given:
     """The newest checkpoint of a run, and the split that the run is evaluated on."""
-    folder = Path(source).expanduser() if isinstance(source, str | Path) else None
-    if folder and not folder.exists() and not is_address(source):
+    if not isinstance(source, str | Path):
+        raise NoDataError(
+            f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
+        )
+    folder = Path(source).expanduser()
+    if not folder.exists() and not is_address(source):
         raise ValueError(f"{source}: there is no such file or folder")
-    config = orbax_folder.load_metadata(folder).get("config") if folder and folder.is_dir() else None
+    config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
-        raise ValueError(f"{source} is not the folder of a run, which has data of its own: name the data (--data NAME)")
+        raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
     opened = _opened(
@@ -178,7 +188,7 @@ def _opened(
     Raises:
       ValueError: there is no such split, or it cannot be used.
     """
-    generated = {}
+    generated: dict[str, Any] = {}
     if config and config["data"]["name"] == name and specs.is_generated(name):
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
@@ -234,7 +244,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(protocol),
     }
-    about = stamped(
+    metadata = stamped(
         {
             "checkpoint": name,
             "step": step,
@@ -244,4 +254,4 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
         }
     )
     title = f"{model.spec.name} on {given.name}"
-    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, about=about)
+    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, metadata=metadata)

@@ -27,16 +27,17 @@ def evaluate(
     batch_size: int,
     keep: Collection[int] = (),
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Runs `predict` over a split; of several processes, each over its part of it.
+    """Runs `predict` over a split; each of several processes evaluates its part of the split.
 
     Args:
-      predict: uint8 images (B, H, W, 3) -> train ids (B, H, W). Of several processes, each calls its own on its own
-        devices, as often as it has batches.
-      keep: numbers of images whose prediction is wanted.
+      predict: uint8 images (B, H, W, 3) -> train ids (B, H, W). Each process calls its own on its own devices, as often
+        as it has batches.
+      batch_size: number of images of a batch.
+      keep: numbers of the images whose predictions are returned.
 
     Returns:
-      int64 confusion matrix (K, K) over the whole split, in every process; and uint8 (H, W) train ids by number of
-      image, of those of `keep` that this process has seen.
+      int64 confusion matrix (K, K) over the whole split, the same in every process; and train ids uint8 (H, W) by image
+      number, for the images of `keep` that this process evaluated.
 
     Raises:
       ValueError: there is no image, or one that cannot be used.
@@ -56,7 +57,7 @@ def predictions(
     *,
     batch_size: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, truth and prediction (H, W) of every image of this process's part; see `evaluate`."""
+    """Number, labels (H, W) and prediction (H, W) of every image of this process's part; see `evaluate`."""
     if not len(records_of(data)):
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
     part = jax.process_index(), jax.process_count()
@@ -87,7 +88,7 @@ def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
     """Sum of the processes' int64 arrays, the same in each of them."""
     if jax.process_count() == 1:
         return counts
-    # In halves, because without 64 bits jax would cut the counts off.
+    # As halves of 32 bits, because jax without x64 would truncate the counts.
     halves = multihost_utils.process_allgather(counts.view(np.uint32))
     return np.ascontiguousarray(halves).view(np.int64).sum(axis=0)
 
@@ -100,9 +101,9 @@ class Measured(NamedTuple):
 
     Attributes:
       confusion: int64 (K, K) over all images.
-      worst: (own mean IoU, number) of the images with the lowest, the lowest first; images without a labelled pixel are
-        not among them.
-      predicted: train ids (H, W) of those, by number.
+      worst: (mean IoU, number) of the images with the lowest mean IoU, the lowest first; images without a labelled
+        pixel are not among them.
+      predicted: train ids (H, W) of the images in `worst`, by number.
     """
 
     confusion: np.ndarray
@@ -119,11 +120,13 @@ def measure(
     shown: int = SHOWN,
     progress: bool = False,
 ) -> Measured:
-    """`evaluate` by one process, with the `shown` worst images kept, and with its progress printed if asked for."""
-    confusion, worst, kept = _nothing_counted(spec), [], {}
+    """`evaluate` in one process. Keeps the `shown` worst images; `progress` selects whether the progress is printed."""
+    confusion = _nothing_counted(spec)
+    worst: list[tuple[float, int]] = []
+    kept: dict[int, np.ndarray] = {}
     found = predictions(predict, data, spec, batch_size=batch_size)
     if progress:
-        found = console.Progress("evaluating", len(records_of(data)), "images").over(found)
+        found = console.ProgressBar("evaluating", len(records_of(data)), "images").over(found)
     for number, truth, predicted in found:
         counts = _count(truth, predicted, spec)
         confusion += counts

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segjax.data import codec
 
+# An array, the path of a file, or a PIL image, hence Any: PIL is not imported.
+Image = np.ndarray | str | os.PathLike[str] | Any
 # A 16-bit image that is nowhere as bright as this looks black: it holds 12 bits or fewer.
 DARKEST_16_BIT = 2**12
 # PIL's modes with alpha: first to the mode in which colours are not multiplied by it, then without it.
 _PIL_ALPHA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
 
-def as_rgb(image) -> np.ndarray:
+def as_rgb(image: Image) -> np.ndarray:
     """uint8 (H, W, 3) of an image; one that is that already is returned itself.
 
     Args:

@@ -7,10 +7,14 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from segjax.runtime import atomic
 
 FAULTS = (ValueError, OSError, RuntimeError, MemoryError)  # of one input; jax's own are RuntimeErrors
+Item = TypeVar("Item")
+Content = TypeVar("Content")
+Result = TypeVar("Result")
 THREADS = 2  # that read images, and as many that write; each may be one image ahead or behind
 
 
@@ -18,45 +22,47 @@ THREADS = 2  # that read images, and as many that write; each may be one image a
 
 
 def overlapped(
-    items: Iterable,
+    items: Iterable[Item],
     *,
-    read: Callable,
-    key: Callable[[object], Hashable],
-    compute: Callable[[list], list],
-    write: Callable[[object, object, object], None],
-    failed: Callable[[object, Exception], None],
-    done: Callable[[object], None],
+    read: Callable[[Item], Content | None],
+    key: Callable[[Content], Hashable],
+    compute: Callable[[list[Content]], list[Result]],
+    write: Callable[[Item, Content, Result], None],
+    failed: Callable[[Item, Exception], None],
+    done: Callable[[Item], None],
     batch: int,
     threads: int,
 ) -> None:
     """Reads ahead, computes, and writes behind, all at the same time; each in the order of the items.
 
-    With one thread a read or write begins after the one before it. No more than two batches and twice the threads are
-    held at a time.
+    With one thread, reads run one after the other, and writes too. At most two batches, and two items for each thread,
+    are in memory at a time.
 
     Args:
-      read: item -> what is computed with; None ends it all, as the end of the items does.
-      key: neighbours that are equal in this go together, up to `batch` of them.
-      compute: what was read of several items -> a result for each.
-      write: called with an item, what was read of it, and its result.
-      failed, done: told of each item, here; `failed` may raise the error again, which stops everything.
+      read: item -> its content; None ends the pipeline, as the end of the items does.
+      key: consecutive items whose contents have the same key are computed together.
+      compute: contents of several items -> a result for each.
+      write: called with an item, its content and its result.
+      failed, done: called for each item, in the caller's thread; `failed` may raise the error, which stops everything.
+      batch: largest number of items that are computed together.
+      threads: number of threads that read, and of those that write.
     """
-    writing: deque[tuple[object, Future]] = deque()
+    writing: deque[tuple[Item, Future[None]]] = deque()
 
     def settle(most: int) -> None:
         while len(writing) > most:
             item, future = writing.popleft()
-            with _told(failed, [item]):
+            with _reported(failed, [item]):
                 future.result()
                 done(item)
 
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         try:
             for group in _neighbours(_read_ahead(items, read, failed, readers, threads), key, batch):
-                results = None
-                with _told(failed, [item for item, _ in group]):
+                results: list[Result] = []
+                with _reported(failed, [item for item, _ in group]):
                     results = compute([content for _, content in group])
-                for (item, content), result in zip(group, results or (), strict=False):
+                for (item, content), result in zip(group, results, strict=False):
                     settle(max(threads, batch) - 1)
                     writing.append((item, writers.submit(write, item, content, result)))
             settle(0)
@@ -66,7 +72,8 @@ def overlapped(
 
 
 @contextlib.contextmanager
-def _told(failed: Callable, items: Sequence) -> Iterator[None]:
+def _reported(failed: Callable[[Item, Exception], None], items: Sequence[Item]) -> Iterator[None]:
+    """Calls `failed` for each of the items instead of raising what is wrong with them; a full disk is raised."""
     try:
         yield
     except FAULTS as error:
@@ -76,28 +83,35 @@ def _told(failed: Callable, items: Sequence) -> Iterator[None]:
             failed(item, error)
 
 
-def _read_ahead(items, read, failed, readers, ahead: int) -> Iterator[tuple[object, object]]:
-    items, pending = iter(items), deque()
+def _read_ahead(
+    items: Iterable[Item],
+    read: Callable[[Item], Content | None],
+    failed: Callable[[Item, Exception], None],
+    readers: ThreadPoolExecutor,
+    ahead: int,
+) -> Iterator[tuple[Item, Content]]:
+    items = iter(items)
+    pending: deque[tuple[Item, Future[Content | None]]] = deque()
     while True:
         pending += [(item, readers.submit(read, item)) for item in itertools.islice(items, ahead + 1 - len(pending))]
         if not pending:
             return
         item, future = pending.popleft()
-        content = _FAILED
-        with _told(failed, [item]):
-            content = future.result()
-        if content is None:
-            return
-        if content is not _FAILED:
+        contents: list[Content | None] = []
+        with _reported(failed, [item]):
+            contents = [future.result()]
+        # None where the read failed.
+        for content in contents:
+            if content is None:
+                return
             yield item, content
 
 
-_FAILED = object()
-
-
-def _neighbours(pairs: Iterable[tuple], key: Callable, most: int) -> Iterator[list[tuple]]:
-    """Runs of pairs whose contents are equal in their key, at most so long."""
-    group = []
+def _neighbours(
+    pairs: Iterable[tuple[Item, Content]], key: Callable[[Content], Hashable], most: int
+) -> Iterator[list[tuple[Item, Content]]]:
+    """Runs of at most `most` consecutive pairs whose contents have the same key."""
+    group: list[tuple[Item, Content]] = []
     for item, content in pairs:
         if group and key(group[0][1]) != key(content):
             yield group

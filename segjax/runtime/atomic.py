@@ -1,12 +1,12 @@
-"""Atomic writes: a reader finds the old file or folder or the new one, whole, whenever the writer is killed.
+"""Atomic writes: a reader finds the complete old or the complete new file or folder, whenever the writer is killed.
 
-Everything is written so: a `.pth` or `.safetensors` (`checkpoints/save.py`), an orbax folder
+Everything is written this way: a `.pth` or `.safetensors` (`checkpoints/save.py`), an orbax folder
 (`checkpoints/orbax_folder.py`), results and reports. Only the checkpoints of a run are written by orbax's own manager
 (`train/run_checkpoints.py`).
 
-What is new is written to a temporary name next to its target and renamed at the end. Several writers of one target take
-different temporary names; the last one to finish wins. A writer locks its temporary for as long as it lives: one that
-nobody has locked was left by a writer that was killed, and the next writer of the same target removes it.
+A new file is written under a temporary name next to its target and renamed at the end. Several writers of one target
+use different temporary names; the last one to finish wins. A writer keeps its temporary file locked: one that nobody
+has locked was left by a writer that was killed, and the next writer of the same target removes it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 try:
     import fcntl
 except ModuleNotFoundError:
-    # On Windows what killed writers have left stays.
+    # On Windows the temporary files of killed writers stay.
     fcntl = None
 
-# Errors of a write that found no room.
+# Errors of a write when the disk or the quota is full.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# Temporary names of one target that are looked at for what killed writers have left.
+# Number of temporary names of a target that are checked for files of killed writers.
 _NAMES = 4
 
 
@@ -133,7 +133,7 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
         except FileExistsError:
             continue
         with _locked(temporary, wait=True) as is_own:
-            # Not, where another writer has taken it for abandoned before it was locked.
+            # False where another writer removed it as abandoned before it was locked.
             if is_own:
                 yield temporary
                 return
@@ -159,7 +159,7 @@ def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             is_locked = True
         except OSError:
-            # By another writer, or the file system has no locks.
+            # Another writer holds the lock, or the file system has no locks.
             is_locked = wait
         yield is_locked and _is_at(handle, temporary)
     finally:
@@ -169,7 +169,7 @@ def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
 def _open(temporary: Path) -> int:
     """Opens a file for writing, since network file systems lock nothing else; a folder cannot be.
 
-    The name is not asked for its kind first: another writer may remove a file, or make a folder, in between.
+    The kind is not checked first, because another writer may remove a file or make a folder in between.
     """
     try:
         return os.open(temporary, os.O_RDWR)
@@ -186,7 +186,7 @@ def _is_at(handle: int, temporary: Path) -> bool:
 
 
 def _remove_if_abandoned(temporary: Path) -> None:
-    # One of another user may be neither opened nor removed; then it stays.
+    # A temporary file of another user that can be neither opened nor removed stays.
     with contextlib.suppress(PermissionError):
         if temporary.exists():
             with _locked(temporary, wait=False) as is_abandoned:

@@ -1,4 +1,4 @@
-"""What a command prints: lines of at most 80 columns, from the first of several processes only."""
+"""Output of commands: lines of at most 80 columns, printed only by the first of several processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 def wrapped(text: str) -> str:
-    """Prose in lines of 80 columns; what is indented, lists and commands, and a label with a path stay as they are."""
+    """Text with prose wrapped at 80 columns. Indented lines, and lines of at most two words, stay unchanged."""
 
     def is_prose(line: str) -> bool:
         return not line[:1].isspace() and len(line.split()) > 2
@@ -35,19 +35,19 @@ def filled(line: str, *, indent: str = "") -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints prose in lines of 80 columns, above the bar of a `Progress`; of several processes the first one only.
+    """Prints text, see `wrapped`, above a `ProgressBar` if one is shown; only the first of several processes prints.
 
     Args:
-      to: stdout unless given.
+      to: stream to print to; stdout by default.
     """
     if not distributed.is_lead():
         return
-    text, to = printable(wrapped(text)), sys.stdout if to is None else to
+    text, stream = printable(wrapped(text)), sys.stdout if to is None else to
     if _bars:
-        _bars[-1].write(text, file=to)
-        to.flush()
+        _bars[-1].write(text, file=stream)
+        stream.flush()
     else:
-        print(text, file=to, flush=True)
+        print(text, file=stream, flush=True)
 
 
 def printable(text: str) -> str:
@@ -64,7 +64,7 @@ def _escaped(found: re.Match) -> str:
 
 @contextlib.contextmanager
 def log_to(show: Callable[[str], None]) -> Iterator[None]:
-    """Hands what the library logs to the logger "segjax", from INFO on, to `show` and to nothing else."""
+    """Passes messages of the logger "segjax", from INFO on, to `show` instead of the handlers of the logger."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
     handler.emit = lambda record: show(record.getMessage())
@@ -78,27 +78,27 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
         logger.setLevel(level)
 
 
-# Those that are on the terminal.
+# Bars that are on the terminal, the last one on top.
 _bars: list[tqdm] = []
 
 
-class Progress:
-    """How far something is: a bar on a terminal, else a line every ten seconds; of several processes one shows it.
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere a line every ten seconds. Of several processes the first shows it.
 
     Attributes:
-      count: how many are done.
+      count: number of items that are done.
     """
 
     SECONDS = 10  # between two lines
 
     def __init__(self, what: str, total: int | None, unit: str = "", *, start: int = 0):
-        """Begins to show it; the end of the context removes the bar.
+        """Shows the bar; the end of the context removes it.
 
         Args:
-          what: is being done; "" for nothing.
-          total: how many there are; None where nobody knows.
-          unit: of what is counted; "B" for bytes.
-          start: how many were done before.
+          what: label in front of the count, or "".
+          total: number of items; None if unknown.
+          unit: name of the items; "B" for bytes.
+          start: number of items that were done before.
         """
         self.count = start
         self._what, self._total, self._unit = what, total, unit
@@ -113,21 +113,21 @@ class Progress:
         from tqdm import tqdm
 
         what, is_bytes = self._what.replace("{", "{{").replace("}", "}}"), self._unit == "B"
-        form = f"{what} " if what else ""
-        form += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
-        form += "B" if is_bytes else f" {self._unit}".rstrip()
-        form += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
-        # Some terminals say that they have no rows, where tqdm would show nothing.
-        size = {"ncols": 80, "nrows": 20}
+        layout = f"{what} " if what else ""
+        layout += "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" if self._total is not None else "{n_fmt}"
+        layout += "B" if is_bytes else f" {self._unit}".rstrip()
+        layout += " [{elapsed}<{remaining}{postfix}]" if self._total is not None else " [{elapsed}{postfix}]"
         return tqdm(
             total=self._total,
             initial=start,
-            bar_format=form,
+            bar_format=layout,
             file=sys.stderr,
             smoothing=0.1,
             leave=False,
             unit_scale=is_bytes,
-            **size,
+            ncols=80,
+            # Some terminals report no rows, and tqdm would show nothing.
+            nrows=20,
         )
 
     def __enter__(self) -> Self:
@@ -139,7 +139,7 @@ class Progress:
             self._bar.close()
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items, each counted when the next one is asked for."""
+        """Yields the items; each is counted when the next one is requested."""
         with self:
             for item in items:
                 yield item
@@ -147,7 +147,7 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """How many a second, not counting the first ones, during which programs are compiled."""
+        """Items per second, without the first items, during which programs are compiled; None at the beginning."""
         if self._first is None:
             return None
         counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
@@ -156,12 +156,12 @@ class Progress:
     def advance(
         self, number: int = 1, *, notes: Sequence[str] | None = None, left: float | None = None, now: bool = False
     ) -> None:
-        """Counts `number` more.
+        """Adds `number` to the count.
 
         Args:
-          notes: shown with it; the rate unless given.
-          left: seconds until the end, for lines; an estimate from the rate unless given.
-          now: whether a line is due before ten seconds are over.
+          notes: texts next to the count; by default the rate.
+          left: seconds until the end, for lines; by default estimated from the rate.
+          now: whether a line is printed now, even if the last one is less than ten seconds old.
         """
         self.count += number
         rate, moment = self.rate, time.perf_counter()
@@ -187,7 +187,7 @@ def score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def amount(size: int) -> str:
+def amount(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""Several processes, one training: how they meet, and what one of them does for all."""
+"""Several processes of one run: how they connect, and what the first one does for all. Importing it imports no jax."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
 
 
 def initialize(coordinator: str | None, processes: int | None, number: int | None) -> None:
-    """Meets the other processes; must come before the first computation.
+    """Connects to the other processes; must come before the first computation.
 
     Args:
-      coordinator: HOST:PORT of the first process. Whatever is None is taken from the cluster's environment, as JAX
-        detects it (SLURM, Open MPI, Kubernetes, Cloud TPU).
-      processes: how many there are. number: this one's, from 0.
+      coordinator: HOST:PORT of the first process. JAX reads whatever is None from the environment of the cluster
+        (SLURM, Open MPI, Kubernetes, Cloud TPU).
+      processes: number of processes.
+      number: index of this process, from 0.
 
     Raises:
-      ValueError: the environment does not tell either.
+      ValueError: the processes did not connect, or the environment does not define what is None.
     """
-    # It would take SIGTERM for itself, and the run would never hear of it.
+    import jax
+
+    # Its handler of SIGTERM would replace that of the run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, processes, number)
@@ -37,12 +41,17 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
 
 def is_lead() -> bool:
     """Whether this is the process that prints, saves and draws."""
-    # Asked for the index, jax would start its backends: seconds, and memory of a GPU, for a line of text.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    # A command prints before it imports jax. Then too, the index is read only where there are several processes: jax
+    # would start its backends for it, which takes seconds and memory of a GPU.
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def from_lead(function: Callable):
-    """What `function()` returns in the first process, in every process; or its exception, likewise."""
+def from_lead(function: Callable[[], Result]) -> Result:
+    """Calls `function` in the first process; returns its result, or raises its exception, in every process."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return function()
     message = b""
@@ -60,7 +69,10 @@ def from_lead(function: Callable):
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is set in any process; each has to ask."""
+    """Whether the flag is set in any process; each process has to call this."""
+    import jax
+    from jax.experimental import multihost_utils
+
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -69,7 +81,8 @@ def leave(status: int) -> int:
 
     An orderly end would wait for them, and they for this one.
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         os._exit(status)
     return status

@@ -1,4 +1,4 @@
-"""How a program of segjax sets up the process it owns. A library call never does any of this by itself."""
+"""Set-up of the process of a command. Library calls never do any of this."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import jax
 
 
 def prepare(*, cpu_only: bool = False) -> None:
-    """To be called when a command starts: keeps compiled programs on disk and freed memory with the process.
+    """Sets up the process of a command: compiled programs are kept on disk, and freed memory in the process.
 
     Args:
-      cpu_only: whether a GPU, most of whose memory jax would take, is left to others; else the CPU is kept next to it.
+      cpu_only: whether only the CPU is used, so that jax does not allocate most of the memory of a GPU; else the CPU is
+        available next to the GPU.
     """
     keep_freed_memory()
     keep_compiled_programs()
@@ -25,9 +26,9 @@ def prepare(*, cpu_only: bool = False) -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Under JAX_COMPILATION_CACHE_DIR, or ~/.cache/segjax/jax where that is unset: the second start is quick.
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/segjax/jax, for later processes.
 
-    Those that took a tenth of a second, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
+    Programs are kept if their compilation took JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, by default 0.1 seconds.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -38,8 +39,8 @@ def keep_compiled_programs() -> None:
 
 
 def keep_the_cpu() -> None:
-    """Crops of streamed images are drawn on the CPU, which JAX_PLATFORMS=cuda would leave out. Before the first use."""
-    platforms = jax.config.jax_platforms
+    """Adds the CPU to JAX_PLATFORMS=cuda: crops of streamed images are drawn there. Call it before jax is used."""
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]: jax defines it at run time
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
@@ -47,10 +48,11 @@ def keep_the_cpu() -> None:
 def keep_freed_memory() -> None:
     """Has glibc reuse large freed blocks instead of handing them back to the kernel.
 
-    XLA's CPU backend allocates the temporaries of a program anew at every call. glibc maps such blocks and unmaps them
-    when they are freed, so that the kernel zeroes every page of every step: on two cores that is half of a SegFormer-B0
-    forward pass and a third to a half of a training step. Must come before the first computation, whose threads would
-    take arenas of their own, too small for such blocks. Without effect where the C library is another one.
+    XLA's CPU backend allocates the temporaries of a program at every call. By default glibc maps such blocks and unmaps
+    them when they are freed, so that the kernel zeroes every page of every step: on two cores that is half of a
+    SegFormer-B0 forward pass and a third to a half of a training step. Call it before the first computation, whose
+    threads would otherwise get arenas of their own, which are too small for such blocks. With another C library than
+    glibc it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

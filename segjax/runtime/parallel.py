@@ -6,12 +6,16 @@ import abc
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    # jax.Device, which a type checker takes for a variable.
+    from jaxlib._jax import Device
 
 AXIS = "data"
 # An array that every device holds, and one that is split over its first axis.
@@ -56,7 +60,7 @@ class Parallel(abc.ABC):
     whole: NamedSharding
     split: NamedSharding
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, devices: Sequence[Device] | None = None):
         """Takes `devices`, by default all of them."""
         self.devices = jax.devices() if devices is None else list(devices)
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
@@ -119,7 +123,7 @@ class JitParallel(Parallel):
 
     kind = "jit"
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, devices: Sequence[Device] | None = None):
         super().__init__(devices)
         self.whole, self.split = NamedSharding(self._mesh, WHOLE), NamedSharding(self._mesh, SPLIT)
         self._jit = partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
@@ -153,7 +157,7 @@ class PmapParallel(Parallel):
 
     kind, axis_name = "pmap", AXIS
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, devices: Sequence[Device] | None = None):
         super().__init__(devices)
         own = self._mesh.local_mesh
         self.whole, self.split = NamedSharding(own, WHOLE), NamedSharding(own, SPLIT)
@@ -218,7 +222,7 @@ class ShardMapParallel(JitParallel):
         return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
 
 
-def parallel_for(kind: str, devices: Sequence[jax.Device] | None = None) -> Parallel:
+def parallel_for(kind: str, devices: Sequence[Device] | None = None) -> Parallel:
     """The implementation for the setting `parallel` of a run, on `devices` or else on all of them.
 
     Raises:

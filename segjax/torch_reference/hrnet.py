@@ -15,6 +15,10 @@ is one setting for the fuse layers and the head.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,7 +118,7 @@ def apply_transition(layers: nn.ModuleList, features: list[Tensor]) -> list[Tens
 
 
 def fuse_layer(dims: list[int], target: int, source: int) -> nn.Module:
-    """What brings branch `source` to branch `target`, but for the resizing of a coarser one.
+    """The layers from branch `source` to branch `target`, without the resizing of a coarser one.
 
     Coarser to finer: 1x1 convolution and BatchNorm. Finer to coarser: a stride-2 convolution and BatchNorm for each
     halving, in the source's width up to the last; ReLU stands between them and not after the last.
@@ -147,12 +151,12 @@ class HighResolutionModule(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         features = [branch(feature) for branch, feature in zip(self.branches, features, strict=True)]
         fused = []
-        for i, layers in enumerate(self.fuse_layers):
-            size = features[i].shape[2:]
+        for i, layers in enumerate(cast("Iterable[nn.ModuleList]", self.fuse_layers)):
+            size = (features[i].shape[2], features[i].shape[3])
             incoming = [layer(feature) for layer, feature in zip(layers, features, strict=True)]
             for j in range(i + 1, len(incoming)):
                 incoming[j] = resize(incoming[j], size, self.align_corners)
-            fused.append(F.relu(sum(incoming)))
+            fused.append(F.relu(functools.reduce(torch.add, incoming)))
         return fused
 
 
@@ -211,7 +215,7 @@ class HighResolutionNet(nn.Module):
 
     def concatenated(self, features: list[Tensor]) -> Tensor:
         """Four maps -> (B, 15 * width, H / 4, W / 4): HRNetV2's representation, finest branch first."""
-        size = features[0].shape[2:]
+        size = (features[0].shape[2], features[0].shape[3])
         coarser = [resize(feature, size, self.align_corners) for feature in features[1:]]
         return torch.cat([features[0], *coarser], dim=1)
 

@@ -15,7 +15,7 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
     Kernels: normal of variance 1 / fan-in, which keeps activations near 1 and attention far from uniform. Scales and
     running variances: uniform in 0.5 .. 1.5. Biases and running means: normal of standard deviation 0.2. Values are
     drawn in float32 on the CPU, so one seed gives exactly the same values at every wider dtype and on every device,
-    and torch's global generator is left alone. Parameters are told apart by name and rank: `bias` (also at the end of
+    and torch's global generator is not used. Parameters are distinguished by name and rank: `bias` (also at the end of
     a longer name) and `b` are biases, `g` and other vectors are scales, the rest kernels.
     """
     generator = torch.Generator().manual_seed(seed)

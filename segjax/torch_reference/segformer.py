@@ -3,7 +3,7 @@
 Written from the paper, Xie et al. 2021, "SegFormer: Simple and Efficient Design for Semantic Segmentation with
 Transformers" (arXiv 2105.15203), and from the published checkpoints' key names; no code of any repository is used.
 `parity/test_reference.py` ties it to figures of the original code and to transformers. Layout is the paper's: tokens
-(B, N, C) with N = H * W in row-major order, beside their (H, W).
+(B, N, C) with N = H * W in row-major order, together with their (H, W).
 
 Where the paper is silent, these are the published model's choices: biases everywhere except in `linear_fuse.conv`;
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact (erf)
@@ -84,7 +84,7 @@ class EfficientSelfAttention(nn.Module):
 
     (B, N, C), H, W -> (B, N, C). The paper writes the reduction as a reshape and a Linear; the published weights are a
     convolution of kernel and stride R without padding, followed by LayerNorm. So a row or column that does not fill a
-    patch is left out, and H and W must be at least R. At R = 1 there is no reduction and no norm.
+    patch is omitted, and H and W must be at least R. At R = 1 there is no reduction and no norm.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, eps: float):
@@ -119,7 +119,7 @@ class EfficientSelfAttention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Mix-FFN's 3x3 depthwise convolution: (B, N, C), H, W -> (B, N, C). Its zero padding tells positions apart."""
+    """Mix-FFN's 3x3 depthwise convolution: (B, N, C), H, W -> (B, N, C). Its zero padding encodes positions."""
 
     def __init__(self, dim: int):
         super().__init__()

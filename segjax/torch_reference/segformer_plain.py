@@ -62,7 +62,7 @@ class PlainHead(nn.Module):
 class SegFormerPlain(nn.Module):
     """Images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
-    Args and taps are those of `segformer.SegFormer`, but for `fuse`: "conv" or "conv_bn", see the head of this file.
+    Args and taps are those of `segformer.SegFormer`, except `fuse`: "conv" or "conv_bn", see the head of this file.
     The dropout of whole channels before the classifier is there with a rate of 0.
     """
 

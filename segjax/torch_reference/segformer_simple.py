@@ -8,7 +8,7 @@ It is the SegFormer of the package segformer-pytorch 0.0.6 (PyPI, MIT licence), 
 Where it departs from the official SegFormer: patches are unfolded, then a 1x1 convolution; no norm follows a patch
 embedding, a stage or the spatial reduction; its norm adds eps to the standard deviation; attention has no biases, and
 its keys and values are one strided convolution; the feed-forward network's 3x3 depthwise convolution is followed by a
-1x1; the decoder enlarges by repeating pixels, concatenates from stage 1 to stage 4, and ends in two 1x1 convolutions
+1x1; the decoder upsamples by repeating pixels, concatenates from stage 1 to stage 4, and ends in two 1x1 convolutions
 with nothing between. No dropout of any kind, so training and evaluation are the same.
 """
 
@@ -181,7 +181,7 @@ class SegFormerSimple(nn.Module):
         decoder_dim: width of the decoder.
 
     `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)). H and W must be multiples of 32, as
-    the decoder enlarges by whole factors. Initialisation is torch's own, drawn in the package's order.
+    the decoder upsamples by whole factors. Initialisation is torch's own, drawn in the package's order.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ ties it to figures of the original. Everything is a map (B, C, H, W). Where it l
 - patch embeddings have no bias; every LayerNorm has eps 1e-5;
 - the spatial reduction, with its LayerNorm, is there at every ratio, 1 too;
 - the feed-forward network widens in its 3x3 convolution: 1x1 from C to C, 3x3 in C groups from C to 4C, 1x1 back to C;
-- drop path hangs on the feed-forward branch alone, and drops it for the whole batch at once;
-- the decoder enlarges by fixed factors with align_corners True, before it projects; activation comes before BatchNorm.
+- drop path is only in the feed-forward branch, and drops it for the whole batch at once;
+- the decoder upsamples by fixed factors with align_corners True, before it projects; activation comes before BatchNorm.
 
 Initialisation is torch's own.
 """
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Four maps -> four maps (B, D, H / 4, W / 4), from stage 4 down to stage 1: enlarged first, projected second.
+    """Four maps -> four maps (B, D, H / 4, W / 4), from stage 4 down to stage 1: upsampled first, projected second.
 
     Enlarging is by 8, 4, 2 and 1, whatever the maps' sizes are: ValueError where they do not come out equal.
     """
@@ -174,7 +174,9 @@ class Decoder(nn.Module):
         projected = [stage(feature) for stage, feature in zip(self.stages, reversed(features), strict=True)]
         sizes = [tuple(p.shape[2:]) for p in projected]
         if any(size != sizes[0] for size in sizes):
-            raise ValueError(f"enlarged maps of stages 4 to 1 differ in size, {sizes}: H and W must be multiples of 32")
+            raise ValueError(
+                f"upsampled maps of stages 4 to 1 differ in size, {sizes}: H and W must be multiples of 32"
+            )
         return projected
 
 

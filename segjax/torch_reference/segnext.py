@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One MSCAN block, norm first: (B, C, H, W) -> (B, C, H, W). Each branch is scaled by channel and dropped alone."""
+    """MSCAN block, norm first: (B, C, H, W) -> the same. Each branch is scaled by channel and dropped independently."""
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path_rate: float):
         super().__init__()

@@ -7,12 +7,14 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 
 from segjax import layers, models
 from segjax.checkpoints.architectures import family_of
@@ -22,7 +24,7 @@ from segjax.checkpoints.state_dict import from_torch, settings_of, to_torch
 from segjax.data.augment import normalise
 from segjax.inference.engine import labels_of
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.segnext import evaluation_bases
+from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference import (
     hrnet,
     segformer,
@@ -53,7 +55,7 @@ REFERENCES = {
 
 
 def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
-    """The PyTorch reference of our model in evaluation mode, strictly loaded with `weights` (its own by default)."""
+    """The PyTorch reference of a model in evaluation mode, strictly loaded with `weights`, by default the model's."""
     weights = to_torch(model) if weights is None else weights
     reference = REFERENCES[family_of(model.spec.name)](num_classes=model.spec.num_classes, **settings_of(model))
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}
@@ -63,28 +65,29 @@ def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | 
 
 
 def randomised_pair(
-    name: str, *, num_classes: int, seed: int, dtype, **overrides
+    name: str, *, num_classes: int, seed: int, dtype: DTypeLike, **overrides
 ) -> tuple[SegmentationModel, torch.nn.Module]:
-    """A model and its reference with the same weights, of which every one shows in the output."""
-    sizes = models.settings(name) | overrides
+    """A model and its reference with the same random weights, each of which changes the output."""
+    sizes: dict[str, Any] = models.settings(name) | overrides
     reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
     reference.to(torch.float64 if jnp.dtype(dtype) == jnp.float64 else torch.float32).eval()
-    model = from_torch(
-        reference.state_dict(), name=name, num_classes=num_classes, dtype=dtype, param_dtype=dtype, **sizes
-    )
+    dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype)
+    model = from_torch(reference.state_dict(), name=name, num_classes=num_classes, **dtypes, **sizes)
     return model, reference
 
 
 def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
-    """What the model takes beside images: SegNeXt's bases (B, C, R), different for every image, else nothing."""
-    if family_of(model.spec.name) != "segnext":
+    """Inputs of the model in addition to images: SegNeXt's bases (B, C, R), different for every image, else none."""
+    if not isinstance(model, SegNeXt):
         return ()
     ham = model.decode_head.hamburger
     fixed = evaluation_bases(ham.channels, ham.rank)
     return (np.stack([np.roll(fixed, number, axis=0) for number in range(batch)]).astype(model.dtype),)
 
 
-def run_reference(reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray):
+def run_reference(
+    reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The reference's (logits, taps), NCHW, on images (B, H, W, 3)."""
     return reference(to_nchw(x), *map(torch.from_numpy, bases))
 
@@ -97,7 +100,7 @@ def to_nhwc(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-def relative_error(ours, theirs) -> float:
+def relative_error(ours: ArrayLike, theirs: ArrayLike) -> float:
     """max |ours - theirs| / max |theirs|."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
@@ -124,13 +127,14 @@ def compiled(model: SegmentationModel) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `segjax convert --verify` prints.
+    """The result of a verification, as `segjax convert --verify` prints it.
 
     Attributes:
-      against: what ours was compared with.
-      error: worst relative error of the logits.
-      equal: share of pixels with the same label (of one class: the same side of probability 0.5).
-      positives: share of pixels above 0.5, for one class alone.
+      against: name of the PyTorch model.
+      error: largest error of the logits, relative to the largest logit.
+      equal: fraction of pixels with the same label (for one class, on the same side of probability 0.5).
+      positives: fraction of pixels above 0.5 if there is one class, else None.
+      bound: largest accepted error.
     """
 
     against: str
@@ -206,8 +210,10 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = settings_of(model)
+    # A setting of every transformers model, which the signature of this one does not name.
+    common: dict[str, Any] = dict(num_labels=model.spec.num_classes)
     config = transformers.SegformerConfig(
-        num_labels=model.spec.num_classes,
+        **common,
         hidden_sizes=list(settings["dims"]),
         depths=list(settings["depths"]),
         num_attention_heads=list(settings["num_heads"]),
@@ -217,10 +223,12 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
     )
     with tempfile.TemporaryDirectory() as folder:
         record = config.to_dict() | {"architectures": ["SegformerForSemanticSegmentation"]}
-        Path(folder, "config.json").write_text(json.dumps(record))
+        Path(folder, "config.json").write_text(json.dumps(record), encoding="utf-8")
         arrays = {key: _for_transformers(value) for key, value in foreign.items()}
         save_file(arrays, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        network, info = transformers.SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+        load = transformers.SegformerForSemanticSegmentation.from_pretrained
+        # Its annotations know only the call without the report of the loading.
+        network, info = load(folder, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     # A counter moves no output, and files without one are common.
     if wrong := [key for key in wrong if not str(key).endswith(BATCH_COUNTER)]:

@@ -116,7 +116,7 @@ class Meter:
         return steps * self._batch_size * self._seconds / self._images if self._images else None
 
 
-class Progress(console.Progress):
+class Progress(console.ProgressBar):
     """Progress of a training: its steps, with the loss and the images per second."""
 
     def __init__(self, start: int, total: int):

@@ -1,4 +1,4 @@
-"""Predictions drawn over their images or beside them, in the images' own pixels, with a legend below."""
+"""Predictions drawn over their images or next to them, at the size of the images, with a legend below."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segjax.viz.pictures import colourise
 
 OPACITY = 0.55  # of the colours over the image
 NARROWEST = 320  # pixels; a narrower picture gets white at its right, so that the legend has room
-# A video's legend stands still: it has every class, or where there are more than these the largest of each frame.
+# The legend of a video has a fixed size: it lists every class, or if there are more than these the largest of a frame.
 MOST_IN_VIDEO = 24
 
 
@@ -22,7 +22,7 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
 
     Args:
       image: uint8 (H, W, 3). labels: uint8 (H, W).
-      still: the legend has the classes that occur; else, for the frames of a video, it always has the same height.
+      still: whether the legend has only the classes that occur; else, for the frames of a video, its height is fixed.
     """
     import cv2
 
@@ -30,7 +30,7 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
     return _with_legend(blended, labels, spec, still)
 
 
-def beside(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, still: bool = True) -> np.ndarray:
+def side_by_side(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, still: bool = True) -> np.ndarray:
     """The image and the colours of its labels, side by side: uint8 (H + legend, at least 2W, 3)."""
     gap = np.full((len(image), max(image.shape[1] // 200, 2) * 2, 3), 255, np.uint8)
     return _with_legend(np.concatenate([image, gap, colourise(labels, spec)], axis=1), labels, spec, still)
@@ -54,7 +54,7 @@ def _with_legend(picture: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpe
 
 @functools.lru_cache(maxsize=16)
 def _legend(classes: Sequence[int], spec: specs.DatasetSpec, width: int, room: int) -> np.ndarray:
-    """Colours and names in columns: uint8 (h, width, 3); `room`: for how many classes at least."""
+    """Colours and names in columns: uint8 (h, width, 3), with space for at least `room` classes."""
     from PIL import Image, ImageDraw
 
     size = min(max(width // 70, 13), 40)

@@ -1,4 +1,4 @@
-"""Pictures that a run leaves behind: predictions beside the truth, and learning curves."""
+"""Pictures of runs and evaluations: predictions next to the labels, learning curves, confusion matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_prediction(
     """
     figure = _figure(*_three_panels(image.shape[:2]))
     panels = figure.subplots(1, 3)
-    # Where the truth says nothing the prediction is left out too: the eye should compare what the metric compares.
+    # Pixels that metrics ignore are black in the prediction, too.
     shown = np.where(truth == spec.ignore_label, spec.ignore_label, predicted)
     names = ("image", "truth", "prediction")
     pictures = (image, colourise(truth, spec), colourise(shown, spec))
@@ -44,7 +44,7 @@ def save_prediction(
 def save_samples(
     path: Path, images: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, titles: Sequence[str]
 ) -> None:
-    """One PNG of images, each beside its label, and the classes that occur; what is ignored is striped.
+    """One PNG of images, each next to its labels, and the classes that occur; ignored pixels are striped.
 
     Args:
       images: uint8 (B, H, W, 3). labels: train ids (B, H, W).
@@ -60,7 +60,7 @@ def save_samples(
     panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
     for axis in panels.flat:
         axis.axis("off")
-    # As broad on the page whatever the size of the images, and of no class's colour in any place.
+    # Stripes of the same width on the page for images of any size, in greys that are no colours of classes.
     stripes = np.add.outer(np.arange(height), np.arange(width)) // max(width // 80, 1) % 2 * 120 + 135
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
@@ -89,7 +89,7 @@ def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
         right.set_ylabel("mean IoU")
         right.set_ylim(0, 1)
         lines = [*lines, *right.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False, loc="upper center")
+    axis.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, frameon=False, loc="upper center")
     _save(figure, path)
 
 
@@ -101,7 +101,7 @@ def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -
     """
     classes, pixels = len(confusion), confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(pixels, 1)
-    # Names and figures fit into cells of a third of an inch; of many classes there are colours alone.
+    # Names and figures fit into cells of a third of an inch; with many classes the cells have only colours.
     side = classes / 3 + 2.5 if classes <= 40 else 12.0
     figure = _figure(side + 0.8, side)
     axis = figure.subplots()
@@ -138,11 +138,17 @@ def _figure(width: float, height: float):
 def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored: bool = False) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=np.array(spec.label_colors[k]) / 255, label=spec.label_names[k]) for k in classes]
+    patches = [Patch(color=_unit(spec.label_colors[k]), label=spec.label_names[k]) for k in classes]
     if ignored:
         patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////", label="ignored"))
     columns = _legend_columns(figure.get_figwidth(), classes, spec)
     figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+
+
+def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
+    """RGB in 0..1 of RGB in 0..255."""
+    red, green, blue = color
+    return red / 255, green / 255, blue / 255
 
 
 def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpec) -> int:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: figures as JSON and CSV, pictures, and one page that a browser alone will show."""
+"""Report of an evaluation: figures as JSON and CSV, pictures, and one HTML page that needs no server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,8 @@ class Shown(NamedTuple):
     predicted: np.ndarray
 
 
-def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, object]:
-    """What `metrics.summarise` has, the means that mmsegmentation prints beside it, and "classes", one record each."""
+def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, Any]:
+    """The figures of `metrics.summarise`, other means that mmsegmentation prints, and "classes", a dict for each."""
     table = metrics.by_class(confusion)
     means = {f"mean_{column}": metrics.mean(table[column]) for column in COLUMNS[1:-1]}
     rows = zip(spec.label_names, *(table[column] for column in COLUMNS), strict=True)
@@ -52,24 +52,24 @@ def write(
     *,
     title: str,
     facts: Mapping[str, str],
-    about: Mapping[str, object],
+    metadata: Mapping[str, object],
 ) -> None:
     """Writes results.json, classes.csv, confusion.csv, confusion.png, worst/ and, last, index.html.
 
-    Each file is written atomically. Other files in the folder stay, but for the worst/ of an older report.
+    Each file is written atomically. Other files in the folder stay, except the worst/ of an older report.
 
     Args:
       confusion: pixel counts (K, K).
       worst: images to show, in their order.
       title, facts: head of the page.
-      about: what of the evaluation goes into results.json beside the figures.
+      metadata: entries of results.json in addition to the figures.
     """
     summary = summarise(confusion, spec)
     images = [_figures_of(shown, spec) for shown in worst]
     files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
     listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
-    # Before worst/ is touched, so that whoever reads results.json finds the pictures that it names, or none.
-    results = {**about, **summary, "worst_images": listed}
+    # Written before worst/ changes, so that results.json never names the pictures of another report.
+    results = {**metadata, **summary, "worst_images": listed}
     atomic.write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     by_class = [["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]
     atomic.write_text(folder / "classes.csv", _csv(by_class))
@@ -86,7 +86,7 @@ def write(
     atomic.write_text(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
 
 
-def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, object]:
+def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
     """Name, mean IoU, and IoU by class that occurs in truth or prediction, of one image; and its pictures as URIs."""
     confusion = metrics.confusion_matrix(
         shown.truth, shown.predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
@@ -97,14 +97,14 @@ def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, object]:
 
 
 def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
-    """Image, truth, prediction and errors (transparent but where the prediction is wrong) as data URIs."""
+    """Image, truth, prediction and errors (transparent except where the prediction is wrong) as data URIs."""
     import cv2
 
     ignored = shown.truth == spec.ignore_label
-    # Where the truth says nothing, the eye should not compare.
+    # Ignored pixels are not compared.
     predicted = np.where(ignored, spec.ignore_label, shown.predicted)
     wrong = (predicted != shown.truth)[..., None]
-    red = np.where(wrong, np.uint8([255, 30, 60, 255]), np.uint8(0))
+    red = np.where(wrong, np.array([255, 30, 60, 255], np.uint8), np.uint8(0))
     factor = min(1, LARGEST_SIDE / max(shown.truth.shape))
     size = tuple(max(1, round(side * factor)) for side in shown.truth.shape[::-1])
 
@@ -112,7 +112,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
         bgr = pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
         _, data = cv2.imencode(suffix, cv2.resize(bgr, size, interpolation=interpolation), settings)
         kind = {".jpg": "jpeg", ".png": "png"}[suffix]
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
 
     labels = {"truth": pictures.colourise(shown.truth, spec), "prediction": pictures.colourise(predicted, spec)}
     layers = {
@@ -139,7 +139,7 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
         "confusion": confusion.tolist(),
         "images": images,
     }
-    # Inside a script only `<` could end it.
+    # Inside a script element only `<` could end the element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
 

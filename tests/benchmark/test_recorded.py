@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import camvid, compiling, feeding, growth, machine
+from benchmarks import camvid, compiling, feeding, growth, recorded
 from configs import hrnet, segformer
+from segjax.benchmark.machine import quartiles
 from segjax.data import builders, streets
 from segjax.train import progress
 from segjax.train.config import check
@@ -20,9 +21,9 @@ from tests.tiny import SIZES
 
 
 def test_what_runs_in_a_process_runs_in_another_and_its_error_comes_back():
-    assert machine.in_a_process(os.getpid) != os.getpid()
+    assert recorded.in_a_process(os.getpid) != os.getpid()
     with pytest.raises(ValueError, match="math domain error"):
-        machine.in_a_process(math.sqrt, -1.0)
+        recorded.in_a_process(math.sqrt, -1.0)
 
 
 def test_the_peak_is_what_was_held_while_it_ran_alone():
@@ -30,24 +31,24 @@ def test_the_peak_is_what_was_held_while_it_ran_alone():
         return lambda: np.ones(megabytes * 2**17).sum()
 
     hold(96)()
-    assert 60 * 2**20 < machine.peak_of(hold(64)) < 80 * 2**20
+    assert 60 * 2**20 < recorded.peak_of(hold(64)) < 80 * 2**20
     # That of before is forgotten.
-    assert machine.peak_of(hold(8)) < 16 * 2**20
+    assert recorded.peak_of(hold(8)) < 16 * 2**20
 
 
 @pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [4.0, 1.0, 3.0, 9.0, 2.0]])
 def test_quartiles_are_numpys(values):
-    np.testing.assert_allclose(machine.quartiles(values), np.percentile(values, (50, 25, 75)))
+    np.testing.assert_allclose(quartiles(values), np.percentile(values, (50, 25, 75)))
 
 
 def test_a_record_names_the_command_and_no_folder_of_the_machine(tmp_path):
     words = ["--source", str(tmp_path), "--steps", "3", f"--config.data.dir={tmp_path}", "~/x", "a/b"]
-    record = machine.about("benchmarks.camvid", words)
+    record = recorded.about("benchmarks.camvid", words)
     assert record["command"] == ("python -m benchmarks.camvid --source PATH --steps 3 --config.data.dir=PATH PATH a/b")
     path = tmp_path / "new" / "record.json"
-    machine.write(path, record)
+    recorded.write(path, record)
     assert json.loads(path.read_text()) == record and {"jax", "python"} <= set(record["versions"])
-    machine.write(None, record)
+    recorded.write(None, record)
 
 
 # -------------------------------------------------------------------------------------------------------------- growth
@@ -160,7 +161,7 @@ def leaves(tree):
 @pytest.mark.slow
 def test_the_second_compilation_comes_from_the_cache(tmp_path):
     work = str(tmp_path), "segformer_b0", (1, 32, 64), "unrolled", SIZES
-    cold, cached = (machine.in_a_process(compiling.compile_once, *work) for _ in range(2))
+    cold, cached = (recorded.in_a_process(compiling.compile_once, *work) for _ in range(2))
     assert cached["compile"] < 0.6 * cold["compile"] and cached["temporaries"] == cold["temporaries"]
 
 
@@ -263,10 +264,10 @@ def called(monkeypatch):
         if "train.py" in command:
             workdir = next(word.removeprefix("--workdir=") for word in command if word.startswith("--workdir="))
             result = {"images_per_second": 1.0, "params_sha256": "", "config": {}, "step": calls.step}
-            machine.write(camvid.Path(workdir) / "result.json", result)
+            recorded.write(camvid.Path(workdir) / "result.json", result)
         else:
             report = {"step": calls.step, "mean_iou": 0.5, "classes": [{"class": "sky", "iou": 0.5}]}
-            machine.write(camvid.Path(command[command.index("--output") + 1]) / "results.json", report)
+            recorded.write(camvid.Path(command[command.index("--output") + 1]) / "results.json", report)
 
     monkeypatch.setattr(camvid, "call", call)
     return calls
@@ -295,7 +296,7 @@ def test_flags_behind_two_dashes_come_last_and_reach_the_training_alone(called, 
 
 
 def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(recorded, "has_gpu", lambda: False)
     monkeypatch.setattr(camvid, "training", lambda *_: [sys.executable, "-c", "raise SystemExit(130)"])
     path = tmp_path / "record.json"
     assert camvid.main(["--source", str(tmp_path), "--workdir", str(tmp_path), "--json", str(path)]) == 130
@@ -303,7 +304,7 @@ def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, ca
 
 
 def test_the_record_has_no_folder_of_the_machine(called, monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(recorded, "has_gpu", lambda: False)
     monkeypatch.setattr(
         camvid, "of_seed", lambda *_: {**RUNS[0], "config": {"seed": 0, "data": {"source": str(tmp_path)}}}
     )

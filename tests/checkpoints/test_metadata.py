@@ -16,7 +16,7 @@ from segjax import layers, to_torch
 from segjax.checkpoints import metadata, orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import load
-from segjax.commands import convert, inspect
+from segjax.commands import conversion, convert, inspect
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.engine import Inference
@@ -69,7 +69,7 @@ def refused(capsys, source):
 
 def test_what_a_folder_says_of_itself_goes_through_every_form_that_has_a_place_for_it(tmp_path, monkeypatch):
     # Measured in parity/, where transformers is.
-    monkeypatch.setattr(convert, "_measure_transformers", lambda model: None)
+    monkeypatch.setattr(conversion, "_measure_transformers", lambda model: None)
     model = tiny_model(1, num_heads=(2, 4, 5, 8))
     orbax_folder.save_model(tmp_path / "a", model, metadata=ABOUT)
     converted(tmp_path / "a", tmp_path / "b")
@@ -126,7 +126,7 @@ def test_the_hash_of_a_file_is_carried_and_is_not_that_of_the_weights(tmp_path):
 def test_a_verification_is_recorded_with_its_error(tmp_path, passed):
     save_file(to_torch(tiny_model(1)), tmp_path / "a.safetensors")
     report = mock.Mock(passed=passed, against="a reference", error=np.float32(0.25))
-    with mock.patch.object(convert, "_verify", lambda model, foreign: report):
+    with mock.patch.object(conversion, "_verify", lambda model, foreign: report):
         status = convert.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b"), "--verify"])
     assert status == (0 if passed else 1) and (tmp_path / "b").exists() == passed
     if passed:

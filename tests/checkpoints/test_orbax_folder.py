@@ -17,7 +17,8 @@ from flax import nnx
 
 from segjax.checkpoints import orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
-from segjax.checkpoints.orbax_folder import load_model, save_model
+from segjax.checkpoints.load import load
+from segjax.checkpoints.orbax_folder import load_weights, save_model
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.recipes import common
 from segjax.runtime import atomic, console
@@ -309,16 +310,17 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
 )
 def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed, num_classes, overrides):
     model = tiny_model(seed, num_classes=num_classes, **overrides)
-    save_model(tmp_path / "deep" / "model", model, metadata={"dataset": {"name": "noise"}})
-    again = load_model(tmp_path / "deep" / "model")
-    assert again.spec == model.spec
+    save_model(tmp_path / "deep" / "model", model, metadata={"licence": "noise's"})
+    loaded = load(tmp_path / "deep" / "model")
+    again = loaded.model
+    assert loaded.metadata["licence"] == "noise's" and again.spec == model.spec
     assert_same_bits(state_dict.to_torch(again), state_dict.to_torch(model))
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
 
 def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick_compile):
     save_model(tmp_path / "model", tiny_model(0, dropout_rate=0.5, drop_path_rate=0.5), metadata={})
-    model = load_model(tmp_path / "model")
+    model = load(tmp_path / "model").model
     images = jnp.array(np.random.default_rng(0).standard_normal((2, 32, 40, 3)), jnp.float32)
     logits = nnx.jit(lambda model, images: model(images)[0])
     np.testing.assert_array_equal(logits(model, images), logits(model, images))
@@ -329,9 +331,9 @@ def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick
 def test_a_float64_model_comes_back_as_one(tmp_path, float64):
     model = tiny_model(0, dtype=jnp.float64)
     save_model(tmp_path / "model", model, metadata={})
-    again = load_model(tmp_path / "model")
+    again = load(tmp_path / "model").model
     with jax.enable_x64(False), pytest.raises(state_dict.CheckpointError, match="jax_enable_x64"):
-        load_model(tmp_path / "model")
+        load(tmp_path / "model")
     assert_same_bits(state_dict.to_torch(again), state_dict.to_torch(model))
     assert again.dtype == jnp.float64
 
@@ -340,7 +342,7 @@ def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
     old, new = tiny_model(0), tiny_model(1, num_classes=3)
     save_model(tmp_path / "model", old, metadata={})
     save_model(tmp_path / "model", new, metadata={})
-    assert_same_bits(state_dict.to_torch(load_model(tmp_path / "model")), state_dict.to_torch(new))
+    assert_same_bits(state_dict.to_torch(load(tmp_path / "model").model), state_dict.to_torch(new))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -362,7 +364,7 @@ def test_a_model_that_fails_to_be_saved_leaves_the_older_one(tmp_path):
     save_model(tmp_path / "model", model, metadata={})
     with pytest.raises(TypeError):
         save_model(tmp_path / "model", tiny_model(1), metadata={"no JSON": object()})
-    assert_same_bits(state_dict.to_torch(load_model(tmp_path / "model")), state_dict.to_torch(model))
+    assert_same_bits(state_dict.to_torch(load(tmp_path / "model").model), state_dict.to_torch(model))
 
 
 def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_path):
@@ -375,15 +377,15 @@ def test_a_model_is_found_in_a_checkpoint_and_in_the_newest_one_of_a_run(tmp_pat
         run.save(step, arrays, {"step": np.int32(step)}, {"model": state_dict.model_metadata(model)})
     run.wait()
     for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
-        assert_same_bits(state_dict.to_torch(load_model(place)), state_dict.to_torch(model))
-    older = load_model(tmp_path / "checkpoints" / "9")
+        assert_same_bits(state_dict.to_torch(load(place).model), state_dict.to_torch(model))
+    older = load(tmp_path / "checkpoints" / "9").model
     found = {name: variable.get_value() for name, variable in state_dict.named_variables(older).items()}
     assert params_sha256(found) == params_sha256(other)
 
 
 def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
     save_model(tmp_path / "model", tiny_model(0), metadata={})
-    model = load_model(tmp_path / "model", dtype=jnp.bfloat16)
+    model = load(tmp_path / "model", dtype=jnp.bfloat16).model
     assert model.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype(np.float32)}
 
@@ -394,7 +396,7 @@ def test_the_computation_can_be_asked_for_in_another_type(tmp_path):
 def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=f"{place}: no checkpoint of segjax in this folder"):
-            load_model(place)
+            load_weights(place)
 
 
 @pytest.fixture(scope="module")
@@ -411,12 +413,13 @@ HARM_EVERY_FILE = """
 import json, shutil, sys
 from pathlib import Path
 from segjax.checkpoints import state_dict
-from segjax.checkpoints.orbax_folder import CheckpointError, load_model
+from segjax.checkpoints.load import load
+from segjax.checkpoints.orbax_folder import CheckpointError
 from segjax.models.functional import params_sha256
 
 def outcome(place):
     try:
-        return params_sha256(state_dict.to_torch(load_model(place)))
+        return params_sha256(state_dict.to_torch(load(place).model))
     except CheckpointError as error:
         assert str(place) in str(error), error
         return "refused"
@@ -473,7 +476,7 @@ def test_a_record_that_does_not_fit_the_weights_is_refused_with_the_names(saved_
     content["model"]["overrides"]["dims"] = [4, 8, 15, 16]
     record.write_text(json.dumps(orbax_folder.signed(content)))
     with pytest.raises(CheckpointError, match=r"do not fit segformer_b0, which its metadata names:\n.*\n.*instead of"):
-        load_model(broken)
+        load(broken)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +488,7 @@ def test_a_record_that_names_no_known_model_is_refused(saved_model, tmp_path, re
     (path,) = (path for path in files_below(broken / "about") if b"segformer_b0" in path.read_bytes())
     path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=str(broken)):
-        load_model(broken)
+        load(broken)
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path):

@@ -129,7 +129,7 @@ def test_a_training_is_measured_to_be_exactly_what_it_says(named, best, workdir,
     folder = workdir / ("report-best" if best else "report")
     found, recorded = results(folder), runs.result_of(workdir)
     assert sorted(os.listdir(folder)) == FILES
-    assert ("exactly what" in printed) == (not best) and "NOT" not in printed
+    assert ("exactly as in" in printed) == (not best) and "NOT" not in printed
     if not best:
         assert all(found[key] == recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step"))
     assert found["data"] == {"name": "streets", "split": "val", "images": 5}
@@ -145,7 +145,7 @@ def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, cap
     (tmp_path / "result.json").write_text((workdir / "result.json").read_text())
     assert call("--workdir", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "exactly what" in printed and "step" not in printed and "drawing 5 images of streets" in printed
+    assert "exactly as in" in printed and "step" not in printed and "drawing 5 images of streets" in printed
     assert inspect.main([str(tmp_path)]) == 0
     assert "a run of segjax\n" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
     evaluate._compare_with_result(tmp_path / "result.json", summary)
     printed = capsys.readouterr().out
-    assert printed.startswith("NOT what") and "(mIoU 0.9000, " in printed
+    assert printed.startswith("NOT as in") and "(mIoU 0.9000, " in printed
     assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
 
 
@@ -253,7 +253,7 @@ WRONG = {
     (*OF_CHECKPOINT, "mars:val"): "NAME one of streets, camvid, cityscapes, ade20k, voc, pet, folder, not 'mars:val'",
     (*OF_CHECKPOINT, "streets", "--crop", "64", "64"): "--crop and --stride go with --mode slide",
     (*OF_CHECKPOINT, "streets", "--batch", "0"): "--batch is at least 1, not 0",
-    (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are drawn",
+    (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are generated",
     (*OF_CHECKPOINT, "streets", "--best"): "nowhere/best: there is no such file",
     (*OF_CHECKPOINT, "streets", "--scales", "0"): "scales are positive numbers, not (0.0,)",
     (*OF_CHECKPOINT, "streets", "--mode", "slide", "--crop", "8", "8", "--stride", "9", "8"): "leaves gaps",

@@ -43,6 +43,17 @@ def test_the_first_line_comes_without_importing_jax(argument):
     assert not imported & {"jax", "numpy", "flax", "absl"}
 
 
+@pytest.mark.parametrize(
+    "arguments", [*([name, "--help"] for name in entry.COMMANDS), ["data", "show", "--help"]], ids=" ".join
+)
+def test_help_of_a_command_comes_without_importing_jax(arguments):
+    done = run("-X", "importtime", "-m", "segjax", *arguments)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: segjax {arguments[0]}")
+    assert "segjax.data.specs" in imported or "argparse" in imported
+    assert not imported & {"jax", "flax", "torch", "matplotlib", "tensorflow_datasets"}
+
+
 def test_the_version_is_that_of_the_package(capsys):
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"segjax {segjax.__version__}\n"

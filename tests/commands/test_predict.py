@@ -16,7 +16,7 @@ from PIL import Image
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
 from segjax.data import codec
-from segjax.inference import batch_run
+from segjax.inference import batch_run, outputs
 from segjax.inference import overlapped as inference_overlapped
 from segjax.inference.engine import labels_of
 from segjax.viz import overlay
@@ -35,8 +35,8 @@ def models(monkeypatch):
         model, spec = MODELS[int(path.name)]
         return LoadedCheckpoint(model, spec, {})
 
-    monkeypatch.setattr(predict, "load", load)
-    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
+    monkeypatch.setattr("segjax.checkpoints.load.load", load)
+    monkeypatch.setattr("segjax.runtime.environment.prepare", lambda: None)
 
 
 def put(path, image, **settings):
@@ -96,8 +96,12 @@ def test_everything_wrong_with_the_inputs_is_told_before_anything_starts(tmp_pat
     assert run(*(tmp_path / name for name in names), "--output", tmp_path / "out") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "a/x.png and" in said and "b/x.jpg would both become" in said and "out/labels/x.png" in said
-    assert "missing.png: there is no such file" in said and "no*thing: no file is like this" in said
-    assert "empty: a folder without" in said and "1 files, of which none" in said and "x.txt: of the suffixes" in said
+    assert "missing.png: there is no such file" in said and "no*thing: no file matches" in said
+    assert (
+        "empty: a folder without" in said
+        and "1 files, of which none" in said
+        and "x.txt: is no image or video by its suffix" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +202,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
     for name, image in images.items():
         put(tmp_path / "in" / f"{name}.png", image)
     out = tmp_path / "out"
-    assert run(tmp_path / "in", "--output", out, "--write", *batch_run.KINDS, checkpoint=checkpoint) == 0
+    assert run(tmp_path / "in", "--output", out, "--write", *outputs.KINDS, checkpoint=checkpoint) == 0
     kinds = [("labels", "png"), ("overlay", "jpg"), ("sidebyside", "jpg"), ("probabilities", "npz")]
     expected = [f"{kind}/{name}.{suffix}" for kind, suffix in kinds for name in images]
     assert below(out) == sorted([*expected, "predict.json"])
@@ -228,7 +232,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
 
 
 @pytest.mark.parametrize("still", [True, False])
-@pytest.mark.parametrize("draw", [overlay.over, overlay.beside])
+@pytest.mark.parametrize("draw", [overlay.over, overlay.side_by_side])
 def test_the_legend_has_the_colours_of_the_classes_that_occur_and_of_no_others(draw, still):
     image, labels = np.full((60, 400, 3), 128, np.uint8), np.zeros((60, 400), np.uint8)
     labels[:, 100:] = 3

@@ -746,6 +746,8 @@ def test_the_command_shows_splits_classes_and_place(name, few, tmp_path, data, c
     assert main(["prepare", name, "--source", *map(str, made.packed(tmp_path)), "--data-dir", str(data)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"Preparing {name}, images per split: train 3")
+    assert lines[0].startswith("  from ") and lines[1] == f"  to {data}/segjax_{name}/1.1.0"
+    lines = lines[2:]
     assert lines[-1] == f"{name}: {data}/segjax_{name}/1.1.0"
     assert max(map(len, lines[:-1])) <= 80 and len(lines) <= 90
     text = "\n".join(lines)
@@ -788,7 +790,7 @@ def test_ctrl_c_keeps_what_was_done(few, tmp_path, data, monkeypatch, capsys):
         patch.setattr(masks, "THREADS", 1)
         patch.setattr(codec, "encode_mask", encode_some)
         assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert main(["prepare", "pet", "--source", str(made.root), "--data-dir", str(data)]) == 0
     assert "Taking over 2 of 5 images" in capsys.readouterr().out
 

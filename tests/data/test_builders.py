@@ -279,7 +279,7 @@ assert logging.get_verbosity() == logging.{verbosity.upper()}
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True, text=True)
     (path,) = complete_datasets(data)
-    assert shown.stdout == f"Preparing toy, images per split: train 2, val 1; from {tree} to {path}\n"
+    assert shown.stdout == f"Preparing toy, images per split: train 2, val 1\n  from {tree}\n  to {path}\n"
     assert shown.stderr == ""
 
 

@@ -53,7 +53,7 @@ def test_every_dataset_has_its_evaluated_split_and_its_crop():
 def test_every_dataset_has_the_reader_of_its_kind():
     of_kind = {kind: {name for name, dataset in specs.DATASETS.items() if dataset.kind == kind} for kind in KINDS}
     assert of_kind == {"generated": set(GENERATORS), "archives": set(archives.READERS), "folder": {"camvid", "folder"}}
-    assert builders.names() == tuple(name for name in specs.DATASETS if name != "streets")
+    assert specs.prepared_names() == tuple(name for name in specs.DATASETS if name != "streets")
     for name, dataset in specs.DATASETS.items():
         assert (dataset.scenes is not None) == (dataset.kind == "generated")
         assert dataset.spec is None or dataset.spec.name == name

@@ -117,7 +117,10 @@ def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
     saved(tmp_path / "a", model, normalisation=normalisation)
     path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
     assert run(tmp_path / "a", path, "--format", "stablehlo", *options) == 0
-    assert json.loads(stablehlo.beside(path).read_text())["normalisation"].items() >= normalisation.items()
+    assert (
+        json.loads(stablehlo.metadata_path(path).read_text(encoding="utf-8"))["normalisation"].items()
+        >= normalisation.items()
+    )
     images = pictures(1, (32, 64))
     by_hand = model((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))[0]
     assert relative_error(stablehlo.open_stablehlo(path)(images), np.asarray(by_hand)) < 1e-5
@@ -175,9 +178,13 @@ def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, monkey
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        ("segformer", ("a.onnx", "--size", 0, 64), r"at least 1; .*a\.onnx: --format stablehlo writes \*\.stablehlo"),
+        (
+            "segformer",
+            ("a.onnx", "--size", 0, 64),
+            r"at least 1; .*a\.onnx: a file of the format stablehlo is named \*\.stablehlo",
+        ),
         ("segformer", ("a.stablehlo", "--size", 16, 64), "the image is too small: stage 1 sees a map of 4x16"),
-        ("hrnet", ("a.stablehlo", "--size", 63, 64, "--dynamic"), "with --dynamic, sides are at least 64"),
+        ("hrnet", ("a.stablehlo", "--size", 63, 64, "--dynamic"), "dynamic sides are at least 64"),
         ("simple", ("a.stablehlo", "--size", 60, 64), "60 64: segformer_simple takes multiples of 32: 64 64"),
         ("zuppichini", ("a.stablehlo", "--size", 64, 33), "takes multiples of 32: 64 64"),
     ],

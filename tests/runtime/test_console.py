@@ -3,12 +3,12 @@
 import io
 import sys
 import time
-from types import SimpleNamespace
 
+import jax
 import pytest
 
 from segjax.runtime import console, distributed
-from segjax.runtime.console import Progress
+from segjax.runtime.console import ProgressBar
 
 
 class Clock:
@@ -69,7 +69,7 @@ def test_control_characters_are_shown_and_all_others_are_kept(text, capsys):
 
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
-    with Progress("checking", 12, "images") as progress:
+    with ProgressBar("checking", 12, "images") as progress:
         for _ in range(12):
             clock.now += 4
             progress.advance()
@@ -82,7 +82,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock, monkeypatch
 
 
 def test_the_rate_does_not_count_the_first_which_compiles(clock):
-    progress = Progress("", 5, "images")
+    progress = ProgressBar("", 5, "images")
     clock.now = 60.0
     progress.advance()
     assert progress.rate is None
@@ -93,7 +93,7 @@ def test_the_rate_does_not_count_the_first_which_compiles(clock):
 
 def test_notes_and_the_time_left_can_be_given_and_a_line_can_be_asked_for(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
-    progress = Progress("step", 9, start=3)
+    progress = ProgressBar("step", 9, start=3)
     progress.advance(1, notes=["loss 1.5", "4.0 img/s"], left=120.0, now=True)
     progress.advance(5, notes=[], left=0.0, now=True)
     assert pipe.getvalue().splitlines() == ["step 4/9  loss 1.5  4.0 img/s  2.0 min left", "step 9/9"]
@@ -102,7 +102,7 @@ def test_notes_and_the_time_left_can_be_given_and_a_line_can_be_asked_for(clock,
 def test_a_number_that_nobody_knows_and_bytes_are_counted_too(clock, monkeypatch):
     pipe = both_streams(monkeypatch, io.StringIO())
     for arguments, number in ((("", None, "frames"), 7), (("unpacking {x}.tar.gz", 3 * 2**20, "B"), 2**20)):
-        progress = Progress(*arguments)
+        progress = ProgressBar(*arguments)
         progress.advance(number)
         clock.now += 10
         progress.advance(number)
@@ -115,7 +115,7 @@ def test_a_number_that_nobody_knows_and_bytes_are_counted_too(clock, monkeypatch
 @pytest.mark.parametrize("total, unit", [(40, "images"), (None, "frames"), (5 * 2**30, "B")])
 def test_on_a_terminal_there_is_one_bar_of_80_columns_and_nothing_in_the_end(total, unit, monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
-    with Progress("a {strange} name", total, unit) as progress:
+    with ProgressBar("a {strange} name", total, unit) as progress:
         for _ in range(10):
             time.sleep(0.02)
             progress.advance(2 if unit != "B" else 2**28)
@@ -126,7 +126,7 @@ def test_on_a_terminal_there_is_one_bar_of_80_columns_and_nothing_in_the_end(tot
 
 def test_lines_are_printed_above_the_bar(monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
-    with Progress("evaluating", 4, "images") as progress:
+    with ProgressBar("evaluating", 4, "images") as progress:
         progress.advance()
         console.say("step 3: mIoU 0.5")
         assert terminal.screen[0] == "step 3: mIoU 0.5" and terminal.screen[-1].startswith("evaluating ")
@@ -139,13 +139,13 @@ def test_lines_are_printed_above_the_bar(monkeypatch):
 
 def test_items_are_counted_as_the_next_is_asked_for_and_the_bar_goes_with_them(monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
-    progress = Progress("", 3, "images")
+    progress = ProgressBar("", 3, "images")
     seen = []
     for item in progress.over("abc"):
         seen.append((item, progress.count))
     assert seen == [("a", 0), ("b", 1), ("c", 2)] and progress.count == 3
     assert "".join(terminal.screen) == "" and console._bars == []
-    for _ in Progress("", 3, "images").over("abc"):
+    for _ in ProgressBar("", 3, "images").over("abc"):
         break
     assert console._bars == []
 
@@ -153,7 +153,7 @@ def test_items_are_counted_as_the_next_is_asked_for_and_the_bar_goes_with_them(m
 def test_of_several_processes_one_shows_it(clock, monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
     monkeypatch.setattr(distributed, "is_lead", lambda: False)
-    with Progress("checking", 3, "images") as progress:
+    with ProgressBar("checking", 3, "images") as progress:
         for _ in range(3):
             clock.now += 20
             progress.advance()
@@ -165,11 +165,10 @@ def test_the_first_process_is_known_without_starting_jax(monkeypatch):
     def process_index():
         raise AssertionError("starts the backends")
 
-    monkeypatch.setattr(distributed.jax, "process_index", process_index)
+    monkeypatch.setattr(jax, "process_index", process_index)
     assert distributed.is_lead()
-    monkeypatch.setattr(
-        distributed,
-        "jax",
-        SimpleNamespace(distributed=SimpleNamespace(is_initialized=lambda: True), process_index=lambda: 1),
-    )
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert not distributed.is_lead()
+    monkeypatch.delitem(sys.modules, "jax")
+    assert distributed.is_lead()

@@ -23,7 +23,7 @@ from benchmarks.kill_resume import differences, events_of, records_of, remains
 from configs import segformer
 from segjax import layers
 from segjax.checkpoints import metadata, orbax_folder
-from segjax.checkpoints.orbax_folder import load_model
+from segjax.checkpoints.load import load
 from segjax.checkpoints.state_dict import named_variables
 from segjax.data import specs, streets
 from segjax.data.augment import draw_crops, normalise
@@ -147,7 +147,7 @@ def test_the_result_says_what_was_reached_and_with_which_settings(finished):
 
 def test_the_result_is_that_of_the_saved_model_on_the_evaluation_images(finished):
     workdir, _, _ = finished
-    result, model = result_of(workdir), load_model(workdir)
+    result, model = result_of(workdir), load(workdir).model
     variables = {name: variable.get_value() for name, variable in named_variables(model).items()}
     params = {name: value for name, value in variables.items() if not name.endswith((".mean", ".var"))}
     assert params_sha256(params) == result["params_sha256"]
@@ -265,7 +265,7 @@ def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(f
 
     hashes = {}
     for step in (2, 3):
-        model = load_model(tmp_path / "whole" / "checkpoints" / str(step))
+        model = load(tmp_path / "whole" / "checkpoints" / str(step)).model
         variables = named_variables(model).items()
         hashes[step] = params_sha256({name: v.get_value() for name, v in variables if isinstance(v, nnx.Param)})
     assert hashes[3] == expected["params_sha256"] != hashes[2]
@@ -781,7 +781,7 @@ def test_the_best_model_has_the_score_that_its_record_says(averaged):
     about = orbax_folder.load_weights(workdir / "best")[1]
     evaluations = {r["step"]: r["mean_iou"] for r in records_of(workdir) if "mean_iou" in r}
     assert set(evaluations) == {3, 6} and about["mean_iou"] == max(evaluations.values()) == evaluations[about["step"]]
-    assert miou_of(load_model(workdir / "best")) == pytest.approx(about["mean_iou"], abs=2e-3)
+    assert miou_of(load(workdir / "best").model) == pytest.approx(about["mean_iou"], abs=2e-3)
 
 
 def test_a_run_that_keeps_an_average_goes_on_bit_for_bit(averaged, tmp_path, monkeypatch):

@@ -43,7 +43,9 @@ CONFUSION = sum(map(count, SHOWN))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new"
-    report.write(folder, CONFUSION, SPEC, SHOWN, title="a <model>", facts=FACTS, about={"step": 7, "checkpoint": "x"})
+    report.write(
+        folder, CONFUSION, SPEC, SHOWN, title="a <model>", facts=FACTS, metadata={"step": 7, "checkpoint": "x"}
+    )
     return folder
 
 
@@ -102,7 +104,7 @@ def test_a_matrix_of_any_size_is_drawn_and_a_class_without_pixels_too(num_classe
     classes = max(num_classes, 2)
     confusion = np.random.default_rng(0).integers(0, 50, (classes, classes)) + 500 * np.eye(classes, dtype=int)
     confusion[1] = 0
-    report.write(tmp_path, confusion, spec, [], title="t", facts={}, about={})
+    report.write(tmp_path, confusion, spec, [], title="t", facts={}, metadata={})
     drawn = cv2.imread(str(tmp_path / "confusion.png"))
     assert min(drawn.shape[:2]) > 300 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20
     assert json.loads((tmp_path / "results.json").read_text())["worst_images"] == []
@@ -110,7 +112,7 @@ def test_a_matrix_of_any_size_is_drawn_and_a_class_without_pixels_too(num_classe
 
 def test_a_report_replaces_an_older_one_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    arguments = dict(title="t", facts={}, about={})
+    arguments = dict(title="t", facts={}, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN, **arguments)
     (tmp_path / "worst" / "mine.png").write_text("mine")
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments)
@@ -120,7 +122,7 @@ def test_a_report_replaces_an_older_one_and_nothing_else(tmp_path):
 
 
 def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkeypatch):
-    arguments = dict(facts={}, about={})
+    arguments = dict(facts={}, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
     before = (tmp_path / "index.html").read_bytes()
     replace = os.replace

@@ -17,8 +17,8 @@ MODEL = Pixels(5)
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
-    monkeypatch.setattr(predict, "load", lambda path: LoadedCheckpoint(MODEL, SPEC, {}))
-    monkeypatch.setattr(predict.environment, "prepare", lambda: None)
+    monkeypatch.setattr("segjax.checkpoints.load.load", lambda path: LoadedCheckpoint(MODEL, SPEC, {}))
+    monkeypatch.setattr("segjax.runtime.environment.prepare", lambda: None)
 
 
 def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb"):
@@ -86,7 +86,7 @@ def test_a_video_keeps_its_frames_their_order_and_their_rate(rate, suffix, tmp_p
         assert abs(drawn_rate - expected_rate) < Fraction(1, 50)
         for number, image in enumerate(frames):
             labels = MODEL.labels(image)
-            draw = overlay.over if kind == "overlay" else overlay.beside
+            draw = overlay.over if kind == "overlay" else overlay.side_by_side
             error = np.abs(drawn[number].astype(int) - draw(image, labels, SPEC, still=False)).mean()
             # Four pixels further it would be far more.
             assert error < 6
@@ -117,7 +117,7 @@ def test_odd_sides_get_their_last_pixel_twice_and_it_is_said(tmp_path, capsys):
     assert np.abs(drawn[0, :, -1].astype(int) - drawn[0, :, -2]).mean() < 8
     with Image.open(tmp_path / "out" / "labels" / "clip.mkv" / "000004.png") as labels:
         assert labels.size == (401, 63)
-    assert "H.264 has even sides alone" in " ".join(capsys.readouterr().out.split())
+    assert "H.264 needs even sides" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])

@@ -1,4 +1,4 @@
-"""What the recorded runs of this folder share: a process of their own, its memory, and what a record says of itself."""
+"""Shared by the scripts that make records: a process of its own, its peak memory, the head of a record."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import ctypes
 import datetime
 import json
 import multiprocessing
-import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from segjax.benchmark import machine
 from segjax.runtime import atomic
 
 REPO = Path(__file__).parents[1]
@@ -34,35 +31,23 @@ def in_a_process(function: Callable, *arguments):
 
 
 def peak_of(function: Callable[[], object]) -> int:
-    """Bytes that this process held at most while `function` ran, beyond what it held before. Linux alone.
+    """Largest resident memory of this process while `function` runs, beyond that of before: bytes. Only on Linux.
 
-    What was freed before but kept for later is handed back to the kernel first, so that it counts where it is used.
+    Freed memory that the C library keeps is handed back to the kernel first, so that it counts when it is used again.
     """
+    if not sys.platform.startswith("linux"):
+        raise OSError("the peak of memory is read from /proc, which only Linux has")
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    # The kernel counts the peak anew from here.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = machine.resident_bytes()
     function()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return max(0, machine.peak_bytes() - before)
 
 
 def has_gpu() -> bool:
     """Whether jax finds one; asked in a process of its own, which gives its memory back."""
     code = "import jax; print(jax.default_backend())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "gpu"
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return [float(values[0])] * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [middle, low, high]
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "gpu"
 
 
 def about(module: str, words: Sequence[str]) -> dict[str, object]:
@@ -72,17 +57,10 @@ def about(module: str, words: Sequence[str]) -> dict[str, object]:
       module: that was run. words: that it was given. Nothing here starts a backend of jax.
     """
     shown = [re.sub(r"(^|=)[/~].*", r"\1PATH", word) for word in words]
-    versions = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join([f"python -m {module}", *shown]),
-        "versions": versions,
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine.described(),
     }
 
 

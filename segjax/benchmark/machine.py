@@ -1,0 +1,64 @@
+"""What a benchmark records of the machine, and the memory of its own process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorboardX"),
+    *("torch", "transformers", "segformer-pytorch"),
+)
+
+
+def described() -> dict[str, object]:
+    """Versions of Python and of the packages that are installed, the processor, and the number of its cores.
+
+    The cores are those that this process may use; where the system has no affinities, all of them.
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
+    return {"versions": versions, "cpu": cpu[1] if cpu else platform.machine(), "cores": cores()}
+
+
+def cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, Linux only. `peak_bytes` counts from here.
+
+    Memory that was freed but that the C library keeps is part of it.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since the last call of `resident_bytes`, Linux only."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+def quartiles(values: Sequence[float] | np.ndarray) -> list[float]:
+    """Median, lower and upper quartile."""
+    return [float(np.percentile(values, share)) for share in (50, 25, 75)]
