@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     with _stops_at_once():
         from segjax.commands.ending import run_command
 
-        full_disk = "earlier saves are complete: make room, and run the same command again"
+        full_disk = "what was saved before is complete: make room, and run the same command again"
         return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
 
 
