@@ -168,7 +168,7 @@ def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     summary = {key: recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step")}
     (tmp_path / "result.json").write_text(json.dumps(recorded | {"mean_iou": 0.9}))
     evaluate._compare_with_result(tmp_path / "result.json", summary)
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("NOT as in") and "(mIoU 0.9000, " in printed
     assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
 
