@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +64,8 @@ def sum_of_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       (B, H, W, C).
     """
-    total = None
-    for i, row in enumerate(shifted(x, kernel.shape[:2])):
-        for j, moved in enumerate(row):
-            product = moved * kernel[i, j, 0]
-            total = product if total is None else total + product
-    return total
+    rows = enumerate(shifted(x, kernel.shape[:2]))
+    return reduce(operator.add, (moved * kernel[i, j, 0] for i, row in rows for j, moved in enumerate(row)))
 
 
 @jax.custom_vjp

@@ -42,11 +42,12 @@ def decode_by_rows(
     Each tile reads the few rows of every level that it depends on, and one unit enlarges them and adds them up.
     """
     height, width = (max(x.shape[axis] for x in levels) for axis in (1, 2))
-    base, coarse = None, []
+    [(base, base_kernel)] = (
+        (x, kernel) for x, kernel in zip(levels, kernels, strict=True) if x.shape[1:3] == (height, width)
+    )
+    coarse = []
     for x, kernel in zip(levels, kernels, strict=True):
-        if x.shape[1:3] == (height, width):
-            assert base is None, "one level is the largest"
-            base = x, kernel
+        if x is base:
             continue
         y = jnp.matmul(x, kernel)
         coarse.append(
@@ -66,8 +67,7 @@ def decode_by_rows(
     rows = step * max(number for number in steps if number == 1 or number * step * row_bytes <= units.TILE_BYTES)
 
     def tile(number):
-        x, kernel = base
-        part = jnp.matmul(lax.dynamic_slice_in_dim(x, number * rows, rows, axis=1), kernel)
+        part = jnp.matmul(lax.dynamic_slice_in_dim(base, number * rows, rows, axis=1), base_kernel)
         tall = [_taller(y, down, number, rows) for y, down, _ in coarse]
 
         @units.compiled_apart

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 from segjax.kernels import precision, units
 
 
-def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """Bilinear with `align_corners=False`: half-pixel centres.
 
     Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away).
@@ -19,7 +20,7 @@ def resize_plain(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
 
 
-def resize_by_phases(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
+def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Half-pixel bilinear enlargement by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
 
     Output pixel f * i + p always blends the same two neighbours with the same weights, so each of the f phases is one
@@ -77,7 +78,7 @@ def enlarge_axis_backward(axis, factor, _, gradient):
 enlarge_axis.defvjp(_enlarge_forward, enlarge_axis_backward)
 
 
-def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """Bilinear with `align_corners=True` as two matrix products, (B, H, W, C) -> (B, *size, C).
 
     In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.

@@ -106,9 +106,7 @@ def _run_group(group: list[nnx.Module], x, call: Callable, execution: BlockExecu
             drop.survival = nnx.data(kept)
         # Rematerialisation is not nested: a third forward pass saves little (HRNet-W18 at 256x256: 295 MiB of
         # temporaries instead of 316).
-        for _, module in nnx.iter_modules(block):
-            if hasattr(module, "execution"):
-                module.execution = execution._replace(remat=False)
+        block.set_attributes(execution=execution._replace(remat=False), raise_if_not_found=False)
         return call(block, x), nnx.state(block, CHANGED_BY_A_CALL)
 
     if execution.remat:
@@ -138,7 +136,7 @@ def _equal_neighbours(blocks: Sequence[nnx.Module]) -> list[list[nnx.Module]]:
     return groups
 
 
-def _split_without_rates(block: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, list[float]]:
+def _split_without_rates(block: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, list[float | jax.Array]]:
     """Graph definition without drop rates, parameters, other variables, and each drop layer's survival probability.
 
     Blocks differ in their rates; without them they are one graph definition, whose rates a scan gets as numbers.
@@ -146,7 +144,7 @@ def _split_without_rates(block: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nn
     drops = _drops(block)
     rates = [(drop.rate, drop.survival) for drop in drops]
     for drop in drops:
-        drop.rate = drop.survival = None
+        drop.rate = drop.survival = 0.0
     graph, params, rest = nnx.split(block, nnx.Param, ...)
     for drop, (rate, survival) in zip(drops, rates, strict=True):
         drop.rate, drop.survival = rate, survival

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 
 from segjax.kernels import decoder, precision
 from segjax.layers import functional
-from segjax.layers.linear import Conv, Linear, classify
+from segjax.layers.linear import Conv, Linear, bias_of, classify
 
 
 def _conv1x1_at_low_resolution(layer: Conv, levels: Sequence[jax.Array], upsample: Callable) -> jax.Array:
@@ -54,12 +55,10 @@ def _sum_of_levels(
     A 1x1 convolution commutes with resizing, whose weights sum to one, and over a concatenation it is a sum: so each
     level is multiplied by its slice of the kernel at its own resolution.
     """
-    total = None
-    for index, (x, kernel) in enumerate(zip(levels, kernels, strict=True)):
-        y = jnp.matmul(x, kernel)
-        y = upsample(y if biases is None else y + biases[index])
-        total = y if total is None else total + y
-    return total
+    products = (jnp.matmul(x, kernel) for x, kernel in zip(levels, kernels, strict=True))
+    if biases is not None:
+        products = (product + bias for product, bias in zip(products, biases, strict=True))
+    return reduce(operator.add, map(upsample, products))
 
 
 def project_and_fuse(
@@ -93,7 +92,7 @@ def _fused_projections(projections: Sequence[Linear | Conv], fuse: Conv) -> tupl
     matrices = [p.kernel[...].reshape(p.kernel.shape[-2:]).astype(wide) for p in projections]  # (C_level, C) each
     product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     kernels = [product(matrix, part).astype(dtype) for matrix, part in zip(matrices, slices, strict=True)]
-    biases = [product(p.bias[...].astype(wide), part) for p, part in zip(projections, slices, strict=True)]
+    biases = [product(bias_of(p).astype(wide), part) for p, part in zip(projections, slices, strict=True)]
     return kernels, [bias.astype(dtype) for bias in biases]
 
 

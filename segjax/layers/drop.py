@@ -12,7 +12,9 @@ from jax import lax
 # ---------------------------------------------------------------------------------------------------------- dropping
 
 
-def draw_per_sample(draw: Callable, stream, x: jax.Array, axis_name: str | None) -> jax.Array:
+def draw_per_sample(
+    draw: Callable[[jax.Array, int], jax.Array], stream: nnx.RngStream, x: jax.Array, axis_name: str | None
+) -> jax.Array:
     """`draw(key, number of samples)` for every sample of `x` (B, ...).
 
     Under `pmap` (axis_name set) it is drawn for the whole batch and each device takes its part, so that the result
@@ -28,9 +30,11 @@ def draw_per_sample(draw: Callable, stream, x: jax.Array, axis_name: str | None)
 class Drop(nnx.Module):
     """Zeroes whole slices of a map at random in training and scales the rest by 1 / (1 - rate).
 
-    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples. A subclass
-    has `keep(x)`: what survives, boolean, of a shape that spreads over `x`.
+    Every layer has a random stream of its own: with one shared key all blocks would drop the same samples.
     """
+
+    # A scan over blocks (`run_blocks`) passes it as an array.
+    survival: float | jax.Array
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
         self.rate = rate
@@ -43,7 +47,11 @@ class Drop(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or self.stream is None:
             return x
-        return jnp.where(self.keep(x), x / jnp.asarray(self.survival, x.dtype), jnp.zeros_like(x))
+        return jnp.where(self.keep(x, self.stream), x / jnp.asarray(self.survival, x.dtype), jnp.zeros_like(x))
+
+    def keep(self, x: jax.Array, stream: nnx.RngStream) -> jax.Array:
+        """Which values survive: boolean, of a shape that broadcasts to that of `x`."""
+        raise NotImplementedError(f"{type(self).__name__} defines keep")
 
 
 class DropPath(Drop):
@@ -52,25 +60,25 @@ class DropPath(Drop):
     (B, H, W, C) -> the same.
     """
 
-    def keep(self, x: jax.Array) -> jax.Array:
+    def keep(self, x: jax.Array, stream: nnx.RngStream) -> jax.Array:
         def draw(key, samples):
             return jax.random.bernoulli(key, self.survival, (samples, 1, 1, 1))
 
-        return draw_per_sample(draw, self.stream, x, self.axis_name)
+        return draw_per_sample(draw, stream, x, self.axis_name)
 
 
 class DropPathOfBatch(Drop):
     """Stochastic depth that drops a branch for the whole batch at once: torchvision's mode "batch"."""
 
-    def keep(self, x: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(self.stream(), self.survival)
+    def keep(self, x: jax.Array, stream: nnx.RngStream) -> jax.Array:
+        return jax.random.bernoulli(stream(), self.survival)
 
 
 class Dropout2d(Drop):
     """torch.nn.Dropout2d: drops whole channels of a sample. (B, H, W, C) -> the same."""
 
-    def keep(self, x: jax.Array) -> jax.Array:
+    def keep(self, x: jax.Array, stream: nnx.RngStream) -> jax.Array:
         def draw(key, samples):
             return jax.random.bernoulli(key, self.survival, (samples, 1, 1, x.shape[-1]))
 
-        return draw_per_sample(draw, self.stream, x, self.axis_name)
+        return draw_per_sample(draw, stream, x, self.axis_name)

@@ -29,7 +29,7 @@ an implementation of its own for GPUs yet.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +111,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
 
 
-def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) -> jax.Array:
+def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
     """torch.nn.functional.interpolate(mode="bilinear", size=size): (B, H, W, C) -> (B, *size, C).
 
     Args:
+      size: (H, W) of the result.
       align_corners: True maps the centres of the corner pixels onto each other; False (torch's default) the outer
         edges of the images.
     """
@@ -124,7 +125,7 @@ def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) 
         return resize_aligned(x, size)
     factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
     if all(factors) and choice.is_fast_on_cpu():
-        return resize_by_phases(x, tuple(factors))
+        return resize_by_phases(x, factors)
     return resize_plain(x, size)
 
 

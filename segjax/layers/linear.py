@@ -99,4 +99,12 @@ def classify(layer: Conv, x: jax.Array) -> jax.Array:
     """A 1x1 convolution to logits (B, H, W, K), summed and kept in at least float32 whatever its inputs are."""
     wide = precision.at_least_float32(layer.dtype)
     kernel = layer.kernel[...][0, 0].astype(layer.dtype)
-    return jnp.matmul(x.astype(layer.dtype), kernel, preferred_element_type=wide) + layer.bias[...].astype(wide)
+    logits = jnp.matmul(x.astype(layer.dtype), kernel, preferred_element_type=wide)
+    return logits if layer.bias is None else logits + layer.bias[...].astype(wide)
+
+
+def bias_of(layer: Linear | Conv) -> jax.Array:
+    """The bias (out,) of a layer that must have one; ValueError for a layer made with `use_bias=False`."""
+    if layer.bias is None:
+        raise ValueError(f"this {type(layer).__name__} has no bias, which the operation reads")
+    return layer.bias[...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from segjax.kernels.feed_forward import feed_forward_by_rows
-from segjax.layers.linear import Conv, Linear
+from segjax.layers.linear import Conv, Linear, bias_of
 
 
 def feed_forward(
@@ -28,7 +28,7 @@ def feed_forward(
     dtype = first.dtype
     parts = dict(first=first, depthwise=depthwise, pointwise=pointwise, last=last)
     arrays = {
-        name: (layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype))
+        name: (layer.kernel[...].astype(dtype), bias_of(layer).astype(dtype))
         for name, layer in parts.items()
         if layer is not None
     }

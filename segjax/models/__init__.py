@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from segjax.models import (
 from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 
 
-def _variants(pattern: str, model: type, variants: dict[str, dict]) -> dict[str, partial]:
+def _variants(pattern: str, model: type, variants: dict[str, dict[str, Any]]) -> dict[str, partial]:
     return {pattern.format(variant): partial(model, **sizes) for variant, sizes in variants.items()}
 
 
@@ -80,7 +81,7 @@ def create(
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
-    **overrides,
+    **overrides: Any,
 ) -> SegmentationModel:
     """Builds a model in evaluation mode, with published initial weights drawn from `seed`. Traceable (nnx.eval_shape).
 
@@ -108,7 +109,7 @@ def create(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     for label, kind in (("dtype", dtype), ("param_dtype", param_dtype)):
-        if jnp.dtype(kind) == jnp.float64 and not jax.config.jax_enable_x64:
+        if jnp.dtype(kind) == jnp.float64 and jax.dtypes.canonicalize_dtype(kind) != jnp.float64:
             raise ValueError(f"{label}=float64 needs jax.config.update('jax_enable_x64', True) first")
     frozen = {key: _frozen(value) for key, value in overrides.items()}
     _require_in_range(frozen)

@@ -58,16 +58,15 @@ class FunctionalModel:
 
     def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and running statistics that the model was made with."""
-        return tuple(
-            {name: variable.get_value() for name, (_, variable) in part.items()}
-            for part in (self._params, self._batch_stats)
-        )
+        return _arrays(self._params), _arrays(self._batch_stats)
 
     def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Those parameters that training changes."""
         return {name: value for name, value in params.items() if self._is_trained[name]}
 
-    def bind(self, params, batch_stats, *, key: jax.Array | None = None) -> SegmentationModel:
+    def bind(
+        self, params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], *, key: jax.Array | None = None
+    ) -> SegmentationModel:
         """A model holding these arrays: in training mode where a key for its random streams is given."""
         streams = []
         for index, (path, variable) in enumerate(self._streams):
@@ -88,11 +87,15 @@ class FunctionalModel:
 
     def batch_stats_of(self, model: SegmentationModel) -> dict[str, jax.Array]:
         """The running statistics that a bound model has moved."""
-        return {name: variable.get_value() for name, (_, variable) in _by_name(nnx.state(model, nnx.BatchStat)).items()}
+        return _arrays(_by_name(nnx.state(model, nnx.BatchStat)))
 
 
 def _by_name(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:
     return {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def _arrays(variables: dict[str, tuple[tuple, nnx.Variable]]) -> dict[str, jax.Array]:
+    return {name: variable.get_value() for name, (_, variable) in variables.items()}
 
 
 def _filled(template: dict[str, tuple[tuple, nnx.Variable]], arrays: dict[str, jax.Array]) -> nnx.State:

@@ -17,7 +17,10 @@ convolution over the concatenated branches runs in the equal, cheaper order of `
 
 from __future__ import annotations
 
-from functools import partial
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +39,9 @@ def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.A
     return 0.001 * jax.random.normal(key, shape, dtype)
 
 
-def conv3x3(in_channels, out_channels, *, stride=1, dtype, param_dtype, rngs) -> layers.Conv:
+def conv3x3(
+    in_channels: int, out_channels: int, *, stride: int = 1, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> layers.Conv:
     return layers.Conv(
         in_channels,
         out_channels,
@@ -51,7 +56,9 @@ def conv3x3(in_channels, out_channels, *, stride=1, dtype, param_dtype, rngs) ->
     )
 
 
-def conv1x1(in_channels, out_channels, *, dtype, param_dtype, rngs) -> layers.Conv:
+def conv1x1(
+    in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> layers.Conv:
     return layers.Conv(
         in_channels,
         out_channels,
@@ -64,15 +71,15 @@ def conv1x1(in_channels, out_channels, *, dtype, param_dtype, rngs) -> layers.Co
     )
 
 
-def batch_norm(channels, *, dtype, param_dtype) -> layers.BatchNorm:
+def batch_norm(channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> layers.BatchNorm:
     return layers.BatchNorm(channels, epsilon=1e-5, momentum=0.1, dtype=dtype, param_dtype=param_dtype)
 
 
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolution around a shortcut: (B, H, W, in) -> (B, H, W, 4 * planes)."""
 
-    def __init__(self, in_channels, planes, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, in_channels: int, planes: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         out_channels = BOTTLENECK_EXPANSION * planes
         self.conv1 = conv1x1(in_channels, planes, rngs=rngs, **kinds)
         self.bn1 = batch_norm(planes, **kinds)
@@ -97,8 +104,8 @@ class Bottleneck(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions around a shortcut. (B, H, W, C) -> the same."""
 
-    def __init__(self, channels, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.conv1 = conv3x3(channels, channels, rngs=rngs, **kinds)
         self.bn1 = batch_norm(channels, **kinds)
         self.conv2 = conv3x3(channels, channels, rngs=rngs, **kinds)
@@ -109,9 +116,11 @@ class BasicBlock(nnx.Module):
         return layers.once(jax.nn.relu(self.bn2(self.conv2(y)) + x))
 
 
-def halving(in_channels, out_channels, *, relu, dtype, param_dtype, rngs) -> layers.Sequential:
+def halving(
+    in_channels: int, out_channels: int, *, relu: bool, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> layers.Sequential:
     """3x3 convolution of stride 2 and BatchNorm, with or without ReLU."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     parts = [conv3x3(in_channels, out_channels, stride=2, rngs=rngs, **kinds), batch_norm(out_channels, **kinds)]
     return layers.Sequential([*parts, layers.ReLU()] if relu else parts)
 
@@ -119,8 +128,17 @@ def halving(in_channels, out_channels, *, relu, dtype, param_dtype, rngs) -> lay
 class HighResolutionModule(nnx.Module):
     """Blocks in every branch, then each branch becomes the sum of all, brought to its size (figure 3)."""
 
-    def __init__(self, channels, num_blocks, *, align_corners, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        channels: list[int],
+        num_blocks: int,
+        *,
+        align_corners: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.align_corners = align_corners
         self.execution = layers.PLAIN
         self.branches = nnx.List(
@@ -140,18 +158,18 @@ class HighResolutionModule(nnx.Module):
         maps = [layers.run_blocks(branch, x, self.execution) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
         for target, exchanges in enumerate(self.fuse_layers):
-            total = None
-            for exchange, x in zip(exchanges, maps, strict=True):
-                y = x if exchange is None else exchange(x)
-                y = layers.resize(y, maps[target].shape[1:3], align_corners=self.align_corners)
-                total = y if total is None else total + y
-            fused.append(layers.once(jax.nn.relu(total)))
+            exchanged = (x if exchange is None else exchange(x) for exchange, x in zip(exchanges, maps, strict=True))
+            size = maps[target].shape[1:3]
+            resized = (layers.resize(x, size, align_corners=self.align_corners) for x in exchanged)
+            fused.append(layers.once(jax.nn.relu(reduce(operator.add, resized))))
         return fused
 
 
-def _exchange(channels, source, target, *, dtype, param_dtype, rngs) -> layers.Sequential | None:
+def _exchange(
+    channels: list[int], source: int, target: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> layers.Sequential | None:
     """What brings branch `source` to the channels, and if it is larger to the size, of branch `target`."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     if source == target:
         return None
     if source > target:
@@ -165,9 +183,11 @@ def _exchange(channels, source, target, *, dtype, param_dtype, rngs) -> layers.S
     return layers.Sequential([*inner, last])
 
 
-def transition(before, after, *, dtype, param_dtype, rngs) -> nnx.List:
+def transition(
+    before: list[int], after: list[int], *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.List:
     """What makes the branches of the next stage: a 3x3 where channels change, and a halving for the new branch."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     parts = nnx.List([])
     for source, target in zip(before, after, strict=False):
         if source == target:
@@ -203,7 +223,7 @@ class HighResolutionNet(SegmentationModel):
         layers.require_four(stage_modules=stage_modules, stage_blocks=stage_blocks)
         if stage_modules[0] != 1:
             raise ValueError(f"stage_modules: the first stage has one module; got {stage_modules[0]}")
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.dtype = dtype
         self.align_corners = align_corners
         self.execution = layers.PLAIN
@@ -239,7 +259,7 @@ class HighResolutionNet(SegmentationModel):
             maps = layers.run_blocks(getattr(self, f"stage{stage}"), maps, self.execution)
         return maps
 
-    def upsample_to(self, size: tuple[int, int]):
+    def upsample_to(self, size: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
         """Resizes a map to `size`, for the head."""
         return partial(layers.resize, size=size, align_corners=self.align_corners)
 
@@ -257,12 +277,12 @@ class HRNet(HighResolutionNet):
     """
 
     def __init__(
-        self, *, num_classes: int, width: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs, **settings
+        self, *, num_classes: int, width: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs, **settings: Any
     ):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         super().__init__(width=width, rngs=rngs, **kinds, **settings)
         total = 15 * width
-        biased = dict(kernel_init=conv_init, bias_init=layers.fan_in_bias_init, rngs=rngs, **kinds)
+        biased: dict[str, Any] = dict(kernel_init=conv_init, bias_init=layers.fan_in_bias_init, rngs=rngs, **kinds)
         self.last_layer = layers.Sequential(
             [
                 layers.Conv(total, total, 1, **biased),

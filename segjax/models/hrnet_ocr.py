@@ -14,6 +14,8 @@ equal, cheaper order of `layers.conv1x1_of_resized`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,12 +27,14 @@ from segjax.models.hrnet import HighResolutionNet, batch_norm
 # Corners are aligned in every published model with OCR.
 VARIANTS = {name: sizes | dict(align_corners=True) for name, sizes in hrnet.VARIANTS.items()}
 
-TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
 
-def conv_bn_relu(in_channels, out_channels, *, dtype, param_dtype, rngs) -> tuple[layers.Conv, layers.Sequential]:
+def conv_bn_relu(
+    in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> tuple[layers.Conv, layers.Sequential]:
     """1x1 convolution without bias, and the BatchNorm and ReLU after it, which checkpoints nest one level deeper."""
-    kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     convolution = layers.Conv(
         in_channels, out_channels, 1, use_bias=False, kernel_init=layers.fan_in_init, rngs=rngs, **kinds
     )
@@ -47,8 +51,8 @@ def gather_objects(features: jax.Array, aux_logits: jax.Array) -> jax.Array:
 class ObjectAttention(nnx.Module):
     """Pixels (B, H, W, C) ask the classes (B, K, 1, C) -> context (B, H, W, C) (eq. 3 to 5)."""
 
-    def __init__(self, channels, key_channels, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, channels: int, key_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         def twice():
             return layers.Sequential(
@@ -72,8 +76,17 @@ class ObjectAttention(nnx.Module):
 class SpatialOCR(nnx.Module):
     """Context beside the pixels' own features, fused: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
 
-    def __init__(self, channels, key_channels, *, dropout_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        channels: int,
+        key_channels: int,
+        *,
+        dropout_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.object_context_block = ObjectAttention(channels, key_channels, rngs=rngs, **kinds)
         self.conv_bn_dropout = layers.Sequential(
             [*conv_bn_relu(2 * channels, channels, rngs=rngs, **kinds), layers.Dropout2d(dropout_rate, rngs=rngs)]
@@ -103,12 +116,12 @@ class HRNetOCR(HighResolutionNet):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        **settings,
+        **settings: Any,
     ):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         super().__init__(width=width, rngs=rngs, **kinds, **settings)
         total = 15 * width
-        biased = dict(rngs=rngs, **kinds, **TORCH_INIT)
+        biased: dict[str, Any] = dict(rngs=rngs, **kinds, **TORCH_INIT)
         self.conv3x3_ocr = layers.Sequential(
             [layers.Conv(total, ocr_channels, 3, padding=1, **biased), batch_norm(ocr_channels, **kinds), layers.ReLU()]
         )

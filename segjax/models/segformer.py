@@ -12,6 +12,8 @@ Deviations: none in what is computed. The decoder's products run in an equal, ch
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,19 @@ VARIANTS = {
 class OverlapPatchEmbed(nnx.Module):
     """Overlapping patches by a strided convolution, then LayerNorm: (B, H, W, in) -> (B, ⌈H/s⌉, ⌈W/s⌉, out)."""
 
-    def __init__(self, in_channels, dim, *, kernel_size, stride, norm_eps, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        *,
+        kernel_size: int,
+        stride: int,
+        norm_eps: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.proj = layers.Conv(
             in_channels, dim, kernel_size, stride=stride, padding=kernel_size // 2, rngs=rngs, **kinds
         )
@@ -49,8 +62,19 @@ class OverlapPatchEmbed(nnx.Module):
 class Attention(nnx.Module):
     """Efficient self-attention: keys and values come from a map reduced `sr_ratio` times on each side (eq. 2)."""
 
-    def __init__(self, dim, *, num_heads, sr_ratio, norm_eps, qkv_init, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        sr_ratio: int,
+        norm_eps: float,
+        qkv_init: Callable,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.num_heads = num_heads
         self.q = layers.Linear(dim, dim, kernel_init=qkv_init, rngs=rngs, **kinds)
         self.kv = layers.Linear(dim, 2 * dim, kernel_init=qkv_init, rngs=rngs, **kinds)
@@ -64,7 +88,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
         heads, width = self.num_heads, C // self.num_heads
-        reduced = x if self.sr is None else self.norm(self.sr(x))  # (B, H/r, W/r, C)
+        reduced = x if self.sr is None or self.norm is None else self.norm(self.sr(x))  # (B, H/r, W/r, C)
         # Pixels become tokens before channels become heads: one reshape of both has no sharding under a mesh.
         query = self.q(x).reshape(B, -1, C)  # (B, N, C)
         query = query.reshape(B, -1, heads, width).transpose(0, 2, 1, 3)  # (B, h, N, D)
@@ -77,7 +101,7 @@ class Attention(nnx.Module):
 class DWConv(nnx.Module):
     """The 3x3 depthwise convolution of the Mix-FFN, which stands in for position codes. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, dtype, param_dtype, rngs):
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dwconv = layers.Conv(dim, dim, 3, padding=1, groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,8 +111,17 @@ class DWConv(nnx.Module):
 class Mlp(nnx.Module):
     """Mix-FFN (eq. 3): linear, depthwise 3x3, GELU, linear. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, hidden_dim, *, kernel_init, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        kernel_init: Callable,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1 = layers.Linear(dim, hidden_dim, kernel_init=kernel_init, **kinds)
         self.dwconv = DWConv(hidden_dim, **kinds)
         self.fc2 = layers.Linear(hidden_dim, dim, kernel_init=kernel_init, **kinds)
@@ -103,21 +136,21 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        dim,
+        dim: int,
         *,
-        num_heads,
-        mlp_ratio,
-        sr_ratio,
-        drop_path_rate,
-        block_norm_eps,
-        patch_norm_eps,
-        qkv_init,
-        mlp_init,
-        dtype,
-        param_dtype,
-        rngs,
+        num_heads: int,
+        mlp_ratio: float,
+        sr_ratio: int,
+        drop_path_rate: float,
+        block_norm_eps: float,
+        patch_norm_eps: float,
+        qkv_init: Callable,
+        mlp_init: Callable,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.norm1 = layers.LayerNorm(dim, epsilon=block_norm_eps, **kinds)
         self.attn = Attention(
             dim,
@@ -144,21 +177,21 @@ class MixTransformer(nnx.Module):
     def __init__(
         self,
         *,
-        dims,
-        depths,
-        num_heads,
-        mlp_ratios,
-        sr_ratios,
-        drop_path_rate,
-        block_norm_eps,
-        patch_norm_eps,
-        qkv_init=layers.linear_init,
-        mlp_init=layers.linear_init,
-        dtype,
-        param_dtype,
-        rngs,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
+        sr_ratios: tuple[int, ...],
+        drop_path_rate: float,
+        block_norm_eps: float,
+        patch_norm_eps: float,
+        qkv_init: Callable = layers.linear_init,
+        mlp_init: Callable = layers.linear_init,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.sr_ratios = sr_ratios
         self.execution = layers.PLAIN
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
@@ -213,7 +246,16 @@ class MixTransformer(nnx.Module):
 class LevelProjection(nnx.Module):
     """The decoder's linear layer of one level, (B, h, w, C_level) -> (B, h, w, C). Named MLP in the paper."""
 
-    def __init__(self, in_features, out_features, *, dtype, param_dtype, rngs, **init):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        **init: Any,
+    ):
         self.proj = layers.Linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,8 +265,10 @@ class LevelProjection(nnx.Module):
 class ConvModule(nnx.Module):
     """1x1 convolution without bias and its BatchNorm."""
 
-    def __init__(self, in_channels, out_channels, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.conv = layers.Conv(in_channels, out_channels, 1, use_bias=False, rngs=rngs, **kinds)
         self.bn = layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds)
 
@@ -232,16 +276,34 @@ class ConvModule(nnx.Module):
 class MLPDecoder(nnx.Module):
     """The decoder (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused, classified.
 
-    What follows the fusing convolution is each form's own: `SegFormerHead` here, `PlainHead` in `segformer_plain.py`.
-    A form has `make_fuse`, which sets the fusing layers under the names that its checkpoints give them, `fusion`, the
-    1x1 convolution among them, and `finish(fused)`, what follows it in front of dropout and classifier.
+    Two decoders differ in their fusing layers only: `SegFormerHead` (SegFormer) and `PlainHead` (SegFormerPlain, in
+    `segformer_plain.py`). Each defines three methods:
+
+    - `make_fuse` creates the fusing layers; the constructor calls it once.
+    - `fusion` returns the 1x1 convolution among them.
+    - `finish` applies the layers between that convolution and the dropout.
+
+    A call runs, in evaluation where XLA compiles for a CPU, `row_tiles`, and everywhere else `fuse_levels`, `finish`,
+    dropout and classifier; of `fuse_levels` the cheaper order `fuse_at_low_resolution`, unless as published.
     """
 
     # Published code initialises the decoder's projections and classifier no further than torch does.
-    INIT = types.MappingProxyType(dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init))
+    INIT: Mapping[str, Any] = types.MappingProxyType(
+        dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+    )
 
-    def __init__(self, *, dims, decoder_dim, num_classes, dropout_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        decoder_dim: int,
+        num_classes: int,
+        dropout_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.linear_c4 = LevelProjection(dims[3], decoder_dim, **kinds, **self.INIT)
         self.linear_c3 = LevelProjection(dims[2], decoder_dim, **kinds, **self.INIT)
         self.linear_c2 = LevelProjection(dims[1], decoder_dim, **kinds, **self.INIT)
@@ -278,11 +340,27 @@ class MLPDecoder(nnx.Module):
         upsampled = [layers.resize(x, size) for x in projected]
         return self.fusion()(jnp.concatenate(upsampled, axis=-1))
 
+    def make_fuse(
+        self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        """Creates the fusing layers as attributes, named as in the checkpoints of the subclass."""
+        raise NotImplementedError(f"{type(self).__name__} defines make_fuse")
+
+    def fusion(self) -> layers.Conv:
+        """The 1x1 convolution that fuses the concatenated levels, (B, H/4, W/4, 4C) -> (B, H/4, W/4, C)."""
+        raise NotImplementedError(f"{type(self).__name__} defines fusion")
+
+    def finish(self, fused: jax.Array) -> jax.Array:
+        """The layers between the fusing convolution and the dropout, pixel by pixel in evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} defines finish")
+
 
 class SegFormerHead(MLPDecoder):
     """All-MLP decoder (section 3.2): four maps -> logits (B, H/4, W/4, K)."""
 
-    def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
+    def make_fuse(
+        self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
         self.linear_fuse = ConvModule(in_channels, out_channels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def fusion(self) -> layers.Conv:
@@ -307,7 +385,7 @@ class SegFormer(SegmentationModel):
     """
 
     # Initial distributions of the encoder other than its own.
-    ENCODER_INIT = types.MappingProxyType({})
+    ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(
         self,
@@ -329,7 +407,7 @@ class SegFormer(SegmentationModel):
     ):
         layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
         layers.require_whole_heads(dims, num_heads)
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.backbone = MixTransformer(
             dims=dims,
@@ -347,7 +425,7 @@ class SegFormer(SegmentationModel):
             dims=dims, decoder_dim=decoder_dim, num_classes=num_classes, dropout_rate=dropout_rate, **kinds
         )
 
-    def make_head(self, **sizes) -> nnx.Module:
+    def make_head(self, **sizes: Any) -> nnx.Module:
         """The decoder: what a form of its own replaces."""
         return SegFormerHead(**sizes)
 

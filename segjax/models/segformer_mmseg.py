@@ -13,8 +13,11 @@ Deviations: none in what is computed.
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from segjax import layers
@@ -27,8 +30,10 @@ VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, s
 class ConvModule(nnx.Module):
     """1x1 convolution without bias, BatchNorm, ReLU: (B, H, W, in) -> (B, H, W, out)."""
 
-    def __init__(self, in_channels, out_channels, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.conv = layers.Conv(in_channels, out_channels, 1, use_bias=False, rngs=rngs, **kinds)
         self.bn = layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds)
 
@@ -43,8 +48,18 @@ class ConvModule(nnx.Module):
 class MMSegHead(nnx.Module):
     """Four maps -> logits (B, H/4, W/4, K)."""
 
-    def __init__(self, *, dims, decoder_dim, num_classes, dropout_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        decoder_dim: int,
+        num_classes: int,
+        dropout_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.convs = nnx.List([ConvModule(dim, decoder_dim, **kinds) for dim in dims])
         self.fusion_conv = ConvModule(4 * decoder_dim, decoder_dim, **kinds)
         self.dropout = layers.Dropout2d(dropout_rate, rngs=rngs)
@@ -77,7 +92,9 @@ class SegFormerMMSeg(segformer.SegFormer):
     """
 
     # Its joint projection keeps torch's own start, and its Mix-FFN is made of 1x1 convolutions.
-    ENCODER_INIT = types.MappingProxyType(dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init))
+    ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType(
+        dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init)
+    )
 
-    def make_head(self, **sizes) -> MMSegHead:
+    def make_head(self, **sizes: Any) -> MMSegHead:
         return MMSegHead(**sizes)

@@ -13,8 +13,12 @@ Deviations: logits stay in the type of the computation, at least float32, where 
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from segjax import layers
 from segjax.models import segformer
@@ -32,14 +36,16 @@ class PlainHead(MLPDecoder):
     """Four maps -> logits (B, H/4, W/4, K), linear but for the dropout."""
 
     # Encoder and decoder are one module there, which is initialised by one rule: the encoder's.
-    INIT = types.MappingProxyType({})
+    INIT: Mapping[str, Any] = types.MappingProxyType({})
 
-    def __init__(self, *, fuse, **settings):
+    def __init__(self, *, fuse: str, **settings: Any):
         self.fuse = fuse
         super().__init__(**settings)
 
-    def make_fuse(self, in_channels, out_channels, *, dtype, param_dtype, rngs) -> None:
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def make_fuse(
+        self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.linear_fuse = layers.Conv(in_channels, out_channels, 1, rngs=rngs, **kinds)
         self.linear_fuse_bn = (
             layers.BatchNorm(out_channels, epsilon=1e-5, momentum=0.1, **kinds) if self.fuse == "conv_bn" else None
@@ -59,11 +65,11 @@ class SegFormerPlain(segformer.SegFormer):
       fuse: "conv" or "conv_bn".
     """
 
-    def __init__(self, *, fuse: str = "conv", **settings):
+    def __init__(self, *, fuse: str = "conv", **settings: Any):
         if fuse not in FUSES:
             raise ValueError(f"fuse is one of {', '.join(map(repr, FUSES))}; got {fuse!r}")
         self.fuse = fuse
         super().__init__(**settings)
 
-    def make_head(self, **sizes) -> PlainHead:
+    def make_head(self, **sizes: Any) -> PlainHead:
         return PlainHead(fuse=self.fuse, **sizes)

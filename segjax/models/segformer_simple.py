@@ -16,6 +16,9 @@ and the decoder in the order of `layers.project_and_fuse`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,13 +38,13 @@ VARIANTS = {
 }
 # Kernel, stride and padding of the four patch embeddings.
 PATCHES = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
-TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
 
 class LayerNorm(nnx.Module):
     """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels: eps stands outside the root, unlike everywhere else."""
 
-    def __init__(self, dim, *, dtype, param_dtype):
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype):
         self.dtype = dtype
         self.g = nnx.Param(jnp.ones((1, dim, 1, 1), param_dtype))
         self.b = nnx.Param(jnp.zeros((1, dim, 1, 1), param_dtype))
@@ -57,7 +60,7 @@ class LayerNorm(nnx.Module):
 class PreNorm(nnx.Module):
     """`fn` of the normalised map."""
 
-    def __init__(self, dim, fn, *, dtype, param_dtype):
+    def __init__(self, dim: int, fn: Callable[[jax.Array], jax.Array], *, dtype: jnp.dtype, param_dtype: jnp.dtype):
         self.fn = fn
         self.norm = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
 
@@ -68,8 +71,12 @@ class PreNorm(nnx.Module):
 class EfficientSelfAttention(nnx.Module):
     """Attention without biases; keys and values are one convolution of kernel and stride `sr_ratio`."""
 
-    def __init__(self, dim, *, num_heads, sr_ratio, dtype, param_dtype, rngs):
-        kinds = dict(use_bias=False, kernel_init=layers.fan_in_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self, dim: int, *, num_heads: int, sr_ratio: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = dict(
+            use_bias=False, kernel_init=layers.fan_in_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.num_heads = num_heads
         self.to_q = layers.Conv(dim, dim, 1, **kinds)
         self.to_kv = layers.Conv(dim, 2 * dim, sr_ratio, stride=sr_ratio, **kinds)
@@ -90,8 +97,8 @@ class EfficientSelfAttention(nnx.Module):
 class DsConv2d(nnx.Module):
     """Depthwise 3x3 and pointwise convolution. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
         self.net = layers.Sequential(
             [layers.Conv(dim, dim, 3, padding=1, groups=dim, **kinds), layers.Conv(dim, dim, 1, **kinds)]
         )
@@ -103,8 +110,8 @@ class DsConv2d(nnx.Module):
 class MixFeedForward(nnx.Module):
     """1x1, depthwise 3x3 and 1x1, GELU, 1x1. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.net = layers.Sequential(
             [
                 layers.Conv(dim, hidden_dim, 1, **kinds, **TORCH_INIT),
@@ -128,7 +135,7 @@ class MixFeedForward(nnx.Module):
 class Unfold(nnx.Module):
     """Overlapping patches as channels, a channel's pixels together: (B, H, W, C) -> (B, H/s, W/s, C * k * k)."""
 
-    def __init__(self, kernel_size, stride, padding):
+    def __init__(self, kernel_size: int, stride: int, padding: int):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -147,7 +154,7 @@ def embed_by_one_convolution(unfold: Unfold, projection: layers.Conv, x: jax.Arr
     dtype = projection.dtype
     padding = (unfold.padding, unfold.padding)
     y = layers.conv(x.astype(dtype), kernel.astype(dtype), stride=unfold.stride, padding=padding, groups=1)
-    return y + projection.bias[...].astype(dtype)
+    return y if projection.bias is None else y + projection.bias[...].astype(dtype)
 
 
 @layers.cheaper_order(embed_by_one_convolution)
@@ -166,8 +173,19 @@ def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
 class MiT(nnx.Module):
     """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
-    def __init__(self, *, dims, depths, num_heads, mlp_ratios, sr_ratios, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
+        sr_ratios: tuple[int, ...],
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.execution = layers.PLAIN
         stages = []
         for stage, (kernel_size, stride, padding) in enumerate(PATCHES):
@@ -195,7 +213,7 @@ class MiT(nnx.Module):
 class Upsample(nnx.Module):
     """Enlargement by nearest neighbours."""
 
-    def __init__(self, factor):
+    def __init__(self, factor: int):
         self.factor = factor
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -230,7 +248,7 @@ class SegFormerSimple(SegmentationModel):
     ):
         layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
         layers.require_whole_heads(dims, num_heads)
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.mit = MiT(
             dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios, **kinds

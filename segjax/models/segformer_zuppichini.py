@@ -15,6 +15,9 @@ Deviations: none in what is computed. The decoder runs in the equal, cheaper ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,13 +39,13 @@ VARIANTS = {
 # Kernel and stride of the four patch embeddings.
 PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))
 NORM_EPS = 1e-5
-TORCH_INIT = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
+TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
 
 
 class MultiheadAttention(nnx.Module):
     """torch.nn.MultiheadAttention: tokens (B, N, C) that look at tokens (B, M, C) -> (B, N, C)."""
 
-    def __init__(self, dim, *, num_heads, dtype, param_dtype, rngs):
+    def __init__(self, dim: int, *, num_heads: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.dtype = dtype
         # Queries, keys and values one below the other, (3C, C): torch's own layout.
@@ -68,8 +71,10 @@ class MultiheadAttention(nnx.Module):
 class EfficientMultiHeadAttention(nnx.Module):
     """Attention of all pixels to a map reduced `sr_ratio` times on each side. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, num_heads, sr_ratio, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self, dim: int, *, num_heads: int, sr_ratio: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.reducer = layers.Sequential(
             [
                 layers.Conv(dim, dim, sr_ratio, stride=sr_ratio, rngs=rngs, **kinds, **TORCH_INIT),
@@ -87,8 +92,8 @@ class EfficientMultiHeadAttention(nnx.Module):
 class MixMLP(layers.Sequential):
     """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
+    def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
         super().__init__(
             [
                 layers.Conv(dim, dim, 1, **kinds),
@@ -111,7 +116,7 @@ class MixMLP(layers.Sequential):
 class ResidualAdd(nnx.Module):
     """x + fn(x)."""
 
-    def __init__(self, fn):
+    def __init__(self, fn: Callable[[jax.Array], jax.Array]):
         self.fn = fn
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -122,9 +127,20 @@ class EncoderStage(nnx.Module):
     """Patch embedding, blocks, LayerNorm: (B, H, W, in) -> (B, ⌈H/s⌉, ⌈W/s⌉, dim)."""
 
     def __init__(
-        self, in_channels, dim, *, patch, drop_path_rates, num_heads, mlp_ratio, sr_ratio, dtype, param_dtype, rngs
+        self,
+        in_channels: int,
+        dim: int,
+        *,
+        patch: tuple[int, int],
+        drop_path_rates: list[float],
+        num_heads: int,
+        mlp_ratio: float,
+        sr_ratio: int,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         kernel_size, stride = patch
         self.overlap_patch_merge = layers.Sequential(
             [
@@ -166,7 +182,19 @@ class EncoderStage(nnx.Module):
 class Encoder(nnx.Module):
     """(B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
-    def __init__(self, *, dims, depths, num_heads, mlp_ratios, sr_ratios, drop_path_rate, dtype, param_dtype, rngs):
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
+        sr_ratios: tuple[int, ...],
+        drop_path_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         self.stages = nnx.List(
             [
@@ -197,7 +225,7 @@ class Encoder(nnx.Module):
 class Upsample(nnx.Module):
     """Bilinear enlargement by a whole factor with aligned corners."""
 
-    def __init__(self, factor):
+    def __init__(self, factor: int):
         self.factor = factor
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -208,8 +236,10 @@ class Upsample(nnx.Module):
 class Decoder(nnx.Module):
     """Each level enlarged to 1/4 and projected by a 1x1 convolution, the deepest first."""
 
-    def __init__(self, *, dims, decoder_dim, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self, *, dims: tuple[int, ...], decoder_dim: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stages = nnx.List(
             [
                 layers.Sequential([Upsample(2**stage), layers.Conv(dims[stage], decoder_dim, 1, **kinds, **TORCH_INIT)])
@@ -224,8 +254,8 @@ class Decoder(nnx.Module):
 class Head(nnx.Module):
     """Fusion of the concatenated levels (1x1 without bias, ReLU, BatchNorm), and the classifier."""
 
-    def __init__(self, *, decoder_dim, num_classes, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, *, decoder_dim: int, num_classes: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.fuse = layers.Sequential(
             [
                 layers.Conv(
@@ -276,7 +306,7 @@ class SegFormerZuppichini(SegmentationModel):
         layers.require_whole_heads(dims, num_heads)
         if any(ratio != round(ratio) for ratio in mlp_ratios):
             raise ValueError(f"mlp_ratios must be whole: the 3x3 has as many groups as channels; got {mlp_ratios}")
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.encoder = Encoder(
             dims=dims,

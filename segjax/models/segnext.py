@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,15 @@ TRAINING_STEPS, EVALUATION_STEPS = 6, 7
 NMF_EPS = 1e-6
 
 
-def batch_norm(channels, *, dtype, param_dtype) -> layers.BatchNorm:
+def batch_norm(channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> layers.BatchNorm:
     return layers.BatchNorm(channels, epsilon=1e-5, momentum=0.1, dtype=dtype, param_dtype=param_dtype)
 
 
 class StemConv(nnx.Module):
     """Two 3x3 convolutions of stride 2: (B, H, W, 3) -> (B, ⌈H/4⌉, ⌈W/4⌉, dim)."""
 
-    def __init__(self, in_channels, dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, in_channels: int, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.proj = layers.Sequential(
             [
                 layers.Conv(in_channels, dim // 2, 3, stride=2, padding=1, rngs=rngs, **kinds),
@@ -73,8 +74,8 @@ class StemConv(nnx.Module):
 class OverlapPatchEmbed(nnx.Module):
     """3x3 convolution of stride 2 and BatchNorm: (B, H, W, in) -> (B, ⌈H/2⌉, ⌈W/2⌉, dim)."""
 
-    def __init__(self, in_channels, dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, in_channels: int, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.proj = layers.Conv(in_channels, dim, 3, stride=2, padding=1, rngs=rngs, **kinds)
         self.norm = batch_norm(dim, **kinds)
 
@@ -85,8 +86,8 @@ class OverlapPatchEmbed(nnx.Module):
 class AttentionModule(nnx.Module):
     """Multi-scale convolutional attention (eq. 1 and 2): what multiplies the input. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, dtype, param_dtype, rngs):
-        kinds = dict(groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv0 = layers.Conv(dim, dim, 5, padding=2, **kinds)
         for index, length in enumerate(STRIPS):
             reach = length // 2
@@ -105,8 +106,8 @@ class AttentionModule(nnx.Module):
 class SpatialAttention(nnx.Module):
     """1x1, GELU, attention, 1x1 around a shortcut. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.proj_1 = layers.Conv(dim, dim, 1, **kinds)
         self.spatial_gating_unit = AttentionModule(dim, **kinds)
         self.proj_2 = layers.Conv(dim, dim, 1, **kinds)
@@ -118,7 +119,7 @@ class SpatialAttention(nnx.Module):
 class DWConv(nnx.Module):
     """Depthwise 3x3. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, *, dtype, param_dtype, rngs):
+    def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dwconv = layers.Conv(dim, dim, 3, padding=1, groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -128,8 +129,8 @@ class DWConv(nnx.Module):
 class Mlp(nnx.Module):
     """1x1, depthwise 3x3, GELU, 1x1. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, hidden_dim, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1 = layers.Conv(dim, hidden_dim, 1, **kinds)
         self.dwconv = DWConv(hidden_dim, **kinds)
         self.fc2 = layers.Conv(hidden_dim, dim, 1, **kinds)
@@ -142,8 +143,17 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each after a BatchNorm, scaled per channel, and dropped on its own."""
 
-    def __init__(self, dim, *, mlp_ratio, drop_path_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.dtype = dtype
         self.norm1 = batch_norm(dim, **kinds)
         self.attn = SpatialAttention(dim, rngs=rngs, **kinds)
@@ -163,8 +173,18 @@ class Block(nnx.Module):
 class MSCAN(nnx.Module):
     """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
 
-    def __init__(self, *, dims, depths, mlp_ratios, drop_path_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        mlp_ratios: tuple[float, ...],
+        drop_path_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.execution = layers.PLAIN
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         for stage in range(4):
@@ -240,8 +260,17 @@ def _updated_coefficients(x: jax.Array, bases: jax.Array, coefficients: jax.Arra
 class Bread(nnx.Module):
     """1x1 convolution under the name `conv`, with GroupNorm `gn` instead of a bias where `norm`."""
 
-    def __init__(self, in_channels, out_channels, *, norm, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.conv = layers.Conv(in_channels, out_channels, 1, use_bias=not norm, rngs=rngs, **kinds)
         self.gn = layers.GroupNorm(GROUPS, out_channels, epsilon=1e-5, **kinds) if norm else None
 
@@ -256,8 +285,8 @@ class Bread(nnx.Module):
 class Hamburger(nnx.Module):
     """Two linear layers of bread around the factorisation, around a shortcut. (B, H, W, C) -> the same."""
 
-    def __init__(self, channels, rank, *, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, channels: int, rank: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.channels, self.rank, self.dtype = channels, rank, dtype
         self.deterministic = True
         self.axis_name: str | None = None
@@ -294,8 +323,19 @@ class Hamburger(nnx.Module):
 class LightHamHead(nnx.Module):
     """Decoder over the last three levels (section 3.2): four maps -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K)."""
 
-    def __init__(self, *, dims, ham_channels, ham_rank, num_classes, dropout_rate, dtype, param_dtype, rngs):
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, ...],
+        ham_channels: int,
+        ham_rank: int,
+        num_classes: int,
+        dropout_rate: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.squeeze = Bread(sum(dims[1:]), ham_channels, norm=True, **kinds)
         self.hamburger = Hamburger(ham_channels, ham_rank, **kinds)
         self.align = Bread(ham_channels, ham_channels, norm=True, **kinds)
@@ -342,7 +382,7 @@ class SegNeXt(SegmentationModel):
         rngs: nnx.Rngs,
     ):
         layers.require_four(dims=dims, depths=depths, mlp_ratios=mlp_ratios)
-        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.backbone = MSCAN(dims=dims, depths=depths, mlp_ratios=mlp_ratios, drop_path_rate=drop_path_rate, **kinds)
         self.decode_head = LightHamHead(

@@ -30,13 +30,16 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from segjax import layers, models
 from segjax.kernels import choice, convolution
+from segjax.layers import functional
 from segjax.models import hrnet, hrnet_ocr, segformer, segformer_plain, segformer_simple, segnext
 from segjax.models.segmentation_model import SegmentationModel
 
@@ -66,7 +69,7 @@ KIND_INSIDE = {
 # Functions that are layers, under the names that they are counted by.
 FUNCTIONS = (
     # Models call them as layers.X, layers as functional.X.
-    *((place, "gelu", "GELU") for place in (layers, layers.functional)),
+    *((place, "gelu", "GELU") for place in (layers, functional)),
     *((layers, name, name) for name in ("attention", "resize", "upsample_nearest")),
     (layers, "classify", "Conv"),
     (hrnet_ocr, "gather_objects", "gather_objects"),
@@ -216,19 +219,19 @@ def _shapes(tree):
 @contextlib.contextmanager
 def _cheapest_order() -> Iterator[None]:
     """Models called inside take the orders of products that are cheapest, with every convolution left in one piece."""
-    conv = layers.functional.conv
-    layers.functional.conv = convolution.conv_plain
+    conv = functional.conv
+    functional.conv = convolution.conv_plain
     try:
         # What a CPU gains from has more products, or hides them in sums.
         with choice.meant_for("cuda"):
             yield
     finally:
-        layers.functional.conv = conv
+        functional.conv = conv
 
 
 def _trace(
     model: SegmentationModel, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_implementations
-) -> tuple[list[_Call], jax.extend.core.ClosedJaxpr]:
+) -> tuple[list[_Call], ClosedJaxpr]:
     """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
     if any(side < 1 for side in size):
         raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
@@ -252,13 +255,14 @@ class _Product:
     output_bytes: int
 
 
-def _products(jaxpr: jax.extend.core.Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iterator[_Product]:
+def _products(jaxpr: Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iterator[_Product]:
     """Every matrix product and convolution of a jaxpr and those inside it."""
     for equation in jaxpr.eqns:
         inner = (*scope, *str(equation.source_info.name_stack).split("/"))
-        name, output = equation.primitive.name, equation.outvars[0].aval
+        # Any: jax declares the aval of a variable as AbstractValue, without the shape that an array's has.
+        name, output = equation.primitive.name, cast(Any, equation.outvars[0].aval)
         if name in ("dot_general", "conv_general_dilated"):
-            left, right = (operand.aval for operand in equation.invars[:2])
+            left, right = (cast(Any, operand.aval) for operand in equation.invars[:2])
             within = next((KIND_INSIDE[label] for label in reversed(inner) if label in KIND_INSIDE), "other")
             if name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
@@ -319,7 +323,7 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
     logits = jaxpr.out_avals[0].shape[1:]
     return Summary(
         name=name,
-        size=tuple(size),
+        size=(size[0], size[1]),
         num_classes=num_classes,
         overrides=overrides,
         dtype=jnp.dtype(model.dtype).name,
@@ -386,22 +390,23 @@ def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **over
     for call in calls:
         for called, module in _published_calls(call, modules):
             counts[called] += 1
-            if any(part in called for part in PUBLISHED_PARAMETERS_OF):
+            if module is not None and any(part in called for part in PUBLISHED_PARAMETERS_OF):
                 parameters += _parameters(module)
-        if call.name == "Conv":
+        module = _called_module(call, modules)
+        if isinstance(module, layers.Conv):
             pixels = math.prod(call.output.shape[1:3])
-            multiply_adds += modules[call.path].kernel.size * pixels
-        elif call.name == "Linear":
+            multiply_adds += module.kernel.size * pixels
+        elif isinstance(module, layers.Linear):
             tokens = math.prod(call.output.shape[1:-1])
             multiply_adds += call.output.size * tokens
-    return PublishedSummary(name, tuple(size), num_classes, overrides, parameters, multiply_adds, dict(counts))
+    return PublishedSummary(name, (size[0], size[1]), num_classes, overrides, parameters, multiply_adds, dict(counts))
 
 
 def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterator[tuple[str, nnx.Module | None]]:
     """Class names of the modules that the published code calls where `call` is, and our counterparts of them."""
     if call.name in UNLISTED:
         return
-    module = modules.get(call.path)
+    module = _called_module(call, modules)
     for _ in range(PUBLISHED_DROPOUTS.get(call.name, 0)):
         yield "Dropout", None
     if isinstance(module, layers.DropPath) and module.rate == 0:
@@ -409,6 +414,12 @@ def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterat
     elif name := PUBLISHED_NAMES.get(call.name, call.name):
         yield name, module
     # Our decoder takes the linear layer out of its wrapper.
-    wrapper = modules[call.path[:-1]] if call.name == "Linear" else None
-    if isinstance(wrapper, segformer.LevelProjection):
-        yield "LinearMLP", wrapper
+    if call.path is not None and isinstance(module, layers.Linear):
+        wrapper = modules[call.path[:-1]]
+        if isinstance(wrapper, segformer.LevelProjection):
+            yield "LinearMLP", wrapper
+
+
+def _called_module(call: _Call, modules: Mapping[tuple, nnx.Module]) -> nnx.Module | None:
+    """The module that was called; None for a function without one."""
+    return None if call.path is None else modules[call.path]
