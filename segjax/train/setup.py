@@ -24,7 +24,7 @@ from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
 from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import class_weights, pipeline, specs
-from segjax.data.augment import augment, normalise
+from segjax.data.augment import AugmentSettings, augment, normalise
 from segjax.data.open import OpenSplit, open_splits
 from segjax.data.records import Records, records_of
 from segjax.inference.engine import predict_labels
@@ -212,7 +212,7 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
 
 def make_batches(
     split: specs.Split | Records,
-    augmentation: ConfigDict,
+    augmentation: AugmentSettings,
     *,
     batch_size: int,
     seed: int,
