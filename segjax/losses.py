@@ -13,6 +13,7 @@ Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normal
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -27,6 +28,7 @@ from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
+SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
 # Terms that are divided by a number or weight of pixels; the others are means over images.
 PER_PIXEL = ("cross_entropy", "focal")
 
@@ -37,30 +39,34 @@ def criterion(
     """Builds the loss that the section `loss` of a config describes.
 
     Args:
-      settings: a value for each of `TERMS` and for the settings of `Criterion`. Their ranges are those of
-        `segjax.train.schema`, which has checked a config before a run reads it; they are not checked again here.
+      settings: a value for each of `TERMS` and for the settings of `Criterion`; other keys are ignored.
       class_weights: K numbers, used as they are; see `Criterion`.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: every factor is 0; class weights that do not fit.
+      ValueError: settings out of range, every factor is 0, or class weights that do not fit.
     """
+    values = {name: float(settings[name]) for name in (*TERMS, "focal_gamma", *SHARES)}
+    # A config's ranges are checked by its schema, with all other settings; these are for everyone else.
+    problems = [
+        f"loss.{name} must be {'from 0 to 1' if name in SHARES else 'finite and at least 0'}; got {value}"
+        for name, value in values.items()
+        if not (0 <= value <= 1 if name in SHARES else 0 <= value < math.inf)
+    ]
+    if not any(values[name] for name in TERMS):
+        problems.append(f"loss: {ALL_ZERO}")
     if class_weights is not None:
         class_weights = tuple(float(weight) for weight in class_weights)
-        if problems := problems_of_weights(class_weights, num_classes):
-            raise ValueError("\n".join(f"loss.{problem}" for problem in problems))
-    factors = tuple((name, float(settings[name])) for name in TERMS if settings[name])
-    if not factors:
-        raise ValueError(f"loss: {ALL_ZERO}")
+        problems += [f"loss.{problem}" for problem in problems_of_weights(class_weights, num_classes)]
+    if problems:
+        raise ValueError("\n".join(problems))
     return Criterion(
         num_classes=num_classes,
         ignore_label=ignore_label,
         class_weights=class_weights,
-        factors=factors,
-        label_smoothing=float(settings["label_smoothing"]),
-        focal_gamma=float(settings["focal_gamma"]),
-        ohem_threshold=float(settings["ohem_threshold"]),
-        ohem_min_kept=float(settings["ohem_min_kept"]),
+        factors=tuple((name, values[name]) for name in TERMS if values[name]),
+        focal_gamma=values["focal_gamma"],
+        **{name: values[name] for name in SHARES},
     )
 
 

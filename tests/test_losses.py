@@ -804,6 +804,24 @@ def test_a_loss_without_one_of_its_settings_is_refused_by_name(name):
         losses.criterion(settings, num_classes=5, ignore_label=255)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dice": -1.0},
+        {"focal": math.nan, "label_smoothing": 1.5},
+        {"focal_gamma": math.inf, "ohem_threshold": -0.1, "ohem_min_kept": 2},
+    ],
+    ids=str,
+)
+def test_all_settings_out_of_range_are_in_one_error(wrong):
+    settings = dict.fromkeys(TERMS, 1.0) | SETTINGS | wrong
+    with pytest.raises(ValueError) as caught:
+        losses.criterion(settings, num_classes=5, ignore_label=255, class_weights=(1.0, 2.0))
+    message = str(caught.value)
+    assert all(f"loss.{name} must be" in message and f"got {float(value)}" in message for name, value in wrong.items())
+    assert "class_weights" in message
+
+
 def test_all_problems_of_class_weights_are_in_one_error():
     with pytest.raises(ValueError) as caught:
         build({"dice": 1.0}, classes=3, weights=(1.0, -2.0))
