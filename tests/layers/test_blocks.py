@@ -235,7 +235,7 @@ def test_the_rows_that_parameters_are_stacked_in_are_those_of_loops(family):
     params, _ = FunctionalModel(abstract_family(family, **deep)).arrays()
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     loops = scans(traced(family, BlockExecution(scan_from=2), **deep))
-    assert loops and {len(members) for members in stacks.rows.values()} == set(loops)
+    assert loops and {len(members) for members in stacks.members.values()} == set(loops)
 
 
 def test_a_loop_leaves_little_to_compile_of_a_deep_network():
