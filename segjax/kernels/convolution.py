@@ -28,7 +28,7 @@ def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[i
 def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution whose stride is its kernel's size, without padding: one matrix product over disjoint patches.
 
-    Equal to `conv_plain(..., stride=r)`; rows and columns that fill no patch are left out, as there. Its input gradient
+    Equal to `conv_plain(..., stride=r)`; rows and columns that fill no patch are dropped, as there. Its input gradient
     is a product too, where XLA:CPU's dilated convolution is slow (8x8 on 32 channels, forward and backward: 3.3 to
     0.5 ms).
 
@@ -43,13 +43,13 @@ def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def padded(x: jax.Array, kernel_size: Sequence[int]) -> jax.Array:
-    """Zeros around a map, as an odd kernel reaches: (B, H, W, C) -> (B, H + kh - 1, W + kw - 1, C)."""
+    """Pads a map with zeros as far as an odd kernel reaches: (B, H, W, C) -> (B, H + kh - 1, W + kw - 1, C)."""
     top, left = (side // 2 for side in kernel_size)
     return jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
 
 
 def shifted(x: jax.Array, kernel_size: Sequence[int]) -> list[list[jax.Array]]:
-    """A padded input under every tap of a kernel: (B, H + kh - 1, W + kw - 1, C) -> [i][j] -> (B, H, W, C)."""
+    """What each tap of a kernel multiplies of a padded input (B, H + kh - 1, W + kw - 1, C): [i][j] is (B, H, W, C)."""
     (kernel_height, kernel_width) = kernel_size
     height, width = x.shape[1] - kernel_height + 1, x.shape[2] - kernel_width + 1
     return [[x[:, i : i + height, j : j + width] for j in range(kernel_width)] for i in range(kernel_height)]
@@ -73,7 +73,7 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Depthwise convolution of stride 1 that keeps the size, as a sum of shifted products.
 
     Equal to `conv_plain(..., groups=C)`. XLA:CPU lowers a grouped convolution to a scalar loop, 23 to 41 times slower
-    than torch; a sum of shifted products it vectorises. The weight gradient has a rule of its own for the same reason.
+    than torch; it vectorises a sum of shifted products. The weight gradient has a rule of its own for the same reason.
 
     Args:
       x: (B, H, W, C).
@@ -105,7 +105,7 @@ def _padded(x, kernel):
 
 @units.compiled_apart
 def sums_of_products(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The gradient of a depthwise kernel (kh, kw, 1, C), of input and output gradient, both padded."""
+    """The gradient of a depthwise kernel (kh, kw, 1, C), from its input and the output's gradient, both padded."""
     kernel_height, kernel_width = kernel.shape[:2]
     top, left = kernel_height // 2, kernel_width // 2
     inner = gradient[:, top : gradient.shape[1] - top, left : gradient.shape[2] - left]
@@ -119,8 +119,8 @@ depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
     """x * y, added up over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
 
-    A first step of a sum over pixels: XLA:CPU's reduction reads its input from memory, the whole product otherwise
-    (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
+    The first step of a sum over pixels: XLA:CPU's reduction reads its input from memory, which would be the whole
+    product otherwise (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
     """
     height = x.shape[1]
     tiles = max(number for number in range(1, 9) if height % number == 0)
@@ -129,4 +129,4 @@ def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
         one.astype(wide) * other.astype(wide)
         for one, other in zip(jnp.split(x, tiles, axis=1), jnp.split(y, tiles, axis=1), strict=True)
     )
-    return sum(products)
+    return reduce(operator.add, products)

@@ -1,9 +1,10 @@
 """Cross-entropy of logits that are smaller than the labels, computed a row tile at a time.
 
-Enlarged to the labels' size, the logits of 150 classes are the largest arrays of a training step by far. Enlarging is
-linear and the loss a sum over pixels: so a tile can be enlarged, its loss and gradient computed and the gradient put
-back to the small size while all of it is in the cache. Equal to `losses.Criterion` without tiles; on XLA:CPU, forward
-and backward of 2x256x256 pixels and 150 classes fall from 39 to 14 ms, their memory from 225 to 21 MiB.
+Upsampled to the labels' size, the logits of 150 classes are by far the largest arrays of a training step. Upsampling is
+linear and the loss is a sum over pixels, so that one row tile at a time can be upsampled, its loss and gradient
+computed, and the gradient reduced to the small size, all while the tile is in the cache. Equal to `losses.Criterion`
+without tiles; on XLA:CPU, forward and backward of 2x256x256 pixels and 150 classes fall from 39 to 14 ms, their memory
+from 225 to 21 MiB.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ TILE_BYTES = 8 * 2**20
 
 
 def pays(logits: jax.Array, size: Sequence[int]) -> bool:
-    """Whether `cross_entropy` is faster than enlarging everything at once, to `size` (H, W)."""
+    """Whether `cross_entropy` is faster than upsampling all logits to `size` (H, W) at once."""
     height, width, num_classes = logits.shape[1:]
     whole = size[0] % height == 0 and size[1] % width == 0
     return whole and num_classes > 1 and _rows(logits, size) < height
 
 
 def _rows(logits: jax.Array, size: Sequence[int]) -> int:
-    """Rows of the small logits in one tile, which divide their number."""
+    """Rows of the small logits per tile: a divisor of their number."""
     batch, height, _, num_classes = logits.shape
     row = batch * (size[0] // height) * size[1] * num_classes * logits.dtype.itemsize
     return max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * row <= TILE_BYTES))
@@ -37,12 +38,12 @@ def _rows(logits: jax.Array, size: Sequence[int]) -> int:
 
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum of weights * -log p(label) over the pixels of bilinearly enlarged logits.
+    """Sum of weights * -log p(label) over the pixels of bilinearly upsampled logits.
 
     Args:
       logits: (B, h, w, K), float32 or wider, K > 1.
-      labels: (B, H, W) integers, H and W multiples of h and w; where they are no class, the weight must be 0.
-      weights: (B, H, W), of the logits' dtype; no gradient goes through them.
+      labels: (B, H, W) integers, H and W multiples of h and w. A label that is no class needs a weight of 0.
+      weights: (B, H, W), of the logits' dtype; they receive no gradient.
     """
     return _with_gradient(logits, labels, weights)[0]
 
@@ -51,13 +52,13 @@ def _with_gradient(logits, labels, weights):
     height = logits.shape[1]
     factors = labels.shape[1] // height, labels.shape[2] // logits.shape[2]
     rows = _rows(logits, labels.shape[1:3])
-    # A tile sees one row more on each side; beyond the edges, the edge again.
+    # A tile reads one more row on each side; beyond an edge, the edge row is repeated.
     padded = jnp.concatenate([logits[:, :1], logits, logits[:, -1:]], axis=1)
 
     def add(sums, start):
         total, gradient = sums
         cut = partial(lax.dynamic_slice_in_dim, axis=1)
-        tile = _enlarged(factors)(cut(padded, start, rows + 2))
+        tile = _upsampled(factors)(cut(padded, start, rows + 2))
         loss, slope = _loss_and_slope(
             tile, *(cut(pixels, start * factors[0], rows * factors[0]) for pixels in (labels, weights))
         )
@@ -76,28 +77,28 @@ def _backward(gradient, cotangent):
 
 cross_entropy.defvjp(_with_gradient, _backward)
 
-# Each of these is compiled apart, or XLA:CPU would enlarge anew for every reader of the enlarged logits.
+# Each of these is compiled apart: XLA:CPU would otherwise upsample again for every reader of the upsampled logits.
 
 
-def _enlarged(factors: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
+def _upsampled(factors: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
     """(B, rows + 2, w, K) -> (B, rows * f, w * f, K)."""
 
     @units.compiled_apart
-    def enlarge(tile):
-        taller = resize.enlarge_axis(tile, 1, factors[0])[:, factors[0] : -factors[0]]
-        return resize.enlarge_axis(taller, 2, factors[1])
+    def upsample(tile):
+        taller = resize.upsample_axis(tile, 1, factors[0])[:, factors[0] : -factors[0]]
+        return resize.upsample_axis(taller, 2, factors[1])
 
-    return enlarge
+    return upsample
 
 
 def _reduced(factors: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
-    """The transpose of `_enlarged`."""
+    """The transpose of `_upsampled`."""
 
     @units.compiled_apart
     def reduce(gradient):
-        narrower = resize.enlarge_axis_backward(2, factors[1], None, gradient)[0]
+        narrower = resize.upsample_axis_backward(2, factors[1], None, gradient)[0]
         around = ((0, 0), (factors[0], factors[0]), (0, 0), (0, 0))
-        return resize.enlarge_axis_backward(1, factors[0], None, jnp.pad(narrower, around))[0]
+        return resize.upsample_axis_backward(1, factors[0], None, jnp.pad(narrower, around))[0]
 
     return reduce
 

@@ -1,9 +1,11 @@
-"""Decoders over row tiles."""
+"""Decoders of several levels, computed one row tile at a time."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +36,18 @@ def decode_by_rows(
     mode: str,
     align_corners: bool,
 ) -> jax.Array:
-    """`decode` of kernels (C_level, C) and a bias (C,): nothing as large as an enlarged level is ever written.
+    """Multiplies levels by their kernels, upsamples, sums, finishes and classifies: levels -> logits (B, H, W, K).
+
+    No upsampled level is ever written to memory: a tile reads the few rows of each level that it depends on, and one
+    compilation unit upsamples and sums them.
 
     Args:
-      classify: (B, H, W, C) -> logits (B, H, W, K), pixel by pixel.
-
-    Each tile reads the few rows of every level that it depends on, and one unit enlarges them and adds them up.
+      levels: maps (B, h, w, C_level). One is the largest, (H, W), a whole multiple of all others (`are_multiples`).
+      kernels: (C_level, C) for each level.
+      bias: (C,), or () for a constant.
+      finish: elementwise function of the sum (B, rows, W, C).
+      classify: (B, rows, W, C) -> logits (B, rows, W, K), pixel by pixel.
+      mode, align_corners: of the upsampling: "bilinear" or "nearest", as in `torch.nn.functional.interpolate`.
     """
     height, width = (max(x.shape[axis] for x in levels) for axis in (1, 2))
     [(base, base_kernel)] = (
@@ -59,7 +67,7 @@ def decode_by_rows(
                 ),
             )
         )
-    # Of 28, 14, 7 and 4 rows, an image of 112, no factor is a multiple of all others.
+    # The factors need not divide each other: an image of 112 rows has levels of 28, 14, 7 and 4.
     step = math.lcm(*(height // (y.shape[1] - 2) for y, *_ in coarse))
     B, dtype = len(levels[0]), kernels[0].dtype
     row_bytes = B * width * kernels[0].shape[1] * dtype.itemsize
@@ -74,11 +82,12 @@ def decode_by_rows(
         def finished(part, bias, *tall):
             total = part + bias
             for y, (_, _, across) in zip(tall, coarse, strict=True):
-                wide = sum(
+                blended = (
                     y[:, :, tap : tap + len(weights), None] * jnp.asarray(weights, dtype)[:, :, None]
                     for tap, weights in enumerate(across)
                     if weights.any()
-                )  # (B, rows, w, f, C)
+                )
+                wide = reduce(operator.add, blended)  # (B, rows, w, f, C)
                 total = total + wide.reshape(total.shape)
             return finish(total)
 
@@ -101,9 +110,9 @@ def _edges_repeated(x: jax.Array, axis: int) -> jax.Array:
 
 
 def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.ndarray:
-    """How an axis is upsampled by a whole factor: weights (3, length, factor) of the pixel before, the same, the next.
+    """Weights (3, length, factor) of the previous, same and next pixel in the upsampling of an axis by a whole factor.
 
-    Pixel factor * j + p of the result blends pixels j - 1, j and j + 1; beyond the ends the last pixel is repeated.
+    Pixel factor * j + p of the result blends pixels j - 1, j and j + 1; beyond the ends the edge pixel is repeated.
     """
     before, pixel = np.arange(factor), np.arange(length)[:, None]
     if mode == "nearest":
@@ -116,7 +125,7 @@ def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.nd
 
 
 def _taller(y: jax.Array, weights: np.ndarray, number: jax.Array, rows: int) -> jax.Array:
-    """Rows [number * rows, (number + 1) * rows) of a level (B, h + 2, w + 2, C) enlarged along its first axis."""
+    """Rows [number * rows, (number + 1) * rows) of a level (B, h + 2, w + 2, C) upsampled along its rows."""
     factor = weights.shape[-1]
     own = rows // factor
     part = lax.dynamic_slice_in_dim(y, number * own, own + 2, axis=1)
@@ -124,10 +133,9 @@ def _taller(y: jax.Array, weights: np.ndarray, number: jax.Array, rows: int) -> 
     table = lax.dynamic_slice_in_dim(jnp.asarray(weights[taps], y.dtype), number * own, own, axis=1)
 
     @units.compiled_apart
-    def enlarged(part, table):
-        total = sum(
-            part[:, tap : tap + own, None] * table[place, :, :, None, None] for place, tap in enumerate(taps)
-        )  # (B, own, f, w + 2, C)
+    def upsampled(part, table):
+        blended = (part[:, tap : tap + own, None] * table[place, :, :, None, None] for place, tap in enumerate(taps))
+        total = reduce(operator.add, blended)  # (B, own, f, w + 2, C)
         return total.reshape(len(part), rows, *part.shape[2:])
 
-    return enlarged(part, table)
+    return upsampled(part, table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from functools import partial
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +14,32 @@ from segjax.kernels import precision, units
 
 
 def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Bilinear with `align_corners=False`: half-pixel centres.
+    """Bilinear with `align_corners=False`: half-pixel centres, (B, H, W, C) -> (B, *size, C).
 
-    Without antialias=False jax low-passes when it shrinks, which torch does not (1.8 away).
+    Without antialias=False jax low-passes when it shrinks, which torch does not (differences up to 1.8).
     """
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
 
 
 def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """Half-pixel bilinear enlargement by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
+    """Half-pixel bilinear upsampling by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
 
-    Output pixel f * i + p always blends the same two neighbours with the same weights, so each of the f phases is one
-    blend of the whole map with itself moved by one, edges repeated: slices and a reshape instead of a gather.
+    Output pixel f * i + p always blends the same two neighbours with the same weights. So each of the f phases is one
+    blend of the whole map with itself shifted by one pixel, edges repeated: slices and a reshape instead of a gather.
     """
     for axis, factor in zip((1, 2), factors, strict=True):
         if factor > 1:
-            x = units.once(enlarge_axis(units.once(x), axis, factor))
+            x = units.once(upsample_axis(units.once(x), axis, factor))
     return x
 
 
 def _phases(factor: int) -> list[tuple[int, float]]:
-    """Which neighbour of input pixel i each of its output pixels blends in, -1 or 1, and with what weight."""
+    """For each phase of the output: which neighbour of the input pixel is blended in, -1 or 1, and its weight."""
     offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
     return [(-1 if offset < 0 else 1, abs(offset)) for offset in offsets]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def enlarge_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
+def _upsample_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
     """One axis of `resize_by_phases`, with a backward pass that reads the gradient once."""
     length = x.shape[axis]
     ends = {-1: lax.slice_in_dim(x, 0, 1, axis=axis), 1: lax.slice_in_dim(x, length - 1, length, axis=axis)}
@@ -52,30 +52,37 @@ def enlarge_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
     return jnp.stack(phases, axis=axis + 1).reshape(shape)
 
 
-def _enlarge_forward(x, axis, factor):
-    return enlarge_axis(x, axis, factor), None
+upsample_axis = jax.custom_vjp(_upsample_axis, nondiff_argnums=(1, 2))
 
 
-def enlarge_axis_backward(axis, factor, _, gradient):
+def _upsample_forward(x, axis, factor):
+    return upsample_axis(x, axis, factor), None
+
+
+def upsample_axis_backward(axis: int, factor: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """The transpose of `upsample_axis`: its length is divided by `factor`."""
     if factor == 1:
-        return (gradient,)  # the one phase blends nothing with the neighbour before
+        return (gradient,)  # the weight of the only phase's neighbour is zero
     length = gradient.shape[axis] // factor
     by_phase = gradient.reshape(*gradient.shape[:axis], length, factor, *gradient.shape[axis + 1 :])
     parts = [lax.index_in_dim(by_phase, phase, axis + 1, keepdims=False) for phase in range(factor)]
     weighted = list(zip(parts, _phases(factor), strict=True))
-    own = sum(part * (1 - weight) for part, (_, weight) in weighted)
-    to_side = {side: sum(part * weight for part, (to, weight) in weighted if to == side) for side in (-1, 1)}
+    own = reduce(operator.add, (part * (1 - weight) for part, (_, weight) in weighted))
+    to_side = {
+        side: reduce(operator.add, (part * weight for part, (to, weight) in weighted if to == side)) for side in (-1, 1)
+    }
     ends = {
         -1: lax.slice_in_dim(to_side[-1], 0, 1, axis=axis),
         1: lax.slice_in_dim(to_side[1], length - 1, length, axis=axis),
     }
-    # What goes to the neighbour before comes, seen from there, from behind; an end is its own neighbour.
-    from_behind = jnp.concatenate([lax.slice_in_dim(to_side[-1], 1, length, axis=axis), ends[1]], axis)
-    from_before = jnp.concatenate([ends[-1], lax.slice_in_dim(to_side[1], 0, length - 1, axis=axis)], axis)
-    return (own + from_behind + from_before,)
+    # Pixel i receives what pixel i + 1 sends to the pixel before it, and what pixel i - 1 sends to the pixel after it.
+    # At the border an edge pixel is its own neighbour and keeps its share.
+    from_next = jnp.concatenate([lax.slice_in_dim(to_side[-1], 1, length, axis=axis), ends[1]], axis)
+    from_previous = jnp.concatenate([ends[-1], lax.slice_in_dim(to_side[1], 0, length - 1, axis=axis)], axis)
+    return (own + from_next + from_previous,)
 
 
-enlarge_axis.defvjp(_enlarge_forward, enlarge_axis_backward)
+upsample_axis.defvjp(_upsample_forward, upsample_axis_backward)
 
 
 def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:

@@ -108,8 +108,8 @@ def decode(
 ) -> jax.Array:
     """Fuses levels, applies `finish` and the classifier, in row tiles: levels -> logits (B, H, W, K). For a CPU.
 
-    Two cores, with / without, and MiB of temporaries: SegFormer-B0's decoder for 1x512x512 0.65, 80 -> 17; for
-    1x1024x2048 0.57, 640 -> 84; B2's for 1x512x512 0.64, 240 -> 31.
+    Two cores, time with / without row tiles, and MiB of temporaries without -> with: SegFormer-B0's decoder for
+    1x512x512 0.65, 80 -> 17; for 1x1024x2048 0.57, 640 -> 84; B2's for 1x512x512 0.64, 240 -> 31.
 
     Args:
       levels: maps (B, h, w, C_level), in the order in which they are concatenated.
@@ -119,7 +119,7 @@ def decode(
       mode, align_corners: of the upsampling: "bilinear" or "nearest", as `torch.nn.functional.interpolate` has them.
 
     Returns:
-      NotImplemented where sizes are left open or are no whole multiples of each other.
+      NotImplemented for the symbolic sizes of an export, and where the largest level is no whole multiple of the rest.
     """
     if not decoder.are_multiples([x.shape for x in levels]):
         return NotImplemented
@@ -129,7 +129,7 @@ def decode(
         kernels, bias = _slices_by_level(fuse, levels), jnp.zeros((), dtype)
     else:
         kernels, biases = _fused_projections(projections, fuse)
-        bias = sum(biases)
+        bias = reduce(operator.add, biases)
     if fuse.bias is not None:
         bias = bias + fuse.bias[...].astype(dtype)
     classify_pixels = partial(classify, classifier)

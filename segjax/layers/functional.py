@@ -1,29 +1,28 @@
 """Operations without parameters, and which implementation of each runs. The table lists every choice.
 
-| operation | implementation | where it runs |
+| operation | on a CPU | on a GPU |
 |---|---|---|
-| `conv` | matrix product | 1x1, stride 1, no padding, no groups |
-| | `convolution.conv_of_patches` | CPU; kernel as large as its stride, no padding, no groups |
-| | `convolution.depthwise` | CPU; one input channel per group, stride 1, size kept, odd kernel |
-| | `convolution.conv_plain` | everywhere else |
-| `gelu` | `gelu.gelu_by_slope` | CPU |
-| | `gelu.gelu_plain` | everywhere else |
-| `attention` | `attention.attention_by_rows` | CPU; static sizes, more than `attention.MOST_SCORES` scores |
-| | `attention.attention_plain` | everywhere else |
-| `resize` | `resize.resize_by_phases` | CPU; bilinear, corners not aligned, whole factors |
-| | `resize.resize_aligned` | corners aligned |
-| | `resize.resize_plain` | everywhere else |
-| `residual`, `once` | `units.once` | CPU; an addition, or nothing, elsewhere |
-| feed-forward networks | `kernels.feed_forward` (`layers.feed_forward`) | CPU; static sizes |
-| | layer by layer, the method itself | everywhere else |
-| decoders | `kernels.decoder` (`layers.decode`) | CPU; evaluation, static sizes, whole factors |
-| | `layers.project_and_fuse`, `layers.conv1x1_of_resized` | everywhere else, unless as published |
-| | as published, the method itself | inside `published_implementations` |
-| patches of the simple SegFormer | `embed_by_one_convolution` (its model) | everywhere, unless as published |
-| cross-entropy | `kernels.cross_entropy` (`losses`) | CPU; whole factors, more than one class, large logits |
+| `conv`, 1x1, stride 1, no padding, no groups | matrix product | matrix product |
+| `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
+| `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | XLA |
+| `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
+| `gelu` | `gelu.gelu_by_slope` | XLA (`gelu.gelu_plain`) |
+| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | XLA |
+| `attention`, any other | XLA (`attention.attention_plain`) | XLA |
+| `resize`, bilinear, corners not aligned, whole factors | `resize.resize_by_phases` | XLA |
+| `resize`, corners aligned | `resize.resize_aligned` | `resize.resize_aligned` |
+| `resize`, any other | XLA (`resize.resize_plain`) | XLA |
+| `residual`, `once` | `units.once` | XLA (an addition; nothing) |
+| feed-forward networks, static sizes | `kernels.feed_forward` (`layers.feed_forward`) | layer by layer |
+| decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | cheaper order, as below |
+| decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
+| patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
+| cross-entropy, whole factors, several classes, large logits | `kernels.cross_entropy` (`losses`) | XLA (`losses`) |
 
-"CPU" is `choice.is_fast_on_cpu`: XLA's CPU backend will run it, and it is not asked for as published. No operation has
-an implementation of its own for GPUs yet.
+"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
+every other backend, and under a mesh with explicit axes. Inside `published_implementations()` every operation runs as
+its publication writes it: plain, layer by layer, with the products of decoders and patches in the published order. No
+operation has an implementation for GPUs yet.
 """
 
 from __future__ import annotations
@@ -50,7 +49,13 @@ def cpu_implementation(fast: Callable) -> Callable:
 
 
 def cheaper_order(fast: Callable) -> Callable:
-    """Attaches an equal but cheaper order of products to a method; it runs on every platform, unless as published."""
+    """Attaches an equal but cheaper order of products to a method.
+
+    It runs on every platform, except inside `published_implementations()`.
+
+    Args:
+      fast: as in `cpu_implementation`.
+    """
     return _attached(fast, lambda: not choice.is_published())
 
 
@@ -87,7 +92,7 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by the error function; jax's default is the tanh approximation, 4.7e-4 away."""
+    """Exact GELU by the error function; jax's default is the tanh approximation, which differs by up to 4.7e-4."""
     return gelu_by_slope(x) if choice.is_fast_on_cpu() else gelu_plain(x)
 
 
@@ -102,7 +107,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       float64 inputs (1e-7).
     """
     (B, h, N, _), M = query.shape, key.shape[2]
-    # Whether there are many scores is unknown for sizes that an exported program leaves open.
+    # The number of scores is unknown for the symbolic sizes of an export.
     if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
         return attention_kernels.attention_plain(query, key, value)
     rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))

@@ -27,7 +27,13 @@ def _bias(init: Callable | None, kernel: nnx.Param, *, rngs: nnx.Rngs) -> nnx.Pa
 
 
 class Linear(nnx.Module):
-    """torch.nn.Linear over the last axis: (..., in) -> (..., out)."""
+    """torch.nn.Linear over the last axis: (..., in) -> (..., out).
+
+    The product is `lax.dot_general`, which quantisation and LoRA libraries such as qwix intercept. Inside
+    `published_implementations()` they find every Linear. Otherwise decoders, and on a CPU feed-forward networks, read
+    the weight arrays of their layers themselves and are not intercepted: of the 44 Linear layers of a SegFormer-B0, 24
+    are found on a CPU and 40 elsewhere.
+    """
 
     def __init__(
         self,
@@ -46,7 +52,6 @@ class Linear(nnx.Module):
         self.bias = _bias(bias_init, self.kernel, rngs=rngs) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # By flax's cast and lax's own product, which quantisation and LoRA libraries intercept.
         x, kernel = dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
         y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

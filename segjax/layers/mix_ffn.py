@@ -13,7 +13,8 @@ def feed_forward(
 ) -> jax.Array:
     """last(gelu(pointwise(depthwise(first(x))))) in row tiles: (B, H, W, C) -> (B, H, W, out). For a CPU.
 
-    Two cores, with / without: 32 to 256 and back to 32 channels at 128x128 pixels 0.53, 64 to 512 at 64x64 0.74.
+    Two cores, time with / without row tiles: 32 to 256 and back to 32 channels at 128x128 pixels 0.53, 64 to 512 at
+    64x64 0.74.
 
     Args:
       first, last: Linear, or Conv of 1x1. All layers have biases.
@@ -21,7 +22,7 @@ def feed_forward(
       pointwise: 1x1 Conv, or None for the identity.
 
     Returns:
-      NotImplemented where an export leaves sizes open.
+      NotImplemented for the symbolic sizes of an export.
     """
     if not all(isinstance(side, int) for side in x.shape):
         return NotImplemented

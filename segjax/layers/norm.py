@@ -16,7 +16,7 @@ from segjax.layers import functional
 class LayerNorm(nnx.Module):
     """torch.nn.LayerNorm over the last axis, two-pass, in at least float32.
 
-    The variance is the mean of squared deviations: the one-pass form E[x²] - E[x]² loses all digits of a map whose
+    The variance is the mean of squared deviations: the one-pass formula E[x²] - E[x]² loses all digits of a map whose
     mean is large (3e-3 at mean 100) and can turn negative.
     """
 

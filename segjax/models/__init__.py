@@ -42,7 +42,11 @@ MODELS = (
 
 
 def settings(name: str) -> dict[str, object]:
-    """What `create(name, ...)` can override, with the defaults of that name."""
+    """Settings that `create(name, ...)` can override, with the defaults of that name.
+
+    Raises:
+      KeyError: unknown name; lists the names.
+    """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -57,7 +61,7 @@ def settings(name: str) -> dict[str, object]:
 
 
 def _frozen(value: object) -> object:
-    """Lists and numpy's numbers as Python's own, which a checkpoint's record can hold."""
+    """Lists as tuples and numpy's numbers as Python's own, which the metadata of a checkpoint can hold."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
@@ -88,14 +92,15 @@ def create(
     Args:
       name: a key of `MODELS`, for example "segformer_b0".
       num_classes: K; 1 for a binary model (sigmoid).
-      seed: of the initial weights and of the model's own dropout streams.
-      dtype: of the computation; bfloat16 keeps norms, softmax and logits in float32.
-      param_dtype: of the stored parameters.
+      seed: seed of the initial weights and of the model's dropout streams.
+      dtype: type of the computation; bfloat16 keeps norms, softmax and logits in float32.
+      param_dtype: type of the stored parameters.
       **overrides: settings of the model's class, for example dims=..., decoder_dim=...; `settings(name)` lists them.
 
     Returns:
-      A module: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the model's own
-      stride. `model.spec` tells how it was made, `model.size_multiple` what the sides of images must divide by.
+      A `SegmentationModel`: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the
+      model's own stride. `model.spec` holds the arguments given here; height and width of images must be multiples of
+      `model.size_multiple`.
 
     Raises:
       KeyError: unknown name; lists the names.

@@ -1,4 +1,4 @@
-"""What a training step carries: parameters and statistics as flat dicts by dotted name, and how they become a model."""
+"""A model as a function of flat dicts of arrays, by dotted name: what training steps and inference carry."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from segjax.models.stacked import NO_STACKS, Stacks
 
 
 class FunctionalModel:
-    """A model without its arrays: hashable structure once for training, once for evaluation.
+    """A model without its arrays: its graph definitions for training and for evaluation, and the names of its arrays.
 
-    Pure state under `jax.jit` is faster than `nnx.jit`, and a flat dict by name is what masks, checkpoints and
-    conversion want.
+    Arrays under `jax.jit` are faster than `nnx.jit`, and masks, checkpoints and conversion work on flat dicts by name.
     """
 
     def __init__(
@@ -29,13 +28,13 @@ class FunctionalModel:
         execution: layers.BlockExecution = layers.PLAIN,
         stacks: Stacks = NO_STACKS,
     ):
-        """Takes the model apart.
+        """Splits a model into graph definitions and arrays.
 
         Args:
-          frozen: dotted names of parameters that training leaves as they are. A BatchNorm all of whose parameters are
-            among them keeps its statistics too and normalises with them, as after `eval()` in torch.
-          execution: how training goes through rows of equal blocks.
-          stacks: whose arrays it takes in place of their members', too.
+          frozen: Dotted names of parameters that training does not change. A BatchNorm whose parameters are all frozen
+            keeps its statistics too and normalises with them, as after `eval()` in torch.
+          execution: How training runs groups of equal blocks.
+          stacks: Stacks that `bind` accepts in place of their members.
         """
         self.execution = execution
         self.stacks = stacks
@@ -57,17 +56,17 @@ class FunctionalModel:
         self.size_multiple = model.size_multiple
 
     def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Parameters and running statistics that the model was made with."""
+        """The parameters and the running statistics that the model was created with."""
         return _arrays(self._params), _arrays(self._batch_stats)
 
     def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Those parameters that training changes."""
+        """The parameters that training changes."""
         return {name: value for name, value in params.items() if self._is_trained[name]}
 
     def bind(
         self, params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], *, key: jax.Array | None = None
     ) -> SegmentationModel:
-        """A model holding these arrays: in training mode where a key for its random streams is given."""
+        """A model with these arrays; in training mode if `key`, the seed of its random streams, is given."""
         streams = []
         for index, (path, variable) in enumerate(self._streams):
             if isinstance(variable, nnx.RngKey):

@@ -1,17 +1,17 @@
-"""HRNet: branches at four resolutions side by side, which exchange what they know after every module.
+"""HRNet: parallel branches at four resolutions, which exchange their features after every module.
 
 Wang, Sun, Cheng et al.: "Deep High-Resolution Representation Learning for Visual Recognition", TPAMI 2020,
-arXiv:1908.07919 (HRNetV2: all four branches enlarged and concatenated). Sizes from its section 3; attribute names are
+arXiv:1908.07919 (HRNetV2: all four branches upsampled and concatenated). Sizes from its section 3; attribute names are
 the keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation), which jo-jstrm/segmentation_pytorch shares.
 
-`align_corners` is how bilinear enlargements place their pixels, in the fusions and in the head: False for the
-Cityscapes checkpoints without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and everything with OCR. A
-checkpoint does not tell.
+`align_corners` applies to every bilinear upsampling, in the fusions and in the head: False for the checkpoints of
+Cityscapes without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and all with OCR. A checkpoint does not
+contain it.
 
 Initial weights: normal of std 0.001 for every convolution, torch's own for biases. BatchNorm momentum 0.1, as in the
 branch of the code that has OCR; its master branch has 0.01.
 
-Deviations: jo-jstrm/segmentation_pytorch enlarges the logits to its crop size at the end; ours stay at 1/4. The 1x1
+Deviations: jo-jstrm/segmentation_pytorch upsamples the logits to its crop size; segjax's stay at 1/4. The 1x1
 convolution over the concatenated branches runs in the equal, cheaper order of `layers.conv1x1_of_resized`.
 """
 
@@ -36,6 +36,7 @@ BOTTLENECK_EXPANSION = 4
 
 
 def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Normal of std 0.001."""
     return 0.001 * jax.random.normal(key, shape, dtype)
 
 
@@ -76,7 +77,7 @@ def batch_norm(channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> la
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolution around a shortcut: (B, H, W, in) -> (B, H, W, 4 * planes)."""
+    """1x1, 3x3 and 1x1 convolution with a shortcut: (B, H, W, in) -> (B, H, W, 4 * planes)."""
 
     def __init__(self, in_channels: int, planes: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -102,7 +103,7 @@ class Bottleneck(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions around a shortcut. (B, H, W, C) -> the same."""
+    """Two 3x3 convolutions with a shortcut. (B, H, W, C) -> the same."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -119,14 +120,17 @@ class BasicBlock(nnx.Module):
 def halving(
     in_channels: int, out_channels: int, *, relu: bool, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> layers.Sequential:
-    """3x3 convolution of stride 2 and BatchNorm, with or without ReLU."""
+    """3x3 convolution of stride 2 and BatchNorm, followed by ReLU if `relu`."""
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     parts = [conv3x3(in_channels, out_channels, stride=2, rngs=rngs, **kinds), batch_norm(out_channels, **kinds)]
     return layers.Sequential([*parts, layers.ReLU()] if relu else parts)
 
 
 class HighResolutionModule(nnx.Module):
-    """Blocks in every branch, then each branch becomes the sum of all, brought to its size (figure 3)."""
+    """Blocks in every branch, then a fusion: each branch becomes the sum of all, resized to its size (figure 3).
+
+    n maps (B, h, w, C) -> n maps of the same shapes.
+    """
 
     def __init__(
         self,
@@ -168,14 +172,17 @@ class HighResolutionModule(nnx.Module):
 def _exchange(
     channels: list[int], source: int, target: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> layers.Sequential | None:
-    """What brings branch `source` to the channels, and if it is larger to the size, of branch `target`."""
+    """Layers that convert branch `source` to the channels of branch `target`; None if they are the same branch.
+
+    A larger branch is also downsampled to the size of `target`; a smaller one is upsampled by the module.
+    """
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     if source == target:
         return None
     if source > target:
         parts = [conv1x1(channels[source], channels[target], rngs=rngs, **kinds), batch_norm(channels[target], **kinds)]
         return layers.Sequential(parts)
-    # The channels change, and the ReLU is missing, at the last of the halvings.
+    # Only the last halving changes the channels, and it has no ReLU.
     inner = [
         halving(channels[source], channels[source], relu=True, rngs=rngs, **kinds) for _ in range(target - source - 1)
     ]
@@ -186,7 +193,7 @@ def _exchange(
 def transition(
     before: list[int], after: list[int], *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.List:
-    """What makes the branches of the next stage: a 3x3 where channels change, and a halving for the new branch."""
+    """Layers between two stages: a 3x3 convolution where channels change, and a halving for the new branch."""
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     parts = nnx.List([])
     for source, target in zip(before, after, strict=False):
@@ -200,13 +207,13 @@ def transition(
 
 
 def apply_transition(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
-    """Applies a transition; the new branch starts from the smallest map."""
+    """Applies a transition; the new branch is computed from the smallest map."""
     sources = [*maps, maps[-1]]
     return [x if part is None else part(x) for part, x in zip(parts, sources, strict=True)]
 
 
 class HighResolutionNet(SegmentationModel):
-    """The backbone, whose names stand at the top of a checkpoint: images (B, H, W, 3) -> four maps from 1/4 to 1/32."""
+    """The backbone. It is a base class because checkpoints have its keys at the top level, not below a prefix."""
 
     def __init__(
         self,
@@ -249,6 +256,7 @@ class HighResolutionNet(SegmentationModel):
             setattr(self, f"stage{stage}", layers.Sequential(modules))
 
     def branches(self, images: jax.Array) -> list[jax.Array]:
+        """Images (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
         layers.require_images(images)
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.bn1(self.conv1(x)))
@@ -260,7 +268,7 @@ class HighResolutionNet(SegmentationModel):
         return maps
 
     def upsample_to(self, size: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
-        """Resizes a map to `size`, for the head."""
+        """The head's upsampling: a function that resizes maps to `size` (H, W)."""
         return partial(layers.resize, size=size, align_corners=self.align_corners)
 
 
@@ -272,8 +280,8 @@ class HRNet(HighResolutionNet):
       width: channels of the branch with the highest resolution.
       stage1_channels: inner width of the first stage's bottlenecks.
       stage_modules: modules of each stage, the first 1. stage_blocks: blocks of each branch of a module.
-      align_corners: of every bilinear enlargement.
-      dtype: of the computation. param_dtype: of what is stored.
+      align_corners: of every bilinear upsampling.
+      dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 
     def __init__(
@@ -297,7 +305,7 @@ class HRNet(HighResolutionNet):
         return self.decode(maps), layers.feature_taps(maps)
 
     def row_tiles(self, maps: list[jax.Array]) -> jax.Array:
-        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        """`decode` in row tiles, for CPUs; NotImplemented in training, where BatchNorm needs whole maps."""
         convolution, norm, relu, classifier = self.last_layer
         if not norm.use_running_average:
             return NotImplemented

@@ -1,10 +1,10 @@
-"""HRNet with object-contextual representations: every pixel looks at a summary of each class.
+"""HRNet with object-contextual representations: every pixel attends to a summary of each class.
 
 Yuan, Chen, Wang: "Object-Contextual Representations for Semantic Segmentation", ECCV 2020, arXiv:1909.11065, on the
-backbone of `hrnet.py`. A first, auxiliary classification says where each class is; its softmax over all pixels gathers
-one vector per class; attention from pixels to classes mixes them back. Attribute names are the keys of the published
-checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRNet-OCR). Logits and auxiliary logits (`taps["aux_logits"]`)
-are trained together, the auxiliary loss weighted 0.4.
+backbone of `hrnet.py`. A first, auxiliary classification locates each class; its softmax over all pixels gathers
+one vector per class; attention from pixels to classes distributes these vectors to the pixels. Attribute names are the
+keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRNet-OCR). Logits and auxiliary logits
+(`taps["aux_logits"]`) are trained together, with a weight of 0.4 for the auxiliary loss.
 
 Initial weights: the backbone's as in `hrnet.py`, torch's own for everything of OCR.
 
@@ -49,7 +49,7 @@ def gather_objects(features: jax.Array, aux_logits: jax.Array) -> jax.Array:
 
 
 class ObjectAttention(nnx.Module):
-    """Pixels (B, H, W, C) ask the classes (B, K, 1, C) -> context (B, H, W, C) (eq. 3 to 5)."""
+    """Attention of pixels (B, H, W, C) to classes (B, K, 1, C) -> context (B, H, W, C) (eq. 3 to 5)."""
 
     def __init__(self, channels: int, key_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -74,7 +74,7 @@ class ObjectAttention(nnx.Module):
 
 
 class SpatialOCR(nnx.Module):
-    """Context beside the pixels' own features, fused: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
+    """Concatenates context and the pixels' own features and fuses them: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class HRNetOCR(HighResolutionNet):
 
     Args of the constructor: those of `hrnet.HRNet`, and
       ocr_channels: C of the pixel features. ocr_key_channels: D of queries and keys.
-      dropout_rate: share of channels dropped in front of the classifier.
+      dropout_rate: share of channels dropped before the classifier.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Xie, Wang, Yu, Anandkumar, Alvarez, Luo: "SegFormer: Simple and Efficient Design for Semantic Segmentation with
 Transformers", NeurIPS 2021, arXiv:2105.15203. Sizes from its table 6; attribute names are the keys of the published
-checkpoints; settings that the paper leaves open are those of the official code, found from its outputs:
+checkpoints; settings that the paper leaves open are those of the official code, inferred from its outputs:
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
 drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
 
@@ -229,7 +229,7 @@ class MixTransformer(nnx.Module):
         features = []
         for stage in range(4):
             x = getattr(self, f"patch_embed{stage + 1}")(x)
-            # Side by side: of two sizes left open in an export, neither is known to be the smaller.
+            # Each side is tested on its own: min() cannot compare two symbolic sizes of an export.
             if any(side < self.sr_ratios[stage] for side in x.shape[1:3]):
                 # A map of stage s has ⌈side / stride⌉ pixels, stride 4, 8, 16, 32.
                 least = max((ratio - 1) * 4 * 2**s + 1 for s, ratio in enumerate(self.sr_ratios))
@@ -274,7 +274,7 @@ class ConvModule(nnx.Module):
 
 
 class MLPDecoder(nnx.Module):
-    """The decoder (section 3.2): a linear layer per level, enlarged to 1/4, concatenated, fused, classified.
+    """The decoder (section 3.2): projects each level, upsamples to 1/4, concatenates, fuses and classifies.
 
     Two decoders differ in their fusing layers only: `SegFormerHead` (SegFormer) and `PlainHead` (SegFormerPlain, in
     `segformer_plain.py`). Each defines three methods:
@@ -283,11 +283,14 @@ class MLPDecoder(nnx.Module):
     - `fusion` returns the 1x1 convolution among them.
     - `finish` applies the layers between that convolution and the dropout.
 
-    A call runs, in evaluation where XLA compiles for a CPU, `row_tiles`, and everywhere else `fuse_levels`, `finish`,
-    dropout and classifier; of `fuse_levels` the cheaper order `fuse_at_low_resolution`, unless as published.
+    Which implementation runs:
+
+    - `row_tiles` on a CPU, in evaluation.
+    - `__call__` everywhere else, with `fuse_at_low_resolution` in place of `fuse_levels`.
+    - `__call__` with `fuse_levels`, the equation, inside `layers.published_implementations()`.
     """
 
-    # Published code initialises the decoder's projections and classifier no further than torch does.
+    # The published code leaves the decoder's projections and classifier as torch initialises them.
     INIT: Mapping[str, Any] = types.MappingProxyType(
         dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
     )
@@ -313,7 +316,7 @@ class MLPDecoder(nnx.Module):
         self.linear_pred = layers.Conv(decoder_dim, num_classes, 1, **kinds, **self.INIT)
 
     def row_tiles(self, features: list[jax.Array]) -> jax.Array:
-        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        """The decoder in row tiles, for CPUs; NotImplemented in training, where BatchNorm needs whole maps."""
         if not self.dropout.deterministic:
             return NotImplemented
         levels = features[::-1]
@@ -329,6 +332,7 @@ class MLPDecoder(nnx.Module):
         return [self.linear_c4.proj, self.linear_c3.proj, self.linear_c2.proj, self.linear_c1.proj]
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
+        """`fuse_levels`, with all products at the levels' own resolutions."""
         size = features[0].shape[1:3]
         return layers.project_and_fuse(features[::-1], self.levels(), self.fusion(), lambda x: layers.resize(x, size))
 
@@ -377,14 +381,14 @@ class SegFormer(SegmentationModel):
       num_classes: K.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
       decoder_dim: width of the decoder.
-      drop_path_rate: of the last block; the first has 0, those between lie on a line.
-      dropout_rate: share of channels dropped in front of the classifier.
+      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
+      dropout_rate: share of channels dropped before the classifier.
       block_norm_eps: LayerNorm eps in blocks and after stages. patch_norm_eps: in patch embeddings and after the
         spatial reduction.
-      dtype: of the computation. param_dtype: of what is stored.
+      dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 
-    # Initial distributions of the encoder other than its own.
+    # Initialisers of the encoder that a subclass changes.
     ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(
@@ -426,7 +430,7 @@ class SegFormer(SegmentationModel):
         )
 
     def make_head(self, **sizes: Any) -> nnx.Module:
-        """The decoder: what a form of its own replaces."""
+        """Creates the decoder; subclasses replace it."""
         return SegFormerHead(**sizes)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -5,7 +5,7 @@ the paper's: each level's projection is a 1x1 convolution without bias, BatchNor
 from c1 to c4, and all variants are 256 wide. Because of the ReLU the projections cannot be merged into the fusion.
 
 Attribute names of the encoder are the official ones, those of the decoder mmsegmentation's; its own names of the
-encoder (`layers`, `in_proj`, `ffn`) are the dialect "mmseg".
+encoder (`layers`, `in_proj`, `ffn`) are the key format "mmseg".
 
 Deviations: none in what is computed.
 """
@@ -41,7 +41,7 @@ class ConvModule(nnx.Module):
         return self.activate(self.conv(x))
 
     def activate(self, x: jax.Array) -> jax.Array:
-        """What follows the convolution."""
+        """The layers after the convolution."""
         return jax.nn.relu(self.bn(x))
 
 
@@ -70,7 +70,7 @@ class MMSegHead(nnx.Module):
         return [conv(x) for conv, x in zip(self.convs, features, strict=True)]
 
     def row_tiles(self, features: list[jax.Array]) -> jax.Array:
-        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        """The decoder in row tiles, for CPUs; NotImplemented in training, where BatchNorm needs whole maps."""
         if not self.dropout.deterministic:
             return NotImplemented
         fuse = self.fusion_conv
@@ -91,7 +91,7 @@ class SegFormerMMSeg(segformer.SegFormer):
     Args of the constructor: those of `segformer.SegFormer`.
     """
 
-    # Its joint projection keeps torch's own start, and its Mix-FFN is made of 1x1 convolutions.
+    # Its joint projection keeps torch's own initial weights, and its Mix-FFN consists of 1x1 convolutions.
     ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType(
         dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init)
     )

@@ -1,11 +1,11 @@
 """The SegFormer of jo-jstrm/segmentation_pytorch: the official encoder, and a decoder without activation.
 
-Encoder and decoder projections are those of `segformer.py` (Xie et al., arXiv:2105.15203). Unlike there, nothing
-non-linear stands in the decoder: `fuse="conv"` is a 1x1 convolution with bias and nothing else, `fuse="conv_bn"`, the
+Encoder and decoder projections are those of `segformer.py` (Xie et al., arXiv:2105.15203). Unlike there, the decoder
+has no activation: `fuse="conv"` is a 1x1 convolution with bias and nothing else, `fuse="conv_bn"`, the
 repository's later state (camlaedtke), adds a BatchNorm; neither has a ReLU, and no channel is dropped.
 
 Attribute names are the official ones; the repository writes the same without `backbone.` and `decode_head.`
-(dialect "segmentation_pytorch").
+(key format "segmentation_pytorch").
 
 Deviations: logits stay in the type of the computation, at least float32, where the original ends in a cast to float32.
 """
@@ -24,7 +24,7 @@ from segjax import layers
 from segjax.models import segformer
 from segjax.models.segformer import MLPDecoder
 
-# As in the paper, but that B1's decoder is as wide as that of the larger ones, and that no channel is dropped.
+# As in the paper, except that B1's decoder is as wide as those of the larger variants and no channel is dropped.
 VARIANTS = {
     name: sizes | dict(decoder_dim=256 if name == "b0" else 768, dropout_rate=0.0)
     for name, sizes in segformer.VARIANTS.items()
@@ -33,9 +33,9 @@ FUSES = ("conv", "conv_bn")
 
 
 class PlainHead(MLPDecoder):
-    """Four maps -> logits (B, H/4, W/4, K), linear but for the dropout."""
+    """Four maps -> logits (B, H/4, W/4, K), linear except for the dropout."""
 
-    # Encoder and decoder are one module there, which is initialised by one rule: the encoder's.
+    # The repository initialises encoder and decoder by one rule: the encoder's.
     INIT: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(self, *, fuse: str, **settings: Any):

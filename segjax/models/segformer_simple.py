@@ -4,14 +4,14 @@ jo-jstrm/segmentation_pytorch has as `segformer_simple.py`.
 After Xie et al., arXiv:2105.15203, but another network: patches are unfolded and go through a 1x1 convolution, without
 a norm; LayerNorm is (x - mean) / (sqrt(var) + 1e-5) over channels; attention has no biases and takes keys and values
 from one strided convolution, without a norm; the Mix-FFN's depthwise convolution is followed by a pointwise one; stages
-end without a norm; the decoder enlarges by nearest neighbours and is linear. No dropout of any kind. Every stage
-shrinks its map by a whole factor, so that the sides of an image must divide by 32.
+end without a norm; the decoder upsamples by nearest neighbours and is linear. No dropout of any kind. Every stage
+downsamples its map by a whole factor, so that height and width of an image must be multiples of 32.
 
 Sizes are the package's defaults. Initial weights are torch's own. Attribute names are its keys: a number is the place
 in a torch ModuleList or Sequential.
 
-Deviations: none in what is computed. Unfolding and its 1x1 convolution run as the one k x k convolution that they are,
-and the decoder in the order of `layers.project_and_fuse`.
+Deviations: none in what is computed. Unfolding and its 1x1 convolution run as one equal k x k convolution, and
+the decoder in the order of `layers.project_and_fuse`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=laye
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels: eps stands outside the root, unlike everywhere else."""
+    """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels: eps is outside the root, unlike everywhere else."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype):
         self.dtype = dtype
@@ -122,7 +122,7 @@ class MixFeedForward(nnx.Module):
         )
 
     def row_tiles(self, x: jax.Array) -> jax.Array:
-        """The network for CPUs."""
+        """The network in row tiles, for CPUs."""
         first, middle, _, last = self.net
         depthwise, pointwise = middle.net
         return layers.feed_forward(first, depthwise, last, x, pointwise=pointwise)
@@ -149,6 +149,7 @@ class Unfold(nnx.Module):
 
 
 def embed_by_one_convolution(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
+    """`embed_patches` as the one k x k convolution that it is equal to."""
     side, channels = unfold.kernel_size, x.shape[-1]
     kernel = projection.kernel[...].reshape(channels, side, side, -1).transpose(1, 2, 0, 3)  # (k, k, C, dim)
     dtype = projection.dtype
@@ -164,7 +165,7 @@ def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.
 
 
 def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
-    """Attention and feed-forward, each around a shortcut."""
+    """Attention and feed-forward, each with a shortcut."""
     for part in parts:
         x = layers.residual(x, part(x))
     return x
@@ -211,7 +212,7 @@ class MiT(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Enlargement by nearest neighbours."""
+    """Upsampling by nearest neighbours."""
 
     def __init__(self, factor: int):
         self.factor = factor
@@ -227,7 +228,7 @@ class SegFormerSimple(SegmentationModel):
       num_classes: K.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
       decoder_dim: width of the decoder.
-      dtype: of the computation. param_dtype: of what is stored.
+      dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 
     size_multiple = 32
@@ -272,7 +273,7 @@ class SegFormerSimple(SegmentationModel):
         return self.decode(features), layers.feature_taps(features)
 
     def row_tiles(self, features: list[jax.Array]) -> jax.Array:
-        """The decoder for CPUs."""
+        """`decode` in row tiles, for CPUs."""
         fuse, classifier = self.to_segmentation
         projections = [level[0] for level in self.to_fused]
         return layers.decode(features, fuse, lambda fused: fused, classifier, mode="nearest", projections=projections)
@@ -284,6 +285,7 @@ class SegFormerSimple(SegmentationModel):
         return layers.classify(classifier, self.fuse_levels(features))
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
+        """`fuse_levels`, with all products at the levels' own resolutions."""
         height = features[0].shape[1]
         fuse, _ = self.to_segmentation
         projections = [level[0] for level in self.to_fused]

@@ -2,10 +2,10 @@
 
 After Xie et al., arXiv:2105.15203, but another network: patch convolutions without bias; torch's multi-head attention
 with one joint projection; the reducing convolution and its norm at every ratio, 1 included; a Mix-FFN of a 1x1 from C
-to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path on the FFN branch alone and for the whole batch at once
-(torchvision's mode "batch"); levels enlarged with aligned corners before their 1x1 convolution; ReLU before
-BatchNorm in the head; no dropout in front of the classifier. LayerNorm eps is 1e-5 everywhere. Levels are enlarged by
-whole factors, so that the sides of an image must divide by 32.
+to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path on the FFN branch only and for the whole batch at once
+(torchvision's mode "batch"); levels upsampled with aligned corners before their 1x1 convolution; ReLU before
+BatchNorm in the head; no dropout before the classifier. LayerNorm eps is 1e-5 everywhere. Levels are upsampled by whole
+factors, so that height and width of an image must be multiples of 32.
 
 Sizes are the article's. Initial weights are torch's own. Attribute names are its keys: a number is the place in a torch
 Sequential.
@@ -43,7 +43,7 @@ TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=laye
 
 
 class MultiheadAttention(nnx.Module):
-    """torch.nn.MultiheadAttention: tokens (B, N, C) that look at tokens (B, M, C) -> (B, N, C)."""
+    """torch.nn.MultiheadAttention: tokens (B, N, C) that attend to tokens (B, M, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, *, num_heads: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
@@ -104,7 +104,7 @@ class MixMLP(layers.Sequential):
         )
 
     def row_tiles(self, x: jax.Array) -> jax.Array:
-        """The network for CPUs."""
+        """The network in row tiles, for CPUs."""
         first, depthwise, _, last = self
         return layers.feed_forward(first, depthwise, last, x)
 
@@ -223,7 +223,7 @@ class Encoder(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Bilinear enlargement by a whole factor with aligned corners."""
+    """Bilinear upsampling by a whole factor with aligned corners."""
 
     def __init__(self, factor: int):
         self.factor = factor
@@ -234,7 +234,7 @@ class Upsample(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Each level enlarged to 1/4 and projected by a 1x1 convolution, the deepest first."""
+    """Each level upsampled to 1/4 and projected by a 1x1 convolution, the deepest first."""
 
     def __init__(
         self, *, dims: tuple[int, ...], decoder_dim: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -281,8 +281,8 @@ class SegFormerZuppichini(SegmentationModel):
       num_classes: K.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage; mlp_ratios whole ones.
       decoder_dim: width of the decoder.
-      drop_path_rate: of the last block; the first has 0, those between lie on a line.
-      dtype: of the computation. param_dtype: of what is stored.
+      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
+      dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 
     size_multiple = 32
@@ -326,7 +326,7 @@ class SegFormerZuppichini(SegmentationModel):
         return self.decode(features), layers.feature_taps(features)
 
     def row_tiles(self, features: list[jax.Array]) -> jax.Array:
-        """The decoder for CPUs. BatchNorm needs whole maps in training."""
+        """`decode` in row tiles, for CPUs; NotImplemented in training, where BatchNorm needs whole maps."""
         convolution, relu, norm = self.head.fuse
         if not norm.use_running_average:
             return NotImplemented
@@ -347,6 +347,7 @@ class SegFormerZuppichini(SegmentationModel):
         return layers.classify(self.head.predict, norm(relu(self.fuse_levels(features))))
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
+        """`fuse_levels`, with all products at the levels' own resolutions."""
         size = features[0].shape[1:3]
         projections = [stage[1] for stage in self.decoder.stages]
         return layers.project_and_fuse(

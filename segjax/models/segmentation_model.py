@@ -1,4 +1,4 @@
-"""What all models have in common."""
+"""The base class of all models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What `create` was called with, so that a checkpoint can say how to build its model again."""
+    """The arguments of `create`, which a checkpoint stores so that its model can be created again."""
 
     name: str
     num_classes: int
@@ -22,9 +22,9 @@ class SegmentationModel(nnx.Module):
     """Images (B, H, W, 3), normalised -> logits (B, h, w, K) at the model's own stride, and taps by name.
 
     Attributes:
-      spec: how it was made; set by `create`.
-      dtype: of the computation.
-      size_multiple: what the sides of images must divide by.
+      spec: arguments that the model was created with; set by `create`.
+      dtype: type of the computation.
+      size_multiple: number that height and width of images must be multiples of.
     """
 
     spec: ModelSpec

@@ -84,7 +84,7 @@ class OverlapPatchEmbed(nnx.Module):
 
 
 class AttentionModule(nnx.Module):
-    """Multi-scale convolutional attention (eq. 1 and 2): what multiplies the input. (B, H, W, C) -> the same."""
+    """Multi-scale convolutional attention (eq. 1 and 2), multiplied by the input. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -104,7 +104,7 @@ class AttentionModule(nnx.Module):
 
 
 class SpatialAttention(nnx.Module):
-    """1x1, GELU, attention, 1x1 around a shortcut. (B, H, W, C) -> the same."""
+    """1x1, GELU, attention, 1x1, with a shortcut. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -278,12 +278,12 @@ class Bread(nnx.Module):
         return self.normalise(self.conv(x))
 
     def normalise(self, x: jax.Array) -> jax.Array:
-        """What follows the convolution."""
+        """The layers after the convolution."""
         return x if self.gn is None else self.gn(x)
 
 
 class Hamburger(nnx.Module):
-    """Two linear layers of bread around the factorisation, around a shortcut. (B, H, W, C) -> the same."""
+    """The factorisation between two 1x1 convolutions, with a shortcut. (B, H, W, C) -> the same."""
 
     def __init__(self, channels: int, rank: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -308,7 +308,7 @@ class Hamburger(nnx.Module):
         return jax.nn.relu(self.ham_out(ham.astype(self.dtype)) + x)
 
     def bases_for(self, x: jax.Array) -> jax.Array:
-        """Fresh ones (B, C, R) in training, the fixed ones in evaluation."""
+        """Bases (B, C, R) that the factorisation starts from: random in training, fixed in evaluation."""
         if self.deterministic:
             fixed = jnp.asarray(evaluation_bases(self.channels, self.rank), x.dtype)
             return jnp.broadcast_to(fixed, (x.shape[0], *fixed.shape))
@@ -361,9 +361,9 @@ class SegNeXt(SegmentationModel):
       num_classes: K.
       dims, depths, mlp_ratios: four numbers each, one per stage.
       ham_channels: width of the decoder, divisible by 32. ham_rank: R of its factorisation.
-      drop_path_rate: of the last block; the first has 0, those between lie on a line.
-      dropout_rate: share of channels dropped in front of the classifier.
-      dtype: of the computation. param_dtype: of what is stored.
+      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
+      dropout_rate: share of channels dropped before the classifier.
+      dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 
     def __init__(

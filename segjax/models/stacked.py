@@ -1,8 +1,9 @@
-"""Parameters of equal blocks as one array, the form in which a loop over blocks (`train.scan_blocks`) takes them.
+"""Stacked parameters: those of consecutive equal blocks in one array, as a scan over blocks reads them.
 
-A training step of SegFormer-B5 would otherwise put most of 1065 parameters into stacks, take their gradients out again,
-and update each by programs of its own; in stacks they are 285, and 113 where every row is a loop. What that costs is
-recorded under "Compiling" in benchmarks/README.md.
+`train.scan_blocks` asks for such scans. With separate arrays, a training step of SegFormer-B5 would stack most of its
+1065 parameters, unstack their gradients, and update each parameter by a program of its own. Stacked they are 285
+arrays, and 113 where every group of equal blocks is scanned. The cost is recorded under "Compiling" in
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -16,39 +17,46 @@ from jax import lax
 
 
 class Stacks:
-    """Which parameters stand in one array, by dotted name.
+    """Which parameters are stacked into one array, by dotted name.
 
     Attributes:
-      rows: names of the parameters that a stack has along its first axis, by the name of the stack, for example
+      members: Names of the parameters along a stack's first axis, by the name of the stack, for example
         "backbone.block3.0-39.norm1.scale".
     """
 
-    def __init__(self, rows: Mapping[str, tuple[str, ...]]):
-        self.rows = dict(rows)
-        self._members = frozenset().union(*self.rows.values())
+    def __init__(self, members: Mapping[str, tuple[str, ...]]):
+        self.members = dict(members)
+        self._stacked_names = frozenset[str]().union(*self.members.values())
 
     @classmethod
     def of(cls, params: Mapping[str, jax.Array], *, shortest: int, alike: Mapping[str, Hashable]) -> Stacks:
-        """The rows of neighbours in a list whose parameters have the same names, shapes and types.
+        """Stacks for every group of consecutive entries of a list whose parameters agree in names, shapes and dtypes.
 
         Args:
-          shortest: how many make a row, at least 2; or 0, for no rows at all.
-          alike: what else must be equal, by name: how a parameter is trained.
+          params: Parameters by dotted name, or their shapes and dtypes.
+          shortest: Minimum length of a group, at least 2; 0 stacks nothing.
+          alike: A value by parameter name that must also agree within a group: how the parameter is trained.
         """
         kinds = {tuple(name.split(".")): (array.shape, array.dtype, alike[name]) for name, array in params.items()}
-        return cls(dict(_rows((), kinds, shortest)) if shortest else {})
+        return cls(dict(_stacks((), kinds, shortest)) if shortest else {})
 
     def stacked(self, tree):
-        """A tree with dicts of arrays by name, in which every row whose members are there has become a stack."""
+        """Replaces, in every dict of arrays by name in `tree`, the members of each stack by the stack.
+
+        A stack whose members a dict does not have is omitted there, as with optimizer moments of frozen parameters.
+        """
         return self._in_dicts(self._stacked, tree)
 
     def apart(self, tree):
-        """Undoes `stacked`; a tree that is apart stays as it is. Differentiable; numpy arrays stay numpy arrays."""
+        """Undoes `stacked`; a tree without stacks is returned as it is.
+
+        Differentiable. Members of a numpy array are numpy arrays.
+        """
         return self._in_dicts(self._apart, tree)
 
     def with_stacks(self, of_members: Mapping[str, object]) -> dict[str, object]:
-        """What holds for parameters by name, and the same for their stacks: members of one are alike."""
-        of_stacks = {stack: of_members[names[0]] for stack, names in self.rows.items()}
+        """Adds an entry for each stack to values by parameter name: the value that all its members share."""
+        of_stacks = {stack: of_members[names[0]] for stack, names in self.members.items()}
         return {**of_members, **of_stacks}
 
     def _in_dicts(self, change, tree):
@@ -58,19 +66,19 @@ class Stacks:
         return jax.tree.map(lambda node: change(node) if is_dict(node) else node, tree, is_leaf=is_dict)
 
     def _stacked(self, arrays: dict) -> dict:
-        alone = {name: array for name, array in arrays.items() if name not in self._members}
-        rows = {key: names for key, names in self.rows.items() if names[0] in arrays}
-        return alone | {key: jnp.stack([arrays[name] for name in names]) for key, names in rows.items()}
+        others = {name: array for name, array in arrays.items() if name not in self._stacked_names}
+        present = {stack: names for stack, names in self.members.items() if names[0] in arrays}
+        return others | {stack: jnp.stack([arrays[name] for name in names]) for stack, names in present.items()}
 
     def _apart(self, arrays: dict) -> dict:
         found = {}
         for name, array in arrays.items():
-            if name not in self.rows:
+            if name not in self.members:
                 found[name] = array
                 continue
             on_host = isinstance(array, np.ndarray)
             members = [array[index, ...] for index in range(len(array))] if on_host else _unstacked(array)
-            found |= zip(self.rows[name], members, strict=True)
+            found |= zip(self.members[name], members, strict=True)
         return found
 
 
@@ -82,14 +90,17 @@ def _unstacked(stack: jax.Array) -> list[jax.Array]:
     return [lax.squeeze(lax.slice_in_dim(stack, index, index + 1), (0,)) for index in range(len(stack))]
 
 
-# XLA takes a stack of slices for the array that they are slices of; jax's own rule would add up as many padded arrays.
+# The gradient is one stack. jax's own rule for slices would instead add up one zero-padded array per member.
 _unstacked.defvjp(lambda stack: (_unstacked(stack), None), lambda _, gradients: (jnp.stack(gradients),))
 
 
-def _rows(
+def _stacks(
     parent: tuple[str, ...], inside: Mapping[tuple[str, ...], Hashable], shortest: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Name and members of every stack; of a list inside a list the outer one counts, where its entries are a row."""
+    """Name and members of every stack below `parent`.
+
+    Of nested lists the outer one is stacked where its entries form a group, the inner one otherwise.
+    """
     children: dict[str, dict[tuple[str, ...], Hashable]] = {}
     for (child, *path), kind in inside.items():
         children.setdefault(child, {})[tuple(path)] = kind
@@ -98,18 +109,18 @@ def _rows(
         numbered = child.isdigit() and last.isdigit() and int(child) == int(last) + 1
         return numbered and children[child] == children[last]
 
-    rows: list[list[str]] = []
+    groups: list[list[str]] = []
     for child in sorted(children, key=lambda child: (int(child) if child.isdigit() else -1, child)):
-        if rows and is_next(child, rows[-1][-1]):
-            rows[-1].append(child)
+        if groups and is_next(child, groups[-1][-1]):
+            groups[-1].append(child)
         else:
-            rows.append([child])
-    for row in rows:
-        if len(row) >= shortest:
-            for path in children[row[0]]:
-                stack = ".".join((*parent, f"{row[0]}-{row[-1]}", *path))
-                yield stack, tuple(".".join((*parent, child, *path)) for child in row)
+            groups.append([child])
+    for group in groups:
+        if len(group) >= shortest:
+            for path in children[group[0]]:
+                stack = ".".join((*parent, f"{group[0]}-{group[-1]}", *path))
+                yield stack, tuple(".".join((*parent, child, *path)) for child in group)
             continue
-        for child in row:
+        for child in group:
             if () not in children[child]:
-                yield from _rows((*parent, child), children[child], shortest)
+                yield from _stacks((*parent, child), children[child], shortest)

@@ -8,13 +8,13 @@ What is counted:
 - parameters: everything that is trained, each once. Running statistics are none.
 - multiply-adds: every matrix product and convolution, from its shapes; zeros of the padding are multiplied too. A FLOP
   count is twice that. Norms, activations, softmax, sums and biases are not counted.
-- not counted, and told beside it: products that are only a way to move pixels, namely enlargements that run as products
-  with a matrix of weights (two neighbours in each row of it, the rest zeros) and patches unfolded by a convolution with
-  ones and zeros. Their number is that of the form chosen here and says nothing about the model.
-- activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, enlargements and
-  unfoldings, for one image, in the type each is computed in; of attention that includes the (h, N, M) weights. About
-  what a training step has to keep when nothing is computed twice. Sums and products by elements are left out, and so
-  is what a compiler saves.
+- reported apart and not counted: products that only move pixels, namely upsampling by a matrix product (two non-zero
+  weights in each row of the matrix) and patches unfolded by a convolution with ones and zeros. Their number depends on
+  the implementation and is no property of the model.
+- activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, upsamplings and
+  unfoldings, for one image, in the type each is computed in; for attention that includes the (h, N, M) weights. About
+  as much as a training step keeps when nothing is computed twice. Elementwise sums and products are omitted, and so
+  are savings by the compiler.
 - layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
 
 `least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
@@ -54,8 +54,8 @@ KINDS = {
     "nmf": "factorisation (NMF)",
     "other": "other products",
 }
-NOT_COUNTED = {"interpolation": "enlargement as matrix products", "unfolding": "unfolding as a convolution"}
-# Whose the matrix products of a layer or function are; the innermost that stands here decides.
+NOT_COUNTED = {"interpolation": "upsampling as matrix products", "unfolding": "unfolding as a convolution"}
+# Kind of the matrix products inside a layer or function; the innermost one listed here decides.
 KIND_INSIDE = {
     "Conv": "pointwise_convolution",
     "Linear": "linear",
@@ -66,7 +66,7 @@ KIND_INSIDE = {
     "resize": "interpolation",
     "Unfold": "unfolding",
 }
-# Functions that are layers, under the names that they are counted by.
+# Functions that are counted as layers, and under which names.
 FUNCTIONS = (
     # Models call them as layers.X, layers as functional.X.
     *((place, "gelu", "GELU") for place in (layers, functional)),
@@ -78,8 +78,9 @@ FUNCTIONS = (
 )
 UNLISTED = ("attention", "resize", "upsample_nearest", "gather_objects", "factorise")
 
-# What jo-jstrm/segmentation_pytorch has, what it calls our layers (None: has no module there), how many dropouts of
-# rate 0 it calls within a layer that have no counterpart here, and whose parameters its tool adds up.
+# For the convention "modelsummary": the models of jo-jstrm/segmentation_pytorch; its names of segjax's layers (None: it
+# has no such module); the dropouts of rate 0 that it calls inside a layer and segjax omits; and parts of the names of
+# the classes whose parameters its tool adds up.
 PUBLISHED_MODELS = (segformer_plain.SegFormerPlain, segformer_simple.SegFormerSimple, hrnet.HRNet)
 PUBLISHED_NAMES = {"Conv": "Conv2d", "BatchNorm": "BatchNorm2d", "MixTransformer": None, "PlainHead": None}
 PUBLISHED_DROPOUTS = {"Attention": 2, "Mlp": 2}
@@ -120,14 +121,14 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class LeastWork:
-    """What a forward pass of a whole batch cannot do without, as long as it goes layer by layer.
+    """The least work of a forward pass of a whole batch that runs layer by layer.
 
     Attributes:
       multiply_adds: of all counted products.
       values: numbers read from and written to memory. Every product and convolution reads both its operands, weights
         among them, and writes its result, each once. Attention is one operation, which reads queries, keys and values
-        and writes what it mixed: its (h, N, M) weights need no memory. Norms, activations, sums, enlargements and
-        unfoldings are taken for parts of their neighbours and cost nothing.
+        and writes what it mixed: its (h, N, M) weights need no memory. Norms, activations, sums, upsamplings and
+        unfoldings count as fused into their neighbours and cost nothing.
       parameters: everything that is trained, each once.
     """
 
@@ -177,9 +178,9 @@ class _Call:
 
 @contextlib.contextmanager
 def _noting_calls(model: SegmentationModel, calls: list[_Call]) -> Iterator[None]:
-    """While it lasts, every call of a layer of `model` is appended to `calls` when it ends, and is a `named_scope`.
+    """Inside the context, a call of a layer of `model` is a `named_scope`, and is appended to `calls` when it returns.
 
-    Classes and functions are exchanged for the whole process: nothing else may be traced at the same time.
+    Classes and functions are patched for the whole process: nothing else may be traced at the same time.
     """
     paths = {id(module): path for path, module in nnx.iter_modules(model)}
 
@@ -218,11 +219,11 @@ def _shapes(tree):
 
 @contextlib.contextmanager
 def _cheapest_order() -> Iterator[None]:
-    """Models called inside take the orders of products that are cheapest, with every convolution left in one piece."""
+    """Models called inside run their products in the cheapest order, and each convolution as one operation."""
     conv = functional.conv
     functional.conv = convolution.conv_plain
     try:
-        # What a CPU gains from has more products, or hides them in sums.
+        # The fast implementations for CPUs have more products, or compute them as sums.
         with choice.meant_for("cuda"):
             yield
     finally:
@@ -230,9 +231,12 @@ def _cheapest_order() -> Iterator[None]:
 
 
 def _trace(
-    model: SegmentationModel, size: tuple[int, int], batch: int = 1, forms: Callable = choice.published_implementations
+    model: SegmentationModel,
+    size: tuple[int, int],
+    batch: int = 1,
+    implementations: Callable[[], contextlib.AbstractContextManager] = choice.published_implementations,
 ) -> tuple[list[_Call], ClosedJaxpr]:
-    """The calls and equations of an abstract `model` in some `forms`; the output is the logits."""
+    """The calls and equations of an abstract `model`, traced inside the context `implementations()`; returns logits."""
     if any(side < 1 for side in size):
         raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
     calls: list[_Call] = []
@@ -243,7 +247,7 @@ def _trace(
         with _noting_calls(concrete, calls):
             return concrete(images)[0]
 
-    with forms():
+    with implementations():
         return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((batch, *size, 3), model.dtype))
 
 
@@ -290,7 +294,7 @@ def _products(jaxpr: Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iter
 
 
 def _abstract(name: str, num_classes: int, overrides: Mapping) -> SegmentationModel:
-    """The model, of shapes alone."""
+    """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: models.create(name, num_classes=num_classes, **overrides))
 
 
@@ -304,7 +308,7 @@ def _parameters(module: nnx.Module) -> int:
 def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> Summary:
     """What `create(name, num_classes=num_classes, **overrides)` costs on one image of `size` (height, width).
 
-    Not while another thread traces a model.
+    No other thread may trace a model at the same time.
 
     Raises:
       What `models.create` raises, and ValueError for a size that the model cannot take.
@@ -338,10 +342,10 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
 
 
 def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides) -> LeastWork:
-    """What one forward pass of `create(name, num_classes=num_classes, **overrides)` must at least do.
+    """The least work of one forward pass of `create(name, num_classes=num_classes, **overrides)`.
 
-    Counted in the cheapest order of products that segjax knows, whatever runs on this machine: of a decoder at each
-    level's own resolution, for instance. Not while another thread traces a model.
+    It is counted in the cheapest order of products that segjax implements, whichever runs on this machine: a decoder's
+    products, for instance, at each level's own resolution. No other thread may trace a model at the same time.
 
     Raises:
       What `summarise` raises.
@@ -359,7 +363,7 @@ def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int
 
 
 def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:
-    """The power of two by which `size`, rounded up, becomes `map_size`."""
+    """The power of two that `size` is divided by, rounded up, to give `map_size`."""
     powers = (2**exponent for exponent in range(max(size).bit_length() + 1))
     return next(s for s in powers if all(-(-side // s) == m for side, m in zip(size, map_size, strict=True)))
 
@@ -367,11 +371,11 @@ def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:
 def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> PublishedSummary:
     """The figures that jo-jstrm/segmentation_pytorch publishes for its models, by the rules of its summary tool.
 
-    That tool hears of every call of a module other than a Sequential, a ModuleList and the model itself. It adds up the
+    That tool records every call of a module other than a Sequential, a ModuleList and the model itself. It adds up the
     parameters of those whose class name contains Conv, BatchNorm or Linear, so that a wrapper (DWConv, LinearMLP,
     DsConv2d) counts its layer a second time and a LayerNorm never. Its multiply-adds are weight values times output
     pixels for a convolution, and output values times `input.size(1)` for a linear layer: the number of tokens, where
-    the width of the input would be right. Products of attention are not among them.
+    the width of the input would be right. It does not count the products of attention.
 
     Raises:
       What `summarise` raises, and ValueError for a model that the repository does not have.
@@ -403,7 +407,7 @@ def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **over
 
 
 def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterator[tuple[str, nnx.Module | None]]:
-    """Class names of the modules that the published code calls where `call` is, and our counterparts of them."""
+    """Class names of the modules that the published code calls for `call`, and segjax's counterparts of them."""
     if call.name in UNLISTED:
         return
     module = _called_module(call, modules)
@@ -413,7 +417,7 @@ def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterat
         yield "Identity", None
     elif name := PUBLISHED_NAMES.get(call.name, call.name):
         yield name, module
-    # Our decoder takes the linear layer out of its wrapper.
+    # segjax's decoder calls the linear layer without its wrapper.
     if call.path is not None and isinstance(module, layers.Linear):
         wrapper = modules[call.path[:-1]]
         if isinstance(wrapper, segformer.LevelProjection):

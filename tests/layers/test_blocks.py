@@ -25,7 +25,7 @@ EXECUTIONS = {
 }
 HALF = dict(drop_path_rate=0.5, dropout_rate=0.5)
 DEPTHS = dict(depths=(3, 1, 1, 1))
-# A row of blocks of every kind; of those with drop path the first has none and stands alone.
+# A group of equal blocks of every kind; of those with drop path the first has none and is a group by itself.
 DEEP = {
     "hrnet": dict(stage_modules=(1, 2, 1, 1), stage_blocks=(3, 2, 1, 1)),
     "ocr": dict(stage_modules=(1, 2, 1, 1), stage_blocks=(3, 1, 1, 1), dropout_rate=0.5),
@@ -208,8 +208,8 @@ def test_equal_neighbours_become_one_loop_as_long_as_their_row():
     assert scans(traced("segformer", scan, depths=depths, drop_path_rate=0.3)) == [3, 2, 3]
     assert scans(traced("segformer", scan, depths=depths, drop_path_rate=0.0)) == [4, 2, 3]
     assert scans(traced("zuppichini", scan, depths=depths, drop_path_rate=0.3)) == [3, 2, 3]
-    # The bottleneck that widens stands alone, then a row of 2; 2 branches of 2 blocks, inside 3 modules; the rest is
-    # single.
+    # The bottleneck that widens is a group of its own, then one of 2; 2 branches of 2 blocks inside 3 modules; the rest
+    # is single.
     hrnet = dict(stage_modules=(1, 3, 1, 1), stage_blocks=(3, 2, 1, 1))
     assert scans(traced("hrnet", scan, **hrnet)) == [2, 3, 2, 2]
     # Computed again are 3 bottlenecks and 5 modules, and not once more the blocks inside a module.
@@ -224,7 +224,7 @@ def test_the_settings_loop_over_long_rows_and_over_all_where_blocks_are_computed
     assert BlockExecution.of(scan_blocks=True, remat=True) == EXECUTIONS["scan, remat"]
     depths = dict(depths=(6, 7, 2, 8), drop_path_rate=0.0)
     assert scans(traced("segformer", BlockExecution.of(scan_blocks=True, remat=False), **depths)) == [7, 8]
-    # A long row inside short ones.
+    # A long group inside short ones.
     hrnet = dict(stage_modules=(1, 2, 1, 1), stage_blocks=(1, 7, 2, 1))
     assert scans(traced("hrnet", BlockExecution.of(scan_blocks=True, remat=False), **hrnet)) == [7, 7] * 2
 
@@ -235,7 +235,7 @@ def test_the_rows_that_parameters_are_stacked_in_are_those_of_loops(family):
     params, _ = FunctionalModel(abstract_family(family, **deep)).arrays()
     stacks = Stacks.of(params, shortest=2, alike=dict.fromkeys(params))
     loops = scans(traced(family, BlockExecution(scan_from=2), **deep))
-    assert loops and {len(members) for members in stacks.rows.values()} == set(loops)
+    assert loops and {len(members) for members in stacks.members.values()} == set(loops)
 
 
 def test_a_loop_leaves_little_to_compile_of_a_deep_network():
@@ -243,17 +243,17 @@ def test_a_loop_leaves_little_to_compile_of_a_deep_network():
     plain, scanned = (len(traced("segformer", way, depths=depths)) for way in (layers.PLAIN, EXECUTIONS["scan"]))
     shallow = len(traced("segformer", EXECUTIONS["scan"], depths=(2, 2, 2, 2)))
     assert scanned < plain / 2.5
-    # What grows with the depth is taking arrays together and apart.
+    # Only stacking and unstacking arrays grows with the depth.
     assert scanned - shallow < (plain - shallow) / 3
 
 
-@pytest.mark.parametrize("family, blocks, rows", [("segformer", 10, 5), ("simple", 10, 4), ("segnext", 10, 5)])
-def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, rows):
+@pytest.mark.parametrize("family, blocks, groups", [("segformer", 10, 5), ("simple", 10, 4), ("segnext", 10, 5)])
+def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, groups):
     settings = dict(depths=(4, 2, 1, 3)) | ({} if family == "simple" else dict(drop_path_rate=0.3))
     assert remats(traced(family, layers.PLAIN, **settings)) == 0
     assert remats(traced(family, EXECUTIONS["remat"], **settings)) == blocks
     both = traced(family, EXECUTIONS["scan, remat"], **settings)
-    assert remats(both) == rows and scans(both) == ([4, 2, 3] if family == "simple" else [3, 2, 3])
+    assert remats(both) == groups and scans(both) == ([4, 2, 3] if family == "simple" else [3, 2, 3])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

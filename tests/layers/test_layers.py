@@ -75,15 +75,15 @@ def test_gelu_is_called_where_it_has_several_readers():
     assert ["gelu_unit" in name for name in called] == [True]
 
 
-def test_a_band_is_enlarged_once_and_its_slope_reduced_once(monkeypatch):
+def test_a_row_tile_is_upsampled_once_and_its_slope_reduced_once(monkeypatch):
     monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
     labels, weights = np.zeros((2, 16, 12), np.uint8), normal(2, 16, 12, seed=5)
     called = calls(jax.value_and_grad(cross_entropy.cross_entropy), normal(2, 4, 3, 5, seed=6), labels, weights)
-    for name in ("enlarge", "_loss_and_slope", "reduce"):
+    for name in ("upsample", "_loss_and_slope", "reduce"):
         assert sum(name in one for one in called) == 1, (name, called)
 
 
-def test_a_band_is_all_that_is_ever_enlarged(monkeypatch):
+def test_a_row_tile_is_all_that_is_ever_upsampled(monkeypatch):
     logits, labels = normal(2, 32, 32, 40, seed=7), np.zeros((2, 128, 128), np.uint8)
     weights = np.ones(labels.shape, np.float32)
     whole = labels.size * 40 * 4
@@ -112,7 +112,7 @@ def feed_forward(*, pointwise=False, channels=4, hidden=64):
     return run, arrays
 
 
-# Units of a map in one piece, of a band, and of a forward pass with its backward pass.
+# Units of a map in one piece, of a row tile, and of a forward pass with its backward pass.
 UNITS = {
     "without pointwise": (
         ["_biased_and_padded", "_activated_taps"],
@@ -136,12 +136,12 @@ def units(function, *arguments):
 def test_each_unit_of_a_feed_forward_network_is_called_once(kind, monkeypatch):
     run, arrays = feed_forward(pointwise=kind == "pointwise")
     x = normal(2, 8, 5, 4, seed=8)
-    in_one, in_bands, with_gradient = UNITS[kind]
+    in_one, in_tiles, with_gradient = UNITS[kind]
     with choice.meant_for("cpu"):
         assert units(run, x) == sorted(in_one)
         monkeypatch.setattr(kernels_units, "TILE_BYTES", 2**12)
-        # Anew, since what was traced holds the bands of its time.
-        assert units(lambda x: run(x), x) == sorted(in_bands)
+        # Anew, since what was traced holds the row tiles of that time.
+        assert units(lambda x: run(x), x) == sorted(in_tiles)
         assert units(slopes(feed_forward_by_rows, of=(0, 1)), arrays, x) == sorted(with_gradient)
 
 
@@ -149,7 +149,7 @@ def temporaries(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_a_band_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monkeypatch):
+def test_a_row_tile_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monkeypatch):
     run, _ = feed_forward()
     x = normal(2, 64, 16, 4, seed=9)
     widest = 16 * x.nbytes
@@ -160,7 +160,7 @@ def test_a_band_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monke
         assert temporaries(run, x) < widest / 3
 
 
-def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
+def test_a_row_tile_is_all_that_a_decoder_holds_of_its_upsampled_levels(monkeypatch):
     sizes = [(128, 16), (32, 4), (16, 2)]
     levels = [normal(2, *size, 4, seed=10 + index) for index, size in enumerate(sizes)]
     kinds = dict(**KINDS, rngs=nnx.Rngs(0))
@@ -171,12 +171,12 @@ def test_a_band_is_all_that_a_decoder_holds_of_its_enlarged_levels(monkeypatch):
         fused = layers.conv1x1_of_resized(fuse, levels, lambda x: layers.resize(x, sizes[0]))
         return layers.classify(classifier, jax.nn.relu(fused))
 
-    enlarged = 2 * 128 * 16 * 64 * 4
-    monkeypatch.setattr(kernels_units, "TILE_BYTES", enlarged // 16)
+    upsampled = 2 * 128 * 16 * 64 * 4
+    monkeypatch.setattr(kernels_units, "TILE_BYTES", upsampled // 16)
     with choice.meant_for("cpu"):
-        assert temporaries(run, *levels) < enlarged / 2
+        assert temporaries(run, *levels) < upsampled / 2
         # One for each level, and one that adds them up.
         names = [re.sub(r"_\d+$", "", name) for name in units(lambda *levels: run(*levels), *levels)]
-        assert names == ["enlarged", "enlarged", "finished"]
+        assert names == ["upsampled", "upsampled", "finished"]
         monkeypatch.setattr(kernels_decoder, "are_multiples", lambda shapes: False)
-        assert temporaries(lambda *levels: run(*levels), *levels) >= enlarged
+        assert temporaries(lambda *levels: run(*levels), *levels) >= upsampled

@@ -10,26 +10,26 @@ from segjax.models.stacked import NO_STACKS, Stacks
 from segjax.train.state import TrainState
 
 
-def rows_of(shapes, alike=None, shortest=2):
+def members_of(shapes, alike=None, shortest=2):
     params = {
         name: jax.ShapeDtypeStruct(*(shape if isinstance(shape, list) else [shape, jnp.float32]))
         for name, shape in shapes.items()
     }
-    return Stacks.of(params, shortest=shortest, alike=dict.fromkeys(params) | (alike or {})).rows
+    return Stacks.of(params, shortest=shortest, alike=dict.fromkeys(params) | (alike or {})).members
 
 
-def test_neighbours_of_one_kind_are_a_row_in_the_order_of_their_numbers():
+def test_equal_neighbours_are_stacked_in_the_order_of_their_numbers():
     shapes = {
         f"net.blocks.{i}.{part}": shape for i in reversed(range(12)) for part, shape in (("a.w", (3, 2)), ("b", (2,)))
     }
-    assert rows_of(shapes | {"net.head": (3, 2)}) == {
+    assert members_of(shapes | {"net.head": (3, 2)}) == {
         "net.blocks.0-11.a.w": tuple(f"net.blocks.{i}.a.w" for i in range(12)),
         "net.blocks.0-11.b": tuple(f"net.blocks.{i}.b" for i in range(12)),
     }
 
 
 @pytest.mark.parametrize(
-    "kinds, rows",
+    "kinds, groups",
     {
         "aab": ["0-1"],
         "abb": ["1-2"],
@@ -39,7 +39,7 @@ def test_neighbours_of_one_kind_are_a_row_in_the_order_of_their_numbers():
     }.items(),
 )
 @pytest.mark.parametrize("differ", ["shape", "dtype", "name", "alike"])
-def test_a_row_ends_where_a_neighbour_differs_in_anything(kinds, rows, differ):
+def test_a_stack_ends_where_a_neighbour_differs_in_anything(kinds, groups, differ):
     shapes, alike = {}, {}
     for place, kind in enumerate(kinds):
         odd = kind == "b"
@@ -48,29 +48,29 @@ def test_a_row_ends_where_a_neighbour_differs_in_anything(kinds, rows, differ):
         shapes[name] = [(4, 2) if odd and differ == "shape" else (2, 4), dtype]
         shapes[f"list.{place}.same"] = [(5,), jnp.float32]
         alike |= {name: odd and differ == "alike"}
-    found = rows_of(shapes, alike)
-    assert {key.split(".")[1] for key in found} == set(rows)
-    assert {key.rpartition(".")[2] for key in found} <= {"v", "w", "same"} and len(found) == 2 * len(rows)
+    found = members_of(shapes, alike)
+    assert {key.split(".")[1] for key in found} == set(groups)
+    assert {key.rpartition(".")[2] for key in found} <= {"v", "w", "same"} and len(found) == 2 * len(groups)
 
 
 def test_of_lists_in_lists_the_outer_one_counts_where_it_can():
     inner = {f"a.{i}.b.{j}.w": (2,) for i in range(3) for j in range(2)}
-    assert rows_of(inner) == {f"a.0-2.b.{j}.w": tuple(f"a.{i}.b.{j}.w" for i in range(3)) for j in range(2)}
+    assert members_of(inner) == {f"a.0-2.b.{j}.w": tuple(f"a.{i}.b.{j}.w" for i in range(3)) for j in range(2)}
     # Outside nothing equal is left, inside there is.
     unequal = inner | {f"a.{i}.n": (i,) for i in range(3)}
-    assert rows_of(unequal) == {f"a.{i}.b.0-1.w": (f"a.{i}.b.0.w", f"a.{i}.b.1.w") for i in range(3)}
+    assert members_of(unequal) == {f"a.{i}.b.0-1.w": (f"a.{i}.b.0.w", f"a.{i}.b.1.w") for i in range(3)}
 
 
 def test_rows_too_short_are_none_and_are_looked_into():
     shapes = {f"a.{i}.b.{j}.w": (2,) for i in range(2) for j in range(3)}
-    assert rows_of(shapes, shortest=3).keys() == {f"a.{i}.b.0-2.w" for i in range(2)}
-    assert rows_of(shapes, shortest=4) == rows_of(shapes, shortest=0) == {}
-    assert rows_of(shapes, shortest=2).keys() == {f"a.0-1.b.{j}.w" for j in range(3)}
+    assert members_of(shapes, shortest=3).keys() == {f"a.{i}.b.0-2.w" for i in range(2)}
+    assert members_of(shapes, shortest=4) == members_of(shapes, shortest=0) == {}
+    assert members_of(shapes, shortest=2).keys() == {f"a.0-1.b.{j}.w" for j in range(3)}
 
 
 def test_what_lies_apart_or_bears_no_number_is_no_row():
-    assert rows_of({"a.0.w": (2,), "a.2.w": (2,), "b.x.w": (2,), "b.y.w": (2,), "0": (3,), "w": ()}) == {}
-    assert rows_of({"0": (3,), "1": (3,)}) == {"0-1": ("0", "1")}
+    assert members_of({"a.0.w": (2,), "a.2.w": (2,), "b.x.w": (2,), "b.y.w": (2,), "0": (3,), "w": ()}) == {}
+    assert members_of({"0": (3,), "1": (3,)}) == {"0-1": ("0", "1")}
 
 
 SHAPES = {f"net.{i}.{part}": shape for i in range(3) for part, shape in (("w", (4, 2)), ("b", (2,)))} | {"head": (3,)}

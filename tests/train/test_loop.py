@@ -375,9 +375,9 @@ def loopless(tmp_path_factory, quick_compile):
 def test_blocks_that_are_trained_otherwise_than_their_neighbours_are_in_no_row():
     config = make_config(model__depths=(1, 9, 1, 1), train__scan_blocks=True, optim__frozen=(r"block2\.0\.attn",))
     stacks = functional_model(config, 19).stacks
-    assert {key.split(".")[2] for key in stacks.rows} == {"1-8"}
+    assert {key.split(".")[2] for key in stacks.members} == {"1-8"}
     config.optim.frozen = (r"block2\.4\.attn",)
-    assert functional_model(config, 19).stacks.rows == {}
+    assert functional_model(config, 19).stacks.members == {}
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path, cheap):

@@ -121,7 +121,7 @@ def of_plain(kind, devices, accumulate, execution=layers.PLAIN, depths=(1, 1, 1,
     model = tiny_model(0, "plain", dtype=jnp.float64, fuse="conv", drop_path_rate=0.0, depths=depths)
     model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
     step, state = make_step(model, criterion=criterion_of(**LOSS), accumulate=accumulate, execution=execution)
-    assert bool(step.model.stacks.rows) == bool(execution.scan_from)
+    assert bool(step.model.stacks.members) == bool(execution.scan_from)
     return run(step, state, [make_batch(seed) for seed in (0, 1, 2)], parallel=parallel)
 
 
@@ -162,19 +162,21 @@ def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, fl
 
     stacks, (states, scalars) = trained(BlockExecution(scan_from=2))
     # Blocks that are trained alike.
-    assert {key for key in stacks.rows if key.endswith("fc1.kernel")} == {
+    assert {key for key in stacks.members if key.endswith("fc1.kernel")} == {
         "backbone.block1.0-1.mlp.fc1.kernel",
         "backbone.block3.1-2.mlp.fc1.kernel",
     }
     no_stacks, (expected_states, expected_scalars) = trained(layers.PLAIN)
-    assert no_stacks.rows == {}
+    assert no_stacks.members == {}
     # AdamW divides rounding by itself where a gradient is zero: of a bias before a BatchNorm.
     assert_close(states, expected_states, 1e-9 if name == "adamw" else 1e-12)
     assert_close(scalars, expected_scalars, 1e-9 if name == "adamw" else 1e-12)
     before, after = expected_states[0].params, expected_states[-1].params
     moved = changed(before, after)
     assert not any("block1." in key or "block3.3" in key for key in moved)
-    assert moved >= {member for key, members in stacks.rows.items() if "block3.1-2.mlp." in key for member in members}
+    assert moved >= {
+        member for key, members in stacks.members.items() if "block3.1-2.mlp." in key for member in members
+    }
 
 
 def test_the_mean_over_micro_batches_would_be_another_loss(float64):
