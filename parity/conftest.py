@@ -27,7 +27,7 @@ def quick_compile_of_float64(request):
 
 @pytest.fixture
 def quick_to_compile(quick_compile_of_float64):
-    """Quick compilation of float32 too, where forms of the weights are compared and not programs."""
+    """Quick compilation of float32 too, for tests that compare weights and not programs."""
     jax.config.update("jax_disable_most_optimizations", True)
 
 

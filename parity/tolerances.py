@@ -1,6 +1,7 @@
 """Tolerances: how far segjax and the PyTorch reference may lie apart, each with its reason.
 
-No other file in parity/ has one for that; those of the references against the original code are in test_reference*.py.
+Each bound holds for every family, whole models and single layers alike. Tests that compare something else state their
+own: the references against the original code (test_reference*.py), the optimizer step, key formats of transformers.
 
 Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same for the worst single
 parameter (see test_grad.gradient_errors); of trajectories the norm of the difference over the

@@ -1,5 +1,7 @@
 """Key maps: tables of renames, splits and merges between the keys of each package's state dicts and the native keys.
 
+The packages are Hugging Face's transformers, mmsegmentation, timm, segmentation-models-pytorch and others.
+
 Native keys are the attribute paths of segjax's modules, which are the keys of the first publisher of a family. A *rule*
 pairs native keys with foreign ones. Templates have these fields: `{t}` the name of the tensor (`weight`, `running_var`,
 ...), added at the end of a template that does not contain it; `{s}` the stage, 1 to 4; `{z}` the stage, 0 to 3; `{r}`

@@ -103,8 +103,8 @@ def draw_crops(keys: jax.Array, sizes: jax.Array, settings: AugmentSettings) -> 
     return jax.vmap(one)(keys, sizes)
 
 
-# Rows of an image that a crop may need in addition to the distance between its first and last row: 1 because n + 1 rows
-# span a distance of n, 1 on each side for interpolation, and 1 on each side for rounding on the device.
+# Rows of an image that a crop may need in addition to the distance between its first and last row: 1, since both ends
+# count, 2 for interpolation and 2 for rounding on the device, one on each side.
 _MARGIN = 5
 
 

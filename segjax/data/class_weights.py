@@ -1,4 +1,4 @@
-"""Class weights of the loss: those of a published recipe, given numbers, or by median frequency."""
+"""Class weights of the loss: those of a published recipe (Cityscapes; numbers in specs.py), given, or computed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The table of datasets, and the classes and colours of each. Nothing here reads a file or imports more than NumPy.
 
 `DATASETS`, at the end, is the only list of datasets: commands, recipes and readers look names up in it. The reader of a
-dataset with official archives is in `archives.READERS`, that of a generated one in `open.GENERATORS`; a test,
-tests/data/test_table.py, repeats the values.
+dataset with official archives is in `archives.READERS`, that of a generated one in `open.GENERATORS`. To add one:
+CONTRIBUTING.md, "Add a dataset", which names the tests too.
 """
 
 from __future__ import annotations

@@ -232,8 +232,8 @@ class Inference:
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
     def _placed(self, images: np.ndarray) -> jax.Array:
-        whole = len(images) % len(self._parallel.devices)
-        return jax.device_put(images, self._parallel.whole if whole else self._parallel.split)
+        is_even = len(images) % len(self._parallel.devices) == 0
+        return jax.device_put(images, self._parallel.split if is_even else self._parallel.whole)
 
 
 _labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))

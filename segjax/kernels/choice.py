@@ -1,4 +1,4 @@
-"""Which implementations run: those that are fast where XLA will run them, or those that the publications write.
+"""Which implementations run: fast ones for the platform that XLA compiles for, or those of the publications.
 
 `segjax/layers/functional.py` lists the operations, their implementations and the condition for each.
 

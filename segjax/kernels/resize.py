@@ -34,7 +34,10 @@ def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
 
 
 def _phases(factor: int) -> list[tuple[int, float]]:
-    """For each phase of the output: which neighbour of the input pixel is blended in, -1 or 1, and its weight."""
+    """For each phase of the output: which neighbour of the input pixel is blended in, -1 or 1, and its weight.
+
+    For a factor of 2: [(-1, 0.25), (1, 0.25)].
+    """
     offsets = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
     return [(-1 if offset < 0 else 1, abs(offset)) for offset in offsets]
 

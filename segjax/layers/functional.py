@@ -9,20 +9,19 @@
 | `gelu` | `gelu.gelu_by_slope` | XLA (`gelu.gelu_plain`) |
 | `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | XLA |
 | `attention`, any other | XLA (`attention.attention_plain`) | XLA |
-| `resize`, bilinear, corners not aligned, whole factors | `resize.resize_by_phases` | XLA |
-| `resize`, corners aligned | `resize.resize_aligned` | `resize.resize_aligned` |
+| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | XLA |
+| `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
 | `resize`, any other | XLA (`resize.resize_plain`) | XLA |
 | `residual`, `once` | `units.once` | XLA (an addition; nothing) |
 | feed-forward networks, static sizes | `kernels.feed_forward` (`layers.feed_forward`) | layer by layer |
-| decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | cheaper order, as below |
+| decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
 | decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
 | patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
-| cross-entropy, whole factors, several classes, large logits | `kernels.cross_entropy` (`losses`) | XLA (`losses`) |
+| cross-entropy as the only term, whole factors, many classes | `kernels.cross_entropy` (`losses`) | XLA (`losses`) |
 
 "XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
-every other backend, and under a mesh with explicit axes. Inside `published_implementations()` every operation runs as
-its publication writes it: plain, layer by layer, with the products of decoders and patches in the published order. No
-operation has an implementation for GPUs yet.
+every other backend, and under a mesh with explicit axes. Inside `published_implementations()` the other column holds
+too, and the products of decoders and patches run in the published order. No operation has an implementation for GPUs yet.
 """
 
 from __future__ import annotations

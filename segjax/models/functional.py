@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def _filled(template: dict[str, tuple[tuple, nnx.Variable]], arrays: dict[str, j
     return nnx.from_flat_state([(path, variable.replace(arrays[name])) for name, (path, variable) in template.items()])
 
 
-def params_sha256(params: dict[str, jax.Array]) -> str:
+def params_sha256(params: Mapping[str, jax.Array | np.ndarray]) -> str:
     """Hash over the names and bytes of all parameters in sorted order: equal only for bitwise equal weights."""
     digest = hashlib.sha256()
     for name in sorted(params):

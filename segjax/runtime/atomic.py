@@ -203,7 +203,7 @@ def _remove(temporary: Path) -> None:
 
 
 def _put(new: Path, path: Path, *, retired: Path) -> None:
-    """Moves the folder `new` to `path`; the one that was there is `new` or `retired` afterwards."""
+    """Moves the folder `new` to `path`. The old folder ends up at `new` (exchanged) or `retired` (two renames)."""
     if not path.exists():
         try:
             os.rename(new, path)

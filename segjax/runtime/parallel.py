@@ -42,12 +42,13 @@ def compiler_options(platform: str) -> dict[str, int] | None:
 class Parallel(abc.ABC):
     """How a run uses its devices; `JitParallel` and `PmapParallel` implement it, `parallel_for` chooses.
 
-    All of them give the numbers of one device that holds the whole batch. Of several processes, each calls the same
-    methods in the same order.
+    The result equals that of one device with the whole batch. Of several processes, each calls the same methods in the
+    same order.
 
     Attributes:
       kind: the setting `parallel` of a run, "jit" or "pmap".
-      devices: the devices that share a batch, those of other processes included. own_devices: this process's.
+      devices: the devices that share a batch, those of other processes included.
+      own_devices: the devices of this process.
       axis_name: name of the mapped axis, which `BatchNorm` and the drop layers need to know,
         `model.set_attributes(axis_name=...)`; None where the compiler sees whole arrays.
       whole: sharding of an array that every device holds. split: sharding of an array split over its first axis.

@@ -347,7 +347,7 @@ def test_a_refused_update_leaves_the_bits_that_choosing_afterwards_would(name, m
     with monkeypatch.context() as patch:
         # optax's own rules, which know of nothing refused.
         patch.setattr(optim, "_scale_by_adam", optax.scale_by_adam)
-        patch.setattr(optim, "_unless_refused", lambda rule: rule)
+        patch.setattr(optim, "_if_accepted", lambda rule: rule)
         plain = optim.optimizer(settings, SHAPES, steps=STEPS)
 
     def chosen(accepted, new, old):
