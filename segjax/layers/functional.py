@@ -21,7 +21,7 @@
 
 "XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
 every other backend, and under a mesh with explicit axes. Inside `published_implementations()` the other column holds
-too, and the products of decoders and patches run in the published order. No operation has an implementation for GPUs yet.
+too, and the products of decoders and patches run in the published order. Nothing is implemented for GPUs yet.
 """
 
 from __future__ import annotations
