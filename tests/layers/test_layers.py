@@ -45,7 +45,7 @@ def test_what_is_compiled_apart_is_called_in_the_optimised_program():
     def product(x):
         return x * jnp.tanh(x)
 
-    # Without being told XLA puts it in its place, by which the name of a call is known to mean something.
+    # Otherwise XLA inlines it, which shows that the absence of a call means something.
     assert calls(read_twice(jax.jit(product)), x) == []
     (called,) = calls(read_twice(compiled_apart(product)), x)
     assert "product" in called
@@ -175,8 +175,8 @@ def test_a_row_tile_is_all_that_a_decoder_holds_of_its_upsampled_levels(monkeypa
     monkeypatch.setattr(kernels_units, "TILE_BYTES", upsampled // 16)
     with choice.meant_for("cpu"):
         assert temporaries(run, *levels) < upsampled / 2
-        # One for each level, and one that adds them up.
+        # One for each level, and one that sums them.
         names = [re.sub(r"_\d+$", "", name) for name in units(lambda *levels: run(*levels), *levels)]
-        assert names == ["upsampled", "upsampled", "finished"]
+        assert names == ["finished", "upsampled", "upsampled"]
         monkeypatch.setattr(kernels_decoder, "are_multiples", lambda shapes: False)
         assert temporaries(lambda *levels: run(*levels), *levels) >= upsampled
