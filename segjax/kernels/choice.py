@@ -20,7 +20,7 @@ _PLATFORM = jax.make_user_context(None)
 def published_implementations() -> AbstractContextManager:
     """Models called inside run every operation as its publication writes it, in no equal but cheaper implementation.
 
-    It is what `segjax summary` counts, and what fast implementations are compared with.
+    `segjax summary` counts these, and fast implementations are compared with them.
     """
     return _PUBLISHED(True)
 

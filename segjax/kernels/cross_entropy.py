@@ -18,7 +18,7 @@ from jax import lax
 
 from segjax.kernels import resize, units
 
-# Bytes of a row tile's upsampled logits: what a core's share of the cache holds a few times.
+# Bytes of a row tile's upsampled logits: a fraction of a core's share of the cache.
 TILE_BYTES = 8 * 2**20
 
 

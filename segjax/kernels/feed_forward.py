@@ -11,11 +11,11 @@ from segjax.kernels import convolution, gelu, units
 
 @jax.custom_vjp
 def feed_forward_by_rows(arrays: dict[str, tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
-    """`feed_forward` of kernels and biases by name.
+    """`layers.feed_forward` of arrays: (B, H, W, C) -> (B, H, W, out).
 
-    With a gradient to come, over the whole map in as few passes as can be. Forward and backward, two cores, time of
-    this over that of the layers one by one: 32 to 256 channels at 2x64x64 pixels 0.61, 64 to 512 at 2x32x32 0.72, 160
-    to 640 at 2x16x16 0.96.
+    When differentiated it runs over the whole map, in as few passes as possible. Forward and backward, two cores, time
+    over that of the layers one by one: 32 to 256 channels at 2x64x64 pixels 0.61, 64 to 512 at 2x32x32 0.72, 160 to
+    640 at 2x16x16 0.96.
     """
     (kernel1, bias1), (taps, bias2) = arrays["first"], arrays["depthwise"]
     # Where a channel has several outputs, the product gives each of them a copy.
@@ -52,7 +52,7 @@ def feed_forward_by_rows(arrays: dict[str, tuple[jax.Array, jax.Array]], x: jax.
 
 
 def _feed_forward_forward(arrays, x):
-    """Over the whole map, and what the backward pass needs of it."""
+    """The output, computed over the whole map, and the arrays that the backward pass reads."""
     (kernel1, bias1), (taps, bias2), (kernel3, bias3) = (arrays[name] for name in ("first", "depthwise", "last"))
     outputs = taps.shape[-1] // bias1.size
     hidden = _repeated_and_padded(jnp.matmul(x, _matrix(kernel1)), bias1, outputs)
@@ -70,7 +70,7 @@ def _feed_forward_backward(kept, gradient):
     gradients = {}
 
     def through(name, x, gradient):
-        """Notes the gradients of a product's kernel and bias; gives that of its input."""
+        """Stores the gradients of a product's kernel and bias; returns that of its input."""
         kernel, _ = arrays[name]
         of_kernel = jnp.matmul(_flat(x).T, _flat(gradient)).reshape(kernel.shape)
         gradients[name] = of_kernel, jnp.sum(gradient, axis=(0, 1, 2))

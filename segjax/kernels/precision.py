@@ -1,4 +1,4 @@
-"""The precision that norms, softmax and logits are computed in."""
+"""The precision of norms, softmax and logits."""
 
 from __future__ import annotations
 

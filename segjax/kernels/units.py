@@ -10,9 +10,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def compiled_apart(function: Callable) -> Callable:
-    """A function of arrays that XLA compiles by itself: what is computed in it is fused with nothing around it.
+    """Makes XLA compile a function of arrays as a unit: none of its operations is fused with operations outside it.
 
-    XLA:CPU fuses a sum of shifted products into each of its readers, and computes it anew in every one: in a training
+    XLA:CPU fuses a sum of shifted products into each of its readers, and computes it again in every one: in a training
     step of SegNeXt, 46 products for every tap of a weight's gradient. `lax.optimization_barrier` does not hinder it.
     Two cores, with / without: SegNeXt-T 2x256x256 training 0.54, 1x512x512 inference 0.79.
     """
@@ -20,13 +20,13 @@ def compiled_apart(function: Callable) -> Callable:
     @jax.jit
     @functools.wraps(function)
     def compiled(*arguments):
-        # What it calls in its turn, `jnp.where` for one, belongs to it.
+        # Functions that it calls, such as `jnp.where`, are inlined into it.
         with set_xla_metadata(inlineable="true"):
             return function(*arguments)
 
     @functools.wraps(function)
     def call(*arguments):
-        # Calls are otherwise replaced by what is called before fusion.
+        # XLA would otherwise inline the call before fusion.
         with set_xla_metadata(inlineable="false"):
             return compiled(*arguments)
 
@@ -35,10 +35,10 @@ def compiled_apart(function: Callable) -> Callable:
 
 @jax.custom_vjp
 def once(x: jax.Array) -> jax.Array:
-    """The same array, computed once and kept, however many read it, on the way back as well.
+    """The same array, computed once however many operations read it, and its gradient likewise.
 
-    For the ends of blocks: XLA:CPU otherwise computes a chain of shortcuts from its beginning for every reader (two
-    cores, with / without: HRNet-W18 1x512x512 inference 0.53, 2x256x256 training 0.40).
+    For the outputs of blocks: XLA:CPU otherwise computes a chain of shortcuts from its start for every reader (two
+    cores, time with / without: HRNet-W18 1x512x512 inference 0.53, 2x256x256 training 0.40).
     """
     return _unchanged(x)
 

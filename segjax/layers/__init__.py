@@ -1,9 +1,9 @@
-"""What torch's layers compute, once, for every model of this package.
+"""Layers with the arithmetic of torch's, shared by all models.
 
 Activations are (B, H, W, C) throughout. Attribute names follow the one rule that conversion relies on: `kernel` is
 torch's `weight` of a convolution (HWIO) or a linear layer (in, out), `scale` is the `weight` of a norm, `mean` and
-`var` are the running statistics. Two dtypes meet in every layer: `param_dtype` is what is stored, `dtype` is what is
-multiplied; norms, softmax and sums of logits never compute in less than float32.
+`var` are the running statistics. Every layer has two dtypes: `param_dtype` of its stored parameters and `dtype` of its
+products; norms, softmax and sums of logits never compute in less than float32.
 
 Operations that have several implementations are in `functional`, which decides which one runs.
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,17 @@ CHANGED_BY_A_CALL = nnx.Any(nnx.BatchStat, nnx.RngState)
 
 PLAIN = BlockExecution()
 
+# An array, or a tree of arrays.
+Maps = TypeVar("Maps")
 
-def run_blocks(blocks: Sequence[nnx.Module], x, execution: BlockExecution, call: Callable = lambda block, x: block(x)):
+
+def _called(block: Callable[[Maps], Maps], x: Maps) -> Maps:
+    return block(x)
+
+
+def run_blocks(
+    blocks: Iterable[nnx.Module], x: Maps, execution: BlockExecution, call: Callable[[Any, Maps], Maps] = _called
+) -> Maps:
     """`x = call(block, x)` for one block after the other.
 
     Args:
@@ -121,7 +130,7 @@ def _run_group(group: list[nnx.Module], x, call: Callable, execution: BlockExecu
     return x
 
 
-def _equal_neighbours(blocks: Sequence[nnx.Module]) -> list[list[nnx.Module]]:
+def _equal_neighbours(blocks: Iterable[nnx.Module]) -> list[list[nnx.Module]]:
     """Groups of neighbouring blocks that differ in nothing but their arrays and rates."""
     groups, kinds = [], []
     for block in blocks:

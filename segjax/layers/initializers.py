@@ -49,7 +49,7 @@ def joint_projection_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype
 
 
 def fan_in_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Uniform within ±1 / sqrt(fan_in): what torch.nn.Linear and Conv2d draw unless told otherwise."""
+    """Uniform within ±1 / sqrt(fan_in): the default of torch.nn.Linear and Conv2d."""
     return fan_in_bias_init(key, shape, dtype, fan_in=math.prod(shape[:-1]))
 
 

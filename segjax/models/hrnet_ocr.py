@@ -8,7 +8,7 @@ keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRN
 
 Initial weights: the backbone's as in `hrnet.py`, torch's own for everything of OCR.
 
-Deviations: none in what is computed. The auxiliary head's 1x1 convolution over the concatenated branches runs in the
+Deviations: none in the results. The auxiliary head's 1x1 convolution over the concatenated branches runs in the
 equal, cheaper order of `layers.conv1x1_of_resized`.
 """
 

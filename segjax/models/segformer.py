@@ -6,7 +6,7 @@ checkpoints; settings that the paper leaves open are those of the official code,
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
 drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
 
-Deviations: none in what is computed. The decoder's products run in an equal, cheaper order (`layers.project_and_fuse`).
+Deviations: none in the results. The decoder's products run in an equal, cheaper order (`layers.project_and_fuse`).
 """
 
 from __future__ import annotations

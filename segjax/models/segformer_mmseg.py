@@ -7,7 +7,7 @@ from c1 to c4, and all variants are 256 wide. Because of the ReLU the projection
 Attribute names of the encoder are the official ones, those of the decoder mmsegmentation's; its own names of the
 encoder (`layers`, `in_proj`, `ffn`) are the key format "mmseg".
 
-Deviations: none in what is computed.
+Deviations: none in the results.
 """
 
 from __future__ import annotations

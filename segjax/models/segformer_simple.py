@@ -10,7 +10,7 @@ downsamples its map by a whole factor, so that height and width of an image must
 Sizes are the package's defaults. Initial weights are torch's own. Attribute names are its keys: a number is the place
 in a torch ModuleList or Sequential.
 
-Deviations: none in what is computed. Unfolding and its 1x1 convolution run as one equal k x k convolution, and
+Deviations: none in the results. Unfolding and its 1x1 convolution run as one equal k x k convolution, and
 the decoder in the order of `layers.project_and_fuse`.
 """
 

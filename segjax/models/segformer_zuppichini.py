@@ -10,7 +10,7 @@ factors, so that height and width of an image must be multiples of 32.
 Sizes are the article's. Initial weights are torch's own. Attribute names are its keys: a number is the place in a torch
 Sequential.
 
-Deviations: none in what is computed. The decoder runs in the equal, cheaper order of `layers.project_and_fuse`.
+Deviations: none in the results. The decoder runs in the equal, cheaper order of `layers.project_and_fuse`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Matrix Decomposition?", ICLR 2021, arXiv:2109.04553. Attribute names are the key
 The Hamburger is a non-negative matrix factorisation X ≈ bases @ coefficients, by multiplicative updates, whose start is
 random: published code draws new bases at every forward pass, in evaluation too, which moves logits by 0.1 to 0.3 from
 run to run. Here training draws new ones, one set per image, and evaluation always takes the same
-(`evaluation_bases`), so that a prediction repeats; `model(images, bases=...)` takes what the caller has. The rank R of
+(`evaluation_bases`), so that a prediction repeats; `model(images, bases=...)` takes other ones. The rank R of
 the factorisation is not in a checkpoint: mmsegmentation's configurations of B and L have 16 where the official
 ones have 64.
 

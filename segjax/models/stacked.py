@@ -8,12 +8,15 @@ benchmarks/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+Tree = TypeVar("Tree")
 
 
 class Stacks:
@@ -40,14 +43,14 @@ class Stacks:
         kinds = {tuple(name.split(".")): (array.shape, array.dtype, alike[name]) for name, array in params.items()}
         return cls(dict(_stacks((), kinds, shortest)) if shortest else {})
 
-    def stacked(self, tree):
+    def stacked(self, tree: Tree) -> Tree:
         """Replaces, in every dict of arrays by name in `tree`, the members of each stack by the stack.
 
         A stack whose members a dict does not have is omitted there, as with optimizer moments of frozen parameters.
         """
         return self._in_dicts(self._stacked, tree)
 
-    def apart(self, tree):
+    def apart(self, tree: Tree) -> Tree:
         """Undoes `stacked`; a tree without stacks is returned as it is.
 
         Differentiable. Members of a numpy array are numpy arrays.
@@ -59,7 +62,7 @@ class Stacks:
         of_stacks = {stack: of_members[names[0]] for stack, names in self.members.items()}
         return {**of_members, **of_stacks}
 
-    def _in_dicts(self, change, tree):
+    def _in_dicts(self, change: Callable[[dict], dict], tree: Tree) -> Tree:
         def is_dict(node):
             return isinstance(node, dict)
 

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its shapes.
+"""The cost of a model, counted from its shapes.
 
 The model is traced in evaluation mode for one image, each layer as published (`layers.published_implementations`);
 nothing is computed, so that the largest takes seconds.
@@ -17,7 +17,8 @@ What is counted:
   are savings by the compiler.
 - layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
 
-`least_work` counts what a benchmark's time is held against: the products and the traffic of the cheapest order known.
+`least_work` counts the products and the memory traffic of the cheapest order known, with which a benchmark compares
+times.
 
 The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
 """
@@ -89,7 +90,7 @@ PUBLISHED_PARAMETERS_OF = ("Conv", "BatchNorm", "Linear")
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a model costs for one image; the module's docstring says what each figure counts.
+    """The cost of a model for one image; the docstring of the module defines each figure.
 
     Attributes:
       multiply_adds: by kind, in the order of `KINDS`. not_counted: those that only move pixels, by kind.
@@ -127,7 +128,7 @@ class LeastWork:
       multiply_adds: of all counted products.
       values: numbers read from and written to memory. Every product and convolution reads both its operands, weights
         among them, and writes its result, each once. Attention is one operation, which reads queries, keys and values
-        and writes what it mixed: its (h, N, M) weights need no memory. Norms, activations, sums, upsamplings and
+        and writes its output: its (h, N, M) weights need no memory. Norms, activations, sums, upsamplings and
         unfoldings count as fused into their neighbours and cost nothing.
       parameters: everything that is trained, each once.
     """
@@ -151,7 +152,7 @@ class PublishedSummary:
 
     @property
     def gflops(self) -> float:
-        """What that tool prints: multiply-adds in units of 1024³."""
+        """The figure that the tool prints: multiply-adds in units of 1024³."""
         return self.multiply_adds / 1024**3
 
 
@@ -163,9 +164,10 @@ class _Call:
     """One call of a layer.
 
     Attributes:
-      name: of the class, or what `FUNCTIONS` says. path: of the module in the model, None for a function without one.
-      given: the arrays it was called with, and output: what it returned, as shapes and types.
-      is_leaf: no other layer was called inside. is_new: it did not just return what it was given.
+      name: class of the layer, or the name in `FUNCTIONS`.
+      path: path of the module in the model; None for a function without a module.
+      given, output: shapes and dtypes of the arrays that it was called with, and of those that it returned.
+      is_leaf: whether no other layer was called inside. is_new: whether its output is not one of its arguments.
     """
 
     name: str
@@ -305,13 +307,13 @@ def _parameters(module: nnx.Module) -> int:
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> Summary:
-    """What `create(name, num_classes=num_classes, **overrides)` costs on one image of `size` (height, width).
+def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrides: Any) -> Summary:
+    """The cost of `create(name, num_classes=num_classes, **overrides)` for one image of `size` (height, width).
 
     No other thread may trace a model at the same time.
 
     Raises:
-      What `models.create` raises, and ValueError for a size that the model cannot take.
+      The errors of `models.create`, and ValueError for a size that the model cannot take.
     """
     model = _abstract(name, num_classes, overrides)
     calls, jaxpr = _trace(model, size)
@@ -341,14 +343,14 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
     )
 
 
-def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides) -> LeastWork:
+def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides: Any) -> LeastWork:
     """The least work of one forward pass of `create(name, num_classes=num_classes, **overrides)`.
 
     It is counted in the cheapest order of products that segjax implements, whichever runs on this machine: a decoder's
     products, for instance, at each level's own resolution. No other thread may trace a model at the same time.
 
     Raises:
-      What `summarise` raises.
+      The errors of `summarise`.
     """
     model = _abstract(name, num_classes, overrides)
     calls, jaxpr = _trace(model, size, batch, _cheapest_order)
@@ -368,7 +370,7 @@ def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:
     return next(s for s in powers if all(-(-side // s) == m for side, m in zip(size, map_size, strict=True)))
 
 
-def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **overrides) -> PublishedSummary:
+def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **overrides: Any) -> PublishedSummary:
     """The figures that jo-jstrm/segmentation_pytorch publishes for its models, by the rules of its summary tool.
 
     That tool records every call of a module other than a Sequential, a ModuleList and the model itself. It adds up the
@@ -378,7 +380,7 @@ def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **over
     the width of the input would be right. It does not count the products of attention.
 
     Raises:
-      What `summarise` raises, and ValueError for a model that the repository does not have.
+      The errors of `summarise`, and ValueError for a model that the repository does not have.
     """
     models.settings(name)  # KeyError for an unknown name
     if models.MODELS[name].func not in PUBLISHED_MODELS:
