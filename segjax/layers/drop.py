@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 
 import jax
@@ -49,9 +50,9 @@ class Drop(nnx.Module):
             return x
         return jnp.where(self.keep(x, self.stream), x / jnp.asarray(self.survival, x.dtype), jnp.zeros_like(x))
 
+    @abc.abstractmethod
     def keep(self, x: jax.Array, stream: nnx.RngStream) -> jax.Array:
         """Which values survive: boolean, of a shape that broadcasts to that of `x`."""
-        raise NotImplementedError(f"{type(self).__name__} defines keep")
 
 
 class DropPath(Drop):

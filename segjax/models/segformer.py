@@ -11,6 +11,7 @@ Deviations: none in the results. The decoder's products run in an equal, cheaper
 
 from __future__ import annotations
 
+import abc
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -344,19 +345,19 @@ class MLPDecoder(nnx.Module):
         upsampled = [layers.resize(x, size) for x in projected]
         return self.fusion()(jnp.concatenate(upsampled, axis=-1))
 
+    @abc.abstractmethod
     def make_fuse(
         self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         """Creates the fusing layers as attributes, named as in the checkpoints of the subclass."""
-        raise NotImplementedError(f"{type(self).__name__} defines make_fuse")
 
+    @abc.abstractmethod
     def fusion(self) -> layers.Conv:
         """The 1x1 convolution that fuses the concatenated levels, (B, H/4, W/4, 4C) -> (B, H/4, W/4, C)."""
-        raise NotImplementedError(f"{type(self).__name__} defines fusion")
 
+    @abc.abstractmethod
     def finish(self, fused: jax.Array) -> jax.Array:
         """The layers between the fusing convolution and the dropout, pixel by pixel in evaluation."""
-        raise NotImplementedError(f"{type(self).__name__} defines finish")
 
 
 class SegFormerHead(MLPDecoder):

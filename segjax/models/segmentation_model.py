@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import jax
@@ -31,4 +32,6 @@ class SegmentationModel(nnx.Module):
     dtype: jnp.dtype
     size_multiple: int = 1
 
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+    @abc.abstractmethod
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits, and taps by name."""
