@@ -105,7 +105,7 @@ def by_matrices(x: jax.Array, factor: int) -> jax.Array:
     return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
 
 
-def enlargement(rehearse: bool) -> Iterator[Case]:
+def upsampling(rehearse: bool) -> Iterator[Case]:
     # Two levels of a decoder, and the logits of 150 classes in the loss.
     sizes = [((16, 64, 64, 256), 2, "bfloat16"), ((16, 16, 16, 256), 8, "bfloat16"), ((4, 128, 128, 150), 4, "float32")]
     for (B, H, W, C), factor, dtype in [((1, 6, 8, 4), 2, "float32")] if rehearse else sizes:
@@ -114,7 +114,7 @@ def enlargement(rehearse: bool) -> Iterator[Case]:
             "phases": Form(partial(resize.resize_by_phases, factors=(factor, factor))),
             "matrices": Form(partial(by_matrices, factor=factor)),
         }
-        yield Case(f"enlargement {factor}x", dtype, ((B, H, W, C),), forms)
+        yield Case(f"upsampling {factor}x", dtype, ((B, H, W, C),), forms)
 
 
 def dense(x: jax.Array, kernel: jax.Array, dimensions: tuple[str, ...]) -> jax.Array:
@@ -178,7 +178,7 @@ def norms(rehearse: bool) -> Iterator[Case]:
 CASES = {
     "depthwise": depthwise,
     "attention": attention,
-    "enlargement": enlargement,
+    "upsampling": upsampling,
     "layouts": layouts,
     "norms": norms,
 }

@@ -43,7 +43,7 @@ class Case:
       images: (B, 3, H, W). labels: (B, H, W) uint8, 255 ignored.
       outputs: the last is the logits; before it the auxiliary ones, where there are any.
       features: the four maps of the encoder.
-      loss: mean cross-entropy of the last output, enlarged to the labels' size (bilinear, align_corners False).
+      loss: mean cross-entropy of the last output, upsampled to the labels' size (bilinear, align_corners False).
       gradients: of that loss, by key; only of the first case, and not in every file.
       training_outputs: in training mode with every dropout at 0; only of the first case of models with BatchNorm.
       bases: (B, C, R) given to SegNeXt's factorisation.

@@ -90,7 +90,7 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys,
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("num_classes", [pytest.param(1, marks=pytest.mark.slow), 5])
-def test_labels_are_those_of_the_enlarged_logits(format, num_classes, tmp_path):
+def test_labels_are_those_of_the_upsampled_logits(format, num_classes, tmp_path):
     model, path = tiny("hrnet", num_classes), tmp_path / f"a{SUFFIXES[format]}"
     write, opened = FORMATS[format]
     write(path, model, ExportFormat(format, (72, 100), preprocessing=True, argmax=True), {})

@@ -39,7 +39,7 @@ def test_outputs_features_and_loss_equal_the_original_code(file, float64, within
         bases = () if case.bases is None else (case.bases,)
         logits, taps = run(channels_last(case.images), *bases)
         if file == "hrnet_seed":
-            # The original enlarges its output to its crop size.
+            # The original upsamples its output to its crop size.
             logits = layers.resize(logits, case.outputs[-1].shape[2:])
         pairs = {"logits": (logits, case.outputs[-1])}
         pairs |= {f"feature{i}": (taps[f"feature{i}"], feature) for i, feature in enumerate(case.features)}

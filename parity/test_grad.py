@@ -44,8 +44,8 @@ def their_loss(reference, x, labels, *bases):
     labels = torch.from_numpy(labels).long()
 
     def loss_of(logits):
-        enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(enlarged, labels, ignore_index=255)
+        upsampled = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(upsampled, labels, ignore_index=255)
 
     logits, taps = verify.run_reference(reference, x, *bases)
     return loss_of(logits) + (AUX_WEIGHT * loss_of(taps["aux_logits"]) if "aux_logits" in taps else 0)

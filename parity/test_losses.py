@@ -33,7 +33,7 @@ def draw(seed, small, large, classes, dtype):
 
 
 def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settings):
-    """Values and gradients; `theirs` maps enlarged logits (B, K, H, W) and labels (B, H, W), int64, to a scalar."""
+    """Values and gradients; `theirs` maps upsampled logits (B, K, H, W) and labels (B, H, W), int64, to a scalar."""
     criterion = losses.criterion(
         SETTINGS | {name: 1.0} | settings, num_classes=classes, ignore_label=IGNORE, class_weights=weights
     )
@@ -45,8 +45,8 @@ def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settin
     for seed, (small, large) in enumerate(SIZES):
         logits, labels = draw(seed, small, large, classes, dtype)
         leaf = verify.to_nchw(logits).requires_grad_()
-        enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
-        expected = theirs(enlarged, torch.from_numpy(labels).long())
+        upsampled = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
+        expected = theirs(upsampled, torch.from_numpy(labels).long())
         (slope,) = torch.autograd.grad(expected, leaf)
         loss, gradient = ours(logits, labels)
         within("loss", dtype, verify.relative_error(loss, expected.detach()), f"{name} = torch")
@@ -101,14 +101,14 @@ def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
     assert_equal("cross_entropy", of_labelled, 1, dtype, within, weights=ours, label_smoothing=smoothing)
 
 
-# (h, w), (factor of each), rows of a band.
+# (h, w), (factor of each), rows of a tile.
 BANDS = [((5, 7), (4, 4), 1), ((6, 5), (8, 8), 3), ((8, 6), (2, 4), 2), ((6, 4), (1, 3), 2), ((4, 9), (3, 1), 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("small, factors, rows", BANDS)
 @pytest.mark.parametrize("classes, weighted", [(2, True), (5, False), (40, True)])
-def test_cross_entropy_in_bands_is_torchs_and_that_of_all_rows_at_once(
+def test_cross_entropy_in_row_tiles_is_torchs_and_that_of_all_rows_at_once(
     classes, weighted, small, factors, rows, dtype, float64, within, monkeypatch
 ):
     ours, theirs = weights_of(classes, dtype) if weighted else (None, None)
@@ -122,24 +122,24 @@ def test_cross_entropy_in_bands_is_torchs_and_that_of_all_rows_at_once(
     computed = []
     # Of the CPU, whatever computes it here.
     with choice.meant_for("cpu"):
-        for band in (rows * one_row, 2**40):
-            monkeypatch.setattr(cross_entropy, "TILE_BYTES", band)
-            assert cross_entropy.pays(logits, large) == (band < 2**40)
-            assert cross_entropy._rows(logits, large) == (rows if band < 2**40 else small[0])
+        for tile in (rows * one_row, 2**40):
+            monkeypatch.setattr(cross_entropy, "TILE_BYTES", tile)
+            assert cross_entropy.pays(logits, large) == (tile < 2**40)
+            assert cross_entropy._rows(logits, large) == (rows if tile < 2**40 else small[0])
             computed.append(
                 jax.jit(lambda x, y: jax.value_and_grad(criterion.total)(x, y, criterion.counts(y)))(logits, labels)
             )
     leaf = verify.to_nchw(logits).requires_grad_()
-    enlarged = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
-    expected = F.cross_entropy(enlarged, torch.from_numpy(labels).long(), weight=theirs, ignore_index=IGNORE)
+    upsampled = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(upsampled, torch.from_numpy(labels).long(), weight=theirs, ignore_index=IGNORE)
     (slope,) = torch.autograd.grad(expected, leaf)
-    in_bands, at_once = computed
-    for one, whole, torchs in zip(in_bands, at_once, (expected.detach(), verify.to_nhwc(slope)), strict=True):
+    in_row_tiles, at_once = computed
+    for one, whole, torchs in zip(in_row_tiles, at_once, (expected.detach(), verify.to_nhwc(slope)), strict=True):
         assert one.dtype == dtype
-        within("loss", dtype, verify.relative_error(one, torchs), "cross_entropy in bands = torch")
-        within("loss", dtype, verify.relative_error(one, whole), "cross_entropy in bands = at once")
+        within("loss", dtype, verify.relative_error(one, torchs), "cross_entropy in row tiles = torch")
+        within("loss", dtype, verify.relative_error(one, whole), "cross_entropy in row tiles = at once")
     # An image without labels.
-    assert not np.asarray(in_bands[1])[2].any()
+    assert not np.asarray(in_row_tiles[1])[2].any()
 
 
 # ----------------------------------------------------------------------------------------------------- by the papers

@@ -1,4 +1,4 @@
-"""Every layer against torch's, and every fast form against its plain one, with gradients."""
+"""Every layer against torch's, and every fast implementation against its plain one, with gradients."""
 
 import contextlib
 from functools import partial
@@ -57,7 +57,7 @@ def assert_forms_equal(fast, plain, arguments, dtype, within, what):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel_size", [(3, 3), (5, 5), (1, 7), (21, 1)])
-# The weight's gradient is summed over bands of rows first: of a prime number one, of others up to eight.
+# The weight's gradient is summed over row tiles first: of a prime number one, of others up to eight.
 @pytest.mark.parametrize("shape", [(2, 13, 22, 6), (3, 5, 4, 1), (2, 24, 7, 3)])
 def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, kernel_size, dtype, float64, within):
     x = normal(*shape, seed=0, dtype=dtype)
@@ -67,7 +67,14 @@ def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, ker
     def plain(x, kernel):
         return convolution.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
 
-    assert_forms_equal(convolution.depthwise, plain, (x, kernel), dtype, within, "depthwise, fast form = plain form")
+    assert_forms_equal(
+        convolution.depthwise,
+        plain,
+        (x, kernel),
+        dtype,
+        within,
+        "depthwise, fast implementation = plain implementation",
+    )
 
 
 @pytest.mark.parametrize("height", [1, 2, 11, 12, 14, 16, 21, 45])
@@ -78,10 +85,15 @@ def test_the_weight_gradient_of_depthwise_is_the_convolutions_at_every_height(he
         return convolution.conv_plain(x, kernel, stride=1, padding=(1, 1), groups=2)
 
     ours, theirs = (values_and_gradients(form, x, kernel)[2] for form in (convolution.depthwise, plain))
-    within("gradient", "float64", verify.relative_error(ours, theirs), "depthwise, fast form = plain form")
+    within(
+        "gradient",
+        "float64",
+        verify.relative_error(ours, theirs),
+        "depthwise, fast implementation = plain implementation",
+    )
 
 
-# Few pixels show how the sum of eight bands is rounded, many how theirs is.
+# Few pixels show how the sum of eight tiles is rounded, many how theirs is.
 @pytest.mark.parametrize("shape", [(1, 8, 3, 64), (2, 48, 37, 4), (3, 31, 40, 2)])
 def test_the_weight_gradient_of_depthwise_in_bfloat16_is_summed_in_float32(shape, float64):
     # Whole numbers, whose products and sums float32 holds exactly: what is left is one rounding, at the end.
@@ -131,7 +143,12 @@ def test_convolution_of_disjoint_patches_equals_the_strided_convolution(r, dtype
         return convolution.conv_plain(x, kernel, stride=r, padding=(0, 0), groups=1)
 
     assert_forms_equal(
-        convolution.conv_of_patches, plain, (x, kernel), dtype, within, "patches, fast form = plain form"
+        convolution.conv_of_patches,
+        plain,
+        (x, kernel),
+        dtype,
+        within,
+        "patches, fast implementation = plain implementation",
     )
 
 
@@ -145,14 +162,16 @@ def test_one_by_one_convolution_as_a_product_equals_the_convolution(dtype, float
         (x, kernel),
         dtype,
         within,
-        "1x1, fast form = plain form",
+        "1x1, fast implementation = plain implementation",
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_by_slope_equals_the_plain_one_and_torch(dtype, float64, within):
     x = np.concatenate([normal(4000, seed=6, dtype=dtype), np.linspace(-40, 40, 999, dtype=dtype)])
-    assert_forms_equal(gelu.gelu_by_slope, gelu.gelu_plain, (x,), dtype, within, "GELU, fast form = plain form")
+    assert_forms_equal(
+        gelu.gelu_by_slope, gelu.gelu_plain, (x,), dtype, within, "GELU, fast implementation = plain implementation"
+    )
     ours, theirs = values_and_gradients(gelu.gelu_by_slope, x), torch_values_and_gradients(F.gelu, x)
     for kind, one, other in zip(("output", "gradient"), ours, theirs, strict=True):
         within(kind, dtype, verify.relative_error(one, other.detach()), "GELU = torch")
@@ -172,7 +191,7 @@ def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype,
         (x,),
         dtype,
         within,
-        "resize, fast form = plain form",
+        "resize, fast implementation = plain implementation",
     )
     theirs = F.interpolate(verify.to_nchw(x), size=size, mode="bilinear", align_corners=False)
     ours = resize.resize_by_phases(jnp.asarray(x), factors)
@@ -315,7 +334,7 @@ def test_attention_equals_torch(dtype, float64, within):
 def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, dtype, float64, within):
     arguments = [normal(batch, heads, n, 8, seed=60 + i, dtype=dtype) for i, n in enumerate((30, 12, 12))]
     by_rows = partial(attention.attention_by_rows, rows=rows)
-    what = "attention, fast form = plain form"
+    what = "attention, fast implementation = plain implementation"
     assert_forms_equal(by_rows, attention.attention_plain, arguments, dtype, within, what)
     ours = values_and_gradients(by_rows, *arguments)
     theirs = torch_values_and_gradients(F.scaled_dot_product_attention, *arguments)

@@ -142,9 +142,9 @@ def test_logits_of_the_seed_are_the_official_ones_resized_to_its_crop():
     model, (case,) = golden_model("hrnet_seed"), golden.cases("hrnet_seed")
     with torch.no_grad():
         logits, taps = model(torch.from_numpy(case.images))
-    enlarged = F.interpolate(logits, size=(64, 96), mode="bilinear", align_corners=False)
+    upsampled = F.interpolate(logits, size=(64, 96), mode="bilinear", align_corners=False)
     (want,) = case.outputs
-    assert_close("logits at the crop's size", enlarged, want, BOUND)
+    assert_close("logits at the crop's size", upsampled, want, BOUND)
     for i, feature in enumerate(case.features):
         assert_close(f"feature{i}", taps[f"feature{i}"], feature, BOUND)
 
@@ -353,14 +353,14 @@ def test_align_corners_is_by_default_what_the_published_cityscapes_model_has(nam
 
 
 def test_resizing_twice_as_mmsegmentation_does_equals_the_original_at_multiples_of_32_only(monkeypatch):
-    """It enlarges by the power of two first: from ceil(H / 8) to 2 * ceil(H / 8), and only then to ceil(H / 4)."""
+    """It upsamples by the power of two first: from ceil(H / 8) to 2 * ceil(H / 8), and only then to ceil(H / 4)."""
     model = golden_model("hrnet_official")
     divisible, odd = golden.cases("hrnet_official")
 
     def twice(image, size, align_corners):
         factor = 2 ** round(math.log2(size[0] / image.shape[2]))
-        enlarged = F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=align_corners)
-        return F.interpolate(enlarged, size=size, mode="bilinear", align_corners=align_corners)
+        upsampled = F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=align_corners)
+        return F.interpolate(upsampled, size=size, mode="bilinear", align_corners=align_corners)
 
     monkeypatch.setattr(hrnet, "resize", twice)
     with torch.no_grad():

@@ -72,9 +72,9 @@ def torch_steps(reference, batches, *, name, frozen, clip_norm, accumulate):
         count, total = (labels != 255).sum(), 0.0
         for part in range(accumulate):
             logits, _ = verify.run_reference(reference, x[part::accumulate])
-            enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+            upsampled = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
             truth = labels[part::accumulate]
-            loss = F.cross_entropy(enlarged, truth, ignore_index=255, reduction="sum") / count
+            loss = F.cross_entropy(upsampled, truth, ignore_index=255, reduction="sum") / count
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))

@@ -140,11 +140,11 @@ def test_a_square_linear_layer_is_transposed():
     assert differ(untransposed, theirs) > 0.1
 
 
-def test_labels_come_from_enlarged_logits_and_are_not_enlarged_themselves():
+def test_labels_come_from_upsampled_logits_and_are_not_upsampled_themselves():
     logits = normal(2, 9, 13, 5, seed=7)
     size = (36, 52)
-    enlarged = F.interpolate(verify.to_nchw(logits), size=size, mode="bilinear", align_corners=False)
-    theirs = enlarged.argmax(1).numpy()
+    upsampled = F.interpolate(verify.to_nchw(logits), size=size, mode="bilinear", align_corners=False)
+    theirs = upsampled.argmax(1).numpy()
     late = np.asarray(labels_of(layers.resize(jnp.asarray(logits), size)))
     early = logits.argmax(-1).repeat(4, axis=1).repeat(4, axis=2)
     assert (late == theirs).mean() > 0.9999

@@ -1,4 +1,4 @@
-"""Losses and predictions against float64 numpy, pixel by pixel, with a bilinear enlargement of its own."""
+"""Losses and predictions against float64 numpy, pixel by pixel, with a bilinear upsampling of its own."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ SIZES = [((3, 5), (12, 20)), ((4, 3), (13, 7)), ((6, 7), (6, 7))]
 
 
 def bilinear(old, new):
-    """(new, old) weights of half-pixel bilinear enlargement, edges repeated."""
+    """(new, old) weights of half-pixel bilinear upsampling, edges repeated."""
     weights = np.zeros((new, old))
     for i in range(new):
         position = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
@@ -58,13 +58,13 @@ def bilinear(old, new):
     return weights
 
 
-def enlarged(logits, size):
+def upsampled(logits, size):
     rows, columns = (bilinear(old, new) for old, new in zip(logits.shape[1:3], size, strict=True))
     return np.einsum("ph,bhwk,qw->bpqk", rows, logits.astype(np.float64), columns)
 
 
 def shrunk(gradient, size):
-    """The transpose of `enlarged`: (B, H, W, K) -> (B, *size, K)."""
+    """The transpose of `upsampled`: (B, H, W, K) -> (B, *size, K)."""
     rows, columns = (bilinear(new, old) for old, new in zip(gradient.shape[1:3], size, strict=True))
     return np.einsum("ph,bpqk,qw->bhwk", rows, gradient, columns)
 
@@ -85,7 +85,7 @@ def draw(seed, small, large, *, batch=3, classes=5, ignore=255):
 def by_hand(logits, labels, ignore):
     """Sum of -log softmax and the count, one pixel at a time."""
     total, count = 0.0, 0
-    pixels = enlarged(logits, labels.shape[1:]).reshape(-1, logits.shape[-1])
+    pixels = upsampled(logits, labels.shape[1:]).reshape(-1, logits.shape[-1])
     for scores, label in zip(pixels, labels.ravel(), strict=True):
         if label != ignore:
             total -= np.log(softmax(scores)[label])
@@ -95,7 +95,7 @@ def by_hand(logits, labels, ignore):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("small, large", SIZES)
-def test_cross_entropy_sums_over_counted_pixels_of_enlarged_logits(small, large, seed, float64):
+def test_cross_entropy_sums_over_counted_pixels_of_upsampled_logits(small, large, seed, float64):
     for ignore in (255, 2):  # 2 lies inside the range of the classes: no label value is special by itself
         logits, labels = draw(seed, small, large, ignore=ignore)
         total, count = cross_entropy(logits, labels, ignore_label=ignore)
@@ -146,11 +146,11 @@ def test_sums_and_counts_of_images_add_up_to_those_of_the_batch(classes, float64
 
 @pytest.mark.parametrize("small, large", SIZES)
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_gradient_is_softmax_minus_one_hot_through_the_enlargement(small, large, seed, float64):
+def test_the_gradient_is_softmax_minus_one_hot_through_the_upsampling(small, large, seed, float64):
     logits, labels = draw(seed, small, large)
     _, gradient = loss_and_gradient(logits, labels, ignore_label=255)
     one_hot = np.eye(256)[labels][..., : logits.shape[-1]]
-    expected = (softmax(enlarged(logits, large)) - one_hot) * (labels != 255)[..., None]
+    expected = (softmax(upsampled(logits, large)) - one_hot) * (labels != 255)[..., None]
     np.testing.assert_allclose(gradient, shrunk(expected, small), rtol=0, atol=1e-13 * np.abs(expected).sum())
 
 
@@ -158,7 +158,7 @@ def test_the_gradient_is_softmax_minus_one_hot_through_the_enlargement(small, la
 def test_a_binary_model_has_the_loss_and_gradient_of_the_logistic_function(small, large, float64):
     logits, labels = draw(6, small, large, classes=1)
     (total, count), gradient = loss_and_gradient(logits, labels, ignore_label=255)
-    score, valid, positive = enlarged(logits, large)[..., 0], labels != 255, labels == 1
+    score, valid, positive = upsampled(logits, large)[..., 0], labels != 255, labels == 1
     probability = 1 / (1 + np.exp(-score))
     likelihood = np.where(positive, probability, 1 - probability)
     np.testing.assert_allclose(total, -np.log(likelihood[valid]).sum(), rtol=1e-12)
@@ -185,7 +185,7 @@ def test_extreme_logits_of_many_classes_neither_overflow_nor_lose_their_gradient
     np.testing.assert_array_equal(gradient[0, 0], [[0, 0, 0], [1, -1, 0]])
 
 
-def test_predictions_are_the_argmax_of_enlarged_logits_not_enlarged_argmaxes():
+def test_predictions_are_the_argmax_of_upsampled_logits_not_upsampled_argmaxes():
     # Second everywhere, class 2 wins halfway between a sure 0 and a sure 1.
     logits = jnp.array([[[[10.0, 0, 9], [0, 10, 9]]]])  # (1, 1, 2, 3)
     assert np.argmax(logits, -1).tolist() == [[[0, 1]]]
@@ -198,15 +198,15 @@ def test_predictions_equal_numpy_at_every_pixel(small, large, seed):
     logits, _ = draw(seed, small, large)
     predicted = predictions(jnp.array(logits, jnp.float32), large)
     assert predicted.dtype == jnp.int32
-    np.testing.assert_array_equal(predicted, enlarged(logits, large).argmax(-1))
+    np.testing.assert_array_equal(predicted, upsampled(logits, large).argmax(-1))
 
 
 @pytest.mark.parametrize("small, large", SIZES)
-def test_a_binary_prediction_is_a_probability_above_one_half_after_enlarging(small, large):
+def test_a_binary_prediction_is_a_probability_above_one_half_after_upsampling(small, large):
     logits, _ = draw(7, small, large, classes=1)
     predicted = predictions(jnp.array(logits, jnp.float32), large)
     assert predicted.dtype == jnp.int32
-    np.testing.assert_array_equal(predicted, 1 / (1 + np.exp(-enlarged(logits, large)[..., 0])) > 0.5)
+    np.testing.assert_array_equal(predicted, 1 / (1 + np.exp(-upsampled(logits, large)[..., 0])) > 0.5)
 
 
 def test_a_binary_probability_of_exactly_one_half_is_background():
@@ -227,9 +227,9 @@ def build(factors, *, classes, ignore=255, weights=None, **settings):
 
 
 @functools.cache
-def compiled(criterion, band):
+def compiled(criterion, tile):
     """Counts, loss and gradient; a program goes by the `kernels_cross_entropy.TILE_BYTES` that it was traced with."""
-    assert band == kernels_cross_entropy.TILE_BYTES
+    assert tile == kernels_cross_entropy.TILE_BYTES
     return jax.jit(criterion.counts), jax.jit(jax.value_and_grad(criterion.total))
 
 
@@ -247,7 +247,7 @@ def log_probabilities(pixel):
 def pixels_of(logits, labels, ignore):
     """[[(logits (K,), label) of each labelled pixel] of each image that has any]."""
     images = []
-    for scores, truth in zip(enlarged(logits, labels.shape[1:]), labels, strict=True):
+    for scores, truth in zip(upsampled(logits, labels.shape[1:]), labels, strict=True):
         pairs = zip(scores.reshape(-1, scores.shape[-1]), truth.ravel(), strict=True)
         images.append([(pixel, int(label)) for pixel, label in pairs if label != ignore])
     return [image for image in images if image]
@@ -359,7 +359,7 @@ def draw_uneven(seed, small, large, *, classes, ignore=255):
     labels[1].flat[: labels[1].size * 3 // 4] = ignore
     labels[2] = np.where(labels[2] == ignore, ignore, 1)
     logits[2, ..., min(1, classes - 1)] += 6
-    # Enlarging repeats the edges, and which of two equally hard pixels is among the hardest is up to the last bit.
+    # Upsampling repeats the edges, and which of two equally hard pixels is among the hardest is up to the last bit.
     labels[:, [0, -1]] = labels[:, :, [0, -1]] = ignore
     return logits, labels
 
@@ -552,7 +552,7 @@ def test_a_batch_of_weightless_pixels_alone_has_loss_and_gradient_zero():
     assert loss == 0 and not np.asarray(gradient).any()
 
 
-def test_narrow_logits_are_widened_before_they_are_enlarged():
+def test_narrow_logits_are_widened_before_they_are_upsampled():
     logits, labels = draw(11, (3, 5), (12, 20))
     narrow = jnp.asarray(logits, jnp.bfloat16)
     criterion = build(dict.fromkeys(TERMS, 1.0), classes=5)
@@ -621,12 +621,12 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
     assert_four_devices_equal_one(kind, criterion, logits, labels)
 
 
-# ---------------------------------------------------------------------------------------------------------- in bands
+# --------------------------------------------------------------------------------------------------------- in row tiles
 
 
 @pytest.fixture
-def in_bands(monkeypatch):
-    """Bands of one row, where there are bands at all."""
+def in_row_tiles(monkeypatch):
+    """Tiles of one row, where there are tiles at all."""
     monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
 
 
@@ -636,7 +636,7 @@ CROSS_ENTROPY = {"cross_entropy": 1.0}
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("ignore", [255, 2])
 @pytest.mark.parametrize("small, factors", [((6, 5), (2, 4)), ((6, 1), (3, 1)), ((6, 3), (1, 5)), ((6, 4), (1, 1))])
-def test_in_bands_loss_and_gradient_are_those_of_numpy(small, factors, ignore, rows, float64, monkeypatch):
+def test_in_row_tiles_loss_and_gradient_are_those_of_numpy(small, factors, ignore, rows, float64, monkeypatch):
     large = small[0] * factors[0], small[1] * factors[1]
     logits, labels = draw(15 + rows, small, large, ignore=ignore)
     labels[1] = ignore
@@ -649,14 +649,14 @@ def test_in_bands_loss_and_gradient_are_those_of_numpy(small, factors, ignore, r
         loss, 0.5 * cross_entropy_by_hand(logits, labels, ignore, weights=WEIGHTS[5]), rtol=1e-13
     )
     of_pixel = np.where(labels == ignore, 0, np.take(WEIGHTS[5], labels, mode="clip"))[..., None]
-    slope = (softmax(enlarged(logits, large)) - np.eye(256)[labels][..., :5]) * of_pixel / of_pixel.sum()
+    slope = (softmax(upsampled(logits, large)) - np.eye(256)[labels][..., :5]) * of_pixel / of_pixel.sum()
     np.testing.assert_allclose(gradient, 0.5 * shrunk(slope, small), rtol=0, atol=1e-15)
     assert not np.asarray(gradient)[1].any() and np.asarray(gradient)[0].any()
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS[3]])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_in_bands_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero(dtype, weights, in_bands):
+def test_in_row_tiles_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero(dtype, weights, in_row_tiles):
     logits, labels = draw(16, (3, 5), (12, 20), classes=3)
     labels[:] = 255
     loss, gradient = loss_of(build(CROSS_ENTROPY, classes=3, weights=weights), jnp.asarray(logits, dtype), labels)
@@ -664,7 +664,7 @@ def test_in_bands_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero(dty
     assert loss == 0 and not np.asarray(gradient, np.float32).any()
 
 
-def test_in_bands_extreme_logits_neither_overflow_nor_lose_their_gradient(in_bands):
+def test_in_row_tiles_extreme_logits_neither_overflow_nor_lose_their_gradient(in_row_tiles):
     # The first image is right everywhere, the second wrong.
     logits = jnp.broadcast_to(jnp.array([1e4, -1e4, 0.0]), (2, 4, 3, 3))
     labels = np.zeros((2, 16, 12), np.uint8)
@@ -676,12 +676,12 @@ def test_in_bands_extreme_logits_neither_overflow_nor_lose_their_gradient(in_ban
 
 
 @pytest.mark.parametrize("classes", [2, 40])
-def test_in_bands_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in_bands):
+def test_in_row_tiles_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in_row_tiles):
     logits, labels = draw(17, (4, 3), (32, 24), classes=classes)
     logits = np.where(logits > 0, 1e4, -1e4).astype(np.float32)
     assert kernels_cross_entropy.pays(logits, (32, 24))
     loss, gradient = loss_of(build(CROSS_ENTROPY, classes=classes), logits, labels)
-    scores, valid = enlarged(logits, (32, 24)), labels != 255
+    scores, valid = upsampled(logits, (32, 24)), labels != 255
     chosen = np.take_along_axis(scores, np.where(valid, labels, 0)[..., None], -1)[..., 0]
     largest = scores.max(-1)
     of_pixel = np.log(np.exp(scores - largest[..., None]).sum(-1)) + largest - chosen
@@ -691,7 +691,7 @@ def test_in_bands_extreme_logits_of_both_signs_give_what_numpy_gives(classes, in
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-def test_in_bands_narrow_logits_are_widened_before_they_are_enlarged(in_bands):
+def test_in_row_tiles_narrow_logits_are_widened_before_they_are_upsampled(in_row_tiles):
     logits, labels = draw(11, (3, 5), (12, 20))
     narrow, criterion = jnp.asarray(logits, jnp.bfloat16), build(CROSS_ENTROPY, classes=5)
     (loss, gradient), (expected, slope) = (loss_of(criterion, x, labels) for x in (narrow, narrow.astype(jnp.float32)))
@@ -707,11 +707,11 @@ def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu
         assert not kernels_cross_entropy.pays(logits, other), other
     assert not kernels_cross_entropy.pays(logits[..., :1], size)
     assert kernels_cross_entropy.pays(logits[..., :2], size)
-    # A single row, or all that are there in one band.
+    # A single row, or all that are there in one tile.
     assert not kernels_cross_entropy.pays(logits[:, :1], (4, 20))
     whole = 2 * 24 * 20 * 3 * 4
-    for band, pays in ((whole - 1, True), (whole, False)):
-        monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", band)
+    for tile, pays in ((whole - 1, True), (whole, False)):
+        monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", tile)
         assert kernels_cross_entropy.pays(logits, size) == pays
 
 
@@ -755,22 +755,22 @@ def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, m
         return jax.jit(lambda x, y: jax.value_and_grad(criterion.total)(x, y, criterion.counts(y)))(logits, labels)
 
     def refuse(*_):
-        raise AssertionError("computed in bands")
+        raise AssertionError("computed in row tiles")
 
     expected = traced_now()
     monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
     monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
     for found, before in zip(traced_now(), expected, strict=True):
         np.testing.assert_array_equal(found, before)
-    with pytest.raises(AssertionError, match="computed in bands"):
+    with pytest.raises(AssertionError, match="computed in row tiles"):
         build(CROSS_ENTROPY, classes=5).total(jnp.zeros((3, 3, 5, 5)), np.zeros((3, 12, 20), np.uint8), jnp.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_in_bands_four_devices_give_the_loss_and_gradient_of_one(kind, float64, monkeypatch):
+def test_in_row_tiles_four_devices_give_the_loss_and_gradient_of_one(kind, float64, monkeypatch):
     logits, labels = draw(19, (6, 5), (24, 20), batch=8)
     labels[0], labels[3, :6] = 255, 255
-    # A band is one row of eight images, or three of the two that a device has under pmap.
+    # A tile is one row of eight images, or three of the two that a device has under pmap.
     monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 8 * 4 * 20 * 5 * 8)
     assert [_rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
     criterion = build(CROSS_ENTROPY, classes=5, weights=WEIGHTS[5])

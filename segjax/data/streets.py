@@ -708,7 +708,7 @@ def _shadows(street, camera, sun, size):
 
 
 def _noise(rng, size, *grids):
-    """float32 (H, W): the mean of normal noise on grids of (rows, columns), each enlarged to the picture."""
+    """float32 (H, W): the mean of normal noise on grids of (rows, columns), each upsampled to the picture."""
     import cv2
 
     fields = [rng.standard_normal(grid, dtype=np.float32) for grid in grids]

@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Four maps -> four maps (B, D, H / 4, W / 4), from stage 4 down to stage 1: upsampled first, projected second.
 
-    Enlarging is by 8, 4, 2 and 1, whatever the maps' sizes are: ValueError where they do not come out equal.
+    Upsampling is by 8, 4, 2 and 1, whatever the maps' sizes are: ValueError where they do not come out equal.
     """
 
     def __init__(self, dims: tuple[int, ...], decoder_dim: int):

@@ -54,7 +54,7 @@ def noise(seed, *sizes, classes=5):
 
 
 def smooth(seed, *sizes):
-    """Images without sharp edges: noise of a few pixels, enlarged."""
+    """Images without sharp edges: noise of a few pixels, upsampled."""
     rng = np.random.default_rng(seed)
     images = [
         cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)

@@ -101,7 +101,7 @@ def host(batch):
 
 CASES = {
     "windows of larger images": settings_of(crop=(24, 32), scale=(0.6, 2.0)),
-    "images enlarged alone": settings_of(crop=(33, 40), scale=(1.0, 3.0)),
+    "images upsampled alone": settings_of(crop=(33, 40), scale=(1.0, 3.0)),
     "images reduced alone": settings_of(crop=(16, 20), scale=(0.3, 0.9), photometric=False),
     "one scale": settings_of(crop=(40, 24), scale=(1.0, 1.0), photometric=False),
     "a crop larger than any image": settings_of(crop=(200, 300), scale=(0.5, 1.7)),

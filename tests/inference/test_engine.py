@@ -126,7 +126,7 @@ def test_a_model_that_takes_multiples_is_given_the_mean_colour_around_the_image(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scales_keep_proportions_and_divisors_enlarge(seed):
+def test_scales_keep_proportions_and_divisors_upsample(seed):
     rng = np.random.default_rng(seed)
     for _ in range(200):
         size, scale = rng.integers(20, 3000, 2).tolist(), rng.choice([0.5, 0.75, 1.25, 1.5, 1.75])

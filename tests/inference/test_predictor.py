@@ -50,7 +50,7 @@ def test_labels_and_probabilities_are_those_of_the_scores(num_classes, seed):
     labels[0], probabilities[0] = 0, 0
 
 
-def test_a_real_model_predicts_what_its_enlarged_logits_say(quick_compile):
+def test_a_real_model_predicts_what_its_upsampled_logits_say(quick_compile):
     model = tiny_model(3)
     predict = segjax.Predictor(model)
     image = scene(3, 64, 96)

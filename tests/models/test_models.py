@@ -87,7 +87,7 @@ ENCODERS = (
 )
 HEADS = ("decode_head", "last_layer", "conv3x3_ocr", "ocr_distri_head", "cls_head", "aux_head")
 
-# Sides: some that no stage divides evenly, upright and wide; families that enlarge by whole factors take no others.
+# Sides: some that no stage divides evenly, upright and wide; families that upsample by whole factors take no others.
 ANY, MULTIPLES = ((33, 64), (65, 97), (96, 40)), ((32, 64), (96, 32), (64, 160))
 PICKY = ("simple", "zuppichini")
 WITHOUT_BATCH_NORM = ("plain", "simple")

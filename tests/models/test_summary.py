@@ -209,7 +209,7 @@ def test_no_product_is_of_an_unknown_kind(name):
 @pytest.mark.parametrize(("dtype", "narrow_bytes"), [("float32", 4), ("bfloat16", 2)])
 def test_activation_memory_by_hand(dtype, narrow_bytes):
     decoder, K = NARROW["decoder_dim"], 7
-    values = (3 + 1 + 1 + 1) * TOKENS[0] * decoder  # three enlargements, convolution, BatchNorm, ReLU
+    values = (3 + 1 + 1 + 1) * TOKENS[0] * decoder  # three upsamplings, convolution, BatchNorm, ReLU
     wide = TOKENS[0] * K
     for (N, M, dim, depth, ratio, r), heads in zip(STAGES, (1, 2, 5, 8), strict=True):
         values += 2 * N * dim + N * dim + N * decoder  # patches and their norm, the stage's norm, the decoder's level

@@ -1,4 +1,4 @@
-"""What goes through bands of rows against its plain form and torch's, on maps that fill one band, some, or many."""
+"""What goes through row tiles against its plain implementation and torch's: maps that fill one tile, some, or many."""
 
 from types import SimpleNamespace
 
@@ -30,8 +30,8 @@ def on_a_cpu():
 
 
 @pytest.fixture
-def bands(monkeypatch):
-    """How many bands each map traced since goes through; a map in one piece is not among them."""
+def tiles(monkeypatch):
+    """How many tiles each map traced since goes through; a map in one piece is not among them."""
     numbers = []
     plain_map = lax.map
 
@@ -52,8 +52,8 @@ def assert_all_within(ours, theirs, dtype, within, what):
 # ------------------------------------------------------------------------------------------------------- feed-forward
 
 KINDS = ("linear", "pointwise", "several outputs")
-# (B, H, W), rows that fit into a band, and the bands that these are: one, equal ones, a last one that is shorter (also
-# where six fit but rows are spread evenly), one row a band.
+# (B, H, W), rows that fit into a tile, and the tiles that these are: one, equal ones, a last one that is shorter (also
+# where six fit but rows are spread evenly), one row a tile.
 CASES = [
     ((2, 5, 7), 5, None),
     ((2, 8, 5), 2, 4),
@@ -142,20 +142,20 @@ def band_bytes(network, shape, rows_of_a_band, dtype):
     ("kind", "dtype", "cases"),
     [(kind, "float64", slice(None)) for kind in KINDS] + [("several outputs", "float32", slice(2, 3))],
 )
-def test_a_feed_forward_network_in_bands_equals_torch(kind, dtype, cases, bands, float64, within, monkeypatch):
+def test_a_feed_forward_network_in_row_tiles_equals_torch(kind, dtype, cases, tiles, float64, within, monkeypatch):
     network = feed_forward_of(kind, dtype)
     run, arrays = of_arrays(network, by_rows)
     for shape, rows_of_a_band, expected in CASES[cases]:
         monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, shape, rows_of_a_band, dtype))
         x = normal(*shape, 3, seed=20, dtype=dtype)
-        # Anew, since what was traced holds the bands of its time.
+        # Anew, since what was traced holds the tiles of its time.
         ours = jax.jit(lambda *given: run(*given))(x, *arrays)
-        assert bands == ([] if expected is None else [expected])
-        bands.clear()
+        assert tiles == ([] if expected is None else [expected])
+        tiles.clear()
         with torch.no_grad():
             theirs = torch_feed_forward(*(torch.from_numpy(np.array(array)) for array in (x, *arrays)))
         assert ours.dtype == jnp.dtype(dtype)
-        within("output", dtype, verify.relative_error(ours, theirs), "feed-forward in bands = torch")
+        within("output", dtype, verify.relative_error(ours, theirs), "feed-forward in row tiles = torch")
 
 
 @pytest.mark.parametrize(
@@ -177,27 +177,27 @@ def test_every_gradient_of_a_feed_forward_network_equals_torchs(kind, shape, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_feed_forward_network_in_bands_equals_its_layers_one_by_one(kind, bands, float64, within, monkeypatch):
+def test_a_feed_forward_network_in_row_tiles_equals_its_layers_one_by_one(kind, tiles, float64, within, monkeypatch):
     network = feed_forward_of(kind, "float64")
     x = normal(2, 7, 5, 3, seed=22, dtype="float64")
     monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, x.shape, 2, "float64"))
     run, arrays = of_arrays(network, by_rows)
     plain, _ = of_arrays(network, one_by_one)
     ours = jax.jit(run)(x, *arrays)
-    assert bands.pop() == 4
+    assert tiles.pop() == 4
     with choice.published_implementations():
         expected = jax.jit(plain)(x, *arrays)
-        # The same function gives the plain form there, and on a GPU.
+        # The same function gives the plain implementation there, and on a GPU.
         np.testing.assert_array_equal(jax.jit(lambda *given: run(*given))(x, *arrays), expected)
-    assert not bands
-    within("output", "float64", verify.relative_error(ours, expected), "feed-forward in bands = plain form")
+    assert not tiles
+    within("output", "float64", verify.relative_error(ours, expected), "feed-forward in row tiles = plain")
     with choice.meant_for("cuda"):
         jax.eval_shape(lambda *given: run(*given), x, *arrays)
-    assert not bands
+    assert not tiles
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "several outputs"])
-def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(kind, bands, float64, monkeypatch):
+def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(kind, tiles, float64, monkeypatch):
     network = feed_forward_of(kind, "bfloat16", channels=4, hidden=12)
     x = normal(2, 9, 8, 4, seed=23, dtype="float64").astype(jnp.bfloat16)
     run, arrays = of_arrays(network, by_rows)
@@ -208,7 +208,7 @@ def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(
         others = values_and_gradients(plain, x, *arrays)
     monkeypatch.setattr(units, "TILE_BYTES", band_bytes(network, x.shape, 4, "bfloat16"))
     alone = jax.jit(lambda *given: run(*given))(x, *arrays)
-    assert bands == [3]
+    assert tiles == [3]
     ours = values_and_gradients(run, x, *arrays)
     for one, other, true in zip((alone, *ours), (others[0], *others), (exact[0], *exact), strict=True):
         assert one.dtype == jnp.bfloat16
@@ -218,22 +218,22 @@ def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(
 
 # ----------------------------------------------------------------------------------------------------------- decoders
 
-PLACINGS = {
+MODES = {
     "half": dict(mode="bilinear", align_corners=False),
     "aligned": dict(mode="bilinear", align_corners=True),
     "nearest": dict(mode="nearest"),
 }
 
 
-def as_wanted(placing, size):
-    """Enlarges a map by the layers of the plain form."""
-    if placing == "nearest":
+def as_wanted(mode, size):
+    """Upsamples a map by the layers of the plain implementation."""
+    if mode == "nearest":
         # By another factor on each axis, which no model asks `upsample_nearest` for.
         return lambda x: jnp.repeat(jnp.repeat(x, size[0] // x.shape[1], axis=1), size[1] // x.shape[2], axis=2)
-    return lambda x: layers.resize(x, size, align_corners=placing == "aligned")
+    return lambda x: layers.resize(x, size, align_corners=mode == "aligned")
 
 
-# Sizes of the levels, which of the layers there are, and rows of the smallest band.
+# Sizes of the levels, which of the layers there are, and rows of the smallest tile.
 DECODERS = {
     "deepest first": (
         [(2, 3), (4, 6), (8, 12), (16, 24)],
@@ -286,19 +286,19 @@ class Decoder(nnx.Module):
     def finish(self, fused):
         return jax.nn.relu(fused * self.scale[...] + 0.5)
 
-    def fused(self, levels, enlarge):
+    def fused(self, levels, upsample):
         """As it is published."""
         if self.projections:
             levels = [layer(x) for layer, x in zip(self.projections, levels, strict=True)]
-        return self.fuse(jnp.concatenate([enlarge(x) for x in levels], axis=-1))
+        return self.fuse(jnp.concatenate([upsample(x) for x in levels], axis=-1))
 
-    def plain(self, levels, placing):
+    def plain(self, levels, mode):
         size = tuple(max(x.shape[axis] for x in levels) for axis in (1, 2))
-        return layers.classify(self.classifier, self.finish(self.fused(levels, as_wanted(placing, size))))
+        return layers.classify(self.classifier, self.finish(self.fused(levels, as_wanted(mode, size))))
 
-    def by_rows(self, levels, placing):
+    def by_rows(self, levels, mode):
         projections = list(self.projections) or None
-        settings = dict(projections=projections, **PLACINGS[placing])
+        settings = dict(projections=projections, **MODES[mode])
         return layers.decode(levels, self.fuse, self.finish, self.classifier, **settings)
 
     def chosen(self, levels, fused):
@@ -323,17 +323,17 @@ def decoder_of(name, dtype):
     arrays, structure = jax.tree.flatten(state)
     names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
 
-    def call(method, placing):
+    def call(method, mode):
         def run(*given):
             bound = nnx.merge(graphdef, structure.unflatten(given[len(levels) :]))
-            return getattr(bound, method)(given[: len(levels)], placing)
+            return getattr(bound, method)(given[: len(levels)], mode)
 
         return run
 
     return SimpleNamespace(decoder=decoder, levels=levels, call=call, arrays=arrays, names=names)
 
 
-def torch_decoder(names, count, placing):
+def torch_decoder(names, count, mode):
     def run(*given):
         levels, layer = given[:count], dict(zip(names, given[count:], strict=True))
         if "projections.0.kernel" in layer:
@@ -342,7 +342,7 @@ def torch_decoder(names, count, placing):
                 for index, x in enumerate(levels)
             ]
         size = tuple(max(x.shape[axis] for x in levels) for axis in (1, 2))
-        wide = [F.interpolate(x.permute(0, 3, 1, 2), size=size, **PLACINGS[placing]) for x in levels]
+        wide = [F.interpolate(x.permute(0, 3, 1, 2), size=size, **MODES[mode]) for x in levels]
         kernel = layer["fuse.kernel"].permute(3, 2, 0, 1)
         fused = F.conv2d(torch.cat(wide, 1), kernel, layer.get("fuse.bias")).permute(0, 2, 3, 1)
         finished = F.relu(fused * layer["scale"] + 0.5)
@@ -354,60 +354,60 @@ def torch_decoder(names, count, placing):
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, "float64") for name in DECODERS] + [("one coarse level", "float32")], ids=str
 )
-@pytest.mark.parametrize("placing", PLACINGS)
-def test_a_decoder_in_bands_and_its_gradients_equal_torch(placing, name, dtype, bands, float64, within, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_in_row_tiles_and_its_gradients_equal_torch(mode, name, dtype, tiles, float64, within, monkeypatch):
     given = decoder_of(name, dtype)
     sizes, _, smallest = DECODERS[name]
     height, width = max(sizes)
     everything = (*given.levels, *given.arrays)
-    theirs = torch_values_and_gradients(torch_decoder(given.names, len(sizes), placing), *everything)
-    run = given.call("by_rows", placing)
+    theirs = torch_values_and_gradients(torch_decoder(given.names, len(sizes), mode), *everything)
+    run = given.call("by_rows", mode)
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     ours = values_and_gradients(run, *everything)
-    assert_all_within(ours, theirs, dtype, within, "decoder in bands = torch")
+    assert_all_within(ours, theirs, dtype, within, "decoder in row tiles = torch")
     assert ours[0].dtype == jnp.dtype(dtype)
     if smallest == height:
-        assert not bands
+        assert not tiles
         return
-    assert bands and set(bands) == {height // smallest}
-    # All rows fit: one band, and no loop.
+    assert tiles and set(tiles) == {height // smallest}
+    # All rows fit: one tile, and no loop.
     monkeypatch.setattr(units, "TILE_BYTES", 2 * height * width * 6 * jnp.dtype(dtype).itemsize)
-    bands.clear()
+    tiles.clear()
     in_one = jax.jit(lambda *given: run(*given))(*everything)
-    assert not bands
-    within("output", dtype, verify.relative_error(in_one, theirs[0].detach()), "decoder in one band = torch")
+    assert not tiles
+    within("output", dtype, verify.relative_error(in_one, theirs[0].detach()), "decoder in one tile = torch")
 
 
-def test_bands_of_a_decoder_are_as_large_as_fit(bands, float64, within, monkeypatch):
+def test_bands_of_a_decoder_are_as_large_as_fit(tiles, float64, within, monkeypatch):
     given = decoder_of("one coarse level", "float64")  # 20 rows, in steps of 5
     expected = given.call("plain", "half")(*given.levels, *given.arrays)
     row = 2 * 9 * 6 * 8
     for fits, number in ((19.9, 2), (10, 2), (9.9, 4), (5, 4), (0.1, 4)):
         monkeypatch.setattr(units, "TILE_BYTES", int(fits * row))
         ours = jax.jit(lambda *arrays: given.call("by_rows", "half")(*arrays))(*given.levels, *given.arrays)
-        assert bands == [number], fits
-        bands.clear()
-        within("output", "float64", verify.relative_error(ours, expected), "decoder in bands = plain form")
+        assert tiles == [number], fits
+        tiles.clear()
+        within("output", "float64", verify.relative_error(ours, expected), "decoder in row tiles = plain")
 
 
-@pytest.mark.parametrize("placing", PLACINGS)
-def test_a_decoder_in_bands_equals_its_plain_form(placing, float64, within, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_in_row_tiles_equals_its_plain_form(mode, float64, within, monkeypatch):
     given = decoder_of("deepest first", "float64")
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     with choice.published_implementations():
-        expected = jax.jit(given.call("plain", placing))(*given.levels, *given.arrays)
-    ours = jax.jit(given.call("by_rows", placing))(*given.levels, *given.arrays)
-    within("output", "float64", verify.relative_error(ours, expected), "decoder in bands = plain form")
+        expected = jax.jit(given.call("plain", mode))(*given.levels, *given.arrays)
+    ours = jax.jit(given.call("by_rows", mode))(*given.levels, *given.arrays)
+    within("output", "float64", verify.relative_error(ours, expected), "decoder in row tiles = plain")
 
 
-def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(bands, float64, monkeypatch):
+def test_a_decoder_in_bfloat16_is_as_near_to_float64_as_its_plain_form(tiles, float64, monkeypatch):
     given = decoder_of("deepest first", "bfloat16")
     everything = (*given.levels, *given.arrays)
     wide = [torch.from_numpy(np.asarray(array, np.float64)) for array in everything]
     exact = torch_decoder(given.names, 4, "half")(*wide)
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     ours, plain = (jax.jit(given.call(form, "half"))(*everything) for form in ("by_rows", "plain"))
-    assert bands and ours.dtype == plain.dtype == jnp.float32
+    assert tiles and ours.dtype == plain.dtype == jnp.float32
     assert verify.relative_error(ours, exact) < 2 * verify.relative_error(plain, exact)
 
 
@@ -427,7 +427,7 @@ EVEN = ((8, 12), (4, 6), (2, 3))
         pytest.param(EVEN, choice.meant_for("cuda"), id="on a GPU"),
     ],
 )
-def test_a_decoder_is_computed_in_steps(sizes, context, bands, float64):
+def test_a_decoder_is_computed_in_steps(sizes, context, tiles, float64):
     decoder = Decoder(len(sizes), projected=True, fuse_bias=True, classes=3, dtype="float64")
     levels = [normal(2, *size, 2 + index, seed=30 + index, dtype="float64") for index, size in enumerate(sizes)]
     fused = normal(2, *sizes[0], 6, seed=50, dtype="float64")
@@ -436,10 +436,10 @@ def test_a_decoder_is_computed_in_steps(sizes, context, bands, float64):
     finished = np.maximum(fused * decoder.scale[...] + 0.5, 0)
     expected = finished @ np.asarray(decoder.classifier.kernel[0, 0]) + np.asarray(decoder.classifier.bias[...])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
-    assert not bands
+    assert not tiles
 
 
-def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
+def test_maps_of_unknown_size_go_in_one_piece(tiles, monkeypatch):
     monkeypatch.setattr(units, "TILE_BYTES", 1)
     b, h, w = jax.export.symbolic_shape("b, h, w")
     network = feed_forward_of("linear", "float32")
@@ -451,25 +451,25 @@ def test_maps_of_unknown_size_go_in_one_piece(bands, monkeypatch):
     fused = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, 6), jnp.float32)
 
     assert jax.eval_shape(decoder.chosen, levels, fused).shape == (b, 2 * h, 2 * w, 3)
-    assert not bands
+    assert not tiles
 
 
-@pytest.mark.parametrize("placing", PLACINGS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("factor", range(1, 9))
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_blends_are_torchs_and_sum_to_one(length, factor, placing, within):
-    settings = dict(mode=PLACINGS[placing]["mode"], align_corners=PLACINGS[placing].get("align_corners", False))
+def test_blends_are_torchs_and_sum_to_one(length, factor, mode, within):
+    settings = dict(mode=MODES[mode]["mode"], align_corners=MODES[mode].get("align_corners", False))
     weights = blends(length, factor, **settings)
     assert weights.shape == (3, length, factor) and weights.min() >= 0
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-12)
     # Every pixel in a channel of its own shows its weight.
-    mode = dict(mode="nearest") if placing == "nearest" else dict(mode="linear", align_corners=placing == "aligned")
+    mode = dict(mode="nearest") if mode == "nearest" else dict(mode="linear", align_corners=mode == "aligned")
     theirs = F.interpolate(torch.eye(length, dtype=torch.float64)[None], scale_factor=factor, **mode)[0].T
     ours = np.zeros((length * factor, length))
     for tap, pixel, place in np.ndindex(3, length, factor):
         neighbour = np.clip(pixel + tap - 1, 0, length - 1)
         ours[factor * pixel + place, neighbour] += weights[tap, pixel, place]
-    within("output", "float64", verify.relative_error(ours, theirs), "weights of an enlargement = torch")
+    within("output", "float64", verify.relative_error(ours, theirs), "weights of an upsampling = torch")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -491,7 +491,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("name", "short", "size"), MODELS)
-def test_a_model_in_bands_equals_the_reference(name, short, size, bands, float64, within, monkeypatch):
+def test_a_model_in_row_tiles_equals_the_reference(name, short, size, tiles, float64, within, monkeypatch):
     subject = SUBJECTS[name]
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=6, dtype="float64", **subject.sizes | short
@@ -501,22 +501,22 @@ def test_a_model_in_bands_equals_the_reference(name, short, size, bands, float64
     ours, _ = verify.compiled(model)(x, *bases)
     with torch.no_grad():
         theirs, _ = verify.run_reference(reference, x, *bases)
-    # Of the feed-forward networks one row a band, of a decoder as many as a pixel of its smallest map becomes.
+    # Of the feed-forward networks one row a tile, of a decoder as many as a pixel of its smallest map becomes.
     height = -(-size[0] // 4)
     networks = [] if subject.name.startswith("hrnet") else [-(-height // 2**stage) for stage in range(4)]
     decoders = [height // 8] if size == EVEN_IMAGE and name != "segnext" else []
-    assert bands == [number for number in networks if number > 1] + decoders
+    assert tiles == [number for number in networks if number > 1] + decoders
     family = architectures.family_of(subject.name)
-    within("output", "float64", verify.relative_error(ours, verify.to_nhwc(theirs)), f"{family}, in bands")
+    within("output", "float64", verify.relative_error(ours, verify.to_nhwc(theirs)), f"{family}, in row tiles")
 
 
 # Gradients of networks and decoders are compared above.
 @pytest.mark.slow
-def test_gradients_of_a_model_in_bands_equal_the_reference(bands, float64, within, monkeypatch):
+def test_gradients_of_a_model_in_row_tiles_equal_the_reference(tiles, float64, within, monkeypatch):
     subject = SUBJECTS["simple"]
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=4, dtype="float64", **subject.fixed | SHORT
     )
     monkeypatch.setattr(units, "TILE_BYTES", 1)
-    assert_gradients_equal(subject, model, reference, 2, EVEN_IMAGE, "float64", False, within, "in bands")
-    assert 2 in bands
+    assert_gradients_equal(subject, model, reference, 2, EVEN_IMAGE, "float64", False, within, "in row tiles")
+    assert 2 in tiles
