@@ -47,7 +47,7 @@ COMMANDS = {
 
 
 def training(model_name: str, shape: tuple[int, int, int], form: str, overrides: Mapping[str, object]):
-    """A training step as `benchmarks.contenders` times it: AdamW, nothing random, no augmentation.
+    """A training step as `segjax.benchmark.contenders` times it: AdamW, nothing random, no augmentation.
 
     Returns:
       The jitted step; its arguments as shapes and types, on one device; and a function that makes real ones.

@@ -8,15 +8,15 @@ import sys
 
 # Command: the module whose `main(arguments) -> int` it is, and the line of --help.
 COMMANDS = {
-    "train": ("segjax.commands.train", "train a model on a data set, or resume a run"),
-    "evaluate": ("segjax.commands.evaluate", "mIoU of a checkpoint on a data set, with a report"),
+    "train": ("segjax.commands.train", "train a model on a dataset, or resume a run"),
+    "evaluate": ("segjax.commands.evaluate", "mIoU of a checkpoint on a dataset, with a report"),
     "predict": ("segjax.commands.predict", "label maps and overlays of images and videos"),
     "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
     "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
     "summary": ("segjax.commands.summary", "parameters, multiply-adds and memory of a model"),
     "benchmark": ("segjax.commands.benchmark", "speed of a model next to PyTorch's"),
-    "data": ("segjax.commands.data", "prepare a data set, or draw its augmented samples"),
+    "data": ("segjax.commands.data", "prepare a dataset, or draw its augmented samples"),
 }
 USAGE = "usage: segjax COMMAND ...   (segjax COMMAND --help lists its arguments)"
 

@@ -13,7 +13,8 @@ Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normal
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
+import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -43,17 +44,18 @@ def criterion(
       class_weights: K numbers, used as they are; see `Criterion`.
 
     Raises:
-      KeyError: a setting is missing.
-      ValueError: settings out of range, every factor is 0, or class weights that do not fit.
+      ValueError: settings that are missing or out of range, every factor 0, class weights that do not fit; all in one
+        error.
     """
-    values = {name: float(settings[name]) for name in (*TERMS, "focal_gamma", *SHARES)}
-    # A config's ranges are checked by its schema, with all other settings; these are for everyone else.
-    problems = [
-        f"loss.{name} must be {'from 0 to 1' if name in SHARES else 'finite and at least 0'}; got {value}"
-        for name, value in values.items()
-        if not (0 <= value <= 1 if name in SHARES else 0 <= value < math.inf)
+    names = (*TERMS, "focal_gamma", *SHARES)
+    problems = [f"loss.{name} is missing" for name in names if name not in settings]
+    # The schema of a config has the same ranges, since it reports them with those of all other settings.
+    problems += [
+        f"loss.{name} must be {'from 0 to 1' if name in SHARES else 'finite and at least 0'}; got {settings[name]!r}"
+        for name in names
+        if name in settings and not _is_within(settings[name], 1 if name in SHARES else sys.float_info.max)
     ]
-    if not any(values[name] for name in TERMS):
+    if not problems and not any(settings[name] for name in TERMS):
         problems.append(f"loss: {ALL_ZERO}")
     if class_weights is not None:
         class_weights = tuple(float(weight) for weight in class_weights)
@@ -64,10 +66,14 @@ def criterion(
         num_classes=num_classes,
         ignore_label=ignore_label,
         class_weights=class_weights,
-        factors=tuple((name, values[name]) for name in TERMS if values[name]),
-        focal_gamma=values["focal_gamma"],
-        **{name: values[name] for name in SHARES},
+        factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
+        focal_gamma=float(settings["focal_gamma"]),
+        **{name: float(settings[name]) for name in SHARES},
     )
+
+
+def _is_within(value: object, largest: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= largest
 
 
 @dataclasses.dataclass(frozen=True)

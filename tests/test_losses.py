@@ -1,5 +1,6 @@
 """Losses and predictions against float64 numpy, pixel by pixel, with a bilinear upsampling of its own."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -17,6 +18,7 @@ from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.choice import meant_for, published_implementations
 from segjax.kernels.cross_entropy import _rows
 from segjax.recipes import common
+from segjax.train import schema
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -800,7 +802,7 @@ def test_a_loss_without_any_term_is_refused():
 def test_a_loss_without_one_of_its_settings_is_refused_by_name(name):
     settings = dict.fromkeys(TERMS, 1.0) | SETTINGS
     del settings[name]
-    with pytest.raises(KeyError, match=name):
+    with pytest.raises(ValueError, match=f"loss.{name} is missing"):
         losses.criterion(settings, num_classes=5, ignore_label=255)
 
 
@@ -808,7 +810,7 @@ def test_a_loss_without_one_of_its_settings_is_refused_by_name(name):
     "wrong",
     [
         {"dice": -1.0},
-        {"focal": math.nan, "label_smoothing": 1.5},
+        {"focal": math.nan, "label_smoothing": 1.5, "ohem": "x"},
         {"focal_gamma": math.inf, "ohem_threshold": -0.1, "ohem_min_kept": 2},
     ],
     ids=str,
@@ -818,8 +820,19 @@ def test_all_settings_out_of_range_are_in_one_error(wrong):
     with pytest.raises(ValueError) as caught:
         losses.criterion(settings, num_classes=5, ignore_label=255, class_weights=(1.0, 2.0))
     message = str(caught.value)
-    assert all(f"loss.{name} must be" in message and f"got {float(value)}" in message for name, value in wrong.items())
+    assert all(f"loss.{name} must be" in message and f"got {value!r}" in message for name, value in wrong.items())
     assert "class_weights" in message
+
+
+@pytest.mark.parametrize("name", [*TERMS, *SETTINGS])
+def test_the_loss_and_the_schema_of_a_config_allow_the_same_values(name):
+    settings = dict.fromkeys(TERMS, 1.0) | SETTINGS
+    for value in (-1.0, -1e-6, 0.0, 0.5, 1.0, 1.0001, 7.0, math.inf, math.nan, "1", None, True):
+        config = schema.default_config("streets").to_dict()
+        config["loss"][name] = value
+        is_allowed = f"loss.{name}" not in schema.problems(config)
+        with contextlib.nullcontext() if is_allowed else pytest.raises(ValueError, match=f"loss.{name} must be"):
+            losses.criterion(settings | {name: value}, num_classes=5, ignore_label=255)
 
 
 def test_all_problems_of_class_weights_are_in_one_error():
@@ -838,7 +851,7 @@ def test_median_frequency_is_that_of_eigen_and_fergus():
     frequencies = [160 / 300, 120 / 300, 20 / 200]
     weights = class_weights.median_frequency(pixels)
     np.testing.assert_allclose(weights, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / frequencies[2]], rtol=1e-14)
-    # Sums alone: the data set counts as one image.
+    # Sums alone: the dataset counts as one image.
     whole = class_weights.median_frequency(pixels.sum(axis=0))
     np.testing.assert_allclose(whole, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / (20 / 300)], rtol=1e-14)
     with pytest.raises(ValueError, match="no class has a pixel"):
@@ -866,7 +879,7 @@ def test_weights_of_cityscapes_are_for_its_classes_alone():
     weights = class_weights.class_weights("cityscapes", specs.STREETS)
     assert len(weights) == 19 and (weights[0], weights[9], weights[18]) == (0.8373, 1.0023, 1.0507)
     assert 1 < np.mean(weights) < 1.002
-    with pytest.raises(ValueError, match=r"19 classes of Cityscapes \(road.* camvid has others \(sky"):
+    with pytest.raises(ValueError, match=r"19 classes of cityscapes \(road.* camvid has others \(sky"):
         class_weights.class_weights("cityscapes", specs.CAMVID)
 
 

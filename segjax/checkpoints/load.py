@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from segjax import models
 from segjax.checkpoints import metadata, orbax_folder
@@ -44,7 +46,7 @@ class LoadedCheckpoint:
 
     @property
     def dataset(self) -> Mapping | None:
-        """The metadata of the data set, where the checkpoint itself names its classes."""
+        """The metadata of the dataset, where the checkpoint itself names its classes."""
         dataset = self.metadata.get("dataset")
         return None if not dataset or dataset.get("guessed") else dataset
 
@@ -80,8 +82,13 @@ def as_loaded(source: str | Path | LoadedCheckpoint | SegmentationModel) -> Load
     """Loads a checkpoint that is not loaded yet; a model gets classes that are called by their numbers."""
     if isinstance(source, LoadedCheckpoint):
         return source
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         return load(source)
+    if not isinstance(source, nnx.Module):
+        raise TypeError(
+            "a checkpoint is a path, 'hf:owner/name', the result of segjax.load, or a model; got an object of type "
+            f"{type(source).__name__}. segjax.from_torch makes a model from a state dict"
+        )
     return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes))
 
 

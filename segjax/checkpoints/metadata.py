@@ -81,7 +81,7 @@ def _palette(num_classes: int) -> list[list[int]]:
 
 
 def guessed(num_classes: int) -> dict[str, Any]:
-    """{"dataset": ...} of the known data set with this number of classes; {} where there is none."""
+    """{"dataset": ...} of the known dataset with this number of classes; {} where there is none."""
     spec = specs.guess(num_classes)
     return {"dataset": dataset_metadata(spec) | {"guessed": True}} if spec else {}
 
@@ -89,7 +89,7 @@ def guessed(num_classes: int) -> dict[str, Any]:
 def of_names(
     names: Sequence[str], *, colors: Sequence | None = None, ignore_label: int | None = None
 ) -> dict[str, Any]:
-    """{"dataset": ...} of class names, with name and colours of the known data set that has most of them.
+    """{"dataset": ...} of class names, with name and colours of the known dataset that has most of them.
 
     {} where the classes do not fit into 8 bits, or a name is no string.
     """

@@ -29,23 +29,23 @@ def class_weights(
             return None
         case "median_frequency":
             return _balancing(spec, pixel_counts)
-        case "cityscapes":
-            names = specs.CITYSCAPES.class_names
+        case str() if choice in specs.CLASS_WEIGHTS:
+            names, weights = specs.CLASS_WEIGHTS[choice]
             if spec.class_names != names:
                 raise ValueError(
-                    f"loss.class_weights=cityscapes are weights of the {len(names)} classes of Cityscapes ({names[0]}, "
+                    f"loss.class_weights={choice} are weights of the {len(names)} classes of {choice} ({names[0]}, "
                     f"{names[1]}, ...), and {spec.name} has others ({', '.join(spec.class_names[:2])}, ...); use "
                     "median_frequency, or give one number for each class"
                 )
-            return specs.DATASETS["cityscapes"].class_weights
+            return weights
     try:
         weights = tuple(float(weight) for weight in choice) if not isinstance(choice, str) else ()
     except (TypeError, ValueError):
         weights = ()
     if not weights:
         raise ValueError(
-            f"loss.class_weights is '', 'median_frequency', 'cityscapes' or {spec.num_classes} numbers in parentheses, "
-            f"one for each class of {spec.name}; got {choice!r}"
+            f"loss.class_weights is '', 'median_frequency', {', '.join(map(repr, specs.CLASS_WEIGHTS))} or "
+            f"{spec.num_classes} numbers in parentheses, one for each class of {spec.name}; got {choice!r}"
         )
     if problems := problems_of_weights(weights, spec.num_classes):
         raise ValueError("\n".join(f"{spec.name}: loss.{problem}" for problem in problems))

@@ -317,6 +317,13 @@ DATASETS = {
     "folder": Dataset(kind="folder", spec=None, evaluated_split="test"),
 }
 
+# Class names and weights of each dataset for which a recipe weights the loss; `loss.class_weights` names the dataset.
+CLASS_WEIGHTS = {
+    name: (dataset.spec.class_names, dataset.class_weights)
+    for name, dataset in DATASETS.items()
+    if dataset.spec and dataset.class_weights
+}
+
 
 def is_generated(name: str) -> bool:
     """Whether a dataset of the table is drawn, in the number and size that one asks for, rather than prepared."""

@@ -1,4 +1,4 @@
-"""Procedural street scenes with Cityscapes' 19 classes: the data set that needs no download.
+"""Procedural street scenes with Cityscapes' 19 classes: the dataset that needs no download.
 
 A scene is a list of objects in metres (a car, a facade, a person) in front of a pinhole camera in a car. Objects are
 made of polygons; all polygons of a scene are projected at once and painted back to front. Image and label are the four
@@ -760,7 +760,7 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     """Draws one street.
 
     Args:
-      seed: of the data set, not negative.
+      seed: of the dataset, not negative.
       index: of the scene, not negative. A scene is drawn from (seed, index) and nothing else.
       size: (height, width) in pixels, at least MIN_SIZE each. The layout is the same at every size: that of a picture
         twice as wide as high, stretched.

@@ -261,7 +261,7 @@ def export_model(
 def export(
     source: str | Path | LoadedCheckpoint | SegmentationModel, destination: Path, export_format: ExportFormat
 ) -> None:
-    """`export_model` with its settings in one object."""
+    """`export_model` with its settings in one object, and its errors."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(export_format)
     loaded = as_loaded(source)

@@ -121,6 +121,9 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Height and width of an image of `size` times `scale`, as `Resize(scale_factor=..., keep_ratio=True)` has them.
 
     That is the largest size of the image's own proportions inside the rounded one: up to a pixel less on one side.
+
+    Raises:
+      ValueError: a side would have no pixel.
     """
     bounds = [int(side * scale + 0.5) for side in size]
     factor = min(max(bounds) / max(size), min(bounds) / min(size))
@@ -221,7 +224,11 @@ class Inference:
         return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
 
     def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
-        """Logits of an image (H, W, 3) by the sliding window, in row tiles: see `sliding_window.row_tiles`."""
+        """Logits of an image (H, W, 3) by the sliding window, in row tiles: see `sliding_window.row_tiles`.
+
+        Raises:
+          ValueError: the protocol has no sliding window.
+        """
         window = self.protocol.window
         if window is None:
             raise ValueError(f"row tiles are those of a sliding window, and mode is {self.protocol.mode!r}")

@@ -1,4 +1,4 @@
-"""`segjax.evaluate_dataset`: mIoU and other figures of any checkpoint on a split of a data set, and a report."""
+"""`segjax.evaluate_dataset`: mIoU and other figures of any checkpoint on a split of a dataset, and a report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate_dataset(
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
         default; or one of `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in
         the dtype and with the batch of its training, and reproduces its figures; the protocol is then fixed.
-      data_source, data_dir: the files that a data set is prepared from at its first use, and the folder for the
+      data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
       size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
@@ -183,7 +183,7 @@ def _opened(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> OpenSplit:
-    """Opens a split with labels. Of a generated data set, it has the images of the run with this config, if any.
+    """Opens a split with labels. Of a generated dataset, it has the images of the run with this config, if any.
 
     Raises:
       ValueError: there is no such split, or it cannot be used.
@@ -199,7 +199,7 @@ def _opened(
 
 
 def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:
-    """Raises ValueError where the classes of a checkpoint are not those of a data set, in the same order.
+    """Raises ValueError where the classes of a checkpoint are not those of a dataset, in the same order.
 
     Up to a quarter of the names may differ, because packages spell some of them differently; these are logged.
     """
@@ -208,7 +208,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
     if own != classes.num_classes:
         raise ValueError(
             f"the model has {own} classes{of}, and {classes.name} has {classes.num_classes}: no figure would mean "
-            "anything; choose the data set that it was trained on"
+            "anything; choose the dataset that it was trained on"
         )
     if not dataset:
         logger.info("the checkpoint does not name its classes; those of %s are assumed, in their order", classes.name)
@@ -220,7 +220,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
     ]
     if len(differing) > own / 4:
         raise ValueError(
-            f"the classes of the model{of} are not those of {classes.name}: {listed(differing)}; choose the data set "
+            f"the classes of the model{of} are not those of {classes.name}: {listed(differing)}; choose the dataset "
             "that it was trained on, or one with the same classes in the same order"
         )
     if differing:

@@ -57,7 +57,11 @@ def predictions(
     *,
     batch_size: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, labels (H, W) and prediction (H, W) of every image of this process's part; see `evaluate`."""
+    """Number, labels (H, W) and prediction (H, W) of every image of this process's part; see `evaluate`.
+
+    Raises:
+      ValueError: there is no image.
+    """
     if not len(records_of(data)):
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
     part = jax.process_index(), jax.process_count()

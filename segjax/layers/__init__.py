@@ -8,11 +8,9 @@ products; norms, softmax and sums of logits never compute in less than float32.
 Operations that have several implementations are in `functional`, which decides which one runs.
 """
 
-from segjax.kernels.choice import is_fast_on_cpu, is_published, meant_for, published_implementations
+from segjax.kernels.choice import is_fast_on_cpu, meant_for, published_implementations
 from segjax.kernels.precision import at_least_float32
-from segjax.kernels.units import compiled_apart
 from segjax.layers.blocks import (
-    CHANGED_BY_A_CALL,
     GELU,
     PLAIN,
     BlockExecution,
@@ -35,7 +33,6 @@ from segjax.layers.functional import (
     upsample_nearest,
 )
 from segjax.layers.initializers import (
-    LINEAR_STD,
     classifier_init,
     fan_in_bias_init,
     fan_in_init,
@@ -48,9 +45,7 @@ from segjax.layers.mix_ffn import feed_forward
 from segjax.layers.norm import BatchNorm, GroupNorm, LayerNorm
 
 __all__ = [
-    "CHANGED_BY_A_CALL",
     "GELU",
-    "LINEAR_STD",
     "PLAIN",
     "BatchNorm",
     "BlockExecution",
@@ -68,7 +63,6 @@ __all__ = [
     "cheaper_order",
     "classifier_init",
     "classify",
-    "compiled_apart",
     "conv",
     "conv1x1_of_resized",
     "cpu_implementation",
@@ -81,7 +75,6 @@ __all__ = [
     "feed_forward",
     "gelu",
     "is_fast_on_cpu",
-    "is_published",
     "joint_projection_init",
     "linear_init",
     "meant_for",

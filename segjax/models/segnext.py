@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from segjax import layers
 from segjax.models.segmentation_model import SegmentationModel
@@ -304,7 +305,7 @@ class Hamburger(nnx.Module):
                 f"bases must be (B, C, R) = {(B, self.channels, self.rank)}, normalised over C; got {start.shape}"
             )
         steps = EVALUATION_STEPS if self.deterministic else TRAINING_STEPS
-        ham = factorise(wide, start, steps=steps).reshape(B, H, W, C)
+        ham = factorise(wide, _sharded_like(wide, start), steps=steps).reshape(B, H, W, C)
         return jax.nn.relu(self.ham_out(ham.astype(self.dtype)) + x)
 
     def bases_for(self, x: jax.Array) -> jax.Array:
@@ -318,6 +319,13 @@ class Hamburger(nnx.Module):
             return drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)
 
         return layers.draw_per_sample(draw, self.stream, x, self.axis_name)
+
+
+def _sharded_like(x: jax.Array, bases: jax.Array) -> jax.Array:
+    """`bases` (B, C, R) with the batch of `x` (B, ...): under a mesh with explicit axes a product needs equal ones."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return bases
+    return jax.sharding.reshard(bases, PartitionSpec(jax.typeof(x).sharding.spec[0]))
 
 
 class LightHamHead(nnx.Module):

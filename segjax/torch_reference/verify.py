@@ -100,14 +100,18 @@ def to_nhwc(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-def relative_error(ours: ArrayLike, theirs: ArrayLike) -> float:
-    """max |ours - theirs| / max |theirs|."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape:
-        raise AssertionError(f"shapes differ: ours {ours.shape}, theirs {theirs.shape}")
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+def relative_error(found: ArrayLike, reference: ArrayLike) -> float:
+    """max |found - reference| / max |reference|; infinite where either has a value that is not finite.
+
+    Raises:
+      AssertionError: the shapes differ.
+    """
+    found, reference = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+    if found.shape != reference.shape:
+        raise AssertionError(f"shapes differ: {found.shape} from segjax, {reference.shape} from the reference")
+    if not (np.isfinite(found).all() and np.isfinite(reference).all()):
         return float("inf")
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float64).tiny))
+    return float(np.abs(found - reference).max() / max(np.abs(reference).max(), np.finfo(np.float64).tiny))
 
 
 def compiled(model: SegmentationModel) -> Callable:

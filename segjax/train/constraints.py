@@ -14,6 +14,8 @@ import struct
 from collections.abc import Collection
 from typing import ClassVar, TypeGuard
 
+from segjax.data import specs
+
 # Steps and counts are int32 on the device.
 INT32_MAX = 2**31 - 1
 
@@ -188,11 +190,12 @@ class ClassWeights:
     """A published scheme by name, or a number for each class; how many classes there are is known with the data."""
 
     kind: ClassVar[type] = object
-    words: ClassVar[str] = "'', 'median_frequency', 'cityscapes' or one number for each class, as in (1.0, 2.5)"
+    names: ClassVar[tuple[str, ...]] = ("", "median_frequency", *specs.CLASS_WEIGHTS)
+    words: ClassVar[str] = f"{', '.join(map(repr, names))} or one number for each class, as in (1.0, 2.5)"
 
     def problem(self, value: object) -> str | None:
         if isinstance(value, str):
-            return None if value in ("", "median_frequency", "cityscapes") else self.words
+            return None if value in self.names else self.words
         if not isinstance(value, tuple | list) or not value:
             return self.words
         is_wrong = any(map(Real(least=0).problem, value)) or not any(value)

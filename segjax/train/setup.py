@@ -1,7 +1,7 @@
 """Builds a run from its config.
 
-Only `build` reads the config as a whole. The functions that make the parts take their own sections: `config.data`,
-`config.optim` and so on.
+Of the functions here only `build` reads the whole config. Those that make the parts of a run take their own sections:
+`config.data`, `config.optim` and so on.
 """
 
 from __future__ import annotations

@@ -681,7 +681,7 @@ def camvid_source() -> Path:
     if given and not root.is_dir():
         pytest.fail(f"SEGJAX_CAMVID names {root}, where there is no folder")
     if not root.is_dir():
-        # The data set's licence is unclear, so that it cannot come with the repository.
+        # The dataset's licence is unclear, so that it cannot come with the repository.
         pytest.skip(f"no CamVid at {root}; set SEGJAX_CAMVID to a folder with images/, labels/ and classes.json")
     return root
 

@@ -1,5 +1,7 @@
 """Which implementation runs is visible to jit, and layers call lax where other libraries look for them."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+import segjax
 from segjax import layers
 from segjax.kernels import choice
 from tests.tiny import tiny_model
@@ -83,3 +86,27 @@ def test_a_linear_layer_is_one_call_of_lax_dot_general_on_its_own_kernel(monkeyp
     y = layer(x)
     assert len(seen) == 1 and np.array_equal(seen[0], layer.kernel[...])
     np.testing.assert_allclose(y, x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("context", "found"),
+    [
+        (choice.published_implementations, 44),
+        (lambda: choice.meant_for("cuda"), 40),
+        (lambda: choice.meant_for("cpu"), 24),
+    ],
+    ids=["as published", "cuda", "cpu"],
+)
+def test_as_published_all_linear_layers_of_a_model_call_dot_general(context, found, monkeypatch):
+    model = nnx.eval_shape(lambda: segjax.create("segformer_b0", num_classes=5))
+    assert sum(isinstance(module, layers.Linear) for _, module in nnx.iter_modules(model)) == 44
+    calls, product = [], lax.dot_general
+
+    def counted(*arguments, **settings):
+        calls.append(sys._getframe(1).f_code.co_qualname)
+        return product(*arguments, **settings)
+
+    monkeypatch.setattr(lax, "dot_general", counted)
+    with context():
+        nnx.eval_shape(lambda model, images: model(images), model, jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32))
+    assert calls.count("Linear.__call__") == found
