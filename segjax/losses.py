@@ -73,7 +73,7 @@ def criterion(
 
 
 def _is_within(value: object, largest: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= largest
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= largest
 
 
 @dataclasses.dataclass(frozen=True)
