@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from segjax.runtime import environment
+from tests import quick_compilation
 
 # Tests run in a process per core, where threads of torch wait for cores in busy loops: minutes for what takes seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Data parallelism is tested for real: on a CPU one process can be split into several devices. Before the first use.
 jax.config.update("jax_num_cpu_devices", 4)
 environment.prepare()
+quick_compilation.install()
 # Tracing makes hundreds of thousands of objects that live on: looking through them again and again takes a third of it.
 gc.freeze()
 gc.set_threshold(200_000, 20, 100)
@@ -26,16 +28,15 @@ def float64():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Compiles in half the time to slower programs, which do not get to run for long in a test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Compiled programs are kept for as long as a process lives: several GiB in the end."""
     yield
     jax.clear_caches()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Prints a failure at once: a run that a time limit ends prints no summary."""
+    if report.failed and not os.environ.get("PYTEST_XDIST_WORKER"):
+        print(f"\n{report.longreprtext}\n{report.when} of {report.nodeid} FAILED", flush=True)

@@ -2,7 +2,7 @@
 
 import sys
 
-from segjax.commands.train import main
+from segjax.__main__ import run_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("train"))

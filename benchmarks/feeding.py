@@ -54,6 +54,7 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
 
     spec = specs.STREETS
     described = {"names": list(spec.class_names), "colors": np.array(spec.colors).tolist(), "ignore": spec.ignore_label}
+    shown = set()
     for split, count in (("train", number), ("test", 1)):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
@@ -61,6 +62,9 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
             image, label = streets.scene(0, index, size)
             cv2.imwrite(str(root / "images" / split / f"{index:04d}.png"), image[..., ::-1])
             cv2.imwrite(str(root / "labels" / split / f"{index:04d}.png"), label)
+            shown.update(np.unique(label).tolist())
+    # Few scenes do not show every class.
+    described["absent"] = [name for number, name in enumerate(spec.class_names) if number not in shown]
     (root / "classes.json").write_text(json.dumps(described), encoding="utf-8")
 
 
@@ -81,7 +85,8 @@ def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: i
     config = segformer.get_config(argument)
     config.update_from_flattened_dict(settings)
     (split, _), parallel = setup.load_data(config.data, seed=config.seed), parallel_for(config.parallel)
-    common = dict(batch_size=config.train.batch, seed=config.seed, cache_gb=config.data.cache_gb)
+    labels = dict(ignore_label=split.spec.ignore_label, class_pixels=None)
+    common = labels | dict(batch_size=config.train.batch, seed=config.seed, cache_gb=config.data.cache_gb)
     key = jax.random.key(config.seed)
     with setup.make_batches(split.data, config.augment, parallel=parallel, key=key, start=0, **common) as batches:
         for step in range(warm):

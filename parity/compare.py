@@ -32,7 +32,7 @@ def images(batch: int, size: tuple[int, int], *, seed: int, dtype) -> np.ndarray
     return np.random.default_rng(seed).normal(size=(batch, *size, 3)).astype(jnp.dtype(dtype))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int, align_corners: bool = False) -> jax.Array:
     """The mean that a training minimises: logits (B, h, w, K) and labels (B, H, W) -> scalar."""
     criterion = losses.Criterion(
         num_classes=logits.shape[-1],
@@ -43,8 +43,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int) ->
         focal_gamma=0.0,
         ohem_threshold=0.0,
         ohem_min_kept=0.0,
+        ohem_images=0,
+        mean_over="labelled",
+        aux="same",
     )
-    return criterion.total(logits, labels, criterion.counts(labels))
+    return criterion.total(logits, labels, criterion.counts(labels), align_corners=align_corners)
 
 
 # ------------------------------------------------------------------------------------------------------ layer by layer

@@ -1,7 +1,8 @@
-"""How mmsegmentation 1.x tests a segmentor, in PyTorch: written from its documentation and from what it does.
+"""How mmsegmentation tests a segmentor, in PyTorch: written from its documentation and from what it does.
 
-A test image goes through `Resize(scale_factor, keep_ratio=True)`, `ResizeToMultiple` where a config has it, and
-`RandomFlip`; the data preprocessor normalises it and pads it with zeros. `whole` and `slide` are the modes of
+A test image goes through `Resize(scale_factor, keep_ratio=True)` of 1.x, or through 0.x's `MultiScaleFlipAug` with an
+`img_scale`, which SegFormer's code on ADE20K has; `ResizeToMultiple` where a config has it, and `RandomFlip`; the data
+preprocessor normalises it and pads it with zeros. `whole` and `slide` are the modes of
 `EncoderDecoder`, `merge` is the test-time augmentation of `SegTTAModel`. Images are (H, W, 3) uint8 RGB, everything
 after that (B, C, H, W).
 """
@@ -29,10 +30,24 @@ def rescale(image, factor):
     The factor gives a target size first; the image then becomes as large as that allows with its proportions kept.
     """
     height, width = image.shape[:2]
-    target = times((width, height), factor)
+    return fit(image, times((width, height), factor))
+
+
+def rescale_base(image, base, factor):
+    """`MultiScaleFlipAug(img_scale=base, img_ratios=[factor], transforms=[Resize(keep_ratio=True)])`.
+
+    The base, times the factor and cut to whole pixels, is how large the image may become; which of its two numbers
+    comes first does not matter.
+    """
+    return fit(image, (int(base[0] * factor), int(base[1] * factor)))
+
+
+def fit(image, target):
+    """mmcv's `imrescale`: as large as a target of (long, short) or (short, long) allows, proportions kept."""
+    height, width = image.shape[:2]
     long, short = max(height, width), min(height, width)
-    width, height = times((width, height), min(max(target) / long, min(target) / short))
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    new = times((width, height), min(max(target) / long, min(target) / short))
+    return cv2.resize(image, new, interpolation=cv2.INTER_LINEAR)
 
 
 def to_multiple(image, divisor):
@@ -47,20 +62,20 @@ def preprocess(image, dtype):
     return pixels.permute(2, 0, 1)[None]
 
 
-def resize(x, size):
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+def resize(x, size, align_corners):
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def whole(network, x, multiple):
+def whole(network, x, multiple, align_corners):
     """Logits at the size of the input, which is padded at the bottom and right for the network's sake."""
     height, width = x.shape[2:]
     padded = F.pad(x, (0, -width % multiple, 0, -height % multiple))
     with torch.no_grad():
         logits, _ = network(padded)
-    return resize(logits, padded.shape[2:])[:, :, :height, :width]
+    return resize(logits, padded.shape[2:], align_corners)[:, :, :height, :width]
 
 
-def slide(network, x, multiple, crop, stride):
+def slide(network, x, multiple, crop, stride, align_corners):
     """The mean of the logits of overlapping windows."""
     (crop_height, crop_width), (down, across) = crop, stride
     height, width = x.shape[2:]
@@ -71,7 +86,7 @@ def slide(network, x, multiple, crop, stride):
         for column in range(columns):
             bottom, right = min(row * down + crop_height, height), min(column * across + crop_width, width)
             top, left = max(bottom - crop_height, 0), max(right - crop_width, 0)
-            logits = whole(network, x[:, :, top:bottom, left:right], multiple)
+            logits = whole(network, x[:, :, top:bottom, left:right], multiple, align_corners)
             if total is None:
                 total = torch.zeros((1, logits.shape[1], height, width), dtype=x.dtype)
             total += F.pad(logits, (left, width - right, top, height - bottom))
@@ -80,13 +95,29 @@ def slide(network, x, multiple, crop, stride):
     return total / seen
 
 
-def one_pass(network, image, *, multiple, crop=None, stride=None, factor=1.0, divisor=1, flip=False):
-    """Logits (1, K, H, W) at the image's own size."""
-    resized = to_multiple(rescale(image, factor), divisor)
+def one_pass(
+    network,
+    image,
+    *,
+    align_corners,
+    multiple,
+    crop=None,
+    stride=None,
+    base_size=None,
+    factor=1.0,
+    divisor=1,
+    flip=False,
+):
+    """Logits (1, K, H, W) at the image's own size; `align_corners` is that of the decode head, for both resizes."""
+    near = rescale(image, factor) if base_size is None else rescale_base(image, base_size, factor)
+    resized = to_multiple(near, divisor)
     dtype = next(network.parameters()).dtype
     x = preprocess(resized[:, ::-1] if flip else resized, dtype)
-    logits = whole(network, x, multiple) if crop is None else slide(network, x, multiple, crop, stride)
-    return resize(logits.flip(3) if flip else logits, image.shape[:2])
+    if crop is None:
+        logits = whole(network, x, multiple, align_corners)
+    else:
+        logits = slide(network, x, multiple, crop, stride, align_corners)
+    return resize(logits.flip(3) if flip else logits, image.shape[:2], align_corners)
 
 
 def merge(network, image, *, scales=(1.0,), flip=False, **settings):

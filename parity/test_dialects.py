@@ -275,7 +275,7 @@ HEADS, HALVES = "num_heads=(1, 2, 5, 8)", ("block_norm_eps=1e-06", "patch_norm_e
         ("segformer_mmseg_b1", "mmseg", (HEADS, "block_norm_eps=1e-06", "patch_norm_eps=1e-06")),
         ("segformer_simple", "native", (HEADS,)),
         ("segformer_zuppichini", "native", ("num_heads=(1, 2, 4, 8)",)),
-        ("hrnet_w32", "native", ("align_corners=False",)),
+        ("hrnet_w32", "native", ("align_corners=True",)),
         ("hrnet_w32", "timm", ("align_corners=False",)),
         ("hrnet_w32", "mmseg", ("align_corners=False",)),
         ("hrnet_w48_ocr", "native", ("align_corners=True",)),
@@ -304,6 +304,32 @@ def test_what_a_checkpoint_cannot_tell_is_assumed_as_its_package_has_it_and_said
     setting = assumptions[0].partition("=")[0]
     given = ask(weights, num_classes=150, **{setting: "given"})[2]
     assert given[setting] == "given" and not any(text.startswith(f"assumed {setting}") for text in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "num_classes", "align_corners"),
+    [
+        ("native", 19, False),
+        ("native", 20, False),
+        ("native", 59, False),
+        ("native", 150, True),
+        ("native", 171, True),
+        # Only the official repository has two kinds.
+        ("mmseg", 150, False),
+        ("segmentation_pytorch", 150, False),
+    ],
+)
+def test_official_hrnets_of_ade20k_and_coco_stuff_have_aligned_corners(
+    dialect, num_classes, align_corners, ask, caplog
+):
+    (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, "hrnet"))
+    weights = renamed(blank("hrnet_w18", num_classes), form)
+    _, classes, overrides = ask(weights, dialect=dialect)
+    assert classes == num_classes
+    assert overrides.get("align_corners", False) is align_corners
+    package = f"{form.package} with {num_classes} classes" if align_corners else form.package
+    line = f"assumed align_corners={align_corners}: a checkpoint does not contain it; published for {package}"
+    assert line in caplog.messages
 
 
 @pytest.mark.parametrize("num_classes", [NUM_CLASSES, 1])

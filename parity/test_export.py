@@ -89,19 +89,28 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("num_classes", [pytest.param(1, marks=pytest.mark.slow), 5])
-def test_labels_are_those_of_the_upsampled_logits(format, num_classes, tmp_path):
-    model, path = tiny("hrnet", num_classes), tmp_path / f"a{SUFFIXES[format]}"
+@pytest.mark.parametrize(
+    ("label", "num_classes", "align_corners"),
+    [pytest.param("hrnet", 1, False, marks=pytest.mark.slow), ("hrnet, corners", 5, True)],
+)
+def test_labels_are_those_of_logits_upsampled_as_the_model_says(format, label, num_classes, align_corners, tmp_path):
+    model, path = tiny(label, num_classes), tmp_path / f"a{SUFFIXES[format]}"
     write, opened = FORMATS[format]
     write(path, model, ExportFormat(format, (72, 100), preprocessing=True, argmax=True), {})
     images = np.random.default_rng(1).integers(0, 256, (1, 72, 100, 3), dtype=np.uint8)
     labels = opened(path)(images)
     normal = (images - np.array(specs.IMAGENET_MEAN)) / np.array(specs.IMAGENET_STD)
     logits = torch.tensor(logits_of(model, np.moveaxis(normal, -1, 1).astype(np.float32)))
-    scores = torch.nn.functional.interpolate(logits, size=(72, 100), mode="bilinear", align_corners=False).numpy()
-    expected = scores[:, 0] > 0 if num_classes == 1 else scores.argmax(axis=1)
+
+    def upsampled(align_corners):
+        settings = dict(size=(72, 100), mode="bilinear", align_corners=align_corners)
+        scores = torch.nn.functional.interpolate(logits, **settings).numpy()
+        return scores[:, 0] > 0 if num_classes == 1 else scores.argmax(axis=1)
+
+    expected = upsampled(align_corners)
     assert labels.dtype == np.uint8 and labels.shape == (1, 72, 100)
     assert len(np.unique(expected)) > 1 and (labels == expected).mean() > 0.999
+    assert (labels == upsampled(not align_corners)).mean() < 0.995
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
@@ -169,3 +178,16 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 2
     assert "the format onnx needs onnxscript: pip install 'segjax[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_export_gives_the_same_bytes_without_folders_of_this_machine(format, tmp_path):
+    write, files = FORMATS[format][0], []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / f"m{SUFFIXES[format]}")
+        write(files[-1], tiny("segformer", seed=3), ExportFormat(format, (64, 96), preprocessing=True), {"a": [1]})
+    first, second = (path.read_bytes() for path in files)
+    assert first == second
+    for folder in (tmp_path, REPOSITORY, sys.prefix, Path(torch.__file__).parent):
+        assert str(folder).encode() not in first

@@ -21,17 +21,18 @@ DTYPES = ("float64", "float32")
 AUX_WEIGHT = 0.4
 
 
-def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
+def our_gradients(model, x, labels, *bases, training, align_corners, aux_weight=AUX_WEIGHT):
     """Loss, gradients by torch key and layout, and running statistics after the forward pass by torch key."""
     functional = FunctionalModel(model)
     params, batch_stats = functional.arrays()
+    cross_entropy = partial(compare.cross_entropy, ignore_label=255, align_corners=align_corners)
 
     def loss_of(params):
         bound = functional.bind(params, batch_stats, key=jax.random.key(0) if training else None)
         logits, taps = bound(x, *bases)
-        loss = compare.cross_entropy(logits, labels, ignore_label=255)
+        loss = cross_entropy(logits, labels)
         if "aux_logits" in taps:
-            loss += aux_weight * compare.cross_entropy(taps["aux_logits"], labels, ignore_label=255)
+            loss += aux_weight * cross_entropy(taps["aux_logits"], labels)
         return loss, functional.batch_stats_of(bound)
 
     (loss, stats), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
@@ -42,9 +43,11 @@ def our_gradients(model, x, labels, *bases, training, aux_weight=AUX_WEIGHT):
 def their_loss(reference, x, labels, *bases):
     """The loss that a published recipe trains on, from a reference in the mode it is in."""
     labels = torch.from_numpy(labels).long()
+    # Of HRNets; the other families are published with False.
+    align_corners = getattr(reference, "align_corners", False)
 
     def loss_of(logits):
-        upsampled = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+        upsampled = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
         return F.cross_entropy(upsampled, labels, ignore_index=255)
 
     logits, taps = verify.run_reference(reference, x, *bases)
@@ -64,9 +67,10 @@ def gradient_errors(ours, theirs, is_idle):
 def test_gradients_equal_the_original_code(file, float64, within):
     case = golden.cases(file)[0]
     bases = () if case.bases is None else (case.bases,)
-    # The golden's loss is that of the last output alone.
+    # The golden's loss is that of the last output only, upsampled with align_corners=False for every model.
+    settings = dict(training=False, align_corners=False, aux_weight=0)
     x, labels = channels_last(case.images), jnp.asarray(case.labels)
-    _, ours, _ = our_gradients(golden_model(file), x, labels, *bases, training=False, aux_weight=0)
+    _, ours, _ = our_gradients(golden_model(file), x, labels, *bases, **settings)
     theirs = case.gradients
     largest = max(np.abs(value).max() for value in theirs.values())
 
@@ -124,7 +128,8 @@ def assert_gradients_equal(subject, model, reference, batch, size, dtype, traini
     reference.train(training)
     loss = their_loss(reference, x, labels, *bases)
     loss.backward()
-    our_loss, ours, stats = our_gradients(model, x, jnp.asarray(labels), *bases, training=training)
+    settings = dict(training=training, align_corners=model.align_corners)
+    our_loss, ours, stats = our_gradients(model, x, jnp.asarray(labels), *bases, **settings)
     what = f"{architectures.family_of(model.spec.name)}, {what}, {'training' if training else 'evaluation'}"
     within("output", dtype, abs(our_loss - loss.item()) / loss.item(), f"{what}, loss")
     theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}

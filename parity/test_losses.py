@@ -1,5 +1,7 @@
 """Every term of the loss against torch: its own losses where it has them, else the paper's formula and autograd."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -18,21 +20,26 @@ SETTINGS = dict.fromkeys(losses.TERMS, 0.0) | {
     "focal_gamma": 2.0,
     "ohem_threshold": 0.7,
     "ohem_min_kept": 1 / 16,
+    "ohem_images": 0,
+    "mean_over": "labelled",
+    "aux": "same",
 }
 
 
-def draw(seed, small, large, classes, dtype):
+def draw(seed, small, large, classes, dtype, batch=3):
     rng = np.random.default_rng(seed)
-    logits = (2 * rng.standard_normal((3, *small, classes))).astype(dtype)
+    logits = (2 * rng.standard_normal((batch, *small, classes))).astype(dtype)
     # The first image lacks the last class.
-    highest = np.array([max(classes - 1, 2), max(classes, 2), max(classes, 2)])[:, None, None]
-    labels = rng.integers(0, highest, (3, *large)).astype(np.uint8)
+    highest = np.array([max(classes - 1, 2)] + [max(classes, 2)] * (batch - 1))[:, None, None]
+    labels = rng.integers(0, highest, (batch, *large)).astype(np.uint8)
     labels[rng.random(labels.shape) < 0.2] = IGNORE
     labels[1, : large[0] // 2] = IGNORE
     return logits, labels
 
 
-def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settings):
+def assert_equal(
+    name, theirs, classes, dtype, within, *, weights=None, align_corners=False, drawn=draw, sizes=SIZES, **settings
+):
     """Values and gradients; `theirs` maps upsampled logits (B, K, H, W) and labels (B, H, W), int64, to a scalar."""
     criterion = losses.criterion(
         SETTINGS | {name: 1.0} | settings, num_classes=classes, ignore_label=IGNORE, class_weights=weights
@@ -40,12 +47,13 @@ def assert_equal(name, theirs, classes, dtype, within, *, weights=None, **settin
 
     @jax.jit
     def ours(logits, labels):
-        return jax.value_and_grad(criterion.total)(logits, labels, criterion.counts(labels))
+        total = functools.partial(criterion.total, align_corners=align_corners)
+        return jax.value_and_grad(total)(logits, labels, criterion.counts(labels))
 
-    for seed, (small, large) in enumerate(SIZES):
-        logits, labels = draw(seed, small, large, classes, dtype)
+    for seed, (small, large) in enumerate(sizes):
+        logits, labels = drawn(seed, small, large, classes, dtype)
         leaf = verify.to_nchw(logits).requires_grad_()
-        upsampled = F.interpolate(leaf, size=large, mode="bilinear", align_corners=False)
+        upsampled = F.interpolate(leaf, size=large, mode="bilinear", align_corners=align_corners)
         expected = theirs(upsampled, torch.from_numpy(labels).long())
         (slope,) = torch.autograd.grad(expected, leaf)
         loss, gradient = ours(logits, labels)
@@ -99,6 +107,36 @@ def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
         return torchs(logits[:, 0][labels != IGNORE], truth[labels != IGNORE])
 
     assert_equal("cross_entropy", of_labelled, 1, dtype, within, weights=ours, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_loss_of_aligned_corners_is_that_of_logits_that_torch_interpolates_so(
+    weighted, dtype, float64, within, monkeypatch
+):
+    ours, theirs = weights_of(6, dtype) if weighted else (None, None)
+    torchs = torch.nn.CrossEntropyLoss(weight=theirs, ignore_index=IGNORE)
+    # In tiles of one row, if it were computed in row tiles.
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
+    with choice.meant_for("cpu"):
+        assert_equal("cross_entropy", torchs, 6, dtype, within, weights=ours, align_corners=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes, smoothing", [(1, 0.0), (6, 0.0), (6, 0.1)])
+def test_the_mean_over_all_pixels_is_torchs_mean_of_the_unreduced_loss(classes, smoothing, dtype, float64, within):
+    ours, theirs = weights_of(classes, dtype)
+
+    def over_all(logits, labels):
+        if classes > 1:
+            settings = dict(weight=theirs, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none")
+            return F.cross_entropy(logits, labels, **settings).mean()
+        truth = (labels == 1).to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], truth, pos_weight=theirs, reduction="none")
+        return (loss * (labels != IGNORE)).mean()
+
+    settings = dict(weights=ours, label_smoothing=smoothing, mean_over="all")
+    assert_equal("cross_entropy", over_all, classes, dtype, within, **settings)
 
 
 # (h, w), (factor of each), rows of a tile.
@@ -207,6 +245,64 @@ def test_ohem_with_weights_is_torchs_mean_over_what_is_kept(classes, dtype, floa
         return F.cross_entropy(logits[kept], labels[kept], weight=theirs)
 
     assert_equal("ohem", by_image(ohem), classes, dtype, within, weights=ours)
+
+
+def hard_pixels_of_groups(group, threshold, least, weights):
+    """HRNet's OHEM, one GPU after the other, each with `group` images: mean over the GPUs with labels.
+
+    Of the probabilities of the true classes in ascending order, that at place `least`, or the last one, is the
+    threshold unless `threshold` is higher.
+    """
+
+    def loss_of(logits, labels):
+        means = []
+        for scores, truth in zip(logits.split(group), labels.split(group), strict=True):
+            flat, truth = scores.permute(0, 2, 3, 1)[truth != IGNORE], truth[truth != IGNORE]
+            if len(truth):
+                loss = negative_log(flat, truth)
+                probability = probabilities(flat) if flat.shape[1] > 1 else torch.sigmoid(flat).repeat(1, 2)
+                if flat.shape[1] == 1:
+                    probability[:, 0] = 1 - probability[:, 0]
+                probability = probability.detach()[torch.arange(len(truth)), truth]
+                limit = max(float(torch.sort(probability).values[min(least, len(truth) - 1)]), threshold)
+                of_pixel = weights[truth] if len(weights) > 1 else torch.where(truth == 1, weights[0], 1.0)
+                means.append((of_pixel * loss)[probability < limit].mean())
+        return torch.stack(means).mean()
+
+    return loss_of
+
+
+def draw_groups(seed, small, large, classes, dtype):
+    """Six images: two groups of three, or three of two, the last of which has no labels."""
+    logits, labels = draw(10 + seed, small, large, classes, dtype, batch=6)
+    labels[4:] = IGNORE
+    # A group of two with fewer labels than are kept in any case.
+    labels[2:4, 2:] = IGNORE
+    # Upsampling repeats the edges, and which of two equally hard pixels is the last one kept depends on the last bit.
+    labels[:, [0, -1]] = labels[:, :, [0, -1]] = IGNORE
+    return logits, labels
+
+
+GROUPS = [
+    (6, 3, 0.9, 1 / 12, "float64"),
+    (6, 3, 0.9, 1 / 12, "float32"),
+    (6, 2, 0.05, 0.2, "float64"),
+    (6, 2, 0.0, 0.45, "float64"),
+    (1, 2, 0.9, 1 / 12, "float64"),
+    (1, 3, 0.05, 0.2, "float32"),
+]
+
+
+@pytest.mark.parametrize("classes, group, threshold, min_kept, dtype", GROUPS)
+def test_ohem_of_groups_is_that_of_hrnets_gpus(classes, group, threshold, min_kept, dtype, float64, within):
+    ours, theirs = weights_of(classes, dtype)
+
+    def ohem(logits, labels):
+        least = round(min_kept * labels[:group].numel())
+        return hard_pixels_of_groups(group, threshold, least, theirs)(logits, labels)
+
+    settings = dict(ohem_images=group, ohem_threshold=threshold, ohem_min_kept=min_kept)
+    assert_equal("ohem", ohem, classes, dtype, within, weights=ours, drawn=draw_groups, sizes=3 * SIZES, **settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """Clipping, frozen parts and micro-batches against what a loop in torch does; starts from its files."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import segjax
 from parity import compare
 from parity.subjects import NUM_CLASSES, SUBJECTS
+from parity.test_grad import gradient_errors
 from segjax import losses
 from segjax.checkpoints import architectures
 from segjax.checkpoints.initialize import initialize
@@ -166,6 +168,59 @@ def test_steps_with_frozen_parts_clipping_and_micro_batches_end_where_torch_ends
             moved = np.sqrt(sum(np.square(after[key] - before[key]).sum() for key in keys))
             apart = np.sqrt(sum(np.square(after[key] - ours[key]).sum() for key in keys))
             within("trajectory", "float64", apart / moved, f"{what}, {part}")
+
+
+# --------------------------------------------------------------------------------------------- the loss of OCR models
+
+
+def test_ocr_has_aligned_corners_hard_pixels_and_an_auxiliary_loss_as_published(float64, within):
+    subject = SUBJECTS["ocr"]
+    kinds = dict(num_classes=NUM_CLASSES, seed=4, dtype="float64")
+    small = subject.fixed | dict(width=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))
+    model, reference = compare.randomised_pair(subject.name, **kinds, **small)
+    rng = np.random.default_rng(3)
+    x, weights = compare.images(4, (40, 56), seed=5, dtype="float64"), rng.uniform(0.5, 2, NUM_CLASSES)
+    labels = rng.integers(0, NUM_CLASSES, (4, 40, 56)).astype(np.uint8)
+    labels[1, :30] = labels[:, 9:12] = 255
+
+    config = common.get_config("folder").loss
+    # Published with either of the two; with both, one program shows both.
+    config.update(cross_entropy=0.7, ohem=1.0, ohem_images=2, ohem_threshold=0.2, ohem_min_kept=1 / 12)
+    config.update(aux="cross_entropy")
+    step = TrainStep(
+        model=FunctionalModel(model),
+        optimizer=None,
+        augment=None,
+        criterion=losses.criterion(config, num_classes=NUM_CLASSES, ignore_label=255, class_weights=weights),
+        aux_weight=0.4,
+    )
+    state = TrainState.start(*step.model.arrays(), {})
+    counts = step.counts(jnp.asarray(labels))
+    loss, gradients, _ = jax.jit(step.gradients)(state, x, labels, counts, jax.random.key(0))
+    ours = {torch_name(path): to_torch_layout(path, np.asarray(value)) for path, value in gradients.items()}
+
+    truth, settings = torch.from_numpy(labels).long(), dict(weight=torch.from_numpy(weights), ignore_index=255)
+    logits, taps = verify.run_reference(reference.train(), x)
+    main, auxiliary = (
+        F.interpolate(scores, size=(40, 56), mode="bilinear", align_corners=True)
+        for scores in (logits, taps["aux_logits"])
+    )
+    of_gpu = []
+    for scores, label in zip(main.split(2), truth.split(2), strict=True):
+        valid = label != 255
+        probability = scores.detach().softmax(1).gather(1, label.where(valid, 0)[:, None])[:, 0][valid]
+        limit = max(0.2, probability.sort().values[round(label.numel() / 12)].item())
+        assert 0.1 < (probability < limit).double().mean() < 0.9
+        of_gpu.append(F.cross_entropy(scores, label, **settings, reduction="none")[valid][probability < limit])
+    expected = 0.7 * F.cross_entropy(main, truth, **settings) + sum(of_pixel.mean() for of_pixel in of_gpu) / 2
+    expected = expected + 0.4 * F.cross_entropy(auxiliary, truth, **settings)
+    expected.backward()
+
+    what = "hrnet_ocr, losses with aligned corners"
+    within("loss", "float64", abs(loss - expected.item()) / expected.item(), what)
+    theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
+    for _, error in gradient_errors(ours, theirs, partial(subject.is_idle, training=True)):
+        within("gradient", "float64", error, f"{what}, worst parameter")
 
 
 # --------------------------------------------------------------------------------------------------------- the start

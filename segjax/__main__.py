@@ -6,6 +6,8 @@ import difflib
 import importlib
 import sys
 
+from segjax.runtime import native_log, signals
+
 # Command: the module whose `main(arguments) -> int` it is, and the line of --help.
 COMMANDS = {
     "train": ("segjax.commands.train", "train a model on a dataset, or resume a run"),
@@ -21,9 +23,31 @@ COMMANDS = {
 USAGE = "usage: segjax COMMAND ...   (segjax COMMAND --help lists its arguments)"
 
 
+def run_process(command: str | None = None) -> int:
+    """Runs a command with the arguments of this process, which a signal ends from now on as `signals` describes.
+
+    Args:
+      command: a key of `COMMANDS`; by default the first argument is one.
+    """
+    arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+    name = f"segjax {arguments[0]}" if arguments and arguments[0] in COMMANDS else "segjax"
+
+    def run() -> int:
+        native_log.divert()
+        return main(arguments)
+
+    return signals.run_process(name, run)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status; 2 where there is no such command."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    """Runs a command and returns its exit status; 2 where there is no such command.
+
+    Args:
+      arguments: by default those of this process, see `run_process`.
+    """
+    if arguments is None:
+        return run_process()
+    name, *rest = arguments or [""]
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     if name in ("-h", "--help"):
@@ -44,4 +68,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process())

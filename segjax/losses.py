@@ -1,4 +1,4 @@
-"""Losses at the resolution of the labels: sums over pixels or images, and counts that depend on the labels only.
+"""Losses at the resolution of the labels: sums over pixels, images or groups, and counts of the labels only.
 
 The mean is taken once, over the whole batch. Counts are first added up over devices and micro-batches. Each part of the
 batch then divides its sums by the counts of the whole batch, so that the losses and the gradients of the parts add up
@@ -6,8 +6,9 @@ to those of the whole batch.
 
 Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. Dice loss, Milletari et al., "V-Net",
 2016. Hard pixels only (OHEM), Shrivastava et al., 2016, applied to pixels as in Wu et al., "Bridging Category-level and
-Instance-level Semantic Image Segmentation", 2016. Lovász losses, Berman et al., "The Lovász-Softmax loss", 2018.
-Weights by median frequency, Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015.
+Instance-level Semantic Image Segmentation", 2016, and to groups of images as in HRNet-Semantic-Segmentation. Lovász
+losses, Berman et al., "The Lovász-Softmax loss", 2018. Weights by median frequency, Eigen and Fergus, "Predicting
+Depth, Surface Normals and Semantic Labels", 2015.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from segjax.kernels.cross_entropy import pays
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
 SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
-# Terms that are divided by a number or weight of pixels; the others are means over images.
+MEANS = ("labelled", "all")
+AUXILIARY = ("same", "cross_entropy")
+# Terms that are divided by a number or weight of pixels; the others are means over images, or ohem over groups of them.
 PER_PIXEL = ("cross_entropy", "focal")
 
 
@@ -47,13 +50,21 @@ def criterion(
       ValueError: settings that are missing or out of range, every factor 0, class weights that do not fit; all in one
         error.
     """
-    names = (*TERMS, "focal_gamma", *SHARES)
+    numbers_of, words = (*TERMS, "focal_gamma", *SHARES), {"mean_over": MEANS, "aux": AUXILIARY}
+    names = (*numbers_of, "ohem_images", *words)
     problems = [f"loss.{name} is missing" for name in names if name not in settings]
     # The schema of a config has the same ranges, since it reports them with those of all other settings.
     problems += [
         f"loss.{name} must be {'from 0 to 1' if name in SHARES else 'finite and at least 0'}; got {settings[name]!r}"
-        for name in names
+        for name in numbers_of
         if name in settings and not _is_within(settings[name], 1 if name in SHARES else sys.float_info.max)
+    ]
+    if "ohem_images" in settings and not _is_count(settings["ohem_images"]):
+        problems.append(f"loss.ohem_images must be a whole number, at least 0; got {settings['ohem_images']!r}")
+    problems += [
+        f"loss.{name} must be {' or '.join(map(repr, options))}; got {settings[name]!r}"
+        for name, options in words.items()
+        if name in settings and settings[name] not in options
     ]
     if not problems and not any(settings[name] for name in TERMS):
         problems.append(f"loss: {ALL_ZERO}")
@@ -68,6 +79,9 @@ def criterion(
         class_weights=class_weights,
         factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
         focal_gamma=float(settings["focal_gamma"]),
+        ohem_images=settings["ohem_images"],
+        mean_over=settings["mean_over"],
+        aux=settings["aux"],
         **{name: float(settings[name]) for name in SHARES},
     )
 
@@ -76,9 +90,13 @@ def _is_within(value: object, largest: float) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= largest
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """A sum of terms: factor * sum over pixels or images / count.
+    """A sum of terms: factor * sum over pixels, images or groups / count.
 
     K = 1 is a binary model: sigmoid, labels 0 and 1.
 
@@ -86,13 +104,21 @@ class Criterion:
       class_weights: K weights, or None. A pixel's loss is multiplied by the weight of its class in the terms that are
         made of cross-entropies: cross_entropy, focal (where the weights are its alpha) and ohem. As in torch, K > 1
         divides by the sum of the weights; K = 1 has one weight, that of the pixels labelled 1 (torch's pos_weight), and
-        divides by the number of pixels. Dice and Lovász are means over classes and use no weights.
+        divides by the number of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K.
+        Dice and Lovász are means over classes and use no weights.
       factors: (name of the term, factor above 0) in the order of `counts`.
       label_smoothing: share of the label that cross_entropy spreads over all classes, as in torch; other terms have no
         smoothing.
       focal_gamma: exponent of the focal loss; 0 makes it cross-entropy without smoothing.
       ohem_threshold: ohem keeps every pixel whose true class has a lower probability than this.
-      ohem_min_kept: share of an image's labelled pixels that ohem keeps in any case, the hardest ones, at least one.
+      ohem_min_kept: share of pixels that ohem keeps in any case, the hardest ones, at least one: of an image's labelled
+        pixels, or of all pixels of a group.
+      ohem_images: number of consecutive images of the batch that ohem selects hard pixels among; 0 selects them image
+        by image. See `_ohem` and `_ohem_of_groups`.
+      mean_over: pixels that cross_entropy and focal are divided by: "labelled", their number or weight; or "all", the
+        number of all pixels, labelled or not, as in mmsegmentation with avg_non_ignore=False.
+      aux: loss of auxiliary logits: "same", or "cross_entropy", with a factor of 1 and no other term, as in
+        HRNet-Semantic-Segmentation, whose auxiliary logits have no ohem.
     """
 
     num_classes: int
@@ -103,50 +129,80 @@ class Criterion:
     focal_gamma: float
     ohem_threshold: float
     ohem_min_kept: float
+    ohem_images: int
+    mean_over: str
+    aux: str
+
+    @property
+    def group(self) -> int:
+        """Number of consecutive images that must be in one micro-batch on one device."""
+        return max(self.ohem_images, 1) if "ohem" in dict(self.factors) else 1
+
+    @property
+    def auxiliary(self) -> Criterion:
+        """The loss of auxiliary logits."""
+        if self.aux == "same":
+            return self
+        return dataclasses.replace(self, factors=(("cross_entropy", 1.0),), aux="same")
 
     def counts(self, labels: jax.Array) -> jax.Array:
         """The divisor of each term's sum, (T,) float32, or float64 where jax has 64 bits enabled.
 
-        The counts of the parts of a batch add up to the counts of the batch.
+        The counts of the parts of a batch add up to the counts of the batch. They do not depend on `aux`: those of the
+        auxiliary loss are `self.auxiliary.counts`.
 
         Args:
           labels: (B, H, W) integers.
+
+        Raises:
+          ValueError: B is not a multiple of `self.group`.
         """
         valid = labels != self.ignore_label
-        images = jnp.sum(jnp.any(valid, axis=(1, 2)), dtype=jnp.int32)
-        if self.class_weights is None or self.num_classes == 1:
+        if self.mean_over == "all":
+            pixels = labels.size
+        elif self.class_weights is None or self.num_classes == 1:
             pixels = jnp.sum(valid, dtype=jnp.int32)
         else:
             # Counted as integers: a float32 sum of millions of weights would lose the last of them.
             of_class = jnp.sum(self._truth(labels), axis=(0, 1, 2), dtype=jnp.int32)
             pixels = jnp.sum(of_class * jnp.asarray(self.class_weights, float))
-        return jnp.stack([jnp.asarray(pixels if name in PER_PIXEL else images, float) for name, _ in self.factors])
+        images = jnp.sum(jnp.any(valid, axis=(1, 2)), dtype=jnp.int32)
+        count_of = {name: pixels if name in PER_PIXEL else images for name in TERMS}
+        if self.group > 1:
+            count_of["ohem"] = jnp.sum(jnp.any(self._in_groups(valid), axis=1), dtype=jnp.int32)
+        return jnp.stack([jnp.asarray(count_of[name], float) for name, _ in self.factors])
 
-    def total(self, logits: jax.Array, labels: jax.Array, counts: jax.Array) -> jax.Array:
+    def total(
+        self, logits: jax.Array, labels: jax.Array, counts: jax.Array, *, align_corners: bool = False
+    ) -> jax.Array:
         """The contribution of these pixels to the mean loss of the whole batch.
 
-        The logits are cast to at least float32 and upsampled to the size of the labels (bilinear, align_corners False),
-        as in every published recipe.
+        The logits are cast to at least float32 and upsampled bilinearly to the size of the labels.
 
         Args:
           logits: (B, h, w, K).
           labels: (B, H, W) integers; pixels labelled `ignore_label` do not count.
           counts: (T,), `self.counts` of the whole batch, added up over all devices and micro-batches.
+          align_corners: of the upsampling: that of the model, `SegmentationModel.align_corners`.
 
         Returns:
           Scalar. A term whose count is 0 has loss 0 and gradient 0.
+
+        Raises:
+          ValueError: B is not a multiple of `self.group`.
         """
         logits = logits.astype(precision.at_least_float32(logits.dtype))
         height, width = labels.shape[1:3]
         counts = counts.astype(logits.dtype)
         is_cross_entropy = [name for name, _ in self.factors] == ["cross_entropy"] and not self.label_smoothing
-        if is_cross_entropy and layers.is_fast_on_cpu() and pays(logits, (height, width)):
+        in_row_tiles = is_cross_entropy and not align_corners and layers.is_fast_on_cpu()
+        if in_row_tiles and pays(logits, (height, width)):
             weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
             return self.factors[0][1] * _mean(kernels_cross_entropy.cross_entropy(logits, labels, weights), counts[0])
-        logits = layers.resize(logits, (height, width))
+        logits = layers.resize(logits, (height, width), align_corners=align_corners)
         sums = {
             "cross_entropy": self._cross_entropy,
-            "ohem": self._ohem,
+            "ohem": self._ohem_of_groups if self.ohem_images else self._ohem,
             "dice": self._dice,
             "focal": self._focal,
             "lovasz": self._lovasz,
@@ -176,11 +232,7 @@ class Criterion:
         return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
 
     def _ohem(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        """The mean over the kept pixels of each image, summed over images.
-
-        Published code selects hard pixels among all images on a device, so that the loss depends on the number of
-        devices. Here they are selected image by image.
-        """
+        """The weighted mean over the hard pixels of each image, summed over images."""
         batch = labels.shape[0]
         valid = (labels != self.ignore_label).reshape(batch, -1)
         loss = _negative_log_likelihood(logits, labels)
@@ -193,6 +245,34 @@ class Criterion:
         total = jnp.sum(jnp.where(kept, self._weighted(loss, labels).reshape(batch, -1), 0), axis=1)
         weight = jnp.ones_like(loss) if self.num_classes == 1 else self._weighted(jnp.ones_like(loss), labels)
         return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
+
+    def _ohem_of_groups(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """The plain mean over the hard pixels of each group of `ohem_images` images, summed over groups.
+
+        As in HRNet-Semantic-Segmentation, whose groups are the images of one GPU: a pixel is hard where its true class
+        has a lower probability than the larger of `ohem_threshold` and the probability at place n, counted from 0 and
+        from the lowest, where n is `ohem_min_kept` of the group's pixels, labelled or not. Where no more than n are
+        labelled, it is the highest probability. The losses are weighted; they are divided by the number of hard pixels.
+        Here, a group without hard pixels has loss 0, where the original has NaN.
+        """
+        valid = self._in_groups(labels != self.ignore_label)  # (G, N)
+        loss = _negative_log_likelihood(logits, labels)
+        hardness = lax.stop_gradient(jnp.where(valid, self._in_groups(loss), -jnp.inf))
+        least = max(round(self.ohem_min_kept * valid.shape[1]), 1)
+        place = jnp.clip(jnp.sum(valid, axis=1, dtype=jnp.int32) - 1, 0, least)
+        cutoff = jnp.take_along_axis(jnp.sort(hardness, axis=1, descending=True), place[:, None], axis=1)
+        kept = valid & ((hardness > cutoff) | (jnp.exp(-hardness) < self.ohem_threshold))
+        total = jnp.sum(jnp.where(kept, self._in_groups(self._weighted(loss, labels)), 0), axis=1)
+        return jnp.sum(_mean(total, jnp.sum(kept, axis=1, dtype=jnp.int32)))
+
+    def _in_groups(self, x: jax.Array) -> jax.Array:
+        """(B, H, W) -> (B / n, n * H * W) with n = `ohem_images`."""
+        if len(x) % self.ohem_images:
+            raise ValueError(
+                f"loss.ohem_images={self.ohem_images}: {len(x)} images do not divide into groups of this size; the "
+                f"batch must be a multiple of devices * micro-batches * {self.ohem_images}"
+            )
+        return x.reshape(len(x) // self.ohem_images, -1)
 
     def _dice(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.

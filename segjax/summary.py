@@ -2,9 +2,13 @@
 
 import sys
 
-from segjax.commands.summary import main
+from segjax import __main__ as entry
 
-__all__ = ["main"]
+
+def main(arguments: list[str]) -> int:
+    """Runs the command with these arguments and returns its exit status."""
+    return entry.main(["summary", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run_process("summary"))

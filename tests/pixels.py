@@ -32,7 +32,7 @@ class Pixels(nnx.Module):
     def __init__(self, num_classes=5, seed=0, *, context=False):
         kernels = np.random.default_rng(seed).standard_normal((2, 3, num_classes)) * [[[1]], [[2 * context]]]
         self.kernel, self.context = (nnx.Param(jnp.asarray(kernel, jnp.float32)) for kernel in kernels)
-        self.spec, self.size_multiple = Spec("pixels", num_classes), 1
+        self.spec, self.size_multiple, self.align_corners = Spec("pixels", num_classes), 1, False
         self.eval()
 
     def __call__(self, images):

@@ -6,7 +6,6 @@ python processes.py PORT NUMBER
 import json
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
-SETTINGS = SimpleNamespace(crop=(16, 20), scale=(0.5, 2.0), flip=0.5, photometric=True)
+SETTINGS = common.get_config("folder").augment
+SETTINGS.crop = (16, 20)
 KINDS = {"jit": JitParallel, "pmap": PmapParallel, "shard_map": ShardMapParallel}
 BATCH, STEPS, SEED = 8, 3, 5
 
@@ -59,7 +59,7 @@ class Colours(nnx.Module):
 
     def __init__(self):
         self.kernel = nnx.Param(jnp.array(np.random.default_rng(1).standard_normal((3, 5)), jnp.float32))
-        self.spec, self.size_multiple = None, 1
+        self.spec, self.size_multiple, self.align_corners = None, 1, False
 
     def __call__(self, images):
         return images @ self.kernel[...], {}
@@ -93,12 +93,12 @@ def results(parallel):
     split = load(records, ignore_label=255)
     records.read.clear()
     options = dict(batch_size=BATCH, seed=SEED, parallel=parallel)
-    streaming = dict(settings=SETTINGS, key=jax.random.key(SEED), threads=1)
+    streaming = dict(settings=SETTINGS, ignore_label=SPEC.ignore_label, key=jax.random.key(SEED), threads=1)
     with StreamBatches(records, **options, **streaming) as streamed:
         from_stream = trained(parallel, streamed)
     read = sorted(records.read)
     confusion, kept = evaluation.evaluate(
-        lambda images: images[..., 0] % 5, records, SPEC, batch_size=2, keep=range(30)
+        lambda images: [image[..., 0] % 5 for image in images], records, SPEC, batch_size=2, keep=range(30)
     )
     rows = parallel.rows(BATCH)
     # More steps than could have been read ahead.

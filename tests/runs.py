@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from configs import hrnet, segformer, segnext
 from segjax import metrics
 from segjax.data import pipeline
-from segjax.train import loop, setup
+from segjax.train import loop, setup, start
 from segjax.train.step import TrainStep
 from tests.tiny import FAMILIES
 
@@ -37,9 +37,13 @@ def make_config(family="segformer", **changes):
 
 def functional_model(config, num_classes, *, axis_name=None, initial=False):
     """The model of a config as a run trains it; with `initial`, on the weights of config.init."""
+    if config.optim.lr_multipliers is None:
+        # What a run chooses for random weights.
+        config = config.copy_and_resolve_references()
+        config.optim.lr_multipliers = ()
     module = setup.create_model(config.model, num_classes=num_classes, seed=config.seed)
     if initial:
-        setup.load_initial_weights(module, config.init)
+        start.load_initial_weights(module, config.init)
     return setup.make_functional(module, config.optim, config.train, axis_name=axis_name)
 
 

@@ -20,8 +20,6 @@ from segjax.kernels.cross_entropy import _rows
 from segjax.recipes import common
 from segjax.train import schema
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def loss_under_test(logits, labels, *, ignore_label):
     """Sum over the pixels that count, as the loss of a part of a batch of one pixel; and how many there are."""
@@ -34,6 +32,9 @@ def loss_under_test(logits, labels, *, ignore_label):
         focal_gamma=0.0,
         ohem_threshold=0.0,
         ohem_min_kept=0.0,
+        ohem_images=0,
+        mean_over="labelled",
+        aux="same",
     )
     return criterion.total(logits, labels, jnp.ones(1)), criterion.counts(labels)[0]
 
@@ -219,6 +220,7 @@ def test_a_binary_probability_of_exactly_one_half_is_background():
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
 SETTINGS = {"label_smoothing": 0.0, "focal_gamma": 2.0, "ohem_threshold": 0.7, "ohem_min_kept": 1 / 16}
+SETTINGS |= {"ohem_images": 0, "mean_over": "labelled", "aux": "same"}
 # Of 5 classes, of 3, and of a binary model's positive one; a weight of 0 takes a class out.
 WEIGHTS = {5: (0.5, 2.0, 0.0, 1.25, 3.0), 3: (0.3, 1.0, 2.5), 1: (2.5,)}
 
@@ -595,8 +597,9 @@ def test_a_focal_loss_of_exponent_0_is_cross_entropy(float64):
             np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-16)
 
 
-def assert_four_devices_equal_one(kind, criterion, logits, labels):
+def assert_devices_equal_one(kind, criterion, logits, labels, *, number=4):
     loss, gradient = loss_of(criterion, logits, labels)
+    devices = jax.devices()[:number]
     if kind == "pmap":
 
         def body(logits, labels):
@@ -604,11 +607,11 @@ def assert_four_devices_equal_one(kind, criterion, logits, labels):
             part, gradient = jax.value_and_grad(criterion.total)(logits, labels, counts)
             return jax.lax.psum(part, "data"), gradient
 
-        split = [x.reshape(4, 2, *x.shape[1:]) for x in (logits, labels)]
-        parts, gradients = jax.pmap(body, axis_name="data")(*split)
+        split = [x.reshape(number, -1, *x.shape[1:]) for x in (logits, labels)]
+        parts, gradients = jax.pmap(body, axis_name="data", devices=devices)(*split)
         spread, gradients = parts[0], gradients.reshape(gradient.shape)
     else:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
         split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         spread, gradients = loss_of(criterion, *jax.device_put((logits, labels), split))
     np.testing.assert_allclose(spread, loss, rtol=1e-13)
@@ -620,7 +623,51 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
     logits, labels = draw(14, (3, 5), (12, 20), batch=8)
     labels[0], labels[3, :6] = 255, 255
     criterion = build(dict.fromkeys(TERMS, 1.0), classes=5, weights=WEIGHTS[5])
-    assert_four_devices_equal_one(kind, criterion, logits, labels)
+    assert_devices_equal_one(kind, criterion, logits, labels)
+
+
+@pytest.mark.parametrize("kind, number", [("jit", 2), ("jit", 4), ("pmap", 1), ("pmap", 2), ("pmap", 4)])
+def test_hard_pixels_of_groups_and_the_mean_over_all_do_not_depend_on_devices(kind, number, float64):
+    logits, labels = draw(20, (3, 5), (12, 20), batch=8)
+    # A group with few labels, and one without.
+    labels[2:4, 2:] = labels[6:] = 255
+    settings = dict(ohem_images=2, ohem_threshold=0.3, ohem_min_kept=0.1, mean_over="all")
+    factors = {"cross_entropy": 0.5, "ohem": 1.0, "dice": 0.3}
+    criterion = build(factors, classes=5, weights=WEIGHTS[5], **settings)
+    np.testing.assert_array_equal(criterion.counts(labels), [labels.size, 3, 6])
+    assert_devices_equal_one(kind, criterion, logits, labels, number=number)
+    by_image = build(factors, classes=5, weights=WEIGHTS[5], **settings | {"ohem_images": 0})
+    loss, other = (loss_of(each, logits, labels)[0] for each in (criterion, by_image))
+    assert abs(loss - other) > 1e-3
+
+
+def test_a_group_that_no_pixel_of_is_hard_has_loss_and_gradient_zero(float64):
+    # All true classes have the same probability, 0.9 or more: HRNet's own has NaN here.
+    logits, labels = np.zeros((4, 3, 5, 2)), np.zeros((4, 3, 5), np.uint8)
+    logits[:2, ..., 0] = 3
+    criterion = build({"ohem": 1.0}, classes=2, ohem_images=2, ohem_threshold=0.9)
+    loss, gradient = loss_of(criterion, logits, labels)
+    np.testing.assert_allclose(loss, np.log(2) / 2, rtol=1e-14)
+    assert not np.asarray(gradient)[:2].any() and np.asarray(gradient)[2:].all()
+
+
+def test_images_that_do_not_divide_into_groups_are_refused():
+    logits, labels = draw(21, (3, 5), (12, 20), batch=4)
+    logits = logits.astype(np.float32)
+    criterion = build({"ohem": 1.0}, classes=5, ohem_images=3)
+    for compute in (criterion.counts, lambda labels: criterion.total(logits, labels, jnp.ones(1))):
+        with pytest.raises(ValueError, match="ohem_images=3: 4 images do not divide into groups"):
+            compute(labels)
+    # A loss without ohem has no groups.
+    assert build(CROSS_ENTROPY, classes=5, ohem_images=3).counts(labels) == (labels != 255).sum()
+
+
+def test_the_loss_of_auxiliary_logits_is_the_same_or_cross_entropy_only():
+    settings = dict(classes=5, weights=WEIGHTS[5], mean_over="all", label_smoothing=0.1)
+    factors = {"cross_entropy": 0.5, "ohem": 2.0, "dice": 0.3}
+    same, other = (build(factors, aux=aux, **settings) for aux in ("same", "cross_entropy"))
+    assert same.auxiliary is same
+    assert other.auxiliary == build(CROSS_ENTROPY, **settings) and other.auxiliary.auxiliary == other.auxiliary
 
 
 # --------------------------------------------------------------------------------------------------------- in row tiles
@@ -764,8 +811,10 @@ def test_any_other_loss_is_computed_at_once(large, classes, factors, settings, m
     monkeypatch.setattr(kernels_cross_entropy, "cross_entropy", refuse)
     for found, before in zip(traced_now(), expected, strict=True):
         np.testing.assert_array_equal(found, before)
+    plain, arguments = build(CROSS_ENTROPY, classes=5), (jnp.zeros((3, 3, 5, 5)), np.zeros((3, 12, 20), np.uint8))
+    assert np.isfinite(plain.total(*arguments, jnp.ones(1), align_corners=True))
     with pytest.raises(AssertionError, match="computed in row tiles"):
-        build(CROSS_ENTROPY, classes=5).total(jnp.zeros((3, 3, 5, 5)), np.zeros((3, 12, 20), np.uint8), jnp.ones(1))
+        plain.total(*arguments, jnp.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
@@ -776,7 +825,7 @@ def test_in_row_tiles_four_devices_give_the_loss_and_gradient_of_one(kind, float
     monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 8 * 4 * 20 * 5 * 8)
     assert [_rows(logits[:number], (24, 20)) for number in (8, 2)] == [1, 3]
     criterion = build(CROSS_ENTROPY, classes=5, weights=WEIGHTS[5])
-    assert_four_devices_equal_one(kind, criterion, logits, labels)
+    assert_devices_equal_one(kind, criterion, logits, labels)
     expected = cross_entropy_by_hand(logits, labels, 255, weights=WEIGHTS[5])
     np.testing.assert_allclose(loss_of(criterion, logits, labels)[0], expected, rtol=1e-13)
 
@@ -812,6 +861,7 @@ def test_a_loss_without_one_of_its_settings_is_refused_by_name(name):
         {"dice": -1.0},
         {"focal": math.nan, "label_smoothing": 1.5, "ohem": "x"},
         {"focal_gamma": math.inf, "ohem_threshold": -0.1, "ohem_min_kept": 2},
+        {"ohem_images": 1.5, "mean_over": "pixels", "aux": None},
     ],
     ids=str,
 )
@@ -827,7 +877,8 @@ def test_all_settings_out_of_range_are_in_one_error(wrong):
 @pytest.mark.parametrize("name", [*TERMS, *SETTINGS])
 def test_the_loss_and_the_schema_of_a_config_allow_the_same_values(name):
     settings = dict.fromkeys(TERMS, 1.0) | SETTINGS
-    for value in (-1.0, -1e-6, 0.0, 0.5, 1.0, 1.0001, 7.0, math.inf, math.nan, "1", None, True):
+    words = ("1", "all", "labelled", "same", "cross_entropy")
+    for value in (-1.0, -1e-6, 0.0, 0.5, 1.0, 1.0001, 7.0, 3, -3, math.inf, math.nan, *words, None, True):
         config = schema.default_config("streets").to_dict()
         config["loss"][name] = value
         is_allowed = f"loss.{name}" not in schema.problems(config)
@@ -856,6 +907,20 @@ def test_median_frequency_is_that_of_eigen_and_fergus():
     np.testing.assert_allclose(whole, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / (20 / 300)], rtol=1e-14)
     with pytest.raises(ValueError, match="no class has a pixel"):
         class_weights.median_frequency(np.zeros((2, 3)))
+
+
+def test_inverse_sqrt_is_one_over_the_root_of_the_share_of_all_pixels():
+    # Of the labelled pixels of CamVid's 367 training images; SalsaNext's formula, to two digits.
+    shares = [0.1754, 0.2421, 0.0102, 0.3296, 0.0467, 0.1012, 0.0122, 0.0117, 0.0611, 0.0067, 0.0030]
+    expected = [2.39, 2.03, 9.90, 1.74, 4.63, 3.14, 9.05, 9.25, 4.05, 12.22, 18.26]
+    weights = class_weights.class_weights("inverse_sqrt", specs.CAMVID, 1e6 * np.array(shares))
+    np.testing.assert_allclose(weights, expected, rtol=2e-3)
+    # Images are added up, and a class without a pixel has no weight.
+    assert class_weights.inverse_sqrt(np.array([[1, 0, 9], [3, 0, 3]])).tolist() == [2.0, 0.0, (16 / 12) ** 0.5]
+    with pytest.raises(ValueError, match="no class has a pixel"):
+        class_weights.inverse_sqrt(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="class_weights=inverse_sqrt needs the pixels of each of the 11"):
+        class_weights.class_weights("inverse_sqrt", specs.CAMVID)
 
 
 def test_weights_by_median_frequency_are_of_the_labels_of_the_data_set():

@@ -72,7 +72,7 @@ class Net(nnx.Module):
         self.stem = layers.Conv(3, 6, 4, stride=4, kernel_init=layers.fan_in_init, rngs=rngs, **kinds)
         self.bn = layers.BatchNorm(6, **kinds)
         self.head = layers.Conv(6, 5, 1, kernel_init=layers.fan_in_init, rngs=rngs, **kinds)
-        self.spec, self.size_multiple = None, 1
+        self.spec, self.size_multiple, self.align_corners = None, 1, False
         self.eval()
 
     def __call__(self, images):
@@ -101,6 +101,6 @@ def numpy_draws():
     with (
         mock.patch.object(jax.random, "normal", _normal),
         mock.patch.object(jax.random, "uniform", _uniform),
-        mock.patch.object(initializers, "_normal", initializers._normal.__wrapped__),
+        mock.patch.object(initializers, "_scaled_normal", initializers._scaled_normal.__wrapped__),
     ):
         yield

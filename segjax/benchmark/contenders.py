@@ -323,12 +323,14 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     if channels_last:
         network.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    extra = [torch.from_numpy(array).to(device) for array in verify.bases_for(pair(work)[0], work.batch)]
+    model = pair(work)[0]
+    extra = [torch.from_numpy(array).to(device) for array in verify.bases_for(model, work.batch)]
     half = torch.autocast(device.type, torch.bfloat16, enabled=work.dtype == "bfloat16")
     forward = torch.compile(network, mode=compiled) if compiled else network
 
     def loss_of(logits):
-        upsampled = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+        size, align_corners = labels.shape[1:], model.align_corners
+        upsampled = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=align_corners)
         return F.cross_entropy(upsampled, labels, ignore_index=255)
 
     def infer():

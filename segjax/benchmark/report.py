@@ -3,8 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from segjax.benchmark.runner import OURS
+from segjax.runtime.reading import checked, read_json
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+class _Failed(TypedDict):
+    failed: str
+
+
+class _Timed(TypedDict):
+    """A contender that was timed. Old records have no floor."""
+
+    name: str
+    milliseconds: Annotated[list[FiniteFloat], Field(min_length=1)]
+    ours_over_theirs: Annotated[list[FiniteFloat], Field(min_length=1)]
+    share_of_floor: NotRequired[FiniteFloat]
+    images_per_second: NotRequired[FiniteFloat]
+
+
+class _Result(TypedDict):
+    """A row; one that failed has no `dtype` and no `seconds`."""
+
+    model: str
+    mode: str
+    batch: int
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    contenders: list[dict[str, Any]]
+    dtype: NotRequired[str]
+    num_classes: NotRequired[int]
+    seconds: NotRequired[FiniteFloat]
+
+
+class _Record(TypedDict):
+    device: NotRequired[str]
+    results: list[_Result]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that an earlier command wrote with --json.
+
+    Raises:
+      UnreadableError: it is damaged, or something else; the message names the key.
+    """
+    record = read_json(path, _Record)
+    for number, result in enumerate(record["results"]):
+        for place, row in enumerate(result["contenders"]):
+            kind = _Failed if "failed" in row else _Timed
+            checked(row, kind, name=f"{path}: results.{number}.contenders.{place}")
+    return record
+
 
 # ------------------------------------------------------------------------------------------------------------- report
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 
 import numpy as np
 
 from segjax.benchmark import floor as floors
 from segjax.benchmark.machine import cores, peak_bytes, quartiles, resident_bytes
 from segjax.benchmark.rows import Row
+from segjax.runtime import signals
 
 OURS = "segjax"
 # Largest accepted difference between contenders, relative to the largest logit or to the loss, by dtype.
@@ -38,6 +43,7 @@ class OutOfTimeError(BenchmarkError):
 
 def _serve(connection, name: str, work: tuple) -> None:
     """The main function of a contender's process: prepares it, sends its outcome, and then does steps on request."""
+    threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
     try:
         from segjax.runtime import environment
 
@@ -68,7 +74,32 @@ def _serve(connection, name: str, work: tuple) -> None:
             contender.run(steps)
             connection.send((time.perf_counter() - since) / steps)
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        # Nobody reads it where the command has ended.
+        with contextlib.suppress(OSError):
+            connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _end_with_the_parent() -> None:
+    """Ends this process, also during a compilation, once the command that has started it no longer runs."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process that starts meanwhile is not interrupted by Ctrl-C, which a terminal sends to all; the command ends it.
+
+    The signal is blocked, and not ignored: one that comes meanwhile reaches this process afterwards.
+    """
+    # The first process of multiprocessing starts this one, too, which unblocks the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Runner:
@@ -88,7 +119,8 @@ class Runner:
         self._until = until
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, work), daemon=True)
-        self._process.start()
+        with _without_ctrl_c():
+            self._process.start()
         theirs.close()
 
     def make(self) -> None:
@@ -116,7 +148,8 @@ class Runner:
         with contextlib.suppress(OSError):
             self._connection.send(0)
         # While it compiles, it reads no message for minutes.
-        self._process.join(1 if self._until is not None and time.monotonic() > self._until else 10)
+        is_late = self._until is not None and time.monotonic() > self._until
+        self._process.join(0 if signals.received() else 1 if is_late else 10)
         self._process.kill()
 
 

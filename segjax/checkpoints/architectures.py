@@ -251,6 +251,17 @@ def family_of(name: str) -> str:
 
 # Settings in which the variants of a family differ, apart from the decoder.
 ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
+# Settings that an encoder only does not determine. HRNet's align_corners is among them: its modules have it too, but it
+# follows what the decoder was trained with.
+DECODER_SETTINGS = (
+    "decoder_dim",
+    "fuse",
+    "ham_channels",
+    "ham_rank",
+    "ocr_channels",
+    "ocr_key_channels",
+    "align_corners",
+)
 
 
 def nearest_variant(family: Family, sizes: Mapping[str, Any]) -> str:

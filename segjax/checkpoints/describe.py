@@ -10,18 +10,19 @@ from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.load import model_of
 from segjax.checkpoints.metadata import classes_of
 from segjax.checkpoints.state_dict import parameters_of
-
-# Stands for a space at which a line is not broken.
-NO_BREAK = "\0"
+from segjax.runtime.console import NO_BREAK, one_line
 
 
-def describe(source: str) -> list[tuple[str, str]]:
+def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]]:
     """Rows of a name and a text.
+
+    Args:
+      source, weights: as for `segjax.load`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it fits no model; the message says what is there instead.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, weights=weights)
     encoder_only = not checkpoint.is_orbax and not checkpoint.recognised.has_head
     model, metadata = model_of(checkpoint, num_classes=1 if encoder_only else None)
     overrides = metadata["model"]["overrides"]
@@ -76,7 +77,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
     else:
         yield "classes", f"{num_classes}" + (f" of {classes.name}" if classes.name != "unknown" else "")
     colors = ("#" + bytes(color).hex() for color in classes.colors)
-    names = (name.replace(" ", NO_BREAK) for name in classes.class_names)
+    names = (one_line(name, most=40).replace(" ", NO_BREAK) for name in classes.class_names)
     # A name and its colour stay on one line.
     entries = zip(map(str, range(len(classes.class_names))), names, colors, strict=True)
     yield "", ", ".join(map(NO_BREAK.join, entries))
@@ -97,6 +98,8 @@ def _origin(provenance: Mapping) -> Iterator[str]:
     if "sha256" in provenance:
         # Its beginning identifies it; the metadata has all of it.
         yield f"sha256 {provenance['sha256'][:16]}..."
+    if "weights" in provenance:
+        yield f"its {provenance['weights']} weights"
     if "package" in provenance:
         yield f"read as {provenance['dialect']} ({provenance['package']})"
     if verified := provenance.get("verified"):

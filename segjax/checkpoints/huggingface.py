@@ -8,16 +8,20 @@ has the names of the keys.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from segjax.checkpoints.checkpoint import CheckpointError, shorten
-from segjax.checkpoints.metadata import classes_of, of_names
-from segjax.checkpoints.state_dict import settings_of
+from segjax.checkpoints.metadata import NUMBERED_NAMES, Normalisation, classes_of, of_names
+from segjax.checkpoints.state_dict import logger, settings_of
 from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime import atomic
+from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # The first that exists is read; an index lists the files of weights in several parts.
@@ -49,7 +53,8 @@ def fetched(source: str | Path) -> tuple[Path, str]:
       CheckpointError: nothing can be downloaded from the address; the message has the reason.
     """
     if not is_address(source):
-        path = Path(source).expanduser()
+        path = user_path(source)
+        atomic.recover(path)
         return path, path.absolute().name
     address = str(source)
     found = _ADDRESS.fullmatch(address)
@@ -156,7 +161,7 @@ def _first_line(error: Exception) -> str:
 
 def is_folder(folder: Path) -> bool:
     """Whether this is a folder that transformers loads a model from."""
-    return any((folder / name).is_file() for name in (CONFIG, *WEIGHTS))
+    return any((folder / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -165,45 +170,87 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
       CheckpointError: there are none, or one that an index names is missing.
     """
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None:
         raise CheckpointError(f"{folder}: {CONFIG} but no weights ({_WANTED})")
     if found.suffix != ".json":
         return [found]
     names = _shards(found)
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(f"{found}: names {shorten(missing, most=6)}, and there is no such file next to it")
     return [folder / name for name in names]
 
 
 def keys_of_shards(folder: Path) -> set[str] | None:
     """The keys in the index; None where the weights are one file."""
-    found = next(folder / name for name in WEIGHTS if (folder / name).is_file())
-    return set(_json(found)["weight_map"]) if found.suffix == ".json" else None
+    found = next(folder / name for name in WEIGHTS if (folder / name).exists())
+    return set(_index(found)) if found.suffix == ".json" else None
+
+
+class _Index(TypedDict):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        return read_json(path, _Index)["weight_map"]
+    except UnreadableError as error:
+        raise CheckpointError(f"{error}. An index has a `weight_map` from keys to names of files next to it") from None
 
 
 def _shards(index: Path) -> list[str]:
-    parts = _json(index).get("weight_map")
-    names = sorted(set(map(str, parts.values()))) if isinstance(parts, Mapping) else []
+    names = sorted(set(_index(index).values()))
     # An index may come from anybody, and its names must not lead out of the folder.
-    if not names or any(Path(name).name != name for name in names):
+    if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: not an index (`weight_map` from keys to names of files next to it)")
     return names
 
 
-def _json(path: Path) -> dict:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(read, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return read
+# ------------------------------------------------------------------------------------------------------------ metadata
+
+_Rate = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+_Three = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+_Side = Annotated[int, Field(ge=1)]
+
+
+class _Config(TypedDict):
+    """The settings in config.json that are read from a SegFormer; sizes are read from shapes."""
+
+    model_type: NotRequired[str | None]
+    num_attention_heads: NotRequired[
+        Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=4, max_length=4)]
+    ]
+    decoder_hidden_size: NotRequired[Annotated[int, Field(ge=1, le=8192)]]
+    drop_path_rate: NotRequired[_Rate]
+    classifier_dropout_prob: NotRequired[_Rate]
+    layer_norm_eps: NotRequired[Annotated[FiniteFloat, Field(gt=0)]]
+
+
+class _Type(TypedDict):
+    model_type: NotRequired[str | None]
+
+
+class _Names(TypedDict):
+    id2label: NotRequired[dict[str, str] | None]
+
+
+class _Preprocessor(TypedDict):
+    do_rescale: NotRequired[bool | None]
+    do_normalize: NotRequired[bool | None]
+    do_resize: NotRequired[bool | None]
+    rescale_factor: NotRequired[Annotated[FiniteFloat, Field(gt=0)] | None]
+    image_mean: NotRequired[_Three | None]
+    image_std: NotRequired[_Three | None]
+
+
+class _Resize(TypedDict):
+    height: _Side
+    width: _Side
 
 
 def refuse_other_models(config: Path) -> None:
     """Raises CheckpointError for the config.json of another network of transformers. Other packages write no type."""
-    kind = _json(config).get("model_type")
+    kind = read_json(config, _Type).get("model_type")
     if kind not in (None, "segformer"):
         raise CheckpointError(f"{config}: a model of type {kind!r}; segjax has only segformer of transformers' models")
 
@@ -211,33 +258,45 @@ def refuse_other_models(config: Path) -> None:
 def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The metadata in config.json and preprocessor_config.json, and notes for the user.
 
+    Class names that are not numbered from 0 without gaps are under `metadata.NUMBERED_NAMES`.
+
     Raises:
       CheckpointError: a model that segjax does not have.
+      UnreadableError: settings or a normalisation that cannot be.
     """
     metadata, notes = {}, []
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).exists():
         refuse_other_models(folder / CONFIG)
-        config = _json(folder / CONFIG)
-        names = _class_names(config.get("id2label"))
-        metadata |= of_names(names, ignore_label=config.get("semantic_loss_ignore_index"))
+        config = read_json(folder / CONFIG)
+        metadata |= _classes(config, folder / CONFIG)
         if config.get("model_type") == "segformer":
+            checked(config, _Config, name=folder / CONFIG)
             metadata["model"] = {"overrides": _overrides(config, folder / CONFIG)}
             eps = config.get("layer_norm_eps", LAYER_NORM_EPS)
             if eps != LAYER_NORM_EPS:
                 notes = [
                     f"{CONFIG} has layer_norm_eps={eps}; transformers ignores it and computes with {LAYER_NORM_EPS}"
                 ]
-    if (folder / PREPROCESSOR).is_file():
-        metadata |= _images(_json(folder / PREPROCESSOR))
+    if (folder / PREPROCESSOR).exists():
+        metadata |= _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR)
     return metadata, notes
 
 
-def _class_names(id2label: object) -> list[str]:
-    """Class names in the order of their numbers; none where they are transformers' placeholders."""
-    if not isinstance(id2label, Mapping) or {str(k) for k in id2label} != {str(k) for k in range(len(id2label))}:
-        return []
-    names = [str(id2label[str(number)]) for number in range(len(id2label))]
-    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
+def _classes(config: Mapping, path: Path) -> dict[str, Any]:
+    """Metadata of the class names; none where they are transformers' placeholders, or of other types."""
+    try:
+        names = checked(config, _Names, name=path).get("id2label") or {}
+        numbered = {int(number): name for number, name in names.items()}
+    except (UnreadableError, ValueError) as error:
+        why = error if isinstance(error, UnreadableError) else f"{path}: id2label should have numbers as its keys"
+        logger.info("%s; its class names are not used", why)
+        return {}
+    if all(name == f"LABEL_{number}" for number, name in numbered.items()):
+        return {}
+    ignored = config.get("semantic_loss_ignore_index")
+    if sorted(numbered) == list(range(len(numbered))):
+        return of_names([numbered[number] for number in range(len(numbered))], ignore_label=ignored)
+    return {NUMBERED_NAMES: (numbered, ignored)}
 
 
 # Settings of config.json that segjax's SegFormer has fixed; and those that it can change, by segjax's name.
@@ -259,23 +318,27 @@ def _overrides(config: Mapping, path: Path) -> dict[str, Any]:
     return {name: config[foreign] for name, foreign in _SETTINGS.items() if foreign in config}
 
 
-def _images(preprocessor: Mapping) -> dict[str, Any]:
-    scale = 1 / preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
+def _images(preprocessor: Mapping, path: Path) -> dict[str, Any]:
+    given = {key: value for key, value in preprocessor.items() if value is not None}
+    scale = 1 / given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
     metadata: dict[str, Any] = {}
-    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    if not preprocessor.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if mean and std:
+    parts = {key: given[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in given}
+    if not given.get("do_normalize", True):
+        parts = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    if parts:
         # Rounded, because 255 * 0.485 is not exact.
-        metadata["normalisation"] = {
-            "mean": [round(scale * value, 6) for value in mean],
-            "std": [round(scale * value, 6) for value in std],
-        }
-    size = preprocessor.get("size")
-    if preprocessor.get("do_resize", True) and size:
-        size = size if isinstance(size, Mapping) else {"height": size, "width": size}
-        if {"height", "width"} <= size.keys():
+        normalisation = {key: [round(scale * value, 6) for value in values] for key, values in parts.items()}
+        metadata["normalisation"] = checked(normalisation, Normalisation, name=f"{path}: image_mean and image_std")
+    size = given.get("size")
+    if given.get("do_resize", True) and size is not None:
+        size = {"height": size, "width": size} if isinstance(size, int) else size
+        try:
+            checked(size, _Resize, name=f"{path}: size")
             metadata["input_size"] = [size["height"], size["width"]]
+        except UnreadableError as error:
+            # Other processors resize to a shortest edge.
+            if not isinstance(size, Mapping) or {"height", "width"} & size.keys():
+                logger.info("%s; it is not used", error)
     return metadata
 
 

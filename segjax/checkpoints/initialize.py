@@ -1,15 +1,32 @@
-"""Initial weights of a run: from a converted or PyTorch checkpoint, from an encoder only, or from parts of either."""
+"""Initial weights of a run, and the model's settings that go with them: from a converted or PyTorch checkpoint, from an
+encoder only, or from parts of either."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from segjax.checkpoints.architectures import family_of, matches
-from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
+from flax import nnx
+
+from segjax import models
+from segjax.checkpoints import layout
+from segjax.checkpoints.architectures import (
+    DECODER_SETTINGS,
+    FAMILIES,
+    MissingKeyError,
+    UnreadableShapeError,
+    family_of,
+    matches,
+    nearest_variant,
+)
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
 from segjax.checkpoints.files import read_checkpoint
-from segjax.checkpoints.key_maps import KEY_FORMATS
+from segjax.checkpoints.key_maps import KEY_FORMATS, OF_VARIANT
+from segjax.checkpoints.load import settings_in
 from segjax.checkpoints.recognition import Recognised
 from segjax.checkpoints.state_dict import (
     MisfitError,
@@ -17,21 +34,125 @@ from segjax.checkpoints.state_dict import (
     log_recognised,
     logger,
     named_variables,
+    read_sizes,
     torch_name,
 )
 from segjax.models.segmentation_model import SegmentationModel
 
+# ------------------------------------------------------------------------------------------------------------- settings
 
-def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()) -> None:
+
+class ReadSettings(NamedTuple):
+    """Settings of a model that belong to a checkpoint; those of the encoder only where it has nothing else.
+
+    Attributes:
+      known: read from its shapes and its metadata.
+      assumed: those that it does not contain, as published with its key format.
+    """
+
+    known: dict[str, Any]
+    assumed: dict[str, Any]
+
+
+def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()) -> ReadSettings:
+    """The settings with which the model `name` fits a checkpoint. Rates of dropout belong to a run, and are not read.
+
+    Args:
+      name: a name in `segjax.MODELS`; the checkpoint may be of another size of its family.
+      keep: as for `initialize`. If the whole decoder is among them, only the encoder is read.
+
+    Raises:
+      CheckpointError: the checkpoint is of another family (the message names the recipe to train it with), or its sizes
+        cannot be read.
+    """
+    family, defaults = family_of(name), models.settings(name)
+    # First without the family: where it is the right one, the keys are recognised once.
+    free = checkpoint.recognised
+    checkpoint = checkpoint.read_as(family=family)
+    found = checkpoint.recognised
+    encoder_only = _is_encoder(found) or _keeps_decoder(name, keep)
+    sizes = _sizes_of_encoder(found)
+    if free.key_format.family != family and free.fitting > found.fitting and not (encoder_only and sizes is not None):
+        raise CheckpointError(_why_other_family(found, free, name, has_encoder=sizes is not None))
+    if not encoder_only:
+        # Loading reports all that a decoder lacks.
+        with contextlib.suppress(MissingKeyError, UnreadableShapeError):
+            sizes, _ = found.sizes
+    if sizes is None:
+        # Raises, with what an encoder lacks.
+        sizes, _ = read_sizes(checkpoint)
+    nearest = nearest_variant(found.family, sizes)
+    published = found.key_format.settings_for(_num_classes(found, encoder_only=encoder_only))
+    assumed = {key: models.settings(nearest)[key] if value is OF_VARIANT else value for key, value in published.items()}
+    _, described = settings_in(checkpoint.metadata, "auto")
+
+    def belongs(key: str) -> bool:
+        return key in defaults and not key.endswith("_rate") and not (encoder_only and key in DECODER_SETTINGS)
+
+    known = {key: value for key, value in (described | sizes).items() if belongs(key)}
+    return ReadSettings(known, {key: value for key, value in assumed.items() if belongs(key) and key not in known})
+
+
+def recipe_of(name: str) -> str:
+    """The packaged recipe of a model, as `--config` takes it: "segformer_b2" -> "segformer:b2"."""
+    recipe, _, variant = name.partition("_")
+    return name if variant in ("simple", "zuppichini") else f"{recipe}:{variant}"
+
+
+def _num_classes(found: Recognised, *, encoder_only: bool) -> int | None:
+    """Number of classes of a whole model; None for an encoder, or where the classifier cannot be read."""
+    if not encoder_only:
+        with contextlib.suppress(MissingKeyError, UnreadableShapeError):
+            return found.sizes[1]
+    return None
+
+
+def _sizes_of_encoder(found: Recognised) -> dict[str, Any] | None:
+    in_encoder = {key: shape for key, shape in found.native_shapes.items() if not found.family.in_head(key)}
+    try:
+        return found.family.read(in_encoder)[0]
+    except (MissingKeyError, UnreadableShapeError):
+        return None
+
+
+def _keeps_decoder(name: str, keep: Sequence[str]) -> bool:
+    """Whether every parameter of the decoder of the model `name` is among `keep`."""
+    if not keep:
+        return False
+    model = nnx.eval_shape(functools.partial(models.create, name, num_classes=2))
+    in_head = FAMILIES[family_of(name)].in_head
+    return all(matches(name, keep) for name in map(torch_name, named_variables(model)) if in_head(name))
+
+
+def _why_other_family(found: Recognised, free: Recognised, name: str, *, has_encoder: bool) -> str:
+    sizes = _sizes_of_encoder(free)
+    recipe = recipe_of(nearest_variant(free.family, sizes) if sizes else free.family.names[0])
+    why = (
+        f"it is {free.family.title} ({free.key_format.dialect}: {free.fitting} of {len(free.shapes)} keys fit), and "
+        f"{name} is {found.family.title} ({found.fitting} fit)\n  to train that model: --config {recipe}"
+    )
+    if has_encoder and found.of_encoder(found.shapes):
+        why += f'\n  to start from its encoder only: "--config.init.keep={found.family.head}"'
+    return why
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()) -> str:
     """Fills a model from any checkpoint; the log has what was loaded and what was not.
+
+    The classifiers of a checkpoint with another number of classes are not loaded: these parameters stay as initialised.
 
     Args:
       source: a `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, the address
         hf:owner/name[@revision] of one, or one of these that was read. If it is an encoder only, the decoder stays as
         initialised.
       keep: patterns (`*` and `?`) of parameters that stay as initialised even if the checkpoint has them, for example
-        "decode_head.linear_pred.*" for another number of classes. If the whole decoder is among them, the checkpoint
-        may have any decoder.
+        "decode_head.linear_fuse.*". If the whole decoder is among them, the checkpoint may have any decoder.
+
+    Returns:
+      What was loaded, in words, such as "encoder; decoder random".
 
     Raises:
       CheckpointError: a checkpoint that cannot be read or does not fit, or a pattern that matches no parameter; nothing
@@ -45,24 +166,78 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
         )
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     try:
-        _load(model, checkpoint.read_as(family=family_of(model.spec.name)), names, tuple(keep))
+        return _load(model, checkpoint.read_as(family=family_of(model.spec.name)), names, tuple(keep))
     except CheckpointError as error:
         place = checkpoint.source if isinstance(source, Checkpoint) else source
         raise CheckpointError(f"{place}: {error}") from None
 
 
-def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], keep: tuple[str, ...]) -> None:
+def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], given: tuple[str, ...]) -> str:
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     log_recognised(found)
-    if not arrays.keys() - found.of_encoder(arrays) - _extras_of_encoders(found):
+    keep = given
+    if encoder_only := _is_encoder(found):
         logger.info("encoder only: the decoder stays as initialised")
         keep = (*keep, *found.family.head)
+    classes, of_classes = _other_classes(model, found, keep)
+    if of_classes:
+        logger.info(
+            "the checkpoint has %d classes, the data %d: %s stays random",
+            classes,
+            model.spec.num_classes,
+            " and ".join(_modules(of_classes)),
+        )
+        keep = (*keep, *map(glob.escape, of_classes))
     unused = _unused(found, names, keep)
     try:
         load_torch(model, checkpoint, drop=map(glob.escape, unused), keep=keep)
     except MisfitError as error:
         raise CheckpointError(error.problems + _advice(error, found)) from None
     logger.info("loaded %d arrays", len(arrays) - len(unused))
+    head = set(filter(found.family.in_head, names))
+    kept = {name for name in names if matches(name, given)}
+    no_decoder = encoder_only or kept.issuperset(head)
+    parts = ["encoder; decoder random" if no_decoder else "all weights"]
+    if of_classes:
+        parts[0] += f", classifier random ({classes} classes there, {model.spec.num_classes} here)"
+    if kept := sorted(kept - head if no_decoder else kept):
+        parts.append(f"random by init.keep: {shorten(_modules(kept), most=4)}")
+    return "; ".join(parts)
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _is_encoder(found: Recognised) -> bool:
+    """Whether a checkpoint has an encoder and nothing that a decoder could be filled from."""
+    return not found.shapes.keys() - found.of_encoder(found.shapes) - _extras_of_encoders(found)
+
+
+def _other_classes(model: SegmentationModel, found: Recognised, keep: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The number of classes of a checkpoint, and the parameters of `model` that do not fit because of it only.
+
+    These are the parameters outside `keep` that have another shape in the same model with that number of classes,
+    which is the shape in the checkpoint.
+    """
+    try:
+        _, classes = found.sizes
+    except (MissingKeyError, UnreadableShapeError):
+        return None, []
+    spec = model.spec
+    if classes in (None, spec.num_classes):
+        return classes, []
+    other = nnx.eval_shape(functools.partial(models.create, spec.name, num_classes=classes, **dict(spec.overrides)))
+    own, theirs = _torch_shapes(model), _torch_shapes(other)
+    names = [name for name, shape in theirs.items() if shape != own[name] and shape == found.native_shapes.get(name)]
+    return classes, [name for name in names if not matches(name, keep)]
+
+
+def _torch_shapes(model: SegmentationModel) -> dict[str, tuple[int, ...]]:
+    return {
+        torch_name(path): layout.blank_of(path, variable.get_value().shape).shape
+        for path, variable in named_variables(model).items()
+    }
 
 
 def _unused(found: Recognised, names: list[str], keep: tuple[str, ...]) -> list[str]:

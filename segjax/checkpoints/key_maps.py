@@ -15,7 +15,7 @@ older key maps that are read too, and the settings that its checkpoints do not c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BATCH_COUNTER = "num_batches_tracked"
@@ -218,6 +218,7 @@ class KeyFormat:
       package: its name, for messages.
       key_maps: the first is written, all are read.
       settings: settings of the published model that its checkpoints do not contain, (name, value).
+      of_classes: by number of classes, those of `settings` in which the model published with so many differs.
       unused: patterns of keys that the package writes and its model never reads; they are skipped.
       backbone_extras: patterns of keys that come with an encoder only (an ImageNet classifier).
       without_bias: (convolution, norm): convolutions that have no bias in the package, because a BatchNorm follows. The
@@ -231,11 +232,16 @@ class KeyFormat:
     package: str
     key_maps: tuple[tuple[Rule, ...], ...]
     settings: tuple[tuple[str, object], ...]
+    of_classes: Mapping[int, Mapping[str, object]] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     backbone_extras: tuple[str, ...] = ()
     without_bias: tuple[tuple[str, str], ...] = ()
     encoder_only: bool = False
     note: str = ""
+
+    def settings_for(self, num_classes: int | None) -> dict[str, object]:
+        """`settings` of the model published with this number of classes, by name; None for an encoder only."""
+        return dict(self.settings) | dict(self.of_classes.get(num_classes or 0, {}))
 
 
 def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
@@ -248,6 +254,8 @@ _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
 _MMSEG_UNUSED = ("data_preprocessor.*",)
 _HRNET_KEYS: dict[str, Any] = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+# HRNet-Semantic-Segmentation's configurations of ADE20K and COCO-Stuff, unlike those of its other datasets.
+_HRNET_ALIGNED: dict[int, dict[str, object]] = {150: {"align_corners": True}, 171: {"align_corners": True}}
 
 
 def _backbone(family: str, package: str, *key_maps: tuple[Rule, ...], settings, backbone_extras) -> KeyFormat:
@@ -383,12 +391,13 @@ KEY_FORMATS = (
             package=package,
             key_maps=(_HRNET + _HRNET_HEAD,),
             settings=(("align_corners", False),),
+            of_classes=of_classes,
             note=note,
             **_HRNET_KEYS,
         )
-        for dialect, package, note in (
-            ("native", "HRNet-Semantic-Segmentation", ""),
-            ("segmentation_pytorch", _SEED, "its model upsamples the logits to the size of its training crop"),
+        for dialect, package, of_classes, note in (
+            ("native", "HRNet-Semantic-Segmentation", _HRNET_ALIGNED, ""),
+            ("segmentation_pytorch", _SEED, {}, "its model upsamples the logits to the size of its training crop"),
         )
     ),
     *_hrnet_encoder("hrnet", align_corners=False),
@@ -462,5 +471,7 @@ KEY_FORMATS = (
         backbone_extras=("head.*",),
     ),
 )
+# Sets of weights that a training may keep in one file: averaged, raw, or those of a student and its teacher.
+WEIGHT_SETS = ("ema", "raw", "student", "teacher")
 # Values of `dialect=`, in the order of their first appearance.
 DIALECTS = tuple(dict.fromkeys(key_format.dialect for key_format in KEY_FORMATS))

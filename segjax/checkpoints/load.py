@@ -55,18 +55,20 @@ class LoadedCheckpoint:
         return normalise(images, self.mean, self.std)
 
 
-def load(source: str | Path, *, dtype: jnp.dtype | None = None) -> LoadedCheckpoint:
+def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | None = None) -> LoadedCheckpoint:
     """Loads the model of any checkpoint, with its classes, its normalisation and its metadata.
 
     Args:
       source: a converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
         transformers, or hf:owner/name[@revision] on the Hugging Face Hub.
       dtype: of the computation; float32 by default (float64 for an orbax folder in float64).
+      weights: the set to load where the checkpoint holds several: "ema" or "raw", "student" or "teacher".
 
     Raises:
-      CheckpointError: nothing is there, it cannot be read as a model, or it is an encoder only.
+      CheckpointError: nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
+        only.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, weights=weights)
     try:
         model, known = model_of(checkpoint, dtype=dtype)
         classes = metadata.classes_of(known, model.spec.num_classes)
@@ -78,12 +80,15 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None) -> LoadedCheckpo
     return LoadedCheckpoint(model, classes, known, mean, std, provenance)
 
 
-def as_loaded(source: str | Path | LoadedCheckpoint | SegmentationModel) -> LoadedCheckpoint:
-    """Loads a checkpoint that is not loaded yet; a model gets classes that are called by their numbers."""
+def as_loaded(
+    source: str | Path | LoadedCheckpoint | SegmentationModel, *, weights: str | None = None
+) -> LoadedCheckpoint:
+    """Loads a checkpoint that is not loaded yet, and of it the set `weights`; a model gets classes that are called by
+    their numbers."""
     if isinstance(source, LoadedCheckpoint):
         return source
     if isinstance(source, str | os.PathLike):
-        return load(source)
+        return load(source, weights=weights)
     if not isinstance(source, nnx.Module):
         raise TypeError(
             "a checkpoint is a path, 'hf:owner/name', the result of segjax.load, or a model; got an object of type "
@@ -114,8 +119,8 @@ def model_of(
     if checkpoint.is_orbax:
         model = orbax_folder.build_model(checkpoint.weights, checkpoint.metadata, *checkpoint.paths, dtype=dtype)
         known = metadata.completed(checkpoint.metadata)
-        return model, known if "dataset" in known else known | metadata.guessed(model.spec.num_classes)
-    name, settings = _settings_in(checkpoint.metadata, name)
+        return model, known | _dataset(known.pop("dataset", None), model.spec.num_classes)
+    name, settings = settings_in(checkpoint.metadata, name)
     checkpoint = checkpoint.read_as(family=None if name == "auto" else family_of(name))
     model = from_torch(
         checkpoint,
@@ -128,7 +133,7 @@ def model_of(
     return model, _metadata_for(model, checkpoint)
 
 
-def _settings_in(known: Mapping, name: str) -> tuple[str, dict[str, Any]]:
+def settings_in(known: Mapping, name: str) -> tuple[str, dict[str, Any]]:
     """Name and settings of the model by the metadata of a state dict, where `name` does not contradict it."""
     kept = known.get("model", {})
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in kept.get("overrides", {}).items()}
@@ -147,14 +152,23 @@ def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str,
     known = {"licence": metadata.licence_of(model.spec.name), **checkpoint.metadata}
     known |= {"model": model_metadata(model), "provenance": provenance}
     dataset, classes = known.pop("dataset", None), model.spec.num_classes
+    numbered, ignored = known.pop(metadata.NUMBERED_NAMES, ({}, None))
     # The classes that an encoder names are ImageNet's.
     if found.has_head:
-        if dataset and len(dataset["class_names"]) != classes:
-            logger.info("its %d class names are not used: it has %d classes", len(dataset["class_names"]), classes)
-            dataset = None
-        known |= {"dataset": dataset} if dataset else metadata.guessed(classes)
+        if numbered and (names := metadata.matched(numbered, classes)):
+            dataset = metadata.of_names(names, ignore_label=ignored).get("dataset")
+        known |= _dataset(dataset, classes)
         if "dataset" not in known:
             logger.info("the checkpoint does not name its classes")
-        elif not dataset:
+        elif known["dataset"].get("guessed"):
             logger.info("it names no classes; %d are assumed to be those of %s", classes, known["dataset"]["name"])
     return metadata.completed(known)
+
+
+def _dataset(dataset: Mapping | None, num_classes: int) -> dict[str, Any]:
+    """{"dataset": ...} of the metadata where it has as many names as the model classes; else a guess, or {}."""
+    if dataset and len(dataset["class_names"]) == num_classes:
+        return {"dataset": dataset}
+    if dataset:
+        logger.info("its %d class names are not used: it has %d classes", len(dataset["class_names"]), num_classes)
+    return metadata.guessed(num_classes)

@@ -10,20 +10,28 @@ It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metad
     provenance      the origin of the weights: source, sha256, dialect, package, verified
     format_version, segjax_version      see `segjax.checkpoints.format_version`
 
-Metadata of other packages is translated into these parts.
+Metadata of other packages is translated into these parts. `Metadata` has their types; whoever reads metadata from a
+file has them checked by `checked_metadata`, so that everybody else may rely on them.
 """
 
 from __future__ import annotations
 
 import colorsys
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
+from segjax import models
 from segjax.checkpoints.architectures import family_of
-from segjax.checkpoints.checkpoint import CheckpointError
+from segjax.checkpoints.errors import CheckpointError
 from segjax.data import specs
+from segjax.runtime.reading import UnreadableError, checked
+
+logger = logging.getLogger("segjax")
 
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 # Parts that remain true when the weights are written to another file.
@@ -44,6 +52,159 @@ _LICENCES = {
 }
 
 
+# --------------------------------------------------------------------------------------------------------------- types
+
+# Class names by number, as other packages have them; matched with the number of classes once that is known.
+NUMBERED_NAMES = "numbered_names"
+
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+Size = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+Mean = Annotated[list[Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
+Deviation = Annotated[list[Annotated[FiniteFloat, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
+
+
+class Normalisation(TypedDict):
+    """Of RGB in 0..255."""
+
+    mean: Mean
+    std: Deviation
+
+
+class Dataset(TypedDict):
+    name: str
+    class_names: Annotated[list[str], Field(min_length=1, max_length=255)]
+    colors: list[Colour]
+    ignore_label: Annotated[int, Field(ge=0, le=255)]
+    guessed: NotRequired[bool]
+
+
+class Model(TypedDict):
+    """Whether it has such settings is checked by `_refuse_settings`."""
+
+    name: NotRequired[str]
+    num_classes: NotRequired[Annotated[int, Field(ge=1, le=65536)]]
+    overrides: NotRequired[dict[str, Any]]
+    param_dtype: NotRequired[Literal["float64", "float32", "float16", "bfloat16"]]
+
+
+class _Augment(TypedDict):
+    crop: NotRequired[Size | None]
+
+
+class _Config(TypedDict):
+    """The part of a run's config that is read here."""
+
+    augment: NotRequired[_Augment]
+
+
+class Metadata(TypedDict):
+    """Keys that it lacks are those of runs, and are theirs to check."""
+
+    model: NotRequired[Model | None]
+    dataset: NotRequired[Dataset | None]
+    normalisation: NotRequired[Normalisation | None]
+    input_size: NotRequired[Size | None]
+    config: NotRequired[_Config | None]
+    step: NotRequired[int]
+    mean_iou: NotRequired[float | None]
+    sha256: NotRequired[str]
+
+
+class _Verified(TypedDict):
+    against: str
+    error: float
+
+
+class Provenance(TypedDict):
+    source: NotRequired[str]
+    sha256: NotRequired[str]
+    weights: NotRequired[str]
+    step: NotRequired[int]
+    package: NotRequired[str]
+    dialect: NotRequired[str]
+    verified: NotRequired[_Verified]
+    made_from: NotRequired[Provenance]
+    initial_weights: NotRequired[Provenance | None]
+
+
+class _Origin(TypedDict):
+    provenance: NotRequired[Provenance]
+
+
+class _Licence(TypedDict):
+    licence: NotRequired[str]
+
+
+def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, Any]:
+    """Metadata from a file, whose types were checked: without the parts that are None, and with text that UTF-8 has.
+
+    Origin and licence that are damaged are omitted, and the log says so: nothing depends on them.
+
+    Raises:
+      UnreadableError: a part has another type, a value that cannot be, or contradicts another; the message begins with
+        `name` and has the key.
+    """
+    metadata = {key: value for key, value in _as_utf8(content).items() if value is not None}
+    checked(metadata, Metadata, name=name)
+    for key, type_ in (("provenance", _Origin), ("licence", _Licence)):
+        try:
+            checked(metadata, type_, name=name)
+        except UnreadableError as error:
+            logger.info("%s; the %s is not used", error, key)
+            del metadata[key]
+    if "dataset" in metadata:
+        _refuse_dataset(metadata["dataset"], name)
+    if "model" in metadata:
+        _refuse_settings(metadata["model"], name)
+    return metadata
+
+
+def _as_utf8(content: Any) -> Any:
+    """JSON in which lone surrogates, which no encoding has, are replaced."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "replace").decode() if not content.isascii() else content
+    if isinstance(content, Mapping):
+        return {_as_utf8(key): _as_utf8(value) for key, value in content.items()}
+    return [_as_utf8(value) for value in content] if isinstance(content, list) else content
+
+
+def _refuse_dataset(dataset: Mapping, name: object) -> None:
+    try:
+        _spec_of(dataset)
+    except ValueError as error:
+        raise UnreadableError(f"{name}: dataset: {error}") from None
+
+
+# Longest group of equal blocks; published models have at most 40.
+_MOST_BLOCKS = 512
+
+
+def _refuse_settings(model: Mapping, name: object) -> None:
+    """Raises UnreadableError for settings that the model does not have, or with which none can be built."""
+    if "name" not in model:
+        return
+    place = f"{name}: model"
+    if model["name"] not in models.MODELS:
+        raise UnreadableError(f"{place}.name {model['name']!r} is no model of segjax {', '.join(models.MODELS)}")
+    known = models.settings(model["name"])
+    for key, value in model.get("overrides", {}).items():
+        if key not in known:
+            raise UnreadableError(f"{place}.overrides: {model['name']} has no setting {key!r}")
+        if must_be := models.problem_of(model["name"], key, value):
+            raise UnreadableError(f"{place}.overrides.{key} should be {must_be}; not {value!r:.60}")
+        of_blocks = key in ("depths", "stage_modules", "stage_blocks")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, str | bool):
+                continue
+            least = 1 if isinstance(number, int) and not key.endswith("_rate") else 0
+            most = _MOST_BLOCKS if of_blocks else 65536
+            if not least <= number <= most:
+                raise UnreadableError(f"{place}.overrides.{key} should be from {least} to {most}, not {value!r:.60}")
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
 def dataset_metadata(spec: specs.DatasetSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
@@ -59,12 +220,21 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
     Raises:
       CheckpointError: more classes than an 8-bit label can hold, or metadata that contradicts itself.
     """
+    dataset = metadata.get("dataset")
+    if not dataset and num_classes > 255:
+        raise CheckpointError(
+            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 8 bits have room "
+            "for 255"
+        )
     try:
-        dataset = metadata.get("dataset") or _unnamed(num_classes)
-        colors = tuple(tuple(color) for color in dataset["colors"])
-        return specs.DatasetSpec(dataset["name"], tuple(dataset["class_names"]), colors, dataset["ignore_label"])
-    except (KeyError, TypeError, ValueError) as error:
+        return _spec_of(dataset or _unnamed(num_classes))
+    except ValueError as error:
         raise CheckpointError(f"the classes of this checkpoint cannot be used: {error}") from None
+
+
+def _spec_of(dataset: Mapping) -> specs.DatasetSpec:
+    colors = tuple(tuple(color) for color in dataset["colors"])
+    return specs.DatasetSpec(dataset["name"], tuple(dataset["class_names"]), colors, dataset["ignore_label"])
 
 
 def _unnamed(num_classes: int) -> dict[str, Any]:
@@ -93,8 +263,10 @@ def of_names(
 
     {} where the classes do not fit into 8 bits, or a name is no string.
     """
-    names = list(names)
+    names = [_as_utf8(name) for name in names]
     if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
+        if names:
+            logger.info("its %d class names are not used: they are no text, or do not fit into 8 bits", len(names))
         return {}
     known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
@@ -106,6 +278,23 @@ def of_names(
     if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= 255:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
+
+
+def matched(numbered: Mapping[int, str], num_classes: int) -> list[str] | None:
+    """Class names by number as the names of all classes, and a line of the log where they do not fit; None for none."""
+    numbers = sorted(numbered)
+    place = "id2label in config.json"
+    if numbers == list(range(num_classes)):
+        return [numbered[number] for number in numbers]
+    if numbers == list(range(1, num_classes + 1)):
+        logger.info("note: %s counts from 1; its names are those of classes 0 to %d", place, num_classes - 1)
+        return [numbered[number] for number in numbers]
+    shown = ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+    if len(numbers) < num_classes and numbers[0] >= 0 and numbers[-1] < num_classes:
+        logger.info("note: %s names %d of %d classes (%s)", place, len(numbers), num_classes, shown)
+        return [numbered.get(number, f"class {number}") for number in range(num_classes)]
+    logger.info("note: %s names classes %s, and the model has %d; its names are not used", place, shown, num_classes)
+    return None
 
 
 def _colors(colors: object, count: int) -> list[list[int]] | None:
@@ -126,9 +315,14 @@ def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, Any
         found = {key.lower(): value for key, value in meta.items() if isinstance(key, str)}
         if isinstance(found.get("classes"), list | tuple):
             translated |= of_names(found["classes"], colors=found.get("palette"))
-    mean, std = (weights.get(f"data_preprocessor.{name}") for name in ("mean", "std"))
-    if mean is not None and std is not None and mean.size == std.size == 3:
-        translated["normalisation"] = {"mean": mean.ravel().tolist(), "std": std.ravel().tolist()}
+    place = "data_preprocessor"
+    found = {key: value for key in ("mean", "std") if (value := weights.get(f"{place}.{key}")) is not None}
+    if found:
+        normalisation = {key: value.astype(np.float64).ravel().tolist() for key, value in found.items()}
+        try:
+            translated["normalisation"] = checked(normalisation, Normalisation, name=f"its normalisation, {place}")
+        except UnreadableError as error:
+            raise CheckpointError(str(error)) from None
     return translated
 
 
@@ -141,7 +335,7 @@ def licence_of(name: str) -> str:
 def completed(metadata: Mapping) -> dict[str, Any]:
     """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and the crop
     in the config of a run."""
-    size = metadata.get("config", {}).get("augment", {}).get("crop")
+    size = ((metadata.get("config") or {}).get("augment") or {}).get("crop")
     known = {key: value for key, value in metadata.items() if value is not None}
     return {"normalisation": IMAGENET, "input_size": size, **known}
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -26,10 +27,13 @@ from flax import nnx
 from segjax import models
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.format_version import refuse_newer, stamped
+from segjax.checkpoints.metadata import checked_metadata
+from segjax.checkpoints.soundness import refuse_unsound
 from segjax.checkpoints.state_dict import from_values, model_metadata, named_variables
 from segjax.models.functional import params_sha256
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
+from segjax.runtime.reading import UnreadableError, read_json, refuse_irregular
 
 if TYPE_CHECKING:
     from orbax.checkpoint.options import MultiprocessingOptions
@@ -42,6 +46,11 @@ class DamagedError(CheckpointError):
 WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
 # Keys of the metadata: hashes of the items, and of the metadata itself.
 HASH, TRAINING_HASH, METADATA_HASH = "sha256", "sha256_training", "sha256_record"
+
+
+# The file of the metadata in its item, and the names of all files that are JSON.
+_METADATA_FILE = "metadata"
+_JSON_FILES = (_METADATA_FILE, "_METADATA", "_CHECKPOINT_METADATA", "_sharding")
 
 
 def this_process_alone() -> MultiprocessingOptions:
@@ -131,8 +140,10 @@ def build_model(
     Raises:
       CheckpointError: they contradict each other, or are in float64 while jax_enable_x64 is off.
     """
+    described = metadata.get("model", {})
+    if missing := [key for key in ("name", "num_classes", "overrides", "param_dtype") if key not in described]:
+        raise CheckpointError(f"{folder}: its metadata is damaged: model.{missing[0]} is missing")
     try:
-        described = metadata["model"]
         param_dtype = jnp.dtype(described["param_dtype"])
         model = nnx.eval_shape(
             lambda: models.create(
@@ -143,15 +154,21 @@ def build_model(
                 **described["overrides"],
             )
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: the model in its metadata cannot be built: {error}") from error
-    expected = {path: variable.get_value().shape for path, variable in named_variables(model).items()}
+    variables = named_variables(model)
+    expected = {path: variable.get_value().shape for path, variable in variables.items()}
     # Orbax does not compare the tree that it restores with the expected one.
     if differing := differences(expected, {path: value.shape for path, value in weights.items()}):
         listed = "\n".join(differing)
         raise CheckpointError(
             f"{folder}: its weights do not fit {described['name']}, which its metadata names:\n{listed}"
         )
+    dtypes = {path: variable.get_value().dtype for path, variable in variables.items()}
+    try:
+        refuse_unsound(weights, dtypes, {path for path in weights if path.endswith(".var")})
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     return from_values(model, weights)
 
 
@@ -181,8 +198,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     (metadata,) = read_items(folder, METADATA)
     refuse_newer(metadata, folder)
-    refuse_changed(folder, metadata)
-    return metadata
+    if METADATA_HASH in metadata and _hashed(metadata) != metadata:
+        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata is not what was saved)")
+    try:
+        return checked_metadata(metadata, name=f"{folder}: its metadata")
+    except UnreadableError as error:
+        raise DamagedError(str(error)) from None
 
 
 def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
@@ -206,13 +227,9 @@ def _hashed(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text) | {METADATA_HASH: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def refuse_changed(
-    folder: Path, metadata: Mapping, weights: Mapping | None = None, training: Mapping | None = None
-) -> None:
-    """Raises DamagedError where metadata or arrays do not have the hashes that were saved."""
+def refuse_changed(folder: Path, metadata: Mapping, weights: Mapping, training: Mapping | None = None) -> None:
+    """Raises DamagedError where arrays do not have the hashes that were saved in the metadata."""
     # Orbax keeps no checksum of arrays: a flipped bit would load as another number.
-    if METADATA_HASH in metadata and _hashed(metadata) != metadata:
-        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata is not what was saved)")
     for arrays, key in ((weights, HASH), (training, TRAINING_HASH)):
         if arrays is not None and key in metadata and params_sha256(arrays) != metadata[key]:
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
@@ -234,7 +251,7 @@ def find(folder: Path) -> Path:
 
 
 def read_items(folder: Path, *items: str) -> list:
-    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; metadata as a dict.
+    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; or the metadata as a dict.
 
     Raises:
       CheckpointError: the folder is damaged.
@@ -244,6 +261,10 @@ def read_items(folder: Path, *items: str) -> list:
     folder = folder.absolute()
     if missing := [item for item in items if not (folder / item).is_dir()]:
         raise DamagedError(f"{folder}: a damaged checkpoint (without {' and '.join(missing)})")
+    _refuse_odd_files(folder)
+    read = {METADATA: _read_json(folder / METADATA / _METADATA_FILE)} if METADATA in items else {}
+    if items == (METADATA,):
+        return [read[METADATA]]
     # Also for items that are not read, because orbax warns of every item without a handler.
     handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
@@ -252,13 +273,52 @@ def read_items(folder: Path, *items: str) -> list:
         found = checkpointer.metadata(folder).item_metadata
 
         def argument(item):
-            if item == METADATA:
-                return ocp.args.JsonRestore()
+            _refuse_too_large(folder, item, found[item].tree)
             restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found[item].tree}
             return ocp.args.PyTreeRestore(restore_args=restore_args)
 
-        restored = checkpointer.restore(folder, ocp.args.Composite(**{item: argument(item) for item in items}))
-        return [restored[item] for item in items]
+        arguments = {item: argument(item) for item in items if item not in read}
+        restored = checkpointer.restore(folder, ocp.args.Composite(**arguments))
+        return [read[item] if item in read else restored[item] for item in items]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (UnreadableError, FileNotFoundError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{path}: ")
+        raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Raises DamagedError for FIFOs, devices and sockets, which orbax would wait for, and for JSON that is none."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if name in _JSON_FILES:
+                _read_json(path)
+                continue
+            try:
+                refuse_irregular(path)
+            except (UnreadableError, OSError) as error:
+                why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+                raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
+
+
+# Orbax compresses arrays; of equal numbers by some thousands.
+_LARGEST_RATIO, _SMALL = 10_000, 1 << 30
+
+
+def _refuse_too_large(folder: Path, item: str, arrays: Mapping[str, Any]) -> None:
+    """Raises DamagedError where the shapes of an item claim more than its files can hold."""
+    stored = sum(path.stat().st_size for path in (folder / item).rglob("*") if path.is_file())
+    claimed = {name: math.prod(array.shape) * np.dtype(array.dtype).itemsize for name, array in arrays.items()}
+    if sum(claimed.values()) > max(_SMALL, _LARGEST_RATIO * stored):
+        name = max(claimed, key=lambda name: claimed[name])
+        raise DamagedError(
+            f"{folder}: a damaged checkpoint ({name} has the shape {tuple(arrays[name].shape)}, and {stored:,} bytes "
+            "are stored)"
+        )
 
 
 @contextlib.contextmanager
@@ -266,6 +326,8 @@ def _damage(folder: Path) -> Iterator[None]:
     """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
+    except DamagedError:
+        raise
     except Exception as error:
         # Errors of operations that were in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -12,13 +12,15 @@ import numpy as np
 
 from segjax.checkpoints import huggingface, orbax_folder
 from segjax.checkpoints.checkpoint import CheckpointError, torch_module
-from segjax.checkpoints.files import METADATA
+from segjax.checkpoints.files import METADATA, TENSORS_HASH
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.checkpoints.metadata import carried, completed
+from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
+from segjax.runtime.reading import user_path
 
 FILES = (".pth", ".safetensors")
 # Suffixes of files that are not written, so that a folder of that name is a mistake.
@@ -39,7 +41,7 @@ def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, diale
       CheckpointError: the dialect has no keys for this model, or the path is of something else; nothing is written.
       KeyError: unknown dialect.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     require_destination(path, dialect)
     known = {}
     if isinstance(model, LoadedCheckpoint):
@@ -90,9 +92,10 @@ def write_checkpoint(path: Path, model: SegmentationModel, *, dialect: str, meta
 def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, Any]) -> None:
     from safetensors.numpy import save_file
 
+    kept = {**stamped(metadata), TENSORS_HASH: tensors_hash(weights)}
     # transformers requires "format".
-    kept = {"format": "pt", METADATA: json.dumps(stamped(metadata), sort_keys=True)}
-    save_file(dict(weights), path, metadata=kept)
+    about = {"format": "pt", METADATA: json.dumps(kept, sort_keys=True)}
+    save_file(dict(weights), path, metadata=about)
 
 
 def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from segjax.checkpoints.key_maps import BATCH_COUNTER, DIALECTS, KEY_FORMATS, OF
 from segjax.checkpoints.layout import torch_name
 from segjax.checkpoints.recognition import Recognised, dialects_of
 from segjax.checkpoints.renaming import Renaming, renamings
+from segjax.checkpoints.soundness import refuse_unsound
 from segjax.models.segmentation_model import SegmentationModel
 
 logger = logging.getLogger("segjax")
@@ -167,7 +168,8 @@ def load_torch(
       keep: patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
 
     Raises:
-      CheckpointError: missing, unexpected and misshapen keys, all of them; the model is unchanged.
+      CheckpointError: missing, unexpected and misshapen keys, all of them, or weights that are not finite; the model is
+        unchanged.
       KeyError: unknown dialect.
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
@@ -195,7 +197,7 @@ class _Plan:
 
 
 def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
-    """Raises MisfitError where the checkpoint does not fit the model."""
+    """Raises MisfitError where the checkpoint does not fit the model, CheckpointError for weights that cannot be."""
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     expected = _expected(model, found.renaming)
     dropped = sorted(key for key in arrays if matches(key, (*drop, *found.key_format.unused)))
@@ -205,6 +207,9 @@ def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, 
     _refuse_misfit(model, found, expected, given, kept)
     kept |= {bias for bias, mean in expected.folded.items() if mean in kept}
     used = {key: given[key] for key in expected.shapes if not kept.intersection(expected.native[key])}
+    dtypes = {key: expected.dtypes[expected.native[key][0]] for key in used}
+    variances = {key for key in used if any(name.endswith(".running_var") for name in expected.native[key])}
+    refuse_unsound(used, dtypes, variances)
     native = found.renaming.to_native(used)
     values = {path: layout.from_torch_layout(path, native[k]) for k, path in expected.paths.items() if k not in kept}
     return _Plan(values, dropped, sorted(expected.paths[key] for key in kept))
@@ -218,7 +223,7 @@ class _Expected:
       shapes: by key. Arrays that the dialect has no key for (of a decoder, where it has only encoders) have their
         native key.
       native: key -> native keys that it holds.
-      paths: native key -> dotted path in the model.
+      paths: native key -> dotted path in the model. dtypes: native key -> dtype in the model.
       folded: native bias that is not stored -> native running mean that it goes into.
       counters: keys of batch counters, which may be there and are not used.
     """
@@ -226,6 +231,7 @@ class _Expected:
     shapes: dict[str, tuple[int, ...]]
     native: dict[str, tuple[str, ...]]
     paths: dict[str, str]
+    dtypes: dict[str, np.dtype]
     folded: dict[str, str]
     counters: frozenset[str]
 
@@ -254,6 +260,7 @@ def _expected(model: SegmentationModel, renaming: Renaming) -> _Expected:
         shapes={key: value.shape for key, value in arrays.items()},
         native=native | {key: (key,) for key in elsewhere},
         paths=paths,
+        dtypes={key: variables[path].get_value().dtype for key, path in paths.items()},
         folded=folded,
         counters=frozenset(name for norm in statistics for name in renaming.foreign_names(norm + BATCH_COUNTER)),
     )
@@ -361,7 +368,7 @@ def from_torch(
         models.settings(name)
     family = None if name == "auto" else family_of(name)
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family)
-    sizes, classes_in_file = _sizes(checkpoint)
+    sizes, classes_in_file = read_sizes(checkpoint)
     found = checkpoint.recognised
     log_recognised(found)
     classes = _number_of_classes(num_classes, classes_in_file)
@@ -384,8 +391,12 @@ def from_torch(
     return from_values(model, plan.values | _initial(create, plan.kept))
 
 
-def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
-    """`Recognised.sizes`, with errors for people."""
+def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
+    """`Recognised.sizes`: settings of the model that shapes contain, and the number of classes.
+
+    Raises:
+      CheckpointError: the sizes cannot be read; the message names the nearest family and the differences.
+    """
     found = checkpoint.recognised
     try:
         return found.sizes
@@ -423,7 +434,7 @@ def _settings(
     nearest = nearest_variant(found.family, sizes)
     name = nearest if name == "auto" else name
     defaults = models.settings(name)
-    settings = {**sizes, **_assumed(found.key_format, name, overrides)}
+    settings = {**sizes, **_assumed(found, name, overrides)}
     differing = [
         f"{key} is {settings[key]}, in {name} {defaults[key]}"
         for key in ENCODER_SIZES
@@ -444,13 +455,15 @@ def _settings(
     return name, changed
 
 
-def _assumed(key_format: KeyFormat, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _assumed(found: Recognised, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a checkpoint of this format does not contain, except those in `overrides`; each one is logged."""
-    assumed = {}
-    for setting, value in key_format.settings:
+    assumed, key_format, (_, classes) = {}, found.key_format, found.sizes
+    for setting, value in key_format.settings_for(classes).items():
         if setting in overrides:
             continue
         published_for = name if value is OF_VARIANT else key_format.package
+        if setting in key_format.of_classes.get(classes or 0, {}):
+            published_for += f" with {classes} classes"
         assumed[setting] = models.settings(name)[setting] if value is OF_VARIANT else value
         logger.info(
             "assumed %s=%s: a checkpoint does not contain it; published for %s",

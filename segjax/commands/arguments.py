@@ -5,14 +5,49 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from segjax.checkpoints.key_maps import WEIGHT_SETS
+from segjax.runtime import console
+from segjax.runtime.reading import UnreadableError, user_path
+from segjax.train.constraints import SIDE, Integer, Real
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments whose messages cannot steer the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(console.one_line(message))
 
 
 def summary_of(docstring: str | None) -> str:
     """The first paragraph of a module's docstring, which is the first line of its command's --help."""
     return (docstring or "").partition("\n\n")[0]
+
+
+def within(allowed: Integer | Real) -> Callable[[str], int | float]:
+    """The `type` of an argument: a number in a range, which the message of a refused one states."""
+
+    def parsed(text: str) -> int | float:
+        try:
+            number = int(text) if isinstance(allowed, Integer) else float(text)
+        except ValueError:
+            number = None
+        if (must_be := allowed.problem(number)) or number is None:
+            raise argparse.ArgumentTypeError(f"{console.one_line(text, most=40)}; must be {must_be}")
+        return number
+
+    return parsed
+
+
+def as_path(text: str) -> Path:
+    """The `type` of an argument: a path, in which a shell has not replaced ~ behind an equals sign."""
+    try:
+        return user_path(text)
+    except UnreadableError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
@@ -21,29 +56,68 @@ CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the fo
 def add_checkpoint(
     parser: argparse.ArgumentParser, arguments: Sequence[str], *, names: Sequence[str] = ("--checkpoint",)
 ) -> None:
-    """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names."""
+    """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names; and
+    `--weights`, the set of weights to read in it."""
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
     means = "means" if len(names) == 1 else "mean"
     help = f"{CHECKPOINT}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
     if by_name:
-        parser.add_argument(*names, dest="checkpoint", required=True, type=Path, metavar="CHECKPOINT", help=help)
+        parser.add_argument(*names, dest="checkpoint", required=True, type=as_path, metavar="CHECKPOINT", help=help)
     else:
-        parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=help)
+        parser.add_argument("checkpoint", type=as_path, metavar="CHECKPOINT", help=help)
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHT_SETS,
+        help="the set to read, where CHECKPOINT holds averaged and raw weights, or a student and a teacher",
+    )
 
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a `segjax.inference.engine.Protocol`."""
     parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
-    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512")
-    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop")
-    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="average probabilities; default 1")
+    parser.add_argument(
+        "--crop", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512"
+    )
+    parser.add_argument(
+        "--stride", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop"
+    )
+    parser.add_argument(
+        "--scales",
+        type=within(Real(above=0, most=100)),
+        nargs="+",
+        metavar="S",
+        help="average probabilities; default 1",
+    )
     parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
+    parser.add_argument(
+        "--base-size",
+        type=within(SIDE),
+        nargs=2,
+        metavar=("LONG", "SHORT"),
+        help="resize each image to fit first, in its proportions; ADE20K: 2048 512",
+    )
+    parser.add_argument(
+        "--size-divisor", type=within(Integer(1, 1024)), metavar="N", help="resize on to multiples of N (AlignedResize)"
+    )
 
 
 def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `add_protocol` that were given."""
-    names = ("mode", "crop", "stride", "scales", "flip")
+    names = ("mode", "crop", "stride", "scales", "flip", "base_size", "size_divisor")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def less_memory(options: argparse.Namespace) -> str:
+    """The options of `add_protocol`, and `--batch`, that need less memory than those that were given."""
+    found = [f"a smaller --batch than {options.batch}"] if (options.batch or 1) > 1 else []
+    if options.mode == "slide":
+        found.append("a smaller --crop")
+    else:
+        found.append("--mode slide, and with it --crop H W for smaller windows than 512x512")
+    if options.scales or options.flip or options.base_size:
+        given = {"--scales": options.scales, "--flip": options.flip, "--base-size": options.base_size}
+        found.append(f"less of {' and '.join(name for name, value in given.items() if value)}")
+    return f"use {', or '.join(found)}"
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:

@@ -31,20 +31,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from segjax.benchmark import floor, runner
-from segjax.benchmark.machine import described
-from segjax.benchmark.report import markdown, report
+from segjax.benchmark.machine import cores, described
+from segjax.benchmark.report import markdown, read_record, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
 from segjax.benchmark.runner import OURS, ROUNDS, SPELLINGS, BenchmarkError, OutOfTimeError, largest_that_fits
-from segjax.commands.arguments import summary_of
+from segjax.commands.arguments import Parser, as_path, summary_of, within
 from segjax.commands.ending import run_command
 from segjax.runtime import atomic, console
+from segjax.train.constraints import BATCH, CLASSES, SIDE, Integer, Real
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax benchmark", description=summary_of(__doc__))
+    parser = Parser(prog="segjax benchmark", description=summary_of(__doc__))
     parser.add_argument("--model", default="segformer_b0", help="a name of segjax.MODELS")
-    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=within(SIDE), nargs=2, default=(512, 512), metavar=("H", "W"))
+    parser.add_argument("--batch", type=within(BATCH), default=1)
     parser.add_argument("--mode", choices=["infer", "train"], default="infer")
     parser.add_argument(
         "--dtype",
@@ -52,23 +53,29 @@ def main(arguments: list[str] | None = None) -> int:
         choices=["float32", "bfloat16"],
         help="bf16 for short; float32 unless given, bfloat16 in the table of GPUs",
     )
-    parser.add_argument("--num-classes", type=int, default=150, metavar="K", help="150 unless given: ADE20K's")
+    parser.add_argument(
+        "--num-classes", type=within(CLASSES), default=150, metavar="K", help="150 unless given: ADE20K's"
+    )
     parser.add_argument(
         "--against", nargs="+", metavar="NAME", help="other contenders; default all that exist for the model"
     )
     parser.add_argument(
-        "--rounds", type=int, help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu"
+        "--rounds",
+        type=within(Integer(1, 10_000)),
+        help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu",
     )
     parser.add_argument(
         "--table", nargs="?", const="cpu", choices=list(TABLES), help="models and sizes of the README's: cpu, or gpu"
     )
     parser.add_argument(
-        "--minutes", type=float, help="of --table gpu: begin no row that takes longer than what is left"
+        "--minutes",
+        type=within(Real(above=0, most=100_000)),
+        help="of --table gpu: begin no row that takes longer than what is left",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
+        "--json", type=as_path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="prints the README's table of a record")
+    parser.add_argument("--markdown", type=as_path, metavar="FILE", help="prints the README's table of a record")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
@@ -79,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         if options.markdown:
-            print("\n".join(markdown(json.loads(options.markdown.read_text(encoding="utf-8")))))
+            console.show("\n".join(markdown(read_record(options.markdown))))
         else:
             _run(options, arguments)
 
@@ -115,6 +122,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
     say = console.say
     say("measuring what the machine can do ...")
+    if loaded := _load_of_others():
+        say(loaded)
     ceiling = floor.measured_ceilings(dtype)
     on_gpu = ceiling["platform"] != "cpu"
     say(
@@ -145,7 +154,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     for results in measured:
         if "failed" not in results[-1]:
             # A table, whose lines are not prose.
-            print("\n".join(report(results[-1], ceiling)), flush=True)
+            console.show("\n".join(report(results[-1], ceiling)))
         if options.json:
             record = {
                 "date": datetime.date.today().isoformat(),
@@ -159,6 +168,14 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
             atomic.write_text(options.json, json.dumps(record, indent=1) + "\n")
     if options.json:
         say(f"\nwrote {options.json}")
+
+
+def _load_of_others() -> str | None:
+    """A warning where other programs keep half of the cores busy or more; this one has only begun."""
+    load, own = os.getloadavg()[0], cores()
+    if load < own / 2:
+        return None
+    return f"warning: other programs load {load:.1f} of {own} cores, and times will be uneven"
 
 
 def _title(row: Row) -> str:
@@ -186,7 +203,7 @@ def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float
     for row in rows:
         asked = {"model": row.model, "mode": row.mode, "largest_batch": row.batch, "size": list(row.size)}
         asked["against"] = list(row.against)
-        same = [result for result in results if all(result[key] == value for key, value in asked.items())]
+        same = [result for result in results if all(result.get(key) == value for key, value in asked.items())]
         if any("cut_short" not in result for result in same):
             say(f"{_title(row)}: recorded already")
             continue
@@ -215,10 +232,10 @@ def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> l
     """
     if path is None or not path.exists():
         return []
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_record(path)
     # A row that failed has no type.
-    work = {(dtype, num_classes), *((r["dtype"], r["num_classes"]) for r in record["results"] if "dtype" in r)}
-    if record["device"] != device or len(work) > 1:
+    work = {(dtype, num_classes), *((r["dtype"], r.get("num_classes")) for r in record["results"] if "dtype" in r)}
+    if record.get("device") != device or len(work) > 1:
         raise BenchmarkError(
             f"--json: {path} has other work than {dtype} of {num_classes} classes on {device}; name another file"
         )

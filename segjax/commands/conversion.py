@@ -31,6 +31,7 @@ from segjax.checkpoints.state_dict import (
 from segjax.commands.arguments import parse_overrides
 from segjax.commands.ending import CheckError
 from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime.reading import user_path
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def convert(options: argparse.Namespace) -> None:
     """
     logger.info("%s -> %s", options.checkpoint, options.destination)
     _refuse_destination(options)
-    checkpoint = read_checkpoint(options.checkpoint).read_as(dialect=options.dialect)
+    checkpoint = read_checkpoint(options.checkpoint, weights=options.weights).read_as(dialect=options.dialect)
     dialect, to_folder = options.to or "native", is_folder(options.destination)
     with jax.enable_x64(True) if checkpoint.param_dtype == np.float64 else contextlib.nullcontext():
         model, metadata = (
@@ -63,7 +64,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def _refuse_destination(options: argparse.Namespace) -> None:
     require_destination(options.destination, options.to)
-    source = None if huggingface.is_address(options.checkpoint) else options.checkpoint.expanduser()
+    source = None if huggingface.is_address(options.checkpoint) else user_path(options.checkpoint)
     if source and source.exists() and options.destination.exists() and options.destination.samefile(source):
         raise CheckpointError(f"{options.destination} is the source itself; choose another name")
 
@@ -114,7 +115,7 @@ def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple
       stored: settings that the written checkpoint contains.
     """
     settings, key_format = settings_of(model), key_format_of(model, dialect)
-    for setting, value in key_format.settings:
+    for setting, value in key_format.settings_for(model.spec.num_classes).items():
         if setting not in stored and value is not OF_VARIANT and settings[setting] != value:
             logger.info(
                 "note: %s computes with %s=%s, this model with %s",

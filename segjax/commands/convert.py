@@ -2,6 +2,7 @@
 
     segjax convert CHECKPOINT DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
                                   [--overrides KEY=VALUE ...] [--verify]
+                                  [--weights ema|raw|student|teacher]
 
 CHECKPOINT is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the
 Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
@@ -10,22 +11,21 @@ folder that transformers loads. Class names, normalisation and origin go with th
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 from segjax.checkpoints.key_maps import DIALECTS
-from segjax.commands.arguments import add_checkpoint, overrides_at_fault, summary_of
+from segjax.commands.arguments import Parser, add_checkpoint, as_path, overrides_at_fault, summary_of, within
 from segjax.commands.ending import run_command
+from segjax.train.constraints import CLASSES
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax convert", description=summary_of(__doc__))
+    parser = Parser(prog="segjax convert", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
-    parser.add_argument("destination", type=Path, metavar="DST", help="*.pth, *.safetensors, anything else: a folder")
+    parser.add_argument("destination", type=as_path, metavar="DST", help="*.pth, *.safetensors, else a folder")
     parser.add_argument("--model", default="auto", help="insist on this model, a name of segjax.MODELS")
-    parser.add_argument("--num-classes", type=int, help="needed for an encoder only, else checked")
+    parser.add_argument("--num-classes", type=within(CLASSES), help="needed for an encoder only, else checked")
     parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names CHECKPOINT has")
     parser.add_argument(
         "--to", choices=DIALECTS, help="whose names DST gets, default native; of folders hf is one for transformers"

@@ -9,13 +9,12 @@ writes a page of augmented samples, see `show --help`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segjax.commands.arguments import summary_of
+from segjax.commands.arguments import Parser, summary_of
 from segjax.commands.ending import run_command
 from segjax.data import class_weights, specs
 from segjax.runtime import console
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="segjax data", description=summary_of(__doc__))
+    parser = Parser(prog="segjax data", description=summary_of(__doc__))
     names = specs.prepared_names()
     parser.add_argument("command", choices=["prepare", "show"])
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
@@ -40,8 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> None:
         from segjax.data import builders
+        from segjax.data.sources import NoSourceError
 
-        prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
+        try:
+            prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
+        except NoSourceError as error:
+            raise ValueError(f"{error}: --source PATH") from error
         console.say("\n".join(describe(prepared)))
 
     return run_command("segjax data", run, interrupted="the same command continues")
@@ -52,12 +55,13 @@ def describe(prepared: Prepared) -> list[str]:
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
     for split, count in prepared.splits.items():
         labels = "yes" if split in prepared.labelled else "not published"
-        lines.append(f"{split:<20.20} {count:>9,}  {labels}")
+        lines.append(f"{console.cell(split, 20)} {count:>9,}  {labels}")
     split = "train" if "train" in prepared.labelled else prepared.labelled[0]
     counts = np.array(prepared.pixel_counts(split), np.float64)
     rows = zip(prepared.spec.label_names, counts, class_weights.median_frequency(counts), strict=True)
+    labelled = max(counts.sum(), 1)
     cells = [
-        f"{name:<18.18} {100 * count / max(counts.sum(), 1):>8.4f} {'-' if not weight else format(weight, '>9.4f'):>9}"
+        f"{console.cell(name, 18)} {100 * count / labelled:>8.4f} {f'{weight:.4f}' if weight else '-':>9}"
         for name, count, weight in rows
     ]
     half = (len(cells) + 1) // 2 if len(cells) > 12 else len(cells)

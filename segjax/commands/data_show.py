@@ -9,19 +9,19 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segjax.commands.arguments import summary_of
+from segjax.commands.arguments import Parser, as_path, summary_of, within
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.runtime import console
+from segjax.train.constraints import SEED, SIDE, Integer, Real
 from segjax.viz import pictures
 
 if TYPE_CHECKING:
-    from segjax.data.augment import AugmentSettings
+    from segjax.data.crops import AugmentSettings
     from segjax.data.records import Records
 
 # No crop is larger than this where none is given, nor than the largest image.
@@ -50,7 +50,14 @@ def show(
     records, key = records_of(data), jax.random.key(seed)
     parallel = JitParallel(jax.local_devices()[:1])
     with StreamBatches(
-        records, batch_size=num, seed=seed, parallel=parallel, settings=settings, key=key, threads=1
+        records,
+        batch_size=num,
+        seed=seed,
+        parallel=parallel,
+        settings=settings,
+        ignore_label=spec.ignore_label,
+        key=key,
+        threads=1,
     ) as batches:
         batch, numbers = batches.at(0), batches.indices(0)
     keys, _ = step_keys(key, 0, batch["position"])
@@ -66,36 +73,48 @@ def show(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax data show", description=summary_of(__doc__))
+    parser = Parser(prog="segjax data show", description=summary_of(__doc__))
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num", type=int, default=8, help="samples; default 8")
+    parser.add_argument("--num", type=within(Integer(1, 100)), default=8, help="samples; default 8")
     parser.add_argument(
-        "--crop", type=int, nargs=2, metavar=("H", "W"), help=f"default: the largest image, at most {LARGEST_CROP}"
+        "--crop",
+        type=within(SIDE),
+        nargs=2,
+        metavar=("H", "W"),
+        help=f"default: the largest image, at most {LARGEST_CROP}",
     )
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 2.0), metavar=("A", "B"), help="default 0.5 2.0")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default show-NAME.png")
+    parser.add_argument(
+        "--scale",
+        type=within(Real(above=0, most=100)),
+        nargs=2,
+        default=(0.5, 2.0),
+        metavar=("A", "B"),
+        help="default 0.5 2.0",
+    )
+    parser.add_argument("--seed", type=within(SEED), default=0)
+    parser.add_argument("--output", type=as_path, metavar="FILE", help="default show-NAME.png")
     options = parser.parse_args(arguments)
-    wrong = {
-        f"--num is at least 1, not {options.num}": options.num < 1,
-        f"--crop is at least 1 pixel a side, not {options.crop}": options.crop and min(options.crop) < 1,
-        f"--scale is the smallest and the largest, not {options.scale}": not 0 < options.scale[0] <= options.scale[1],
-    }
-    if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
-        parser.error("; ".join(problems))
+    if options.scale[0] > options.scale[1]:
+        parser.error(f"--scale is the smallest and the largest, not {options.scale}")
     return run_command("segjax data show", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     from segjax.data.records import records_of
+    from segjax.data.sources import NoSourceError
+    from segjax.train.schema import default_config
 
-    data, spec = _data(options)
+    try:
+        data, spec = _data(options)
+    except NoSourceError as error:
+        raise ValueError(f"{error}: --source PATH") from error
     largest = records_of(data).sizes.max(axis=0).tolist()
     crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
-    settings: Any = SimpleNamespace(crop=tuple(crop), scale=tuple(options.scale), flip=0.5, photometric=True)
+    settings: Any = default_config(options.name).augment
+    settings.update(crop=tuple(crop), scale=tuple(options.scale))
     path = options.output or Path(f"show-{options.name}.png")
     show(data, spec, settings, seed=options.seed, num=options.num, path=path)
     console.say(

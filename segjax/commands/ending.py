@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import PurePath
 
-from segjax.runtime import atomic, console, distributed
+from segjax.runtime import atomic, console, distributed, memory, native_log, signals
 
 FAILED_CHECK, WRONG_INPUT = 1, 2
 # The status that a shell reports for a program ended by a signal: 128 plus the number of SIGINT or SIGPIPE.
@@ -25,58 +26,102 @@ def run_command(
     *,
     interrupted: str = "nothing was written",
     full_disk: str = "make room, and run the same command again",
+    less_memory: str = "",
 ) -> int:
     """Runs a command; messages of the logger "segjax" are printed.
 
     Args:
       name: name of the command as it is typed, "segjax convert"; every message begins with it.
       run: function of the command; returns its exit status, or None for 0.
-      interrupted: state of the output after Ctrl-C, as the end of a sentence.
+      interrupted: state of the output after a signal, as the end of a sentence.
       full_disk: remedy after a full disk, as the end of a sentence.
+      less_memory: remedy where there was not enough memory, as the end of a sentence; "" where there is none.
 
     Returns:
-      The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError or KeyError, whose
-      message is printed in lines of 80 columns on stderr; 130 after Ctrl-C; 141 where the reader of stdout has closed
-      it. One of several processes exits here instead of returning 1 or 2, so that the others do not wait for it.
+      The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError, KeyError or too
+      little memory, with a message in lines of 80 columns on stderr; 130 after Ctrl-C, 143 after SIGTERM; 141 where the
+      reader of stdout has closed it. One of several processes exits here instead of returning 1 or 2, so that the
+      others do not wait for it.
     """
     try:
-        with console.log_to(console.say):
+        with console.log_to(console.say), console.libraries_to():
             status = run()
         # Flushed here, because at exit Python could only print that the pipe is closed.
         sys.stdout.flush()
-        return status or 0
-    except KeyboardInterrupt:
+        if not signals.received():
+            return status or 0
+        error = KeyboardInterrupt()
+    except (KeyboardInterrupt, Exception) as raised:
+        error = raised
+    # What is interrupted may raise another exception, or none.
+    if number := signals.received():
+        error = signals.Stopped(signals.status_of(number))
+    if isinstance(error, KeyboardInterrupt):
         _complain(f"{name}: stopped; {interrupted}")
-        return INTERRUPTED
-    except BrokenPipeError:
+        return error.args[0] if error.args else INTERRUPTED
+    if isinstance(error, BrokenPipeError):
         # Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except CheckError as error:
+    if isinstance(error, CheckError):
         _complain(f"{name}: {error}")
         return FAILED_CHECK
-    except (ValueError, OSError, KeyError) as error:
-        room = f".\n  {full_disk[:1].upper()}{full_disk[1:]}" if is_full(error) else ""
-        _complain(f"{name}: {_message(error)}{room}")
+    # Errors of segjax have the remedy themselves.
+    is_own = type(error).__module__.startswith("segjax.")
+    if not is_own and (number := atomic.full_disk(error)):
+        message = message_of(error) if isinstance(error, OSError) else f"cannot write: {os.strerror(number)}"
+        _complain(f"{name}: {message}.\n  {full_disk[:1].upper()}{full_disk[1:]}")
         return distributed.leave(WRONG_INPUT)
-    except Exception:
-        traceback.print_exc()
-        return distributed.leave(FAILED_CHECK)
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk, a quota or a limit on the size of files is exhausted."""
-    return isinstance(error, OSError) and error.errno in (*atomic.NO_ROOM, errno.EFBIG)
+    if memory.is_exhausted(error):
+        is_known = isinstance(error, memory.TooLittleMemoryError)
+        what = str(error) if is_known else "there is not enough memory"
+        _complain(f"{name}: {what}{'; ' * bool(less_memory)}{less_memory}")
+        return distributed.leave(WRONG_INPUT)
+    if isinstance(error, ValueError | OSError | KeyError):
+        _complain(f"{name}: {message_of(error)}")
+        return distributed.leave(WRONG_INPUT)
+    native_log.show()
+    traceback.print_exception(error)
+    return distributed.leave(FAILED_CHECK)
 
 
 def _complain(text: str) -> None:
     console.say(text, to=sys.stderr)
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
+    """The text of an error, in which line breaks that belong to paths are escaped, unlike those of the text itself."""
+    text = _text(error)
+    if "\n" in text:
+        for name in sorted(_broken_names(error), key=len, reverse=True):
+            text = text.replace(name, console.one_line(name))
+    return text
+
+
+def _broken_names(error: BaseException) -> set[str]:
+    """Paths with a line break among the variables of the functions that an error has passed through."""
+    found, pending, seen = set(), [error], set()
+    while pending:
+        error = pending.pop()
+        seen.add(id(error))
+        pending += [other for other in (error.__cause__, error.__context__) if other and id(other) not in seen]
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in list(frame.f_locals.values()):
+                is_parsed = isinstance(value, argparse.Namespace)
+                values = list(vars(value).values()) if is_parsed else [value]
+                for entry in values:
+                    parts = [*entry] if isinstance(entry, list | tuple | set | dict) else [entry]
+                    # Other text may be a message. What was typed is none, and is a path or begins with one.
+                    kinds = (PurePath, str) if is_parsed else PurePath
+                    names = [str(part) for part in parts if isinstance(part, kinds)]
+                    found |= {part for name in names for part in (name, PurePath(name).name) if "\n" in part.strip()}
+    return found
+
+
+def _text(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         # str() would quote it.
         return str(error.args[0])
     if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return f"{console.one_line(os.fsdecode(error.filename))}: {error.strerror}"
     return str(error) or type(error).__name__

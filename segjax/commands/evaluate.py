@@ -3,47 +3,58 @@
     segjax evaluate RUN [--best]
     segjax evaluate CHECKPOINT --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
 
-The first evaluates the last or the best weights of a run on its own data, in the same way as during training; the
-second evaluates any checkpoint on any dataset with mmsegmentation's protocols. Both write a report: index.html, and its
-figures next to it.
+The first evaluates the last or the best weights of a run on its own data, with the protocol of its config.eval, in the
+same way as during training; the second evaluates any checkpoint on any dataset with mmsegmentation's protocols. Both
+write a report: index.html, and its figures next to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of, summary_of
+from segjax.commands.arguments import (
+    Parser,
+    add_checkpoint,
+    add_protocol,
+    as_path,
+    less_memory,
+    protocol_of,
+    summary_of,
+    within,
+)
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.runtime.console import say, score
+from segjax.runtime.console import cell, say, score
+from segjax.train.constraints import BATCH
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax evaluate", description=summary_of(__doc__))
+    parser = Parser(prog="segjax evaluate", description=summary_of(__doc__))
     add_checkpoint(parser, arguments, names=("--checkpoint", "--workdir"))
     parser.add_argument(
         "--data",
         metavar="NAME[:SPLIT]",
-        help=f"one of {', '.join(specs.DATASETS)}; without, CHECKPOINT is a run and is evaluated on its own data",
+        help=f"NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val; without, "
+        "CHECKPOINT is a run and is evaluated on its own data",
     )
     parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=as_path,
         metavar="DIR",
         help="of the report; default report/, without --data CHECKPOINT/report",
     )
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     add_protocol(parser)
-    parser.add_argument("--size-divisor", type=int, metavar="N", help="resize on to multiples of N (AlignedResize)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images or crops at a time; default one for each device")
+    parser.add_argument(
+        "--batch", type=within(BATCH), metavar="N", help="images or crops at a time; default one for each device"
+    )
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("; ".join(problems))
@@ -51,13 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
     from segjax.runtime import environment
 
     environment.prepare()
-    return run_command("segjax evaluate", lambda: _run(options), interrupted="no report was written")
+    return run_command(
+        "segjax evaluate",
+        lambda: _run(options),
+        interrupted="no report was written",
+        less_memory=less_memory(options) if options.data else f"give --data NAME too, and {less_memory(options)}",
+    )
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, as `evaluate_dataset` takes them."""
-    others = {"size_divisor": options.size_divisor, "batch": options.batch}
-    return protocol_of(options) | {name: value for name, value in others.items() if value is not None}
+    return protocol_of(options) | ({} if options.batch is None else {"batch": options.batch})
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
@@ -75,13 +90,14 @@ def _problems(options: argparse.Namespace) -> list[str]:
         f"{name} are generated and need neither --source nor --data-dir": (
             generated and (options.source or options.data_dir)
         ),
+        "--weights: the folder of a run holds one set of weights; omit it": options.weights and not options.data,
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
-        f"--batch is at least 1, not {options.batch}": options.batch is not None and options.batch < 1,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
 
 def _run(options: argparse.Namespace) -> None:
+    from segjax.data.sources import NoSourceError
     from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
 
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
@@ -97,10 +113,13 @@ def _run(options: argparse.Namespace) -> None:
             data_dir=options.data_dir,
             output=output,
             progress=True,
+            weights=options.weights,
             **_settings(options),
         )
     except NoDataError as error:
         raise ValueError(f"{error}: --data NAME") from error
+    except NoSourceError as error:
+        raise ValueError(f"{error}: --source PATH") from error
     _print_table(summary)
     say(f"report: {output / 'index.html'}")
     if is_run and not options.best:
@@ -113,7 +132,7 @@ def _print_table(summary: Mapping) -> None:
     say(f"{'class':<24} {'IoU':>8} {'accuracy':>9} {'precision':>10} {'Dice':>8} {'pixels':>15}")
     for entry in summary["classes"]:
         iou, accuracy, precision, dice = (score(entry[name]) for name in ("iou", "accuracy", "precision", "dice"))
-        say(f"{entry['class']:<24.24} {iou:>8} {accuracy:>9} {precision:>10} {dice:>8} {entry['pixels']:>15,}")
+        say(f"{cell(entry['class'], 24)} {iou:>8} {accuracy:>9} {precision:>10} {dice:>8} {entry['pixels']:>15,}")
     say("")
     means = ("mean_iou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")
     line = "   ".join(f"{name} {score(summary[key])}" for key, name in means)
@@ -122,12 +141,16 @@ def _print_table(summary: Mapping) -> None:
 
 def _compare_with_result(result: Path, summary: Mapping) -> None:
     """Prints whether the figures are those that the training wrote."""
-    from segjax.checkpoints.format_version import refuse_newer
+    from segjax.train.resume import read_result
 
-    if not result.exists():
+    try:
+        recorded = read_result(result)
+    except FileNotFoundError:
         return
-    recorded = json.loads(result.read_text(encoding="utf-8"))
-    refuse_newer(recorded, result)
+    except (ValueError, OSError) as error:
+        # The evaluation itself is complete.
+        say(f"not compared with the result of the training: {error}")
+        return
     shared = ("mean_iou", "pixel_accuracy", "per_class_iou", "step")
     # Checkpoints of old runs do not contain their step.
     if all(recorded[key] == summary[key] for key in shared if summary[key] is not None):

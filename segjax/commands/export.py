@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from segjax.commands.arguments import add_checkpoint, summary_of
+from segjax.commands.arguments import Parser, add_checkpoint, as_path, summary_of, within
 from segjax.commands.ending import CheckError, run_command
 from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
+from segjax.runtime.reading import user_path
+from segjax.train.constraints import SIDE
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax export", description=summary_of(__doc__))
+    parser = Parser(prog="segjax export", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
-    parser.add_argument("destination", type=Path, metavar="OUT", help="*.stablehlo, *.onnx or *.pt2")
+    parser.add_argument("destination", type=as_path, metavar="OUT", help="*.stablehlo, *.onnx or *.pt2")
     parser.add_argument("--format", required=True, choices=list(SUFFIXES))
-    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the images, in pixels")
+    parser.add_argument(
+        "--size", type=within(SIDE), nargs=2, required=True, metavar=("H", "W"), help="of the images, in pixels"
+    )
     parser.add_argument(
         "--dynamic", action="store_true", help="dynamic batch, height and width; without, the batch is 1"
     )
@@ -52,6 +55,6 @@ def _run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     try:
-        export(options.checkpoint.expanduser(), options.destination, export_format)
+        export(user_path(options.checkpoint), options.destination, export_format, weights=options.weights)
     except UnequalError as error:
         raise CheckError(error) from error

@@ -1,6 +1,6 @@
 """Shows what a checkpoint holds and where it came from.
 
-    segjax inspect CHECKPOINT
+    segjax inspect CHECKPOINT [--weights ema|raw|student|teacher]
 
 reads everything that `segjax convert` reads: also the folder of a run, a folder of transformers, and
 hf:owner/name[@revision] on the Hub. For checkpoints of other packages it shows the model that segjax would make of
@@ -9,15 +9,12 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import textwrap
 from collections.abc import Iterable
-from typing import Any
 
-from segjax.commands.arguments import add_checkpoint, summary_of
+from segjax.commands.arguments import Parser, add_checkpoint, summary_of
 from segjax.commands.ending import run_command
-from segjax.runtime.console import log_to, printable
+from segjax.runtime.console import NO_BREAK, filled, log_to, printable, show
 
 WIDTH, INDENT = 80, 15
 
@@ -26,41 +23,44 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     """Rows in 80 columns, with texts next to their names."""
     lines = []
     for name, text in rows:
-        settings: dict[str, Any] = dict(width=WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
-        pieces = [piece for line in text.splitlines() for piece in textwrap.wrap(line, **settings)]
+        # Escapes first, because they make a line longer.
+        text = NO_BREAK.join(map(printable, text.split(NO_BREAK)))
+        pieces = [piece for line in text.splitlines() for piece in filled(line, width=WIDTH - INDENT).splitlines()]
         lines += [f"{name if number == 0 else '':<{INDENT}}{piece}" for number, piece in enumerate(pieces)]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="segjax inspect", description=summary_of(__doc__))
+    parser = Parser(prog="segjax inspect", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
     environment.keep_compiled_programs()
-    return run_command("segjax inspect", lambda: _run(str(options.checkpoint)), interrupted="nothing was changed")
+    return run_command(
+        "segjax inspect", lambda: _run(str(options.checkpoint), options.weights), interrupted="nothing was changed"
+    )
 
 
-def _run(source: str) -> None:
+def _run(source: str, weights: str | None) -> None:
     import jax
 
-    from segjax.checkpoints.describe import NO_BREAK, describe
+    from segjax.checkpoints.describe import describe
 
     notes = []
     try:
         # For float64 weights; others keep their type.
         with log_to(notes.append), jax.enable_x64(True):
-            rows = describe(source)
+            rows = describe(source, weights=weights)
     except (KeyError, TypeError, ValueError, OSError) as error:
         if source in str(error):
             raise
         raise ValueError(f"{source}: {error.args[0] if isinstance(error, KeyError) else error}") from error
     notes = [text for text in notes if not text.startswith(_IN_ROWS)]
     rows += [("" if number else "notes", text) for number, text in enumerate(notes)]
-    print(printable(table(rows).replace(NO_BREAK, " ")))
+    show(table(rows))
 
 
 # Log messages that repeat a row, or that are about the decoder that is made for an encoder.

@@ -3,39 +3,45 @@
     segjax predict runs/mine photos/ 'more/**/*.jpg' clip.mp4 --output out
 
 Everything is below DIR by kind, in the folders that it had: of trip/a.jpg in
-photos/ the label map is DIR/labels/trip/a.png. Images are PNG, JPEG, BMP, TIFF
-and WebP: turned upright as EXIF says, grey repeated in three channels, alpha
-dropped, 16 bits scaled to 8. Videos become H.264 at the times of their frames,
-without sound; an odd side gets its last row or column twice.
+photos/ the label map is DIR/labels/trip/a.png. Images are PNG, JPEG, TIFF, BMP,
+WebP and GIF, by their content: turned upright as EXIF says, grey repeated in
+three channels, alpha dropped. Numbers of 16 bits that use less than 16 bits,
+signed ones and floats need --scale. Videos become H.264 at the times of their
+frames, without sound; an odd side gets its last row or column twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segjax.commands.arguments import add_checkpoint, add_protocol, protocol_of
+from segjax.commands.arguments import Parser, add_checkpoint, add_protocol, as_path, less_memory, protocol_of, within
 from segjax.commands.ending import run_command
+from segjax.data.codec import MAX_PIXELS
+from segjax.inference import planning
+from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
 from segjax.runtime import console
 from segjax.runtime.atomic import write_text
+from segjax.train.constraints import BATCH, SIDE
 from segjax.viz import video
 
 if TYPE_CHECKING:
     from segjax.checkpoints.load import LoadedCheckpoint
     from segjax.inference.batch_run import Run
+    from segjax.inference.planning import Skipped
     from segjax.inference.predictor import Predictor
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="segjax predict",
         description=summary,
         epilog=details,
@@ -45,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, video, folder (with everything below), or 'pattern'"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--output", required=True, type=as_path, metavar="DIR", help="where everything goes")
     parser.add_argument(
         "--write",
         nargs="+",
@@ -56,19 +62,33 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_protocol(parser)
     parser.add_argument(
-        "--pad-multiple", type=int, default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
+        "--pad-multiple", type=within(SIDE), default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=within(BATCH),
         default=1,
         metavar="B",
         help="images of a size, or crops, at a time; a multiple of the devices uses them all",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white, for images of more than 8 bits; reflectances: 0 3000, say",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"refuse larger images; default {MAX_PIXELS:,}"
     )
     parser.add_argument("--resume", action="store_true", help="skip what is done")
     options = parser.parse_args(arguments)
     if options.mode != "slide" and (options.crop or options.stride):
         parser.error("--crop and --stride go with --mode slide")
+    try:
+        check_scale(options.scale)
+    except ValueError as error:
+        parser.error(f"--{error}")
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
@@ -78,30 +98,64 @@ def main(arguments: list[str] | None = None) -> int:
         lambda: _run(options),
         interrupted="the files that were written are complete; --resume continues",
         full_disk="make room, and run the command again with --resume",
+        less_memory=less_memory(options),
     )
 
 
 def _run(options: argparse.Namespace) -> int:
+    import jax
+
     from segjax.checkpoints.load import load
     from segjax.inference import batch_run
     from segjax.inference.batch_run import Run
     from segjax.inference.predictor import Predictor
 
-    jobs, skipped = batch_run.plan(options.inputs, options.output, options.write)
+    jobs, skipped = planning.plan(options.inputs, options.output, options.write)
+    batch = options.batch
+    if options.mode != "slide" and not any(job.is_video for job in jobs):
+        # More than there are images would only be filled up with copies.
+        batch = min(batch, _rounded_up(len(jobs), jax.local_device_count()))
     if any(job.is_video for job in jobs):
         video.pyav()
-    checkpoint = load(options.checkpoint)
-    settings = dict(pad_multiple=options.pad_multiple, batch=options.batch)
+    checkpoint = load(options.checkpoint, weights=options.weights)
+    settings = dict(
+        pad_multiple=options.pad_multiple,
+        batch=batch,
+        scale=None if options.scale is None else tuple(options.scale),
+        max_pixels=options.max_pixels,
+    )
     predictor = Predictor(checkpoint, **protocol_of(options), **settings)
     record = batch_run.record_of(predictor, checkpoint.model, options.checkpoint)
-    done = batch_run.done_before(jobs, options.output, record) if options.resume else set()
+    done, incomplete = batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
     _describe(checkpoint, predictor, jobs, skipped, len(done), options)
-    if len(done) == len(jobs):
+
+    record_path = options.output / batch_run.RECORD
+    begun = record_path.stat().st_mtime_ns if options.resume and record_path.exists() else None
+
+    def write_record(incomplete: batch_run.AllIncomplete) -> None:
+        # Its time stays that at which the outputs that it describes were begun.
+        nonlocal begun
+        entry = {"incomplete": incomplete} if incomplete else {}
+        write_text(record_path, json.dumps(record | entry, indent=1) + "\n")
+        if begun is not None:
+            os.utime(record_path, ns=(begun, begun))
+        begun = record_path.stat().st_mtime_ns
+
+    run = Run(
+        predictor,
+        options.write,
+        less_memory=less_memory(options),
+        incomplete=incomplete,
+        write_record=write_record,
+    )
+    partly = [(source, entry["reason"]) for source in done if (entry := incomplete.get(os.path.realpath(source)))]
+    if len(done) == len(jobs) and not partly:
         console.say("everything is done already")
         return 0
-    write_text(options.output / batch_run.RECORD, json.dumps(record, indent=1) + "\n")
-    run, since = Run(predictor, options.write), time.perf_counter()
+    since = time.perf_counter()
     run([job for job in jobs if job.source not in done])
+    # They would be the same again.
+    run.failures += sorted(partly)
     _report(run, jobs, time.perf_counter() - since)
     return 1 if run.failures else 0
 
@@ -110,7 +164,7 @@ def _describe(
     checkpoint: LoadedCheckpoint,
     predictor: Predictor,
     jobs: Sequence[Job],
-    skipped: int,
+    skipped: Sequence[Skipped],
     done: int,
     options: argparse.Namespace,
 ) -> None:
@@ -125,8 +179,9 @@ def _describe(
     console.say(f"classes     {classes.num_classes} of {classes.name}{origin}")
     videos = sum(job.is_video for job in jobs)
     parts = [_counted(len(jobs) - videos, "image"), _counted(videos, "video")]
-    passed = f"; {_counted(skipped, 'other file')} skipped" * bool(skipped)
-    console.say(f"inputs      {', '.join(part for part in parts if part[0] != '0')}{passed}")
+    console.say(f"inputs      {', '.join(part for part in parts if part[0] != '0')}")
+    if skipped:
+        console.say(f"skipped     {planning.reasons(skipped)}")
     if done:
         console.say(f"resuming    {done} of {len(jobs)} are done")
     padded = f", padded to multiples of {predictor.pad_multiple}" if predictor.pad_multiple > 1 else ""
@@ -134,6 +189,10 @@ def _describe(
     console.say(f"device      {len(jax.devices())} x {jax.devices()[0].device_kind}")
     console.say(f"output      {options.output}: {', '.join(options.write)}")
     console.say("compiling for the first size ...")
+
+
+def _rounded_up(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
 
 
 def _counted(number: int, what: str) -> str:
@@ -151,4 +210,6 @@ def _report(run: Run, jobs: Sequence[Job], seconds: float) -> None:
     if run.failures:
         console.say(f"{len(failed)} of {_counted(len(jobs), 'input')} failed:", to=sys.stderr)
         for path, reason in run.failures:
-            console.say(console.filled(f"{path}: {reason}", indent="  "), to=sys.stderr)
+            console.say(
+                console.filled(f"{console.one_line(path)}: {console.printable(reason)}", indent="  "), to=sys.stderr
+            )

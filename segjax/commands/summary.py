@@ -14,8 +14,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from segjax.commands.arguments import overrides_at_fault, parse_overrides, summary_of
+from segjax.commands.arguments import Parser, overrides_at_fault, parse_overrides, summary_of, within
 from segjax.commands.ending import run_command
+from segjax.runtime.console import show
+from segjax.train.constraints import CLASSES, SIDE
 
 if TYPE_CHECKING:
     from segjax.models.summary import PublishedSummary, Summary
@@ -82,12 +84,14 @@ def _json(summary: Summary | PublishedSummary) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segjax summary", description=summary_of(__doc__))
+    parser = Parser(prog="segjax summary", description=summary_of(__doc__))
     parser.add_argument(
         "name", metavar="NAME", help="a name of segjax.MODELS, such as segformer_b2; another one lists them"
     )
-    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels")
-    parser.add_argument("--num-classes", type=int, default=19, metavar="K", help="19 unless given")
+    parser.add_argument(
+        "--size", type=within(SIDE), nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels"
+    )
+    parser.add_argument("--num-classes", type=within(CLASSES), default=19, metavar="K", help="19 unless given")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -114,4 +118,4 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         print(_json(summary))
     else:
-        print(_table(summary) if isinstance(summary, Summary) else _published_table(summary))
+        show(_table(summary) if isinstance(summary, Summary) else _published_table(summary))

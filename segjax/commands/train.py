@@ -3,8 +3,10 @@
     segjax train --config segformer:b2,camvid --config.data.source=DIR
     python train.py --config configs/segformer.py:b2,camvid
 
---config takes a packaged recipe or a Python file with a function get_config(argument); the words after the colon select
-a variant and a dataset. Every setting is a flag. A run is kept in --workdir, and the same command resumes it.
+--config takes a packaged recipe or a Python file with a function get_config(argument); the words after the colon
+select a variant and a dataset. Every setting is a flag, and so are all settings of the model, as in
+--config.model.decoder_dim=512; --config.eval.crop=None unsets an optional one. A run is kept in --workdir, and the
+same command resumes it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import itertools
 import os
 import re
 import signal
@@ -19,15 +22,17 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from segjax import recipes
+from segjax.commands.ending import message_of, run_command
 from segjax.data.specs import DATASETS
 from segjax.recipes import common
+from segjax.runtime import console, native_log
+from segjax.runtime.reading import user_path
 from segjax.train import constraints, schema
 
 PROGRAM = "segjax train"
@@ -55,7 +60,7 @@ class UsageError(ValueError):
 
 
 class Options(NamedTuple):
-    """The parsed command line; `recipe` is the value of --config."""
+    """The parsed command line; `recipe` is the value of --config, `model_flags` the settings of the model on it."""
 
     recipe: str
     config: ConfigDict
@@ -63,6 +68,7 @@ class Options(NamedTuple):
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
+    model_flags: frozenset[str]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,21 +85,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
     except ValueError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        console.show(f"{PROGRAM}: {message_of(error)}", to=sys.stderr)
         return 2
     if not options.coordinator or options.process_id == 0:
         # Printed now, because JAX takes a second or more to import, and longer to find its devices.
-        print(f"recipe   {options.recipe}", flush=True)
+        published = options.config.recipe
+        console.show(f"recipe   {options.recipe}" + f"\nvalues   {published}" * bool(published))
     with _stops_at_once():
-        from segjax.commands.ending import run_command
-
         full_disk = "what was saved before is complete: make room, and run the same command again"
         return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
     # Imported here, because a command line that cannot be used is refused without waiting for JAX.
-    from segjax.runtime import distributed, environment
+    from segjax.data.sources import NoSourceError
+    from segjax.runtime import console, distributed, environment
     from segjax.train import config as train_config
     from segjax.train import loop
 
@@ -104,13 +110,34 @@ def _run(options: Options) -> int:
             address = None if options.coordinator == "auto" else options.coordinator
             distributed.initialize(address, options.num_processes, options.process_id)
         config = options.config
-        workdir = Path(options.workdir or loop.default_workdir(config))
+        workdir = user_path(options.workdir or loop.default_workdir(config))
 
-        def changes() -> list[str]:
+        def changes(config: ConfigDict) -> list[str]:
             # Called once `train` has checked the settings; before, the dataset may be one that does not exist.
-            return train_config.changes(config, common.get_config(config.data.name))
+            default = common.get_config(config.data.name)
+            # Printed before.
+            default.recipe = config.recipe
+            return train_config.changes(config, default)
 
-        return loop.train(config, workdir, changes=changes)
+        given = options.model_flags
+        if config.init.checkpoint and config.data.name in DATASETS:
+            given |= _not_of_recipes(config)
+        try:
+            with console.libraries_to(workdir / "warnings.log"):
+                return loop.train(config, workdir, given=given, changes=changes)
+        except NoSourceError as error:
+            raise ValueError(f"{error}: --config.data.source=DIR") from error
+
+
+def _not_of_recipes(config: ConfigDict) -> frozenset[str]:
+    """The settings of the model with values that no packaged recipe has for it: those that a config file has set."""
+    packaged = [
+        recipes.load(f"{recipe}:{words}").model
+        for recipe in recipes.RECIPES
+        for words in _words(recipe, config.data.name)
+    ]
+    alike = [model for model in packaged if model.name == config.model.name]
+    return frozenset(key for key, value in config.model.items() if not any(value == model.get(key) for model in alike))
 
 
 @contextlib.contextmanager
@@ -120,6 +147,7 @@ def _stops_at_once() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         print(f"{PROGRAM}: stopped at once; the last complete save remains", file=sys.stderr, flush=True)
+        native_log.end()
         os._exit(error.args[0] if error.args else 128 + signal.SIGINT)
 
 
@@ -137,22 +165,26 @@ def parse(arguments: list[str]) -> Options:
         arguments = flags.FlagValues().read_flags_from_files(arguments, force_gnu=False)
     recipe, arguments = _split_off_config(arguments)
     config = recipes.load(recipe)
+    model_flags = _add_model_settings(arguments, config)
     _refuse_unknown_settings(arguments, config)
+    unset, arguments = _split_off_unset(arguments)
     values, argv = flags.FlagValues(), [PROGRAM, *arguments]
     for name in ("workdir", "coordinator"):
         flags.DEFINE_string(name, None, FLAGS[name][1], flag_values=values)
     for name in ("num_processes", "process_id"):
-        flags.DEFINE_integer(name, None, FLAGS[name][1], flag_values=values)
-    with _in_one_line():
+        flags.DEFINE_integer(name, None, FLAGS[name][1], lower_bound=0, upper_bound=1_000_000, flag_values=values)
+    with _in_one_line(config.model.name):
         # It defines a flag for each setting that the arguments name, and changes `config` as they are parsed.
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         _, *stray = values(argv)
     if stray:
         raise UsageError(_why_stray(stray))
+    for key in unset:
+        schema.unset(config, key)
     # --config.optim="{...}" replaces a whole section.
     schema.require_complete(config)
     given = {name: values[name].value for name in FLAGS if name != "config"}
-    return Options(recipe, config, **given)
+    return Options(recipe, config, **given, model_flags=model_flags)
 
 
 def _split_off_config(arguments: list[str]) -> tuple[str, list[str]]:
@@ -166,25 +198,77 @@ def _split_off_config(arguments: list[str]) -> tuple[str, list[str]]:
                 raise UsageError(f"--config needs a recipe or a file, as in --config {DEFAULT_RECIPE}:b2,camvid")
         else:
             others.append(argument)
-    return recipe, others
+    return str(user_path(recipe)) if recipe.startswith("~") else recipe, others
+
+
+def _split_off_unset(arguments: list[str]) -> tuple[set[str], list[str]]:
+    """The settings that are to be unset, and the other arguments.
+
+    --config.KEY=None unsets an optional setting; the last flag of a setting counts. With --config.eval.mode=whole, the
+    sliding window of a recipe is unset too.
+    """
+    last = dict(_settings_in(arguments))
+    unset = {
+        key
+        for key, value in last.items()
+        if value == "None" and key in schema.SETTINGS and schema.SETTINGS[key].optional
+    }
+    others, pending = [], iter(arguments)
+    for argument in pending:
+        match = re.match(r"--?config\.([\w.]+)(=)?", argument)
+        if not match or match[1] not in unset:
+            others.append(argument)
+        elif not match[2]:
+            next(pending, None)
+    if last.get("eval.mode") == "whole":
+        unset |= {"eval.crop", "eval.stride"} - last.keys()
+    return unset, others
+
+
+def _settings_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Key and value of each --config.KEY=VALUE or --config.KEY VALUE."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if match := re.match(r"--?(?:no)?config\.([\w.]+)(?:(=)|$)", argument):
+            yield match[1], argument.partition("=")[2] if match[2] else following
+
+
+def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[str]:
+    """Adds the settings of the model that the arguments name to a recipe that does not set them, with their defaults.
+
+    Returns:
+      The settings of the model that the arguments name.
+
+    Raises:
+      UsageError: the model has no such setting.
+    """
+    flagged = dict(_settings_in(arguments))
+    keys = {key.removeprefix("model.") for key in flagged if key.startswith("model.")} - {"name", "dtype"}
+    if "model" in flagged:
+        return frozenset(config.model)
+    if keys <= set(config.model):
+        return frozenset(keys)
+    # Imported here, because the settings of models are those of their constructors, which import JAX.
+    from segjax import models
+    from segjax.train.config import why_no_model_setting
+
+    name = flagged.get("model.name") or config.model.name
+    if name not in models.MODELS:
+        raise UsageError(f"--config.model.name: {name!r}; no such model; the models are {', '.join(models.MODELS)}")
+    defaults = models.settings(name)
+    for key in sorted(keys - set(config.model)):
+        if why := why_no_model_setting(name, key, prefix="--config."):
+            raise UsageError(f"--config.model.{key}: {why}")
+        with config.model.unlocked():
+            config.model[key] = defaults[key]
+    return frozenset(keys)
 
 
 def _refuse_unknown_settings(arguments: list[str], config: ConfigDict) -> None:
     """Raises UsageError for --config.KEY where the config has no such setting."""
     keys = schema.flattened(config)
-    for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", argument)
-        if match is None or match[1] in keys or match[1] in config:
-            continue
-        key = match[1]
-        if key.startswith("model."):
-            of_model = [name for name in keys if name.startswith("model.")]
-            close = difflib.get_close_matches(key, of_model, n=1, cutoff=0.75)
-            why = f"no such setting in this recipe{_did_you_mean(close)}{'' if close else ';'} It sets "
-            why += f"{', '.join(of_model)}; others of the model's constructor are set in a config file"
-        else:
-            why = schema.why_unknown(key, prefix="--config.")
-        raise UsageError(f"--config.{key}: {why}")
+    for key, _ in _settings_in(arguments):
+        if key not in keys and key not in config:
+            raise UsageError(f"--config.{key}: {schema.why_unknown(key, prefix='--config.')}")
 
 
 def _why_stray(stray: list[str]) -> str:
@@ -199,8 +283,12 @@ def _did_you_mean(settings: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Turns all errors of absl and ml_collections about flags into UsageErrors of one line."""
+def _in_one_line(model: str = "") -> Iterator[None]:
+    """Turns all errors of absl and ml_collections about flags into UsageErrors of one line.
+
+    Args:
+      model: its name, where the flags are settings.
+    """
     try:
         yield
     except flags.UnrecognizedFlagError as error:
@@ -213,6 +301,11 @@ def _in_one_line() -> Iterator[None]:
         match = re.match(r"(--config\.([\w.]+)=(.*?)): ", text)
         if match and match[2] in schema.SETTINGS:
             text = f"{match[1]}: must be {schema.SETTINGS[match[2]].problem(match[3])}"
+        elif match and match[2].startswith("model."):
+            # Imported here, because it imports JAX.
+            from segjax import models
+
+            text = f"{match[1]}: must be {models.problem_of(model, match[2].removeprefix('model.'), match[3])}"
         raise UsageError(text) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error.args[0] if error.args else error).split())) from None
@@ -230,8 +323,7 @@ def help_text() -> str:
         lines += [f"  --{name} {value}", _filled(text, "      ")]
     lines += ["", "variants of the recipes, the first of each is the default:"]
     for name in recipes.RECIPES:
-        variants = importlib.import_module(f"segjax.recipes.{name}").VARIANTS
-        lines.append(_filled(f"{name}: {', '.join(variants)}", "  "))
+        lines.append(_filled(f"{name}: {', '.join(_variants(name))}", "  "))
     lines += ["", "datasets, the first is the default:", _filled(", ".join(DATASETS), "  ")]
     lines += ["", "settings and their defaults, of which a recipe changes some:"]
     for section in schema.SECTIONS:
@@ -243,6 +335,18 @@ def help_text() -> str:
             lines.append(f"  --config.{section.key(setting)}={_as_typed(setting.default)}")
             lines.append(_filled(f"{setting.text}{only}{allowed}", "      "))
     return "\n".join(lines)
+
+
+def _variants(recipe: str) -> tuple[str, ...]:
+    return importlib.import_module(f"segjax.recipes.{recipe}").VARIANTS
+
+
+def _words(recipe: str, dataset: str) -> Iterator[str]:
+    """The words after the colon of every recipe of a family for a dataset."""
+    sources = getattr(importlib.import_module(f"segjax.recipes.{recipe}"), "SOURCES", {})
+    for variant in _variants(recipe):
+        yield f"{variant},{dataset}"
+        yield from (f"{variant},{dataset},{source}" for source, datasets in sources.items() if dataset in datasets)
 
 
 def _filled(text: str, indent: str) -> str:

@@ -5,8 +5,8 @@
 
 `specs.py` has the table of datasets, and `open.py` opens one by its name. In the order in which images pass through the
 other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `masks.py` checks them and converts
-their masks; `builders.py` stores them; `prepared.py` and `records.py` read them; `pipeline.py` makes batches, which
-`augment.py` augments on the device.
+their masks; `builders.py` stores them; `prepared.py` and `records.py` read them; `pipeline.py` makes batches, whose
+crops `crops.py` draws, and which `augment.py` augments on the device; `hooks.py` calls a person's own functions.
 """
 
 import importlib

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from segjax.data.sources import (
     file_of,
     in_archive,
     in_folder,
+    kind_of,
     listed,
 )
 
@@ -64,12 +66,13 @@ class Reader:
 
 
 def locate(
-    name: str, reader: Reader, given: list[Path], problems: Problems
+    name: str, reader: Reader, given: list[Path], problems: Problems, skipped: list[str]
 ) -> tuple[list[tuple[str, Path]], list[Path]]:
     """The files and archives to read among the given paths.
 
     Args:
       name: of the dataset, for messages.
+      skipped: gets the links to folders that are read already.
 
     Returns:
       (path inside the dataset, path on disk) of files in folders, and paths of archives.
@@ -82,22 +85,32 @@ def locate(
             continue
         inside = [part for part in sorted(known) if (path / part).is_dir()]
         if not inside and path.name in known:
-            loose += in_folder(path.parent, [path.name])
+            loose += in_folder(path.parent, [path.name], problems, skipped)
             continue
         # A folder may contain the archives, or some of them next to the extracted files of the others.
         wanted = [] if set(inside) & set(reader.above) else [part for part in reader.parts if part not in inside]
         packed = {path / reader.parts[part]: None for part in wanted if (path / reader.parts[part]).is_file()}
-        loose += in_folder(path, inside)
+        loose += in_folder(path, inside, problems, skipped)
         archives += packed
         if not inside and not packed:
             names = listed(sorted(entry.name for entry in path.iterdir()))
+            lower = [place for depth in ("*", "*/*") for place in sorted(path.glob(depth)) if _holds(place, reader)]
             problems[f"folders with nothing of {name}; needed are {reader.needs}"].append(
-                f"{path} holds {names or 'nothing'}"
+                f"{path} holds {names or 'nothing'}" + (f"; give {lower[0]}, which holds some" if lower else "")
             )
     for path in archives:
         if not path.is_file():
-            problems["paths that are neither a file nor a folder"].append(str(path))
+            problems["paths that are neither a file nor a folder"].append(
+                f"{path}: {kind_of(path)}" if os.path.lexists(path) else str(path)
+            )
     return loose, archives
+
+
+def _holds(folder: Path, reader: Reader) -> bool:
+    """Whether a folder contains folders or archives of a dataset."""
+    return folder.is_dir() and any(
+        (folder / name).exists() for name in (*reader.parts, *reader.parts.values(), *reader.above)
+    )
 
 
 def read(
@@ -118,7 +131,7 @@ def read(
     found: list[tuple[str, File]] = [(inside, file_of(path, inside)) for inside, path in loose]
     for path in archives:
         try:
-            found += in_archive(path, scratch, opened).items()
+            found += in_archive(path, scratch, opened, problems).items()
         except ArchiveError as error:
             problems["archives that are no whole .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
     files: Files = {}

@@ -1,53 +1,24 @@
 """Augmentation on the device, one compiled function from uint8 to normalised float32.
 
-The order is mmsegmentation's for Cityscapes and ADE20K: random scale, crop, flip, photometric distortion, normalise,
-pad. Padding comes last, so that a padded pixel is 0 after normalisation and carries the ignore label.
+The order is mmsegmentation's for Cityscapes and ADE20K: random scale, rotation, crop, flip, photometric distortion,
+normalise, pad. Padding comes last, so that a padded pixel is 0 after normalisation and carries the ignore label.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.data import specs
+from segjax.data import hooks, specs
+from segjax.data.crops import AugmentSettings, crop_pixels, draw_crops, nearest_pixels, place, rarity_of
 
-
-class Crops(NamedTuple):
-    """Position of the crop of each sample, and of the window of its image that is stored.
-
-    Attributes:
-      scaled: int32 (B, 2), height and width of the scaled image.
-      offset: int32 (B, 2), first row and column of the crop in the scaled image.
-      flip: bool (B,), whether the crop is mirrored horizontally.
-      origin: int32 (B, 2), first row and column of the image that are stored; 0 if the whole image is stored.
-    """
-
-    scaled: jax.Array | np.ndarray
-    offset: jax.Array | np.ndarray
-    flip: jax.Array | np.ndarray
-    origin: jax.Array | np.ndarray
-
-
-class AugmentSettings(Protocol):
-    """The `augment` section of a config, see `segjax.train.schema`."""
-
-    @property
-    def crop(self) -> Sequence[int]: ...
-
-    @property
-    def scale(self) -> Sequence[float]: ...
-
-    @property
-    def flip(self) -> float: ...
-
-    @property
-    def photometric(self) -> bool: ...
+# `jax.random.split(key)` makes the keys that fold_in makes of 0 and 1, and `crops` folds from 2, 3 and 4.
+_ON_DEVICE = 5
 
 
 def normalise(
@@ -55,126 +26,170 @@ def normalise(
     mean: Sequence[float] = specs.IMAGENET_MEAN,
     std: Sequence[float] = specs.IMAGENET_STD,
 ) -> jax.Array:
-    """(images - mean) / std: RGB in 0..255 (..., 3) of any dtype -> float32; mean and std default to ImageNet's."""
+    """(images - mean) / std: 0..255 (..., C) of any dtype -> float32, C numbers each; defaults are ImageNet's, RGB."""
     return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
 def augment(
-    keys: jax.Array, batch: dict[str, Any], settings: AugmentSettings, *, ignore_label: int
+    keys: jax.Array,
+    batch: dict[str, Any],
+    settings: AugmentSettings,
+    *,
+    ignore_label: int,
+    class_pixels: np.ndarray | None = None,
+    normalise: Callable[[jax.Array], jax.Array] = normalise,
 ) -> tuple[jax.Array, jax.Array]:
     """Augments a batch, each sample with its own key.
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8 (B, H, W, 3), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image
-        without its padding, which is never read. "crop", optional: the result of `draw_crops` for the same keys, of a
-        batch that holds only a window of each image.
+      batch: "image" uint8 (B, H, W, C), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image
+        without its padding, which is never read. "crop", optional: the `Crops` of the same keys, of a batch that holds
+        only a window of each image.
       settings: the `augment` section of a config.
       ignore_label: label of the padding.
+      class_pixels: (K,), pixels of each label value in the training split, for `class_balance`.
+      normalise: 0..255 (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
 
     Returns:
-      float32 (B, h, w, 3), normalised, and uint8 (B, h, w); (h, w) is settings.crop.
+      float32 (B, h, w, C), normalised, and uint8 (B, h, w); (h, w) is settings.crop.
+
+    Raises:
+      ValueError: statistics for another number of channels, or a function of `on_device` that cannot be used.
     """
     crops = batch["crop"] if "crop" in batch else draw_crops(keys, batch["size"], settings)
+    if "crop" not in batch and needs_labels(settings):
+        rarity = rarity_for(settings, class_pixels)
+        put = partial(place, settings=settings, ignore_label=ignore_label, rarity=rarity)
+        crops = jax.vmap(put)(keys, crops, batch["label"], batch["size"])
 
     def one(key, image, label, size, crop):
-        image, label, inside = _scale_crop_flip(image, label, size, crop, settings.crop, ignore_label)
+        if settings.rotation:
+            image, label, inside = _resample_rotated(image, label, size, crop, settings.crop, ignore_label)
+        else:
+            image, label, inside = _resample(image, label, size, crop, settings.crop, ignore_label)
+        _, photometry = jax.random.split(key)
         if settings.photometric:
-            _, photometry = jax.random.split(key)
             image = distort(photometry, image)
-        return jnp.where(inside[..., None], normalise(image), 0.0), label
+        elif settings.brightness:
+            image = change_brightness(photometry, image, settings.brightness)
+        if settings.on_device:
+            image, label = hooks.on_device(settings.on_device, jax.random.fold_in(key, _ON_DEVICE), image, label)
+            label = jnp.where(inside, label, ignore_label).astype(jnp.uint8)
+        normalised = normalise(image)
+        if normalised.shape != image.shape:
+            raise ValueError(f"images of {image.shape[-1]} channels are normalised to {normalised.shape[-1]} channels")
+        return jnp.where(inside[..., None], normalised, 0.0), label
 
     return jax.vmap(one)(keys, batch["image"], batch["label"], batch["size"], crops)
 
 
-def draw_crops(keys: jax.Array, sizes: jax.Array, settings: AugmentSettings) -> Crops:
-    """Random crop: scale, position and flip of each sample, from its key (B,) and the size (B, 2) of its image."""
-
-    def one(key, size):
-        geometry, _ = jax.random.split(key)
-        scale_key, *offset_keys, flip_key = jax.random.split(geometry, 4)
-        scale = jax.random.uniform(scale_key, minval=settings.scale[0], maxval=settings.scale[1])
-        scaled = jnp.maximum(jnp.round(size * scale).astype(jnp.int32), 1)
-        room = jnp.maximum(scaled - jnp.array(settings.crop), 0)
-        offset = [jax.random.randint(key, (), 0, most + 1) for key, most in zip(offset_keys, room, strict=True)]
-        flip = jax.random.bernoulli(flip_key, settings.flip)
-        return Crops(scaled, jnp.stack(offset).astype(jnp.int32), flip, jnp.zeros(2, jnp.int32))
-
-    return jax.vmap(one)(keys, sizes)
+def needs_labels(settings: AugmentSettings) -> bool:
+    """Whether the places of crops depend on labels."""
+    return settings.cat_max_ratio < 1 or settings.class_balance > 0
 
 
-# Rows of an image that a crop may need in addition to the distance between its first and last row: 1, since both ends
-# count, 2 for interpolation and 2 for rounding on the device, one on each side.
-_MARGIN = 5
+def rarity_for(settings: AugmentSettings, class_pixels: np.ndarray | None) -> np.ndarray | None:
+    """What `place` takes as `rarity`, from the pixels of each class (K,); None without `class_balance`."""
+    if not settings.class_balance:
+        return None
+    if class_pixels is None:
+        raise ValueError("augment.class_balance needs class_pixels, the pixels of each class in the training split")
+    return rarity_of(np.asarray(class_pixels))
 
 
-def window_size(sizes: np.ndarray, settings: AugmentSettings) -> tuple[int, int]:
-    """Height and width of a window of an image that contains any crop of any image of the sizes (N, 2)."""
-    # A scaled side is rounded, by at most half a pixel, before the positions of its pixels are computed.
-    needed = (math.ceil((side + 0.5) / settings.scale[0]) + _MARGIN for side in settings.crop)
-    height, width = (min(side, int(largest)) for side, largest in zip(needed, sizes.max(axis=0), strict=True))
-    return height, width
-
-
-def with_origins(crops: Crops, sizes: np.ndarray, window: tuple[int, int]) -> Crops:
-    """The same crops, taken from windows (h, w) of images of the sizes (B, 2); computed on the host."""
-    scaled, offset, flip, _ = map(np.asarray, crops)
-    first = np.floor((offset + 0.5) * (sizes / scaled) - 0.5).astype(np.int32) - _MARGIN // 2
-    origin = np.clip(first, 0, np.maximum(sizes - window, 0)).astype(np.int32)
-    return Crops(scaled, offset, flip, origin)
-
-
-def _scale_crop_flip(image, label, size, crop, lengths, ignore_label):
-    """-> float32 (h, w, 3) in 0..255, uint8 (h, w), bool (h, w): False in the padding."""
-    rows, rows_inside = _source_positions(lengths[0], size[0], crop.scaled[0], crop.offset[0], flip=False)
-    columns, columns_inside = _source_positions(lengths[1], size[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
+def _resample(image, label, size, crop, lengths, ignore_label):
+    """-> float32 (h, w, C) in 0..255, uint8 (h, w), bool (h, w): False in the padding."""
+    rows, rows_inside = crop_pixels(lengths[0], crop.scaled[0], crop.offset[0])
+    columns, columns_inside = crop_pixels(lengths[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
     # One axis after the other: two small gathers instead of four of every pixel.
-    resampled = _interpolate(image.astype(jnp.float32), rows, size[0], crop.origin[0], axis=0)
-    resampled = _interpolate(resampled, columns, size[1], crop.origin[1], axis=1)
-    nearest = label[_nearest(rows, size[0]) - crop.origin[0]][:, _nearest(columns, size[1]) - crop.origin[1]]
+    resampled = image.astype(jnp.float32)
+    for axis, pixels in enumerate((rows, columns)):
+        positions = _source_positions(pixels, size[axis], crop.scaled[axis])
+        resampled = _interpolate(resampled, positions, size[axis], crop.origin[axis], axis=axis)
+    nearest_rows = nearest_pixels(rows, size[0], crop.scaled[0]) - crop.origin[0]
+    nearest_columns = nearest_pixels(columns, size[1], crop.scaled[1]) - crop.origin[1]
     inside = rows_inside[:, None] & columns_inside[None, :]
-    return resampled, jnp.where(inside, nearest, ignore_label).astype(jnp.uint8), inside
+    return resampled, _padded(label[nearest_rows][:, nearest_columns], inside, ignore_label), inside
 
 
-def _source_positions(length, size, scaled, offset, *, flip):
-    """Positions of the pixels of a crop in the image along one axis.
+def _resample_rotated(image, label, size, crop, lengths, ignore_label):
+    """`_resample`, turned about the centre of the crop, or of the part of it that is inside the image.
 
-    Args:
-      length: of the crop. size: of the image. scaled: of the scaled image. offset: of the crop in the scaled image.
-      flip: mirrors the part of the crop that is inside the image.
-
-    Returns:
-      float32 (length,) positions in pixels of the image, half-pixel centres as in cv2.resize; bool (length,), False in
-      the padding.
+    It equals `RandomRotate` of mmsegmentation on the scaled image, with this centre, before the crop: clockwise,
+    bilinear and nearest, and what comes from outside the image is padding. The image is resampled once, not twice. At
+    the edge of the image pixels are not blended with the padding.
     """
-    inside_length = jnp.minimum(length, scaled - offset)
-    target = jnp.arange(length)
-    mirrored = jnp.where(flip, inside_length - 1 - target, target)
-    position = (mirrored + offset + 0.5) * (size / scaled) - 0.5
-    return position, target < inside_length
+    (rows, rows_inside), (columns, columns_inside) = (
+        crop_pixels(lengths[0], crop.scaled[0], crop.offset[0]),
+        crop_pixels(lengths[1], crop.scaled[1], crop.offset[1], flip=crop.flip),
+    )
+    centre = crop.offset + (jnp.minimum(jnp.array(lengths), crop.scaled - crop.offset) - 1) / 2
+    down, right = rows[:, None] - centre[0], columns[None, :] - centre[1]
+    cos, sin = jnp.cos(crop.angle), jnp.sin(crop.angle)
+    # (h, w), in pixels of the scaled image.
+    turned = centre[0] + cos * down - sin * right, centre[1] + sin * down + cos * right
+    inside = rows_inside[:, None] & columns_inside[None, :]
+    positions, weights, nearest = [], [], []
+    for axis, pixels in enumerate(turned):
+        inside &= (pixels >= -0.5) & (pixels < crop.scaled[axis] - 0.5)
+        position = _source_positions(pixels, size[axis], crop.scaled[axis])
+        before, after, weight = _neighbours(position, size[axis])
+        positions.append((before - crop.origin[axis], after - crop.origin[axis]))
+        weights.append((1 - weight, weight))
+        whole = jnp.clip(jnp.floor(position + 0.5), 0, size[axis] - 1).astype(jnp.int32)
+        nearest.append(whole - crop.origin[axis])
+    resampled = jnp.zeros((*lengths, image.shape[-1]), jnp.float32)
+    for row, row_weight in zip(positions[0], weights[0], strict=True):
+        for column, column_weight in zip(positions[1], weights[1], strict=True):
+            # Clipped, because padding may lie outside the window.
+            corner = image.at[row, column].get(mode="clip").astype(jnp.float32)
+            resampled += (row_weight * column_weight)[..., None] * corner
+    return resampled, _padded(label.at[tuple(nearest)].get(mode="clip"), inside, ignore_label), inside
+
+
+def _padded(label, inside, ignore_label):
+    return jnp.where(inside, label, ignore_label).astype(jnp.uint8)
+
+
+def _source_positions(pixels, size, scaled):
+    """Positions in the image of pixels of the scaled image, along one axis, half-pixel centres as in cv2.resize."""
+    return (pixels + 0.5) * (size / scaled) - 0.5
+
+
+def _neighbours(positions, size):
+    """The pixels before and after positions, edges repeated, int32, and the weight of the latter."""
+    position = jnp.clip(positions, 0, size - 1)
+    before = jnp.floor(position).astype(jnp.int32)
+    return before, jnp.minimum(before + 1, size - 1), position - before
 
 
 def _interpolate(image, positions, size, origin, *, axis):
     """Linear interpolation along `axis` at `positions`, edges repeated; `image` begins at `origin`."""
-    position = jnp.clip(positions, 0, size - 1)
-    before = jnp.floor(position).astype(jnp.int32)
-    after = jnp.minimum(before + 1, size - 1)
+    before, after, weight = _neighbours(positions, size)
     shape = [1, 1, 1]
     shape[axis] = -1
-    weight = (position - before).reshape(shape)
+    weight = weight.reshape(shape)
     return jnp.take(image, before - origin, axis) * (1 - weight) + jnp.take(image, after - origin, axis) * weight
 
 
-def _nearest(positions, size):
-    return jnp.clip(jnp.floor(positions + 0.5), 0, size - 1).astype(jnp.int32)
+class Distortion(NamedTuple):
+    """Random photometric changes; each has its neutral value with probability one half.
 
-
-def distort(key: jax.Array, image: jax.Array) -> jax.Array:
-    """Photometric distortion of SSD (Liu et al., 2016) with mmsegmentation's ranges: float32 (h, w, 3) in 0..255.
-
-    Each with probability one half: brightness ±32, contrast 0.5..1.5 (before or after the colour changes),
-    saturation 0.5..1.5, hue ±36 degrees.
+    Attributes:
+      brightness: is added, -32..32. contrast: is multiplied, 0.5..1.5. saturation: is multiplied, 0.5..1.5.
+      hue: is added, -0.1..0.1 of a full turn. contrast_first: whether contrast comes before saturation and hue.
     """
+
+    brightness: jax.Array
+    contrast: jax.Array
+    saturation: jax.Array
+    hue: jax.Array
+    contrast_first: jax.Array
+
+
+def draw_distortion(key: jax.Array) -> Distortion:
+    """The random numbers of `distort`."""
     keys = jax.random.split(key, 9)
 
     def maybe(index, neutral, low, high):
@@ -183,11 +198,30 @@ def distort(key: jax.Array, image: jax.Array) -> jax.Array:
 
     brightness, contrast = maybe(0, 0.0, -32.0, 32.0), maybe(1, 1.0, 0.5, 1.5)
     saturation, hue = maybe(2, 1.0, 0.5, 1.5), maybe(3, 0.0, -0.1, 0.1)
-    contrast_first = jax.random.bernoulli(keys[8])
+    return Distortion(brightness, contrast, saturation, hue, jax.random.bernoulli(keys[8]))
+
+
+def distort(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Photometric distortion of SSD (Liu et al., 2016) with mmsegmentation's ranges: float32 (h, w, C) in 0..255.
+
+    Each with probability one half: brightness ±32, contrast 0.5..1.5 (before or after the colour changes),
+    saturation 0.5..1.5, hue ±36 degrees. Images of other than three channels have no colours: brightness and contrast
+    only.
+    """
+    brightness, contrast, saturation, hue, contrast_first = draw_distortion(key)
     image = jnp.clip(image + brightness, 0, 255)
+    if image.shape[-1] != 3:
+        return jnp.clip(image * contrast, 0, 255)
     image = jnp.clip(image * jnp.where(contrast_first, contrast, 1.0), 0, 255)
     image = change_colour(image, saturation=saturation, hue=hue)
     return jnp.clip(image * jnp.where(contrast_first, 1.0, contrast), 0, 255)
+
+
+def change_brightness(key: jax.Array, image: jax.Array, largest: int) -> jax.Array:
+    """With probability one half, adds an integer from -largest to largest, as HRNet: float32 (h, w, C) in 0..255."""
+    value_key, is_key = jax.random.split(key)
+    value = jax.random.randint(value_key, (), -largest, largest + 1)
+    return jnp.clip(image + jnp.where(jax.random.bernoulli(is_key), value, 0), 0, 255)
 
 
 def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) -> jax.Array:
@@ -196,10 +230,11 @@ def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) ->
     chroma = value - jnp.min(image, axis=-1)
     safe = jnp.where(chroma > 0, chroma, 1.0)
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    # Not value == red: a compiler that computes a channel twice, with other rounding, would find it equal to none.
     sector = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         ((green - blue) / safe) % 6,
-        jnp.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        jnp.where(green >= blue, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     # Saturation is chroma / value and may not exceed one.
     chroma = jnp.minimum(chroma * saturation, value)

@@ -7,7 +7,9 @@ for byte, and so are masks of train ids.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
+    .../1.1.0/sources.json                     states of other sources that were found to contain the same files
     segjax_<dataset>/.converting-<state>       during a preparation; one that was interrupted continues there
+    .../.1.1.0.lock                            during a preparation; other processes wait for the one that holds it
 
 The first two are atomic: TFDS writes to `incomplete.*` next to them and renames it at the end.
 `tfds.builder_from_directory` reads them too.
@@ -20,30 +22,35 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from segjax.data import archives, folder, masks, specs
+from segjax.data import archives, contents, folder, masks, specs
 from segjax.data.prepared import Prepared, open_prepared, quiet
 from segjax.data.sources import (
     DataError,
     Example,
     Examples,
+    NoSourceError,
     Problems,
     counted,
     digest_of,
     fingerprint_of,
+    listed,
     shorten,
 )
-from segjax.runtime import console
+from segjax.runtime import atomic, console, lock, reading
+from segjax.runtime.reading import user_path
 
 StrPath = str | os.PathLike[str]
 _SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
@@ -76,23 +83,30 @@ def prepare(
     given = [os.fspath(path) for path in sources if path]
     if not given:
         return _prepared_before(name, dataset, data_dir)
-    paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in given]
+    paths = [Path(os.path.abspath(user_path(path))) for path in given]
     with contextlib.ExitStack() as opened:
         if dataset.spec and dataset.kind == "archives":
-            return _prepare_archives(name, dataset.spec, paths, data_dir, opened)
-        return _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
+            prepared = _prepare_archives(name, dataset.spec, paths, data_dir, opened)
+        else:
+            prepared = _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
+    if _lock_of(prepared.path).exists():
+        # Of a process that was killed right after it had written the dataset, unless it is still at work.
+        with contextlib.suppress(lock.HeldError), _locked(prepared.spec.name, prepared.path):
+            _clear(prepared.path, prepared.metadata["state"])
+    return prepared
 
 
 def _prepared_before(name: str, dataset: specs.Dataset, data_dir: StrPath | None) -> Prepared:
     needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
-    need = f"pass --config.data.source=DIR (segjax train) or --source (segjax data prepare), where DIR holds {needs}"
     if dataset.spec is None:
-        raise DataError(f"{name} needs a source: {need}")
+        raise NoSourceError(f"{name} needs a source, which holds {needs}")
     path = Path(_builder(name, None, data_dir).data_path)
     if not path.exists():
         splits = counted(dict(dataset.spec.splits))
         with_splits = f", with the splits {splits}" if splits else ""
-        raise DataError(f"{name} is not prepared yet (nothing at {path}): {need}{with_splits}")
+        raise NoSourceError(
+            f"{name} is not prepared yet (nothing at {path}); it needs a source, which holds {needs}{with_splits}"
+        )
     return open_prepared(path)
 
 
@@ -105,11 +119,15 @@ def _prepare_folder(
     opened: contextlib.ExitStack,
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
-        raise DataError(f"{name}: {' '.join(given)} is no directory; it must be one, which holds {folder.LAYOUT}")
+        raise DataError(
+            f"{name}: {' '.join(given)} is no directory; it must be one, which holds {folder.LAYOUT}. If it was moved, "
+            "give its present place"
+        )
     (root,) = paths
     problems: Problems = collections.defaultdict(list)
-    spec = folder.read_classes(root, problems)
-    examples = folder.find_examples(root, problems)
+    notes: list[str] = []
+    spec, absent = folder.read_classes(root, problems)
+    examples = folder.find_examples(root, problems, notes)
     if published:
         _check_published(published, spec, examples, problems)
         spec = published
@@ -119,15 +137,63 @@ def _prepare_folder(
         masks.convert(examples, spec, None, scratch, problems)
         raise _refusal(name, paths, problems)
     state = folder.state_of(root, examples)
-    config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}"
     # Any copy of a published dataset is the same dataset.
-    fingerprint = fingerprint_of(examples, (root / "classes.json").read_bytes())
-    identity = {"source": str(root), "state": state, "fingerprint": fingerprint}
+    classes = reading.read_bytes(root / "classes.json")
+    identity = {"source": str(root), "state": state, "fingerprint": fingerprint_of(examples, classes)}
+    if not published and (known := _of_state(name, state, data_dir)):
+        # The folder may have been moved since, and is named after its present place unless classes.json names it.
+        return dataclasses.replace(known, spec=dataclasses.replace(known.spec, name=spec.name))
+    config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}"
     builder = _builder(name, config, data_dir)
-    path = Path(builder.data_path)
-    if path.exists():
-        return _refuse_other_files(open_prepared(path), identity)
-    return _write(builder, spec, examples, None, _scratch(builder, state), identity)
+
+    def write() -> Prepared:
+        return _write(builder, spec, examples, None, _scratch(builder, state), identity, notes, absent)
+
+    return _once(builder, spec.name, write) or _refuse_other_files(
+        open_prepared(Path(builder.data_path)), identity, examples
+    )
+
+
+def _of_state(name: str, state: str, data_dir: StrPath | None) -> Prepared | None:
+    """The dataset that was prepared from a folder in this state; None where there is none yet."""
+    builder = _builder(name, None, data_dir)
+    root = Path(builder.data_dir_root) / builder.name
+    found = [path for path in sorted(root.glob(f"*-{state}/{_VERSION}")) if path.parent.name[0] != "."]
+    return open_prepared(found[0]) if found else None
+
+
+def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
+    """What `write` returns, in one process at a time; None where the dataset is there, perhaps from another process.
+
+    A process waits for another that prepares the same dataset: those of one run on several hosts begin together.
+    """
+    path, waits = Path(builder.data_path), False
+    while not path.exists():
+        try:
+            with _locked(name, path):
+                return None if path.exists() else write()
+        except lock.HeldError as error:
+            if not waits:
+                console.say(f"{error}. This process waits for it")
+            waits = True
+            time.sleep(0.5)
+    return None
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _locked(name: str, path: Path) -> contextlib.AbstractContextManager[None]:
+    return lock.held(_lock_of(path), what=f"{name}, {path},")
+
+
+def _clear(path: Path, state: str) -> None:
+    """Removes what is left of a preparation, and of earlier ones that were killed."""
+    # That of a folder is next to all of its states.
+    left = [path.parent.with_name(f".converting-{state}"), *path.parent.glob(".converting-*")]
+    for place in (*left, *path.parent.glob(f"incomplete.*_{path.name}")):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _prepare_archives(
@@ -139,25 +205,37 @@ def _prepare_archives(
 ) -> Prepared:
     reader = archives.READERS[name]
     problems: Problems = collections.defaultdict(list)
-    loose, packed = archives.locate(name, reader, paths, problems)
+    skipped: list[str] = []
+    loose, packed = archives.locate(name, reader, paths, problems, skipped)
     if problems:
         raise _refusal(name, paths, problems)
     state = digest_of((str(path), path) for path in (*(path for _, path in loose), *packed))
     builder = _builder(name, None, data_dir)
     path = Path(builder.data_path)
-    before = open_prepared(path) if path.exists() else None
-    if before and before.metadata["state"] == state:
+    if path.exists() and state in _known_states(before := open_prepared(path)):
         return before
     scratch = _scratch(builder, state)
-    examples = archives.read(spec, reader, loose, packed, scratch.make, opened, problems)
-    if problems:
+
+    def find() -> tuple[Examples, dict[str, str]]:
+        examples = archives.read(spec, reader, loose, packed, scratch.make, opened, problems)
+        if problems:
+            scratch.remove()
+            raise _refusal(name, paths, problems)
+        fingerprint = fingerprint_of(examples)
+        return examples, {"source": " ".join(map(str, paths)), "state": state, "fingerprint": fingerprint}
+
+    def write() -> Prepared:
+        notes = [f"links to folders that are read already, which are skipped: {listed(skipped)}"] if skipped else []
+        examples, identity = find()
+        return _write(builder, spec, examples, reader.train_ids, scratch, identity, notes)
+
+    if prepared := _once(builder, spec.name, write):
+        return prepared
+    examples, identity = find()
+    try:
+        return _refuse_other_files(open_prepared(path), identity, examples)
+    finally:
         scratch.remove()
-        raise _refusal(name, paths, problems)
-    identity = {"source": " ".join(map(str, paths)), "state": state, "fingerprint": fingerprint_of(examples)}
-    if before:
-        scratch.remove()
-        return _refuse_other_files(before, identity)
-    return _write(builder, spec, examples, reader.train_ids, scratch, identity)
 
 
 def _write(
@@ -167,16 +245,22 @@ def _write(
     train_ids: np.ndarray | None,
     scratch: masks.Scratch,
     identity: dict[str, str],
+    notes: Sequence[str],
+    absent: Sequence[str] = (),
 ) -> Prepared:
     """Prints what is prepared, then checks, converts and writes.
 
     Args:
       identity: metadata about the files from which the dataset was prepared: source, state, fingerprint.
+      notes: printed too.
+      absent: see `masks.convert`.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
     # Indented lines are not wrapped, so that the paths stay whole.
     console.say(f"Preparing {spec.name}, images per split: {counts}\n  from {identity['source']}\n  to {path}")
+    for note in notes:
+        console.say(note)
     problems: Problems = collections.defaultdict(list)
     needed = sum(example.image.size for found in examples.values() for example in found)
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
@@ -186,46 +270,64 @@ def _write(
             f"{path} needs at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
             "choose another data directory"
         )
-    try:
-        builder.examples, measured = masks.convert(examples, spec, train_ids, scratch, problems)
-        if problems:
-            scratch.remove()
-            raise _refusal(spec.name, [identity["source"]], problems)
-        builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(examples, measured))
+    converted = masks.convert(examples, spec, train_ids, scratch, problems, absent)
+    if problems:
+        scratch.remove()
+        raise _refusal(spec.name, [identity["source"]], problems)
+    builder.examples = converted.examples
+    builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), atomic.naming(path):
         # TFDS creates a directory for downloads, although there are none.
-        with quiet(), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-            builder.download_and_prepare(file_format="array_record", download_dir=downloads)
-    except Exception:
-        # Another process that prepares the same dataset may have finished, renamed it and removed the scratch folder.
-        if not path.exists():
-            raise
-    scratch.remove()
-    for pattern in (f"incomplete.*_{path.name}", ".converting-*"):
-        for left in path.parent.glob(pattern):  # of processes that were killed
-            shutil.rmtree(left, ignore_errors=True)
-    return _refuse_other_files(open_prepared(path), identity)
+        try:
+            builder.download_and_prepare(file_format="array_record", download_dir=scratch.make() / "downloads")
+        except DataError as error:
+            # TFDS puts a line with the name of the feature in front.
+            raise DataError(str(error).rpartition("\n")[2]) from None
+    _clear(path, identity["state"])
+    return open_prepared(path)
 
 
-def _metadata(examples: Examples, measured: dict[str, list[masks.Measured]]) -> dict[str, dict[str, list]]:
-    """Names, sizes and pixel counts by split, as JSON, so that no image need be decoded for them."""
+def _metadata(converted: masks.Converted) -> dict[str, dict[str, list]]:
+    """Names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for them."""
     return {
-        "names": {split: [example.name for example in found] for split, found in examples.items()},
-        "sizes": {split: [list(each.size) for each in found] for split, found in measured.items()},
-        "pixels": {
-            split: np.sum([each.pixels for each in found], axis=0).tolist()
-            for split, found in measured.items()
-            if all(each.pixels for each in found)
-        },
+        "names": {split: [example.name for example in found] for split, found in converted.examples.items()},
+        "sizes": {split: [list(each.size) for each in found] for split, found in converted.measured.items()},
+        "hashes": {split: [list(each.hashes) for each in found] for split, found in converted.measured.items()},
+        "pixels": converted.pixels,
     }
 
 
-def _refuse_other_files(before: Prepared, identity: dict[str, str]) -> Prepared:
-    if before.metadata["fingerprint"] != identity["fingerprint"]:
-        raise DataError(
-            f"{before.path} was prepared from {before.metadata['source']}, which held other files than the present "
-            "source. Leave the source empty to use the prepared dataset; delete that directory to prepare it again"
-        )
-    return before
+def _known_states(prepared: Prepared) -> list[str]:
+    """The states of all sources that are known to contain the files of a prepared dataset."""
+    path, states = prepared.path / "sources.json", [prepared.metadata["state"]]
+    # A damaged one costs that the files are read once more.
+    with contextlib.suppress(FileNotFoundError, reading.UnreadableError):
+        states += reading.read_json(path, list[str])
+    return states
+
+
+def _refuse_other_files(before: Prepared, identity: dict[str, str], examples: Examples) -> Prepared:
+    """The prepared dataset; DataError where the examples are not those that it was prepared from.
+
+    Contents are hashed once for each state of a source, which is then kept in sources.json.
+    """
+    changed = []
+    if before.metadata["fingerprint"] == identity["fingerprint"]:
+        known, state = _known_states(before), identity["state"]
+        stored = contents.contents_of(before, examples)
+        if stored is None or state in known:
+            return before
+        changed = contents.differences(stored, masks.contents_of(examples))
+        if not changed:
+            # A folder of prepared datasets that cannot be written costs that the files are read once more.
+            with contextlib.suppress(OSError):
+                atomic.write_text(before.path / "sources.json", json.dumps([*known[1:], state]) + "\n")
+            return before
+    raise DataError(
+        f"{before.path} was prepared from {before.metadata['source']}, which held other files than the present source"
+        + (":\n" + contents.listed_differences(changed) + "\n" if changed else ". ")
+        + "Leave the source empty to use the prepared dataset; delete that directory to prepare it again"
+    )
 
 
 def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> DataError:
@@ -243,7 +345,7 @@ def _builder(dataset: str, config: str | None, data_dir: StrPath | None):
     with quiet():
         return _builder_class(dataset)(
             config=config and tfds.core.BuilderConfig(name=config),
-            data_dir=data_dir and os.path.abspath(os.path.expanduser(data_dir)),
+            data_dir=data_dir and os.path.abspath(user_path(data_dir)),
         )
 
 

@@ -16,8 +16,8 @@ def class_weights(
     """The K weights that the setting `loss.class_weights` selects, not normalised; None for no weights.
 
     Args:
-      choice: None or "", "median_frequency", "cityscapes" (see `specs.DATASETS`), or the K numbers themselves.
-      pixel_counts: for "median_frequency": number of pixels of each label value, as `median_frequency` takes them. A
+      choice: None or "", a key of `BALANCED`, "cityscapes" (see `specs.DATASETS`), or the K numbers themselves.
+      pixel_counts: for a key of `BALANCED`: number of pixels of each label value, as `median_frequency` takes them. A
         binary dataset has two label values; its one weight is that of class 1 divided by that of the background.
 
     Raises:
@@ -27,8 +27,8 @@ def class_weights(
     match choice:
         case None | "":
             return None
-        case "median_frequency":
-            return _balancing(spec, pixel_counts)
+        case str() if choice in BALANCED:
+            return _balancing(choice, spec, pixel_counts)
         case str() if choice in specs.CLASS_WEIGHTS:
             names, weights = specs.CLASS_WEIGHTS[choice]
             if spec.class_names != names:
@@ -44,7 +44,7 @@ def class_weights(
         weights = ()
     if not weights:
         raise ValueError(
-            f"loss.class_weights is '', 'median_frequency', {', '.join(map(repr, specs.CLASS_WEIGHTS))} or "
+            f"loss.class_weights is '', {', '.join(map(repr, (*BALANCED, *specs.CLASS_WEIGHTS)))} or "
             f"{spec.num_classes} numbers in parentheses, one for each class of {spec.name}; got {choice!r}"
         )
     if problems := problems_of_weights(weights, spec.num_classes):
@@ -77,14 +77,39 @@ def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _balancing(spec: specs.DatasetSpec, pixel_counts: np.ndarray | None) -> tuple[float, ...]:
+def inverse_sqrt(pixel_counts: np.ndarray) -> np.ndarray:
+    """1 / sqrt(share of the class among all pixels), float64 (K,), as in SalsaNext (Cortinhal et al., 2020).
+
+    Milder than `median_frequency`: a class that is a hundred times as rare weighs ten times as much. A class without
+    pixels has weight 0, since no pixel will be multiplied by it.
+
+    Args:
+      pixel_counts: as for `median_frequency`.
+
+    Raises:
+      ValueError: no pixel at all.
+    """
+    of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
+    if not of_class.any():
+        raise ValueError("no class has a pixel, so that no class has a share")
+    present = of_class > 0
+    weights = np.zeros(len(of_class))
+    weights[present] = np.sqrt(of_class.sum() / of_class[present])
+    return weights
+
+
+# Class weights that are computed from the pixels of the training split.
+BALANCED = {"median_frequency": median_frequency, "inverse_sqrt": inverse_sqrt}
+
+
+def _balancing(scheme: str, spec: specs.DatasetSpec, pixel_counts: np.ndarray | None) -> tuple[float, ...]:
     values = len(spec.label_names)
     if pixel_counts is None or np.shape(pixel_counts)[-1:] != (values,):
         raise ValueError(
-            f"weights by median frequency need the pixels of each of the {values} label values of {spec.name}; got "
+            f"loss.class_weights={scheme} needs the pixels of each of the {values} label values of {spec.name}; got "
             f"{'none' if pixel_counts is None else f'an array of shape {np.shape(pixel_counts)}'}"
         )
-    weights = median_frequency(pixel_counts)
+    weights = BALANCED[scheme](pixel_counts)
     if spec.num_classes == 1:
         background, positive = weights
         # If one of them is absent there is nothing to balance.

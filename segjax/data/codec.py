@@ -1,18 +1,114 @@
-"""Decodes and encodes JPEG and PNG files, and finds files that are damaged or cannot be used as an image or a mask."""
+"""Decodes and encodes image files, and finds files that are damaged or cannot be used as an image or a mask."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from segjax.runtime import native_messages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what such a file begins with
+# Pixels of the largest image that is decoded by default: half a GiB as RGB. Pillow refuses as many.
+MAX_PIXELS = 2**29 // 3
+# Frame headers of JPEG, which hold the size; C4, C8 and CC among them are other segments.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# libjpeg's reports of pixels that it has made up.
+_MADE_UP = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
+# PIL's modes with alpha: first to the mode in which colours are not multiplied by it, then without it.
+_PIL_ALPHA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message does not name the file."""
+
+
+# ------------------------------------------------------------------------------------------------------------- headers
+
+
+def format_of(head: bytes) -> str | None:
+    """The format of an image by the first 32 bytes of its file: "PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF" or None."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP"
+    # Two letters could begin a text; bytes 14 to 17 are the size of the second header.
+    if head.startswith(b"BM") and head[14:18] in (bytes([size, 0, 0, 0]) for size in (12, 40, 52, 56, 64, 108, 124)):
+        return "BMP"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    return "PNG" if head.startswith(PNG) else None
+
+
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in the header of a PNG, JPEG, WebP, BMP or GIF; None if there is none."""
+    try:
+        match format_of(data[:32]):
+            case "PNG":
+                width, height = struct.unpack_from(">II", data, 16)
+            case "GIF":
+                width, height = struct.unpack_from("<HH", data, 6)
+            case "BMP" if data[14] == 12:
+                width, height = struct.unpack_from("<HH", data, 18)
+            case "BMP":
+                # A negative height stands for rows from top to bottom.
+                width, height = map(abs, struct.unpack_from("<ii", data, 18))
+            case "WebP":
+                return _size_of_webp(data)
+            case "JPEG":
+                return _size_of_jpeg(data)
+            case _:
+                return None
+    except struct.error:
+        return None
+    return height, width
+
+
+def _size_of_webp(data: bytes) -> tuple[int, int] | None:
+    if data[12:16] == b"VP8X":
+        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
+    if data[12:16] == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if data[12:16] == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    return None
+
+
+def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
+    at = len(JPEG)  # segments: 2 bytes marker, 2 bytes length that counts itself, content
+    while at + 4 <= len(data) and data[at : at + 2] != b"\xff\xda":
+        if data[at] == 0xFF and data[at + 1] in _FRAMES:
+            return struct.unpack_from(">HH", data, at + 5)
+        at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return None
+
+
+def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises ImageError for a (height, width) of no pixels, or of more than `max_pixels`."""
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(
+            f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}; to decode it, raise the "
+            "limit: --max-pixels, or max_pixels in Python"
+        )
+    if 0 in size:
+        raise ImageError(f"has {size[0]}x{size[1]} pixels")
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
 
 
 def damage(data: bytes) -> str | None:
-    """Why a file is not a complete PNG or JPEG; None if it is one. Some decoders fill a truncated file silently."""
+    """Why a file is not a complete PNG, JPEG or GIF; None if it is one. Some decoders fill a truncated file."""
     if not data:
         return "is empty"
     if data.startswith(PNG):
@@ -35,14 +131,45 @@ def damage(data: bytes) -> str | None:
             at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]  # 0xFF may be repeated
         # Searched from the scan on, because a thumbnail before it has an end marker of its own.
         return None if data.find(b"\xff\xd9", at) >= 0 else "is truncated"
+    if format_of(data[:32]) == "GIF":
+        # One that is too large is a fault of its own.
+        if _fault_of_size(data, "images") is None:
+            try:
+                decode_by_pillow(data)
+            except ImageError as error:
+                return str(error)
+        return None
     return f"begins with {data[:8]!r}"
+
+
+def damage_of_scan(data: bytes) -> str | None:
+    """Why pixels of a complete JPEG cannot be decoded; None if they can. libjpeg makes up those that are damaged."""
+    import cv2
+
+    _, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR))
+    return _made_up(messages)
+
+
+def _made_up(messages: list[str]) -> str | None:
+    faults = [line for line in messages if line.startswith(_MADE_UP) and "bad ICC" not in line]
+    return f"is damaged, and part of its pixels would be made up ({faults[0]})" if faults else None
 
 
 def fault_of_image(data: bytes) -> str | None:
     """The reason, with its remedy, why a complete file cannot be used as an image; None if it can."""
     if data.startswith(PNG) and data[24] == 16:
         return "images of 16 bits a channel, whose scale to 8 bits is not known; save them with 8 bits"
+    if fault := _fault_of_size(data, "images"):
+        return fault
+    if format_of(data[:32]) == "GIF" and getattr(decode_by_pillow(data), "n_frames", 1) > 1:
+        return "GIF animations, of which a mask can label one image only; save that image as PNG"
     return None
+
+
+def _fault_of_size(data: bytes, what: str) -> str | None:
+    """A fault where the header has more pixels than are decoded."""
+    height, width = size_of(data) or (0, 0)
+    return f"{what} of more than {MAX_PIXELS:,} pixels; cut them up" if height * width > MAX_PIXELS else None
 
 
 def fault_of_turning(data: bytes) -> str | None:
@@ -62,6 +189,8 @@ def fault_of_turning(data: bytes) -> str | None:
 def fault_of_mask(data: bytes) -> str | None:
     """The reason, with its remedy, why a complete file cannot be used as a mask of train ids; None if it can."""
     if not data.startswith(PNG):
+        if format_of(data[:32]) == "GIF":
+            return "masks that are GIF inside, whose palette may be in another order; export them as PNG"
         return "masks that are JPEG inside, which blurs class ids; export them as PNG from the original"
     depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
     if color_type == 3:
@@ -73,33 +202,116 @@ def fault_of_mask(data: bytes) -> str | None:
         return 'RGB or alpha masks; save one 8-bit grey channel that holds each colour\'s position in "colors"'
     if depth != 8:
         return "masks of other than 8 bits, whose values decoders stretch or cut; save class ids as 8-bit grey"
-    return None
+    return _fault_of_size(data, "masks")
 
 
 def fault_of_published_mask(data: bytes) -> str | None:
     """The same for masks from archives, which may also be palette images; the indices are the values."""
     if data.startswith(PNG) and (data[25] == 3 or (data[24], data[25]) == (8, 0)):
-        return None
+        return _fault_of_size(data, "masks")
     return "masks that are no 8-bit grey or palette PNG, as published; fetch their archive again"
 
 
+# ------------------------------------------------------------------------------------------------ decoding, encoding
+
+
 def decode_image(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3), RGB; None if it cannot be decoded."""
-    import cv2
+    """uint8 (H, W, 3), RGB, of a PNG, JPEG or GIF as it is stored; None if it cannot be decoded.
 
-    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-
-
-def decode_upright(data: bytes) -> np.ndarray | None:
-    """(H, W, 3), RGB, in the depth of the file and rotated as its EXIF demands; None if it cannot be decoded.
-
-    Grey is repeated, alpha is dropped, a palette becomes its colours; of several images in a file this is the first.
+    For data sets, whose files were checked: what libjpeg makes up in a damaged JPEG is not reported.
     """
     import cv2
 
-    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    return None if bgr is None else np.ascontiguousarray(bgr[..., ::-1])
+    if data.startswith(b"GIF"):
+        return as_grey_or_rgb(decode_by_pillow(data))
+    with native_messages.silenced():
+        return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def decode_undamaged(data: bytes) -> np.ndarray | None:
+    """The same; raises ImageError where pixels would be made up."""
+    import cv2
+
+    if data.startswith(b"GIF"):
+        return decode_image(data)
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image, messages = native_messages.captured(lambda: _decode(data, flags))
+    if fault := _made_up(messages):
+        raise ImageError(fault)
+    return image
+
+
+def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
+    """The first image in the content of a file of any format but TIFF, rotated as its EXIF demands.
+
+    Returns:
+      (H, W, 1) or (H, W, 3), grey or RGB, in the depth of the file: alpha is dropped, a palette becomes its colours.
+      And the value of white; None where it is not known.
+
+    Raises:
+      ImageError: it is no image, is damaged, or has more than `max_pixels` pixels.
+    """
+    found = format_of(data[:32])
+    if not data:
+        raise ImageError("is empty")
+    if found in (None, "TIFF"):
+        raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
+    if found not in ("PNG", "JPEG"):
+        from PIL import ImageOps
+
+        return as_grey_or_rgb(ImageOps.exif_transpose(decode_by_pillow(data, max_pixels=max_pixels))), 255
+    if fault := damage(data):
+        raise ImageError(fault)
+    if (size := size_of(data)) is None:
+        raise ImageError(f"is damaged: a {found} without a size")
+    refuse_size(size, max_pixels)
+    import cv2
+
+    image, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH))
+    if fault := _made_up(messages):
+        raise ImageError(fault)
+    if image is None:
+        raise ImageError(f"is a damaged {found}{f' ({messages[-1]})' if messages else ''}")
+    return image, None if image.dtype == np.uint16 else 255
+
+
+def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """The first image of a WebP, BMP or GIF. Raises ImageError; Pillow, unlike OpenCV, makes nothing up."""
+    from PIL import BmpImagePlugin, GifImagePlugin, WebPImagePlugin
+
+    # By class, because Image.open has limits of its own to the number of pixels.
+    opened = {
+        "WebP": WebPImagePlugin.WebPImageFile,
+        "BMP": BmpImagePlugin.BmpImageFile,
+        "GIF": GifImagePlugin.GifImageFile,
+    }
+    found = format_of(data[:32])
+    if (size := size_of(data)) is None:
+        raise ImageError(f"is damaged: a {found} without a size")
+    refuse_size(size, max_pixels)
+    try:
+        image = opened[found or ""](io.BytesIO(data))
+        image.load()
+    # Its decoders raise errors of many kinds for damaged files.
+    except Exception as error:
+        raise ImageError(f"is a damaged {found} ({error})") from error
+    return image
+
+
+def as_grey_or_rgb(image: Image) -> np.ndarray:
+    """The array of a PIL image: (H, W) or (H, W, 3), of 8 bits; of mode "I;16" uint16, "I" int32, "F" float32.
+
+    Alpha is dropped, so that hidden colours show, and colours that are multiplied by it are restored.
+    """
+    mode = image.mode
+    if mode in ("L", "RGB", "I", "F") or mode.startswith("I;16"):
+        return np.asarray(image)
+    try:
+        if mode in _PIL_ALPHA:
+            image = image.convert(_PIL_ALPHA[mode])
+        return np.asarray(image.convert("RGB"))
+    except ValueError as error:
+        raise ImageError(f"has PIL's mode {mode!r} ({error}); convert it to 'RGB'") from None
 
 
 def decode_mask(data: bytes) -> np.ndarray | None:
@@ -108,7 +320,8 @@ def decode_mask(data: bytes) -> np.ndarray | None:
 
     if data.startswith(PNG) and data[25:26] == b"\3":
         return _decode_palette(data)
-    return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    with native_messages.silenced():
+        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def encode_mask(labels: np.ndarray) -> bytes:

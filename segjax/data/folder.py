@@ -1,54 +1,63 @@
 """Reader of a folder of images and masks in segjax's own layout, and of everything that is wrong with it.
 
-    images/<split>/<stem>.jpg   or .jpeg, .png; 8 bits a channel; grey is repeated over RGB, alpha is dropped
+    images/<split>/<stem>.jpg   or .png, 8 bits a channel; grey is repeated over RGB, alpha is dropped
     labels/<split>/<stem>.png   8-bit grey: one train id (0..K-1; 0 and 1 for a single class) or the ignore value
-    classes.json                {"names": [K strings], "colors": [K of [r, g, b]], "ignore": 255, "name": "optional"}
+    classes.json                {"names": [K strings], "colors": [K of [r, g, b]], "ignore": 255, "name": "optional",
+                                 "absent": [optional, names of classes that no image shows]}
 
-Nothing here writes. Problems are collected by kind, and each kind states its remedy, so that one report lists them all.
+The content of a file counts, not its suffix. Nothing here writes. Problems are collected by kind, and each kind states
+its remedy, so that one report lists them all.
 """
 
 from __future__ import annotations
 
 import collections
-import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from segjax.data import specs
-from segjax.data.sources import Example, Examples, Problems, digest_of, file_of, listed
+from segjax.data import codec, specs
+from segjax.data.sources import NOT_REGULAR, Example, Examples, Problems, digest_of, file_of, kind_of, listed
+from segjax.runtime import reading
 
 LAYOUT = (
-    "images/<split>/x.jpg (or .jpeg, .png), labels/<split>/x.png (8-bit grey, one class id per pixel) and classes.json "
+    "images/<split>/x.jpg (or .png), labels/<split>/x.png (8-bit grey, one class id per pixel) and classes.json "
     '("names", "colors", "ignore")'
 )
 
 _CLASSES = (  # A kind of problem, with its remedy.
     'classes.json, which needs "names" (K different strings), "colors" (K of [r, g, b], 0..255) and "ignore" (the mask '
-    'value that is not counted, K..255), and may have "name" (a string)'
+    'value that is not counted, K..255), and may have "name" (a string) and "absent" (names of classes that no image '
+    "shows)"
 )
+# Suffixes of files whose content is only looked at when it is decoded; others are opened first.
+_USUAL = {"images": (".jpg", ".jpeg", ".png"), "labels": (".png",)}
 
 
-def read_classes(root: Path, problems: Problems) -> specs.DatasetSpec | None:
-    """The classes in classes.json; None, and the reasons in `problems`, if it cannot be used."""
-    content = {}
+def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | None, tuple[str, ...]]:
+    """The classes in classes.json, and the names of those that no image shows.
+
+    The first is None, and the reasons are in `problems`, if it cannot be used.
+    """
+    content, path = {}, root / "classes.json"
     try:
-        content = {"name": root.name} | json.loads((root / "classes.json").read_text(encoding="utf-8-sig"))
-        faults = list(_faults_of_classes(**{key: content.get(key) for key in ("name", "names", "colors", "ignore")}))
+        content = {"name": root.name, "absent": []} | reading.read_json(path, most=1 << 20)
+        keys = ("name", "names", "colors", "ignore", "absent")
+        faults = list(_faults_of_classes(**{key: content.get(key) for key in keys}))
     except OSError as error:
         faults = [f"cannot be read: {error.strerror}"]
-    except ValueError as error:
-        faults = [f"is no JSON: {error}"]
-    except TypeError:
-        faults = ["is no object"]
+    except reading.UnreadableError as error:
+        faults = [str(error).removeprefix(f"{path}: ")]
     if faults:
         problems[_CLASSES] += faults
-        return None
+        return None, ()
     colors = tuple(map(tuple, content["colors"]))
-    return specs.DatasetSpec(content["name"], tuple(content["names"]), colors, content["ignore"])
+    spec = specs.DatasetSpec(content["name"], tuple(content["names"]), colors, content["ignore"])
+    return spec, tuple(content["absent"])
 
 
-def _faults_of_classes(name, names, colors, ignore) -> Iterator[str]:
+def _faults_of_classes(name, names, colors, ignore, absent) -> Iterator[str]:
     def is_byte(value):
         return type(value) is int and 0 <= value <= 255  # isinstance would let true and false pass
 
@@ -70,34 +79,44 @@ def _faults_of_classes(name, names, colors, ignore) -> Iterator[str]:
     elif ignore < max(len(names), 2):
         # A single class has the labels 0, background, and 1.
         meaning = repr(names[ignore]) if len(names) > 1 else "'background' or the one class"
-        yield f'"ignore" is {ignore}, which is also the id of class {meaning}'
+        yield (
+            f'"ignore" is {ignore}, which is also the id of class {meaning}; give ignored pixels another value in the '
+            "masks, such as 255; if they have 0 because ids begin at 1, subtract 1 from all, and 0 becomes 255"
+        )
+    if not isinstance(absent, list) or any(name not in names for name in absent):
+        yield f'"absent" is no list of some of "names": {absent!r:.80}'
 
 
-def find_examples(root: Path, problems: Problems) -> Examples:
-    """Images with their masks, in the order of their stems. Hidden files are skipped."""
+def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
+    """Images with their masks, in the order of their stems, whose Unicode is composed (NFC).
+
+    Args:
+      notes: gets a line about hidden files, which are skipped, and about names in different Unicode forms.
+    """
     found: dict[str, dict[str, dict[str, Path]]] = {"images": {}, "labels": {}}
-    for part, suffixes in (("images", (".jpg", ".jpeg", ".png")), ("labels", (".png",))):
-        for directory in _visible(root / part):
+    hidden: list[str] = []
+    for part in found:
+        for directory in _visible(root, part, hidden):
             where = f"{part}/{directory.name}"
             if not directory.is_dir():
-                problems["files next to the directories of the splits; move them into one"].append(where)
+                if directory.is_file():
+                    problems["files next to the directories of the splits; move them into one"].append(where)
+                else:
+                    problems[NOT_REGULAR].append(f"{where}: {kind_of(directory)}")
                 continue
             if not re.fullmatch(r"[A-Za-z0-9_]+", directory.name) or directory.name.lower() == "all":
                 problems["splits TFDS cannot name; use letters, digits and _, and not 'all'"].append(where)
-            stems = found[part][directory.name] = {}
-            for path in _visible(directory):
-                if path.suffix.lower() not in suffixes or not path.is_file():
-                    problems[f"no {', '.join(suffixes)} files; convert or remove them"].append(f"{where}/{path.name}")
-                elif path.stem in stems:
-                    names = f"{where}/{stems[path.stem].name} and {path.name}"
-                    problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
-                else:
-                    stems[path.stem] = path
-            if not stems:
+            found[part][directory.name] = _by_stem(root, where, part, problems, hidden)
+            if not found[part][directory.name]:
                 problems["directories without a usable file"].append(where)
         if not found[part]:
             problems[f"directories missing, or without a split in them; needed are {LAYOUT}"].append(part)
+    if not (found["images"] and found["labels"]) and (hint := _other_place(root)):
+        problems["the data lie elsewhere"].append(hint)
+    if hidden:
+        notes.append(f"hidden files, which are skipped: {len(hidden)}, such as {hidden[0]}")
     examples: Examples = {}
+    renamed = []
     for split in sorted({*found["images"], *found["labels"]}):
         images, masks = (found[part].get(split) for part in ("images", "labels"))
         if images is None or masks is None:
@@ -108,23 +127,84 @@ def find_examples(root: Path, problems: Problems) -> Examples:
             Example(stem, *(file_of(path, path.relative_to(root).as_posix()) for path in (images[stem], masks[stem])))
             for stem in sorted(images.keys() & masks.keys())
         ]
-        for stem in sorted(images.keys() - masks.keys()):
-            problems["images without a mask"].append(f"images/{split}/{images[stem].name}")
-        for stem in sorted(masks.keys() - images.keys()):
-            problems["masks without an image"].append(f"labels/{split}/{masks[stem].name}")
+        common = sorted(images.keys() & masks.keys())
+        renamed += [f"{split}/{stem}" for stem in common if images[stem].stem != masks[stem].stem]
+        for kind, own, others, part in (
+            ("images without a mask", images, masks, "images"),
+            ("masks without an image", masks, images, "labels"),
+        ):
+            folded = {stem.casefold(): path.name for stem, path in others.items()}
+            for stem in sorted(own.keys() - others.keys()):
+                close = folded.get(stem.casefold())
+                problems[kind].append(f"{part}/{split}/{own[stem].name}" + f"; in other case: {close}" * bool(close))
+    if renamed:
+        notes.append(
+            f"images and masks whose names differ in nothing but the Unicode form of accents: {len(renamed)}, such as "
+            f"{renamed[0]}; they belong together"
+        )
     return examples
 
 
-def _visible(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.name[0] != ".") if directory.is_dir() else []
+def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list[str]) -> dict[str, Path]:
+    """The images or masks in a directory by their stems, in composed Unicode: systems write accents differently."""
+    stems: dict[str, Path] = {}
+    for path in _visible(root, where, hidden):
+        name = f"{where}/{path.name}"
+        stem = unicodedata.normalize("NFC", path.stem)
+        if path.is_dir():
+            problems["folders in the folder of a split; move their files into it"].append(name)
+        elif not path.is_file():
+            problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
+        elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
+            problems["files that are no PNG or JPEG, neither by suffix nor inside; convert or remove them"].append(name)
+        elif stem in stems:
+            names = f"{where}/{stems[stem].name} and {path.name}"
+            problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
+        else:
+            stems[stem] = path
+    return stems
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file begins as a PNG, JPEG or GIF does, whatever its suffix is."""
+    with reading.open_regular(path) as file:
+        return file.read(8).startswith((codec.PNG, codec.JPEG, b"GIF8"))
+
+
+def _other_place(root: Path) -> str:
+    """Where a dataset lies that is not where it should be; "" where none is near."""
+
+    def is_dataset(place: Path) -> bool:
+        return (place / "images").is_dir() and (place / "labels").is_dir()
+
+    if is_dataset(root):
+        return ""
+    for above in list(root.parents)[:2]:
+        if is_dataset(above):
+            return f"{above} has images/ and labels/; give that folder"
+    inside = [place for depth in ("*", "*/*") for place in sorted(root.glob(depth)) if is_dataset(place)]
+    if len(inside) > 1:
+        names = listed([place.relative_to(root).as_posix() for place in inside])
+        return (
+            f"{names} have images/ and labels/ each; if these are splits, move them to images/<split>, labels/<split>"
+        )
+    return f"{inside[0]} has images/ and labels/; give that folder" if inside else ""
+
+
+def _visible(root: Path, where: str, hidden: list[str]) -> list[Path]:
+    """What is in a directory, sorted; what is hidden is added to `hidden`."""
+    inside = sorted((root / where).iterdir()) if (root / where).is_dir() else []
+    hidden += [f"{where}/{path.name}" for path in inside if path.name[0] == "."]
+    return [path for path in inside if path.name[0] != "."]
 
 
 def state_of(root: Path, examples: Examples) -> str:
-    """16 hex digits that identify the present state of a folder.
+    """16 hex digits that identify the present state of a folder, wherever it lies.
 
-    They are a hash of the path of the folder, of classes.json, and of the path, size and modification time of every
-    file. An edited file changes it even if its size is the same, and two folders differ even if an archive has set
-    equal times. A folder that was moved is prepared again, which costs time but is never wrong.
+    They are a hash of classes.json, and of the path inside, the size, the time of modification and the inode of every
+    file. A folder that was moved keeps them all, and one that was copied is prepared again. An edited file changes
+    them even if its size is the same, and two folders differ even if an archive has set equal times.
     """
     names = (file.name for found in examples.values() for each in found for file in (each.image, each.label) if file)
-    return digest_of(((name, root / name) for name in names), bytes(root), (root / "classes.json").read_bytes())
+    classes = reading.read_bytes(root / "classes.json")
+    return digest_of(((name, root / name) for name in names), classes, numbers=True)

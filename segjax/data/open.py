@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from segjax.data import builders, specs, streets
 from segjax.data.prepared import Prepared
-from segjax.data.records import Records, padded_gigabytes
+from segjax.data.records import Records, padded_gigabytes, parts_of
 from segjax.data.sources import DataError
 
 # (split, *, num_images, size, seed) -> specs.Split; one for each dataset of kind "generated" in `specs.DATASETS`.
@@ -24,11 +24,13 @@ class OpenSplit(NamedTuple):
       data: a `Split`, which is in memory, or `Records`, which are read from disk one by one.
       spec: classes, colours and ignore label.
       pixel_counts: () -> int64 (K,), the number of pixels of each label value; (2,) for a single class.
+      prepared: the dataset that the split is of; None for a generated one.
     """
 
     data: specs.Split | Records
     spec: specs.DatasetSpec
     pixel_counts: Callable[[], np.ndarray]
+    prepared: Prepared | None = None
 
 
 def open_splits(
@@ -47,12 +49,13 @@ def open_splits(
 
     Args:
       name: of the dataset, a key of `specs.DATASETS`.
-      splits: names of splits; one may occur several times.
+      splits: names of splits, or sums of them such as "train+val"; one may occur several times. The images of a sum are
+        called SPLIT_NAME.
       source, data_dir: of a dataset that is prepared, see `builders.prepare`.
       resident_gb: gigabytes (1e9 bytes) of decoded, padded images that a prepared split may take to be read into
         memory.
-      num_images, size: of a generated dataset: the number of images of each split, and their (height, width) in
-        pixels; None selects the defaults in `specs.DATASETS`.
+      num_images, size: of a generated dataset: the number of images of each split, in a sum of each of its parts, and
+        their (height, width) in pixels; None selects the defaults in `specs.DATASETS`.
       seed: of a generated dataset.
       say: called with a line of text before images are generated, which takes seconds.
 
@@ -67,15 +70,33 @@ def open_splits(
         raise DataError(f"no dataset '{name}'; there are {', '.join(specs.DATASETS)}")
     dataset = specs.DATASETS[name]
     if dataset.scenes is None or dataset.spec is None:
-        return _prepared(builders.prepare(name, source=source, data_dir=data_dir), splits, resident_gb)
+        prepared = builders.prepare(name, source=source, data_dir=data_dir)
+        return open_prepared_splits(prepared, splits, resident_gb)
     scenes, spec = dataset.scenes, dataset.spec
+    sums = [parts_of(split) for split in splits]
     if num_images is None:
-        num_images = [scenes.train_images if split == "train" else scenes.eval_images for split in splits]
-    say(f"drawing {sum(num_images)} images of {name} ...")
+        num_images = [scenes.train_images if parts[0] == "train" else scenes.eval_images for parts in sums]
+    total = sum(number * len(parts) for number, parts in zip(num_images, sums, strict=True))
+    say(f"drawing {total} images of {name} ...")
     return [
-        _generated(GENERATORS[name](split, num_images=number, size=size or scenes.size, seed=seed), spec)
-        for split, number in zip(splits, num_images, strict=True)
+        _generated(_drawn(name, parts, num_images=number, size=size or scenes.size, seed=seed), spec)
+        for parts, number in zip(sums, num_images, strict=True)
     ]
+
+
+def shared_splits(one: str, other: str) -> str:
+    """The splits that two sums of splits have in common, as text; empty for none."""
+    return " and ".join(part for part in parts_of(one) if part in parts_of(other))
+
+
+def _drawn(name: str, parts: Sequence[str], **how: Any) -> specs.Split:
+    """A generated split, or the sum of several."""
+    drawn = {part: GENERATORS[name](part, **how) for part in parts}
+    if len(drawn) == 1:
+        return drawn[parts[0]]
+    images, labels, sizes = (np.concatenate([data[field] for data in drawn.values()]) for field in range(3))
+    names = tuple(f"{part}_{name}" for part, data in drawn.items() for name in data.names)
+    return specs.Split(images, labels, sizes, names)
 
 
 def _generated(data: specs.Split, spec: specs.DatasetSpec) -> OpenSplit:
@@ -86,7 +107,8 @@ def _generated(data: specs.Split, spec: specs.DatasetSpec) -> OpenSplit:
     return OpenSplit(data, spec, pixel_counts)
 
 
-def _prepared(prepared: Prepared, splits: Sequence[str], resident_gb: float) -> list[OpenSplit]:
+def open_prepared_splits(prepared: Prepared, splits: Sequence[str], resident_gb: float = 0.0) -> list[OpenSplit]:
+    """The same for a dataset that is prepared already."""
     # All of them first, because a split without labels is refused here, before any image is decoded.
     counts = [partial(np.array, prepared.pixel_counts(split)) for split in splits]
 
@@ -94,4 +116,4 @@ def _prepared(prepared: Prepared, splits: Sequence[str], resident_gb: float) -> 
         records = prepared.records(split)
         return records if padded_gigabytes(records) > resident_gb else prepared.load(split)
 
-    return [OpenSplit(read(split), prepared.spec, of) for split, of in zip(splits, counts, strict=True)]
+    return [OpenSplit(read(split), prepared.spec, of, prepared) for split, of in zip(splits, counts, strict=True)]

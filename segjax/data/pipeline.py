@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.data import specs
-from segjax.data.augment import AugmentSettings, Crops, draw_crops, step_keys, window_size, with_origins
-from segjax.data.records import THREADS, CachedRecords, Records, ahead, read, records_of
+from segjax.data import hooks, specs
+from segjax.data.augment import needs_labels, rarity_for, step_keys
+from segjax.data.crops import (
+    AugmentSettings,
+    Crops,
+    HostPlacement,
+    compiled_on_host,
+    draw_crops,
+    window_size,
+    with_origins,
+)
+from segjax.data.records import THREADS, CachedRecords, RecordError, Records, ahead, read, records_of
 from segjax.runtime.parallel import Parallel
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -77,40 +86,78 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class _WindowLoader:
-    """Reads the part of a step's batch that belongs to this process, into host memory."""
+    """Reads the part of a step's batch that belongs to this process, into host memory.
+
+    Attributes:
+      order: step -> numbers of the images (B,).
+      rows: int32 (b,), positions in the batch that this process reads.
+      draw: step, sizes (b, 2) -> crops of these rows.
+      place: changes the crop of a sample by its label; None where no setting does.
+      window: height and width of the windows.
+      seed: of the random numbers of `settings.on_host`.
+    """
 
     records: CachedRecords
-    order: Callable[[int], np.ndarray]  # step -> numbers of the images (B,)
-    rows: np.ndarray  # int32 (b,), positions in the batch that this process reads
-    draw: Callable[[np.int32, np.ndarray], Crops]  # step, sizes (b, 2) -> crops of these rows
+    order: Callable[[int], np.ndarray]
+    rows: np.ndarray
+    draw: Callable[[np.int32, np.ndarray], Crops]
+    place: HostPlacement | None
     window: tuple[int, int]
+    settings: AugmentSettings
+    seed: int
 
-    def __call__(self, step: int) -> dict[str, object]:
+    def __call__(self, step: int) -> dict[str, Any]:
         numbers = self.order(step)[self.rows]
         sizes = self.records.sizes[numbers]
-        crops = with_origins(self.draw(np.int32(step), sizes), sizes, self.window)
-        shape = (len(numbers), *self.window)
-        images, labels = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
-        for row, (number, (top, left)) in enumerate(zip(numbers, crops.origin, strict=True)):
-            for windows, whole in zip((images, labels), self.records[number], strict=True):
-                part = whole[top : top + shape[1], left : left + shape[2]]
-                windows[row, : part.shape[0], : part.shape[1]] = part
-        return {"image": images, "label": labels, "size": sizes, "position": self.rows, "crop": crops}
+        drawn = jax.tree.map(np.asarray, self.draw(np.int32(step), sizes))
+        crops, images, labels = [], [], []
+        for row, (number, position) in enumerate(zip(numbers, self.rows, strict=True)):
+            image, label = self._read(number, step, position)
+            crop: Crops = jax.tree.map(lambda array, row=row: array[row], drawn)
+            if self.place is not None:
+                crop = self.place(step, position, crop, label)
+            crop = with_origins(crop, sizes[row], self.window, self.settings)
+            crops.append(crop)
+            for windows, whole in ((images, image), (labels, label)):
+                windows.append(self._cut(whole, np.asarray(crop.origin)))
+        crop = Crops(*map(np.stack, zip(*crops, strict=True)))
+        samples = {"image": np.stack(images), "label": np.stack(labels), "size": sizes}
+        return {**samples, "position": self.rows, "crop": crop}
+
+    def _read(self, number: int, step: int, position: np.int32) -> tuple[np.ndarray, np.ndarray]:
+        """An image and its label, changed by the function of `on_host`."""
+        image, label = self.records[number]
+        if not self.settings.on_host:
+            return image, label
+        # The spawn key, because zeros at the end of a seed do not count: [seed, epoch] is that of an epoch's order.
+        rng = np.random.default_rng(np.random.SeedSequence((self.seed, step, int(position)), spawn_key=(0,)))
+        try:
+            return hooks.on_host(self.settings.on_host, rng, image, label)
+        except BaseException as error:
+            # BaseException, because a thread that ends without a result leaves the training waiting for it.
+            reason = str(error) or type(error).__name__
+            raise RecordError(f"{self.records.names[number]} cannot be augmented: {reason}") from error
+
+    def _cut(self, whole: np.ndarray, origin: np.ndarray) -> np.ndarray:
+        """The window of an array (H, W, ...), filled up with zeros."""
+        top, left = origin
+        height, width = self.window
+        part = whole[top : top + height, left : left + width]
+        window = np.zeros((height, width, *whole.shape[2:]), whole.dtype)
+        window[: part.shape[0], : part.shape[1]] = part
+        return window
 
 
-def _compiled_draw(
+def _sample_draws(
     key: jax.Array, rows: np.ndarray, settings: AugmentSettings
 ) -> Callable[[np.int32, np.ndarray], Crops]:
     """`(step, sizes (b, 2)) -> Crops`, the same as in the training step, computed on the host."""
-    key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 
     def draw(key, step, sizes):
         sample_keys, _ = step_keys(key, step, rows)
         return draw_crops(sample_keys, sizes, settings)
 
-    # Compiled here, because `jax.enable_x64` around this thread does not apply to the threads that call it.
-    compiled = jax.jit(draw).lower(key, np.int32(0), np.zeros((len(rows), 2), np.int32)).compile()
-    return partial(compiled, key)
+    return compiled_on_host(draw, key, np.int32(0), np.zeros((len(rows), 2), np.int32))
 
 
 class StreamBatches:
@@ -132,6 +179,8 @@ class StreamBatches:
         seed: int,
         parallel: Parallel,
         settings: AugmentSettings,
+        ignore_label: int,
+        class_pixels: np.ndarray | None = None,
         key: jax.Array,
         start: int = 0,
         threads: int = THREADS,
@@ -140,23 +189,38 @@ class StreamBatches:
         """Starts the threads.
 
         Args:
-          settings: the `augment` section of a config.
+          settings, ignore_label, class_pixels: as in `augment`.
           key: random key of the run, the same that the training step gets.
           start: the first step that `at` will be called with.
           threads: number of threads that decode; `threads + 1` batches wait in host memory.
           cache_bytes: bytes of decoded images that are kept in memory.
+
+        Raises:
+          ValueError: a batch that does not divide among the devices, or no `class_pixels` for `class_balance`.
         """
         parallel.check(batch_size)
         rows = parallel.rows(batch_size).astype(np.int32)
         self.waited = 0.0
         self.indices = partial(order, num_images=len(records), batch_size=batch_size, seed=seed)
+        place = None
+        if needs_labels(settings):
+            place = HostPlacement(
+                key,
+                lambda key, step, position: step_keys(key, step, position[None])[0][0],
+                settings,
+                ignore_label=ignore_label,
+                rarity=rarity_for(settings, class_pixels),
+            )
         # An object of its own: threads that refer to `self`, and `self` to them, would keep each other alive.
         self._load = _WindowLoader(
             CachedRecords(records, cache_bytes),
             self.indices,
             rows,
-            _compiled_draw(key, rows, settings),
+            _sample_draws(key, rows, settings),
+            place,
             window_size(records.sizes, settings),
+            settings,
+            seed,
         )
         self._threads, self._spread = threads, parallel.spread
         self._batches = None
@@ -210,24 +274,33 @@ class StreamBatches:
 
 
 def evaluation_batches(
-    data: specs.Split | Records, *, batch_size: int, part: tuple[int, int] = (0, 1)
-) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
+    data: specs.Split | Records,
+    *,
+    batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Generator[tuple[list[np.ndarray], list[np.ndarray], np.ndarray], None, None]:
     """Every image once, at its own size, read in advance by threads.
 
     Args:
+      key: of a height and width in pixels. A batch has images whose sizes have equal keys; None for images of one size.
       part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
-      uint8 (B, H, W, 3), uint8 (B, H, W) and int64 (n,) image numbers. A batch has images of one size; the last batch
-      of a size repeats its last image up to B rows, and only the first n rows count.
+      B images uint8 (H, W, 3), their labels uint8 (H, W), and int64 (n,) image numbers. The last batch of a key repeats
+      its last image up to B images, and only the first n images count.
 
     Raises:
       RecordError: an image or a label cannot be used.
     """
     records = records_of(data)
+    sizes, which = np.unique(records.sizes, axis=0, return_inverse=True)
+    by_key: dict[Hashable, list[np.ndarray]] = {}
+    for row, (height, width) in enumerate(sizes.tolist()):
+        by_key.setdefault(key((height, width)) if key else row, []).append(np.flatnonzero(which.ravel() == row))
     groups = []
-    for size in np.unique(records.sizes, axis=0):
-        numbers = np.flatnonzero((records.sizes == size).all(axis=1))
+    for of_sizes in by_key.values():
+        numbers = np.concatenate(of_sizes)
         groups += [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     groups = groups[part[0] :: part[1]]
     if not groups:
@@ -236,7 +309,7 @@ def evaluation_batches(
     def work(numbers):
         pairs = [read(records, number) for number in numbers]
         pairs += pairs[-1:] * (batch_size - len(pairs))
-        images, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+        images, labels = (list(arrays) for arrays in zip(*pairs, strict=True))
         return images, labels, numbers
 
     with contextlib.closing(iter(ahead(groups, work, threads=THREADS))) as batches:

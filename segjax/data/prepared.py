@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 from absl import logging
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from segjax.data import codec, records, specs
+from segjax.data.records import JoinedRecords
 from segjax.data.sources import DataError, counted
+from segjax.runtime import reading
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A dataset on disk, ready to be read.
+    """A dataset on disk, ready to be read. Methods take a split, or a sum of several such as "train+val".
 
     Attributes:
       spec: classes, colours and ignore label, as stored with the data.
@@ -40,41 +44,44 @@ class Prepared:
         Raises:
           DataError: there is no such split, or its labels are not published.
         """
-        self._refuse_unlabelled(split)
-        return list(self.metadata["pixels"][split])
+        return np.sum([self.metadata["pixels"][part] for part in self._labelled(split)], axis=0).tolist()
 
-    def records(self, split: str) -> PreparedRecords:
+    def records(self, split: str) -> PreparedRecords | JoinedRecords:
         """A split, of which images are read in any order; DataError where there is no such split."""
-        self._refuse_unknown(split)
-        return PreparedRecords(self, split)
+        parts = {part: PreparedRecords(self, part) for part in self._parts(split)}
+        return JoinedRecords(parts) if len(parts) > 1 else next(iter(parts.values()))
 
     def load(self, split: str) -> specs.Split:
         """Decodes a split into host memory: 4 * H * W bytes per image, where H and W are the largest of the split.
 
-        Args:
-          split: a key of `splits`.
-
         Returns:
-          The split, in the order of its names (file stems).
+          The split, in the order of its names (file stems); a sum in the order of its splits.
 
         Raises:
           DataError: there is no such split, its labels are not published, or a record does not decode.
         """
-        self._refuse_unlabelled(split)
+        self._labelled(split)
         return records.load(
             self.records(split), ignore_label=self.spec.ignore_label, what=f"loading {self.spec.name} {split}"
         )
 
-    def _refuse_unknown(self, split: str) -> None:
-        if split not in self.splits:
-            raise DataError(f"{self.spec.name} has no split '{split}'; there are {counted(self.splits)}")
+    def _parts(self, split: str) -> list[str]:
+        parts = records.parts_of(split, known=counted(self.splits))
+        for part in parts:
+            if part not in self.splits:
+                raise DataError(f"{self.spec.name} has no split '{part}'; there are {counted(self.splits)}")
+        return parts
 
-    def _refuse_unlabelled(self, split: str) -> None:
-        self._refuse_unknown(split)
-        if split not in self.labelled:
-            raise DataError(
-                f"{self.spec.name} {split} has no published labels; use {' or '.join(self.labelled) or 'another split'}"
-            )
+    def _labelled(self, split: str) -> list[str]:
+        """`_parts`, all of which have labels."""
+        parts = self._parts(split)
+        for part in parts:
+            if part not in self.labelled:
+                raise DataError(
+                    f"{self.spec.name} {part} has no published labels; use "
+                    f"{' or '.join(self.labelled) or 'another split'}"
+                )
+        return parts
 
 
 class PreparedRecords:
@@ -97,7 +104,14 @@ class PreparedRecords:
         with quiet():
             # Any: the decorators of as_data_source hide its parameters from type checkers.
             builder: Any = tfds.builder_from_directory(prepared.path)
-            self._source = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+            try:
+                self._source = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+                stored = len(self._source)
+            except Exception as error:
+                # The type of exception depends on the library that opens the damaged file.
+                raise self._damaged_split(" ".join(str(error).split())[:200]) from error
+        if stored != len(self.names):
+            raise self._damaged_split(f"{stored} records instead of {len(self.names)}")
 
     def __reduce__(self):
         return PreparedRecords, (self._prepared, self._split)
@@ -115,7 +129,7 @@ class PreparedRecords:
         Raises:
           DataError: the labels of this split are not published, or the record does not decode.
         """
-        self._prepared._refuse_unlabelled(self._split)
+        self._prepared._labelled(self._split)
         record = self._read(index)
         return self._decoded(index, record, "image"), self._decoded(index, record, "label")
 
@@ -139,24 +153,61 @@ class PreparedRecords:
             raise self._damaged(index, f"its {part} does not decode")
         return array
 
+    def _damaged_split(self, fault: str) -> DataError:
+        where = f"{self._prepared.path}: the files of {self._split} cannot be read"
+        return DataError(f"{where} ({fault}); delete that directory and prepare the dataset again")
+
     def _damaged(self, index: int, fault: str) -> DataError:
         where = f"{self._prepared.path}: {self._split} record {index} ('{self.names[index]}')"
         return DataError(f"{where}: {fault}; delete that directory and prepare the dataset again")
+
+
+class _Spec(TypedDict):
+    name: str
+    class_names: list[str]
+    colors: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
+    ignore_label: int
+    splits: list[Annotated[list[str | int], Field(min_length=2, max_length=2)]]
+
+
+class _Metadata(TypedDict):
+    """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are no text."""
+
+    spec: _Spec
+    source: Any
+    state: str
+    fingerprint: str
+    names: dict[str, list[Any]]
+    sizes: dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]
+    pixels: dict[str, list[int]]
+    hashes: NotRequired[dict[str, list[Annotated[list[str | None], Field(min_length=2, max_length=2)]]]]
 
 
 def open_prepared(path: Path) -> Prepared:
     """The dataset that TFDS wrote at `path`.
 
     Raises:
-      DataError: it is not complete.
+      DataError: it is not complete, or damaged; the message names the file, and in JSON the key.
     """
     import tensorflow_datasets as tfds
 
     if not (path / "dataset_info.json").is_file():
         raise DataError(f"{path} is there but holds no complete dataset; delete it")
-    with quiet():
-        info = tfds.builder_from_directory(path).info
-    metadata = cast(dict[str, Any], dict(info.metadata or {}))
+    remedy = "delete that directory and prepare the dataset again"
+    try:
+        for name in ("dataset_info.json", "features.json", "metadata.json"):
+            reading.refuse_irregular(path / name)
+        with quiet():
+            info = tfds.builder_from_directory(path).info
+        splits = {split: entry.num_examples for split, entry in info.splits.items()}
+        metadata = reading.checked(dict(info.metadata or {}), _Metadata, name=path / "metadata.json")
+        _check_lengths(metadata, splits, path / "metadata.json")
+    except reading.UnreadableError as error:
+        raise DataError(f"{error}; {remedy}") from None
+    except Exception as error:
+        # The type of exception depends on what TFDS does with the damaged file.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path} is damaged ({_damaged_file(path) or reason}); {remedy}") from error
     fields = metadata["spec"]
     spec = specs.DatasetSpec(
         name=fields["name"],
@@ -165,8 +216,31 @@ def open_prepared(path: Path) -> Prepared:
         ignore_label=fields["ignore_label"],
         splits=tuple(map(tuple, fields["splits"])),
     )
-    splits = {split: entry.num_examples for split, entry in info.splits.items()}
     return Prepared(spec, splits, tuple(metadata["pixels"]), path, metadata)
+
+
+def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Path) -> None:
+    """Raises UnreadableError where the metadata are not of as many images, splits and labels as there are."""
+    number = len(metadata["spec"]["class_names"])
+    for key in ("names", "sizes", "hashes"):
+        for split, count in splits.items() if key in metadata else ():
+            found = metadata[key].get(split)
+            if found is None or len(found) != count:
+                entries = "nothing" if found is None else f"{len(found)} entries"
+                raise reading.UnreadableError(f"{path}: {key}.{split} should have {count} entries, it has {entries}")
+    for split, counts in metadata["pixels"].items():
+        if split not in splits or len(counts) != max(number, 2):
+            raise reading.UnreadableError(f"{path}: pixels.{split} is not of {max(number, 2)} classes of a split")
+
+
+def _damaged_file(path: Path) -> str:
+    """The first of TFDS's files that is no JSON; "" where all are."""
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        try:
+            reading.read_json(path / name)
+        except (OSError, reading.UnreadableError) as error:
+            return str(error)
+    return ""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +67,51 @@ class SplitRecords:
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.split.sizes[number]
         return self.split.images[number, :height, :width], self.split.labels[number, :height, :width]
+
+
+def parts_of(split: str, *, known: str = "") -> list[str]:
+    """The names of the splits in a sum of them, "train+val" -> ["train", "val"]; of one split, its name.
+
+    Args:
+      known: the splits that there are, for messages.
+
+    Raises:
+      DataError: a name is missing, or occurs twice.
+    """
+    parts = [part.strip() for part in split.split("+")]
+    hint = f"; there are {known}" if known else ""
+    if not all(parts):
+        raise DataError(f"split {split!r} lacks a name next to a +; a sum of splits is written as in train+val{hint}")
+    if twice := [part for part in dict.fromkeys(parts) if parts.count(part) > 1]:
+        raise DataError(f"split {split!r} contains {' and '.join(twice)} twice; name each split once{hint}")
+    return parts
+
+
+class JoinedRecords:
+    """The records of several splits, one after the other; the names begin with those of the splits.
+
+    Attributes:
+      sizes, names: as in `Records`.
+    """
+
+    def __init__(self, parts: Mapping[str, Records]):
+        """Takes the records of each split by its name."""
+        self._parts = dict(parts)
+        self.sizes = np.concatenate([records.sizes for records in parts.values()])
+        self.names = tuple(f"{split}_{name}" for split, records in parts.items() for name in records.names)
+        # Of each image, its split and its number there.
+        self._places = [(split, number) for split, records in parts.items() for number in range(len(records))]
+
+    def __repr__(self) -> str:
+        # Without the address of the object, because Grain compares it to detect other data.
+        return " + ".join(map(repr, self._parts.values()))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        split, place = self._places[number]
+        return self._parts[split][place]
 
 
 def records_of(data: specs.Split | Records) -> Records:

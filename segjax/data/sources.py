@@ -12,22 +12,39 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import lzma
 import os
 import posixpath
+import re
+import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from segjax.runtime import atomic, console
+from segjax.runtime import atomic, console, reading
 
 
 class DataError(ValueError):
     """A source or a prepared dataset that cannot be used; the message lists every reason and its remedy."""
 
 
+class NoSourceError(DataError):
+    """A dataset that is not prepared, and no source to prepare it from; commands add the flag that names one."""
+
+
 _SHOWN = 10  # entries of one kind that a report lists
+# Bytes of the largest image or mask: several threads hold one each.
+MOST = 1 << 28
+# More than real images shrink in an archive; and bytes below which nothing is called a bomb.
+_MOST_RATIO, _HARMLESS = 200, 1 << 26
+# What a damaged archive makes the standard library raise. RuntimeError: a password, or a method that it lacks.
+_DAMAGED = (
+    *(zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, ValueError, OverflowError, RuntimeError),
+)
 
 Problems = collections.defaultdict[str, list[str]]  # kind, with its remedy -> the files, with the values found there
 
@@ -39,7 +56,7 @@ class File:
     Attributes:
       name: the path, for messages.
       size: bytes.
-      read: () -> content, from any thread; OSError if it cannot be read.
+      read: () -> content, from any thread; OSError or UnreadableError if it cannot be read.
     """
 
     name: str
@@ -69,109 +86,212 @@ class ArchiveError(ValueError):
 Examples = dict[str, list[Example]]  # split -> examples in the order of their names
 
 
-def in_folder(root: Path, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(path relative to `root`, path) of all files below those folders of `parts` that `root` contains."""
+def in_folder(root: Path, parts: Iterable[str], problems: Problems, skipped: list[str]) -> Iterator[tuple[str, Path]]:
+    """(path relative to `root`, path) of all files below those folders of `parts` that `root` contains.
+
+    Links are followed, and each folder is read once: further links to it, or to one around it, are added to `skipped`.
+    FIFOs, devices, sockets and links to nothing are added to `problems`.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def is_new(folder: Path) -> bool:
+        found = folder.stat()
+        if (found.st_dev, found.st_ino) in seen:
+            skipped.append(folder.relative_to(root).as_posix())
+            return False
+        seen.add((found.st_dev, found.st_ino))
+        return True
+
+    def stop(error: OSError):
+        raise error
+
     for part in sorted(parts):
-        for directory, folders, names in os.walk(root / part, followlinks=True):
-            folders.sort()
+        if not (root / part).is_dir() or not is_new(root / part):
+            continue
+        for directory, folders, names in os.walk(root / part, followlinks=True, onerror=stop):
+            folders[:] = [name for name in sorted(folders) if is_new(Path(directory, name))]
             inside = Path(directory).relative_to(root)
-            yield from (((inside / name).as_posix(), Path(directory, name)) for name in sorted(names))
+            for name in sorted(names):
+                path = Path(directory, name)
+                if path.is_file():
+                    yield (inside / name).as_posix(), path
+                elif name[0] != ".":
+                    problems[NOT_REGULAR].append(f"{(inside / name).as_posix()}: {kind_of(path)}")
+
+
+NOT_REGULAR = "entries that are neither files nor folders; remove them"
+
+
+def kind_of(path: Path) -> str:
+    """What is at a path other than a regular file, in words."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, where there is nothing"
+    try:
+        reading.refuse_irregular(path)
+    except reading.UnreadableError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return "a file"
 
 
 def file_of(path: Path, name: str) -> File:
-    return File(name, path.stat().st_size, path.read_bytes)
+    return File(name, path.stat().st_size, functools.partial(reading.read_bytes, path, most=MOST))
 
 
-def in_archive(path: Path, scratch: Callable[[], Path], opened: contextlib.ExitStack) -> dict[str, File]:
+def in_archive(
+    path: Path, scratch: Callable[[], Path], opened: contextlib.ExitStack, problems: Problems
+) -> dict[str, File]:
     """The files of a .zip, .tar or .tar.gz by their path inside; the type is detected from the content.
 
     Args:
       scratch: creates and returns the folder that a .tar.gz is unpacked to; a .tar that is there already is used.
       opened: closes the archive; files can be read until then.
+      problems: gets the members that are refused by name.
 
     Raises:
-      ArchiveError: the file is not such an archive, or it is damaged.
+      ArchiveError: the file is not such an archive, it is damaged, or it unpacks to far more than images do.
     """
-    with path.open("rb") as file:
+    with reading.open_regular(path) as file:
         head = file.read(4)
     try:
         if zipfile.is_zipfile(path):
-            return _in_zip(path, opened)
+            return _in_zip(path, opened, problems)
         if head[:2] == b"\x1f\x8b":
-            return _in_tar(_unpacked(path, scratch()), path.name)
+            return _in_tar(_unpacked(path, scratch()), path.name, problems)
         if head == b"PK\x03\x04":
             raise ArchiveError("a .zip that is cut short")
-        return _in_tar(path, path.name)
+        return _in_tar(path, path.name, problems)
+    except ArchiveError:
+        raise
     except tarfile.ReadError as error:
         raise ArchiveError(f"begins with {head!r} ({error})") from None
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except _DAMAGED as error:
         raise ArchiveError(f"damaged or cut short ({error})") from None
 
 
-def _in_zip(path: Path, opened: contextlib.ExitStack) -> dict[str, File]:
+def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dict[str, File]:
     archive = opened.enter_context(zipfile.ZipFile(path))
 
     def read(info: zipfile.ZipInfo) -> bytes:
+        _refuse_bomb(f"{path.name}: {info.filename}", info.file_size, info.compress_size)
         try:
             return archive.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it has a password
+        except _DAMAGED as error:
             raise OSError(f"cannot be read from {path.name}: {error}") from None
 
-    return {
-        posixpath.normpath(info.filename): File(
-            f"{path.name}: {info.filename}", info.file_size, functools.partial(read, info)
-        )
-        for info in archive.infolist()
-        if not info.is_dir()
-    }
+    files: dict[str, File] = {}
+    for info in archive.infolist():
+        # The type of a file on Unix; 0 where another system wrote the archive.
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        fault = _fault_of_name(info.filename, info.is_dir())
+        if not fault and kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            fault = "is a link" if kind == stat.S_IFLNK else "is a device"
+        if fault:
+            problems[_UNSAFE].append(f"{path.name}: {info.filename!r} {fault}")
+        elif info.is_dir():
+            continue
+        elif (name := posixpath.normpath(info.filename)) in files:
+            problems["files that come twice in an archive; fetch it again"].append(f"{path.name}: {info.filename}")
+        else:
+            name_shown = f"{path.name}: {info.filename}"
+            files[name] = File(name_shown, info.file_size, functools.partial(read, info))
+    return files
 
 
-def _in_tar(path: Path, shown: str) -> dict[str, File]:
+_UNSAFE = (
+    "archive members that are links or devices, or whose names lead out of the archive or to nothing; the published "
+    "archives have none, fetch them again"
+)
+
+
+def _fault_of_name(name: str, is_folder: bool) -> str | None:
+    """Why no file can lie at the name of an archive member."""
+    if re.match(r"[/\\]|[A-Za-z]:[/\\]", name):
+        return "has an absolute name"
+    if ".." in re.split(r"[/\\]", name):
+        return "has a name with .."
+    if not is_folder and posixpath.normpath(name) == ".":
+        return "has an empty name"
+    return None
+
+
+def _refuse_bomb(name: str, size: int, packed: int) -> None:
+    """Raises UnreadableError where a file is larger than any image, or was packed more tightly than images are."""
+    if size > MOST:
+        raise reading.UnreadableError(f"{name}: {size:,} bytes, more than any image or mask has")
+    if size > _HARMLESS // 8 and size > _MOST_RATIO * max(packed, 1):
+        raise reading.UnreadableError(f"{name}: unpacks from {packed:,} to {size:,} bytes, as no image or mask does")
+
+
+def _in_tar(path: Path, shown: str, problems: Problems) -> dict[str, File]:
     def read(start: int, size: int) -> bytes:
+        _refuse_bomb(shown, size, size)
         with path.open("rb") as file:
             file.seek(start)
-            return file.read(size)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"cut short in {shown}")
+        return data
 
+    files: dict[str, File] = {}
+    replaced = 0
     with tarfile.open(path, "r:") as archive:
-        return {
-            posixpath.normpath(member.name): File(
-                f"{shown}: {member.name}", member.size, functools.partial(read, member.offset_data, member.size)
-            )
-            for member in archive
-            if member.isreg()
-        }
+        for member in archive:
+            fault = _fault_of_name(member.name, member.isdir())
+            if not fault and (not member.isreg() or member.issparse()) and not member.isdir():
+                is_link = member.issym() or member.islnk()
+                fault = "is a link" if is_link else "has holes" if member.issparse() else "is a device or a FIFO"
+            if fault:
+                problems[_UNSAFE].append(f"{shown}: {member.name!r} {fault}")
+            elif not member.isdir():
+                name = posixpath.normpath(member.name)
+                replaced += name in files
+                reader = functools.partial(read, member.offset_data, member.size)
+                files[name] = File(f"{shown}: {member.name}", member.size, reader)
+    if replaced:
+        console.say(f"{shown}: {replaced} files come twice, and as in every .tar the last of each counts")
+    return files
 
 
 def _unpacked(path: Path, scratch: Path) -> Path:
-    """The .tar of a .tar.gz, written atomically."""
+    """The .tar of a .tar.gz, written atomically; ArchiveError for a bomb, before it has filled the disk."""
     result = scratch / f"{path.name}.tar"
     if not result.exists():
         with (
             atomic.replacing_file(result, durable=False) as temporary,
-            path.open("rb") as packed,
+            reading.open_regular(path) as packed,
             gzip.open(packed) as source,
             temporary.open("wb") as destination,
             console.ProgressBar(f"unpacking {path.name}", path.stat().st_size, "B") as progress,
         ):
+            written = 0
             while block := source.read(1 << 20):
-                destination.write(block)
+                written += destination.write(block)
+                if written > _HARMLESS and written > _MOST_RATIO * packed.tell():
+                    raise ArchiveError(
+                        f"unpacks from {packed.tell():,} bytes to more than {written:,}, as no images do"
+                    )
                 progress.advance(packed.tell() - progress.count)
     return result
 
 
-def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes) -> str:
-    """16 hex digits that identify the present state of files: a hash of their names, sizes and modification times."""
+def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes, numbers: bool = False) -> str:
+    """16 hex digits that identify the present state of files: a hash of their names, sizes and modification times.
+
+    Args:
+      numbers: whether the number of each file in its file system (inode) counts too, which it keeps where it is moved.
+    """
     digest = hashlib.sha256(b"\0".join(start))
     for name, path in paths:
-        stat = path.stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        found = path.stat()
+        number = f"{found.st_ino}\0" if numbers else ""
+        digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{number}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
 def fingerprint_of(examples: Examples, *start: bytes) -> str:
     """16 hex digits that identify the examples of a dataset, wherever its files are: a hash of splits, names and sizes.
 
-    A hash of the contents would be exact, but reading them at every start takes minutes.
+    A hash of the contents is exact, but takes minutes to compute; see `contents.py`.
     """
     digest = hashlib.sha256(b"\0".join(start))
     for split, found in examples.items():
@@ -182,9 +302,9 @@ def fingerprint_of(examples: Examples, *start: bytes) -> str:
 
 
 def shorten(entries: list) -> list[str]:
-    """The first entries as text, and the number of the others."""
+    """The first entries, each as text on one line, and the number of the others."""
     rest = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [f"{entry!s:.300}" for entry in entries[:_SHOWN]] + rest
+    return [console.one_line(entry, most=300) for entry in entries[:_SHOWN]] + rest
 
 
 def listed(entries: list) -> str:

@@ -232,8 +232,6 @@ _CITYSCAPES_WEIGHTS = (
     *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
     *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
 )
-# 1 / sqrt(share of the labelled training pixels), as in SalsaNext (Cortinhal et al., 2020).
-_CAMVID_WEIGHTS = (0.88, 0.75, 3.64, 0.64, 1.70, 1.15, 3.33, 3.40, 1.49, 4.49, 6.71)
 
 
 class Scenes(NamedTuple):
@@ -259,7 +257,8 @@ class Dataset:
         archives.py; "folder": prepared from a folder with the layout that folder.py describes.
       spec: its classes; None where a folder names its own.
       evaluated_split: the split that is evaluated unless another is named.
-      crop: (height, width) in pixels of the training crop, unless a recipe has its own.
+      crop: (height, width) in pixels of the training crop, unless a recipe has its own. None: a run chooses it from the
+        sizes of the images.
       class_weights: K weights by which a published recipe multiplies the loss of each class.
       guessed: whether a checkpoint with as many classes, but without names for them, is assumed to have these.
       scenes: of a generated dataset; None for all others.
@@ -268,7 +267,7 @@ class Dataset:
     kind: Literal["generated", "archives", "folder"]
     spec: DatasetSpec | None
     evaluated_split: str
-    crop: tuple[int, int] = (512, 512)
+    crop: tuple[int, int] | None = None
     class_weights: tuple[float, ...] | None = None
     guessed: bool = False
     scenes: Scenes | None = None
@@ -296,7 +295,6 @@ DATASETS = {
         evaluated_split="test",
         # The size of its images; a larger crop would be mostly padding.
         crop=(360, 480),
-        class_weights=_CAMVID_WEIGHTS,
         guessed=True,
     ),
     # The labels of test are not published.

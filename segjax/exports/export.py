@@ -5,7 +5,8 @@ Input and output of a file:
     stablehlo         float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
     onnx, torch       float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
     preprocessing     input of every format: uint8 RGB (B, H, W, 3)
-    argmax            output of every format: `labels` uint8 (B, H, W), of logits upsampled bilinearly in float32
+    argmax            output of every format: `labels` uint8 (B, H, W), of logits upsampled bilinearly in float32, with
+                      the model's `align_corners`, which is in the metadata for those who upsample logits themselves
 
 A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. Files of ONNX and torch
 (`torch.export`) are made from the model's PyTorch reference in segjax.torch_reference, with the same weights, because
@@ -41,7 +42,8 @@ from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic
+from segjax.runtime import atomic, console
+from segjax.runtime.reading import user_path
 
 # ------------------------------------------------------------------------------------------------------ segjax's side
 
@@ -106,11 +108,18 @@ def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, export
     return output if export_format.argmax or export_format.format == "stablehlo" else np.moveaxis(output, 1, -1)
 
 
-def upsampled(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(layers.resize(jnp.asarray(logits), size))
+def upsampled(logits: np.ndarray, size: tuple[int, int], *, align_corners: bool) -> np.ndarray:
+    return np.asarray(layers.resize(jnp.asarray(logits), size, align_corners=align_corners))
 
 
-def error_of(output: np.ndarray, expected: np.ndarray, size: tuple[int, int], export_format: ExportFormat) -> float:
+def error_of(
+    output: np.ndarray,
+    expected: np.ndarray,
+    size: tuple[int, int],
+    export_format: ExportFormat,
+    *,
+    align_corners: bool,
+) -> float:
     """Largest error of a file's output against the model's logits (B, h, w, K), relative to the largest logit.
 
     For labels it is the difference, at the worst pixel, between the model's highest score and its score of the file's
@@ -123,7 +132,7 @@ def error_of(output: np.ndarray, expected: np.ndarray, size: tuple[int, int], ex
         if output.shape != expected.shape or not np.isfinite(output).all():
             return np.inf
         return float(np.abs(output.astype(np.float64) - expected).max()) / largest
-    scores = upsampled(expected, size)
+    scores = upsampled(expected, size, align_corners=align_corners)
     if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
         return np.inf
     if scores.shape[-1] == 1:
@@ -162,6 +171,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
             "inside": export_format.preprocessing,
         },
         "size_multiple": loaded.model.size_multiple,
+        "align_corners": loaded.model.align_corners,
         "input": "images",
         "output": export_format.output,
         "weights": export_format.dtype,
@@ -188,8 +198,13 @@ def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple
     ]
     if export_format.dynamic:
         lines.append(f"  sides of {f'multiples of {multiple}' if multiple > 1 else f'at least {LEAST}'} pixels")
-    classes = ", ".join(loaded.classes.label_names)
-    return [*lines, *textwrap.wrap(f"  classes of {loaded.classes.name}: {classes}", 80, subsequent_indent="    ")]
+    classes = ", ".join(console.one_line(name, most=40) for name in loaded.classes.label_names)
+    return [
+        *lines,
+        *textwrap.wrap(
+            f"  classes of {console.one_line(loaded.classes.name)}: {classes}", 80, subsequent_indent="    "
+        ),
+    ]
 
 
 def _require(export_format: ExportFormat, destination: Path, model: SegmentationModel) -> None:
@@ -245,7 +260,7 @@ def export_model(
       ValueError: the model takes no images of this size.
       UnequalError: the outputs of the file differ from the model's.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     formats = {suffix: name for name, suffix in SUFFIXES.items()}
     if path.suffix not in formats:
         raise CheckpointError(f"{path}: the suffix selects the format: {', '.join(formats)}")
@@ -259,12 +274,16 @@ def export_model(
 
 
 def export(
-    source: str | Path | LoadedCheckpoint | SegmentationModel, destination: Path, export_format: ExportFormat
+    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    destination: Path,
+    export_format: ExportFormat,
+    *,
+    weights: str | None = None,
 ) -> None:
-    """`export_model` with its settings in one object, and its errors."""
+    """`export_model` with its settings in one object, and its errors; `weights` as for `segjax.load`."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(export_format)
-    loaded = as_loaded(source)
+    loaded = as_loaded(source, weights=weights)
     export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std)
     _require(export_format, destination, loaded.model)
     model = rounded(
@@ -307,14 +326,17 @@ def _is_equal(
     for batch, size in checked_sizes(export_format, model.size_multiple):
         images = pictures(batch, size)
         output = run_file(run, images, export_format)
-        error = error_of(output, expected(images), size, export_format)
+        error = error_of(output, expected(images), size, export_format, align_corners=model.align_corners)
         verdict = "equal" if error <= bound else f"NOT equal (bound {bound:.0e})"
         where = f"{batch}x{size[0]}x{size[1]}"
         logger.info("  %-14s worst relative error of %s %.1e: %s", where, export_format.output, error, verdict)
         passed &= error <= bound
         if size == export_format.size and export_format.dtype != "float32":
             exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), export_format)(images)
-            ends = [scores if scores.ndim == 3 else labels_of(upsampled(scores, size)) for scores in (output, exact)]
+            ends = [
+                scores if scores.ndim == 3 else labels_of(upsampled(scores, size, align_corners=model.align_corners))
+                for scores in (output, exact)
+            ]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())
             logger.info("  %-14s %.2f%% of the labels are those of float32", where, 100 * share)
     return passed

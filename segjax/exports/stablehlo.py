@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -31,7 +32,8 @@ def run_model(
         return logits
     # 8 bits, as in label images, where these are enough.
     kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
-    return labels_of(layers.resize(logits, (images.shape[1], images.shape[2]))).astype(kind)
+    size = images.shape[1], images.shape[2]
+    return labels_of(layers.resize(logits, size, align_corners=functional.align_corners)).astype(kind)
 
 
 def write_stablehlo(
@@ -60,8 +62,21 @@ def write_stablehlo(
         constraints = (f"height >= {LEAST}", f"width >= {LEAST}")
         shape = jax_export.symbolic_shape("batch, height, width, 3", constraints=constraints)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if export_format.preprocessing else jnp.float32)
-    path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
+    with _without_locations():
+        path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
     metadata_path(path).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Keeps the folders of this machine, which name the source of each operation, out of a program."""
+    name = "jax_traceback_in_locations_limit"
+    before = jax.config.values[name]
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def metadata_path(path: Path) -> Path:

@@ -36,6 +36,7 @@ class Program(torch.nn.Module):
         super().__init__()
         self.export_format = export_format
         self.num_classes = model.spec.num_classes
+        self.align_corners = model.align_corners
         self.reference = reference_for(model).requires_grad_(False)
         stored = getattr(torch, export_format.dtype)
         for parameter in self.reference.parameters():
@@ -58,7 +59,7 @@ class Program(torch.nn.Module):
         logits, _ = torch.func.functional_call(self.reference, wide, (images, *bases))
         if not self.export_format.argmax:
             return logits
-        scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.align_corners)
         labels = (scores[:, 0] > 0) if self.num_classes == 1 else scores.argmax(dim=1)
         return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
 
@@ -81,7 +82,12 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
             axis: side if multiple == 1 else multiple * side for axis, side in zip(axes, sides, strict=True)
         }
     with torch.no_grad(), quiet():
-        return torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
+        program = torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
+    for graph_module in program.graph_module.modules():
+        for node in getattr(getattr(graph_module, "graph", None), "nodes", ()):
+            # It names folders of this machine, and would be written with each operation.
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 @contextlib.contextmanager

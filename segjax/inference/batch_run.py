@@ -1,133 +1,32 @@
-"""Predictions for files, folders, patterns and videos."""
+"""Predictions for the images and videos of a plan, see `segjax.inference.planning`."""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.inference.engine import labels_of
-from segjax.inference.images import read_image
-from segjax.inference.outputs import KINDS, Job, Prediction, VideoOutputs, save
+from segjax.inference.images import read_image, upright_size
+from segjax.inference.outputs import Job, Prediction, VideoOutputs, save
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
-from segjax.inference.predictor import Predictor
+from segjax.inference.predictor import LARGEST_WHOLE, Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic, console
+from segjax.runtime import atomic, console, memory, reading
 from segjax.runtime.console import ProgressBar
 from segjax.viz import video
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Pixels from which a whole image brings a hint about memory: SegFormer's attention takes 4 GiB for as many.
 LARGE = 2**22
 MANY_SIZES = 8  # different image sizes, at which a hint about compilation is due
-
-# ------------------------------------------------------------------------------------------------------------- planning
-
-
-def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[list[Job], int]:
-    """Makes a job of every image and video among files, folders and patterns.
-
-    Args:
-      inputs: paths and glob patterns, as they were given.
-      output: folder of all outputs; what is in it is not read.
-      kinds: keys of `KINDS`.
-
-    Returns:
-      The jobs, in the order of the inputs, and the number of files in folders that were skipped because they are
-      neither images nor videos.
-
-    Raises:
-      ValueError: inputs that are missing or of another kind, and outputs that would overwrite an input or each other;
-        the message lists all of them.
-    """
-    problems, jobs, skipped = [], {}, 0
-    for given in inputs:
-        files, root, passed = _files(given, output)
-        skipped += passed
-        if not files:
-            problems.append(_nothing(given, passed))
-        for file in files:
-            if file.suffix.lower() not in (*IMAGES, *video.SUFFIXES):
-                known = " ".join((*IMAGES, *video.SUFFIXES))
-                problems.append(f"{file}: is no image or video by its suffix; those that can be read are {known}")
-            else:
-                job = _job(file, file.relative_to(root), output, kinds)
-                jobs.setdefault(file.resolve(), job)
-    problems += _collisions(list(jobs.values()))
-    if problems:
-        raise ValueError("nothing was done:\n" + "\n".join(f"  {line}" for line in problems))
-    return list(jobs.values()), skipped
-
-
-def _files(given: str, output: Path) -> tuple[list[Path], Path, int]:
-    """Files of an input, the folder to which the paths of outputs are relative, and the number of skipped files."""
-    path = Path(given).expanduser()
-    if path.is_dir():
-        root, found = path, path.rglob("*")
-    elif path.exists():
-        return [path], path.parent, 0
-    elif glob.has_magic(given):
-        parts = path.parts
-        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
-        root, found = Path(*fixed), map(Path, glob.glob(str(path), recursive=True))
-    else:
-        return [], path, 0
-    own = output.resolve()
-    # Hidden files are unfinished or the system's, and files below the output folder are outputs of an earlier call.
-    files = sorted(
-        file
-        for file in found
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and own not in file.resolve().parents
-    )
-    usable = [file for file in files if file.suffix.lower() in (*IMAGES, *video.SUFFIXES)]
-    return usable, root, len(files) - len(usable)
-
-
-def _nothing(given: str, passed: int) -> str:
-    if passed:
-        return f"{given}: {passed} files, of which none is an image or a video"
-    if Path(given).expanduser().is_dir():
-        return f"{given}: a folder without images or videos"
-    return f"{given}: {'no file matches' if glob.has_magic(given) else 'there is no such file or folder'}"
-
-
-def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str]) -> Job:
-    is_video = file.suffix.lower() in video.SUFFIXES
-    suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
-    # A folder of frames keeps the suffix of its video: a folder of images may have the name without it.
-    outputs = {
-        kind: output / kind / (relative.with_suffix(suffix) if suffix else relative)
-        for kind, suffix in suffixes.items()
-    }
-    return Job(file, outputs, is_video)
-
-
-def _collisions(jobs: Sequence[Job]) -> list[str]:
-    sources = {job.source.resolve(): job.source for job in jobs}
-    owner, together, overwritten = {}, [], []
-    for job in jobs:
-        for path in job.outputs.values():
-            place = path.resolve()
-            if place in sources:
-                overwritten.append(f"{sources[place]}: would be overwritten; choose another --output")
-            if place in owner:
-                together.append(f"{owner[place]} and {job.source} would both become {path}")
-                break
-            owner[place] = job.source
-    if len(together) > 3:
-        together[3:] = [f"and {len(together) - 3} more like this"]
-    if together:
-        together.append("give the folder that holds both, or use a command for each")
-    return together + overwritten
-
 
 # ------------------------------------------------------------------------------------------------------------- resuming
 
@@ -137,33 +36,83 @@ RECORD = "predict.json"
 def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | Path) -> dict[str, object]:
     """Metadata of an output folder, for its `RECORD`: checkpoint, protocol and classes."""
     params, batch_stats = FunctionalModel(model).arrays()
-    protocol = {name: value for name, value in predictor.protocol.record().items() if name != "size_divisor"}
+    protocol = predictor.protocol.record()
+    if protocol["size_divisor"] == 1:
+        # Omitted as before the setting existed, so that folders of that time can be resumed.
+        del protocol["size_divisor"]
+    scale = {} if predictor.scale is None else {"scale": list(predictor.scale)}
     labels = zip(predictor.classes.label_names, predictor.classes.label_colors, strict=True)
     return stamped(
         {
             "checkpoint": str(checkpoint),
             "weights_sha256": params_sha256(params | batch_stats),
             **protocol,
+            **scale,
             "pad_multiple": predictor.pad_multiple,
             "classes": [{"name": name, "color": list(color)} for name, color in labels],
         }
     )
 
 
-def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> set[Path]:
-    """The inputs whose outputs all exist. Raises ValueError where these were made with other weights or settings."""
+class Incomplete(TypedDict):
+    """A video whose outputs lack a part: the reason, and size and time of the file then, in bytes and nanoseconds."""
+
+    reason: str
+    size: int
+    modified: int
+
+
+# By the real path of the video; the entry "incomplete" of a `RECORD`.
+AllIncomplete = dict[str, Incomplete]
+
+
+def _state(source: Path) -> tuple[int, int]:
+    status = source.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> tuple[set[Path], AllIncomplete]:
+    """The inputs whose outputs all exist; and the videos, of other commands too, that are known to be incomplete.
+
+    Outputs older than the record count as missing, since an earlier run made them, and so do those of an incomplete
+    video that was replaced since. Temporary files of killed runs are removed.
+
+    Raises:
+      ValueError: these were made with other weights or settings, or nothing tells with which.
+    """
     path = output / RECORD
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        refuse_newer(old, path)
-        compared = (record.keys() | old.keys()) - {"checkpoint", "format_version", "segjax_version"}
-        differing = [key for key in compared if old.get(key) != record.get(key)]
-        if differing:
-            raise ValueError(
-                f"{output} was made with other {', '.join(sorted(differing))} ({path}); omit --resume to make "
-                "everything anew, or choose another --output"
-            )
-    return {job.source for job in jobs if all(path.exists() for path in job.outputs.values())}
+    remedy = "omit --resume to make everything anew, or choose another --output"
+    try:
+        old = reading.read_json(path)
+    except FileNotFoundError:
+        if any(all(output.exists() for output in job.outputs.values()) for job in jobs):
+            raise ValueError(f"{path} is missing, which tells how the files next to it were made; {remedy}") from None
+        return set(), {}
+    except reading.UnreadableError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    refuse_newer(old, path)
+    try:
+        found = reading.checked(old.get("incomplete", {}), AllIncomplete, name=f"{path}: incomplete")
+    except reading.UnreadableError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    compared = (record.keys() | old.keys()) - {"checkpoint", "format_version", "segjax_version", "incomplete"}
+    if differing := sorted(key for key in compared if old.get(key) != record.get(key)):
+        raise ValueError(f"{output} was made with other {', '.join(differing)} ({path}); {remedy}")
+    for target in (path, *(output for job in jobs if job.is_video for output in job.outputs.values())):
+        atomic.clear(target)
+    begun = path.stat().st_mtime_ns
+    done = {
+        job.source
+        for job in jobs
+        if all(output.exists() and output.stat().st_mtime_ns >= begun for output in job.outputs.values())
+    }
+    places = {job.source: os.path.realpath(job.source) for job in jobs}
+    for source, place in places.items():
+        entry = found.get(place)
+        if entry and source in done and _state(source) != (entry["size"], entry["modified"]):
+            done.remove(source)
+    again = {place for source, place in places.items() if source not in done}
+    return done, {place: entry for place, entry in found.items() if place not in again}
 
 
 # ----------------------------------------------------------------------------------------------------------- predicting
@@ -177,14 +126,40 @@ class Run:
       images, videos, frames: numbers of images, videos and frames of videos that were written.
     """
 
-    def __init__(self, predictor: Predictor, kinds: Sequence[str]):
+    def __init__(
+        self,
+        predictor: Predictor,
+        kinds: Sequence[str],
+        *,
+        less_memory: str,
+        incomplete: AllIncomplete,
+        write_record: Callable[[AllIncomplete], None],
+    ):
+        """Computes nothing yet.
+
+        Args:
+          kinds: keys of `outputs.KINDS`.
+          less_memory: remedy where there was not enough memory.
+          incomplete: videos of earlier commands, to be recorded again.
+          write_record: called before the first output is written, and before that of an incomplete video.
+        """
         self.failures: list[tuple[Path, str]] = []
         self.images = self.videos = self.frames = 0
         self._predictor, self._kinds = predictor, kinds
+        self._incomplete = dict(incomplete)
+        self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
+        self._exhausted: list[Exception] = []
         self._sizes: set[tuple[int, int]] = set()
         self._warned: set[str] = set()
 
     def __call__(self, jobs: Sequence[Job]) -> None:
+        """Predicts the jobs.
+
+        Raises:
+          TooLittleMemoryError, or another error of too little memory: there is not enough for any of them; nothing was
+            written.
+        """
+        self._refuse_too_large(jobs)
         for is_video, group in itertools.groupby(jobs, lambda job: job.is_video):
             if not is_video:
                 self._predict_images(list(group))
@@ -194,7 +169,21 @@ class Run:
                     self._predict_video(job)
                 except FAULTS as error:
                     self._failed(job, error)
+        if self._exhausted and len(self._exhausted) == len(self.failures) and not self._has_begun:
+            raise self._exhausted[0]
         self._look_for_outputs(jobs)
+
+    def _refuse_too_large(self, jobs: Sequence[Job]) -> None:
+        """Raises TooLittleMemoryError where no image can be predicted. Where only some can, others become failures."""
+        if any(job.is_video for job in jobs):
+            return
+        sizes = [size for job in jobs if (size := upright_size(job.source))]
+        is_whole = self._predictor.protocol.mode == "whole"
+        most = min(self._predictor.max_pixels, LARGEST_WHOLE if is_whole else math.inf)
+        if sizes and math.prod(smallest := min(sizes, key=math.prod)) <= most:
+            # What else is wrong is reported image by image.
+            with contextlib.suppress(ValueError):
+                self._predictor.refuse_too_large(smallest)
 
     def _look_for_outputs(self, jobs: Sequence[Job]) -> None:
         """Counts an input as failed if one of its outputs was removed in the meantime."""
@@ -222,7 +211,9 @@ class Run:
         with ProgressBar("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
-                read=lambda job: read_image(job.source),
+                read=lambda job: read_image(
+                    job.source, scale=self._predictor.scale, max_pixels=self._predictor.max_pixels
+                ),
                 key=lambda image: self._predictor.padded_size(image.shape),
                 compute=lambda images: self._predicted(images),
                 write=write,
@@ -239,7 +230,12 @@ class Run:
         def failed(_, error):
             raise error
 
-        with video.opened(job.source) as (header, frames):
+        def write(number, frame, prediction):
+            outputs.write(number, frame, prediction)
+            seen.add(frame)
+
+        with video.opened(job.source, max_pixels=self._predictor.max_pixels) as (header, frames):
+            seen = video.Progress(header)
             sound = "; its sound is dropped" * header.has_sound
             count = f"{header.frames} frames" if header.frames else "frames"
             console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
@@ -252,13 +248,21 @@ class Run:
                     read=lambda _: next(frames, None),
                     key=lambda frame: frame.image.shape,
                     compute=lambda group: self._predicted([frame.image for frame in group]),
-                    write=outputs.write,
+                    write=write,
                     failed=failed,
                     done=done,
                     batch=self._predictor.batch,
                     threads=1,
                 )
                 written = progress
+                if faults := seen.faults():
+                    # What there is is written. Recorded before it appears, so that --resume names it again.
+                    (size, modified), reason = _state(job.source), "; ".join(faults)
+                    self.failures.append((job.source, reason))
+                    self._incomplete[os.path.realpath(job.source)] = Incomplete(
+                        reason=reason, size=size, modified=modified
+                    )
+                    self._write_record(self._incomplete)
         self.videos += 1
         self.frames += written.count
         rate = f", {written.rate:.2f} per second" if written.rate else ""
@@ -267,18 +271,25 @@ class Run:
             console.say(f"  {path}: H.264 needs even sides; the last row or column of {height}x{width} was repeated")
 
     def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
-        self._advise(self._predictor.padded_size(images[0].shape))
+        self._advise(images[0].shape)
         if "probabilities" not in self._kinds:
-            return [Prediction(labels, None) for labels in self._predictor.labels(images)]
-        # Labels are derived from the probabilities, so that both files agree.
-        scores = self._predictor.probabilities_of(images)
-        return [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
+            predictions = [Prediction(labels, None) for labels in self._predictor.labels(images)]
+        else:
+            # Labels are derived from the probabilities, so that both files agree.
+            scores = self._predictor.probabilities_of(images)
+            predictions = [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
+        if not self._has_begun:
+            self._write_record(self._incomplete)
+            self._has_begun = True
+        return predictions
 
-    def _advise(self, size: tuple[int, int]) -> None:
-        if self._predictor.protocol.mode != "whole":
+    def _advise(self, shape: tuple[int, ...]) -> None:
+        protocol = self._predictor.protocol
+        if protocol.mode != "whole":
             return
+        size = max(protocol.input_sizes(self._predictor.padded_size(shape)), key=math.prod)
         self._sizes.add(size)
-        if size[0] * size[1] > LARGE and "large" not in self._warned:
+        if math.prod(size) > LARGE and "large" not in self._warned:
             self._warned.add("large")
             console.say(
                 f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
@@ -287,19 +298,24 @@ class Run:
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
             console.say(
-                f"{MANY_SIZES} image sizes so far, and each new one is compiled; --pad-multiple 32 makes them fewer, "
-                "but changes some labels"
+                f"{MANY_SIZES} input sizes so far, and each new one is compiled; "
+                f"{'--pad-multiple' if protocol.base_size is None else '--size-divisor'} 32 makes them fewer, but "
+                "changes some labels"
             )
 
     def _failed(self, job: Job, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise error
-        self.failures.append((job.source, _reason(error)))
+        if memory.is_exhausted(error):
+            self._exhausted.append(error)
+        self.failures.append((job.source, _reason(error, self._less_memory).removeprefix(f"{job.source}: ")))
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "not enough memory; use --mode slide or a smaller --batch"
+def _reason(error: Exception, less_memory: str) -> str:
+    if isinstance(error, memory.TooLittleMemoryError):
+        return f"{error}; {less_memory}"
+    if memory.is_exhausted(error):
+        return f"not enough memory; {less_memory}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,29 +1,38 @@
 """Labels and probabilities of images: by one pass of the model or by a sliding window, at one scale or several.
 
 The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, rounded to 8 bits), the model scores
-it as a whole or crop by crop, scores are upsampled to the size that the model was given and from there to the image's
-own. With several scales or flips, probabilities are averaged.
+it as a whole or crop by crop, and the logits are upsampled to the size that the model was given and from there resized
+to the image's own, both with the model's `align_corners`, as in mmsegmentation and in HRNet-Semantic-Segmentation. With
+several scales or flips, probabilities are averaged.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from segjax import layers
 from segjax.data.augment import normalise
-from segjax.inference.sliding_window import row_tiles
+from segjax.inference import resized_tiles
+from segjax.inference.sliding_window import row_tiles, window_starts
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime import memory
 from segjax.runtime.parallel import JitParallel, compiler_options
+
+if TYPE_CHECKING:
+    # jax.Device, which a type checker takes for a variable.
+    from jaxlib._jax import Device
 
 # Parameters or running statistics by dotted path.
 Arrays = dict[str, jax.Array]
@@ -40,14 +49,20 @@ class SlidingWindow(NamedTuple):
 class Protocol:
     """How the scores of an image are computed.
 
+    An image becomes an input of the model in the steps of mmsegmentation 0.x: `base_size` times the scale gives the
+    size that the image has to fit into, and `size_divisor` rounds that up.
+
     Attributes:
       mode: "whole", or "slide" for a sliding window.
       crop, stride: of the sliding window, (height, width) in pixels: 512 a side and three quarters of the crop unless
         given; None for whole images. The last crop of a row or column is shifted inside; where crops overlap, their
         scores are averaged.
-      scales: of the image; probabilities are averaged.
+      scales: factors of the image size, or of `base_size`; probabilities are averaged.
       flip: whether each scale is also scored mirrored.
       size_divisor: each scaled image is resized once more, up to multiples of this (mmsegmentation's AlignedResize).
+      base_size: (long, short) in pixels; each image is resized to the largest size of its own proportions whose longer
+        and shorter sides are within this, upright images too (mmcv's Resize(scale=base_size, keep_ratio=True)). None
+        for the size that the image has.
     """
 
     mode: str = "whole"
@@ -56,6 +71,7 @@ class Protocol:
     scales: Sequence[float] = (1.0,)
     flip: bool = False
     size_divisor: int = 1
+    base_size: Sequence[int] | None = None
 
     def __post_init__(self):
         if self.mode == "slide":
@@ -64,28 +80,38 @@ class Protocol:
             object.__setattr__(self, "crop", crop)
             object.__setattr__(self, "stride", tuple(stride))
         object.__setattr__(self, "scales", tuple(self.scales))
+        if self.base_size is not None:
+            object.__setattr__(self, "base_size", tuple(self.base_size))
         wrong = {
             f"mode is 'whole' or 'slide', not {self.mode!r}": self.mode not in ("whole", "slide"),
-            "crop and stride are those of a sliding window: give mode 'slide' too, or omit them": (
-                self.mode == "whole" and (self.crop, self.stride) != (None, None)
-            ),
             f"crop is (height, width), not {self.crop}": self.crop is not None and not _are_sides(self.crop),
             f"stride is (height, width), not {self.stride}": self.stride is not None and not _are_sides(self.stride),
-            f"a stride of {self.stride} leaves gaps between crops of {self.crop}": self.mode == "slide"
-            and any(step > side for step, side in zip(self.stride or (), self.crop or (), strict=False)),
             f"scales are positive numbers, not {self.scales}": (
                 not self.scales or not all(0 < scale < np.inf for scale in self.scales)
             ),
             f"size_divisor must be at least 1: {self.size_divisor}": self.size_divisor < 1,
+            f"base_size is (long, short), not {self.base_size}": (
+                self.base_size is not None and not _are_sides(self.base_size)
+            ),
         }
-        if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
+        problems = [message for message, is_wrong in wrong.items() if is_wrong]
+        problems += window_contradictions(self.mode, self.crop, self.stride).values()
+        if problems:
             raise ValueError("; ".join(problems))
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Protocol:
+        """The protocol of `config.eval`, also as JSON has it. A run older than these settings has the default."""
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: settings[name] for name in fields if name in settings})
 
     def __str__(self) -> str:
         parts = ["whole images"]
         if self.window:
             (height, width), (down, across) = self.window
             parts = [f"sliding window of {height}x{width} every {down}x{across}"]
+        if self.base_size is not None:
+            parts.append(f"resized to {self.base_size[0]}x{self.base_size[1]} with their proportions kept")
         if self.scales != (1.0,):
             parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
         if self.flip:
@@ -110,35 +136,68 @@ class Protocol:
     @property
     def is_one_pass(self) -> bool:
         """Whether the model is given the pixels of the image itself, once."""
-        return self.scales == (1.0,) and not self.flip and self.size_divisor == 1
+        return self.scales == (1.0,) and not self.flip and self.size_divisor == 1 and self.base_size is None
+
+    def images_at_a_time(self, batch: int) -> int:
+        """Number of images to predict together, if the model scores `batch` whole images, or crops, at a time."""
+        return batch if self.mode == "whole" else 1
+
+    def input_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Height and width to which an image of `size` is resized, for each scale. Images with equal ones make a batch.
+
+        Raises:
+          ValueError: a side would have no pixel.
+        """
+        return tuple(_rounded_up(scaled_size(size, scale, self.base_size), self.size_divisor) for scale in self.scales)
+
+
+def window_contradictions(mode: str, crop: Sequence[int] | None, stride: Sequence[int] | None) -> dict[str, str]:
+    """What is wrong with the settings of a sliding window together, by the name of the setting."""
+    found = {}
+    for name, value in (("crop", crop), ("stride", stride)):
+        if mode == "whole" and value is not None:
+            found[name] = f"{name} is that of a sliding window: give mode 'slide' too, or omit it"
+    if mode == "slide" and stride is not None:
+        sides = (512, 512) if crop is None else crop
+        if any(step > side for step, side in zip(stride, sides, strict=False)):
+            found["stride"] = f"a stride of {tuple(stride)} leaves gaps between crops of {tuple(sides)}"
+    return found
 
 
 def _are_sides(sides: Sequence[object]) -> bool:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
-def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width of an image of `size` times `scale`, as `Resize(scale_factor=..., keep_ratio=True)` has them.
+def scaled_size(size: tuple[int, int], scale: float, base_size: Sequence[int] | None = None) -> tuple[int, int]:
+    """Height and width of an image of `size` at a scale: the largest size of its own proportions within the target.
 
-    That is the largest size of the image's own proportions inside the rounded one: up to a pixel less on one side.
+    The target is a multiple of the image's own size, rounded (`Resize(scale_factor=scale, keep_ratio=True)` of mmcv
+    2.x), so that a side may be a pixel less than it. With `base_size` it is a multiple of that, rounded down
+    (`MultiScaleFlipAug(img_scale=base_size, img_ratios=[scale])` of mmsegmentation 0.x), and its longer side is for the
+    longer side of the image. Training rounds otherwise: `segjax.data.crops.scaled_size`.
 
     Raises:
       ValueError: a side would have no pixel.
     """
-    bounds = [int(side * scale + 0.5) for side in size]
-    factor = min(max(bounds) / max(size), min(bounds) / min(size))
+    target = [int(side * scale + 0.5) for side in size] if base_size is None else [int(s * scale) for s in base_size]
+    factor = min(max(target) / max(size), min(target) / min(size))
     height, width = (int(side * factor + 0.5) for side in size)
     if not (height and width):
         raise ValueError(f"nothing is left of an image of {size[0]}x{size[1]} at scale {scale:g}; use a larger scale")
     return height, width
 
 
-def scaled(image: np.ndarray, scale: float, size_divisor: int) -> np.ndarray:
-    """An image (H, W, 3) uint8, resized by `scale` and from there up to multiples of `size_divisor`."""
+def _rounded_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    height, width = (-(-side // divisor) * divisor for side in size)
+    return height, width
+
+
+def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequence[int] | None = None) -> np.ndarray:
+    """An image (H, W, 3) uint8, resized to its `scaled_size` and from there up to multiples of `size_divisor`."""
     import cv2
 
-    near = scaled_size(image.shape[:2], scale)
-    for height, width in (near, [-(-side // size_divisor) * size_divisor for side in near]):
+    near = scaled_size(image.shape[:2], scale, base_size)
+    for height, width in (near, _rounded_up(near, size_divisor)):
         if (height, width) != image.shape[:2]:
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image
@@ -156,7 +215,8 @@ def score(
     below, right = -height % functional.size_multiple, -width % functional.size_multiple
     padded = jnp.pad(normalise(images), ((0, 0), (0, below), (0, right), (0, 0)))
     logits, _ = functional.bind(params, batch_stats)(padded)
-    return layers.resize(logits, (height + below, width + right))[:, :height, :width]
+    upsampled = layers.resize(logits, (height + below, width + right), align_corners=functional.align_corners)
+    return upsampled[:, :height, :width]
 
 
 def predict_labels(
@@ -167,60 +227,139 @@ def predict_labels(
 
 
 class Inference:
-    """A model and a protocol, compiled once for each shape of its input. Safe to call from several threads."""
+    """A model and a protocol, compiled once for each size of its input. Safe to call from several threads.
+
+    Programs depend on the size of the model's input only: images of many sizes that become inputs of one size share
+    them.
+    """
 
     def __init__(
         self,
-        model: SegmentationModel,
+        model: SegmentationModel | FunctionalModel,
         protocol: Protocol = Protocol(),
         *,
         batch: int = 1,
         normalise: Callable[[jax.Array], jax.Array] = normalise,
+        devices: Sequence[Device] | None = None,
     ):
         """Takes the parameters out of the model and puts them on every device.
 
         Args:
+          model: a functional model has no arrays; give them with `with_arrays`.
           batch: number of crops of a sliding window that the model scores at a time.
           normalise: uint8 images -> input of the model.
+          devices: devices of this process; all by default.
         """
         self.protocol = protocol
         self._batch = batch
-        self._parallel = JitParallel()
-        functional = FunctionalModel(model)
-        self._arrays = self._parallel.replicate(functional.arrays())
+        self._parallel = JitParallel(devices)
+        if isinstance(model, FunctionalModel):
+            functional, self._arrays = model, ({}, {})
+        else:
+            functional = FunctionalModel(model)
+            self._arrays = self._parallel.replicate(functional.arrays())
+        self._align_corners = functional.align_corners
         options = compiler_options(self._parallel.devices[0].platform)
+        # Bytes that the programs need, by program and shape; copies with other arrays share them, as the programs.
+        self._needed: dict[tuple[bool, tuple[int, ...]], int | None] = {}
+        self._compiling = threading.Lock()
         self._labels = jax.jit(partial(predict_labels, functional, normalise=normalise), compiler_options=options)
         self._score = jax.jit(partial(score, functional, normalise=normalise), compiler_options=options)
 
-    def labels(self, images: np.ndarray) -> np.ndarray:
-        """Train ids (B, H, W), uint8, of uint8 RGB images (B, H, W, 3)."""
+    def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1) -> None:
+        """Refuses images for which there is not enough memory, before any is predicted.
+
+        Compiles the program for the largest of them, which predictions then use.
+
+        Args:
+          sizes: height and width of the images. batch: number of images that are predicted together.
+
+        Raises:
+          TooLittleMemoryError: a device has less memory than the program needs.
+        """
+        inputs = {size for image in set(sizes) for size in self.protocol.input_sizes(image)}
+        if (window := self.protocol.window) is None:
+            shapes = {(batch, *size) for size in inputs}
+        else:
+            shapes = set()
+            for size in inputs:
+                height, width = map(min, window.crop, size)
+                crops = len(window_starts(size[1], width, window.stride[1]))
+                shapes.add((min(self._batch, crops), height, width))
+        program = self._labels if window is None and self.protocol.is_one_pass else self._score
+        if shapes:
+            self._refuse_too_large(program, (*max(shapes, key=math.prod), 3))
+
+    def _refuse_too_large(self, program: jax.stages.Wrapped, shape: tuple[int, ...]) -> None:
+        """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, 3)."""
+        with self._compiling:
+            key = program is self._labels, shape
+            if key not in self._needed:
+                images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharding(shape[0]))
+                # The call that follows finds the compiled program in the cache of jax.
+                self._needed[key] = memory.needed(program.lower(*self._arrays, images).compile())
+            batch, height, width = shape[:3]
+            kind = "crop" if self.protocol.window else "image"
+            what = f"{kind} of {height}x{width}" if batch == 1 else f"batch of {batch} {kind}s of {height}x{width}"
+            article = "an" if what.startswith("image") else "a"
+            memory.refuse_too_large(self._needed[key], self._parallel.own_devices, what=f"{article} {what}")
+
+    def with_arrays(self, arrays: tuple[Arrays, Arrays]) -> Inference:
+        """The same programs with other parameters and running statistics, in the order of `FunctionalModel.arrays`."""
+        other = copy.copy(self)
+        other._arrays = self._parallel.replicate(arrays)
+        return other
+
+    def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Train ids uint8 (H, W) of each of several RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
+        return [np.asarray(labels) for labels in self.begin(images)]
+
+    def begin(self, images: Sequence[np.ndarray]) -> Sequence[Computed | np.ndarray]:
+        """`labels`, which the devices may still be computing: `np.asarray` waits for those of an image."""
         if not self.protocol.is_one_pass:
-            return np.asarray(_labels_of_probabilities(self._mean(images)))
+            return self._computed(images, _labels_of_sum)
         if self.protocol.mode == "whole":
-            return np.asarray(self._labels(*self._arrays, self._placed(images)))
+            batch = self._run(self._labels, images)
+            return [Computed([[batch]], number, image.shape[:2]) for number, image in enumerate(images)]
         tiles = ([np.asarray(_labels(tile)) for tile in self.row_tiles(image)] for image in images)
-        return np.stack([np.concatenate(of_image) for of_image in tiles])
+        return [np.concatenate(of_image) for of_image in tiles]
 
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Probability of each class, float32 (B, H, W, K); for K = 1 that of the class, not of the background."""
-        return np.asarray(self._mean(images))
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Probability of each class, float32 (H, W, K); for K = 1 that of the class, not of the background.
 
-    def _mean(self, images: np.ndarray) -> jax.Array:
-        """The mean of the probabilities over scales and flips, of which one is in memory next to the sum."""
-        count = len(self.protocol.scales) * (1 + self.protocol.flip)
-        return functools.reduce(operator.add, self._by_scale_and_flip(images)) / count
+        Args:
+          images: as for `labels`.
+        """
+        return [np.asarray(probabilities) for probabilities in self._computed(images, _mean_of_sum)]
 
-    def _by_scale_and_flip(self, images: np.ndarray) -> Iterator[jax.Array]:
-        protocol, size = self.protocol, (images.shape[1], images.shape[2])
-        for scale in protocol.scales:
-            resized = np.stack([scaled(image, scale, protocol.size_divisor) for image in images])
-            for flipped in (False, True)[: 1 + protocol.flip]:
-                logits = self._logits(resized[:, :, ::-1] if flipped else resized)
-                yield _probabilities(logits, size, flipped)
+    def _computed(self, images: Sequence[np.ndarray], finish: Callable[[jax.Array, int], jax.Array]) -> list[Computed]:
+        """`finish` of the sum of the probabilities over scales and flips, and their number, tile by tile."""
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        grid = resized_tiles.grid(sizes)
+        tiles: dict[tuple[int, int], jax.Array] = {}
+        passes = [(scale, flipped) for scale in self.protocol.scales for flipped in (False, True)[: self._flips]]
+        for number, (scale, flipped) in enumerate(passes, 1):
+            logits = self._logits(self._resized(images, scale, flipped))
+            samples = resized_tiles.samples(logits, sizes, flipped=flipped, align_corners=self._align_corners)
+            for corner in grid:
+                total = resized_tiles.add_probabilities(tiles.get(corner), logits, *samples.of_tile(corner))
+                # The last pass finishes one tile after the other, so that their sums need not be in memory together.
+                tiles[corner] = finish(total, number) if number == len(passes) else total
+        rows = [[tiles[corner] for corner in grid if corner[0] == top] for top in dict.fromkeys(top for top, _ in grid)]
+        return [Computed(rows, number, size) for number, size in enumerate(sizes)]
+
+    @property
+    def _flips(self) -> int:
+        return 2 if self.protocol.flip else 1
+
+    def _resized(self, images: Sequence[np.ndarray], scale: float, flipped: bool) -> np.ndarray:
+        protocol = self.protocol
+        resized = np.stack([scaled(image, scale, protocol.size_divisor, protocol.base_size) for image in images])
+        return resized[:, :, ::-1] if flipped else resized
 
     def _logits(self, images: np.ndarray) -> jax.Array:
         if self.protocol.mode == "whole":
-            return self._score(*self._arrays, self._placed(images))
+            return self._run(self._score, images)
         return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
 
     def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
@@ -234,29 +373,52 @@ class Inference:
             raise ValueError(f"row tiles are those of a sliding window, and mode is {self.protocol.mode!r}")
 
         def logits_of(crops: np.ndarray) -> jax.Array:
-            return self._score(*self._arrays, self._placed(crops))
+            return self._run(self._score, crops)
 
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
-    def _placed(self, images: np.ndarray) -> jax.Array:
-        is_even = len(images) % len(self._parallel.devices) == 0
-        return jax.device_put(images, self._parallel.split if is_even else self._parallel.whole)
+    def _run(self, program: jax.stages.Wrapped, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
+        """Calls a program with images (B, H, W, 3) if there is enough memory for it."""
+        # Before they are stacked, because a large batch may be too much for the host.
+        self._refuse_too_large(program, (len(images), *images[0].shape))
+        return program(*self._arrays, jax.device_put(np.asarray(images), self._sharding(len(images))))
+
+    def _sharding(self, batch: int) -> NamedSharding:
+        return self._parallel.split if batch % len(self._parallel.devices) == 0 else self._parallel.whole
+
+
+class Computed(NamedTuple):
+    """An array (H, W, ...) of one image, in tiles that hold a batch: `np.asarray` waits for it and puts it together.
+
+    Attributes:
+      tiles: rows of tiles (B, h, w, ...), as they lie in the image; the last ones reach beyond it.
+      number: of the image in the batch.
+      size: H and W.
+    """
+
+    tiles: Sequence[Sequence[jax.Array]]
+    number: int
+    size: tuple[int, int]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        height, width = self.size
+        rows = [np.concatenate([np.asarray(tile)[self.number] for tile in row], axis=1) for row in self.tiles]
+        whole = np.concatenate(rows)[:height, :width]
+        return whole if dtype is None else whole.astype(dtype)
 
 
 _labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))
 
 
-@jax.jit
-def _labels_of_probabilities(probabilities: jax.Array) -> jax.Array:
-    return labels_of(probabilities, threshold=0.5).astype(jnp.uint8)
+@partial(jax.jit, static_argnames="count")
+def _labels_of_sum(total: jax.Array, count: int) -> jax.Array:
+    """Train ids uint8 (B, H, W) of a sum (B, H, W, K) of `count` probabilities."""
+    return labels_of(total / count, threshold=0.5).astype(jnp.uint8)
 
 
-@partial(jax.jit, static_argnames=("size", "flipped"))
-def _probabilities(logits: jax.Array, size: tuple[int, int], flipped: bool) -> jax.Array:
-    """Of logits (B, h, w, K), at the image's size and the right way round: (B, H, W, K)."""
-    logits = layers.resize(logits, size)
-    probabilities = jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits)
-    return probabilities[:, :, ::-1] if flipped else probabilities
+@partial(jax.jit, static_argnames="count")
+def _mean_of_sum(total: jax.Array, count: int) -> jax.Array:
+    return total / count
 
 
 @overload

@@ -10,20 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
 from segjax.checkpoints.state_dict import logger, model_metadata
-from segjax.data import specs
-from segjax.data.open import OpenSplit, open_splits
-from segjax.data.records import records_of
+from segjax.data import contents, specs
+from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
+from segjax.data.prepared import open_prepared
+from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.atomic import why_not_writable
+from segjax.runtime.reading import user_path
 from segjax.viz import report
 
 
@@ -43,24 +46,30 @@ def evaluate_dataset(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     size_divisor: int = 1,
+    base_size: tuple[int, int] | None = None,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
 
     Args:
       source: as for `segjax.load`, the result of it, or a model.
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
-        default; or one of `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in
-        the dtype and with the batch of its training, and reproduces its figures; the protocol is then fixed.
+        default, and SPLIT a split or a sum of them, as in "train+val"; or one of `segjax.data.open_splits`. None
+        evaluates the run in the folder `source` on its own data, in the dtype, with the batch and with the protocol of
+        its `config.eval`, and reproduces its figures.
       data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
       size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
+      base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
+        factors of it. ADE20K's published figures have (2048, 512).
       batch: images, or with mode "slide" crops, that go through the model at a time; one for each device by default.
       output: folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); none by default.
       progress: whether to print how many images are done.
+      weights: as for `segjax.load`; None for a run, whose folder holds one set.
 
     Returns:
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in 0..1, or None
@@ -72,18 +81,29 @@ def evaluate_dataset(
       CheckpointError: no model can be read from `source`.
       ValueError: settings that contradict each other, data that cannot be used, classes other than the model's, or an
         `output` that cannot be written.
+      TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
     """
-    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor)
+    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
     # Asked before hours are spent on the evaluation.
-    if output is not None and (problem := why_not_writable(Path(output))):
+    output = None if output is None else user_path(output)
+    if output is not None and (problem := why_not_writable(output)):
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
             raise ValueError("a run is evaluated as during training; to set the protocol or the batch, name the data")
+        if weights is not None:
+            raise ValueError(f"the folder of a run holds one set of weights, without a set {weights!r}")
         given = _of_run(source, data_source=data_source, data_dir=data_dir)
     else:
-        given = _of_checkpoint(as_loaded(source), data, data_source=data_source, data_dir=data_dir, batch=batch)
-    checkpoint, classes = given.checkpoint, given.opened.spec
+        given = _of_checkpoint(
+            as_loaded(source, weights=weights),
+            data,
+            data_source=data_source,
+            data_dir=data_dir,
+            batch=batch,
+            protocol=protocol,
+        )
+    checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
@@ -91,15 +111,21 @@ def evaluate_dataset(
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)
-    # The crops of one image make a batch, or several whole images do.
-    batch_size = given.batch if protocol.mode == "whole" else 1
-    shown = 0 if output is None else SHOWN
+    at_a_time = protocol.images_at_a_time(given.batch)
+    sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
     measured = measure(
-        inference.labels, given.opened.data, classes, batch_size=batch_size, shown=shown, progress=progress
+        inference.begin,
+        given.opened.data,
+        classes,
+        batch_size=at_a_time,
+        key=protocol.input_sizes,
+        shown=0 if output is None else SHOWN,
+        progress=progress,
     )
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(Path(output), measured, given, protocol, name)
+        _write_report(output, measured, given, name)
     return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step")}
 
 
@@ -110,12 +136,14 @@ class _Given:
     Attributes:
       split: name of the split, or "" if it is unknown.
       batch: number of images, or of crops, that go through the model at a time.
+      protocol: how the scores of an image are computed.
     """
 
     checkpoint: LoadedCheckpoint
     opened: OpenSplit
     split: str
     batch: int
+    protocol: Protocol
 
     @property
     def name(self) -> str:
@@ -128,12 +156,12 @@ def _of_run(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> _Given:
-    """The newest checkpoint of a run, and the split that the run is evaluated on."""
+    """The newest checkpoint of a run, and the split and protocol that the run is evaluated with."""
     if not isinstance(source, str | Path):
         raise NoDataError(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.exists() and not is_address(source):
         raise ValueError(f"{source}: there is no such file or folder")
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
@@ -141,14 +169,41 @@ def _of_run(
         raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
-    opened = _opened(
-        data["name"],
-        data["eval_split"],
-        config,
-        data_source=data_source or data["source"],
-        data_dir=data_dir or data["dir"],
-    )
-    return _Given(checkpoint, opened, data["eval_split"], config["eval"]["batch"])
+    opened = _data_of_run(folder, config, data_source=data_source, data_dir=data_dir)
+    return _Given(checkpoint, opened, data["eval_split"], config["eval"]["batch"], Protocol.of(config["eval"]))
+
+
+def _data_of_run(
+    folder: Path,
+    config: Mapping,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> OpenSplit:
+    """The split that a run is evaluated on: as it was prepared for the run, or prepared again from a source.
+
+    Raises:
+      ValueError: it cannot be used, or has other images or masks than those that the run began with.
+    """
+    data, run = config["data"], contents.read_run_data(folder / contents.RUN_DATA)
+    name, split = data["name"], data["eval_split"]
+    if run and not data_source and not data_dir and (Path(run["path"]) / "dataset_info.json").is_file():
+        # The source may have been moved, or changed since.
+        logger.info("data as prepared for the run, %s", run["path"])
+        (opened,) = open_prepared_splits(open_prepared(Path(run["path"])), [split])
+    else:
+        source = data_source or (run["source"] if run and data["source"] else data["source"])
+        opened = _opened(name, split, config, data_source=source, data_dir=data_dir or data["dir"])
+    if run and opened.prepared:
+        parts = parts_of(split)
+        now = contents.contents_of(opened.prepared, parts)
+        before = {part: run["contents"].get(part, {}) for part in parts}
+        if now and (lines := contents.differences(before, now)):
+            raise DataError(
+                f"{len(lines)} images are not those of {folder}:\n{contents.listed_differences(lines)}\n"
+                f"  give the --source that it began with, or --data {name}:{split} too to evaluate on others"
+            )
+    return opened
 
 
 def _of_checkpoint(
@@ -158,6 +213,7 @@ def _of_checkpoint(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
     batch: int | None,
+    protocol: Protocol,
 ) -> _Given:
     """A checkpoint, and a split whose classes are those of the checkpoint."""
     if isinstance(data, str):
@@ -172,7 +228,7 @@ def _of_checkpoint(
     else:
         split = ""
     refuse_other_classes(checkpoint, data.spec)
-    return _Given(checkpoint, data, split, batch or jax.local_device_count())
+    return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
 
 
 def _opened(
@@ -230,7 +286,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Protocol, name: str) -> None:
+def _write_report(folder: Path, measured: Measured, given: _Given, name: str) -> None:
     """Writes the report of an evaluation.
 
     Args:
@@ -242,7 +298,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
     facts = {
         "checkpoint": name if step is None else f"{name}, step {step}",
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
-        "protocol": str(protocol),
+        "protocol": str(given.protocol),
     }
     metadata = stamped(
         {
@@ -250,7 +306,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, protocol: Pro
             "step": step,
             "model": model_metadata(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
-            "protocol": protocol.record(),
+            "protocol": given.protocol.record(),
         }
     )
     title = f"{model.spec.name} on {given.name}"

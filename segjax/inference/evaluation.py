@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from numpy.typing import ArrayLike
 
 from segjax import metrics
 from segjax.data import specs
@@ -18,21 +19,25 @@ from segjax.runtime import console
 
 SHOWN = 10  # images of the report
 
+# Images uint8 (H, W, 3) -> train ids (H, W) of each: arrays, or what `np.asarray` makes arrays of.
+Predict = Callable[[list[np.ndarray]], Sequence[ArrayLike]]
+
 
 def evaluate(
-    predict: Callable[[np.ndarray], np.ndarray],
+    predict: Predict,
     data: specs.Split | Records,
     spec: specs.DatasetSpec,
     *,
     batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None = None,
     keep: Collection[int] = (),
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Runs `predict` over a split; each of several processes evaluates its part of the split.
 
     Args:
-      predict: uint8 images (B, H, W, 3) -> train ids (B, H, W). Each process calls its own on its own devices, as often
-        as it has batches.
-      batch_size: number of images of a batch.
+      predict: called with the images of a batch. Each process calls its own on its own devices, as often as it has
+        batches.
+      batch_size, key: number of images of a batch, and which make one, as for `evaluation_batches`.
       keep: numbers of the images whose predictions are returned.
 
     Returns:
@@ -43,7 +48,7 @@ def evaluate(
       ValueError: there is no image, or one that cannot be used.
     """
     confusion, kept = _nothing_counted(spec), {}
-    for number, truth, predicted in predictions(predict, data, spec, batch_size=batch_size):
+    for number, truth, predicted in predictions(predict, data, spec, batch_size=batch_size, key=key):
         confusion += _count(truth, predicted, spec)
         if number in keep:
             kept[number] = predicted
@@ -51,11 +56,12 @@ def evaluate(
 
 
 def predictions(
-    predict: Callable[[np.ndarray], np.ndarray],
+    predict: Predict,
     data: specs.Split | Records,
     spec: specs.DatasetSpec,
     *,
     batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Number, labels (H, W) and prediction (H, W) of every image of this process's part; see `evaluate`.
 
@@ -67,7 +73,7 @@ def predictions(
     part = jax.process_index(), jax.process_count()
     pending = ()
     # Two batches are in flight: the device computes one while the host counts the pixels of the other.
-    with contextlib.closing(evaluation_batches(data, batch_size=batch_size, part=part)) as batches:
+    with contextlib.closing(evaluation_batches(data, batch_size=batch_size, key=key, part=part)) as batches:
         for images, labels, numbers in batches:
             batch = numbers.tolist(), labels, predict(images)
             yield from _rows(*pending)
@@ -76,8 +82,8 @@ def predictions(
 
 
 def _rows(numbers=(), labels=(), predicted=()) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    # The last batch of a size repeats its last image.
-    return zip(numbers, labels, np.asarray(predicted), strict=False)
+    # The last batch of a key repeats its last image.
+    return zip(numbers, labels, map(np.asarray, predicted), strict=False)
 
 
 def _nothing_counted(spec: specs.DatasetSpec) -> np.ndarray:
@@ -116,11 +122,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    predict: Callable[[np.ndarray], np.ndarray],
+    predict: Predict,
     data: specs.Split | Records,
     spec: specs.DatasetSpec,
     *,
     batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None = None,
     shown: int = SHOWN,
     progress: bool = False,
 ) -> Measured:
@@ -128,7 +135,7 @@ def measure(
     confusion = _nothing_counted(spec)
     worst: list[tuple[float, int]] = []
     kept: dict[int, np.ndarray] = {}
-    found = predictions(predict, data, spec, batch_size=batch_size)
+    found = predictions(predict, data, spec, batch_size=batch_size, key=key)
     if progress:
         found = console.ProgressBar("evaluating", len(records_of(data)), "images").over(found)
     for number, truth, predicted in found:

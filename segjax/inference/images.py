@@ -1,95 +1,157 @@
-"""Images of every usual kind as uint8 RGB arrays: NumPy arrays, PIL images, files."""
+"""Images of every usual kind as uint8 RGB arrays: NumPy arrays, PIL images, files.
+
+The scale of values, by one rule for all of them: 8 bits have their own, and so have the bit depths below 16 of a TIFF.
+16 bits are taken for 0 to 65535, as PNG and TIFF define them, only if at least 1% of the values are in the upper half:
+cameras and satellites store 12 bits or reflectances in 16, which would be black to a model. All other numbers need a
+`scale`: the values of black and white.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from segjax.data import codec
+from segjax.data import codec, tiff
+from segjax.data.codec import MAX_PIXELS, ImageError
+from segjax.runtime import reading
+from segjax.runtime.reading import user_path
 
 # An array, the path of a file, or a PIL image, hence Any: PIL is not imported.
 Image = np.ndarray | str | os.PathLike[str] | Any
-# A 16-bit image that is nowhere as bright as this looks black: it holds 12 bits or fewer.
-DARKEST_16_BIT = 2**12
-# PIL's modes with alpha: first to the mode in which colours are not multiplied by it, then without it.
-_PIL_ALPHA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+Scale = tuple[float, float]
+
+# Share of 16-bit values in the upper half from which on an image uses all of its 16 bits.
+LEAST_BRIGHT = 0.01
+_ORIENTATION = 274  # the tag of EXIF
+_SCALE = "give the values of black and white: --scale LOW HIGH, or scale=(low, high) in Python"
 
 
-def as_rgb(image: Image) -> np.ndarray:
+def as_rgb(image: Image, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """uint8 (H, W, 3) of an image; one that is that already is returned itself.
 
     Args:
-      image: an array, uint8 or uint16: (H, W, 3); grey, (H, W) or (H, W, 1), which is repeated; or (H, W, 4), whose
-        alpha is dropped, so that hidden colours show. uint16 is rounded to 8 bits, 65535 to 255. Or a PIL image of any
-        mode except "I" and "F", which PIL converts; its EXIF orientation is not applied. Or the path of an image file,
-        which is decoded upright.
+      image: an array: (H, W, 3); grey, (H, W) or (H, W, 1), which is repeated; or (H, W, 4), whose alpha is dropped, so
+        that hidden colours show. Or a PIL image, which is converted by its mode; its EXIF orientation is not applied.
+        Or the path of an image file, which is decoded upright.
+      scale: values that become 0 and 255, for numbers of more than 8 bits; values beyond are cut. See the module.
+      max_pixels: largest number of pixels of a file that is decoded.
 
     Raises:
-      ValueError: any other image, or 16 bits of which only 12 are used. OSError: a file that cannot be opened.
+      ValueError: any other image; values of an unknown scale. OSError: a file that cannot be opened.
     """
+    check_scale(scale)
     if isinstance(image, str | os.PathLike):
-        path = Path(image).expanduser()
+        path = user_path(image)
         try:
-            return read_image(path)
+            return read_image(path, scale=scale, max_pixels=max_pixels)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    if hasattr(image, "mode") and hasattr(image, "convert"):
-        image = _array_of_pil(image)
-    return _array_as_rgb(np.asarray(image))
+    is_pil = hasattr(image, "mode") and hasattr(image, "convert")
+    array = codec.as_grey_or_rgb(cast(Any, image)) if is_pil else np.asarray(image)
+    return _as_rgb(array, scale, 255 if array.dtype == np.uint8 else None)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3), upright. Raises ValueError for a file that is no image or damaged, or has numbers that `as_rgb`
-    refuses; the message does not name the file."""
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("is empty")
-    if data.startswith((codec.PNG, codec.JPEG)) and (fault := codec.damage(data)):
-        raise ValueError(fault)
-    image = codec.decode_upright(data)
-    if image is None:
-        raise ValueError(f"is no image that can be decoded; it begins with {data[:8]!r}")
-    return _array_as_rgb(image)
+def read_image(path: Path, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 (H, W, 3) of an image file, upright; arguments as of `as_rgb`.
+
+    Raises:
+      ValueError: it is no file, no image, damaged, or has more pixels; or its values are of an unknown scale. The
+        message does not name the file.
+      OSError: it cannot be opened.
+    """
+    # 8 bytes: four samples of 16 bits.
+    most = reading.MOST if max_pixels <= MAX_PIXELS else max(reading.MOST, 8 * max_pixels)
+    try:
+        data = reading.read_bytes(path, most=most)
+    except reading.UnreadableError as error:
+        raise ImageError(str(error).removeprefix(f"{path}: ")) from None
+    image, white = decode_upright(data, max_pixels=max_pixels)
+    return _as_rgb(image, scale, white)
 
 
-def _array_as_rgb(image: np.ndarray) -> np.ndarray:
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of an upright image by the header of its file; None where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with reading.open_regular(path) as file, Image.open(file) as image:
+            # Pillow would decode a PNG to look for an orientation, which hardly any has.
+            orientation = 1 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 1)
+            height, width = image.height, image.width
+    # Pillow and the warnings of it are of many kinds.
+    except Exception:
+        return None
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
+    """The first image in the content of a file, see `codec.decode_upright` and `tiff.decode`."""
+    is_tiff = codec.format_of(data[:32]) == "TIFF"
+    return (tiff.decode if is_tiff else codec.decode_upright)(data, max_pixels=max_pixels)
+
+
+def check_scale(scale: Scale | None) -> None:
+    """Raises ValueError for a scale that is none."""
+    if scale is None:
+        return
+    low, high = scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"scale has two numbers, the value of black and a larger one of white; not {low} {high}")
+
+
+def _as_rgb(image: np.ndarray, scale: Scale | None, white: int | None) -> np.ndarray:
     channels = image.shape[2] if image.ndim == 3 else 1
-    is_16_bit = image.dtype.kind == "u" and image.dtype.itemsize == 2
     problems = []
     if image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
         problems.append(f"its shape is {image.shape}; an image is (H, W, 3), or grey (H, W), or RGBA (H, W, 4)")
-    if image.dtype != np.uint8 and not is_16_bit:
+    if image.dtype.kind not in "uif":
         problems.append(f"its numbers are {image.dtype}; convert them to uint8, 0 to 255")
-    elif is_16_bit and image.size and 0 < (brightest := int(image.max())) < DARKEST_16_BIT:
-        problems.append(
-            f"its brightest value is {brightest} of 65535, black to the model; if fewer bits are used, scale them up"
-        )
     if problems:
-        raise ValueError(f"an image that cannot be used: {'; '.join(problems)}")
-    if is_16_bit:
-        # A table: to compute with wider numbers would take four times the memory of the image.
-        image = ((np.arange(2**16) + 128) // 257).astype(np.uint8)[image]
+        raise ImageError(f"an image that cannot be used: {'; '.join(problems)}")
+    image = _scaled(image[..., :3] if image.ndim == 3 else image, scale, white)
     if channels == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
-    return image[..., :3]
+    return image
 
 
-def _array_of_pil(image) -> np.ndarray:
-    """Grey, RGB or RGBA, 8 or 16 bits, of a PIL image. PIL itself is not imported."""
-    mode = image.mode
-    if mode in ("I", "F"):
-        raise ValueError(
-            f"an image that cannot be used: PIL's mode {mode!r} has no brightest value; scale it to 0..255 and convert "
-            "it to 'L' or 'RGB'"
+def _scaled(image: np.ndarray, scale: Scale | None, white: int | None) -> np.ndarray:
+    """uint8 of values of any scale; `white` is known or None."""
+    if image.dtype == np.uint8 and white == 255:
+        return image
+    if scale is None and white is None:
+        white = _white_of(image)
+    low, high = scale or (0, white or 0)
+    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
+        # A table: to compute with wider numbers would take four times the memory of the image.
+        values = np.arange(256**image.dtype.itemsize)
+        return _linear(values, low, high)[image]
+    if image.dtype.kind == "f" and (strange := image.size - int(np.isfinite(image).sum())):
+        raise ImageError(f"an image that cannot be used: {strange:,} of its values are NaN or infinite; replace them")
+    return np.stack([_linear(row, low, high) for row in image])
+
+
+def _linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    # float64 is exact for all integers of up to 53 bits; half is rounded up.
+    return np.clip(np.floor((values.astype(np.float64) - low) * 255 / (high - low) + 0.5), 0, 255).astype(np.uint8)
+
+
+def _white_of(image: np.ndarray) -> int:
+    """The value of white of 16 bits that are used as such. Raises ImageError for all others."""
+    smallest, largest = image.min(), image.max()
+    if image.dtype.kind != "u" or image.dtype.itemsize != 2:
+        raise ImageError(
+            f"an image that cannot be used: its numbers are {image.dtype}, from {smallest:.6g} to {largest:.6g}, whose "
+            f"scale is not known; {_SCALE}, or convert them to uint8"
         )
-    if mode in ("L", "RGB", "RGBA", "RGBX") or mode.startswith("I;16"):
-        return np.asarray(image)
-    try:
-        if mode in _PIL_ALPHA:
-            image = image.convert(_PIL_ALPHA[mode])
-        return np.asarray(image.convert("RGB"))
-    except ValueError as error:
-        raise ValueError(f"an image that cannot be used: PIL's mode {mode!r} ({error}); convert it to 'RGB'") from None
+    bright = np.count_nonzero(image >= 2**15) / image.size
+    # Black is black at any scale.
+    if largest and bright < LEAST_BRIGHT:
+        raise ImageError(
+            f"an image that cannot be used: its brightest value is {largest} of 65535, and {100 * bright:.2g}% are in "
+            f"the upper half, so that 65535 may not be white; {_SCALE}; --scale 0 65535 takes it as it is"
+        )
+    return 2**16 - 1

@@ -7,14 +7,16 @@ predictor.classes.label_names[labels[0, 0]]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
+from segjax.data.codec import MAX_PIXELS
 from segjax.inference.engine import Inference, Protocol
-from segjax.inference.images import Image, as_rgb
+from segjax.inference.images import Image, Scale, as_rgb, check_scale
 from segjax.models.segmentation_model import SegmentationModel
 
 # Largest number of pixels of a whole image. The memory of SegFormer's attention grows with its square: at 2**24 pixels,
@@ -29,7 +31,7 @@ class Predictor:
       classes: names and colours of the classes; `classes.label_names[label]` is the name of a label. If the model has
         one class, 0 is the background and 1 the class.
       protocol: how the scores of an image are computed.
-      pad_multiple, batch: the arguments of the constructor.
+      pad_multiple, batch, scale, max_pixels: the arguments of the constructor.
     """
 
     def __init__(
@@ -41,8 +43,12 @@ class Predictor:
         stride: tuple[int, int] | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        size_divisor: int = 1,
+        base_size: tuple[int, int] | None = None,
         pad_multiple: int = 1,
         batch: int = 1,
+        scale: Scale | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         """Loads the model. A program is compiled at the first image of each size or, with mode "slide", crop size.
 
@@ -54,21 +60,34 @@ class Predictor:
           scales: factors of the image size; probabilities are averaged over them.
           flip: whether each scale is also scored mirrored. With several scales or flips the probabilities of all
             classes for the whole image are in memory, also with mode "slide".
+          size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize); 32 for
+            SegFormer on ADE20K.
+          base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
+            factors of it. (2048, 512) for models of ADE20K.
           pad_multiple: images are padded to multiples of this by reflection, at the bottom and right, so that images of
             many sizes share few programs. With 1 labels are exact; larger values change some (with 64, those of a
             SegFormer in 8% of the pixels of scenes that are 96 to 160 pixels high).
           batch: number of images of one padded size, or of crops, that go through the model at a time.
+          scale: (low, high), the values of black and white of images with more than 8 bits; see
+            `segjax.inference.images`.
+          max_pixels: largest number of pixels of a file that is decoded.
 
         Raises:
           CheckpointError: no model can be read from the checkpoint. ValueError: settings that contradict each other.
         """
-        self.protocol = Protocol(mode, crop, stride, scales, flip)
-        if wrong := [name for name, value in (("pad_multiple", pad_multiple), ("batch", batch)) if value < 1]:
+        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
+        if pad_multiple > 1 and (size_divisor > 1 or base_size is not None):
+            raise ValueError("pad_multiple is for images at their own size; omit it, or base_size and size_divisor")
+        counts = {"pad_multiple": pad_multiple, "batch": batch, "max_pixels": max_pixels}
+        if wrong := [name for name, value in counts.items() if value < 1]:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
+        check_scale(scale)
         loaded = as_loaded(checkpoint_or_model)
         self.classes = loaded.classes
         self.pad_multiple = pad_multiple
         self.batch = batch
+        self.scale = scale
+        self.max_pixels = max_pixels
         self._inference = Inference(loaded.model, self.protocol, batch=batch, normalise=loaded.normalise)
 
     def __call__(self, image: Image) -> np.ndarray:
@@ -80,6 +99,7 @@ class Predictor:
 
         Raises:
           ValueError: an image that cannot be used, or that is too large for mode "whole" or too small for the model.
+          TooLittleMemoryError: a device has less memory than the model needs for the image.
         """
         return self.labels([image])[0]
 
@@ -95,22 +115,30 @@ class Predictor:
         """Probabilities of several images that have the same `padded_size`: float32 (H, W, K) each."""
         return [scores.astype(np.float32, copy=False) for scores in self._of(self._inference.probabilities, images)]
 
+    def refuse_too_large(self, size: tuple[int, int]) -> None:
+        """Compiles the program for images of a size, (height, width).
+
+        Raises:
+          TooLittleMemoryError: a device has less memory than it needs.
+        """
+        self._inference.refuse_too_large([self.padded_size(size)], batch=self.protocol.images_at_a_time(self.batch))
+
     def padded_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """Height and width to which an image of this shape is padded."""
         height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in size[:2])
         return height, width
 
-    def _of(self, function: Callable[[np.ndarray], np.ndarray], images: Sequence[Image]) -> list[np.ndarray]:
-        images = [as_rgb(image) for image in images]
+    def _of(
+        self, function: Callable[[list[np.ndarray]], list[np.ndarray]], images: Sequence[Image]
+    ) -> list[np.ndarray]:
+        images = [as_rgb(image, scale=self.scale, max_pixels=self.max_pixels) for image in images]
         for image in images:
             self._refuse_too_large(image.shape[:2])
         padded = [self._padded(image) for image in images]
         # The last group is filled up, because each number of images is another program to compile.
         filled = padded + padded[-1:] * (-len(padded) % self.batch if self.protocol.mode == "whole" else 0)
         groups = [filled[at : at + self.batch] for at in range(0, len(filled), self.batch)]
-        # A single image is not copied: it may be most of the memory.
-        stacks = (group[0][None] if len(group) == 1 else np.stack(group) for group in groups)
-        outputs = [out for stack in stacks for out in function(stack)]
+        outputs = [out for group in groups for out in function(group)]
         # Copies, because arrays of jax are read-only, and a view would keep the whole group in memory.
         return [np.array(out[: image.shape[0], : image.shape[1]]) for image, out in zip(images, outputs, strict=False)]
 
@@ -121,11 +149,10 @@ class Predictor:
         return np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)), mode="reflect")
 
     def _refuse_too_large(self, size: tuple[int, int]) -> None:
-        height, width = size
-        scale = max(self.protocol.scales)
-        if self.protocol.mode == "whole" and height * width * scale**2 > LARGEST_WHOLE:
-            scaled = f" at scale {scale:g}" * (scale != 1)
+        height, width = max(self.protocol.input_sizes(size), key=math.prod)
+        if self.protocol.mode == "whole" and height * width > LARGEST_WHOLE:
+            resized = f" that is resized to {height}x{width}" * ((height, width) != size)
             raise ValueError(
-                f"an image of {height}x{width}{scaled} is too large to go through a model as a whole "
+                f"an image of {size[0]}x{size[1]}{resized} is too large to go through a model as a whole "
                 f"(at most {LARGEST_WHOLE:,} pixels); use mode 'slide'"
             )

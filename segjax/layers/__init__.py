@@ -20,7 +20,7 @@ from segjax.layers.blocks import (
 )
 from segjax.layers.checks import feature_taps, require_four, require_images, require_whole_heads
 from segjax.layers.decoder import conv1x1_of_resized, decode, project_and_fuse
-from segjax.layers.drop import Dropout2d, DropPath, DropPathOfBatch, draw_per_sample
+from segjax.layers.drop import Dropout2d, DropPath, DropPathOfBatch, RandomStream, draw_per_sample
 from segjax.layers.functional import (
     attention,
     cheaper_order,
@@ -56,6 +56,7 @@ __all__ = [
     "GroupNorm",
     "LayerNorm",
     "Linear",
+    "RandomStream",
     "ReLU",
     "Sequential",
     "at_least_float32",

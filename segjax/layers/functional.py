@@ -17,7 +17,7 @@
 | decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
 | decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
 | patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
-| cross-entropy as the only term, whole factors, many classes | `kernels.cross_entropy` (`losses`) | XLA (`losses`) |
+| cross-entropy only, no aligned corners, whole factors, many classes | `kernels.cross_entropy` | XLA (`losses`) |
 
 "XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
 every other backend, and under a mesh with explicit axes. Inside `published_implementations()` the other column holds

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from segjax import layers
 from segjax.models import (
     hrnet,
     hrnet_ocr,
@@ -28,6 +29,9 @@ from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 def _variants(pattern: str, model: type, variants: dict[str, dict[str, Any]]) -> dict[str, partial]:
     return {pattern.format(variant): partial(model, **sizes) for variant, sizes in variants.items()}
 
+
+# Of a number among the settings of a model: the weights of one layer as wide as this take 16 GiB.
+LARGEST = 65_536
 
 MODELS = (
     _variants("segformer_{}", segformer.SegFormer, segformer.VARIANTS)
@@ -47,17 +51,44 @@ def settings(name: str) -> dict[str, object]:
     Raises:
       KeyError: unknown name; lists the names.
     """
+    defaults = {key: parameter.default for key, parameter in _parameters(name).items()} | MODELS[name].keywords
+    return {key: defaults[key] for key in _parameters(name)}
+
+
+def problem_of(name: str, key: str, value: object) -> str | None:
+    """What the value of a setting of the model `name` must be instead; None for one of the right type and in range.
+
+    Whether it fits other settings is known when the model is created.
+    """
+    default, kind = settings(name)[key], _parameters(name)[key].annotation
+    entries = kind.removeprefix("tuple[").removesuffix(", ...]")
+    is_tuple = entries != kind
+    if is_tuple and isinstance(default, tuple):
+        must_be = f"{len(default)} numbers, as in the default, {default}"
+        if not isinstance(value, tuple | list) or len(value) != len(default):
+            return must_be
+    else:
+        must_be = f"like the default, {default!r}"
+    kinds = {"int": int, "float": int | float, "bool": bool, "str": str}[entries]
+    for entry in value if isinstance(value, tuple | list) and is_tuple else [value]:
+        if not isinstance(entry, kinds) or (isinstance(entry, bool) and kinds is not bool):
+            return must_be
+    return _out_of_range(key, value)
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The settings of a model as its constructor, and those of its bases, declare them."""
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise KeyError(f"no model {name!r}.{hint} The models are {', '.join(MODELS)}")
     reserved = ("num_classes", "dtype", "param_dtype", "rngs")
-    defaults = {}
+    declared = {}
     for base in reversed(MODELS[name].func.__mro__):
         # A constructor names its own settings and hands the rest on to its base.
         parameters = inspect.signature(base.__init__).parameters.values()
-        defaults |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return {key: value for key, value in (defaults | MODELS[name].keywords).items() if key not in reserved}
+        declared |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in reserved}
+    return declared
 
 
 def _frozen(value: object) -> object:
@@ -67,15 +98,19 @@ def _frozen(value: object) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
+def _out_of_range(key: str, value: object) -> str | None:
+    """What the numbers of a setting must be: in [0, 1) for a rate, else positive and at most `LARGEST`."""
+    entries = value if isinstance(value, tuple | list) else [value]
+    numbers = [entry for entry in entries if isinstance(entry, int | float) and not isinstance(entry, bool)]
+    if key.endswith("_rate"):
+        return None if all(0 <= number < 1 for number in numbers) else "in [0, 1)"
+    return None if all(0 < number <= LARGEST for number in numbers) else f"positive and at most {LARGEST}"
+
+
 def _require_in_range(overrides: dict[str, object]) -> None:
-    """Raises ValueError for a rate outside [0, 1) and for any other number that is not positive."""
     for key, value in overrides.items():
-        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int | float)]
-        if key.endswith("_rate"):
-            if not all(0 <= number < 1 for number in numbers):
-                raise ValueError(f"{key} lies in [0, 1); got {value}")
-        elif not all(number > 0 or isinstance(number, bool) for number in numbers):
-            raise ValueError(f"{key} must be positive; got {value}")
+        if must_be := _out_of_range(key, value):
+            raise ValueError(f"{key} must be {must_be}; got {value}")
 
 
 def create(
@@ -99,8 +134,8 @@ def create(
 
     Returns:
       A `SegmentationModel`: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the
-      model's own stride. `model.spec` holds the arguments given here; height and width of images must be multiples of
-      `model.size_multiple`.
+      model's own stride, which are upsampled bilinearly with `model.align_corners`. `model.spec` holds the arguments
+      given here; height and width of images must be multiples of `model.size_multiple`.
 
     Raises:
       KeyError: unknown name; lists the names.
@@ -118,12 +153,14 @@ def create(
             raise ValueError(f"{label}=float64 needs jax.config.update('jax_enable_x64', True) first")
     frozen = {key: _frozen(value) for key, value in overrides.items()}
     _require_in_range(frozen)
-    params_key, dropout_key = jax.random.split(jax.random.key(seed))
+    rngs = nnx.Rngs()
+    for tag, key in zip(("params", "dropout"), jax.random.split(jax.random.key(seed)), strict=True):
+        setattr(rngs, tag, layers.RandomStream(key, tag=tag))
     model = MODELS[name](
         num_classes=num_classes,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
-        rngs=nnx.Rngs(params=params_key, dropout=dropout_key),
+        rngs=rngs,
         **frozen,
     )
     model.eval()

@@ -55,6 +55,7 @@ class FunctionalModel:
         self._streams = nnx.to_flat_state(streams)
         self.spec = model.spec
         self.size_multiple = model.size_multiple
+        self.align_corners = model.align_corners
 
     def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The parameters and the running statistics that the model was created with."""
@@ -107,5 +108,6 @@ def params_sha256(params: Mapping[str, jax.Array | np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(params[name]).tobytes())
+        # As bytes without a copy; hashlib does not take bfloat16.
+        digest.update(np.ascontiguousarray(params[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -4,9 +4,9 @@ Wang, Sun, Cheng et al.: "Deep High-Resolution Representation Learning for Visua
 arXiv:1908.07919 (HRNetV2: all four branches upsampled and concatenated). Sizes from its section 3; attribute names are
 the keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation), which jo-jstrm/segmentation_pytorch shares.
 
-`align_corners` applies to every bilinear upsampling, in the fusions and in the head: False for the checkpoints of
-Cityscapes without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and all with OCR. A checkpoint does not
-contain it.
+`align_corners` applies to every bilinear upsampling, in the fusions, in the head and of the logits: False for the
+checkpoints of Cityscapes without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and all with OCR. A
+checkpoint does not contain it.
 
 Initial weights: normal of std 0.001 for every convolution, torch's own for biases. BatchNorm momentum 0.1, as in the
 branch of the code that has OCR; its master branch has 0.01.
@@ -280,7 +280,7 @@ class HRNet(HighResolutionNet):
       width: channels of the branch with the highest resolution.
       stage1_channels: inner width of the first stage's bottlenecks.
       stage_modules: modules of each stage, the first 1. stage_blocks: blocks of each branch of a module.
-      align_corners: of every bilinear upsampling.
+      align_corners: of every bilinear upsampling, that of the logits too.
       dtype: type of the computation. param_dtype: type of the stored parameters.
     """
 

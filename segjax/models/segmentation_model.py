@@ -26,11 +26,13 @@ class SegmentationModel(nnx.Module):
       spec: arguments that the model was created with; set by `create`.
       dtype: type of the computation.
       size_multiple: number that height and width of images must be multiples of.
+      align_corners: of the bilinear upsampling of its logits, the auxiliary ones too, to the size of labels or images.
     """
 
     spec: ModelSpec
     dtype: jnp.dtype
     size_multiple: int = 1
+    align_corners: bool = False
 
     @abc.abstractmethod
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -54,12 +54,13 @@ def load(reference: str) -> ConfigDict:
         get_config = _get_config_of(path)
     try:
         config = get_config(argument) if colon else get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{_place(error, path) or reference}: {_message(error)}") from error
     if not isinstance(config, ConfigDict):
+        found = "None" if config is None else type(config).__name__
         raise ConfigError(
-            f"{name}: get_config() returned {type(config).__name__}, not an ml_collections.ConfigDict; start from that "
-            "of a recipe, as in segjax.recipes.segformer.get_config()"
+            f"{name}: get_config() returned {found}, not an ml_collections.ConfigDict; start from that of a recipe, as "
+            "in segjax.recipes.segformer.get_config()"
         )
     if lacking := schema.missing(config):
         raise ConfigError(
@@ -90,7 +91,7 @@ def _get_config_of(path: Path) -> Callable[..., object]:
     sys.modules[module.__name__] = module
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{_place(error, path) or path}: {_message(error)}") from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -98,7 +99,7 @@ def _get_config_of(path: Path) -> Callable[..., object]:
     return get_config
 
 
-def _place(error: Exception, path: Path | None) -> str | None:
+def _place(error: BaseException, path: Path | None) -> str | None:
     """FILE:LINE of an error: of the source that does not compile, or of the last line of the config file that was run.
 
     None where no line of a file is at fault: a packaged recipe has refused its argument, or get_config takes none.
@@ -113,7 +114,7 @@ def _place(error: Exception, path: Path | None) -> str | None:
     return None if isinstance(error, ValueError) or last.filename == __file__ else f"{last.filename}:{last.lineno}"
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """The error in one line, with its type unless the text was written for people."""
     if isinstance(error, SyntaxError):
         return error.msg

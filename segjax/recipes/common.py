@@ -1,60 +1,128 @@
-"""Parts of recipes: the words after the colon, the defaults of a dataset, and two ways to train from random weights.
+"""Parts of recipes: the words after the colon, published geometry, and settings for data without a published recipe.
 
 The defaults of all settings are in segjax/train/schema.py.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from segjax.data.specs import DATASETS
-from segjax.train.schema import default_config
+from segjax.train.schema import default_config, unset
 
 
-def parse(argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
-    """ "b2,camvid" -> ("b2", "camvid"); the order does not matter and either may be omitted.
+class Words(NamedTuple):
+    """What the words after the colon select; `source` is whose recipe it is, or "" for the authors' own."""
+
+    variant: str
+    dataset: str
+    source: str
+
+
+def parse(argument: str, variants: tuple[str, ...], sources: Collection[str] = ()) -> Words:
+    """ "b2,camvid" -> ("b2", "camvid", ""); the order does not matter and each word may be omitted.
+
+    Args:
+      sources: words for recipes other than the authors' own, such as "mmseg".
 
     Raises:
-      ValueError: a word that is neither a variant nor a dataset; lists both.
+      ValueError: a word that is none of these; lists all of them.
     """
-    variant, dataset = variants[0], next(iter(DATASETS))
+    variant, dataset, source = variants[0], next(iter(DATASETS)), ""
     for word in filter(None, (word.strip() for word in argument.split(","))):
         if word in variants:
             variant = word
         elif word in DATASETS:
             dataset = word
+        elif word in sources:
+            source = word
         else:
+            others = f", nor a recipe's source ({', '.join(sources)})" if sources else ""
             raise ValueError(
-                f"{word!r} is neither a variant ({', '.join(variants)}) nor a dataset ({', '.join(DATASETS)})"
+                f"{word!r} is neither a variant ({', '.join(variants)}) nor a dataset ({', '.join(DATASETS)}){others}"
             )
-    return variant, dataset
+    return Words(variant, dataset, source)
+
+
+def refuse_source(words: Words, datasets: tuple[str, ...]) -> None:
+    """Raises ValueError where the source of `words` has no recipe for their dataset."""
+    if words.source and words.dataset not in datasets:
+        raise ValueError(
+            f"{words.source!r} has recipes for {' and '.join(datasets)} only; name such a dataset, or omit the word"
+        )
 
 
 def get_config(dataset: str) -> ConfigDict:
     """The defaults of all settings, with those of the dataset from its table (segjax/data/specs.py)."""
     config = default_config(dataset)
     config.data.eval_split = DATASETS[dataset].evaluated_split
-    config.augment.crop = DATASETS[dataset].crop
+    if crop := DATASETS[dataset].crop:
+        config.augment.crop = crop
     if scenes := DATASETS[dataset].scenes:
         config.data.update(scenes._asdict())
-    if dataset == "camvid":
-        config.train.steps = 20_000
     return config
+
+
+def mmsegmentation(config: ConfigDict, *, base_size: tuple[int, int], crop: tuple[int, int], batch: int) -> None:
+    """The training pipeline of mmsegmentation, which NVlabs' and SegNeXt's repositories share; 160,000 steps."""
+    config.augment.base_size = base_size
+    config.augment.crop = crop
+    config.augment.cat_max_ratio = 0.75
+    config.train.batch = batch
+    config.train.steps = 160_000
+    config.loss.mean_over = "all"
+
+
+def sliding_window(config: ConfigDict) -> None:
+    """Evaluation by crops of 1024x1024 every 768 pixels, as published for SegFormer and SegNeXt on Cityscapes."""
+    config.eval.mode = "slide"
+    config.eval.crop = (1024, 1024)
+    config.eval.stride = (768, 768)
+
+
+def unpublished(config: ConfigDict, family: str) -> None:
+    """AdamW for data that no recipe is published for.
+
+    Steps, warm-up, learning rates, the crop unless the table of datasets has one and, for a folder, the evaluated split
+    stay unset: a run chooses them from its images and its initial weights, see segjax/train/unset.py.
+
+    Args:
+      family: name of the model, for the description.
+    """
+    name = config.data.name
+    config.recipe = f"none is published for {family} on {'your data' if name == 'folder' else name}"
+    config.init.expected = ""
+    for key in ("train.steps", "optim.lr", "optim.lr_multipliers", "optim.warmup_steps"):
+        unset(config, key)
+    if DATASETS[name].crop is None:
+        unset(config, "augment.crop")
+    if name == "folder":
+        unset(config, "data.eval_split")
 
 
 def crop_in_multiples(config: ConfigDict, multiple: int) -> None:
     """Reduces the training crop to multiples of what the model needs, in both directions."""
-    height, width = config.augment.crop
-    config.augment.crop = (height // multiple * multiple, width // multiple * multiple)
+    if config.augment.crop is not None:
+        height, width = config.augment.crop
+        config.augment.crop = (height // multiple * multiple, width // multiple * multiple)
 
 
-def from_scratch(config: ConfigDict) -> None:
-    """AdamW for random weights, which need one high rate for all parameters."""
-    config.optim.lr = 2e-3
-    config.optim.lr_multipliers = ()
-    config.optim.warmup_steps = 200
+def camvid(config: ConfigDict) -> None:
+    """CamVid from random weights, which need one high rate for all parameters."""
+    config.recipe = "segjax's own, for random weights"
+    config.init.expected = ""
+    config.train.steps = 20_000
+    _from_scratch(config)
 
 
-def minutes_on_a_cpu(config: ConfigDict) -> None:
-    """A short training on streets, which needs an even higher rate and little augmentation."""
+def streets(config: ConfigDict) -> None:
+    """Minutes on a CPU, from random weights, with an even higher rate and little augmentation."""
+    config.recipe = "segjax's own: minutes on a CPU, from random weights"
+    config.init.expected = ""
+    _from_scratch(config)
     config.train.steps = 800
     config.train.batch = 4
     config.train.log_every = 10
@@ -63,3 +131,9 @@ def minutes_on_a_cpu(config: ConfigDict) -> None:
     config.optim.warmup_steps = 50
     config.augment.scale = (0.75, 1.5)
     config.augment.photometric = False
+
+
+def _from_scratch(config: ConfigDict) -> None:
+    config.optim.lr = 2e-3
+    config.optim.lr_multipliers = ()
+    config.optim.warmup_steps = 200

@@ -1,90 +1,208 @@
-"""HRNet, with and without OCR: `--config hrnet:w48_ocr,camvid`; a variant, on streets (the default) or another dataset.
+"""HRNet, with and without OCR: `--config hrnet:w48_ocr,cityscapes`; a variant, on streets (the default) or other data.
 
 w18, w32, w48 and w18_ocr, w32_ocr, w48_ocr are the published models; `small` and `small_ocr` are narrow and shallow
-ones for a CPU.
+ones for a CPU. `hrnet:w48,cityscapes,mmseg` is mmsegmentation's recipe (Cityscapes and ADE20K),
+`hrnet:w48,cityscapes,jo-jstrm` that of jo-jstrm/segmentation_pytorch (Cityscapes).
 
-Recipe of HRNet-Semantic-Segmentation for Cityscapes: SGD with momentum 0.9, learning rate 0.01 for everything, decay
-5e-4 of everything, poly decay of power 0.9, no warm-up, 484 epochs of 2975 images in batches of 12 at 512x1024, random
-scale 0.5 to 2, flip; the auxiliary loss of OCR weighs 0.4. It is written for weights pretrained on ImageNet; for
-CamVid from random weights see `camvid_from_scratch`.
+HRNet/HRNet-Semantic-Segmentation, experiments: SGD with momentum 0.9, poly decay of power 0.9 without warm-up, flip and
+scales 0.5, 0.6, ..., 2.1, for W48 and W48 with OCR. Cityscapes: learning rate 0.01, decay 5e-4 of everything, 484
+epochs of 2975 images in batches of 12 crops of 512x1024, class weights, the long side resized to 2048 times the scale.
+ADE20K: 0.02, decay 1e-4, 120 epochs of 20,210 images in batches of 16 crops of 520x520, the hardest 131,072 pixels of
+each four crops (OHEM), the long side resized to 520 times the scale, which without OCR is at most 1.6. With OCR the
+auxiliary loss is plain cross-entropy with a weight of 0.4. Deviations: padding is the mean colour where theirs is black
+(a crop of Cityscapes has none); their learning rate lags one step behind; their ADE20K images are
+resized twice, to a short side of 520 first, and evaluated in a canvas of 520x520.
+
+mmsegmentation, configs/hrnet and configs/ocrnet: SGD 0.01, decay 5e-4, poly decay of power 0.9 to 1e-4, 160,000 steps
+of 8 crops of 512x1024 (Cityscapes) or 16 of 512x512 (ADE20K), photometric distortion, no class weights, corners not
+aligned and no dropout with OCR.
+
+jo-jstrm/segmentation_pytorch: SGD 0.01, decay 5e-4, poly decay of power 0.9 to 1e-5 in 120,000 steps of 12 crops of
+512x1024, class weights, brightness ±10. Deviations: it pads on both sides, computes in float16, and draws its largest
+scale, 2.0, twice as often as others.
 """
 
 from ml_collections import ConfigDict
 
-from segjax.data.specs import DATASETS
 from segjax.recipes import common
+from segjax.recipes.segformer import seed_repository
 
 WIDTHS = ("small", "w18", "w32", "w48")
 VARIANTS = (*WIDTHS, *(f"{width}_ocr" for width in WIDTHS))
+SOURCES = {"mmseg": ("cityscapes", "ade20k"), "jo-jstrm": ("cityscapes",)}
+# Widths that a source has recipes for; the authors' own are those of W48.
+PUBLISHED = {"": ("w48",), "mmseg": ("w18", "w48"), "jo-jstrm": WIDTHS[1:]}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    variant, dataset = common.parse(argument, VARIANTS)
+    words = common.parse(argument, VARIANTS, SOURCES)
+    common.refuse_source(words, SOURCES.get(words.source, ()))
+    variant, dataset, source = words
+    has_ocr = variant.endswith("_ocr")
     config = common.get_config(dataset)
-    config.label = f"hrnet-{variant.replace('_', '-')}"
+    config.label = f"hrnet-{variant.replace('_', '-')}" + f"-{source}" * bool(source)
     config.model.name = "hrnet_" + variant.replace("small", "w18")
     if variant.startswith("small"):
         config.model.width = 12
         config.model.stage1_channels = 16
         config.model.stage_modules = (1, 1, 2, 1)
         config.model.stage_blocks = (2, 2, 2, 2)
-    # Of every bilinear upsampling, as published for Cityscapes.
-    config.model.align_corners = variant.endswith("_ocr")
-    if variant.endswith("_ocr"):
+    # Of every bilinear upsampling, that of the logits included.
+    config.model.align_corners = has_ocr
+    if has_ocr:
         # Of the channels before the classifier.
         config.model.dropout_rate = 0.05
     if variant == "small_ocr":
         config.model.ocr_channels = 64
         config.model.ocr_key_channels = 32
-    if dataset in ("cityscapes", "folder"):
-        config.augment.crop = (512, 1024)
     config.augment.photometric = False
-    config.train.batch = 12
-    config.train.steps = 484 * (2975 // 12)
+    width = variant.removesuffix("_ocr")
+    # Nobody has published a pretrained encoder as narrow as `small`.
+    pretrained = "an encoder pretrained on ImageNet" if width == "small" else f"hrnetv2_{width}_imagenet_pretrained.pth"
+    config.init.expected = pretrained
+    match dataset, source:
+        case "cityscapes" | "ade20k", "mmseg":
+            mmsegmentation(config, dataset, has_ocr=has_ocr)
+        case "cityscapes", "jo-jstrm":
+            sgd(config, lr=0.01, weight_decay=5e-4, end_lr=1e-5)
+            seed_repository(config, crop=(512, 1024))
+            config.train.batch = config.eval.batch = 12
+            config.train.steps = 120_000
+        case "cityscapes", _:
+            cityscapes(config)
+        case "ade20k", _:
+            ade20k(config, has_ocr=has_ocr)
+        case "camvid", _:
+            camvid_from_scratch(config, variant)
+        case "streets", _:
+            sgd(config, lr=0.01, weight_decay=5e-4)
+            common.streets(config)
+            config.optim.lr = 0.03
+            if "dropout_rate" in config.model:
+                config.model.dropout_rate = 0.0
+        case _:
+            config.augment.photometric = True
+            common.unpublished(config, "HRNet")
+            # As in ConvNeXt: all weights decay, scales of norms and biases do not.
+            config.optim.weight_decay = 0.05
+            config.optim.no_decay = r"(scale|bias)$"
+    if dataset in ("cityscapes", "ade20k") and width not in PUBLISHED[source]:
+        config.recipe = f"none is published for this width; that of W48: {config.recipe}"
+    return config
+
+
+def sgd(config: ConfigDict, *, lr: float, weight_decay: float, end_lr: float = 0.0) -> None:
+    """SGD with momentum 0.9 and one rate and decay for everything, poly decay of power 0.9."""
     config.optim.name = "sgd"
-    config.optim.lr = 0.01
+    config.optim.lr = lr
+    config.optim.end_lr = end_lr
     config.optim.momentum = 0.9
-    config.optim.weight_decay = 5e-4
+    config.optim.weight_decay = weight_decay
     config.optim.power = 0.9
     config.optim.warmup_steps = 0
     config.optim.no_decay = ""
     config.optim.lr_multipliers = ()
-    if dataset == "camvid":
-        camvid_from_scratch(config)
-    if dataset == "streets":
-        common.minutes_on_a_cpu(config)
-        config.optim.lr = 0.03
-        if "dropout_rate" in config.model:
-            config.model.dropout_rate = 0.0
-    return config
 
 
-def camvid_from_scratch(config: ConfigDict) -> None:
-    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w48_ocr with them by default.
+def cityscapes(config: ConfigDict) -> None:
+    """The authors' recipe for Cityscapes, bs_12_epoch484."""
+    config.recipe = "HRNet/HRNet-Semantic-Segmentation, cityscapes 512x1024 lr1e-2 wd5e-4 bs12 epoch484"
+    sgd(config, lr=0.01, weight_decay=5e-4)
+    config.augment.base_size = (2048, 2048)
+    config.augment.scale = (0.5, 2.1)
+    config.augment.scale_step = 0.1
+    config.augment.crop = (512, 1024)
+    # Both divide among one, two, three, four or six devices.
+    config.train.batch = config.eval.batch = 12
+    config.train.steps = 484 * (2975 // 12)
+    config.loss.class_weights = "cityscapes"
+    # Where OHEM is turned on: the hardest 131,072 pixels of the three crops of a GPU.
+    config.loss.ohem_images = 3
+    config.loss.ohem_threshold = 0.9
+    config.loss.ohem_min_kept = 131_072 / (3 * 512 * 1024)
+    config.loss.aux = "cross_entropy"
+
+
+def ade20k(config: ConfigDict, *, has_ocr: bool) -> None:
+    """The authors' recipe for ADE20K, ohem_bs_16_epoch120."""
+    config.recipe = "HRNet/HRNet-Semantic-Segmentation, ade20k 520x520 ohem lr2e-2 wd1e-4 bs16 epoch120"
+    sgd(config, lr=0.02, weight_decay=1e-4)
+    config.model.align_corners = True
+    config.augment.base_size = (520, 520)
+    config.augment.scale = (0.5, 2.1 if has_ocr else 1.6)
+    config.augment.scale_step = 0.1
+    config.augment.crop = (520, 520)
+    config.train.batch = 16
+    config.train.steps = 120 * (20_210 // 16)
+    config.loss.cross_entropy = 0.0
+    config.loss.ohem = 1.0
+    config.loss.ohem_images = 4
+    config.loss.ohem_threshold = 0.9
+    config.loss.ohem_min_kept = 131_072 / (4 * 520 * 520)
+    config.loss.aux = "cross_entropy"
+    config.eval.base_size = (520, 520)
+
+
+def mmsegmentation(config: ConfigDict, dataset: str, *, has_ocr: bool) -> None:
+    """The recipe of mmsegmentation, configs/hrnet and configs/ocrnet, at 160,000 steps."""
+    config.recipe = f"mmsegmentation, {'ocrnet' if has_ocr else 'fcn'}_hr, {dataset} 160k"
+    sgd(config, lr=0.01, weight_decay=5e-4, end_lr=1e-4)
+    config.model.align_corners = False
+    if has_ocr:
+        config.model.dropout_rate = 0.0
+    config.augment.photometric = True
+    if dataset == "cityscapes":
+        common.mmsegmentation(config, base_size=(2048, 1024), crop=(512, 1024), batch=8)
+    else:
+        common.mmsegmentation(config, base_size=(2048, 512), crop=(512, 512), batch=16)
+        config.eval.base_size = (2048, 512)
+
+
+def camvid_from_scratch(config: ConfigDict, variant: str) -> None:
+    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w32_ocr, or small on a CPU.
 
     Why this family: without pretraining, the bias of convolutions makes up for some of the data that attention would
     need; poles, signs and riders are a few pixels wide, and only HRNet keeps stride 4 from end to end; the auxiliary
     loss of OCR supervises the backbone directly, from which random weights benefit. No value here was chosen by a score
     on the test split.
     """
-    # 523 epochs: between BiSeNetV2's 436 (10,000 steps of 16) and FC-DenseNet's and LMFFNet's 700 to 1000.
-    config.train.steps = 12_000
-    config.train.batch = 16
-    # An average over the last thousand steps, 44 epochs: on small datasets weights fluctuate from batch to batch.
-    config.train.ema = 0.999
-    # Strong augmentation of 367 images. A quarter of test and a sixth of train is at dusk: brightness must not matter.
-    config.augment.scale = (0.5, 2.0)
+    config.recipe = "segjax's own, for random weights"
+    config.init.expected = ""
+    # Strong augmentation of 367 images. Smaller scales would be mostly padding; a quarter of test and a sixth of train
+    # is at dusk, so that brightness must not matter.
+    config.augment.scale = (0.75, 2.0)
     config.augment.photometric = True
     # Road to bicyclist is 1 to 10. By median frequency it would be 1 to 110, which gains recall and loses precision.
-    config.loss.class_weights = DATASETS["camvid"].class_weights
+    config.loss.class_weights = "inverse_sqrt"
     # Closer to the metric than cross-entropy only; nnU-Net uses both, and also trains from scratch on little data.
     # Lovász would be closer still, and sorts all pixels of each class at every step.
     config.loss.dice = 1.0
     # SGD's 0.01 is for pretrained weights, which move little. AdamW needs no tuning by depth; the decay is ConvNeXt's,
-    # strong, for few images. Gradients of the first steps are large.
+    # strong, for few images, and like there spares norms and biases. Gradients of the first steps are large.
     config.optim.name = "adamw"
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.05
-    config.optim.warmup_steps = 500
+    config.optim.no_decay = r"(scale|bias)$"
+    config.optim.lr_multipliers = ()
+    config.optim.power = 0.9
     config.optim.clip_norm = 1.0
-    config.checkpoint.every = 2000
+    # On small datasets weights fluctuate from batch to batch; an average over the last thousand steps does not.
+    config.train.ema = 0.999
+    config.checkpoint.every = 500
+    if variant.startswith("small"):
+        # Two hours on two cores: as wide as W18, shallow, and crops that are never padded. 147 epochs.
+        config.model.width = 18
+        config.model.stage1_channels = 32
+        config.augment.crop = (256, 320)
+        config.train.batch = 4
+        config.train.steps = 13_500
+        config.optim.warmup_steps = 300
+    else:
+        # Minutes on a GPU: 698 epochs, as FC-DenseNet's and LMFFNet's 700 to 1000.
+        config.train.batch = 16
+        config.train.steps = 16_000
+        config.optim.warmup_steps = 500
+        if variant.endswith("_ocr"):
+            # The 3x3 convolution over all branches costs most of OCR; a quarter of it is enough for 11 classes.
+            config.model.ocr_channels = 128
+            config.model.ocr_key_channels = 64

@@ -1,11 +1,19 @@
-"""SegFormer: `--config segformer:b2,camvid`; a variant, on streets (the default) or another dataset.
+"""SegFormer: `--config segformer:b2,cityscapes`; a variant, on streets (the default) or another dataset.
 
 b0 to b5 are the official models, plain_b0 to plain_b5 those of jo-jstrm/segmentation_pytorch, mmseg_b0 to mmseg_b5
-those of mmsegmentation.
+those of mmsegmentation. Each has its own repository's recipe.
 
-Recipe of the paper's section 4.1: AdamW, learning rate 6e-5 (ten times that in the head), weight decay 0.01 except for
-norms, linear warm-up and then poly decay of power 1, random scale 0.5 to 2, flip and crop. It is written for weights
-pretrained on ImageNet; from scratch, as on streets and camvid here, a higher rate learns sooner.
+NVlabs/SegFormer, local_configs/segformer: AdamW 6e-5 (ten times that in the head), weight decay 0.01 except for norms,
+poly decay of power 1 times a linear warm-up of 1500 steps from 1e-6, 160,000 steps; Cityscapes in batches of 8 crops of
+1024x1024, evaluated by a sliding window; ADE20K in batches of 16 crops of 512x512 (B5: 640x640) of images resized to
+(2048, 512) (B5: (2048, 640)), evaluated at that size in multiples of 32.
+
+mmsegmentation: the same, but for ADE20K without the multiples of 32. Deviation: its schedule has the warm-up first and
+poly decay after it, where this is their product; they differ by at most 1% of the rate.
+
+jo-jstrm/segmentation_pytorch: Cityscapes with HRNet's class weights and scales, brightness ±10 as the only photometric
+distortion, one rate for all parameters. Deviations: it pads on both sides, computes in float16, and draws its largest
+scale, 2.0, twice as often as others.
 """
 
 from ml_collections import ConfigDict
@@ -17,18 +25,57 @@ VARIANTS = tuple(prefix + size for prefix in ("", "plain_", "mmseg_") for size i
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    variant, dataset = common.parse(argument, VARIANTS)
+    variant, dataset, _ = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segformer-{variant.replace('_', '-')}"
     config.model.name = f"segformer_{variant}"
-    # Drop path of the last block, and dropout of the channels before the classifier (section 4.1; plain models have
-    # no dropout).
+    # Drop path of the last block, and dropout of the channels before the classifier (section 4.1 of the paper; plain
+    # models have no dropout).
     config.model.drop_path_rate = 0.1
     config.model.dropout_rate = 0.0 if variant.startswith("plain_") else 0.1
-    if dataset in ("streets", "camvid"):
-        common.from_scratch(config)
-    if dataset == "streets":
-        common.minutes_on_a_cpu(config)
-        config.model.drop_path_rate = 0.0
-        config.model.dropout_rate = 0.0
+    prefix, size = variant[:-2], variant[-2:]
+    config.init.expected = f"mit_{size}.pth"
+    match dataset, prefix:
+        case "cityscapes", "plain_":
+            seed_repository(config, crop=(1024, 1024))
+            config.train.batch = 8
+            config.train.steps = 160_000
+            config.optim.lr_multipliers = ()
+        case "cityscapes", _:
+            config.recipe = source_of(prefix, f"{size}.1024x1024.city.160k")
+            common.mmsegmentation(config, base_size=(2048, 1024), crop=(1024, 1024), batch=8)
+            common.sliding_window(config)
+        case "ade20k", "" | "mmseg_":
+            side = 640 if size == "b5" else 512
+            config.recipe = source_of(prefix, f"{size}.{side}x{side}.ade.160k")
+            common.mmsegmentation(config, base_size=(2048, side), crop=(side, side), batch=16)
+            config.eval.base_size = (2048, side)
+            config.eval.size_divisor = 1 if prefix == "mmseg_" else 32
+        case "camvid", _:
+            common.camvid(config)
+        case "streets", _:
+            common.streets(config)
+            config.model.drop_path_rate = 0.0
+            config.model.dropout_rate = 0.0
+        case _:
+            common.unpublished(config, f"SegFormer {variant}")
     return config
+
+
+def source_of(prefix: str, name: str) -> str:
+    """Where the recipe is published."""
+    if prefix == "mmseg_":
+        return f"mmsegmentation, segformer mit-{name}"
+    return f"NVlabs/SegFormer, segformer.{name}"
+
+
+def seed_repository(config: ConfigDict, *, crop: tuple[int, int]) -> None:
+    """Augmentation and class weights of jo-jstrm/segmentation_pytorch for Cityscapes."""
+    config.recipe = "jo-jstrm/segmentation_pytorch"
+    config.augment.base_size = (2048, 2048)
+    config.augment.scale = (0.5, 2.0)
+    config.augment.scale_step = 0.1
+    config.augment.crop = crop
+    config.augment.photometric = False
+    config.augment.brightness = 10
+    config.loss.class_weights = "cityscapes"

@@ -1,18 +1,18 @@
-"""The simple SegFormer: `--config segformer_simple:b5,camvid`; a variant, on streets (the default) or another dataset.
+"""The simple SegFormer: `--config segformer_simple:b5,cityscapes`; a variant, on streets (the default) or other data.
 
 `default` has the sizes of the published package, `b5` those that jo-jstrm/segmentation_pytorch lists for it; `small` is
-a narrow one for a CPU. The package has no recipe; that repository trains it like its SegFormer.
+a narrow one for a CPU. The package has no recipe; that repository trains it like its SegFormer, on Cityscapes.
 """
 
 from ml_collections import ConfigDict
 
-from segjax.recipes import common
+from segjax.recipes import common, segformer
 
 VARIANTS = ("small", "default", "b5")
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    variant, dataset = common.parse(argument, VARIANTS)
+    variant, dataset, _ = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segformer-simple-{variant}"
     config.model.name = "segformer_simple"
@@ -24,12 +24,19 @@ def get_config(argument: str = "") -> ConfigDict:
         config.model.depths = (3, 6, 40, 3)
         config.model.mlp_ratios = (4, 4, 4, 4)
         config.model.decoder_dim = 768
-    # Its norms have `norm` in their names, as optim.no_decay expects; the head is all that follows the encoder.
-    config.optim.lr_multipliers = (("to_fused|to_segmentation", 10.0),)
+    match dataset:
+        case "cityscapes":
+            segformer.seed_repository(config, crop=(1024, 1024))
+            config.train.batch = 8
+            config.train.steps = 160_000
+            config.optim.lr_multipliers = ()
+            config.init.expected = "an encoder pretrained on ImageNet"
+        case "camvid":
+            common.camvid(config)
+        case "streets":
+            common.streets(config)
+        case _:
+            common.unpublished(config, "the simple SegFormer")
     # The sides of its images must be multiples of 32.
     common.crop_in_multiples(config, 32)
-    if dataset in ("streets", "camvid"):
-        common.from_scratch(config)
-    if dataset == "streets":
-        common.minutes_on_a_cpu(config)
     return config

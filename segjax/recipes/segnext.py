@@ -1,10 +1,15 @@
-"""SegNeXt: `--config segnext:b,camvid`; t, s, b or l, on streets (the default) or another dataset.
+"""SegNeXt: `--config segnext:b,cityscapes`; t, s, b or l, on streets (the default) or another dataset.
 
-`small` is a narrow one for a CPU.
+`small` is a narrow one for a CPU; `segnext:b,ade20k,mmseg` is mmsegmentation's recipe.
 
-Recipe of the paper's section 4 for Cityscapes: AdamW, learning rate 6e-5 (ten times that in the head), weight decay
-0.01 except for norms, linear warm-up over 1500 steps and then poly decay of power 1, 160,000 steps of 8 images at
-1024x1024, random scale 0.5 to 2, flip and photometric distortion. It is written for weights pretrained on ImageNet.
+Visual-Attention-Network/SegNeXt, local_configs/segnext, and section 4 of the paper: AdamW 6e-5 (ten times that in the
+head), weight decay 0.01 except for norms, poly decay of power 1 times a linear warm-up of 1500 steps from 1e-6, 160,000
+steps; Cityscapes in batches of 8 crops of 1024x1024, evaluated by a sliding window; ADE20K in batches of 16 crops of
+512x512 of images resized to (2048, 512), evaluated at that size in multiples of 32.
+
+mmsegmentation has ADE20K only, with decoders of rank 16 in all sizes and without resizing to multiples of 32.
+Deviations: its schedule has the warm-up first and poly decay after it, where this is their product; the temperature of
+its matrix factorisation is 100 where this is the authors' 1; and in evaluation it pads images to multiples of 32.
 """
 
 from ml_collections import ConfigDict
@@ -12,33 +17,48 @@ from ml_collections import ConfigDict
 from segjax.recipes import common
 
 VARIANTS = ("small", "t", "s", "b", "l")
+SOURCES = {"mmseg": ("ade20k",)}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    variant, dataset = common.parse(argument, VARIANTS)
+    words = common.parse(argument, VARIANTS, SOURCES)
+    common.refuse_source(words, SOURCES.get(words.source, ()))
+    variant, dataset, source = words
     config = common.get_config(dataset)
-    config.label = f"segnext-{variant}"
+    config.label = f"segnext-{variant}" + f"-{source}" * bool(source)
     config.model.name = "segnext_" + variant.replace("small", "t")
     # Drop path of the last block, and dropout of the channels before the classifier.
     config.model.drop_path_rate = 0.3 if variant == "l" else 0.1
     config.model.dropout_rate = 0.1
     # Rank of the decoder's matrix factorisation.
-    config.model.ham_rank = 64 if variant in ("b", "l") else 16
+    config.model.ham_rank = 64 if variant in ("b", "l") and not source else 16
     if variant == "small":
         config.model.dims = (16, 32, 80, 128)
         config.model.depths = (2, 2, 3, 2)
         config.model.mlp_ratios = (4, 4, 4, 4)
         config.model.ham_channels = 128
-    if dataset in ("cityscapes", "folder"):
-        config.augment.crop = (1024, 1024)
-    config.train.batch = 8
-    config.train.steps = 160_000
-    if dataset == "camvid":
-        config.train.steps = 20_000
-    if dataset in ("streets", "camvid"):
-        common.from_scratch(config)
-    if dataset == "streets":
-        common.minutes_on_a_cpu(config)
-        config.model.drop_path_rate = 0.0
-        config.model.dropout_rate = 0.0
+    # Nobody has published a pretrained encoder as narrow as `small`.
+    config.init.expected = "an encoder pretrained on ImageNet" if variant == "small" else f"mscan_{variant}.pth"
+    repository = "mmsegmentation" if source else "Visual-Attention-Network/SegNeXt"
+    if variant == "small":
+        repository = f"none is published for this width; that of T: {repository}"
+    published = "t" if variant == "small" else variant
+    match dataset:
+        case "cityscapes":
+            config.recipe = f"{repository}, segnext {published} 1024x1024 city 160k"
+            common.mmsegmentation(config, base_size=(2048, 1024), crop=(1024, 1024), batch=8)
+            common.sliding_window(config)
+        case "ade20k":
+            config.recipe = f"{repository}, segnext {published} 512x512 ade 160k"
+            common.mmsegmentation(config, base_size=(2048, 512), crop=(512, 512), batch=16)
+            config.eval.base_size = (2048, 512)
+            config.eval.size_divisor = 1 if source else 32
+        case "camvid":
+            common.camvid(config)
+        case "streets":
+            common.streets(config)
+            config.model.drop_path_rate = 0.0
+            config.model.dropout_rate = 0.0
+        case _:
+            common.unpublished(config, "SegNeXt")
     return config

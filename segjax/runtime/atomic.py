@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import os
 import shutil
@@ -27,8 +28,10 @@ except ModuleNotFoundError:
     # On Windows the temporary files of killed writers stay.
     fcntl = None
 
-# Errors of a write when the disk or the quota is full.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Errors of a write when the disk, the quota or a limit on the size of files is exhausted.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Name of the old folder, in the temporary one, between two renames.
+_RETIRED = "old"
 # Number of temporary names of a target that are checked for files of killed writers.
 _NAMES = 4
 
@@ -59,7 +62,8 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=False) as temporary:
         try:
-            yield temporary
+            with naming(path, temporary):
+                yield temporary
             if durable:
                 _flush(temporary)
             os.replace(temporary, path)
@@ -75,7 +79,8 @@ def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields the name of a folder to make; it replaces the folder `path`, or is removed where the body raises.
 
     Linux and macOS exchange two names in one step, so that there is a folder at `path` at every moment. On file systems
-    that cannot, there is none for the moment between two renames.
+    that cannot, there is none for the moment between two renames, and `recover` undoes the first one where the writer
+    was killed.
 
     Args:
       path: the target; the folder around it is made where it is missing.
@@ -85,10 +90,11 @@ def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
     with _temporary(path, is_folder=True) as around:
         try:
             new = around / path.name
-            yield new
+            with naming(path, around):
+                yield new
             for place in (*new.rglob("*"), new) if durable else ():
                 _flush(place)
-            _put(new, path, retired=around / "old")
+            _put(new, path, retired=around / _RETIRED)
         finally:
             _remove(around)
     if durable:
@@ -97,7 +103,7 @@ def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_files(path: Path) -> Iterator[Path]:
-    """Yields the name of `path` in an empty folder, to write it and files that belong to it next to it.
+    """Yields the name of `path` in an empty folder, to write it and files that belong to it next to it or below.
 
     They replace those of the same names around `path`; where the body raises, none does. Companions that are replaced
     are removed first, and new ones arrive last: a writer that is killed leaves no companions of another version.
@@ -105,24 +111,89 @@ def replacing_files(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=True) as folder:
         try:
-            yield folder / path.name
-            companions = sorted(file for file in folder.iterdir() if file.name != path.name)
-            for file in (folder / path.name, *companions):
+            with naming(path, folder):
+                yield folder / path.name
+            new = {file: path.parent / file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+            for file in new:
                 _flush(file)
-            for file in companions:
-                path.with_name(file.name).unlink(missing_ok=True)
-            for file in (folder / path.name, *companions):
-                os.replace(file, path.with_name(file.name))
+            for target in new.values():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target != path:
+                    target.unlink(missing_ok=True)
+            for file in sorted(new, key=lambda file: new[file] != path):
+                os.replace(file, new[file])
         finally:
             _remove(folder)
-    _flush(path.parent)
+    for place in {target.parent for target in new.values()} | {path.parent}:
+        _flush(place)
+
+
+def recover(path: Path) -> None:
+    """Puts the old folder back that a writer had moved away when it was killed, where names cannot be exchanged.
+
+    Readers of a folder that is missing call it; writers of any kind do so first.
+    """
+    if os.path.lexists(path):
+        return
+    for number in range(_NAMES):
+        temporary = _name(path, number)
+        if (temporary / _RETIRED).is_dir():
+            # Another user's folder, or a disk that may only be read: it stays where it is.
+            with contextlib.suppress(OSError), _locked(temporary, wait=False) as is_abandoned:
+                if is_abandoned and not os.path.lexists(path):
+                    os.rename(temporary / _RETIRED, path)
+
+
+def clear(path: Path) -> None:
+    """Removes what killed writers of a target have left next to it, as the next writer of it does."""
+    recover(path)
+    for number in range(_NAMES):
+        _remove_if_abandoned(_name(path, number))
+
+
+def full_disk(error: BaseException) -> int | None:
+    """The number, one of `NO_ROOM`, of the error of the system that made a write fail; None for other errors.
+
+    Writers in other languages (safetensors, tensorstore, array_record) only mention it in the text of theirs.
+    """
+    if isinstance(error, OSError):
+        return error.errno if error.errno in NO_ROOM else None
+    return next((number for number in NO_ROOM if os.strerror(number) in str(error)), None)
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Has errors of a full disk name the target, of whatever type and text they are.
+
+    Args:
+      path: the target.
+      temporary: file or folder that is written, to recognise errors whose text has no reason, too.
+    """
+    try:
+        yield
+    except Exception as error:
+        if number := full_disk(error) or (temporary and _is_full_now(error, temporary)):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
+
+
+def _is_full_now(error: Exception, temporary: Path) -> int | None:
+    """As `full_disk` where the text has no reason (torch): by a megabyte more in the largest file that was written."""
+    if isinstance(error, OSError | ValueError | KeyError):
+        return None
+    try:
+        files = [temporary] if temporary.is_file() else [file for file in temporary.rglob("*") if file.is_file()]
+        with max(files, key=lambda file: file.stat().st_size, default=temporary / "probe").open("ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as reason:
+        return full_disk(reason)
+    return None
 
 
 @contextlib.contextmanager
 def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
     """A new file or folder next to `path` that is locked while the body, which moves or removes it, runs."""
-    for number in range(_NAMES):
-        _remove_if_abandoned(_name(path, number))
+    clear(path)
     for number in itertools.count():
         temporary = _name(path, number)
         try:
@@ -140,7 +211,11 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
 
 def _name(path: Path, number: int) -> Path:
-    return path.with_name(f".{path.name}.part{number}")
+    name = path.name
+    # File systems allow 255 bytes. The digest is the same in every call, so that the next one finds what this one left.
+    if len(os.fsencode(name)) > 240:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.part{number}")
 
 
 @contextlib.contextmanager

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import re
 import sys
 import textwrap
 import time
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO, TypeVar
 
-from segjax.runtime import distributed
+from segjax.runtime import distributed, native_log
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+
+# Stands for a space at which `filled` does not break a line.
+NO_BREAK = "\0"
 
 
 def wrapped(text: str) -> str:
@@ -28,21 +35,34 @@ def wrapped(text: str) -> str:
     return "\n".join(filled(line) if is_prose(line) else line for line in text.splitlines())
 
 
-def filled(line: str, *, indent: str = "") -> str:
-    """One paragraph in lines of 80 columns."""
-    settings = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
+def filled(line: str, *, indent: str = "", width: int = 80) -> str:
+    """One paragraph in lines of `width` columns; each `NO_BREAK` becomes a space."""
+    settings = {"width": width, "break_long_words": False, "break_on_hyphens": False}
+    # textwrap counts characters. A wide one counts twice with a filler behind it, which `printable` lets no text have.
+    filler = "\ue000"
+    line = "".join(character + filler * (columns(character) - 1) for character in line)
+    lines = textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
+    return lines.replace(filler, "").replace(NO_BREAK, " ")
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints text, see `wrapped`, above a `ProgressBar` if one is shown; only the first of several processes prints.
+    """Prints text, see `wrapped` and `show`."""
+    show(wrapped(printable(text)), to=to)
+
+
+def show(text: str, *, to: TextIO | None = None) -> None:
+    """Prints lines as they are, but `printable`; only the first of several processes prints.
+
+    They come above a `ProgressBar` if one is shown. Characters that the stream cannot encode are printed as escapes.
 
     Args:
       to: stream to print to; stdout by default.
     """
     if not distributed.is_lead():
         return
-    text, stream = printable(wrapped(text)), sys.stdout if to is None else to
+    stream = sys.stdout if to is None else to
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     if _bars:
         _bars[-1].write(text, file=stream)
         stream.flush()
@@ -50,16 +70,76 @@ def say(text: str, *, to: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
 
 
+# --------------------------------------------------------------------------------------------------- text from outside
+
+# Letters and marks that are drawn as nothing, in addition to what Unicode calls format characters.
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
+
+
 def printable(text: str) -> str:
-    """Text with escapes for control characters, except line breaks, and for bytes of file names that are not UTF-8.
+    """Text in which every character can be seen, except that line breaks stay.
 
-    Names in a checkpoint or a folder could otherwise steer the terminal.
+    Others that steer the terminal, change the order of what follows, or are drawn as nothing are replaced by escapes:
+    control and format characters, bytes of file names that are not UTF-8 (which Python reads as surrogates), and
+    characters for private use.
     """
-    return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", _escaped, text)
+    return "".join(c if c == "\n" or _is_seen(c) else _escaped(c) for c in text)
 
 
-def _escaped(found: re.Match) -> str:
-    return found[0].encode("unicode_escape").decode()
+def one_line(name: object, *, most: int | None = None) -> str:
+    """A name from outside (of a class, an image, a file) for people, on one line: `printable`, line breaks too.
+
+    Args:
+      most: columns; the middle of a longer name is omitted.
+    """
+    # Before the escapes, which make a text longer, and so that a name of megabytes takes no time.
+    text = str(name)
+    if most is not None and len(text) > 4 * most:
+        text = text[: 2 * most] + text[-2 * most :]
+    text = printable(text).replace("\n", "\\n")
+    return text if most is None else _shortened(text, most)
+
+
+def cell(name: object, width: int) -> str:
+    """A name as `one_line` has it, in exactly `width` columns of a table, flush left."""
+    text = one_line(name, most=width)
+    return text + " " * (width - columns(text))
+
+
+def columns(text: str) -> int:
+    """Number of columns that text takes on a terminal: East Asian wide characters take two, combining ones none."""
+    return sum(map(_columns_of, text))
+
+
+def _columns_of(character: str) -> int:
+    if character < "\u0300":
+        return 1
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _shortened(text: str, most: int) -> str:
+    if columns(text) <= most:
+        return text
+    head, tail = _beginning(text, most // 2), _beginning(text[::-1], most - 1 - most // 2)[::-1]
+    # Without marks whose letter was omitted.
+    return f"{head}…{''.join(itertools.dropwhile(lambda character: not _columns_of(character), tail))}"
+
+
+def _beginning(text: str, most: int) -> str:
+    """As many characters as fit into so many columns."""
+    widths = itertools.accumulate(map(_columns_of, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda width: width <= most, widths))]
+
+
+def _is_seen(character: str) -> bool:
+    # `isprintable` is False for all spaces except the common one.
+    return (character.isprintable() and character not in _UNSEEN) or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 @contextlib.contextmanager
@@ -76,6 +156,43 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
     finally:
         logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def libraries_to(log: Path | None = None) -> Iterator[None]:
+    """Keeps warnings of libraries off the terminal while the body runs; errors that they log are printed.
+
+    Native libraries write to the log what `native_log` keeps from the terminal.
+
+    Args:
+      log: file that warnings and errors are appended to; its folder is not made. None: warnings go nowhere.
+    """
+
+    def write(kind: str, text: str) -> None:
+        if log is not None:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {kind}: {text}\n")
+
+    class Records(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = self.format(record)
+            write(record.name, text)
+            if record.levelno >= logging.ERROR:
+                say(f"{record.name}: {text}", to=sys.stderr)
+
+    def show(message, category, *_, **__) -> None:
+        write(category.__name__, str(message))
+
+    root, records, shown = logging.getLogger(), Records(logging.WARNING), warnings.showwarning
+    # absl's own handler is one of the root's.
+    before = root.handlers
+    root.handlers, warnings.showwarning = [records], show
+    native_log.write_to(log)
+    try:
+        yield
+    finally:
+        native_log.write_to(None)
+        root.handlers, warnings.showwarning = before, shown
 
 
 # Bars that are on the terminal, the last one on top.
@@ -101,7 +218,7 @@ class ProgressBar:
           start: number of items that were done before.
         """
         self.count = start
-        self._what, self._total, self._unit = what, total, unit
+        self._what, self._total, self._unit = one_line(what, most=40), total, unit
         self._first: tuple[int, float] | None = None
         self._said = time.perf_counter()
         self._bar: tqdm | None = None

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from segjax.runtime import native_log
+
 Result = TypeVar("Result")
 
 
@@ -84,5 +86,6 @@ def leave(status: int) -> int:
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
+        native_log.end()
         os._exit(status)
     return status

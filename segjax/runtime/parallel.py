@@ -85,7 +85,7 @@ class Parallel(abc.ABC):
 
     @abc.abstractmethod
     def replicate(self, tree: Any) -> Any:
-        """The arrays of `tree` on every device, as `compile_train` and `compile_eval` take them."""
+        """The arrays of `tree` on every device, as `compile_train` takes them."""
 
     @abc.abstractmethod
     def fetch(self, tree: Any) -> Any:
@@ -107,13 +107,6 @@ class Parallel(abc.ABC):
     @abc.abstractmethod
     def compile_train(self, body: Callable) -> Callable:
         """Compiles `body(state, batch, key, axis_name=...) -> (state, scalars)`; the state given to it is donated."""
-
-    @abc.abstractmethod
-    def compile_eval(self, body: Callable) -> Callable:
-        """Compiles `body(params, batch_stats, images (B, ...)) -> (B, ...)`; takes and returns whole batches.
-
-        All devices must belong to this process: of several processes, each evaluates by itself.
-        """
 
 
 class JitParallel(Parallel):
@@ -143,11 +136,6 @@ class JitParallel(Parallel):
 
     def compile_train(self, body: Callable) -> Callable:
         return self._jit(body, donate_argnums=0, out_shardings=self.whole)
-
-    def compile_eval(self, body: Callable) -> Callable:
-        compiled = self._jit(body, out_shardings=self.split)
-        # Of several processes, jit would take the images to be parts of one global array.
-        return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
 
 
 class PmapParallel(Parallel):
@@ -191,15 +179,6 @@ class PmapParallel(Parallel):
         body = partial(body, axis_name=AXIS)
         return jax.pmap(body, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=0, devices=self.devices)
 
-    def compile_eval(self, body: Callable) -> Callable:
-        mapped = jax.pmap(body, axis_name=AXIS, devices=self.devices)
-
-        def whole(params, batch_stats, images):
-            predicted = mapped(params, batch_stats, self._by_device(images))
-            return predicted.reshape(-1, *predicted.shape[2:])
-
-        return whole
-
 
 class ShardMapParallel(JitParallel):
     """`pmap` for a jax without `jax.pmap`: `jax.shard_map` inside `jit`, on arrays laid out as `JitParallel` has them.
@@ -217,10 +196,6 @@ class ShardMapParallel(JitParallel):
         mapped = self._mapped(partial(body, axis_name=AXIS), (WHOLE, SPLIT, WHOLE), WHOLE)
         # Without compiler options, which pmap does not take either.
         return jax.jit(mapped, donate_argnums=0)
-
-    def compile_eval(self, body: Callable) -> Callable:
-        compiled = jax.jit(self._mapped(body, (WHOLE, WHOLE, SPLIT), SPLIT))
-        return lambda params, batch_stats, images: compiled(params, batch_stats, jax.device_put(images, self.split))
 
 
 def parallel_for(kind: str, devices: Sequence[Device] | None = None) -> Parallel:

@@ -177,7 +177,10 @@ def verify(model: SegmentationModel, state_dict: Mapping | Checkpoint) -> Report
     against, theirs = _run_theirs(model, checkpoint, x)
     ours = np.asarray(compiled(model)(x, *bases_for(model, len(x)))[0])
     size = picture.shape[:2]
-    labels = [np.asarray(labels_of(layers.resize(jnp.asarray(logits), size))) for logits in (ours, theirs)]
+    upsampled = (
+        layers.resize(jnp.asarray(logits), size, align_corners=model.align_corners) for logits in (ours, theirs)
+    )
+    labels = [np.asarray(labels_of(logits)) for logits in upsampled]
     return Report(
         against=against,
         error=relative_error(ours, theirs),

@@ -2,7 +2,13 @@
 
 import sys
 
-from segjax.commands.train import main
+from segjax import __main__ as entry
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command with these arguments and returns its exit status."""
+    return entry.main(["train", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run_process("train"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 
 from segjax import losses, models
 from segjax.checkpoints import huggingface
+from segjax.data import hooks
+from segjax.data.crops import AugmentSettings, discrete_scales, scaled_size
+from segjax.inference.engine import window_contradictions
+from segjax.runtime import console, memory
 from segjax.runtime.atomic import why_not_writable
+from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train import schema
 
 # Settings that may differ when a run is resumed: none of them changes the steps that were computed before.
@@ -29,8 +34,13 @@ FREE_ON_RESUME = (
     "data.dir",
     "data.resident_gb",
     "data.cache_gb",
+    "data.changed",
     "debug.",
     "parallel",
+    "recipe",
+    "init.expected",
+    # That of a folder without a name in classes.json changes with its place.
+    "dataset.name",
 )
 
 
@@ -38,20 +48,23 @@ class RunError(ValueError):
     """A run that cannot start or continue; the message states the reason and the remedy."""
 
 
-def check(config: ConfigDict, workdir: Path) -> None:
+def check(config: ConfigDict, workdir: Path, *, resumes: bool = False) -> None:
     """Reports every problem of the settings in one error, before anything slow happens.
+
+    Args:
+      resumes: whether `workdir` holds the run already; it then needs no initial checkpoint.
 
     Raises:
       RunError: settings that cannot be used, each by its key; a `workdir` that cannot be written.
     """
     wrong = schema.problems(config)
     if not schema.missing(config):
-        wrong |= _problems_of_model(config.model, wrong) | _contradictions(config, wrong)
+        wrong |= _problems_of_model(config.model, wrong) | _contradictions(config, wrong, resumes)
     problems = [f"config.{key}: {problem}" for key, problem in wrong.items()]
     if reason := why_not_writable(workdir):
         problems.append(f"--workdir {workdir}: {reason}")
     if problems:
-        raise RunError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
+        raise RunError("the settings cannot be used:\n" + "\n".join(f"  {console.one_line(line)}" for line in problems))
 
 
 def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
@@ -67,16 +80,27 @@ def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str
         close = difflib.get_close_matches(name, models.MODELS, n=1)
         hint = f"did you mean {close[0]!r}? The models" if close else "the models"
         return {"model.name": f"{name!r}; no such model; {hint} are {', '.join(models.MODELS)}"}
-    known, found = models.settings(name), {}
-    for key in model_overrides(settings):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean model.{close[0]}? It" if close else "it"
-            found[f"model.{key}"] = f"no such setting of {name}; {hint} has {', '.join(known)}"
+    found = {}
+    for key, value in model_overrides(settings).items():
+        if why := why_no_model_setting(name, key, prefix=""):
+            found[f"model.{key}"] = why
+        elif f"model.{key}" not in wrong and (must_be := models.problem_of(name, key, value)):
+            found[f"model.{key}"] = f"{value!r}; must be {must_be}"
     return found
 
 
-def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
+def why_no_model_setting(name: str, key: str, *, prefix: str) -> str | None:
+    """Why the model `name` has no setting of this name, and which may be meant, with `prefix` before it; None if it
+    has."""
+    known = models.settings(name)
+    if key in known:
+        return None
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {prefix}model.{close[0]}? It" if close else "it"
+    return f"no such setting of {name}; {hint} has {', '.join(known)}"
+
+
+def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -> dict[str, str]:
     """Settings that do not fit other settings, the devices, or the files that exist.
 
     Args:
@@ -86,25 +110,119 @@ def _contradictions(config: ConfigDict, wrong: Collection[str]) -> dict[str, str
     def sound(*keys: str) -> bool:
         return not any(key in wrong for key in keys)
 
-    found, devices, accumulate = {}, jax.device_count(), config.train.accumulate
-    if sound("train.batch", "train.accumulate") and config.train.batch % (devices * accumulate):
-        parts = f" and {accumulate} micro-batches" if accumulate > 1 else ""
-        found["train.batch"] = f"{config.train.batch}; does not divide among {devices} devices{parts}"
-    if sound("eval.batch") and config.eval.batch % devices:
-        found["eval.batch"] = f"{config.eval.batch}; does not divide among {devices} devices"
+    found = {}
+    if sound("train.batch", "train.accumulate") and (why := _why_uneven(config.train.batch, config.train.accumulate)):
+        found["train.batch"] = why
+    elif sound("train.batch", "train.accumulate", "loss.ohem", "loss.ohem_images"):
+        found |= _problem_of_groups(config.loss, config.train)
+    if sound("eval.batch") and (why := _why_uneven(config.eval.batch, 1)):
+        found["eval.batch"] = why
     if sound("eval.patience", "eval.every") and config.eval.patience and not config.eval.every:
         found["eval.patience"] = f"{config.eval.patience}; needs eval.every, the steps between two evaluations"
-    if sound("init.checkpoint") and (reason := _why_no_start(config.init.checkpoint)):
+    if sound("eval.mode", "eval.crop", "eval.stride"):
+        window = config.eval.mode, config.eval.crop, config.eval.stride
+        for name, problem in window_contradictions(*window).items():
+            found[f"eval.{name}"] = f"{config.eval[name]}; {problem}"
+    if sound("init.checkpoint") and not resumes and (reason := _why_no_start(config.init.checkpoint)):
         found["init.checkpoint"] = reason
     if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
         found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
+    if "data.train_images" in schema.flattened(config) and sound("data.train_images", "data.eval_images", "data.size"):
+        found |= _problem_of_scenes(config.data)
+    found |= _contradictions_of_augment(config.augment, sound)
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
 
 
-def check_crop(settings: ConfigDict, sizes: np.ndarray) -> float:
+def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
+    """Generated scenes that do not fit into the memory of the machine, in which all of them are kept."""
+    height, width = data.size
+    # RGB and a label.
+    needed = 4 * height * width * (data.train_images + data.eval_images)
+    if (available := memory.host()) is None or needed <= available:
+        return {}
+    return {
+        "data.train_images": f"{data.train_images}; with data.eval_images={data.eval_images} and data.size="
+        f"{tuple(data.size)} the scenes take {console.amount(needed)}, and there are {console.amount(available)}"
+    }
+
+
+def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]:
+    """Groups of `loss.ohem_images` that do not divide the parts of a batch, the micro-batches of each device."""
+    group, batch, devices, accumulate = loss.ohem_images, training.batch, jax.device_count(), training.accumulate
+    if not loss.ohem or not group or batch % (devices * accumulate * group) == 0:
+        return {}
+    least = devices * accumulate * group
+    batches = dict.fromkeys((max(batch // least, 1) * least, (batch // least + 1) * least))
+    fewer = [number for number in range(1, devices) if batch % (number * accumulate * group) == 0]
+    remedies = f"train.batch={' or '.join(map(str, batches))}"
+    if fewer:
+        remedies += f", or {' or '.join(map(str, fewer))} device{'s' * (fewer != [1])}{_visible(fewer[-1])}"
+    return {
+        "loss.ohem_images": f"{group}; train.batch={batch} on {devices} devices, train.accumulate={accumulate}, gives "
+        f"parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; these divide: "
+        f"{remedies}"
+    }
+
+
+def _visible(devices: int) -> str:
+    """The variable that leaves jax this number of GPUs, in parentheses; nothing where there are none."""
+    if jax.default_backend() != "gpu" or jax.process_count() > 1:
+        return ""
+    return f" (CUDA_VISIBLE_DEVICES={','.join(map(str, range(devices)))})"
+
+
+def _why_uneven(batch: int, accumulate: int) -> str | None:
+    """Why a batch does not divide among all devices and micro-batches, and what does; None where it divides."""
+    devices = jax.device_count()
+    multiple = devices * accumulate
+    if batch % multiple == 0:
+        return None
+    sizes = [size for size in (batch // multiple * multiple, -(-batch // multiple) * multiple) if size]
+    others = [f"{' or '.join(map(str, sizes))} images do"]
+    fewer = [number for number in range(2, accumulate) if batch % (devices * number) == 0]
+    if batch % devices == 0:
+        parts = " or ".join(map(str, fewer[-3:])) or "1"
+        others.append(f"or train.accumulate={parts}")
+    few = next((number for number in range(devices - 1, 0, -1) if batch % (number * accumulate) == 0), None)
+    if few:
+        others.append(f"or {few} device{'s' if few > 1 else ''}{_visible(few)}")
+    among = f"{devices} device{'s' if devices > 1 else ''}"
+    among += f" and {accumulate} micro-batches" if accumulate > 1 else ""
+    return f"{batch}; does not divide among {among}: {', '.join(others)}"
+
+
+def _contradictions_of_augment(settings: ConfigDict, sound: Callable[..., bool]) -> dict[str, str]:
+    """Settings in `config.augment` that do not fit each other, and functions that cannot be used.
+
+    Args:
+      sound: whether settings are right by themselves, by their keys.
+    """
+    found = {}
+    if sound("augment.photometric", "augment.brightness") and settings.photometric and settings.brightness:
+        found["augment.brightness"] = (
+            f"{settings.brightness}; augment.photometric changes the brightness too; set it to false, or this to 0"
+        )
+    if sound("augment.scale", "augment.scale_step") and settings.scale_step:
+        steps = (settings.scale[1] - settings.scale[0]) / settings.scale_step
+        if abs(steps - round(steps)) > 1e-6 * max(steps, 1):
+            found["augment.scale_step"] = (
+                f"{settings.scale_step}; must divide the range of augment.scale, {tuple(settings.scale)}"
+            )
+    for name, why_not in (
+        ("on_device", lambda: hooks.problem_on_device(settings.on_device, settings.crop or (64, 96))),
+        ("on_host", lambda: hooks.problem_on_host(settings.on_host)),
+    ):
+        if sound(f"augment.{name}", "augment.crop") and settings[name] and (reason := why_not()):
+            found[f"augment.{name}"] = reason
+    return found
+
+
+def check_crop(settings: AugmentSettings, sizes: np.ndarray) -> float:
     """Returns the share of padding in training crops, the mean over images and scales, for `config.augment`.
+
+    Corners that `rotation` turns out of the image are not counted.
 
     Args:
       sizes: (N, 2), height and width of each training image in pixels.
@@ -113,17 +231,23 @@ def check_crop(settings: ConfigDict, sizes: np.ndarray) -> float:
       RunError: no image fills a crop, even at the largest scale.
     """
     crop, (smallest, largest) = np.array(settings.crop), settings.scale
-    scaled = np.round(sizes * largest).astype(int)
+    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
+    scaled = np.asarray(scaled_size(kinds, largest, settings.base_size))
     if not (scaled >= crop).all(axis=1).any():
         height, width = scaled[np.minimum(scaled, crop).prod(axis=1).argmax()].tolist()
+        at_base = f" with augment.base_size={tuple(settings.base_size)}" if settings.base_size else ""
         raise RunError(
             f"config.augment.crop={tuple(settings.crop)} is larger than every training image, even at the largest "
-            f"factor of augment.scale, {largest}, where the best image has {height}x{width}. Give a smaller crop or a "
-            "larger scale"
+            f"factor of augment.scale, {largest}, where the best image has {height}x{width}{at_base}. Give a smaller "
+            "crop or a larger scale"
         )
-    scales = np.linspace(smallest, largest, 101)[:, None, None]
-    kinds, counts = np.unique(sizes, axis=0, return_counts=True)
-    covered = np.minimum(scales * kinds / crop, 1).prod(axis=-1).mean(axis=0)
+    step = settings.scale_step
+    factors = discrete_scales(settings.scale, step) if step else np.linspace(smallest, largest, 101)
+    base = kinds
+    if settings.base_size:
+        edges = np.sort(settings.base_size) / np.sort(kinds, axis=1)
+        base = kinds * edges.min(axis=1, keepdims=True)
+    covered = np.minimum(np.array(factors)[:, None, None] * base / crop, 1).prod(axis=-1).mean(axis=0)
     return 1 - np.average(covered, weights=counts).item()
 
 
@@ -134,7 +258,10 @@ def _why_no_start(source: str | None) -> str | None:
     if huggingface.is_address(source):
         problem = huggingface.problem_of(source)
         return problem and f"{source}: {problem}"
-    return None if Path(source).expanduser().exists() else f"there is nothing at {source}"
+    try:
+        return None if user_path(source).exists() else f"there is nothing at {source}"
+    except (UnreadableError, OSError) as error:
+        return str(error)
 
 
 def model_overrides(settings: ConfigDict) -> dict[str, Any]:
@@ -170,12 +297,24 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
       before: metadata of the run in `workdir`. now: metadata of the run as it is configured now.
     """
     compared = [
-        {"config": schema.with_current_names(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
+        {"config": schema.in_current_terms(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
         for metadata in (before, now)
     ]
+    of_model = [entry["config"].get("model", {}) for entry in compared]
+    if of_model[0].get("name") == of_model[1].get("name") in models.MODELS:
+        # A setting of the model that a config does not name has the model's default.
+        for settings in of_model:
+            for key, value in models.settings(settings["name"]).items():
+                settings.setdefault(key, list(value) if isinstance(value, tuple) else value)
     lines = [
         line for line in differing(*compared) if not line.strip().removeprefix("config.").startswith(FREE_ON_RESUME)
     ]
+    of_classes = [line for line in lines if line.startswith("  dataset.")]
+    number = [len(metadata.get("dataset", {}).get("class_names", ())) for metadata in (before, now)]
+    if number[0] == number[1] and now["config"].get("data", {}).get("changed") == "accept":
+        lines = [line for line in lines if line not in of_classes]
+    elif of_classes and number[0] == number[1]:
+        lines.append("  --config.data.changed=accept goes on with the classes as they are now")
     if lines:
         raise RunError(
             f"{workdir} holds a run with other settings:\n"

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Collection
 from typing import ClassVar, TypeGuard
 
-from segjax.data import specs
+from segjax.data import class_weights, specs
 
 # Steps and counts are int32 on the device.
 INT32_MAX = 2**31 - 1
@@ -158,15 +158,17 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """A tuple of any length whose entries all meet the same constraint."""
+    """A tuple of at least `least` entries that all meet the same constraint."""
 
-    of: Text | RegularExpression
+    of: Text | RegularExpression | Real
     words: str
+    least: int = 0
     kind: ClassVar[type] = tuple
 
     def problem(self, value: object) -> str | None:
-        is_tuple = isinstance(value, tuple)
-        return self.words if not is_tuple or any(map(self.of.problem, value)) else None
+        if not isinstance(value, tuple) or len(value) < self.least:
+            return self.words
+        return self.words if any(map(self.of.problem, value)) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,7 @@ class ClassWeights:
     """A published scheme by name, or a number for each class; how many classes there are is known with the data."""
 
     kind: ClassVar[type] = object
-    names: ClassVar[tuple[str, ...]] = ("", "median_frequency", *specs.CLASS_WEIGHTS)
+    names: ClassVar[tuple[str, ...]] = ("", *class_weights.BALANCED, *specs.CLASS_WEIGHTS)
     words: ClassVar[str] = f"{', '.join(map(repr, names))} or one number for each class, as in (1.0, 2.5)"
 
     def problem(self, value: object) -> str | None:
@@ -203,6 +205,14 @@ class ClassWeights:
 
 
 Constraint = Integer | Real | Boolean | Choice | Text | RegularExpression | Pair | Several | Multipliers | ClassWeights
+
+
+# Ranges of settings and of arguments of commands. Their ends are far from what anybody needs, and near what fits into
+# the memory of any machine.
+SIDE = Integer(1, 16_384)  # pixels
+BATCH = Integer(1, 4096)  # images, or crops, at a time
+CLASSES = Integer(1, 10_000)
+SEED = Integer(0, 2**32 - 1)
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

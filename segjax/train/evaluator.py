@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +16,24 @@ from ml_collections import ConfigDict
 from segjax import metrics
 from segjax.checkpoints import orbax_folder
 from segjax.data import specs
-from segjax.data.augment import normalise
 from segjax.data.records import Records, records_of
 from segjax.inference import evaluation
-from segjax.inference.engine import predict_labels
+from segjax.inference.engine import Inference, Protocol
 from segjax.models.functional import FunctionalModel
-from segjax.runtime import console
+from segjax.runtime import console, memory
 from segjax.runtime.distributed import is_lead
 from segjax.runtime.parallel import Parallel
+from segjax.train.config import RunError
 from segjax.train.metrics_log import Log
 from segjax.train.progress import StopRequest
 from segjax.train.state import TrainState, weights_of
+
+LESS_MEMORY = (
+    "These need less:\n"
+    "  --config.eval.mode=slide, with a smaller --config.eval.crop\n"
+    "  --config.model.dtype=bfloat16\n"
+    "  a smaller --config.eval.batch"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Evaluator:
 
     Attributes:
       scores: the scores so far.
+      protocol: how the scores of an image are computed.
     """
 
     def __init__(
@@ -101,12 +110,14 @@ class Evaluator:
           best: folder for the best weights, which is written where the run evaluates during the training.
           metadata: of the run, saved with the best weights.
         """
-        self.scores = scores
+        self.scores, self.protocol = scores, Protocol.of(settings)
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
         self._log, self._best, self._metadata = log, best, metadata
         self._fetch = lambda tree: model.stacks.apart(parallel.fetch(tree))
-        self._parallel, self._local = parallel, type(parallel)(parallel.own_devices)
-        self._predict = self._local.compile_eval(partial(predict_labels, model, normalise=normalise))
+        self._parallel = parallel
+        # Images, or crops of a sliding window, that the devices of this process compute at a time.
+        self._batch = settings.batch // jax.process_count()
+        self._inference = Inference(model, self.protocol, batch=self._batch, devices=parallel.own_devices)
         self._records = records_of(split)
         shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)
         self._shown = np.unique(shown).tolist()
@@ -121,20 +132,40 @@ class Evaluator:
         every = self._settings.every
         return bool(every) and 0 < step < self._steps and step % every == 0
 
+    def refuse_too_large(self, state: TrainState) -> None:
+        """Compiles the program for the largest images.
+
+        Raises:
+          RunError: a device has less memory than it needs.
+        """
+        with _less_memory():
+            sizes = np.unique(self._records.sizes, axis=0).tolist()
+            batch = self.protocol.images_at_a_time(self._batch)
+            self._inference_of(state).refuse_too_large(((height, width) for height, width in sizes), batch=batch)
+
+    def _inference_of(self, state: TrainState) -> Inference:
+        arrays = state.evaluated
+        if self._parallel.kind == "pmap" or jax.process_count() > 1:
+            arrays = self._parallel.fetch(arrays)
+        return self._inference.with_arrays(arrays)
+
     def evaluate(self, step: int, state: TrainState, *, stop: StopRequest) -> Evaluation:
         """Evaluates a state. The first evaluation of a step is also logged and scored, and its weights saved if best.
 
         Raises:
           StoppedError: `stop` was requested before the last batch; nothing is logged or scored then.
+          RunError: there is not enough memory.
         """
-        arrays = state.evaluated
-        if jax.process_count() > 1:
-            arrays = self._local.replicate(self._parallel.fetch(arrays))
-        predict = partial(stop.refuse_when_requested, partial(self._predict, *arrays))
-        batch_size = self._settings.batch // jax.process_count()
-        confusion, predicted = evaluation.evaluate(
-            predict, self._split, self._spec, batch_size=batch_size, keep=self._shown
-        )
+        inference = self._inference_of(state)
+        with _less_memory():
+            confusion, predicted = evaluation.evaluate(
+                partial(stop.refuse_when_requested, inference.begin),
+                self._split,
+                self._spec,
+                batch_size=self.protocol.images_at_a_time(self._batch),
+                key=self.protocol.input_sizes,
+                keep=self._shown,
+            )
         found = Evaluation(metrics.summarise(confusion), predicted)
         if self.scores.evaluated != step:
             self._write(step, found)
@@ -153,8 +184,22 @@ class Evaluator:
         self.scores = self.scores.after(step, mean_iou)
         is_best = self.scores.step == step
         if is_best and self._settings.every and is_lead():
-            metadata = {**self._metadata, "step": step, "mean_iou": mean_iou}
+            protocol = self.protocol.record()
+            metadata = {**self._metadata, "step": step, "mean_iou": mean_iou, "protocol": protocol}
             weights = {name: np.asarray(array) for name, array in weights_of(self._fetch(state)).items()}
             orbax_folder.save_weights(self._best, weights, metadata=metadata)
         if step < self._steps:
             console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")
+
+
+@contextlib.contextmanager
+def _less_memory() -> Iterator[None]:
+    """Turns errors of too little memory into RunErrors that name the settings of evaluations."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        is_known = isinstance(error, memory.TooLittleMemoryError)
+        why = f": {error}" if is_known else ""
+        raise RunError(f"there is not enough memory for the evaluation{why}. {LESS_MEMORY}") from error

@@ -1,9 +1,10 @@
 """The training loop: read `train`, then `_fit`.
 
-`train` checks the settings, returns if the run is finished, builds the run (`setup.build`: data, model, newest whole
-checkpoint or initial weights, batches), compiles the step, and truncates the log to the checkpoint. Each iteration
-then takes a step, logs, evaluates and saves, in this order. After the last step the run is evaluated and the result is
-written; result.json comes last.
+`train` locks the workdir, checks the settings, fits those of the model to the initial weights (`start.fitted`),
+returns if the run is finished, builds the run (`setup.build`: data, model, newest whole checkpoint or initial
+weights, batches), compiles the step, and truncates the log to the checkpoint. Each iteration then takes a step, logs,
+evaluates and saves, in this order. After the last step the run is evaluated and the result is written; result.json
+comes last.
 
 A resumed run first makes the evaluation that was due at the step of its checkpoint, if it is missing. The batch and all
 random numbers depend on (seed, step) only, so that a resumed run equals an uninterrupted one bit for bit.
@@ -11,8 +12,9 @@ random numbers depend on (seed, step) only, so that a resumed run equals an unin
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,15 +24,18 @@ from ml_collections import ConfigDict
 from segjax import metrics
 from segjax.checkpoints.format_version import stamped
 from segjax.models.functional import params_sha256
-from segjax.runtime import atomic, console
+from segjax.runtime import atomic, console, lock, memory
 from segjax.runtime.distributed import from_lead, is_lead
-from segjax.train import progress, resume, setup
-from segjax.train.config import check, plain
+from segjax.train import progress, resume, setup, start, unset
+from segjax.train.config import RunError, check, plain
 from segjax.train.evaluator import Evaluation
 from segjax.train.progress import Progress, StoppedError, StopRequest
 from segjax.train.run import Run
 from segjax.train.state import TrainState
 from segjax.viz import pictures
+
+# The file in a workdir that the process locks that writes it.
+LOCK = ".lock"
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -38,34 +43,72 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / f"{config.label}-{config.data.name}"
 
 
-def train(config: ConfigDict, workdir: Path, *, changes: Callable[[], Sequence[str]] = tuple) -> int:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    given: Collection[str] | None = None,
+    changes: Callable[[ConfigDict], Sequence[str]] = lambda config: (),
+) -> int:
     """Trains a model, or resumes its training, in the folder `workdir`.
 
     Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
 
     Args:
-      changes: returns KEY=VALUE of each setting to print, those that differ from the defaults. It is called after the
-        settings have been checked.
+      given: names of the settings in `config.model` that `config.init.checkpoint` may not replace, see `start.fitted`;
+        all of them by default.
+      changes: returns KEY=VALUE of each setting to print, those that differ from the defaults. It is called with the
+        config of the run, after its settings have been checked, and those that were unset chosen.
 
     Returns:
       Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run, which is then saved.
 
     Raises:
       RunError: settings that cannot be used, or that differ from those of the run in `workdir`; a loss that is not
-        finite.
-      ValueError: data, weights or checkpoints that cannot be used.
+        finite; a step that needs more memory than there is.
+      ValueError: data, weights or checkpoints that cannot be used; or another process writes the run in `workdir`.
     """
-    check(config, workdir)
+    with contextlib.ExitStack() as stack:
+        # By the first of several processes for all of them.
+        held = lock.held(workdir / LOCK, what=f"{workdir}", instead="give another --workdir")
+        from_lead(lambda: stack.enter_context(held))
+        try:
+            return _train(config, workdir, given, changes)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            raise RunError(f"there is not enough memory. {setup.LESS_MEMORY}") from error
+
+
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    given: Collection[str] | None,
+    changes: Callable[[ConfigDict], Sequence[str]],
+) -> int:
+    """`train` in a workdir that is locked."""
+    before = from_lead(lambda: resume.recorded_config(workdir))
+    check(config, workdir, resumes=before is not None)
+    checkpoint = None
+    if before is not None:
+        config = unset.kept(start.resumed_config(config, before, given), before)
+    elif checkpoint := start.read_start(config.init):
+        config = start.fitted(config, checkpoint, given)
+    config, chosen = unset.filled(config)
     recorded = plain(config)
     ended = from_lead(lambda: resume.earlier_result(recorded, workdir))
     if ended and resume.is_finished(ended, steps=config.train.steps, evaluation=recorded["eval"]):
         progress.already_finished(ended, workdir)
         return 0
-    run, state = setup.build(config, workdir, ended)
-    if lines := changes():
+    run, state = setup.build(config, workdir, ended, checkpoint)
+    # Its arrays are as large as the model.
+    del checkpoint
+    progress.show_chosen(chosen)
+    if lines := changes(config):
         progress.show_settings(lines)
-    progress.describe(run.summary, start=run.first, steps=run.steps)
+    progress.describe(run.summary, run.warnings, start=run.first, steps=run.steps)
     program = setup.compile_step(run, state)
+    run.evaluator.refuse_too_large(state)
     with run.checkpoints, run.log, run.batches, StopRequest() as stop, Progress(run.first, run.steps) as bar:
         step, state, evaluation = _fit(run, program, state, stop, bar)
     if evaluation is None:
@@ -105,6 +148,8 @@ def _fit(
                 meter.lap(step, batches.waited)
                 bar.show(step, run.write_means(step, state), meter)
                 stop.agree()
+            else:
+                bar.tick(step, meter)
             if evaluator.is_due(step):
                 run.read_losses(step, state)
                 evaluator.evaluate(step, state, stop=stop)
@@ -137,6 +182,7 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
         "stopped_early": step < run.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},
         "images_per_second": run.meter.images_per_second,
+        "protocol": run.evaluator.protocol.record(),
         "config": run.metadata["config"],
         "params_sha256": params_sha256(run.fetch(state.evaluated[0])),
     }

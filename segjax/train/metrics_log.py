@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from segjax.data import specs
-from segjax.runtime import atomic
+from segjax.runtime import atomic, console
+from segjax.runtime.reading import UnreadableError, checked, parse_json, read_bytes
 from segjax.viz import pictures
+
+
+class _Record(TypedDict):
+    """What every record has; its other entries are numbers, and dicts of numbers."""
+
+    step: int
 
 
 class Log:
@@ -45,8 +53,12 @@ class Log:
         self._interval = f"from-{start:09d}"
 
     def __enter__(self) -> Log:
-        lines = self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
-        self.records = [record for record in map(_parsed, lines) if record and self._is_kept(record)]
+        lines = read_bytes(self._path).split(b"\n") if self._path.exists() else []
+        records = [(_parsed(line), line) for line in lines]
+        self.records = [record for record, _ in records if record and self._is_kept(record)]
+        # The last one is empty, or incomplete where the machine stopped.
+        if odd := [line for record, line in records[:-1] if record is None and line.strip()]:
+            console.say(f"{self._path}: {len(odd)} of {len(lines) - 1} lines are no records of a run and are omitted")
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):
@@ -88,7 +100,7 @@ class Log:
 
             row = [image, pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
             joined = np.concatenate(row, axis=1)
-            self._event(step, summary.image(f"predictions/{name}", joined, dataformats="HWC"))
+            self._event(step, summary.image(f"predictions/{console.one_line(name)}", joined, dataformats="HWC"))
 
     def _event(self, step: int, summary: Any) -> None:
         # Not tensorboardX's SummaryWriter, which writes in a thread. A full disk ends that thread, and the
@@ -126,14 +138,18 @@ class Log:
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Tag and number of each scalar of a record; TensorBoard has no missing numbers, so those are dropped."""
     for key, value in record.items():
-        named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+        named = (
+            {f"{key}/{console.one_line(name)}": number for name, number in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
         yield from ((tag, number) for tag, number in named.items() if number is not None and tag != "step")
 
 
-def _parsed(line: str) -> dict | None:
-    # The last line may be incomplete where the machine stopped.
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where it has none."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line, dict[str, float | dict[str, float | None] | None], name="metrics.jsonl")
+        return checked(record, _Record, name="metrics.jsonl")
+    except UnreadableError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None

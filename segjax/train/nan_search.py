@@ -55,7 +55,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
             if not is_finite:
                 return f"The first output that is not finite is that of {name}. "
 
-    counts = train_step.criterion.counts(labels)
+    counts = train_step.counts(labels)
     loss, gradients, _ = _on_one_device(train_step.gradients)(state, images, labels, counts, dropout_key)
     if not np.isfinite(loss):
         return f"All outputs of layers are finite, but the loss is {loss}. "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +12,34 @@ from typing import TypeVar
 import jax
 
 from segjax.data import specs
-from segjax.runtime import console, distributed
+from segjax.runtime import console, distributed, signals
 
 T = TypeVar("T")
+
+
+def show_chosen(chosen: Mapping[str, tuple[object, str]]) -> None:
+    """Prints the value and the reason of each setting that the run has chosen, see segjax/train/unset.py."""
+    if chosen:
+        console.say("settings that the recipe leaves unset, chosen for these images and this start:")
+        for key, (value, reason) in chosen.items():
+            console.say(f"  {key}={value}: {reason}")
 
 
 def show_settings(changes: Sequence[str]) -> None:
     """Prints KEY=VALUE of the settings that differ from the defaults."""
     console.say("settings other than the defaults:")
     # A setting stays on one line.
-    joined = "  ".join(change.replace(" ", "\0") for change in changes)
-    console.say(console.filled(joined, indent="  ").replace("\0", " "))
+    joined = "  ".join(change.replace(" ", console.NO_BREAK) for change in changes)
+    console.say(console.filled(joined, indent="  "))
 
 
-def describe(summary: Mapping[str, str], *, start: int, steps: int) -> None:
-    """Prints a line for each entry of `summary`, and the step at which the run resumes."""
+def describe(summary: Mapping[str, str], warnings: Sequence[str], *, start: int, steps: int) -> None:
+    """Prints a line for each entry of `summary` and each warning, and the step at which the run resumes."""
+    width = max(map(len, summary), default=0)
     for label, text in summary.items():
-        console.say(f"{label:<8} {text}")
+        console.say(f"{label:<{width}} {text}")
+    for text in warnings:
+        console.say(f"warning: {text}")
     if start:
         console.say(f"resuming at step {start} of {steps}")
     if start < steps:
@@ -60,7 +70,7 @@ def table(result: Mapping, spec: specs.DatasetSpec) -> None:
     """Prints the IoU of every class, and the means."""
     console.say("")
     ious = zip(spec.label_names, result["per_class_iou"], strict=True)
-    cells = [f"{name:<20.20} {console.score(iou):>6}" for name, iou in ious]
+    cells = [f"{console.cell(name, 20)} {console.score(iou):>6}" for name, iou in ious]
     half = (len(cells) + 1) // 2
     console.say(f"{'class':<20} {'IoU':>6}      {'class':<20} {'IoU':>6}")
     for row in range(half):
@@ -122,9 +132,14 @@ class Progress(console.ProgressBar):
     def __init__(self, start: int, total: int):
         super().__init__("step", total, start=start)
         self._steps = total
+        self._notes: list[str] = []
+
+    def tick(self, step: int, meter: Meter) -> None:
+        """Counts a step between two lines of the log, whose figures stay."""
+        self.advance(step - self.count, notes=self._notes, left=meter.seconds_for(self._steps - step))
 
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
-        notes = [f"loss {console.score(loss)}"]
+        self._notes = notes = [f"loss {console.score(loss)}"]
         if meter.images_per_second is not None:
             # The share of the time in which the device waits for data.
             waiting = f", {meter.waiting:.0%} waiting" if meter.waiting else ""
@@ -147,10 +162,9 @@ class StopRequest:
       requested: whether to stop.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self):
         self.signal: int | None = None
+        self._answers = contextlib.ExitStack()
         self._agreed = False
 
     @property
@@ -160,7 +174,7 @@ class StopRequest:
     @property
     def exit_status(self) -> int:
         """The status that a shell reports for a program ended by the signal: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.signal or signal.SIGTERM)
+        return signals.status_of(self.signal or signal.SIGTERM)
 
     def agree(self) -> None:
         """Agrees with the other processes on whether to stop; each of them must call this at the same step."""
@@ -177,18 +191,19 @@ class StopRequest:
         return function(*args)
 
     def __enter__(self) -> StopRequest:
-        # Python delivers signals to the main thread only, and a caller of `train` may be in another one.
-        is_main = threading.current_thread() is threading.main_thread()
-        self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS if is_main}
+        self._answers.enter_context(
+            signals.answered(
+                self._on_signal,
+                first="\nstopping after this step and saving; once more stops at once",
+                second="stopped at once; the last complete save remains",
+            )
+        )
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._answers.close()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt(128 + number)
+            raise KeyboardInterrupt(signals.status_of(number))
         self.signal = number
-        # Not print: Python refuses a print inside another one, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")

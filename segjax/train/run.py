@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ class Run:
       recent, evaluator, meter: losses since the last line of the log, evaluations so far, speed so far.
       rates: step -> learning rates by name, for the log.
       metadata: of the run; part of every checkpoint.
-      summary: lines that describe the run, by label.
+      summary: lines that describe the run, by label. warnings: sentences that follow them.
     """
 
     workdir: Path
@@ -68,6 +68,7 @@ class Run:
     rates: Callable[[int], dict[str, float]]
     metadata: Mapping[str, object]
     summary: Mapping[str, str]
+    warnings: Sequence[str]
 
     def fetch(self, tree: T) -> T:
         """Copies of arrays on the host, one for each parameter of the model."""

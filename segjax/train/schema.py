@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from ml_collections import ConfigDict, config_dict
 
+from segjax.checkpoints.key_maps import WEIGHT_SETS
 from segjax.data.specs import DATASETS, Scenes, is_generated
 from segjax.train.constraints import (
+    BATCH,
+    SEED,
+    SIDE,
     Boolean,
     Choice,
     ClassWeights,
@@ -69,9 +74,9 @@ class Section:
 
 NOT_EMPTY = Text("text that is not empty", r".+")
 SIZE = Integer(32, 16_384)
+ADDRESS = Text("empty, FILE.py:function or package.module:function", r"(.+:[^\W\d]\w*)?")
 # Settings of a model's constructor whose names end in _rate.
 MODEL_RATE = Real(least=0, below=1)
-BATCH = Integer(1, 100_000)
 SCENES = cast(Scenes, DATASETS["streets"].scenes)
 
 RUN = Section(
@@ -81,13 +86,22 @@ RUN = Section(
         Setting(
             "label",
             "",
-            Text("printable text without path separators (/ and \\)", r"[^/\\\x00-\x1f\x7f]*"),
+            Text(
+                "at most 100 printable characters without path separators (/ and \\)",
+                r"[^/\\\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]{0,100}",
+            ),
             "Name of the run, which is kept in runs/<label>-<dataset> unless --workdir is given.",
+        ),
+        Setting(
+            "recipe",
+            "",
+            Text("a line of text", r"[^\x00-\x1f\x7f]*"),
+            "Where the values of the recipe are published, which a run prints first.",
         ),
         Setting(
             "seed",
             0,
-            Integer(0, 2**32 - 1),
+            SEED,
             "Seed of the initial weights, the order of images, augmentation and dropout.",
         ),
         Setting(
@@ -101,7 +115,7 @@ RUN = Section(
 
 MODEL = Section(
     "model",
-    "the model; a recipe adds settings of its constructor",
+    "the model, whose constructor has more settings",
     (
         Setting("name", "", NOT_EMPTY, "Model, a name in segjax.MODELS. Each recipe sets it."),
         Setting(
@@ -146,10 +160,34 @@ DATA = Section(
             Real(least=0),
             "Decoded images that each process keeps of a streamed split, gigabytes.",
         ),
-        Setting("train_split", "train", NOT_EMPTY, "Split to train on."),
-        Setting("eval_split", "test", NOT_EMPTY, "Split to evaluate, and to draw predictions of."),
-        Setting("train_images", SCENES.train_images, Integer(1), "Scenes generated to train on.", generated=True),
-        Setting("eval_images", SCENES.eval_images, Integer(1), "Scenes generated to evaluate.", generated=True),
+        Setting(
+            "changed",
+            "refuse",
+            Choice(("refuse", "accept")),
+            "What a run does that is resumed on images, masks or classes other than those it began with.",
+        ),
+        Setting("train_split", "train", NOT_EMPTY, "Split to train on, or a sum of splits, as in train+val."),
+        Setting(
+            "eval_split",
+            "test",
+            NOT_EMPTY,
+            "Split to evaluate, or a sum of splits, and to draw predictions of. Unset: val, or else test.",
+            optional=True,
+        ),
+        Setting(
+            "train_images",
+            SCENES.train_images,
+            Integer(1, 1_000_000),
+            "Scenes generated to train on, in a sum of splits of each.",
+            generated=True,
+        ),
+        Setting(
+            "eval_images",
+            SCENES.eval_images,
+            Integer(1, 1_000_000),
+            "Scenes generated to evaluate, in a sum of splits of each.",
+            generated=True,
+        ),
         Setting("size", SCENES.size, Pair(("height", "width"), SIZE), "Size of a scene, pixels.", generated=True),
     ),
 )
@@ -158,15 +196,74 @@ AUGMENT = Section(
     "augment",
     "augmentation of training images",
     (
-        Setting("crop", (512, 512), Pair(("height", "width"), SIZE), "Size of the training crop, pixels."),
+        Setting(
+            "crop",
+            (512, 512),
+            Pair(("height", "width"), SIZE),
+            "Size of the training crop, pixels. Unset: the median size of the images, at most 512, in multiples of 32.",
+            optional=True,
+        ),
+        Setting(
+            "base_size",
+            None,
+            Pair(("long", "short"), SIDE),
+            "Long and short side, pixels, that an image is resized to fit into, its ratio kept, before the random "
+            "factor. Unset: its stored size. Published for ADE20K: (2048, 512).",
+            optional=True,
+        ),
         Setting(
             "scale",
             (0.5, 2.0),
             Pair(("smallest", "largest"), Real(least=0.01, most=100), ascending=True),
             "Range of the random factor that an image is resized by before it is cropped.",
         ),
+        Setting(
+            "scale_step",
+            0.0,
+            Real(least=0, most=100),
+            "Step between the factors of scale, both ends included; 0 for any factor. HRNet: 0.1 from 0.5 to 2.1.",
+        ),
+        Setting(
+            "cat_max_ratio",
+            1.0,
+            Real(above=0.5, most=1),
+            "Share of a crop's labelled pixels that one class must not have: another crop is drawn, up to ten times; 1 "
+            "for no limit. mmsegmentation: 0.75.",
+        ),
+        Setting(
+            "class_balance",
+            0.0,
+            Real(least=0, most=1),
+            "Probability that a crop is placed around a pixel of a class, which is drawn by inverse frequency among "
+            "those of the image.",
+        ),
+        Setting(
+            "rotation",
+            0.0,
+            Real(least=0, most=180),
+            "Largest angle, degrees, by which a crop is turned to either side.",
+        ),
         Setting("flip", 0.5, Real(least=0, most=1), "Probability of a horizontal flip."),
         Setting("photometric", True, Boolean(), "Random brightness, contrast, saturation and hue."),
+        Setting(
+            "brightness",
+            0,
+            Integer(0, 255),
+            "Largest change of brightness, of 255, in half of the crops; 0 for none. Instead of photometric.",
+        ),
+        Setting(
+            "on_device",
+            "",
+            ADDRESS,
+            "Your own jax function (key, image, label) of a crop; see segjax/data/hooks.py.",
+        ),
+        Setting(
+            "on_host",
+            "",
+            ADDRESS,
+            "Your own NumPy function (rng, image, label) of a whole image, Albumentations for example; see "
+            "segjax/data/hooks.py.",
+        ),
     ),
 )
 
@@ -174,7 +271,13 @@ TRAIN = Section(
     "train",
     "training",
     (
-        Setting("steps", 40_000, Integer(0), "Updates of the weights."),
+        Setting(
+            "steps",
+            40_000,
+            Integer(0),
+            "Updates of the weights. Unset: 200 epochs, at least 2,000 and at most 80,000.",
+            optional=True,
+        ),
         Setting("batch", 8, BATCH, "Images per update, over all devices."),
         Setting(
             "accumulate",
@@ -217,7 +320,12 @@ LOSS = Section(
     "the loss, a sum of terms; a factor of 0 omits a term (see segjax.losses)",
     (
         Setting("cross_entropy", 1.0, Real(least=0), "Factor of the cross-entropy."),
-        Setting("ohem", 0.0, Real(least=0), "Factor of the cross-entropy of each image's hard pixels only."),
+        Setting(
+            "ohem",
+            0.0,
+            Real(least=0),
+            "Factor of the cross-entropy of hard pixels only, those of each image or of groups of images.",
+        ),
         Setting("dice", 0.0, Real(least=0), "Factor of the Dice loss."),
         Setting("focal", 0.0, Real(least=0), "Factor of the focal loss."),
         Setting("lovasz", 0.0, Real(least=0), "Factor of the Lovász loss."),
@@ -228,6 +336,13 @@ LOSS = Section(
             "Weights by class in cross_entropy, ohem and focal: none, those that balance the training split, those "
             "published with HRNet for Cityscapes, or others.",
             optional=True,
+        ),
+        Setting(
+            "mean_over",
+            "labelled",
+            Choice(("labelled", "all")),
+            "Pixels that cross_entropy and focal are divided by: the labelled ones, by number or weight as in torch, "
+            "or all pixels of the crops, as in mmsegmentation, whose avg_non_ignore is False by default.",
         ),
         Setting(
             "label_smoothing",
@@ -246,10 +361,24 @@ LOSS = Section(
             "ohem_min_kept",
             1 / 16,
             Real(least=0, most=1),
-            "Share of an image's labelled pixels that ohem keeps in any case, the hardest first. BiSeNet: 1/16; "
-            "mmsegmentation: 100,000 pixels of two crops of 512x1024, 1/10.",
+            "Share of an image's labelled pixels, or of all pixels of a group, that ohem keeps in any case, hardest "
+            "first. BiSeNet: 1/16; mmsegmentation: 100,000 pixels of two crops of 512x1024, 1/10; HRNet: 131,072 of a "
+            "group of three such crops, 1/12.",
+        ),
+        Setting(
+            "ohem_images",
+            0,
+            Integer(0, BATCH.most),
+            "Images of a group, consecutive in the batch, that ohem selects hard pixels among; 0 selects them image by "
+            "image. HRNet: the images of a GPU, 3 on Cityscapes.",
         ),
         Setting("aux_weight", 0.4, Real(least=0), "Weight of the loss of auxiliary logits; only OCR models have them."),
+        Setting(
+            "aux",
+            "same",
+            Choice(("same", "cross_entropy")),
+            "Loss of auxiliary logits: the same, or cross-entropy only, as published for OCR with ohem.",
+        ),
     ),
 )
 
@@ -262,7 +391,9 @@ OPTIM = Section(
             "lr",
             6e-5,
             Real(above=0, most=100),
-            "Learning rate at the peak of the schedule. SegFormer on Cityscapes: 6e-5 from pretrained weights.",
+            "Learning rate at the peak of the schedule. SegFormer on Cityscapes: 6e-5 from pretrained weights. Unset: "
+            "6e-5 from init.checkpoint, 1e-3 from random weights.",
+            optional=True,
         ),
         Setting("end_lr", 0.0, Real(least=0, most=100), "Learning rate at the end of the schedule."),
         Setting(
@@ -272,7 +403,13 @@ OPTIM = Section(
             "Decay of the learning rate; it is multiplied by a linear warm-up.",
         ),
         Setting("power", 1.0, Real(least=0, most=100), "Exponent of poly: lr * (1 - step / steps) ** power."),
-        Setting("warmup_steps", 1500, Integer(0), "Steps of the warm-up. mmsegmentation: 1500."),
+        Setting(
+            "warmup_steps",
+            1500,
+            Integer(0),
+            "Steps of the warm-up. mmsegmentation: 1500. Unset: a tenth of train.steps, at most 1500.",
+            optional=True,
+        ),
         Setting("warmup_ratio", 1e-6, Real(least=0, most=1), "Factor of the learning rate where the warm-up begins."),
         Setting("weight_decay", 0.01, Real(least=0, most=100), "Weight decay; AdamW's is decoupled, SGD's is L2."),
         Setting("beta1", 0.9, Real(least=0, below=1), "AdamW: decay of the mean of gradients."),
@@ -293,6 +430,7 @@ OPTIM = Section(
             Multipliers(),
             "Factors of the learning rate by parameter name. Published: the head learns ten times as fast as the "
             "backbone.",
+            optional=True,
         ),
         Setting(
             "frozen",
@@ -312,8 +450,22 @@ INIT = Section(
             "",
             Text(),
             "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, or the folder of "
-            "another run; an encoder is enough. Empty: random weights.",
+            "another run; an encoder is enough. The model takes on its sizes; classifiers of other classes stay "
+            "random. Empty: random weights.",
             optional=True,
+        ),
+        Setting(
+            "weights",
+            "auto",
+            Choice(("auto", *WEIGHT_SETS)),
+            "Set of weights to start from, where the checkpoint holds averaged (ema) and raw ones, or a student and a "
+            "teacher. auto: the raw ones.",
+        ),
+        Setting(
+            "expected",
+            "",
+            Text(),
+            "Pretrained weights that the recipe is written for; from random weights a run prints a warning.",
         ),
         Setting(
             "keep",
@@ -328,7 +480,50 @@ EVAL = Section(
     "eval",
     "evaluation",
     (
-        Setting("batch", 8, BATCH, "Images per evaluation batch, over all devices."),
+        Setting(
+            "mode",
+            "whole",
+            Choice(("whole", "slide")),
+            "Whole images, or a sliding window; published for SegFormer and SegNeXt on Cityscapes: slide.",
+        ),
+        Setting(
+            "crop",
+            None,
+            Pair(("height", "width"), SIZE),
+            "Size of the sliding window, pixels; unset, 512 a side. Published on Cityscapes: (1024, 1024).",
+            optional=True,
+        ),
+        Setting(
+            "stride",
+            None,
+            Pair(("height", "width"), SIDE),
+            "Steps of the sliding window, pixels; unset, three quarters of the window.",
+            optional=True,
+        ),
+        Setting(
+            "base_size",
+            None,
+            Pair(("long", "short"), SIZE),
+            "Size within which each image is resized first, in its proportions, pixels; unset, images keep their size. "
+            "Published on ADE20K: (2048, 512).",
+            optional=True,
+        ),
+        Setting(
+            "size_divisor",
+            1,
+            Integer(1, 1024),
+            "Images are resized up to multiples of this. Published for SegFormer on ADE20K: 32.",
+        ),
+        Setting(
+            "scales",
+            (1.0,),
+            Several(Real(above=0, most=100), "a tuple of one or more numbers, as in (0.75, 1.0, 1.25)", least=1),
+            "Factors of the image size, or of base_size; probabilities are averaged over them.",
+        ),
+        Setting("flip", False, Boolean(), "Average probabilities over each image and its mirror image."),
+        Setting(
+            "batch", 8, BATCH, "Images, or crops of a sliding window, that are evaluated at a time, over all devices."
+        ),
         Setting("every", 0, Integer(0), "Steps between two evaluations; 0 evaluates only at the end."),
         Setting(
             "patience",
@@ -336,7 +531,7 @@ EVAL = Section(
             Integer(0),
             "Consecutive evaluations without a better mIoU after which training ends; 0 never ends it early.",
         ),
-        Setting("pictures", 8, Integer(0), "Images whose predictions are drawn in predictions/."),
+        Setting("pictures", 8, Integer(0, 10_000), "Images whose predictions are drawn in predictions/."),
     ),
 )
 
@@ -381,6 +576,16 @@ def default_config(dataset: str) -> ConfigDict:
         if section.name:
             config[section.name] = part
     return config
+
+
+def unset(config: ConfigDict, key: str) -> None:
+    """Unsets an optional setting, by its dotted key: a run chooses its value, and a flag may still give one."""
+    section, _, name = key.rpartition(".")
+    part = config[section] if section else config
+    # Deleted first, because a field that holds a number would keep it as the default of its placeholder.
+    with part.unlocked():
+        del part[name]
+        part[name] = config_dict.placeholder(SETTINGS[key].allowed.kind)
 
 
 def problems(config: Mapping | ConfigDict) -> dict[str, str]:
@@ -437,9 +642,10 @@ def flattened(config: Mapping | ConfigDict) -> dict[str, object]:
     return flat
 
 
-def with_current_names(config: Mapping) -> dict[str, object]:
-    """A config that was recorded by an earlier version, a nested dict, with its settings under their present names."""
-    current: dict[str, object] = {}
+def in_current_terms(config: Mapping) -> dict[str, Any]:
+    """A config that an earlier version may have recorded, as JSON: its settings under their present names, and with the
+    defaults of those that did not exist then."""
+    current: dict[str, Any] = {}
     for name, value in config.items():
         current[name] = dict(value) if isinstance(value, Mapping) else value
     for old, new in RENAMED.items():
@@ -447,6 +653,11 @@ def with_current_names(config: Mapping) -> dict[str, object]:
         settings = current.get(section)
         if isinstance(settings, dict) and before in settings:
             settings[after] = settings.pop(before)
+    for section in SECTIONS if current else ():
+        settings = current.setdefault(section.name, {}) if section.name else current
+        for setting in section.settings:
+            if setting.name not in settings and _has(current.get("data", {}).get("name"), setting):
+                settings[setting.name] = json.loads(json.dumps(setting.default))
     return current
 
 

@@ -7,7 +7,7 @@ Of the functions here only `build` reads the whole config. Those that make the p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,20 @@ import optax
 from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
-from segjax.checkpoints.files import provenance_at
-from segjax.checkpoints.initialize import initialize
-from segjax.checkpoints.metadata import IMAGENET, dataset_metadata, licence_of
+from segjax.checkpoints.checkpoint import Checkpoint
+from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
 from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import class_weights, pipeline, specs
-from segjax.data.augment import AugmentSettings, augment, normalise
-from segjax.data.open import OpenSplit, open_splits
+from segjax.data.augment import augment, normalise
+from segjax.data.crops import AugmentSettings
+from segjax.data.open import OpenSplit, open_splits, shared_splits
 from segjax.data.records import Records, records_of
-from segjax.inference.engine import predict_labels
+from segjax.inference.engine import Protocol, predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.stacked import Stacks
-from segjax.runtime import console
-from segjax.runtime.distributed import is_lead
+from segjax.runtime import console, memory
+from segjax.runtime.distributed import from_lead, is_lead
 from segjax.runtime.parallel import Parallel, parallel_for
 from segjax.train import optim
 from segjax.train.config import RunError, check_crop, model_overrides, plain
@@ -40,21 +40,35 @@ from segjax.train.evaluator import Evaluator, Scores
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
 from segjax.train.recent_losses import RecentLosses
-from segjax.train.resume import Start, resumed
+from segjax.train.resume import Start, data_of, keep_data, resumed
 from segjax.train.run import Run
 from segjax.train.run_checkpoints import RunCheckpoints
+from segjax.train.start import load_initial_weights, origin_metadata, resumed_from
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
+
+WARNING_COLUMNS = 80 - len("warning: ")
 
 # A compiled step: (state, batch, key) -> (state, scalars).
 Program = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
+LESS_MEMORY = (
+    "These need less:\n"
+    "  --config.train.accumulate=2 (the same batch in two parts)\n"
+    "  --config.train.remat=True\n"
+    "  --config.model.dtype=bfloat16\n"
+    "  a smaller --config.train.batch or --config.augment.crop"
+)
 
-def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run, TrainState]:
+
+def build(
+    config: ConfigDict, workdir: Path, ended: Mapping | None, checkpoint: Checkpoint | None = None
+) -> tuple[Run, TrainState]:
     """Builds a run, and its state on the devices: that of the newest whole checkpoint in `workdir`, or a new one.
 
     Args:
       ended: what `resume.earlier_result` returned.
+      checkpoint: what `start.read_start` returned, for a new run.
 
     Raises:
       RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
@@ -62,14 +76,15 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     """
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
+    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    is_new, data = not checkpoints.steps(), data_of(config, training, evaluation)
+    accept = config.data.changed == "accept"
+    from_lead(lambda: keep_data(workdir, data, is_new=is_new, accept=accept))
     padding = check_crop(config.augment, images.sizes)
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    is_new = not checkpoints.steps()
     module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed)
-    if is_new:
-        load_initial_weights(module, config.init)
+    begins = load_initial_weights(module, config.init, checkpoint) if is_new else ""
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
@@ -77,13 +92,20 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
+    else:
+        begins = resumed_from(start.step, start.origin)
     metadata |= start.origin
-    _refuse_small_images(model, records_of(evaluation.data).sizes)
+    _refuse_small_images(model, records_of(evaluation.data).sizes, Protocol.of(config.eval))
 
+    balanced = config.augment.class_balance > 0
+    labels: dict[str, Any] = {
+        "ignore_label": spec.ignore_label,
+        "class_pixels": training.pixel_counts() if balanced else None,
+    }
     train_step = TrainStep(
         model=model,
         optimizer=optimizer,
-        augment=partial(augment, settings=config.augment, ignore_label=spec.ignore_label),
+        augment=partial(augment, settings=config.augment, **labels),
         criterion=criterion,
         aux_weight=config.loss.aux_weight,
         accumulate=config.train.accumulate,
@@ -94,6 +116,7 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
     batches = make_batches(
         training.data,
         config.augment,
+        **labels,
         batch_size=config.train.batch,
         seed=config.seed,
         parallel=parallel,
@@ -138,8 +161,17 @@ def build(config: ConfigDict, workdir: Path, ended: Mapping | None) -> tuple[Run
         rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
         metadata=metadata,
         summary=summary(
-            workdir, training, evaluation, model, parallel, dtype=config.model.dtype, data=config.data, steps=steps
+            workdir,
+            training,
+            evaluation,
+            model,
+            parallel,
+            config,
+            begins=begins,
+            steps=steps,
+            protocol=evaluator.protocol,
         ),
+        warnings=warnings_of(config, training, padding=padding),
     )
     return run, _on_devices(start.state, model, parallel)
 
@@ -150,28 +182,67 @@ def summary(
     evaluation: OpenSplit,
     model: FunctionalModel,
     parallel: Parallel,
+    config: ConfigDict,
     *,
-    dtype: str,
-    data: ConfigDict,
+    begins: str,
     steps: str,
+    protocol: Protocol,
 ) -> dict[str, str]:
     """A line of text for each part of a run, by label.
 
     Args:
-      dtype: `config.model.dtype`. data: `config.data`.
-      steps: what `summary_of_steps` returned.
+      begins: what the run starts from. steps: what `summary_of_steps` returned. protocol: of evaluations.
     """
     count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return {
-        "model": f"{model.spec.name}, {count:,} parameters, computes in {dtype}",
+        "model": f"{model.spec.name}, {count:,} parameters, computes in {config.model.dtype}",
+        "start": begins,
         "data": f"{training.spec.name}, {training.spec.num_classes} classes",
-        "images": f"{len(records_of(training.data))} to train on ({data.train_split}), "
-        f"{len(records_of(evaluation.data))} to evaluate ({data.eval_split})",
+        "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
+        f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
         "steps": steps,
+        "evaluation": str(protocol),
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
     }
+
+
+def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> list[str]:
+    """Sentences about settings and data with which a run trains, but hardly as it was meant.
+
+    Those about data take a line each.
+
+    Args:
+      padding: share of the pixels of crops that no image covers.
+    """
+    found = []
+    expected = config.init.expected
+    if expected and not config.init.checkpoint:
+        found.append(
+            "this recipe is written for pretrained weights, and the run starts from random ones. A SegNeXt-T whose "
+            f"pretrained weights were not loaded reached 14.6 mIoU on ADE20K instead of the published 41.1. Give "
+            f"--config.init.checkpoint=FILE, here {expected}"
+        )
+    if both := shared_splits(config.data.train_split, config.data.eval_split):
+        found.append(f"evaluates on images that it trains on: both splits contain {both}")
+    if padding >= 0.5:
+        found.append(f"{padding:.0%} of the area of crops is padding; lower --config.augment.crop")
+    counts = training.pixel_counts()
+    if absent := [name for name, count in zip(training.spec.label_names, counts, strict=True) if not count]:
+        begins = f"{len(absent)} of {len(counts)} classes without a pixel in {config.data.train_split}: "
+        found.append(begins + _fitting(absent, WARNING_COLUMNS - len(begins)))
+    return found
+
+
+def _fitting(names: Sequence[str], columns: int) -> str:
+    """As many names as fit into a line of so many columns, and the number of the others."""
+    shown = [console.one_line(name, most=24) for name in names]
+    for number in range(len(shown), 0, -1):
+        more = f", and {len(shown) - number} more" * (number < len(shown))
+        if console.columns(text := ", ".join(shown[:number]) + more) <= columns:
+            return text
+    return f"{shown[0]}, and {len(shown) - 1} more" if len(shown) > 1 else shown[0]
 
 
 def summary_of_steps(training: ConfigDict, augmentation: ConfigDict, optimizer: ConfigDict, *, padding: float) -> str:
@@ -214,6 +285,8 @@ def make_batches(
     split: specs.Split | Records,
     augmentation: AugmentSettings,
     *,
+    ignore_label: int,
+    class_pixels: np.ndarray | None,
     batch_size: int,
     seed: int,
     parallel: Parallel,
@@ -223,19 +296,24 @@ def make_batches(
 ) -> pipeline.TrainBatches | pipeline.StreamBatches:
     """Training batches: from the memory of the devices where the split is in memory, streamed otherwise.
 
+    They are also streamed with `augment.on_host`, which changes images in host memory.
+
     Args:
       augmentation: `config.augment`.
+      ignore_label, class_pixels: as in `augment`.
       key: key of the run. start: the first step to ask for.
       cache_gb: gigabytes of decoded images that a stream keeps in memory.
     """
-    if isinstance(split, specs.Split):
+    if isinstance(split, specs.Split) and not augmentation.on_host:
         return pipeline.TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
     return pipeline.StreamBatches(
-        split,
+        records_of(split),
         batch_size=batch_size,
         seed=seed,
         parallel=parallel,
         settings=augmentation,
+        ignore_label=ignore_label,
+        class_pixels=class_pixels,
         key=key,
         start=start,
         cache_bytes=1e9 * cache_gb,
@@ -255,14 +333,6 @@ def create_model(settings: ConfigDict, *, num_classes: int, seed: int) -> Segmen
     """The model of `config.model` with random weights."""
     overrides, dtype = model_overrides(settings), jnp.dtype(settings.dtype)
     return models.create(settings.name, num_classes=num_classes, seed=seed, dtype=dtype, **overrides)
-
-
-def load_initial_weights(module: SegmentationModel, settings: ConfigDict) -> None:
-    """Fills a model from the checkpoint that `config.init` names, if any."""
-    if settings.checkpoint:
-        console.say(f"initial weights from {settings.checkpoint}")
-        with console.log_to(console.say):
-            initialize(module, settings.checkpoint, keep=settings.keep)
 
 
 def make_functional(
@@ -289,7 +359,7 @@ def make_functional(
 def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterion:
     """The loss of `config.loss`, with class weights that may depend on the training split."""
     choice, spec = settings.class_weights, training.spec
-    counts = training.pixel_counts() if choice == "median_frequency" else None
+    counts = training.pixel_counts() if isinstance(choice, str) and choice in class_weights.BALANCED else None
     return losses.criterion(
         settings,
         num_classes=spec.num_classes,
@@ -326,23 +396,15 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program
     since = time.perf_counter()
     compiled: jax.stages.Compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - since
-    analysis = compiled.memory_analysis()
-    if analysis is None:
+    if (needed := memory.needed(compiled)) is None:
         console.say(f"compiled in {seconds:.1f} s")
         return compiled
-    # Donated arguments are also counted among the outputs, as aliases.
-    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    available = (parallel.own_devices[0].memory_stats() or {}).get("bytes_limit")
+    available = memory.limit(parallel.own_devices[0], shared_by=len(parallel.own_devices))
     of = f" of {console.amount(available)}" if available else ""
     console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
     if available and needed > available:
         raise RunError(
-            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. These need less:\n"
-            "  --config.train.accumulate=2 (the same batch in two parts)\n"
-            "  --config.train.remat=True\n"
-            "  --config.model.dtype=bfloat16\n"
-            "  or a smaller batch or crop"
+            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. {LESS_MEMORY}"
         )
     return compiled
 
@@ -353,9 +415,12 @@ def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -
     return parallel.replicate(copied(state))
 
 
-def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray) -> None:
+def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray, protocol: Protocol) -> None:
     """Raises ValueError where an image is too small for the model, before the training rather than after it."""
-    height, width = min(sizes.tolist(), key=min)
+    inputs = [size for height, width in np.unique(sizes, axis=0) for size in protocol.input_sizes((height, width))]
+    height, width = min(inputs, key=min)
+    if protocol.window:
+        height, width = map(min, (height, width), protocol.window.crop)
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)
 
@@ -377,13 +442,3 @@ def run_metadata(config: Mapping[str, Any], model: Mapping[str, Any], spec: spec
         "normalisation": IMAGENET,
         "input_size": config["augment"]["crop"],
     }
-
-
-def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
-    """Metadata about where the weights of a new run come from; `settings` is `config.init`."""
-    if not settings.checkpoint:
-        return {
-            "licence": "trained from random weights; the terms of its data hold",
-            "provenance": {"initial_weights": None},
-        }
-    return {"licence": licence_of(model_name), "provenance": {"initial_weights": provenance_at(settings.checkpoint)}}

@@ -66,7 +66,7 @@ class TrainStep:
         images, labels, dropout_key = self.inputs(state, batch, key)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
         # Counts depend on labels only, so that every micro-batch and device can divide by those of the whole batch.
-        counts = across(self.criterion.counts(labels))
+        counts = across(self.counts(labels))
         loss, gradients, batch_stats = self.gradients(state, images, labels, counts, dropout_key)
         loss, gradients = across((loss, gradients))
         gradient_norm = optim.norm(gradients)
@@ -92,17 +92,31 @@ class TrainStep:
         images, labels = self.augment(sample_keys, batch)
         return images, labels, dropout_key
 
+    def counts(self, labels: jax.Array) -> list[jax.Array]:
+        """The counts of the loss, and those of the loss of auxiliary logits where that is another one."""
+        auxiliary = self.criterion.auxiliary
+        criteria = [self.criterion] if auxiliary == self.criterion else [self.criterion, auxiliary]
+        return [criterion.counts(labels) for criterion in criteria]
+
     def gradients(
-        self, state: TrainState, images: jax.Array, labels: jax.Array, counts: jax.Array, dropout_key: jax.Array
+        self, state: TrainState, images: jax.Array, labels: jax.Array, counts: list[jax.Array], dropout_key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-        """Loss, gradients of the trained parameters, and the running statistics after the batch."""
+        """Loss, gradients of the trained parameters, and the running statistics after the batch.
+
+        Args:
+          counts: what `self.counts` returned, added up over all devices.
+        """
+        align_corners = self.model.align_corners
 
         def loss_of(trained, batch_stats, images, labels, key):
             model = self.model.bind(state.params | trained, batch_stats, key=key)
             logits, taps = model(images)
-            total = self.criterion.total(logits, labels, counts)
+            total = self.criterion.total(logits, labels, counts[0], align_corners=align_corners)
             if "aux_logits" in taps:
-                total = total + self.aux_weight * self.criterion.total(taps["aux_logits"], labels, counts)
+                auxiliary = self.criterion.auxiliary.total
+                total = total + self.aux_weight * auxiliary(
+                    taps["aux_logits"], labels, counts[-1], align_corners=align_corners
+                )
             return total, self.model.batch_stats_of(model)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
@@ -116,7 +130,7 @@ class TrainStep:
             (loss, batch_stats), gradients = value_and_grad(trained, batch_stats, *part)
             return (batch_stats, *jax.tree.map(jnp.add, sums, [loss, gradients])), None
 
-        nothing = jnp.zeros((), counts.dtype), jax.tree.map(jnp.zeros_like, trained)
+        nothing = jnp.zeros((), counts[0].dtype), jax.tree.map(jnp.zeros_like, trained)
         parts = self.micro_batches(images, labels, dropout_key)
         (batch_stats, loss, gradients), _ = jax.lax.scan(add, (state.batch_stats, *nothing), parts)
         return loss, gradients, batch_stats
@@ -128,9 +142,13 @@ class TrainStep:
         if self.accumulate == 1:
             return images[None], labels[None], dropout_key[None]
 
+        group = self.criterion.group
+
         def in_parts(x):
-            # (B, ...) -> (A, B / A, ...); part a has samples a, a + A, a + 2A ..., so that no sample leaves its device.
-            return jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
+            # (B, ...) -> (A, B / A, ...); part a has groups a, a + A, a + 2A ..., so that no sample leaves its device.
+            # A group is one sample, or several if the loss selects hard pixels among them.
+            parts = jnp.moveaxis(x.reshape(-1, self.accumulate, group, *x.shape[1:]), 1, 0)
+            return parts.reshape(self.accumulate, -1, *x.shape[1:])
 
         keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(self.accumulate))
         return in_parts(images), in_parts(labels), keys

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import specs
+from segjax.viz import lettering
 from segjax.viz.pictures import colourise
 
 OPACITY = 0.55  # of the colours over the image
@@ -58,10 +59,11 @@ def _legend(classes: Sequence[int], spec: specs.DatasetSpec, width: int, room: i
     from PIL import Image, ImageDraw
 
     size = min(max(width // 70, 13), 40)
-    font = _font(size)
-    names = [spec.label_names[k] for k in (classes if not room else range(len(spec.label_names)))]
+    names = lettering.class_names(spec)
+    fonts = [_font(lettering.font_of(name), size) for name in names]
+    listed = classes if not room else range(len(names))
     patch, line, margin = size, round(1.6 * size), size // 2
-    column = patch + margin + round(max((font.getlength(name) for name in names), default=0)) + 2 * margin
+    column = patch + margin + round(max((fonts[k].getlength(names[k]) for k in listed), default=0)) + 2 * margin
     columns = max((width - margin) // column, 1)
     rows = -(-max(len(classes), room) // columns)
     height = rows * line + 2 * margin
@@ -73,13 +75,12 @@ def _legend(classes: Sequence[int], spec: specs.DatasetSpec, width: int, room: i
         middle = top + line // 2
         box = (left, middle - patch // 2, left + patch, middle + patch // 2)
         draw.rectangle(box, fill=spec.label_colors[k], outline="gray")
-        draw.text((left + patch + margin, middle), spec.label_names[k], fill="black", font=font, anchor="lm")
+        draw.text((left + patch + margin, middle), names[k], fill="black", font=fonts[k], anchor="lm")
     return np.array(drawn)
 
 
 @functools.cache
-def _font(size: int):
-    import matplotlib
+def _font(file: Path, size: int):
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.truetype(file, size)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from segjax.data import specs
-from segjax.runtime import atomic
+from segjax.runtime import atomic, console
+from segjax.viz import lettering
 
 
 def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
@@ -36,7 +37,7 @@ def save_prediction(
         panel.imshow(picture, interpolation="nearest")
         panel.set_title(name, fontsize=9)
         panel.axis("off")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(lettering.one_line(title, most=120), fontsize=9)
     _legend(figure, [k for k in np.union1d(truth, shown) if k != spec.ignore_label], spec)
     _save(figure, path)
 
@@ -65,7 +66,7 @@ def save_samples(
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
         left.imshow(image)
-        left.set_title(title, fontsize=8, loc="left")
+        left.set_title(lettering.one_line(title, most=80), fontsize=8, loc="left")
         right.imshow(np.where(ignored[..., None], stripes[..., None], colourise(label, spec)), interpolation="nearest")
     _legend(figure, classes, spec, ignored=spec.ignore_label in labels)
     _save(figure, path)
@@ -110,8 +111,9 @@ def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -
     axis.set_xlabel("prediction")
     axis.set_ylabel("truth")
     if classes <= 40:
-        axis.set_xticks(range(classes), spec.label_names, rotation=90, fontsize=7)
-        axis.set_yticks(range(classes), spec.label_names, fontsize=7)
+        names = lettering.class_names(spec)
+        axis.set_xticks(range(classes), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(classes), names, fontsize=7)
         for (truth, guess), share in np.ndenumerate(shares):
             if share >= 0.005:
                 color = "white" if share > 0.6 else "black"
@@ -138,11 +140,15 @@ def _figure(width: float, height: float):
 def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored: bool = False) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=_unit(spec.label_colors[k]), label=spec.label_names[k]) for k in classes]
+    names = lettering.class_names(spec)
+    patches = [Patch(color=_unit(spec.label_colors[k])) for k in classes]
+    labels = [names[k] for k in classes]
     if ignored:
-        patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////", label="ignored"))
+        patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////"))
+        labels.append("ignored")
     columns = _legend_columns(figure.get_figwidth(), classes, spec)
-    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    # Not as labels of the patches: matplotlib omits those that begin with an underscore.
+    figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
@@ -153,10 +159,12 @@ def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
 
 def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpec) -> int:
     """How many fit into so many inches: of the 7-point font, patch and spaces take 0.47 and a letter 0.058."""
-    longest = max((len(spec.label_names[k]) for k in classes), default=0)
+    names = lettering.class_names(spec)
+    longest = max((console.columns(names[k]) for k in classes), default=0)
     return max(1, min(10, int(width / (0.47 + 0.058 * longest))))
 
 
 def _save(figure, path: Path) -> None:
+    lettering.letter(figure)
     with atomic.replacing_file(path) as temporary:
         figure.savefig(temporary, format="png")

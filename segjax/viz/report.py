@@ -14,10 +14,11 @@ import numpy as np
 
 from segjax import metrics
 from segjax.data import specs
-from segjax.runtime import atomic
+from segjax.runtime import atomic, console
 from segjax.viz import pictures
 
 LARGEST_SIDE = 768  # pixels of a picture in the page
+LONGEST_NAME = 100  # columns of a name in the page
 COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
 
 
@@ -54,9 +55,10 @@ def write(
     facts: Mapping[str, str],
     metadata: Mapping[str, object],
 ) -> None:
-    """Writes results.json, classes.csv, confusion.csv, confusion.png, worst/ and, last, index.html.
+    """Writes index.html, results.json, classes.csv, confusion.csv, confusion.png and worst/.
 
-    Each file is written atomically. Other files in the folder stay, except the worst/ of an older report.
+    They replace those of an older report once all are written, see `atomic.replacing_files`. Other files in the folder
+    stay, except further pictures of the older report.
 
     Args:
       confusion: pixel counts (K, K).
@@ -68,22 +70,27 @@ def write(
     images = [_figures_of(shown, spec) for shown in worst]
     files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
     listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
-    # Written before worst/ changes, so that results.json never names the pictures of another report.
     results = {**metadata, **summary, "worst_images": listed}
-    atomic.write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     by_class = [["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]
-    atomic.write_text(folder / "classes.csv", _csv(by_class))
     names = spec.label_names
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-    atomic.write_text(folder / "confusion.csv", _csv([["truth / prediction", *names], *rows]))
-    pictures.save_confusion(folder / "confusion.png", confusion, spec)
-    for (file, image), shown in zip(files.items(), worst, strict=True):
-        own = "-" if image["mean_iou"] is None else f"{image['mean_iou']:.4f}"
-        pictures.save_prediction(folder / file, *shown[1:], spec, title=f"{shown.name}   mIoU of this image {own}")
+    with atomic.replacing_files(folder / "index.html") as page:
+        texts = {
+            "index.html": _page(title, facts, summary, confusion, images, spec),
+            "results.json": json.dumps(results, indent=2) + "\n",
+            "classes.csv": _csv(by_class),
+            "confusion.csv": _csv([["truth / prediction", *names], *rows]),
+        }
+        for name, text in texts.items():
+            page.with_name(name).write_text(text, encoding="utf-8")
+        pictures.save_confusion(page.with_name("confusion.png"), confusion, spec)
+        for (file, image), shown in zip(files.items(), worst, strict=True):
+            own = "-" if image["mean_iou"] is None else f"{image['mean_iou']:.4f}"
+            title = f"{shown.name}   mIoU of this image {own}"
+            pictures.save_prediction(page.parent / file, *shown[1:], spec, title=title)
     for left in (folder / "worst").glob("[0-9][0-9].png"):
         if f"worst/{left.name}" not in files:
             left.unlink()
-    atomic.write_text(folder / "index.html", _page(title, facts, summary, confusion, images, spec))
 
 
 def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
@@ -124,27 +131,33 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
 
 def _page(title, facts, summary, confusion, images, spec) -> str:
     data = {
-        "title": title,
+        "title": console.one_line(title),
         "means": [
             ("mean IoU", summary["mean_iou"]),
             ("pixel accuracy", summary["pixel_accuracy"]),
             ("mean accuracy", summary["mean_accuracy"]),
             ("mean Dice", summary["mean_dice"]),
         ],
-        "facts": list(facts.items()),
+        "facts": [(name, console.one_line(fact)) for name, fact in facts.items()],
         "classes": [
-            {**entry, "color": " ".join(map(str, color))}
+            {**entry, "class": _name(entry["class"]), "color": " ".join(map(str, color))}
             for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
         ],
         "confusion": confusion.tolist(),
-        "images": images,
+        "images": [{**image, "name": _name(image["name"])} for image in images],
     }
     # Inside a script element only `<` could end the element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
 
 
+def _name(name: str) -> str:
+    """The name of a class or an image for people who look at the page; the figures next to it have it as it is."""
+    return console.one_line(name, most=LONGEST_NAME)
+
+
 def _csv(rows) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    # A name may have bytes that are no text, as Python's surrogates, which UTF-8 cannot express.
+    return text.getvalue().encode("utf-8", "backslashreplace").decode()

@@ -18,7 +18,8 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.initialize import initialize
 from segjax.checkpoints.key_maps import KEY_FORMATS
 from segjax.checkpoints.state_dict import named_variables, torch_name
-from segjax.train import run_checkpoints
+from segjax.train import run_checkpoints, setup
+from segjax.train.start import load_initial_weights
 from tests.runs import functional_model
 from tests.tiny import FAMILIES, SIZES, numpy_draws, tiny_model
 
@@ -210,22 +211,49 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("family, dialect", [(family, dialect) for family in FAMILIES for dialect in forms(family)])
-def test_another_number_of_classes_needs_a_new_classifier_whose_pattern_is_named(family, dialect, tmp_path, caplog):
+def test_a_classifier_of_another_number_of_classes_stays_random_and_nothing_else(family, dialect, tmp_path, caplog):
     source, model = tiny_model(1, family), tiny_model(2, family, num_classes=7)
     path = save(tmp_path / "a.safetensors", to_torch(source, dialect=dialect))
-    message = refusal(model, path)
-    assert "of another shape:" in message and "(5, " in message and "model (7, " in message
-    patterns = advised(message)
-    assert sorted(patterns) == sorted(CLASSIFIERS[family])
-
-    before = weights(model)
-    said = lines_of(caplog, path, model, keep=patterns)
-    kept = {name for name in before if name.startswith(tuple(pattern.removesuffix("*") for pattern in patterns))}
+    before, layers = weights(model), CLASSIFIERS[family]
+    said = lines_of(caplog, path, model)
+    kept = {name for name in before if name.startswith(tuple(pattern.removesuffix("*") for pattern in layers))}
     after = weights(model)
-    assert equal(after, before) & kept == kept == equal(after, before)
-    layers = len(patterns)
-    assert any(line.startswith(f"left as initialised ({2 * layers}): ") for line in said)
-    assert any(line.startswith(f"not used from the checkpoint ({2 * layers}): ") for line in said)
+    assert len(kept) == 2 * len(layers) and equal(after, before) & kept == kept == equal(after, before)
+    modules = [pattern.removesuffix(".*") for pattern in layers]
+    assert f"the checkpoint has 5 classes, the data 7: {' and '.join(modules)} stays random" in said
+    assert any(line.startswith(f"left as initialised ({len(kept)}): ") for line in said)
+    assert any(line.startswith(f"not used from the checkpoint ({len(kept)}): ") for line in said)
+
+
+@pytest.mark.parametrize(
+    "family, wider", [("segformer", "decoder_dim"), ("ocr", "ocr_channels"), ("segnext", "ham_channels")]
+)
+def test_a_classifier_that_misfits_in_another_way_too_is_refused(family, wider, tmp_path):
+    sizes = FAMILIES[family][1]
+    source = tiny_model(1, family, num_classes=7, **{wider: 2 * sizes[wider]})
+    message = refusal(tiny_model(2, family), save(tmp_path / "a.safetensors", to_torch(source)))
+    assert "of another shape:" in message
+    assert all(layer.removesuffix("*") in message for layer in CLASSIFIERS[family] if "aux" not in layer)
+
+
+def test_a_classifier_that_lacks_its_bias_is_refused_although_its_classes_differ(tmp_path):
+    arrays = to_torch(tiny_model(1, num_classes=7))
+    del arrays["decode_head.linear_pred.bias"]
+    message = refusal(tiny_model(2), save(tmp_path / "a.safetensors", arrays))
+    assert "1 missing from the checkpoint:\n    decode_head.linear_pred.bias" in message
+
+
+def test_what_was_loaded_is_returned_in_words(tmp_path):
+    source = to_torch(tiny_model(1))
+    whole = save(tmp_path / "a.safetensors", source)
+    encoder = save(tmp_path / "b.safetensors", {key: v for key, v in source.items() if not in_head("segformer", key)})
+    other = "all weights, classifier random (5 classes there, 7 here)"
+    assert initialize(tiny_model(2), whole) == "all weights"
+    assert initialize(tiny_model(2), encoder) == "encoder; decoder random"
+    assert initialize(tiny_model(2, num_classes=7), whole) == other
+    assert initialize(tiny_model(2), whole, keep=["decode_head.*"]) == "encoder; decoder random"
+    kept = initialize(tiny_model(2, num_classes=7), whole, keep=["backbone.norm1.*"])
+    assert kept == f"{other}; random by init.keep: backbone.norm1"
 
 
 @pytest.mark.parametrize(
@@ -295,8 +323,11 @@ def start(source, **settings):
     config.model.update(SIZES)
     config.init.checkpoint = str(source)
     config.init.update(settings)
+    config.optim.lr_multipliers = ()
     with numpy_draws():
-        return functional_model(config, 5, initial=True)
+        module = setup.create_model(config.model, num_classes=5, seed=config.seed)
+    begins = load_initial_weights(module, config.init)
+    return setup.make_functional(module, config.optim, config.train, axis_name=None), begins
 
 
 def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, capsys, caplog):
@@ -307,7 +338,9 @@ def test_a_run_says_what_it_starts_from_whatever_level_logging_has(tmp_path, cap
     path = save(tmp_path / "mit.safetensors", arrays)
     # A command that ran in this process before may have left the level at which the file was made with messages.
     caplog.clear()
-    params, batch_stats = start(path).arrays()
+    functional, begins = start(path)
+    assert begins == f"{path}: encoder; decoder random"
+    params, batch_stats = functional.arrays()
     expected = weights(tiny_model(1))
     taken = equal({name: np.asarray(value) for name, value in (params | batch_stats).items()}, expected)
     assert taken == {name for name in expected if name.startswith("backbone.")}
@@ -338,8 +371,9 @@ def test_a_run_that_goes_on_or_has_no_start_reads_no_checkpoint(capsys):
 
 
 def test_a_start_that_does_not_fit_is_refused_with_the_setting_that_would_help(tmp_path):
-    path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, num_classes=3)))
-    with pytest.raises(CheckpointError, match=r"init\.keep=\('decode_head\.linear_pred\.\*',\)"):
+    path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, decoder_dim=10)))
+    with pytest.raises(CheckpointError, match=r"init\.keep=\('decode_head\.linear_c"):
         start(path)
-    functional = start(path, keep=("decode_head.linear_pred.*",))
+    functional, begins = start(path, keep=("decode_head.*",))
     assert isinstance(functional.bind(*functional.arrays()), nnx.Module)
+    assert begins.endswith(": encoder; decoder random")

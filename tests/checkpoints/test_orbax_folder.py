@@ -318,7 +318,7 @@ def test_a_model_comes_back_bit_for_bit_and_says_how_it_was_made(tmp_path, seed,
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["model"]
 
 
-def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path, quick_compile):
+def test_a_model_is_loaded_in_evaluation_mode_and_can_be_trained(tmp_path):
     save_model(tmp_path / "model", tiny_model(0, dropout_rate=0.5, drop_path_rate=0.5), metadata={})
     model = load(tmp_path / "model").model
     images = jnp.array(np.random.default_rng(0).standard_normal((2, 32, 40, 3)), jnp.float32)

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,33 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+def _raised_below(path):
+    raise ValueError(f"{path}: is empty;\n  use another")
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_line_breaks_of_a_path_are_escaped_and_those_of_the_message_stay(chained, capsys):
+    def run():
+        paths = [Path("in/a\nb.png"), Path("c.png")]
+        if not chained:
+            _raised_below(paths[0])
+        try:
+            _raised_below(paths[0])
+        except ValueError as error:
+            paths = []
+            raise ValueError(f"nothing was done:\n  {error}") from None
+
+    assert run_command("segjax try", run) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        *(["segjax try: nothing was done:"] * chained),
+        f"{'  ' if chained else 'segjax try: '}in/a\\nb.png: is empty;",
+        "  use another",
+    ]
+
+
+def test_the_file_of_a_systems_error_stays_in_its_line(capsys):
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), b"a\nb\xff.png")
+    assert ended(capsys, error)[2] == "segjax try: a\\nb\\udcff.png: No such file or directory\n"

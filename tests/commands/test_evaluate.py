@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import resource
 from types import SimpleNamespace
 
 import cv2
@@ -20,13 +21,12 @@ from segjax.inference import evaluate_dataset, evaluation
 from tests import runs
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 FILES = ["classes.csv", "confusion.csv", "confusion.png", "index.html", "results.json", "worst"]
 SPEC = specs.DatasetSpec("shapes", ("ground", "thing", "other"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)), 255)
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, quick_compile):
+def workdir(tmp_path_factory):
     """A run on streets whose training is cheap and whose evaluation is real."""
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -94,11 +94,15 @@ def make_split(seed, number=13, size=(6, 9)):
     return specs.Split(images, labels, np.tile(np.int32(size), (number, 1)), tuple(f"image{i}" for i in range(number)))
 
 
+def red(images):
+    return [image[..., 0] for image in images]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size):
     split = make_split(seed)
-    measured = evaluation.measure(lambda images: images[..., 0], split, SPEC, batch_size=batch_size, shown=5)
+    measured = evaluation.measure(red, split, SPEC, batch_size=batch_size, shown=5)
     ious, total = [], np.zeros((3, 3), np.int64)
     for number, (image, truth) in enumerate(zip(split.images, split.labels, strict=True)):
         counts = metrics.confusion_matrix(truth, image[..., 0], num_classes=3, ignore_label=255)
@@ -110,9 +114,7 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
     assert sorted(measured.predicted) == sorted(number for _, number in measured.worst)
     for number, predicted in measured.predicted.items():
         np.testing.assert_array_equal(predicted, split.images[number, ..., 0])
-    confusion, kept = evaluation.evaluate(
-        lambda images: images[..., 0], split, SPEC, batch_size=batch_size, keep={2, 11}
-    )
+    confusion, kept = evaluation.evaluate(red, split, SPEC, batch_size=batch_size, keep={2, 11})
     np.testing.assert_array_equal(confusion, total)
     assert sorted(kept) == [2, 11]
     np.testing.assert_array_equal(kept[11], split.images[11, ..., 0])
@@ -134,6 +136,23 @@ def test_a_training_is_measured_to_be_exactly_what_it_says(named, best, workdir,
         assert all(found[key] == recorded[key] for key in ("mean_iou", "pixel_accuracy", "per_class_iou", "step"))
     assert found["data"] == {"name": "streets", "split": "val", "images": 5}
     assert_fits(printed.replace(str(workdir), "run"))
+
+
+def test_a_full_disk_leaves_the_older_report_whole(workdir, tmp_path, capfd):
+    (tmp_path / "worst").mkdir()
+    for name in (*FILES[:-1], "worst/01.png"):
+        (tmp_path / name).write_text("old")
+    before, limits = runs.contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+    try:
+        assert call(workdir, "--output", tmp_path) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = " ".join(capfd.readouterr().err.split())
+    assert said == (
+        f"segjax evaluate: {tmp_path / 'index.html'}: File too large. Make room, and run the same command again"
+    )
+    assert runs.contents(tmp_path) == before
 
 
 def test_a_training_older_than_some_settings_is_evaluated(workdir, tmp_path, capsys):
@@ -194,9 +213,10 @@ def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(work
 def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, capsys):
     given = (shapes.model, "--source", shapes.source, "--data-dir", shapes.data)
     protocol = ("--mode", "slide", "--crop", 32, 32, "--scales", 1, 1.25, "--flip", "--size-divisor", 8, "--batch", 3)
-    assert call(*given, "--data", "folder:val", *protocol, "--output", tmp_path) == 0
+    base = ("--base-size", 64, 48)
+    assert call(*given, "--data", "folder:val", *protocol, *base, "--output", tmp_path) == 0
     printed, found = " ".join(capsys.readouterr().out.split()), results(tmp_path)
-    assert "sliding window of 32x32 every 24x24, at scales 1 1.25, and mirrored, resized to multiples of 8" in printed
+    assert "sliding window of 32x32 every 24x24, resized to 64x48 with their proportions kept, at scales 1" in printed
     assert found["protocol"] == {
         "mode": "slide",
         "crop": [32, 32],
@@ -204,6 +224,7 @@ def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, 
         "scales": [1.0, 1.25],
         "flip": True,
         "size_divisor": 8,
+        "base_size": [64, 48],
     }
     assert found["data"] == {"name": "source", "split": "val", "images": 3}
     with (tmp_path / "confusion.csv").open() as file:
@@ -252,11 +273,13 @@ WRONG = {
     ("nowhere",): "nowhere: there is no such file or folder",
     (*OF_CHECKPOINT, "mars:val"): "NAME one of streets, camvid, cityscapes, ade20k, voc, pet, folder, not 'mars:val'",
     (*OF_CHECKPOINT, "streets", "--crop", "64", "64"): "--crop and --stride go with --mode slide",
-    (*OF_CHECKPOINT, "streets", "--batch", "0"): "--batch is at least 1, not 0",
+    (*OF_CHECKPOINT, "streets", "--batch", "0"): "argument --batch: 0; must be at least 1",
     (*OF_CHECKPOINT, "streets", "--source", "x"): "streets are generated",
     (*OF_CHECKPOINT, "streets", "--best"): "nowhere/best: there is no such file",
-    (*OF_CHECKPOINT, "streets", "--scales", "0"): "scales are positive numbers, not (0.0,)",
+    (*OF_CHECKPOINT, "streets", "--scales", "0"): "argument --scales: 0; must be greater than 0",
     (*OF_CHECKPOINT, "streets", "--mode", "slide", "--crop", "8", "8", "--stride", "9", "8"): "leaves gaps",
+    (*OF_CHECKPOINT, "streets", "--base-size", "0", "512"): "argument --base-size: 0; must be at least 1",
+    ("--workdir", "nowhere", "--base-size", "9", "8"): "--base-size: without --data a run is evaluated as",
     (*OF_CHECKPOINT, "streets", "--mode", "windows"): "invalid choice: 'windows'",
     ("--workdir", "nowhere", "--flip", "--batch", "3"): "--flip, --batch: without --data a run is evaluated as",
     ("--workdir", "nowhere"): "nowhere: there is no such file or folder",

@@ -9,6 +9,7 @@ import threading
 import time
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,11 +17,12 @@ from PIL import Image
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
 from segjax.data import codec
-from segjax.inference import batch_run, outputs
+from segjax.inference import batch_run, outputs, planning
 from segjax.inference import overlapped as inference_overlapped
-from segjax.inference.engine import labels_of
+from segjax.inference.engine import Inference, labels_of
+from segjax.runtime import memory
 from segjax.viz import overlay
-from tests.pixels import BINARY, SPEC, Pixels, scene
+from tests.pixels import BINARY, PROGRAMS, SPEC, Pixels, scene
 
 MODELS = {5: (Pixels(5), SPEC), 1: (Pixels(1), BINARY)}
 
@@ -29,7 +31,7 @@ MODELS = {5: (Pixels(5), SPEC), 1: (Pixels(1), BINARY)}
 def models(monkeypatch):
     """`--checkpoint 5` and `--checkpoint 1` are models with so many classes."""
 
-    def load(path):
+    def load(path, weights=None):
         if path.name not in "51":
             raise ValueError(f"{path}: there is no such file")
         model, spec = MODELS[int(path.name)]
@@ -64,14 +66,15 @@ def test_outputs_keep_the_folders_below_what_was_given(tmp_path):
         (tmp_path / name).write_bytes(b"")
     out = tmp_path / "out"
     (tmp_path / "in" / "x.png").unlink()
-    jobs, skipped = batch_run.plan([str(tmp_path / "in")], out, ["labels", "overlay"])
+    jobs, skipped = planning.plan([str(tmp_path / "in")], out, ["labels", "overlay"])
     assert [str(job.outputs["labels"].relative_to(out)) for job in jobs] == [
         "labels/a.png",
         "labels/trip/b.png",
         "labels/trip/deep/c.png",
     ]
-    assert jobs[1].outputs["overlay"] == out / "overlay" / "trip" / "b.jpg" and skipped == 1
-    pattern, _ = batch_run.plan([str(tmp_path / "i*" / "**" / "*.[jT]*")], out, ["labels"])
+    assert jobs[1].outputs["overlay"] == out / "overlay" / "trip" / "b.jpg"
+    assert {str(path.relative_to(tmp_path / "in")) for path, _ in skipped} == {"notes.txt", ".hidden.png", ".git"}
+    pattern, _ = planning.plan([str(tmp_path / "i*" / "**" / "*.[jT]*")], out, ["labels"])
     assert [str(job.outputs["labels"].relative_to(out)) for job in pattern] == [
         "labels/in/trip/b.png",
         "labels/in/trip/deep/c.png",
@@ -82,7 +85,7 @@ def test_the_order_is_that_of_the_arguments_and_nothing_is_done_twice(tmp_path):
     for name in ("b/2.png", "b/10.png", "a/1.png"):
         put(tmp_path / name, scene(0, 8, 9))
     inputs = [str(tmp_path / name) for name in ("b/2.png", "a", "b", "a/1.png")]
-    jobs, _ = batch_run.plan(inputs, tmp_path / "out", ["labels"])
+    jobs, _ = planning.plan(inputs, tmp_path / "out", ["labels"])
     assert [str(job.source.relative_to(tmp_path)) for job in jobs] == ["b/2.png", "a/1.png", "b/10.png"]
 
 
@@ -99,8 +102,8 @@ def test_everything_wrong_with_the_inputs_is_told_before_anything_starts(tmp_pat
     assert "missing.png: there is no such file" in said and "no*thing: no file matches" in said
     assert (
         "empty: a folder without" in said
-        and "1 files, of which none" in said
-        and "x.txt: is no image or video by its suffix" in said
+        and "texts: no image or video; skipped 1; neither an image nor a video that can be read" in said
+        and "x.txt: is neither an image nor a video" in said
     )
     assert not (tmp_path / "out").exists()
 
@@ -289,6 +292,64 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
     assert below(tmp_path / "out") == ["labels/a.png", "labels/c.png", "predict.json"]
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ((), "an image of 20x30 needs"),
+        (("--batch", "2"), "a batch of 2 images of 20x30 needs"),
+        (("--batch", "4096"), "a batch of 4 images of 20x30 needs"),
+        (("--mode", "slide", "--crop", "16", "12", "--batch", "2"), "a batch of 2 crops of 16x12 needs"),
+        (("--flip", "--scales", "0.5", "2"), "an image of 40x60 needs"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_one_message_before_anything_is_written(
+    given, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, "host", lambda: 1000)
+    for seed, size in enumerate([(40, 70), (20, 30), (50, 40), (30, 30)]):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, *size))
+    assert run(tmp_path / "in", "--output", tmp_path / "out", *given) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith(f"segjax predict: {words}") and told.count("segjax predict:") == 1
+    assert ("a smaller --batch" in told) == ("--batch" in given) and ("a smaller --crop" in told) == ("slide" in given)
+    assert ("--mode slide" in told) == ("slide" not in given) and ("--scales and --flip" in told) == ("--flip" in given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_does_not_fit_into_memory_is_named_and_the_others_are_done(tmp_path, capsys, monkeypatch):
+    for name, size in (("a", (90, 80)), ("b", (20, 30)), ("c", (100, 80)), ("d", (20, 30))):
+        put(tmp_path / "in" / f"{name}.png", scene(0, *size))
+    # A label takes a byte.
+    monkeypatch.setattr(memory, "needed", lambda compiled: compiled.memory_analysis().output_size_in_bytes)
+    monkeypatch.setattr(memory, "limit", lambda *_, **__: 25 * 30)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "2 of 4 inputs failed" in told and "a.png: an image of 90x80 needs" in told and "c.png" in told
+    assert below(tmp_path / "out") == ["labels/b.png", "labels/d.png", "predict.json"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
+def test_memory_that_runs_out_at_the_first_image_is_one_message(error, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Inference, "labels", fails)
+    for seed in range(3):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
+    assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("segjax predict: there is not enough memory; use --mode slide")
+    assert not (tmp_path / "out" / "predict.json").exists()
+
+
+def test_a_batch_is_no_larger_than_there_are_images(tmp_path):
+    for seed in range(3):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 21, 30))
+    PROGRAMS.clear()
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels", "--batch", "4000") == 0
+    assert set(PROGRAMS) == {(-(-3 // jax.local_device_count()) * jax.local_device_count(), 21, 30, 3)}
+
+
 def test_resume_does_what_is_missing_and_nothing_else(tmp_path, capsys):
     for seed in range(3):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
@@ -301,9 +362,25 @@ def test_resume_does_what_is_missing_and_nothing_else(tmp_path, capsys):
     assert run(*arguments) == 0
     assert "2 of 3 are done" in capsys.readouterr().out
     changed = {str(path.relative_to(out)) for path, then in times.items() if path.stat().st_mtime_ns != then}
-    assert changed == {"labels/1.png", "predict.json"} and (out / "overlay" / "1.jpg").exists()
+    assert changed == {"labels/1.png"} and (out / "overlay" / "1.jpg").exists()
     assert run(*arguments) == 0
     assert "everything is done already" in capsys.readouterr().out
+
+
+def test_resume_makes_anew_what_an_earlier_run_has_left(tmp_path, capsys):
+    """Of two runs with other settings into one folder, the second was for a part of the images, or was killed."""
+    for name in ("a", "b"):
+        put(tmp_path / "in" / f"{name}.png", scene(len(name), 20, 30))
+    arguments = ("--output", tmp_path / "out", "--write", "probabilities")
+    assert run(tmp_path / "in", *arguments) == 0
+    time.sleep(0.01)
+    assert run(tmp_path / "in" / "a.png", *arguments, "--mode", "slide", "--crop", 16, 16) == 0
+    files = {name: tmp_path / "out" / "probabilities" / f"{name}.npz" for name in "ab"}
+    times = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    capsys.readouterr()
+    assert run(tmp_path / "in", *arguments, "--mode", "slide", "--crop", 16, 16, "--resume") == 0
+    assert "1 of 2 are done" in capsys.readouterr().out
+    assert [name for name, path in files.items() if path.stat().st_mtime_ns != times[name]] == ["b"]
 
 
 def test_resume_refuses_what_was_made_by_other_weights_or_settings(tmp_path, capsys):
@@ -315,6 +392,134 @@ def test_resume_refuses_what_was_made_by_other_weights_or_settings(tmp_path, cap
     said = " ".join(capsys.readouterr().err.split())
     assert "other flip (" in said and "weights_sha256" in said
     assert run(*arguments, "--flip") == 0
+
+
+def test_a_base_size_and_a_divisor_are_settings_that_resume_compares(tmp_path, capsys):
+    put(tmp_path / "x.png", scene(0, 20, 30))
+    arguments, resized = (
+        (tmp_path / "x.png", "--output", tmp_path / "out"),
+        ("--base-size", 60, 48, "--size-divisor", 8),
+    )
+    assert run(*arguments, *resized) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resized to 60x48 with their proportions kept, resized to multiples of 8" in said
+    record = json.loads((tmp_path / "out" / "predict.json").read_text())
+    assert record["base_size"] == [60, 48] and record["size_divisor"] == 8
+    assert run(*arguments, *resized, "--resume") == 0
+    assert run(*arguments, "--resume") == 2
+    assert "other base_size, size_divisor (" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "predict.json: not JSON"),
+        (b"[1]", "predict.json: should be a valid dictionary"),
+        (b"[" * 100_000, "predict.json: not JSON"),
+        (b"\xff\xfe", "predict.json: not JSON"),
+        (b"{}", "made with other classes, flip, mode,"),
+        (None, "predict.json is missing"),
+        ("format_version", "predict.json: has format version 99"),
+        ("classes", "made with other classes ("),
+        ("weights_sha256", "made with other weights_sha256 ("),
+    ],
+)
+def test_resume_names_what_is_wrong_with_the_record_and_leaves_everything(content, words, tmp_path, capsys):
+    for seed in range(2):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 20, 30))
+    out = tmp_path / "out"
+    arguments = (tmp_path / "in", "--output", out, "--write", "labels")
+    assert run(*arguments) == 0
+    record = out / "predict.json"
+    if content is None:
+        record.unlink()
+    elif isinstance(content, str):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {content: 99}))
+    else:
+        record.write_bytes(content)
+    (out / "labels" / "1.png").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert run(*arguments, "--resume") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said and str(record) in said
+    assert before == {path: path.read_bytes() for path in out.rglob("*.*")}
+    # Without it everything is made anew.
+    assert run(*arguments) == 0 and len(below(out)) == 3
+
+
+def test_resume_in_a_folder_without_outputs_needs_no_record(tmp_path):
+    put(tmp_path / "x.png", scene(0, 20, 30))
+    (tmp_path / "out").mkdir()
+    assert run(tmp_path / "x.png", "--output", tmp_path / "out", "--resume") == 0
+
+
+def test_a_scale_is_a_setting_that_resume_compares(tmp_path, capsys):
+    image = scene(0, 20, 30)
+    cv2.imwrite(str(tmp_path / "x.tif"), image[..., ::-1].astype(np.uint16) * 10)
+    arguments = (tmp_path / "x.tif", "--output", tmp_path / "out", "--write", "labels")
+    assert run(*arguments) == 1
+    assert "x.tif: an image that cannot be used" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "--scale LOW HIGH" in said
+    assert run(*arguments, "--scale", 0, 2550) == 0
+    with Image.open(tmp_path / "out" / "labels" / "x.png") as labels:
+        np.testing.assert_array_equal(np.array(labels), MODELS[5][0].labels(image))
+    assert run(*arguments, "--scale", 0, 2550, "--resume") == 0
+    capsys.readouterr()
+    assert run(*arguments, "--scale", 0, 5000, "--resume") == 2
+    assert "made with other scale (" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        run(*arguments, "--scale", 5, 5)
+    assert "--scale has two numbers" in capsys.readouterr().err
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path, capsys):
+    put(tmp_path / "in" / "a.png", scene(0, 20, 30))
+    for name in ("notes.txt", "table.csv", ".DS_Store"):
+        (tmp_path / "in" / name).write_text("text")
+    (tmp_path / "in" / "self").symlink_to(tmp_path / "in")
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "skipped 4; " in said and "neither an image nor a video that can be read: " in said
+    assert all(name in said for name in ("notes.txt", "table.csv", "hidden: ", ".DS_Store", "in/self"))
+
+
+def test_every_input_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_path, capfd):
+    """Damage, bombs, FIFOs and links to nothing; nothing is made up, and no library prints to the terminal."""
+    put(tmp_path / "in" / "whole.jpg", scene(0, 40, 50))
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    jpeg = bytearray(put(tmp_path / "in" / "damaged.jpg", noise, quality=90).read_bytes())
+    jpeg[len(jpeg) // 2 : len(jpeg) // 2 + 2000] = bytes(2000)
+    (tmp_path / "in" / "damaged.jpg").write_bytes(jpeg)
+    tiff = bytearray(put(tmp_path / "in" / "torn.tif", noise, compression="tiff_adobe_deflate").read_bytes())
+    tiff[len(tiff) // 2 : len(tiff) // 2 + 64] = bytes(64)
+    (tmp_path / "in" / "torn.tif").write_bytes(tiff)
+    put(tmp_path / "in" / "large.webp", scene(0, 90, 120), lossless=True)
+    (tmp_path / "in" / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    (tmp_path / "in" / "text.png").write_text("<html>")
+    arguments = (tmp_path / "in", "--output", tmp_path / "out", "--write", "labels")
+    assert run(*arguments, "--max-pixels", 96 * 128 - 2000) == 1
+    said = capfd.readouterr()
+    told = " ".join(said.err.split())
+    assert "wrote 1 image in" in said.out and "6 of 7 inputs failed" in told
+    for words in (
+        "damaged.jpg: has 96x128 pixels",
+        "torn.tif: has 96x128 pixels",
+        "large.webp: has 90x120 pixels, 10,800, more than 10,288; to decode it, raise the limit: --max-pixels",
+        "nowhere.png: No such file or directory",
+        "pipe.png: a FIFO, not a file",
+        "text.png: is no image that can be decoded",
+    ):
+        assert words in told
+    assert run(*arguments) == 1
+    said = capfd.readouterr()
+    told = " ".join(said.err.split())
+    assert "wrote 2 images in" in said.out and "5 of 7 inputs failed" in told
+    assert "damaged.jpg: is damaged, and part of its pixels would be made up (Corrupt JPEG data" in told
+    assert "torn.tif: is a TIFF that cannot be decoded" in told
+    # One line of our own each, and none of a library's.
+    assert said.err.count("Corrupt JPEG") == 1 and "libpng" not in said.err
+    assert below(tmp_path / "out") == ["labels/large.png", "labels/whole.png", "predict.json"]
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch, capsys):

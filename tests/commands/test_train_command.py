@@ -13,6 +13,7 @@ from absl import flags
 from segjax import recipes
 from segjax.commands import train
 from segjax.data.specs import DATASETS
+from segjax.train import config as train_config
 from segjax.train import schema
 from tests.tiny import SIZES
 
@@ -59,7 +60,7 @@ def test_without_arguments_it_is_the_default_recipe(no_run):
     assert train.main([]) == 0
     (options,) = no_run
     assert options.config.to_dict() == recipes.load("segformer").to_dict()
-    assert options[2:] == (None, None, None, None)
+    assert options[2:] == (None, None, None, None, frozenset())
 
 
 @pytest.mark.parametrize("reference", ["hrnet:w48_ocr,camvid", "configs/hrnet.py:w48_ocr,camvid"])
@@ -104,9 +105,63 @@ def test_every_kind_of_setting_is_a_flag(arguments, key, value):
         assert {name for name, entry in schema.flattened(config).items() if entry != default[name]} <= {key}
 
 
+@pytest.mark.parametrize(
+    "recipe, argument, key, value",
+    [
+        ("segformer:b2", "--config.model.decoder_dim=512", "decoder_dim", 512),
+        ("segformer:b0", "--config.model.depths=(2,2,2,3)", "depths", (2, 2, 2, 3)),
+        ("segformer:b0,camvid", "--config.model.mlp_ratios=(4,3.5,4,2)", "mlp_ratios", (4, 3.5, 4, 2)),
+        ("segformer:plain_b1", "--config.model.fuse=conv_bn", "fuse", "conv_bn"),
+        ("segformer:mmseg_b1", "--config.model.patch_norm_eps=1e-5", "patch_norm_eps", 1e-5),
+        ("segformer_simple", "--config.model.num_heads=(1,2,4,8)", "num_heads", (1, 2, 4, 8)),
+        ("hrnet:w48_ocr", "--config.model.ocr_channels=256", "ocr_channels", 256),
+        ("hrnet:w18", "--noconfig.model.align_corners", "align_corners", False),
+        ("segnext:t", "--config.model.ham_rank=24", "ham_rank", 24),
+        ("configs/segnext.py:t", "--config.model.ham_channels=96", "ham_channels", 96),
+    ],
+)
+def test_every_setting_of_the_model_is_a_flag(recipe, argument, key, value, tmp_path):
+    for arguments in ([argument], argument.split("=", 1)):
+        options = train.parse([f"--config={recipe}", *arguments])
+        assert options.config.model[key] == value and options.model_flags == {key}
+        assert type(options.config.model[key]) is type(value)
+        rest = options.config.to_dict() | {"model": None}
+        assert rest == recipes.load(recipe).to_dict() | {"model": None}
+    train_config.check(options.config, tmp_path)
+
+
+def test_a_setting_of_the_model_that_the_command_line_names_is_one_of_that_model():
+    options = train.parse(["--config.model.name", "segnext_t", "--config.model.ham_rank=24"])
+    assert (options.config.model.name, options.config.model.ham_rank) == ("segnext_t", 24)
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--config.model.dims=(8,16)", "(8, 16); must be 4 numbers, as in DIMS"),
+        (
+            "--config.model.dims=(8,16,32,6.5)",
+            "(8, 16, 32, 6.5); must be 4 numbers, as in DIMS",
+        ),
+        ("--config.model.dims=narrow", "('narrow',); must be 4 numbers, as in DIMS"),
+        (
+            "--config.model.mlp_ratios=(4,4,4,True)",
+            "(4, 4, 4, True); must be 4 numbers, as in RATIOS",
+        ),
+    ],
+)
+def test_a_setting_of_the_model_of_another_type_is_refused_with_its_default(argument, said, tmp_path):
+    options = train.parse([argument])
+    with pytest.raises(train_config.RunError) as caught:
+        train_config.check(options.config, tmp_path)
+    key = argument.removeprefix("--config.").partition("=")[0]
+    said = said.replace("DIMS", "the default, (32, 64, 160, 256)").replace("RATIOS", "the default, (4, 4, 4, 4)")
+    assert str(caught.value).splitlines()[1:] == [f"  config.{key}: {said}"]
+
+
 def test_flags_that_are_no_settings_are_returned():
     arguments = ["--workdir=runs/x", "--coordinator", "auto", "--num_processes=4", "--process_id=3"]
-    assert train.parse(arguments)[2:] == ("runs/x", "auto", 4, 3)
+    assert train.parse(arguments)[2:6] == ("runs/x", "auto", 4, 3)
 
 
 def test_flags_may_be_in_a_file(tmp_path, capsys):
@@ -145,15 +200,17 @@ def test_a_command_line_leaves_nothing_behind_for_the_next():
         ("--config.steps=3", "--config.steps: no such setting; did you mean --config.train.steps?"),
         ("--config.xyz=3", "--config.xyz: no such setting"),
         ("--config.init.from=x", "--config.init.from: no such setting; it is --config.init.checkpoint now"),
-        ("--config.model.dropout=0", "--config.model.dropout: no such setting in this recipe; did you mean "
-         "--config.model.dropout_rate? It sets model."),
-        ("--config.model.dims=(1,2)", "--config.model.dims: no such setting in this recipe; It sets model."),
+        ("--config.model.dropout=0", "--config.model.dropout: no such setting of segformer_b0; did you mean "
+         "--config.model.dropout_rate? It has dims, depths, decoder_dim, "),
+        ("--config.model.xyz=0", "--config.model.xyz: no such setting of segformer_b0; it has dims, depths, "),
+        ("--config.model.decoder_dim=x", "--config.model.decoder_dim=x: must be like the default, 256"),
+        ("--config.model.block_norm_eps=x", "--config.model.block_norm_eps=x: must be like the default, 1e-06"),
         ("--config.train.steps=many", "--config.train.steps=many: must be a whole number, at least 0"),
         ("--config.train.steps=2.5", "--config.train.steps=2.5: must be a whole number, at least 0"),
         ("--config.optim.lr=fast", "--config.optim.lr=fast: must be a number, greater than 0 and at most 100"),
         ("--config.train.remat=maybe", "--config.train.remat=maybe: must be True or False"),
         ("--config.augment.crop=(64, ", "--config.augment.crop=(64, : must be (height, width), each at least 32"),
-        ("--config.model.drop_path_rate=x", "--config.model.drop_path_rate=x: "),
+        ("--config.model.drop_path_rate=x", "--config.model.drop_path_rate=x: must be like the default, 0.1"),
         ("--num_processes=two", "--num_processes=two: "),
         ("--config", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
         ("--config=", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
@@ -269,7 +326,7 @@ def test_help_and_mistyped_arguments_are_answered_without_jax():
     assert loaded == [] and len(said) > 100 and "did you mean --config.train.steps" in err
 
 
-def test_the_first_line_comes_before_jax_is_imported():
+def test_the_first_lines_come_before_jax_is_imported():
     code = """if True:
         import sys
         from segjax.commands import train
@@ -285,7 +342,11 @@ def test_the_first_line_comes_before_jax_is_imported():
         train.main(["--config=segformer:b2,camvid"])
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["recipe   segformer:b2,camvid", "jax is imported"]
+    assert done.stdout.splitlines() == [
+        "recipe   segformer:b2,camvid",
+        "values   segjax's own, for random weights",
+        "jax is imported",
+    ]
 
 
 @pytest.mark.parametrize("process, speaks", [("0", True), ("1", False)])
@@ -307,7 +368,7 @@ def get_config(argument=""):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory, quick_compile):
+def tiny_run(tmp_path_factory):
     """A run of two steps: its config file and its folder."""
     folder = tmp_path_factory.mktemp("command")
     (folder / "tiny.py").write_text(TINY)

@@ -1,6 +1,5 @@
 """Datasets in archives made up for the test: every way of giving them is the same dataset, and faults are refused."""
 
-import dataclasses
 import errno
 import io
 import os
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +21,12 @@ from PIL import Image
 
 from segjax.commands.data import main
 from segjax.data import archives, builders, codec, masks, sources, specs
+from segjax.data.open import open_splits
+from segjax.data.records import JoinedRecords, records_of
+from tests.made_archives import ARCHIVES, COUNTS, VALUES, Made, encoded, few_images, pack, saved, write
 
 REPO = Path(__file__).parents[2]
 NAMES = list(archives.READERS)
-COUNTS = {
-    "cityscapes": {"train": 3, "val": 2, "test": 2},
-    "ade20k": {"train": 3, "val": 2},
-    "voc": {"train": 3, "val": 2},
-    "pet": {"train": 3, "test": 2},
-}
 # Ids in the order of cityscapesScripts' labels.py, 0 to 33, and the train id of each.
 CITYSCAPES_TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10]
 CITYSCAPES_TRAIN_IDS += [11, 12, 13, 14, 15, 255, 255, 16, 17, 18]
@@ -41,149 +36,13 @@ EXPECTED_LABEL = {
     "voc": lambda mask: mask,
     "pet": lambda mask: np.select([mask == 1, mask == 2, mask == 3], [1, 0, 255]),
 }
-VALUES = {"cityscapes": range(34), "ade20k": range(151), "voc": [*range(21), 255], "pet": (1, 2, 3)}
-ARCHIVES = {
-    "cityscapes": {"leftImg8bit_trainvaltest.zip": "leftImg8bit", "gtFine_trainvaltest.zip": "gtFine"},
-    "ade20k": {"ADEChallengeData2016.zip": "ADEChallengeData2016"},
-    "voc": {"VOCtrainval_11-May-2012.tar": "VOCdevkit"},
-    "pet": {"images.tar.gz": "images", "annotations.tar.gz": "annotations"},
-}
-
-
-def write(path: Path, content: bytes = b"") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def encoded(suffix: str, array: np.ndarray) -> bytes:
-    return cv2.imencode(suffix, array)[1].tobytes()
-
-
-def saved(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def palette_png(mask: np.ndarray) -> bytes:
-    image = Image.fromarray(mask)
-    image.putpalette([channel for value in range(256) for channel in specs._voc_color(value)])
-    assert image.mode == "P"
-    return saved(image, "PNG")
-
-
-class Made:
-    """A dataset of a few random images, as it lies on disk when its archives are extracted."""
-
-    def __init__(self, root: Path, name: str, seed: int = 0):
-        self.root, self.name = root, name
-        self.images: dict[str, dict[str, bytes]] = {}
-        self.masks: dict[str, dict[str, np.ndarray]] = {}
-        rng = np.random.default_rng([seed, len(name)])
-        for split, count in COUNTS[name].items():
-            for i in range(count):
-                size = (30 + i, 50 - 3 * i)
-                image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-                mask = rng.choice(np.array(VALUES[name], np.uint8), size)
-                getattr(self, f"_{name}")(split, i, image, mask)
-        getattr(self, f"_{name}_rest")()
-
-    def add(self, split, stem, image_path, image, mask_path, mask, encode=lambda mask: encoded(".png", mask)):
-        self.images.setdefault(split, {})[stem] = image
-        write(self.root / image_path, image)
-        if mask_path:
-            self.masks.setdefault(split, {})[stem] = mask
-            write(self.root / mask_path, encode(mask))
-
-    def _cityscapes(self, split, i, image, mask):
-        city = "bern" if i else "aachen"
-        stem = f"{city}_{i:06d}_000019"
-        ground = self.root / f"gtFine/{split}/{city}/{stem}_gtFine"
-        for suffix in ("color.png", "instanceIds.png", "labelTrainIds.png", "polygons.json"):
-            write(ground.with_name(f"{ground.name}_{suffix}"), b"not to be read")
-        if split == "test":
-            write(ground.with_name(f"{ground.name}_labelIds.png"), encoded(".png", np.zeros_like(mask)))
-        path = f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"
-        label = None if split == "test" else f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png"
-        self.add(split, stem, path, encoded(".png", image), label, mask)
-
-    def _cityscapes_rest(self):
-        write(self.root / "leftImg8bit/train/bern/._bern_000001_000019_leftImg8bit.png", b"a Mac's")
-        write(self.root / "leftImg8bit/train_extra/ulm/ulm_000000_000001_leftImg8bit.png", b"not to be read")
-
-    def _ade20k(self, split, i, image, mask):
-        long = {"train": "training", "val": "validation"}[split]
-        stem, top = f"ADE_{split}_{i + 1:08d}", "ADEChallengeData2016"
-        # A few of the images are grey.
-        content = encoded(".jpg", image[..., 0] if i == 1 else image)
-        self.add(split, stem, f"{top}/images/{long}/{stem}.jpg", content, f"{top}/annotations/{long}/{stem}.png", mask)
-
-    def _ade20k_rest(self):
-        write(self.root / "ADEChallengeData2016/annotations/training/._ADE_train_00000001.png", b"a Mac's")
-        for name in ("objectInfo150.txt", "sceneCategories.txt"):
-            write(self.root / "ADEChallengeData2016" / name, b"not to be read")
-
-    def _voc(self, split, i, image, mask):
-        top, stem = "VOCdevkit/VOC2012", f"200{7 + i}_000{'train val'.index(split)}32"
-        label = f"{top}/SegmentationClass/{stem}.png"
-        self.add(split, stem, f"{top}/JPEGImages/{stem}.jpg", encoded(".jpg", image), label, mask, palette_png)
-
-    def _voc_rest(self):
-        top = self.root / "VOCdevkit/VOC2012"
-        write(top / "JPEGImages/2008_000001.jpg", b"in no list")
-        write(top / "SegmentationObject/2007_000032.png", b"not to be read")
-        for split, found in self.images.items():
-            # Not in order, and one without the last line's end.
-            names = "\n".join(sorted(found, reverse=True)) + ("\n" if split == "train" else "")
-            write(top / f"ImageSets/Segmentation/{split}.txt", names.encode())
-
-    def _pet(self, split, i, image, mask):
-        stem = f"{'Abyssinian' if split == 'train' else 'yorkshire_terrier'}_{i + 1}"
-        content = encoded(".jpg", image)
-        if split == "test":
-            # Some .jpg files are PNG inside, with alpha.
-            content = encoded(".png", np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]))
-        self.add(split, stem, f"images/{stem}.jpg", content, f"annotations/trimaps/{stem}.png", mask)
-
-    def _pet_rest(self):
-        write(self.root / "images/Abyssinian_100.mat", b"not to be read")
-        write(self.root / "images/Abyssinian_34.jpg", b"GIF89a in no list")
-        write(self.root / "annotations/list.txt", b"#Image CLASS-ID SPECIES BREED ID\n")
-        write(self.root / "annotations/xmls/Abyssinian_1.xml", b"not to be read")
-        for split, found in self.images.items():
-            write(self.root / f"annotations/trimaps/._{next(iter(found))}.png", b"a Mac's")
-            lines = "".join(f"{name} 1 1 1\n" for name in found)
-            write(self.root / f"annotations/{'trainval' if split == 'train' else split}.txt", lines.encode())
-
-    def packed(self, to: Path) -> list[Path]:
-        """The official archives."""
-        return [pack(self.root, to / name, part) for name, part in ARCHIVES[self.name].items()]
-
-
-def pack(root: Path, archive: Path, part: str) -> Path:
-    """Folder `part` of `root` in a new archive, in the order of the disk, with what systems add."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr("README", "a readme")
-            file.mkdir(part)
-            for path in (root / part).rglob("*"):
-                file.write(path, path.relative_to(root))
-            file.writestr(f"__MACOSX/{part}/._x.png", "a Mac's")
-    else:
-        with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as file:
-            file.add(root / part, f"./{part}" if part == "images" else part)
-    return archive
 
 
 @pytest.fixture
 def few(monkeypatch):
     """The published numbers of images cut to those of `COUNTS`."""
-    for name in NAMES:
-        dataset = specs.DATASETS[name]
-        spec = dataclasses.replace(dataset.spec, splits=tuple(COUNTS[name].items()))
-        monkeypatch.setitem(specs.DATASETS, name, dataclasses.replace(dataset, spec=spec))
+    for name, dataset in few_images().items():
+        monkeypatch.setitem(specs.DATASETS, name, dataset)
 
 
 @pytest.fixture
@@ -196,7 +55,9 @@ def prepare(name, data: Path, *source: Path) -> builders.Prepared:
 
 
 def files_in(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """All files, except the one that says which other sources contain the same dataset."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != "sources.json")
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def records_in(prepared: builders.Prepared) -> dict[str, list[dict[str, bytes]]]:
@@ -410,6 +271,58 @@ def test_records_are_read_in_any_order_from_any_thread_and_after_pickling(name, 
             records[index]
 
 
+@pytest.mark.parametrize("name, split", [("voc", "train+val"), ("voc", "val + train"), ("pet", "test+train")])
+def test_a_sum_of_splits_has_the_images_of_each_in_its_order(name, split, few, tmp_path, data):
+    prepared = prepare(name, data, Made(tmp_path / "made", name).root)
+    parts = [part.strip() for part in split.split("+")]
+    loaded, records = [prepared.load(part) for part in parts], prepared.records(split)
+    names = [f"{part}_{stem}" for part, each in zip(parts, loaded, strict=True) for stem in each.names]
+    assert list(records.names) == names and len(set(names)) == len(records) == 5
+    np.testing.assert_array_equal(records.sizes, np.concatenate([each.sizes for each in loaded]))
+    whole = prepared.load(split)
+    assert list(whole.names) == names
+    expected = [
+        (each.images[i, :height, :width], each.labels[i, :height, :width])
+        for each in loaded
+        for i, (height, width) in enumerate(each.sizes)
+    ]
+    for copy in (records, pickle.loads(pickle.dumps(records)), records_of(whole)):
+        for i, pair in enumerate(expected):
+            for found, array in zip(copy[i], pair, strict=True):
+                np.testing.assert_array_equal(found, array)
+    assert repr(records) == " + ".join(
+        f"PreparedRecords({name} {part}, {len(prepared.records(part))} images)" for part in parts
+    )
+    # In memory and on disk, with the pixels of both.
+    counts = [sum(np.sum(label == k) for _, label in expected) for k in range(len(prepared.spec.label_names))]
+    for gigabytes, kind in ((1.0, specs.Split), (0.0, JoinedRecords)):
+        (opened,) = open_splits(name, [split], data_dir=data, resident_gb=gigabytes)
+        assert isinstance(opened.data, kind) and opened.pixel_counts().tolist() == counts
+
+
+@pytest.mark.parametrize(
+    "split, said",
+    [
+        (
+            "train+train",
+            "split 'train+train' contains train twice; name each split once; there are train 3, val 2, test 2",
+        ),
+        ("train+vla", "cityscapes has no split 'vla'; there are train 3, val 2, test 2"),
+        (
+            "train+",
+            "split 'train+' lacks a name next to a +; a sum of splits is written as in train+val; there are train 3",
+        ),
+        ("train+test", "cityscapes test has no published labels; use train or val"),
+    ],
+)
+def test_a_sum_that_cannot_be_opened_is_refused_with_the_splits_there_are(split, said, few, tmp_path, data):
+    prepare("cityscapes", data, Made(tmp_path / "made", "cityscapes").root)
+    for gigabytes in (0.0, 1.0):
+        with pytest.raises(builders.DataError) as error:
+            open_splits("cityscapes", [split, "val"], data_dir=data, resident_gb=gigabytes)
+        assert str(error.value).startswith(said)
+
+
 def test_sizes_and_names_need_no_decoding(few, tmp_path, data, monkeypatch):
     prepared = prepare("voc", data, Made(tmp_path / "made", "voc").root)
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
@@ -529,13 +442,18 @@ def test_a_source_that_may_have_changed_is_checked_from_the_start(few, tmp_path,
 
 
 def test_a_line_that_was_cut_spoils_none_that_follow(tmp_path):
-    first, second = (masks.Measured((i, 2), (3, 4)) for i in range(2))
+    first, second = (masks.Measured((i, 2), ((3, 4), (255, 1)), ("hash", None)) for i in range(2))
     for name, measured in (("a", first), ("b", second)):
         scratch = masks.Scratch(tmp_path / "scratch")
         with scratch.journal() as note:
             note("train", name, measured)
         with (tmp_path / "scratch/checked.jsonl").open("a") as file:
-            file.write('["train", "c", [1')
+            file.write('{"split": "train", "name": "c", "size": [1')
+    with (tmp_path / "scratch/checked.jsonl").open("a") as file:
+        # Of another version, of other types, of another length, too deep.
+        file.writelines(f"\n{line}" for line in ('["train", "d", [1, 2], [3]]', "{}", "7", "[" * 100_000))
+        file.write('\n{"split": "train", "name": "e", "size": [1, "2"], "values": [], "hashes": ["hash", null]}')
+        file.write('\n{"split": "train", "name": "f", "size": [1, 2, 3], "values": [], "hashes": ["hash", null]}')
     assert scratch.checked() == {("train", "a"): first, ("train", "b"): second}
 
 
@@ -724,7 +642,8 @@ def test_other_files_than_those_it_was_prepared_from_are_refused(few, tmp_path, 
 def test_without_a_source_it_says_what_is_needed(name, data):
     with pytest.raises(builders.DataError) as error:
         builders.prepare(name, source=None, data_dir=str(data))
-    for part in (f"{name} is not prepared yet", "--config.data.source=DIR", *ARCHIVES[name], "with the splits train"):
+    # Each command adds its own flag.
+    for part in (f"{name} is not prepared yet", *ARCHIVES[name], "with the splits train"):
         assert part in str(error.value)
 
 

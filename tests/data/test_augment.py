@@ -8,17 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from segjax.data import augment, specs
 from segjax.recipes import common
+from segjax.train.schema import default_config
+
+pytestmark = pytest.mark.one_python
 
 IGNORE = 255
 MEAN, STD = np.array(specs.IMAGENET_MEAN), np.array(specs.IMAGENET_STD)
 
 
-def settings_of(crop, *, scale=(1.0, 1.0), flip=0.0, photometric=False):
-    return ConfigDict(dict(crop=crop, scale=scale, flip=flip, photometric=photometric))
+def settings_of(crop, *, scale=(1.0, 1.0), flip=0.0, photometric=False, **others):
+    settings = default_config("folder").augment
+    settings.update(crop=crop, scale=scale, flip=flip, photometric=photometric, **others)
+    return settings
 
 
 def stored(images, labels, canvas=None, junk=0):

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.data import builders, codec, masks, specs
+from segjax.data import builders, codec, contents, masks, specs
+from segjax.data.sources import DataError
 
 REPO = Path(__file__).parents[2]
 CLASSES = {
@@ -372,8 +373,8 @@ def test_tfds_itself_reads_camvid_by_its_name(tiny_camvid, data):
 def test_camvid_not_prepared_and_without_a_source_says_what_to_pass(data):
     with pytest.raises(builders.DataError) as error:
         builders.prepare("camvid", source=None, data_dir=str(data))
+    # Each command adds its own flag.
     for part in (
-        "--config.data.source=DIR",
         "images/<split>",
         "labels/<split>",
         "classes.json",
@@ -476,20 +477,21 @@ REFUSED = {
         bad_mask(codec.PNG + png_header(7, 5) + chunk(b"IEND", b"")),
         ["labels/train/b.png: does not decode"],
     ),
-    "PNG beyond OpenCV's limits": (
+    "PNG of more pixels than are decoded": (
         bad_mask(codec.PNG + png_header(1 << 16, 1 << 16) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")),
-        ["labels/train/b.png: does not decode"],
+        ["masks of more than 178,956,970 pixels", "labels/train/b.png"],
     ),
-    "no picture": (bad_image(b"GIF89a, or so"), ["images/train/b.png: begins with b'GIF89a, '"]),
+    "no picture": (bad_image(b"<html>, or so"), ["images/train/b.png: begins with b'<html>, '"]),
+    "no whole GIF": (bad_image(b"GIF89a\5\0\7\0, or so"), ["images/train/b.png: is a damaged GIF"]),
     "EXIF orientation": (bad_image(turned_jpeg(random_image(1), 3)), ["EXIF", "images/train/b.png"]),
     "one stem twice": (
         lambda root: write(root / "images/train/b.jpg", jpeg(random_image(0))),
         ["nothing but the suffix", "images/train/b.jpg and b.png"],
     ),
     "other suffix": (lambda root: write(root / "images/train/c.bmp", b"BM"), ["images/train/c.bmp"]),
-    "JPEG suffix of a mask": (
-        lambda root: (root / "labels/train/b.png").rename(root / "labels/train/b.jpg"),
-        ["no .png files", "labels/train/b.jpg", "images without a mask"],
+    "no picture by suffix or content": (
+        lambda root: (remove("labels/train/b.png")(root), write(root / "labels/train/b.txt", b"0 1 2")),
+        ["neither by suffix nor inside", "labels/train/b.txt", "images without a mask", "images/train/b.png"],
     ),
     "directory in a split": (lambda root: (root / "images/train/city").mkdir(), ["images/train/city"]),
     "dangling link": (
@@ -512,9 +514,9 @@ REFUSED = {
         ["TFDS cannot name", "images/all", "labels/all"],
     ),
     "no classes.json": (remove("classes.json"), ["classes.json", "cannot be read: No such file"]),
-    "invalid JSON": (bad_classes(b'{"names": '), ["is no JSON", "line 1 column 11"]),
-    "JSON in no UTF-8": (bad_classes(b'{"names": ["\xff"]}'), ["is no JSON", "0xff"]),
-    "JSON of another kind": (bad_classes([1, 2]), ["is no object"]),
+    "invalid JSON": (bad_classes(b'{"names": '), ["not JSON", "line 1 column 10"]),
+    "JSON in no UTF-8": (bad_classes(b'{"names": ["\xff"]}'), ["not JSON", "unicode"]),
+    "JSON of another kind": (bad_classes([1, 2]), ["should be a valid dictionary, not [1, 2]"]),
     "no keys": (bad_classes({}), ['"names" is missing', '"colors" is missing', '"ignore" is missing']),
     "names no list": (with_classes(names="road"), ["\"names\" is missing or no list of strings: 'road'"]),
     "names no strings": (with_classes(names=["a", 1, "c"]), ['"names" is missing or no list of strings']),
@@ -595,7 +597,7 @@ def test_exif_that_turns_nothing_is_accepted(tree, data):
 
 
 @pytest.mark.parametrize("name, source, message", [
-    ("folder", None, "folder needs a source: pass --config.data.source=DIR (segjax train) or --source"),
+    ("folder", None, "folder needs a source, which holds images/<split>/x.jpg"),
     ("folder", "not/there", "folder: not/there is no directory"),
     ("camvid", "not/there", "camvid: not/there is no directory"),
     ("kitti", None, "no dataset 'kitti' to prepare; there are camvid, cityscapes, ade20k, voc, pet, folder"),
@@ -649,19 +651,45 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
     assert not list(data.rglob("*incomplete*")) and not list(data.rglob("*converting*"))
 
 
-def test_a_second_process_that_finishes_first_is_no_error(tree, data, monkeypatch):
-    records, inner = builders._records, []
+def test_a_second_process_waits_for_the_one_that_prepares_and_says_which_it_is(tree, data):
+    """The first stops while it writes, the second must wait; killed, the first frees the lock by its death."""
+    code = f"""
+import sys, time
+from segjax.data import builders
 
-    def records_with_a_rival(examples, what):
-        if what == "writing val" and not inner:
-            inner.append(None)
-            inner[0] = prepare(tree, data)
-        return records(examples, what)
+def records(examples, what, original=builders._records):
+    if sys.argv[1] == "first":
+        print("writes", file=sys.__stdout__, flush=True)
+        time.sleep(60)
+    return original(examples, what)
 
-    monkeypatch.setattr(builders, "_records", records_with_a_rival)
-    outer = prepare(tree, data)
-    assert outer == inner[0] and outer.load("train").names == ("a", "b")
-    assert not list(data.rglob("*incomplete*"))
+builders._records = records
+print(builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r}).splits, flush=True)
+"""
+
+    def start(which):
+        command = [sys.executable, "-c", code, which]
+        return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    with start("first") as first, start_after(first, start, "second") as second:
+        said = ""
+        while "waits for it" not in said:
+            line = second.stdout.readline()
+            assert line, said
+            said += line
+        assert f"process {first.pid} on {socket.gethostname()}" in " ".join(said.split())
+        assert not complete_datasets(data) and second.poll() is None
+        first.kill()
+        said += second.stdout.read()
+    assert "{'train': 2, 'val': 1}" in said, said
+    assert [path.name for path in data.rglob("*lock*")] == [] and len(complete_datasets(data)) == 1
+
+
+def start_after(first, start, which):
+    """A process that starts once the first has begun to write."""
+    while "writes" not in (line := first.stdout.readline()):
+        assert line, "ended before it wrote anything"
+    return start(which)
 
 
 def test_a_directory_in_the_place_of_the_data_is_refused(tree, data):
@@ -677,13 +705,12 @@ def test_a_directory_in_the_place_of_the_data_is_refused(tree, data):
 @pytest.fixture(scope="module")
 def camvid_source() -> Path:
     given = os.environ.get("SEGJAX_CAMVID")
-    root = Path(given) if given else REPO.parent / "shared" / "camvid"
-    if given and not root.is_dir():
-        pytest.fail(f"SEGJAX_CAMVID names {root}, where there is no folder")
-    if not root.is_dir():
+    if not given:
         # The dataset's licence is unclear, so that it cannot come with the repository.
-        pytest.skip(f"no CamVid at {root}; set SEGJAX_CAMVID to a folder with images/, labels/ and classes.json")
-    return root
+        pytest.skip("set SEGJAX_CAMVID to CamVid's folder, with images/, labels/ and classes.json")
+    if not Path(given).is_dir():
+        pytest.fail(f"SEGJAX_CAMVID names {given}, where there is no folder")
+    return Path(given)
 
 
 def test_camvid_is_prepared_and_read_back_as_published(camvid_source, data):
@@ -700,3 +727,27 @@ def test_camvid_is_prepared_and_read_back_as_published(camvid_source, data):
         mask = cv2.imread(str(camvid_source / f"labels/val/{name}.png"), cv2.IMREAD_UNCHANGED)
         np.testing.assert_array_equal(split.images[i], image)
         np.testing.assert_array_equal(split.labels[i], mask)
+
+
+@pytest.mark.parametrize("name", ["images/train/b.png", "labels/val/a.png"])
+def test_a_file_that_changes_between_the_check_and_the_writing_is_named_and_the_next_call_reads_it_anew(
+    name, tree, data, monkeypatch
+):
+    convert = masks.convert
+    new = png(random_mask(9)) if "labels" in name else png(random_image(9).reshape(5, -1), color_type=2)
+
+    def and_change(*arguments):
+        converted = convert(*arguments)
+        (tree / name).write_bytes(new)
+        return converted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "convert", and_change)
+        with pytest.raises(DataError) as error:
+            prepare(tree, data)
+    assert str(error.value) == f"{name} was changed while the dataset was prepared; run the same command again"
+    assert complete_datasets(data) == []
+    prepared = prepare(tree, data)
+    _, split, stem = Path(name).with_suffix("").parts
+    number = prepared.metadata["names"][split].index(stem)
+    assert contents.hash_of(new) in prepared.metadata["hashes"][split][number]

@@ -117,6 +117,7 @@ def test_evaluation_sees_every_image_once_in_order_and_fills_the_last_batch(numb
     split = make_split(number)
     seen = []
     for images, labels, numbers in evaluation_batches(split, batch_size=batch_size):
+        images, labels = np.stack(images), np.stack(labels)
         assert images.shape == (batch_size, 6, 9, 3) and labels.shape == (batch_size, 6, 9)
         assert 0 < len(numbers) <= batch_size
         np.testing.assert_array_equal(images[: len(numbers)], split.images[numbers])
@@ -133,6 +134,7 @@ def test_evaluation_sees_images_at_their_own_size_and_groups_equal_ones(batch_si
     split = make_split(8, sizes=sizes)
     seen, shapes = [], Counter()
     for images, labels, numbers in evaluation_batches(split, batch_size=batch_size):
+        images, labels = np.stack(images), np.stack(labels)
         shapes[images.shape[1:3]] += 1
         assert images.shape == (batch_size, *labels.shape[1:], 3)
         assert (images > 0).all() and (labels != 255).all()  # not a pixel of the storage's padding
@@ -143,3 +145,21 @@ def test_evaluation_sees_images_at_their_own_size_and_groups_equal_ones(batch_si
         seen += numbers.tolist()
     assert sorted(seen) == list(range(8))
     assert shapes == {size: -(-count // batch_size) for size, count in Counter(sizes).items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluation_batches_have_images_of_one_key_and_equal_sizes_together(batch_size):
+    sizes = [(6, 9), (4, 9), (6, 9), (6, 5), (4, 7), (6, 9), (4, 9), (5, 9)]
+    split, seen = make_split(8, sizes=sizes), []
+    for images, labels, numbers in evaluation_batches(split, batch_size=batch_size, key=lambda size: size[1] > 5):
+        assert len(images) == len(labels) == batch_size
+        assert len({size[1] > 5 for size in map(np.shape, labels)}) == 1
+        for image, label, number in zip(images, labels, numbers, strict=False):
+            assert image.shape == (*sizes[number], 3) and label.shape == sizes[number]
+        seen.append(numbers)
+    # Two keys of 1 and 7 images; those of one size follow each other.
+    assert len(seen) == {1: 8, 3: 4}[batch_size]
+    order = np.concatenate(seen).tolist()
+    assert sorted(order) == list(range(8))
+    in_order = [sizes[number] for number in order if sizes[number] != (6, 5)]
+    assert in_order == sorted(in_order)

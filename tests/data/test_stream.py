@@ -6,7 +6,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import cv2
 import jax
@@ -15,16 +14,27 @@ import pytest
 
 from configs import segformer
 from segjax.data import pipeline, specs
-from segjax.data.augment import Crops, augment, step_keys, window_size, with_origins
+from segjax.data.augment import augment, step_keys
+from segjax.data.crops import Crops, draw_crops, window_size, with_origins
 from segjax.data.pipeline import StreamBatches, TrainBatches, evaluation_batches
-from segjax.data.records import CachedRecords, RecordError, SplitRecords, load
+from segjax.data.records import CachedRecords, JoinedRecords, RecordError, SplitRecords, load
 from segjax.inference.evaluation import evaluate
 from segjax.runtime.parallel import JitParallel, parallel_for
 from segjax.train import setup
+from segjax.train.schema import default_config
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 SIZES = ((90, 70), (61, 133), (44, 40), (90, 133), (20, 33), (75, 75), (90, 70))
 PATIENCE = 30  # seconds after which something hangs
+
+
+def stripes(rng, size):
+    """A label (h, w) of noise in rectangles: most are mainly of class 0, and a few pixels are ignored."""
+    rows, columns = (np.arange(side) // 8 for side in size)
+    blocks = rng.choice(5, (rows[-1] + 1, columns[-1] + 1), p=(0.6, 0.1, 0.1, 0.1, 0.1))
+    label = blocks[rows][:, columns].astype(np.uint8)
+    label[rng.random(size) < 0.05] = SPEC.ignore_label
+    return label
 
 
 class Noise:
@@ -34,10 +44,7 @@ class Noise:
         rng = np.random.default_rng(seed)
         self.sizes = np.array(sizes, np.int32)
         self.names = tuple(f"image{i}.png" for i in range(len(sizes)))
-        self.pairs = [
-            (rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 5, size, dtype=np.uint8))
-            for size in sizes
-        ]
+        self.pairs = [(rng.integers(0, 256, (*size, 3), dtype=np.uint8), stripes(rng, size)) for size in sizes]
         self.broken, self.seconds = broken or {}, seconds
         self.reads, self.lock = np.zeros(len(sizes), int), threading.Lock()
 
@@ -53,15 +60,24 @@ class Noise:
         return fault or self.pairs[number]
 
 
-def settings_of(crop=(32, 40), scale=(0.5, 2.0), photometric=True):
-    return SimpleNamespace(crop=crop, scale=scale, flip=0.5, photometric=photometric)
+def settings_of(**changes):
+    settings = default_config("folder").augment
+    settings.update(dict(crop=(32, 40)) | changes)
+    return settings
 
 
 def stream(records, *, batch_size=4, seed=0, kind="jit", devices=1, settings=None, **options):
     parallel = parallel_for(kind, jax.devices()[:devices])
     settings, key = settings or settings_of(), jax.random.key(seed)
     return StreamBatches(
-        records, batch_size=batch_size, seed=seed, parallel=parallel, settings=settings, key=key, **options
+        records,
+        batch_size=batch_size,
+        seed=seed,
+        parallel=parallel,
+        settings=settings,
+        ignore_label=SPEC.ignore_label,
+        key=key,
+        **options,
     )
 
 
@@ -105,7 +121,16 @@ CASES = {
     "images reduced alone": settings_of(crop=(16, 20), scale=(0.3, 0.9), photometric=False),
     "one scale": settings_of(crop=(40, 24), scale=(1.0, 1.0), photometric=False),
     "a crop larger than any image": settings_of(crop=(200, 300), scale=(0.5, 1.7)),
+    "base size, reduced images, few scales": settings_of(base_size=(80, 30), scale=(0.5, 1.1), scale_step=0.2),
+    "crops without a class that dominates": settings_of(scale=(0.7, 1.6), cat_max_ratio=0.6),
+    "crops around rare classes": settings_of(scale=(0.7, 1.6), class_balance=0.7),
+    "rotation of crops larger than most images": settings_of(crop=(70, 90), scale=(0.6, 1.5), rotation=180.0),
+    "everything": settings_of(
+        base_size=(100, 60), cat_max_ratio=0.6, class_balance=0.3, rotation=20.0, photometric=False, brightness=10.0
+    ),
 }
+# Pixels of each class of `Noise`, whose last class is rare; 0.6 of the pixels of a crop have class 0.
+CLASS_PIXELS = np.array([60_000, 10_000, 8_000, 2_000, 300])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,12 +139,16 @@ def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
     split = load(records, ignore_label=255)
     augmented = jax.jit(
         lambda key, step, batch: augment(
-            step_keys(key, step, batch["position"])[0], batch, settings, ignore_label=SPEC.ignore_label
+            step_keys(key, step, batch["position"])[0],
+            batch,
+            settings,
+            ignore_label=SPEC.ignore_label,
+            class_pixels=CLASS_PIXELS,
         )
     )
     for seed in range(3):
         resident = TrainBatches(split, batch_size=5, seed=seed, parallel=JitParallel(jax.devices()[:1]))
-        with stream(records, batch_size=5, seed=seed, settings=settings) as streamed:
+        with stream(records, batch_size=5, seed=seed, settings=settings, class_pixels=CLASS_PIXELS) as streamed:
             for step in (*range(6), 1_000_003):
                 np.testing.assert_array_equal(streamed.indices(step), resident.indices(step))
                 one, other = (
@@ -130,10 +159,29 @@ def test_a_streamed_batch_is_the_resident_one_bit_for_bit(case):
                 assert {0, 1, 2, 3, 4} <= set(np.unique(one[1]).tolist())
 
 
+def test_a_streamed_sum_of_splits_is_the_resident_one_bit_for_bit():
+    larger = [(height + 17, width + 8) for height, width in SIZES[:3]]
+    records = JoinedRecords({"train": Noise(), "val": Noise(larger, seed=1)})
+    settings, split = settings_of(crop=(24, 32)), load(records, ignore_label=255)
+    augmented = jax.jit(
+        lambda key, step, batch: augment(step_keys(key, step, batch["position"])[0], batch, settings, ignore_label=255)
+    )
+    for seed in (0, 3):
+        resident = TrainBatches(split, batch_size=5, seed=seed, parallel=JitParallel(jax.devices()[:1]))
+        numbers = set()
+        with stream(records, batch_size=5, seed=seed, settings=settings) as streamed:
+            for step in range(4):
+                numbers |= set(streamed.indices(step).tolist())
+                pair = (augmented(jax.random.key(seed), step, batches.at(step)) for batches in (streamed, resident))
+                jax.tree.map(np.testing.assert_array_equal, *pair)
+        # Images of both splits.
+        assert numbers == set(range(len(SIZES) + 3))
+
+
 def test_no_more_than_a_window_of_a_large_image_is_sent():
     with stream(Noise(), settings=CASES["windows of larger images"]) as batches:
         batch = batches.at(0)
-    assert batch["image"].shape == (4, 46, 60, 3) and batch["label"].shape == (4, 46, 60)
+    assert batch["image"].shape == (4, 45, 59, 3) and batch["label"].shape == (4, 45, 59)
     with stream(Noise(), settings=CASES["a crop larger than any image"]) as batches:
         assert batches.at(0)["image"].shape == (4, 90, 133, 3)
 
@@ -151,7 +199,8 @@ def test_a_window_holds_every_pixel_that_its_crop_is_made_of(seed):
         room = np.maximum(scaled - settings.crop, 0)
         offset = np.where(rng.random((200, 2)) < 0.5, room, rng.integers(0, room + 1)).astype(np.int32)
         window = window_size(sizes, settings)
-        crops = with_origins(Crops(scaled, offset, np.zeros(200, bool), np.zeros((200, 2), np.int32)), sizes, window)
+        drawn = Crops(scaled, offset, np.zeros(200, bool), np.zeros(200, np.float32), np.zeros((200, 2), np.int32))
+        crops = with_origins(drawn, sizes, window, settings)
         for axis, length in enumerate(settings.crop):
             inside = np.minimum(length, scaled - offset)[:, axis]
             for target in (np.zeros_like(inside), inside - 1):
@@ -163,6 +212,48 @@ def test_a_window_holds_every_pixel_that_its_crop_is_made_of(seed):
                 assert (before >= crops.origin[:, axis]).all()
                 assert (after < crops.origin[:, axis] + window[axis]).all()
             assert (crops.origin >= 0).all() and (crops.origin <= np.maximum(sizes - window, 0)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rotation", [0.0, 25.0, 120.0])
+def test_a_window_holds_what_a_base_size_and_a_rotation_need(seed, rotation):
+    rng = np.random.default_rng(seed)
+    for _ in range(6):
+        crop = tuple(rng.integers(16, 300, 2).tolist())
+        base_size = tuple(rng.integers(40, 900, 2).tolist())
+        settings = settings_of(crop=crop, base_size=base_size, rotation=rotation, scale=(0.5, 2.0))
+        # Images of much different sizes, the ratio of whose sides differs little.
+        sizes = (rng.integers(30, 1500, (200, 1)) * rng.uniform(0.8, 1.2, (200, 2))).astype(np.int32)
+        keys = jax.random.split(jax.random.key(seed), 200)
+        drawn = jax.tree.map(np.asarray, draw_crops(keys, sizes, settings))
+        window = window_size(sizes, settings)
+        placed = with_origins(drawn, sizes, window, settings)
+        assert all(side <= largest for side, largest in zip(window, sizes.max(axis=0), strict=True))
+        for i in range(200):
+            lengths = np.minimum(crop, drawn.scaled[i] - drawn.offset[i])
+            half = (lengths - 1) / 2
+            # The border of the crop, turned in float64.
+            y, x = (np.linspace(-1, 1, 101) * side for side in half)
+            border = np.array(
+                [*[(y_, s * half[1]) for y_ in y for s in (-1, 1)], *[(s * half[0], x_) for x_ in x for s in (-1, 1)]]
+            )
+            cos, sin = np.cos(drawn.angle[i]), np.sin(drawn.angle[i])
+            turned = drawn.offset[i] + half + border @ np.array([[cos, sin], [-sin, cos]])
+            is_inside = ((turned >= -0.5) & (turned < drawn.scaled[i] - 0.5)).all(axis=1)
+            position = np.clip((turned[is_inside] + 0.5) * (sizes[i] / drawn.scaled[i]) - 0.5, 0, sizes[i] - 1)
+            if is_inside.any():
+                assert (np.floor(position).min(axis=0) >= placed.origin[i]).all()
+                last = np.minimum(np.floor(position).max(axis=0) + 1, sizes[i] - 1)
+                assert (last < placed.origin[i] + window).all()
+
+
+def test_windows_are_whole_images_only_where_a_base_size_shrinks_images():
+    settings = settings_of(crop=(512, 512), base_size=(2048, 512))
+    # Images of 512 pixels at half their size need all rows; larger ones more, smaller ones fewer than they have.
+    assert window_size(np.array([(512, 683)]), settings) == (512, 683)
+    assert window_size(np.array([(512, 2000)]), settings) == (512, 1029)
+    assert window_size(np.array([(512, 2000), (2100, 2800)]), settings) == (2100, 2800)
+    assert window_size(np.array([(512, 2000), (2100, 2800)]), settings_of(crop=(512, 512))) == (1029, 1029)
 
 
 @pytest.mark.parametrize("kind, devices", [("jit", 4), ("pmap", 4)])
@@ -278,7 +369,7 @@ def test_loading_and_evaluating_name_the_record_too(fault):
     records = Noise(broken={3: broken})
     for run in (
         lambda: load(records, ignore_label=255),
-        lambda: evaluate(lambda images: images[..., 0] % 5, records, SPEC, batch_size=2),
+        lambda: evaluate(lambda images: [image[..., 0] % 5 for image in images], records, SPEC, batch_size=2),
     ):
         with pytest.raises(RecordError, match=rf"(?s)image3\.png.*{message}"):
             in_time(run)
@@ -342,7 +433,7 @@ def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
     classes = {"names": list("abcde"), "colors": [[0, 0, k] for k in range(5)], "ignore": 255}
     (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))
     config = segformer.get_config("b0,folder")
-    config.data.update(source=str(tmp_path / "data"), dir=str(tmp_path / "prepared"))
+    config.data.update(source=str(tmp_path / "data"), dir=str(tmp_path / "prepared"), eval_split="test")
     config.augment.crop = (32, 48)
     parallel, key = JitParallel(jax.devices()[:1]), jax.random.key(config.seed)
     gigabytes = 4 * len(SIZES) * 90 * 133 / 1e9
@@ -351,7 +442,8 @@ def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
         config.data.resident_gb = limit
         training, _ = setup.load_data(config.data, seed=config.seed)
         assert training.pixel_counts().sum() == sum(height * width for height, width in SIZES)
-        feeding = dict(batch_size=3, seed=config.seed, parallel=parallel, key=key, start=4, cache_gb=0.0)
+        labels = dict(ignore_label=255, class_pixels=None)
+        feeding = labels | dict(batch_size=3, seed=config.seed, parallel=parallel, key=key, start=4, cache_gb=0.0)
         with setup.make_batches(training.data, config.augment, **feeding) as batches:
             assert type(batches) is kind
             batch = batches.at(4)
@@ -383,17 +475,18 @@ def test_evaluation_of_records_is_that_of_the_split(batch_size):
     split = load(records, ignore_label=255)
 
     def predict(images):
-        return images[..., 0] % 5
+        return [image[..., 0] % 5 for image in images]
 
     from_records, from_split = (
         evaluate(predict, data, SPEC, batch_size=batch_size, keep=(0, 4)) for data in (records, split)
     )
     np.testing.assert_array_equal(from_records[0], from_split[0])
-    assert from_records[0].dtype == np.int64 and from_records[0].sum() == np.prod(records.sizes, axis=1).sum()
+    labelled = sum(np.count_nonzero(label != SPEC.ignore_label) for _, label in records.pairs)
+    assert from_records[0].dtype == np.int64 and from_records[0].sum() == labelled
     assert sorted(from_records[1]) == [0, 4]
     for number, predicted in from_records[1].items():
         np.testing.assert_array_equal(predicted, from_split[1][number])
-        np.testing.assert_array_equal(predicted, predict(records.pairs[number][0]))
+        np.testing.assert_array_equal(predicted, records.pairs[number][0][..., 0] % 5)
 
 
 def test_evaluation_reads_a_few_batches_ahead_and_not_the_whole_split():

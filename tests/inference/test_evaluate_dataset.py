@@ -4,6 +4,7 @@ import json
 import logging
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,14 +13,15 @@ from segjax.checkpoints import orbax_folder
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.data.open import OpenSplit
+from segjax.inference import evaluate_dataset
 from segjax.inference.engine import Inference, predict_labels
 from segjax.models.functional import FunctionalModel
-from segjax.runtime.parallel import parallel_for
+from segjax.runtime import memory
 from tests import runs
 from tests.pixels import SPEC, Pixels, scene
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.one_python
 
 
 def split_of(seed, number, size):
@@ -87,17 +89,15 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(source, data, setti
         segjax.evaluate_dataset(source, data, **settings)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
 @pytest.mark.parametrize("family", ["segformer", "ocr", "segnext"])
-def test_labels_are_those_that_a_training_on_four_devices_computes(family, kind):
+def test_labels_on_four_devices_are_those_that_one_computes(family):
     model = tiny_model(2, family)
     images = np.random.default_rng(2).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
-    parallel, functional = parallel_for(kind), FunctionalModel(model)
-    assert len(parallel.devices) == 4
-    predict = parallel.compile_eval(partial(predict_labels, functional, normalise=normalise))
-    training = np.asarray(predict(*parallel.replicate(functional.arrays()), images))
-    found = Inference(model, batch=8).labels(images)
-    np.testing.assert_array_equal(found, training)
+    functional = FunctionalModel(model)
+    assert len(jax.devices()) == 4
+    plain = jax.jit(partial(predict_labels, functional, normalise=normalise))
+    found = np.stack(Inference(model, batch=8).labels(images))
+    np.testing.assert_array_equal(found, plain(*functional.arrays(), images))
     assert len(np.unique(found)) > 1
 
 
@@ -145,3 +145,24 @@ def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_pat
     assert any("other names in the checkpoint: 4 is 'purple', not 'violet'" in line for line in caplog.messages)
     with pytest.raises(ValueError, match="the classes of the model of other are not those of noise: 1 is 'green'"):
         segjax.evaluate_dataset(tmp_path / "2", opened)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"batch": 3}, "a batch of 3 images of 41x50 needs"),
+        ({"mode": "slide", "crop": (24, 32), "batch": 2}, "a batch of 2 crops of 24x32 needs"),
+    ],
+)
+def test_images_that_do_not_fit_into_memory_are_refused_by_the_largest_before_any_is_evaluated(
+    settings, words, tmp_path, monkeypatch
+):
+    opened = split_of(0, 4, (41, 50))
+    opened.data.sizes[:2] = 30, 20
+    # Enough for the small ones: a label takes a byte, and a score four.
+    monkeypatch.setattr(memory, "needed", lambda compiled: compiled.memory_analysis().output_size_in_bytes)
+    monkeypatch.setattr(memory, "limit", lambda *_, **__: 3 * 41 * 50 - 1)
+    monkeypatch.setattr(evaluate_dataset, "measure", None)
+    with pytest.raises(memory.TooLittleMemoryError, match=words):
+        segjax.evaluate_dataset(Pixels(5), opened, output=tmp_path / "report", **settings)
+    assert not (tmp_path / "report").exists()

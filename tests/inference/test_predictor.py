@@ -16,6 +16,7 @@ from segjax.checkpoints import metadata, orbax_folder, save
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.data import specs, streets
 from segjax.inference import predictor
+from segjax.inference.engine import Inference, Protocol
 from segjax.inference.images import as_rgb
 from segjax.inference.predictor import Predictor
 from segjax.train import loop
@@ -50,7 +51,7 @@ def test_labels_and_probabilities_are_those_of_the_scores(num_classes, seed):
     labels[0], probabilities[0] = 0, 0
 
 
-def test_a_real_model_predicts_what_its_upsampled_logits_say(quick_compile):
+def test_a_real_model_predicts_what_its_upsampled_logits_say():
     model = tiny_model(3)
     predict = segjax.Predictor(model)
     image = scene(3, 64, 96)
@@ -96,7 +97,7 @@ def test_what_is_no_image_is_refused_with_everything_that_is_wrong():
 
 
 @pytest.mark.parametrize("form", ["converted", "training", "safetensors"])
-def test_a_checkpoint_is_enough(form, tmp_path, quick_compile):
+def test_a_checkpoint_is_enough(form, tmp_path):
     model = tiny_model(5)
     place = tmp_path / "model"
     if form == "safetensors":
@@ -245,7 +246,7 @@ def test_several_scales_and_mirror_images_are_averaged():
 def test_an_image_that_is_too_large_as_a_whole_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(predictor, "LARGEST_WHOLE", 1000)
     image = scene(0, 32, 32)
-    for settings, word in (({}, "32x32 is"), ({"scales": (0.5, 2.0)}, "32x32 at scale 2")):
+    for settings, word in (({}, "32x32 is"), ({"scales": (0.5, 2.0)}, "32x32 that is resized to 64x64 is")):
         with pytest.raises(ValueError, match=rf"{word}.*1,000 pixels.*'slide'"):
             pixels(**settings)[1](image)
     model, predict = pixels(mode="slide", crop=(16, 16))
@@ -280,3 +281,22 @@ def test_segjax_brings_the_predictor_in_when_it_is_asked_for():
 def test_a_sliding_window_steps_by_three_quarters_of_the_crop_by_default():
     assert pixels(mode="slide")[1].protocol.stride == (384, 384)
     assert pixels(mode="slide", crop=(1024, 512))[1].protocol.stride == (768, 384)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_are_predicted_within_a_base_size_as_they_are_evaluated(batch):
+    model = tiny_model(4)
+    given = dict(base_size=(96, 64), size_divisor=32)
+    predict, inference = Predictor(model, batch=batch, **given), Inference(model, Protocol(**given))
+    for image in (scene(0, 20, 29), scene(1, 120, 90), scene(2, 64, 96)):
+        (expected,) = inference.labels([image])
+        np.testing.assert_array_equal(predict(image), expected)
+        np.testing.assert_allclose(predict.probabilities(image), inference.probabilities([image])[0], atol=1e-5)
+    # Another size of the input does make a difference.
+    assert (Predictor(model)(scene(1, 120, 90)) != predict(scene(1, 120, 90))).any()
+
+
+@pytest.mark.parametrize("given", [{"base_size": (96, 64)}, {"size_divisor": 32}])
+def test_images_are_either_padded_or_resized_to_multiples(given):
+    with pytest.raises(ValueError, match="omit it, or base_size and size_divisor"):
+        Predictor(tiny_model(0), pad_multiple=32, **given)

@@ -16,7 +16,7 @@ from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Stacks
 from tests.tiny import FAMILIES, abstract_family, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.one_python
 
 EXECUTIONS = {
     "scan": BlockExecution(scan_from=2),
@@ -58,7 +58,7 @@ class Row(nnx.Module):
         of_model, self.shape = ROWS[kind]
         self.blocks = of_model(tiny_model(0, family, dtype=jnp.float64, **DEEP[family]))
         self.call = CALLS.get(family, lambda block, x: block(x))
-        self.spec, self.size_multiple = None, 1
+        self.spec, self.size_multiple, self.align_corners = None, 1, False
         self.execution = layers.PLAIN
 
     def __call__(self, x):

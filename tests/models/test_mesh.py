@@ -21,8 +21,7 @@ from tests.tiny import FAMILIES, abstract_family, tiny_model
 
 LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0)
 LOSS |= dict(label_smoothing=0.0, focal_gamma=2.0, ohem_threshold=0.7, ohem_min_kept=0.1)
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+LOSS |= dict(ohem_images=0, mean_over="labelled", aux="same")
 
 
 def on_mesh(mesh, tree, *axes):

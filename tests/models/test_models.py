@@ -19,8 +19,6 @@ from segjax.models import segnext
 from segjax.models.functional import FunctionalModel
 from tests.tiny import FAMILIES, abstract_family, abstract_model, numpy_draws, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # What the published models hold at 19 classes, without NVlabs' unused conv_seg. Counted on the originals, but for plain
 # b1 to b4 (official without its BatchNorm, 2 C, and with a bias, C) and HRNet W32's heads (layer by layer).
 PARAMETERS = {
@@ -223,10 +221,12 @@ def test_an_unknown_setting_is_refused_with_those_that_exist(name):
         ("hrnet_w18", dict(stage_modules=(2, 1, 4, 3)), "stage_modules: the first stage has one module; got 2"),
         ("hrnet_w48_ocr", dict(stage_modules=(3, 1, 4, 3)), "the first stage has one module; got 3"),
         ("segnext_t", dict(ham_channels=48, depths=(1, 1, 1, 1)), "48 channels do not divide into 32 groups"),
-        ("segformer_b0", dict(drop_path_rate=1.0), r"drop_path_rate lies in \[0, 1\); got 1.0"),
-        ("segnext_t", dict(drop_path_rate=-0.1), r"drop_path_rate lies in \[0, 1\); got -0.1"),
-        ("segnext_t", dict(ham_rank=0), "ham_rank must be positive; got 0"),
-        ("segformer_b0", dict(depths=(2, 2, 0, 2)), r"depths must be positive; got \(2, 2, 0, 2\)"),
+        ("segformer_b0", dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\); got 1.0"),
+        ("segnext_t", dict(drop_path_rate=-0.1), r"drop_path_rate must be in \[0, 1\); got -0.1"),
+        ("segnext_t", dict(ham_rank=0), "ham_rank must be positive and at most 65536; got 0"),
+        ("segformer_b0", dict(decoder_dim=10**12), "decoder_dim must be positive and at most 65536; got 1000000000000"),
+        ("segformer_b0", dict(block_norm_eps=float("inf")), "block_norm_eps must be positive and at most 65536"),
+        ("segformer_b0", dict(depths=(2, 2, 0, 2)), r"depths must be positive and at most 65536; got \(2, 2, 0, 2\)"),
     ],
 )
 def test_settings_that_do_not_fit_one_another_are_refused(name, overrides, message):
@@ -436,9 +436,16 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
 # --------------------------------------------------------------------------------------------------- the two modes
 
 
+def differences(outputs):
+    """The largest difference between the samples of a batch, over the largest output."""
+    return np.abs(outputs - outputs[:1]).max() / np.abs(outputs).max()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_repeats_itself_in_evaluation_and_training_moves_its_statistics(family):
-    model, x = tiny_model(0, family, **RANDOM.get(family, ({},))[0]), images(0)
+def test_a_model_repeats_itself_in_evaluation_and_training_moves_its_statistics(family, float64):
+    # In float32 rounding looks like a difference: statistics of equal samples amplify it.
+    model = tiny_model(0, family, dtype=jnp.float64, **RANDOM.get(family, ({},))[0])
+    x = images(0, dtype=np.float64)
     before = statistics(model)
     assert bool(before) == (family not in WITHOUT_BATCH_NORM)
     # A new model is in evaluation mode.
@@ -446,8 +453,7 @@ def test_a_model_repeats_itself_in_evaluation_and_training_moves_its_statistics(
     assert np.array_equal(evaluated, call(model, x))
     # One image several times: samples differ only by what is drawn for each.
     copies = np.broadcast_to(x[:1], x.shape)
-    settled = np.asarray(call(model, copies))
-    np.testing.assert_allclose(settled, np.broadcast_to(settled[:1], settled.shape), rtol=0, atol=1e-5)
+    assert differences(np.asarray(call(model, copies))) < 1e-10
     unmoved = statistics(model)
     assert all(np.array_equal(before[name], unmoved[name]) for name in before)
 
@@ -455,14 +461,14 @@ def test_a_model_repeats_itself_in_evaluation_and_training_moves_its_statistics(
     trained = [np.asarray(call(model, copies)) for _ in range(4)]
     moved = statistics(model)
     assert [name for name in before if np.array_equal(before[name], moved[name])] == []
-    apart = [np.abs(output - output[:1]).max() for output in trained]
+    apart = list(map(differences, trained))
     if family not in RANDOM:
-        assert all(np.array_equal(trained[0], other) for other in trained[1:]) and max(apart) < 1e-5
+        assert all(np.array_equal(trained[0], other) for other in trained[1:]) and max(apart) < 1e-10
     else:
         _, per_sample = RANDOM[family]
         distinct = {output.tobytes() for output in trained}
         assert len(distinct) == 4 if per_sample else len(distinct) > 1
-        assert min(apart) > 1e-3 if per_sample else max(apart) < 1e-5
+        assert min(apart) > 1e-3 if per_sample else max(apart) < 1e-10
 
     model.eval()
     after = np.asarray(call(model, x))

@@ -145,7 +145,7 @@ FAULTS = {
     "raises when it is read": ("x = 1\n\n\nx / 0\n", ":4: ZeroDivisionError: division by zero"),
     "has no get_config": ("def config():\n    pass\n", ": defines no function get_config(argument)"),
     "has a get_config that is none": ("get_config = 3\n", ": defines no function get_config(argument)"),
-    "returns nothing": (START, ": get_config() returned NoneType, not an ml_collections.ConfigDict; start from"),
+    "returns nothing": (START, ": get_config() returned None, not an ml_collections.ConfigDict; start from"),
     "returns a dict": (START + "    return {'model': {}}\n", ": get_config() returned dict, not an ml_collections."),
     "returns half a config": (
         START + "    del config.optim\n    del config.train.steps\n    return config\n",
@@ -162,6 +162,8 @@ FAULTS = {
         START + "    config.train.steps = 1e5\n",
         ":5: TypeError: Could not override field",
     ),
+    "ends the process when it is read": ("import sys\nsys.exit(3)\n", ":2: SystemExit: 3"),
+    "ends the process": (START + "    raise SystemExit\n", ":5: SystemExit"),
     "fails deeper": (START + "    import json\n    json.loads('{')\n", ":6: Expecting property name"),
 }
 

@@ -3,7 +3,7 @@
 import errno
 import itertools
 import os
-import signal
+import resource
 import stat
 import subprocess
 import sys
@@ -31,13 +31,15 @@ def write_files(path, text):
     with atomic.replacing_files(path) as new:
         new.write_text(text)
         new.with_name(f"{path.name}.json").write_text(text)
+        new.with_name("below").mkdir()
+        (new.parent / "below" / "c.txt").write_text(text)
 
 
 WRITERS = {"file": atomic.write_text, "folder": write_folder, "files": write_files}
 RESULTS = {
     "file": lambda text: {"x": text},
     "folder": lambda text: {"x/inside/a.txt": text, "x/b.txt": text},
-    "files": lambda text: {"x": text, "x.json": text},
+    "files": lambda text: {"x": text, "x.json": text, "below/c.txt": text},
 }
 
 
@@ -50,7 +52,7 @@ def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, t
     assert {path.name for path in (tmp_path / "sub").iterdir()} == expected
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
 def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error, tmp_path):
     WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
@@ -72,6 +74,45 @@ def test_a_body_that_makes_nothing_is_an_error_and_the_old_folder_stays(tmp_path
     assert below(tmp_path) == RESULTS["folder"]("old")
 
 
+class ForeignError(Exception):
+    """As of safetensors, torch or tensorstore."""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("kind", [OSError, ForeignError])
+@pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
+def test_a_full_disk_is_an_error_of_the_target_whatever_writes_it(replacing, kind, number, tmp_path):
+    WRITERS[replacing.__name__.split("_")[1]](tmp_path / "x", "old")
+    before = below(tmp_path)
+    said = (number, os.strerror(number), ".x.part0/y") if kind is OSError else (f"I/O: {os.strerror(number)} (os)",)
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "x"):
+        raise kind(*said)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "x"))
+    assert below(tmp_path) == before
+
+
+@pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
+def test_an_error_without_a_reason_is_one_of_a_full_disk_only_where_nothing_more_can_be_written(replacing, tmp_path):
+    def fails():
+        with replacing(tmp_path / "x") as temporary:
+            if replacing is atomic.replacing_folder:
+                temporary.mkdir()
+                temporary /= "part"
+            temporary.write_bytes(bytes(1000))
+            raise ForeignError("enforce fail")
+
+    with pytest.raises(ForeignError):
+        fails()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            fails()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask, tmp_path):
     before = os.umask(mask)
@@ -84,54 +125,80 @@ def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask, tmp_
     assert modes == [0o666 & ~mask, 0o777 & ~mask, 0o666 & ~mask]
 
 
-# Writes the new version of KIND, and is killed by its own hand at the given one of the calls that change the disk.
-KILLED = """if True:
-    import os, pathlib, signal, sys
+# For each number on stdin, a child writes the new version of KIND and ends right before its operation on the disk of
+# that number, counted from 0. Prints the status of the child: 0 where it made fewer.
+DIES = """if True:
+    import os, pathlib, sys
     from tests.runtime import test_atomic
     from segjax.runtime import atomic
-    kind, target, moment = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
-    calls = 0
-    def counted(function):
-        def call(*arguments, **named):
-            global calls
-            if calls == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls += 1
-            return function(*arguments, **named)
-        return call
-    for name in ("replace", "rename", "fsync", "unlink", "close"):
-        setattr(os, name, counted(getattr(os, name)))
-    atomic._exchange = counted(atomic._exchange)
-    atomic._remove = counted(atomic._remove)
-    pathlib.Path.unlink = counted(pathlib.Path.unlink)
-    test_atomic.WRITERS[kind](target, "new")
-    print(calls)
+    _, kind, parent, can_exchange = sys.argv
+    def write(target, moment):
+        left = [moment]
+        def operation(event, arguments=()):
+            if event in CHANGES:
+                if left[0] == 0:
+                    os._exit(99)
+                left[0] -= 1
+        fsync, exchange = os.fsync, atomic._exchange
+        os.fsync = lambda handle: (operation("fsync"), fsync(handle))
+        atomic._exchange = lambda *names: (operation("exchange"), can_exchange == "True" and exchange(*names))[1]
+        sys.addaudithook(operation)
+        test_atomic.WRITERS[kind](target, "new")
+        os._exit(0)
+    CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fsync", "exchange"}
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            write(pathlib.Path(parent) / line.strip() / "x", int(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_one_whole(kind, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    found = set()
-    for moment in itertools.count():
-        target = tmp_path / str(moment) / "x"
-        WRITERS[kind](target, "old")
-        command = [sys.executable, "-c", KILLED, kind, str(target), str(moment)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        visible = {name: text for name, text in below(target.parent).items() if not name.startswith(".")}
-        if kind == "files":
-            # Two names cannot change at once: a companion may be missing, but none belongs to another version.
-            assert visible["x"] == visible.get("x.json", visible["x"])
-        else:
-            assert visible in (RESULTS[kind]("old"), RESULTS[kind]("new"))
-        found.add(visible["x" if kind != "folder" else "x/b.txt"])
-        # The next writer of the same target clears what the killed one has left.
-        WRITERS[kind](target, "third")
-        assert below(target.parent) == RESULTS[kind]("third")
-        if done.returncode == 0:
-            break
-    assert found == {"old", "new"} and moment >= 3
+@pytest.mark.parametrize("kind, can_exchange", [("file", True), ("folder", True), ("folder", False), ("files", True)])
+def test_a_writer_that_dies_at_any_operation_leaves_the_old_or_the_new_one_whole(kind, can_exchange, tmp_path):
+    environment, pipe = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, subprocess.PIPE
+    command = [sys.executable, "-c", DIES, kind, str(tmp_path), str(can_exchange)]
+    found, status = set(), 99
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1) as server:
+        for moment in itertools.count():
+            target = tmp_path / str(moment) / "x"
+            WRITERS[kind](target, "old")
+            server.stdin.write(f"{moment}\n")
+            status = int(server.stdout.readline())
+            assert status in (0, 99)
+            # Of two renames, readers undo the first.
+            atomic.recover(target)
+            visible = {name: text for name, text in below(target.parent).items() if not name.startswith(".")}
+            if kind == "files":
+                # Two names cannot change at once: a companion may be missing, but none belongs to another version.
+                assert set(visible.values()) == {visible["x"]}
+            else:
+                assert visible in (RESULTS[kind]("old"), RESULTS[kind]("new"))
+            found.add(visible["x" if kind != "folder" else "x/b.txt"])
+            # The next writer of the same target clears what the dead one has left.
+            WRITERS[kind](target, "third")
+            assert below(target.parent) == RESULTS[kind]("third")
+            if status == 0:
+                break
+        server.stdin.close()
+    assert found == {"old", "new"} and moment >= 5
+
+
+def test_a_folder_that_a_dead_writer_has_put_aside_is_there_for_a_writer_that_fails(tmp_path):
+    write_folder(tmp_path / "x", "old")
+    (tmp_path / ".x.part2").mkdir()
+    (tmp_path / "x").rename(tmp_path / ".x.part2" / "old")
+    with pytest.raises(ValueError), atomic.replacing_folder(tmp_path / "x"):
+        raise ValueError
+    assert below(tmp_path) == RESULTS["folder"]("old")
+
+
+def test_a_folder_that_a_living_writer_has_put_aside_stays_with_it(tmp_path):
+    with atomic.replacing_folder(tmp_path / "x") as new:
+        new.mkdir()
+        (new.parent / "old").mkdir()
+        atomic.recover(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -192,3 +259,15 @@ def test_linux_exchanges_two_folders_in_one_step(tmp_path):
     # ext4, XFS, Btrfs, tmpfs and overlays of them can; on another file system, give pytest a --basetemp that can.
     assert atomic._exchange(tmp_path / "a", tmp_path / "b")
     assert below(tmp_path) == {"a/b": "", "b/a": ""}
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "道" * 83 + ".png", "é" * 127])
+def test_a_name_as_long_as_file_systems_allow_is_written(name, tmp_path):
+    for text in ("old", "new"):
+        atomic.write_text(tmp_path / name, text)
+        assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == text
+    (tmp_path / name).unlink()
+    with atomic.replacing_folder(tmp_path / name) as folder:
+        folder.mkdir()
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / "a").read_text() == "new"

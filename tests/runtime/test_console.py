@@ -1,14 +1,20 @@
 """What commands print: wrapped prose, and the progress of a loop on a terminal and elsewhere."""
 
 import io
+import logging
+import os
 import sys
 import time
+import warnings
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from segjax.runtime import console, distributed
 from segjax.runtime.console import ProgressBar
+from segjax.train.progress import Meter, Progress
 
 
 class Clock:
@@ -172,3 +178,100 @@ def test_the_first_process_is_known_without_starting_jax(monkeypatch):
     assert not distributed.is_lead()
     monkeypatch.delitem(sys.modules, "jax")
     assert distributed.is_lead()
+
+
+# --------------------------------------------------------------------------------------------------- text from outside
+
+UNSEEN = {
+    "escape": "\x1b[2J",
+    "carriage return": "a\rb",
+    "tab": "a\tb",
+    "C1 control": "\x9b31m",
+    "line separator": "a\u2028b\x85c\x0bd",
+    "right-to-left override": "\u202egnp.exe",
+    "isolate": "\u2066a",
+    "zero width": "a\u200bb\u200dc\u2060\ufeff",
+    "filler": "\u3164",
+    "tag": "\U000e0041",
+    "bytes that are no text": os.fsdecode(b"caf\xe9"),
+    "lone surrogate": "\ud800",
+    "private use": "\ue000",
+}
+
+
+@pytest.mark.parametrize("text", UNSEEN.values(), ids=UNSEEN)
+def test_characters_that_steer_a_terminal_or_cannot_be_seen_are_escaped(text, capsys):
+    console.say(text)
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert printed.isprintable() and "\\" in printed
+    # Nothing is lost.
+    assert printed.encode("latin-1").decode("unicode_escape") == text
+
+
+@pytest.mark.parametrize("text", ["Straße", "道路", "🚗", "طريق", "e\u0301", "a\u00a0b", "C:\\x"])
+def test_letters_of_any_language_are_printed_as_they_are(text, capsys):
+    console.say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+@given(st.text(st.characters(exclude_categories=[]), max_size=60), st.integers(4, 30))
+def test_a_cell_of_a_table_has_its_width_whatever_the_name(name, width):
+    cell = console.cell(name, width)
+    assert console.columns(cell) == width and "\n" not in cell and console.printable(cell) == cell
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000_000, "道" * 1000, "é" * 300 + "\n" * 300])
+def test_a_long_name_is_shortened_in_its_middle(name):
+    text = console.one_line(name, most=31)
+    assert 29 <= console.columns(text) <= 31 and "…" in text and text[0] == name[0]
+
+
+def test_wide_letters_count_twice_where_text_is_wrapped(capsys):
+    console.say("道路 " * 40)
+    lines = capsys.readouterr().out.splitlines()
+    # A word and its space are five columns.
+    assert [console.columns(line) for line in lines] == [79, 79, 39]
+
+
+@pytest.mark.parametrize("encoding, printed", [("ascii", b"\\xe9 \\u9053"), ("latin-1", b"\xe9 \\u9053")])
+def test_what_a_terminal_cannot_encode_is_printed_as_escapes(encoding, printed):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console.say("é 道", to=terminal)
+    assert terminal.buffer.getvalue() == printed + b"\n"
+
+
+def test_a_bar_is_labelled_on_one_line(clock, capsys):
+    with ProgressBar("unpacking a\nb\x1b[2J", 9, "images") as progress:
+        clock.now = 20
+        progress.advance()
+    assert "unpacking a\\nb\\x1b[2J 1/9 images" in capsys.readouterr().out
+
+
+def test_warnings_of_libraries_go_to_a_log_and_their_errors_to_the_terminal_too(tmp_path, capsys):
+    with warnings.catch_warnings(), console.libraries_to(tmp_path / "log"):
+        warnings.simplefilter("always")
+        warnings.warn("a cache \x1b[2J\udc80", UserWarning, stacklevel=1)
+        logging.getLogger("absl").warning("slow %s", "read")
+        logging.getLogger("absl").info("nothing")
+        logging.getLogger("library").error("broken")
+    assert capsys.readouterr() == ("", "library: broken\n")
+    lines = [line.split(" ", 2)[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines == ["UserWarning: a cache \x1b[2J\\udc80", "absl: slow read", "library: broken"]
+    with console.libraries_to(tmp_path / "no folder" / "log"):
+        logging.getLogger("absl").warning("slow")
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "no folder").exists()
+
+
+def test_the_progress_of_a_training_moves_with_every_step_by_time_and_its_last_line_comes_once(clock, capsys):
+    Clock.now = 0.0
+    with Progress(0, 4) as bar:
+        meter = Meter(2)
+        for step in (1, 2, 3):
+            Clock.now += 6
+            bar.tick(step, meter)
+        Clock.now += 11
+        meter.lap(4, 0.0)
+        bar.show(4, 0.5, meter)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed] == ["step 2/4", "step 4/4"]
+    assert "loss 0.5000" in printed[-1]

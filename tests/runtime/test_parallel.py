@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from configs import segformer
 from segjax import layers, losses
 from segjax.data import specs
 from segjax.data.augment import augment, normalise
 from segjax.data.pipeline import TrainBatches
-from segjax.inference.engine import predict_labels
+from segjax.inference.engine import Inference
 from segjax.inference.evaluation import evaluate
 from segjax.kernels import choice
 from segjax.layers.drop import Drop
@@ -24,16 +23,17 @@ from segjax.models.functional import FunctionalModel
 from segjax.recipes import common
 from segjax.runtime.parallel import AXIS, JitParallel, PmapParallel, ShardMapParallel, parallel_for
 from segjax.train import optim
+from segjax.train.schema import default_config
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from tests.runs import functional_model
 from tests.tiny import SIZES, tiny_model
 
+pytestmark = pytest.mark.usefixtures("newer_emitters")
+
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 STEPS = 3
 AUX_WEIGHT = 0.4
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def make_split(number, size, seed):
@@ -101,7 +101,8 @@ KINDS = [("jit", 4), ("pmap", 4), ("shard_map", 4), ("jit", 1)]
 @functools.cache
 def trained(kind, devices, family="segformer"):
     """With everything random on; of SegFormer every augmentation, too."""
-    settings = ConfigDict(dict(crop=(32, 48), scale=(0.5, 2.0), flip=0.5, photometric=True))
+    settings = default_config("folder").augment
+    settings.update(crop=(32, 48), cat_max_ratio=0.75)
     everything = partial(augment, settings=settings, ignore_label=SPEC.ignore_label)
     parallel = parallel_of(kind, devices)
     functional = tiny_functional(parallel, family=family)
@@ -172,7 +173,7 @@ class Layers(nnx.Module):
         self.dropout = layers.Dropout2d(0.5, rngs=rngs)
         self.ham = segnext.Hamburger(32, 3, rngs=rngs, **kinds)
         self.pred = layers.Conv(32, 5, 1, rngs=rngs, **kinds)
-        self.spec, self.size_multiple = None, 1
+        self.spec, self.size_multiple, self.align_corners = None, 1, False
 
     def __call__(self, images):
         x = self.bn(self.conv(images.astype(self.conv.dtype)))
@@ -264,7 +265,7 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
 
         def __init__(self):
             self.bias = nnx.Param(jnp.array(logits))
-            self.spec, self.size_multiple = None, 1
+            self.spec, self.size_multiple, self.align_corners = None, 1, False
 
         def __call__(self, images):
             return jnp.broadcast_to(self.bias[...], (*images.shape[:3], 5)), {}
@@ -358,9 +359,9 @@ def test_evaluation_is_the_same_on_one_device_and_on_four(float64):
     for kind, devices in KINDS:
         parallel = parallel_of(kind, devices)
         functional = tiny_functional(parallel, seed=2)  # which predicts every class somewhere
-        params, batch_stats = parallel.replicate(functional.arrays())
-        predict = parallel.compile_eval(partial(predict_labels, functional, normalise=normalise))
-        results.append(evaluate(partial(predict, params, batch_stats), split, SPEC, batch_size=4, keep=(0, 4, 5)))
+        arrays = parallel.fetch(parallel.replicate(functional.arrays()))
+        inference = Inference(functional, devices=parallel.own_devices).with_arrays(arrays)
+        results.append(evaluate(inference.begin, split, SPEC, batch_size=4, keep=(0, 4, 5)))
     for confusion, kept in results:
         np.testing.assert_array_equal(confusion, results[0][0])
         assert sorted(kept) == [0, 4, 5]
@@ -391,7 +392,7 @@ def test_evaluation_counts_what_a_plain_loop_over_images_counts():
 def test_an_evaluation_split_without_images_is_refused_by_name():
     empty = specs.Split(*(array[:0] for array in make_split(1, (6, 9), 0)[:3]), ())
     with pytest.raises(ValueError, match="no image in the evaluation split of noise"):
-        evaluate(lambda images: images[..., 0], empty, SPEC, batch_size=3)
+        evaluate(lambda images: [image[..., 0] for image in images], empty, SPEC, batch_size=3)
 
 
 @pytest.mark.parametrize("kind, expected", [("jit", None), ("pmap", AXIS)])

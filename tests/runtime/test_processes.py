@@ -16,8 +16,6 @@ from tests import processes
 
 HERE = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def of_two():
@@ -45,7 +43,7 @@ def of_two():
 
 
 @pytest.fixture(scope="module")
-def of_one(quick_compile):
+def of_one():
     return processes.results(JitParallel(jax.devices()[:1]))
 
 

@@ -26,14 +26,15 @@ from segjax.checkpoints import metadata, orbax_folder
 from segjax.checkpoints.load import load
 from segjax.checkpoints.state_dict import named_variables
 from segjax.data import specs, streets
-from segjax.data.augment import draw_crops, normalise
+from segjax.data.augment import normalise
+from segjax.data.crops import draw_crops
 from segjax.data.open import OpenSplit
 from segjax.inference import evaluation
-from segjax.inference.engine import labels_of
+from segjax.inference.engine import Protocol, labels_of
 from segjax.kernels import choice
 from segjax.models.functional import params_sha256
 from segjax.recipes import common
-from segjax.runtime import console
+from segjax.runtime import console, lock
 from segjax.train import loop, optim, setup
 from segjax.train.config import RunError, check, check_crop
 from segjax.train.progress import Meter, Progress, StopRequest, describe, report
@@ -56,11 +57,9 @@ from tests.tiny import FAMILIES, SIZES, numpy_draws
 REPO = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compile):
+def finished(tmp_path_factory):
     """A run of six steps without interruption: (folder, exit status, what it printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     return workdir, *run(make_config(eval__pictures=3), workdir)
@@ -133,9 +132,11 @@ def test_the_result_says_what_was_reached_and_with_which_settings(finished):
         "stopped_early",
         "best",
         "images_per_second",
+        "protocol",
         "config",
         "params_sha256",
     }
+    assert result["protocol"] == {"mode": "whole", "scales": [1.0], "flip": False, "size_divisor": 1}
     assert result["step"] == STEPS and result["images_per_second"] > 0 and result["stopped_early"] is False
     assert result["best"] == {"step": STEPS, "mean_iou": result["mean_iou"]}
     assert result["config"] == json.loads(json.dumps(make_config(eval__pictures=3).to_dict()))
@@ -178,13 +179,14 @@ def test_a_run_says_what_it_does_in_lines_of_80_columns(finished):
     lines = printed.replace(str(workdir), "runs/name").splitlines()
     assert [line for line in lines if len(line) > 80] == []
     for phrase in (
-        "model    segformer_b0, ",
-        "data     streets",
+        "model      segformer_b0, ",
+        "data       streets",
         "to train on (train), 5 to evaluate (val)",
         "19 classes",
-        "steps    6 of 4 crops of 32x48, adamw",
-        "device   4 x cpu, jit",
-        "workdir  runs/name",
+        "steps      6 of 4 crops of 32x48, adamw",
+        "evaluation whole images",
+        "device     4 x cpu, jit",
+        "workdir    runs/name",
         "step 6/6  loss ",
         "evaluating on 5 images (val)",
         "vegetation",
@@ -321,7 +323,7 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(has_pmap
         signal_before(patch, 2)
         assert run(make_config(), tmp_path / "mixed")[0] == 130
     status, printed = run(make_config(parallel="pmap"), tmp_path / "mixed")
-    assert status == 0 and "resuming at step 3 of 6" in printed and "device   4 x cpu, pmap" in printed
+    assert status == 0 and "resuming at step 3 of 6" in printed and "device     4 x cpu, pmap" in printed
     mixed, expected = result_of(tmp_path / "mixed"), result_of(tmp_path / "jit")
     for same in ("params_sha256", "mean_iou", "per_class_iou"):
         assert mixed[same] == expected[same]
@@ -363,7 +365,7 @@ def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(loopless, 
 
 
 @pytest.fixture(scope="module")
-def loopless(tmp_path_factory, quick_compile):
+def loopless(tmp_path_factory):
     """Settings of a model with a long row of blocks, and what a run without a loop over them leaves."""
     # Adam with its usual eps takes steps of full size from gradients that are rounding alone.
     changes = dict(model__depths=(1, 7, 1, 1), train__ema=0.4, eval__every=3, optim__eps=1e-3)
@@ -466,7 +468,8 @@ def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_
         "  config.model.decoder_dim",
         "  config.optim.lr",
         "  dataset.ignore_label",
-        "  dataset.name",
+        # Not the name: a folder that was moved is the same dataset.
+        "  --config.data.changed=accept goes on with the classes as they are now",
     ]
     assert contents(workdir) == before
 
@@ -489,7 +492,7 @@ def no_data(monkeypatch):
 
 
 BAD = {
-    "train.batch": (6, "6; does not divide among 4 devices"),
+    "train.batch": (6, "6; does not divide among 4 devices: 4 or 8 images do, or 3 devices"),
     "eval.batch": (0, "0; must be at least 1"),
     "augment.crop": ((8, 64), r"\(8, 64\); must be \(height, width\), each at least 32"),
     "augment.scale": ((2.0, 0.5), r"\(2.0, 0.5\); must be \(smallest, largest\)"),
@@ -751,7 +754,7 @@ def test_what_a_finished_run_has_evaluated_counts_when_it_goes_on(tmp_path, monk
 
 
 @pytest.fixture(scope="module")
-def averaged(tmp_path_factory, quick_compile):
+def averaged(tmp_path_factory):
     """A run that keeps an average, with every state of it."""
     workdir = tmp_path_factory.mktemp("averaged") / "run"
     config = make_config(train__ema=0.4, eval__every=3, checkpoint__every=1, checkpoint__keep=STEPS)
@@ -851,6 +854,7 @@ def test_on_a_terminal_progress_is_one_bar_of_80_columns(monkeypatch):
 )
 def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsys):
     config = segformer.get_config(f"b5,{dataset}")
+    config.augment.crop, config.train.steps = (512, 512), 3000
     workdir = loop.default_workdir(config)
     names = tuple(f"class {k}" for k in range(150))
     spec = {"streets": specs.STREETS, "camvid": specs.CAMVID}.get(
@@ -862,12 +866,17 @@ def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsy
     )
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
     steps = setup.summary_of_steps(config.train, config.augment, config.optim, padding=0.25)
-    summary = setup.summary(workdir, *splits, model, parallel, dtype=config.model.dtype, data=config.data, steps=steps)
-    describe(summary, start=1000, steps=config.train.steps)
+    protocol = Protocol("slide", (1024, 1024), scales=(0.75, 1.25), flip=True, size_divisor=32, base_size=(2048, 1024))
+    begins = "segformer.b5.640x640.ade.160k.pth: encoder and decoder, classifier random (150 classes there, 11 here)"
+    summary = setup.summary(workdir, *splits, model, parallel, config, begins=begins, steps=steps, protocol=protocol)
+    describe(
+        summary, ["a class has no pixel in train and cannot be learned: " + "bicyclist " * 9], start=1000, steps=3000
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []
-    assert f"workdir  runs/segformer-b5-{dataset}" in lines
-    assert f"resuming at step 1000 of {config.train.steps}" in lines
+    assert f"workdir    runs/segformer-b5-{dataset}" in lines
+    assert any(line.startswith("evaluation sliding window of 1024x1024 every 768x768, resized") for line in lines)
+    assert "resuming at step 1000 of 3000" in lines and any(line.startswith("warning: a class") for line in lines)
     assert any("(25% padding)" in line for line in lines)
 
 
@@ -881,10 +890,48 @@ def test_the_table_of_classes_shows_every_class_and_fits_80_columns(num_classes,
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     for name in names if num_classes > 1 else ("background", *names):
-        assert name[:20] in printed
+        assert console.cell(name, 20) in printed
     for iou in ious[:-1]:
         assert f"{iou:.4f}" in printed
     assert "mIoU 0.5000   pixel accuracy 0.2500   step 7" in printed
+
+
+def test_a_second_run_in_a_workdir_is_refused_before_it_changes_anything(tmp_path):
+    config = make_config()
+    with lock.held(tmp_path / "run" / loop.LOCK, what="the first"):
+        before = contents(tmp_path)
+        with pytest.raises(lock.HeldError, match=f"run is being written by process {os.getpid()} .*another --workdir"):
+            run(config, tmp_path / "run")
+        assert contents(tmp_path) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("compile_step", RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")),
+        ("build", MemoryError()),
+    ],
+)
+def test_a_run_without_enough_memory_names_the_settings_that_need_less(where, error, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    if where == "compile_step":
+        monkeypatch.setattr(setup, "build", lambda *_: (SimpleNamespace(summary={}, warnings=[], first=0, steps=6), 0))
+    monkeypatch.setattr(setup, where, fails)
+    with pytest.raises(RunError, match="not enough memory") as caught:
+        run(make_config(), tmp_path / "run")
+    for name in ("train.accumulate", "train.remat", "model.dtype=bfloat16", "train.batch", "augment.crop"):
+        assert f"--config.{name}" in str(caught.value)
+
+
+def test_a_step_that_needs_more_than_there_is_is_refused_before_it_runs(monkeypatch):
+    monkeypatch.setattr(setup.memory, "limit", lambda *_, **__: 1000)
+    step = jax.jit(lambda state, batch, key: state + 1)
+    parallel = SimpleNamespace(own_devices=jax.local_devices()[:1])
+    with pytest.raises(RunError, match=r"a step needs .* the device has 0.0 MiB"):
+        setup._compiled(step, (np.zeros((30, 40), np.float32), 0, 0), parallel)
 
 
 def test_a_first_ctrl_c_asks_and_a_second_one_stops_at_once():

@@ -175,3 +175,38 @@ def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monk
         monkeypatch.setattr(tensorboardX.RecordWriter, "flush", full)
         with pytest.raises(OSError, match="No space left"):
             write(log, 1)
+
+
+ODD = (
+    *('{"step": null}', '{"step": "x"}', '{"step": true}', '{"step": 1.5}', "{}", "[1]", "3", "not JSON", "{"),
+    *('{"step": 1, "loss": "low"}', '{"step": 1, "loss": []}', '{"step": 1, "iou": {"road": [1]}}', "[" * 100_000),
+    *("\x00", '{"loss": 1.0}', '{"step": 1, "loss": ' + "9" * 5000 + "}"),
+)
+
+
+def test_odd_lines_of_a_log_are_passed_over_and_counted(tmp_path, capsys):
+    good = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "iou": {"road": None, "sky": 0.5}}]
+    lines = [json.dumps(good[0]), *ODD, json.dumps(good[1]), "", '{"step": 3, "lo']
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
+    with Log(tmp_path, 5, evaluated=True) as log:
+        assert log.records == good
+    assert lines_of(tmp_path) == good
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"metrics.jsonl: {len(ODD)} of {len(lines) - 1} lines are no records" in printed
+
+
+def test_a_line_that_was_cut_off_is_no_reason_for_a_word(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    with Log(tmp_path, 5, evaluated=True) as log:
+        assert log.records == [{"step": 1, "loss": 0.5}]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["\udc80bytes", "a\nb", "\ud800", "道路"])
+def test_names_from_outside_are_tags_of_tensorboard(name, tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    with Log(tmp_path, 0, evaluated=False) as log:
+        log.write({"step": 1, "iou": {name: 0.5}})
+        log.picture(1, name, pixels, pixels[..., 0], pixels[..., 0], SPEC)
+    tags = sorted(events_of(tmp_path))
+    assert [tag.partition("/")[0] for tag in tags] == ["iou", "predictions"] and all(map(str.isprintable, tags))

@@ -19,8 +19,6 @@ from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from tests.tiny import Net, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # A layer deep inside, what must grow for it to be the first that overflows, and the layer that is to be named.
 DEEP = {
     "segformer": ("backbone.block3.0.mlp.fc2.kernel", "backbone.block3.0.mlp.fc2"),
@@ -53,12 +51,17 @@ class Changed:
 
     inner: losses.Criterion
     change: object
+    group: int = 1
+
+    @property
+    def auxiliary(self):
+        return self
 
     def counts(self, labels):
         return self.inner.counts(labels)
 
-    def total(self, logits, labels, counts):
-        return self.inner.total(logits, labels, counts) + self.change(logits)
+    def total(self, logits, labels, counts, *, align_corners):
+        return self.inner.total(logits, labels, counts, align_corners=align_corners) + self.change(logits)
 
 
 def asked(

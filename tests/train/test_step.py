@@ -1,12 +1,12 @@
 """One update: micro-batches, frozen parts, the moving average, and steps that are skipped or end the run."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from segjax import layers, losses
 from segjax.data.augment import normalise
@@ -20,7 +20,7 @@ from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from tests.tiny import Net, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("newer_emitters")
 
 K = 5
 
@@ -205,6 +205,72 @@ def test_micro_batches_are_every_sample_once_with_a_key_of_their_own(accumulate)
     assert len({np.asarray(key).tobytes() for key in jax.random.key_data(keys)}) == accumulate
 
 
+class TwoHeads(nnx.Module):
+    """A model with auxiliary logits and aligned corners, without BatchNorm: (B, H, W, 3) -> (B, H/4, W/4, K)."""
+
+    def __init__(self):
+        settings = dict(kernel_init=layers.fan_in_init, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        self.stem = layers.Conv(3, 6, 4, stride=4, **settings)
+        self.head, self.aux_head = layers.Conv(6, K, 1, **settings), layers.Conv(6, K, 1, **settings)
+        self.spec, self.size_multiple, self.align_corners = None, 1, True
+        self.eval()
+
+    def __call__(self, images):
+        features = jax.nn.relu(self.stem(images))
+        return self.head(features), {"aux_logits": self.aux_head(features)}
+
+
+@functools.cache
+def of_groups(kind, devices, accumulate):
+    """Two steps with hard pixels of groups of two of eight images, and another loss of auxiliary logits."""
+    loss = dict(ohem=1.0, dice=0.3, ohem_images=2, ohem_threshold=0.15, ohem_min_kept=0.1, aux="cross_entropy")
+    criterion = criterion_of(class_weights=LOSS["class_weights"], cross_entropy=0.5, **loss)
+    step, state = make_step(TwoHeads(), criterion=criterion, accumulate=accumulate)
+    return run(step, state, [make_batch(seed) for seed in (3, 4)], parallel=parallel_for(kind, jax.devices()[:devices]))
+
+
+@pytest.mark.parametrize("kind, devices, accumulate", [("jit", 1, 4), ("jit", 2, 2), ("pmap", 2, 2), ("pmap", 4, 1)])
+def test_hard_pixels_of_groups_depend_on_neither_devices_nor_micro_batches(kind, devices, accumulate, float64):
+    expected_states, expected_scalars = of_groups("jit", 1, 1)
+    states, scalars = of_groups(kind, devices, accumulate)
+    assert_close(states, expected_states)
+    assert_close(scalars, expected_scalars)
+    assert changed(expected_states[0].params, expected_states[-1].params) == set(expected_states[0].params)
+
+
+def test_auxiliary_logits_have_their_own_loss_and_counts_and_the_corners_of_the_model(float64):
+    _, scalars = of_groups("jit", 1, 1)
+    model, batch = TwoHeads(), make_batch(3)
+    logits, taps = model(normalise(batch["image"]).astype(float))
+    weights, size = np.array(LOSS["class_weights"]), (32, 40)
+    scores, auxiliary = (
+        np.asarray(layers.resize(each, size, align_corners=True)) for each in (logits, taps["aux_logits"])
+    )
+
+    def of_pixels(scores):
+        negative_log = jax.nn.logsumexp(scores, axis=-1)[..., None] - scores
+        return np.take_along_axis(np.asarray(negative_log), np.minimum(labels, K - 1)[..., None], axis=-1)[..., 0]
+
+    labels = batch["label"]
+    valid, weight = labels != 255, weights[np.minimum(labels, K - 1)]
+    loss = of_pixels(scores)
+    expected = 0.5 * (weight * loss)[valid].sum() / weight[valid].sum()
+    expected += 0.4 * (weight * of_pixels(auxiliary))[valid].sum() / weight[valid].sum()
+    means = []
+    for group in range(0, 8, 2):
+        chosen = np.zeros_like(valid)
+        chosen[group : group + 2] = valid[group : group + 2]
+        probabilities = np.exp(-loss[chosen])
+        limit = max(0.15, np.sort(probabilities)[min(round(0.1 * 2 * 32 * 40), len(probabilities) - 1)])
+        means.append((weight * loss)[chosen][probabilities < limit].mean())
+    expected += np.mean(means)
+    probability, truth = np.asarray(jax.nn.softmax(scores)), np.eye(256)[labels][..., :K]
+    overlap, squares = (probability * truth).sum((1, 2)), (probability**2 * valid[..., None]).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / (squares + truth.sum((1, 2)) + 1)
+    expected += 0.3 * dice[valid.any((1, 2))].mean()
+    np.testing.assert_allclose(scalars[0]["loss"], expected, rtol=1e-12)
+
+
 def batch_norm_by_hand(model, images, momentum=0.1):
     """Mean and variance that the BatchNorm of `Net` would keep after each of several micro-batches, one by one."""
     mean, var = np.zeros(6), np.ones(6)
@@ -377,21 +443,16 @@ def test_one_more_than_may_be_skipped_stops_the_training_with_the_state_before_i
     assert np.isfinite(scalars[-1]["loss"]) and not np.isfinite(scalars[last]["loss"])
 
 
-@dataclasses.dataclass(frozen=True)
-class InfiniteSlope:
+class InfiniteSlope(losses.Criterion):
     """Adds a zero whose gradient is not a number."""
 
-    inner: losses.Criterion
-
-    def counts(self, labels):
-        return self.inner.counts(labels)
-
-    def total(self, logits, labels, counts):
-        return self.inner.total(logits, labels, counts) + jnp.sum(jnp.sqrt(0 * logits))
+    def total(self, logits, labels, counts, *, align_corners=False):
+        total = super().total(logits, labels, counts, align_corners=align_corners)
+        return total + jnp.sum(jnp.sqrt(0 * logits))
 
 
 def test_a_gradient_that_is_not_finite_is_no_better_than_such_a_loss():
-    step, state = make_step(Net(0, jnp.float32), criterion=InfiniteSlope(criterion_of()), may_skip=3)
+    step, state = make_step(Net(0, jnp.float32), criterion=InfiniteSlope(**vars(criterion_of())), may_skip=3)
     states, (scalars,) = run(step, state, [make_batch(0)])
     assert np.isfinite(scalars["loss"]) and not np.isfinite(scalars["gradient_norm"])
     assert_same(rest(states[1]), rest(states[0]))

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import html
 import json
 import math
@@ -17,6 +18,7 @@ import pytest
 from segjax import metrics
 from segjax.data import specs
 from segjax.viz import report
+from tests.runs import contents
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # The third occurs nowhere; a name could end the script or be taken for a tag.
@@ -136,6 +138,20 @@ def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkey
     with pytest.raises(OSError, match="power cut"):
         report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="second", **arguments)
     assert (tmp_path / "index.html").read_bytes() == before
+
+
+def test_a_report_that_cannot_be_written_whole_leaves_every_file_of_the_older_one(tmp_path, monkeypatch):
+    arguments = dict(facts={}, metadata={})
+    report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
+    before = contents(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report.pictures, "save_prediction", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        report.write(tmp_path, 2 * CONFUSION, SPEC, SHOWN[:1], title="second", **arguments)
+    assert caught.value.filename == str(tmp_path / "index.html") and contents(tmp_path) == before
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -318,3 +334,35 @@ def test_the_filter_shows_the_images_with_a_class_and_how_well_it_is_found_there
     expected = [f"{shown.name}IoU {iou:.4f}" for shown, iou in zip(SHOWN, ious, strict=False)]
     assert visited["filtered"] == expected
     assert visited["note"].startswith("2 of 3")
+
+
+HOSTILE = (
+    "</script><script>alert(1)",
+    "<!--",
+    "&amp;",
+    "\u2028",
+    "\u202eevil",
+    "a\nb",
+    "\udc80",
+    "x" * 5000,
+    "$x^$",
+    "道路",
+)
+
+
+def test_names_from_outside_cannot_break_the_page_or_the_tables(tmp_path):
+    number = len(HOSTILE)
+    spec = specs.DatasetSpec("noise", HOSTILE, ((9, 9, 9),) * number, 255)
+    shown = [make_shown(seed, (30, 50), labels=(0, 1, 3))._replace(name=name) for seed, name in enumerate(HOSTILE)]
+    confusion = sum(count(one, number) for one in shown)
+    report.write(tmp_path, confusion, spec, shown, title=HOSTILE[0], facts={"checkpoint": HOSTILE[4]}, metadata={})
+    data, text = page_data(tmp_path), (tmp_path / "index.html").read_text()
+    assert text.count("<script") == 2 and "\u2028" not in text
+    names = [entry["class"] for entry in data["classes"]] + [image["name"] for image in data["images"]]
+    for name in (*names, data["title"], *dict(data["facts"]).values()):
+        assert name.isprintable() and len(name) <= 100
+    assert names[:number] == names[number:] and names[4] == "\\u202eevil" and names[-1] == "道路"
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        read = [row["class"] for row in csv.DictReader(file)]
+    assert read == [name.replace("\udc80", "\\udc80") for name in HOSTILE]
+    assert [entry["class"] for entry in json.loads((tmp_path / "results.json").read_text())["classes"]] == list(HOSTILE)

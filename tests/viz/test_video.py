@@ -1,5 +1,7 @@
 """Videos keep their frames, their order and their times; what is drawn has the classes' colours."""
 
+import os
+import shutil
 from fractions import Fraction
 
 import av
@@ -17,7 +19,7 @@ MODEL = Pixels(5)
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
-    monkeypatch.setattr("segjax.checkpoints.load.load", lambda path: LoadedCheckpoint(MODEL, SPEC, {}))
+    monkeypatch.setattr("segjax.checkpoints.load.load", lambda path, weights: LoadedCheckpoint(MODEL, SPEC, {}))
     monkeypatch.setattr("segjax.runtime.environment.prepare", lambda: None)
 
 
@@ -221,3 +223,133 @@ def test_the_colours_of_a_video_are_those_of_the_classes(tmp_path):
     for k, color in enumerate(SPEC.colors):
         middle = shown[16:48, 64 * k + 16 : 64 * k + 48].reshape(-1, 3).mean(axis=0)
         np.testing.assert_allclose(middle, color, atol=4)
+
+
+def cut(source, path, share):
+    data = source.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_video_that_ends_before_its_header_says_is_written_and_named(suffix, tmp_path, capsys):
+    codec = "mpeg4" if suffix == ".avi" else "libx264rgb"
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(30)]
+    whole = film(tmp_path / f"whole{suffix}", frames, codec=codec)
+    if suffix == ".mp4":
+        # The header comes first, as for the web.
+        with (
+            av.open(str(whole)) as container,
+            av.open(str(tmp_path / "web.mp4"), "w", options={"movflags": "+faststart"}) as output,
+        ):
+            stream = output.add_stream_from_template(container.streams.video[0])
+            for packet in container.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    output.mux(packet)
+        whole = tmp_path / "web.mp4"
+    assert run(whole, "--output", tmp_path / "out", "--write", "labels") == 0
+    assert "30 frames" in capsys.readouterr().out
+    short = cut(whole, tmp_path / f"short{suffix}", 0.6)
+    assert run(short, "--output", tmp_path / "out", "--write", "labels", "overlay") == 1
+    said = capsys.readouterr()
+    written = len(list((tmp_path / "out" / "labels" / short.name).iterdir()))
+    assert 5 < written < 25
+    assert f"wrote 1 video of {written} frames" in said.out
+    assert f"short{suffix}: ends early: it has {written} frames" in " ".join(said.err.split())
+    assert len(seen(tmp_path / "out" / "overlay" / "short.mp4")[0]) == written
+
+
+def test_resume_names_a_video_that_ended_early_again_until_it_is_replaced(tmp_path, capsys):
+    frames = list(np.random.default_rng(0).integers(0, 256, (30, 64, 96, 3), dtype=np.uint8))
+    whole = film(tmp_path / "whole.avi", frames, codec="mpeg4")
+    short = cut(whole, tmp_path / "short.avi", 0.6)
+    Image.fromarray(moving(1, 32, 48)[0]).save(tmp_path / "other.png")
+    out = tmp_path / "out"
+
+    def resumed(*inputs):
+        status = run(*inputs, "--output", out, "--write", "labels", "--resume")
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    assert run(short, "--output", out, "--write", "labels") == 1
+    assert "ends early" in " ".join(capsys.readouterr().err.split())
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    for inputs in ([short], [tmp_path / "other.png"], [short, tmp_path / "other.png"]):
+        status, said, told = resumed(*inputs)
+        assert (status, "short.avi: ends early" in told) == ((1, True) if short in inputs else (0, False))
+        assert not told or f"1 of {len(inputs)} input" in told
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}.items()
+    shutil.copy(whole, short)
+    assert resumed(short)[0] == 0 and len(list((out / "labels" / "short.avi").iterdir())) == 30
+    status, said, told = resumed(short)
+    assert (status, told) == (0, "") and "everything is done already" in said
+
+
+def test_a_video_that_was_trimmed_without_coding_it_anew_is_whole(tmp_path):
+    """Its header counts frames that are not shown; telephones trim like that."""
+    whole = film(tmp_path / "whole.mp4", moving(30, 64, 96))
+    with av.open(str(whole)) as container, av.open(str(tmp_path / "trimmed.mp4"), "w") as output:
+        source = container.streams.video[0]
+        stream = output.add_stream_from_template(source)
+        for packet in container.demux(source):
+            if packet.dts is not None:
+                packet.pts -= int(Fraction(1, 2) / source.time_base)
+                packet.dts -= int(Fraction(1, 2) / source.time_base)
+                packet.stream = stream
+                output.mux(packet)
+    with video.opened(tmp_path / "trimmed.mp4") as (header, frames):
+        progress = video.Progress(header)
+        number = sum(progress.add(frame) is None for frame in frames)
+    assert number < header.frames == 30 and not progress.faults()
+
+
+def test_frames_that_the_decoder_makes_up_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(20)]
+    whole = film(tmp_path / "whole.ts", frames, codec="mpeg2video")
+    cut(whole, tmp_path / "cut.ts", 0.62)
+    assert run(tmp_path / "cut.ts", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cut.ts: parts of 1 frames are damaged and made up: " in said
+    assert run(whole, "--output", tmp_path / "out", "--write", "labels") == 0
+
+
+@pytest.mark.parametrize("times", [[0, 40, 40, 80, 120, 120], [0, 0, 0, 1, 40], [5, 45, 45, 45]])
+def test_repeated_times_are_moved_as_little_as_h264_needs(times, tmp_path):
+    source = film(
+        tmp_path / "clip.mkv", moving(len(times), 64, 400), times=times, time_base=Fraction(1, 1000), codec="ffv1"
+    )
+    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 0
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "clip.mp4")
+    assert len(drawn) == len(times) and all(np.diff(np.array(found, float)) > 0)
+    expected, latest = [], -1
+    for time in times:
+        latest = max(time, latest + 1)
+        expected.append(latest)
+    assert [round(float(time) * 1000) for time in found] == [time - times[0] * (found[0] == 0) for time in expected]
+
+
+def test_the_size_in_the_header_of_a_video_is_limited(tmp_path, capsys):
+    source = film(tmp_path / "clip.mp4", moving(3, 64, 96))
+    arguments = (source, "--output", tmp_path / "out", "--write", "labels")
+    assert run(*arguments, "--max-pixels", 64 * 96 - 1) == 1
+    assert "clip.mp4: has 64x96 pixels, 6,144, more than 6,143" in " ".join(capsys.readouterr().err.split())
+    assert run(*arguments, "--max-pixels", 64 * 96) == 0
+
+
+def test_a_video_never_names_other_files_to_open(tmp_path, capsys):
+    """FFmpeg would open what a playlist or a concatenation names, and waits for FIFOs."""
+    film(tmp_path / "real.mp4", moving(3, 64, 96))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/real.mp4\n#EXT-X-ENDLIST\n")
+    (tmp_path / "in" / "concat.mp4").write_text("ffconcat version 1.0\nfile ../real.mp4\n")
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    for name in ("list.mp4: cannot be opened", "concat.mp4: cannot be opened", "pipe.mp4: a FIFO, not a file"):
+        assert name in said
+    # A name that FFmpeg takes for a protocol is a file all the same.
+    os.rename(tmp_path / "real.mp4", tmp_path / "concat:a|b.mp4")
+    assert run(tmp_path / "concat:a|b.mp4", "--output", tmp_path / "out", "--write", "labels") == 0

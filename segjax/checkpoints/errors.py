@@ -1,0 +1,28 @@
+"""The error of every checkpoint that cannot be used, and what its messages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, used or written; the message lists every problem."""
+
+
+def torch_module() -> ModuleType:
+    """PyTorch. Raises CheckpointError where it is not installed."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            "reading and writing .pth files needs PyTorch, which is not installed: "
+            'pip install "segjax[parity]" (or convert a .safetensors file, which needs nothing)'
+        ) from None
+    return torch
+
+
+def shorten(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

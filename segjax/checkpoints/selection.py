@@ -1,0 +1,219 @@
+"""A state dict as it was given: unwrapped, one set of weights where it holds several, as numpy arrays.
+
+Training scripts keep averaged weights next to the raw ones: as entries of a file (`state_dict_ema`), as prefixes of
+keys (`model_ema.`, `teacher.`) or as names without dots (`ema_backbone_conv1_weight`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
+
+logger = logging.getLogger("segjax")
+
+# How training scripts wrap a state dict, and prefixes that torch's DataParallel, or a wrapper of a network and its
+# loss, adds to every key.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "model.")
+_WORDS = {"ema": "ema", "swa": "ema", "averaged": "ema", "student": "student", "teacher": "teacher"}
+_NO_WEIGHTS = {"optimizer", "optim", "scheduler", "scaler", "loss", "criterion", "sampler"}
+_TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
+# Numbers that averages keep next to their weights.
+_COUNTERS = ("decay", "num_updates", "n_averaged", "step", "steps", "initted")
+
+
+def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, np.ndarray]:
+    """Unwraps a state dict and turns torch tensors into numpy arrays, without importing torch.
+
+    Args:
+      weights: the set to read where it holds several, one of `key_maps.WEIGHT_SETS`. None: the raw weights rather than
+        averaged ones; the log names the others.
+
+    Raises:
+      CheckpointError: it contains no mapping of names to arrays, or not this set; it holds a student and a teacher, and
+        `weights` is None; or two arrays have one name.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"expected a state dict (names to arrays) but got {type(state_dict).__name__}; "
+            "save model.state_dict(), not the model"
+        )
+    try:
+        state_dict, weights = _unwrapped(state_dict, weights, in_set=False)
+    except RecursionError:
+        raise CheckpointError("this is not a state dict (names to arrays): it holds itself") from None
+    arrays, others = {}, []
+    for key, value in state_dict.items():
+        try:
+            array = _as_array(value)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
+            kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
+            raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
+        if array is None or not isinstance(key, str):
+            others.append(f"{key}: {type(value).__name__}")
+        else:
+            arrays[key] = array
+    if others or not arrays:
+        found = f"it holds {shorten(others)}" if others else "it is empty"
+        raise CheckpointError(f"this is not a state dict (names to arrays): {found}")
+    arrays = _of_set(arrays, weights)
+    for prefix in _PREFIXES:
+        # Most keys, not all: next to the network there may be a loss with weights.
+        if 2 * sum(key.startswith(prefix) for key in arrays) > len(arrays):
+            arrays = _renamed(arrays, {key: key.removeprefix(prefix) for key in arrays})
+    return arrays
+
+
+def _as_array(value) -> np.ndarray | None:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value)
+    if not hasattr(value, "detach"):
+        return None
+    tensor = value.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":
+        # numpy has no bfloat16; jax's is bit for bit torch's.
+        return tensor.contiguous().view(torch_module().int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def _renamed(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    renamed: dict[str, np.ndarray] = {}
+    before: dict[str, str] = {}
+    for key, value in arrays.items():
+        name = names[key]
+        if name in renamed:
+            raise CheckpointError(f"two tensors are called {name}: {before[name]} and {key}; remove one of them")
+        renamed[name], before[name] = value, key
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------------------ several sets
+
+
+def _set_of(name: object) -> str | None:
+    """The set that an entry or a prefix of this name holds; None for other names."""
+    words = re.split(r"[^a-z0-9]+", name.lower()) if isinstance(name, str) else []
+    return None if _NO_WEIGHTS.intersection(words) else next((_WORDS[word] for word in words if word in _WORDS), None)
+
+
+def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Mapping, str | None]:
+    """The mapping of names to arrays inside all wrappers, and the set that is still to be chosen in it."""
+    entries: dict[str, str] = {}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and (found := _set_of(key)) and _holds_tensors(value):
+            entries.setdefault(found, key)
+    wrapper = next((key for key in _WRAPPERS if isinstance(given.get(key), Mapping)), None)
+    meta = given.get("meta")
+    if entries.get("ema") == "ema_state_dict" and wrapper and isinstance(meta, Mapping) and "mmengine_version" in meta:
+        # mmengine exchanges the two when it saves, so that `state_dict` is what it evaluates.
+        entries = {"raw": "ema_state_dict", "ema": wrapper}
+        weights = weights or "ema"
+    if not entries:
+        if wrapper is not None:
+            return _unwrapped(given[wrapper], weights, in_set=in_set)
+        if not in_set:
+            return given, weights
+        given = _without_counters(given)
+        inner = [value for value in given.values() if isinstance(value, Mapping)]
+        if len(inner) == 1 and not any(map(_is_tensor, given.values())):
+            return _unwrapped(inner[0], weights, in_set=True)
+        return given, weights
+    _require_choice(entries, weights)
+    if wrapper is None and "raw" not in entries and not any(map(_is_tensor, given.values())):
+        if weights == "raw":
+            raise CheckpointError(_no_such(weights, entries))
+        weights = weights or next(iter(entries))
+    if weights in entries:
+        logger.info("reads the %s weights (%s)", _TITLES[weights], entries[weights])
+        return _unwrapped(given[entries[weights]], None, in_set=True)
+    if weights not in (None, "raw"):
+        raise CheckpointError(_no_such(weights, entries))
+    _log_others(entries)
+    return (given, weights) if wrapper is None else _unwrapped(given[wrapper], None, in_set=in_set)
+
+
+def _is_tensor(value: object) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _holds_tensors(given: Mapping) -> bool:
+    return any(_is_tensor(value) or (isinstance(value, Mapping) and _holds_tensors(value)) for value in given.values())
+
+
+def _without_counters(given: Mapping) -> Mapping:
+    return {k: v for k, v in given.items() if not (isinstance(k, str) and k.rpartition(".")[2] in _COUNTERS)}
+
+
+def _require_choice(found: Mapping[str, str], weights: str | None) -> None:
+    """Raises CheckpointError where the sets of these names do not say which one is meant."""
+    if {"student", "teacher"} <= found.keys() and weights not in ("student", "teacher"):
+        raise CheckpointError(
+            f"it holds the weights of a student ({found['student']}) and of a teacher ({found['teacher']}); choose "
+            "with --weights student or --weights teacher"
+        )
+
+
+def _no_such(weights: str, found: Iterable[str] = ()) -> str:
+    others = f", but {' and '.join(_TITLES[each] for each in found)} ones" if found else ""
+    return f"it holds no {_TITLES[weights]} weights{others}; omit --weights {weights}, or choose another set"
+
+
+def _log_others(found: Mapping[str, str]) -> None:
+    for each, name in found.items():
+        logger.info("reads the raw weights; --weights %s reads the %s weights (%s)", each, _TITLES[each], name)
+
+
+def _of_set(arrays: dict[str, np.ndarray], weights: str | None) -> dict[str, np.ndarray]:
+    """The arrays of one set, where prefixes of keys name several."""
+    sets: dict[str, dict[str, str]] = {}
+    for key in arrays:
+        name = _bare(key)
+        part, dot, rest = name.partition(".")
+        found = _set_of(part) if dot else "ema" if name.startswith("ema_") else None
+        sets.setdefault(found or "raw", {})[key] = name if found is None else rest if dot else name.removeprefix("ema_")
+    raw, largest = sets.pop("raw", {}), max(map(len, sets.values()), default=0)
+    # A few arrays are an additional layer that is called so.
+    sets = {found: keys for found, keys in sets.items() if 4 * len(keys) >= max(largest, len(raw))}
+    if not sets:
+        if weights not in (None, "raw"):
+            raise CheckpointError(_no_such(weights))
+        return arrays
+    shown = {found: next(iter(keys)) for found, keys in sets.items()}
+    _require_choice(shown, weights)
+    if weights is None and 4 * len(raw) < largest:
+        weights = next(iter(sets))
+    if weights in (None, "raw"):
+        if not raw:
+            raise CheckpointError(_no_such("raw", sets))
+        _log_others(shown)
+        others = {key for keys in sets.values() for key in keys}
+        return {key: value for key, value in arrays.items() if key not in others}
+    if weights not in sets:
+        raise CheckpointError(_no_such(weights, sets))
+    logger.info("reads the %s weights (%s and its like)", _TITLES[weights], shown[weights])
+    # Some averages write names without dots, and average no running statistics.
+    dotted = {name.replace(".", by): name for name in raw.values() for by in ("_", "")}
+    names = {key: dotted.get(name, name) for key, name in sets[weights].items() if name not in _COUNTERS}
+    chosen = _renamed({key: arrays[key] for key in names}, names)
+    if weights == "ema":
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        raw_only = {name: key for key, name in raw.items() if name.endswith(statistics) and name not in chosen}
+        if raw_only:
+            logger.info("running statistics are not averaged: %d are those of the raw weights", len(raw_only))
+        chosen |= {name: arrays[key] for name, key in raw_only.items()}
+    return chosen
+
+
+def _bare(key: str) -> str:
+    """A key without the prefixes of wrappers."""
+    while prefix := next((each for each in _PREFIXES if key.startswith(each)), None):
+        key = key.removeprefix(prefix)
+    return key

@@ -1,0 +1,89 @@
+"""What a dataset contains, as hashes of its files, by which a run notices that its data have changed.
+
+They are computed as a dataset is prepared, when every file is read anyway, and kept with it. A run keeps those of its
+splits in data.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
+
+from segjax.data.sources import shorten
+from segjax.runtime import reading
+
+if TYPE_CHECKING:
+    from segjax.data.prepared import Prepared
+
+# File in the folder of a run.
+RUN_DATA = "data.json"
+# split -> name of an example -> hash of its image, and of its mask; None for a mask that is not published
+Contents = dict[str, dict[str, list[str | None]]]
+
+
+class RunData(TypedDict):
+    """data.json of a run.
+
+    Attributes:
+      path: folder of the prepared dataset.
+      source: what it was prepared from.
+    """
+
+    path: str
+    source: str
+    contents: Contents
+
+
+def hash_of(data: bytes) -> str:
+    """32 hex digits, 128 bits, that identify the content of a file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def contents_of(prepared: Prepared, splits: Iterable[str]) -> Contents | None:
+    """The contents of some splits of a prepared dataset; None for one that was prepared before there were hashes."""
+    hashes, names = prepared.metadata.get("hashes"), prepared.metadata["names"]
+    if hashes is None:
+        return None
+    return {split: dict(zip(map(json_name, names[split]), hashes[split], strict=True)) for split in splits}
+
+
+def json_name(name: str) -> str:
+    """The name of an example as JSON can have it, where bytes that are not UTF-8 are escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def differences(before: Contents, now: Contents) -> list[str]:
+    """A line for each image that was changed, added or removed."""
+    lines = []
+    for split in dict.fromkeys((*before, *now)):
+        old, new = before.get(split, {}), now.get(split, {})
+        for name in sorted(old.keys() | new.keys()):
+            if name not in new:
+                lines.append(f"{split}/{name}: removed")
+            elif name not in old:
+                lines.append(f"{split}/{name}: added")
+            elif old[name] != new[name]:
+                pairs = zip(("image", "mask"), old[name], new[name], strict=True)
+                lines.append(f"{split}/{name}: {' and '.join(part for part, a, b in pairs if a != b)} changed")
+    return lines
+
+
+def listed_differences(lines: list[str]) -> str:
+    """The first of them, indented, and the number of the others."""
+    return "\n".join(f"  {line}" for line in shorten(lines))
+
+
+def read_run_data(path: Path) -> RunData | None:
+    """The data.json of a run; None where there is none, for a run that began before there were hashes.
+
+    Raises:
+      UnreadableError: it is damaged; the message names the key.
+    """
+    if not path.exists():
+        return None
+    content: Any = reading.read_json(path, RunData)
+    return content

@@ -1,0 +1,169 @@
+"""Reads TIFF by its tags: every layout of samples, and an error for what the tags do not explain.
+
+A TIFF may hold anything: reflectances, elevations, twelve bands. What is read here is grey or RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from segjax.data import codec
+from segjax.data.codec import ImageError
+
+if TYPE_CHECKING:
+    from tifffile import TiffPage
+
+# Values of the tag PhotometricInterpretation.
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_ALPHA = (1, 2)  # values of the tag ExtraSamples, associated and unassociated
+# Values of the tag Compression: JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
+_OLD_JPEG, _JPEG = 6, 7
+_JPEGS = (_OLD_JPEG, _JPEG, 34892, 33007)
+# Those whose decoders turn YCbCr into RGB.
+_DECODED_TO_RGB = (_OLD_JPEG, _JPEG)
+_SUBFILE, _ORIENTATION, _SUB_IFDS, _INK_SET = 254, 274, 330, 332
+
+
+def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
+    """The first page of a TIFF, upright.
+
+    Returns:
+      (H, W, 1) or (H, W, 3), grey or RGB, of any dtype; and its value of white. None stands for an unknown one: values
+      of 16 bits or more, signed, or float. Alpha and other extra samples are dropped.
+
+    Raises:
+      ImageError: the file is damaged, its bands are not known to be grey or RGB, or it has more than `max_pixels`
+        pixels.
+    """
+    import tifffile
+
+    # Its messages would reach the terminal; what is wrong is raised.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages.first
+            has_more_pages = bool(page.tags.get(_SUB_IFDS)) or len(file.pages) > 1
+            colours = _colours(page, has_more_pages)
+            _refuse_size(page, max_pixels)
+            _refuse_damaged(page, data, max_pixels)
+            image = page.asarray()
+            if page.axes.startswith("S"):
+                image = np.moveaxis(image, 0, -1)
+            image = image.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)[..., :colours]
+            return _upright(*_as_grey_or_rgb(page, image), page)
+    except ImageError:
+        raise
+    # tifffile and its codecs raise errors of many kinds for damaged files.
+    except Exception as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
+
+
+def _colours(page: TiffPage, has_more_pages: bool) -> int:
+    """Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK."""
+    if int(page.subfiletype) & 1 and has_more_pages:
+        raise ImageError("has a preview as its first page, as raw files of cameras have; convert it to RGB")
+    if page.imagedepth > 1:
+        raise ImageError(f"is a volume of {page.imagedepth} slices, not an image")
+    if not isinstance(page.bitspersample, int):
+        raise ImageError(f"has samples of {page.bitspersample} bits; convert it to 8 bits a sample")
+    photometric, samples = int(page.photometric), page.samplesperpixel
+    if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
+        bands = samples - sum(int(kind) in _ALPHA for kind in page.extrasamples)
+        if bands == 1 or (bands == 3 and photometric == _BLACK_IS_ZERO):
+            return bands
+        raise ImageError(
+            f"has {bands} bands, and its tags do not say which are red, green and blue; write these three as RGB, "
+            "for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp red,green,blue IN.tif OUT.tif"
+        )
+    needed = {_RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric)
+    if needed is None:
+        name = getattr(page.photometric, "name", photometric)
+        raise ImageError(f"has colours of the kind {name} (tag PhotometricInterpretation); convert it to RGB")
+    if samples < needed:
+        raise ImageError(f"is damaged: {samples} samples a pixel, where its kind of colours has {needed}")
+    if photometric == _CMYK and (page.compression in _DECODED_TO_RGB or _value(page, _INK_SET, 1) != 1):
+        raise ImageError("has inks as colours; convert it to RGB")
+    if photometric == _YCBCR and page.compression not in _DECODED_TO_RGB and page.is_subsampled:
+        raise ImageError("has YCbCr colours at a reduced resolution; convert it to RGB")
+    return needed
+
+
+def _value(page: TiffPage, number: int, default: int) -> int:
+    tag = page.tags.get(number)
+    return default if tag is None else tag.value
+
+
+def _refuse_size(page: TiffPage, max_pixels: int) -> None:
+    codec.refuse_size((page.imagelength, page.imagewidth), max_pixels)
+    if page.is_tiled:
+        codec.refuse_size((page.tilelength, page.tilewidth), max_pixels)
+    # 16 bytes: four samples of float32. Extra samples are decoded before they are dropped.
+    if page.nbytes > 16 * max_pixels:
+        raise ImageError(f"has {page.samplesperpixel} samples a pixel, {page.nbytes:,} bytes; write only its RGB")
+
+
+def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
+    """Refuses missing strips and tiles, which tifffile fills with zeros, and JPEG of which parts are made up."""
+    places = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    expected = math.prod(page.chunked)
+    there = sum(start > 0 and 0 < length <= len(data) - start for start, length in places)
+    if there < expected:
+        raise ImageError(f"is truncated: {expected - there} of its {expected} strips or tiles are missing")
+    if page.compression in _JPEGS:
+        tables = (page.jpegtables or codec.JPEG + b"\xff\xd9")[:-2]
+        for start, length in places:
+            segment = data[start : start + length]
+            if page.compression == _OLD_JPEG and not segment.startswith(codec.JPEG):
+                # Its tables are elsewhere in the file, where each writer had its own way.
+                raise ImageError("is JPEG of an obsolete kind (tag Compression 6); convert it, with magick for example")
+            codec.refuse_size(codec.size_of(segment) or (0, 0), max_pixels)
+            if fault := codec.damage(segment) or codec.damage_of_scan(tables + segment[2:]):
+                raise ImageError(fault)
+
+
+def _as_grey_or_rgb(page: TiffPage, image: np.ndarray) -> tuple[np.ndarray, int | None]:
+    """Grey or RGB of the colours of a page, and the value of white, as `decode` returns it."""
+    from PIL import Image
+
+    photometric, bits = int(page.photometric), page.bitspersample
+    if photometric == _PALETTE:
+        table = np.asarray(page.colormap)
+        if table.ndim != 2 or len(table) != 3 or image.max() >= table.shape[1]:
+            raise ImageError("is damaged: its palette lacks colours that occur")
+        # 16 bits by the standard; some writers store 8.
+        table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
+        return table.T[image[..., 0].astype(np.intp)], 255
+    if photometric == _CMYK or (photometric == _YCBCR and page.compression not in _DECODED_TO_RGB):
+        if image.dtype != np.uint8 or bits != 8:
+            raise ImageError(f"has CMYK or YCbCr colours of {bits} bits; convert it to RGB")
+        mode = "CMYK" if photometric == _CMYK else "YCbCr"
+        size = (page.imagewidth, page.imagelength)
+        return np.asarray(Image.frombytes(mode, size, np.ascontiguousarray(image).tobytes()).convert("RGB")), 255
+    if image.dtype == bool:
+        image = image.astype(np.uint8)
+    if image.dtype.kind != "u":
+        if photometric == _WHITE_IS_ZERO:
+            raise ImageError(f"has {image.dtype} values of which 0 is white; invert them")
+        return image, None
+    if photometric == _WHITE_IS_ZERO:
+        image = np.asarray(2**bits - 1, image.dtype) - image
+    # Numbers of 16 bits are often of another scale; of any other number of bits, a writer has chosen the scale.
+    return image, 2**bits - 1 if bits < 16 else None
+
+
+def _upright(image: np.ndarray, white: int | None, page: TiffPage) -> tuple[np.ndarray, int | None]:
+    orientation = _value(page, _ORIENTATION, 1)
+    # From 5 on, rows are columns; then each of the two may run backwards.
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image), white

@@ -1,0 +1,264 @@
+"""Which files are predicted, and where their outputs go.
+
+The content of a file decides whether it is an image or a video, not its suffix. Links to folders are followed, and each
+folder is read once. Every file and folder that is skipped is returned with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from segjax.data import codec
+from segjax.inference.outputs import KINDS, Job
+from segjax.runtime import reading
+from segjax.runtime.reading import user_path
+from segjax.viz import video
+
+# Suffixes of images. A file that has one is not skipped: if it cannot be read, that is reported.
+IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
+_HIDDEN = "hidden"
+_OTHER = "neither an image nor a video that can be read"
+_ALREADY = "the same file as {}"
+
+
+class Skipped(NamedTuple):
+    """A file or folder that is not predicted."""
+
+    path: Path
+    reason: str
+
+
+class _Found(NamedTuple):
+    """Files of one input; the folder to which the paths of their outputs are relative."""
+
+    files: list[Path]
+    root: Path
+
+
+def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[list[Job], list[Skipped]]:
+    """Makes a job of every image and video among files, folders and patterns.
+
+    Args:
+      inputs: paths and glob patterns, as they were given.
+      output: folder of all outputs; what is in it is not read.
+      kinds: keys of `KINDS`.
+
+    Returns:
+      The jobs, in the order of the inputs, and what was skipped.
+
+    Raises:
+      ValueError: inputs that are missing or of another kind, and outputs that would overwrite an input or each other;
+        the message lists all of them.
+    """
+    problems: list[str] = []
+    jobs: dict[Path, Job] = {}
+    skipped: list[Skipped] = []
+    for given in inputs:
+        before = len(skipped)
+        found, is_single = _Found([], Path()), _is_single(given)
+        try:
+            found = _files(given, output, skipped)
+        except OSError as error:
+            problems.append(f"{given}: {error.strerror or error}")
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        usable = False
+        for file in found.files:
+            kind = _kind(file)
+            if kind in ("image", "video"):
+                job = _job(file, file.relative_to(found.root), output, kinds, is_video=kind == "video")
+                first = jobs.setdefault(Path(os.path.realpath(file)), job)
+                if os.path.abspath(first.source) != os.path.abspath(file):
+                    skipped.append(Skipped(file, _ALREADY.format(first.source)))
+                usable = True
+            elif is_single:
+                problems.append(f"{file}: {kind}" if kind != _OTHER else f"{file}: is {_OTHER}")
+            else:
+                skipped.append(Skipped(file, kind))
+        if not usable and not (is_single and found.files):
+            problems.append(_nothing(given, skipped[before:]))
+    problems += _collisions(list(jobs.values()))
+    if problems:
+        raise ValueError("nothing was done:\n" + "\n".join(f"  {line}" for line in problems))
+    return list(jobs.values()), skipped
+
+
+def _kind(file: Path) -> str:
+    """ "image" or "video", by content or else by suffix; otherwise the reason why it is skipped."""
+    suffix = file.suffix.lower()
+    by_suffix = "image" if suffix in IMAGES else "video" if suffix in video.SUFFIXES else None
+    try:
+        with reading.open_regular(file) as opened:
+            head = opened.read(video.HEAD)
+    except reading.UnreadableError as error:
+        # What is named like an image is reported as one that cannot be read.
+        return by_suffix or str(error).removeprefix(f"{file}: ")
+    except OSError as error:
+        dangling = file.is_symlink() and not file.exists()
+        return by_suffix or ("a link to nothing" if dangling else error.strerror or str(error))
+    if codec.format_of(head[:32]):
+        return "image"
+    if suffix not in video.SOUND and video.is_video(head):
+        return "video"
+    return by_suffix or _OTHER
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _is_single(given: str) -> bool:
+    path = user_path(given)
+    return os.path.lexists(path) and not path.is_dir()
+
+
+def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
+    """Files of an input, sorted; adds what is skipped. Raises ValueError for a file that is none, and for outputs."""
+    path = user_path(given)
+    if _is_single(given):
+        reading.open_regular(path).close()
+        return _Found([path], path.parent)
+    if path.is_dir():
+        own = Path(os.path.realpath(output))
+        if own in (here := Path(os.path.realpath(path)), *here.parents):
+            raise ValueError(f"{given}: lies in --output, whose files are not read; choose another --output")
+        return _Found(sorted(_below(path, output, skipped)), path)
+    if not glob.has_magic(given):
+        return _Found([], path)
+    parts = path.parts
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    if "**" not in parts:
+        found = [place for place in map(Path, glob.glob(str(path))) if not _is_in(place, output)]
+        folders = [place for place in found if place.is_dir()]
+        files = {place for place in found if not place.is_dir()}
+        return _Found(sorted(files.union(*(_below(folder, output, skipped) for folder in folders))), root)
+    # Not by glob, which follows links to a folder around them without end.
+    at = parts.index("**")
+    files, passed = set(), []
+    for folder in map(Path, glob.glob(str(Path(*parts[:at])) or ".")):
+        if folder.is_dir() and not _is_in(folder, output):
+            files |= {
+                file for file in _below(folder, output, passed) if _matches(file.relative_to(folder).parts, parts[at:])
+            }
+    # A pattern does not ask for hidden files.
+    skipped += [entry for entry in passed if entry.reason != _HIDDEN]
+    return _Found(sorted(files), root)
+
+
+def _is_in(place: Path, folder: Path) -> bool:
+    own = Path(os.path.realpath(folder))
+    return own in (real := Path(os.path.realpath(place)), *real.parents)
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path matches a pattern in which ** stands for any number of folders, or at its end for all files."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        if len(patterns) == 1:
+            return bool(names)
+        return any(_matches(names[at:], patterns[1:]) for at in range(len(names)))
+    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+
+
+def _below(root: Path, output: Path, skipped: list[Skipped]) -> Iterable[Path]:
+    """Everything below a folder that is no folder; each folder once, also where links lead to it several times."""
+    around = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    own = _identity(output) if output.exists() else None
+    seen = {_identity(root): root}
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        try:
+            # Links last, so that a folder has its own name where both lead to it.
+            entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            skipped.append(Skipped(folder, f"a folder that cannot be read: {error.strerror}"))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                # Unfinished, or the system's.
+                skipped.append(Skipped(path, _HIDDEN))
+            elif not path.is_dir():
+                yield path
+            elif (identity := _identity(path)) == own:
+                skipped.append(Skipped(path, "the folder of outputs"))
+            elif identity in around:
+                skipped.append(Skipped(path, "a link to a folder around it"))
+            elif identity in seen:
+                skipped.append(Skipped(path, f"the same folder as {seen[identity]}"))
+            else:
+                seen[identity] = path
+                pending.append(path)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _nothing(given: str, skipped: Sequence[Skipped]) -> str:
+    if skipped:
+        return f"{given}: no image or video; skipped {reasons(skipped)}"
+    if user_path(given).is_dir():
+        return f"{given}: a folder without images or videos"
+    return f"{given}: {'no file matches' if glob.has_magic(given) else 'there is no such file or folder'}"
+
+
+def reasons(skipped: Sequence[Skipped], *, most: int = 10) -> str:
+    """What was skipped in one line: the number, and of each reason the first names."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, reason in skipped:
+        by_reason.setdefault(reason, []).append(path)
+    parts = []
+    for reason, paths in by_reason.items():
+        more = f" and {len(paths) - most:,} more" if len(paths) > most else ""
+        parts.append(f"{reason}: {', '.join(map(str, paths[:most]))}{more}")
+    return "; ".join([f"{len(skipped):,}", *parts])
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+
+def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str], *, is_video: bool) -> Job:
+    suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
+    # The end of "frame.0017" is no suffix. A folder of frames keeps the suffix of its video: a folder of images may
+    # have the name without it.
+    is_suffix = relative.suffix.lower() in (*IMAGES, *video.SUFFIXES)
+    stem = relative.with_suffix("") if is_suffix else relative
+    outputs = {
+        kind: output / kind / (stem.with_name(stem.name + suffix) if suffix else relative)
+        for kind, suffix in suffixes.items()
+    }
+    return Job(file, outputs, is_video)
+
+
+def _collisions(jobs: Sequence[Job]) -> list[str]:
+    # Not by Path.resolve, which raises for links to themselves.
+    sources = {os.path.realpath(job.source): job.source for job in jobs}
+    owner: dict[str, Path] = {}
+    together, overwritten = [], []
+    for job in jobs:
+        for path in job.outputs.values():
+            place = os.path.realpath(path)
+            if place in sources:
+                overwritten.append(f"{sources[place]}: would be overwritten; choose another --output")
+            if place in owner:
+                first = owner[place]
+                remedy = "rename one of them" if first.parent == job.source.parent else "give the folder that has both"
+                together.append(f"{first} and {job.source} would both become {path}: {remedy}")
+                break
+            owner[place] = job.source
+    if len(together) > 3:
+        together[3:] = [f"and {len(together) - 3} more like this"]
+    if together:
+        together.append("or use a command for each, with an --output of its own")
+    return together + overwritten

@@ -1,0 +1,114 @@
+"""Memory that programs need and that devices have. Imports no jax."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segjax.runtime import console
+
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+class TooLittleMemoryError(MemoryError):
+    """A program that needs more memory than a device has; the message has both numbers, and no remedy."""
+
+
+def host() -> int | None:
+    """Bytes of main memory that this process may hold: what is available now, and what it holds; None if unknown."""
+    found = [left for left in (_available(), _left_of_cgroup()) if left is not None]
+    return min(found) + _held() if found else _physical()
+
+
+def limit(device: Any, *, shared_by: int = 1) -> int | None:
+    """Bytes that a program may need on a device of jax, arguments and outputs included; None if unknown.
+
+    A CPU has those of the `host`, since the arguments of a program lie there.
+
+    Args:
+      shared_by: number of devices of this process, which share the memory of a CPU.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = host()
+    return None if found is None else found // shared_by
+
+
+def needed(compiled: Any) -> int | None:
+    """Bytes that a compiled program of jax needs on each device, arguments and outputs included; None if unknown."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    # Donated arguments are also counted among the outputs, as aliases.
+    size = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return size + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def refuse_too_large(size: int | None, devices: Sequence[Any], *, what: str) -> None:
+    """Raises TooLittleMemoryError where a program does not fit into the memory of a device.
+
+    Args:
+      size: bytes that it needs on each device, see `needed`.
+      devices: of this process. what: the subject of the message, in the singular.
+    """
+    available = limit(devices[0], shared_by=len(devices))
+    if size is not None and available is not None and size > available:
+        raise TooLittleMemoryError(
+            f"{what} needs {console.amount(size)}, and the device has {console.amount(available)}"
+        )
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether there was not enough memory, on a device or the host."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _available() -> int | None:
+    for line in (_text(_PROC / "meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def _physical() -> int | None:
+    """Bytes of main memory of the machine; None where the system does not report it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _held() -> int:
+    """Resident bytes of this process."""
+    fields = (_text(_PROC / "self" / "statm") or "").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+def _left_of_cgroup() -> int | None:
+    """What is left of the limit of this process's group, as of a container or a job of SLURM; None without a limit."""
+    for line in (_text(_PROC / "self" / "cgroup") or "").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            root, names, cache = _CGROUP, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cache = "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be that of the host, and the group is the root.
+        for folder in (root / path.strip("/"), root):
+            most, used = (_text(folder / name) or "" for name in names)
+            if most.strip().isdigit() and used.strip().isdigit():
+                stat = dict(entry.split() for entry in (_text(folder / "memory.stat") or "").splitlines())
+                # Cached files are freed when memory is needed.
+                return max(0, int(most) - int(used) + int(stat.get(cache, 0)))
+    return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None

@@ -1,0 +1,164 @@
+"""Log messages of native libraries (XLA, CUDA) on file descriptor 2: kept from the terminal by a process of their own.
+
+`divert` starts this file as a program, which reads what this process and its children write to descriptor 2. It passes
+on everything that is no record of such a log at once; the records go to the log of the run. A thread could not do that:
+what it had not read would be lost with a process that crashes. If this process ends without `end`, it has crashed, and
+its last records are printed after all. Costs a few milliseconds of each command. Imports nothing of segjax.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+# Where messages of this process itself go: the terminal, also while descriptor 2 is diverted.
+terminal = 2
+_orders: int | None = None  # the writing end of the pipe; None while nothing is diverted
+
+# Signals that do not end the reader.
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Orders begin with a byte that no message has.
+_END, _SHOW, _LOG = b"\0end", b"\0show", b"\0log "
+
+
+def divert() -> None:
+    """Diverts descriptor 2 of this process; `sys.stderr` stays the terminal. Only for the process of a command."""
+    global terminal, _orders
+    # A process without stderr, where nothing can be printed, is left as it is.
+    if _orders is not None or os.name != "posix" or sys.stderr is None or not sys.executable:
+        return
+    with contextlib.suppress(OSError):
+        own, (reading, writing) = os.dup(2), os.pipe()
+        # Not subprocess, which warns of a process that nobody waits for: this one ends with the last writer.
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", __file__],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
+            setsigmask=_ENDING,
+        )
+        os.close(reading)
+        sys.stderr.flush()
+        os.dup2(writing, 2)
+        terminal, _orders = own, writing
+        settings = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
+        sys.stderr = open(own, "w", buffering=1, closefd=False, **settings)  # noqa: SIM115
+        atexit.register(end)
+
+
+def end() -> None:
+    """Reports that this process ends by itself, so that no record is printed."""
+    _order(_END)
+
+
+def show() -> None:
+    """Prints the last records: for an error whose cause they may name."""
+    _order(_SHOW)
+
+
+def write_to(log: Path | None) -> None:
+    """Appends the following records to a file; None: they go nowhere."""
+    _order(_LOG + (b"" if log is None else os.fsencode(log.absolute()).hex().encode()))
+
+
+def _order(order: bytes) -> None:
+    if _orders is not None:
+        with contextlib.suppress(OSError):
+            os.write(_orders, order + b"\n")
+
+
+# ---------------------------------------------------------------------------------- the program that is started
+
+_ORDER = re.compile(rb"\0(?:end|show|log [0-9a-f]*)(?=\n)")
+# The beginning of a record below FATAL, of absl and of older libraries: severity, time, thread, place.
+_RECORD = re.compile(
+    rb"[IWE]\d{4} \d\d:\d\d:\d+\.\d+ +\d+ \S+:\d+\]|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] \S+:\d+\]"
+    rb"|WARNING: All log messages before absl::InitializeLog"
+)
+# Lines that follow such a record: XLA's about a slow compilation.
+_SLOW = b"slow_operation_alarm.cc"
+_FOLLOWING = re.compile(
+    rb"\s*$|\*+\s*$|\s*%|\[?Compiling |\[.*Very slow compile\?|Very slow compile\?|The operation took "
+    rb"|This isn't necessarily a bug|If you'd like to file a bug|.*run with envvar XLA_FLAGS"
+)
+_KEPT = 50  # records that a crash prints
+_PAUSE = 0.05  # seconds after which an unfinished line is passed on
+
+
+class _Reader:
+    """Handles what was written to descriptor 2, line by line."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self._last: deque[bytes] = deque(maxlen=_KEPT)
+        self._log: bytes = b""
+        self._is_slow = False
+
+    def take(self, line: bytes) -> None:
+        """Handles a line with its end, if it has one."""
+        if match := _ORDER.search(line):
+            # An unfinished line may stand in front of it.
+            if line[: match.start()]:
+                self.take(line[: match.start()])
+            self._obey(match[0])
+        elif _RECORD.match(line) or (self._is_slow and _FOLLOWING.match(line)):
+            self._is_slow = _SLOW in line or not _RECORD.match(line)
+            self._last.append(line)
+            self._write(line)
+        else:
+            self._is_slow = False
+            _print(line)
+
+    def _obey(self, order: bytes) -> None:
+        if order == _END:
+            self.has_ended = True
+        elif order == _SHOW:
+            self.show()
+        elif order.startswith(_LOG):
+            self._log = bytes.fromhex(order.removeprefix(_LOG).decode())
+
+    def show(self) -> None:
+        _print(b"".join(self._last))
+        self._last.clear()
+
+    def _write(self, line: bytes) -> None:
+        if self._log and line.strip():
+            with contextlib.suppress(OSError), open(self._log, "ab") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} native: ".encode() + line)
+
+
+def _print(text: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(2, text) :]
+
+
+def _main() -> None:
+    # In a session of its own no Ctrl-C reaches it.
+    with contextlib.suppress(OSError):
+        os.setsid()
+    reader, rest = _Reader(), b""
+    while True:
+        is_idle = bool(rest) and not select.select([0], [], [], _PAUSE)[0]
+        data = b"" if is_idle else os.read(0, 1 << 16)
+        *lines, rest = (rest + data).splitlines(keepends=True) or [b""]
+        if rest.endswith(b"\n") or not data:
+            lines, rest = [*lines, rest], b""
+        for line in filter(None, lines):
+            reader.take(line)
+        if not data and not is_idle:
+            break
+    if not reader.has_ended:
+        reader.show()
+
+
+if __name__ == "__main__":
+    _main()

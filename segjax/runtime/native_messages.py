@@ -1,0 +1,136 @@
+"""Messages that native libraries print on file descriptor 2 (libjpeg, libpng, OpenCV), kept from the terminal.
+
+libjpeg fills damaged parts of an image and reports that on stderr only: what it printed is the evidence of damage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO, TypeVar
+
+Result = TypeVar("Result")
+
+# What these libraries print; everything else is Python's own, or another library's, and is passed on.
+_NATIVE = re.compile(
+    rb"(?:Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Invalid SOS parameters|Unknown Adobe color"
+    rb"|Warning: unknown JFIF|libpng (?:warning|error)|\[ ?(?:INFO|WARN|ERROR|FATAL):\d+@|OpenCV)[^\n]*\n?"
+)
+
+# Guards everything below. Several threads share one capture, because descriptor 2 belongs to the whole process.
+_changed = threading.Condition()
+_running = 0  # calls that are being captured
+_begun = 0  # calls that were ever begun
+_is_alone = False  # whether the call that runs admits no other
+_file: IO[bytes] | None = None  # what descriptor 2 stands for meanwhile; kept, because to make one takes 0.1 ms
+_terminal: int | None = None  # what it stood for before; None while nothing is captured
+_passed_on = 0  # bytes of the file that were looked through
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps messages of these libraries from the terminal while the body runs; they go to the log, at DEBUG."""
+    _begin(alone=False)
+    try:
+        yield
+    finally:
+        _end(0)
+
+
+def captured(function: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """The result of a function, and the lines that these libraries printed while it ran.
+
+    If calls of several threads ran at the same time and one of them printed, each is repeated on its own.
+    """
+    result, lines, is_own = _once(function, alone=False)
+    if lines and not is_own:
+        result, lines, _ = _once(function, alone=True)
+    return result, lines
+
+
+def _once(function: Callable[[], Result], *, alone: bool) -> tuple[Result, list[str], bool]:
+    """The result, the lines that were printed, and whether no other call ran at the same time."""
+    start, number, is_first = _begin(alone=alone)
+    lines, is_last = [], False
+    try:
+        result = function()
+    finally:
+        lines, is_last = _end(start, number)
+    return result, lines, is_first and is_last
+
+
+def _begin(*, alone: bool) -> tuple[int, int, bool]:
+    """The length of the file, the number of the call, and whether no other is running."""
+    global _running, _begun, _is_alone, _file, _terminal
+    with _changed:
+        _changed.wait_for(lambda: not (_is_alone or (alone and _running)))
+        if not _running:
+            # A process without stderr, where nothing can be printed, is left as it is.
+            with contextlib.suppress(OSError):
+                terminal = os.dup(2)
+                if _file is None:
+                    _file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                    atexit.register(_file.close)
+                os.dup2(_file.fileno(), 2)
+                _terminal = terminal
+        _running += 1
+        _begun += 1
+        _is_alone = alone
+        return 0 if _file is None else os.fstat(_file.fileno()).st_size, _begun, _running == 1
+
+
+def _end(start: int, number: int = 0) -> tuple[list[str], bool]:
+    """Native lines from `start` on, and whether no call began after this one, which has a `number`.
+
+    What else was printed is passed on, and the last call restores descriptor 2.
+    """
+    global _running, _is_alone, _terminal, _passed_on
+    lines: list[bytes] = []
+    with _changed:
+        _running -= 1
+        _is_alone = False
+        if _file is not None and _terminal is not None:
+            if not _running:
+                # First, so that nothing is printed to the file after it was read.
+                os.dup2(_terminal, 2)
+            size = os.fstat(_file.fileno()).st_size
+            content = os.pread(_file.fileno(), size - _passed_on, _passed_on)
+            if other := _NATIVE.sub(b"", content):
+                with contextlib.suppress(OSError):
+                    os.write(_terminal, other)
+            _passed_on = size
+            lines = _NATIVE.findall(os.pread(_file.fileno(), size - start, start))
+            if not _running:
+                os.close(_terminal)
+                _terminal = None
+                if size:
+                    _file.seek(0)
+                    _file.truncate()
+                    _passed_on = 0
+        is_last = number == _begun
+        _changed.notify_all()
+    messages = [line.decode(errors="replace").strip() for line in lines]
+    for message in messages:
+        logging.getLogger("segjax").debug(message)
+    return messages, is_last
+
+
+def _forget() -> None:
+    """In a forked child, whose threads that were in a call do not run: descriptor 2 as before."""
+    global _changed, _running, _is_alone, _file, _terminal, _passed_on
+    if _terminal is not None:
+        os.dup2(_terminal, 2)
+        os.close(_terminal)
+    if _file is not None:
+        _file.close()
+    _changed, _running, _is_alone, _file, _terminal, _passed_on = threading.Condition(), 0, False, None, None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,166 @@
+"""What a run starts from: random weights, a checkpoint whose settings the model takes on, or what it saved before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from segjax import models
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
+from segjax.checkpoints.files import provenance_at, read_checkpoint
+from segjax.checkpoints.initialize import initialize, read_settings
+from segjax.checkpoints.metadata import licence_of
+from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime import console
+from segjax.train import schema
+from segjax.train.config import RunError, model_overrides
+
+
+def read_start(settings: ConfigDict) -> Checkpoint | None:
+    """The checkpoint that `config.init` names; None for random weights.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    if not settings.checkpoint:
+        return None
+    console.say(f"initial weights from {settings.checkpoint}")
+    with console.log_to(console.say):
+        try:
+            return read_checkpoint(settings.checkpoint, weights=_chosen(settings))
+        except CheckpointError as error:
+            # The remedy is a flag of the other commands.
+            raise CheckpointError(str(error).replace("--weights ", "--config.init.weights=")) from None
+
+
+def _chosen(settings: ConfigDict) -> str | None:
+    """The set of weights that `config.init` names, as `read_checkpoint` takes it."""
+    return None if settings.weights == "auto" else settings.weights
+
+
+def fitted(config: ConfigDict, checkpoint: Checkpoint, given: Collection[str] | None) -> ConfigDict:
+    """A copy of the config of a new run, in which the model has the settings that belong to a checkpoint.
+
+    This is the rule: sizes and all other settings that the checkpoint contains (in its shapes or its metadata) replace
+    those of the config; one that the user has given, and that differs, is an error. Settings that it does not contain
+    (such as the eps of norms) are those published with its key format, unless the user has given them. Rates of dropout
+    are never read.
+
+    Args:
+      given: names of the settings in `config.model` that the user has given. `segjax train` counts those on the command
+        line, and those that a config file sets to values that no packaged recipe has for that model: the narrow sizes
+        of a packaged `small` are not given. None: all settings in `config.model`.
+
+    Raises:
+      RunError: settings that were given and that contradict the checkpoint; names both values of each.
+      CheckpointError: the checkpoint is of another family, or its sizes cannot be read.
+    """
+    name, source = config.model.name, config.init.checkpoint
+    try:
+        found = read_settings(checkpoint, name, keep=config.init.keep)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    before, given = _effective(config.model), _given(config.model, given)
+    contradictions = [
+        f"  config.model.{key}: {before[key]} is given, the checkpoint has {value}"
+        for key, value in found.known.items()
+        if key in given and before[key] != value
+    ]
+    if contradictions:
+        raise RunError(
+            f"{source} does not fit the settings of the model:\n"
+            + "\n".join(contradictions)
+            + "\n  omit them, and they are read from the checkpoint; or start from another one"
+        )
+    settings = found.known | {key: value for key, value in found.assumed.items() if key not in given}
+    changed = {key: value for key, value in settings.items() if before[key] != value}
+    if changed:
+        listed = ", ".join(f"{key}={value}" for key, value in changed.items())
+        console.say(f"settings of the model that are read from it: {listed}")
+    return _with_model(config, changed)
+
+
+def resumed_config(config: ConfigDict, recorded: Mapping[str, Any], given: Collection[str] | None) -> ConfigDict:
+    """A copy of the config of a run that is resumed, in which the model has the settings that `fitted` gave it.
+
+    They are taken from the config that the run has recorded, because its initial checkpoint may no longer exist.
+
+    Args:
+      recorded: the config in the metadata of the run, as JSON. given: as for `fitted`.
+    """
+    recorded = schema.in_current_terms(recorded)
+    of_run, source = recorded.get("model", {}), recorded.get("init", {}).get("checkpoint")
+    if not source or source != config.init.checkpoint or of_run.get("name") != config.model.name:
+        return config
+    before, given = _effective(config.model), _given(config.model, given)
+    effective = models.settings(config.model.name) | {key: _from_json(value) for key, value in of_run.items()}
+    changed = {
+        key: effective[key]
+        for key, value in before.items()
+        if key not in given and not key.endswith("_rate") and value != effective[key]
+    }
+    return _with_model(config, changed)
+
+
+def _given(settings: ConfigDict, given: Collection[str] | None) -> Collection[str]:
+    return model_overrides(settings) if given is None else given
+
+
+def _effective(settings: ConfigDict) -> dict[str, Any]:
+    """All settings of the model of `config.model`, with the defaults of its name."""
+    overrides = {key: _from_json(value) for key, value in model_overrides(settings).items()}
+    return models.settings(settings.name) | overrides
+
+
+def _from_json(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _with_model(config: ConfigDict, changed: Mapping[str, Any]) -> ConfigDict:
+    config = copy.deepcopy(config)
+    # The command line locks its config.
+    with config.model.unlocked(), config.model.ignore_type():
+        config.model.update(changed)
+    return config
+
+
+def load_initial_weights(module: SegmentationModel, settings: ConfigDict, checkpoint: Checkpoint | None = None) -> str:
+    """Fills the model of a new run as `config.init` says; returns what it starts from, in words.
+
+    Args:
+      checkpoint: what `read_start` returned, if it was called.
+    """
+    checkpoint = checkpoint or read_start(settings)
+    if checkpoint is None:
+        return "random weights"
+    with console.log_to(console.say):
+        return f"{settings.checkpoint}: {initialize(module, checkpoint, keep=settings.keep)}"
+
+
+def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
+    """Metadata about where the weights of a new run come from; `settings` is `config.init`."""
+    if not settings.checkpoint:
+        return {
+            "licence": "trained from random weights; the terms of its data hold",
+            "provenance": {"initial_weights": None},
+        }
+    return {
+        "licence": licence_of(model_name),
+        "provenance": {"initial_weights": provenance_at(settings.checkpoint, weights=_chosen(settings))},
+    }
+
+
+def resumed_from(step: int, origin: Mapping[str, Any]) -> str:
+    """What a resumed run starts from, in words.
+
+    Args:
+      step: of the checkpoint. origin: metadata of the run about where its first weights came from.
+    """
+    provenance = origin.get("provenance")
+    if not provenance:
+        return f"step {step} of this run"
+    initial = provenance.get("initial_weights")
+    return f"step {step} of this run, which began with {initial['source'] if initial else 'random weights'}"

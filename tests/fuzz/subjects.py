@@ -1,0 +1,533 @@
+"""What is fuzzed: real files of every kind that segjax reads, changes of them, and the commands that read them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from segjax.__main__ import main
+from tests.fuzz import mutations
+from tests.fuzz.mutations import Mutation
+
+SPLITS = {"train": 3, "val": 2}
+NAMES = ("ground", "thing", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A kind of input.
+
+    Attributes:
+      make: (folder) -> None; writes the originals.
+      mutate: (folder, generator) -> what was changed, in a copy of that folder.
+      commands: what is run in the copy: arguments of `segjax`, or a function that returns a status.
+      outputs: names in the folder that a command writes, or may write.
+      needs: an optional package without which there is no such input.
+    """
+
+    make: Callable[[Path], None]
+    mutate: Callable[[Path, np.random.Generator], Mutation]
+    commands: Sequence[Sequence[str] | Callable[[], int]]
+    outputs: tuple[str, ...] = ()
+    needs: str = ""
+
+
+def refusing(function: Callable[[], object]) -> Callable[[], int]:
+    """A function of the API as a command: what it refuses is printed, with status 2."""
+
+    def run() -> int:
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            print(f"refused: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _model(family: str):
+    from tests.tiny import tiny_model
+
+    return tiny_model(3, family, num_classes=3)
+
+
+def _metadata():
+    from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
+    from segjax.data import specs
+
+    spec = specs.DatasetSpec("shapes", NAMES, ((0, 0, 0), (200, 0, 0), (0, 200, 0)), 255)
+    return {"dataset": dataset_metadata(spec), "normalisation": IMAGENET}
+
+
+def _make_orbax(folder: Path, family: str = "plain with norm") -> None:
+    """By default of a family with BatchNorm, whose running statistics can be wrong too."""
+    from segjax.checkpoints import orbax_folder
+
+    orbax_folder.save_model(folder / "model", _model(family), metadata=_metadata())
+
+
+def _converted(destination: str, *flags: str, family: str = "plain with norm") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        _make_orbax(folder, family)
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            assert main(["convert", "model", destination, *flags]) == 0
+        import shutil
+
+        shutil.rmtree(folder / "model")
+
+    return make
+
+
+def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
+    # By name, because tests need no torch; without it there is no such subject.
+    torch = importlib.import_module("torch")
+    path = folder / "m.pth"
+    kind = rng.choice(["bytes", "zip", "tensors", "tensors", "odd", "folder"])
+    if kind == "bytes":
+        return mutations.of_bytes(path, rng)
+    if kind == "zip":
+        return mutations.of_zip(path, rng, is_read=True)
+    if kind == "folder":
+        return mutations.of_folder(folder, rng)
+    state = torch.load(path, weights_only=True)
+    if kind == "tensors":
+        arrays = {name: value.numpy() for name, value in state.items()}
+        mutation = mutations.of_tensors(arrays, rng)
+        state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+    else:
+        name = sorted(state)[rng.integers(len(state))]
+        odd: dict[str, Callable[[], object]] = {
+            "stretched": lambda: torch.zeros(1).expand(1 << 40),
+            "sparse": lambda: torch.eye(4).to_sparse(),
+            "complex": lambda: state[name].to(torch.complex64),
+            "quantized": lambda: torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
+            "float8": lambda: state[name].to(torch.float8_e4m3fn),
+            "list": lambda: [1, 2],
+            "text": lambda: "x",
+            "state dict": lambda: dict(state),
+            "float64 beyond float32": lambda: torch.full_like(state[name], 1e300, dtype=torch.float64),
+        }
+        choice = sorted(odd)[rng.integers(len(odd))]
+        state[name] = odd[choice]()
+        mutation = Mutation(f"{name}: {choice}", is_bad=choice != "state dict")
+    torch.save(state, path)
+    return mutation
+
+
+def _mutate_safetensors(folder: Path, rng: np.random.Generator) -> Mutation:
+    path = folder / "m.safetensors"
+    kind = rng.choice(["bytes", "data", "header", "metadata", "tensors", "foreign tensors", "length", "folder"])
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if kind == "bytes":
+        return mutations.of_bytes(path, rng)
+    if kind == "folder":
+        return mutations.of_folder(folder, rng)
+    if kind == "data":
+        at = int(rng.integers(8 + length, len(data)))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.integers(8)]) + data[at + 1 :])
+        return Mutation(f"{path.name}: a bit of the tensors at {at}", is_bad=True)
+    if kind == "length":
+        path.write_bytes(struct.pack("<Q", int(rng.choice([0, 1, length - 1, length + 1, 10**8, 2**63]))) + data[8:])
+        return Mutation(f"{path.name}: the length of the header", is_bad=path.read_bytes() != data)
+    if kind in ("tensors", "foreign tensors"):
+        from safetensors.numpy import load_file, save_file
+
+        arrays = load_file(path)
+        mutation = mutations.of_tensors(arrays, rng)
+        # Those of other packages have no metadata of segjax, and so no hash.
+        metadata = header["__metadata__"] if kind == "tensors" else None
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, metadata)
+        return Mutation(f"{path.name}: {mutation.text}", mutation.is_bad)
+    if kind == "metadata":
+        key = "segjax"
+        content, text = mutations.of_json(json.loads(header["__metadata__"][key]), rng)
+        header["__metadata__"][key] = json.dumps(content)
+    else:
+        header, text = mutations.of_json(header, rng)
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)
+    path.write_bytes(struct.pack("<Q", len(packed)) + packed + data[8 + length :])
+    return Mutation(f"{path.name}: {kind} {text}")
+
+
+def _mutate_orbax(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = sorted(path for path in (folder / "model").rglob("*") if path.is_file())
+    path = files[rng.integers(len(files))]
+    kind = rng.choice(["bytes", "bytes", "json", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(folder / "model", rng)
+    if kind == "json":
+        signed = folder / "model/about/metadata"
+        before = json.loads(signed.read_text())
+        mutation = mutations.of_json_file(signed, rng)
+        # Except what JSON cannot tell apart, all of it is hashed.
+        return Mutation(mutation.text, is_bad=mutation.is_bad or json.loads(signed.read_text()) != before)
+    mutation = mutations.of_bytes(path, rng)
+    # Messages name the checkpoint.
+    return Mutation(f"{path.relative_to(folder)} of model: {mutation.text}")
+
+
+def _mutate_transformers(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = sorted((folder / "hf").iterdir())
+    path = files[rng.integers(len(files))]
+    kind = rng.choice(["json", "json", "json", "bytes", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(folder / "hf", rng)
+    if kind == "json" and path.suffix == ".json":
+        return mutations.of_json_file(path, rng)
+    return mutations.of_bytes(path, rng)
+
+
+def _of_checkpoint(name: str) -> list[list[str]]:
+    return [["inspect", name], ["convert", name, "out.safetensors"]]
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def _scene(seed: int, height: int, width: int) -> np.ndarray:
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), (width, height))
+
+
+def _make_images(folder: Path) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(_scene(0, 33, 47))
+    for suffix, settings in {
+        "png": {},
+        "jpg": {"quality": 90},
+        "bmp": {},
+        "webp": {},
+        "tif": {"compression": "tiff_lzw"},
+    }.items():
+        picture.save(folder / f"image.{suffix}", **settings)
+    picture.save(folder / "plain.tif")
+    picture.quantize(16).save(folder / "palette.png")
+    picture.convert("L").save(folder / "grey.tif", compression="tiff_deflate")
+
+
+def _mutate_image(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = sorted(folder.iterdir())
+    path = files[rng.integers(len(files))]
+    kind = rng.choice(["bytes", "bytes", "bytes", "header", "folder"])
+    # One image is read in a trial.
+    for other in set(files) - {path}:
+        other.unlink()
+    if kind == "folder":
+        return mutations.of_folder(folder, rng)
+    is_png = path.suffix == ".png"
+    if kind == "header" and is_png:
+        import zlib
+
+        data = bytearray(path.read_bytes())
+        # A new width or height, with a CRC that fits.
+        struct.pack_into(">I", data, int(rng.choice([16, 20])), int(rng.choice([0, 1, 30_000, 2**31 - 1, 2**32 - 1])))
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+        path.write_bytes(data)
+        return Mutation(f"{path.name}: another size in the header", is_bad=True)
+    return mutations.of_bytes(path, rng, sealed=is_png)
+
+
+def _read_image() -> int:
+    from segjax.inference.images import as_rgb
+
+    (path,) = Path().iterdir()
+    return refusing(lambda: as_rgb(path))()
+
+
+def _make_video(folder: Path) -> None:
+    import av
+
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(5):
+            frame = av.VideoFrame.from_ndarray(_scene(number, 32, 48), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _read_video() -> int:
+    from segjax.viz import video
+
+    def read():
+        try:
+            with video.opened(Path("clip.mp4")) as (_, frames):
+                for _ in frames:
+                    pass
+        except video.VideoError as error:
+            # Who reads a video names it.
+            raise ValueError(f"clip.mp4: {error}") from None
+
+    return refusing(read)()
+
+
+# ------------------------------------------------------------------------------------------------------------- datasets
+
+
+def _make_folder(folder: Path) -> None:
+    import cv2
+
+    rng = np.random.default_rng(1)
+    for split, count in SPLITS.items():
+        for kind in ("images", "labels"):
+            (folder / "data" / kind / split).mkdir(parents=True)
+        for number in range(count):
+            size = (33, 47 + number)
+            suffix = "jpg" if number == 1 else "png"
+            cv2.imwrite(str(folder / f"data/images/{split}/i{number}.{suffix}"), _scene(number, *size))
+            label = rng.choice([0, 1, 2, 255], size).astype(np.uint8)
+            cv2.imwrite(str(folder / f"data/labels/{split}/i{number}.png"), label)
+    classes = {"names": NAMES, "colors": [[0, 0, 0], [200, 0, 0], [0, 200, 0]], "ignore": 255}
+    (folder / "data/classes.json").write_text(json.dumps(classes))
+
+
+def _mutate_dataset(folder: Path, rng: np.random.Generator) -> Mutation:
+    data = folder / "data"
+    kind = rng.choice(["json", "bytes", "bytes", "values", "folder", "twice"])
+    files = sorted(path for path in data.rglob("*.*") if path.suffix in (".png", ".jpg"))
+    path = files[rng.integers(len(files))]
+    if kind == "json":
+        return mutations.of_json_file(data / "classes.json", rng)
+    if kind == "folder":
+        return mutations.of_folder(data, rng)
+    if kind == "twice":
+        copy = path.with_suffix({".png": ".jpeg", ".jpg": ".png"}[path.suffix])
+        copy.write_bytes(path.read_bytes())
+        return Mutation(f"{copy.relative_to(data)} next to {path.name}", is_bad=True)
+    if kind == "values":
+        import cv2
+
+        path = data / "labels/train/i0.png"
+        label = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        assert label is not None
+        value = int(rng.integers(3, 255))
+        label[rng.integers(label.shape[0]), rng.integers(label.shape[1])] = value
+        cv2.imwrite(str(path), label)
+        return Mutation(f"a mask with the value {value}", is_bad=True)
+    return mutations.of_bytes(path, rng, sealed=path.suffix == ".png")
+
+
+def _make_archives(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        from tests.made_archives import Made
+
+        (folder / "archives").mkdir()
+        Made(folder.parent / "made", name).packed(folder / "archives")
+
+    return make
+
+
+def _mutate_archive(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = sorted((folder / "archives").iterdir())
+    path = files[rng.integers(len(files))]
+    kind = rng.choice(["bytes", "bytes", "members", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(folder / "archives", rng)
+    if kind == "members" and path.suffix == ".zip":
+        return mutations.of_zip(path, rng, is_read=False)
+    return mutations.of_bytes(path, rng)
+
+
+def _prepare_archives(name: str) -> Callable[[], int]:
+    def run() -> int:
+        from segjax.data import specs
+        from tests.made_archives import few_images
+
+        with mock.patch.dict(specs.DATASETS, few_images()):
+            return main(["data", "prepare", name, "--source", "archives", "--data-dir", "prepared"])
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def _run_config():
+    from tests import runs
+
+    return runs.make_config(eval__every=3, eval__pictures=0)
+
+
+def _make_run(folder: Path) -> None:
+    import pytest
+
+    from tests import runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        runs.cheap_step(patch)
+        assert runs.run(_run_config(), folder / "run")[0] == 0
+
+
+def _mutate_run(folder: Path, rng: np.random.Generator) -> Mutation:
+    run = folder / "run"
+    kind = rng.choice(["result", "result", "log", "bytes", "folder"])
+    if kind == "result":
+        return mutations.of_json_file(run / "result.json", rng)
+    if kind == "log":
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        number = int(rng.integers(len(lines)))
+        content, text = mutations.of_json(json.loads(lines[number]), rng)
+        lines[number] = json.dumps(content)
+        path.write_text("\n".join(lines) + "\n")
+        return Mutation(f"metrics.jsonl line {number + 1}: {text}")
+    if kind == "folder":
+        return mutations.of_folder(run, rng)
+    files = sorted(path for path in run.rglob("*") if path.is_file())
+    return mutations.of_bytes(files[rng.integers(len(files))], rng)
+
+
+def _train_again() -> int:
+    """The same run again: it has ended, or goes on from a checkpoint, which is not carried out here."""
+    from segjax.commands.ending import run_command
+    from segjax.train import loop, setup
+    from tests.forks import quickly
+
+    def train() -> int:
+        create = mock.patch.object(setup, "create_model", quickly(setup.create_model))
+        goes_on = mock.patch.object(setup, "compile_step", side_effect=_GoesOnError)
+        with create, goes_on, contextlib.suppress(_GoesOnError):
+            return loop.train(_run_config(), Path("run"))
+        return 0
+
+    return run_command("segjax train", train)
+
+
+class _GoesOnError(Exception):
+    """The run would train now."""
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+_VALUES = (
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "1e400",
+    "''",
+    "None",
+    "[]",
+    "(1,)",
+    "x",
+    "True",
+    "10**9",
+    "99999999999999999999",
+)
+_CONFIG = '''"""A config of a person's own."""
+
+from configs import segformer
+
+
+def get_config(argument="b0,streets"):
+    config = segformer.get_config(argument)
+    config.train.steps = 20
+    config.augment.crop = (64, 96)
+    config.optim.lr = 1e-3
+    config.data.update(train_images=7, eval_images=5)
+    return config
+'''
+
+
+def _mutate_settings(folder: Path, rng: np.random.Generator) -> Mutation:
+    from segjax.train import schema
+
+    keys = [key for key in schema.SETTINGS if key not in ("seed",)]
+    chosen = [keys[number] for number in rng.integers(len(keys), size=rng.integers(1, 4))]
+    values = [str(rng.choice(_VALUES)) for _ in chosen]
+    arguments = [f"--config.{key}={value}" for key, value in zip(chosen, values, strict=True)]
+    (folder / "flags").write_text("\n".join(arguments))
+    never = any(
+        value in ("nan", "inf", "-inf", "1e400") and isinstance(schema.SETTINGS[key].default, float)
+        for key, value in zip(chosen, values, strict=True)
+    )
+    return Mutation(" ".join(arguments), is_bad=never)
+
+
+def _mutate_config(folder: Path, rng: np.random.Generator) -> Mutation:
+    lines = _CONFIG.splitlines()
+    number = int(rng.integers(2, len(lines)))
+    kind = rng.choice(["removed", "cut", "spelled", "repeated", "raises"])
+    line = lines[number]
+    if kind == "removed":
+        del lines[number]
+    elif kind == "cut":
+        lines[number] = line[: rng.integers(len(line) + 1)]
+    elif kind == "spelled" and line:
+        at = int(rng.integers(len(line)))
+        lines[number] = line[:at] + chr(rng.integers(33, 127)) + line[at + 1 :]
+    elif kind == "repeated":
+        lines.insert(number, line)
+    else:
+        lines[number] = "    " + str(
+            rng.choice(["1 / 0", "raise SystemExit(3)", "return None", "config.x = 1", "[][1]"])
+        )
+    (folder / "mine.py").write_text("\n".join(lines) + "\n")
+    return Mutation(f"mine.py: line {number + 1} {kind}: {lines[min(number, len(lines) - 1)]!r}")
+
+
+def _train(*arguments: str) -> int:
+    """The command up to the point where every setting was checked."""
+    from segjax.train import loop
+    from segjax.train.config import check
+
+    def checked(config, workdir, **_):
+        check(config, workdir)
+        return 0
+
+    with mock.patch.object(loop, "train", checked):
+        return main(["train", *arguments, "--workdir=run"])
+
+
+SUBJECTS = {
+    "pth": Subject(_converted("m.pth"), _mutate_pth, _of_checkpoint("m.pth"), ("out.safetensors",), "torch"),
+    "safetensors": Subject(
+        _converted("m.safetensors"), _mutate_safetensors, _of_checkpoint("m.safetensors"), ("out.safetensors",)
+    ),
+    "orbax": Subject(_make_orbax, _mutate_orbax, _of_checkpoint("model"), ("out.safetensors",)),
+    "transformers": Subject(
+        _converted("hf", "--to", "hf", family="segformer"),
+        _mutate_transformers,
+        _of_checkpoint("hf"),
+        ("out.safetensors",),
+    ),
+    "image": Subject(_make_images, _mutate_image, [_read_image]),
+    "video": Subject(
+        _make_video, lambda folder, rng: mutations.of_bytes(folder / "clip.mp4", rng), [_read_video], (), "av"
+    ),
+    "folder": Subject(
+        _make_folder,
+        _mutate_dataset,
+        [["data", "prepare", "folder", "--source", "data", "--data-dir", "prepared"]],
+        ("prepared",),
+    ),
+    **{
+        name: Subject(_make_archives(name), _mutate_archive, [_prepare_archives(name)], ("prepared",))
+        for name in ("cityscapes", "voc", "pet")
+    },
+    "run": Subject(_make_run, _mutate_run, [_train_again], ("run",)),
+    "settings": Subject(
+        lambda folder: None, _mutate_settings, [lambda: _train(*Path("flags").read_text().splitlines())]
+    ),
+    "config": Subject(lambda folder: None, _mutate_config, [lambda: _train("--config", "mine.py")], ("__pycache__",)),
+}

@@ -1,0 +1,89 @@
+"""Commands that `commands/test_replacing.py` has killed: `forks` starts them, with models that take no time to make.
+
+The checkpoint `N`, which is no file, is a model of random weights from the seed N.
+"""
+
+import importlib.util
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+from segjax.checkpoints import load, state_dict
+from segjax.checkpoints.save import save as save_checkpoint
+from segjax.commands import conversion, data
+from segjax.commands import convert as convert_command
+from segjax.commands import export as export_command
+from segjax.commands import predict as predict_command
+from segjax.data import specs
+from segjax.inference.predictor import Predictor
+from tests.made_archives import few_images
+from tests.pixels import SPEC, Pixels
+from tests.tiny import SIZES, abstract_model
+
+# What they import late.
+MODULES = "tests.killed", "av", "cv2", "orbax.checkpoint", "safetensors.numpy", "segjax.exports.export"
+MODULES += ("tensorflow_datasets",)
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+MODULES += ("torch",) * HAS_TORCH
+
+# Only its shapes, so that the server has no JAX backend.
+_ABSTRACT = abstract_model("segformer_b0", 5, **SIZES)
+
+
+def _segformer(checkpoint):
+    """A tiny SegFormer of NumPy's arrays."""
+    rng = np.random.default_rng(int(checkpoint))
+    for variable in state_dict.named_variables(_ABSTRACT).values():
+        variable.set_value(rng.standard_normal(variable.get_value().shape, np.float32))
+    return _ABSTRACT
+
+
+def _pixels(path, **_):
+    return load.LoadedCheckpoint(Pixels(5, seed=int(path.name)), SPEC, {})
+
+
+def convert(flags):
+    checkpoint = SimpleNamespace(param_dtype=np.float32, is_orbax=False)
+    with (
+        mock.patch.object(conversion, "read_checkpoint", lambda *_, **__: mock.Mock(read_as=lambda **_: checkpoint)),
+        mock.patch.object(conversion, "_model_of", lambda *_: (_segformer(flags[0]), {})),
+        mock.patch.object(conversion, "_measure_transformers"),
+    ):
+        return convert_command.main(flags)
+
+
+def save(flags):
+    save_checkpoint(_segformer(flags[0]), *flags[1:])
+
+
+def export(flags):
+    with (
+        mock.patch("segjax.exports.export.rounded", lambda model, **_: model),
+        mock.patch("segjax.exports.export._is_equal", lambda *_: True),
+        mock.patch.object(load, "load", _pixels),
+    ):
+        return export_command.main(flags)
+
+
+def predict(flags):
+    model = Pixels(5, seed=int(flags[flags.index("--checkpoint") + 1]))
+
+    def labels(_, images):
+        return list(map(model.labels, images))
+
+    def probabilities(_, images):
+        return [model.scores(image).astype(np.float32) for image in images]
+
+    with (
+        mock.patch.object(Predictor, "labels", labels),
+        mock.patch.object(Predictor, "probabilities_of", probabilities),
+        mock.patch.object(Predictor, "refuse_too_large", lambda *_: None),
+        mock.patch.object(load, "load", _pixels),
+    ):
+        return predict_command.main(flags)
+
+
+def prepare(flags):
+    with mock.patch.dict(specs.DATASETS, few_images()):
+        return data.main(["prepare", *flags])

@@ -1,0 +1,111 @@
+"""Locks: one holder at a time, which others can name, and which frees the lock by its death."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from segjax.runtime import lock
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from segjax.runtime.lock import held
+with held(Path(sys.argv[1]), what="runs/a"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds `tmp_path`/sub/lock."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "sub" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_learns_who_holds_a_lock_and_what_it_can_do(holder, tmp_path):
+    with (
+        pytest.raises(lock.HeldError) as caught,
+        lock.held(tmp_path / "sub" / "lock", what="runs/a", instead="give another --workdir"),
+    ):
+        pytest.fail("both hold it")
+    said = str(caught.value)
+    assert said.startswith(f"runs/a is being written by process {holder.pid} on {socket.gethostname()}, since 20")
+    assert said.endswith(": wait until it ends, stop it, or give another --workdir")
+    assert holder.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_death_of_its_holder_frees_a_lock(holder, number, tmp_path):
+    holder.send_signal(number)
+    holder.wait()
+    assert (tmp_path / "sub" / "lock").exists()
+    with lock.held(tmp_path / "sub" / "lock", what="runs/a"):
+        assert f"process {os.getpid()} on" in (tmp_path / "sub" / "lock").read_text()
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
+    inside, most, rounds = [0], [0], []
+
+    def take():
+        while len(rounds) < 200:
+            try:
+                with lock.held(tmp_path / "a" / "lock", what="it"):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    rounds.append(inside[0])
+                    inside[0] -= 1
+            except lock.HeldError:
+                pass
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and not (tmp_path / "a" / "lock").exists()
+
+
+def test_the_end_removes_the_folders_that_were_made_unless_something_is_in_them(tmp_path):
+    with pytest.raises(ValueError), lock.held(tmp_path / "a" / "b" / "lock", what="it"):
+        assert (tmp_path / "a" / "b").is_dir()
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    with lock.held(tmp_path / "a" / "b" / "lock", what="it"):
+        (tmp_path / "a" / "result").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
+
+
+def test_without_locks_of_the_file_system_the_work_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock.held(tmp_path / "lock", what="it"), lock.held(tmp_path / "lock", what="it"):
+        pass
+
+
+def test_where_no_file_can_be_made_the_body_reports_why(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(NotADirectoryError, match="of the body"), lock.held(tmp_path / "file" / "lock", what="it"):
+        raise NotADirectoryError("of the body")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_link_in_place_of_a_lock_is_not_written_through(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with lock.held(tmp_path / "lock", what="it"):
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "kept"

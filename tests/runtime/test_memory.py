@@ -1,0 +1,94 @@
+"""Memory of devices: what a CPU has within the limit of a container, and which errors are those of too little."""
+
+import pytest
+
+from segjax.runtime import memory
+
+
+class Device:
+    platform = "cpu"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """machine(files) lays out /proc and /sys/fs/cgroup below a folder."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_held", lambda: 50)
+    monkeypatch.setattr(memory, "_physical", lambda: 9000)
+
+    def lay_out(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    return lay_out
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable: 7 kB\n"}
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, 9000),
+        (MEMINFO, 7168 + 50),
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "0::/job/3\n",
+                "cgroup/job/3/memory.max": "3000\n",
+                "cgroup/job/3/memory.current": "1200\n",
+                "cgroup/job/3/memory.stat": "anon 900\ninactive_file 300\n",
+            },
+            2100 + 50,
+        ),
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "4:cpu,memory:/docker/a\n",
+                "cgroup/memory/memory.limit_in_bytes": "500\n",
+                "cgroup/memory/memory.usage_in_bytes": "600\n",
+            },
+            50,
+        ),
+        (MEMINFO | {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": "max\n"}, 7168 + 50),
+    ],
+)
+def test_a_cpu_has_what_is_available_within_the_limit_of_its_group(files, expected, machine):
+    machine(files)
+    assert memory.limit(Device()) == memory.host() == expected
+    assert memory.limit(Device(), shared_by=2) == expected // 2
+
+
+def test_this_machine_has_some():
+    assert memory._held() > 1 << 20 and (memory.limit(Device()) or 1 << 30) > memory._held()
+
+
+def test_errors_of_too_little_memory_are_known_and_no_others():
+    assert memory.is_exhausted(MemoryError())
+    assert memory.is_exhausted(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."))
+    assert not memory.is_exhausted(RuntimeError("INTERNAL: memory"))
+
+
+class Compiled:
+    """1000 bytes of arguments, 200 of which are donated and returned, 90 of temporaries, and 300 of outputs."""
+
+    argument_size_in_bytes, temp_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 1000, 90, 300, 200
+
+    def memory_analysis(self):
+        return self
+
+
+def test_donated_arguments_are_counted_once():
+    assert memory.needed(Compiled()) == 1000 + 90 + 300 - 200
+
+
+def test_what_does_not_fit_is_an_error_of_both_numbers(machine):
+    machine({"proc/meminfo": "MemAvailable: 2097152 kB\n"})
+    memory.refuse_too_large(2 * 2**30 + 50, [Device()], what="a crop")
+    memory.refuse_too_large(None, [Device()], what="a crop")
+    with pytest.raises(memory.TooLittleMemoryError, match=r"a crop needs 3.00 GiB, and the device has 2.00 GiB"):
+        memory.refuse_too_large(3 * 2**30, [Device()], what="a crop")
+    with pytest.raises(MemoryError, match=r"the device has 1.00 GiB"):
+        memory.refuse_too_large(3 * 2**30 // 2, [Device()] * 2, what="a crop")
