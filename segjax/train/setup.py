@@ -76,11 +76,11 @@ def build(
     """
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
+    padding = check_crop(config.augment, images.sizes)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     is_new, data = not checkpoints.steps(), data_of(config, training, evaluation)
     accept = config.data.changed == "accept"
     from_lead(lambda: keep_data(workdir, data, is_new=is_new, accept=accept))
-    padding = check_crop(config.augment, images.sizes)
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
     module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed)

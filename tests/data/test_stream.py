@@ -23,6 +23,8 @@ from segjax.runtime.parallel import JitParallel, parallel_for
 from segjax.train import setup
 from segjax.train.schema import default_config
 
+pytestmark = pytest.mark.usefixtures("newer_emitters")
+
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), ((0, 0, 0),) * 5, 255)
 SIZES = ((90, 70), (61, 133), (44, 40), (90, 133), (20, 33), (75, 75), (90, 70))
 PATIENCE = 30  # seconds after which something hangs
@@ -126,7 +128,7 @@ CASES = {
     "crops around rare classes": settings_of(scale=(0.7, 1.6), class_balance=0.7),
     "rotation of crops larger than most images": settings_of(crop=(70, 90), scale=(0.6, 1.5), rotation=180.0),
     "everything": settings_of(
-        base_size=(100, 60), cat_max_ratio=0.6, class_balance=0.3, rotation=20.0, photometric=False, brightness=10.0
+        base_size=(100, 60), cat_max_ratio=0.6, class_balance=0.3, rotation=20.0, photometric=False, brightness=10
     ),
 }
 # Pixels of each class of `Noise`, whose last class is rare; 0.6 of the pixels of a crop have class 0.

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -341,7 +342,7 @@ def test_the_gradient_is_clipped_before_decay_momentum_and_moments(name, float64
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_refused_update_leaves_the_bits_that_choosing_afterwards_would(name, monkeypatch):
+def test_a_refused_update_changes_no_bit_and_an_accepted_one_is_optax_s(name, monkeypatch, float64):
     settings = settings_of(name)
     transform = optim.optimizer(settings, SHAPES, steps=STEPS)
     with monkeypatch.context() as patch:
@@ -364,15 +365,17 @@ def test_a_refused_update_leaves_the_bits_that_choosing_afterwards_would(name, m
         return chosen(accepted, (optax.apply_updates(params, updates), new), (params, state))
 
     rng = np.random.default_rng(0)
-    params = {key: jnp.array(rng.normal(size=shape), jnp.float32) for key, shape in SHAPES.items()}
+    params = {key: jnp.array(rng.normal(size=shape)) for key, shape in SHAPES.items()}
     one, other = (params, transform.init(params)), (params, plain.init(params))
     for step in range(7):
         # The very first is refused too, before there are moments.
         accepted = step % 3 != 0
         factor = 1.0 if accepted else np.nan
-        gradients = {key: jnp.array(factor * rng.normal(size=shape), jnp.float32) for key, shape in SHAPES.items()}
+        gradients = {key: jnp.array(factor * rng.normal(size=shape)) for key, shape in SHAPES.items()}
+        before = one
         one, other = refusing(*one, gradients, accepted), choosing(*other, gradients, accepted)
-        assert jax.tree.structure(one) == jax.tree.structure(other)
-        for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        if not accepted:
+            jax.tree.map(np.testing.assert_array_equal, one, before)
+        # Two programs: XLA may contract the products and sums of each in another way.
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-13, atol=1e-15), one, other)
     assert np.isfinite(one[0][next(iter(SHAPES))]).all()
