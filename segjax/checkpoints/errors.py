@@ -16,8 +16,8 @@ def torch_module() -> ModuleType:
         import torch
     except ModuleNotFoundError:
         raise CheckpointError(
-            "reading and writing .pth files needs PyTorch, which is not installed: "
-            'pip install "segjax[parity]" (or convert a .safetensors file, which needs nothing)'
+            "writing a .pth needs PyTorch, which is not installed: "
+            'pip install "segjax[parity]" (or write a .safetensors, which needs nothing)'
         ) from None
     return torch
 

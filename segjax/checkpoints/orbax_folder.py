@@ -173,12 +173,12 @@ def build_model(
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `find`.
+    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `found_in`.
 
     Raises:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
     """
-    found = find(folder)
+    found = _find(folder)
     metadata = read_metadata(found)
     (weights,) = read_items(found, WEIGHTS)
     refuse_changed(found, metadata, weights)
@@ -187,7 +187,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def load_metadata(folder: Path) -> dict[str, Any]:
     """Only the metadata of such a folder; its arrays are neither read nor checked."""
-    return read_metadata(find(folder))
+    return read_metadata(_find(folder))
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -235,19 +235,23 @@ def refuse_changed(folder: Path, metadata: Mapping, weights: Mapping, training: 
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
-def find(folder: Path) -> Path:
-    """The folder itself, or the newest step in it or in its `checkpoints`.
-
-    Raises:
-      CheckpointError: neither is there.
-    """
+def found_in(folder: Path) -> Path | None:
+    """The folder itself, or the newest step in it or in its `checkpoints`; None where neither is there."""
     for place in (folder, folder / "checkpoints"):
         if (place / METADATA).is_dir():
             return place
         steps = [child for child in place.glob("*") if child.name.isdigit() and (child / METADATA).is_dir()]
         if steps:
             return max(steps, key=lambda child: int(child.name))
-    raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{METADATA}` nor numbered steps)")
+    return None
+
+
+def _find(folder: Path) -> Path:
+    if (found := found_in(folder)) is None:
+        raise CheckpointError(
+            f"{folder}: no checkpoint of segjax in this folder (neither `{METADATA}` nor numbered steps)"
+        )
+    return found
 
 
 def read_items(folder: Path, *items: str) -> list:
