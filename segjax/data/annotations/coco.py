@@ -65,6 +65,7 @@ class _Instances(TypedDict):
 _NOT_INSTANCES = "JSON files that are no instances of COCO"
 _BOXES = "objects that have a box but no outline; their boxes become the ignore value"
 _NO_SHAPE = "objects that have neither an outline nor a box"
+_UNLISTED = "images that no JSON file lists"
 _NO_IMAGE = "annotations of images that the same file does not list"
 
 
@@ -98,8 +99,12 @@ def read(source: Path) -> Found:
     found.names, ids = classes_of(list(known.values()), problems)
     labels = {category: ids[name] for category, name in known.items()}
     for split, name in _splits(list(contents), problems).items():
-        found.splits[split] = _images(files, name, contents[name], labels, found, problems)
+        found.splits[split] = _images(files, split, name, contents[name], labels, found, problems)
         found.notes.append(f"{split}: {name}")
+    used = {image.place for images in found.splits.values() for image in images}
+    # What lies around a single file may belong to others.
+    if source.is_dir() and (unlisted := sorted(set(files.images()) - used)):
+        found.skipped[_UNLISTED] += unlisted
     every = [content["annotations"] for content in contents.values()]
     if any(every) and not any(_has_outline(annotation) for of in every for annotation in of) and not problems:
         problems["boxes only: no annotation has a segmentation; boxes show no outline, export instance masks"] += (
@@ -171,18 +176,19 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
 
 
 def _images(
-    files: Files, name: str, content: _Instances, labels: dict[_Id, int], found: Found, problems: Problems
+    files: Files, split: str, name: str, content: _Instances, labels: dict[_Id, int], found: Found, problems: Problems
 ) -> list[Annotated]:
     regions, listed_images = _regions(name, content, labels, found, problems)
     here, stem = posixpath.dirname(name), PurePosixPath(name).stem.removeprefix("instances_")
-    split = posixpath.basename(here)
     # From the most specific: two splits may have images of the same names.
-    folders = [f"images/{stem}", stem, here, f"{here}/images", f"images/{split}", "images", "data", "JPEGImages", "."]
+    folders = [f"images/{stem}", stem, here, f"{here}/images"]
+    folders += sorted(folder for folder in files.folders if split_in(posixpath.basename(folder)) == split)
+    folders += ["images", "data", "JPEGImages", "."]
     seen: dict[str, str] = {}
     images = []
     for number, entry in listed_images.items():
         file_name = entry["file_name"]
-        place = files.find(file_name, folders)
+        place = files.find(file_name, folders) or files.only(file_name)
         if place is None:
             found.skipped[files.reason_missing(file_name)].append(f"{name}: {file_name}")
             continue
@@ -192,7 +198,9 @@ def _images(
         height, width = entry.get("height"), entry.get("width")
         size = (height, width) if height and width else None
         drawn = functools.partial(draw, regions[number])
-        images.append(Annotated(file_name, place, files.reader(place), size, None, drawn))
+        # The folders in a relative name tell images apart; those of an absolute one are of this machine.
+        shown = posixpath.basename(place) if file_name.startswith("/") else file_name
+        images.append(Annotated(shown, place, files.reader(place), size, None, drawn))
     return images
 
 

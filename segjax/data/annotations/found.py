@@ -106,13 +106,26 @@ class Files:
 
     def find(self, name: str, folders: Iterable[str]) -> str | None:
         """The path of a file by a name that was written on any system, relative to the first folder that has it."""
-        name = unicodedata.normalize("NFC", name)
+        name = unicodedata.normalize("NFC", name).removeprefix(f"{self.root.absolute()}/")
         for folder in folders:
             for spelling in (name, name.replace("\\", "/")):
                 path = posixpath.normpath(posixpath.join(folder, spelling))
                 if path in self.paths:
                     return path
         return None
+
+    def only(self, name: str) -> str | None:
+        """The path of a file by the end of it, where no other ends like that."""
+        name = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+        found = [path for path in self._by_name.get(posixpath.basename(name), ()) if f"/{path}".endswith(f"/{name}")]
+        return found[0] if len(found) == 1 else None
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.paths:
+            found.setdefault(posixpath.basename(path), []).append(path)
+        return found
 
     def reason_missing(self, name: str) -> str:
         """Why `find` has found nothing, as a reason of `Found.skipped`."""

@@ -145,7 +145,7 @@ def _regions(shapes: list[_Shape], ids: dict[str, int], place: str, found: Found
         if kind in ("line", "linestrip", "point", "points"):
             found.skipped[_LINES].append(f"{where}: {kind}")
             continue
-        if kind not in ("polygon", "rectangle", "oriented_rectangle", "circle", "mask"):
+        if kind not in ("polygon", "rectangle", "oriented_rectangle", "rotation", "circle", "mask"):
             found.skipped["shapes of an unknown type"].append(f"{where}: {kind}")
         elif drawn := _shape(kind, points, shape.get("mask") or ""):
             regions.append(Region(ids[shape["label"]], drawn, where))

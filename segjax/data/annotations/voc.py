@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segjax.data import codec, specs
-from segjax.data.annotations.found import IGNORED, MISSING, Annotated, Drawn, Files, Found, classes_of
+from segjax.data.annotations.found import IGNORED, IMAGES, MISSING, Annotated, Drawn, Files, Found, classes_of
 from segjax.data.annotations.write import refuse
 from segjax.data.sources import MOST, DataError, Problems, listed
 from segjax.runtime import reading
@@ -59,8 +59,8 @@ def read(source: Path) -> Found:
     table = np.full(256, -1, np.int16)
     table[: len(classes.names)] = [ids[name] for name in classes.names]
     table[IGNORED] = IGNORED
-    masks = _by_stem(files, posixpath.join(root, _MASKS), (".png",))
-    images = _by_stem(files, posixpath.join(root, "JPEGImages"), (".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+    masks = _by_stem(files, posixpath.join(root, _MASKS), (".png",), found)
+    images = _by_stem(files, posixpath.join(root, "JPEGImages"), IMAGES, found)
     named = set()
     for split, stems in _splits(files, root, masks, found).items():
         for stem in stems:
@@ -146,13 +146,14 @@ def _text(files: Files, name: str) -> str:
     return reading.read_bytes(files.paths[name], most=_MOST_TEXT).decode("utf-8-sig", "surrogateescape")
 
 
-def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    start = f"{folder}/"
-    return {
-        posixpath.splitext(name.removeprefix(start))[0]: name
-        for name in sorted(files.paths)
-        if name.startswith(start) and name.lower().endswith(suffixes)
-    }
+def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...], found: Found) -> dict[str, str]:
+    start, by_stem = f"{folder}/", {}
+    for name in sorted(name for name in files.paths if name.startswith(start) and name.lower().endswith(suffixes)):
+        stem = posixpath.splitext(name.removeprefix(start))[0]
+        if stem in by_stem:
+            found.skipped["images that differ from another one in nothing but the suffix"].append(name)
+        by_stem.setdefault(stem, name)
+    return by_stem
 
 
 def _size(files: Files, mask: str) -> tuple[int, int] | None:

@@ -247,7 +247,8 @@ def describe(found: Found, written: Written) -> list[str]:
     ):
         if entries:
             lines += ["", f"{what}: {len(entries):,}", *(f"    {entry}" for entry in shorten(entries))]
-    return lines + (["", "skipped:", *listed(written.skipped)] if written.skipped else ["", "nothing was skipped"])
+    lines += ["", "skipped, as a whole or in part:" if written.skipped else "nothing was skipped"]
+    return lines + listed(written.skipped)
 
 
 def refuse(problems: Problems, what: str) -> None:

@@ -92,6 +92,9 @@ def read(source: Path) -> Found:
     refuse(problems, str(source))
     if lines.boxes:
         found.skipped[_BOXES] += lines.boxes
+    pictures = {image.place for images in found.splits.values() for image in images}
+    if unlisted := sorted(set(files.images()) - pictures):
+        found.skipped[f"images of no split of {name}"] += unlisted
     # Others are lists of images, or notes.
     unused = [path for path in files.paths if path.endswith(".txt") and "labels/" in path and path not in used]
     if unused:

@@ -111,6 +111,8 @@ def test_one_category_of_crowds_only_is_not_taken_for_masks_of_0_and_255(tmp_pat
         (["result.json"], "images/{name}", {"train"}),
         (["annotations.json"], "JPEGImages/{name}", {"train"}),
         (["day.json", "night.json"], "images/{name}", {"day", "night"}),
+        (["train_labels.json"], "pictures of june/training/{name}", {"train"}),
+        (["labels.json"], "pictures of june/{name}", {"train"}),
     ],
 )
 def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, images, splits):
@@ -122,6 +124,34 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, image
     assert {path.name for path in (tmp_path / "out/images").iterdir()} == splits
     for split in splits:
         np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
+
+
+def test_images_of_one_name_are_those_of_the_split_and_others_are_counted(tmp_path, capsys):
+    write_json(tmp_path / "x/train_labels.json", instances())
+    write_json(tmp_path / "x/val_labels.json", instances())
+    data = {split: picture(4, 6, seed=seed) for seed, split in enumerate(("training", "validation", "more"))}
+    for split, content in data.items():
+        for name in ("a.png", "b.png"):
+            write(tmp_path / "x" / split / name, content)
+    said = imported("coco", tmp_path / "x", tmp_path / "out", capsys)
+    assert (tmp_path / "out/images/train/a.png").read_bytes() == data["training"]
+    assert (tmp_path / "out/images/val/a.png").read_bytes() == data["validation"]
+    assert "images that no JSON file lists: 2 more/a.png more/b.png" in " ".join(said.split())
+
+
+def test_names_that_are_paths_on_this_machine_are_found_inside_the_source_only(tmp_path, capsys):
+    content = instances()
+    content["images"][0]["file_name"] = str(tmp_path / "x/train2017/a.png")
+    content["images"][1]["file_name"] = str(tmp_path / "b.png")
+    write(tmp_path / "b.png", picture(4, 6))
+    said = imported("coco", source_of(tmp_path / "x", content, images=["a"]), tmp_path / "out", capsys)
+    np.testing.assert_array_equal(
+        labels_of(
+            tmp_path / "out", "train", said and next(path.stem for path in (tmp_path / "out/labels/train").iterdir())
+        ),
+        EXPECTED,
+    )
+    assert "names lead out of the source" in said
 
 
 def test_a_json_file_is_a_source_too(tmp_path, capsys):

@@ -42,6 +42,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
     lists = {"train": ["a", "b"], "val": ["c"], "trainval": ["a", "b", "c"], "test": ["x"]}
     source = source_of(tmp_path / "VOCdevkit/VOC2012", masks, lists)
     write(source / "JPEGImages/more.jpg", picture(*SIZE))
+    write(source / "JPEGImages/a.png", picture(*SIZE))
     said = imported("voc", tmp_path / "VOCdevkit", tmp_path / "out", capsys)
     assert names_of(tmp_path / "out") == list(specs.VOC.class_names)
     for split, stems in (("train", "ab"), ("val", "c")):
@@ -51,6 +52,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
             assert copied == (source / f"JPEGImages/{stem}.jpg").read_bytes()
     flat = " ".join(said.split())
     assert "images of a list that have no mask: 1 test: x" in flat and "masks that no list names: 1 d" in flat
+    assert "in nothing but the suffix: 1 JPEGImages/a.png" in flat.replace("VOC2012/", "")
     assert "images that have no mask, which are not imported: 1" in flat
     found = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
     assert found.splits == {"train": 2, "val": 1}

@@ -87,11 +87,13 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     source = source_of(tmp_path / "x", text=f"{DOG}0 0.9375 0.5 0.125 1\n0 0.1 0.1 0.2 0.2 0.3\n\n")
     write(source / "labels/val/gone.txt", DOG.encode())
     write(source / "images/val/broken.png", b"")
+    write(source / "more/c.png", picture(4, 8))
     said = imported("yolo", source, tmp_path / "out", capsys)
     flat = " ".join(said.split())
     for reason in (
         "their boxes become the ignore value: 2 labels/train/a.txt: line 2 labels/val/a.txt: line 2",
         "or half a corner: 2 labels/train/a.txt: line 3",
+        "images of no split of data.yaml: 1 more/c.png",
         "text files without an image: 1 labels/val/gone.txt",
         "images that cannot be used: 1 images/val/broken.png: is empty",
     ):
