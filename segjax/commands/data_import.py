@@ -18,6 +18,7 @@ is skipped is counted, and nothing is written where annotations are damaged.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     written = write.write(found, options.folder)
     console.say("\n".join(write.describe(found, written)))
     console.show(f"\n{options.folder}: {written.images.total():,} images; next:")
-    console.show(f"  segjax data prepare folder --source {options.folder}")
+    console.show(f"  segjax data prepare folder --source {shlex.quote(str(options.folder))}")
 
 
 def _reader(format: str) -> Callable[[Path], Found]:

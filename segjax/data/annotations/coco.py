@@ -14,6 +14,7 @@ import collections
 import functools
 import posixpath
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Annotated as With
 from typing import Any, NotRequired
@@ -24,7 +25,7 @@ from typing_extensions import TypedDict
 from segjax.data.annotations.found import IGNORED, Annotated, Files, Found, classes_of, split_in
 from segjax.data.annotations.rasterise import NO_AREA, Outline, Region, Runs, draw
 from segjax.data.annotations.write import refuse
-from segjax.data.sources import Problems, listed
+from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _Id = int | str
@@ -81,7 +82,7 @@ def read(source: Path) -> Found:
     contents: dict[str, _Instances] = {}
     for name in names:
         try:
-            content = reading.read_json(files.paths[name])
+            content = reading.read_json(files.paths[name], Any)
             if why := _no_instances(content):
                 found.skipped[_NOT_INSTANCES].append(f"{name}: {why}")
             else:
@@ -92,9 +93,7 @@ def read(source: Path) -> Found:
             problems["JSON files that are damaged"].append(f"{name}: {why}")
     if not contents and not problems:
         entries = found.skipped.pop(_NOT_INSTANCES, [f"{source}: no .json"])
-        problems[f"no JSON with images, annotations and categories, as COCO's instances have them, in {source}"] = (
-            entries
-        )
+        problems["no JSON with images, annotations and categories, as COCO's instances have them"] = entries
     known = _categories(contents, problems)
     found.names, ids = classes_of(list(known.values()), problems)
     labels = {category: ids[name] for category, name in known.items()}
@@ -107,9 +106,7 @@ def read(source: Path) -> Found:
         found.skipped[_UNLISTED] += unlisted
     every = [content["annotations"] for content in contents.values()]
     if any(every) and not any(_has_outline(annotation) for of in every for annotation in of) and not problems:
-        problems["boxes only: no annotation has a segmentation; boxes show no outline, export instance masks"] += (
-            contents
-        )
+        problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
     refuse(problems, str(source))
     return found
 
@@ -119,7 +116,11 @@ def _json_files(source: Path, skipped: Problems) -> tuple[Files, list[str]]:
     if not source.is_dir():
         # annotations/x.json has its images next to the folder.
         root = source.parent.parent if source.parent.name == "annotations" else source.parent
-        return Files(root, skipped), [source.relative_to(root).as_posix()]
+        files = Files(root, skipped)
+        name = unicodedata.normalize("NFC", source.relative_to(root).as_posix())
+        if not name.lower().endswith(".json") or name not in files.paths:
+            raise DataError(f"{source} is neither a folder nor a .json file that can be read; unpack an archive first")
+        return files, [name]
     files = Files(source, skipped)
     names = sorted(name for name in files.paths if name.lower().endswith(".json"))
     for pattern in (r"(.*/)?instances_[^/]*", r"(.*/)?_annotations\.coco\.json"):
@@ -130,8 +131,10 @@ def _json_files(source: Path, skipped: Problems) -> tuple[Files, list[str]]:
     return files, names
 
 
-def _no_instances(content: dict[str, Any]) -> str | None:
-    """Why a JSON object is something else than instances; None if it is to be read as such."""
+def _no_instances(content: Any) -> str | None:
+    """Why JSON is something else than instances; None if it is to be read as such."""
+    if not isinstance(content, dict):
+        return "no object of JSON"
     if "shapes" in content:
         return "a file of labelme; segjax data import labelme"
     missing = [key for key in ("images", "annotations", "categories") if key not in content]

@@ -67,8 +67,8 @@ def read(source: Path) -> Found:
     images: dict[str, Annotated] = {}
     for name in sorted(name for name in files.paths if name.lower().endswith(".json")):
         try:
-            content = reading.read_json(files.paths[name])
-            if "shapes" not in content:
+            content = reading.read_json(files.paths[name], Any)
+            if not isinstance(content, dict) or "shapes" not in content:
                 found.skipped["JSON files without shapes, which are not labelme's"].append(name)
                 continue
             content = reading.checked(content, _File, name=name)
