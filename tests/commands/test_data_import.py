@@ -1,6 +1,7 @@
 """`segjax data import` writes nothing where it should not, and its folder appears as a whole."""
 
 import builtins
+import contextlib
 import sys
 
 import pytest
@@ -31,6 +32,9 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(source, tmp_p
     assert main(["import", "coco", str(source), str(tmp_path / "full/mine.txt")]) == 2
     assert "is no folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    with contextlib.chdir(tmp_path / "empty"):
+        assert main(["import", "coco", str(source), "."]) == 2
+    assert "is the present folder" in capsys.readouterr().err
     assert main(["import", "coco", str(source), str(tmp_path / "empty")]) == 0
     assert f"segjax data prepare folder --source {tmp_path / 'empty'}" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["classes.json", "images", "labels"]

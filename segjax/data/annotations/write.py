@@ -60,6 +60,9 @@ def refuse_occupied(folder: Path) -> None:
     """Raises DataError where a folder that is to be written has something in it, or cannot be written."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise DataError(f"{folder} is there and is no folder; name a new one")
+    # It is replaced as a whole, and a shell would stay in the old one.
+    if folder.is_dir() and os.path.samefile(folder, os.curdir):
+        raise DataError(f"{folder} is the present folder; name another one")
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder, or remove it first")
     if why := atomic.why_not_writable(folder.parent):
