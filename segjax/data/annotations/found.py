@@ -20,7 +20,9 @@ from segjax.runtime import reading
 BACKGROUND = "background"  # name of class 0
 IGNORED = 255  # label of pixels that are not counted, while labels are drawn
 MOST_CLASSES = 255  # with the background, in 8 bits next to IGNORED
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+# Suffixes of images; those that cannot be used are counted.
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
+IMAGES += (".heif", ".avif", ".jp2", ".pfm")
 # Names by which splits are known, and segjax's name for each.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "trainval": "trainval"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")

@@ -188,8 +188,9 @@ def _by_color(pixels: np.ndarray, classes: _Classes, table: np.ndarray) -> np.nd
     def packed(colors: np.ndarray) -> np.ndarray:
         return colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
-    # VOC's colour of 255, unless a class has it.
-    known = dict.fromkeys([specs.voc_color(IGNORED)], IGNORED) | dict(zip(classes.colors, table.tolist(), strict=False))
+    # VOC's colours of the background and of 255, unless a class has them.
+    known = {specs.voc_color(0): 0, specs.voc_color(IGNORED): IGNORED}
+    known |= dict(zip(classes.colors, table.tolist(), strict=False))
     found, places = np.unique(packed(pixels.reshape(-1, 3)), return_inverse=True)
     by_number = {int(packed(np.array(color))): label for color, label in known.items()}
     labels = np.array([by_number.get(number, -1) for number in found.tolist()], np.int16)

@@ -69,8 +69,9 @@ def test_class_names_of_labelme_name_the_values_of_palette_and_grey_masks(tmp_pa
     assert "there is no list of a split: all masks are train" in said
 
 
+@pytest.mark.parametrize("background", ["background:0,0,0::\n", ""])
 @pytest.mark.parametrize("as_palette", [False, True])
-def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, capsys, as_palette):
+def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, capsys, as_palette, background):
     mask = mask_of([0, 1, 2, 3], seed=3)
     colors = np.array([[10, 20, 30], [0, 0, 0], [200, 0, 1], [224, 224, 192]], np.uint8)
     image = Image.fromarray(mask)

@@ -87,6 +87,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     source = source_of(tmp_path / "x", text=f"{DOG}0 0.9375 0.5 0.125 1\n0 0.1 0.1 0.2 0.2 0.3\n\n")
     write(source / "labels/val/gone.txt", DOG.encode())
     write(source / "images/val/broken.png", b"")
+    write(source / "images/val/phone.heic", b"\0\0\0\x18ftypheic")
     write(source / "more/c.png", picture(4, 8))
     said = imported("yolo", source, tmp_path / "out", capsys)
     flat = " ".join(said.split())
@@ -95,7 +96,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         "or half a corner: 2 labels/train/a.txt: line 3",
         "images of no split of data.yaml: 1 more/c.png",
         "text files without an image: 1 labels/val/gone.txt",
-        "images that cannot be used: 1 images/val/broken.png: is empty",
+        "images that cannot be used: 2 images/val/broken.png: is empty images/val/phone.heic: is no PNG, JPEG",
     ):
         assert reason in flat
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "val", "a"), drawn("2222220# 2222220# 2222220# 0000000#"))
