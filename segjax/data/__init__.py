@@ -1,7 +1,7 @@
 """Datasets: from files on disk to batches on the devices.
 
     training, test = segjax.data.open_splits("camvid", ["train", "test"], source="DIR")
-    image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and uint8 (H, W), train ids
+    image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and train ids (H, W)
 
 `specs.py` has the table of datasets, and `open.py` opens one by its name. In the order in which images pass through the
 other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `masks.py` checks them and converts

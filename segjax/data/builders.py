@@ -126,7 +126,7 @@ def _prepare_folder(
     (root,) = paths
     problems: Problems = collections.defaultdict(list)
     notes: list[str] = []
-    spec, absent = folder.read_classes(root, problems)
+    spec, classes = folder.read_classes(root, problems)
     examples = folder.find_examples(root, problems, notes)
     if published:
         _check_published(published, spec, examples, problems)
@@ -134,20 +134,20 @@ def _prepare_folder(
     if problems or spec is None:
         # The contents of the files are checked too, so that one report lists everything.
         scratch = masks.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
-        masks.convert(examples, spec, None, scratch, problems)
+        masks.convert(examples, spec, None, scratch, problems, classes)
         raise _refusal(name, paths, problems)
     state = folder.state_of(root, examples)
     # Any copy of a published dataset is the same dataset.
-    classes = reading.read_bytes(root / "classes.json")
-    identity = {"source": str(root), "state": state, "fingerprint": fingerprint_of(examples, classes)}
+    fingerprint = fingerprint_of(examples, reading.read_bytes(root / "classes.json"))
+    identity = {"source": str(root), "state": state, "fingerprint": fingerprint}
     if not published and (known := _of_state(name, state, data_dir)):
         # The folder may have been moved since, and is named after its present place unless classes.json names it.
         return dataclasses.replace(known, spec=dataclasses.replace(known.spec, name=spec.name))
     config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}"
-    builder = _builder(name, config, data_dir)
+    builder = _builder(name, config, data_dir, label_dtype=spec.label_dtype)
 
     def write() -> Prepared:
-        return _write(builder, spec, examples, None, _scratch(builder, state), identity, notes, absent)
+        return _write(builder, spec, examples, None, _scratch(builder, state), identity, notes, classes)
 
     return _once(builder, spec.name, write) or _refuse_other_files(
         open_prepared(Path(builder.data_path)), identity, examples
@@ -227,7 +227,7 @@ def _prepare_archives(
     def write() -> Prepared:
         notes = [f"links to folders that are read already, which are skipped: {listed(skipped)}"] if skipped else []
         examples, identity = find()
-        return _write(builder, spec, examples, reader.train_ids, scratch, identity, notes)
+        return _write(builder, spec, examples, reader.train_ids, scratch, identity, notes, masks.Classes())
 
     if prepared := _once(builder, spec.name, write):
         return prepared
@@ -246,14 +246,14 @@ def _write(
     scratch: masks.Scratch,
     identity: dict[str, str],
     notes: Sequence[str],
-    absent: Sequence[str] = (),
+    classes: masks.Classes,
 ) -> Prepared:
     """Prints what is prepared, then checks, converts and writes.
 
     Args:
       identity: metadata about the files from which the dataset was prepared: source, state, fingerprint.
       notes: printed too.
-      absent: see `masks.convert`.
+      classes: see `masks.convert`.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
@@ -270,7 +270,7 @@ def _write(
             f"{path} needs at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
             "choose another data directory"
         )
-    converted = masks.convert(examples, spec, train_ids, scratch, problems, absent)
+    converted = masks.convert(examples, spec, train_ids, scratch, problems, classes)
     if problems:
         scratch.remove()
         raise _refusal(spec.name, [identity["source"]], problems)
@@ -337,13 +337,13 @@ def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> Data
     return DataError("\n".join(lines))
 
 
-def _builder(dataset: str, config: str | None, data_dir: StrPath | None):
+def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, label_dtype: type[np.generic] = np.uint8):
     if sys.platform == "win32":
         raise DataError("prepared datasets need array_record, which has no version for Windows; streets need none")
     import tensorflow_datasets as tfds
 
     with quiet():
-        return _builder_class(dataset)(
+        return _builder_class(dataset, label_dtype)(
             config=config and tfds.core.BuilderConfig(name=config),
             data_dir=data_dir and os.path.abspath(user_path(data_dir)),
         )
@@ -354,7 +354,7 @@ def _scratch(builder, state: str) -> masks.Scratch:
 
 
 @functools.cache
-def _builder_class(dataset: str):
+def _builder_class(dataset: str, label_dtype: type[np.generic]):
     import tensorflow_datasets as tfds
 
     class Info(tfds.core.DatasetInfo):
@@ -373,7 +373,7 @@ def _builder_class(dataset: str):
         def _info(self):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                "label": tfds.features.Image(shape=(None, None, 1), dtype=label_dtype, encoding_format="png"),
                 "name": tfds.features.Text(),
             }
             metadata = tfds.core.MetadataDict()
