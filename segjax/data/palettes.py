@@ -48,7 +48,7 @@ class Palette(NamedTuple):
 
 # Labels of Cityscapes that are not evaluated; pole groups and licence plates have the colours of poles and cars.
 _CITYSCAPES = """
-    dynamic 6f4a00, ground 510051, parking faa0a0, rail track e6968c, guard rail b4a5b4, bridge 966464, tunnel 96785a,
+    dynamic 6f4a00, ground 510051, parking faaaa0, rail track e6968c, guard rail b4a5b4, bridge 966464, tunnel 96785a,
     caravan 00005a, trailer 00006e
 """
 # By the class of SegNet that they belong to.
