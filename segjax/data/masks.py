@@ -420,6 +420,9 @@ def _add_absent(
       totals: pixels of each value in masks of values. of_values: the labelled ones among them by label.
       pixels: labelled pixels of all masks.
     """
+    if spec.label_dtype is np.uint16:
+        # Hardly any data set of so many classes has all of them, and 65535 is nobody's id.
+        return
     by_label = np.sum(list(pixels.values()), axis=0)
     absent = [f"{number}, {name}" for number, name in enumerate(spec.label_names) if not by_label[number]]
     absent = [entry for entry in absent if entry.partition(", ")[2] not in known]
