@@ -117,7 +117,7 @@ def palettes_for(spec: specs.DatasetSpec, *, has_colors: bool, ignored: Iterable
     if has_colors:
         labels = dict.fromkeys(map(_packed, ignored), spec.ignore_label)
         if spec.num_classes == 1 and _BLACK not in spec.colors:
-            labels[_packed(_BLACK)] = 0
+            labels.setdefault(_packed(_BLACK), 0)
         colors = map(_packed, spec.label_colors)
         own = [(color, label) for label, color in enumerate(colors) if spec.num_classes > 1 or label]
         found.append(_palette('"colors" in classes.json', own, labels))

@@ -175,6 +175,14 @@ class _Spec(TypedDict):
     splits: list[Annotated[list[str | int], Field(min_length=2, max_length=2)]]
 
 
+class _Division(TypedDict):
+    """See `division.Division`."""
+
+    val_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: int
+    group_by: str | None
+
+
 class _Metadata(TypedDict):
     """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are no text."""
 
@@ -185,6 +193,7 @@ class _Metadata(TypedDict):
     names: dict[str, list[Any]]
     sizes: dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]
     pixels: dict[str, list[int]]
+    division: NotRequired[_Division]
     hashes: NotRequired[dict[str, list[Annotated[list[str | None], Field(min_length=2, max_length=2)]]]]
 
 

@@ -131,6 +131,7 @@ def evaluated_split(labelled: Collection[str], train_split: str) -> str:
     raise RunError(
         "config.data.eval_split is not set, and no val or test split with labels is left next to "
         f"config.data.train_split={train_split}; the splits with labels are {', '.join(sorted(labelled))}. Add "
-        "images/val and labels/val, or name a split, such as --config.data.eval_split=train to evaluate on the images "
-        "that are trained on"
+        "images/val and labels/val; or divide the images once, with `segjax data prepare folder --source DIR "
+        "--val-share 0.2`, and train from the same DIR; or name a split, such as --config.data.eval_split=train to "
+        "evaluate on the images that are trained on"
     )

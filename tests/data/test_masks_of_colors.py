@@ -253,6 +253,13 @@ def test_a_single_class_has_its_colour_on_black(tmp_path):
     expect(prepare(tmp_path, made, names=["polyp"], colors=[(255, 0, 0)]), {"a": labels})
 
 
+def test_black_may_be_ignored_next_to_a_single_class(tmp_path):
+    labels = labels_of(3, [1, 255])
+    made = {"a": png(rgb_of(labels, {255: BLACK, 1: (255, 0, 0)}))}
+    prepared = prepare(tmp_path, made, names=["polyp"], colors=[(255, 0, 0)], ignore_colors=[BLACK])
+    expect(prepared, {"a": labels})
+
+
 def test_names_are_enough_for_masks_of_ids(tmp_path):
     labels = {"a": labels_of(0, [0, 1, 2, 255])}
     prepared = prepare(tmp_path, {"a": png(labels["a"].astype(np.uint8))})
