@@ -225,6 +225,8 @@ def choose(
       palettes, has_colors: see `palettes_for`.
       problems: gets the colours that stand for nothing, and palette masks that could be read in two ways.
     """
+    if not found:
+        return Reading()
     own = palettes[0] if has_colors else None
 
     def fits(palette: Palette, masks: Sequence[tuple[str, MaskColors]]) -> bool:
@@ -295,16 +297,18 @@ def _add_unknown(
         )
     if all(entry[0] % 0x10101 == 0 for _, colors in found for entry in colors.listed):
         kind += "; all colours are grey: if they are ids, save one channel as 8-bit grey"
+    places: dict[int, list[tuple[int, str]]] = {}
     for name, colors in found:
-        unknown = [
-            f"{_text(color)} {pixels} pixels, first in row {row}, column {column}"
-            + " (of several classes)" * (color in palette.labels)
-            for color, pixels, row, column in sorted(_unknown(colors, palette), key=lambda entry: -entry[1])
-        ]
-        if colors.others[0]:
-            unknown.append(f"and {colors.others[0]} other colours, {colors.others[1]} pixels")
-        if unknown:
-            problems[kind].append(f"{name}: {'; '.join(unknown)}")
+        for color, pixels, row, column in _unknown(colors, palette):
+            places.setdefault(color, []).append((pixels, f"{name}, row {row}, column {column}"))
+    pixels = {color: sum(number for number, _ in of) for color, of in places.items()}
+    problems[kind] += [
+        f"{_text(color)}: {pixels[color]:,} pixels in {len(of)} masks, first in {of[0][1]}"
+        + "; it is the colour of several classes" * (color in palette.labels)
+        for color, of in sorted(places.items(), key=lambda entry: -pixels[entry[0]])
+    ]
+    if rest := sum(colors.others[1] for _, colors in found):
+        problems[kind].append(f"{rest:,} pixels of further colours, each rare in its mask")
 
 
 def _text(color: int) -> str:

@@ -460,10 +460,13 @@ REFUSED = {
     ),
     "palette mask": (
         bad_mask(palette_png(np.full((5, 7), 5, np.uint8))),
-        ["RGB or palette masks", "labels/train/b.png: [45, 46, 47] 35 pixels, first in row 0, column 0"],
+        ["RGB or palette masks", "[45, 46, 47]: 35 pixels in 1 masks, first in labels/train/b.png, row 0, column 0"],
     ),
     "RGB mask": (bad_mask(png(IMAGE, color_type=2)), ["RGB or palette masks", "labels/train/b.png", '"colors"']),
-    "RGBA mask": (bad_mask(png(np.zeros((5, 28), np.uint8), color_type=6)), ["b.png: [0, 0, 0] 35 pixels"]),
+    "RGBA mask": (
+        bad_mask(png(np.zeros((5, 28), np.uint8), color_type=6)),
+        ["[0, 0, 0]: 35 pixels in 1 masks, first in labels/train/b.png"],
+    ),
     "16-bit mask": (bad_mask(png(np.zeros((5, 7), ">u2"), depth=16)), ["masks of 16 bits", "8 bits", "train/b.png"]),
     "16-bit RGB mask": (bad_mask(png(np.zeros((5, 21), ">u2"), 16, 2)), ["16 bits a channel", "train/b.png"]),
     "1-bit mask": (bad_mask(png(np.zeros((5, 1), np.uint8), depth=1)), ["fewer than 8 bits", "train/b.png"]),
