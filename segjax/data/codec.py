@@ -228,10 +228,8 @@ def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None
     import cv2
 
     if format_of(data[:32]) in BY_PILLOW:
-        from PIL import ImageOps
-
         image = decode_by_pillow(data)
-        array = as_grey_or_rgb(ImageOps.exif_transpose(image) if upright else image)
+        array = as_grey_or_rgb(_turned(image) if upright else image)
         return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     image, messages = native_messages.captured(lambda: _decode(data, flags))
@@ -261,9 +259,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
     if found in (None, "TIFF"):
         raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
     if found not in ("PNG", "JPEG"):
-        from PIL import ImageOps
-
-        return as_grey_or_rgb(ImageOps.exif_transpose(decode_by_pillow(data, max_pixels=max_pixels))), 255
+        return as_grey_or_rgb(_turned(decode_by_pillow(data, max_pixels=max_pixels))), 255
     if fault := damage(data):
         raise ImageError(fault)
     if (size := size_of(data)) is None:
@@ -301,6 +297,17 @@ def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     except Exception as error:
         raise ImageError(f"is a damaged {found} ({error})") from error
     return image
+
+
+def _turned(image: Image) -> Image:
+    """An image, rotated as its EXIF demands; as it is where that is damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    # Pillow raises errors of many kinds for damaged EXIF, of which OpenCV takes no notice.
+    except Exception:
+        return image
 
 
 def as_grey_or_rgb(image: Image) -> np.ndarray:

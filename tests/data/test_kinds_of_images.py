@@ -121,6 +121,15 @@ def test_an_image_that_exif_rotates_stays_as_it_is_stored_where_its_mask_does(or
     np.testing.assert_array_equal(records[0][0], image)
 
 
+def test_damaged_exif_rotates_nothing(tmp_path):
+    image = scene(2, *SIZE)
+    data = encoded(Image.fromarray(image), "WEBP", exif=exif(6), lossless=True)
+    data = data.replace(b"MM\0*", b"MM\0-").replace(b"II*\0", b"II-\0")
+    records = prepare(folder(tmp_path / "folder", {"a": data}), tmp_path).records("train")
+    np.testing.assert_array_equal(records[0][0], image)
+    np.testing.assert_array_equal(read_image(tmp_path / "folder/images/train/a.jpg"), image)
+
+
 def test_an_animation_is_refused_and_a_webp_that_is_cut_is_named(tmp_path):
     frames = [Image.fromarray(scene(seed, *SIZE)) for seed in range(2)]
     files = {
