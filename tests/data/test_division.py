@@ -175,9 +175,12 @@ def test_a_training_without_a_split_to_evaluate_names_the_command(tmp_path):
     config = runs.make_config()
     config.data.update(name="folder", source=str(root), dir=str(tmp_path / "data"))
     config.data.eval_split = None
-    with pytest.raises(RunError, match="segjax data prepare folder --source DIR --val-share"):
+    with pytest.raises(RunError, match="segjax data prepare folder --source") as error:
         unset.filled(config)
-    assert prepare(root, tmp_path, "--val-share", "0.25") == 0
+    command = str(error.value).partition("\n  segjax data ")[2]
+    assert command == f"prepare folder --source {root} --data-dir {tmp_path / 'data'} --val-share 0.2"
+    assert main(command.split()) == 0
+    assert splits_of(root, tmp_path).keys() == {"train", "val"}
     config, chosen = unset.filled(config)
     assert chosen["data.eval_split"].value == "val"
 
