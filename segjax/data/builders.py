@@ -2,8 +2,8 @@
 
 Every dataset is prepared in the same steps: its reader (`archives.py` or `folder.py`) finds the examples in the source;
 they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
-its data directory. One error lists everything that is wrong, and then nothing is left on disk. Images are stored byte
-for byte, and so are masks of train ids.
+its data directory. One error lists everything that is wrong, and then nothing is left on disk. JPEG and PNG images are
+stored byte for byte, and so are masks of train ids; what readers could not use as it is becomes PNG, see `masks.py`.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`

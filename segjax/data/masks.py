@@ -1,4 +1,7 @@
-"""Checks every image and mask of a dataset, counts pixels by class, and converts masks from archives to train ids.
+"""Checks every image and mask of a dataset, counts pixels by class, and converts masks to train ids.
+
+Masks from archives have values that a table converts; those of a folder may have colours, see `palettes.py`. Images of
+unusual formats, of 16 bits, or rotated by EXIF become PNG.
 
 Decoding takes most of the time. It runs in threads, and results are kept in a scratch folder, where a preparation that
 was interrupted continues.
