@@ -222,7 +222,7 @@ def joined(path, header, data):
 def test_a_tensor_of_more_numbers_than_are_stored_is_refused(tmp_path, weights, is_zip, shape):
     stretched = {"state_dict": tensors(weights) | {NORM: torch.zeros(1).expand(shape)}}
     torch.save(stretched, tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
-    refused(tmp_path / "w.pth", f"state_dict.{NORM}", str(shape))
+    refused(tmp_path / "w.pth", NORM, str(shape))
 
 
 def test_a_storage_that_was_cut_short_is_refused_by_the_name_of_its_tensor(tmp_path, weights):

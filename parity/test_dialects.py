@@ -173,7 +173,7 @@ def test_the_official_hrnet_loads_from_inside_its_wrapper_of_network_and_loss(ca
         model = segjax.from_torch({prefix + key: value for key, value in wrapped.items()})
         assert model.spec.name == "hrnet_w18_ocr"
         assert differing(segjax.to_torch(model), weights) == []
-        assert "not used from the checkpoint (1): loss.criterion.weight" in caplog.messages
+        assert f"not used from the checkpoint (1): {prefix}loss.criterion.weight" in caplog.messages
 
 
 def test_counters_may_be_absent():
@@ -801,7 +801,7 @@ def without(weights, pattern):
         (lambda: None, "got NoneType"),
         (lambda: {"a.b": np.array("text")}, "it lacks"),
         (lambda: {"a.b": np.array([None])}, "it lacks"),
-        (lambda: {1: np.zeros(3)}, "1: ndarray"),
+        (lambda: {1: np.zeros(3)}, "it lacks"),
         (lambda: {"": np.zeros(3)}, "it lacks"),
         # The same number of keys for two families: a classifier, and nothing else.
         (

@@ -293,7 +293,7 @@ def broken_files(folder, weights):
     torch.save({"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3), "fc.bias": torch.zeros(10)}, folder / "resnet.pth")
     (folder / "folder").mkdir()
     return {
-        "code.pth": "run code",
+        "code.pth": "fits no model",
         "legacy.pth": "run code",
         "cut.pth": "cut short",
         "empty.pth": "empty",
@@ -345,7 +345,7 @@ def test_a_failed_write_leaves_the_old_file(weights, tmp_path, monkeypatch):
 def test_without_torch_the_message_names_the_extra(weights, tmp_path, monkeypatch, capsys):
     save_pth(tmp_path / "a.pth", weights)
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert run(tmp_path / "a.pth", tmp_path / "b") == 2
+    assert run(tmp_path / "a.pth", tmp_path / "b.pth") == 2
     assert "segjax[parity]" in refused(capsys)
 
 

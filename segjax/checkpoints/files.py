@@ -1,25 +1,29 @@
-"""Reads checkpoints: `.pth`, `.safetensors`, orbax folders, folders of transformers, repositories of the Hugging Face
-Hub. The kind is recognised by content. `segjax.checkpoints.save` writes them."""
+"""Reads checkpoints: `.pth`, `.safetensors`, `.npz`, orbax folders, folders of transformers and of peft, repositories
+of the Hugging Face Hub. The kind is recognised by content. `segjax.checkpoints.save` writes them."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
-import pickle
+import re
 import struct
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import huggingface, metadata, orbax_folder, pickled
-from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, as_arrays, shorten, torch_module
+from segjax.checkpoints import adapters, foreign, huggingface, metadata, orbax_folder, pickled
+from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
 from segjax.checkpoints.format_version import refuse_newer
+from segjax.checkpoints.selection import as_array, as_arrays
 from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import logger
 from segjax.runtime.reading import UnreadableError, checked, open_regular, parse_json
@@ -32,8 +36,9 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
     """Reads weights and metadata.
 
     Args:
-      source: a `.pth` or `.safetensors`, an orbax folder or the folder of a run, a folder of transformers, or the
-        address hf:owner/name[@revision] of a repository.
+      source: a `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
+        its Trainer, of an adapter of peft, or with one file of these; or the address hf:owner/name[@revision] of a
+        repository.
       weights: the set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
         raw ones, or a student and a teacher. None: the raw ones.
 
@@ -48,43 +53,110 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
 
 
 def _read(source: str | Path, weights: str | None) -> Checkpoint:
-    place, name = huggingface.fetched(source)
-    if place.is_dir() and not huggingface.is_folder(place):
-        folder = orbax_folder.find(place)
+    found = _located(source)
+    if found.kind == "orbax":
+        (folder,) = found.paths
         if weights is not None:
             raise CheckpointError(f"{folder}: an orbax folder holds one set of weights; omit --weights {weights}")
-        return Checkpoint(*orbax_folder.load_weights(folder), name, (folder,), is_orbax=True)
-    if place.is_dir():
-        stored, known, paths = _read_folder(place)
-    else:
-        stored, known = _read_file(place)
-        paths = (place,)
-    try:
-        arrays = as_arrays(stored, weights=weights)
-        known = metadata.of_mmseg(stored, arrays) | known
-    except CheckpointError as error:
-        raise CheckpointError(f"{place}: {error}") from None
-    return Checkpoint(arrays, known, name, paths, chosen=weights)
+        return Checkpoint(*orbax_folder.load_weights(folder), found.name, (folder,), is_orbax=True)
+    if found.kind == "adapter":
+        return _read_adapter(found, weights)
+    with contextlib.ExitStack() as opened_files:
+        if found.kind == "transformers":
+            stored, known = _read_folder(found, opened_files)
+        else:
+            stored, known = _read_file(found.place, opened_files)
+        try:
+            arrays = as_arrays(stored, weights=weights)
+            known = metadata.of_mmseg(stored, arrays) | known
+            adapters.refuse_unmerged(arrays)
+        except CheckpointError as error:
+            raise CheckpointError(f"{found.place}: {error}") from None
+    return Checkpoint(arrays, known, found.name, found.paths, chosen=weights)
 
 
 def provenance_at(source: str | Path, *, weights: str | None = None) -> dict[str, Any]:
     """`Checkpoint.provenance` of a checkpoint, without reading its weights."""
+    found = _located(source)
+    if found.kind != "orbax":
+        return Checkpoint({}, {}, found.name, found.paths, chosen=weights).provenance
+    known = orbax_folder.read_metadata(found.paths[0])
+    return Checkpoint({}, known, found.name, found.paths, is_orbax=True).provenance
+
+
+# ------------------------------------------------------------------------------------------------------ where it lies
+
+# Suffixes of files of which a folder is expected to hold one.
+_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".npz", ".pkl")
+_OF_TRAINER = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Located:
+    """What was found at a path or an address.
+
+    Attributes:
+      kind: "file", "orbax", "transformers" or "adapter".
+      place: the file or folder. name: its name, or the address with its commit.
+      paths: the files of the weights, or the orbax folder.
+    """
+
+    kind: str
+    place: Path
+    name: str
+    paths: tuple[Path, ...]
+
+
+def _located(source: str | Path) -> _Located:
+    """Raises CheckpointError where there is no checkpoint, or more than one."""
     place, name = huggingface.fetched(source)
     if not place.is_dir():
-        return Checkpoint({}, {}, name, (place,), chosen=weights).provenance
-    if huggingface.is_folder(place):
-        return Checkpoint({}, {}, name, tuple(huggingface.weight_files(place)), chosen=weights).provenance
-    folder = orbax_folder.find(place)
-    return Checkpoint({}, orbax_folder.read_metadata(folder), name, (folder,), is_orbax=True).provenance
+        if place.name.endswith(huggingface.INDEX):
+            # The index of weights in several files stands for its folder.
+            return _Located("transformers", place.parent, place.parent.name, tuple(huggingface.parts_of(place)))
+        return _Located("file", place, name, (place,))
+    return _in_folder(place, name)
 
 
-def _read_folder(folder: Path) -> tuple[Mapping, dict[str, Any], tuple[Path, ...]]:
+def _in_folder(folder: Path, name: str) -> _Located:
+    if adapters.is_folder(folder):
+        return _Located("adapter", folder, name, (adapters.weight_file(folder),))
+    if huggingface.has_weights(folder):
+        return _Located("transformers", folder, name, tuple(huggingface.weight_files(folder)))
+    if (orbax := orbax_folder.found_in(folder)) is not None:
+        return _Located("orbax", folder, name, (orbax,))
+    saved = {int(match[1]): child for child in folder.iterdir() if (match := _OF_TRAINER.fullmatch(child.name))}
+    if saved := {step: child for step, child in saved.items() if child.is_dir()}:
+        # The output of a Trainer of transformers.
+        newest = saved[max(saved)]
+        logger.info("reads %s, the newest of %d in %s", newest.name, len(saved), folder)
+        return _in_folder(newest, f"{name}/{newest.name}")
+    if kind := foreign.folder_kind(folder):
+        raise CheckpointError(f"{folder}: {kind}")
+    files = sorted(child for child in folder.iterdir() if child.suffix in _SUFFIXES and child.is_file())
+    if len(files) == 1:
+        logger.info("reads %s, the only checkpoint in %s", files[0].name, folder)
+        return _Located("file", files[0], f"{name}/{files[0].name}", (files[0],))
+    if files:
+        names = shorten((file.name for file in files), most=6)
+        raise CheckpointError(f"{folder}: it holds several checkpoints; give one of {names}")
+    if huggingface.is_folder(folder):
+        huggingface.weight_files(folder)
+    raise CheckpointError(
+        f"{folder}: no checkpoint of segjax in this folder (neither `{orbax_folder.METADATA}` nor numbered steps), and "
+        f"no other: {shorten(f'*{suffix}' for suffix in _SUFFIXES)}, checkpoint-N, config.json"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- folders and files
+
+
+def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:
     """A folder of transformers, with weights in one file or several."""
-    known, notes = huggingface.metadata_of(folder)
+    known, notes = huggingface.metadata_of(found.place)
     arrays: dict = {}
-    paths = huggingface.weight_files(folder)
-    for path in paths:
-        part, in_file = _read_file(path)
+    for path in found.paths:
+        part, in_file = _read_file(path, opened_files)
         if twice := [key for key in part if key in arrays]:
             raise CheckpointError(f"{path}: an earlier part has {shorten(twice, most=6)}, too; fetch the folder again")
         arrays |= part
@@ -94,31 +166,83 @@ def _read_folder(folder: Path) -> tuple[Mapping, dict[str, Any], tuple[Path, ...
         known.pop(metadata.NUMBERED_NAMES, None)
     for note in notes if "name" not in known.get("model", {}) else ():
         logger.info("%s", note)
-    indexed = huggingface.keys_of_shards(folder)
+    indexed = huggingface.keys_of_shards(found.place)
     if indexed is not None and (missing := sorted(indexed - arrays.keys())):
-        raise CheckpointError(f"{folder}: its index names keys that no part has: {shorten(missing, most=6)}")
-    return arrays, known, tuple(paths)
+        raise CheckpointError(f"{found.place}: its index names keys that no part has: {shorten(missing, most=6)}")
+    return arrays, known
 
 
-def _read_file(source: Path) -> tuple[Mapping, dict[str, Any]]:
-    """The content of a file as it is stored, and segjax's metadata."""
+def _read_adapter(found: _Located, weights: str | None) -> Checkpoint:
+    """A LoRA adapter, merged into its base."""
+    folder = found.place
+    config = adapters.read_config(folder)
+    base = adapters.base_of(folder, config)
+    with contextlib.ExitStack() as opened_files:
+        stored, _ = _read_file(found.paths[0], opened_files)
+        adapter = {key: as_array(key, value) for key, value in stored.items()}
+    logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
+    try:
+        before = _read(base, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
+    if before.is_orbax:
+        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no names of PyTorch")
+    unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.weights)
+    try:
+        arrays = adapters.merged(adapter, unchanged, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    known = {**before.metadata, **huggingface.metadata_of(folder)[0]}
+    return Checkpoint(arrays, known, found.name, (*found.paths, *before.paths), chosen=weights)
+
+
+def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:
+    """The content of a file as it is stored, and segjax's metadata. Tensors of a `.pth` are not read yet: the file is
+    open as long as `opened_files`."""
     if not source.exists():
         raise CheckpointError(f"{source}: there is no such file")
     with open_regular(source) as file:
         head = file.read(512)
+        names = _members(file) if head[:2] == b"PK" else None
     size = source.stat().st_size
     if not head:
         raise CheckpointError(f"{source}: the file is empty; fetch it again")
     if size > 8 and 2 <= struct.unpack("<Q", head[:8])[0] <= max(size, 100_000_000) and head[8:9] == b"{":
         return _read_safetensors(source)
+    if names and all(name.endswith(".npy") for name in names):
+        return _read_npz(source), {}
+    if kind := foreign.zip_kind(names) if names else foreign.file_kind(source, head):
+        raise CheckpointError(f"{source}: {kind}")
     if head[:2] == b"PK" or head[:1] == b"\x80":
-        return _read_pth(source), {}
+        stored = opened_files.enter_context(pickled.opened(source))
+        if not isinstance(stored, Mapping):
+            stored = {"content": stored}
+        return stored, {}
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "binary"
-    hint = " (a page that says why the download failed, or a git-lfs pointer?)" if kind == "text" else ""
+    hint = " (a page that says why the download failed?)" if kind == "text" else ""
     raise CheckpointError(
         f"{source}: neither a PyTorch checkpoint, nor safetensors, nor an orbax folder; it begins with "
         f"{head[:24]!r}, which is {kind}{hint}"
     )
+
+
+def _members(file: BinaryIO) -> list[str] | None:
+    """Names in a zip; None for a damaged one."""
+    try:
+        return zipfile.ZipFile(file).namelist()
+    except Exception:
+        # Whatever a damaged directory can raise; the reader of a `.pth` has the message for it.
+        return None
+
+
+def _read_npz(source: Path) -> dict[str, np.ndarray]:
+    with open_regular(source) as file, zipfile.ZipFile(file) as archive:
+        pickled.refuse_odd_zip(source, archive)
+        try:
+            with np.load(source, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise CheckpointError(f"{source}: an .npz that cannot be read ({error}); save it again") from None
 
 
 # --------------------------------------------------------------------------------------------------------- safetensors
@@ -137,12 +261,14 @@ _BITS |= {"I8": 8, "U8": 8, "BOOL": 8}
 
 
 def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     kept = _checked_header(source).get(METADATA)
     try:
-        arrays = load_file(source)
+        # In a quarter of the time of safetensors.numpy.load_file, which copies twice.
+        with safe_open(source, framework="numpy") as file:
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, AttributeError) as error:
         if isinstance(error, AttributeError):
             # A dtype that numpy does not have, such as float8.
@@ -203,54 +329,3 @@ def _given_twice(header: bytes) -> list[str]:
 
     json.loads(header, object_pairs_hook=of_object)
     return sorted(name for name, times in Counter(names).items() if times > 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------- pth
-
-
-def _read_pth(source: Path) -> Mapping:
-    torch = torch_module()
-    with open_regular(source) as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        pickled.refuse_odd_zip(source)
-    # Checksums are computed while torch reads.
-    with ThreadPoolExecutor(1) as pool:
-        checksums = pool.submit(pickled.refuse_damaged_zip, source) if is_zip else None
-        try:
-            loaded = _load_pth(torch, source)
-            pickled.refuse_odd_tensors(source, loaded)
-        except CheckpointError:
-            # These explain the error better.
-            if checksums is not None:
-                checksums.result()
-            pickled.refuse_unreadable_tensors(source)
-            raise
-        if checksums is not None:
-            checksums.result()
-    return loaded
-
-
-def _load_pth(torch, source: Path) -> Any:
-    try:
-        return torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Weights only load failed" in reason and (
-            "GLOBAL" in reason or "global" in reason or "Unsupported" in reason
-        ):
-            detail = next((line.strip() for line in reason.splitlines() if "WeightsUnpickler error" in line), "")
-            raise CheckpointError(
-                f"{source}: refused, because loading it would run code: it holds objects other than tensors and plain "
-                f"containers. {detail}\n  If you trust its origin, load it where it was made and save "
-                "only model.state_dict()"
-            ) from None
-        raise CheckpointError(
-            f"{source}: not a PyTorch checkpoint, or a damaged one ({reason.splitlines()[0]})"
-        ) from None
-    except Exception as error:
-        # A damaged file makes torch raise almost anything, from struct.error to AssertionError.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{source}: a PyTorch checkpoint that is damaged or cut short ({first}); fetch it again"
-        ) from None

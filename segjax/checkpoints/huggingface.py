@@ -16,6 +16,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
+from segjax.checkpoints import adapters
 from segjax.checkpoints.checkpoint import CheckpointError, shorten
 from segjax.checkpoints.metadata import NUMBERED_NAMES, Normalisation, classes_of, of_names
 from segjax.checkpoints.state_dict import logger, settings_of
@@ -30,6 +31,7 @@ _ADDRESS = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./
 _SPELLING = "a repository is written hf:owner/name or hf:owner/name@revision"
 # transformers' SegFormer computes with this, whatever the layer_norm_eps in its config.json.
 LAYER_NORM_EPS = 1e-5
+INDEX = ".index.json"
 _WANTED = f"{WEIGHTS[0]} or {WEIGHTS[2]}, or an index of either with its parts"
 
 
@@ -97,13 +99,15 @@ def _download(address: str, repository: str, revision: str | None, *, offline: b
             refuse_other_models(config)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(f"{config}", f"{address}, {CONFIG}")) from None
-    weights = next(filter(None, (_file(repository, revision, name, offline=offline) for name in WEIGHTS)), None)
+    names = (*WEIGHTS, *adapters.WEIGHTS)
+    weights = next(filter(None, (_file(repository, revision, name, offline=offline) for name in names)), None)
     if weights is None:
         raise CheckpointError(f"{address}: this repository has no weights that can be read ({_WANTED})")
     for name in _shards(weights) if weights.suffix == ".json" else ():
         if _file(repository, revision, name, offline=offline) is None:
             raise CheckpointError(f"{address}: {weights.name} names {name}, which is not in the repository")
-    _file(repository, revision, PREPROCESSOR, offline=offline)
+    for name in (PREPROCESSOR, *([adapters.CONFIG] if weights.name in adapters.WEIGHTS else [])):
+        _file(repository, revision, name, offline=offline)
     return weights.parent
 
 
@@ -164,27 +168,40 @@ def is_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
+def has_weights(folder: Path) -> bool:
+    return _weights_in(folder) is not None
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The file of the weights, or their index: also one by another name, as of diffusers and accelerate."""
+    named = (folder / name for name in WEIGHTS if (folder / name).exists())
+    return next(named, None) or next(iter(sorted(folder.glob(f"*{INDEX}"))), None)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files of the weights.
 
     Raises:
       CheckpointError: there are none, or one that an index names is missing.
     """
-    found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    found = _weights_in(folder)
     if found is None:
         raise CheckpointError(f"{folder}: {CONFIG} but no weights ({_WANTED})")
-    if found.suffix != ".json":
-        return [found]
-    names = _shards(found)
-    if missing := [name for name in names if not (folder / name).exists()]:
-        raise CheckpointError(f"{found}: names {shorten(missing, most=6)}, and there is no such file next to it")
-    return [folder / name for name in names]
+    return parts_of(found) if found.suffix == ".json" else [found]
+
+
+def parts_of(index: Path) -> list[Path]:
+    """The files that an index names, which lie next to it. Raises CheckpointError where one is missing."""
+    names = _shards(index)
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise CheckpointError(f"{index}: names {shorten(missing, most=6)}, and there is no such file next to it")
+    return [index.parent / name for name in names]
 
 
 def keys_of_shards(folder: Path) -> set[str] | None:
     """The keys in the index; None where the weights are one file."""
-    found = next(folder / name for name in WEIGHTS if (folder / name).exists())
-    return set(_index(found)) if found.suffix == ".json" else None
+    found = _weights_in(folder)
+    return set(_index(found)) if found and found.suffix == ".json" else None
 
 
 class _Index(TypedDict):

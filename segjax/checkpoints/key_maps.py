@@ -15,6 +15,7 @@ older key maps that are read too, and the settings that its checkpoints do not c
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -249,11 +250,16 @@ def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
     return (("num_heads", (1, 2, 5, 8)), ("block_norm_eps", block), ("patch_norm_eps", patch))
 
 
+# What training scripts keep in the same module as the network: its loss and metrics, the normalisation of its input,
+# and heads that only a loss reads. Names of modules at the top.
+NEXT_TO_NETWORK = re.compile(
+    r"(?:\w+_)?(?:criterion|criteria|loss(?:es)?|loss_fn|loss_func|metrics?|iou|miou|jaccard|accuracy|confmat|mean|std|"
+    r"normali[sz]e|normali[sz]er|normali[sz]ation|data_preprocessor|preprocessor|class_weights?|auxiliary_head)(?:\.|$)"
+)
 _IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "classifier.*")
 _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
-_MMSEG_UNUSED = ("data_preprocessor.*",)
-_HRNET_KEYS: dict[str, Any] = dict(unused=("loss.*",), backbone_extras=_IMAGENET_HRNET)
+_HRNET_KEYS: dict[str, Any] = dict(backbone_extras=_IMAGENET_HRNET)
 # HRNet-Semantic-Segmentation's configurations of ADE20K and COCO-Stuff, unlike those of its other datasets.
 _HRNET_ALIGNED: dict[int, dict[str, object]] = {150: {"align_corners": True}, 171: {"align_corners": True}}
 
@@ -340,7 +346,6 @@ KEY_FORMATS = (
             _segformer("backbone.", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
             _segformer("", _MIT_MMSEG, "decode_head.", _MMSEG_HEAD),
         ),
-        unused=_MMSEG_UNUSED,
         settings=_eps(1e-6, 1e-6),
     ),
     *(
@@ -406,7 +411,6 @@ KEY_FORMATS = (
         family="hrnet",
         package=_MMSEG,
         key_maps=(_prefixed("", "backbone.", _HRNET) + _prefixed("last_layer.", "decode_head.", _MMSEG_FCN),),
-        unused=_MMSEG_UNUSED,
         without_bias=(("last_layer.0", "last_layer.1"),),
         settings=(("align_corners", False),),
         note=_RESIZED_TWICE,
@@ -429,7 +433,6 @@ KEY_FORMATS = (
             + _prefixed("aux_head.", "decode_head.0.", _MMSEG_FCN)
             + _prefixed("", "decode_head.1.", _MMSEG_OCR),
         ),
-        unused=_MMSEG_UNUSED,
         without_bias=(("aux_head.0", "aux_head.1"), ("conv3x3_ocr.0", "conv3x3_ocr.1")),
         settings=(("align_corners", False),),
         note=_RESIZED_TWICE,
@@ -449,7 +452,6 @@ KEY_FORMATS = (
             _segnext("backbone.", "dwconv", "decode_head.", "conv_seg"),
             _segnext("", "dwconv", "decode_head.", "conv_seg"),
         ),
-        unused=_MMSEG_UNUSED,
         settings=(("ham_rank", 16),),
     ),
     KeyFormat(

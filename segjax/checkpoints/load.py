@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def model_of(
     *,
     name: str = "auto",
     num_classes: int | None = None,
+    drop: Iterable[str] = (),
+    keep: Iterable[str] = (),
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
@@ -109,7 +111,7 @@ def model_of(
     """The model of a checkpoint, in evaluation mode, and its complete metadata.
 
     Args:
-      name, num_classes, param_dtype, **overrides: as for `from_torch`; for a state dict only.
+      name, num_classes, drop, keep, param_dtype, **overrides: as for `from_torch`; for a state dict only.
       dtype: of the computation; by default float32, or float64 for an orbax folder in float64.
 
     Raises:
@@ -126,6 +128,8 @@ def model_of(
         checkpoint,
         name=name,
         num_classes=num_classes,
+        drop=drop,
+        keep=keep,
         dtype=dtype or jnp.float32,
         param_dtype=param_dtype,
         **settings | overrides,

@@ -143,7 +143,10 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
       UnreadableError: a part has another type, a value that cannot be, or contradicts another; the message begins with
         `name` and has the key.
     """
-    metadata = {key: value for key, value in _as_utf8(content).items() if value is not None}
+    try:
+        metadata = {key: value for key, value in _as_utf8(content).items() if value is not None}
+    except RecursionError:
+        raise UnreadableError(f"{name}: nested too deeply") from None
     checked(metadata, Metadata, name=name)
     for key, type_ in (("provenance", _Origin), ("licence", _Licence)):
         try:

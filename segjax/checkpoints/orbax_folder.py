@@ -8,6 +8,7 @@ by `train/run_checkpoints.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -173,12 +174,12 @@ def build_model(
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `find`.
+    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `found_in`.
 
     Raises:
       CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
     """
-    found = find(folder)
+    found = _find(folder)
     metadata = read_metadata(found)
     (weights,) = read_items(found, WEIGHTS)
     refuse_changed(found, metadata, weights)
@@ -187,7 +188,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def load_metadata(folder: Path) -> dict[str, Any]:
     """Only the metadata of such a folder; its arrays are neither read nor checked."""
-    return read_metadata(find(folder))
+    return read_metadata(_find(folder))
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -235,19 +236,29 @@ def refuse_changed(folder: Path, metadata: Mapping, weights: Mapping, training: 
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
-def find(folder: Path) -> Path:
-    """The folder itself, or the newest step in it or in its `checkpoints`.
+def is_step(folder: Path) -> bool:
+    """Whether this is named by a number, as the checkpoints of a run are."""
+    # Digits of other scripts and "²" are digits too.
+    return folder.name.isascii() and folder.name.isdecimal()
 
-    Raises:
-      CheckpointError: neither is there.
-    """
+
+def found_in(folder: Path) -> Path | None:
+    """The folder itself, or the newest step in it or in its `checkpoints`; None where neither is there."""
     for place in (folder, folder / "checkpoints"):
         if (place / METADATA).is_dir():
             return place
-        steps = [child for child in place.glob("*") if child.name.isdigit() and (child / METADATA).is_dir()]
+        steps = [child for child in place.glob("*") if is_step(child) and (child / METADATA).is_dir()]
         if steps:
             return max(steps, key=lambda child: int(child.name))
-    raise CheckpointError(f"{folder}: no checkpoint of segjax in this folder (neither `{METADATA}` nor numbered steps)")
+    return None
+
+
+def _find(folder: Path) -> Path:
+    if (found := found_in(folder)) is None:
+        raise CheckpointError(
+            f"{folder}: no checkpoint of segjax in this folder (neither `{METADATA}` nor numbered steps)"
+        )
+    return found
 
 
 def read_items(folder: Path, *items: str) -> list:
@@ -285,8 +296,12 @@ def read_items(folder: Path, *items: str) -> list:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
-    except (UnreadableError, FileNotFoundError) as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{path}: ")
+    except OSError as error:
+        _refuse_trouble(path, error)
+        why = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
+    except UnreadableError as error:
+        why = str(error).removeprefix(f"{path}: ")
         raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
 
 
@@ -301,6 +316,7 @@ def _refuse_odd_files(folder: Path) -> None:
             try:
                 refuse_irregular(path)
             except (UnreadableError, OSError) as error:
+                _refuse_trouble(path, error)
                 why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
                 raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
 
@@ -321,14 +337,38 @@ def _refuse_too_large(folder: Path, item: str, arrays: Mapping[str, Any]) -> Non
         )
 
 
+# What a system has, and no file: the same checkpoint can be read later, or by another user.
+_TROUBLE = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+
+
+def _refuse_trouble(folder: Path, error: BaseException) -> None:
+    """Raises CheckpointError where an error is the system's, and no damage: a run must not leave its newest checkpoint
+    behind for it."""
+    # tensorstore has the number in its text, "[OS error 24: EMFILE Too many open files]".
+    found = re.search(r"OS error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _TROUBLE:
+        raise CheckpointError(f"{folder}: cannot be read at the moment ({os.strerror(number)})") from error
+
+
 @contextlib.contextmanager
 def _damage(folder: Path) -> Iterator[None]:
     """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
-    except DamagedError:
+    except (DamagedError, MemoryError):
         raise
     except Exception as error:
+        _refuse_trouble(folder, error)
         # Errors of operations that were in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise DamagedError(f"{folder}: a damaged checkpoint ({_reason(error)})") from error

@@ -1,17 +1,21 @@
-"""Checks of a `.pth` before torch reads it: checksums, and shapes next to the numbers that are there.
+"""Reads what `torch.save` and `pickle` have written, without PyTorch: nothing in a file is imported or called.
 
-torch.load compares no checksum of the zip, names no tensor in its errors, takes the last of two entries of one name,
-and makes a tensor of terabytes from one number with stride 0.
+Stand-ins take the place of everything that a pickle would import, so that weights are read whatever objects lie next
+to them. `torch.save` writes a zip (since PyTorch 1.6), or pickles that the bytes of storages follow. Unlike torch.load,
+this compares the checksums of the zip, notices two entries of one name, and refuses a tensor of terabytes made from one
+number with stride 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
-import mmap
+import os
 import pickle
 import struct
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -19,67 +23,212 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
 from segjax.checkpoints.errors import CheckpointError, shorten
 from segjax.runtime.reading import open_regular
 
-# Bytes of a number in each of torch's storages that can be read.
-_ITEM_SIZES = {
-    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
-    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
-    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "UntypedStorage"), 1),
+# Numbers by torch's name of their storage, and by the name of their dtype.
+_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for names, dtype in (
+        (("DoubleStorage", "float64", "double"), np.float64),
+        (("FloatStorage", "float32", "float"), np.float32),
+        (("HalfStorage", "float16", "half"), np.float16),
+        (("BFloat16Storage", "bfloat16"), jnp.bfloat16),
+        (("LongStorage", "int64", "long"), np.int64),
+        (("IntStorage", "int32", "int"), np.int32),
+        (("ShortStorage", "int16", "short"), np.int16),
+        (("CharStorage", "int8"), np.int8),
+        (("ByteStorage", "UntypedStorage", "uint8"), np.uint8),
+        (("BoolStorage", "bool"), np.bool_),
+        (("ComplexFloatStorage", "complex64"), np.complex64),
+        (("ComplexDoubleStorage", "complex128"), np.complex128),
+        (("uint16",), np.uint16),
+        (("uint32",), np.uint32),
+        (("uint64",), np.uint64),
+        (("float8_e4m3fn",), ml_dtypes.float8_e4m3fn),
+        (("float8_e5m2",), ml_dtypes.float8_e5m2),
+    )
+    for name in names
 }
 # A zip of torch is not compressed; one that somebody has packed again shrinks weights by little.
 _LARGEST_RATIO = 20
+# What the first of the pickles in a file without a zip holds, as torch.serialization.MAGIC_NUMBER.
+_MAGIC = 0x1950A86A20F9469CFC6C
+
+# The bytes of a storage by its key; the number of bytes that the file has of it.
+Read = Callable[[str], bytes]
+Sizes = Mapping[str, int]
 
 
-# ------------------------------------------------------------------------------------------------------------- the zip
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor whose bytes were not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    _strides: tuple[int, ...]
+    _offset: int
+    _key: str
+    _count: int
+    _file: _File
+
+    def read(self) -> np.ndarray:
+        """Reads it into a read-only array.
+
+        Raises:
+          CheckpointError: the file holds fewer numbers than its shape says, or they do not have their checksum.
+        """
+        stored = min(self._count, self._file.sizes.get(self._key, 0) // self.dtype.itemsize)
+        reach = self._offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self._strides, strict=True))
+        numbers = math.prod(self.shape)
+        if numbers and max(numbers, reach) > stored:
+            raise CheckpointError(
+                f"has the shape {self.shape}, and {stored:,} numbers are stored. The file is damaged, or the tensor "
+                "was expanded: save its clone()"
+            )
+        if not numbers:
+            return np.zeros(self.shape, self.dtype)
+        size = self.dtype.itemsize
+        strides, offset = [step * size for step in self._strides], self._offset * size
+        array = np.ndarray(self.shape, self.dtype, self._file.bytes_of(self._key), offset, strides)
+        return array.byteswap() if self._file.is_swapped else array
 
 
-def refuse_odd_zip(source: Path) -> None:
-    """Raises CheckpointError for a zip with two members of one name, or of which one would not fit into memory."""
-    with _members(source) as (_, members, data):
-        if twice := sorted(name for name, n in Counter(member.filename for member in members).items() if n > 1):
-            raise CheckpointError(f"{source}: two members are called {shorten(twice)}; fetch it again")
-        unpacked = sum(member.file_size for member in members)
-        if unpacked > _LARGEST_RATIO * len(data):
-            raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
+@dataclasses.dataclass(frozen=True)
+class Standin:
+    """What stands for an object that is no container, number, text, array or tensor that can be read.
 
+    Attributes:
+      origin: name of its class, or of the function that would have made it.
+      is_tensor: whether torch would make a tensor of it: a sparse or a quantized one, for example.
+    """
 
-def refuse_damaged_zip(source: Path) -> None:
-    """Raises CheckpointError where a member does not have its checksum."""
-    with _members(source) as (archive, members, data):
-        for member in members:
-            if _checksum(archive, member, data) != member.CRC:
-                raise CheckpointError(
-                    f"{source}: damaged, since {member.filename} does not have its checksum; fetch it again"
-                )
+    origin: str
+    is_tensor: bool = False
 
 
 @contextlib.contextmanager
-def _members(source: Path) -> Iterator[tuple[zipfile.ZipFile, list[zipfile.ZipInfo], mmap.mmap]]:
-    with open_regular(source) as file:
+def opened(source: Path) -> Iterator[object]:
+    """Opens a `.pth` or a pickle. Gives its content, in which tensors are `StoredTensor`, whole modules are mappings of
+    their parameters, buffers and modules, arrays and numbers of numpy are read, and all else is a `Standin`.
+
+    Tensors can be read as long as the context lasts.
+
+    Raises:
+      CheckpointError: the file is damaged, names an entry twice, or would unpack to more than is possible.
+    """
+    with open_regular(source) as stream, contextlib.ExitStack() as opened_files:
+        with _damage(source):
+            is_zip = stream.read(2) == b"PK"
+            stream.seek(0)
+            if is_zip:
+                reader, file = _read_zip(source, opened_files.enter_context(zipfile.ZipFile(stream)))
+            else:
+                reader, file = _read_pickles(stream)
+            if reader.twice:
+                raise CheckpointError(
+                    f"{source}: two entries are called {shorten(reader.twice, most=6)}; save it again"
+                )
+            content = _Resolver(file).resolved(reader.content)
+        yield content
+
+
+@contextlib.contextmanager
+def _damage(source: Path) -> Iterator[None]:
+    """Turns whatever a damaged file raises into a CheckpointError; nearly everything may come from a pickle."""
+    try:
+        yield
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except RecursionError:
+        raise CheckpointError(
+            f"{source}: this is not a state dict (names to arrays): it is nested too deeply"
+        ) from None
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{source}: a PyTorch checkpoint that is damaged or cut short ({first}); fetch it again"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+class _File:
+    """Storages in a file, each read once."""
+
+    def __init__(self, read: Read, sizes: Sizes, *, is_swapped: bool = False):
+        self.sizes, self.is_swapped = sizes, is_swapped
+        self._read = read
+        self._bytes: dict[str, bytes] = {}
+
+    def bytes_of(self, key: str) -> bytes:
+        if key not in self._bytes:
+            self._bytes[key] = self._read(key)
+        return self._bytes[key]
+
+
+def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
+    refuse_odd_zip(source, archive)
+    root = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
+    prefix = f"{root}data/"
+    sizes = {m.filename.removeprefix(prefix): m.file_size for m in archive.infolist() if m.filename.startswith(prefix)}
+
+    def read(name: str) -> bytes:
         try:
-            with zipfile.ZipFile(file) as archive, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield archive, archive.infolist(), data
-        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{source}: a PyTorch checkpoint that is damaged or cut short ({error}); fetch it again"
-            ) from None
+            return archive.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            why = "does not have its checksum" if "CRC" in str(error) else f"cannot be unpacked ({error})"
+            raise CheckpointError(f"{source}: damaged, since {name} {why}; fetch it again") from None
+
+    reader = _Reader(io.BytesIO(read(f"{root}data.pkl")))
+    reader.content = reader.load()
+    order = read(f"{root}byteorder").decode() if f"{root}byteorder" in archive.namelist() else "little"
+    return reader, _File(lambda key: read(prefix + key), sizes, is_swapped=order != sys.byteorder)
 
 
-def _checksum(archive: zipfile.ZipFile, member: zipfile.ZipInfo, data: mmap.mmap) -> int:
-    if member.compress_type != zipfile.ZIP_STORED:
-        checksum = 0
-        with archive.open(member) as file:
-            while block := file.read(1 << 20):
-                checksum = zlib.crc32(block, checksum)
-        return checksum
-    # Without copies, and without the interpreter's lock.
-    name, extra = struct.unpack_from("<HH", data, member.header_offset + 26)
-    start = member.header_offset + 30 + name + extra
-    with memoryview(data) as view, view[start : start + member.file_size] as content:
-        return zlib.crc32(content) if len(content) == member.file_size else -1
+def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
+    """Raises CheckpointError for a zip with two members of one name, or of which one would not fit into memory."""
+    members = archive.infolist()
+    if twice := sorted(name for name, n in Counter(member.filename for member in members).items() if n > 1):
+        raise CheckpointError(f"{source}: two members are called {shorten(twice)}; fetch it again")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > _LARGEST_RATIO * source.stat().st_size:
+        raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
+
+
+def _read_pickles(stream: BinaryIO) -> tuple[_Reader, _File]:
+    """A file without a zip: that of a PyTorch before 1.6, or one pickle without tensors of torch."""
+    reader = _Reader(stream)
+    reader.content = reader.load()
+    if reader.content != _MAGIC:
+        return reader, _File(lambda key: b"", {})
+    _Reader(stream).load()  # The version of the format.
+    facts = _Reader(stream).load()
+    is_little = not isinstance(facts, dict) or facts.get("little_endian", True)
+    reader = _Reader(stream)
+    reader.content = reader.load()
+    keys = _Reader(stream).load()
+    end, places = os.fstat(stream.fileno()).st_size, dict[str, tuple[int, int]]()
+    for key in keys:
+        (count,) = struct.unpack("<q", stream.read(8))
+        begin, size = stream.tell(), count * reader.item_size(str(key))
+        if not 0 <= size <= end - begin:
+            raise EOFError(f"storage {key} ends behind the end of the file")
+        places[str(key)] = begin, size
+        stream.seek(begin + size)
+
+    def read(key: str) -> bytes:
+        begin, size = places[key]
+        stream.seek(begin)
+        return stream.read(size)
+
+    sizes = {key: size for key, (_, size) in places.items()}
+    return reader, _File(read, sizes, is_swapped=is_little != (sys.byteorder == "little"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the pickle
@@ -90,10 +239,12 @@ class _Inert:
 
     origin = ""
     content: list
+    items: dict
 
     def __new__(cls, *content, **named):
         made = super().__new__(cls)
         made.content = [*content, *named.values()]
+        made.items = {}
         return made
 
     def __setstate__(self, state):
@@ -109,7 +260,24 @@ class _Inert:
         self.content.append(value)
 
     def __setitem__(self, key, value):
-        self.content.append({key: value})
+        self.items[key] = value
+
+
+_CONTAINERS = {
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """A storage that a pickle refers to: name of its class, key in the file, numbers, and the first of them."""
+
+    kind: str
+    key: str
+    count: int
+    begin: int = 0
 
 
 class _Reader(pickle._Unpickler):
@@ -123,17 +291,36 @@ class _Reader(pickle._Unpickler):
     pop_mark: Callable[[], list]
 
     def __init__(self, file: BinaryIO | io.BytesIO):
-        super().__init__(file)
+        # Text of Python 2, in which bytes of arrays may be text too.
+        super().__init__(file, encoding="latin1")
         self.twice: list[str] = []
         self.content: Any = None
+        self._storages: dict[str, _Storage] = {}
 
     def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
+        # By what they were called in Python 2, too.
+        if (found := _CONTAINERS.get((module.replace("__builtin__", "builtins"), name))) is not None:
+            return found
         return type(name, (_Inert,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid):
-        return pid
+        if not isinstance(pid, tuple) or not pid:
+            return _Inert(pid)
+        if pid[0] == "module":
+            # Before torch 1.6, a class with its source.
+            return pid[1]
+        _, kind, key, _, count, *view = pid
+        storage = _Storage(kind.__name__, str(key), count)
+        if view and view[0] is not None:
+            # A part of another storage.
+            _, begin, count = view[0]
+            storage = dataclasses.replace(storage, begin=begin, count=count)
+        self._storages[storage.key] = storage
+        return storage
+
+    def item_size(self, key: str) -> int:
+        """Bytes of each number of a storage that the pickle refers to."""
+        return _DTYPES[self._storages[key].kind].itemsize
 
     def load_setitem(self):
         value, key = self.stack.pop(), self.stack.pop()
@@ -161,109 +348,123 @@ class _Reader(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def refuse_odd_tensors(source: Path, loaded: object) -> None:
-    """The errors of `refuse_unreadable_tensors` for what torch has loaded without one.
+# ------------------------------------------------------------------------------------------------- what it stands for
 
-    The pickle, which takes torch a third of its time, is read a second time only where a tensor has more numbers than
-    are stored, or the file has numbers of which no tensor is made, as of the first of two of one name.
-    """
-    storages, seen = set[int](), set[int]()
-    waiting: list[Any] = [loaded]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif hasattr(value, "untyped_storage"):
-            try:
-                storage: Any = value.untyped_storage()
-            except (RuntimeError, NotImplementedError):
-                # Sparse tensors have several.
-                return refuse_unreadable_tensors(source)
-            if value.numel() * value.element_size() > storage.nbytes():
-                return refuse_unreadable_tensors(source)
-            if storage.nbytes():
-                storages.add(storage.data_ptr())
-    with open_regular(source) as file:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                stored = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
-            if len(stored) == len(storages):
-                return None
-    return refuse_unreadable_tensors(source)
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_SUBCLASSES = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type")
+_NUMPY = ("numpy.core.", "numpy._core.")
 
 
-def refuse_unreadable_tensors(source: Path) -> None:
-    """Raises CheckpointError for tensors with more numbers than are stored, and for names that are given twice.
+class _Resolver:
+    """Replaces what is inert by what it stands for, in place."""
 
-    A pickle that is damaged, or none of torch's, passes: torch.load has the message for it.
-    """
-    try:
-        reader, stored = _read(source)
-        problems = [f"{path} {why}" for path, tensor in _tensors(reader.content) if (why := _problem(tensor, stored))]
-    except OSError:
-        raise
-    except Exception:
-        # Whatever a damaged pickle can raise.
-        return
-    if reader.twice:
-        raise CheckpointError(f"{source}: two entries are called {shorten(reader.twice, most=6)}; save it again")
-    if problems:
-        raise CheckpointError(
-            f"{source}: {shorten(problems, most=6)}. The file is damaged, or the tensor was expanded: save its clone()"
+    def __init__(self, file: _File):
+        self._file = file
+        # The objects themselves are kept so that no other gets their id.
+        self._done: dict[int, tuple[object, object]] = {}
+
+    def resolved(self, value: Any) -> Any:
+        if not isinstance(value, dict | list | tuple | _Inert | _Storage | type):
+            return value
+        if id(value) in self._done:
+            return self._done[id(value)][1]
+        if isinstance(value, dict | list):
+            self._done[id(value)] = value, value
+            for key in list(value) if isinstance(value, dict) else range(len(value)):
+                value[key] = self.resolved(value[key])
+            return value
+        result = self._made(value)
+        self._done[id(value)] = value, result
+        return result
+
+    def _made(self, value: tuple | _Inert | _Storage | type) -> object:
+        if isinstance(value, tuple):
+            return tuple(map(self.resolved, value))
+        if isinstance(value, _Storage):
+            return Standin(f"torch.{value.kind}")
+        if isinstance(value, type):
+            return Standin(getattr(value, "origin", value.__name__))
+        if value.items:
+            return {key: self.resolved(item) for key, item in value.items.items()}
+        origin = value.origin
+        if origin in _TENSORS:
+            return self._tensor(value.content)
+        if origin in _PARAMETERS:
+            return self.resolved(value.content[0])
+        if origin in _SUBCLASSES:
+            function, _, arguments, *_ = value.content
+            return self.resolved(function(*arguments)) if isinstance(function, type) else Standin(origin, True)
+        if origin == "torch._utils._rebuild_device_tensor_from_numpy":
+            return self.resolved(value.content[0])
+        if origin.startswith(_NUMPY):
+            return self._numpy(value)
+        for state in value.content:
+            if isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ("_parameters", "_modules")):
+                return self._module(state)
+        return Standin(origin, origin.startswith("torch._utils._rebuild_"))
+
+    def _module(self, state: dict) -> dict[str, Any]:
+        """A module that was saved as a whole, as its state dict would have it."""
+        passing = state.get("_non_persistent_buffers_set", ())
+        passing = passing if isinstance(passing, set) else ()
+        buffers = {key: part for key, part in state.get("_buffers", {}).items() if key not in passing}
+        entries = {
+            key: self.resolved(part) for key, part in (state["_parameters"] | buffers).items() if part is not None
+        }
+        for name, module in state["_modules"].items():
+            inner = self.resolved(module)
+            entries |= {f"{name}.{key}": part for key, part in inner.items()} if isinstance(inner, dict) else {}
+        return entries
+
+    def _tensor(self, arguments: list) -> StoredTensor | Standin:
+        storage, offset, shape, strides, *rest = arguments
+        # The third kind names the dtype of its numbers.
+        dtype = next((part.__name__ for part in rest if isinstance(part, type)), storage.kind)
+        if dtype not in _DTYPES:
+            return Standin(f"tensor of {dtype}", is_tensor=True)
+        sizes = (offset, storage.begin, *shape, *strides)
+        if len(shape) != len(strides) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in sizes):
+            raise ValueError(f"a tensor has the shape {shape} and the strides {strides}")
+        count = storage.count * _DTYPES[storage.kind].itemsize // _DTYPES[dtype].itemsize
+        offset += storage.begin
+        return StoredTensor(
+            tuple(shape), _DTYPES[dtype], tuple(strides), offset, storage.key, storage.begin + count, self._file
         )
 
-
-def _read(source: Path) -> tuple[_Reader, dict[str, int]]:
-    """The reader with the content of a `.pth`, and the bytes of each storage by its key."""
-    with open_regular(source) as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            # Before torch 1.6: a magic number, the version and sizes of types come before the content.
-            for _ in range(4):
-                reader = _Reader(file)
-                reader.content = reader.load()
-            return reader, {}
-        with zipfile.ZipFile(file) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            reader = _Reader(io.BytesIO(archive.read(members["data.pkl"])))
-            reader.content = reader.load()
-            prefix = "data/"
-            return reader, {
-                name.removeprefix(prefix): info.file_size for name, info in members.items() if name.startswith(prefix)
-            }
+    def _numpy(self, value: _Inert) -> object:
+        """An array of numbers, or a number, of numpy; other arrays stay inert."""
+        name, content = value.origin.rpartition(".")[2], value.content
+        if name == "scalar":
+            dtype, data, shape, order = content[0], content[1:], (), "C"
+            data = data[0] if data else b""
+        elif name == "_frombuffer":
+            data, dtype, shape, order = content
+        elif name == "_reconstruct" and isinstance(content[-1], tuple) and len(content[-1]) in (4, 5):
+            shape, dtype, is_fortran, data = content[-1][-4:]
+            order = "F" if is_fortran else "C"
+        else:
+            return Standin(value.origin)
+        found = _numpy_dtype(dtype)
+        if found is None or isinstance(data, list):
+            return Standin(value.origin)
+        return np.frombuffer(_data(data), found).reshape(shape, order=order)
 
 
-def _tensors(content: object) -> Iterator[tuple[str, list]]:
-    """Names of tensors by the entries around them, and the arguments that torch makes each from."""
-    waiting, seen = [("", content)], set[int]()
-    while waiting:
-        path, value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, _Inert) and value.origin.startswith("torch._utils._rebuild_tensor"):
-            yield path, value.content
-        elif isinstance(value, _Inert):
-            waiting += [(path, part) for part in value.content]
-        elif isinstance(value, dict):
-            waiting += [(f"{path}.{key}" if path else str(key), part) for key, part in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(path, part) for part in value]
+def _numpy_dtype(dtype: Any) -> np.dtype | None:
+    """A dtype of numbers as numpy pickles it: numpy.dtype("f4", False, True) with the state (3, "<", ...). None for
+    another."""
+    if not isinstance(dtype, _Inert) or not dtype.content or not isinstance(dtype.content[0], str):
+        return None
+    state = next((part for part in dtype.content if isinstance(part, tuple)), ())
+    found = np.dtype(dtype.content[0]).newbyteorder(state[1] if len(state) > 1 and state[1] in ("<", ">") else "=")
+    return found if found.kind in "biufc" else None
 
 
-def _problem(tensor: list, stored: dict[str, int]) -> str | None:
-    """Why a tensor cannot be read; None where it can. stored: bytes of each storage in the file, where known."""
-    (_, kind, key, _, count, *_), offset, shape, strides, *_ = tensor
-    size: int = _ITEM_SIZES.get(str(kind.__name__), 1)
-    if str(key) in stored:
-        count = min(count, stored[str(key)] // size)
-    numbers = math.prod(shape)
-    reach = offset + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    if numbers and max(numbers, reach) > count:
-        return f"has the shape {tuple(shape)}, and {count:,} numbers are stored"
-    return None
+def _data(data: Any) -> bytes:
+    """Bytes as pickles of different protocols hold them: as text, too, to be encoded in Latin-1."""
+    if isinstance(data, _Inert) and data.origin == "_codecs.encode":
+        data = data.content[0]
+    if not isinstance(data, str | bytes | bytearray):
+        raise TypeError(f"an array whose bytes are a {type(data).__name__}")
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from segjax.checkpoints.architectures import FAMILIES, Family
 from segjax.checkpoints.key_maps import DIALECTS, KEY_FORMATS, KeyFormat
@@ -53,6 +56,16 @@ class Recognised:
         """
         return self.family.read(self.native_shapes)
 
+    def renamed_like(self, keys: Iterable[str], arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The arrays of the state dict under the names of another key map of its package, where `keys` have these: in
+        memory, transformers has other names than in files."""
+        keys = list(keys)
+        best = max((self.renaming, *renamings(self.key_format)), key=lambda one: sum(map(one.fits, keys)))
+        if best is self.renaming:
+            return arrays
+        others = {key: value for key, value in arrays.items() if not self.renaming.fits(key)}
+        return others | best.to_foreign(self.renaming.to_native(arrays))
+
     def of_encoder(self, keys: Iterable[str]) -> set[str]:
         """Those of `keys`, of a state dict, that are parameters of the encoder."""
         groups = self.renaming.groups(keys, foreign=True)
@@ -84,3 +97,24 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
 def dialects_of(family: str) -> str:
     """The dialects that a family can be written in, as text."""
     return ", ".join(key_format.dialect for key_format in KEY_FORMATS if key_format.family == family)
+
+
+def network_prefix(keys: Iterable[str]) -> str:
+    """The prefix below which the most keys fit a key map: the shortest of several, "" where none fits better."""
+    keys = list(keys)
+    best, fitting = "", _most_fitting(keys)
+    below: dict[str, list[str]] = {}
+    for key in keys:
+        for dot in re.finditer(r"\.", key):
+            below.setdefault(key[: dot.end()], []).append(key[dot.end() :])
+    # By their number, since no more keys can fit than there are.
+    for prefix, names in sorted(below.items(), key=lambda item: (-len(item[1]), len(item[0]))):
+        if len(names) <= fitting:
+            break
+        if (found := _most_fitting(names)) > fitting:
+            best, fitting = prefix, found
+    return best
+
+
+def _most_fitting(keys: list[str]) -> int:
+    return max(sum(map(renaming.fits, keys)) for key_format in KEY_FORMATS for renaming in renamings(key_format))

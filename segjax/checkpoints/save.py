@@ -24,7 +24,10 @@ from segjax.runtime.reading import user_path
 
 FILES = (".pth", ".safetensors")
 # Suffixes of files that are not written, so that a folder of that name is a mistake.
-_OTHER_FILES = (".pt", ".bin", ".ckpt", ".npz", ".onnx", ".pt2", ".stablehlo")
+_OTHER_FILES = {
+    *(".pt", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".pkl", ".onnx", ".pt2", ".stablehlo", ".keras", ".h5", ".hdf5"),
+    *(".msgpack", ".pb", ".tflite", ".engine", ".trt", ".gguf", ".json", ".zip", ".gz"),
+}
 
 
 def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
@@ -56,7 +59,7 @@ def is_folder(path: Path) -> bool:
 
 def require_destination(path: Path, dialect: str | None) -> None:
     """Raises CheckpointError for a path that no checkpoint in this dialect can be written to."""
-    if path.suffix in _OTHER_FILES:
+    if path.suffix not in FILES and path.suffix.lower() in (*FILES, *_OTHER_FILES):
         raise CheckpointError(f"{path}: write *.pth or *.safetensors; a name without suffix is a folder")
     if not is_folder(path):
         if path.is_dir():

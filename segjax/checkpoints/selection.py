@@ -8,29 +8,47 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
+from segjax.checkpoints.pickled import Standin, StoredTensor
+from segjax.checkpoints.recognition import network_prefix
 
 logger = logging.getLogger("segjax")
 
-# How training scripts wrap a state dict, and prefixes that torch's DataParallel, or a wrapper of a network and its
-# loss, adds to every key.
+# How training scripts wrap a state dict, where it does not lie alone next to other values.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "model.")
-_WORDS = {"ema": "ema", "swa": "ema", "averaged": "ema", "student": "student", "teacher": "teacher"}
-_NO_WEIGHTS = {"optimizer", "optim", "scheduler", "scaler", "loss", "criterion", "sampler"}
+# Prefixes of the network in a wrapper; in front of the names of averaged weights they are not part of them.
+_PREFIXES = ("module.", "model.", "online.")
+# Modules that torch.compile, FSDP, activation checkpoints, DeepSpeed and Opacus put around others, at any depth.
+_AROUND = re.compile(
+    r"(?:(?<=\.)|^)_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module|module)\."
+)
+_WORDS = {
+    **dict.fromkeys(("ema", "swa", "averaged", "average", "shadow", "momentum", "target"), "ema"),
+    "student": "student",
+    "teacher": "teacher",
+}
+_OF_TRAINING = {"optimizer", "optim", "scheduler", "scaler", "sampler"}
+_NO_WEIGHTS = {*_OF_TRAINING, "loss", "criterion"}
 _TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
 # Numbers that averages keep next to their weights.
 _COUNTERS = ("decay", "num_updates", "n_averaged", "step", "steps", "initted")
+# More entries than any checkpoint has: a pickle can make billions of a few hundred bytes.
+_MOST_ENTRIES = 1_000_000
 
 
 def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, np.ndarray]:
-    """Unwraps a state dict and turns torch tensors into numpy arrays, without importing torch.
+    """Finds the weights of the network in what a training script saved, and turns torch tensors into numpy arrays
+    without importing torch.
+
+    The keys are those below the prefix under which most keys fit a model of segjax. Tensors elsewhere (of a loss, for
+    example) are not used; the log names them.
 
     Args:
       weights: the set to read where it holds several, one of `key_maps.WEIGHT_SETS`. None: the raw weights rather than
@@ -42,50 +60,95 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
-            f"expected a state dict (names to arrays) but got {type(state_dict).__name__}; "
-            "save model.state_dict(), not the model"
+            f"expected a state dict (names to arrays) but got {_kind(state_dict)}; save model.state_dict()"
         )
     try:
         state_dict, weights = _unwrapped(state_dict, weights, in_set=False)
+        tensors, others = _flattened(state_dict)
     except RecursionError:
         raise CheckpointError("this is not a state dict (names to arrays): it holds itself") from None
-    arrays, others = {}, []
-    for key, value in state_dict.items():
-        try:
-            array = _as_array(value)
-        except (TypeError, RuntimeError, AttributeError) as error:
-            # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
-            kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
-            raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
-        if array is None or not isinstance(key, str):
-            others.append(f"{key}: {type(value).__name__}")
-        else:
-            arrays[key] = array
-    if others or not arrays:
-        found = f"it holds {shorten(others)}" if others else "it is empty"
-        raise CheckpointError(f"this is not a state dict (names to arrays): {found}")
-    arrays = _of_set(arrays, weights)
-    for prefix in _PREFIXES:
-        # Most keys, not all: next to the network there may be a loss with weights.
-        if 2 * sum(key.startswith(prefix) for key in arrays) > len(arrays):
-            arrays = _renamed(arrays, {key: key.removeprefix(prefix) for key in arrays})
-    return arrays
+    if not tensors:
+        raise CheckpointError(f"this is not a state dict (names to arrays): {_what_else(others)}")
+    tensors = _renamed(tensors, {key: _AROUND.sub("", key) for key in tensors})
+    network = _of_network(_of_set(tensors, weights))
+    return {key: as_array(key, value) for key, value in network.items()}
 
 
-def _as_array(value) -> np.ndarray | None:
+def _what_else(others: Mapping[str, object]) -> str:
+    """What a file without one tensor holds."""
+    found = [f"{key}: {_kind(value)}" for key, value in others.items()]
+    if any(isinstance(value, Standin) for value in others.values()):
+        return (
+            f"it holds {shorten(found)}, whose weights only its packages can read, which would run code; where it was "
+            "made, save model.state_dict()"
+        )
+    return f"it holds {shorten(found)}" if found else "it is empty"
+
+
+def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
+    """Tensors and other values of nested mappings, by the dotted path of their keys."""
+    tensors: dict[str, Any] = {}
+    others: dict[str, object] = {}
+
+    def add(prefix: str, entries: Mapping) -> None:
+        for key, value in entries.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                if not _OF_TRAINING.intersection(_words(str(key))):
+                    add(f"{path}.", value)
+            else:
+                (tensors if _is_tensor(value) or isinstance(value, np.generic) else others)[path] = value
+            if len(tensors) + len(others) > _MOST_ENTRIES:
+                raise CheckpointError(f"this is not a state dict: it holds more than {_MOST_ENTRIES:,} entries")
+
+    add("", given)
+    return tensors, others
+
+
+def _of_network(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those below the prefix that the network's names have in this file, without it."""
+    prefix = network_prefix(tensors)
+    network = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if elsewhere := [key for key in tensors if not key.startswith(prefix)]:
+        if twice := [key for key in elsewhere if key in network]:
+            raise CheckpointError(
+                f"two tensors are called {twice[0]}: {twice[0]} and {prefix}{twice[0]}; remove one of them"
+            )
+        log_unused(elsewhere)
+    return network
+
+
+def log_unused(keys: Collection[str]) -> None:
+    """Logs keys of a checkpoint that are not used."""
+    logger.info("not used from the checkpoint (%d): %s", len(keys), shorten(sorted(keys)))
+
+
+def as_array(key: str, value: Any) -> np.ndarray:
+    """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value)
-    if not hasattr(value, "detach"):
-        return None
-    tensor = value.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
-        # numpy has no bfloat16; jax's is bit for bit torch's.
-        return tensor.contiguous().view(torch_module().int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+    try:
+        if isinstance(value, StoredTensor):
+            return value.read()
+        tensor = value.detach().cpu()
+        if str(tensor.dtype) == "torch.bfloat16":
+            # numpy has no bfloat16; jax's is bit for bit torch's.
+            return tensor.contiguous().view(torch_module().int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from None
+    except (TypeError, RuntimeError, AttributeError) as error:
+        # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
+        kind = f"{_kind(value)} of {getattr(value, 'dtype', 'no dtype')}"
+        raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
 
 
-def _renamed(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    renamed: dict[str, np.ndarray] = {}
+def _kind(value: object) -> str:
+    return value.origin if isinstance(value, Standin) else type(value).__name__
+
+
+def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
     before: dict[str, str] = {}
     for key, value in arrays.items():
         name = names[key]
@@ -100,8 +163,12 @@ def _renamed(arrays: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict
 
 def _set_of(name: object) -> str | None:
     """The set that an entry or a prefix of this name holds; None for other names."""
-    words = re.split(r"[^a-z0-9]+", name.lower()) if isinstance(name, str) else []
+    words = _words(name) if isinstance(name, str) else []
     return None if _NO_WEIGHTS.intersection(words) else next((_WORDS[word] for word in words if word in _WORDS), None)
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
 
 
 def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Mapping, str | None]:
@@ -111,11 +178,15 @@ def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Ma
         if isinstance(value, Mapping) and (found := _set_of(key)) and _holds_tensors(value):
             entries.setdefault(found, key)
     wrapper = next((key for key in _WRAPPERS if isinstance(given.get(key), Mapping)), None)
+    if wrapper is None and entries:
+        wrapper = _only_other(given, entries.values())
     meta = given.get("meta")
     if entries.get("ema") == "ema_state_dict" and wrapper and isinstance(meta, Mapping) and "mmengine_version" in meta:
         # mmengine exchanges the two when it saves, so that `state_dict` is what it evaluates.
         entries = {"raw": "ema_state_dict", "ema": wrapper}
         weights = weights or "ema"
+    if wrapper is not None:
+        _log_passed_over(given, {wrapper, *entries.values()})
     if not entries:
         if wrapper is not None:
             return _unwrapped(given[wrapper], weights, in_set=in_set)
@@ -140,12 +211,51 @@ def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Ma
     return (given, weights) if wrapper is None else _unwrapped(given[wrapper], None, in_set=in_set)
 
 
+def _only_other(given: Mapping, of_sets: Collection[str]) -> str | None:
+    """The key of the only entry with tensors besides those of sets and of optimizers; None for several or none."""
+    if any(map(_is_tensor, given.values())):
+        return None
+    holders = [
+        key
+        for key, value in given.items()
+        if isinstance(key, str) and key not in of_sets and not _NO_WEIGHTS.intersection(_words(key))
+        if isinstance(value, Mapping) and _holds_tensors(value)
+    ]
+    return holders[0] if len(holders) == 1 else None
+
+
+def _log_passed_over(given: Mapping, used: set[str]) -> None:
+    """Logs other entries with more than a few tensors, which may be weights under names that nobody foresaw."""
+    passed = [
+        key
+        for key, value in given.items()
+        if isinstance(key, str) and key not in used and not _OF_TRAINING.intersection(_words(key))
+        if isinstance(value, Mapping | list | tuple) and _holds_tensors({key: value}, more_than=4)
+    ]
+    if passed:
+        logger.info("tensors that are not read: the entries %s", shorten(passed))
+
+
 def _is_tensor(value: object) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    if isinstance(value, Standin):
+        return value.is_tensor
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
-def _holds_tensors(given: Mapping) -> bool:
-    return any(_is_tensor(value) or (isinstance(value, Mapping) and _holds_tensors(value)) for value in given.values())
+def _holds_tensors(given: Mapping, *, more_than: int = 0) -> bool:
+    # Each container once, because a pickle can name one any number of times.
+    waiting: list[Any] = [given]
+    seen, found = {id(given)}, 0
+    while waiting:
+        container = waiting.pop()
+        for value in container.values() if isinstance(container, Mapping) else container:
+            found += _is_tensor(value)
+            if found > more_than:
+                return True
+            if isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+    return False
 
 
 def _without_counters(given: Mapping) -> Mapping:
@@ -168,10 +278,10 @@ def _no_such(weights: str, found: Iterable[str] = ()) -> str:
 
 def _log_others(found: Mapping[str, str]) -> None:
     for each, name in found.items():
-        logger.info("reads the raw weights; --weights %s reads the %s weights (%s)", each, _TITLES[each], name)
+        logger.info("reads the raw weights; its %s weights (%s) are the set %r", _TITLES[each], name, each)
 
 
-def _of_set(arrays: dict[str, np.ndarray], weights: str | None) -> dict[str, np.ndarray]:
+def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:
     """The arrays of one set, where prefixes of keys name several."""
     sets: dict[str, dict[str, str]] = {}
     for key in arrays:

@@ -28,10 +28,18 @@ from segjax.checkpoints.architectures import (
     nearest_variant,
 )
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
-from segjax.checkpoints.key_maps import BATCH_COUNTER, DIALECTS, KEY_FORMATS, OF_VARIANT, KeyFormat
+from segjax.checkpoints.key_maps import (
+    BATCH_COUNTER,
+    DIALECTS,
+    KEY_FORMATS,
+    NEXT_TO_NETWORK,
+    OF_VARIANT,
+    KeyFormat,
+)
 from segjax.checkpoints.layout import torch_name
 from segjax.checkpoints.recognition import Recognised, dialects_of
 from segjax.checkpoints.renaming import Renaming, renamings
+from segjax.checkpoints.selection import log_unused
 from segjax.checkpoints.soundness import refuse_unsound
 from segjax.models.segmentation_model import SegmentationModel
 
@@ -173,13 +181,16 @@ def load_torch(
       KeyError: unknown dialect.
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
-    # A single string is one pattern, not its letters.
-    drop, keep = ((patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (drop, keep))
-    plan = _plan(model, checkpoint, drop=drop, keep=keep)
+    plan = _plan(model, checkpoint, drop=_patterns(drop), keep=_patterns(keep))
     if not plan.values:
         raise CheckpointError("drop and keep leave nothing of the checkpoint to load")
     _log_plan(plan)
     nnx.update(model, _filled(model, plan.values))
+
+
+def _patterns(given: Iterable[str]) -> tuple[str, ...]:
+    # A single string is one pattern, not its letters.
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +211,12 @@ def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, 
     """Raises MisfitError where the checkpoint does not fit the model, CheckpointError for weights that cannot be."""
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     expected = _expected(model, found.renaming)
-    dropped = sorted(key for key in arrays if matches(key, (*drop, *found.key_format.unused)))
+    dropped = sorted(
+        key
+        for key in arrays
+        if matches(key, (*drop, *found.key_format.unused))
+        or (NEXT_TO_NETWORK.match(key) and not found.renaming.fits(key))
+    )
     skipped = expected.counters.union(dropped)
     given = {key: value for key, value in arrays.items() if key not in skipped}
     kept = expected.kept(given, keep)
@@ -299,15 +315,17 @@ def _refuse_misfit(
 def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     lines = []
     if missing:
-        lines.append(f"load_torch leaves missing parameters as initialised with keep=(pattern, ...), as in {head!r}")
+        lines.append(f"`segjax convert --keep '{head}'` leaves missing parameters of this pattern as initialised")
     if unexpected:
-        lines.append("load_torch skips unexpected keys with drop=(pattern, ...), as in 'head.*'")
+        lines.append("`segjax convert --drop 'head.*'` leaves out unexpected tensors of this pattern")
+    if lines:
+        lines.append("(in Python: segjax.from_torch or load_torch with keep=... and drop=...)")
     return "".join(f"\n  {line}" for line in lines)
 
 
 def _log_plan(plan: _Plan) -> None:
     if plan.dropped:
-        logger.info("not used from the checkpoint (%d): %s", len(plan.dropped), shorten(plan.dropped))
+        log_unused(plan.dropped)
     if plan.kept:
         # By module, because a list of every kernel and bias is not read.
         modules = dict.fromkeys(path.rpartition(".")[0] for path in plan.kept)
@@ -339,6 +357,8 @@ def from_torch(
     name: str = "auto",
     dialect: str = "auto",
     num_classes: int | None = None,
+    drop: Iterable[str] = (),
+    keep: Iterable[str] = (),
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     **overrides,
@@ -355,6 +375,7 @@ def from_torch(
       name: "auto", or a name in `segjax.MODELS` to insist on it.
       dialect: "auto", or the name of a dialect to insist on it.
       num_classes: compared with the checkpoint, if that has a classifier.
+      drop, keep: as for `load_torch`; what is kept has initial values.
       dtype, param_dtype, **overrides: as for `segjax.create`.
 
     Returns:
@@ -381,14 +402,13 @@ def from_torch(
             raise CheckpointError(f"no {name} has the sizes of the checkpoint: {error}") from None
 
     model = nnx.eval_shape(create)
-    if found.has_head:
-        plan = _plan(model, checkpoint, drop=(), keep=())
-        _log_plan(plan)
-        return from_values(model, plan.values)
-    logger.info("encoder only: the decoder stays as initialised")
-    plan = _plan(model, checkpoint, drop=found.key_format.backbone_extras, keep=found.family.head)
+    drop, keep = _patterns(drop), _patterns(keep)
+    if not found.has_head:
+        logger.info("encoder only: the decoder stays as initialised")
+        drop, keep = (*drop, *found.key_format.backbone_extras), (*keep, *found.family.head)
+    plan = _plan(model, checkpoint, drop=drop, keep=keep)
     _log_plan(plan)
-    return from_values(model, plan.values | _initial(create, plan.kept))
+    return from_values(model, plan.values | (_initial(create, plan.kept) if plan.kept else {}))
 
 
 def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
@@ -413,12 +433,16 @@ def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
 def _number_of_classes(given: int | None, in_file: int | None) -> int:
     if in_file is None:
         if given is None:
-            raise CheckpointError("the checkpoint is an encoder only, without a classifier; give the number of classes")
+            raise CheckpointError(
+                "the checkpoint is an encoder only, without a classifier: train a model from it (`segjax train "
+                "--config.init.checkpoint=...`), or give the number of classes of an untrained classifier (`segjax "
+                "convert --num-classes N`; in Python num_classes=N)"
+            )
         return given
     if given not in (None, in_file):
         raise CheckpointError(
-            f"the checkpoint has {in_file} classes, not {given}; to put a new classifier on its weights, create "
-            "the model and call load_torch with drop and keep"
+            f"the checkpoint has {in_file} classes, not {given}; training from it gives it a new classifier (`segjax "
+            "train --config.init.checkpoint=...`)"
         )
     return in_file
 
@@ -443,7 +467,7 @@ def _settings(
     if differing and name != nearest:
         raise CheckpointError(
             f"the checkpoint is not {name}: {'; '.join(differing)}. The nearest model is {nearest}; "
-            "or pass the sizes as overrides"
+            "or give the sizes as overrides (`segjax convert --overrides`; in Python keywords)"
         )
     for key in ("decoder_dim", "ham_channels"):
         if not found.has_head and key in defaults and key not in overrides:

@@ -50,7 +50,7 @@ def as_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-CHECKPOINT = "a .pth or .safetensors, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
+CHECKPOINT = "a .pth, .safetensors or .npz, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
 
 
 def add_checkpoint(

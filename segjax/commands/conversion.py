@@ -71,9 +71,10 @@ def _refuse_destination(options: argparse.Namespace) -> None:
 
 def _model_of_folder(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[SegmentationModel, dict[str, Any]]:
     """The model in an orbax folder of segjax, and the metadata to write."""
-    if options.overrides or options.dialect != "auto":
+    if options.overrides or options.dialect != "auto" or options.drop or options.keep:
         raise CheckpointError(
-            "an orbax folder contains the settings of its model; --overrides and --dialect are for PyTorch checkpoints"
+            "an orbax folder contains a whole model and its settings; --overrides, --dialect, --drop and --keep are "
+            "for PyTorch checkpoints"
         )
     model, known = model_of(checkpoint)
     if options.model not in ("auto", model.spec.name):
@@ -94,6 +95,8 @@ def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[Segm
         name=options.model,
         # The decoder that is made for an encoder is not written.
         num_classes=1 if encoder_only else options.num_classes,
+        drop=options.drop,
+        keep=options.keep,
         dtype=jnp.promote_types(storage, jnp.float32),
         param_dtype=storage,
         **parse_overrides(options.overrides),

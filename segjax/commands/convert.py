@@ -2,11 +2,13 @@
 
     segjax convert CHECKPOINT DST [--model NAME] [--num-classes K] [--dialect auto] [--to native|hf|smp|mmseg|...]
                                   [--overrides KEY=VALUE ...] [--verify]
+                                  [--drop PATTERN ...] [--keep PATTERN ...]
                                   [--weights ema|raw|student|teacher]
 
-CHECKPOINT is a `.pth`, a `.safetensors`, an orbax folder, a folder of transformers or hf:owner/name[@revision] on the
-Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an orbax folder, or with --to hf a
-folder that transformers loads. Class names, normalisation and origin go with the weights, except into a `.pth`.
+CHECKPOINT is a `.pth`, `.safetensors` or `.npz`, an orbax folder, a folder of transformers or of a LoRA adapter, or
+hf:owner/name[@revision] on the Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an
+orbax folder, or with --to hf a folder that transformers loads. Class names, normalisation and origin go with the
+weights, except into a `.pth`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not contain"
+    )
+    parser.add_argument(
+        "--drop", nargs="+", default=[], metavar="PATTERN", help="leave out these tensors of CHECKPOINT, as in 'head.*'"
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters of the model that stay as initialised where CHECKPOINT lacks them, as in 'decode_head.*'",
     )
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)

@@ -1,12 +1,14 @@
-"""Prepares a dataset for training, and shows what is in it.
+"""Prepares a dataset for training, shows what is in it, and imports annotations of other tools.
 
+    segjax data import coco|labelme|yolo|voc SRC DIR
     segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR] [--subset]
     segjax data prepare folder --source DIR --val-share 0.2 [--seed N] [--group-by REGEX]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
 A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source.
 --val-share divides the only split into train and val, which trainings and evaluations from the same source then find.
-`show` writes a page of augmented samples, see `show --help`.
+`show` writes a page of augmented samples, see `show --help`, and `import` a folder for `prepare folder`, see
+`import --help`.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
+    if arguments[:1] == ["import"]:
+        from segjax.commands import data_import
+
+        return data_import.main(arguments[1:])
     parser = Parser(prog="segjax data", description=summary_of(__doc__))
     names = specs.prepared_names()
-    parser.add_argument("command", choices=["prepare", "show"])
+    parser.add_argument("command", choices=["prepare", "show", "import"])
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")

@@ -213,7 +213,7 @@ def convert(
     with scratch.journal() as note:
         for split, found in examples.items():
             measured[split] = []
-            with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
+            with contextlib.closing(in_threads(functools.partial(check, split), found)) as results:
                 progress = console.ProgressBar(f"checking {split}", len(found), "images")
                 for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
@@ -511,14 +511,14 @@ def contents_of(examples: Examples) -> Contents:
 
     found: Contents = {}
     for split, each in examples.items():
-        with contextlib.closing(_in_threads(hashes, each)) as results:
+        with contextlib.closing(in_threads(hashes, each)) as results:
             progress = console.ProgressBar(f"comparing {split}", len(each), "images")
             names = [json_name(example.name) for example in each]
             found[split] = dict(zip(names, progress.over(results), strict=True))
     return found
 
 
-def _in_threads(function: Callable, items: Iterable) -> Generator:
+def in_threads(function: Callable, items: Iterable) -> Generator:
     """Results in the order of the items. Closing the generator cancels the calls that have not begun."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:

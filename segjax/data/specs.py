@@ -227,7 +227,7 @@ ADE20K = DatasetSpec(
 )
 
 
-def _voc_color(value: int) -> tuple[int, int, int]:
+def voc_color(value: int) -> tuple[int, int, int]:
     """Colour of a mask value in the development kit.
 
     Bits 0, 3 and 6 of the value are the highest bits of red, bits 1, 4 and 7 those of green, 2 and 5 those of blue.
@@ -246,7 +246,7 @@ _VOC_CLASSES = (
 VOC = DatasetSpec(
     name="voc",
     class_names=_VOC_CLASSES,
-    colors=tuple(map(_voc_color, range(len(_VOC_CLASSES)))),
+    colors=tuple(map(voc_color, range(len(_VOC_CLASSES)))),
     ignore_label=255,
     splits=(("train", 1464), ("val", 1449)),
 )

@@ -6,16 +6,19 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
+from segjax.checkpoints.metadata import Size
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
 from segjax.data.builders import prepare
@@ -27,12 +30,64 @@ from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.atomic import why_not_writable
-from segjax.runtime.reading import user_path
+from segjax.runtime.reading import checked, user_path
 from segjax.viz import report
 
 
 class NoDataError(ValueError):
     """No data is named, and the source is not the folder of a run, which has data of its own."""
+
+
+_Number = Annotated[int, Field(ge=1, le=1 << 31)]
+_Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class _Evaluated(TypedDict):
+    """What is read of a run's data to find the split that it is evaluated on."""
+
+    name: str
+    eval_split: str
+    source: str | list[str] | None
+    dir: str | None
+
+
+class _Drawn(TypedDict):
+    """What is read of it to draw its images again."""
+
+    name: str
+    train_split: str
+    eval_split: str
+    train_images: _Number
+    eval_images: _Number
+    size: Size
+
+
+class _Evaluation(TypedDict):
+    """config.eval; a run older than a setting lacks it."""
+
+    batch: _Number
+    mode: NotRequired[Literal["whole", "slide"]]
+    crop: NotRequired[Size | None]
+    stride: NotRequired[Size | None]
+    scales: NotRequired[Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=1)]]
+    flip: NotRequired[bool]
+    size_divisor: NotRequired[_Number]
+    base_size: NotRequired[Size | None]
+
+
+class _OfModel(TypedDict):
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class _RunConfig(TypedDict):
+    model: _OfModel
+    data: _Evaluated
+    eval: _Evaluation
+
+
+class _Generated(TypedDict):
+    seed: _Seed
+    data: _Drawn
 
 
 def evaluate_dataset(
@@ -168,6 +223,7 @@ def _of_run(
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
         raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
+    checked(config, _RunConfig, name=f"{folder}: config")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
     opened = _data_of_run(folder, config, data_source=data_source, data_dir=data_dir)
@@ -257,7 +313,8 @@ def _opened(
       ValueError: there is no such split, or it cannot be used.
     """
     generated: dict[str, Any] = {}
-    if config and config["data"]["name"] == name and specs.is_generated(name):
+    if config and config.get("data", {}).get("name") == name and specs.is_generated(name):
+        checked(config, _Generated, name="the checkpoint's config")
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
         number = run["train_images"] if only_trained_on else run["eval_images"]

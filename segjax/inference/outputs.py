@@ -28,7 +28,7 @@ LARGEST_JPEG = 65500  # pixels a side
 class Job(NamedTuple):
     """An input, and the path of each kind of output."""
 
-    source: Path
+    source: Path | video.Live
     outputs: dict[str, Path]
     is_video: bool
 

@@ -299,10 +299,10 @@ def test_a_pattern_that_no_parameter_has_is_refused_before_the_file_is_read(tmp_
 
 
 def test_keys_that_have_no_place_anywhere_are_refused_and_nothing_is_advised(tmp_path):
-    arrays = to_torch(tiny_model(1)) | {"loss.weight": np.ones(3, np.float32)}
+    arrays = to_torch(tiny_model(1)) | {"extra.weight": np.ones(3, np.float32)}
     message = refusal(tiny_model(2), save(tmp_path / "a.safetensors", arrays))
-    assert "1 unexpected in the checkpoint:\n    loss.weight" in message
-    assert "init.keep" not in message and "encoder" not in message.rpartition("loss.weight")[2]
+    assert "1 unexpected in the checkpoint:\n    extra.weight" in message
+    assert "init.keep" not in message and "encoder" not in message.rpartition("extra.weight")[2]
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path):

@@ -51,6 +51,7 @@ HEAVY = (
     "segjax.commands.convert",
     "segjax.commands.conversion",
     "segjax.commands.data",
+    "segjax.commands.data_import",
     "segjax.commands.inspect",
     "segjax.commands.train",
     "segjax.data.builders",

@@ -1,0 +1,154 @@
+"""LoRA adapters as peft saves them: small matrices that change the weights of a checkpoint elsewhere, their base.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W + alpha / rank * B A.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+import numpy as np
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
+
+from segjax.checkpoints.errors import CheckpointError, shorten
+from segjax.runtime.reading import read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_MERGE = "merge it where it was trained: model.merge_and_unload().save_pretrained(FOLDER)"
+# What peft puts around the network, and around modules in it.
+_NETWORK = "base_model.model."
+_AROUND = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
+_A, _B = re.compile(r"\.lora_A(?:\.default)?\.weight$"), ".lora_B"
+
+
+class Config(TypedDict):
+    """The entries of adapter_config.json that are read."""
+
+    peft_type: str
+    base_model_name_or_path: NotRequired[str | None]
+    revision: NotRequired[str | None]
+    lora_alpha: NotRequired[FiniteFloat]
+    alpha_pattern: NotRequired[dict[str, FiniteFloat] | None]
+    fan_in_fan_out: NotRequired[bool]
+    use_rslora: NotRequired[bool]
+    use_dora: NotRequired[bool]
+    r: NotRequired[Annotated[int, Field(ge=1)]]
+
+
+def is_folder(folder: Path) -> bool:
+    return (folder / CONFIG).exists()
+
+
+def weight_file(folder: Path) -> Path:
+    """The file of an adapter's weights. Raises CheckpointError where there is none."""
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return folder / name
+    raise CheckpointError(f"{folder}: {CONFIG}, but neither {' nor '.join(WEIGHTS)}")
+
+
+def read_config(folder: Path) -> Config:
+    """Raises CheckpointError for an adapter that cannot be merged, UnreadableError for a damaged file."""
+    config = read_json(folder / CONFIG, Config)
+    kind = "DoRA" if config.get("use_dora") else config["peft_type"]
+    if kind.upper() != "LORA":
+        raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges LoRA alone: {_MERGE}")
+    return config
+
+
+def base_of(folder: Path, config: Config) -> str:
+    """Path or address (hf:owner/name) of the checkpoint that an adapter changes. Raises CheckpointError for none."""
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder}: {CONFIG} names no base_model_name_or_path; {_MERGE}")
+    for place in (Path(name), folder / name):
+        if place.exists():
+            return str(place)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        revision = config.get("revision")
+        return f"hf:{name}" + (f"@{revision}" if revision else "")
+    raise CheckpointError(
+        f"{folder}: an adapter of {name}, which is not there; set base_model_name_or_path in {CONFIG} to where it is, "
+        f"or {_MERGE}"
+    )
+
+
+def own_name(key: str) -> str:
+    """The key of a tensor of an adapter without the names of what peft puts around modules."""
+    return _AROUND.sub("", key.removeprefix(_NETWORK))
+
+
+def changed_names(adapter: Iterable[str]) -> list[str]:
+    """The keys in the base of what an adapter changes or replaces."""
+    return [_A.sub(".weight", name) for name in map(own_name, adapter) if _B not in name]
+
+
+def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """The arrays of `base` with those of the adapter: low-rank changes added, and whole arrays in their place.
+
+    Args:
+      adapter, base: arrays by key, as stored.
+
+    Raises:
+      CheckpointError: an array of the adapter has no place in `base`, or another shape.
+    """
+    given = {own_name(key): value for key, value in adapter.items()}
+    arrays, problems = dict(base), list[str]()
+    for key, value in given.items():
+        if _B in key and _A.search(key.replace(_B, ".lora_A")):
+            continue
+        if not _A.search(key):
+            if "lora_" in key:
+                problems.append(key)
+            arrays[key] = value
+            continue
+        module, other = _A.sub("", key), given.get(key.replace(".lora_A", _B))
+        name = f"{module}.weight"
+        if name not in base or other is None:
+            problems.append(key)
+            continue
+        change = _change(value, other, is_transposed=config.get("fan_in_fan_out", False))
+        if change is None or change.shape != base[name].shape:
+            problems.append(f"{key}: {value.shape} and {getattr(other, 'shape', None)} for {base[name].shape}")
+            continue
+        scale = _alpha(module, config) / (math.sqrt(len(value)) if config.get("use_rslora") else len(value))
+        arrays[name] = (base[name].astype(np.float64) + scale * change).astype(base[name].dtype)
+    if problems:
+        raise CheckpointError(f"its base has no place for {shorten(problems, most=6)}; {_MERGE}")
+    return arrays
+
+
+def _change(a: np.ndarray, b: np.ndarray, *, is_transposed: bool) -> np.ndarray | None:
+    """B A of a linear layer, (out, in), or of a convolution, (out, in, h, w); None where they do not fit together."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if a.ndim == b.ndim == 2 and b.shape[1] == len(a):
+        return (b @ a).T if is_transposed else b @ a
+    if a.ndim == b.ndim == 4 and b.shape[1:] == (len(a), 1, 1):
+        return np.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+    return None
+
+
+def _alpha(module: str, config: Config) -> float:
+    """lora_alpha of a module; alpha_pattern has the ends of names of modules."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        # Regular expressions from elsewhere can take any time.
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise CheckpointError(f"alpha_pattern has the regular expression {pattern!r}, which is not read; {_MERGE}")
+        if f".{module}".endswith(f".{pattern}"):
+            return alpha
+    return config.get("lora_alpha", 8)
+
+
+def refuse_unmerged(keys: Iterable[str]) -> None:
+    """Raises CheckpointError for low-rank matrices in a file that does not say how they are scaled."""
+    if found := [key for key in keys if ".lora_" in key]:
+        raise CheckpointError(
+            f"it holds matrices of LoRA ({shorten(found, most=2)}), and not the lora_alpha that they are scaled by; "
+            f"give the folder with {CONFIG}, or {_MERGE}"
+        )
