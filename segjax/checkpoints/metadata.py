@@ -5,7 +5,7 @@ It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metad
     model           name, num_classes, overrides, param_dtype: how to build it
     dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
     normalisation   mean and std of the training images, RGB in 0..255
-    input_size      height and width of the training crops, or null
+    input_size      height and width at which images are evaluated, or null where they have several
     licence         a note
     provenance      the origin of the weights: source, sha256, dialect, package, verified
     format_version, segjax_version      see `segjax.checkpoints.format_version`
@@ -336,11 +336,10 @@ def licence_of(name: str) -> str:
 
 
 def completed(metadata: Mapping) -> dict[str, Any]:
-    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and the crop
-    in the config of a run."""
-    size = ((metadata.get("config") or {}).get("augment") or {}).get("crop")
+    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and no size
+    that images are resized to."""
     known = {key: value for key, value in metadata.items() if value is not None}
-    return {"normalisation": IMAGENET, "input_size": size, **known}
+    return {"normalisation": IMAGENET, "input_size": None, **known}
 
 
 def carried(metadata: Mapping, provenance: Mapping) -> dict[str, Any]:

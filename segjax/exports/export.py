@@ -39,7 +39,7 @@ from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.checkpoints.state_dict import from_values, logger, named_variables
 from segjax.data import streets
 from segjax.exports import stablehlo
-from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
+from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
@@ -225,6 +225,12 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
             destination.suffix != SUFFIXES[export_format.format]
         ),
         f"{destination} is a folder; choose another name": destination.is_dir(),
+        f"a file of the format {export_format.format} has no opset; that is ONNX's": (
+            export_format.opset is not None and export_format.format != "onnx"
+        ),
+        f"opset {export_format.opset}: possible are {OPSETS[0]} to {OPSETS[-1]}": (
+            export_format.opset is not None and export_format.opset not in OPSETS
+        ),
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise CheckpointError("; ".join(problems))
@@ -243,6 +249,7 @@ def export_model(
     preprocessing: bool = False,
     argmax: bool = False,
     dtype: str = "float32",
+    opset: int | None = None,
 ) -> None:
     """Exports a model as one file that runs without segjax, and compares its outputs with the model's first.
 
@@ -256,6 +263,7 @@ def export_model(
       preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
       argmax: whether the output is labels of the images' size instead of logits.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
+      opset: of an ONNX file, from 17 to 25; by default that of torch.onnx.
 
     Raises:
       CheckpointError: no model can be read from `source`, or it cannot be exported like this; every reason at once.
@@ -270,7 +278,13 @@ def export_model(
         raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
     height, width = size
     export_format = ExportFormat(
-        formats[path.suffix], (height, width), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
+        formats[path.suffix],
+        (height, width),
+        dynamic=dynamic,
+        preprocessing=preprocessing,
+        argmax=argmax,
+        dtype=dtype,
+        opset=opset,
     )
     export(source, path, export_format)
 

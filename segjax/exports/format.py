@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx", "torch": ".pt2"}
 PLATFORMS = ("cpu", "cuda")
+# Opsets of an ONNX file: from that of TensorRT 8.6 and onnxruntime 1.12 to the newest that torch.onnx writes.
+OPSETS = range(17, 26)
 # Smallest side of an image, pixels, where sizes are dynamic. It gives two pixels in the smallest map of every family;
 # for a map of one pixel `torch.export` would trace another program.
 LEAST = 64
@@ -33,6 +35,7 @@ class ExportFormat:
       preprocessing: whether the file normalises its images itself.
       argmax: whether the output is labels instead of logits.
       dtype: dtype of the stored weights, a key of `BOUNDS`.
+      opset: of an ONNX file, one of `OPSETS`; None for that of torch.onnx.
       mean, std: mean and standard deviation of the training images, RGB in 0..255.
     """
 
@@ -42,6 +45,7 @@ class ExportFormat:
     preprocessing: bool = False
     argmax: bool = False
     dtype: str = "float32"
+    opset: int | None = None
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
