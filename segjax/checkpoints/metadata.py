@@ -16,7 +16,6 @@ file has them checked by `checked_metadata`, so that everybody else may rely on 
 
 from __future__ import annotations
 
-import colorsys
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired
@@ -72,9 +71,9 @@ class Normalisation(TypedDict):
 
 class Dataset(TypedDict):
     name: str
-    class_names: Annotated[list[str], Field(min_length=1, max_length=255)]
+    class_names: Annotated[list[str], Field(min_length=1, max_length=specs.LARGEST_LABEL)]
     colors: list[Colour]
-    ignore_label: Annotated[int, Field(ge=0, le=255)]
+    ignore_label: Annotated[int, Field(ge=0, le=specs.LARGEST_LABEL)]
     guessed: NotRequired[bool]
 
 
@@ -221,13 +220,13 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
     """The classes that metadata names; where it names none, they are called by their numbers.
 
     Raises:
-      CheckpointError: more classes than an 8-bit label can hold, or metadata that contradicts itself.
+      CheckpointError: more classes than a 16-bit label can hold, or metadata that contradicts itself.
     """
     dataset = metadata.get("dataset")
-    if not dataset and num_classes > 255:
+    if not dataset and num_classes > specs.LARGEST_LABEL:
         raise CheckpointError(
-            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 8 bits have room "
-            "for 255"
+            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 16 bits have "
+            f"room for {specs.LARGEST_LABEL:,}"
         )
     try:
         return _spec_of(dataset or _unnamed(num_classes))
@@ -242,15 +241,12 @@ def _spec_of(dataset: Mapping) -> specs.DatasetSpec:
 
 def _unnamed(num_classes: int) -> dict[str, Any]:
     names = [f"class {number}" for number in range(num_classes)]
-    return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": 255}
+    ignore_label = specs.default_ignore_label(num_classes)
+    return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": ignore_label}
 
 
 def _palette(num_classes: int) -> list[list[int]]:
-    """Distinct colours: hues by the golden ratio, three brightnesses."""
-    return [
-        [round(255 * part) for part in colorsys.hsv_to_rgb(0.618033988749895 * k % 1, 0.75, (1.0, 0.8, 0.6)[k % 3])]
-        for k in range(num_classes)
-    ]
+    return [list(color) for color in specs.distinct_colors(num_classes)]
 
 
 def guessed(num_classes: int) -> dict[str, Any]:
@@ -264,21 +260,25 @@ def of_names(
 ) -> dict[str, Any]:
     """{"dataset": ...} of class names, with name and colours of the known dataset that has most of them.
 
-    {} where the classes do not fit into 8 bits, or a name is no string.
+    {} where the classes do not fit into 16 bits, or a name is no string.
     """
     names = [_as_utf8(name) for name in names]
-    if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
+    if not 0 < len(names) <= specs.LARGEST_LABEL or not all(isinstance(name, str) for name in names):
         if names:
-            logger.info("its %d class names are not used: they are no text, or do not fit into 8 bits", len(names))
+            logger.info("its %d class names are not used: they are no text, or do not fit into 16 bits", len(names))
         return {}
     known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
         known = None
-    dataset = dataset_metadata(known) if known else {"name": "unknown", "ignore_label": 255}
+    dataset = (
+        dataset_metadata(known)
+        if known
+        else {"name": "unknown", "ignore_label": specs.default_ignore_label(len(names))}
+    )
     dataset["class_names"] = names
     dataset["colors"] = _colors(colors, len(names)) or dataset.get("colors") or _palette(len(names))
     # Other values, such as -100 or 0, are no label that could be ignored: the file has none.
-    if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= 255:
+    if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= specs.LARGEST_LABEL:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
 

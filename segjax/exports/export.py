@@ -5,8 +5,9 @@ Input and output of a file:
     stablehlo         float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
     onnx, torch       float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
     preprocessing     input of every format: uint8 RGB (B, H, W, 3)
-    argmax            output of every format: `labels` uint8 (B, H, W), of logits upsampled bilinearly in float32, with
-                      the model's `align_corners`, which is in the metadata for those who upsample logits themselves
+    argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, of logits
+                      upsampled bilinearly in float32, with the model's `align_corners`, which is in the metadata for
+                      those who upsample logits themselves
 
 A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. Files of ONNX and torch
 (`torch.export`) are made from the model's PyTorch reference in segjax.torch_reference, with the same weights, because
@@ -190,7 +191,8 @@ def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple
         h, w = (f"height/{stride}", f"width/{stride}") if export_format.dynamic else logits[1:3]
         given = (batch, h, w, logits[3]) if export_format.format == "stablehlo" else (batch, logits[3], h, w)
     kind = "uint8 RGB" if export_format.preprocessing else "float32 normalised RGB"
-    dtype = "uint8" if export_format.argmax else "float32"
+    labels = "uint8" if loaded.model.spec.num_classes <= 256 else "int32"
+    dtype = labels if export_format.argmax else "float32"
     multiple = loaded.model.size_multiple
     lines = [
         f"  in   images  {kind} ({', '.join(map(str, shape))})",

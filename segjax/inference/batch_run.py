@@ -14,6 +14,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
+from segjax.data import specs
 from segjax.inference.engine import labels_of
 from segjax.inference.images import read_image, upright_size
 from segjax.inference.outputs import Job, Prediction, VideoOutputs, save
@@ -312,7 +313,8 @@ class Run:
         else:
             # Labels are derived from the probabilities, so that both files agree.
             scores = self._predictor.probabilities_of(images)
-            predictions = [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
+            dtype = specs.dtype_of_labels(self._predictor.classes.num_classes - 1)
+            predictions = [Prediction(labels_of(score, threshold=0.5).astype(dtype), score) for score in scores]
         if not self._has_begun:
             self._write_record(self._incomplete)
             self._has_begun = True

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from segjax import layers
+from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference import resized_tiles
 from segjax.inference.sliding_window import row_tiles, window_starts
@@ -222,8 +223,8 @@ def score(
 def predict_labels(
     functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
-    """Train ids of uint8 images (B, H, W, 3), as a whole: uint8 (B, H, W)."""
-    return labels_of(score(functional, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)
+    """Train ids of uint8 images (B, H, W, 3), as a whole, (B, H, W); see `compact`."""
+    return compact(score(functional, params, batch_stats, images, normalise=normalise))
 
 
 class Inference:
@@ -311,7 +312,7 @@ class Inference:
         return other
 
     def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Train ids uint8 (H, W) of each of several RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
+        """Train ids (H, W), see `compact`, of RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
         return [np.asarray(labels) for labels in self.begin(images)]
 
     def begin(self, images: Sequence[np.ndarray]) -> Sequence[Computed | np.ndarray]:
@@ -407,18 +408,23 @@ class Computed(NamedTuple):
         return whole if dtype is None else whole.astype(dtype)
 
 
-_labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))
+_labels = jax.jit(lambda logits: compact(logits))
 
 
 @partial(jax.jit, static_argnames="count")
 def _labels_of_sum(total: jax.Array, count: int) -> jax.Array:
-    """Train ids uint8 (B, H, W) of a sum (B, H, W, K) of `count` probabilities."""
-    return labels_of(total / count, threshold=0.5).astype(jnp.uint8)
+    """Train ids (B, H, W), see `compact`, of a sum (B, H, W, K) of `count` probabilities."""
+    return compact(total / count, threshold=0.5)
 
 
 @partial(jax.jit, static_argnames="count")
 def _mean_of_sum(total: jax.Array, count: int) -> jax.Array:
     return total / count
+
+
+def compact(scores: jax.Array, *, threshold: float = 0) -> jax.Array:
+    """What `labels_of` returns, as uint8 of up to 256 classes, as uint16 of more."""
+    return labels_of(scores, threshold=threshold).astype(specs.dtype_of_labels(scores.shape[-1] - 1))
 
 
 @overload

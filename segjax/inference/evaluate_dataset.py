@@ -21,6 +21,7 @@ from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
 from segjax.checkpoints.metadata import Size
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
+from segjax.data.builders import prepare
 from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
@@ -112,9 +113,9 @@ def evaluate_dataset(
     Args:
       source: as for `segjax.load`, the result of it, or a model.
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
-        default, and SPLIT a split or a sum of them, as in "train+val"; or one of `segjax.data.open_splits`. None
-        evaluates the run in the folder `source` on its own data, in the dtype, with the batch and with the protocol of
-        its `config.eval`, and reproduces its figures.
+        default (of a folder, test or else val), and SPLIT a split or a sum of them, as in "train+val"; or one of
+        `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in the dtype, with the
+        batch and with the protocol of its `config.eval`, and reproduces its figures.
       data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
@@ -276,7 +277,7 @@ def _of_checkpoint(
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
             raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
-        split = split or specs.DATASETS[name].evaluated_split
+        split = split or _default_split(name, data_source=data_source, data_dir=data_dir)
         config = checkpoint.metadata.get("config")
         data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
     elif data_source is not None or data_dir is not None:
@@ -285,6 +286,17 @@ def _of_checkpoint(
         split = ""
     refuse_other_classes(checkpoint, data.spec)
     return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
+
+
+def _default_split(
+    name: str, *, data_source: str | Sequence[str] | None, data_dir: str | os.PathLike[str] | None
+) -> str:
+    """The published evaluation split; of a folder, which has splits of its own, test or else val."""
+    published = specs.DATASETS[name].evaluated_split
+    if specs.DATASETS[name].spec is not None:
+        return published
+    labelled = prepare(name, source=data_source, data_dir=data_dir).labelled
+    return next((split for split in (published, "val") if split in labelled), published)
 
 
 def _opened(

@@ -1,7 +1,7 @@
 """Label maps of images from any checkpoint, NumPy on both sides.
 
 predictor = segjax.Predictor("runs/mine")
-labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3)
+labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3); uint16 (H, W) for more than 256 classes
 predictor.classes.label_names[labels[0, 0]]
 """
 
@@ -91,7 +91,7 @@ class Predictor:
         self._inference = Inference(loaded.model, self.protocol, batch=batch, normalise=loaded.normalise)
 
     def __call__(self, image: Image) -> np.ndarray:
-        """Labels, uint8 (H, W).
+        """Labels, uint8 (H, W), or uint16 for more than 256 classes.
 
         Args:
           image: uint8 (H, W, 3), RGB; or a path, a PIL image or another array that `segjax.inference.images.as_rgb`
@@ -108,7 +108,7 @@ class Predictor:
         return self.probabilities_of([image])[0]
 
     def labels(self, images: Sequence[Image]) -> list[np.ndarray]:
-        """Labels of several images that have the same `padded_size`: uint8 (H, W) each."""
+        """Labels of several images that have the same `padded_size`: (H, W) each, as of a call."""
         return self._of(self._inference.labels, images)
 
     def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from segjax.data import specs
 from segjax.data.sources import MOST, Problems, in_folder
 from segjax.runtime import reading
 
 BACKGROUND = "background"  # name of class 0
-IGNORED = 255  # label of pixels that are not counted, while labels are drawn
-MOST_CLASSES = 255  # with the background, in 8 bits next to IGNORED
+IGNORED = specs.LARGEST_LABEL  # label of pixels that are not counted, while labels are drawn
+MOST_CLASSES = specs.LARGEST_LABEL  # with the background, in 16 bits next to IGNORED
 # Suffixes of images; those that cannot be used are counted.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
 IMAGES += (".heif", ".avif", ".jp2", ".pfm")
@@ -34,7 +35,7 @@ class Drawn(NamedTuple):
     """The labels of an image.
 
     Attributes:
-      labels: uint8 (H, W), class ids and IGNORED.
+      labels: uint16 (H, W), class ids and IGNORED.
       objects: class id -> number of objects.
       skipped: (reason, place) of each annotation that could not be drawn, or only in part.
     """
@@ -152,7 +153,7 @@ def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dic
     if repeated := [name for name, times in collections.Counter(names).items() if times > 1]:
         problems["classes of one name; rename them"] += repeated
     if len(others) >= MOST_CLASSES:
-        problems[f"more classes than the {MOST_CLASSES - 1} that fit an 8-bit mask next to the background"].append(
+        problems[f"more classes than the {MOST_CLASSES - 1} that fit a 16-bit mask next to the background"].append(
             f"{len(others)} classes"
         )
     if empty := [name for name in others if not name.strip()]:

@@ -104,7 +104,7 @@ def draw(regions: Sequence[Region], size: tuple[int, int]) -> Drawn:
         if region.label != IGNORED:
             objects[region.label] += 1
         drawn.append((region.label != IGNORED, -area, region.label, runs))
-    columns = np.zeros(size[0] * size[1], np.uint8)
+    columns = np.zeros(size[0] * size[1], np.uint16)
     # The sort is stable: the later one of two equal areas comes last.
     for _, _, label, runs in sorted(drawn, key=lambda entry: entry[:2]):
         ends = np.cumsum(runs).tolist()

@@ -56,9 +56,10 @@ def read(source: Path) -> Found:
     classes = _classes(files, root)
     found.names, ids = classes_of(classes.names, problems)
     refuse(problems, str(source))
-    table = np.full(256, -1, np.int16)
+    # By value of 8 or 16 bits.
+    table = np.full(1 << 16, -1, np.int32)
     table[: len(classes.names)] = [ids[name] for name in classes.names]
-    table[IGNORED] = IGNORED
+    table[specs.default_ignore_label(len(classes.names))] = IGNORED
     masks = _by_stem(files, posixpath.join(root, _MASKS), (".png",), found)
     images = _by_stem(files, posixpath.join(root, "JPEGImages"), IMAGES, found)
     named = set()
@@ -168,6 +169,8 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
     if fault := damage or codec.fault_of_image(data):
         raise codec.ImageError(f"its mask {mask}: {fault}")
     is_index = data[25] in (0, 3) and not classes.by_color
+    if data[24] == 16 and not is_index:
+        raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")
     values = codec.decode_mask(data) if is_index else codec.decode_image(data)
     if values is None or values.shape[:2] != size:
         raise codec.ImageError(f"its mask {mask} does not decode, or has another size than its image")
@@ -179,19 +182,19 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
             f"{values[y, x].tolist()}. There are {len(classes.names)} classes, {listed(classes.names)}; name all in "
             "class_names.txt, one per line in the order of values, or in labelmap.txt with their colours"
         )
-    return Drawn(labels.astype(np.uint8), collections.Counter(), [])
+    return Drawn(labels.astype(np.uint16), collections.Counter(), [])
 
 
 def _by_color(pixels: np.ndarray, classes: _Classes, table: np.ndarray) -> np.ndarray:
-    """int16 (H, W), labels of RGB pixels, -1 for a colour of no class."""
+    """int32 (H, W), labels of RGB pixels, -1 for a colour of no class."""
 
     def packed(colors: np.ndarray) -> np.ndarray:
         return colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
     # VOC's colours of the background and of 255, unless a class has them.
-    known = {specs.voc_color(0): 0, specs.voc_color(IGNORED): IGNORED}
+    known = {specs.voc_color(0): 0, specs.voc_color(255): IGNORED}
     known |= dict(zip(classes.colors, table.tolist(), strict=False))
     found, places = np.unique(packed(pixels.reshape(-1, 3)), return_inverse=True)
     by_number = {int(packed(np.array(color))): label for color, label in known.items()}
-    labels = np.array([by_number.get(number, -1) for number in found.tolist()], np.int16)
+    labels = np.array([by_number.get(number, -1) for number in found.tolist()], np.int32)
     return labels[places].reshape(pixels.shape[:2])

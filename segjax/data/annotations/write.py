@@ -37,7 +37,7 @@ class Written:
     Attributes:
       images, background: by split, of images, and of those without any annotation.
       objects: split -> class id -> number of objects.
-      pixels: int64 (256,), by label as it is drawn.
+      pixels: int64 (65536,), by label as it is drawn.
       skipped: reason -> places.
       renamed: names that had to be changed, since the output has one folder for each split.
       encoded: images that are PNG in the output and were not before, or that EXIF turned.
@@ -47,7 +47,7 @@ class Written:
     images: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     background: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     objects: dict[str, collections.Counter[int]] = dataclasses.field(default_factory=dict)
-    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
+    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(IGNORED + 1, np.int64))
     renamed: list[str] = dataclasses.field(default_factory=list)
     encoded: int = 0
 
@@ -81,20 +81,25 @@ def write(found: Found, folder: Path) -> Written:
     with atomic.replacing_folder(folder, durable=False) as temporary:
         temporary.mkdir()
         # 0 and 255 in masks of two classes can mean both classes, and then 255 would be no ignore value.
-        ignore = IGNORED if len(found.names) > 2 else IGNORED - 1
+        ignore = specs.default_ignore_label(len(found.names)) if len(found.names) > 2 else 254
         for split, images in found.splits.items():
             _write_split(temporary, split, images, ignore, written)
         if not written.images:
             raise DataError("\n".join(["no image can be used, and nothing was written:", *listed(written.skipped)]))
         content = {
             "names": found.names,
-            "colors": [specs.voc_color(number) for number in range(len(found.names))],
+            "colors": _colors(len(found.names)),
             "ignore": ignore,
         }
         if absent := written.absent(found.names):
             content["absent"] = absent
         atomic.write_text(temporary / "classes.json", json.dumps(content, indent=1) + "\n")
     return written
+
+
+def _colors(count: int) -> list[tuple[int, int, int]]:
+    """Those of VOC, which has as many as 8 bits have values; others for more classes."""
+    return list(map(specs.voc_color, range(count))) if count <= 256 else specs.distinct_colors(count)
 
 
 def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: int, written: Written) -> None:
@@ -118,7 +123,7 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
             return _UNREADABLE, f"{image.place}: {why}"
         suffix = ".jpg" if data.startswith(codec.JPEG) else ".png"
         (root / "images" / split / (stem + suffix)).write_bytes(data)
-        labels = np.where(drawn.labels == IGNORED, ignore, drawn.labels).astype(np.uint8)
+        labels = np.where(drawn.labels == IGNORED, ignore, drawn.labels).astype(specs.dtype_of_labels(ignore))
         (root / "labels" / split / f"{stem}.png").write_bytes(codec.encode_mask(labels))
         return drawn, is_encoded
 
@@ -135,7 +140,7 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
             written.images[split] += 1
             written.background[split] += not drawn.labels.any()
             written.encoded += is_encoded
-            written.pixels += np.bincount(drawn.labels.ravel(), minlength=256)
+            written.pixels += np.bincount(drawn.labels.ravel(), minlength=IGNORED + 1)
             objects.update(drawn.objects)
     if not written.images[split]:
         # A split without images is refused when the folder is prepared.
@@ -159,8 +164,9 @@ def _usable(data: bytes, image: Annotated) -> tuple[bytes, tuple[int, int], bool
     pixels = codec.decode_undamaged(data) if is_stored else codec.decode_upright(data)[0]
     if pixels is None:
         raise codec.ImageError("does not decode")
-    if is_stored and codec.fault_of_turning(data):
-        pixels = _turned(pixels, codec.decode_upright(data)[0], image)
+    upright = codec.decode_undamaged(data, upright=True) if is_stored and codec.has_exif(data) else None
+    if upright is not None and not np.array_equal(upright, pixels):
+        pixels = _turned(pixels, upright, image)
         is_stored = False
     size = (pixels.shape[0], pixels.shape[1])
     if image.size not in (None, size):
@@ -183,7 +189,7 @@ def _by(size: tuple[int, int] | None) -> str:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """A PNG of grey or RGB, uint8 (H, W), (H, W, 1) or (H, W, 3)."""
+    """A PNG of grey or RGB, uint8 or uint16 (H, W), (H, W, 1) or (H, W, 3)."""
     import cv2
 
     rgb = pixels.ndim == 3 and pixels.shape[2] == 3

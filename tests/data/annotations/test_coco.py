@@ -90,6 +90,21 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
+    content = instances(categories=[{"id": k, "name": f"c{k}"} for k in range(400)])
+    for annotation, category in zip(content["annotations"], (398, 141, 398), strict=True):
+        annotation["category_id"] = category
+    imported("coco", source_of(tmp_path / "coco", content), tmp_path / "out", capsys)
+    # The background is class 0.
+    expected = np.array([0, 142, 399], np.uint16)[np.where(EXPECTED == 255, 0, EXPECTED)]
+    expected[EXPECTED == 255] = 65535
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), expected)
+    prepared = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
+    np.testing.assert_array_equal(prepared.load("train").labels[0], expected)
+    assert prepared.spec.ignore_label == 65535 and len(set(prepared.spec.colors)) == 401
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_one_category_of_crowds_only_is_not_taken_for_masks_of_0_and_255(tmp_path, capsys):
     content = instances(categories=[{"id": 1, "name": "cat"}])
     for annotation in content["annotations"]:
@@ -234,7 +249,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         (changed("categories", 1, name="cat"), ["classes of one name", "cat"]),
         (changed("categories", 1, id=7), ["one id and two names", "7 is 'cat' and 'dog'"]),
         (changed("categories", 1, name=" "), ["classes without a name"]),
-        (instances(categories=[{"id": k, "name": f"c{k}"} for k in range(300)]), ["300 classes", "254"]),
+        (instances(categories=[{"id": k, "name": f"c{k}"} for k in range(70_000)]), ["70000 classes", "65534"]),
         (instances(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 3, 3]}]), ["boxes only"]),
         (instances(annotations=[{"image_id": 5, "segments_info": []}]), ["a panoptic one"]),
         (instances(annotations=[{"image_id": 5, "caption": "x"}]), ["captions"]),
