@@ -284,6 +284,8 @@ def read_items(folder: Path, *items: str) -> list:
         found = checkpointer.metadata(folder).item_metadata
 
         def argument(item):
+            if found[item] is None:
+                raise DamagedError(f"{folder}: a damaged checkpoint ({item} has no metadata of its arrays)")
             _refuse_too_large(folder, item, found[item].tree)
             restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found[item].tree}
             return ocp.args.PyTreeRestore(restore_args=restore_args)

@@ -127,6 +127,8 @@ def as_array(key: str, value: Any) -> np.ndarray:
     """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value)
+    if isinstance(value, Standin):
+        raise CheckpointError(f"{key}: a tensor of the kind {value.origin}, which cannot be read as numbers")
     try:
         if isinstance(value, StoredTensor):
             return value.read()

@@ -123,7 +123,7 @@ def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
         }
         choice = sorted(odd)[rng.integers(len(odd))]
         state[name] = odd[choice]()
-        mutation = Mutation(f"{name}: {choice}", is_bad=choice != "state dict")
+        mutation = Mutation(f"{name}: {choice}", is_bad=choice not in ("state dict", "float8"))
     torch.save(state, path)
     return mutation
 
@@ -250,7 +250,8 @@ def _mutate_image(folder: Path, rng: np.random.Generator) -> Mutation:
 def _read_image() -> int:
     from segjax.inference.images import as_rgb
 
-    (path,) = Path().iterdir()
+    # The mutation may have removed it.
+    path = next(Path().iterdir(), Path("removed.png"))
     return refusing(lambda: as_rgb(path))()
 
 
