@@ -137,8 +137,8 @@ def error_of(
     if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
         return np.inf
     if scores.shape[-1] == 1:
-        # Background has no logit of its own; 0 is the threshold.
-        scores = np.concatenate([np.zeros_like(scores), scores], axis=-1)
+        # Background has no logit of its own, but the threshold.
+        scores = np.concatenate([np.full_like(scores, export_format.least_logit), scores], axis=-1)
     given = np.take_along_axis(scores, output[..., None].astype(np.int64), axis=-1)[..., 0]
     return float((scores.max(axis=-1) - given).max()) / largest
 
@@ -175,6 +175,8 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "align_corners": loaded.model.align_corners,
         "input": "images",
         "output": export_format.output,
+        # Of labels of models of one class.
+        **({"threshold": export_format.threshold} if classes.num_classes == 1 and export_format.argmax else {}),
         "weights": export_format.dtype,
     }
     return stamped(metadata)
@@ -228,6 +230,9 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
         f"a file of the format {export_format.format} has no opset; that is ONNX's": (
             export_format.opset is not None and export_format.format != "onnx"
         ),
+        "a threshold is for labels of models of one class; omit it": (
+            export_format.threshold != 0.5 and not (export_format.argmax and model.spec.num_classes == 1)
+        ),
         f"opset {export_format.opset}: possible are {OPSETS[0]} to {OPSETS[-1]}": (
             export_format.opset is not None and export_format.opset not in OPSETS
         ),
@@ -250,6 +255,7 @@ def export_model(
     argmax: bool = False,
     dtype: str = "float32",
     opset: int | None = None,
+    threshold: float = 0.5,
 ) -> None:
     """Exports a model as one file that runs without segjax, and compares its outputs with the model's first.
 
@@ -263,6 +269,7 @@ def export_model(
       preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
       argmax: whether the output is labels of the images' size instead of logits.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
+      threshold: probability above which a pixel is of the class, in labels of a model of one class.
       opset: of an ONNX file, from 17 to 25; by default that of torch.onnx.
 
     Raises:
@@ -285,6 +292,7 @@ def export_model(
         argmax=argmax,
         dtype=dtype,
         opset=opset,
+        threshold=threshold,
     )
     export(source, path, export_format)
 
@@ -350,7 +358,11 @@ def _is_equal(
         if size == export_format.size and export_format.dtype != "float32":
             exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), export_format)(images)
             ends = [
-                scores if scores.ndim == 3 else labels_of(upsampled(scores, size, align_corners=model.align_corners))
+                scores
+                if scores.ndim == 3
+                else labels_of(
+                    upsampled(scores, size, align_corners=model.align_corners), threshold=export_format.least_logit
+                )
                 for scores in (output, exact)
             ]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())

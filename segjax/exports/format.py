@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from segjax.data import specs
@@ -36,6 +37,7 @@ class ExportFormat:
       argmax: whether the output is labels instead of logits.
       dtype: dtype of the stored weights, a key of `BOUNDS`.
       opset: of an ONNX file, one of `OPSETS`; None for that of torch.onnx.
+      threshold: probability above which a pixel is of the class, in labels of models of one class.
       mean, std: mean and standard deviation of the training images, RGB in 0..255.
     """
 
@@ -46,6 +48,7 @@ class ExportFormat:
     argmax: bool = False
     dtype: str = "float32"
     opset: int | None = None
+    threshold: float = 0.5
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
@@ -63,6 +66,11 @@ class ExportFormat:
     @property
     def computes_in(self) -> str:
         return self.dtype if self.format == "stablehlo" else "float32"
+
+    @property
+    def least_logit(self) -> float:
+        """`threshold` as a logit."""
+        return math.log(self.threshold / (1 - self.threshold))
 
     @property
     def output(self) -> str:

@@ -314,7 +314,9 @@ class Run:
             # Labels are derived from the probabilities, so that both files agree.
             scores = self._predictor.probabilities_of(images)
             dtype = specs.dtype_of_labels(self._predictor.classes.num_classes - 1)
-            predictions = [Prediction(labels_of(score, threshold=0.5).astype(dtype), score) for score in scores]
+            threshold = self._predictor.protocol.threshold
+            labels = (labels_of(score, threshold=threshold).astype(dtype) for score in scores)
+            predictions = [Prediction(*pair) for pair in zip(labels, scores, strict=True)]
         if not self._has_begun:
             self._write_record(self._incomplete)
             self._has_begun = True

@@ -73,6 +73,7 @@ class _Evaluation(TypedDict):
     flip: NotRequired[bool]
     size_divisor: NotRequired[_Number]
     base_size: NotRequired[Size | None]
+    threshold: NotRequired[Annotated[float, Field(gt=0, lt=1)]]
 
 
 class _OfModel(TypedDict):
@@ -103,6 +104,7 @@ def evaluate_dataset(
     flip: bool = False,
     size_divisor: int = 1,
     base_size: tuple[int, int] | None = None,
+    threshold: float = 0.5,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -122,6 +124,7 @@ def evaluate_dataset(
       size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
       base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
         factors of it. ADE20K's published figures have (2048, 512).
+      threshold: probability above which a pixel is of the class, of a model of one class.
       batch: images, or with mode "slide" crops, that go through the model at a time; one for each device by default.
       output: folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); none by default.
       progress: whether to print how many images are done.
@@ -139,7 +142,7 @@ def evaluate_dataset(
         `output` that cannot be written.
       TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
     """
-    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
+    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
     # Asked before hours are spent on the evaluation.
     output = None if output is None else user_path(output)
     if output is not None and (problem := why_not_writable(output)):

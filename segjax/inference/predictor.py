@@ -45,6 +45,7 @@ class Predictor:
         flip: bool = False,
         size_divisor: int = 1,
         base_size: tuple[int, int] | None = None,
+        threshold: float = 0.5,
         pad_multiple: int = 1,
         batch: int = 1,
         scale: Scale | None = None,
@@ -64,6 +65,7 @@ class Predictor:
             SegFormer on ADE20K.
           base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
             factors of it. (2048, 512) for models of ADE20K.
+          threshold: probability above which a pixel is of the class, of a model of one class.
           pad_multiple: images are padded to multiples of this by reflection, at the bottom and right, so that images of
             many sizes share few programs. With 1 labels are exact; larger values change some (with 64, those of a
             SegFormer in 8% of the pixels of scenes that are 96 to 160 pixels high).
@@ -75,7 +77,7 @@ class Predictor:
         Raises:
           CheckpointError: no model can be read from the checkpoint. ValueError: settings that contradict each other.
         """
-        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
+        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
         if pad_multiple > 1 and (size_divisor > 1 or base_size is not None):
             raise ValueError("pad_multiple is for images at their own size; omit it, or base_size and size_divisor")
         counts = {"pad_multiple": pad_multiple, "batch": batch, "max_pixels": max_pixels}

@@ -48,8 +48,12 @@ def refusing(function: Callable[[], object]) -> Callable[[], int]:
     def run() -> int:
         try:
             function()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             print(f"refused: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            # Commands print these two.
+            print(f"refused: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
         return 0
 
@@ -176,8 +180,9 @@ def _mutate_orbax(folder: Path, rng: np.random.Generator) -> Mutation:
         signed = folder / "model/about/metadata"
         before = json.loads(signed.read_text())
         mutation = mutations.of_json_file(signed, rng)
-        # Except what JSON cannot tell apart, all of it is hashed.
-        return Mutation(mutation.text, is_bad=mutation.is_bad or json.loads(signed.read_text()) != before)
+        # Except what JSON cannot tell apart, all of it is hashed; files of before have no hash.
+        same = before, {key: value for key, value in before.items() if key != "sha256_record"}
+        return Mutation(mutation.text, is_bad=mutation.is_bad or json.loads(signed.read_text()) not in same)
     mutation = mutations.of_bytes(path, rng)
     # Messages name the checkpoint.
     return Mutation(f"{path.relative_to(folder)} of model: {mutation.text}")
