@@ -264,7 +264,8 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
         raise ImageError(fault)
     if (size := size_of(data)) is None:
         raise ImageError(f"is damaged: a {found} without a size")
-    refuse_size(size, max_pixels)
+    # A pixel of 16 bits takes the memory of two.
+    refuse_size(size, max_pixels // 2 if found == "PNG" and data[24:25] == b"\x10" else max_pixels)
     import cv2
 
     image, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH))

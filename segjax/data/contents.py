@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from segjax.data.sources import shorten
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # File in the folder of a run.
 RUN_DATA = "data.json"
 # split -> name of an example -> hash of its image, and of its mask; None for a mask that is not published
-Contents = dict[str, dict[str, list[str | None]]]
+Contents = dict[str, dict[str, Annotated[list[str | None], Field(min_length=2, max_length=2)]]]
 
 
 class RunData(TypedDict):

@@ -169,10 +169,11 @@ class PreparedRecords:
 
 class _Spec(TypedDict):
     name: str
-    class_names: list[str]
-    colors: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
+    class_names: Annotated[list[str], Field(min_length=1)]
+    colors: list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]]
     ignore_label: int
-    splits: list[Annotated[list[str | int], Field(min_length=2, max_length=2)]]
+    # Pairs, as TFDS keeps them: name and number of images.
+    splits: list[tuple[str, int] | list[str | int]]
 
 
 class _Division(TypedDict):
@@ -191,8 +192,8 @@ class _Metadata(TypedDict):
     state: str
     fingerprint: str
     names: dict[str, list[Any]]
-    sizes: dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]
-    pixels: dict[str, list[int]]
+    sizes: dict[str, list[Annotated[list[Annotated[int, Field(ge=1, lt=1 << 31)]], Field(min_length=2, max_length=2)]]]
+    pixels: dict[str, list[Annotated[int, Field(ge=0)]]]
     division: NotRequired[_Division]
     hashes: NotRequired[dict[str, list[Annotated[list[str | None], Field(min_length=2, max_length=2)]]]]
 
@@ -209,28 +210,40 @@ def open_prepared(path: Path) -> Prepared:
         raise DataError(f"{path} is there but holds no complete dataset; delete it")
     remedy = "delete that directory and prepare the dataset again"
     try:
-        for name in ("dataset_info.json", "features.json", "metadata.json"):
-            reading.refuse_irregular(path / name)
+        # Records too: array_record would wait for the writer of a FIFO.
+        for file in sorted(path.iterdir()):
+            reading.refuse_irregular(file)
         with quiet():
             info = tfds.builder_from_directory(path).info
         splits = {split: entry.num_examples for split, entry in info.splits.items()}
         metadata = reading.checked(dict(info.metadata or {}), _Metadata, name=path / "metadata.json")
         _check_lengths(metadata, splits, path / "metadata.json")
+        spec = _spec_of(metadata["spec"], path / "metadata.json")
     except reading.UnreadableError as error:
         raise DataError(f"{error}; {remedy}") from None
     except Exception as error:
         # The type of exception depends on what TFDS does with the damaged file.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path} is damaged ({_damaged_file(path) or reason}); {remedy}") from error
-    fields = metadata["spec"]
-    spec = specs.DatasetSpec(
-        name=fields["name"],
-        class_names=tuple(fields["class_names"]),
-        colors=tuple(map(tuple, fields["colors"])),
-        ignore_label=fields["ignore_label"],
-        splits=tuple(map(tuple, fields["splits"])),
-    )
     return Prepared(spec, splits, tuple(metadata["pixels"]), path, metadata)
+
+
+def _spec_of(fields: Mapping[str, Any], path: Path) -> specs.DatasetSpec:
+    pairs = [tuple(pair) for pair in fields["splits"]]
+    if odd := [pair for pair in pairs if [type(part) for part in pair] != [str, int]]:
+        raise reading.UnreadableError(
+            f"{path}: spec.splits should have pairs of a name and a number, not {odd[0]!r:.60}"
+        )
+    try:
+        return specs.DatasetSpec(
+            name=fields["name"],
+            class_names=tuple(fields["class_names"]),
+            colors=tuple(map(tuple, fields["colors"])),
+            ignore_label=fields["ignore_label"],
+            splits=tuple(pairs),
+        )
+    except ValueError as error:
+        raise reading.UnreadableError(f"{path}: spec: {error}") from None
 
 
 def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Path) -> None:

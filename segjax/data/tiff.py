@@ -18,6 +18,8 @@ from segjax.data.codec import ImageError
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
+# Its messages would reach the terminal; what is wrong is raised.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 # Values of the tag PhotometricInterpretation.
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _ALPHA = (1, 2)  # values of the tag ExtraSamples, associated and unassociated
@@ -42,8 +44,6 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
     """
     import tifffile
 
-    # Its messages would reach the terminal; what is wrong is raised.
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages.first
@@ -103,9 +103,12 @@ def _refuse_size(page: TiffPage, max_pixels: int) -> None:
     codec.refuse_size((page.imagelength, page.imagewidth), max_pixels)
     if page.is_tiled:
         codec.refuse_size((page.tilelength, page.tilewidth), max_pixels)
-    # 16 bytes: four samples of float32. Extra samples are decoded before they are dropped.
-    if page.nbytes > 16 * max_pixels:
-        raise ImageError(f"has {page.samplesperpixel} samples a pixel, {page.nbytes:,} bytes; write only its RGB")
+    # Four samples of 8 bits, or half as many pixels of 16: all are decoded, and copied, before extra ones are dropped.
+    if page.nbytes > 4 * max_pixels:
+        raise ImageError(
+            f"has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel, {page.nbytes:,} bytes, and "
+            f"{4 * max_pixels:,} are read; write only its RGB, or parts of it"
+        )
 
 
 def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
