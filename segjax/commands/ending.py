@@ -44,7 +44,7 @@ def run_command(
       others do not wait for it.
     """
     try:
-        with console.log_to(console.say), console.libraries_to():
+        with signals.raising(), console.log_to(console.say), console.libraries_to():
             status = run()
         # Flushed here, because at exit Python could only print that the pipe is closed.
         sys.stdout.flush()
