@@ -60,6 +60,19 @@ def refuse_too_large(size: int | None, devices: Sequence[Any], *, what: str) -> 
         )
 
 
+def refuse_more_than_host(size: int, *, what: str) -> None:
+    """Raises TooLittleMemoryError where arrays do not fit into the memory of the `host`.
+
+    Args:
+      size: bytes that they need. what: the subject of the message, in the singular.
+    """
+    available = host()
+    if available is not None and size > available:
+        raise TooLittleMemoryError(
+            f"{what} needs {console.amount(size)}, and the machine has {console.amount(available)}"
+        )
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether there was not enough memory, on a device or the host."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -299,7 +299,7 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
         (("--batch", "2"), "a batch of 2 images of 20x30 needs"),
         (("--batch", "4096"), "a batch of 4 images of 20x30 needs"),
         (("--mode", "slide", "--crop", "16", "12", "--batch", "2"), "a batch of 2 crops of 16x12 needs"),
-        (("--flip", "--scales", "0.5", "2"), "an image of 40x60 needs"),
+        (("--flip", "--scales", "0.5", "2"), "an image of 20x30 that is resized to 40x60 needs"),
     ],
 )
 def test_what_does_not_fit_into_memory_is_one_message_before_anything_is_written(
