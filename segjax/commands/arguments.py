@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from segjax.checkpoints.key_maps import WEIGHT_SETS
+from segjax.commands.ending import run_command
 from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose messages cannot steer the terminal."""
+    """A parser of arguments whose messages cannot steer the terminal, and whose help ends like a command."""
+
+    def print_help(self, file=None) -> None:
+        self.exit(run_command(self.prog, lambda: print(self.format_help(), end="", file=file)))
 
     def error(self, message: str) -> NoReturn:
         super().error(console.one_line(message))

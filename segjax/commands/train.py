@@ -21,7 +21,6 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 from absl import flags, logging
@@ -80,20 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if set(HELP) & set(arguments):
-        print(help_text())
-        return 0
+        return run_command(PROGRAM, lambda: print(help_text()))
     try:
         options = parse(arguments)
     except ValueError as error:
         console.show(f"{PROGRAM}: {message_of(error)}", to=sys.stderr)
         return 2
-    if not options.coordinator or options.process_id == 0:
-        # Printed now, because JAX takes a second or more to import, and longer to find its devices.
-        published = options.config.recipe
-        console.show(f"recipe   {options.recipe}" + f"\nvalues   {published}" * bool(published))
+
+    def run() -> int:
+        if not options.coordinator or options.process_id == 0:
+            # Printed first, because JAX takes a second or more to import, and longer to find its devices.
+            published = options.config.recipe
+            console.show(f"recipe   {options.recipe}" + f"\nvalues   {published}" * bool(published))
+        return _run(options)
+
     with _stops_at_once():
         full_disk = "what was saved before is complete: make room, and run the same command again"
-        return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
+        return run_command(PROGRAM, run, full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
