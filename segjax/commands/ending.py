@@ -88,9 +88,10 @@ def run_command(
 
 def _drop_what_stdout_refuses() -> None:
     """Python would flush it again at exit."""
+    if sys.stdout is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

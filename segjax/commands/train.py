@@ -162,9 +162,9 @@ def parse(arguments: list[str]) -> Options:
     Raises:
       UsageError, recipes.ConfigError: a flag or a recipe that cannot be used.
     """
-    with _in_one_line():
-        # --flagfile=FILE stands for the flags in a file.
-        arguments = flags.FlagValues().read_flags_from_files(arguments, force_gnu=False)
+    if any(re.match(r"--?flagfile(=|$)", argument) for argument in arguments):
+        # absl would open any file.
+        raise UsageError("there is no flag --flagfile; settings in a file are those of a recipe: --config FILE.py")
     recipe, arguments = _split_off_config(arguments)
     config = recipes.load(recipe)
     model_flags = _add_model_settings(arguments, config)

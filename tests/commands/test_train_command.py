@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -164,11 +165,13 @@ def test_flags_that_are_no_settings_are_returned():
     assert train.parse(arguments)[2:6] == ("runs/x", "auto", 4, 3)
 
 
-def test_flags_may_be_in_a_file(tmp_path, capsys):
-    assert "/nowhere" in refused(["--flagfile=/nowhere"], capsys)
-    (tmp_path / "flags").write_text("--config=segnext:s\n--config.train.steps=5\n")
-    config = train.parse([f"--flagfile={tmp_path / 'flags'}", "--config.seed=2"]).config
-    assert (config.model.name, config.train.steps, config.seed) == ("segnext_s", 5, 2)
+@pytest.mark.parametrize("spelled", ["--flagfile={}", "-flagfile={}", "--flagfile {}"])
+def test_no_file_of_flags_is_opened(spelled, tmp_path, capsys):
+    (tmp_path / "flags").write_text("--config.seed=2\n")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("flags", "fifo", "missing"):
+        said = refused(spelled.format(tmp_path / name).split(), capsys)
+        assert said.startswith("there is no flag --flagfile; ") and "--config" in said
 
 
 def test_a_command_line_leaves_nothing_behind_for_the_next():
