@@ -673,7 +673,7 @@ print(builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r}).s
 
     with start("first") as first, start_after(first, start, "second") as second:
         said = ""
-        while "waits" not in said:
+        while "this process waits" not in " ".join(said.split()):
             line = second.stdout.readline()
             assert line, said
             said += line
