@@ -42,7 +42,7 @@ from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic, console
+from segjax.runtime import atomic, console, memory
 from segjax.runtime.reading import user_path
 
 # ------------------------------------------------------------------------------------------------------ segjax's side
@@ -296,11 +296,14 @@ def export(
     logger.info("exporting as %s; large models take minutes", export_format.format)
     with atomic.replacing_files(destination) as path:
         try:
-            write(path, model, export_format, file_metadata(loaded, export_format))
-            is_equal = _is_equal(open_file(path), loaded.model, model, export_format)
+            # torch's error of a full disk has no reason in it.
+            with atomic.naming(destination, path.parent):
+                write(path, model, export_format, file_metadata(loaded, export_format))
+                is_equal = _is_equal(open_file(path), loaded.model, model, export_format)
         except Exception as error:
             # Neither jax nor torch has an error class of its own for a program that depends on a size.
-            if not export_format.dynamic or isinstance(error, OSError | CheckpointError):
+            is_known = isinstance(error, OSError | CheckpointError) or memory.is_exhausted(error)
+            if is_known or not export_format.dynamic:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(

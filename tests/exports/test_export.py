@@ -1,5 +1,6 @@
 """Files of StableHLO: what they compute, where they run, and what is refused. Other formats: parity/test_export.py."""
 
+import errno
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from segjax.exports import export, stablehlo
 from segjax.exports.format import ExportFormat
 from segjax.kernels import choice, resize
 from segjax.models.functional import FunctionalModel
+from segjax.runtime import atomic
 from tests.tiny import FAMILIES, tiny_model
 
 REPO = Path(__file__).parents[2]
@@ -203,6 +205,33 @@ def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments,
     saved(tmp_path / "model", tiny_model(0, family))
     assert run(tmp_path / "model", tmp_path / arguments[0], "--format", "stablehlo", *arguments[1:]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error, is_full, words",
+    [
+        (
+            RuntimeError("write failed: No space left on device"),
+            False,
+            "a.stablehlo: No space left on device. Make room",
+        ),
+        (RuntimeError("enforce fail at inline_container.cc"), True, "a.stablehlo: No space left on device. Make room"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), False, "there is not enough memory"),
+        (MemoryError(), False, "there is not enough memory"),
+        (RuntimeError("Cannot branch on h"), False, "the sizes of this model cannot be dynamic (Cannot branch on h)"),
+    ],
+)
+def test_only_an_error_about_sizes_is_answered_by_other_sizes(error, is_full, words, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(stablehlo, "write_stablehlo", fail)
+    monkeypatch.setattr(atomic, "_is_full_now", lambda *_: errno.ENOSPC if is_full else None)
+    saved(tmp_path / "model", tiny_model(0))
+    command = [tmp_path / "model", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64, "--dynamic"]
+    assert run(*command) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
