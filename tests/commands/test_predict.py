@@ -594,6 +594,33 @@ def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatc
     assert len(written) < 12
 
 
+@pytest.mark.parametrize("name, problem", [("labels", "labels is a file"), ("labels/sub", "sub is a file")])
+def test_a_folder_of_outputs_that_cannot_be_written_is_named_before_anything_is_computed(
+    name, problem, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(batch_run.Predictor, "labels", lambda *_: pytest.fail("computes"))
+    put(tmp_path / "in" / "a.png", scene(0, 20, 30))
+    put(tmp_path / "in" / "sub" / "b.png", scene(1, 20, 30))
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("a file")
+    assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        said.startswith("segjax predict: nothing can be written to") and f"{problem}; choose another --output" in said
+    )
+    assert below(tmp_path / "out") == [name]
+
+
+def test_an_output_that_cannot_be_replaced_is_named_next_to_its_input(tmp_path, capsys):
+    for name in "ab":
+        put(tmp_path / "in" / f"{name}.png", scene(0, 20, 30))
+    (tmp_path / "out" / "labels" / "a.png").mkdir(parents=True)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'in' / 'a.png'}: {tmp_path / 'out' / 'labels' / 'a.png'}: Is a directory" in said
+    assert below(tmp_path / "out" / "labels") == ["b.png"]
+
+
 def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):
     put(tmp_path / "x.png", scene(0, 20, 30))
     assert run(tmp_path / "x.png", "--output", tmp_path / "out", checkpoint="nowhere") == 2
