@@ -20,7 +20,7 @@ from segjax.exports import export, stablehlo
 from segjax.exports.format import ExportFormat
 from segjax.kernels import choice, resize
 from segjax.models.functional import FunctionalModel
-from segjax.runtime import atomic
+from segjax.runtime import atomic, memory
 from tests.tiny import FAMILIES, tiny_model
 
 REPO = Path(__file__).parents[2]
@@ -205,6 +205,26 @@ def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments,
     saved(tmp_path / "model", tiny_model(0, family))
     assert run(tmp_path / "model", tmp_path / arguments[0], "--format", "stablehlo", *arguments[1:]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "given, of, words",
+    [
+        ((), "host", "the model on an image of 64x96 needs"),
+        ((), "limit", "the model on an image of 64x96 needs"),
+        (("--dynamic", "--with-argmax"), "limit", "give a smaller --size (with --dynamic the file takes larger images"),
+    ],
+)
+def test_a_size_that_does_not_fit_into_memory_is_refused_before_anything_is_written(
+    given, of, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, of, lambda *_, **__: 20_000)
+    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *_: pytest.fail("writes"))
+    saved(tmp_path / "model", tiny_model(0))
+    command = [tmp_path / "model", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 64, 96, *given]
+    assert run(*command) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
