@@ -15,10 +15,12 @@ import torch
 from parity import compare
 from parity.subjects import SUBJECTS
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.commands import export
 from segjax.data import specs
 from segjax.exports import onnx as onnx_export
 from segjax.exports import torch_program
+from segjax.exports.export import export_model
 from segjax.exports.format import SUFFIXES, ExportFormat
 from segjax.torch_reference import verify
 
@@ -132,6 +134,46 @@ def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format,
         wanted = getattr(onnx.TensorProto, dtype.upper())
         large = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 8192}
         assert large == {wanted}
+
+
+# Older onnxruntimes refuse files of a newer ir_version than they have.
+IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
+
+
+@pytest.mark.parametrize(
+    ("label", "opset", "is_dynamic"),
+    [
+        ("segformer", 17, True),
+        ("segnext", 17, False),
+        ("ocr", 17, True),
+        ("simple", 18, False),
+        *(
+            pytest.param("segformer", opset, False, marks=pytest.mark.slow)
+            for opset in (17, 18, 19, 21, 22, 23, 24, 25)
+        ),
+        *(pytest.param(label, 17, True, marks=pytest.mark.slow) for label in SUBJECTS),
+    ],
+)
+def test_an_onnx_file_has_the_opset_that_was_asked_for(label, opset, is_dynamic, tmp_path, capsys):
+    orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
+    options = ["--format", "onnx", "--size", 64, 96, "--opset", opset, *["--dynamic"] * is_dynamic]
+    assert run(tmp_path / "a", tmp_path / "a.onnx", *options) == 0
+    assert "NOT equal" not in capsys.readouterr().out
+    proto = onnx.load(tmp_path / "a.onnx")
+    assert (onnx_export.opset_of(proto), proto.ir_version) == (opset, IR_VERSIONS[opset])
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def test_an_opset_that_cannot_be_is_refused_with_those_that_can(tmp_path, capsys):
+    orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
+    for opset in (16, 99, "x"):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96, "--opset", opset)
+        assert "at least 17 and at most 25" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(CheckpointError, match="possible are 17 to 25"):
+        export_model(tmp_path / "a", tmp_path / "a.onnx", size=(64, 96), opset=16)
+    with pytest.raises(CheckpointError, match="the format torch has no opset"):
+        export_model(tmp_path / "a", tmp_path / "a.pt2", size=(64, 96), opset=17)
 
 
 def test_an_onnx_file_says_what_its_labels_mean(tmp_path):

@@ -1,6 +1,7 @@
 """A file with several sets of weights: which are read, and that it is said."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -105,6 +106,38 @@ def test_a_student_and_a_teacher_are_a_choice_that_nobody_else_makes(tmp_path, r
     assert same(read_start(settings).weights, averaged)
     assert read_checkpoint(path, weights="teacher").provenance == provenance_at(path, weights="teacher")
     assert provenance_at(path, weights="teacher")["weights"] == "teacher"
+
+
+@pytest.mark.parametrize("name", ["model_momentum", "target_network", "shadow"])
+def test_other_words_for_averages_are_known(raw, averaged, name, caplog):
+    caplog.set_level(logging.INFO, logger="segjax")
+    for given in ({"model": raw, name: averaged}, prefixed("online.", raw) | prefixed(f"{name}.", averaged)):
+        caplog.clear()
+        assert same(as_arrays(given), raw) and "averaged weights" in caplog.text and name in caplog.text
+        assert same(as_arrays(given, weights="ema"), averaged)
+
+
+def test_entries_that_are_passed_over_are_named(raw, averaged, caplog):
+    caplog.set_level(logging.INFO, logger="segjax")
+    others = {"second": averaged, "numbers": list(averaged.values())}
+    passed = {"epoch": 3, "rng": np.zeros(9, np.uint8), "optimizer": {"state": averaged}, "meta": {"mean": np.ones(3)}}
+    assert same(as_arrays({"state_dict": raw} | others | passed), raw)
+    assert caplog.messages == ["tensors that are not read: the entries second, numbers"]
+    caplog.clear()
+    # torch_ema keeps a list, which has no names.
+    assert same(as_arrays({"state_dict": raw, "ema": {"shadow_params": list(averaged.values()), "decay": 0.9}}), raw)
+    assert "its averaged weights (ema) are the set 'ema'" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["ema", "net", "state_dict"])
+def test_containers_that_are_named_any_number_of_times_are_looked_through_once(key):
+    nested = {"w": 1}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    began = time.monotonic()
+    with pytest.raises(CheckpointError):
+        as_arrays({key: nested, "x": nested})
+    assert time.monotonic() - began < 20
 
 
 def test_a_layer_that_is_called_like_a_set_is_a_layer(raw):

@@ -18,7 +18,7 @@ COMMANDS = {
     "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
     "summary": ("segjax.commands.summary", "parameters, multiply-adds and memory of a model"),
     "benchmark": ("segjax.commands.benchmark", "speed of a model next to PyTorch's"),
-    "data": ("segjax.commands.data", "prepare a dataset, or draw its augmented samples"),
+    "data": ("segjax.commands.data", "import or prepare a dataset, or draw its samples"),
 }
 USAGE = "usage: segjax COMMAND ...   (segjax COMMAND --help lists its arguments)"
 

@@ -45,7 +45,7 @@ def saved(image: Image.Image, kind: str) -> bytes:
 
 def palette_png(mask: np.ndarray) -> bytes:
     image = Image.fromarray(mask)
-    image.putpalette([channel for value in range(256) for channel in specs._voc_color(value)])
+    image.putpalette([channel for value in range(256) for channel in specs.voc_color(value)])
     assert image.mode == "P"
     return saved(image, "PNG")
 

@@ -31,6 +31,7 @@ ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "su
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
     "av",
+    "pycocotools",
     "torch",
     "tensorflow",
     "tensorflow_datasets",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+
+from segjax.runtime import versions
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorboardX"),
@@ -23,13 +23,9 @@ def described() -> dict[str, object]:
 
     The cores are those that this process may use; where the system has no affinities, all of them.
     """
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
-    return {"versions": versions, "cpu": cpu[1] if cpu else platform.machine(), "cores": cores()}
+    return {"versions": versions.installed(PACKAGES), "cpu": cpu[1] if cpu else platform.machine(), "cores": cores()}
 
 
 def cores() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import ModuleType
 
+from segjax.runtime import console
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, used or written; the message lists every problem."""
@@ -23,6 +25,6 @@ def torch_module() -> ModuleType:
 
 
 def shorten(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
+    names = [console.one_line(name, most=100) for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

@@ -267,7 +267,8 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, An
     try:
         # In a quarter of the time of safetensors.numpy.load_file, which copies twice.
         with safe_open(source, framework="numpy") as file:
-            arrays = {key: file.get_tensor(key) for key in file.keys()}
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, AttributeError) as error:
         if isinstance(error, AttributeError):
             # A dtype that numpy does not have, such as float8.

@@ -5,7 +5,7 @@ It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metad
     model           name, num_classes, overrides, param_dtype: how to build it
     dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
     normalisation   mean and std of the training images, RGB in 0..255
-    input_size      height and width of the training crops, or null
+    input_size      height and width at which images are evaluated, or null where they have several
     licence         a note
     provenance      the origin of the weights: source, sha256, dialect, package, verified
     format_version, segjax_version      see `segjax.checkpoints.format_version`
@@ -16,7 +16,6 @@ file has them checked by `checked_metadata`, so that everybody else may rely on 
 
 from __future__ import annotations
 
-import colorsys
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired
@@ -72,9 +71,9 @@ class Normalisation(TypedDict):
 
 class Dataset(TypedDict):
     name: str
-    class_names: Annotated[list[str], Field(min_length=1, max_length=255)]
+    class_names: Annotated[list[str], Field(min_length=1, max_length=specs.LARGEST_LABEL)]
     colors: list[Colour]
-    ignore_label: Annotated[int, Field(ge=0, le=255)]
+    ignore_label: Annotated[int, Field(ge=0, le=specs.LARGEST_LABEL)]
     guessed: NotRequired[bool]
 
 
@@ -144,7 +143,10 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
       UnreadableError: a part has another type, a value that cannot be, or contradicts another; the message begins with
         `name` and has the key.
     """
-    metadata = {key: value for key, value in _as_utf8(content).items() if value is not None}
+    try:
+        metadata = {key: value for key, value in _as_utf8(content).items() if value is not None}
+    except RecursionError:
+        raise UnreadableError(f"{name}: nested too deeply") from None
     checked(metadata, Metadata, name=name)
     for key, type_ in (("provenance", _Origin), ("licence", _Licence)):
         try:
@@ -206,13 +208,13 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
     """The classes that metadata names; where it names none, they are called by their numbers.
 
     Raises:
-      CheckpointError: more classes than an 8-bit label can hold, or metadata that contradicts itself.
+      CheckpointError: more classes than a 16-bit label can hold, or metadata that contradicts itself.
     """
     dataset = metadata.get("dataset")
-    if not dataset and num_classes > 255:
+    if not dataset and num_classes > specs.LARGEST_LABEL:
         raise CheckpointError(
-            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 8 bits have room "
-            "for 255"
+            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 16 bits have "
+            f"room for {specs.LARGEST_LABEL:,}"
         )
     try:
         return _spec_of(dataset or _unnamed(num_classes))
@@ -227,15 +229,12 @@ def _spec_of(dataset: Mapping) -> specs.DatasetSpec:
 
 def _unnamed(num_classes: int) -> dict[str, Any]:
     names = [f"class {number}" for number in range(num_classes)]
-    return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": 255}
+    ignore_label = specs.default_ignore_label(num_classes)
+    return {"name": "unknown", "class_names": names, "colors": _palette(num_classes), "ignore_label": ignore_label}
 
 
 def _palette(num_classes: int) -> list[list[int]]:
-    """Distinct colours: hues by the golden ratio, three brightnesses."""
-    return [
-        [round(255 * part) for part in colorsys.hsv_to_rgb(0.618033988749895 * k % 1, 0.75, (1.0, 0.8, 0.6)[k % 3])]
-        for k in range(num_classes)
-    ]
+    return [list(color) for color in specs.distinct_colors(num_classes)]
 
 
 def guessed(num_classes: int) -> dict[str, Any]:
@@ -249,21 +248,25 @@ def of_names(
 ) -> dict[str, Any]:
     """{"dataset": ...} of class names, with name and colours of the known dataset that has most of them.
 
-    {} where the classes do not fit into 8 bits, or a name is no string.
+    {} where the classes do not fit into 16 bits, or a name is no string.
     """
     names = [_as_utf8(name) for name in names]
-    if not 0 < len(names) < 255 or not all(isinstance(name, str) for name in names):
+    if not 0 < len(names) <= specs.LARGEST_LABEL or not all(isinstance(name, str) for name in names):
         if names:
-            logger.info("its %d class names are not used: they are no text, or do not fit into 8 bits", len(names))
+            logger.info("its %d class names are not used: they are no text, or do not fit into 16 bits", len(names))
         return {}
     known = specs.guess(len(names))
     if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
         known = None
-    dataset = dataset_metadata(known) if known else {"name": "unknown", "ignore_label": 255}
+    dataset = (
+        dataset_metadata(known)
+        if known
+        else {"name": "unknown", "ignore_label": specs.default_ignore_label(len(names))}
+    )
     dataset["class_names"] = names
     dataset["colors"] = _colors(colors, len(names)) or dataset.get("colors") or _palette(len(names))
     # Other values, such as -100 or 0, are no label that could be ignored: the file has none.
-    if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= 255:
+    if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= specs.LARGEST_LABEL:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
 
@@ -321,11 +324,10 @@ def licence_of(name: str) -> str:
 
 
 def completed(metadata: Mapping) -> dict[str, Any]:
-    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and the crop
-    in the config of a run."""
-    size = ((metadata.get("config") or {}).get("augment") or {}).get("crop")
+    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and no size
+    that images are resized to."""
     known = {key: value for key, value in metadata.items() if value is not None}
-    return {"normalisation": IMAGENET, "input_size": size, **known}
+    return {"normalisation": IMAGENET, "input_size": None, **known}
 
 
 def carried(metadata: Mapping, provenance: Mapping) -> dict[str, Any]:

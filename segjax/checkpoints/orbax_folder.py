@@ -8,6 +8,7 @@ by `train/run_checkpoints.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -235,12 +236,18 @@ def refuse_changed(folder: Path, metadata: Mapping, weights: Mapping, training: 
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
+def is_step(folder: Path) -> bool:
+    """Whether this is named by a number, as the checkpoints of a run are."""
+    # Digits of other scripts and "²" are digits too.
+    return folder.name.isascii() and folder.name.isdecimal()
+
+
 def found_in(folder: Path) -> Path | None:
     """The folder itself, or the newest step in it or in its `checkpoints`; None where neither is there."""
     for place in (folder, folder / "checkpoints"):
         if (place / METADATA).is_dir():
             return place
-        steps = [child for child in place.glob("*") if child.name.isdigit() and (child / METADATA).is_dir()]
+        steps = [child for child in place.glob("*") if is_step(child) and (child / METADATA).is_dir()]
         if steps:
             return max(steps, key=lambda child: int(child.name))
     return None
@@ -277,6 +284,8 @@ def read_items(folder: Path, *items: str) -> list:
         found = checkpointer.metadata(folder).item_metadata
 
         def argument(item):
+            if found[item] is None:
+                raise DamagedError(f"{folder}: a damaged checkpoint ({item} has no metadata of its arrays)")
             _refuse_too_large(folder, item, found[item].tree)
             restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found[item].tree}
             return ocp.args.PyTreeRestore(restore_args=restore_args)
@@ -289,8 +298,12 @@ def read_items(folder: Path, *items: str) -> list:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
-    except (UnreadableError, FileNotFoundError) as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{path}: ")
+    except OSError as error:
+        _refuse_trouble(path, error)
+        why = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
+    except UnreadableError as error:
+        why = str(error).removeprefix(f"{path}: ")
         raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
 
 
@@ -305,6 +318,7 @@ def _refuse_odd_files(folder: Path) -> None:
             try:
                 refuse_irregular(path)
             except (UnreadableError, OSError) as error:
+                _refuse_trouble(path, error)
                 why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
                 raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
 
@@ -325,14 +339,38 @@ def _refuse_too_large(folder: Path, item: str, arrays: Mapping[str, Any]) -> Non
         )
 
 
+# What a system has, and no file: the same checkpoint can be read later, or by another user.
+_TROUBLE = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+
+
+def _refuse_trouble(folder: Path, error: BaseException) -> None:
+    """Raises CheckpointError where an error is the system's, and no damage: a run must not leave its newest checkpoint
+    behind for it."""
+    # tensorstore has the number in its text, "[OS error 24: EMFILE Too many open files]".
+    found = re.search(r"OS error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _TROUBLE:
+        raise CheckpointError(f"{folder}: cannot be read at the moment ({os.strerror(number)})") from error
+
+
 @contextlib.contextmanager
 def _damage(folder: Path) -> Iterator[None]:
     """Turns every error of orbax and tensorstore into a DamagedError."""
     try:
         yield
-    except DamagedError:
+    except (DamagedError, MemoryError):
         raise
     except Exception as error:
+        _refuse_trouble(folder, error)
         # Errors of operations that were in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise DamagedError(f"{folder}: a damaged checkpoint ({_reason(error)})") from error

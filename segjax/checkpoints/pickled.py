@@ -142,7 +142,7 @@ def _damage(source: Path) -> Iterator[None]:
     """Turns whatever a damaged file raises into a CheckpointError; nearly everything may come from a pickle."""
     try:
         yield
-    except (CheckpointError, OSError):
+    except (CheckpointError, OSError, MemoryError):
         raise
     except RecursionError:
         raise CheckpointError(

@@ -24,12 +24,16 @@ logger = logging.getLogger("segjax")
 # How training scripts wrap a state dict, where it does not lie alone next to other values.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 # Prefixes of the network in a wrapper; in front of the names of averaged weights they are not part of them.
-_PREFIXES = ("module.", "model.")
+_PREFIXES = ("module.", "model.", "online.")
 # Modules that torch.compile, FSDP, activation checkpoints, DeepSpeed and Opacus put around others, at any depth.
 _AROUND = re.compile(
     r"(?:(?<=\.)|^)_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module|module)\."
 )
-_WORDS = {"ema": "ema", "swa": "ema", "averaged": "ema", "student": "student", "teacher": "teacher"}
+_WORDS = {
+    **dict.fromkeys(("ema", "swa", "averaged", "average", "shadow", "momentum", "target"), "ema"),
+    "student": "student",
+    "teacher": "teacher",
+}
 _OF_TRAINING = {"optimizer", "optim", "scheduler", "scaler", "sampler"}
 _NO_WEIGHTS = {*_OF_TRAINING, "loss", "criterion"}
 _TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
@@ -123,6 +127,8 @@ def as_array(key: str, value: Any) -> np.ndarray:
     """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value)
+    if isinstance(value, Standin):
+        raise CheckpointError(f"{key}: a tensor of the kind {value.origin}, which cannot be read as numbers")
     try:
         if isinstance(value, StoredTensor):
             return value.read()
@@ -181,6 +187,8 @@ def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Ma
         # mmengine exchanges the two when it saves, so that `state_dict` is what it evaluates.
         entries = {"raw": "ema_state_dict", "ema": wrapper}
         weights = weights or "ema"
+    if wrapper is not None:
+        _log_passed_over(given, {wrapper, *entries.values()})
     if not entries:
         if wrapper is not None:
             return _unwrapped(given[wrapper], weights, in_set=in_set)
@@ -218,20 +226,35 @@ def _only_other(given: Mapping, of_sets: Collection[str]) -> str | None:
     return holders[0] if len(holders) == 1 else None
 
 
+def _log_passed_over(given: Mapping, used: set[str]) -> None:
+    """Logs other entries with more than a few tensors, which may be weights under names that nobody foresaw."""
+    passed = [
+        key
+        for key, value in given.items()
+        if isinstance(key, str) and key not in used and not _OF_TRAINING.intersection(_words(key))
+        if isinstance(value, Mapping | list | tuple) and _holds_tensors({key: value}, more_than=4)
+    ]
+    if passed:
+        logger.info("tensors that are not read: the entries %s", shorten(passed))
+
+
 def _is_tensor(value: object) -> bool:
     if isinstance(value, Standin):
         return value.is_tensor
     return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
 
 
-def _holds_tensors(given: Mapping) -> bool:
-    # Each mapping once, because a pickle can name one any number of times.
-    waiting, seen = [given], {id(given)}
+def _holds_tensors(given: Mapping, *, more_than: int = 0) -> bool:
+    # Each container once, because a pickle can name one any number of times.
+    waiting: list[Any] = [given]
+    seen, found = {id(given)}, 0
     while waiting:
-        for value in waiting.pop().values():
-            if _is_tensor(value):
+        container = waiting.pop()
+        for value in container.values() if isinstance(container, Mapping) else container:
+            found += _is_tensor(value)
+            if found > more_than:
                 return True
-            if isinstance(value, Mapping) and id(value) not in seen:
+            if isinstance(value, Mapping | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append(value)
     return False
@@ -257,7 +280,7 @@ def _no_such(weights: str, found: Iterable[str] = ()) -> str:
 
 def _log_others(found: Mapping[str, str]) -> None:
     for each, name in found.items():
-        logger.info("reads the raw weights; --weights %s reads the %s weights (%s)", each, _TITLES[each], name)
+        logger.info("reads the raw weights; its %s weights (%s) are the set %r", _TITLES[each], name, each)
 
 
 def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:

@@ -433,12 +433,16 @@ def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
 def _number_of_classes(given: int | None, in_file: int | None) -> int:
     if in_file is None:
         if given is None:
-            raise CheckpointError("the checkpoint is an encoder only, without a classifier; give the number of classes")
+            raise CheckpointError(
+                "the checkpoint is an encoder only, without a classifier: train a model from it (`segjax train "
+                "--config.init.checkpoint=...`), or give the number of classes of an untrained classifier (`segjax "
+                "convert --num-classes N`; in Python num_classes=N)"
+            )
         return given
     if given not in (None, in_file):
         raise CheckpointError(
-            f"the checkpoint has {in_file} classes, not {given}; to put a new classifier on its weights, create "
-            "the model and call load_torch with drop and keep"
+            f"the checkpoint has {in_file} classes, not {given}; training from it gives it a new classifier (`segjax "
+            "train --config.init.checkpoint=...`)"
         )
     return in_file
 
@@ -463,7 +467,7 @@ def _settings(
     if differing and name != nearest:
         raise CheckpointError(
             f"the checkpoint is not {name}: {'; '.join(differing)}. The nearest model is {nearest}; "
-            "or pass the sizes as overrides"
+            "or give the sizes as overrides (`segjax convert --overrides`; in Python keywords)"
         )
     for key in ("decoder_dim", "ham_channels"):
         if not found.has_head and key in defaults and key not in overrides:

@@ -119,11 +119,17 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size-divisor", type=within(Integer(1, 1024)), metavar="N", help="resize on to multiples of N (AlignedResize)"
     )
+    parser.add_argument(
+        "--threshold",
+        type=within(Real(above=0, below=1)),
+        metavar="P",
+        help="probability above which a pixel is of the class, of a model of one class; default 0.5",
+    )
 
 
 def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `add_protocol` that were given."""
-    names = ("mode", "crop", "stride", "scales", "flip", "base_size", "size_divisor")
+    names = ("mode", "crop", "stride", "scales", "flip", "base_size", "size_divisor", "threshold")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 

@@ -1,10 +1,14 @@
-"""Prepares a dataset for training, and shows what is in it.
+"""Prepares a dataset for training, shows what is in it, and imports annotations of other tools.
 
-    segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR]
+    segjax data import coco|labelme|yolo|voc SRC DIR
+    segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR] [--subset]
+    segjax data prepare folder --source DIR --val-share 0.2 [--seed N] [--group-by REGEX]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
-A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source. `show`
-writes a page of augmented samples, see `show --help`.
+A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source.
+--val-share divides the only split into train and val, which trainings and evaluations from the same source then find.
+`show` writes a page of augmented samples, see `show --help`, and `import` a folder for `prepare folder`, see
+`import --help`.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segjax.commands.arguments import Parser, summary_of
+from segjax.commands.arguments import Parser, summary_of, within
 from segjax.commands.ending import run_command
 from segjax.data import class_weights, specs
 from segjax.runtime import console
+from segjax.train.constraints import SEED, Real
 
 if TYPE_CHECKING:
     from segjax.data.prepared import Prepared
@@ -29,20 +34,43 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_show
 
         return data_show.main(arguments[1:])
+    if arguments[:1] == ["import"]:
+        from segjax.commands import data_import
+
+        return data_import.main(arguments[1:])
     parser = Parser(prog="segjax data", description=summary_of(__doc__))
     names = specs.prepared_names()
-    parser.add_argument("command", choices=["prepare", "show"])
+    parser.add_argument("command", choices=["prepare", "show", "import"])
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument("--subset", action="store_true", help="prepare the part of a published dataset that there is")
+    share = within(Real(above=0, below=1))
+    parser.add_argument("--val-share", type=share, metavar="SHARE", help="divide the only split into train and val")
+    parser.add_argument("--seed", type=within(SEED), metavar="N", help="which images go to val; default 0")
+    parser.add_argument(
+        "--group-by", metavar="REGEX", help="images whose names agree in this, or in its first group, stay together"
+    )
     options = parser.parse_args(arguments)
+    if options.val_share is None and (options.seed is not None or options.group_by is not None):
+        parser.error("--seed and --group-by go with --val-share")
 
     def run() -> None:
         from segjax.data import builders
+        from segjax.data.division import Division
         from segjax.data.sources import NoSourceError
 
         try:
-            prepared = builders.prepare(options.name, source=options.source, data_dir=options.data_dir)
+            division = None
+            if options.val_share is not None:
+                division = Division(options.val_share, options.seed or 0, options.group_by)
+            prepared = builders.prepare(
+                options.name,
+                source=options.source,
+                data_dir=options.data_dir,
+                subset=options.subset,
+                division=division,
+            )
         except NoSourceError as error:
             raise ValueError(f"{error}: --source PATH") from error
         console.say("\n".join(describe(prepared)))
@@ -53,9 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
 def describe(prepared: Prepared) -> list[str]:
     """Images per split, and of the first labelled split the classes; lines of at most 80 columns, except the path."""
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
+    published = _published(prepared)
     for split, count in prepared.splits.items():
         labels = "yes" if split in prepared.labelled else "not published"
-        lines.append(f"{console.cell(split, 20)} {count:>9,}  {labels}")
+        of = f", a subset of {published[split]:,}" if split in published else ""
+        lines.append(f"{console.cell(split, 20)} {count:>9,}  {labels}{of}")
     split = "train" if "train" in prepared.labelled else prepared.labelled[0]
     counts = np.array(prepared.pixel_counts(split), np.float64)
     rows = zip(prepared.spec.label_names, counts, class_weights.median_frequency(counts), strict=True)
@@ -70,3 +100,9 @@ def describe(prepared: Prepared) -> list[str]:
     lines.append(head if half == len(cells) else f"{head}    {head}")
     lines += [f"{cells[i]}    {cells[i + half] if i + half < len(cells) else ''}".rstrip() for i in range(half)]
     return [*lines, "", f"{prepared.spec.name}: {prepared.path}"]
+
+
+def _published(prepared: Prepared) -> dict[str, int]:
+    """The published numbers of images of a dataset of which a subset is prepared; {} for any other."""
+    dataset = specs.DATASETS.get(prepared.path.parent.name.removeprefix("segjax_"))
+    return dict(dataset.spec.splits) if dataset and dataset.spec and not prepared.spec.splits else {}

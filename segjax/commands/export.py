@@ -2,6 +2,7 @@
 
     segjax export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
                   [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
+                  [--opset N] [--threshold P]
 
 CHECKPOINT is anything that `segjax convert` reads, or the folder of a run. Input and output of the file are described
 in segjax/exports/export.py.
@@ -14,9 +15,9 @@ import sys
 
 from segjax.commands.arguments import Parser, add_checkpoint, as_path, summary_of, within
 from segjax.commands.ending import CheckError, run_command
-from segjax.exports.format import BOUNDS, SUFFIXES, ExportFormat
+from segjax.exports.format import BOUNDS, OPSETS, SUFFIXES, ExportFormat
 from segjax.runtime.reading import user_path
-from segjax.train.constraints import SIDE
+from segjax.train.constraints import SIDE, Integer, Real
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--with-preprocessing", action="store_true", help="input is uint8 RGB (B, H, W, 3)")
     parser.add_argument("--with-argmax", action="store_true", help="labels of the images' size instead of logits")
+    parser.add_argument(
+        "--threshold",
+        type=within(Real(above=0, below=1)),
+        default=0.5,
+        metavar="P",
+        help="probability above which a pixel is of the class, in labels of a model of one class; default 0.5",
+    )
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
+    parser.add_argument(
+        "--opset",
+        type=within(Integer(OPSETS[0], OPSETS[-1])),
+        metavar="N",
+        help=f"of an ONNX file, from {OPSETS[0]} to {OPSETS[-1]}; older TensorRT and Jetsons need 17",
+    )
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
@@ -57,6 +71,8 @@ def _run(options: argparse.Namespace) -> None:
         preprocessing=options.with_preprocessing,
         argmax=options.with_argmax,
         dtype=options.dtype,
+        opset=options.opset,
+        threshold=options.threshold,
     )
     try:
         export(user_path(options.checkpoint), options.destination, export_format, weights=options.weights)

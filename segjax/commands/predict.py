@@ -1,13 +1,16 @@
 """Predictions for images and videos: label maps, overlays, probabilities.
 
     segjax predict runs/mine photos/ 'more/**/*.jpg' clip.mp4 --output out
+    segjax predict runs/mine rtsp://camera/live --output out
 
 Everything is below DIR by kind, in the folders that it had: of trip/a.jpg in
 photos/ the label map is DIR/labels/trip/a.png. Images are PNG, JPEG, TIFF, BMP,
 WebP and GIF, by their content: turned upright as EXIF says, grey repeated in
 three channels, alpha dropped. Numbers of 16 bits that use less than 16 bits,
 signed ones and floats need --scale. Videos become H.264 at the times of their
-frames, without sound; an odd side gets its last row or column twice.
+frames, without sound; an odd side gets its last row or column twice. Cameras
+(/dev/video0) and http(s):// and rtsp(s):// addresses of videos are written
+until they end, or until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,9 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_checkpoint(parser, arguments)
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image, video, folder (with everything below), or 'pattern'"
-    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, video, folder, 'pattern', camera or address")
     parser.add_argument("--output", required=True, type=as_path, metavar="DIR", help="where everything goes")
     parser.add_argument(
         "--write",
@@ -152,14 +153,14 @@ def _run(options: argparse.Namespace) -> int:
         incomplete=incomplete,
         write_record=write_record,
     )
-    partly = [(source, entry["reason"]) for source in done if (entry := incomplete.get(os.path.realpath(source)))]
+    partly = [(source, entry["reason"]) for source in done if (entry := incomplete.get(batch_run.place_of(source)))]
     if len(done) == len(jobs) and not partly:
         console.say("everything is done already")
         return 0
     since = time.perf_counter()
     run([job for job in jobs if job.source not in done])
     # They would be the same again.
-    run.failures += sorted(partly)
+    run.failures += sorted(partly, key=str)
     _report(run, jobs, time.perf_counter() - since)
     return 1 if run.failures else 0
 

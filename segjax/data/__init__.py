@@ -1,12 +1,13 @@
 """Datasets: from files on disk to batches on the devices.
 
     training, test = segjax.data.open_splits("camvid", ["train", "test"], source="DIR")
-    image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and uint8 (H, W), train ids
+    image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and train ids (H, W)
 
 `specs.py` has the table of datasets, and `open.py` opens one by its name. In the order in which images pass through the
-other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `masks.py` checks them and converts
-their masks; `builders.py` stores them; `prepared.py` and `records.py` read them; `pipeline.py` makes batches, whose
-crops `crops.py` draws, and which `augment.py` augments on the device; `hooks.py` calls a person's own functions.
+other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `division.py` divides them; `masks.py`
+checks them and converts their masks, by `palettes.py` those of colours; `builders.py` stores them; `prepared.py` and
+`records.py` read them; `pipeline.py` makes batches, whose crops `crops.py` draws, and which `augment.py` augments on
+the device; `hooks.py` calls a person's own functions.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segjax.data.augment import normalise
     from segjax.data.builders import prepare
+    from segjax.data.division import Division
     from segjax.data.open import OpenSplit, open_splits
     from segjax.data.pipeline import StreamBatches, TrainBatches, evaluation_batches
     from segjax.data.prepared import Prepared
@@ -27,6 +29,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "DatasetSpec",
+    "Division",
     "OpenSplit",
     "Prepared",
     "RecordError",
@@ -44,6 +47,7 @@ __all__ = [
 _FILES = {
     "augment": ("normalise",),
     "builders": ("prepare",),
+    "division": ("Division",),
     "open": ("OpenSplit", "open_splits"),
     "pipeline": ("StreamBatches", "TrainBatches", "evaluation_batches"),
     "prepared": ("Prepared",),

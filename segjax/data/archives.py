@@ -13,6 +13,7 @@ host.robots.ox.ac.uk/pascal/VOC/voc2012; robots.ox.ac.uk/~vgg/data/pets.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -121,12 +122,17 @@ def read(
     scratch: Callable[[], Path],
     opened: contextlib.ExitStack,
     problems: Problems,
+    *,
+    notes: list[str],
+    subset: bool,
 ) -> Examples:
     """The examples in the files and archives that `locate` found.
 
     Args:
       spec: of the dataset; other numbers of images than its published ones are a problem.
       scratch, opened: see `sources.in_archive`.
+      notes: gets lines about what a subset lacks.
+      subset: whether any number of images is taken, and files without their partner are skipped.
     """
     found: list[tuple[str, File]] = [(inside, file_of(path, inside)) for inside, path in loose]
     for path in archives:
@@ -158,11 +164,31 @@ def read(
             problems[f"folders missing; needed are {reader.needs}"].append(entry)
     if problems:
         return {}
+    if subset:
+        return _part(spec, reader, files, problems, notes)
     examples = reader.find(files, problems)
     counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
     if counts != dict(spec.splits):
-        kind = f"images are not as many as in {spec.name}; fetch the archives again"
+        kind = (
+            f"images are not as many as in {spec.name}; fetch the archives again, or prepare the part that there is "
+            f"with `segjax data prepare {spec.name} --subset`"
+        )
         problems[kind].append(f"{counted(counts)} instead of {counted(dict(spec.splits))}")
+    return examples
+
+
+def _part(spec: specs.DatasetSpec, reader: Reader, files: Files, problems: Problems, notes: list[str]) -> Examples:
+    """The examples that are complete, in the splits that have some."""
+    gaps: Problems = collections.defaultdict(list)
+    examples = {split: found for split, found in reader.find(files, gaps).items() if found}
+    counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
+    numbers = ", ".join(f"{split} {counts[split]:,} of {number:,}" for split, number in spec.splits)
+    if not any(example.label for found in examples.values() for example in found):
+        problems[f"no image with its mask; needed are {reader.needs}"].append(numbers)
+        return {}
+    notes.append(f"a subset of {spec.name}: {numbers}")
+    for kind, entries in gaps.items():
+        notes.append(f"{kind.partition(';')[0]}, which are skipped: {len(entries):,}, such as {entries[0]}")
     return examples
 
 

@@ -43,16 +43,16 @@ def augment(
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8 (B, H, W, C), "label" uint8 (B, H, W), "size" int32 (B, 2): height and width of the image
-        without its padding, which is never read. "crop", optional: the `Crops` of the same keys, of a batch that holds
-        only a window of each image.
+      batch: "image" uint8 (B, H, W, C), "label" uint8 or uint16 (B, H, W), "size" int32 (B, 2): height and width of
+        the image without its padding, which is never read. "crop", optional: the `Crops` of the same keys, of a batch
+        that holds only a window of each image.
       settings: the `augment` section of a config.
       ignore_label: label of the padding.
       class_pixels: (K,), pixels of each label value in the training split, for `class_balance`.
       normalise: 0..255 (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
 
     Returns:
-      float32 (B, h, w, C), normalised, and uint8 (B, h, w); (h, w) is settings.crop.
+      float32 (B, h, w, C), normalised, and labels (B, h, w) of the same dtype; (h, w) is settings.crop.
 
     Raises:
       ValueError: statistics for another number of channels, or a function of `on_device` that cannot be used.
@@ -75,7 +75,7 @@ def augment(
             image = change_brightness(photometry, image, settings.brightness)
         if settings.on_device:
             image, label = hooks.on_device(settings.on_device, jax.random.fold_in(key, _ON_DEVICE), image, label)
-            label = jnp.where(inside, label, ignore_label).astype(jnp.uint8)
+            label = _padded(label, inside, ignore_label)
         normalised = normalise(image)
         if normalised.shape != image.shape:
             raise ValueError(f"images of {image.shape[-1]} channels are normalised to {normalised.shape[-1]} channels")
@@ -99,7 +99,7 @@ def rarity_for(settings: AugmentSettings, class_pixels: np.ndarray | None) -> np
 
 
 def _resample(image, label, size, crop, lengths, ignore_label):
-    """-> float32 (h, w, C) in 0..255, uint8 (h, w), bool (h, w): False in the padding."""
+    """-> float32 (h, w, C) in 0..255, labels (h, w), bool (h, w): False in the padding."""
     rows, rows_inside = crop_pixels(lengths[0], crop.scaled[0], crop.offset[0])
     columns, columns_inside = crop_pixels(lengths[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
     # One axis after the other: two small gathers instead of four of every pixel.
@@ -149,7 +149,7 @@ def _resample_rotated(image, label, size, crop, lengths, ignore_label):
 
 
 def _padded(label, inside, ignore_label):
-    return jnp.where(inside, label, ignore_label).astype(jnp.uint8)
+    return jnp.where(inside, label, jnp.array(ignore_label, label.dtype))
 
 
 def _source_positions(pixels, size, scaled):

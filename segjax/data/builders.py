@@ -2,11 +2,12 @@
 
 Every dataset is prepared in the same steps: its reader (`archives.py` or `folder.py`) finds the examples in the source;
 they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
-its data directory. One error lists everything that is wrong, and then nothing is left on disk. Images are stored byte
-for byte, and so are masks of train ids.
+its data directory. One error lists everything that is wrong, and then nothing is left on disk. JPEG and PNG images are
+stored byte for byte, and so are masks of train ids; what readers could not use as it is becomes PNG, see `masks.py`.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
+    segjax_folder/<name>-<state>-<division>/.. the same, divided into train and val, see `division.py`
     .../1.1.0/sources.json                     states of other sources that were found to contain the same files
     segjax_<dataset>/.converting-<state>       during a preparation; one that was interrupted continues there
     .../.1.1.0.lock                            during a preparation; other processes wait for the one that holds it
@@ -32,10 +33,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segjax.data import archives, contents, folder, masks, specs
+from segjax.data.division import Division, divided
 from segjax.data.prepared import Prepared, open_prepared, quiet
 from segjax.data.sources import (
     DataError,
@@ -58,7 +61,12 @@ _VERSION = "1.1.0"
 
 
 def prepare(
-    name: str, *, source: StrPath | Sequence[StrPath] | None = None, data_dir: StrPath | None = None
+    name: str,
+    *,
+    source: StrPath | Sequence[StrPath] | None = None,
+    data_dir: StrPath | None = None,
+    subset: bool = False,
+    division: Division | None = None,
 ) -> Prepared:
     """Opens a prepared dataset; before its first use, checks and prepares it and prints the paths on stdout.
 
@@ -67,13 +75,16 @@ def prepare(
       source: path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
         "folder" needs it once the dataset is prepared.
       data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      subset: whether a part of a published dataset is prepared, instead of refused.
+      division: how the only split with labels is divided into train and val. None for the splits of the source; or for
+        those that were prepared before, of a folder the last ones.
 
     Returns:
       The prepared dataset; of a folder, always in its present state.
 
     Raises:
       DataError: another name; no source where one is needed; one with problems, which are all listed; or a dataset that
-        was prepared from other files.
+        was prepared from other files, or divided in another way.
     """
     names = specs.prepared_names()
     if name not in names:
@@ -81,14 +92,16 @@ def prepare(
     dataset = specs.DATASETS[name]
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]
+    if subset and dataset.spec is None:
+        raise DataError(f"{name} has no published number of images, so that there is no subset of it")
     if not given:
-        return _prepared_before(name, dataset, data_dir)
+        return _refuse_other_division(_prepared_before(name, dataset, data_dir), division)
     paths = [Path(os.path.abspath(user_path(path))) for path in given]
     with contextlib.ExitStack() as opened:
         if dataset.spec and dataset.kind == "archives":
-            prepared = _prepare_archives(name, dataset.spec, paths, data_dir, opened)
+            prepared = _prepare_archives(name, dataset.spec, paths, data_dir, opened, subset, division)
         else:
-            prepared = _prepare_folder(name, dataset.spec, paths, given, data_dir, opened)
+            prepared = _prepare_folder(name, dataset.spec, paths, given, data_dir, opened, subset, division)
     if _lock_of(prepared.path).exists():
         # Of a process that was killed right after it had written the dataset, unless it is still at work.
         with contextlib.suppress(lock.HeldError), _locked(prepared.spec.name, prepared.path):
@@ -117,6 +130,8 @@ def _prepare_folder(
     given: Sequence[str],
     data_dir: StrPath | None,
     opened: contextlib.ExitStack,
+    subset: bool,
+    division: Division | None,
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
         raise DataError(
@@ -126,40 +141,93 @@ def _prepare_folder(
     (root,) = paths
     problems: Problems = collections.defaultdict(list)
     notes: list[str] = []
-    spec, absent = folder.read_classes(root, problems)
-    examples = folder.find_examples(root, problems, notes)
+    spec, classes = folder.read_classes(root, problems)
+    found = folder.find_examples(root, problems, notes)
+    examples = divided(found, division, problems, notes) if division else found
     if published:
-        _check_published(published, spec, examples, problems)
-        spec = published
+        _check_classes(published, spec, problems)
+        path = Path(_builder(name, None, data_dir).data_path)
+        # Once a subset is prepared, it is what the name stands for.
+        subset = subset or (path.exists() and not open_prepared(path).spec.splits)
+        if not subset:
+            _check_numbers(published, found, problems)
+        spec = _unpublished(published) if subset else published
     if problems or spec is None:
         # The contents of the files are checked too, so that one report lists everything.
         scratch = masks.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
-        masks.convert(examples, spec, None, scratch, problems)
+        masks.convert(examples, spec, None, scratch, problems, classes)
         raise _refusal(name, paths, problems)
-    state = folder.state_of(root, examples)
+    state = folder.state_of(root, found)
     # Any copy of a published dataset is the same dataset.
-    classes = reading.read_bytes(root / "classes.json")
-    identity = {"source": str(root), "state": state, "fingerprint": fingerprint_of(examples, classes)}
-    if not published and (known := _of_state(name, state, data_dir)):
+    fingerprint = fingerprint_of(examples, reading.read_bytes(root / "classes.json"))
+    identity = {"source": str(root), "state": state, "fingerprint": fingerprint}
+    if not published and (known := _of_state(name, state, division, data_dir)):
         # The folder may have been moved since, and is named after its present place unless classes.json names it.
         return dataclasses.replace(known, spec=dataclasses.replace(known.spec, name=spec.name))
-    config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}"
-    builder = _builder(name, config, data_dir)
+    end = f"-{division.digest}" if division else ""
+    config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}{end}"
+    builder = _builder(name, config, data_dir, label_dtype=spec.label_dtype)
 
     def write() -> Prepared:
-        return _write(builder, spec, examples, None, _scratch(builder, state), identity, notes, absent)
+        metadata = identity | _about(division)
+        return _write(builder, spec, examples, None, _scratch(builder, state), metadata, notes, classes)
 
-    return _once(builder, spec.name, write) or _refuse_other_files(
-        open_prepared(Path(builder.data_path)), identity, examples
-    )
+    if prepared := _once(builder, spec.name, write):
+        return prepared
+    before = _refuse_other_division(open_prepared(Path(builder.data_path)), division)
+    if division is None and (kept := Division.of(before.metadata)):
+        # The same files as a source, in the splits that they were divided into.
+        examples = divided(found, kept, problems, notes)
+        if problems:
+            raise _refusal(name, paths, problems)
+        identity["fingerprint"] = fingerprint_of(examples, reading.read_bytes(root / "classes.json"))
+    return _refuse_other_files(before, identity, examples)
 
 
-def _of_state(name: str, state: str, data_dir: StrPath | None) -> Prepared | None:
-    """The dataset that was prepared from a folder in this state; None where there is none yet."""
+def _of_state(name: str, state: str, division: Division | None, data_dir: StrPath | None) -> Prepared | None:
+    """The dataset that was prepared from a folder in this state and divided like this; None where there is none yet.
+
+    Without a division, it is the one that was prepared last.
+    """
     builder = _builder(name, None, data_dir)
     root = Path(builder.data_dir_root) / builder.name
-    found = [path for path in sorted(root.glob(f"*-{state}/{_VERSION}")) if path.parent.name[0] != "."]
-    return open_prepared(found[0]) if found else None
+    ends = [f"-{division.digest}"] if division else ["", "-*"]
+    found = [path for end in ends for path in root.glob(f"*-{state}{end}/{_VERSION}") if path.parent.name[0] != "."]
+
+    def age(path: Path) -> tuple[int, str]:
+        written = path / "dataset_info.json"
+        return written.stat().st_mtime_ns if written.exists() else 0, str(path)
+
+    if not found:
+        return None
+    newest = max(found, key=age)
+    if division:
+        # It becomes the last one again.
+        with contextlib.suppress(OSError):
+            os.utime(newest / "dataset_info.json")
+    return open_prepared(newest)
+
+
+def _about(division: Division | None) -> dict[str, Any]:
+    """The entry of the metadata about how a dataset was divided."""
+    return {"division": dataclasses.asdict(division)} if division else {}
+
+
+def _refuse_other_division(prepared: Prepared, division: Division | None) -> Prepared:
+    """The prepared dataset; DataError where it has other splits than those of a division."""
+    before = Division.of(prepared.metadata)
+    if division and division != before:
+        how = f"divided otherwise: {before}" if before else "not divided"
+        raise DataError(
+            f"{prepared.path} was {how}; omit the share for val to use it as it is, or delete that directory to divide "
+            f"it again: {division}"
+        )
+    return prepared
+
+
+def _unpublished(spec: specs.DatasetSpec) -> specs.DatasetSpec:
+    """The spec of a part of a dataset, which has any number of images."""
+    return dataclasses.replace(spec, splits=())
 
 
 def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
@@ -202,6 +270,8 @@ def _prepare_archives(
     paths: list[Path],
     data_dir: StrPath | None,
     opened: contextlib.ExitStack,
+    subset: bool,
+    division: Division | None,
 ) -> Prepared:
     reader = archives.READERS[name]
     problems: Problems = collections.defaultdict(list)
@@ -213,11 +283,15 @@ def _prepare_archives(
     builder = _builder(name, None, data_dir)
     path = Path(builder.data_path)
     if path.exists() and state in _known_states(before := open_prepared(path)):
-        return before
+        return _refuse_other_division(before, division)
     scratch = _scratch(builder, state)
 
-    def find() -> tuple[Examples, dict[str, str]]:
-        examples = archives.read(spec, reader, loose, packed, scratch.make, opened, problems)
+    def find(division: Division | None, *, subset: bool, notes: list[str]) -> tuple[Examples, dict[str, str]]:
+        examples = archives.read(
+            spec, reader, loose, packed, scratch.make, opened, problems, notes=notes, subset=subset
+        )
+        if division and not problems:
+            examples = divided(examples, division, problems, notes)
         if problems:
             scratch.remove()
             raise _refusal(name, paths, problems)
@@ -226,14 +300,17 @@ def _prepare_archives(
 
     def write() -> Prepared:
         notes = [f"links to folders that are read already, which are skipped: {listed(skipped)}"] if skipped else []
-        examples, identity = find()
-        return _write(builder, spec, examples, reader.train_ids, scratch, identity, notes)
+        examples, identity = find(division, subset=subset, notes=notes)
+        kind, metadata = _unpublished(spec) if subset else spec, identity | _about(division)
+        return _write(builder, kind, examples, reader.train_ids, scratch, metadata, notes, masks.Classes())
 
     if prepared := _once(builder, spec.name, write):
         return prepared
-    examples, identity = find()
+    before = _refuse_other_division(open_prepared(path), division)
+    # The same files as a source, in the splits that they were divided into.
+    examples, identity = find(Division.of(before.metadata), subset=subset or not before.spec.splits, notes=[])
     try:
-        return _refuse_other_files(open_prepared(path), identity, examples)
+        return _refuse_other_files(before, identity, examples)
     finally:
         scratch.remove()
 
@@ -244,16 +321,17 @@ def _write(
     examples: Examples,
     train_ids: np.ndarray | None,
     scratch: masks.Scratch,
-    identity: dict[str, str],
+    identity: dict[str, Any],
     notes: Sequence[str],
-    absent: Sequence[str] = (),
+    classes: masks.Classes,
 ) -> Prepared:
     """Prints what is prepared, then checks, converts and writes.
 
     Args:
-      identity: metadata about the files from which the dataset was prepared: source, state, fingerprint.
+      identity: metadata about the files from which the dataset was prepared: source, state, fingerprint; and about
+        the division.
       notes: printed too.
-      absent: see `masks.convert`.
+      classes: see `masks.convert`.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
@@ -270,7 +348,7 @@ def _write(
             f"{path} needs at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
             "choose another data directory"
         )
-    converted = masks.convert(examples, spec, train_ids, scratch, problems, absent)
+    converted = masks.convert(examples, spec, train_ids, scratch, problems, classes)
     if problems:
         scratch.remove()
         raise _refusal(spec.name, [identity["source"]], problems)
@@ -337,13 +415,13 @@ def _refusal(name: str, paths: Sequence[Path | str], problems: Problems) -> Data
     return DataError("\n".join(lines))
 
 
-def _builder(dataset: str, config: str | None, data_dir: StrPath | None):
+def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, label_dtype: type[np.generic] = np.uint8):
     if sys.platform == "win32":
         raise DataError("prepared datasets need array_record, which has no version for Windows; streets need none")
     import tensorflow_datasets as tfds
 
     with quiet():
-        return _builder_class(dataset)(
+        return _builder_class(dataset, label_dtype)(
             config=config and tfds.core.BuilderConfig(name=config),
             data_dir=data_dir and os.path.abspath(user_path(data_dir)),
         )
@@ -354,7 +432,7 @@ def _scratch(builder, state: str) -> masks.Scratch:
 
 
 @functools.cache
-def _builder_class(dataset: str):
+def _builder_class(dataset: str, label_dtype: type[np.generic]):
     import tensorflow_datasets as tfds
 
     class Info(tfds.core.DatasetInfo):
@@ -373,7 +451,7 @@ def _builder_class(dataset: str):
         def _info(self):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                "label": tfds.features.Image(shape=(None, None, 1), dtype=label_dtype, encoding_format="png"),
                 "name": tfds.features.Text(),
             }
             metadata = tfds.core.MetadataDict()
@@ -400,10 +478,8 @@ def _records(examples: list[Example], what: str):
         yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 
 
-def _check_published(
-    published: specs.DatasetSpec, spec: specs.DatasetSpec | None, examples: Examples, problems: Problems
-) -> None:
-    """Compares the classes and examples of a folder with those of the published dataset that it should contain."""
+def _check_classes(published: specs.DatasetSpec, spec: specs.DatasetSpec | None, problems: Problems) -> None:
+    """Compares the classes of a folder with those of the published dataset that it should contain."""
     for field in ("class_names", "colors", "ignore_label") if spec else ():
         found, expected = getattr(spec, field), getattr(published, field)
         if found != expected:
@@ -412,9 +488,14 @@ def _check_published(
                 "prepare the data as 'folder'"
             )
             problems[kind].append(f"{field} {found} instead of {expected}")
+
+
+def _check_numbers(published: specs.DatasetSpec, examples: Examples, problems: Problems) -> None:
+    """Compares the numbers of images of a folder with those of the published dataset that it should contain."""
     counts, expected = {split: len(found) for split, found in examples.items()}, dict(published.splits)
     if expected and counts != expected:
         kind = (
-            f"images with a mask are not as many as in {published.name}; complete them, or prepare the data as 'folder'"
+            f"images with a mask are not as many as in {published.name}; complete them, prepare the part that there is "
+            f"with `segjax data prepare {published.name} --subset`, or prepare the data as 'folder'"
         )
         problems[kind].append(f"{counted(counts) or 'none'} instead of {counted(expected)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what such a file begins with
 # Pixels of the largest image that is decoded by default: half a GiB as RGB. Pillow refuses as many.
 MAX_PIXELS = 2**29 // 3
+# Formats that Pillow decodes; OpenCV decodes PNG and JPEG, of data sets in half the time.
+BY_PILLOW = ("GIF", "WebP", "BMP")
 # Frame headers of JPEG, which hold the size; C4, C8 and CC among them are other segments.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # libjpeg's reports of pixels that it has made up.
@@ -108,7 +110,7 @@ def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def damage(data: bytes) -> str | None:
-    """Why a file is not a complete PNG, JPEG or GIF; None if it is one. Some decoders fill a truncated file."""
+    """Why a file is not a complete image of any format but TIFF; None if it is. Some decoders fill a truncated one."""
     if not data:
         return "is empty"
     if data.startswith(PNG):
@@ -131,7 +133,7 @@ def damage(data: bytes) -> str | None:
             at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]  # 0xFF may be repeated
         # Searched from the scan on, because a thumbnail before it has an end marker of its own.
         return None if data.find(b"\xff\xd9", at) >= 0 else "is truncated"
-    if format_of(data[:32]) == "GIF":
+    if format_of(data[:32]) in BY_PILLOW:
         # One that is too large is a fault of its own.
         if _fault_of_size(data, "images") is None:
             try:
@@ -157,12 +159,10 @@ def _made_up(messages: list[str]) -> str | None:
 
 def fault_of_image(data: bytes) -> str | None:
     """The reason, with its remedy, why a complete file cannot be used as an image; None if it can."""
-    if data.startswith(PNG) and data[24] == 16:
-        return "images of 16 bits a channel, whose scale to 8 bits is not known; save them with 8 bits"
     if fault := _fault_of_size(data, "images"):
         return fault
-    if format_of(data[:32]) == "GIF" and getattr(decode_by_pillow(data), "n_frames", 1) > 1:
-        return "GIF animations, of which a mask can label one image only; save that image as PNG"
+    if format_of(data[:32]) in BY_PILLOW and getattr(decode_by_pillow(data), "n_frames", 1) > 1:
+        return "GIF or WebP animations, of which a mask can label one image only; save that image as PNG"
     return None
 
 
@@ -172,36 +172,26 @@ def _fault_of_size(data: bytes, what: str) -> str | None:
     return f"{what} of more than {MAX_PIXELS:,} pixels; cut them up" if height * width > MAX_PIXELS else None
 
 
-def fault_of_turning(data: bytes) -> str | None:
-    """The same for an image that EXIF rotates, because its mask may be aligned with either orientation."""
-    import cv2
+def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
+    """The reason, with its remedy, why a complete file cannot be used as a mask; None if it can.
 
-    if b"Exif\0\0" in data or b"eXIf" in data:
-        turned, as_stored = (
-            _decode(data, cv2.IMREAD_COLOR),
-            _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION),
-        )
-        if turned is not None and as_stored is not None and not np.array_equal(turned, as_stored):
-            return "images that EXIF rotates, so that their masks may have another orientation; save them upright"
-    return None
-
-
-def fault_of_mask(data: bytes) -> str | None:
-    """The reason, with its remedy, why a complete file cannot be used as a mask of train ids; None if it can."""
-    if not data.startswith(PNG):
-        if format_of(data[:32]) == "GIF":
-            return "masks that are GIF inside, whose palette may be in another order; export them as PNG"
-        return "masks that are JPEG inside, which blurs class ids; export them as PNG from the original"
-    depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
-    if color_type == 3:
-        return (
-            "palette masks, which decode to colours instead of class ids; with Pillow and NumPy, "
-            "Image.fromarray(np.array(Image.open(path))).save(path) keeps the ids"
-        )
-    if color_type != 0:
-        return 'RGB or alpha masks; save one 8-bit grey channel that holds each colour\'s position in "colors"'
-    if depth != 8:
-        return "masks of other than 8 bits, whose values decoders stretch or cut; save class ids as 8-bit grey"
+    Args:
+      wide: whether the labels of its data set have 16 bits.
+      binary: whether they are 0 and 1.
+    """
+    found = format_of(data[:32])
+    if found == "GIF":
+        return "masks that are GIF inside, whose palette may be in another order; export them as PNG"
+    if found not in ("PNG", "BMP"):
+        return f"masks that are {found} inside, which blurs class ids; export them as PNG from the original"
+    if found == "PNG":
+        depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
+        if depth == 16 and color_type != 0:
+            return "RGB or alpha masks of 16 bits a channel; save them with 8"
+        if depth == 16 and not wide:
+            return "masks of 16 bits, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
+        if color_type == 0 and (depth in (2, 4) or (depth == 1 and not binary)):
+            return "masks of fewer than 8 bits, whose values decoders stretch; save class ids as 8-bit grey"
     return _fault_of_size(data, "masks")
 
 
@@ -216,29 +206,41 @@ def fault_of_published_mask(data: bytes) -> str | None:
 
 
 def decode_image(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3), RGB, of a PNG, JPEG or GIF as it is stored; None if it cannot be decoded.
+    """uint8 (H, W, 3), RGB, of a PNG or JPEG as it is stored; None if it cannot be decoded.
 
-    For data sets, whose files were checked: what libjpeg makes up in a damaged JPEG is not reported.
+    For prepared data sets, whose files were checked: what libjpeg makes up in a damaged JPEG is not reported.
     """
     import cv2
 
-    if data.startswith(b"GIF"):
-        return as_grey_or_rgb(decode_by_pillow(data))
     with native_messages.silenced():
         return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
-def decode_undamaged(data: bytes) -> np.ndarray | None:
-    """The same; raises ImageError where pixels would be made up."""
+def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None:
+    """(H, W, 3), RGB, of an image of any format but TIFF, uint8 or of the 16 bits of a PNG; None if it has no pixels.
+
+    Args:
+      upright: whether it is rotated as its EXIF demands.
+
+    Raises:
+      ImageError: pixels would be made up.
+    """
     import cv2
 
-    if data.startswith(b"GIF"):
-        return decode_image(data)
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    if format_of(data[:32]) in BY_PILLOW:
+        image = decode_by_pillow(data)
+        array = as_grey_or_rgb(_turned(image) if upright else image)
+        return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     image, messages = native_messages.captured(lambda: _decode(data, flags))
     if fault := _made_up(messages):
         raise ImageError(fault)
     return image
+
+
+def has_exif(data: bytes) -> bool:
+    """Whether an image may have an orientation."""
+    return any(mark in data for mark in (b"Exif\0\0", b"eXIf", b"EXIF"))
 
 
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
@@ -257,9 +259,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
     if found in (None, "TIFF"):
         raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
     if found not in ("PNG", "JPEG"):
-        from PIL import ImageOps
-
-        return as_grey_or_rgb(ImageOps.exif_transpose(decode_by_pillow(data, max_pixels=max_pixels))), 255
+        return as_grey_or_rgb(_turned(decode_by_pillow(data, max_pixels=max_pixels))), 255
     if fault := damage(data):
         raise ImageError(fault)
     if (size := size_of(data)) is None:
@@ -276,14 +276,15 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
 
 
 def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """The first image of a WebP, BMP or GIF. Raises ImageError; Pillow, unlike OpenCV, makes nothing up."""
-    from PIL import BmpImagePlugin, GifImagePlugin, WebPImagePlugin
+    """The first image of a WebP, BMP, GIF or PNG. Raises ImageError; Pillow, unlike OpenCV, makes nothing up."""
+    from PIL import BmpImagePlugin, GifImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # By class, because Image.open has limits of its own to the number of pixels.
     opened = {
         "WebP": WebPImagePlugin.WebPImageFile,
         "BMP": BmpImagePlugin.BmpImageFile,
         "GIF": GifImagePlugin.GifImageFile,
+        "PNG": PngImagePlugin.PngImageFile,
     }
     found = format_of(data[:32])
     if (size := size_of(data)) is None:
@@ -296,6 +297,17 @@ def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     except Exception as error:
         raise ImageError(f"is a damaged {found} ({error})") from error
     return image
+
+
+def _turned(image: Image) -> Image:
+    """An image, rotated as its EXIF demands; as it is where that is damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    # Pillow raises errors of many kinds for damaged EXIF, of which OpenCV takes no notice.
+    except Exception:
+        return image
 
 
 def as_grey_or_rgb(image: Image) -> np.ndarray:
@@ -315,20 +327,65 @@ def as_grey_or_rgb(image: Image) -> np.ndarray:
 
 
 def decode_mask(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W), the stored values; the indices of a palette PNG; None if it cannot be decoded."""
+    """(H, W), the values of a grey PNG of 8 or 16 bits, or the indices of a palette PNG; None without pixels."""
     import cv2
 
     if data.startswith(PNG) and data[25:26] == b"\3":
         return _decode_palette(data)
     with native_messages.silenced():
-        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+class StoredMask(NamedTuple):
+    """A mask as it is in its file.
+
+    Attributes:
+      values: uint8 or uint16 (H, W), values of grey or indices of the palette; or colours, uint8 (H, W, 3), RGB.
+      palette: uint8 (N, 3), RGB of each index; None for a mask without indices.
+    """
+
+    values: np.ndarray
+    palette: np.ndarray | None
+
+
+def decode_stored_mask(data: bytes) -> StoredMask | None:
+    """A mask without `fault_of_mask`; None if it cannot be decoded. Of 1 bit, it has the values 0 and 1.
+
+    Alpha is dropped, and a palette of greys that equal their indices.
+
+    Raises:
+      ImageError: it cannot be decoded, for a reason that is known.
+    """
+    if data.startswith(PNG) and data[25] == 0:
+        mask = decode_mask(data)
+        return mask if mask is None else StoredMask(mask // 255 if data[24] == 1 else mask, None)
+    image = decode_by_pillow(data)
+    if image.mode == "P":
+        indices = np.asarray(image)
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        if indices.max() >= len(palette):
+            raise ImageError("is damaged: its palette lacks colours that occur")
+        used = np.unique(indices)
+        return StoredMask(indices, None if np.all(palette[used] == used[:, None]) else palette)
+    if image.mode == "1":
+        return StoredMask(np.asarray(image).astype(np.uint8), None)
+    if image.mode in ("L", "LA"):
+        return StoredMask(np.asarray(image.getchannel(0)), None)
+    return StoredMask(np.asarray(image.convert("RGB")), None)
 
 
 def encode_mask(labels: np.ndarray) -> bytes:
-    """An 8-bit grey PNG of uint8 (H, W)."""
+    """A grey PNG of uint8 or uint16 (H, W), of as many bits."""
     import cv2
 
     return cv2.imencode(".png", labels)[1].tobytes()
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """A PNG of uint8 (H, W, 3), RGB."""
+    import cv2
+
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
 def encode_palette(labels: np.ndarray, palette: np.ndarray) -> bytes:

@@ -211,11 +211,11 @@ def place(
 
     On a GPU, a histogram by scatter would make all threads add to the counters of a few classes; `_is_dominated` needs
     plain sums only. All samples of a batch leave the loop together, mostly before its first round. Each examination
-    gathers one byte for each pixel of the crops, and before each round the host waits for a flag, which `jit` over
+    gathers the label of each pixel of the crops, and before each round the host waits for a flag, which `jit` over
     several devices also reduces over them.
 
     Args:
-      label: uint8 (H, W). size: int32 (2,), its height and width without padding.
+      label: integers (H, W). size: int32 (2,), its height and width without padding.
       rarity: what `rarity_of` returned, for `class_balance`.
     """
     offset = crop.offset
@@ -247,15 +247,15 @@ def place(
 def _is_dominated(label, size, scaled, offset, settings, ignore_label):
     """Whether a class has the share `cat_max_ratio` of the labelled pixels of a crop, or none is labelled.
 
-    A class with more than half of them, as it must have, has the majority in every bit of its number: eight sums give
-    the only class that may be it, and a ninth counts it.
+    A class with more than half of them, as it must have, has the majority in every bit of its number: a sum for each
+    bit gives the only class that may be it, and one more counts it.
     """
     pixels = [crop_pixels(*axis) for axis in zip(settings.crop, scaled, offset, strict=True)]
     (rows, rows_inside), (columns, columns_inside) = pixels
     seen = label[nearest_pixels(rows, size[0], scaled[0])][:, nearest_pixels(columns, size[1], scaled[1])]
     labelled = rows_inside[:, None] & columns_inside & (seen != ignore_label)
     number = jnp.sum(labelled, dtype=jnp.int32)
-    bits = [jnp.sum(labelled & (seen >> bit & 1 == 1), dtype=jnp.int32) for bit in range(8)]
+    bits = [jnp.sum(labelled & (seen >> bit & 1 == 1), dtype=jnp.int32) for bit in range(8 * seen.dtype.itemsize)]
     candidate = sum(jnp.where(2 * count > number, 1 << bit, 0) for bit, count in enumerate(bits))
     return jnp.sum(labelled & (seen == candidate), dtype=jnp.int32) >= dominant_count(number, settings.cat_max_ratio)
 
@@ -351,7 +351,7 @@ class HostPlacement:
         """The placed crop of a sample.
 
         Args:
-          crop: the drawn one of this sample, without an axis of samples. label: uint8 (H, W), the whole label.
+          crop: the drawn one of this sample, without an axis of samples. label: (H, W), the whole label.
         """
         offset, scaled = (np.asarray(array, np.int64) for array in (crop.offset, crop.scaled))
         step_number = np.int32(step)
@@ -361,7 +361,7 @@ class HostPlacement:
             accepted = (number for number in range(REDRAWS) if not self._is_dominated(label, scaled, offsets[number]))
             offset = offsets[next(accepted, REDRAWS - 1)]
         if self._settings.class_balance:
-            counts = np.bincount(label.ravel(), minlength=256)[: self._classes].astype(np.int32)
+            counts = np.bincount(label.ravel(), minlength=self._ignore_label + 1)[: self._classes].astype(np.int32)
             aim = jax.tree.map(np.asarray, self._aim(step_number, position, counts))
             if aim.is_taken:
                 pixel = np.array(np.unravel_index(np.flatnonzero(label == aim.label)[aim.nth], label.shape))
@@ -374,7 +374,7 @@ class HostPlacement:
             (2 * np.arange(first, min(first + length, whole)) + 1) * size // (2 * whole)
             for first, length, whole, size in zip(offset, self._settings.crop, scaled, label.shape, strict=True)
         )
-        counts = np.bincount(label[rows][:, columns].ravel(), minlength=256)
+        counts = np.bincount(label[rows][:, columns].ravel(), minlength=self._ignore_label + 1)
         counts[self._ignore_label] = 0
         return counts.max() >= dominant_count(counts.sum(), self._settings.cat_max_ratio)
 

@@ -1,11 +1,14 @@
 """Reader of a folder of images and masks in segjax's own layout, and of everything that is wrong with it.
 
-    images/<split>/<stem>.jpg   or .png, 8 bits a channel; grey is repeated over RGB, alpha is dropped
-    labels/<split>/<stem>.png   8-bit grey: one train id (0..K-1; 0 and 1 for a single class) or the ignore value
-    classes.json                {"names": [K strings], "colors": [K of [r, g, b]], "ignore": 255, "name": "optional",
-                                 "absent": [optional, names of classes that no image shows]}
+    images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif; grey is repeated over RGB, alpha is dropped
+    labels/<split>/<stem>.png   or .bmp: grey, one train id (0..K-1; 0 and 1 for a single class) or the ignore value,
+                                of 16 bits for more than 255 classes; or RGB or a palette, in the colours of the classes
+    classes.json                {"names": [K strings]}, and optionally "colors": [K of [r, g, b]], "ignore": 255,
+                                "ignore_colors": [of [r, g, b]], "name": "...", "absent": [names of classes that no
+                                image shows]
 
-The content of a file counts, not its suffix. Nothing here writes. Problems are collected by kind, and each kind states
+Without folders of splits, all images are of the split train. The content of a file counts, not its suffix. Nothing here
+writes. Problems are collected by kind, and each kind states
 its remedy, so that one report lists them all.
 """
 
@@ -17,49 +20,58 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from segjax.data import codec, specs
+from segjax.data import codec, masks, palettes, specs
 from segjax.data.sources import NOT_REGULAR, Example, Examples, Problems, digest_of, file_of, kind_of, listed
 from segjax.runtime import reading
 
 LAYOUT = (
-    "images/<split>/x.jpg (or .png), labels/<split>/x.png (8-bit grey, one class id per pixel) and classes.json "
-    '("names", "colors", "ignore")'
+    "images/<split>/x.jpg (or .png), labels/<split>/x.png (8-bit grey, one class id per pixel, or the colours of the "
+    'classes) and classes.json ("names", "colors", "ignore")'
 )
 
 _CLASSES = (  # A kind of problem, with its remedy.
-    'classes.json, which needs "names" (K different strings), "colors" (K of [r, g, b], 0..255) and "ignore" (the mask '
-    'value that is not counted, K..255), and may have "name" (a string) and "absent" (names of classes that no image '
-    "shows)"
+    'classes.json, which needs "names" (K different strings), and may have "colors" (K of [r, g, b], 0..255), "ignore" '
+    "(the mask value that is not counted, at least K; 255 by default, 65535 for more than 255 classes), "
+    '"ignore_colors" (of [r, g, b], the colours in masks that are not counted), "name" (a string) and "absent" (names '
+    "of classes that no image shows)"
 )
 # Suffixes of files whose content is only looked at when it is decoded; others are opened first.
 _USUAL = {"images": (".jpg", ".jpeg", ".png"), "labels": (".png",)}
+_KEYS = ("name", "names", "colors", "ignore", "ignore_colors", "absent")
 
 
-def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | None, tuple[str, ...]]:
-    """The classes in classes.json, and the names of those that no image shows.
+def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | None, masks.Classes]:
+    """The classes in classes.json; colours that it lacks are those of a known palette with these classes, or chosen.
 
     The first is None, and the reasons are in `problems`, if it cannot be used.
     """
     content, path = {}, root / "classes.json"
     try:
-        content = {"name": root.name, "absent": []} | reading.read_json(path, most=1 << 20)
-        keys = ("name", "names", "colors", "ignore", "absent")
-        faults = list(_faults_of_classes(**{key: content.get(key) for key in keys}))
+        optional = {"name": root.name, "absent": [], "ignore_colors": []}
+        content = dict.fromkeys(_KEYS) | optional | reading.read_json(path, most=1 << 20)
+        if content["ignore"] is None and isinstance(content["names"], list):
+            content["ignore"] = specs.default_ignore_label(len(content["names"]))
+        faults = list(_faults_of_classes(**{key: content[key] for key in _KEYS}))
     except OSError as error:
         faults = [f"cannot be read: {error.strerror}"]
     except reading.UnreadableError as error:
         faults = [str(error).removeprefix(f"{path}: ")]
     if faults:
         problems[_CLASSES] += faults
-        return None, ()
-    colors = tuple(map(tuple, content["colors"]))
-    spec = specs.DatasetSpec(content["name"], tuple(content["names"]), colors, content["ignore"])
-    return spec, tuple(content["absent"])
+        return None, masks.Classes()
+    names, given = content["names"], content["colors"]
+    colors = given or palettes.known_colors(names) or specs.distinct_colors(len(names))
+    colors = tuple((red, green, blue) for red, green, blue in colors)
+    spec = specs.DatasetSpec(content["name"], tuple(names), colors, content["ignore"])
+    has_colors, ignored = given is not None, map(tuple, content["ignore_colors"])
+    of_masks = palettes.palettes_for(spec, has_colors=has_colors, ignored=ignored)
+    return spec, masks.Classes(tuple(content["absent"]), tuple(of_masks), has_colors)
 
 
-def _faults_of_classes(name, names, colors, ignore, absent) -> Iterator[str]:
-    def is_byte(value):
-        return type(value) is int and 0 <= value <= 255  # isinstance would let true and false pass
+def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent) -> Iterator[str]:
+    def is_color(value):
+        # isinstance would let true and false pass.
+        return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
     if not (isinstance(name, str) and name.strip()):
         yield f'"name" is no string: {name!r:.80}'
@@ -68,20 +80,27 @@ def _faults_of_classes(name, names, colors, ignore, absent) -> Iterator[str]:
         names = []
     if repeated := [n for n, times in collections.Counter(names).items() if times > 1]:
         yield f'"names" repeats {listed(repeated)}'
-    if not isinstance(colors, list):
-        yield f'"colors" is missing or no list: {colors!r:.80}'
-    elif wrong := [c for c in colors if not (isinstance(c, list) and len(c) == 3 and all(map(is_byte, c)))]:
-        yield f'"colors" has entries that are no [r, g, b] in 0..255: {listed(wrong)}'
-    elif names and len(names) != len(colors):
+    for key, value in (("colors", colors), ("ignore_colors", ignore_colors)):
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            yield f'"{key}" is no list: {value!r:.80}'
+        elif wrong := [color for color in value if not is_color(color)]:
+            yield f'"{key}" has entries that are no [r, g, b] in 0..255: {listed(wrong)}'
+    if isinstance(colors, list) and names and len(names) != len(colors):
         yield f'{len(names)} "names" but {len(colors)} "colors"'
-    if not is_byte(ignore):
-        yield f'"ignore" is missing or no integer in 0..255: {ignore!r:.80}'
+    both = isinstance(colors, list) and isinstance(ignore_colors, list)
+    if both and (shared := [color for color in ignore_colors if color in colors]):
+        yield f'"ignore_colors" has colours of classes: {listed(shared)}'
+    if not (type(ignore) is int and 0 <= ignore <= specs.LARGEST_LABEL):
+        yield f'"ignore" is no integer in 0..{specs.LARGEST_LABEL}: {ignore!r:.80}'
     elif ignore < max(len(names), 2):
         # A single class has the labels 0, background, and 1.
         meaning = repr(names[ignore]) if len(names) > 1 else "'background' or the one class"
         yield (
             f'"ignore" is {ignore}, which is also the id of class {meaning}; give ignored pixels another value in the '
-            "masks, such as 255; if they have 0 because ids begin at 1, subtract 1 from all, and 0 becomes 255"
+            f"masks, such as {specs.default_ignore_label(len(names))}; if they have 0 because ids begin at 1, subtract "
+            f"1 from all, and 0 becomes {specs.default_ignore_label(len(names))}"
         )
     if not isinstance(absent, list) or any(name not in names for name in absent):
         yield f'"absent" is no list of some of "names": {absent!r:.80}'
@@ -95,7 +114,13 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
     """
     found: dict[str, dict[str, dict[str, Path]]] = {"images": {}, "labels": {}}
     hidden: list[str] = []
+    is_flat = all(_has_only_files(root / part) for part in found)
+    if is_flat:
+        notes.append("images/ and labels/ have no folders of splits, so that all images are of the split train")
     for part in found:
+        if is_flat:
+            found[part]["train"] = _by_stem(root, part, part, problems, hidden)
+            continue
         for directory in _visible(root, part, hidden):
             where = f"{part}/{directory.name}"
             if not directory.is_dir():
@@ -145,6 +170,12 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
     return examples
 
 
+def _has_only_files(place: Path) -> bool:
+    """Whether a folder contains something, and no folder, apart from what is hidden."""
+    inside = [path for path in place.iterdir() if path.name[0] != "."] if place.is_dir() else []
+    return bool(inside) and all(path.is_file() for path in inside)
+
+
 def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list[str]) -> dict[str, Path]:
     """The images or masks in a directory by their stems, in composed Unicode: systems write accents differently."""
     stems: dict[str, Path] = {}
@@ -156,7 +187,9 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
         elif not path.is_file():
             problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
         elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
-            problems["files that are no PNG or JPEG, neither by suffix nor inside; convert or remove them"].append(name)
+            problems[
+                "files that are no PNG, JPEG, WebP, BMP or GIF, neither by suffix nor inside; convert or remove them"
+            ].append(name)
         elif stem in stems:
             names = f"{where}/{stems[stem].name} and {path.name}"
             problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
@@ -166,9 +199,9 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file begins as a PNG, JPEG or GIF does, whatever its suffix is."""
+    """Whether a file begins as an image does that can be read, whatever its suffix is."""
     with reading.open_regular(path) as file:
-        return file.read(8).startswith((codec.PNG, codec.JPEG, b"GIF8"))
+        return codec.format_of(file.read(32)) not in (None, "TIFF")
 
 
 def _other_place(root: Path) -> str:

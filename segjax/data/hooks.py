@@ -5,7 +5,7 @@ Each is the address of a function, FILE.py:function or package.module:function.
     def on_device(key, image, label): ...    # jax: float32 (h, w, C) in 0..255 and uint8 (h, w), of one crop
     def on_host(rng, image, label): ...      # NumPy: uint8 (H, W, C) and uint8 (H, W), of one whole image
 
-Both return an image and a label of the same shapes and dtypes.
+Both return an image and a label of the same shapes and dtypes. Labels are uint16 where the ignore label is above 255.
 
 `on_device` is traced into the training step, after the geometric and photometric changes and before the image is
 normalised and padded. `key` is a key of the sample's own. Where a crop reaches beyond its image, it repeats the edge of
@@ -88,7 +88,7 @@ def _described(error: BaseException) -> str:
 
 
 def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The function of `augment.on_device` on one crop: float32 (h, w, C) in 0..255, uint8 (h, w) -> the same.
+    """The function of `augment.on_device` on one crop: float32 (h, w, C) in 0..255, labels (h, w) -> the same.
 
     Raises:
       ValueError: there is no such function, it fails, or it returns something else.
@@ -99,7 +99,7 @@ def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) 
 def on_host(
     address: str, rng: np.random.Generator, image: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The function of `augment.on_host` on copies of one image: uint8 (H, W, C), uint8 (H, W) -> the same.
+    """The function of `augment.on_host` on copies of one image: uint8 (H, W, C), labels (H, W) -> the same.
 
     Raises:
       ValueError: there is no such function, it fails, or it returns something else.

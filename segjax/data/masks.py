@@ -1,4 +1,7 @@
-"""Checks every image and mask of a dataset, counts pixels by class, and converts masks from archives to train ids.
+"""Checks every image and mask of a dataset, counts pixels by class, and converts masks to train ids.
+
+Masks from archives have values that a table converts; those of a folder may have colours, see `palettes.py`. Images of
+unusual formats, of 16 bits, or rotated by EXIF become PNG.
 
 Decoding takes most of the time. It runs in threads, and results are kept in a scratch folder, where a preparation that
 was interrupted continues.
@@ -6,33 +9,49 @@ was interrupted continues.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.data import codec, specs
+from segjax.data import codec, palettes, scaling, specs
 from segjax.data.contents import Contents, hash_of, json_name
+from segjax.data.palettes import MaskColors, Palette
 from segjax.data.sources import DataError, Example, Examples, File, Problems, file_of, listed
 from segjax.runtime import atomic, console, reading
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
-_UNREADABLE = "files that are no whole JPEG or PNG; copy or export them again"
+_UNREADABLE = "files that are no whole image; copy or export them again"
 _OTHER_SIZE = "masks of another size (height x width) than their image"
-# Pixels of the largest image, of 0.5 GB when decoded; Pillow has the same limit.
+_UNKNOWN_SCALE = (
+    "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
+)
 # Share of all pixels above which the ignore value is suspected to stand for a class.
 _MANY_IGNORED = 0.001
+
+
+# What EXIF does to an image: nothing; it is used as it is stored, or upright, as the size of its mask demands; or the
+# mask fits either way.
+Rotation = Literal["none", "stored", "upright", "either"]
+
+
+class _Colors(TypedDict):
+    """See `MaskColors`."""
+
+    listed: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
+    others: Annotated[list[int], Field(min_length=2, max_length=2)]
+    indices: list[int]
 
 
 class _Line(TypedDict):
@@ -43,6 +62,9 @@ class _Line(TypedDict):
     size: Annotated[list[int], Field(min_length=2, max_length=2)]
     values: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
     hashes: Annotated[list[str | None], Field(min_length=2, max_length=2)]
+    colors: _Colors | None
+    is_stored: bool
+    rotation: Rotation
 
 
 class Scratch:
@@ -80,9 +102,15 @@ class Scratch:
             # The last line may be cut where the process was killed; an odd one is an example that is checked again.
             with contextlib.suppress(reading.UnreadableError):
                 entry = reading.parse_json(line, _Line, name=path)
-                values = tuple(map(tuple, entry["values"]))
-                measured = Measured(tuple(entry["size"]), values, tuple(entry["hashes"]))
-                found[entry["split"], entry["name"]] = measured
+                colors = entry["colors"] and MaskColors(**{key: _tuples(of) for key, of in entry["colors"].items()})
+                found[entry["split"], entry["name"]] = Measured(
+                    _tuples(entry["size"]),
+                    _tuples(entry["values"]),
+                    _tuples(entry["hashes"]),
+                    colors,
+                    entry["is_stored"],
+                    entry["rotation"],
+                )
         return found
 
     @contextlib.contextmanager
@@ -100,19 +128,44 @@ class Scratch:
             yield write
 
 
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What is found in the files of one example.
 
     Attributes:
       size: height and width in pixels; zeros where the image does not decode.
-      values: mask values, each with the number of its pixels; empty without a mask that decodes.
+      values: mask values, each with the number of its pixels; empty for an RGB mask, and without a mask that decodes.
       hashes: of image and mask; None for a mask that is not published.
+      colors: of a mask that is RGB or has a palette.
+      is_stored: whether the mask is stored unchanged, if its values are labels.
+      rotation: what EXIF does to the image.
     """
 
     size: tuple[int, int]
     values: tuple[tuple[int, int], ...]
     hashes: tuple[str, str | None]
+    colors: MaskColors | None = None
+    is_stored: bool = False
+    rotation: Rotation = "none"
+
+
+class Classes(NamedTuple):
+    """What classes.json of a folder has in addition to the spec.
+
+    Attributes:
+      absent: names of classes that no image shows.
+      palettes: those that masks may have, see `palettes.palettes_for`.
+      has_colors: whether it has the colours of the classes, which are the first palette then.
+    """
+
+    absent: tuple[str, ...] = ()
+    palettes: tuple[Palette, ...] = ()
+    has_colors: bool = False
 
 
 class Converted(NamedTuple):
@@ -130,15 +183,15 @@ def convert(
     train_ids: np.ndarray | None,
     scratch: Scratch,
     problems: Problems,
-    absent: Collection[str] = (),
+    classes: Classes,
 ) -> Converted:
     """Decodes every file and adds all errors to `problems`.
 
     Args:
       spec: None if it could not be read, which is among the problems already; label values are not checked then.
-      train_ids: int16 (256,), see `archives.Reader`. None for masks of train ids, which are stored unchanged, except
-        that 0 and 255 of a binary problem become 0 and 1.
-      absent: classes that are known to have no pixel.
+      train_ids: int16 (256,), see `archives.Reader`. None for masks of a folder: of train ids, which are stored
+        unchanged, except that 0 and 255 of a binary problem become 0 and 1; or of colours.
+      classes: what else is known of the classes.
     """
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
@@ -150,7 +203,7 @@ def convert(
         known = earlier.get((split, example.name))
         if known and (train_ids is None or _is_whole(target)):
             return known, []
-        measured, labels, faults = _check(example, spec, train_ids)
+        measured, labels, faults = _check(example, spec, train_ids, classes.palettes)
         if train_ids is not None and labels is not None and not faults:
             with atomic.replacing_file(target, durable=False) as temporary:
                 temporary.write_bytes(codec.encode_mask(labels))
@@ -160,7 +213,7 @@ def convert(
     with scratch.journal() as note:
         for split, found in examples.items():
             measured[split] = []
-            with contextlib.closing(_in_threads(functools.partial(check, split), found)) as results:
+            with contextlib.closing(in_threads(functools.partial(check, split), found)) as results:
                 progress = console.ProgressBar(f"checking {split}", len(found), "images")
                 for example, (result, faults) in zip(found, progress.over(results), strict=True):
                     measured[split].append(result)
@@ -169,51 +222,122 @@ def convert(
                     if not faults and (split, example.name) not in earlier:
                         note(split, example.name, result)
 
-    def converted(split: str, example: Example) -> File:
-        if is_binary and example.label:
-            return _as_binary(example.label)
-        return file_of(scratch.mask(split, example.name), example.name)
-
+    pairs = [pair for split, found in examples.items() for pair in zip(found, measured[split], strict=True)]
+    _add_rotated(pairs, problems)
     examples = {
         split: [
-            _with_stored_image(_unchanged(example, each)) for example, each in zip(found, measured[split], strict=True)
+            _with_stored_image(_unchanged(example, each), each)
+            for example, each in zip(found, measured[split], strict=True)
         ]
         for split, found in examples.items()
     }
     if spec is None:
         return Converted(examples, measured, {})
-    labelled = {
-        split: np.sum([_of_256(()), *(_of_256(each.values) for each in measured[split])], axis=0)
-        for split, found in examples.items()
-        if all(example.label for example in found)
-    }
-    totals = np.sum([_of_256(()), *labelled.values()], axis=0)
-    table = _own_ids(spec) if train_ids is None else train_ids
-    is_binary = train_ids is None and len(spec.label_names) == 2 and np.flatnonzero(totals).tolist() == [0, 255]
+    if train_ids is not None:
+        of_split = {split: _histogram(found, 256) for split, found in measured.items() if _has_labels(examples[split])}
+        kind = _kind_of_stray(spec, train_ids, np.zeros(256, np.int64))
+        _add_stray(pairs, train_ids, kind, problems)
+        pixels = {split: _by_label(counts, train_ids, spec).tolist() for split, counts in of_split.items()}
+        if not problems:
+            examples = {
+                split: [
+                    dataclasses.replace(example, label=file_of(scratch.mask(split, example.name), example.name))
+                    for example in found
+                ]
+                for split, found in examples.items()
+            }
+        return Converted(examples, measured, pixels)
+    return _convert_folder(examples, measured, spec, classes, problems)
+
+
+def _convert_folder(
+    examples: Examples,
+    measured: dict[str, list[Measured]],
+    spec: specs.DatasetSpec,
+    classes: Classes,
+    problems: Problems,
+) -> Converted:
+    """The part of `convert` that is about the labels of a folder."""
+    table = _own_ids(spec)
+    pairs = [pair for split, found in examples.items() for pair in zip(found, measured[split], strict=True)]
+    colored = [(example.label.name, each.colors) for example, each in pairs if example.label and each.colors]
+    has_colors = classes.has_colors
+    read = palettes.choose(colored, classes.palettes, spec, problems, has_colors=has_colors)
+
+    def palette_of(each: Measured) -> Palette | None:
+        """The palette by which a mask is read; None for values that are labels."""
+        return each.colors and (read.indexed if each.colors.indices else read.rgb)
+
+    def of_values(found: Iterable[Measured]) -> list[Measured]:
+        return [each for each in found if not palette_of(each)]
+
+    totals = _histogram(of_values(each for _, each in pairs), len(table))
+    has_indices = any(colors.indices for _, colors in colored) and read.indexed is None
+    is_binary = len(spec.label_names) == 2 and np.flatnonzero(totals).tolist() == [0, 255] and not has_indices
     if is_binary:
-        table = np.full(256, -1, np.int16)
+        table = np.full(len(table), -1, np.int32)
         table[[0, 255]] = 0, 1
-    kind = _kind_of_stray(spec, train_ids, totals)
-    for split, found in examples.items():
-        for example, each in zip(found, measured[split], strict=True):
-            if example.label and (stray := [(value, count) for value, count in each.values if table[value] < 0]):
-                entries = [f"{value} ({count} pixels)" for value, count in stray]
-                problems[kind].append(f"{example.label.name}: {listed(entries)}")
-    pixels = {split: _by_label(of, table, spec).tolist() for split, of in labelled.items()}
-    if train_ids is None and not problems:
-        _add_mixed(spec, examples, measured, problems)
-        _add_absent(spec, totals, _by_label(totals, table, spec), absent, problems)
+    of_pairs = [(example, each) for example, each in pairs if not palette_of(each)]
+    _add_stray(of_pairs, table, _kind_of_stray(spec, None, totals), problems)
+    pixels = {}
+    for split, found in measured.items():
+        counts = _by_label(_histogram(of_values(found), len(table)), table, spec)
+        for each in found:
+            if each.colors and (palette := palette_of(each)):
+                for label, number in each.colors.counts(palette):
+                    counts[label : label + 1] += number
+        pixels[split] = counts.tolist()
+    if not problems:
+        _add_mixed(spec, of_pairs, problems)
+        _add_absent(spec, totals, _by_label(totals, table, spec), pixels, classes.absent, problems)
     if problems:
         return Converted(examples, measured, pixels)
+    _say_how(spec, [each for _, each in pairs], read, is_binary=is_binary)
+
+    def labels_of(mask: codec.StoredMask, palette: Palette | None) -> np.ndarray:
+        if palette and mask.palette is not None:
+            used = np.unique(mask.values)
+            of_index = np.zeros(256, np.uint16)
+            of_index[used] = palette.of(palettes.packed(mask.palette[used]))
+            return of_index[mask.values]
+        if palette:
+            return palette.of(palettes.packed(mask.values))
+        return (mask.values == 255) if is_binary else mask.values
+
+    def converted(example: Example, each: Measured) -> Example:
+        if not example.label or (each.is_stored and not is_binary):
+            return example
+        to_labels = functools.partial(labels_of, palette=palette_of(each))
+        return dataclasses.replace(example, label=_as_labels(example.label, to_labels, spec.label_dtype))
+
+    examples = {
+        split: [converted(example, each) for example, each in zip(found, measured[split], strict=True)]
+        for split, found in examples.items()
+    }
+    return Converted(examples, measured, pixels)
+
+
+def _say_how(spec: specs.DatasetSpec, found: list[Measured], read: palettes.Reading, *, is_binary: bool) -> None:
+    """Prints what was decided about the masks and images of a folder as a whole."""
     if is_binary:
         zero, one = spec.label_names
         console.say(f"masks of 0 and 255 are read as 0, {zero}, and 1, {one}; none of their pixels is ignored")
-    if train_ids is not None or is_binary:
-        examples = {
-            split: [dataclasses.replace(example, label=converted(split, example)) for example in found]
-            for split, found in examples.items()
-        }
-    return Converted(examples, measured, pixels)
+    for kind, palette, has_indices in (("RGB", read.rgb, False), ("palette", read.indexed, True)):
+        number = sum(each.colors is not None and bool(each.colors.indices) == has_indices for each in found)
+        if number:
+            how = f"colours, by {palette.name}" if palette else "indices, which are class ids"
+            console.say(f"{number} {kind} masks are read by their {how}")
+    kinds = collections.Counter(each.rotation for each in found)
+    if rotated := sum(kinds.values()) - kinds["none"]:
+        console.say(
+            f"EXIF rotates {rotated} images: {kinds['upright'] + kinds['either']} are used upright, of which "
+            f"{kinds['either']} have masks that would fit either way, and {kinds['stored']} as they are stored, by the "
+            "size of their masks"
+        )
+
+
+def _has_labels(found: list[Example]) -> bool:
+    return all(example.label for example in found)
 
 
 def _unchanged(example: Example, measured: Measured) -> Example:
@@ -234,35 +358,48 @@ def _unchanged(example: Example, measured: Measured) -> Example:
     return dataclasses.replace(example, image=checked(example.image, of_image), label=label)
 
 
-def _of_256(values: Iterable[tuple[int, int]]) -> np.ndarray:
-    """int64 (256,), the number of pixels of each mask value."""
-    counts = np.zeros(256, np.int64)
-    for value, count in values:
-        counts[value] += count
+def _histogram(found: Iterable[Measured], size: int) -> np.ndarray:
+    """int64 (size,), the number of pixels of each mask value."""
+    counts = np.zeros(size, np.int64)
+    for each in found:
+        for value, count in each.values:
+            counts[value] += count
     return counts
 
 
 def _by_label(counts: np.ndarray, table: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
     """The number of pixels of each label value, of those of each mask value."""
-    found = np.zeros(256, np.int64)
+    found = np.zeros(len(table), np.int64)
     known = table >= 0
     np.add.at(found, table[known], counts[known])
     return found[: len(spec.label_names)]
 
 
-def _add_mixed(
-    spec: specs.DatasetSpec, examples: Examples, measured: dict[str, list[Measured]], problems: Problems
-) -> None:
+def _add_stray(pairs: Sequence[tuple[Example, Measured]], table: np.ndarray, kind: str, problems: Problems) -> None:
+    """Adds masks with values that are no labels, as a problem of this kind."""
+    for example, each in pairs:
+        if example.label and (stray := [(value, count) for value, count in each.values if table[value] < 0]):
+            entries = [f"{value} ({count} pixels)" for value, count in stray]
+            problems[kind].append(f"{example.label.name}: {listed(entries)}")
+
+
+def _add_rotated(pairs: Sequence[tuple[Example, Measured]], problems: Problems) -> None:
+    """Adds images that EXIF rotates and whose masks fit either way, where other masks fit images as they are stored."""
+    if any(each.rotation == "stored" for _, each in pairs):
+        kind = (
+            "images that EXIF rotates, with masks that would fit either way, while other masks fit only images as they "
+            "are stored; save these images without EXIF, turned as their masks are"
+        )
+        if found := [example.image.name for example, each in pairs if each.rotation == "either"]:
+            problems[kind] += found
+
+
+def _add_mixed(spec: specs.DatasetSpec, pairs: Sequence[tuple[Example, Measured]], problems: Problems) -> None:
     """Adds masks of a binary problem that have 0 and 255 next to others of 0 and 1: 255 may be the class in some."""
     ignore, found = spec.ignore_label, []
     if len(spec.label_names) != 2 or ignore != 255:
         return
-    values = {
-        example.label.name: {value for value, _ in each.values}
-        for split, of in examples.items()
-        for example, each in zip(of, measured[split], strict=True)
-        if example.label
-    }
+    values = {example.label.name: {value for value, _ in each.values} for example, each in pairs if example.label}
     if any({1, 255} <= of for of in values.values()) or not any(1 in of for of in values.values()):
         return
     if found := [name for name, of in values.items() if of == {0, 255}]:
@@ -273,12 +410,26 @@ def _add_mixed(
 
 
 def _add_absent(
-    spec: specs.DatasetSpec, totals: np.ndarray, pixels: np.ndarray, known: Collection[str], problems: Problems
+    spec: specs.DatasetSpec,
+    totals: np.ndarray,
+    of_values: np.ndarray,
+    pixels: dict[str, list[int]],
+    known: Collection[str],
+    problems: Problems,
 ) -> None:
-    """Adds classes without a pixel, where many pixels have the ignore value: it probably stands for one of them."""
-    absent = [f"{number}, {name}" for number, name in enumerate(spec.label_names) if not pixels[number]]
+    """Adds classes without a pixel, where many pixels have the ignore value: it probably stands for one of them.
+
+    Args:
+      totals: pixels of each value in masks of values. of_values: the labelled ones among them by label.
+      pixels: labelled pixels of all masks.
+    """
+    if spec.label_dtype is np.uint16:
+        # Hardly any data set of so many classes has all of them, and 65535 is nobody's id.
+        return
+    by_label = np.sum(list(pixels.values()), axis=0)
+    absent = [f"{number}, {name}" for number, name in enumerate(spec.label_names) if not by_label[number]]
     absent = [entry for entry in absent if entry.partition(", ")[2] not in known]
-    share = (totals.sum() - pixels.sum()) / max(totals.sum(), 1)
+    share = (totals.sum() - of_values.sum()) / max(totals.sum(), 1)
     if not absent or share < _MANY_IGNORED:
         return
     names = json.dumps([*known, *(entry.partition(", ")[2] for entry in absent)], ensure_ascii=False)
@@ -311,41 +462,45 @@ def _hint(spec: specs.DatasetSpec, totals: np.ndarray) -> str:
     return ""
 
 
-def _as_binary(file: File) -> File:
-    """A mask of 0 and 255 as one of 0 and 1."""
+def _as_labels(file: File, labels_of: Callable[[codec.StoredMask], np.ndarray], dtype: type[np.generic]) -> File:
+    """A mask as a PNG of its labels."""
 
     def read() -> bytes:
-        mask = codec.decode_mask(file.read())
+        mask = codec.decode_stored_mask(file.read())
         if mask is None:
             raise OSError(f"{file.name} was changed while it was read")
-        return codec.encode_mask((mask == 255).astype(np.uint8))
+        return codec.encode_mask(labels_of(mask).astype(dtype))
 
     return dataclasses.replace(file, read=read)
 
 
-def _with_stored_image(example: Example) -> Example:
-    """The example with an image that is stored as PNG where it is a GIF."""
-    image = example.image
-    return dataclasses.replace(example, image=dataclasses.replace(image, read=lambda: _stored(image.read())))
+def _with_stored_image(example: Example, measured: Measured) -> Example:
+    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask."""
+    image, upright = example.image, measured.rotation in ("upright", "either")
+    return dataclasses.replace(
+        example, image=dataclasses.replace(image, read=lambda: _stored(image.read(), upright=upright))
+    )
 
 
-def _stored(data: bytes) -> bytes:
-    """The content of an image file; that of a GIF of one image, of which Oxford's pets have a few, as PNG.
+def _stored(data: bytes, *, upright: bool) -> bytes:
+    """The content of an image file unchanged, or as PNG what readers of records cannot use as it is.
 
-    Readers of records expect PNG or JPEG, and PNG loses nothing.
+    That are formats other than PNG and JPEG, such as the GIFs among Oxford's pets, 16 bits, and images that are to be
+    rotated. PNG loses nothing.
     """
-    if codec.format_of(data[:32]) != "GIF":
+    is_usual = codec.format_of(data[:32]) == "JPEG" or (data.startswith(codec.PNG) and data[24] <= 8)
+    if is_usual and not upright:
         return data
-    try:
-        image = codec.decode_by_pillow(data)
-    except codec.ImageError:
-        # The reason is reported with the damage of other files.
-        return data
-    if getattr(image, "n_frames", 1) > 1:
-        return data
-    file = io.BytesIO()
-    image.convert("RGB").save(file, format="png")
-    return file.getvalue()
+    image = _decoded(data, upright=upright)
+    if image is None:
+        raise OSError("an image was changed while it was read")
+    return codec.encode_image(image)
+
+
+def _decoded(data: bytes, *, upright: bool = False) -> np.ndarray | None:
+    """uint8 (H, W, 3), RGB, of an image; see `codec.decode_undamaged`."""
+    image = codec.decode_undamaged(data, upright=upright)
+    return image if image is None else scaling.as_uint8(image, None, 255 if image.dtype == np.uint8 else None)
 
 
 def contents_of(examples: Examples) -> Contents:
@@ -356,14 +511,14 @@ def contents_of(examples: Examples) -> Contents:
 
     found: Contents = {}
     for split, each in examples.items():
-        with contextlib.closing(_in_threads(hashes, each)) as results:
+        with contextlib.closing(in_threads(hashes, each)) as results:
             progress = console.ProgressBar(f"comparing {split}", len(each), "images")
             names = [json_name(example.name) for example in each]
             found[split] = dict(zip(names, progress.over(results), strict=True))
     return found
 
 
-def _in_threads(function: Callable, items: Iterable) -> Generator:
+def in_threads(function: Callable, items: Iterable) -> Generator:
     """Results in the order of the items. Closing the generator cancels the calls that have not begun."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -377,64 +532,110 @@ def _is_whole(path: Path) -> bool:
 
 
 def _check(
-    example: Example, spec: specs.DatasetSpec | None, train_ids: np.ndarray | None
+    example: Example,
+    spec: specs.DatasetSpec | None,
+    train_ids: np.ndarray | None,
+    known: Sequence[Palette],
 ) -> tuple[Measured, np.ndarray | None, list[tuple[str, str]]]:
-    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem."""
-    faults: list[tuple[str, str]] = []
+    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem.
 
-    def read(file: File, faults_of_kind: tuple, decode) -> tuple[np.ndarray | None, str]:
-        decoded, data, found = None, b"", ""
+    Args:
+      known: palettes that masks of a folder may have.
+    """
+    faults: list[tuple[str, str]] = []
+    contents: dict[str, bytes] = {}
+
+    def read(file: File, fault: Callable[[bytes], str | None], decode: Callable[[bytes], Any]) -> tuple[Any, str]:
+        decoded, found = None, ""
         try:
-            data = file.read()
+            data = contents[file.name] = file.read()
             found = hash_of(data)
-            data = _stored(data) if file is example.image else data
             damage = codec.damage(data)
         except (OSError, reading.UnreadableError) as error:
-            damage = getattr(error, "strerror", None) or str(error).removeprefix(f"{file.name}: ")
-        if not damage and (kind := next(filter(None, (fault(data) for fault in faults_of_kind)), None)):
+            data, damage = b"", getattr(error, "strerror", None) or str(error).removeprefix(f"{file.name}: ")
+        if not damage and (kind := fault(data)):
             faults.append((kind, file.name))
             return None, found
         try:
             decoded = None if damage else decode(data)
+        except scaling.UnknownScaleError as error:
+            faults.append((_UNKNOWN_SCALE, f"{file.name}: {error}"))
+            return None, found
         except codec.ImageError as error:
             damage = str(error)
         if decoded is None:
             faults.append((_UNREADABLE, f"{file.name}: {damage or 'does not decode'}"))
         return decoded, found
 
-    # Masks from archives are aligned with the images as stored, not as EXIF rotates them.
-    of_image = (codec.fault_of_image,) if train_ids is not None else (codec.fault_of_image, codec.fault_of_turning)
-    # Published archives have damaged images, Oxford-IIIT Pet two.
-    decode_image = codec.decode_undamaged if train_ids is None else codec.decode_image
-    image, hash_of_image = read(example.image, of_image, decode_image)
+    def decode_published(data: bytes) -> np.ndarray | None:
+        # Published archives have damaged images, Oxford-IIIT Pet two.
+        return codec.decode_image(data) if codec.format_of(data[:32]) == "JPEG" else _decoded(data)
+
+    decode_image = _decoded if train_ids is None else decode_published
+    image, hash_of_image = read(example.image, codec.fault_of_image, decode_image)
     size = (0, 0) if image is None else image.shape[:2]
     if example.label is None:
         # A mask of ignored pixels, because readers expect one.
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)
         return Measured(size, (), (hash_of_image, None)), ignored, faults
-    of_mask = codec.fault_of_mask if train_ids is None else codec.fault_of_published_mask
-    mask, hash_of_mask = read(example.label, (of_mask,), codec.decode_mask)
-    if image is not None and mask is not None and size != mask.shape:
-        entry = f"{example.label.name} is {mask.shape[0]} x {mask.shape[1]}, its image {size[0]} x {size[1]}"
-        faults.append((_OTHER_SIZE, entry))
+    if train_ids is None:
+        wide, binary = (spec.label_dtype is np.uint16, len(spec.label_names) == 2) if spec else (True, True)
+        fault_of_mask = functools.partial(codec.fault_of_mask, wide=wide, binary=binary)
+        mask, hash_of_mask = read(example.label, fault_of_mask, codec.decode_stored_mask)
+    else:
+        values, hash_of_mask = read(example.label, codec.fault_of_published_mask, codec.decode_mask)
+        mask = None if values is None else codec.StoredMask(values, None)
+    rotation: Rotation = "none"
+    if image is not None and mask is not None:
+        # Masks from archives are aligned with the images as stored, not as EXIF rotates them.
+        if train_ids is None:
+            rotation, size = _rotation(contents[example.image.name], image, mask.values.shape[:2])
+        if size != mask.values.shape[:2]:
+            height, width = mask.values.shape[:2]
+            faults.append((_OTHER_SIZE, f"{example.label.name} is {height} x {width}, its image {size[0]} x {size[1]}"))
+    measured = Measured(size, (), (hash_of_image, hash_of_mask), rotation=rotation)
     if mask is None:
-        return Measured(size, (), (hash_of_image, hash_of_mask)), None, faults
-    pixels = np.bincount(mask.ravel(), minlength=256)
-    values = tuple((value, int(pixels[value])) for value in np.flatnonzero(pixels).tolist())
-    labels = None if train_ids is None else train_ids.astype(np.uint8)[mask]
-    return Measured(size, values, (hash_of_image, hash_of_mask)), labels, faults
+        return measured, None, faults
+    if mask.values.ndim == 3 or mask.palette is not None:
+        measured = dataclasses.replace(measured, colors=palettes.colors_of(mask, known))
+    if mask.values.ndim == 2:
+        pixels = np.bincount(mask.values.ravel())
+        values = tuple((value, int(pixels[value])) for value in np.flatnonzero(pixels).tolist())
+        measured = dataclasses.replace(measured, values=values)
+    if train_ids is not None:
+        return measured, train_ids.astype(np.uint8)[mask.values], faults
+    data = contents[example.label.name]
+    depth = np.dtype(spec.label_dtype).itemsize * 8 if spec else 8
+    is_stored = data.startswith(codec.PNG) and (data[24], data[25]) == (depth, 0)
+    return dataclasses.replace(measured, is_stored=is_stored), None, faults
+
+
+def _rotation(data: bytes, stored: np.ndarray, size: tuple[int, ...]) -> tuple[Rotation, tuple[int, int]]:
+    """What EXIF does to an image with a mask of a size, and the size of the image as it is used.
+
+    Args:
+      data: content of the image file. stored: the image as it is stored.
+    """
+    as_stored: tuple[int, int] = stored.shape[:2]
+    turned = _decoded(data, upright=True) if codec.has_exif(data) else None
+    if turned is None or np.array_equal(turned, stored):
+        return "none", as_stored
+    upright: tuple[int, int] = turned.shape[:2]
+    if as_stored == upright:
+        return "either", upright
+    return ("stored", as_stored) if as_stored == size else ("upright", upright)
 
 
 def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:
-    """The same table as `train_ids`, for masks of train ids."""
-    table = np.full(256, -1, np.int16)
+    """The same table as `train_ids`, int32, for masks of train ids; (65536,) where labels have 16 bits."""
+    table = np.full(np.iinfo(spec.label_dtype).max + 1, -1, np.int32)
     values = [*range(len(spec.label_names)), spec.ignore_label]
     table[values] = values
     return table
 
 
 def _kind_of_stray(spec: specs.DatasetSpec, train_ids: np.ndarray | None, totals: np.ndarray) -> str:
-    """The kind of problem that strange mask values are; totals: int64 (256,), pixels of each value in all masks."""
+    """The kind of problem that strange mask values are; totals: pixels of each value in all masks."""
     if train_ids is None:
         return (
             f"mask values that are neither a class (0..{len(spec.label_names) - 1}) nor the ignore value "

@@ -101,7 +101,7 @@ def _drawn(name: str, parts: Sequence[str], **how: Any) -> specs.Split:
 
 def _generated(data: specs.Split, spec: specs.DatasetSpec) -> OpenSplit:
     def pixel_counts() -> np.ndarray:
-        counts = [np.bincount(labels.ravel(), minlength=256) for labels in data.labels]
+        counts = [np.bincount(labels.ravel(), minlength=spec.ignore_label + 1) for labels in data.labels]
         return np.sum(counts, axis=0)[: len(spec.label_names)]
 
     return OpenSplit(data, spec, pixel_counts)
@@ -114,6 +114,10 @@ def open_prepared_splits(prepared: Prepared, splits: Sequence[str], resident_gb:
 
     def read(split: str) -> specs.Split | Records:
         records = prepared.records(split)
-        return records if padded_gigabytes(records) > resident_gb else prepared.load(split)
+        return (
+            records
+            if padded_gigabytes(records, ignore_label=prepared.spec.ignore_label) > resident_gb
+            else prepared.load(split)
+        )
 
     return [OpenSplit(read(split), prepared.spec, of, prepared) for split, of in zip(splits, counts, strict=True)]

@@ -48,8 +48,8 @@ def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarr
 class TrainBatches:
     """Training batches as a pure function of (seed, step), so that a resumed run needs only its step.
 
-    Every device holds the whole split as uint8. Nothing waits here; `waited` and `close` exist because `StreamBatches`
-    has them.
+    Every device holds the whole split as integers. Nothing waits here; `waited` and `close` exist because
+    `StreamBatches` has them.
     """
 
     waited = 0.0
@@ -287,7 +287,7 @@ def evaluation_batches(
       part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
-      B images uint8 (H, W, 3), their labels uint8 (H, W), and int64 (n,) image numbers. The last batch of a key repeats
+      B images uint8 (H, W, 3), their labels (H, W), and int64 (n,) image numbers. The last batch of a key repeats
       its last image up to B images, and only the first n images count.
 
     Raises:

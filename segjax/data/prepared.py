@@ -52,7 +52,9 @@ class Prepared:
         return JoinedRecords(parts) if len(parts) > 1 else next(iter(parts.values()))
 
     def load(self, split: str) -> specs.Split:
-        """Decodes a split into host memory: 4 * H * W bytes per image, where H and W are the largest of the split.
+        """Decodes a split into host memory: 4 * H * W bytes per image, or 5 with labels of 16 bits.
+
+        H and W are the largest of the split.
 
         Returns:
           The split, in the order of its names (file stems); a sum in the order of its splits.
@@ -124,7 +126,7 @@ class PreparedRecords:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H, W, 3), RGB, and label uint8 (H, W), train ids.
+        """Image uint8 (H, W, 3), RGB, and label (H, W), train ids of the dtype `spec.label_dtype`.
 
         Raises:
           DataError: the labels of this split are not published, or the record does not decode.
@@ -151,7 +153,10 @@ class PreparedRecords:
         array = codec.decode_image(record[part]) if part == "image" else codec.decode_mask(record[part])
         if array is None or array.shape[:2] != tuple(self.sizes[index]):
             raise self._damaged(index, f"its {part} does not decode")
-        return array
+        if part == "image":
+            return array
+        # A mask of 8 bits may be one of many that have 16.
+        return array.astype(self._prepared.spec.label_dtype, copy=False)
 
     def _damaged_split(self, fault: str) -> DataError:
         where = f"{self._prepared.path}: the files of {self._split} cannot be read"
@@ -170,6 +175,14 @@ class _Spec(TypedDict):
     splits: list[Annotated[list[str | int], Field(min_length=2, max_length=2)]]
 
 
+class _Division(TypedDict):
+    """See `division.Division`."""
+
+    val_share: Annotated[float, Field(gt=0, lt=1)]
+    seed: int
+    group_by: str | None
+
+
 class _Metadata(TypedDict):
     """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are no text."""
 
@@ -180,6 +193,7 @@ class _Metadata(TypedDict):
     names: dict[str, list[Any]]
     sizes: dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]
     pixels: dict[str, list[int]]
+    division: NotRequired[_Division]
     hashes: NotRequired[dict[str, list[Annotated[list[str | None], Field(min_length=2, max_length=2)]]]]
 
 

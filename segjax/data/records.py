@@ -43,7 +43,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 image (H, W, 3), RGB, and uint8 label (H, W), train ids."""
+        """uint8 image (H, W, 3), RGB, and uint8 or uint16 label (H, W), train ids."""
         ...
 
 
@@ -141,24 +141,27 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
-def padded_gigabytes(records: Records) -> float:
+def padded_gigabytes(records: Records, *, ignore_label: int) -> float:
     """Gigabytes (1e9 bytes) of host memory that `load` takes."""
     height, width = records.sizes.max(axis=0).tolist()
-    return 4 * len(records) * height * width / 1e9
+    return (3 + np.dtype(specs.dtype_of_labels(ignore_label)).itemsize) * len(records) * height * width / 1e9
 
 
 def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs.Split:
-    """Reads a split into host memory, padded to its largest image: 4 * N * H * W bytes.
+    """Reads a split into host memory, padded to its largest image: 4 * N * H * W bytes, or 5 for labels of 16 bits.
 
     Args:
-      ignore_label: label of the padding.
+      ignore_label: label of the padding, which decides the dtype of the labels.
       what: text of the progress bar.
 
     Raises:
       RecordError: an image or a label cannot be used.
     """
     canvas = (len(records), *records.sizes.max(axis=0))
-    images, labels = np.zeros((*canvas, 3), np.uint8), np.full(canvas, ignore_label, np.uint8)
+    images, labels = (
+        np.zeros((*canvas, 3), np.uint8),
+        np.full(canvas, ignore_label, specs.dtype_of_labels(ignore_label)),
+    )
 
     def fill(number: int) -> None:
         height, width = records.sizes[number]

@@ -182,7 +182,7 @@ def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dic
     for info in archive.infolist():
         # The type of a file on Unix; 0 where another system wrote the archive.
         kind = stat.S_IFMT(info.external_attr >> 16)
-        fault = _fault_of_name(info.filename, info.is_dir())
+        fault = _fault_of_name(info.filename, info.filename.endswith("/"))
         if not fault and kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             fault = "is a link" if kind == stat.S_IFLNK else "is a device"
         if fault:

@@ -7,6 +7,7 @@ CONTRIBUTING.md, "Add a dataset", which names the tests too.
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,32 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
+# Largest value of a label: labels have 16 bits where 8 are not enough.
+LARGEST_LABEL = 2**16 - 1
+
+
+def dtype_of_labels(largest: int) -> type[np.uint8] | type[np.uint16]:
+    """The dtype of arrays of labels up to `largest`."""
+    return np.uint8 if largest < 256 else np.uint16
+
+
+def default_ignore_label(num_classes: int) -> int:
+    """The ignore label of classes for which none is given: the largest value of their labels' dtype."""
+    return 255 if num_classes < 256 else LARGEST_LABEL
+
+
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """Colours for classes that have none, all different: hues by the golden ratio, three brightnesses."""
+    golden, colors, number = 0.618033988749895, {}, 0
+    while len(colors) < count:
+        # After 600, of which each pair differs, hues repeat in other saturations.
+        saturation = 0.75 - 0.5 * (golden * (number // 600) % 1)
+        rgb = colorsys.hsv_to_rgb(golden * number % 1, saturation, (1.0, 0.8, 0.6)[number % 3])
+        colors[tuple(round(255 * part) for part in rgb)] = None
+        number += 1
+    return list(colors)
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
     """Classes of a dataset and the one label value that losses and metrics ignore.
@@ -26,7 +53,7 @@ class DatasetSpec:
       name: name of the dataset, used in file names and messages.
       class_names: K names, position = train id.
       colors: K RGB triples in 0..255, position = train id.
-      ignore_label: label value that is excluded everywhere; not a train id.
+      ignore_label: label value that is excluded everywhere; not a train id, at most `LARGEST_LABEL`.
       splits: (name, number of images) pairs as published; empty where any number is accepted.
     """
 
@@ -41,8 +68,10 @@ class DatasetSpec:
             raise ValueError(
                 f"{self.name}: {len(self.class_names)} class names but {len(self.colors)} colours; give one colour each"
             )
-        if not 0 <= self.ignore_label <= 255:
-            raise ValueError(f"{self.name}: ignore label {self.ignore_label} does not fit an 8-bit mask (0..255)")
+        if not 0 <= self.ignore_label <= LARGEST_LABEL:
+            raise ValueError(
+                f"{self.name}: ignore label {self.ignore_label} does not fit a 16-bit mask (0..{LARGEST_LABEL})"
+            )
         if self.ignore_label < len(self.label_names):
             raise ValueError(
                 f"{self.name}: ignore label {self.ignore_label} is also the label of "
@@ -60,6 +89,11 @@ class DatasetSpec:
         return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
 
     @property
+    def label_dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """The dtype of label arrays: uint8, or uint16 for an ignore label of more than 255."""
+        return dtype_of_labels(self.ignore_label)
+
+    @property
     def label_colors(self) -> tuple[tuple[int, int, int], ...]:
         """RGB of each label value, in the order of `label_names`."""
         return self.colors if self.num_classes > 1 else ((60, 60, 60), *self.colors)
@@ -70,7 +104,7 @@ class Split(NamedTuple):
 
     Attributes:
       images: uint8 (N, H, W, 3), RGB, zeros in the padding.
-      labels: uint8 (N, H, W), train ids, ignore_label in the padding.
+      labels: uint8 or uint16 (N, H, W), train ids, ignore_label in the padding; see `DatasetSpec.label_dtype`.
       sizes: int32 (N, 2), height and width of each image before padding.
       names: N names, for messages and file names.
     """
@@ -178,7 +212,7 @@ _ADE20K = """
 """
 
 
-def _named_colors(text: str) -> dict[str, tuple[int, int, int]]:
+def named_colors(text: str) -> dict[str, tuple[int, int, int]]:
     """name -> RGB, of "name rrggbb" entries between commas."""
     pairs = (entry.strip().rpartition(" ") for entry in text.split(","))
     return {name: (int(color[:2], 16), int(color[2:4], 16), int(color[4:], 16)) for name, _, color in pairs}
@@ -186,14 +220,14 @@ def _named_colors(text: str) -> dict[str, tuple[int, int, int]]:
 
 ADE20K = DatasetSpec(
     name="ade20k",
-    class_names=tuple(_named_colors(_ADE20K)),
-    colors=tuple(_named_colors(_ADE20K).values()),
+    class_names=tuple(named_colors(_ADE20K)),
+    colors=tuple(named_colors(_ADE20K).values()),
     ignore_label=255,
     splits=(("train", 20210), ("val", 2000)),
 )
 
 
-def _voc_color(value: int) -> tuple[int, int, int]:
+def voc_color(value: int) -> tuple[int, int, int]:
     """Colour of a mask value in the development kit.
 
     Bits 0, 3 and 6 of the value are the highest bits of red, bits 1, 4 and 7 those of green, 2 and 5 those of blue.
@@ -212,7 +246,7 @@ _VOC_CLASSES = (
 VOC = DatasetSpec(
     name="voc",
     class_names=_VOC_CLASSES,
-    colors=tuple(map(_voc_color, range(len(_VOC_CLASSES)))),
+    colors=tuple(map(voc_color, range(len(_VOC_CLASSES)))),
     ignore_label=255,
     splits=(("train", 1464), ("val", 1449)),
 )

@@ -5,8 +5,9 @@ Input and output of a file:
     stablehlo         float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
     onnx, torch       float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
     preprocessing     input of every format: uint8 RGB (B, H, W, 3)
-    argmax            output of every format: `labels` uint8 (B, H, W), of logits upsampled bilinearly in float32, with
-                      the model's `align_corners`, which is in the metadata for those who upsample logits themselves
+    argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, of logits
+                      upsampled bilinearly in float32, with the model's `align_corners`, which is in the metadata for
+                      those who upsample logits themselves
 
 A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. Files of ONNX and torch
 (`torch.export`) are made from the model's PyTorch reference in segjax.torch_reference, with the same weights, because
@@ -38,7 +39,7 @@ from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.checkpoints.state_dict import from_values, logger, named_variables
 from segjax.data import streets
 from segjax.exports import stablehlo
-from segjax.exports.format import BOUNDS, LEAST, SUFFIXES, ExportFormat
+from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
@@ -145,8 +146,8 @@ def error_of(
     if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
         return np.inf
     if scores.shape[-1] == 1:
-        # Background has no logit of its own; 0 is the threshold.
-        scores = np.concatenate([np.zeros_like(scores), scores], axis=-1)
+        # Background has no logit of its own, but the threshold.
+        scores = np.concatenate([np.full_like(scores, export_format.least_logit), scores], axis=-1)
     given = np.take_along_axis(scores, output[..., None].astype(np.int64), axis=-1)[..., 0]
     return float((scores.max(axis=-1) - given).max()) / largest
 
@@ -183,6 +184,8 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "align_corners": loaded.model.align_corners,
         "input": "images",
         "output": export_format.output,
+        # Of labels of models of one class.
+        **({"threshold": export_format.threshold} if classes.num_classes == 1 and export_format.argmax else {}),
         "weights": export_format.dtype,
     }
     return stamped(metadata)
@@ -199,7 +202,8 @@ def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple
         h, w = (f"height/{stride}", f"width/{stride}") if export_format.dynamic else logits[1:3]
         given = (batch, h, w, logits[3]) if export_format.format == "stablehlo" else (batch, logits[3], h, w)
     kind = "uint8 RGB" if export_format.preprocessing else "float32 normalised RGB"
-    dtype = "uint8" if export_format.argmax else "float32"
+    labels = "uint8" if loaded.model.spec.num_classes <= 256 else "int32"
+    dtype = labels if export_format.argmax else "float32"
     multiple = loaded.model.size_multiple
     lines = [
         f"  in   images  {kind} ({', '.join(map(str, shape))})",
@@ -232,6 +236,15 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
             destination.suffix != SUFFIXES[export_format.format]
         ),
         f"{destination} is a folder; choose another name": destination.is_dir(),
+        f"a file of the format {export_format.format} has no opset; that is ONNX's": (
+            export_format.opset is not None and export_format.format != "onnx"
+        ),
+        "a threshold is for labels of models of one class; omit it": (
+            export_format.threshold != 0.5 and not (export_format.argmax and model.spec.num_classes == 1)
+        ),
+        f"opset {export_format.opset}: possible are {OPSETS[0]} to {OPSETS[-1]}": (
+            export_format.opset is not None and export_format.opset not in OPSETS
+        ),
     }
     if problems := [message for message, is_wrong in wrong.items() if is_wrong]:
         raise CheckpointError("; ".join(problems))
@@ -250,6 +263,8 @@ def export_model(
     preprocessing: bool = False,
     argmax: bool = False,
     dtype: str = "float32",
+    opset: int | None = None,
+    threshold: float = 0.5,
 ) -> None:
     """Exports a model as one file that runs without segjax, and compares its outputs with the model's first.
 
@@ -263,6 +278,8 @@ def export_model(
       preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
       argmax: whether the output is labels of the images' size instead of logits.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
+      threshold: probability above which a pixel is of the class, in labels of a model of one class.
+      opset: of an ONNX file, from 17 to 25; by default that of torch.onnx.
 
     Raises:
       CheckpointError: no model can be read from `source`, or it cannot be exported like this; every reason at once.
@@ -277,7 +294,14 @@ def export_model(
         raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
     height, width = size
     export_format = ExportFormat(
-        formats[path.suffix], (height, width), dynamic=dynamic, preprocessing=preprocessing, argmax=argmax, dtype=dtype
+        formats[path.suffix],
+        (height, width),
+        dynamic=dynamic,
+        preprocessing=preprocessing,
+        argmax=argmax,
+        dtype=dtype,
+        opset=opset,
+        threshold=threshold,
     )
     export(source, path, export_format)
 
@@ -360,7 +384,11 @@ def _is_equal(
             unrounded = rounded(original, stored=jnp.float32, computes_in=jnp.float32)
             exact = compiled(unrounded, export_format, batch, size)(images)
             ends = [
-                scores if scores.ndim == 3 else labels_of(upsampled(scores, size, align_corners=model.align_corners))
+                scores
+                if scores.ndim == 3
+                else labels_of(
+                    upsampled(scores, size, align_corners=model.align_corners), threshold=export_format.least_logit
+                )
                 for scores in (output, exact)
             ]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from segjax.data import specs
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx", "torch": ".pt2"}
 PLATFORMS = ("cpu", "cuda")
+# Opsets of an ONNX file: from that of TensorRT 8.6 and onnxruntime 1.12 to the newest that torch.onnx writes.
+OPSETS = range(17, 26)
 # Smallest side of an image, pixels, where sizes are dynamic. It gives two pixels in the smallest map of every family;
 # for a map of one pixel `torch.export` would trace another program.
 LEAST = 64
@@ -33,6 +36,8 @@ class ExportFormat:
       preprocessing: whether the file normalises its images itself.
       argmax: whether the output is labels instead of logits.
       dtype: dtype of the stored weights, a key of `BOUNDS`.
+      opset: of an ONNX file, one of `OPSETS`; None for that of torch.onnx.
+      threshold: probability above which a pixel is of the class, in labels of models of one class.
       mean, std: mean and standard deviation of the training images, RGB in 0..255.
     """
 
@@ -42,6 +47,8 @@ class ExportFormat:
     preprocessing: bool = False
     argmax: bool = False
     dtype: str = "float32"
+    opset: int | None = None
+    threshold: float = 0.5
     mean: tuple[float, float, float] = specs.IMAGENET_MEAN
     std: tuple[float, float, float] = specs.IMAGENET_STD
 
@@ -59,6 +66,11 @@ class ExportFormat:
     @property
     def computes_in(self) -> str:
         return self.dtype if self.format == "stablehlo" else "float32"
+
+    @property
+    def least_logit(self) -> float:
+        """`threshold` as a logit."""
+        return math.log(self.threshold / (1 - self.threshold))
 
     @property
     def output(self) -> str:

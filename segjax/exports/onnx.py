@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.exports import torch_program
-from segjax.exports.format import ExportFormat
+from segjax.exports.format import OPSETS, ExportFormat
 from segjax.models.segmentation_model import SegmentationModel
 
 
@@ -38,14 +39,65 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
             verbose=False,
             # The optimiser would store 16-bit weights as float32.
             optimize=export_format.dtype == "float32",
+            # The exporter writes 18 and later ones.
+            opset_version=None if export_format.opset is None else max(export_format.opset, 18),
         )
     # torch.onnx.export returns None only without dynamo.
     assert program is not None
     proto = program.model_proto
+    if export_format.opset == 17:
+        _lower_to_17(proto)
+    if export_format.opset not in (None, opset_of(proto)):
+        raise CheckpointError(
+            f"opset {export_format.opset}: torch.onnx has written {opset_of(proto)}, since an operation has no other "
+            "form; choose that, or a later one"
+        )
+    # The oldest that has the opset, because a runtime refuses files of a newer one.
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _name_sizes(proto, export_format)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
-    onnx.checker.check_model(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        if export_format.opset is None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"opset {export_format.opset} has no form of this model ({reason}); choose from 18 to {OPSETS[-1]}"
+        ) from None
     onnx.save(proto, path)
+
+
+def opset_of(proto) -> int:
+    """The opset of ONNX's own operations in a model."""
+    return next(entry.version for entry in proto.opset_import if not entry.domain)
+
+
+_NOT_NEW = object()
+# Attributes that operations of the models got with opset 18, and the value that means what 17 does.
+_NEW_IN_18 = {
+    ("Split", "num_outputs"): None,  # Without sizes, 17 has equal parts for the outputs that there are.
+    ("Resize", "keep_aspect_ratio_policy"): b"stretch",
+    ("Resize", "antialias"): 0,
+}
+
+
+def _lower_to_17(proto) -> None:
+    """Turns a model of opset 18 into one of 17, whose check finds what else there is."""
+    import onnx
+
+    for node in proto.graph.node:
+        kept = []
+        for attribute in node.attribute:
+            same = _NEW_IN_18.get((node.op_type, attribute.name), _NOT_NEW)
+            value = onnx.helper.get_attribute_value(attribute)
+            if same is _NOT_NEW or same not in (None, value):
+                kept.append(attribute)
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    for entry in proto.opset_import:
+        if not entry.domain:
+            entry.version = 17
 
 
 def _name_sizes(proto, export_format: ExportFormat) -> None:

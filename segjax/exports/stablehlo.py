@@ -33,7 +33,8 @@ def run_model(
     # 8 bits, as in label images, where these are enough.
     kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
     size = images.shape[1], images.shape[2]
-    return labels_of(layers.resize(logits, size, align_corners=functional.align_corners)).astype(kind)
+    scores = layers.resize(logits, size, align_corners=functional.align_corners)
+    return labels_of(scores, threshold=export_format.least_logit).astype(kind)
 
 
 def write_stablehlo(

@@ -60,7 +60,7 @@ class Program(torch.nn.Module):
         if not self.export_format.argmax:
             return logits
         scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.align_corners)
-        labels = (scores[:, 0] > 0) if self.num_classes == 1 else scores.argmax(dim=1)
+        labels = (scores[:, 0] > self.export_format.least_logit) if self.num_classes == 1 else scores.argmax(dim=1)
         return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
 
 

@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from typing_extensions import TypedDict
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
+from segjax.data import specs
 from segjax.inference.engine import labels_of
 from segjax.inference.images import read_image, upright_size
 from segjax.inference.outputs import Job, Prediction, VideoOutputs, save
@@ -66,12 +68,21 @@ class Incomplete(TypedDict):
 AllIncomplete = dict[str, Incomplete]
 
 
-def _state(source: Path) -> tuple[int, int]:
+def place_of(source: Path | video.Live) -> str:
+    """What a source is known by in a `RECORD`: its real path, or its address without password."""
+    return str(source) if isinstance(source, video.Live) else os.path.realpath(source)
+
+
+def _state(source: Path | video.Live) -> tuple[int, int]:
+    if isinstance(source, video.Live):
+        return 0, 0
     status = source.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object]) -> tuple[set[Path], AllIncomplete]:
+def done_before(
+    jobs: Sequence[Job], output: Path, record: Mapping[str, object]
+) -> tuple[set[Path | video.Live], AllIncomplete]:
     """The inputs whose outputs all exist; and the videos, of other commands too, that are known to be incomplete.
 
     Outputs older than the record count as missing, since an earlier run made them, and so do those of an incomplete
@@ -106,7 +117,7 @@ def done_before(jobs: Sequence[Job], output: Path, record: Mapping[str, object])
         for job in jobs
         if all(output.exists() and output.stat().st_mtime_ns >= begun for output in job.outputs.values())
     }
-    places = {job.source: os.path.realpath(job.source) for job in jobs}
+    places = {job.source: place_of(job.source) for job in jobs}
     for source, place in places.items():
         entry = found.get(place)
         if entry and source in done and _state(source) != (entry["size"], entry["modified"]):
@@ -143,7 +154,7 @@ class Run:
           incomplete: videos of earlier commands, to be recorded again.
           write_record: called before the first output is written, and before that of an incomplete video.
         """
-        self.failures: list[tuple[Path, str]] = []
+        self.failures: list[tuple[Path | video.Live, str]] = []
         self.images = self.videos = self.frames = 0
         self._predictor, self._kinds = predictor, kinds
         self._incomplete = dict(incomplete)
@@ -177,7 +188,8 @@ class Run:
         """Raises TooLittleMemoryError where no image can be predicted. Where only some can, others become failures."""
         if any(job.is_video for job in jobs):
             return
-        sizes = [size for job in jobs if (size := upright_size(job.source))]
+        files = [job.source for job in jobs if isinstance(job.source, Path)]
+        sizes = [size for file in files if (size := upright_size(file))]
         is_whole = self._predictor.protocol.mode == "whole"
         most = min(self._predictor.max_pixels, LARGEST_WHOLE if is_whole else math.inf)
         if sizes and math.prod(smallest := min(sizes, key=math.prod)) <= most:
@@ -212,7 +224,7 @@ class Run:
             overlapped(
                 jobs,
                 read=lambda job: read_image(
-                    job.source, scale=self._predictor.scale, max_pixels=self._predictor.max_pixels
+                    cast(Path, job.source), scale=self._predictor.scale, max_pixels=self._predictor.max_pixels
                 ),
                 key=lambda image: self._predictor.padded_size(image.shape),
                 compute=lambda images: self._predicted(images),
@@ -224,11 +236,29 @@ class Run:
             )
 
     def _predict_video(self, job: Job) -> None:
+        """Raises KeyboardInterrupt after Ctrl-C; a camera or stream without an end is written up to then."""
+        broken: list[str] = []
+        stopped: KeyboardInterrupt | None = None
+        has_begun = False
+
         def done(_):
             progress.advance()
 
         def failed(_, error):
             raise error
+
+        def read(_):
+            nonlocal has_begun
+            try:
+                frame = next(frames, None)
+            except video.VideoError as error:
+                # Of a file nothing is written, because it can be repaired; frames of a stream do not come again.
+                if not has_begun or not isinstance(job.source, video.Live):
+                    raise
+                broken.append(str(error))
+                return None
+            has_begun = True
+            return frame
 
         def write(number, frame, prediction):
             outputs.write(number, frame, prediction)
@@ -236,39 +266,45 @@ class Run:
 
         with video.opened(job.source, max_pixels=self._predictor.max_pixels) as (header, frames):
             seen = video.Progress(header)
+            is_endless = isinstance(job.source, video.Live) and header.duration is None
             sound = "; its sound is dropped" * header.has_sound
+            end = "; it ends with Ctrl-C" * is_endless
             count = f"{header.frames} frames" if header.frames else "frames"
-            console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}")
+            console.say(f"{job.source}: {count}, {float(header.rate):g} per second{sound}{end}")
             with (
                 VideoOutputs(job, header, self._predictor.classes) as outputs,
                 ProgressBar("", header.frames, "frames") as progress,
             ):
-                overlapped(
-                    itertools.count(),
-                    read=lambda _: next(frames, None),
-                    key=lambda frame: frame.image.shape,
-                    compute=lambda group: self._predicted([frame.image for frame in group]),
-                    write=write,
-                    failed=failed,
-                    done=done,
-                    batch=self._predictor.batch,
-                    threads=1,
-                )
-                written = progress
-                if faults := seen.faults():
+                try:
+                    overlapped(
+                        itertools.count(),
+                        read=read,
+                        key=lambda frame: frame.image.shape,
+                        compute=lambda group: self._predicted([frame.image for frame in group]),
+                        write=write,
+                        failed=failed,
+                        done=done,
+                        batch=self._predictor.batch,
+                        threads=1,
+                    )
+                except KeyboardInterrupt as error:
+                    if not is_endless or not seen.count:
+                        raise
+                    stopped = error
+                rate = progress.rate
+                if faults := broken or ([] if stopped else seen.faults()):
                     # What there is is written. Recorded before it appears, so that --resume names it again.
                     (size, modified), reason = _state(job.source), "; ".join(faults)
                     self.failures.append((job.source, reason))
-                    self._incomplete[os.path.realpath(job.source)] = Incomplete(
-                        reason=reason, size=size, modified=modified
-                    )
+                    self._incomplete[place_of(job.source)] = Incomplete(reason=reason, size=size, modified=modified)
                     self._write_record(self._incomplete)
         self.videos += 1
-        self.frames += written.count
-        rate = f", {written.rate:.2f} per second" if written.rate else ""
-        console.say(f"{job.source}: {written.count} frames done{rate}")
+        self.frames += seen.count
+        console.say(f"{job.source}: {seen.count} frames done{f', {rate:.2f} per second' if rate else ''}")
         for path, (height, width) in outputs.made_even.items():
             console.say(f"  {path}: H.264 needs even sides; the last row or column of {height}x{width} was repeated")
+        if stopped:
+            raise stopped
 
     def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
         self._advise(images[0].shape)
@@ -277,7 +313,10 @@ class Run:
         else:
             # Labels are derived from the probabilities, so that both files agree.
             scores = self._predictor.probabilities_of(images)
-            predictions = [Prediction(labels_of(score, threshold=0.5).astype(np.uint8), score) for score in scores]
+            dtype = specs.dtype_of_labels(self._predictor.classes.num_classes - 1)
+            threshold = self._predictor.protocol.threshold
+            labels = (labels_of(score, threshold=threshold).astype(dtype) for score in scores)
+            predictions = [Prediction(*pair) for pair in zip(labels, scores, strict=True)]
         if not self._has_begun:
             self._write_record(self._incomplete)
             self._has_begun = True

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from segjax import layers
+from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference import resized_tiles
 from segjax.inference.sliding_window import row_tiles, window_starts
@@ -60,6 +61,7 @@ class Protocol:
       scales: factors of the image size, or of `base_size`; probabilities are averaged.
       flip: whether each scale is also scored mirrored.
       size_divisor: each scaled image is resized once more, up to multiples of this (mmsegmentation's AlignedResize).
+      threshold: probability above which a pixel is of the class, of models of one class (one logit).
       base_size: (long, short) in pixels; each image is resized to the largest size of its own proportions whose longer
         and shorter sides are within this, upright images too (mmcv's Resize(scale=base_size, keep_ratio=True)). None
         for the size that the image has.
@@ -72,6 +74,7 @@ class Protocol:
     flip: bool = False
     size_divisor: int = 1
     base_size: Sequence[int] | None = None
+    threshold: float = 0.5
 
     def __post_init__(self):
         if self.mode == "slide":
@@ -90,6 +93,7 @@ class Protocol:
                 not self.scales or not all(0 < scale < np.inf for scale in self.scales)
             ),
             f"size_divisor must be at least 1: {self.size_divisor}": self.size_divisor < 1,
+            f"threshold is a probability between 0 and 1, not {self.threshold}": not 0 < self.threshold < 1,
             f"base_size is (long, short), not {self.base_size}": (
                 self.base_size is not None and not _are_sides(self.base_size)
             ),
@@ -118,12 +122,22 @@ class Protocol:
             parts.append("and mirrored")
         if self.size_divisor > 1:
             parts.append(f"resized to multiples of {self.size_divisor}")
+        if self.threshold != 0.5:
+            parts.append(f"above a probability of {self.threshold:g}")
         return ", ".join(parts)
 
     def record(self) -> dict[str, object]:
         """The settings that apply, as JSON has them."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if self.threshold == 0.5:
+            # Of models of several classes there is none.
+            del given["threshold"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    @property
+    def least_logit(self) -> float:
+        """`threshold` as a logit, above which a pixel is of the class."""
+        return math.log(self.threshold / (1 - self.threshold))
 
     @property
     def window(self) -> SlidingWindow | None:
@@ -229,10 +243,16 @@ def score(
 
 
 def predict_labels(
-    functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
+    functional: FunctionalModel,
+    params: Arrays,
+    batch_stats: Arrays,
+    images: jax.Array,
+    *,
+    normalise: Callable,
+    least_logit: float = 0,
 ) -> jax.Array:
-    """Train ids of uint8 images (B, H, W, 3), as a whole: uint8 (B, H, W)."""
-    return labels_of(score(functional, params, batch_stats, images, normalise=normalise)).astype(jnp.uint8)
+    """Train ids of uint8 images (B, H, W, 3), as a whole, (B, H, W); see `compact`."""
+    return compact(score(functional, params, batch_stats, images, normalise=normalise), threshold=least_logit)
 
 
 class Inference:
@@ -261,6 +281,8 @@ class Inference:
         """
         self.protocol = protocol
         self._batch = batch
+        if protocol.threshold != 0.5 and (classes := model.spec.num_classes) != 1:
+            raise ValueError(f"a threshold is for models of one class, and this one has {classes}; omit it")
         self._parallel = JitParallel(devices)
         if isinstance(model, FunctionalModel):
             functional, self._arrays = model, ({}, {})
@@ -272,7 +294,10 @@ class Inference:
         # Bytes that the programs need, by program and shape; copies with other arrays share them, as the programs.
         self._needed: dict[tuple[bool, tuple[int, ...]], int | None] = {}
         self._compiling = threading.Lock()
-        self._labels = jax.jit(partial(predict_labels, functional, normalise=normalise), compiler_options=options)
+        self._labels = jax.jit(
+            partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit),
+            compiler_options=options,
+        )
         self._score = jax.jit(partial(score, functional, normalise=normalise), compiler_options=options)
 
     def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1) -> None:
@@ -336,17 +361,20 @@ class Inference:
         return other
 
     def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Train ids uint8 (H, W) of each of several RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
+        """Train ids (H, W), see `compact`, of RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
         return [np.asarray(labels) for labels in self.begin(images)]
 
     def begin(self, images: Sequence[np.ndarray]) -> Sequence[Computed | np.ndarray]:
         """`labels`, which the devices may still be computing: `np.asarray` waits for those of an image."""
         if not self.protocol.is_one_pass:
-            return self._computed(images, _labels_of_sum)
+            return self._computed(images, partial(_labels_of_sum, threshold=self.protocol.threshold))
         if self.protocol.mode == "whole":
             batch = self._run(self._labels, images)
             return [Computed([[batch]], number, image.shape[:2]) for number, image in enumerate(images)]
-        tiles = ([np.asarray(_labels(tile)) for tile in self.row_tiles(image)] for image in images)
+        tiles = (
+            [np.asarray(_labels(tile, threshold=self.protocol.least_logit)) for tile in self.row_tiles(image)]
+            for image in images
+        )
         return [np.concatenate(of_image) for of_image in tiles]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -434,18 +462,23 @@ class Computed(NamedTuple):
         return whole if dtype is None else whole.astype(dtype)
 
 
-_labels = jax.jit(lambda logits: labels_of(logits).astype(jnp.uint8))
-
-
-@partial(jax.jit, static_argnames="count")
-def _labels_of_sum(total: jax.Array, count: int) -> jax.Array:
-    """Train ids uint8 (B, H, W) of a sum (B, H, W, K) of `count` probabilities."""
-    return labels_of(total / count, threshold=0.5).astype(jnp.uint8)
+@partial(jax.jit, static_argnames=("count", "threshold"))
+def _labels_of_sum(total: jax.Array, count: int, *, threshold: float) -> jax.Array:
+    """Train ids (B, H, W), see `compact`, of a sum (B, H, W, K) of `count` probabilities."""
+    return compact(total / count, threshold=threshold)
 
 
 @partial(jax.jit, static_argnames="count")
 def _mean_of_sum(total: jax.Array, count: int) -> jax.Array:
     return total / count
+
+
+def compact(scores: jax.Array, *, threshold: float = 0) -> jax.Array:
+    """What `labels_of` returns, as uint8 of up to 256 classes, as uint16 of more."""
+    return labels_of(scores, threshold=threshold).astype(specs.dtype_of_labels(scores.shape[-1] - 1))
+
+
+_labels = jax.jit(compact, static_argnames="threshold")
 
 
 @overload

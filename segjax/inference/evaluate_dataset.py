@@ -6,18 +6,22 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
+from segjax.checkpoints.metadata import Size
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
+from segjax.data.builders import prepare
 from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
@@ -26,12 +30,65 @@ from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime.atomic import why_not_writable
-from segjax.runtime.reading import user_path
+from segjax.runtime.reading import checked, user_path
 from segjax.viz import report
 
 
 class NoDataError(ValueError):
     """No data is named, and the source is not the folder of a run, which has data of its own."""
+
+
+_Number = Annotated[int, Field(ge=1, le=1 << 31)]
+_Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class _Evaluated(TypedDict):
+    """What is read of a run's data to find the split that it is evaluated on."""
+
+    name: str
+    eval_split: str
+    source: str | list[str] | None
+    dir: str | None
+
+
+class _Drawn(TypedDict):
+    """What is read of it to draw its images again."""
+
+    name: str
+    train_split: str
+    eval_split: str
+    train_images: _Number
+    eval_images: _Number
+    size: Size
+
+
+class _Evaluation(TypedDict):
+    """config.eval; a run older than a setting lacks it."""
+
+    batch: _Number
+    mode: NotRequired[Literal["whole", "slide"]]
+    crop: NotRequired[Size | None]
+    stride: NotRequired[Size | None]
+    scales: NotRequired[Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=1)]]
+    flip: NotRequired[bool]
+    size_divisor: NotRequired[_Number]
+    base_size: NotRequired[Size | None]
+    threshold: NotRequired[Annotated[float, Field(gt=0, lt=1)]]
+
+
+class _OfModel(TypedDict):
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class _RunConfig(TypedDict):
+    model: _OfModel
+    data: _Evaluated
+    eval: _Evaluation
+
+
+class _Generated(TypedDict):
+    seed: _Seed
+    data: _Drawn
 
 
 def evaluate_dataset(
@@ -47,6 +104,7 @@ def evaluate_dataset(
     flip: bool = False,
     size_divisor: int = 1,
     base_size: tuple[int, int] | None = None,
+    threshold: float = 0.5,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -57,15 +115,16 @@ def evaluate_dataset(
     Args:
       source: as for `segjax.load`, the result of it, or a model.
       data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
-        default, and SPLIT a split or a sum of them, as in "train+val"; or one of `segjax.data.open_splits`. None
-        evaluates the run in the folder `source` on its own data, in the dtype, with the batch and with the protocol of
-        its `config.eval`, and reproduces its figures.
+        default (of a folder, test or else val), and SPLIT a split or a sum of them, as in "train+val"; or one of
+        `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in the dtype, with the
+        batch and with the protocol of its `config.eval`, and reproduces its figures.
       data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
       mode, crop, stride, scales, flip: as for `segjax.Predictor`.
       size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
       base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
         factors of it. ADE20K's published figures have (2048, 512).
+      threshold: probability above which a pixel is of the class, of a model of one class.
       batch: images, or with mode "slide" crops, that go through the model at a time; one for each device by default.
       output: folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); none by default.
       progress: whether to print how many images are done.
@@ -83,7 +142,7 @@ def evaluate_dataset(
         `output` that cannot be written.
       TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
     """
-    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
+    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
     # Asked before hours are spent on the evaluation.
     output = None if output is None else user_path(output)
     if output is not None and (problem := why_not_writable(output)):
@@ -167,6 +226,7 @@ def _of_run(
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
         raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
+    checked(config, _RunConfig, name=f"{folder}: config")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
     opened = _data_of_run(folder, config, data_source=data_source, data_dir=data_dir)
@@ -220,7 +280,7 @@ def _of_checkpoint(
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
             raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
-        split = split or specs.DATASETS[name].evaluated_split
+        split = split or _default_split(name, data_source=data_source, data_dir=data_dir)
         config = checkpoint.metadata.get("config")
         data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
     elif data_source is not None or data_dir is not None:
@@ -229,6 +289,17 @@ def _of_checkpoint(
         split = ""
     refuse_other_classes(checkpoint, data.spec)
     return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
+
+
+def _default_split(
+    name: str, *, data_source: str | Sequence[str] | None, data_dir: str | os.PathLike[str] | None
+) -> str:
+    """The published evaluation split; of a folder, which has splits of its own, test or else val."""
+    published = specs.DATASETS[name].evaluated_split
+    if specs.DATASETS[name].spec is not None:
+        return published
+    labelled = prepare(name, source=data_source, data_dir=data_dir).labelled
+    return next((split for split in (published, "val") if split in labelled), published)
 
 
 def _opened(
@@ -245,7 +316,8 @@ def _opened(
       ValueError: there is no such split, or it cannot be used.
     """
     generated: dict[str, Any] = {}
-    if config and config["data"]["name"] == name and specs.is_generated(name):
+    if config and config.get("data", {}).get("name") == name and specs.is_generated(name):
+        checked(config, _Generated, name="the checkpoint's config")
         run = config["data"]
         only_trained_on = split == run["train_split"] != run["eval_split"]
         number = run["train_images"] if only_trained_on else run["eval_images"]

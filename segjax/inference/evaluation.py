@@ -41,7 +41,7 @@ def evaluate(
       keep: numbers of the images whose predictions are returned.
 
     Returns:
-      int64 confusion matrix (K, K) over the whole split, the same in every process; and train ids uint8 (H, W) by image
+      int64 confusion matrix (K, K) over the whole split, the same in every process; and train ids (H, W) by image
       number, for the images of `keep` that this process evaluated.
 
     Raises:

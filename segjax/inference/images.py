@@ -1,9 +1,6 @@
 """Images of every usual kind as uint8 RGB arrays: NumPy arrays, PIL images, files.
 
-The scale of values, by one rule for all of them: 8 bits have their own, and so have the bit depths below 16 of a TIFF.
-16 bits are taken for 0 to 65535, as PNG and TIFF define them, only if at least 1% of the values are in the upper half:
-cameras and satellites store 12 bits or reflectances in 16, which would be black to a model. All other numbers need a
-`scale`: the values of black and white.
+The scale of values follows the rule of `segjax.data.scaling`.
 """
 
 from __future__ import annotations
@@ -15,17 +12,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from segjax.data import codec, tiff
+from segjax.data import codec, scaling, tiff
 from segjax.data.codec import MAX_PIXELS, ImageError
+from segjax.data.scaling import Scale
 from segjax.runtime import reading
 from segjax.runtime.reading import user_path
 
 # An array, the path of a file, or a PIL image, hence Any: PIL is not imported.
 Image = np.ndarray | str | os.PathLike[str] | Any
-Scale = tuple[float, float]
 
-# Share of 16-bit values in the upper half from which on an image uses all of its 16 bits.
-LEAST_BRIGHT = 0.01
 _ORIENTATION = 274  # the tag of EXIF
 _SCALE = "give the values of black and white: --scale LOW HIGH, or scale=(low, high) in Python"
 
@@ -37,7 +32,7 @@ def as_rgb(image: Image, *, scale: Scale | None = None, max_pixels: int = MAX_PI
       image: an array: (H, W, 3); grey, (H, W) or (H, W, 1), which is repeated; or (H, W, 4), whose alpha is dropped, so
         that hidden colours show. Or a PIL image, which is converted by its mode; its EXIF orientation is not applied.
         Or the path of an image file, which is decoded upright.
-      scale: values that become 0 and 255, for numbers of more than 8 bits; values beyond are cut. See the module.
+      scale: values that become 0 and 255, for numbers of more than 8 bits; values beyond are cut.
       max_pixels: largest number of pixels of a file that is decoded.
 
     Raises:
@@ -79,8 +74,9 @@ def upright_size(path: Path) -> tuple[int, int] | None:
 
     try:
         with reading.open_regular(path) as file, Image.open(file) as image:
-            # Pillow would decode a PNG to look for an orientation, which hardly any has.
-            orientation = 1 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 1)
+            # Pillow would decode a PNG without an orientation, to look for one behind the pixels.
+            is_upright = image.format == "PNG" and "exif" not in image.info
+            orientation = 1 if is_upright else image.getexif().get(_ORIENTATION, 1)
             height, width = image.height, image.width
     # Pillow and the warnings of it are of many kinds.
     except Exception:
@@ -112,46 +108,12 @@ def _as_rgb(image: np.ndarray, scale: Scale | None, white: int | None) -> np.nda
         problems.append(f"its numbers are {image.dtype}; convert them to uint8, 0 to 255")
     if problems:
         raise ImageError(f"an image that cannot be used: {'; '.join(problems)}")
-    image = _scaled(image[..., :3] if image.ndim == 3 else image, scale, white)
+    try:
+        image = scaling.as_uint8(image[..., :3] if image.ndim == 3 else image, scale, white)
+    except scaling.UnknownScaleError as error:
+        bits = image.dtype == np.uint16
+        remedy = "--scale 0 65535 takes it as it is" if bits else "or convert them to uint8"
+        raise ImageError(f"an image that cannot be used: {error}; {_SCALE}{'; ' if bits else ', '}{remedy}") from None
     if channels == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
     return image
-
-
-def _scaled(image: np.ndarray, scale: Scale | None, white: int | None) -> np.ndarray:
-    """uint8 of values of any scale; `white` is known or None."""
-    if image.dtype == np.uint8 and white == 255:
-        return image
-    if scale is None and white is None:
-        white = _white_of(image)
-    low, high = scale or (0, white or 0)
-    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
-        # A table: to compute with wider numbers would take four times the memory of the image.
-        values = np.arange(256**image.dtype.itemsize)
-        return _linear(values, low, high)[image]
-    if image.dtype.kind == "f" and (strange := image.size - int(np.isfinite(image).sum())):
-        raise ImageError(f"an image that cannot be used: {strange:,} of its values are NaN or infinite; replace them")
-    return np.stack([_linear(row, low, high) for row in image])
-
-
-def _linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    # float64 is exact for all integers of up to 53 bits; half is rounded up.
-    return np.clip(np.floor((values.astype(np.float64) - low) * 255 / (high - low) + 0.5), 0, 255).astype(np.uint8)
-
-
-def _white_of(image: np.ndarray) -> int:
-    """The value of white of 16 bits that are used as such. Raises ImageError for all others."""
-    smallest, largest = image.min(), image.max()
-    if image.dtype.kind != "u" or image.dtype.itemsize != 2:
-        raise ImageError(
-            f"an image that cannot be used: its numbers are {image.dtype}, from {smallest:.6g} to {largest:.6g}, whose "
-            f"scale is not known; {_SCALE}, or convert them to uint8"
-        )
-    bright = np.count_nonzero(image >= 2**15) / image.size
-    # Black is black at any scale.
-    if largest and bright < LEAST_BRIGHT:
-        raise ImageError(
-            f"an image that cannot be used: its brightest value is {largest} of 65535, and {100 * bright:.2g}% are in "
-            f"the upper half, so that 65535 may not be white; {_SCALE}; --scale 0 65535 takes it as it is"
-        )
-    return 2**16 - 1

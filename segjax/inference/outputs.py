@@ -28,7 +28,7 @@ LARGEST_JPEG = 65500  # pixels a side
 class Job(NamedTuple):
     """An input, and the path of each kind of output."""
 
-    source: Path
+    source: Path | video.Live
     outputs: dict[str, Path]
     is_video: bool
 
@@ -37,7 +37,7 @@ class Prediction(NamedTuple):
     """A prediction for one image.
 
     Attributes:
-      labels: uint8 (H, W).
+      labels: uint8 (H, W), or uint16 for more than 256 classes.
       probabilities: float32 (H, W, K), or None if they are not written.
     """
 
@@ -58,10 +58,16 @@ def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spe
                 raise ValueError("no probabilities were computed")
             np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
         elif kind == "labels":
-            palette = colourise(np.arange(256, dtype=np.uint8)[None], spec)
-            file.write(codec.encode_palette(prediction.labels, palette))
+            file.write(_label_png(prediction.labels, spec))
         else:
             file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
+
+
+def _label_png(labels: np.ndarray, spec: specs.DatasetSpec) -> bytes:
+    """A palette PNG in the colours of the classes; of more than 256 classes, a grey one of 16 bits."""
+    if labels.dtype == np.uint16:
+        return codec.encode_mask(labels)
+    return codec.encode_palette(labels, colourise(np.arange(256), spec))
 
 
 def _jpeg(picture: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Which files are predicted, and where their outputs go.
+"""Which files, cameras and addresses are predicted, and where their outputs go.
 
 The content of a file decides whether it is an image or a video, not its suffix. Links to folders are followed, and each
 folder is read once. Every file and folder that is skipped is returned with the reason.
@@ -45,7 +45,7 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
     """Makes a job of every image and video among files, folders and patterns.
 
     Args:
-      inputs: paths and glob patterns, as they were given.
+      inputs: paths, glob patterns, and addresses of videos, as they were given.
       output: folder of all outputs; what is in it is not read.
       kinds: keys of `KINDS`.
 
@@ -57,12 +57,17 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
         the message lists all of them.
     """
     problems: list[str] = []
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path | video.Live, Job] = {}
     skipped: list[Skipped] = []
     for given in inputs:
         before = len(skipped)
         found, is_single = _Found([], Path()), _is_single(given)
         try:
+            if live := video.live(given):
+                if live in jobs:
+                    problems.append(f"{live}: was given twice")
+                jobs[live] = _job(live, Path(live.name), output, kinds, is_video=True)
+                continue
             found = _files(given, output, skipped)
         except OSError as error:
             problems.append(f"{given}: {error.strerror or error}")
@@ -76,7 +81,7 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
             if kind in ("image", "video"):
                 job = _job(file, file.relative_to(found.root), output, kinds, is_video=kind == "video")
                 first = jobs.setdefault(Path(os.path.realpath(file)), job)
-                if os.path.abspath(first.source) != os.path.abspath(file):
+                if isinstance(first.source, Path) and os.path.abspath(first.source) != os.path.abspath(file):
                     skipped.append(Skipped(file, _ALREADY.format(first.source)))
                 usable = True
             elif is_single:
@@ -228,7 +233,7 @@ def reasons(skipped: Sequence[Skipped], *, most: int = 10) -> str:
 # ------------------------------------------------------------------------------------------------------------- outputs
 
 
-def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str], *, is_video: bool) -> Job:
+def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[str], *, is_video: bool) -> Job:
     suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
     # The end of "frame.0017" is no suffix. A folder of frames keeps the suffix of its video: a folder of images may
     # have the name without it.
@@ -243,8 +248,8 @@ def _job(file: Path, relative: Path, output: Path, kinds: Sequence[str], *, is_v
 
 def _collisions(jobs: Sequence[Job]) -> list[str]:
     # Not by Path.resolve, which raises for links to themselves.
-    sources = {os.path.realpath(job.source): job.source for job in jobs}
-    owner: dict[str, Path] = {}
+    sources = {os.path.realpath(job.source): job.source for job in jobs if isinstance(job.source, Path)}
+    owner: dict[str, Path | video.Live] = {}
     together, overwritten = [], []
     for job in jobs:
         for path in job.outputs.values():
@@ -253,7 +258,11 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
                 overwritten.append(f"{sources[place]}: would be overwritten; choose another --output")
             if place in owner:
                 first = owner[place]
-                remedy = "rename one of them" if first.parent == job.source.parent else "give the folder that has both"
+                if isinstance(first, video.Live) or isinstance(job.source, video.Live):
+                    remedy = "give each an --output of its own"
+                else:
+                    is_near = first.parent == job.source.parent
+                    remedy = "rename one of them" if is_near else "give the folder that has both"
                 together.append(f"{first} and {job.source} would both become {path}: {remedy}")
                 break
             owner[place] = job.source

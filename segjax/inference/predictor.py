@@ -1,7 +1,7 @@
 """Label maps of images from any checkpoint, NumPy on both sides.
 
 predictor = segjax.Predictor("runs/mine")
-labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3)
+labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3); uint16 (H, W) for more than 256 classes
 predictor.classes.label_names[labels[0, 0]]
 """
 
@@ -45,6 +45,7 @@ class Predictor:
         flip: bool = False,
         size_divisor: int = 1,
         base_size: tuple[int, int] | None = None,
+        threshold: float = 0.5,
         pad_multiple: int = 1,
         batch: int = 1,
         scale: Scale | None = None,
@@ -64,6 +65,7 @@ class Predictor:
             SegFormer on ADE20K.
           base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
             factors of it. (2048, 512) for models of ADE20K.
+          threshold: probability above which a pixel is of the class, of a model of one class.
           pad_multiple: images are padded to multiples of this by reflection, at the bottom and right, so that images of
             many sizes share few programs. With 1 labels are exact; larger values change some (with 64, those of a
             SegFormer in 8% of the pixels of scenes that are 96 to 160 pixels high).
@@ -75,7 +77,7 @@ class Predictor:
         Raises:
           CheckpointError: no model can be read from the checkpoint. ValueError: settings that contradict each other.
         """
-        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size)
+        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
         if pad_multiple > 1 and (size_divisor > 1 or base_size is not None):
             raise ValueError("pad_multiple is for images at their own size; omit it, or base_size and size_divisor")
         counts = {"pad_multiple": pad_multiple, "batch": batch, "max_pixels": max_pixels}
@@ -91,7 +93,7 @@ class Predictor:
         self._inference = Inference(loaded.model, self.protocol, batch=batch, normalise=loaded.normalise)
 
     def __call__(self, image: Image) -> np.ndarray:
-        """Labels, uint8 (H, W).
+        """Labels, uint8 (H, W), or uint16 for more than 256 classes.
 
         Args:
           image: uint8 (H, W, 3), RGB; or a path, a PIL image or another array that `segjax.inference.images.as_rgb`
@@ -108,7 +110,7 @@ class Predictor:
         return self.probabilities_of([image])[0]
 
     def labels(self, images: Sequence[Image]) -> list[np.ndarray]:
-        """Labels of several images that have the same `padded_size`: uint8 (H, W) each."""
+        """Labels of several images that have the same `padded_size`: (H, W) each, as of a call."""
         return self._of(self._inference.labels, images)
 
     def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:

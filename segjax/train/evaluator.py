@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       metrics: as `metrics.summarise` returns them, over the whole split.
-      predicted: predicted labels, uint8 (H, W), by image number: of the images to draw, those that this process has
+      predicted: predicted labels, (H, W), by image number: of the images to draw, those that this process has
         evaluated.
     """
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from segjax import metrics
 from segjax.checkpoints.format_version import stamped
 from segjax.models.functional import params_sha256
-from segjax.runtime import atomic, console, lock, memory
+from segjax.runtime import atomic, console, lock, memory, versions
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.train import progress, resume, setup, start, unset
 from segjax.train.config import RunError, check, plain
@@ -177,12 +178,20 @@ def _fit(
 def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation) -> None:
     """Writes curve.png, predictions/ and result.json, and prints the metrics."""
     scores = run.evaluator.scores
+    devices = run.parallel.devices
     result = {
         **stamped(evaluation.metrics),
+        # Of per_class_iou.
+        "classes": list(run.spec.label_names),
         "step": step,
         "stopped_early": step < run.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},
         "images_per_second": run.meter.images_per_second,
+        # Of the process that ended the run, with compiling and evaluating.
+        "duration_s": round(time.perf_counter() - run.began, 1),
+        "from_step": run.first,
+        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)},
+        "versions": versions.installed(),
         "protocol": run.evaluator.protocol.record(),
         "config": run.metadata["config"],
         "params_sha256": params_sha256(run.fetch(state.evaluated[0])),

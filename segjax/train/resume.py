@@ -88,7 +88,7 @@ def recorded_config(workdir: Path) -> dict[str, Any] | None:
     """
     if result := _result_of(workdir):
         return result["config"]
-    steps = [folder for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit()]
+    steps = [folder for folder in (workdir / "checkpoints").glob("*") if orbax_folder.is_step(folder)]
     for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
         # A run resumes from the checkpoint before a damaged one.
         with contextlib.suppress(orbax_folder.DamagedError):

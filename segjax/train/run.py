@@ -32,6 +32,7 @@ class Run:
     """The parts of a run. The loop passes the training state from step to step; no part holds it.
 
     Attributes:
+      began: `time.perf_counter()` when this process began to build the run.
       first: number of steps taken when this process begins: 0, or the step of the checkpoint it resumes from.
       steps: number of the last step. log_every, save_every: steps between two lines of the log and two checkpoints.
       search_nans: whether to search for the layer whose output was the first that is not finite.
@@ -47,6 +48,7 @@ class Run:
     """
 
     workdir: Path
+    began: float
     first: int
     steps: int
     log_every: int

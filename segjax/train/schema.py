@@ -522,6 +522,12 @@ EVAL = Section(
         ),
         Setting("flip", False, Boolean(), "Average probabilities over each image and its mirror image."),
         Setting(
+            "threshold",
+            0.5,
+            Real(above=0, below=1),
+            "Probability above which a pixel is of the class, of a model of one class.",
+        ),
+        Setting(
             "batch", 8, BATCH, "Images, or crops of a sliding window, that are evaluated at a time, over all devices."
         ),
         Setting("every", 0, Integer(0), "Steps between two evaluations; 0 evaluates only at the end."),

@@ -6,6 +6,7 @@ Of the functions here only `build` reads the whole config. Those that make the p
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -74,6 +75,7 @@ def build(
       RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
       ValueError: data, weights or checkpoints that cannot be used.
     """
+    began = time.perf_counter()
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
     padding = check_crop(config.augment, images.sizes)
@@ -88,7 +90,8 @@ def build(
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
-    metadata = run_metadata(plain(config), model_metadata(module), spec)
+    size = _evaluated_size(records_of(evaluation.data).sizes, Protocol.of(config.eval))
+    metadata = run_metadata(plain(config), model_metadata(module), spec, size)
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
@@ -140,6 +143,7 @@ def build(
     steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
         workdir=workdir,
+        began=began,
         first=start.step,
         steps=config.train.steps,
         log_every=config.train.log_every,
@@ -428,17 +432,27 @@ def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray, protocol: Pr
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def run_metadata(config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec) -> dict[str, Any]:
+def _evaluated_size(sizes: np.ndarray, protocol: Protocol) -> list[int] | None:
+    """The (height, width) at which all images are evaluated, at the scale 1; None where they have several."""
+    protocol = dataclasses.replace(protocol, scales=(1.0,))
+    found = {protocol.input_sizes((height, width))[0] for height, width in np.unique(sizes, axis=0).tolist()}
+    return list(found.pop()) if len(found) == 1 else None
+
+
+def run_metadata(
+    config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec, size: list[int] | None
+) -> dict[str, Any]:
     """Metadata that every checkpoint of a run has.
 
     Args:
       config: all settings, as `config.plain` returns them.
       model: what `state_dict.model_metadata` returned.
+      size: (height, width) at which its images are evaluated; None where they have several.
     """
     return {
         "model": model,
         "config": config,
         "dataset": dataset_metadata(spec),
         "normalisation": IMAGENET,
-        "input_size": config["augment"]["crop"],
+        "input_size": size,
     }

@@ -6,6 +6,7 @@ a learning rate for pretrained or for random weights.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def filled(config: ConfigDict) -> tuple[ConfigDict, dict[str, Chosen]]:
 
 def _choice(key: str, config: ConfigDict, sizes: np.ndarray, labelled: Collection[str]) -> Chosen:
     if key == "data.eval_split":
-        return Chosen(evaluated_split(labelled, config.data.train_split), "has labels and is not trained on")
+        return Chosen(evaluated_split(labelled, config.data), "has labels and is not trained on")
     if key == "augment.crop":
         return Chosen(crop(sizes), f"median size of the images, at most {LARGEST_CROP}, in multiples of {MULTIPLE}")
     if key == "train.steps":
@@ -123,14 +124,20 @@ def steps(images: int, batch: int) -> int:
     return min(max(round(EPOCHS * images / batch), LEAST_STEPS), MOST_STEPS)
 
 
-def evaluated_split(labelled: Collection[str], train_split: str) -> str:
-    """The split to evaluate: val, or else test; RunError where neither has labels and is not trained on."""
+def evaluated_split(labelled: Collection[str], data: ConfigDict) -> str:
+    """The split to evaluate: val, or else test; RunError where neither has labels and is not trained on.
+
+    Args:
+      labelled: the splits with labels. data: `config.data`.
+    """
     for split in ("val", "test"):
-        if split in labelled and split not in parts_of(train_split):
+        if split in labelled and split not in parts_of(data.train_split):
             return split
+    paths = f"--source {shlex.quote(str(data.source))}" + (f" --data-dir {shlex.quote(data.dir)}" if data.dir else "")
     raise RunError(
         "config.data.eval_split is not set, and no val or test split with labels is left next to "
-        f"config.data.train_split={train_split}; the splits with labels are {', '.join(sorted(labelled))}. Add "
-        "images/val and labels/val, or name a split, such as --config.data.eval_split=train to evaluate on the images "
-        "that are trained on"
+        f"config.data.train_split={data.train_split}; the splits with labels are {', '.join(sorted(labelled))}. Add "
+        "images/val and labels/val; or name a split, such as --config.data.eval_split=train to evaluate on the images "
+        "that are trained on; or divide the images once, and train again as now:\n"
+        f"  segjax data prepare {data.name} {paths} --val-share 0.2"
     )

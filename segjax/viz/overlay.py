@@ -22,7 +22,7 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
     """The image under the colours of its labels: uint8 (H + legend, at least W, 3).
 
     Args:
-      image: uint8 (H, W, 3). labels: uint8 (H, W).
+      image: uint8 (H, W, 3). labels: train ids (H, W).
       still: whether the legend has only the classes that occur; else, for the frames of a video, its height is fixed.
     """
     import cv2

@@ -14,7 +14,7 @@ from segjax.viz import lettering
 
 def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
     """Train ids (H, W) -> RGB uint8 (H, W, 3) in the dataset's colours; the ignore label is black."""
-    palette = np.zeros((256, 3), np.uint8)
+    palette = np.zeros((max(spec.ignore_label, 255) + 1, 3), np.uint8)
     palette[: len(spec.label_colors)] = spec.label_colors
     return palette[labels]
 
@@ -30,7 +30,7 @@ def save_prediction(
     figure = _figure(*_three_panels(image.shape[:2]))
     panels = figure.subplots(1, 3)
     # Pixels that metrics ignore are black in the prediction, too.
-    shown = np.where(truth == spec.ignore_label, spec.ignore_label, predicted)
+    shown = np.where(truth == spec.ignore_label, truth, predicted)
     names = ("image", "truth", "prediction")
     pictures = (image, colourise(truth, spec), colourise(shown, spec))
     for panel, name, picture in zip(panels, names, pictures, strict=True):

@@ -109,7 +109,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
 
     ignored = shown.truth == spec.ignore_label
     # Ignored pixels are not compared.
-    predicted = np.where(ignored, spec.ignore_label, shown.predicted)
+    predicted = np.where(ignored, shown.truth, shown.predicted)
     wrong = (predicted != shown.truth)[..., None]
     red = np.where(wrong, np.array([255, 30, 60, 255], np.uint8), np.uint8(0))
     factor = min(1, LARGEST_SIDE / max(shown.truth.shape))

@@ -1,8 +1,17 @@
-"""Reads the frames of videos with their times, and writes frames as H.264. Needs PyAV, the extra `video`."""
+"""Reads the frames of videos, cameras and streams with their times, and writes frames as H.264.
+
+Needs PyAV, the extra `video`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import re
+import stat
+import time
+import urllib.parse
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +24,7 @@ from segjax.data.codec import MAX_PIXELS, refuse_size
 from segjax.runtime import atomic, reading
 
 if TYPE_CHECKING:
-    from av.container import OutputContainer
+    from av.container import InputContainer, OutputContainer
     from av.video.stream import VideoStream
 
 SUFFIXES = (
@@ -27,6 +36,61 @@ SOUND = (".m4a", ".m4b", ".mka", ".weba", ".ogg", ".oga", ".opus", ".wma", ".aac
 HEAD = 1024  # bytes of a file that `is_video` needs
 # Demuxers of FFmpeg for these containers. Others open files and addresses that the file names: playlists do.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,h264,hevc"
+# Demuxers for addresses. Playlists are not among them, since they open further addresses.
+_STREAMS = {"http": f"{_CONTAINERS},mpjpeg", "https": f"{_CONTAINERS},mpjpeg", "rtsp": "rtsp", "rtsps": "rtsp"}
+# Protocols that these may open: the address itself, and what carries it.
+_PROTOCOLS = {scheme: "http,https,tcp,tls" if scheme[0] == "h" else "rtsp,rtp,udp,tcp,tls" for scheme in _STREAMS}
+_CAMERA = "video4linux2,v4l2"
+# Seconds that an address may take to answer, and to send more.
+PATIENCE = 10
+# Units a second of the times of streams that have none, by the clock.
+_CLOCK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """A camera or an address, from which frames come while they are predicted; it may have no end.
+
+    Attributes:
+      address: path of the device, or address, with its password.
+      name: what its outputs are named after.
+    """
+
+    address: str
+    name: str
+
+    @property
+    def is_camera(self) -> bool:
+        return "://" not in self.address
+
+    def __str__(self) -> str:
+        return _without_password(self.address)
+
+
+def _without_password(address: str) -> str:
+    return re.sub(r"(?<=://)[^/?#]*@", "", address)
+
+
+def live(given: str) -> Live | None:
+    """The camera or the address that an input names; None if it is neither.
+
+    Raises:
+      VideoError: an address of a kind that cannot be read.
+    """
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", given):
+        if match[1].lower() not in _STREAMS:
+            raise VideoError(f"{_without_password(given)}: not one of {', '.join(f'{each}://' for each in _STREAMS)}")
+        try:
+            parts = urllib.parse.urlsplit(given)
+        except ValueError as error:
+            raise VideoError(f"{_without_password(given)}: no address ({error})") from None
+        found = urllib.parse.unquote(parts.path).rstrip("/").rpartition("/")[2] or parts.hostname or ""
+        return Live(match[1].lower() + given[match.end(1) :], re.sub(r"[^\w.-]+|^\.+", "_", found) or "stream")
+    path = Path(given)
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch(r"video\d+", path.name) and stat.S_ISCHR(path.stat().st_mode):
+            return Live(given, path.name)
+    return None
 
 
 def is_video(head: bytes) -> bool:
@@ -91,21 +155,17 @@ def pyav() -> ModuleType:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Header, Iterator[Frame]]]:
-    """The header of a video and its frames in the order of their times.
+def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Header, Iterator[Frame]]]:
+    """The header of a video and its frames in the order in which they are shown. Those of a `Live` begin at time 0.
 
     Raises:
-      VideoError: the file is no video, is damaged, or its frames differ in size; also while frames are read.
+      VideoError: the source is no video, is damaged, or its frames differ in size; also while frames are read.
       ImageError: its frames have more than `max_pixels` pixels.
       UnreadableError: something other than a file is there.
     """
     av = pyav()
-    reading.refuse_irregular(path)
     with contextlib.ExitStack() as stack:
-        with _as_video_error(av, "cannot be opened as a video"):
-            # With "file:", FFmpeg does not take a name for an address or a command.
-            options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-            container = stack.enter_context(av.open(f"file:{path.absolute()}", options=options))
+        container = stack.enter_context(_open_live(av, source) if isinstance(source, Live) else _open_file(av, source))
         if not container.streams.video:
             raise VideoError("has no picture, only sound or data")
         stream = container.streams.video[0]
@@ -118,14 +178,38 @@ def opened(path: Path, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Header
         rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
         if not rate or not time_base:
             raise VideoError("does not say how many frames it has a second")
+        is_live = isinstance(source, Live)
+        # Pictures one after the other have no times. FFmpeg would give them 25 frames a second.
+        by_clock = "mpjpeg" in container.format.name
         header = Header(
             stream.frames or None,
             Fraction(rate),
-            Fraction(time_base),
+            Fraction(1, _CLOCK) if by_clock else Fraction(time_base),
             bool(container.streams.audio),
             _duration(container, stream, Fraction(rate)),
         )
-        yield header, _frames(av, container, stream, header)
+        yield header, _frames(av, container, stream, header, from_zero=is_live, by_clock=by_clock)
+
+
+def _open_file(av, path: Path) -> InputContainer:
+    reading.refuse_irregular(path)
+    with _as_video_error(av, "cannot be opened as a video"):
+        # With "file:", FFmpeg does not take a name for an address or a command.
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+        return av.open(f"file:{path.absolute()}", options=options)
+
+
+def _open_live(av, source: Live) -> InputContainer:
+    if source.is_camera:
+        with _as_video_error(av, "cannot be opened as a camera"):
+            return av.open(source.address, format="v4l2", options={"format_whitelist": _CAMERA}, timeout=PATIENCE)
+    scheme = source.address.partition(":")[0]
+    options = {"format_whitelist": _STREAMS[scheme], "protocol_whitelist": _PROTOCOLS[scheme]}
+    if scheme[0] == "r":
+        # Over UDP, FFmpeg's default, lost packets would damage frames.
+        options["rtsp_transport"] = "tcp"
+    with _as_video_error(av, "cannot be opened as a video; other files are not read from addresses"):
+        return av.open(source.address, options=options, timeout=PATIENCE)
 
 
 def _duration(container, stream, rate: Fraction) -> Fraction | None:
@@ -145,19 +229,23 @@ def _duration(container, stream, rate: Fraction) -> Fraction | None:
 
 
 class Progress:
-    """Which frames of a video were read, to find what is missing or damaged at its end."""
+    """Which frames of a video were read, to find what is missing or damaged at its end.
+
+    Attributes:
+      count: number of frames.
+    """
 
     def __init__(self, header: Header):
         self._header = header
-        self._count = 0
+        self.count = 0
         self._first: int | None = None
         self._end = 0
         self._damaged: list[int] = []
 
     def add(self, frame: Frame) -> None:
         if frame.is_damaged:
-            self._damaged.append(self._count)
-        self._count += 1
+            self._damaged.append(self.count)
+        self.count += 1
         self._first = frame.time if self._first is None else min(self._first, frame.time)
         self._end = max(self._end, frame.time + frame.duration)
 
@@ -168,10 +256,10 @@ class Progress:
         seconds = (self._end - first) * header.time_base
         is_short = header.duration is not None and header.duration - seconds > 1.5 / header.rate
         # Both must be missing. A count includes frames that an edit of the video has cut out, and times may begin late.
-        if is_short and not (header.frames and self._count >= header.frames):
+        if is_short and not (header.frames and self.count >= header.frames):
             expected = f"{header.frames} frames" if header.frames else f"{float(header.duration or 0):.2f} s"
             faults.append(
-                f"ends early: it has {self._count} frames ({float(seconds):.2f} s), and its header promises {expected}"
+                f"ends early: it has {self.count} frames ({float(seconds):.2f} s), and its header promises {expected}"
             )
         if self._damaged:
             named = ", ".join(map(str, self._damaged[:10])) + " ..." * (len(self._damaged) > 10)
@@ -179,25 +267,54 @@ class Progress:
         return faults
 
 
-def _frames(av, container, stream, header: Header) -> Iterator[Frame]:
+def _frames(av, container, stream, header: Header, *, from_zero: bool, by_clock: bool) -> Iterator[Frame]:
+    """The frames; their times are those of the file, or `from_zero`, or `by_clock` as they come."""
     usual = max(round(1 / (header.rate * header.time_base)), 1)
-    number, expected, size = 0, None, None
+    number, expected, size, first, begun = 0, None, None, None, time.monotonic()
     with _as_video_error(av, lambda: f"is damaged at frame {number}"):
-        for frame in container.decode(stream):
-            # Telephones store upright videos with a rotation of quarter turns.
-            image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+        for frame in _until_closed(av, container.decode(stream)) if by_clock else container.decode(stream):
+            image = _upright(frame)
             size = size or image.shape
             if image.shape != size:
                 raise VideoError(
                     f"changes from {size[0]}x{size[1]} to {image.shape[0]}x{image.shape[1]} at frame {number}"
                 )
-            time = frame.pts if frame.pts is not None else expected or 0
-            duration = frame.duration or usual
-            expected = time + duration
-            yield Frame(np.ascontiguousarray(image), time, duration, frame.is_corrupt)
+            at = round((time.monotonic() - begun) * _CLOCK) if by_clock else frame.pts
+            at = at if at is not None else expected or 0
+            duration = usual if by_clock else frame.duration or usual
+            expected = at + duration
+            if first is None:
+                first = at if from_zero else 0
+            yield Frame(np.ascontiguousarray(image), at - first, duration, frame.is_corrupt)
             number += 1
     if not number:
         raise VideoError("has no frames")
+
+
+def _until_closed(av, frames: Iterator) -> Iterator:
+    """The frames of pictures one after the other, at whose end FFmpeg finds the beginning of no other picture."""
+    try:
+        yield from frames
+    except av.FFmpegError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
+def _upright(frame) -> np.ndarray:
+    """uint8 (H, W, 3), turned by quarters and mirrored as the display matrix says; telephones store it.
+
+    The matrix a b . c d . moves (x, y) to (ax + cy, bx + dy), y downwards; an angle between is rounded to a quarter.
+    """
+    image = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, x, y = image.transpose(1, 0, 2), c, b
+    else:
+        x, y = a, d
+    return image[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1]
 
 
 @contextlib.contextmanager
@@ -216,7 +333,8 @@ class Writer:
     """The encoder of one video, see `writer`.
 
     H.264 needs even sides: the last row or column of an odd one is repeated. It also needs times that grow: a frame at
-    the time of the one before, as screen recorders write them, is shown one unit of the time base later.
+    or before the time of the last one, as screen recorders and clocks that are set back give them, is shown one unit of
+    the time base after it. So much later are the next ones, until the times of the source are ahead again.
     """
 
     def __init__(self, path: Path, header: Header):
@@ -225,6 +343,7 @@ class Writer:
         # Open from the first picture on, which has the size.
         self._output: tuple[OutputContainer, VideoStream] | None = None
         self._latest: int | None = None
+        self._later = 0
 
     def write(self, picture: np.ndarray, time: int, duration: int) -> None:
         """Adds uint8 (H, W, 3); times in units of the header's time base."""
@@ -239,8 +358,12 @@ class Writer:
             frame = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
-            self._latest = time if self._latest is None else max(time, self._latest + 1)
-            time = self._latest
+            if self._latest is None or time > self._latest:
+                self._later = 0
+            else:
+                self._later = max(self._later, self._latest + 1 - time)
+            time += self._later
+            self._latest = time
             frame.pts, frame.time_base, frame.duration = time, self._header.time_base, duration
             container.mux(stream.encode(frame))
 
@@ -277,4 +400,7 @@ def _as_video_error(av, what):
     except av.FFmpegError as error:
         if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise
-        raise VideoError(f"{what() if callable(what) else what} ({error.strerror or error})") from error
+        # FFmpeg's words for a time limit are "Immediate exit requested".
+        waited = isinstance(error, av.error.ExitError)
+        why = f"nothing came for {PATIENCE} seconds" if waited else error.strerror or error
+        raise VideoError(f"{what() if callable(what) else what} ({why})") from error

@@ -16,10 +16,11 @@ from segjax import layers, to_torch
 from segjax.checkpoints import metadata, orbax_folder, state_dict
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import load
+from segjax.checkpoints.save import save
 from segjax.commands import conversion, convert, inspect
 from segjax.data import specs
 from segjax.data.augment import normalise
-from segjax.inference.engine import Inference
+from segjax.inference.engine import Inference, Protocol
 from segjax.train import setup
 from segjax.train.config import plain
 from segjax.train.start import origin_metadata
@@ -156,9 +157,9 @@ def test_any_other_number_of_classes_goes_by_numbers(tmp_path):
     assert len(set(loaded.classes.colors)) == 7
     assert (loaded.mean, loaded.std) == (specs.IMAGENET_MEAN, specs.IMAGENET_STD)
     save_file(to_torch(tiny_model(1, num_classes=300)), tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"b\.safetensors: the classes of this checkpoint cannot be used"):
-        load(tmp_path / "b.safetensors")
-    # Its weights go anywhere all the same.
+    loaded = load(tmp_path / "b.safetensors")
+    assert loaded.classes.class_names[-1] == "class 299" and loaded.classes.ignore_label == 65535
+    assert len(set(loaded.classes.colors)) == 300
     converted(tmp_path / "b.safetensors", tmp_path / "c")
 
 
@@ -188,7 +189,8 @@ def test_a_folder_from_before_all_this_still_loads(tmp_path, capsys):
     assert "provenance     unknown" in inspected(capsys, tmp_path / "a")
     config = {"augment": {"crop": [64, 96]}}
     orbax_folder.save_model(tmp_path / "b", tiny_model(1), metadata={"config": config, "step": 7, "dataset": DATASET})
-    assert load(tmp_path / "b").metadata["input_size"] == [64, 96]
+    # The crop is that of the training.
+    assert load(tmp_path / "b").metadata["input_size"] is None
 
 
 def test_a_record_that_is_none_or_contradicts_itself_is_refused(tmp_path):
@@ -215,7 +217,7 @@ def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is
     save_file({"a": np.ones(1)}, start)
     run(make_config(train__steps=6, init__checkpoint=str(start)), tmp_path / "run")
     about = load(tmp_path / "run").metadata
-    assert about["step"] == 6 and about["input_size"] == [32, 48]
+    assert about["step"] == 6 and about["input_size"] == [40, 64]
     assert about["normalisation"] == {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
     assert about["provenance"] == {"initial_weights": origin} and "non-commercial" in about["licence"]
     converted(tmp_path / "run", tmp_path / "b")
@@ -223,12 +225,30 @@ def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is
     assert carried.classes.name == "streets" and carried.metadata["provenance"]["step"] == 6
     assert carried.metadata["provenance"]["made_from"] == {"initial_weights": origin}
     assert carried.metadata.keys().isdisjoint({"config", "scores", "window", "step"})
+    # transformers resizes to what the run was evaluated at, not to its crops of 32x48.
+    save(carried, tmp_path / "hf", dialect="hf")
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert processor["do_resize"] and processor["size"] == {"height": 40, "width": 64}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "expected"),
+    [
+        ({}, [(40, 64)] * 3, [40, 64]),
+        ({}, [(40, 64), (40, 65)], None),
+        ({"scales": (0.5, 2.0), "flip": True, "mode": "slide", "crop": (16, 24)}, [(40, 64)], [40, 64]),
+        ({"base_size": (128, 32)}, [(40, 80), (20, 40)], [32, 64]),
+        ({"size_divisor": 32}, [(40, 64), (33, 50)], [64, 64]),
+    ],
+)
+def test_the_size_of_a_run_is_that_of_its_evaluation(settings, sizes, expected):
+    assert setup._evaluated_size(np.array(sizes), Protocol(**settings)) == expected
 
 
 def test_the_record_of_a_run_from_random_weights_is_json_and_says_so():
     config = make_config()
     model = state_dict.model_metadata(setup.create_model(config.model, num_classes=19, seed=0))
-    of_run = setup.run_metadata(plain(config), model, specs.STREETS)
+    of_run = setup.run_metadata(plain(config), model, specs.STREETS, [64, 96])
     about = json.loads(json.dumps(of_run | origin_metadata(config.model.name, config.init)))
     assert metadata.classes_of(about, 19) == specs.STREETS and about.keys() >= ABOUT.keys()
     assert about["provenance"] == {"initial_weights": None} and "random weights" in about["licence"]

@@ -399,6 +399,41 @@ def test_an_empty_or_absent_folder_is_refused_by_name(tmp_path):
             load_weights(place)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("place", ["orbax", "tensorstore", "json", "stat"])
+def test_trouble_of_the_system_is_no_damage(tmp_path, monkeypatch, number, place):
+    """A run must not pass over its newest checkpoint, and move it away, because files are short."""
+    save_model(tmp_path / "model", tiny_model(0), metadata={})
+    error = OSError(number, os.strerror(number))
+
+    def fail(*_, **__):
+        raise (
+            ValueError(f"NOT_FOUND: [OS error {number}: {os.strerror(number)}] x") if place == "tensorstore" else error
+        )
+
+    if place in ("orbax", "tensorstore"):
+        monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", fail)
+    else:
+        monkeypatch.setattr(orbax_folder, {"json": "read_json", "stat": "refuse_irregular"}[place], fail)
+    with pytest.raises(CheckpointError, match=f"cannot be read at the moment .{os.strerror(number)}") as caught:
+        load_weights(tmp_path / "model")
+    assert not isinstance(caught.value, orbax_folder.DamagedError)
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch):
+    save_model(tmp_path / "model", tiny_model(0), metadata={})
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", lambda *_, **__: bytearray(1 << 62))
+    with pytest.raises(MemoryError):
+        load_weights(tmp_path / "model")
+
+
+def test_a_folder_that_is_called_by_another_digit_is_no_step(tmp_path):
+    save_model(tmp_path / "run" / "7", tiny_model(0), metadata={})
+    (tmp_path / "run" / "7").rename(tmp_path / "run" / "\N{SUPERSCRIPT TWO}")
+    with pytest.raises(CheckpointError, match="no checkpoint of segjax in this folder"):
+        load_weights(tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
     model = tiny_model(7)

@@ -199,7 +199,7 @@ def test_names_and_colours_of_the_classes_are_the_published_ones():
     assert voc.num_classes == 21 and voc.class_names[0] == "background" and voc.class_names[15] == "person"
     assert voc.colors[:6] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
     assert voc.colors[15] == (192, 128, 128) and voc.colors[20] == (0, 64, 128)
-    assert specs._voc_color(255) == (224, 224, 192)
+    assert specs.voc_color(255) == (224, 224, 192)
     assert specs.CITYSCAPES.class_names == specs.STREETS.class_names
     assert specs.PET.label_names == ("background", "pet") and specs.PET.num_classes == 1
 

@@ -36,8 +36,11 @@ SECONDS, GIB = 60, 3
 PYTHONS_WORDS = re.compile(
     r"object (is not|has no|does not)|has no attribute|unexpected keyword|list index out of|unhashable type|"
     r"invalid literal for|not supported between|must be real number|codec can't|unsupported operand|argument of type|"
-    r"NoneType|not enough values to unpack|too many values to unpack"
+    r"NoneType|not enough values to unpack|too many values to unpack|\[Errno|malformed node|zip\(\) argument|"
+    r"out of bounds for"
 )
+# A config file is Python of its owner, whose errors are told in Python's words, by file and line.
+OWN_CODE = re.compile(r"mine\.py:\d+: .*")
 LEFT_BEHIND = re.compile(r"\.part\d|\.converting-|incomplete\.|\.orbax-checkpoint-tmp")
 # Imported before the first fork, so that no trial waits for it. None of them starts a backend of JAX.
 HEAVY = (
@@ -51,6 +54,7 @@ HEAVY = (
     "segjax.commands.convert",
     "segjax.commands.conversion",
     "segjax.commands.data",
+    "segjax.commands.data_import",
     "segjax.commands.inspect",
     "segjax.commands.train",
     "segjax.data.builders",
@@ -164,8 +168,9 @@ def _faults_of_ending(ending: Ending, changed: str) -> list[str]:
     last = (ending.output.strip().splitlines() or [""])[-1][:200]
     if "Traceback (most recent call last)" in ending.output:
         return [f"a traceback: {last}"]
-    found = PYTHONS_WORDS.search(ending.output)
-    faults = [f"Python's words: {ending.output[max(0, found.start() - 80) : found.end() + 60]!r}"] if found else []
+    output = OWN_CODE.sub("", ending.output)
+    found = PYTHONS_WORDS.search(output)
+    faults = [f"Python's words: {output[max(0, found.start() - 80) : found.end() + 60]!r}"] if found else []
     if ending.status and not ending.output.strip():
         faults.append(f"status {ending.status} and no word")
     elif ending.status and not (set(re.findall(r"[\w-]{2,}", changed)) & set(re.findall(r"[\w-]{2,}", ending.output))):

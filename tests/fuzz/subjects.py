@@ -48,8 +48,12 @@ def refusing(function: Callable[[], object]) -> Callable[[], int]:
     def run() -> int:
         try:
             function()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             print(f"refused: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            # Commands print these two.
+            print(f"refused: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
         return 0
 
@@ -123,7 +127,7 @@ def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
         }
         choice = sorted(odd)[rng.integers(len(odd))]
         state[name] = odd[choice]()
-        mutation = Mutation(f"{name}: {choice}", is_bad=choice != "state dict")
+        mutation = Mutation(f"{name}: {choice}", is_bad=choice not in ("state dict", "float8"))
     torch.save(state, path)
     return mutation
 
@@ -176,8 +180,9 @@ def _mutate_orbax(folder: Path, rng: np.random.Generator) -> Mutation:
         signed = folder / "model/about/metadata"
         before = json.loads(signed.read_text())
         mutation = mutations.of_json_file(signed, rng)
-        # Except what JSON cannot tell apart, all of it is hashed.
-        return Mutation(mutation.text, is_bad=mutation.is_bad or json.loads(signed.read_text()) != before)
+        # Except what JSON cannot tell apart, all of it is hashed; files of before have no hash.
+        same = before, {key: value for key, value in before.items() if key != "sha256_record"}
+        return Mutation(mutation.text, is_bad=mutation.is_bad or json.loads(signed.read_text()) not in same)
     mutation = mutations.of_bytes(path, rng)
     # Messages name the checkpoint.
     return Mutation(f"{path.relative_to(folder)} of model: {mutation.text}")
@@ -250,7 +255,8 @@ def _mutate_image(folder: Path, rng: np.random.Generator) -> Mutation:
 def _read_image() -> int:
     from segjax.inference.images import as_rgb
 
-    (path,) = Path().iterdir()
+    # The mutation may have removed it.
+    path = next(Path().iterdir(), Path("removed.png"))
     return refusing(lambda: as_rgb(path))()
 
 
@@ -355,6 +361,87 @@ def _prepare_archives(name: str) -> Callable[[], int]:
 
         with mock.patch.dict(specs.DATASETS, few_images()):
             return main(["data", "prepare", name, "--source", "archives", "--data-dir", "prepared"])
+
+    return run
+
+
+def _make_annotations(folder: Path) -> None:
+    """The same images with the annotations of every tool that `segjax data import` reads."""
+    import base64
+
+    import cv2
+
+    scenes = {name: cv2.imencode(".jpg", _scene(number, 33, 47))[1].tobytes() for number, name in enumerate("abc")}
+    mask = cv2.imencode(".png", np.tri(9, 12, dtype=np.uint8))[1].tobytes()
+    polygon = [3.5, 2, 20, 4, 18.25, 25, 5, 20]
+    for place in ("coco/train2017", "labelme", "yolo/images/train", "voc/JPEGImages"):
+        (folder / place).mkdir(parents=True)
+        for name, data in scenes.items():
+            (folder / place / f"{name}.jpg").write_bytes(data)
+    shapes: list = [polygon, polygon[2:], {"size": [33, 47], "counts": [40, 30, 1481]}]
+    shapes = [[shape] if isinstance(shape, list) else shape for shape in shapes]
+    shapes.append({"size": [33, 47], "counts": "X1n0Y^1"})
+    content = {
+        "images": [{"id": n, "file_name": f"{name}.jpg", "height": 33, "width": 47} for n, name in enumerate("abc")],
+        "annotations": [
+            {"image_id": n % 2, "category_id": 3 + n % 2, "segmentation": shape, "iscrowd": int(n == 2)}
+            for n, shape in enumerate(shapes)
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}],
+    }
+    (folder / "coco/annotations").mkdir()
+    (folder / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
+    corners = np.reshape(polygon, (-1, 2)).tolist()
+    marked = [
+        {"label": "cat", "points": corners, "shape_type": "polygon"},
+        {"label": "dog", "points": corners[:2], "shape_type": "circle"},
+        {"label": "dog", "points": corners[::2], "shape_type": "rectangle"},
+        {"label": "cat", "points": corners[:2], "shape_type": "mask", "mask": base64.b64encode(mask).decode()},
+    ]
+    inside = base64.b64encode(scenes["b"]).decode()
+    for name, data in (("a", None), ("lost", inside)):
+        entry = {"imagePath": f"{name}.jpg", "imageData": data, "imageHeight": 33, "imageWidth": 47, "shapes": marked}
+        (folder / f"labelme/{name}.json").write_text(json.dumps(entry))
+    (folder / "yolo/labels/train").mkdir(parents=True)
+    shares = " ".join(str(number / 50) for number in polygon)
+    (folder / "yolo/labels/train/a.txt").write_text(f"0 {shares}\n1 0.5 0.5 0.2 0.2\n1 {shares} 0.1 0.9\n")
+    (folder / "yolo/data.yaml").write_text("path: .\ntrain: images/train\nnames:\n  0: cat\n  1: dog\n")
+    (folder / "voc/SegmentationClass").mkdir()
+    (folder / "voc/ImageSets/Segmentation").mkdir(parents=True)
+    for name in scenes:
+        label = np.random.default_rng(2).choice([0, 1, 2, 255], (33, 47)).astype(np.uint8)
+        cv2.imwrite(str(folder / f"voc/SegmentationClass/{name}.png"), label)
+    (folder / "voc/ImageSets/Segmentation/train.txt").write_text("a\nb\nc\n")
+    (folder / "voc/class_names.txt").write_text("_background_\ncat\ndog\n")
+
+
+def _mutate_annotations(kind: str) -> Callable[[Path, np.random.Generator], Mutation]:
+    def mutate(folder: Path, rng: np.random.Generator) -> Mutation:
+        files = sorted(path for path in (folder / kind).rglob("*") if path.is_file())
+        # Images are alike, and there are more of them.
+        others = [path for path in files if path.suffix in (".json", ".txt", ".yaml", ".png")]
+        files = others if rng.integers(4) else files
+        path = files[rng.integers(len(files))]
+        way = rng.choice(["bytes", "bytes", "json", "json", "json", "folder"])
+        if way == "folder":
+            found = mutations.of_folder(folder / kind, rng)
+        elif way == "json" and path.suffix == ".json":
+            found = mutations.of_json_file(path, rng)
+        else:
+            found = mutations.of_bytes(path, rng)
+        # An image that cannot be used is counted and skipped.
+        return Mutation(f"{kind}, {found.text}")
+
+    return mutate
+
+
+def _import_annotations(kind: str) -> Callable[[], int]:
+    def run() -> int:
+        if status := main(["data", "import", kind, kind, "imported"]):
+            return status
+        # What was imported can be prepared as it is.
+        assert main(["data", "prepare", "folder", "--source", "imported", "--data-dir", "prepared"]) == 0
+        return 0
 
     return run
 
@@ -525,6 +612,19 @@ SUBJECTS = {
         name: Subject(_make_archives(name), _mutate_archive, [_prepare_archives(name)], ("prepared",))
         for name in ("cityscapes", "voc", "pet")
     },
+    **{
+        name: Subject(
+            _make_annotations,
+            _mutate_annotations(name),
+            [_import_annotations(name)],
+            ("imported", "prepared"),
+            "pycocotools",
+        )
+        for name in ("coco", "labelme", "yolo")
+    },
+    "masks": Subject(
+        _make_annotations, _mutate_annotations("voc"), [_import_annotations("voc")], ("imported", "prepared")
+    ),
     "run": Subject(_make_run, _mutate_run, [_train_again], ("run",)),
     "settings": Subject(
         lambda folder: None, _mutate_settings, [lambda: _train(*Path("flags").read_text().splitlines())]

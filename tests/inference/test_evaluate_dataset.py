@@ -134,6 +134,50 @@ def test_a_run_whose_data_was_moved_is_evaluated_where_it_is_now(tmp_path, monke
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "dtype", None),
+        ("model", "dtype", "float99"),
+        ("data", "eval_split", 3),
+        ("data", "eval_images", 1 << 70),
+        ("data", "size", [3]),
+        ("eval", "scales", "x"),
+        ("eval", "scales", []),
+        ("eval", "batch", 0),
+        ("eval", "crop", [0, 5]),
+        ("eval", None, None),
+        ("data", None, None),
+    ],
+)
+def test_a_run_whose_config_was_edited_is_refused_by_the_key(tmp_path, section, key, value):
+    config = {
+        "seed": 0,
+        "model": {"dtype": "float32"},
+        "data": {
+            **{"name": "streets", "train_split": "train", "eval_split": "val", "source": None, "dir": None},
+            **{"train_images": 2, "eval_images": 2, "size": [64, 64]},
+        },
+        "eval": {"batch": 1, "mode": "whole"},
+    }
+    if key is None:
+        del config[section]
+    else:
+        config[section][key] = value
+    orbax_folder.save_model(tmp_path / "run", tiny_model(0, num_classes=19), metadata={"config": config})
+    with pytest.raises(ValueError, match=rf"config: {section}" + (rf"\.{key}" if key else " is missing")):
+        segjax.evaluate_dataset(tmp_path / "run")
+
+
+def test_a_checkpoint_whose_config_lacks_its_data_is_evaluated_on_other_data(tmp_path):
+    model = tiny_model(0)
+    orbax_folder.save_model(tmp_path / "a", model, metadata={"config": {"augment": {}}})
+    loaded = segjax.load(tmp_path / "a")
+    assert loaded.metadata["config"] == {"augment": {}}
+    with pytest.raises(ValueError, match="classes"):
+        segjax.evaluate_dataset(tmp_path / "a", "streets:val")
+
+
 def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_path, caplog):
     opened, model = split_of(0, 4, (33, 40)), tiny_model(0, num_classes=5)
     names = {1: ["red thing", "green thing", "blue", "yellow", "purple"], 2: ["red thing", "green", "blue", "x", "y"]}

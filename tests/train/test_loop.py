@@ -135,7 +135,18 @@ def test_the_result_says_what_was_reached_and_with_which_settings(finished):
         "protocol",
         "config",
         "params_sha256",
+        "classes",
+        "versions",
+        "device",
+        "duration_s",
+        "from_step",
     }
+    assert result["classes"] == list(specs.STREETS.class_names) and len(result["classes"]) == len(
+        result["per_class_iou"]
+    )
+    assert result["versions"]["jax"] == jax.__version__ and result["versions"]["python"] in sys.version
+    assert result["device"] == {"kind": "cpu", "platform": "cpu", "number": jax.device_count()}
+    assert result["from_step"] == 0 and 0 < result["duration_s"] < 3600
     assert result["protocol"] == {"mode": "whole", "scales": [1.0], "flip": False, "size_divisor": 1}
     assert result["step"] == STEPS and result["images_per_second"] > 0 and result["stopped_early"] is False
     assert result["best"] == {"step": STEPS, "mean_iou": result["mean_iou"]}

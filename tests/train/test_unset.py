@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from segjax.commands import train
 from segjax.recipes import segformer
@@ -56,6 +57,10 @@ def test_the_steps_are_200_epochs_within_bounds(images, batch, expected):
     assert unset.steps(images, batch) == expected
 
 
+def data_of(train_split):
+    return ConfigDict(dict(name="folder", train_split=train_split, source="here", dir=""))
+
+
 @pytest.mark.parametrize(
     "labelled, train_split, expected",
     [
@@ -65,12 +70,12 @@ def test_the_steps_are_200_epochs_within_bounds(images, batch, expected):
     ],
 )
 def test_val_is_evaluated_or_else_test(labelled, train_split, expected):
-    assert unset.evaluated_split(labelled, train_split) == expected
+    assert unset.evaluated_split(labelled, data_of(train_split)) == expected
 
 
 def test_data_without_a_split_to_evaluate_is_refused_with_the_splits_there_are():
     with pytest.raises(RunError, match=r"the splits with labels are extra, train\..*--config.data.eval_split=train"):
-        unset.evaluated_split(("train", "extra"), "train")
+        unset.evaluated_split(("train", "extra"), data_of("train"))
 
 
 def test_every_unset_setting_is_chosen_from_the_images_and_the_start(tmp_path):
@@ -118,7 +123,7 @@ def test_a_resumed_run_keeps_what_was_chosen_and_may_become_longer(tmp_path):
 
 
 def test_a_sum_of_splits_may_have_spaces():
-    assert unset.evaluated_split(("train", "val", "test"), "train + val") == "test"
+    assert unset.evaluated_split(("train", "val", "test"), data_of("train + val")) == "test"
 
 
 def test_a_recipe_that_sets_everything_opens_no_data(tmp_path):

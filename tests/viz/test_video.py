@@ -1,7 +1,14 @@
 """Videos keep their frames, their order and their times; what is drawn has the classes' colours."""
 
+import functools
+import http.server
+import io
 import os
 import shutil
+import socketserver
+import struct
+import threading
+import time
 from fractions import Fraction
 
 import av
@@ -11,6 +18,7 @@ from PIL import Image
 
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
+from segjax.inference.batch_run import Run
 from segjax.viz import overlay, video
 from tests.pixels import PROGRAMS, SPEC, Pixels, scene
 
@@ -122,11 +130,8 @@ def test_odd_sides_get_their_last_pixel_twice_and_it_is_said(tmp_path, capsys):
     assert "H.264 needs even sides" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_a_video_is_turned_as_its_file_says(matrix, turns, tmp_path):
-    """A telephone's: QuickTime's matrix (a b c d) moves (x, y) to (ax + cy, bx + dy), y downwards."""
-    frames = moving(3, 64, 96)
-    source = film(tmp_path / "clip.mp4", frames)
+def with_matrix(source, matrix):
+    """Puts QuickTime's matrix (a b c d) into a video; it moves (x, y) to (ax + cy, bx + dy), y downwards."""
     data = bytearray(source.read_bytes())
     a, b, c, d = (np.array(value * 2**16, ">i4").tobytes() for value in matrix)
     # Of the track's header: 40 bytes from its name on to the matrix, which has three columns.
@@ -134,10 +139,29 @@ def test_a_video_is_turned_as_its_file_says(matrix, turns, tmp_path):
     assert data[at : at + 4] == b"\0\1\0\0"
     data[at : at + 8], data[at + 12 : at + 20] = a + b, c + d
     source.write_bytes(data)
+
+
+TURNS = [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
+MIRRORED = [((-1, 0, 0, 1), 0), ((1, 0, 0, -1), 2), ((0, 1, 1, 0), 1), ((0, -1, -1, 0), -1)]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns", "is_mirrored"), [(*turn, False) for turn in TURNS] + [(*turn, True) for turn in MIRRORED]
+)
+def test_a_video_is_turned_and_mirrored_as_its_file_says(matrix, turns, is_mirrored, tmp_path):
+    """A telephone's; and that of a camera at its front, which is mirrored first and then turned."""
+    frames = moving(3, 64, 96)
+    source = film(tmp_path / "clip.mp4", frames)
+    with_matrix(source, matrix)
     assert run(source, "--output", tmp_path / "out", "--write", "labels") == 0
     for number, image in enumerate(frames):
+        expected = np.rot90(image[:, ::-1] if is_mirrored else image, turns)
+        # By the matrix: the pixel in the upper right corner of the stored image.
+        (a, b, c, d), (height, width) = matrix, expected.shape[:2]
+        x, y = a + (c < 0), b + (d < 0)
+        np.testing.assert_array_equal(image[0, -1], expected[height - 1 if y > 0 else 0, width - 1 if x > 0 else 0])
         with Image.open(tmp_path / "out" / "labels" / "clip.mp4" / f"{number:06d}.png") as labels:
-            np.testing.assert_array_equal(np.array(labels), MODEL.labels(np.rot90(image, turns)))
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(expected))
 
 
 def test_sound_is_dropped_and_that_is_said(tmp_path, capsys):
@@ -325,10 +349,276 @@ def test_repeated_times_are_moved_as_little_as_h264_needs(times, tmp_path):
     drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "clip.mp4")
     assert len(drawn) == len(times) and all(np.diff(np.array(found, float)) > 0)
     expected, latest = [], -1
-    for time in times:
-        latest = max(time, latest + 1)
+    for at in times:
+        latest = max(at, latest + 1)
         expected.append(latest)
-    assert [round(float(time) * 1000) for time in found] == [time - times[0] * (found[0] == 0) for time in expected]
+    assert [round(float(at) * 1000) for at in found] == [at - times[0] * (found[0] == 0) for at in expected]
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        # One frame too late; a clock that was set back; the same twice.
+        ([0, 40, 80, 60, 120, 160], [0, 40, 80, 81, 120, 160]),
+        ([1000, 1040, 1080, 0, 40, 80], [1000, 1040, 1080, 1081, 1121, 1161]),
+        ([0, 40, 40, 80, 20, 60, 200], [0, 40, 41, 80, 81, 121, 200]),
+    ],
+)
+def test_backward_times_go_on_from_the_last_one_until_the_source_is_ahead_again(times, expected, tmp_path):
+    header = video.Header(len(times), Fraction(25), Fraction(1, 1000), False)
+    frames = moving(len(times), 64, 96)
+    with video.writer(tmp_path / "clip.mp4", header) as writer:
+        for image, at in zip(frames, times, strict=True):
+            writer.write(image, at, 40)
+    drawn, found, *_ = seen(tmp_path / "clip.mp4")
+    assert [round(float(at) * 1000) for at in found] == expected
+    for image, written in zip(frames, drawn, strict=True):
+        assert np.abs(written.astype(int) - image).mean() < 12
+
+
+def test_a_video_whose_times_begin_again_is_written_to_its_end(tmp_path, capsys):
+    """Recorders append to transport streams, with a clock that begins anew."""
+    (tmp_path / "clip.ts").write_bytes(3 * endless(8))
+    assert run(tmp_path / "clip.ts", "--output", tmp_path / "out", "--write", "overlay") == 0
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "clip.mp4")
+    assert len(drawn) == 24 and "24 frames done" in " ".join(capsys.readouterr().out.split())
+    steps = [round(float(step) * 90000) for step in np.diff(found)]
+    assert steps == 2 * [*7 * [3600], 1] + 7 * [3600]
+
+
+# Cameras and addresses
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Sends `content`, and what `more` gives as long as it gives something."""
+
+    def __init__(self, *arguments, content=b"", more=None, kind="video/x-matroska", status=200):
+        self.content, self.more, self.kind, self.status = content, more, kind, status
+        super().__init__(*arguments)
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.send_header("Content-Type", self.kind)
+        length = ("Connection", "close") if self.more else ("Content-Length", str(len(self.content)))
+        self.send_header(*length)
+        self.end_headers()
+        try:
+            self.wfile.write(self.content)
+            while data := self.more and self.more():
+                self.wfile.write(data)
+        except OSError:
+            # The reader has enough.
+            pass
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served():
+    """A function (settings of Quiet) -> the address of a server that ends with the test."""
+    servers = []
+
+    def serve(**settings):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, **settings))
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return f"http://user:secret@127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def endless(number=8):
+    """The content of a stream of so many frames that has neither length nor duration, as of a camera."""
+    data = io.BytesIO()
+    with av.open(data, "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for image in moving(number, 64, 96):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return data.getvalue()
+
+
+def stop_after(monkeypatch, number):
+    """Ctrl-C, in the main thread, when so many frames have been computed."""
+    original, count = Run._predicted, []
+
+    def predicted(self, images):
+        count.append(1)
+        if len(count) > number:
+            raise KeyboardInterrupt
+        return original(self, images)
+
+    monkeypatch.setattr(Run, "_predicted", predicted)
+
+
+def test_a_video_at_an_address_keeps_frames_and_times_and_its_password_is_not_printed(tmp_path, capsys, served):
+    times = [0, 10, 55, 300, 310, 900]
+    frames = moving(6, 64, 96)
+    source = film(tmp_path / "clip.mkv", frames, times=times, time_base=Fraction(1, 1000))
+    address = served(content=source.read_bytes())
+    out = tmp_path / "out"
+    assert run(f"{address}/videos/clip%20x.mkv?key=1", "--output", out, "--write", "labels", "overlay") == 0
+    drawn, found, *_ = seen(out / "overlay" / "clip_x.mp4")
+    assert len(drawn) == 6 and [round(float(at) * 1000) for at in found] == times
+    for number, image in enumerate(frames):
+        with Image.open(out / "labels" / "clip_x.mkv" / f"{number:06d}.png") as labels:
+            np.testing.assert_array_equal(np.array(labels), MODEL.labels(image))
+    said = capsys.readouterr().out
+    assert "wrote 1 video of 6 frames" in said
+    assert "secret" not in said and "secret" not in (out / "predict.json").read_text()
+
+
+def test_ctrl_c_ends_a_stream_without_an_end_with_a_whole_video(tmp_path, capsys, served, monkeypatch):
+    monkeypatch.setattr(video, "PATIENCE", 0.5)
+    ended = threading.Event()
+    address = served(content=endless(), more=lambda: ended.wait(20) or b"")
+    stop_after(monkeypatch, 3)
+    assert run(f"{address}/live", "--output", tmp_path / "out", "--write", "overlay", "labels") == 130
+    ended.set()
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "live.mp4")
+    captured = capsys.readouterr()
+    said = " ".join(captured.out.split())
+    assert 1 <= len(drawn) <= 3 and f"{len(drawn)} frames done" in said and "it ends with Ctrl-C" in said
+    assert found == [Fraction(number, 25) for number in range(len(drawn))]
+    assert len(list((tmp_path / "out" / "labels" / "live").iterdir())) == len(drawn)
+    assert "stopped" in captured.err and not list(tmp_path.rglob(".*part*"))
+
+
+def test_ctrl_c_in_a_video_with_an_end_leaves_nothing_of_it(tmp_path, monkeypatch):
+    source = film(tmp_path / "clip.mkv", moving(8, 64, 96))
+    stop_after(monkeypatch, 3)
+    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 130
+    assert not (tmp_path / "out" / "overlay" / "clip.mp4").exists() and not list(tmp_path.rglob(".*part*"))
+
+
+def test_a_stream_that_stops_sending_is_written_up_to_there_and_named_again(tmp_path, capsys, served, monkeypatch):
+    monkeypatch.setattr(video, "PATIENCE", 0.5)
+    gone = threading.Event()
+    address = served(content=endless(12), more=lambda: gone.wait(20) or b"")
+    arguments = (f"{address}/live.ts", "--output", tmp_path / "out", "--write", "labels")
+    assert run(*arguments) == 1
+    gone.set()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "nothing came for 0.5 seconds" in told and "secret" not in told
+    written = len(list((tmp_path / "out" / "labels" / "live.ts").iterdir()))
+    assert written >= 5
+    assert run(*arguments, "--resume") == 1
+    assert "nothing came for" in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_without_times_have_those_at_which_they_come(tmp_path, served):
+    frames, pauses = moving(5, 64, 96), [0, 0.1, 0.1, 0.4, 0.1]
+    parts = []
+    for image in frames:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=95)
+        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(file.getvalue())}\r\n\r\n"
+        parts.append(head.encode() + file.getvalue() + b"\r\n")
+    # FFmpeg looks at one picture and the beginning of the next before it gives any.
+    sent = iter(zip(pauses, parts, strict=True))
+
+    def more():
+        pause, part = next(sent, (0, b""))
+        time.sleep(pause)
+        return part
+
+    address = served(more=more, kind="multipart/x-mixed-replace; boundary=frame")
+    assert run(f"{address}/mjpg", "--output", tmp_path / "out", "--write", "overlay") == 0
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "mjpg.mp4")
+    assert len(drawn) == 5 and found[0] == 0
+    # The longest pause is before the fourth picture, and it is known where the machine is not too busy to tell.
+    assert 0.4 <= float(found[-1]) < 30 and np.argmax(np.diff(np.array(found, float))) in (2, 3)
+
+
+def test_a_camera_is_read_until_ctrl_c_with_times_from_zero(tmp_path, capsys, monkeypatch):
+    """A stand-in for a camera: a character device of the name, and FFmpeg's test pictures behind it."""
+    (tmp_path / "video0").symlink_to(os.devnull)
+    opened = []
+
+    def stand_in(name, *, format, **settings):
+        opened.append((name, format))
+        return real("testsrc=size=96x64:rate=10,setpts=PTS+7000/TB", format="lavfi")
+
+    real = av.open
+    monkeypatch.setattr(av, "open", lambda *given, **more: (real if len(given) > 1 else stand_in)(*given, **more))
+    stop_after(monkeypatch, 4)
+    assert run(tmp_path / "video0", "--output", tmp_path / "out", "--write", "overlay") == 130
+    monkeypatch.undo()
+    assert opened == [(str(tmp_path / "video0"), "v4l2")]
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "video0.mp4")
+    assert 1 <= len(drawn) <= 4 and found == [Fraction(number, 10) for number in range(len(drawn))]
+
+
+class Rtsp(socketserver.StreamRequestHandler):
+    """A camera that sends one transport stream, in RTP packets inside the connection (RFC 2326, 2250), and hangs up."""
+
+    def handle(self):
+        method = ""
+        while method != "PLAY":
+            method, *_ = self.rfile.readline().decode().split()
+            headers = dict(line.decode().strip().split(": ", 1) for line in iter(self.rfile.readline, b"\r\n"))
+            more, body = "", ""
+            if method == "DESCRIBE":
+                more = "Content-Type: application/sdp\r\n"
+                body = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
+            if method == "SETUP":
+                more = "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n"
+            head = f"RTSP/1.0 200 OK\r\nCSeq: {headers['CSeq']}\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+            self.wfile.write((head + body).encode())
+        data, step = endless(20), 7 * 188
+        for number, start in enumerate(range(0, len(data), step)):
+            packet = struct.pack(">BBHII", 0x80, 33, number, 3600 * number, 7) + data[start : start + step]
+            self.wfile.write(b"$\0" + struct.pack(">H", len(packet)) + packet)
+
+
+def test_an_rtsp_camera_is_read_with_times_from_zero(tmp_path, capsys):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Rtsp) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        address = f"rtsp://user:secret@127.0.0.1:{server.server_address[1]}/live"
+        status = run(address, "--output", tmp_path / "out", "--write", "overlay")
+        server.shutdown()
+    captured = capsys.readouterr()
+    assert status == 0 and "secret" not in captured.out, captured.err
+    drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "live.mp4")
+    # Without a frame that FFmpeg does not know to be whole.
+    assert 18 <= len(drawn) <= 20 and found == [Fraction(number, 25) for number in range(len(drawn))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "said"),
+    [
+        ({"status": 404}, "x.mp4", "404 Not Found"),
+        ({"content": b"<html>no video</html>" * 99}, "x.mp4", "cannot be opened as a video"),
+        # It would open other addresses and files.
+        ({"content": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"}, "x.m3u8", "cannot be opened"),
+    ],
+)
+def test_an_address_without_a_video_is_named(tmp_path, capsys, served, settings, path, said):
+    assert run(f"{served(**settings)}/{path}", "--output", tmp_path / "out", "--write", "labels") == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told and "secret" not in told and not (tmp_path / "out" / "labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["ftp://me:secret@host/x.mp4"], "ftp://host/x.mp4: not one of http://, https://, rtsp://"),
+        (["file:///etc/passwd"], "file:///etc/passwd: not one of"),
+        (["http://[x"], "no address"),
+        (["rtsp://host/a", "rtsp://host/a"], "rtsp://host/a: was given twice"),
+        (["rtsp://one/a", "rtsp://two/a"], "would both become"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_named_before_anything_starts(tmp_path, capsys, given, said):
+    assert run(*given, "--output", tmp_path / "out") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told and "secret" not in told and not (tmp_path / "out").exists()
 
 
 def test_the_size_in_the_header_of_a_video_is_limited(tmp_path, capsys):

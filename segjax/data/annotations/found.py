@@ -1,0 +1,166 @@
+"""What the readers of annotations return, and the files that they look among."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import posixpath
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from segjax.data import specs
+from segjax.data.sources import MOST, Problems, in_folder
+from segjax.runtime import reading
+
+BACKGROUND = "background"  # name of class 0
+IGNORED = specs.LARGEST_LABEL  # label of pixels that are not counted, while labels are drawn
+MOST_CLASSES = specs.LARGEST_LABEL  # with the background, in 16 bits next to IGNORED
+# Suffixes of images; those that cannot be used are counted.
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
+IMAGES += (".heif", ".avif", ".jp2", ".pfm")
+# Names by which splits are known, and segjax's name for each.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "trainval": "trainval"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+OUTSIDE = "images whose names lead out of the source; put them inside it, and correct the names"
+MISSING = "images that are missing"
+
+
+class Drawn(NamedTuple):
+    """The labels of an image.
+
+    Attributes:
+      labels: uint16 (H, W), class ids and IGNORED.
+      objects: class id -> number of objects.
+      skipped: (reason, place) of each annotation that could not be drawn, or only in part.
+    """
+
+    labels: np.ndarray
+    objects: collections.Counter[int]
+    skipped: list[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotated:
+    """An image and its annotations.
+
+    Attributes:
+      name: path from which the name of the output is made; need not be unique.
+      place: path inside the source, for messages.
+      read: () -> content of the image file; OSError or ValueError if it cannot be read.
+      size: (height, width) that the annotations state; None if they state none.
+      is_upright: whether annotations belong to the image as its EXIF data turn it; None if only `size` can tell.
+      draw: (height, width) -> labels; ValueError where they cannot be drawn at all.
+    """
+
+    name: str
+    place: str
+    read: Callable[[], bytes]
+    size: tuple[int, int] | None
+    is_upright: bool | None
+    draw: Callable[[tuple[int, int]], Drawn]
+
+
+@dataclasses.dataclass
+class Found:
+    """The content of a source.
+
+    Attributes:
+      names: of the classes; the first is BACKGROUND.
+      splits: split -> its images.
+      notes: lines about what was read.
+      skipped: reason -> places of what is not imported.
+    """
+
+    names: list[str]
+    splits: dict[str, list[Annotated]]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    skipped: Problems = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+
+
+class Files:
+    """The files below a folder, by their paths inside in composed Unicode (NFC). Nothing else can be read.
+
+    Links are followed, as everywhere; hidden files are skipped.
+    """
+
+    def __init__(self, root: Path, skipped: Problems):
+        links: list[str] = []
+        found = in_folder(root, ["."], skipped, links)
+        self.root = root
+        self.paths = {
+            unicodedata.normalize("NFC", name): path
+            for name, path in found
+            if not any(part[0] == "." or part == "__MACOSX" for part in name.split("/"))
+        }
+        self.folders = {str(folder) for name in self.paths for folder in PurePosixPath(name).parents}
+        if links:
+            skipped["links to folders that are read already"] += links
+
+    def images(self, folder: str = ".") -> Iterator[str]:
+        """Paths of all images below a folder, by their suffixes."""
+        start = "" if folder == "." else f"{folder}/"
+        return (name for name in self.paths if name.startswith(start) and name.lower().endswith(IMAGES))
+
+    def find(self, name: str, folders: Iterable[str]) -> str | None:
+        """The path of a file by a name that was written on any system, relative to the first folder that has it."""
+        name = unicodedata.normalize("NFC", name).removeprefix(f"{self.root.absolute()}/")
+        for folder in folders:
+            for spelling in (name, name.replace("\\", "/")):
+                path = posixpath.normpath(posixpath.join(folder, spelling))
+                if path in self.paths:
+                    return path
+        return None
+
+    def only(self, name: str) -> str | None:
+        """The path of a file by the end of it, where no other ends like that."""
+        name = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+        found = [path for path in self._by_name.get(posixpath.basename(name), ()) if f"/{path}".endswith(f"/{name}")]
+        return found[0] if len(found) == 1 else None
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.paths:
+            found.setdefault(posixpath.basename(path), []).append(path)
+        return found
+
+    def reason_missing(self, name: str) -> str:
+        """Why `find` has found nothing, as a reason of `Found.skipped`."""
+        name = name.replace("\\", "/")
+        leads_out = re.match(r"/|[A-Za-z]:|\w+://", name) or posixpath.normpath(name).startswith("../")
+        return OUTSIDE if leads_out else MISSING
+
+    def reader(self, name: str) -> Callable[[], bytes]:
+        return functools.partial(reading.read_bytes, self.paths[name], most=MOST)
+
+
+def split_in(text: str) -> str | None:
+    """The split that a name of a file or folder mentions, "val" in instances_val2017; None for none or several."""
+    found = {_SPLITS[word] for word in re.split(r"[^a-z]+", text.lower()) if word in _SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dict[str, int]]:
+    """All classes with the background as number 0, and the number of each of `names`; adds what is wrong."""
+    known = {name: 0 for name in names if is_background(name)}
+    others = [name for name in names if name not in known]
+    if repeated := [name for name, times in collections.Counter(names).items() if times > 1]:
+        problems["classes of one name; rename them"] += repeated
+    if len(others) >= MOST_CLASSES:
+        problems[f"more classes than the {MOST_CLASSES - 1} that fit a 16-bit mask next to the background"].append(
+            f"{len(others)} classes"
+        )
+    if empty := [name for name in others if not name.strip()]:
+        problems["classes without a name; name them"] += map(repr, empty)
+    return [BACKGROUND, *others], known | {name: number for number, name in enumerate(others, 1)}
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is what has no annotation; labelme writes _background_."""
+    return name.strip("_").casefold() == BACKGROUND

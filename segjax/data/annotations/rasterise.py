@@ -1,0 +1,199 @@
+"""Regions as class ids of pixels, by the rule of COCO (pycocotools), for every format.
+
+A pixel belongs to a polygon where the polygon covers its middle, as pycocotools finds it in fifths of a pixel: one with
+corners (2, 3) and (5, 7) has the 3 x 4 pixels between them. The parts of an object are united. Where objects overlap,
+the smaller one is on top, and of two with as many pixels the later one; regions that are ignored lie below all objects.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import re
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from segjax.data import codec
+from segjax.data.annotations.found import IGNORED, Drawn
+from segjax.data.sources import DataError
+
+# Length in pixels of the longest outline, which takes 250 MB to rasterise.
+_MOST_LENGTH = 1 << 21
+# Digits of a run in COCO's compressed form: all but the last have bit 5 set (above their offset, "0"), and six
+# digits are enough for any image.
+_COMPRESSED = re.compile(r"(?:[P-o]{0,5}[0-O])+")
+
+NO_PIXEL = "objects that cover no pixel"
+OUTSIDE = "objects outside their image"
+CLIPPED = "objects that reach more than a pixel beyond their image, which are clipped"
+NO_AREA = "outlines of fewer than three corners, or half a corner"
+TOO_LONG = f"outlines longer than {_MOST_LENGTH:,} pixels, as no object has"
+BAD_RUNS = "run-length encodings that are damaged, or of another size than their image"
+BAD_MASK = "masks inside annotations that are damaged, or do not fit their image"
+
+
+class Outline(NamedTuple):
+    """Polygons, the parts of an object.
+
+    Attributes:
+      corners: x0, y0, x1, y1, ... of each, from the upper left corner of the image.
+      is_relative: whether they are shares of the width and height of the image, instead of pixels.
+    """
+
+    corners: Sequence[Sequence[float]]
+    is_relative: bool = False
+
+
+class Runs(NamedTuple):
+    """COCO's run-length encoding of a mask of (height, width), column by column: lengths or their compressed form."""
+
+    counts: Sequence[int] | str
+    size: tuple[int, int]
+
+
+class Bitmap(NamedTuple):
+    """A PNG in base64 at (left, top), in which values other than 0 are the object."""
+
+    png: str
+    left: int
+    top: int
+
+
+class Region(NamedTuple):
+    """An annotation: its class id or IGNORED, its shape, and its place in a file, for messages."""
+
+    label: int
+    shape: Outline | Runs | Bitmap
+    place: str
+
+
+class _UnusableError(ValueError):
+    """A region that cannot be drawn; the message is the reason."""
+
+
+def pycocotools() -> ModuleType:
+    """Imports pycocotools' masks. Raises DataError, with the command that installs it, where it is missing."""
+    try:
+        from pycocotools import mask
+    except ModuleNotFoundError:
+        raise DataError("polygons need pycocotools: pip install 'segjax[import]'") from None
+    return mask
+
+
+def draw(regions: Sequence[Region], size: tuple[int, int]) -> Drawn:
+    """The labels of an image of (height, width) in which there is background where no region is."""
+    masks = pycocotools()
+    objects: collections.Counter[int] = collections.Counter()
+    skipped: list[tuple[str, str]] = []
+    drawn: list[tuple[bool, int, int, np.ndarray]] = []
+    for region in regions:
+        try:
+            runs, is_clipped = _runs(masks, region.shape, size)
+        except _UnusableError as error:
+            skipped.append((str(error), region.place))
+            continue
+        if not (area := int(runs[1::2].sum())):
+            skipped.append((NO_PIXEL, region.place))
+            continue
+        if is_clipped:
+            skipped.append((CLIPPED, region.place))
+        if region.label != IGNORED:
+            objects[region.label] += 1
+        drawn.append((region.label != IGNORED, -area, region.label, runs))
+    columns = np.zeros(size[0] * size[1], np.uint16)
+    # The sort is stable: the later one of two equal areas comes last.
+    for _, _, label, runs in sorted(drawn, key=lambda entry: entry[:2]):
+        ends = np.cumsum(runs).tolist()
+        for start, end in zip(ends[0::2], ends[1::2], strict=False):
+            columns[start:end] = label
+    return Drawn(np.ascontiguousarray(columns.reshape(size[::-1]).T), objects, skipped)
+
+
+def _runs(masks: ModuleType, shape: Outline | Runs | Bitmap, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    """int64, the lengths of runs outside and inside a region by turns, down the columns of the image; and whether the
+    image cuts a part of it off."""
+    if isinstance(shape, Runs):
+        return _of_runs(shape, size), False
+    if isinstance(shape, Bitmap):
+        return _of_bitmap(shape, size)
+    return _of_outline(masks, shape, size)
+
+
+def _of_outline(masks: ModuleType, shape: Outline, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    height, width = size
+    # pycocotools takes four numbers for a box, and fills fewer corners in some way.
+    if any(len(corners) < 6 or len(corners) % 2 for corners in shape.corners) or not shape.corners:
+        raise _UnusableError(NO_AREA)
+    polygons = [np.asarray(corners, np.float64).reshape(-1, 2) for corners in shape.corners]
+    if shape.is_relative:
+        polygons = [polygon * (width, height) for polygon in polygons]
+    every = np.concatenate(polygons)
+    (left, top), (right, bottom) = every.min(0), every.max(0)
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
+        raise _UnusableError(OUTSIDE)
+    # pycocotools keeps each step along an outline in memory, and counts in 32 bits.
+    steps = [np.abs(polygon - np.roll(polygon, 1, axis=0)).max(1).sum() for polygon in polygons]
+    if not sum(steps) <= _MOST_LENGTH:
+        raise _UnusableError(TOO_LONG)
+    merged = masks.merge(masks.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width))
+    return _decompressed(merged["counts"]), left < -1 or top < -1 or right > width + 1 or bottom > height + 1
+
+
+def _of_runs(shape: Runs, size: tuple[int, int]) -> np.ndarray:
+    # Not by pycocotools, which reads and writes beyond its arrays where runs are damaged.
+    if isinstance(shape.counts, str):
+        if not _COMPRESSED.fullmatch(shape.counts):
+            raise _UnusableError(BAD_RUNS)
+        counts = _decompressed(shape.counts.encode())
+    elif max(map(abs, shape.counts), default=0) > size[0] * size[1]:
+        raise _UnusableError(BAD_RUNS)
+    else:
+        counts = np.array(shape.counts, np.int64)
+    if shape.size != size or (counts < 0).any() or counts.sum() != size[0] * size[1]:
+        raise _UnusableError(BAD_RUNS)
+    return counts
+
+
+def _decompressed(data: bytes) -> np.ndarray:
+    """int64, the lengths in COCO's compressed form: five bits a digit, the lowest first, the highest bit is the sign.
+
+    From the fourth on, each is the difference to the last but one.
+    """
+    digits = np.frombuffer(data, np.uint8).astype(np.int64) - ord("0")
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.append(0, last[:-1] + 1)
+    place = np.arange(len(digits)) - np.repeat(first, last - first + 1)
+    counts = np.add.reduceat((digits & 31) << 5 * place, first)
+    counts -= np.where(digits[last] & 16, 1 << 5 * (last - first + 1), 0)
+    for start in (1, 2):
+        counts[start::2] = np.cumsum(counts[start::2])
+    return counts
+
+
+def _of_bitmap(shape: Bitmap, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    try:
+        data = base64.b64decode(shape.png, validate=True)
+    except (binascii.Error, ValueError):
+        raise _UnusableError(BAD_MASK) from None
+    # One that is larger than the image by far is a bomb, or another image's.
+    found = codec.size_of(data) if codec.format_of(data[:32]) == "PNG" and not codec.damage(data) else None
+    if found is None or found[0] > 2 * size[0] + 2 or found[1] > 2 * size[1] + 2:
+        raise _UnusableError(BAD_MASK)
+    mask = codec.decode_mask(data)
+    if mask is None or mask.ndim != 2:
+        raise _UnusableError(BAD_MASK)
+    (height, width), (top, left) = size, (shape.top, shape.left)
+    if left >= width or top >= height or left + mask.shape[1] <= 0 or top + mask.shape[0] <= 0:
+        raise _UnusableError(OUTSIDE)
+    part = mask[max(-top, 0) : height - top, max(-left, 0) : width - left]
+    top, left = max(top, 0), max(left, 0)
+    whole = np.zeros(size, bool)
+    whole[top : top + part.shape[0], left : left + part.shape[1]] = part != 0
+    changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False, append=False))
+    # As for outlines, a pixel is forgiven.
+    is_clipped = mask.shape[0] - part.shape[0] > 1 or mask.shape[1] - part.shape[1] > 1
+    return np.diff(changes, prepend=0, append=height * width), is_clipped

@@ -1,0 +1,112 @@
+"""Divides the only split of a dataset into train and val: by a share, with groups that stay together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from segjax.data.sources import DataError, Example, Examples, Problems, counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a split is divided. Equal names and equal settings give equal splits, on any machine.
+
+    Attributes:
+      val_share: share of the images that go to val, between 0 and 1.
+      seed: decides which.
+      group_by: regular expression that finds the group of an image in its name: its first group, or all that it
+        matches. Images of one group stay together. None for images that may be divided in any way.
+    """
+
+    val_share: float
+    seed: int = 0
+    group_by: str | None = None
+
+    def __post_init__(self):
+        if not 0 < self.val_share < 1:
+            raise DataError(f"the share of val is between 0 and 1, not {self.val_share}")
+        try:
+            re.compile(self.group_by or "")
+        except re.error as error:
+            raise DataError(f"{self.group_by!r} is no regular expression: {error}") from None
+
+    def __str__(self) -> str:
+        groups = "" if self.group_by is None else f", groups by {self.group_by}"
+        return f"val {self.val_share:g} of the images, seed {self.seed}{groups}"
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits that identify the division, for the name of a folder."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Division | None:
+        """The division of a prepared dataset with these metadata; None where it has the splits of its source."""
+        return cls(**metadata["division"]) if metadata.get("division") else None
+
+
+def divided(examples: Examples, division: Division, problems: Problems, notes: list[str]) -> Examples:
+    """Examples in the splits train and val, instead of in the only one with labels; other splits stay.
+
+    Each group has a number by its name and the seed. Those with the lowest go to val, as many as bring it closest to
+    its share, at least one and not all. Further images hardly change the places of the others.
+
+    Args:
+      problems: gets why a dataset cannot be divided.
+      notes: gets a line about the groups.
+    """
+    labelled = [split for split, found in examples.items() if found and all(example.label for example in found)]
+    if len(labelled) != 1:
+        problems["a share for val divides the only split with labels, and there is not one; omit it"].append(
+            f"splits with labels: {counted({split: len(examples[split]) for split in labelled}) or 'none'}"
+        )
+        return examples
+    (split,) = labelled
+    if taken := {"train", "val"} & (examples.keys() - {split}):
+        problems["splits without labels that have the names of those to be made; rename them"] += sorted(taken)
+        return examples
+    groups: dict[str, list[Example]] = {}
+    for example in examples[split]:
+        name = _group(example.name, division.group_by)
+        if name is None:
+            problems[f"images whose name has no match of {division.group_by!r}, and so no group"].append(example.name)
+        else:
+            groups.setdefault(name, []).append(example)
+    if problems:
+        return examples
+    if len(groups) < 2:
+        problems["too few groups to divide; there must be two"].append(f"{len(groups)} in {split}: {', '.join(groups)}")
+        return examples
+
+    def number(group: str) -> bytes:
+        text = f"{division.seed}\0{group}"
+        return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
+
+    order = sorted(groups, key=number)
+    wanted, sizes = division.val_share * len(examples[split]), []
+    for group in order[:-1]:
+        sizes.append((sizes[-1] if sizes else 0) + len(groups[group]))
+    most = min(range(len(sizes)), key=lambda place: abs(sizes[place] - wanted)) + 1
+    chosen = {example.name for group in order[:most] for example in groups[group]}
+    parts = {
+        "train": [example for example in examples[split] if example.name not in chosen],
+        "val": [example for example in examples[split] if example.name in chosen],
+    }
+    if division.group_by is not None:
+        notes.append(f"{len(groups)} groups by {division.group_by}: {len(groups) - most} in train, {most} in val")
+    notes.append(f"{split} is divided: {division}")
+    others = {name: found for name, found in examples.items() if name != split}
+    return parts | others
+
+
+def _group(name: str, group_by: str | None) -> str | None:
+    """The group of an image; None where the expression does not match."""
+    if group_by is None:
+        return name
+    if (match := re.search(group_by, name)) is None:
+        return None
+    return match.group(1) if match.re.groups and match.group(1) is not None else match.group()

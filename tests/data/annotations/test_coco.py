@@ -1,0 +1,312 @@
+"""COCO's instances, as several tools write them, become a folder that can be prepared; damaged ones are refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from segjax.data import builders, codec
+from tests.made_annotations import (
+    drawn,
+    imported,
+    labels_of,
+    names_of,
+    picture,
+    rectangle,
+    refused,
+    turned,
+    write_json,
+)
+from tests.made_archives import write
+
+pytest.importorskip("pycocotools")
+
+
+def instances(**changes):
+    """Two images of 4 x 6: a dog with a cat on it and a crowd beside them, and nothing."""
+    content = {
+        "images": [
+            {"id": 5, "file_name": "a.png", "height": 4, "width": 6},
+            {"id": 6, "file_name": "b.png", "height": 4, "width": 6},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 7, "segmentation": [rectangle(1, 1, 2, 3)], "iscrowd": 0},
+            {"id": 2, "image_id": 5, "category_id": 3, "segmentation": [rectangle(0, 0, 3, 4)]},
+            {
+                "id": 3,
+                "image_id": 5,
+                "category_id": 7,
+                "segmentation": {"counts": [16, 8], "size": [4, 6]},
+                "iscrowd": 1,
+            },
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "unused"}],
+    }
+    return content | changes
+
+
+EXPECTED = drawn("1110## 1210## 1210## 1110##")
+
+
+def source_of(root, content=None, *, images=("a", "b"), split="train2017"):
+    write_json(root / f"annotations/instances_{split}.json", instances() if content is None else content)
+    for number, name in enumerate(images):
+        write(root / f"{split}/{name}.png", picture(4, 6, seed=number))
+    return root
+
+
+def changed(key, index, **entries):
+    """The instances with entries of one image or annotation replaced."""
+    content = instances()
+    content[key][index] |= entries
+    return content
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
+    source = source_of(tmp_path / "coco")
+    source_of(source, split="val2017")
+    folder = tmp_path / "out"
+    said = imported("coco", source, folder, capsys)
+    assert names_of(folder) == ["background", "dog", "cat", "unused"]
+    classes = json.loads((folder / "classes.json").read_text())
+    assert classes["ignore"] == 255 and classes["absent"] == ["unused"]
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(labels_of(folder, split, "a"), EXPECTED)
+        assert not labels_of(folder, split, "b").any()
+        for name in ("a.png", "b.png"):
+            original = source / f"{split}2017" / name
+            copy = folder / "images" / split / name
+            assert copy.read_bytes() == original.read_bytes() and not copy.is_symlink()
+    rows = [line.split() for line in said.splitlines()]
+    assert ["train", "2", "1", "2"] in rows and ["val", "2", "1", "2"] in rows
+    # 2 splits of 2 images of 24 pixels.
+    assert ["dog", "2", f"{100 * 2 * 10 / 96:.4f}"] in rows and ["cat", "2", f"{100 * 2 * 2 / 96:.4f}"] in rows
+    assert ["(ignored)", f"{100 * 2 * 8 / 96:.4f}"] in rows and "nothing was skipped" in said
+    prepared = builders.prepare("folder", source=folder, data_dir=tmp_path / "data")
+    assert prepared.splits == {"train": 2, "val": 2}
+    np.testing.assert_array_equal(prepared.load("train").labels[0], EXPECTED)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
+    content = instances(categories=[{"id": k, "name": f"c{k}"} for k in range(400)])
+    for annotation, category in zip(content["annotations"], (398, 141, 398), strict=True):
+        annotation["category_id"] = category
+    imported("coco", source_of(tmp_path / "coco", content), tmp_path / "out", capsys)
+    # The background is class 0.
+    expected = np.array([0, 142, 399], np.uint16)[np.where(EXPECTED == 255, 0, EXPECTED)]
+    expected[EXPECTED == 255] = 65535
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), expected)
+    prepared = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
+    np.testing.assert_array_equal(prepared.load("train").labels[0], expected)
+    assert prepared.spec.ignore_label == 65535 and len(set(prepared.spec.colors)) == 401
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_one_category_of_crowds_only_is_not_taken_for_masks_of_0_and_255(tmp_path, capsys):
+    content = instances(categories=[{"id": 1, "name": "cat"}])
+    for annotation in content["annotations"]:
+        annotation |= {"category_id": 1, "iscrowd": 1}
+    imported("coco", source_of(tmp_path / "coco", content), tmp_path / "out", capsys)
+    assert np.unique(labels_of(tmp_path / "out", "train", "a")).tolist() == [0, 254]
+    prepared = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
+    assert prepared.spec.class_names == ("background", "cat")
+    assert prepared.pixel_counts("train") == [48 - 12 - 8, 0]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images", "splits"),
+    [
+        # Roboflow, FiftyOne, CVAT, Label Studio, labelme2coco; names with folders.
+        (["train/_annotations.coco.json", "valid/_annotations.coco.json"], "{split}/{name}", {"train", "val"}),
+        (["labels.json"], "data/{name}", {"train"}),
+        (["annotations/instances_default.json"], "images/default/{name}", {"train"}),
+        (["result.json"], "images/{name}", {"train"}),
+        (["annotations.json"], "JPEGImages/{name}", {"train"}),
+        (["day.json", "night.json"], "images/{name}", {"day", "night"}),
+        (["train_labels.json"], "pictures of june/training/{name}", {"train"}),
+        (["labels.json"], "pictures of june/{name}", {"train"}),
+    ],
+)
+def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, images, splits):
+    for name in annotations:
+        write_json(tmp_path / "x" / name, instances())
+        for stem in ("a.png", "b.png"):
+            write(tmp_path / "x" / images.format(split=name.partition("/")[0], name=stem), picture(4, 6))
+    imported("coco", tmp_path / "x", tmp_path / "out", capsys)
+    assert {path.name for path in (tmp_path / "out/images").iterdir()} == splits
+    for split in splits:
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
+
+
+def test_images_of_one_name_are_those_of_the_split_and_others_are_counted(tmp_path, capsys):
+    write_json(tmp_path / "x/train_labels.json", instances())
+    write_json(tmp_path / "x/val_labels.json", instances())
+    data = {split: picture(4, 6, seed=seed) for seed, split in enumerate(("training", "validation", "more"))}
+    for split, content in data.items():
+        for name in ("a.png", "b.png"):
+            write(tmp_path / "x" / split / name, content)
+    said = imported("coco", tmp_path / "x", tmp_path / "out", capsys)
+    assert (tmp_path / "out/images/train/a.png").read_bytes() == data["training"]
+    assert (tmp_path / "out/images/val/a.png").read_bytes() == data["validation"]
+    assert "images that no JSON file lists: 2 more/a.png more/b.png" in " ".join(said.split())
+
+
+def test_names_that_are_paths_on_this_machine_are_found_inside_the_source_only(tmp_path, capsys):
+    content = instances()
+    content["images"][0]["file_name"] = str(tmp_path / "x/train2017/a.png")
+    content["images"][1]["file_name"] = str(tmp_path / "b.png")
+    write(tmp_path / "b.png", picture(4, 6))
+    said = imported("coco", source_of(tmp_path / "x", content, images=["a"]), tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
+    assert "names lead out of the source" in " ".join(said.split())
+    assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["a.png"]
+
+
+def test_a_json_file_is_a_source_too(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    imported("coco", source / "annotations/instances_train2017.json", tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
+
+
+def test_names_that_would_be_one_file_or_hidden_or_odd_are_changed_and_named(tmp_path, capsys):
+    names = ["x/1.png", "y/1.png", "x_1.png", "X_1.PNG", ".a.png", "ä\nb.png", "t" * 230 + ".png", "..\\windows.png"]
+    images = [{"id": k, "file_name": name, "height": 4, "width": 6} for k, name in enumerate(names)]
+    source = source_of(tmp_path / "x", instances(images=images, annotations=[]), images=())
+    for name in names[:-1]:
+        write(source / "train2017" / name, picture(4, 6))
+    said = imported("coco", source, tmp_path / "out", capsys)
+    found = sorted(path.name for path in (tmp_path / "out/images/train").iterdir())
+    (long,) = (name for name in found if name.startswith("ttt"))
+    assert len(long) < 200
+    # The hidden file is not read, as nowhere.
+    assert found == sorted(["x_1.png", "y_1.png", "x_1_2.png", "X_1_3.png", "ä\\nb.png", long])
+    assert sorted(path.name for path in (tmp_path / "out/labels/train").iterdir()) == found
+    assert "images whose names were changed: 6" in said and "images that are missing: 1" in said
+    assert "names lead out of the source; put them inside it, and correct the names: 1" in " ".join(said.split())
+
+
+def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
+    content = instances()
+    content["images"] += [
+        {"id": 7, "file_name": "gone.png", "height": 4, "width": 6},
+        {"id": 8, "file_name": "../secret.png", "height": 4, "width": 6},
+        {"id": 9, "file_name": "damaged.png", "height": 4, "width": 6},
+        {"id": 10, "file_name": "large.png", "height": 4, "width": 6},
+        {"id": 11, "file_name": "deep.png"},
+    ]
+    content["annotations"] += [
+        {"image_id": 99, "category_id": 7, "segmentation": [rectangle(1, 1, 2, 3)]},
+        {"image_id": 6, "category_id": 7, "segmentation": [], "bbox": [1, 1, 2, 3]},
+        {"image_id": 6, "category_id": 7},
+        {"image_id": 6, "category_id": 7, "segmentation": [[1, 1, 2, 3]]},
+        {"image_id": 6, "category_id": 7, "segmentation": [rectangle(8, 1, 9, 3)]},
+        {"image_id": 6, "category_id": 7, "segmentation": [rectangle(4, 0, 6, 4), [1, 2]]},
+        {"image_id": 6, "category_id": 3, "segmentation": rectangle(0, 3, 1, 4)},
+        {"image_id": 6, "category_id": 3, "segmentation": {"counts": "zz", "size": [4, 6]}},
+    ]
+    source = source_of(tmp_path / "x", content)
+    write(tmp_path / "secret.png", picture(4, 6))
+    write(source / "train2017/damaged.png", picture(4, 6)[:-30])
+    write(source / "train2017/large.png", picture(8, 12))
+    write(source / "train2017/deep.png", b"II*\0" + bytes(50))
+    write_json(source / "annotations/captions_train2017.json", {})
+    said = imported("coco", source, tmp_path / "out", capsys)
+    lines = said.replace("\n  ", " ").splitlines()
+    flat = " ".join(said.split())
+    for reason in (
+        "annotations of images that the same file does not list: 1",
+        "objects that have a box but no outline; their boxes become the ignore value: 1",
+        "objects that have neither an outline nor a box: 1",
+        "outlines of fewer than three corners, or half a corner: 1",
+        "half a corner, of objects that have others: 1",
+        "objects outside their image: 1",
+        "run-length encodings that are damaged, or of another size than their image: 1",
+        "images that are missing: 1",
+        "images whose names lead out of the source; put them inside it, and correct the names: 1",
+        "images of another size (height x width) than their annotations state: 1",
+        "images that cannot be used: 2",
+        "JSON files next to those of the instances: 1",
+    ):
+        assert reason in flat, lines
+    assert "large.png: 8 x 12, annotated 4 x 6" in flat and "deep.png: is no PNG" in flat
+    assert sorted(path.name for path in (tmp_path / "out/images/train").iterdir()) == ["a.png", "b.png"]
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "b"), drawn("000022 0##022 0##022 1##022"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (changed("annotations", 1, category_id=4), ["a category that is not listed", "annotations.1: 4"]),
+        (changed("annotations", 1, segmentation=[[1, "x"]]), ["annotations.1: segmentation"]),
+        (changed("annotations", 1, segmentation=[[1, 2, float("nan")] * 2]), ["annotations.1: segmentation"]),
+        (changed("annotations", 1, image_id=None), ["annotations.1: image_id"]),
+        (changed("images", 1, file_name=3), ["images.1: file_name"]),
+        (changed("images", 1, id=5), ["images of one id", "5"]),
+        (changed("images", 1, file_name="a.png"), ["lists twice", "a.png"]),
+        (changed("categories", 1, name="cat"), ["classes of one name", "cat"]),
+        (changed("categories", 1, id=7), ["one id and two names", "7 is 'cat' and 'dog'"]),
+        (changed("categories", 1, name=" "), ["classes without a name"]),
+        (instances(categories=[{"id": k, "name": f"c{k}"} for k in range(70_000)]), ["70000 classes", "65534"]),
+        (instances(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 3, 3]}]), ["boxes only"]),
+        (instances(annotations=[{"image_id": 5, "segments_info": []}]), ["a panoptic one"]),
+        (instances(annotations=[{"image_id": 5, "caption": "x"}]), ["captions"]),
+        ({"images": []}, ["without annotations, categories"]),
+        ({"shapes": []}, ["segjax data import labelme"]),
+        (instances(images=[]), ["no image can be used"]),
+        ([], ["no object of JSON"]),
+    ],
+)
+def test_annotations_that_contradict_each_other_are_refused_and_named(tmp_path, capsys, content, said):
+    report = refused("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
+    assert [part for part in said if part not in report] == [], report
+
+
+@pytest.mark.parametrize("data", [b"", b'{"images": [', b"\xff\xfe", b"[" * 100_000, b"{}"])
+def test_json_that_is_damaged_is_refused_and_named(tmp_path, capsys, data):
+    source = source_of(tmp_path / "x")
+    write(source / "annotations/instances_val2017.json", data)
+    if data == b"{}":
+        # The other split is there.
+        assert "instances_val2017.json: without images" in imported("coco", source, tmp_path / "out", capsys)
+    else:
+        assert "instances_val2017.json" in refused("coco", source, tmp_path / "out", capsys)
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path, capsys):
+    for name in ("x.zip", ".hidden.json"):
+        write(tmp_path / "x" / name, b"PK")
+        assert "unpack an archive first" in refused("coco", tmp_path / "x" / name, tmp_path / "out", capsys)
+    assert "no .json" in refused("coco", tmp_path / "x", tmp_path / "out", capsys)
+
+
+def test_two_files_of_one_split_are_refused(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    write_json(source / "annotations/instances_train2014.json", instances())
+    report = refused("coco", source, tmp_path / "out", capsys)
+    assert "JSON files of one split" in report and "instances_train2014.json" in report
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(6, 4, 4), (4, 6, 6)])
+def test_an_image_that_exif_turns_is_written_as_its_annotations_have_it(tmp_path, capsys, height, width, expected):
+    # Stored as 6 x 4, shown as 4 x 6.
+    content = instances(images=[{"id": 5, "file_name": "a.jpg", "height": height, "width": width}])
+    content["annotations"] = [content["annotations"][0] | {"segmentation": [rectangle(0, 0, 2, 1)]}]
+    source = source_of(tmp_path / "x", content, images=())
+    write(source / "train2017/a.jpg", turned(6, 4))
+    imported("coco", source, tmp_path / "out", capsys)
+    labels = labels_of(tmp_path / "out", "train", "a")
+    assert labels.shape == (height, width) and labels.sum() == 2 * 2 and labels.shape[1] == expected
+    stored = codec.decode_image((source / "train2017/a.jpg").read_bytes())
+    written = codec.decode_image((tmp_path / "out/images/train/a.png").read_bytes())
+    np.testing.assert_array_equal(written, stored if height == 6 else np.rot90(stored, -1))
+
+
+def test_an_image_that_exif_turns_by_half_is_skipped_since_its_size_does_not_tell(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    write(source / "train2017/a.png", turned(4, 6, orientation=3))
+    said = imported("coco", source, tmp_path / "out", capsys)
+    assert "whose size does not tell" in said and "train2017/a.png" in said
+    assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["b.png"]

@@ -1,0 +1,149 @@
+"""Masks in the layout of VOC, of labelme and CVAT too, become a folder that can be prepared."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segjax.data import builders, codec, specs
+from tests.made_annotations import imported, labels_of, names_of, picture, refused, turned
+from tests.made_archives import palette_png, write
+
+SIZE = (5, 8)
+
+
+def mask_of(values, seed=0) -> np.ndarray:
+    """A mask in which each of the values occurs."""
+    return (
+        np.random.default_rng(seed).permutation(np.resize(np.array(values, np.uint8), SIZE[0] * SIZE[1])).reshape(SIZE)
+    )
+
+
+def png(array) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def source_of(root, masks, lists=None, encode=palette_png):
+    for number, (stem, mask) in enumerate(masks.items()):
+        write(root / f"JPEGImages/{stem}.jpg", picture(*SIZE, seed=number, kind="JPEG"))
+        write(root / f"SegmentationClass/{stem}.png", encode(mask))
+    for split, stems in (lists or {}).items():
+        write(root / f"ImageSets/Segmentation/{split}.txt", "\n".join(stems).encode() + b"\n")
+    return root
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
+    masks = {stem: mask_of([*range(21), 255], seed) for seed, stem in enumerate("abcd")}
+    lists = {"train": ["a", "b"], "val": ["c"], "trainval": ["a", "b", "c"], "test": ["x"]}
+    source = source_of(tmp_path / "VOCdevkit/VOC2012", masks, lists)
+    write(source / "JPEGImages/more.jpg", picture(*SIZE))
+    write(source / "JPEGImages/a.png", picture(*SIZE))
+    said = imported("voc", tmp_path / "VOCdevkit", tmp_path / "out", capsys)
+    assert names_of(tmp_path / "out") == list(specs.VOC.class_names)
+    for split, stems in (("train", "ab"), ("val", "c")):
+        for stem in stems:
+            np.testing.assert_array_equal(labels_of(tmp_path / "out", split, stem), masks[stem])
+            copied = (tmp_path / f"out/images/{split}/{stem}.jpg").read_bytes()
+            assert copied == (source / f"JPEGImages/{stem}.jpg").read_bytes()
+    flat = " ".join(said.split())
+    assert "images of a list that have no mask: 1 test: x" in flat and "masks that no list names: 1 d" in flat
+    assert "in nothing but the suffix: 1 JPEGImages/a.png" in flat.replace("VOC2012/", "")
+    assert "images that have no mask, which are not imported: 1" in flat
+    found = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
+    assert found.splits == {"train": 2, "val": 1}
+
+
+@pytest.mark.parametrize("encode", [palette_png, png])
+def test_class_names_of_labelme_name_the_values_of_palette_and_grey_masks(tmp_path, capsys, encode):
+    mask = mask_of([0, 1, 2, 255])
+    source = source_of(tmp_path / "x", {"a": mask}, encode=encode)
+    write(source / "class_names.txt", b"_background_\nKatze\nHund\n")
+    said = imported("voc", source, tmp_path / "out", capsys)
+    assert names_of(tmp_path / "out") == ["background", "Katze", "Hund"]
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), mask)
+    assert "there is no list of a split: all masks are train" in said
+
+
+@pytest.mark.parametrize("background", ["background:0,0,0::\n", ""])
+@pytest.mark.parametrize("as_palette", [False, True])
+def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, capsys, as_palette, background):
+    mask = mask_of([0, 1, 2, 3], seed=3)
+    colors = np.array([[10, 20, 30], [0, 0, 0], [200, 0, 1], [224, 224, 192]], np.uint8)
+    image = Image.fromarray(mask)
+    image.putpalette(np.resize(colors, (256, 3)).tobytes())
+    file = io.BytesIO()
+    (image if as_palette else image.convert("RGB")).save(file, "PNG")
+    source = source_of(tmp_path / "x", {"a": mask}, encode=lambda _: file.getvalue())
+    write(
+        source / "labelmap.txt", b"# label:color_rgb:parts:actions\ncat:10,20,30::\nbackground:0,0,0::\ndog:200,0,1::\n"
+    )
+    imported("voc", source, tmp_path / "out", capsys)
+    assert names_of(tmp_path / "out") == ["background", "cat", "dog"]
+    # cat is 1 and background 0, whatever their order; VOC's colour of outlines is ignored.
+    expected = np.array([1, 0, 2, 255], np.uint8)[mask]
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), expected)
+
+
+def test_two_classes_have_another_ignore_value_than_255(tmp_path, capsys):
+    mask = mask_of([0, 255])
+    source = source_of(tmp_path / "x", {"a": mask})
+    write(source / "class_names.txt", b"_background_\ncat\n")
+    imported("voc", source, tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), np.where(mask == 255, 254, 0))
+
+
+def test_an_image_that_exif_turns_has_the_orientation_of_its_mask(tmp_path, capsys):
+    source = source_of(tmp_path / "x", {"a": mask_of([0, 1])})
+    write(source / "JPEGImages/a.jpg", turned(8, 5))
+    imported("voc", source, tmp_path / "out", capsys)
+    assert codec.size_of((tmp_path / "out/images/train/a.png").read_bytes()) == SIZE
+
+
+def test_masks_that_cannot_be_used_are_counted(tmp_path, capsys):
+    masks = {stem: mask_of([0, 1]) for stem in "abcd"}
+    source = source_of(tmp_path / "x", masks)
+    write(source / "SegmentationClass/b.png", palette_png(masks["b"])[:-20])
+    write(source / "SegmentationClass/c.png", png(np.zeros((9, 9), np.uint8)))
+    write(source / "SegmentationClass/d.png", picture(*SIZE, kind="JPEG"))
+    flat = " ".join(imported("voc", source, tmp_path / "out", capsys).split())
+    assert "its mask SegmentationClass/b.png: is truncated" in flat and "d.png: is no PNG" in flat
+    assert "JPEGImages/c.jpg: 5 x 8, annotated 9 x 9" in flat
+    assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["a.jpg"]
+
+
+def test_a_value_or_colour_of_no_class_is_refused_with_its_place(tmp_path, capsys):
+    mask = np.zeros(SIZE, np.uint8)
+    mask[3, 4:7] = 21
+    report = refused("voc", source_of(tmp_path / "x", {"a": mask}), tmp_path / "out", capsys)
+    assert "SegmentationClass/a.png has 3 pixels of no class, the first at row 3, column 4: 21" in report
+    colored = np.zeros((*SIZE, 3), np.uint8)
+    colored[1, 2] = 1, 2, 3
+    report = refused("voc", source_of(tmp_path / "y", {"a": colored}, encode=png), tmp_path / "out", capsys)
+    assert "has 1 pixels of no class, the first at row 1, column 2: [1, 2, 3]" in report
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("cat\n", "'cat' is no name:r,g,b::"), ("cat:1,2,300::\n", "is no name"), ("a:1,2,3::\nb:1,2,3::\n", "(1, 2, 3)")],
+)
+def test_a_labelmap_that_is_wrong_is_named(tmp_path, capsys, text, said):
+    source = source_of(tmp_path / "x", {"a": mask_of([0, 1])})
+    write(source / "labelmap.txt", text.encode())
+    assert said in refused("voc", source, tmp_path / "out", capsys)
+
+
+def test_boxes_only_and_other_folders_are_refused_by_name(tmp_path, capsys):
+    write(tmp_path / "x/Annotations/a.xml", b"<annotation/>")
+    write(tmp_path / "x/JPEGImages/a.jpg", picture(4, 4, kind="JPEG"))
+    assert "boxes only (Annotations/*.xml)" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)
+    (tmp_path / "x/Annotations/a.xml").unlink()
+    assert "no folder SegmentationClass" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)
+    assert "is no folder" in refused("voc", tmp_path / "x/JPEGImages/a.jpg", tmp_path / "out", capsys)
+    for year in ("VOC2007", "VOC2012"):
+        source_of(tmp_path / "y" / year, {"a": mask_of([0, 1])})
+    assert "y has several folders" in refused("voc", tmp_path / "y", tmp_path / "out", capsys)

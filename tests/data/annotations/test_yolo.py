@@ -1,0 +1,155 @@
+"""Ultralytics' segmentation data become a folder that can be prepared; boxes and other tasks are refused by name."""
+
+import os
+
+import numpy as np
+import pytest
+
+from segjax.data import builders
+from tests.made_annotations import drawn, imported, labels_of, names_of, picture, rectangle, refused, turned
+from tests.made_archives import write
+
+pytest.importorskip("pycocotools")
+
+NAMES = "names:\n  0: cat\n  1: no\n"
+
+
+def line(kind, corners, size=(4, 8)) -> str:
+    """An object with corners in pixels."""
+    return f"{kind} {' '.join(str(number / size[(k + 1) % 2]) for k, number in enumerate(corners))}\n"
+
+
+CAT, DOG = line(0, rectangle(1, 1, 3, 3)), line(1, rectangle(0, 0, 6, 3))
+
+
+def source_of(root, yaml=f"train: images/train\nval: images/val\n{NAMES}", text=CAT + DOG):
+    write(root / "data.yaml", yaml.encode())
+    for split in ("train", "val"):
+        for number, name in enumerate("ab"):
+            write(root / f"images/{split}/{name}.png", picture(4, 8, seed=number))
+        write(root / f"labels/{split}/a.txt", text.encode())
+    return root
+
+
+EXPECTED = drawn("22222200 21122200 21122200 00000000")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
+def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
+    said = imported("yolo", source_of(tmp_path / "x"), tmp_path / "out", capsys)
+    # "no" is a name, not false.
+    assert names_of(tmp_path / "out") == ["background", "cat", "no"]
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
+        assert not labels_of(tmp_path / "out", split, "b").any()
+    rows = [row.split() for row in said.splitlines()]
+    assert ["train", "2", "1", "2"] in rows and ["no", "2", f"{100 * 14 / 64:.4f}"] in rows
+    found = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
+    assert found.splits == {"train": 2, "val": 2}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "images", "labels"),
+    [
+        # Roboflow; Ultralytics; another machine's; a list of folders; a list of images.
+        ("train: ../train/images\nnames: [cat, no]", "train/images", "train/labels"),
+        ("path: ../datasets/x\ntrain: images/train\nnames: [cat, no]", "images/train", "labels/train"),
+        ("path: /home/me/x\ntrain: images/train\nnames: [cat, no]", "images/train", "labels/train"),
+        ("train: C:\\data\\x\\images\\train\nnames: [cat, no]", "images/train", "labels/train"),
+        ("train: [images/one, images/two]\nnames: [cat, no]", "images/one", "labels/one"),
+        ("train: train.txt\nnames: [cat, no]", "images", "labels"),
+        ("train: pictures\nnames: [cat, no]", "pictures", "pictures"),
+    ],
+)
+def test_layouts_of_several_tools_are_found(tmp_path, capsys, yaml, images, labels):
+    write(tmp_path / "x/data.yaml", yaml.encode())
+    write(tmp_path / f"x/{images}/a.png", picture(4, 8))
+    write(tmp_path / f"x/{labels}/a.txt", (CAT + DOG).encode())
+    write(tmp_path / "x/images/two/b.png", picture(4, 8))
+    write(tmp_path / "x/train.txt", b"./images/a.png\n/elsewhere/images/a2.png\n")
+    imported("yolo", tmp_path / "x", tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
+    assert {path.name for path in (tmp_path / "out/images").iterdir()} == {"train"}
+    assert (tmp_path / "out/images/train/b.png").exists() == ("two" in yaml)
+
+
+def test_a_yaml_file_is_a_source_too_and_shares_belong_to_the_image_as_exif_turns_it(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    write(source / "other.yaml", b"names: [x]")
+    (source / "images/train/a.png").unlink()
+    write(source / "images/train/a.jpg", turned(8, 4))
+    imported("yolo", source / "data.yaml", tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
+    assert "several YAML files" in refused("yolo", source, tmp_path / "out2", capsys)
+
+
+def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
+    source = source_of(tmp_path / "x", text=f"{DOG}0 0.9375 0.5 0.125 1\n0 0.1 0.1 0.2 0.2 0.3\n\n")
+    write(source / "labels/val/gone.txt", DOG.encode())
+    write(source / "images/val/broken.png", b"")
+    write(source / "images/val/phone.heic", b"\0\0\0\x18ftypheic")
+    write(source / "more/c.png", picture(4, 8))
+    said = imported("yolo", source, tmp_path / "out", capsys)
+    flat = " ".join(said.split())
+    for reason in (
+        "their boxes become the ignore value: 2 labels/train/a.txt: line 2 labels/val/a.txt: line 2",
+        "or half a corner: 2 labels/train/a.txt: line 3",
+        "images of no split of data.yaml: 1 more/c.png",
+        "text files without an image: 1 labels/val/gone.txt",
+        "images that cannot be used: 2 images/val/broken.png: is empty images/val/phone.heic: is no PNG, JPEG",
+    ):
+        assert reason in flat
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "val", "a"), drawn("2222220# 2222220# 2222220# 0000000#"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n", ["boxes only", "labels/train/a.txt: line 1"]),
+        (CAT + "2 0 0 1 0 1 1\n", ["that data.yaml does not name", "line 2: 2"]),
+        (CAT + "-1 0 0 1 0 1 1\n", ["that data.yaml does not name", "line 2: -1"]),
+        (CAT + "0 10 10 60 10 60 30\n", ["numbers far from 0..1", "line 2"]),
+        (CAT + "0 0 0 nan 0 1 1\n", ["no class and numbers", "line 2"]),
+        (CAT + "0.5 0 0 1 0 1 1\n", ["no class and numbers", "line 2"]),
+        (CAT + "cat 0 0 1 0 1 1\n", ["no class and numbers", "line 2: 'cat 0"]),
+        ("\x89PNG\n", ["no class and numbers", "line 1"]),
+    ],
+)
+def test_lines_that_are_no_outlines_are_refused_and_named(tmp_path, capsys, text, said):
+    report = refused("yolo", source_of(tmp_path / "x", text=text), tmp_path / "out", capsys)
+    assert [part for part in said if part not in report] == [], report
+
+
+BOMB = "".join(f"k{n}: &k{n}\n  <<: [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        (f"train: images/train\n{NAMES}kpt_shape: [17, 3]\n", ["keypoints", "kpt_shape"]),
+        (f"train: /elsewhere/pictures\n{NAMES}", ["not in the source", "data.yaml: train: /elsewhere/pictures"]),
+        (f"train: ..\n{NAMES}", ["not in the source"]),
+        ("train: images/train\nnames: {0: cat, 2: dog}", ["not 0, 1, 2", "0, 2"]),
+        ("train: images/train\nnames: [cat, cat]", ["classes of one name", "cat"]),
+        ("train: images/train\nnames: 3", ["names", "data.yaml"]),
+        ("train: {a: b}\nnames: [cat, dog]", ["train", "data.yaml"]),
+        (NAMES, ["no images"]),
+        ("train: [", ["no YAML", "data.yaml"]),
+        ("[" * 5000, ["no YAML", "data.yaml"]),
+        ("\0", ["no YAML", "data.yaml"]),
+        ("&a [*a]", ["no YAML"]),
+        ("[a, b]", ["without names"]),
+        ("names: &a [*a]\ntrain: x", ["names", "data.yaml"]),
+        ("train: !!python/object/apply:os.mkdir [x]\nnames: [a, b]", ["not in the source"]),
+        (f"k0: &k0 {{a: b}}\n{BOMB}{NAMES}", ["no images"]),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_is_named(tmp_path, capsys, yaml, said):
+    report = refused("yolo", source_of(tmp_path / "x", yaml), tmp_path / "out", capsys)
+    assert [part for part in said if part not in report] == [], report
+    assert not os.path.exists("x")
+
+
+def test_a_source_without_data_yaml_is_refused(tmp_path, capsys):
+    write(tmp_path / "x/images/a.png", picture(4, 8))
+    assert "no data.yaml" in refused("yolo", tmp_path / "x", tmp_path / "out", capsys)
