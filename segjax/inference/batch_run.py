@@ -350,7 +350,7 @@ class Run:
         self.failures.append((job.source, _reason(error, job.source, self._less_memory)))
 
 
-def _reason(error: Exception, source: Path, less_memory: str) -> str:
+def _reason(error: Exception, source: object, less_memory: str) -> str:
     """Why an input failed, on one line that does not name it; where it is another file's fault, that is named."""
     if isinstance(error, memory.TooLittleMemoryError):
         return f"{error}; {less_memory}"
