@@ -50,14 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments or [""]
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name][0]).main(rest)
-    if name in ("-h", "--help"):
-        print(USAGE, "", *(f"  {command:<11}{line}" for command, (_, line) in COMMANDS.items()), sep="\n")
-        return 0
-    if name == "--version":
+    if name in ("-h", "--help", "--version"):
         from segjax import __version__
+        from segjax.commands.ending import run_command
 
-        print(f"segjax {__version__}")
-        return 0
+        table = [USAGE, "", *(f"  {command:<11}{line}" for command, (_, line) in COMMANDS.items())]
+        return run_command(
+            "segjax", lambda: print(f"segjax {__version__}" if name == "--version" else "\n".join(table))
+        )
     if not name:
         print(f"{USAGE}\nsegjax: no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2

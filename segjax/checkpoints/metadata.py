@@ -177,10 +177,6 @@ def _refuse_dataset(dataset: Mapping, name: object) -> None:
         raise UnreadableError(f"{name}: dataset: {error}") from None
 
 
-# Longest group of equal blocks; published models have at most 40.
-_MOST_BLOCKS = 512
-
-
 def _refuse_settings(model: Mapping, name: object) -> None:
     """Raises UnreadableError for settings that the model does not have, or with which none can be built."""
     if "name" not in model:
@@ -194,14 +190,6 @@ def _refuse_settings(model: Mapping, name: object) -> None:
             raise UnreadableError(f"{place}.overrides: {model['name']} has no setting {key!r}")
         if must_be := models.problem_of(model["name"], key, value):
             raise UnreadableError(f"{place}.overrides.{key} should be {must_be}; not {value!r:.60}")
-        of_blocks = key in ("depths", "stage_modules", "stage_blocks")
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, str | bool):
-                continue
-            least = 1 if isinstance(number, int) and not key.endswith("_rate") else 0
-            most = _MOST_BLOCKS if of_blocks else 65536
-            if not least <= number <= most:
-                raise UnreadableError(f"{place}.overrides.{key} should be from {least} to {most}, not {value!r:.60}")
 
 
 # ------------------------------------------------------------------------------------------------------------- classes

@@ -5,18 +5,38 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from segjax.checkpoints.key_maps import WEIGHT_SETS
+from segjax.commands.ending import run_command
 from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
+# What an empty argument is answered with: as a path it would be the current folder.
+EMPTY = "the value is empty; a shell variable may be unset"
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose messages cannot steer the terminal."""
+    """A parser of arguments whose messages cannot steer the terminal, and whose help ends like a command.
+
+    It refuses empty arguments.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for before, argument in zip(["", *args], args, strict=False):
+            if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+                name = argument[:-1] or (before if before.startswith("-") else f"the argument behind {before or 'it'}")
+                self.error(f"{name}: {EMPTY}")
+        return super().parse_args(args, namespace)
+
+    def print_help(self, file=None) -> None:
+        self.exit(run_command(self.prog, lambda: print(self.format_help(), end="", file=file)))
 
     def error(self, message: str) -> NoReturn:
         super().error(console.one_line(message))

@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _run(options, arguments)
 
-    return run_command("segjax benchmark", run, interrupted="rows that were finished are in the --json file")
+    kept = "rows that were finished are in the --json file" if options.json else "nothing was written"
+    return run_command("segjax benchmark", run, interrupted=kept)
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:

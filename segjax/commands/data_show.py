@@ -7,6 +7,8 @@ segjax data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ import numpy as np
 from segjax.commands.arguments import Parser, as_path, summary_of, within
 from segjax.commands.ending import run_command
 from segjax.data import specs
-from segjax.runtime import console
+from segjax.runtime import console, memory
 from segjax.train.constraints import SEED, SIDE, Integer, Real
 from segjax.viz import pictures
 
@@ -38,7 +40,9 @@ def show(
 
     Raises:
       RecordError: an image or a label cannot be used.
+      TooLittleMemoryError: the samples do not fit into memory.
     """
+    what = _refuse_too_large(num, settings.crop)
     # Imported after parsing, because it imports jax, which takes a second.
     import jax
 
@@ -61,7 +65,10 @@ def show(
     ) as batches:
         batch, numbers = batches.at(0), batches.indices(0)
     keys, _ = step_keys(key, 0, batch["position"])
-    images, labels = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))(keys, batch)
+    augmented = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))
+    program = augmented.lower(keys, batch).compile()
+    memory.refuse_too_large(memory.needed(program), parallel.devices, what=what)
+    images, labels = program(keys, batch)
     pixels = np.asarray(images) * np.array(specs.IMAGENET_STD, np.float32) + np.array(specs.IMAGENET_MEAN, np.float32)
     titles = [
         f"{records.names[number]}   {height}x{width} × {scaled / height:.2f}{'   flipped' if flip else ''}"
@@ -70,6 +77,14 @@ def show(
         )
     ]
     pictures.save_samples(path, pixels.round().clip(0, 255).astype(np.uint8), np.asarray(labels), spec, titles=titles)
+
+
+def _refuse_too_large(num: int, crop: Sequence[int]) -> str:
+    """Raises TooLittleMemoryError where the samples alone do not fit into memory; returns what they are called."""
+    what = f"a page of {num} samples of {crop[0]}x{crop[1]}"
+    # float32 on the device and normalised back, then uint8, and labels.
+    memory.refuse_more_than_host(num * math.prod(crop) * (12 + 12 + 3 + 1), what=what)
+    return what
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.scale[0] > options.scale[1]:
         parser.error(f"--scale is the smallest and the largest, not {options.scale}")
-    return run_command("segjax data show", lambda: _run(options))
+    return run_command("segjax data show", lambda: _run(options), less_memory="give a smaller --num or --crop")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -107,6 +122,9 @@ def _run(options: argparse.Namespace) -> None:
     from segjax.data.sources import NoSourceError
     from segjax.train.schema import default_config
 
+    if options.crop:
+        # Before a dataset is prepared.
+        _refuse_too_large(options.num, options.crop)
     try:
         data, spec = _data(options)
     except NoSourceError as error:

@@ -44,15 +44,17 @@ def run_command(
       others do not wait for it.
     """
     try:
-        with console.log_to(console.say), console.libraries_to():
+        with signals.raising(), console.log_to(console.say), console.libraries_to():
             status = run()
-        # Flushed here, because at exit Python could only print that the pipe is closed.
-        sys.stdout.flush()
+        # Flushed here, because at exit Python could only print that the pipe is closed or the disk full.
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if not signals.received():
             return status or 0
         error = KeyboardInterrupt()
     except (KeyboardInterrupt, Exception) as raised:
         error = raised
+    _drop_what_stdout_refuses()
     # What is interrupted may raise another exception, or none.
     if number := signals.received():
         error = signals.Stopped(signals.status_of(number))
@@ -60,8 +62,6 @@ def run_command(
         _complain(f"{name}: stopped; {interrupted}")
         return error.args[0] if error.args else INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # Python flushes stdout again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     if isinstance(error, CheckError):
         _complain(f"{name}: {error}")
@@ -69,7 +69,8 @@ def run_command(
     # Errors of segjax have the remedy themselves.
     is_own = type(error).__module__.startswith("segjax.")
     if not is_own and (number := atomic.full_disk(error)):
-        message = message_of(error) if isinstance(error, OSError) else f"cannot write: {os.strerror(number)}"
+        is_named = isinstance(error, OSError) and error.filename
+        message = message_of(error) if is_named else f"cannot write: {os.strerror(number)}"
         _complain(f"{name}: {message}.\n  {full_disk[:1].upper()}{full_disk[1:]}")
         return distributed.leave(WRONG_INPUT)
     if memory.is_exhausted(error):
@@ -83,6 +84,16 @@ def run_command(
     native_log.show()
     traceback.print_exception(error)
     return distributed.leave(FAILED_CHECK)
+
+
+def _drop_what_stdout_refuses() -> None:
+    """Python would flush it again at exit."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:
@@ -122,6 +133,8 @@ def _text(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         # str() would quote it.
         return str(error.args[0])
-    if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
-        return f"{console.one_line(os.fsdecode(error.filename))}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror and not error.filename2:
+        # Without the number that Python puts in front.
+        where = f"{console.one_line(os.fsdecode(error.filename))}: " if error.filename else ""
+        return f"{where}{error.strerror}"
     return str(error) or type(error).__name__

@@ -54,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Files are compared on the CPU, whose float32 products are not rounded.
     environment.prepare(cpu_only=True)
-    return run_command("segjax export", lambda: _run(options))
+    return run_command("segjax export", lambda: _run(options), less_memory=_less_memory(options))
+
+
+def _less_memory(options: argparse.Namespace) -> str:
+    return "give a smaller --size" + (" (with --dynamic the file takes larger images too)" if options.dynamic else "")
 
 
 def _run(options: argparse.Namespace) -> None:

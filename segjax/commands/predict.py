@@ -30,7 +30,7 @@ from segjax.inference import planning
 from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
 from segjax.runtime import console
-from segjax.runtime.atomic import write_text
+from segjax.runtime.atomic import why_not_writable, write_text
 from segjax.train.constraints import BATCH, SIDE
 from segjax.viz import video
 
@@ -112,6 +112,10 @@ def _run(options: argparse.Namespace) -> int:
     from segjax.inference.predictor import Predictor
 
     jobs, skipped = planning.plan(options.inputs, options.output, options.write)
+    # Asked before anything is computed.
+    for folder in dict.fromkeys(path.parent for job in jobs for path in job.outputs.values()):
+        if problem := why_not_writable(folder):
+            raise ValueError(f"nothing can be written to {folder}: {problem}; choose another --output")
     batch = options.batch
     if options.mode != "slide" and not any(job.is_video for job in jobs):
         # More than there are images would only be filled up with copies.

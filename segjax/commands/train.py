@@ -11,6 +11,7 @@ same command resumes it.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import importlib
@@ -21,13 +22,13 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from segjax import recipes
+from segjax.commands.arguments import EMPTY
 from segjax.commands.ending import message_of, run_command
 from segjax.data.specs import DATASETS
 from segjax.recipes import common
@@ -38,6 +39,7 @@ from segjax.train import constraints, schema
 PROGRAM = "segjax train"
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEFAULT_RECIPE = "segformer"
+MOST_PROCESSES = 1_000_000
 # Flags that are no settings, with the placeholder of their value and their text.
 FLAGS = {
     "config": (
@@ -80,20 +82,23 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if set(HELP) & set(arguments):
-        print(help_text())
-        return 0
+        return run_command(PROGRAM, lambda: print(help_text()))
     try:
         options = parse(arguments)
     except ValueError as error:
         console.show(f"{PROGRAM}: {message_of(error)}", to=sys.stderr)
         return 2
-    if not options.coordinator or options.process_id == 0:
-        # Printed now, because JAX takes a second or more to import, and longer to find its devices.
-        published = options.config.recipe
-        console.show(f"recipe   {options.recipe}" + f"\nvalues   {published}" * bool(published))
+
+    def run() -> int:
+        if not options.coordinator or options.process_id == 0:
+            # Printed first, because JAX takes a second or more to import, and longer to find its devices.
+            published = options.config.recipe
+            console.show(f"recipe   {options.recipe}" + f"\nvalues   {published}" * bool(published))
+        return _run(options)
+
     with _stops_at_once():
         full_disk = "what was saved before is complete: make room, and run the same command again"
-        return run_command(PROGRAM, partial(_run, options), full_disk=full_disk)
+        return run_command(PROGRAM, run, full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
@@ -160,9 +165,9 @@ def parse(arguments: list[str]) -> Options:
     Raises:
       UsageError, recipes.ConfigError: a flag or a recipe that cannot be used.
     """
-    with _in_one_line():
-        # --flagfile=FILE stands for the flags in a file.
-        arguments = flags.FlagValues().read_flags_from_files(arguments, force_gnu=False)
+    # Flags of absl's own. It would open any file, and accept mistyped flags.
+    if found := next(filter(None, (re.match(r"--?(flagfile|undefok)(=|$)", argument) for argument in arguments)), None):
+        raise UsageError(f"there is no flag --{found[1]}; settings in a file are those of a recipe: --config FILE.py")
     recipe, arguments = _split_off_config(arguments)
     config = recipes.load(recipe)
     model_flags = _add_model_settings(arguments, config)
@@ -172,13 +177,15 @@ def parse(arguments: list[str]) -> Options:
     for name in ("workdir", "coordinator"):
         flags.DEFINE_string(name, None, FLAGS[name][1], flag_values=values)
     for name in ("num_processes", "process_id"):
-        flags.DEFINE_integer(name, None, FLAGS[name][1], lower_bound=0, upper_bound=1_000_000, flag_values=values)
+        flags.DEFINE_integer(name, None, FLAGS[name][1], lower_bound=0, upper_bound=MOST_PROCESSES, flag_values=values)
     with _in_one_line(config.model.name):
         # It defines a flag for each setting that the arguments name, and changes `config` as they are parsed.
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         _, *stray = values(argv)
     if stray:
         raise UsageError(_why_stray(stray))
+    if empty := next((name for name in FLAGS if name != "config" and values[name].value == ""), None):
+        raise UsageError(f"--{empty}: {EMPTY}")
     for key in unset:
         schema.unset(config, key)
     # --config.optim="{...}" replaces a whole section.
@@ -264,11 +271,28 @@ def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[s
 
 
 def _refuse_unknown_settings(arguments: list[str], config: ConfigDict) -> None:
-    """Raises UsageError for --config.KEY where the config has no such setting."""
+    """Raises UsageError for --config.KEY where the config has no such setting, or where a section gets no dict."""
     keys = schema.flattened(config)
-    for key, _ in _settings_in(arguments):
+    for argument in arguments:
+        key = argument.partition("=")[0].partition("config.")
+        if key[0] in ("--", "-") and key[1] and not re.fullmatch(r"[\w.]+", key[2]):
+            raise UsageError(f"{key[0]}config.{key[2]}: no such setting; a setting is --config.KEY=VALUE, see --help")
+    for key, value in _settings_in(arguments):
         if key not in keys and key not in config:
             raise UsageError(f"--config.{key}: {schema.why_unknown(key, prefix='--config.')}")
+        if key not in keys and not _is_section(value):
+            example = next(name for name in keys if name.startswith(f"{key}."))
+            raise UsageError(
+                f"--config.{key}={value}: {key} is a section of settings; give one of them, as in "
+                f"--config.{example}={keys[example]}, or all of them as a Python dict"
+            )
+
+
+def _is_section(value: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(value), dict)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 def _why_stray(stray: list[str]) -> str:
@@ -306,6 +330,8 @@ def _in_one_line(model: str = "") -> Iterator[None]:
             from segjax import models
 
             text = f"{match[1]}: must be {models.problem_of(model, match[2].removeprefix('model.'), match[3])}"
+        elif match := re.match(r"(--(?:num_processes|process_id)=.*?): ", text):
+            text = f"{match[1]}: must be a whole number, at least 0 and at most {MOST_PROCESSES:,}"
         raise UsageError(text) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error.args[0] if error.args else error).split())) from None

@@ -242,7 +242,7 @@ def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
                 return None if path.exists() else write()
         except lock.HeldError as error:
             if not waits:
-                console.say(f"{error}. This process waits for it")
+                console.say(str(error))
             waits = True
             time.sleep(0.5)
     return None
@@ -253,7 +253,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _locked(name: str, path: Path) -> contextlib.AbstractContextManager[None]:
-    return lock.held(_lock_of(path), what=f"{name}, {path},")
+    return lock.held(_lock_of(path), what=f"{name}, {path},", remedy="this process waits until it ends")
 
 
 def _clear(path: Path, state: str) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic, console
+from segjax.runtime import atomic, console, memory
 from segjax.runtime.reading import user_path
 
 # ------------------------------------------------------------------------------------------------------ segjax's side
@@ -64,17 +64,26 @@ def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dty
     return from_values(abstract, values)
 
 
-def compiled(model: SegmentationModel, export_format: ExportFormat) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits (B, h, w, K) of uint8 images (B, H, W, 3), normalised by `export_format`."""
+def compiled(
+    model: SegmentationModel, export_format: ExportFormat, batch: int, size: tuple[int, int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of uint8 images (batch, H, W, 3), normalised by `export_format`: logits (batch, h, w, K).
+
+    Raises:
+      TooLittleMemoryError: there is less memory than it needs.
+    """
+    height, width = size
+    what = f"the model on {f'{batch} images' if batch > 1 else 'an image'} of {height}x{width}"
+    # The images as float32, and for labels the scores at their size, twice.
+    scores = 2 * model.spec.num_classes if export_format.argmax else 0
+    memory.refuse_more_than_host(4 * batch * height * width * (3 + scores), what=what)
     functional = FunctionalModel(model)
     run = jax.jit(lambda arrays, images: functional.bind(*arrays)(export_format.normalise(images))[0])
     arrays = functional.arrays()
-
-    def call(images):
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(run(arrays, images))
-
-    return call
+    with jax.default_matmul_precision("highest"):
+        program = run.lower(arrays, jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)).compile()
+    memory.refuse_too_large(memory.needed(program), jax.local_devices()[:1], what=what)
+    return lambda images: np.asarray(program(arrays, images))
 
 
 def _reader_and_writer(export_format: ExportFormat) -> tuple[Callable, Callable]:
@@ -318,13 +327,21 @@ def export(
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
     logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.dtype)
     logger.info("exporting as %s; large models take minutes", export_format.format)
+    # Compiled first, so that what needs too much memory is refused at once.
+    programs = [
+        (batch, size, compiled(model, export_format, batch, size))
+        for batch, size in checked_sizes(export_format, model.size_multiple)
+    ]
     with atomic.replacing_files(destination) as path:
         try:
-            write(path, model, export_format, file_metadata(loaded, export_format))
-            is_equal = _is_equal(open_file(path), loaded.model, model, export_format)
+            # torch's error of a full disk has no reason in it.
+            with atomic.naming(destination, path.parent):
+                write(path, model, export_format, file_metadata(loaded, export_format))
+                is_equal = _is_equal(open_file(path), loaded.model, model, export_format, programs)
         except Exception as error:
             # Neither jax nor torch has an error class of its own for a program that depends on a size.
-            if not export_format.dynamic or isinstance(error, OSError | CheckpointError):
+            is_known = isinstance(error, OSError | CheckpointError) or memory.is_exhausted(error)
+            if is_known or not export_format.dynamic:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -342,12 +359,20 @@ def export(
 
 
 def _is_equal(
-    run: Callable, original: SegmentationModel, model: SegmentationModel, export_format: ExportFormat
+    run: Callable,
+    original: SegmentationModel,
+    model: SegmentationModel,
+    export_format: ExportFormat,
+    programs: Sequence[tuple[int, tuple[int, int], Callable]],
 ) -> bool:
-    """Whether file and model agree on street scenes; logs the largest errors."""
+    """Whether file and model agree on street scenes; logs the largest errors.
+
+    Args:
+      programs: batches and sizes to compare at, each with what `compiled` returns for `model`.
+    """
     logger.info("comparing it with the model")
-    expected, bound, passed = compiled(model, export_format), BOUNDS[export_format.computes_in], True
-    for batch, size in checked_sizes(export_format, model.size_multiple):
+    bound, passed = BOUNDS[export_format.computes_in], True
+    for batch, size, expected in programs:
         images = pictures(batch, size)
         output = run_file(run, images, export_format)
         error = error_of(output, expected(images), size, export_format, align_corners=model.align_corners)
@@ -356,7 +381,8 @@ def _is_equal(
         logger.info("  %-14s worst relative error of %s %.1e: %s", where, export_format.output, error, verdict)
         passed &= error <= bound
         if size == export_format.size and export_format.dtype != "float32":
-            exact = compiled(rounded(original, stored=jnp.float32, computes_in=jnp.float32), export_format)(images)
+            unrounded = rounded(original, stored=jnp.float32, computes_in=jnp.float32)
+            exact = compiled(unrounded, export_format, batch, size)(images)
             ends = [
                 scores
                 if scores.ndim == 3

@@ -347,14 +347,19 @@ class Run:
             raise error
         if memory.is_exhausted(error):
             self._exhausted.append(error)
-        self.failures.append((job.source, _reason(error, self._less_memory).removeprefix(f"{job.source}: ")))
+        self.failures.append((job.source, _reason(error, job.source, self._less_memory)))
 
 
-def _reason(error: Exception, less_memory: str) -> str:
+def _reason(error: Exception, source: object, less_memory: str) -> str:
+    """Why an input failed, on one line that does not name it; where it is another file's fault, that is named."""
     if isinstance(error, memory.TooLittleMemoryError):
         return f"{error}; {less_memory}"
     if memory.is_exhausted(error):
         return f"not enough memory; {less_memory}"
     if isinstance(error, OSError) and error.strerror:
+        # Of a renamed file the second is that which people know.
+        name = error.filename2 or error.filename
+        if name and os.fsdecode(name) != str(source):
+            return f"{os.fsdecode(name)}: {error.strerror}"
         return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{source}: ")

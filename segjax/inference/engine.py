@@ -207,13 +207,22 @@ def _rounded_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
 
 
 def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequence[int] | None = None) -> np.ndarray:
-    """An image (H, W, 3) uint8, resized to its `scaled_size` and from there up to multiples of `size_divisor`."""
+    """An image (H, W, 3) uint8, resized to its `scaled_size` and from there up to multiples of `size_divisor`.
+
+    Raises:
+      MemoryError: there is not enough memory for it.
+    """
     import cv2
 
     near = scaled_size(image.shape[:2], scale, base_size)
     for height, width in (near, _rounded_up(near, size_divisor)):
         if (height, width) != image.shape[:2]:
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            try:
+                image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            except cv2.error as error:
+                if error.code == cv2.Error.StsNoMem:
+                    raise MemoryError(f"an image of {height}x{width}") from error
+                raise
     return image
 
 
@@ -280,7 +289,7 @@ class Inference:
         else:
             functional = FunctionalModel(model)
             self._arrays = self._parallel.replicate(functional.arrays())
-        self._align_corners = functional.align_corners
+        self._align_corners, self._num_classes = functional.align_corners, functional.spec.num_classes
         options = compiler_options(self._parallel.devices[0].platform)
         # Bytes that the programs need, by program and shape; copies with other arrays share them, as the programs.
         self._needed: dict[tuple[bool, tuple[int, ...]], int | None] = {}
@@ -302,7 +311,10 @@ class Inference:
         Raises:
           TooLittleMemoryError: a device has less memory than the program needs.
         """
-        inputs = {size for image in set(sizes) for size in self.protocol.input_sizes(image)}
+        images = set(sizes)
+        for image in images:
+            self._refuse_too_large_when_resized(image, batch)
+        inputs = {size for image in images for size in self.protocol.input_sizes(image)}
         if (window := self.protocol.window) is None:
             shapes = {(batch, *size) for size in inputs}
         else:
@@ -314,6 +326,19 @@ class Inference:
         program = self._labels if window is None and self.protocol.is_one_pass else self._score
         if shapes:
             self._refuse_too_large(program, (*max(shapes, key=math.prod), 3))
+
+    def _refuse_too_large_when_resized(self, size: tuple[int, int], batch: int) -> None:
+        """Raises TooLittleMemoryError where resized images do not fit, or their logits by a sliding window."""
+        if self.protocol.is_one_pass:
+            return
+        height, width = max(self.protocol.input_sizes(size), key=math.prod)
+        what = f"an image of {size[0]}x{size[1]} that is resized to {height}x{width}"
+        pixels = batch * height * width
+        memory.refuse_more_than_host(3 * pixels, what=what)
+        if self.protocol.window:
+            # float32, in row tiles and in the array that these are put together in.
+            logits = 2 * 4 * self._num_classes * pixels
+            memory.refuse_too_large(logits, self._parallel.own_devices, what=what)
 
     def _refuse_too_large(self, program: jax.stages.Wrapped, shape: tuple[int, ...]) -> None:
         """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, 3)."""
@@ -382,6 +407,8 @@ class Inference:
 
     def _resized(self, images: Sequence[np.ndarray], scale: float, flipped: bool) -> np.ndarray:
         protocol = self.protocol
+        # Its height and width, which the others share.
+        self._refuse_too_large_when_resized(images[0].shape[:2], len(images))
         resized = np.stack([scaled(image, scale, protocol.size_divisor, protocol.base_size) for image in images])
         return resized[:, :, ::-1] if flipped else resized
 

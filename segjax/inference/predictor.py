@@ -101,7 +101,7 @@ class Predictor:
 
         Raises:
           ValueError: an image that cannot be used, or that is too large for mode "whole" or too small for the model.
-          TooLittleMemoryError: a device has less memory than the model needs for the image.
+          TooLittleMemoryError: there is less memory than the model needs for the image.
         """
         return self.labels([image])[0]
 
@@ -121,8 +121,10 @@ class Predictor:
         """Compiles the program for images of a size, (height, width).
 
         Raises:
-          TooLittleMemoryError: a device has less memory than it needs.
+          ValueError: they are too large for mode "whole".
+          TooLittleMemoryError: there is less memory than it needs.
         """
+        self._refuse_too_large(size)
         self._inference.refuse_too_large([self.padded_size(size)], batch=self.protocol.images_at_a_time(self.batch))
 
     def padded_size(self, size: tuple[int, ...]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from segjax.models import (
     segformer_zuppichini,
     segnext,
 )
-from segjax.models.segmentation_model import ModelSpec, SegmentationModel
+from segjax.models.segmentation_model import MOST_BLOCKS, ModelSpec, SegmentationModel
 
 
 def _variants(pattern: str, model: type, variants: dict[str, dict[str, Any]]) -> dict[str, partial]:
@@ -99,12 +99,16 @@ def _frozen(value: object) -> object:
 
 
 def _out_of_range(key: str, value: object) -> str | None:
-    """What the numbers of a setting must be: in [0, 1) for a rate, else positive and at most `LARGEST`."""
+    """What the numbers of a setting must be: in [0, 1) for a rate, else positive and at most as large as bearable."""
     entries = value if isinstance(value, tuple | list) else [value]
     numbers = [entry for entry in entries if isinstance(entry, int | float) and not isinstance(entry, bool)]
     if key.endswith("_rate"):
         return None if all(0 <= number < 1 for number in numbers) else "in [0, 1)"
-    return None if all(0 < number <= LARGEST for number in numbers) else f"positive and at most {LARGEST}"
+    if not all(0 < number <= LARGEST for number in numbers):
+        return f"positive and at most {LARGEST}"
+    if key in ("depths", "stage_modules", "stage_blocks") and sum(numbers) > MOST_BLOCKS:
+        return f"at most {MOST_BLOCKS} together"
+    return None
 
 
 def _require_in_range(overrides: dict[str, object]) -> None:

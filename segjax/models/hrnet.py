@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax import layers
-from segjax.models.segmentation_model import SegmentationModel
+from segjax.models.segmentation_model import MOST_BLOCKS, SegmentationModel
 
 # Width of the branch with the highest resolution; the others have 2, 4 and 8 times as many channels.
 VARIANTS = {"w18": dict(width=18), "w32": dict(width=32), "w48": dict(width=48)}
@@ -230,6 +230,12 @@ class HighResolutionNet(SegmentationModel):
         layers.require_four(stage_modules=stage_modules, stage_blocks=stage_blocks)
         if stage_modules[0] != 1:
             raise ValueError(f"stage_modules: the first stage has one module; got {stage_modules[0]}")
+        # A stage has as many branches as its number.
+        blocks = sum(m * b * n for m, b, n in zip(stage_modules, stage_blocks, (1, 2, 3, 4), strict=True))
+        if blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"stage_modules and stage_blocks make {blocks:,} blocks; at most {MOST_BLOCKS} are possible"
+            )
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.dtype = dtype
         self.align_corners = align_corners

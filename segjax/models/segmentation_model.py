@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Of a model; published ones have at most 108. They are built one by one: so many take 10 s.
+MOST_BLOCKS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:

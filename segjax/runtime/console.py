@@ -61,6 +61,9 @@ def show(text: str, *, to: TextIO | None = None) -> None:
     if not distributed.is_lead():
         return
     stream = sys.stdout if to is None else to
+    if stream is None:
+        # A process without stdout or stderr.
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     if _bars:

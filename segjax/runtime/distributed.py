@@ -1,4 +1,7 @@
-"""Several processes of one run: how they connect, and what the first one does for all. Importing it imports no jax."""
+"""Several processes of one run: how they connect, and what the first one does for all.
+
+Importing it imports neither jax nor numpy.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import pickle
 import sys
 from collections.abc import Callable
 from typing import TypeVar
-
-import numpy as np
 
 from segjax.runtime import native_log
 
@@ -52,6 +53,7 @@ def is_lead() -> bool:
 def from_lead(function: Callable[[], Result]) -> Result:
     """Calls `function` in the first process; returns its result, or raises its exception, in every process."""
     import jax
+    import numpy as np
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
@@ -73,6 +75,7 @@ def from_lead(function: Callable[[], Result]) -> Result:
 def anywhere(flag: bool) -> bool:
     """Whether the flag is set in any process; each process has to call this."""
     import jax
+    import numpy as np
     from jax.experimental import multihost_utils
 
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -21,7 +21,7 @@ class HeldError(ValueError):
 
 
 @contextlib.contextmanager
-def held(path: Path, *, what: str, instead: str = "") -> Iterator[None]:
+def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
     """Holds a lock while the body runs.
 
     Where there can be no lock, the body runs without one: on network file systems that have none, and where the file
@@ -31,7 +31,7 @@ def held(path: Path, *, what: str, instead: str = "") -> Iterator[None]:
       path: file to lock. It is made, with the folders around it; the end removes it, and these folders if they are
         empty. That of a killed process is taken over.
       what: what the process writes, as the beginning of a sentence: "runs/a".
-      instead: what a person who cannot wait may do instead, as the end of a sentence: "give another --workdir".
+      remedy: what to do where another process holds it, or what the caller does then, as the end of a sentence.
 
     Raises:
       HeldError: another process holds it, or another thread of this one.
@@ -41,7 +41,7 @@ def held(path: Path, *, what: str, instead: str = "") -> Iterator[None]:
         return
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     try:
-        handle = _locked(path, what, instead)
+        handle = _locked(path, what, remedy)
     except OSError:
         handle = None
     try:
@@ -58,7 +58,7 @@ def held(path: Path, *, what: str, instead: str = "") -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(path: Path, what: str, instead: str) -> int | None:
+def _locked(path: Path, what: str, remedy: str) -> int | None:
     """A descriptor of the file, which it keeps locked; None where it cannot be made, or nothing can be locked."""
     assert fcntl is not None
     # Again where another process has just removed the file, or the folder that it had made.
@@ -74,10 +74,12 @@ def _locked(path: Path, what: str, instead: str) -> int | None:
         except BlockingIOError:
             holder = os.pread(handle, 500, 0).decode(errors="replace") or "another process"
             os.close(handle)
-            otherwise = f", or {instead}" if instead else ""
-            raise HeldError(f"{what} is being written by {holder}: wait until it ends, stop it{otherwise}") from None
+            raise HeldError(f"{what} is being written by {holder}: {remedy}") from None
         except OSError:
+            # Nothing can be locked here.
             os.close(handle)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.lstat()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segjax.runtime import console
@@ -60,6 +60,19 @@ def refuse_too_large(size: int | None, devices: Sequence[Any], *, what: str) -> 
         )
 
 
+def refuse_more_than_host(size: int, *, what: str) -> None:
+    """Raises TooLittleMemoryError where arrays do not fit into the memory of the `host`.
+
+    Args:
+      size: bytes that they need. what: the subject of the message, in the singular.
+    """
+    available = host()
+    if available is not None and size > available:
+        raise TooLittleMemoryError(
+            f"{what} needs {console.amount(size)}, and the machine has {console.amount(available)}"
+        )
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether there was not enough memory, on a device or the host."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
@@ -87,7 +100,11 @@ def _held() -> int:
 
 
 def _left_of_cgroup() -> int | None:
-    """What is left of the limit of this process's group, as of a container or a job of SLURM; None without a limit."""
+    """What is left of the limits of this process's groups, as of a container or a job; None without a limit.
+
+    The limits of all groups around its own hold too: SLURM's is that of the job or the step, not of the task.
+    """
+    found = []
     for line in (_text(_PROC / "self" / "cgroup") or "").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -97,14 +114,15 @@ def _left_of_cgroup() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container the path may be that of the host, and the group is the root.
-        for folder in (root / path.strip("/"), root):
-            most, used = (_text(folder / name) or "" for name in names)
+        # In a container the path may be that of the host, of which only the root is there.
+        inner = PurePosixPath(path.strip("/"))
+        for folder in (inner, *inner.parents):
+            most, used = (_text(root / folder / name) or "" for name in names)
             if most.strip().isdigit() and used.strip().isdigit():
-                stat = dict(entry.split() for entry in (_text(folder / "memory.stat") or "").splitlines())
+                stat = dict(entry.split() for entry in (_text(root / folder / "memory.stat") or "").splitlines())
                 # Cached files are freed when memory is needed.
-                return max(0, int(most) - int(used) + int(stat.get(cache, 0)))
-    return None
+                found.append(max(0, int(most) - int(used) + int(stat.get(cache, 0))))
+    return min(found, default=None)
 
 
 def _text(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -66,23 +67,49 @@ def _once(function: Callable[[], Result], *, alone: bool) -> tuple[Result, list[
 
 
 def _begin(*, alone: bool) -> tuple[int, int, bool]:
-    """The length of the file, the number of the call, and whether no other is running."""
+    """The length of the file, the number of the call, and whether no other is running.
+
+    Raises:
+      OSError: messages cannot be captured; without them, damage would go unseen.
+    """
     global _running, _begun, _is_alone, _file, _terminal
     with _changed:
         _changed.wait_for(lambda: not (_is_alone or (alone and _running)))
         if not _running:
-            # A process without stderr, where nothing can be printed, is left as it is.
-            with contextlib.suppress(OSError):
-                terminal = os.dup(2)
-                if _file is None:
-                    _file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-                    atexit.register(_file.close)
-                os.dup2(_file.fileno(), 2)
-                _terminal = terminal
+            if _file is None:
+                _file = _made()
+                atexit.register(_file.close)
+            _terminal = _diverted(_file)
         _running += 1
         _begun += 1
         _is_alone = alone
         return 0 if _file is None else os.fstat(_file.fileno()).st_size, _begun, _running == 1
+
+
+def _made() -> IO[bytes]:
+    """A file in memory, or in a temporary folder where the system has none."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.fdopen(os.memfd_create("messages"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def _diverted(file: IO[bytes]) -> int | None:
+    """Puts a file in the place of descriptor 2; returns a descriptor of what was there.
+
+    None for a process without stderr, where nothing can be printed; it is left as it is.
+    """
+    try:
+        terminal = os.dup(2)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            return None
+        raise
+    try:
+        os.dup2(file.fileno(), 2)
+    except BaseException:
+        os.close(terminal)
+        raise
+    return terminal
 
 
 def _end(start: int, number: int = 0) -> tuple[list[str], bool]:

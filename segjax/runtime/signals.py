@@ -7,6 +7,7 @@ keeps busy for seconds to minutes. Here a thread reads the numbers of signals as
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -14,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
 from segjax.runtime import native_log
@@ -35,17 +37,14 @@ def status_of(number: int) -> int:
 
 
 @contextlib.contextmanager
-def answered(
-    handler: Handler, *, first: str, second: str, patience: float = 0.01, numbers: Sequence[int] = SIGNALS
-) -> Iterator[Callable[[], None]]:
-    """Answers signals while the body runs, if this is the main thread.
+def answered(handler: Handler, *, first: str, second: str, patience: float = 0.01) -> Iterator[Callable[[], None]]:
+    """Answers signals while the body runs, if this is the main thread. One that the process ignores stays ignored.
 
     Args:
       handler: called in the main thread for every signal, as by `signal.signal`.
       first: line that is printed after the first signal. second: the same after the second, which ends the process with
         the status of the signal where the body has not ended after `PATIENCE` seconds.
       patience: seconds after which `first` is printed, unless the body has ended.
-      numbers: of the signals.
 
     Yields:
       A function that sends the last signal again; for those whose exception was lost.
@@ -58,10 +57,10 @@ def answered(
     writer.setblocking(False)
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(reader, ended, first, second, patience), name="signals", daemon=True)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _heard()}
     thread.start()
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for number in numbers:
+    for number in before:
         signal.signal(number, handler)
     try:
         yield lambda: _send(writer, _LOST)
@@ -74,6 +73,11 @@ def answered(
         thread.join()
         for end in (reader, writer):
             end.close()
+
+
+def _heard() -> list[int]:
+    """The signals that this process does not ignore; what a shell runs in the background ignores Ctrl-C."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _send(writer: socket.socket, byte: int) -> None:
@@ -122,6 +126,32 @@ class Stopped(KeyboardInterrupt):
 
 # Number of the first signal that this process received in `run_process`; 0 before.
 _received = 0
+_is_raising = False  # whether the body of `raising` runs
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Has a signal raise `Stopped` in the body, which removes what is half-written.
+
+    Elsewhere a signal ends the process at once: there is nothing to remove, and jaxlib crashes where an exception is
+    raised while it is imported.
+    """
+    global _is_raising
+    before, _is_raising = _is_raising, True
+    try:
+        yield
+    finally:
+        _is_raising = before
+
+
+def _imports_native(frame: FrameType | None) -> bool:
+    """Whether a native module is being initialised, in which an exception may end the process with a crash."""
+    while frame is not None:
+        is_loader = frame.f_code.co_name in ("create_module", "exec_module")
+        if is_loader and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def received() -> int:
@@ -132,8 +162,10 @@ def received() -> int:
 def run_process(name: str, run: Callable[[], int]) -> int:
     """Runs a command as the only thing that this process does, from its first line on.
 
-    `Stopped` is raised in `run` at the first signal, again where a callback of a garbage collector has lost it. A
-    signal that comes after `run` has ended ends the process at once: callbacks at exit would lose it.
+    In the body of `raising`, `Stopped` is raised at the first signal: after the import of a native module where one
+    runs, and again where a callback of a garbage collector has lost it. Elsewhere a signal ends the process at once;
+    after `run` has ended, because callbacks at exit would lose it. Once these have ended too, signals are ignored: the
+    result is complete.
 
     Args:
       name: name of the command as it is typed, "segjax convert".
@@ -142,15 +174,19 @@ def run_process(name: str, run: Callable[[], int]) -> int:
       The exit status: that of `run`, or 130 or 143 where a signal ended it outside of `run_command`.
     """
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         global _received
         nonlocal is_raised
         _received = _received or number
-        if is_ended:
+        if is_ended or not (_is_raising or is_raised):
             _print(f"{name}: stopped")
             native_log.end()
             os._exit(status_of(_received))
-        if not is_raised:
+        if is_raised:
+            return
+        if _imports_native(frame):
+            again()
+        else:
             is_raised = True
             raise Stopped(status_of(_received))
 
@@ -162,14 +198,19 @@ def run_process(name: str, run: Callable[[], int]) -> int:
         else:
             previous(lost)
 
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
     is_raised, is_ended, previous = False, False, sys.unraisablehook
-    # A shell starts what runs in the background so that Ctrl-C does not end it.
-    numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = _heard()
+    # The first callback that is registered is the last that is called.
+    atexit.register(ignore)
     first, second = f"{name}: stopping; once more ends it at once", f"{name}: stopped at once"
     for number in numbers:
         # It stays when `answered` has ended.
         signal.signal(number, stop)
-    with answered(stop, first=first, second=second, patience=PATIENCE, numbers=numbers) as again:
+    with answered(stop, first=first, second=second, patience=PATIENCE) as again:
         sys.unraisablehook = unraisable
         try:
             return run()

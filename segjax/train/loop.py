@@ -71,7 +71,8 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         # By the first of several processes for all of them.
-        held = lock.held(workdir / LOCK, what=f"{workdir}", instead="give another --workdir")
+        remedy = "wait until it ends, stop it, or give another --workdir"
+        held = lock.held(workdir / LOCK, what=f"{workdir}", remedy=remedy)
         from_lead(lambda: stack.enter_context(held))
         try:
             return _train(config, workdir, given, changes)

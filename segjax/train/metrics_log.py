@@ -82,14 +82,15 @@ class Log:
         self.records.append(dict(record))
         if not self._active:
             return
-        with self._path.open("a") as file:
+        with atomic.naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         from tensorboardX import summary
 
         for tag, number in _scalars(record):
             self._event(record["step"], summary.scalar(tag, number))
         if self._writer is not None:
-            self._writer.flush()
+            with atomic.naming(self._events):
+                self._writer.flush()
 
     def picture(
         self, step: int, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec
@@ -110,12 +111,14 @@ class Log:
         # protobuf makes the class when the module is imported, so that a type checker does not see it.
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        if self._writer is None:
-            self._events.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads files in the order of their names.
-            self._writer = RecordWriter(str(self._events / f"events.out.tfevents.{time.time():.6f}.{self._interval}"))
-            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+        with atomic.naming(self._events):
+            if self._writer is None:
+                self._events.mkdir(parents=True, exist_ok=True)
+                # TensorBoard reads files in the order of their names.
+                path = self._events / f"events.out.tfevents.{time.time():.6f}.{self._interval}"
+                self._writer = RecordWriter(str(path))
+                self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def cut(self, step: int) -> None:
         """Begins a new event file, whose records come after the checkpoint of `step`; call it before that is saved."""
@@ -132,7 +135,8 @@ class Log:
     def close(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.close()
+            with atomic.naming(self._events):
+                writer.close()
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -25,11 +25,12 @@ if __name__ == "__main__":
     runner._serve = serve
 
     def run():
-        contender = runner.Runner("x", ())
-        try:
-            contender.make()
-        finally:
-            contender.close()
+        with signals.raising():
+            contender = runner.Runner("x", ())
+            try:
+                contender.make()
+            finally:
+                contender.close()
 
     sys.exit(signals.run_process("segjax try", run))
 """

@@ -209,3 +209,22 @@ def test_a_home_folder_of_nobody_is_refused_with_the_name(capsys):
     with pytest.raises(SystemExit) as end:
         entry.main(["predict", "c.pth", "x.png", "--output=~nobody-of-this-name/out"])
     assert end.value.code == 2 and "there is no user 'nobody-of-this-name'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        (["predict", "a", "b", "--output", ""], "--output"),
+        (["predict", "a", "b", "--output="], "--output"),
+        (["predict", "a", "", "--output", "c"], "the argument behind a"),
+        (["data", "prepare", "folder", "--source", "a", "--data-dir", ""], "--data-dir"),
+        (["evaluate", ""], "the argument behind it"),
+    ],
+)
+def test_an_empty_argument_is_refused_by_name(arguments, name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        entry.main(arguments)
+    assert caught.value.code == 2
+    assert f"error: {name}: the value is empty; a shell variable may be unset" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from segjax.commands import data_show as show
 from segjax.data import specs
 from segjax.data.augment import augment, step_keys
 from segjax.data.pipeline import TrainBatches
+from segjax.runtime import memory
 from segjax.runtime.parallel import JitParallel
 from segjax.train.schema import default_config
 from segjax.viz import pictures
@@ -83,3 +84,22 @@ def test_the_command_says_in_one_line_what_is_wrong(capsys):
     with pytest.raises(SystemExit):
         show.main(["--scale", "2", "1"])
     assert "--scale is the smallest and the largest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("available, of", [(3 * 40 * 56 * 28 - 1, "host"), (3 * 40 * 56 * 12, "limit")])
+def test_samples_that_do_not_fit_into_memory_are_refused(available, of, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # All that the program needs does not fit where its output hardly does.
+    monkeypatch.setattr(memory, of, lambda *_, **__: available)
+    assert show.main(["--num", "3", "--crop", "40", "56"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("segjax data show: a page of 3 samples of 40x56 needs 0.")
+    assert said.endswith("; give a smaller --num or --crop") and list(tmp_path.iterdir()) == []
+
+
+def test_samples_beyond_any_memory_are_refused_before_a_dataset_is_opened(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "host", lambda: 64 * 2**30)
+    monkeypatch.setattr(show, "_data", lambda _: pytest.fail("opens the dataset"))
+    assert show.main(["--num", "20", "--crop", "16384", "16384"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "20 samples of 16384x16384 needs 140.00 GiB, and the machine has 64.00 GiB" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from segjax import __main__
 from segjax.commands.ending import CheckError, run_command
 from segjax.runtime import console
 
@@ -108,6 +109,37 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--help"], ["predict", "--help"], ["data", "show", "--help"], ["--help"]]
+)
+def test_help_that_cannot_be_printed_is_no_traceback(command, capfd, monkeypatch):
+    name = " ".join(["segjax", *command[:-1]])
+    (reading, writing), full = os.pipe(), os.open("/dev/full", os.O_WRONLY)
+    os.close(reading)
+    reasons = {writing: (141, ""), full: (2, f"{name}: cannot write: No space left on device. Make room, and run the")}
+    for handle, (status, message) in reasons.items():
+        with os.fdopen(handle, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            try:
+                found = __main__.main(command)
+            except SystemExit as ended:
+                found = ended.code
+        err = " ".join(capfd.readouterr().err.split())
+        # The stream is closed without an error, as at the end of the process.
+        assert found == status and err.startswith(message) and bool(err) == bool(message)
+
+
+def test_a_process_without_stdout_prints_nothing(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_command("segjax try", lambda: console.say("a table")) == 0
+    assert run_command("segjax try", lambda: [][1]) == 1
+    assert "IndexError" in capfd.readouterr().err
+
+
+def test_an_error_of_the_system_without_a_file_has_no_number(capsys):
+    assert ended(capsys, OSError(errno.ENOTCONN, "Not connected"))[2] == "segjax try: Not connected\n"
 
 
 def _raised_below(path):

@@ -299,7 +299,7 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
         (("--batch", "2"), "a batch of 2 images of 20x30 needs"),
         (("--batch", "4096"), "a batch of 4 images of 20x30 needs"),
         (("--mode", "slide", "--crop", "16", "12", "--batch", "2"), "a batch of 2 crops of 16x12 needs"),
-        (("--flip", "--scales", "0.5", "2"), "an image of 40x60 needs"),
+        (("--flip", "--scales", "0.5", "2"), "an image of 20x30 that is resized to 40x60 needs"),
     ],
 )
 def test_what_does_not_fit_into_memory_is_one_message_before_anything_is_written(
@@ -592,6 +592,33 @@ def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatc
     assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 2
     assert "No space left" in (said := capsys.readouterr().err) and "--resume" in said
     assert len(written) < 12
+
+
+@pytest.mark.parametrize("name, problem", [("labels", "labels is a file"), ("labels/sub", "sub is a file")])
+def test_a_folder_of_outputs_that_cannot_be_written_is_named_before_anything_is_computed(
+    name, problem, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(batch_run.Predictor, "labels", lambda *_: pytest.fail("computes"))
+    put(tmp_path / "in" / "a.png", scene(0, 20, 30))
+    put(tmp_path / "in" / "sub" / "b.png", scene(1, 20, 30))
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("a file")
+    assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        said.startswith("segjax predict: nothing can be written to") and f"{problem}; choose another --output" in said
+    )
+    assert below(tmp_path / "out") == [name]
+
+
+def test_an_output_that_cannot_be_replaced_is_named_next_to_its_input(tmp_path, capsys):
+    for name in "ab":
+        put(tmp_path / "in" / f"{name}.png", scene(0, 20, 30))
+    (tmp_path / "out" / "labels" / "a.png").mkdir(parents=True)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'in' / 'a.png'}: {tmp_path / 'out' / 'labels' / 'a.png'}: Is a directory" in said
+    assert below(tmp_path / "out" / "labels") == ["b.png"]
 
 
 def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path, capsys):

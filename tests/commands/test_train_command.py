@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -164,11 +165,13 @@ def test_flags_that_are_no_settings_are_returned():
     assert train.parse(arguments)[2:6] == ("runs/x", "auto", 4, 3)
 
 
-def test_flags_may_be_in_a_file(tmp_path, capsys):
-    assert "/nowhere" in refused(["--flagfile=/nowhere"], capsys)
-    (tmp_path / "flags").write_text("--config=segnext:s\n--config.train.steps=5\n")
-    config = train.parse([f"--flagfile={tmp_path / 'flags'}", "--config.seed=2"]).config
-    assert (config.model.name, config.train.steps, config.seed) == ("segnext_s", 5, 2)
+@pytest.mark.parametrize("spelled", ["--flagfile={}", "-flagfile={}", "--flagfile {}"])
+def test_no_file_of_flags_is_opened(spelled, tmp_path, capsys):
+    (tmp_path / "flags").write_text("--config.seed=2\n")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("flags", "fifo", "missing"):
+        said = refused(spelled.format(tmp_path / name).split(), capsys)
+        assert said.startswith("there is no flag --flagfile; ") and "--config" in said
 
 
 def test_a_command_line_leaves_nothing_behind_for_the_next():
@@ -211,7 +214,17 @@ def test_a_command_line_leaves_nothing_behind_for_the_next():
         ("--config.train.remat=maybe", "--config.train.remat=maybe: must be True or False"),
         ("--config.augment.crop=(64, ", "--config.augment.crop=(64, : must be (height, width), each at least 32"),
         ("--config.model.drop_path_rate=x", "--config.model.drop_path_rate=x: must be like the default, 0.1"),
-        ("--num_processes=two", "--num_processes=two: "),
+        ("--num_processes=two", "--num_processes=two: must be a whole number, at least 0 and at most 1,000,000"),
+        ("--process_id=-1", "--process_id=-1: must be a whole number, at least 0 and at most 1,000,000"),
+        ("--config.train=x", "--config.train=x: train is a section of settings; give one of them, as in"),
+        ("--config.augment=5", "--config.augment=5: augment is a section of settings; give one of them, as in"),
+        ("--config.train", "--config.train=: train is a section of settings; give one of them, as in"),
+        ("--config.optim=" + 200 * "(", "--config.optim=(((((((((("),
+        ("--config.=3", "--config.: no such setting; a setting is --config.KEY=VALUE, see --help"),
+        ("--config.augment.crop[0]=3", "--config.augment.crop[0]: no such setting; a setting is --config.KEY=VALUE"),
+        ("--undefok=stepz", "there is no flag --undefok; "),
+        ("--workdir=", "--workdir: the value is empty; a shell variable may be unset"),
+        ("--coordinator=", "--coordinator: the value is empty; a shell variable may be unset"),
         ("--config", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
         ("--config=", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
         ("--config=segfromer", "segfromer: no such file or recipe; did you mean segformer?"),

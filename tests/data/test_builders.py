@@ -688,7 +688,7 @@ print(builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r}).s
 
     with start("first") as first, start_after(first, start, "second") as second:
         said = ""
-        while "waits for it" not in said:
+        while "this process waits" not in " ".join(said.split()):
             line = second.stdout.readline()
             assert line, said
             said += line
@@ -697,6 +697,7 @@ print(builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r}).s
         first.kill()
         said += second.stdout.read()
     assert "{'train': 2, 'val': 1}" in said, said
+    assert ": this process waits until it ends" in " ".join(said.split()) and "stop it" not in said
     assert [path.name for path in data.rglob("*lock*")] == [] and len(complete_datasets(data)) == 1
 
 

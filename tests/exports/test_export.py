@@ -1,5 +1,6 @@
 """Files of StableHLO: what they compute, where they run, and what is refused. Other formats: parity/test_export.py."""
 
+import errno
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from segjax.exports import export, stablehlo
 from segjax.exports.format import ExportFormat
 from segjax.kernels import choice, resize
 from segjax.models.functional import FunctionalModel
+from segjax.runtime import atomic, memory
 from tests.tiny import FAMILIES, tiny_model
 
 REPO = Path(__file__).parents[2]
@@ -206,9 +208,60 @@ def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    "given, of, words",
+    [
+        ((), "host", "the model on an image of 64x96 needs"),
+        ((), "limit", "the model on an image of 64x96 needs"),
+        (("--dynamic", "--with-argmax"), "limit", "give a smaller --size (with --dynamic the file takes larger images"),
+    ],
+)
+def test_a_size_that_does_not_fit_into_memory_is_refused_before_anything_is_written(
+    given, of, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, of, lambda *_, **__: 20_000)
+    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *_: pytest.fail("writes"))
+    saved(tmp_path / "model", tiny_model(0))
+    command = [tmp_path / "model", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 64, 96, *given]
+    assert run(*command) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error, is_full, words",
+    [
+        (
+            RuntimeError("write failed: No space left on device"),
+            False,
+            "a.stablehlo: No space left on device. Make room",
+        ),
+        (RuntimeError("enforce fail at inline_container.cc"), True, "a.stablehlo: No space left on device. Make room"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), False, "there is not enough memory"),
+        (MemoryError(), False, "there is not enough memory"),
+        (RuntimeError("Cannot branch on h"), False, "the sizes of this model cannot be dynamic (Cannot branch on h)"),
+    ],
+)
+def test_only_an_error_about_sizes_is_answered_by_other_sizes(error, is_full, words, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(stablehlo, "write_stablehlo", fail)
+
+    def is_full_now(error, _):
+        return errno.ENOSPC if is_full and not isinstance(error, ValueError) else None
+
+    monkeypatch.setattr(atomic, "_is_full_now", is_full_now)
+    saved(tmp_path / "model", tiny_model(0))
+    command = [tmp_path / "model", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 64, 96, "--dynamic"]
+    assert run(*command) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
     assert run(tmp_path / "no", tmp_path / "a.stablehlo", "--format", "stablehlo", "--size", 32, 64) == 2
-    assert "there is no such file" in capsys.readouterr().err
+    assert "there is no such file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_labels_are_right_where_classes_are_equal_but_for_rounding_and_nowhere_else():

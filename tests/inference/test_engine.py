@@ -1,5 +1,6 @@
 """Windows, scales and mirror images against loops over single pixels and images; parity/ compares with PyTorch."""
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 from segjax import layers
 from segjax.inference.engine import Inference, Protocol, scaled, scaled_size
 from segjax.inference.sliding_window import window_starts
+from segjax.runtime import memory
 from tests.tiny import tiny_model
 
 
@@ -188,3 +190,33 @@ def test_a_real_model_goes_through_all_of_it():
     one_by_one = Inference(model, protocol).probabilities(images[1:])
     np.testing.assert_allclose(probabilities[1:], one_by_one, rtol=1e-3, atol=1e-5)
     assert np.isfinite(probabilities).all() and len(jax.devices()) == 4
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "slide", "crop": (16, 20)}])
+def test_an_image_that_is_too_large_once_it_is_resized_is_refused_before_it_is(mode, monkeypatch):
+    inference = Inference(Blurred(3), Protocol(scales=(1.0, 100.0), **mode))
+    monkeypatch.setattr(memory, "host", lambda: 2**24)
+    words = "an image of 37x50 that is resized to 3700x5000 needs 52.9 MiB, and the machine has 16.0 MiB"
+    for refuse in (lambda: inference.refuse_too_large([(37, 50)]), lambda: inference.labels([draw(0, 37, 50)])):
+        with pytest.raises(memory.TooLittleMemoryError, match=words):
+            refuse()
+
+
+def test_the_logits_of_a_sliding_window_over_a_resized_image_are_counted(monkeypatch):
+    sizes, protocol = dict(scales=(2.0,)), dict(mode="slide", crop=(16, 20))
+    # 74x100 pixels: 8 bytes for each of 3 classes.
+    monkeypatch.setattr(memory, "limit", lambda *_, **__: 74 * 100 * 24 - 1)
+    Inference(Blurred(3), Protocol(**protocol)).labels([draw(0, 37, 50)])
+    with pytest.raises(memory.TooLittleMemoryError, match="37x50 that is resized to 74x100"):
+        Inference(Blurred(3), Protocol(**protocol, **sizes)).labels([draw(0, 37, 50)])
+
+
+def test_an_allocation_that_opencv_refuses_is_too_little_memory(monkeypatch):
+    def refuse(*_, **__):
+        error = cv2.error("Insufficient memory")
+        error.code = cv2.Error.StsNoMem
+        raise error
+
+    monkeypatch.setattr(cv2, "resize", refuse)
+    with pytest.raises(MemoryError):
+        scaled(draw(0, 20, 30), 2.0, 1)

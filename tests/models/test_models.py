@@ -227,6 +227,14 @@ def test_an_unknown_setting_is_refused_with_those_that_exist(name):
         ("segformer_b0", dict(decoder_dim=10**12), "decoder_dim must be positive and at most 65536; got 1000000000000"),
         ("segformer_b0", dict(block_norm_eps=float("inf")), "block_norm_eps must be positive and at most 65536"),
         ("segformer_b0", dict(depths=(2, 2, 0, 2)), r"depths must be positive and at most 65536; got \(2, 2, 0, 2\)"),
+        ("segformer_b0", dict(depths=(3000, 2, 2, 2)), r"depths must be at most 512 together; got \(3000, 2, 2, 2\)"),
+        ("segnext_t", dict(depths=(200, 200, 100, 13)), "depths must be at most 512 together"),
+        ("hrnet_w18", dict(stage_modules=(1, 1, 600, 3)), "stage_modules must be at most 512 together"),
+        (
+            "hrnet_w18",
+            dict(stage_modules=(1, 100, 4, 3)),
+            "stage_modules and stage_blocks make 900 blocks; at most 512",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_one_another_are_refused(name, overrides, message):

@@ -17,7 +17,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from segjax.runtime.lock import held
-with held(Path(sys.argv[1]), what="runs/a"):
+with held(Path(sys.argv[1]), what="runs/a", remedy=""):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -36,12 +36,12 @@ def holder(tmp_path):
 def test_a_second_process_learns_who_holds_a_lock_and_what_it_can_do(holder, tmp_path):
     with (
         pytest.raises(lock.HeldError) as caught,
-        lock.held(tmp_path / "sub" / "lock", what="runs/a", instead="give another --workdir"),
+        lock.held(tmp_path / "sub" / "lock", what="runs/a", remedy="give another --workdir"),
     ):
         pytest.fail("both hold it")
     said = str(caught.value)
     assert said.startswith(f"runs/a is being written by process {holder.pid} on {socket.gethostname()}, since 20")
-    assert said.endswith(": wait until it ends, stop it, or give another --workdir")
+    assert said.endswith(": give another --workdir")
     assert holder.poll() is None
 
 
@@ -50,7 +50,7 @@ def test_the_death_of_its_holder_frees_a_lock(holder, number, tmp_path):
     holder.send_signal(number)
     holder.wait()
     assert (tmp_path / "sub" / "lock").exists()
-    with lock.held(tmp_path / "sub" / "lock", what="runs/a"):
+    with lock.held(tmp_path / "sub" / "lock", what="runs/a", remedy=""):
         assert f"process {os.getpid()} on" in (tmp_path / "sub" / "lock").read_text()
     assert list((tmp_path / "sub").iterdir()) == []
 
@@ -61,7 +61,7 @@ def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
     def take():
         while len(rounds) < 200:
             try:
-                with lock.held(tmp_path / "a" / "lock", what="it"):
+                with lock.held(tmp_path / "a" / "lock", what="it", remedy=""):
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
                     rounds.append(inside[0])
@@ -78,11 +78,11 @@ def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
 
 
 def test_the_end_removes_the_folders_that_were_made_unless_something_is_in_them(tmp_path):
-    with pytest.raises(ValueError), lock.held(tmp_path / "a" / "b" / "lock", what="it"):
+    with pytest.raises(ValueError), lock.held(tmp_path / "a" / "b" / "lock", what="it", remedy=""):
         assert (tmp_path / "a" / "b").is_dir()
         raise ValueError
     assert list(tmp_path.iterdir()) == []
-    with lock.held(tmp_path / "a" / "b" / "lock", what="it"):
+    with lock.held(tmp_path / "a" / "b" / "lock", what="it", remedy=""):
         (tmp_path / "a" / "result").write_text("")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
 
@@ -92,13 +92,19 @@ def test_without_locks_of_the_file_system_the_work_goes_on(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with lock.held(tmp_path / "lock", what="it"), lock.held(tmp_path / "lock", what="it"):
-        pass
+    with lock.held(tmp_path / "a" / "lock", what="it", remedy=""):
+        with lock.held(tmp_path / "a" / "lock", what="it", remedy=""):
+            pass
+        assert list((tmp_path / "a").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_no_file_can_be_made_the_body_reports_why(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(NotADirectoryError, match="of the body"), lock.held(tmp_path / "file" / "lock", what="it"):
+    with (
+        pytest.raises(NotADirectoryError, match="of the body"),
+        lock.held(tmp_path / "file" / "lock", what="it", remedy=""),
+    ):
         raise NotADirectoryError("of the body")
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -106,6 +112,6 @@ def test_where_no_file_can_be_made_the_body_reports_why(tmp_path):
 def test_a_link_in_place_of_a_lock_is_not_written_through(tmp_path):
     (tmp_path / "elsewhere").write_text("kept")
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
-    with lock.held(tmp_path / "lock", what="it"):
+    with lock.held(tmp_path / "lock", what="it", remedy=""):
         pass
     assert (tmp_path / "elsewhere").read_text() == "kept"

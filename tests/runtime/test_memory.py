@@ -53,6 +53,31 @@ MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable: 7 kB\n
             50,
         ),
         (MEMINFO | {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": "max\n"}, 7168 + 50),
+        # SLURM: the limits are those of the job and of the step.
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "0::/slurm/job_7/step_0/user/task_0\n",
+                "cgroup/slurm/job_7/memory.max": "4000\n",
+                "cgroup/slurm/job_7/memory.current": "1000\n",
+                "cgroup/slurm/job_7/step_0/memory.max": "3000\n",
+                "cgroup/slurm/job_7/step_0/memory.current": "900\n",
+                "cgroup/slurm/job_7/step_0/user/task_0/memory.max": "max\n",
+                "cgroup/slurm/job_7/step_0/user/task_0/memory.current": "900\n",
+            },
+            2100 + 50,
+        ),
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "9:memory:/slurm/job_7/task_0\n1:cpu:/slurm\n",
+                "cgroup/memory/slurm/job_7/memory.limit_in_bytes": "800\n",
+                "cgroup/memory/slurm/job_7/memory.usage_in_bytes": "500\n",
+                "cgroup/memory/slurm/job_7/task_0/memory.limit_in_bytes": "9223372036854771712\n",
+                "cgroup/memory/slurm/job_7/task_0/memory.usage_in_bytes": "400\n",
+            },
+            300 + 50,
+        ),
     ],
 )
 def test_a_cpu_has_what_is_available_within_the_limit_of_its_group(files, expected, machine):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -111,3 +112,36 @@ def test_a_process_without_stderr_is_left_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "(3, [])\n"
+
+
+def _descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_no_call_goes_on_without_what_is_printed(has_memory, monkeypatch, capfd):
+    def refuse(*_, **__):
+        raise FileNotFoundError("no usable temporary folder")
+
+    monkeypatch.setattr(native_messages, "_file", None)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    if not has_memory:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    before, called = _descriptors(), []
+    for _ in range(3):
+        if has_memory:
+            _, lines = native_messages.captured(lambda: native("Corrupt JPEG data: 7 bytes\n"))
+            assert lines == ["Corrupt JPEG data: 7 bytes"]
+        else:
+            with pytest.raises(FileNotFoundError):
+                native_messages.captured(lambda: called.append(1))
+    # One of the file that is kept.
+    assert _descriptors() == before + has_memory and called == []
+    native("after\n")
+    assert capfd.readouterr().err == "after\n"
+
+
+def test_without_files_in_memory_there_is_one_in_a_folder(monkeypatch):
+    monkeypatch.setattr(native_messages, "_file", None)
+    monkeypatch.delattr(os, "memfd_create")
+    assert native_messages.captured(lambda: native("libpng error: no\n"))[1] == ["libpng error: no"]

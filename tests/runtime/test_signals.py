@@ -14,14 +14,15 @@ from segjax.runtime import signals
 REPO = Path(__file__).parents[2]
 # What a command does, in a process of its own. `ready()` prints "ready", after which the signal comes.
 START = """
-import gc, hashlib, os, signal, sys, time
+import gc, hashlib, importlib.machinery, os, signal, sys, time
 from segjax.runtime import signals
 # A test in the background of a shell would hear no Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def ready():
     os.write(1, b"ready\\n")
 def run():
-    {body}
+    with signals.raising():
+        {body}
     return 0
 status = signals.run_process("segjax try", run)
 {after}
@@ -30,7 +31,7 @@ sys.exit(status)
 
 
 def started(body, after=""):
-    code = START.format(body=body.strip().replace("\n", "\n    "), after=after)
+    code = START.format(body=body.strip().replace("\n", "\n        "), after=after)
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, env=environment)
@@ -88,6 +89,49 @@ def test_while_native_code_runs_the_first_signal_is_answered_within_a_second_and
 def test_a_signal_in_a_callback_at_exit_is_not_lost():
     process = started("import atexit\natexit.register(lambda: (ready(), time.sleep(60)))")
     assert ended(process, signal.SIGTERM) == (143, "segjax try: stopped\n")
+
+
+def test_before_and_after_a_command_a_signal_raises_no_exception():
+    body = "signals._is_raising = False\ntry:\n    ready()\n    time.sleep(60)\nfinally:\n    os.write(2, b'unwound')"
+    assert ended(started(body), signal.SIGTERM) == (143, "segjax try: stopped\n")
+
+
+# Their initialisation may call Python code, of which an exception would end up in C++.
+IMPORTS = """
+class Loader(importlib.machinery.ExtensionFileLoader):
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        ready()
+        for _ in range(20):
+            time.sleep(0.01)
+        os.write(2, b"imported\\n")
+spec = importlib.machinery.ModuleSpec("native", Loader("native", "native.so"))
+importlib._bootstrap._load(spec)
+time.sleep(60)
+"""
+
+
+def test_the_import_of_a_native_module_ends_before_the_command_is_stopped():
+    assert ended(started(IMPORTS), signal.SIGINT) == (130, "imported\nsegjax try: stopped\n")
+
+
+def test_a_signal_after_the_last_callback_at_exit_does_not_change_the_status():
+    class_ = "class Late:\n    def __del__(self, kill=os.kill, own=os.getpid()):\n        kill(own, signal.SIGINT)\n"
+    done = started("ready()", after=f"import builtins\n{class_}builtins.late = Late()")
+    assert ended(done) == (0, "")
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.answered(lambda *_: seen.append(1), first="", second=""):
+            seen = []
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        assert (seen, signal.getsignal(signal.SIGINT)) == ([1], signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_after_the_body_signals_do_what_they_did_before():

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import struct
 
 import numpy as np
@@ -173,8 +174,23 @@ def test_an_event_file_that_cannot_be_written_is_an_error_at_once(tmp_path, monk
 
     with Log(tmp_path, 0, evaluated=False) as log:
         monkeypatch.setattr(tensorboardX.RecordWriter, "flush", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             write(log, 1)
+    assert caught.value.filename == str(tmp_path / "tensorboard")
+
+
+@pytest.mark.parametrize("most, name", [(20, "metrics.jsonl"), (10_000, "tensorboard")])
+def test_a_full_disk_is_reported_with_the_file_that_has_no_room(most, name, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, 0, evaluated=False) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                # Events take more room than lines.
+                write(log, *range(1, 250))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / name)
 
 
 ODD = (

@@ -1,0 +1,20 @@
+"""What `segjax benchmark` says when it is stopped."""
+
+import pytest
+
+from segjax.commands import benchmark
+from segjax.runtime import environment
+
+
+@pytest.mark.parametrize(
+    "arguments, state",
+    [([], "nothing was written"), (["--json", "a.json"], "rows that were finished are in the --json file")],
+)
+def test_only_a_file_that_was_asked_for_is_said_to_hold_rows(arguments, state, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "_run", stop)
+    monkeypatch.setattr(environment, "prepare", lambda **_: None)
+    assert benchmark.main(["--model", "segformer_b0", *arguments]) == 130
+    assert capsys.readouterr().err == f"segjax benchmark: stopped; {state}\n"
