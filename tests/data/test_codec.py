@@ -145,6 +145,11 @@ def test_the_size_is_read_before_anything_is_decoded(name, tmp_path):
 def test_a_limit_on_pixels_is_kept_and_can_be_lifted(name):
     data = encoded(scene(0, 20, 30), name, **FORMATS[name])
     assert decode_upright(data, max_pixels=600)[0].shape == (20, 30, 3)
+    # 16 bits take twice the memory.
+    deep = cv2.imencode(".png", np.full((20, 30, 3), 40_000, np.uint16))[1].tobytes()
+    assert decode_upright(deep, max_pixels=1200)[0].dtype == np.uint16
+    with pytest.raises(codec.ImageError, match="600, more than 599"):
+        decode_upright(deep, max_pixels=1199)
     with pytest.raises(codec.ImageError, match="has 20x30 pixels, 600, more than 599"):
         decode_upright(data, max_pixels=599)
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import socket
 import stat
 import struct
@@ -391,6 +392,19 @@ def test_an_archive_dataset_in_a_folder_below_is_named(tmp_path):
         ("metadata.json", lambda text: text.replace('"ignore_label": 255', '"ignore_label": "x"'), "spec.ignore_label"),
         ("metadata.json", lambda text: text.replace('["a", "b"]', '["a"]'), "names.train"),
         ("metadata.json", lambda text: text.replace('"pixels": {"test": [', '"pixels": {"test": [1, '), "pixels.test"),
+        (
+            "metadata.json",
+            lambda text: text.replace('"ignore_label": 255', '"ignore_label": 1'),
+            "metadata.json: spec: ",
+        ),
+        ("metadata.json", lambda text: text.replace('"ignore_label": 255', '"ignore_label": 99999'), "spec: "),
+        (
+            "metadata.json",
+            lambda text: re.sub(r'(?<="sizes": {"test": \[\[)\d+', "1099511627776", text),
+            "sizes",
+        ),
+        ("metadata.json", lambda text: re.sub(r'"colors": \[\[\d+', '"colors": [[999', text), "spec.colors.0.0"),
+        ("metadata.json", lambda text: text.replace('"splits": []', '"splits": [[1, "a"]]'), "spec.splits"),
         ("features.json", lambda text: "[1]", "1.1.0"),
         ("dataset_info.json", lambda text: text[:40], "dataset_info.json"),
         ("dataset_info.json", lambda text: text.replace('"name": "train"', '"name": "tram"'), "tram"),
@@ -406,6 +420,16 @@ def test_a_damaged_prepared_dataset_names_file_and_key(tmp_path, name, change, s
     with pytest.raises(builders.DataError) as error:
         prepared.open_prepared(path)
     assert said in str(error.value) and "delete that directory and prepare the dataset again" in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_fifo_in_the_place_of_records_is_refused_at_once(tmp_path):
+    path = prepare(folder(tmp_path / "x"), tmp_path).path
+    records = next(path.glob("*train.array_record*"))
+    records.unlink()
+    os.mkfifo(records)
+    with pytest.raises(builders.DataError, match=rf"{records.name}: a FIFO, not a file; delete that directory"):
+        prepared.open_prepared(path)
 
 
 @pytest.mark.parametrize(
