@@ -372,7 +372,7 @@ def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
     if any(ratio != int(ratio) for ratio in settings["mlp_ratios"]):
         raise CheckpointError(f"transformers takes whole numbers for mlp_ratios, not {settings['mlp_ratios']}")
     classes = classes_of(metadata, model.spec.num_classes)
-    # Without names, transformers' placeholders, which `_class_names` takes for none.
+    # Without names, transformers' placeholders, which `_classes` takes for none.
     names = classes.class_names if metadata.get("dataset") else [f"LABEL_{k}" for k in range(classes.num_classes)]
     kept = {foreign: settings[name] for name, foreign in (_SETTINGS | _SIZES).items()}
     return {

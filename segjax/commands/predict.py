@@ -179,9 +179,13 @@ def _describe(
 
     classes, model = predictor.classes, checkpoint.model
     count = sum(array.size for array in FunctionalModel(model).arrays()[0].values())
-    origin = "" if checkpoint.dataset else f" (the file names none; {classes.name} has as many)"
+    is_guess = (checkpoint.metadata.get("dataset") or {}).get("guessed", False)
+    of = f" of {classes.name}" if checkpoint.dataset or is_guess else ""
+    origin = (
+        "" if checkpoint.dataset else " (the file names none" + (f"; {classes.name} has as many)" if is_guess else ")")
+    )
     console.say(f"checkpoint  {options.checkpoint}: {model.spec.name}, {count:,} parameters")
-    console.say(f"classes     {classes.num_classes} of {classes.name}{origin}")
+    console.say(f"classes     {classes.num_classes}{of}{origin}")
     videos = sum(job.is_video for job in jobs)
     parts = [_counted(len(jobs) - videos, "image"), _counted(videos, "video")]
     console.say(f"inputs      {', '.join(part for part in parts if part[0] != '0')}")

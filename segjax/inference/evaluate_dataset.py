@@ -29,7 +29,7 @@ from segjax.data.sources import DataError, listed
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime.atomic import why_not_writable
+from segjax.runtime.atomic import recover, why_not_writable
 from segjax.runtime.reading import checked, user_path
 from segjax.viz import report
 
@@ -223,6 +223,7 @@ def _of_run(
     folder = user_path(source)
     if not folder.exists() and not is_address(source):
         raise ValueError(f"{source}: there is no such file or folder")
+    recover(folder)
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
         raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")

@@ -146,6 +146,10 @@ def _first_fault(error: ValidationError) -> str:
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{key} is missing"
+    if first["type"] in ("too_short", "too_long"):
+        bound = "at least {min_length}" if first["type"] == "too_short" else "at most {max_length}"
+        counts = first.get("ctx", {})
+        return f"{key} should have {bound.format(**counts)} entries, not {counts.get('actual_length')}"
     found = repr(first["input"])
     message = first["msg"].replace("Input should be", "should be", 1).removeprefix("Value error, ")
     return f"{key + ' ' if key else ''}{message}, not {found[:60]}{'...' * (len(found) > 60)}"

@@ -148,6 +148,8 @@ def keep_data(workdir: Path, now: RunData | None, *, is_new: bool, accept: bool)
                 "--workdir for a new run"
             )
         console.say(f"{listed}\n  accepted by data.changed")
+    if before is None and not is_new:
+        console.say(f"note: {path} is missing; from now on the data of this run are those that it finds today")
     atomic.write_text(path, json.dumps(now))
 
 
