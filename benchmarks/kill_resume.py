@@ -32,8 +32,8 @@ from segjax.checkpoints import orbax_folder
 from segjax.runtime import atomic
 
 REPO = Path(__file__).parents[1]
-# Measured by the clock: nothing that a run could repeat.
-MEASURED = ("images_per_second", "waiting")
+# Measured by the clock, and the step that a process began with: nothing that a run could repeat.
+MEASURED = ("images_per_second", "waiting", "duration_s", "from_step")
 # Averages, dropout, drop path, augmentation, evaluations and log lines between checkpoints.
 SETTINGS = (
     "--config=configs/segformer.py:b0,streets",

@@ -159,7 +159,7 @@ class PreparedRecords:
         return array.astype(self._prepared.spec.label_dtype, copy=False)
 
     def _damaged_split(self, fault: str) -> DataError:
-        where = f"{self._prepared.path}: the files of {self._split} cannot be read"
+        where = f"{self._prepared.path}: the files of {self._split}, or dataset_info.json, cannot be read"
         return DataError(f"{where} ({fault}); delete that directory and prepare the dataset again")
 
     def _damaged(self, index: int, fault: str) -> DataError:
@@ -221,10 +221,12 @@ def open_prepared(path: Path) -> Prepared:
         spec = _spec_of(metadata["spec"], path / "metadata.json")
     except reading.UnreadableError as error:
         raise DataError(f"{error}; {remedy}") from None
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror or error}; {remedy}") from None
     except Exception as error:
-        # The type of exception depends on what TFDS does with the damaged file.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{path} is damaged ({_damaged_file(path) or reason}); {remedy}") from error
+        # The type of exception depends on what TFDS does with the damaged file, and its words are Python's.
+        reason = _damaged_file(path) or "its dataset_info.json or features.json is not as TFDS writes it"
+        raise DataError(f"{path} is damaged ({reason}); {remedy}") from error
     return Prepared(spec, splits, tuple(metadata["pixels"]), path, metadata)
 
 
@@ -265,7 +267,9 @@ def _damaged_file(path: Path) -> str:
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         try:
             reading.read_json(path / name)
-        except (OSError, reading.UnreadableError) as error:
+        except OSError as error:
+            return f"{path / name}: {error.strerror}"
+        except reading.UnreadableError as error:
             return str(error)
     return ""
 

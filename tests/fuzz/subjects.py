@@ -307,6 +307,65 @@ def _make_folder(folder: Path) -> None:
     (folder / "data/classes.json").write_text(json.dumps(classes))
 
 
+def _make_prepared(folder: Path) -> None:
+    from segjax.data.open import open_splits
+
+    _make_folder(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        open_splits("folder", ("train", "val"), source=folder / "data", data_dir=folder / "prepared")
+    (path,) = (folder / "prepared").glob("*/*/*")
+    path.rename(folder / "dataset")
+
+
+def _mutate_prepared(folder: Path, rng: np.random.Generator) -> Mutation:
+    dataset = folder / "dataset"
+    kind = rng.choice(["json", "json", "bytes", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(dataset, rng)
+    files = sorted(path for path in dataset.iterdir() if (path.suffix == ".json") == (kind == "json"))
+    path = files[rng.integers(len(files))]
+    return mutations.of_json_file(path, rng) if kind == "json" else mutations.of_bytes(path, rng)
+
+
+def _read_prepared() -> None:
+    from segjax.data.prepared import open_prepared
+
+    prepared = open_prepared(Path("dataset"))
+    for split in SPLITS:
+        prepared.load(split)
+        prepared.pixel_counts(split)
+
+
+PREDICTED = {"checkpoint": "m", "mode": "whole", "scales": [1.0], "flip": False}
+
+
+def _make_records(folder: Path) -> None:
+    """The records that commands write and read again: of the data of a run, and of an output folder."""
+    hashes = {split: {f"i{n}": [f"{n:032x}", None] for n in range(count)} for split, count in SPLITS.items()}
+    data = {"path": "/data", "source": "/source", "contents": hashes}
+    (folder / "data.json").write_text(json.dumps(data))
+    incomplete = {"/a.mp4": {"reason": "ends early", "size": 3, "modified": 4}}
+    (folder / "predict.json").write_text(json.dumps(PREDICTED | {"format_version": 1, "incomplete": incomplete}))
+
+
+def _mutate_records(folder: Path, rng: np.random.Generator) -> Mutation:
+    path = folder / ("data.json", "predict.json")[rng.integers(2)]
+    kind = rng.choice(["json", "json", "bytes", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(folder, rng)
+    return mutations.of_json_file(path, rng) if kind == "json" else mutations.of_bytes(path, rng)
+
+
+def _read_records() -> None:
+    from segjax.data import contents
+    from segjax.inference import batch_run
+
+    now = contents.read_run_data(Path("data.json"))
+    if now is not None:
+        contents.differences(now["contents"], {})
+    batch_run.done_before([], Path(), PREDICTED)
+
+
 def _mutate_dataset(folder: Path, rng: np.random.Generator) -> Mutation:
     data = folder / "data"
     kind = rng.choice(["json", "bytes", "bytes", "values", "folder", "twice"])
@@ -625,6 +684,8 @@ SUBJECTS = {
     "masks": Subject(
         _make_annotations, _mutate_annotations("voc"), [_import_annotations("voc")], ("imported", "prepared")
     ),
+    "prepared": Subject(_make_prepared, _mutate_prepared, [refusing(_read_prepared)]),
+    "records": Subject(_make_records, _mutate_records, [refusing(_read_records)]),
     "run": Subject(_make_run, _mutate_run, [_train_again], ("run",)),
     "settings": Subject(
         lambda folder: None, _mutate_settings, [lambda: _train(*Path("flags").read_text().splitlines())]

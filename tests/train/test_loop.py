@@ -909,7 +909,7 @@ def test_the_table_of_classes_shows_every_class_and_fits_80_columns(num_classes,
 
 def test_a_second_run_in_a_workdir_is_refused_before_it_changes_anything(tmp_path):
     config = make_config()
-    with lock.held(tmp_path / "run" / loop.LOCK, what="the first"):
+    with lock.held(tmp_path / "run" / loop.LOCK, what="the first", remedy=""):
         before = contents(tmp_path)
         with pytest.raises(lock.HeldError, match=f"run is being written by process {os.getpid()} .*another --workdir"):
             run(config, tmp_path / "run")
