@@ -51,7 +51,7 @@ DAMAGED = {
     result(config__eval__mode=3): "config.eval.mode",
     result(config__eval__scales=[]): "config.eval.scales",
     result(config__eval__patience="\x1b"): "config.eval.patience",
-    result(format_version="x"): "format version",
+    result(format_version="x"): "format_version",
 }
 
 
