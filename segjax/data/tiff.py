@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Values of the tag PhotometricInterpretation.
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _ALPHA = (1, 2)  # values of the tag ExtraSamples, associated and unassociated
-# Values of the tag Compression: JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
-_OLD_JPEG, _JPEG = 6, 7
+# Values of the tag Compression: none, JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
+_NONE, _OLD_JPEG, _JPEG = 1, 6, 7
 _JPEGS = (_OLD_JPEG, _JPEG, 34892, 33007)
 # Those whose decoders turn YCbCr into RGB.
 _DECODED_TO_RGB = (_OLD_JPEG, _JPEG)
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
       is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
       orientation: value of the tag, 1 to 8; 1 is upright.
       parts, missing: number of strips or tiles, and of those that the file lacks.
-      largest_part: pixels of a strip or tile, which decoders decode as a whole.
+      largest_part: pixels of a strip or tile, or of a row of a strip that is not compressed: they are decoded as a whole.
       is_geotiff: whether it has tags of GeoTIFF.
     """
 
@@ -82,9 +82,13 @@ def layout(path: Path) -> Layout:
             _value(page, _ORIENTATION, 1),
             math.prod(page.chunked),
             _missing(page, length),
-            math.prod(page.chunks) // (page.chunks[-1] if page.axes.endswith("S") else 1),
+            page.imagewidth if compression == _NONE and not page.is_tiled else _pixels_of_part(page),
             any(tag in page.tags for tag in _GEOTIFF),
         )
+
+
+def _pixels_of_part(page: TiffPage) -> int:
+    return math.prod(page.chunks) // (page.chunks[-1] if page.axes.endswith("S") else 1)
 
 
 def _opened(file: BinaryIO) -> TiffFile:
@@ -92,7 +96,8 @@ def _opened(file: BinaryIO) -> TiffFile:
 
     # Its messages would reach the terminal; what is wrong is raised.
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
-    return tifffile.TiffFile(file)
+    # With a name, which it would otherwise ask of the file, and `open_regular` gives it none.
+    return tifffile.TiffFile(file, name="TIFF")
 
 
 @contextlib.contextmanager
