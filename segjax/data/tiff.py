@@ -46,7 +46,7 @@ class Layout(NamedTuple):
       is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
       orientation: value of the tag, 1 to 8; 1 is upright.
       parts, missing: number of strips or tiles, and of those that the file lacks.
-      largest_part: pixels of a strip or tile, or of a row of a strip that is not compressed: they are decoded as a whole.
+      largest_part: pixels that are decoded together: of a strip or tile, or of a row where strips are not compressed.
       is_geotiff: whether it has tags of GeoTIFF.
     """
 

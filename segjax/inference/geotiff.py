@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segjax.data import specs, tiff
+from segjax.data import codec, specs, tiff
 from segjax.data.codec import ImageError
 from segjax.data.scaling import Scale
 from segjax.inference.images import as_rgb, read_image
@@ -37,9 +38,12 @@ def kind(path: Path, max_pixels: int) -> str:
     """What a TIFF is predicted as.
 
     Returns:
-      "scene" for a GeoTIFF, and for any TIFF of more than `max_pixels` pixels, which can be read in parts; "unplaced"
+      "scene" for a GeoTIFF, which has a georeference or a nodata value, and for any TIFF of more than `max_pixels` pixels, which can be read in parts; "unplaced"
       for a GeoTIFF whose georeference is lost, because rasterio is missing or cannot read it; else "image".
     """
+    for library in ("rasterio", "tifffile"):
+        # What is wrong is raised.
+        logging.getLogger(library).propagate = False
     try:
         layout = tiff.layout(path)
     except (ValueError, OSError):
@@ -67,10 +71,13 @@ class Scene:
         self._dataset, self._bands, self._scale = dataset, list(range(1, layout.colours + 1)), scale
 
     def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
-        bands = self._dataset.read(self._bands, window=_window(part))
-        if bands.dtype.kind == "f" and not np.isfinite(bands).all():
+        with _heard() as messages:
+            bands = self._dataset.read(self._bands, window=_window(part))
+        if fault := codec.made_up(messages):
+            raise ImageError(fault)
+        if bands.dtype.kind == "f" and not (is_number := np.isfinite(bands)).all():
             # Where there is no data, there may be NaN, which is black.
-            bands[:, self.nodata(part)] = self._scale[0] if self._scale else 0
+            bands[~is_number & self.nodata(part)] = self._scale[0] if self._scale else 0
         return as_rgb(np.ascontiguousarray(np.moveaxis(bands, 0, -1)), scale=self._scale)
 
     def nodata(self, part: tuple[slice, slice]) -> np.ndarray:
@@ -198,14 +205,12 @@ def _georeference(dataset: DatasetReader) -> dict[str, Any]:
 
 
 def _rasterio() -> ModuleType | None:
-    """rasterio, which keeps its messages from the terminal; None where it is not installed."""
+    """rasterio, without its warnings; None where it is not installed."""
     try:
         import rasterio
         from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning
     except ImportError:
         return None
-    # Errors are raised too.
-    logging.getLogger("rasterio").propagate = False
     for category in (NodataShadowWarning, NotGeoreferencedWarning):
         warnings.simplefilter("ignore", category)
     return rasterio
@@ -226,9 +231,30 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
         # By this driver only: others open files and addresses that a file names.
         with rasterio.Env(GDAL_CACHEMAX=_CACHE), rasterio.open(path.absolute(), driver="GTiff") as dataset:
             yield dataset
-    except _errors() as error:
+    except ImageError:
+        raise
+    # Tags of any content make numbers and text of any kind.
+    except (*_errors(), ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collects the warnings that GDAL has in this thread while the body runs."""
+    messages, thread = [], threading.get_ident()
+
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:
+                messages.append(record.getMessage().rpartition("JPEGLib:")[2])
+
+    handler, logger = Messages(logging.WARNING), logging.getLogger("rasterio")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager
