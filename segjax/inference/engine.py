@@ -329,8 +329,8 @@ class Inference:
 
         The tiles cover the image once, panel by panel, and are those of `labels`; see `sliding_window.row_tiles`.
         """
-        for top, left, logits in self.row_tiles(image):
-            yield top, left, np.asarray(_labels(logits))
+        for top, left, logits, part in self.row_tiles(image):
+            yield top, left, np.asarray(_labels(logits))[:, part]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Probability of each class, float32 (H, W, K); for K = 1 that of the class, not of the background.
@@ -372,8 +372,8 @@ class Inference:
 
     def _logits_of_crops(self, image: np.ndarray) -> jax.Array:
         by_panel: dict[int, list[jax.Array]] = {}
-        for _, left, logits in self.row_tiles(image):
-            by_panel.setdefault(left, []).append(logits)
+        for _, left, logits, part in self.row_tiles(image):
+            by_panel.setdefault(left, []).append(logits[:, part])
         return jnp.concatenate([jnp.concatenate(tiles) for tiles in by_panel.values()], axis=1)
 
     def row_tiles(self, image: Pixels) -> Iterator[RowTile]:

@@ -38,8 +38,9 @@ def kind(path: Path, max_pixels: int) -> str:
     """What a TIFF is predicted as.
 
     Returns:
-      "scene" for a GeoTIFF, which has a georeference or a nodata value, and for any TIFF of more than `max_pixels` pixels, which can be read in parts; "unplaced"
-      for a GeoTIFF whose georeference is lost, because rasterio is missing or cannot read it; else "image".
+      "scene" for a GeoTIFF, which has a georeference or a nodata value, and for any TIFF of more than `max_pixels`
+      pixels, which can be read in parts; "unplaced" for a GeoTIFF whose georeference is lost, because rasterio is
+      missing or cannot read it; else "image".
     """
     for library in ("rasterio", "tifffile"):
         # What is wrong is raised.

@@ -42,11 +42,15 @@ class Panel(NamedTuple):
 
 
 class RowTile(NamedTuple):
-    """A part of an image: its upper left corner, and its logits (h, w, K)."""
+    """A part of an image: its upper left corner, and its logits (h, w, K) in the columns `part` of an array.
+
+    The arrays of all panels have one width, so that they share programs and memory.
+    """
 
     top: int
     left: int
     logits: jax.Array
+    part: slice
 
 
 def panels(width: int, crop: int, stride: int) -> list[Panel]:
@@ -93,23 +97,31 @@ def row_tiles(
         np.bincount(np.add.outer(window_starts(*sides), np.arange(sides[1])).ravel())
         for sides in zip(image.shape, (height, width), stride, strict=False)
     )
-    for lefts, left, right in panels(image.shape[1], width, stride[1]):
-        start, columns = lefts[0], lefts[-1] + width - lefts[0]
+    parts = panels(image.shape[1], width, stride[1])
+    columns = max(lefts[-1] + width - lefts[0] for lefts, _, _ in parts)
+    for lefts, left, right in parts:
+        start, end = lefts[0], lefts[-1] + width
         # Groups of one size, the last of which repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
         size = min(batch, len(lefts))
-        tile = None
+        tile, before = None, None
         for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
-            band = image[top : top + height, start : start + columns]
+            band = image[top : top + height, start:end]
             for group in groups:
                 places = [place - start for place in group + group[-1:] * (size - len(group))]
                 logits = logits_of(np.stack([band[:, place : place + width] for place in places]))
                 if tile is None:
                     tile = jnp.zeros((height, columns, logits.shape[-1]), logits.dtype)
                 tile = _added(tile, logits, np.array(places), len(group))
-            counts = np.outer(down[top:below], across[left:right])
-            done, tile = _split(tile, counts, rows=below - top, left=left - start)
-            yield RowTile(top, left, done)
+                # One group is prepared while another is scored; more at a time would only take memory.
+                if before is not None:
+                    before.block_until_ready()
+                before = logits
+            # 1 where there are no scores.
+            counts = np.ones((below - top, columns), across.dtype)
+            counts[:, : end - start] = np.outer(down[top:below], across[start:end])
+            done, tile = _split(tile, counts, rows=below - top)
+            yield RowTile(top, left, done, slice(left - start, right - start))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -124,8 +136,7 @@ def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> 
     return jax.lax.fori_loop(0, count, add, tile)
 
 
-@partial(jax.jit, static_argnames=("rows", "left"))
-def _split(tile: jax.Array, counts: jax.Array, *, rows: int, left: int) -> tuple[jax.Array, jax.Array]:
-    """The mean of the first rows, in the columns of `counts`, from `left` on; and a row tile that begins below."""
-    mean = tile[:rows, left : left + counts.shape[1]] / counts[..., None].astype(tile.dtype)
-    return mean, jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
+@partial(jax.jit, static_argnames="rows")
+def _split(tile: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The mean of the first rows, and a row tile that begins below them."""
+    return tile[:rows] / counts[..., None].astype(tile.dtype), jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
