@@ -104,7 +104,7 @@ def row_tiles(
         # Groups of one size, the last of which repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
         size = min(batch, len(lefts))
-        tile, before = None, None
+        tile = None
         for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
             band = image[top : top + height, start:end]
             for group in groups:
@@ -113,10 +113,9 @@ def row_tiles(
                 if tile is None:
                     tile = jnp.zeros((height, columns, logits.shape[-1]), logits.dtype)
                 tile = _added(tile, logits, np.array(places), len(group))
-                # One group is prepared while another is scored; more at a time would only take memory.
-                if before is not None:
-                    before.block_until_ready()
-                before = logits
+                # A CPU would score several groups at once, in the memory of as many.
+                if all(device.platform == "cpu" for device in tile.devices()):
+                    tile.block_until_ready()
             # 1 where there are no scores.
             counts = np.ones((below - top, columns), across.dtype)
             counts[:, : end - start] = np.outer(down[top:below], across[start:end])
