@@ -11,7 +11,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 WORKDIR /opt/segjax
 COPY pyproject.toml README.md LICENSE ./
 COPY segjax segjax
-RUN pip install --no-cache-dir ".[cuda,hub,video,import]"
+RUN pip install --no-cache-dir ".[cuda,hub,video,geo,import]"
 
 # Data, runs and checkpoints are mounted here. Compiled programs stay with them, so that the next container starts soon.
 WORKDIR /workspace

@@ -32,6 +32,7 @@ ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "su
 LATE = (
     "av",
     "pycocotools",
+    "rasterio",
     "torch",
     "tensorflow",
     "tensorflow_datasets",

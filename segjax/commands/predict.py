@@ -11,6 +11,13 @@ signed ones and floats need --scale. Videos become H.264 at the times of their
 frames, without sound; an odd side gets its last row or column twice. Cameras
 (/dev/video0) and http(s):// and rtsp(s):// addresses of videos are written
 until they end, or until Ctrl-C.
+
+Label maps of GeoTIFFs are GeoTIFFs (needs segjax[geo]) with the CRS and the
+transform, GCPs or RPCs of the input; where it has no data (nodata value, mask,
+alpha 0) they have their own nodata value, the ignore label of the classes: 255,
+or 65535 for more than 255 classes. With --mode slide, TIFFs of any size are
+read and written in parts, in memory that does not grow. Overlays of GeoTIFFs
+show every nth row and column, so that no side has more than 2048.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from typing import TYPE_CHECKING
 from segjax.commands.arguments import Parser, add_checkpoint, add_protocol, as_path, less_memory, protocol_of, within
 from segjax.commands.ending import run_command
 from segjax.data.codec import MAX_PIXELS
-from segjax.inference import planning
+from segjax.inference import geotiff, planning
 from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
 from segjax.runtime import console
@@ -80,7 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="values of black and white, for images of more than 8 bits; reflectances: 0 3000, say",
     )
     parser.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"refuse larger images; default {MAX_PIXELS:,}"
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger images that are read as a whole; default {MAX_PIXELS:,}",
     )
     parser.add_argument("--resume", action="store_true", help="skip what is done")
     options = parser.parse_args(arguments)
@@ -111,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     from segjax.inference.batch_run import Run
     from segjax.inference.predictor import Predictor
 
-    jobs, skipped = planning.plan(options.inputs, options.output, options.write)
+    jobs, skipped = planning.plan(options.inputs, options.output, options.write, max_pixels=options.max_pixels)
     # Asked before anything is computed.
     for folder in dict.fromkeys(path.parent for job in jobs for path in job.outputs.values()):
         if problem := why_not_writable(folder):
@@ -191,6 +202,10 @@ def _describe(
     console.say(f"inputs      {', '.join(part for part in parts if part[0] != '0')}")
     if skipped:
         console.say(f"skipped     {planning.reasons(skipped)}")
+    if unplaced := [job.source for job in jobs if job.is_unplaced]:
+        more = f" and of {len(unplaced) - 1} more" if len(unplaced) > 1 else ""
+        remedy = "rasterio cannot read it" if geotiff.is_available() else "to keep it: pip install 'segjax[geo]'"
+        console.say(f"GeoTIFF     the georeference of {console.one_line(unplaced[0])}{more} is lost; {remedy}")
     if done:
         console.say(f"resuming    {done} of {len(jobs)} are done")
     padded = f", padded to multiples of {predictor.pad_multiple}" if predictor.pad_multiple > 1 else ""

@@ -149,10 +149,11 @@ def damage_of_scan(data: bytes) -> str | None:
     import cv2
 
     _, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR))
-    return _made_up(messages)
+    return made_up(messages)
 
 
-def _made_up(messages: list[str]) -> str | None:
+def made_up(messages: list[str]) -> str | None:
+    """The fault of a JPEG by the messages of libjpeg; None if there is none."""
     faults = [line for line in messages if line.startswith(_MADE_UP) and "bad ICC" not in line]
     return f"is damaged, and part of its pixels would be made up ({faults[0]})" if faults else None
 
@@ -233,7 +234,7 @@ def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None
         return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     image, messages = native_messages.captured(lambda: _decode(data, flags))
-    if fault := _made_up(messages):
+    if fault := made_up(messages):
         raise ImageError(fault)
     return image
 
@@ -269,7 +270,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
     import cv2
 
     image, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH))
-    if fault := _made_up(messages):
+    if fault := made_up(messages):
         raise ImageError(fault)
     if image is None:
         raise ImageError(f"is a damaged {found}{f' ({messages[-1]})' if messages else ''}")

@@ -5,30 +5,115 @@ A TIFF may hold anything: reflectances, elevations, twelve bands. What is read h
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from segjax.data import codec
 from segjax.data.codec import ImageError
+from segjax.runtime import reading
 
 if TYPE_CHECKING:
-    from tifffile import TiffPage
+    from tifffile import TiffFile, TiffPage
 
 # Its messages would reach the terminal; what is wrong is raised.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 # Values of the tag PhotometricInterpretation.
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _ALPHA = (1, 2)  # values of the tag ExtraSamples, associated and unassociated
-# Values of the tag Compression: JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
-_OLD_JPEG, _JPEG = 6, 7
+# Values of the tag Compression: none, JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
+_NONE, _OLD_JPEG, _JPEG = 1, 6, 7
 _JPEGS = (_OLD_JPEG, _JPEG, 34892, 33007)
 # Those whose decoders turn YCbCr into RGB.
 _DECODED_TO_RGB = (_OLD_JPEG, _JPEG)
 _SUBFILE, _ORIENTATION, _SUB_IFDS, _INK_SET = 254, 274, 330, 332
+# Tags of GeoTIFF: pixel scale, tie points, transformation, keys; and RPC coefficients.
+_GEOTIFF = (33550, 33922, 34264, 34735, 50844)
+
+
+class Layout(NamedTuple):
+    """How the pixels of the first page of a TIFF are stored, by its tags.
+
+    Attributes:
+      size: height and width.
+      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK.
+      dtype: of a sample.
+      is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
+      orientation: value of the tag, 1 to 8; 1 is upright.
+      parts, missing: number of strips or tiles, and of those that the file lacks.
+      largest_part: pixels that are decoded together: of a strip or tile, or of a row where strips are not compressed.
+      is_geotiff: whether it has tags of GeoTIFF.
+    """
+
+    size: tuple[int, int]
+    colours: int
+    dtype: np.dtype | None
+    is_plain: bool
+    orientation: int
+    parts: int
+    missing: int
+    largest_part: int
+    is_geotiff: bool
+
+
+def layout(path: Path) -> Layout:
+    """The layout of a TIFF, of which only the tags are read.
+
+    Raises:
+      ImageError: the tags are damaged, or its bands are not known to be grey or RGB. UnreadableError: it is no regular
+        file. OSError: it cannot be opened.
+    """
+    with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
+        page, length = file.pages.first, os.fstat(opened.fileno()).st_size
+        colours = _colours(page, _has_more_pages(file))
+        is_whole = page.dtype is not None and page.dtype.kind in "uif" and 8 * page.dtype.itemsize == page.bitspersample
+        photometric, compression = int(page.photometric), int(page.compression)
+        has_colours = photometric in (_BLACK_IS_ZERO, _RGB) or (photometric == _YCBCR and compression == _JPEG)
+        return Layout(
+            (page.imagelength, page.imagewidth),
+            colours,
+            page.dtype,
+            is_whole and has_colours and (compression == _JPEG or compression not in _JPEGS),
+            _value(page, _ORIENTATION, 1),
+            math.prod(page.chunked),
+            _missing(page, length),
+            page.imagewidth if compression == _NONE and not page.is_tiled else _pixels_of_part(page),
+            any(tag in page.tags for tag in _GEOTIFF),
+        )
+
+
+def _pixels_of_part(page: TiffPage) -> int:
+    return math.prod(page.chunks) // (page.chunks[-1] if page.axes.endswith("S") else 1)
+
+
+def _opened(file: BinaryIO) -> TiffFile:
+    import tifffile
+
+    # With a name, which it would otherwise ask of the file, and `open_regular` gives it none.
+    return tifffile.TiffFile(file, name="TIFF")
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turns the errors of tifffile and its codecs for damaged files, which are of many kinds, into ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
+
+
+def _has_more_pages(file: TiffFile) -> bool:
+    return bool(file.pages.first.tags.get(_SUB_IFDS)) or len(file.pages) > 1
 
 
 def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
@@ -42,26 +127,16 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
       ImageError: the file is damaged, its bands are not known to be grey or RGB, or it has more than `max_pixels`
         pixels.
     """
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages.first
-            has_more_pages = bool(page.tags.get(_SUB_IFDS)) or len(file.pages) > 1
-            colours = _colours(page, has_more_pages)
-            _refuse_size(page, max_pixels)
-            _refuse_damaged(page, data, max_pixels)
-            image = page.asarray()
-            if page.axes.startswith("S"):
-                image = np.moveaxis(image, 0, -1)
-            image = image.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)[..., :colours]
-            return _upright(*_as_grey_or_rgb(page, image), page)
-    except ImageError:
-        raise
-    # tifffile and its codecs raise errors of many kinds for damaged files.
-    except Exception as error:
-        reason = str(error).splitlines()[:1] or [type(error).__name__]
-        raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
+    with _reported(), _opened(io.BytesIO(data)) as file:
+        page = file.pages.first
+        colours = _colours(page, _has_more_pages(file))
+        _refuse_size(page, max_pixels)
+        _refuse_damaged(page, data, max_pixels)
+        image = page.asarray()
+        if page.axes.startswith("S"):
+            image = np.moveaxis(image, 0, -1)
+        image = image.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)[..., :colours]
+        return _upright(*_as_grey_or_rgb(page, image), page)
 
 
 def _colours(page: TiffPage, has_more_pages: bool) -> int:
@@ -111,16 +186,20 @@ def _refuse_size(page: TiffPage, max_pixels: int) -> None:
         )
 
 
+def _missing(page: TiffPage, size: int) -> int:
+    """Number of strips and tiles that a file of so many bytes lacks."""
+    places = zip(page.dataoffsets, page.databytecounts, strict=False)
+    there = sum(start > 0 and 0 < length <= size - start for start, length in places)
+    return max(math.prod(page.chunked) - there, 0)
+
+
 def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
     """Refuses missing strips and tiles, which tifffile fills with zeros, and JPEG of which parts are made up."""
-    places = list(zip(page.dataoffsets, page.databytecounts, strict=False))
-    expected = math.prod(page.chunked)
-    there = sum(start > 0 and 0 < length <= len(data) - start for start, length in places)
-    if there < expected:
-        raise ImageError(f"is truncated: {expected - there} of its {expected} strips or tiles are missing")
+    if missing := _missing(page, len(data)):
+        raise ImageError(f"is truncated: {missing} of its {math.prod(page.chunked)} strips or tiles are missing")
     if page.compression in _JPEGS:
         tables = (page.jpegtables or codec.JPEG + b"\xff\xd9")[:-2]
-        for start, length in places:
+        for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
             segment = data[start : start + length]
             if page.compression == _OLD_JPEG and not segment.startswith(codec.JPEG):
                 # Its tables are elsewhere in the file, where each writer had its own way.

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +15,10 @@ from typing_extensions import TypedDict
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
+from segjax.inference import geotiff
 from segjax.inference.engine import labels_of
 from segjax.inference.images import read_image, upright_size
-from segjax.inference.outputs import Job, Prediction, VideoOutputs, save
+from segjax.inference.outputs import Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
@@ -160,6 +161,8 @@ class Run:
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []
+        # What to do, so that scenes are predicted in parts; "" where they are.
+        self._in_parts = "; ".join(_for_parts(predictor, kinds))
         self._sizes: set[tuple[int, int]] = set()
         self._warned: set[str] = set()
 
@@ -171,18 +174,30 @@ class Run:
             written.
         """
         self._refuse_too_large(jobs)
-        for is_video, group in itertools.groupby(jobs, lambda job: job.is_video):
-            if not is_video:
+        for predict, group in itertools.groupby(jobs, self._way_of):
+            if predict is None:
                 self._predict_images(list(group))
                 continue
             for job in group:
                 try:
-                    self._predict_video(job)
+                    predict(job)
                 except FAULTS as error:
                     self._failed(job, error)
         if self._exhausted and len(self._exhausted) == len(self.failures) and not self._has_begun:
             raise self._exhausted[0]
         self._look_for_outputs(jobs)
+
+    def _way_of(self, job: Job) -> Callable[[Job], None] | None:
+        """The function that predicts a job; None for images that are predicted together."""
+        if job.is_video:
+            return self._predict_video
+        if not job.is_scene or self._in_parts:
+            return None
+        with contextlib.suppress(ValueError, OSError):
+            scale, max_pixels = self._predictor.scale, self._predictor.max_pixels
+            if geotiff.why_whole(cast(Path, job.source), scale=scale, max_pixels=max_pixels) is None:
+                return self._predict_scene
+        return None
 
     def _refuse_too_large(self, jobs: Sequence[Job]) -> None:
         """Raises TooLittleMemoryError where no image can be predicted. Where only some can, others become failures."""
@@ -208,7 +223,16 @@ class Run:
                 self.videos -= job.is_video
 
     def _predict_images(self, jobs: Sequence[Job]) -> None:
+        def read(job):
+            scale, max_pixels = self._predictor.scale, self._predictor.max_pixels
+            if job.is_scene:
+                return geotiff.read(job.source, scale=scale, max_pixels=max_pixels, in_parts=self._in_parts)
+            return read_image(job.source, scale=scale, max_pixels=max_pixels)
+
         def write(job, image, prediction):
+            if job.is_scene:
+                save_scene(job, image, prediction, self._predictor.classes)
+                return
             for kind, path in job.outputs.items():
                 save(path, kind, image, prediction, self._predictor.classes)
 
@@ -223,9 +247,7 @@ class Run:
         with ProgressBar("", len(jobs), "images") as progress:
             overlapped(
                 jobs,
-                read=lambda job: read_image(
-                    cast(Path, job.source), scale=self._predictor.scale, max_pixels=self._predictor.max_pixels
-                ),
+                read=read,
                 key=lambda image: self._predictor.padded_size(image.shape),
                 compute=lambda images: self._predicted(images),
                 write=write,
@@ -234,6 +256,24 @@ class Run:
                 batch=self._predictor.batch,
                 threads=THREADS,
             )
+
+    def _predict_scene(self, job: Job) -> None:
+        """Predicts a scene in parts, whose number of pixels does not matter."""
+        source = cast(Path, job.source)
+        with geotiff.opened(source, scale=self._predictor.scale) as scene:
+            height, width = scene.shape[:2]
+            with (
+                SceneOutputs(job, scene, self._predictor.classes) as outputs,
+                ProgressBar(source.name, height, "rows") as progress,
+            ):
+                pixels = 0
+                for top, left, labels in self._predictor.label_tiles(scene):
+                    self._begin()
+                    outputs.write(top, left, labels)
+                    # Of a wide scene, parts of rows make up rows.
+                    pixels += labels.size
+                    progress.advance(pixels // width - progress.count)
+        self.images += 1
 
     def _predict_video(self, job: Job) -> None:
         """Raises KeyboardInterrupt after Ctrl-C; a camera or stream without an end is written up to then."""
@@ -317,10 +357,14 @@ class Run:
             threshold = self._predictor.protocol.threshold
             labels = (labels_of(score, threshold=threshold).astype(dtype) for score in scores)
             predictions = [Prediction(*pair) for pair in zip(labels, scores, strict=True)]
+        self._begin()
+        return predictions
+
+    def _begin(self) -> None:
+        """Writes the record, before the first output."""
         if not self._has_begun:
             self._write_record(self._incomplete)
             self._has_begun = True
-        return predictions
 
     def _advise(self, shape: tuple[int, ...]) -> None:
         protocol = self._predictor.protocol
@@ -348,6 +392,17 @@ class Run:
         if memory.is_exhausted(error):
             self._exhausted.append(error)
         self.failures.append((job.source, _reason(error, job.source, self._less_memory)))
+
+
+def _for_parts(predictor: Predictor, kinds: Sequence[str]) -> Iterator[str]:
+    if predictor.protocol.mode != "slide":
+        yield "use --mode slide"
+    if not predictor.protocol.is_one_pass:
+        yield "omit --scales, --flip, --base-size and --size-divisor"
+    if predictor.pad_multiple > 1:
+        yield "omit --pad-multiple"
+    if "probabilities" in kinds:
+        yield "omit probabilities from --write"
 
 
 def _reason(error: Exception, source: object, less_memory: str) -> str:

@@ -25,7 +25,7 @@ from segjax import layers
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference import resized_tiles
-from segjax.inference.sliding_window import row_tiles, window_starts
+from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import memory
@@ -371,11 +371,15 @@ class Inference:
         if self.protocol.mode == "whole":
             batch = self._run(self._labels, images)
             return [Computed([[batch]], number, image.shape[:2]) for number, image in enumerate(images)]
-        tiles = (
-            [np.asarray(_labels(tile, threshold=self.protocol.least_logit)) for tile in self.row_tiles(image)]
-            for image in images
-        )
-        return [np.concatenate(of_image) for of_image in tiles]
+        return [_put_together(image.shape[:2], self.label_tiles(image)) for image in images]
+
+    def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Train ids of an image (H, W, 3) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
+
+        The tiles cover the image once, panel by panel, and are those of `labels`; see `sliding_window.row_tiles`.
+        """
+        for top, left, logits, part in self.row_tiles(image):
+            yield top, left, np.asarray(_labels(logits, threshold=self.protocol.least_logit))[:, part]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Probability of each class, float32 (H, W, K); for K = 1 that of the class, not of the background.
@@ -415,9 +419,15 @@ class Inference:
     def _logits(self, images: np.ndarray) -> jax.Array:
         if self.protocol.mode == "whole":
             return self._run(self._score, images)
-        return jnp.stack([jnp.concatenate(list(self.row_tiles(image))) for image in images])
+        return jnp.stack([self._logits_of_crops(image) for image in images])
 
-    def row_tiles(self, image: np.ndarray) -> Iterator[jax.Array]:
+    def _logits_of_crops(self, image: np.ndarray) -> jax.Array:
+        by_panel: dict[int, list[jax.Array]] = {}
+        for _, left, logits, part in self.row_tiles(image):
+            by_panel.setdefault(left, []).append(logits[:, part])
+        return jnp.concatenate([jnp.concatenate(tiles) for tiles in by_panel.values()], axis=1)
+
+    def row_tiles(self, image: Pixels) -> Iterator[RowTile]:
         """Logits of an image (H, W, 3) by the sliding window, in row tiles: see `sliding_window.row_tiles`.
 
         Raises:
@@ -460,6 +470,18 @@ class Computed(NamedTuple):
         rows = [np.concatenate([np.asarray(tile)[self.number] for tile in row], axis=1) for row in self.tiles]
         whole = np.concatenate(rows)[:height, :width]
         return whole if dtype is None else whole.astype(dtype)
+
+
+def _put_together(size: tuple[int, int], tiles: Iterable[tuple[int, int, np.ndarray]]) -> np.ndarray:
+    """Labels (H, W) of tiles that cover them."""
+    whole = None
+    for top, left, labels in tiles:
+        if whole is None:
+            whole = np.empty(size, labels.dtype)
+        whole[top : top + labels.shape[0], left : left + labels.shape[1]] = labels
+    if whole is None:
+        raise ValueError("an image without pixels")
+    return whole
 
 
 @partial(jax.jit, static_argnames=("count", "threshold"))

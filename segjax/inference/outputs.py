@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from segjax.data import codec, specs
+from segjax.inference import geotiff
 from segjax.runtime import atomic
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
@@ -23,14 +24,21 @@ KINDS = {
 DRAWN = {"overlay": overlay.over, "sidebyside": overlay.side_by_side}
 FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
 LARGEST_JPEG = 65500  # pixels a side
+LARGEST_PICTURE = 2048  # pixels a side, of a scene
 
 
 class Job(NamedTuple):
-    """An input, and the path of each kind of output."""
+    """An input, and the path of each kind of output.
+
+    Attributes:
+      is_scene, is_unplaced: whether it is of that kind of `geotiff.kind`.
+    """
 
     source: Path | video.Live
     outputs: dict[str, Path]
     is_video: bool
+    is_scene: bool = False
+    is_unplaced: bool = False
 
 
 class Prediction(NamedTuple):
@@ -80,6 +88,67 @@ def _jpeg(picture: np.ndarray) -> bytes:
     # Colours at full resolution: at half of it, JPEG's default, the edges of classes and letters fray.
     flags = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
+
+
+class SceneOutputs:
+    """The outputs of a scene that is predicted in parts: a GeoTIFF of labels, and pictures of every nth row and column.
+
+    They appear at their paths when the whole scene is done.
+    """
+
+    def __init__(self, job: Job, scene: geotiff.Scene, spec: specs.DatasetSpec):
+        self._scene, self._spec, self._step = scene, spec, _step(scene.shape)
+        self._label_map = job.outputs.get("labels")
+        self._pictures = {kind: path for kind, path in job.outputs.items() if kind in DRAWN}
+        size = [-(-side // self._step) for side in scene.shape[:2]] if self._pictures else [0, 0]
+        self._image, self._labels = np.zeros((*size, 3), np.uint8), np.zeros(size, spec.label_dtype)
+        self._stack, self._write = contextlib.ExitStack(), None
+
+    def write(self, top: int, left: int, labels: np.ndarray) -> None:
+        """Takes the labels (h, w) of a part."""
+        bottom, right = top + labels.shape[0], left + labels.shape[1]
+        labels = self._scene.masked(top, left, labels, self._spec)
+        if self._write:
+            self._write(top, left, labels)
+        if self._pictures:
+            step = self._step
+            part = np.s_[-top % step :: step, -left % step :: step]
+            there = np.s_[-(-top // step) : -(-bottom // step), -(-left // step) : -(-right // step)]
+            self._labels[there] = labels[part]
+            self._image[there] = self._scene[top:bottom, left:right][part]
+
+    def __enter__(self) -> SceneOutputs:
+        if self._label_map:
+            self._write = self._stack.enter_context(geotiff.label_map(self._label_map, self._scene, self._spec))
+        return self
+
+    def __exit__(self, *error) -> None:
+        if error[0] is not None:
+            self._stack.__exit__(*error)
+            return
+        with self._stack:
+            for kind, path in self._pictures.items():
+                save(path, kind, self._image, Prediction(self._labels, None), self._spec)
+
+
+def save_scene(job: Job, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
+    """Writes all outputs of a scene that was predicted as a whole; pictures as of `SceneOutputs`."""
+    with geotiff.opened(cast(Path, job.source), scale=None) as scene:
+        labels = scene.masked(0, 0, prediction.labels, spec)
+        step = _step(scene.shape)
+        for kind, path in job.outputs.items():
+            if kind == "labels":
+                geotiff.save_labels(path, scene, labels, spec)
+            elif kind in DRAWN:
+                reduced = Prediction(np.ascontiguousarray(labels[::step, ::step]), None)
+                save(path, kind, np.ascontiguousarray(image[::step, ::step]), reduced, spec)
+            else:
+                save(path, kind, image, prediction, spec)
+
+
+def _step(shape: tuple[int, ...]) -> int:
+    """Each so many rows and columns of a scene are in its pictures."""
+    return -(-max(shape[:2]) // LARGEST_PICTURE)
 
 
 class VideoOutputs:

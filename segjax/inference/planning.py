@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from segjax.data import codec
+from segjax.data.codec import MAX_PIXELS
+from segjax.inference import geotiff
 from segjax.inference.outputs import KINDS, Job
 from segjax.runtime import reading
 from segjax.runtime.reading import user_path
@@ -41,13 +43,16 @@ class _Found(NamedTuple):
     root: Path
 
 
-def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[list[Job], list[Skipped]]:
+def plan(
+    inputs: Sequence[str], output: Path, kinds: Sequence[str], *, max_pixels: int = MAX_PIXELS
+) -> tuple[list[Job], list[Skipped]]:
     """Makes a job of every image and video among files, folders and patterns.
 
     Args:
       inputs: paths, glob patterns, and addresses of videos, as they were given.
       output: folder of all outputs; what is in it is not read.
       kinds: keys of `KINDS`.
+      max_pixels: number of pixels from which on a TIFF is a scene, see `geotiff.kind`.
 
     Returns:
       The jobs, in the order of the inputs, and what was skipped.
@@ -66,7 +71,7 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
             if live := video.live(given):
                 if live in jobs:
                     problems.append(f"{live}: was given twice")
-                jobs[live] = _job(live, Path(live.name), output, kinds, is_video=True)
+                jobs[live] = _job(live, Path(live.name), output, kinds, "video")
                 continue
             found = _files(given, output, skipped)
         except OSError as error:
@@ -77,9 +82,9 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
             continue
         usable = False
         for file in found.files:
-            kind = _kind(file)
-            if kind in ("image", "video"):
-                job = _job(file, file.relative_to(found.root), output, kinds, is_video=kind == "video")
+            kind = _kind(file, max_pixels)
+            if kind in ("image", "scene", "unplaced", "video"):
+                job = _job(file, file.relative_to(found.root), output, kinds, kind)
                 first = jobs.setdefault(Path(os.path.realpath(file)), job)
                 if isinstance(first.source, Path) and os.path.abspath(first.source) != os.path.abspath(file):
                     skipped.append(Skipped(file, _ALREADY.format(first.source)))
@@ -96,8 +101,8 @@ def plan(inputs: Sequence[str], output: Path, kinds: Sequence[str]) -> tuple[lis
     return list(jobs.values()), skipped
 
 
-def _kind(file: Path) -> str:
-    """ "image" or "video", by content or else by suffix; otherwise the reason why it is skipped."""
+def _kind(file: Path, max_pixels: int) -> str:
+    """ "video" or a kind of `geotiff.kind`, by content or else by suffix; otherwise the reason why it is skipped."""
     suffix = file.suffix.lower()
     by_suffix = "image" if suffix in IMAGES else "video" if suffix in video.SUFFIXES else None
     try:
@@ -109,8 +114,8 @@ def _kind(file: Path) -> str:
     except OSError as error:
         dangling = file.is_symlink() and not file.exists()
         return by_suffix or ("a link to nothing" if dangling else error.strerror or str(error))
-    if codec.format_of(head[:32]):
-        return "image"
+    if found := codec.format_of(head[:32]):
+        return geotiff.kind(file, max_pixels) if found == "TIFF" else "image"
     if suffix not in video.SOUND and video.is_video(head):
         return "video"
     return by_suffix or _OTHER
@@ -233,8 +238,10 @@ def reasons(skipped: Sequence[Skipped], *, most: int = 10) -> str:
 # ------------------------------------------------------------------------------------------------------------- outputs
 
 
-def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[str], *, is_video: bool) -> Job:
-    suffixes = {kind: KINDS[kind][is_video] for kind in kinds}
+def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[str], what: str) -> Job:
+    suffixes = {kind: KINDS[kind][what == "video"] for kind in kinds}
+    if what == "scene" and "labels" in suffixes:
+        suffixes["labels"] = ".tif"
     # The end of "frame.0017" is no suffix. A folder of frames keeps the suffix of its video: a folder of images may
     # have the name without it.
     is_suffix = relative.suffix.lower() in (*IMAGES, *video.SUFFIXES)
@@ -243,7 +250,7 @@ def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[
         kind: output / kind / (stem.with_name(stem.name + suffix) if suffix else relative)
         for kind, suffix in suffixes.items()
     }
-    return Job(file, outputs, is_video)
+    return Job(file, outputs, what == "video", is_scene=what == "scene", is_unplaced=what == "unplaced")
 
 
 def _collisions(jobs: Sequence[Job]) -> list[str]:

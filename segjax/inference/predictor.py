@@ -8,7 +8,7 @@ predictor.classes.label_names[labels[0, 0]]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.images import Image, Scale, as_rgb, check_scale
+from segjax.inference.sliding_window import Pixels
 from segjax.models.segmentation_model import SegmentationModel
 
 # Largest number of pixels of a whole image. The memory of SegFormer's attention grows with its square: at 2**24 pixels,
@@ -116,6 +117,14 @@ class Predictor:
     def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:
         """Probabilities of several images that have the same `padded_size`: float32 (H, W, K) each."""
         return [scores.astype(np.float32, copy=False) for scores in self._of(self._inference.probabilities, images)]
+
+    def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Labels of an image of any size, in tiles that cover it: top, left, labels (h, w).
+
+        Memory does not grow with the image, uint8 (H, W, 3), of which one part after the other is read. The labels are
+        those of a call. For mode "slide" at one scale, without flips and padding.
+        """
+        return self._inference.label_tiles(image)
 
     def refuse_too_large(self, size: tuple[int, int]) -> None:
         """Compiles the program for images of a size, (height, width).

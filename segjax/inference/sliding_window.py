@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Columns of the widest `Panel`, except of crops of more than a quarter of them.
+WIDEST = 4096
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -15,18 +19,71 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
+class Pixels(Protocol):
+    """An image (H, W, 3) uint8 that is read in parts: a NumPy array is one, and so is a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, part: tuple[slice, slice], /) -> np.ndarray: ...
+
+
+class Panel(NamedTuple):
+    """Columns of an image that are scored from top to bottom before those on their right.
+
+    Attributes:
+      lefts: first columns of the crops that reach into the panel.
+      left, right: its columns; the scores of crops outside of it are not used.
+    """
+
+    lefts: list[int]
+    left: int
+    right: int
+
+
+class RowTile(NamedTuple):
+    """A part of an image: its upper left corner, and its logits (h, w, K) in the columns `part` of an array.
+
+    The arrays of all panels have one width, so that they share programs and memory.
+    """
+
+    top: int
+    left: int
+    logits: jax.Array
+    part: slice
+
+
+def panels(width: int, crop: int, stride: int) -> list[Panel]:
+    """Panels of an image from left to right, each as wide as `WIDEST` or four crops allow.
+
+    They bound the memory of wide images. Crops that reach into two panels are scored for both: with the defaults of
+    a sliding window, one in ten.
+    """
+    starts = window_starts(width, crop, stride)
+    found, begin = [], 0
+    while begin < len(starts):
+        first = next(number for number, start in enumerate(starts) if start + crop > starts[begin])
+        most = starts[first] + max(WIDEST, 4 * crop)
+        end = begin + 1
+        while end < len(starts) and starts[end] + crop <= most:
+            end += 1
+        found.append(Panel(starts[first:end], starts[begin], starts[end] if end < len(starts) else width))
+        begin = end
+    return found
+
+
 def row_tiles(
     logits_of: Callable[[np.ndarray], jax.Array],
-    image: np.ndarray,
+    image: Pixels,
     *,
     crop: tuple[int, int],
     stride: tuple[int, int],
     batch: int,
-) -> Iterator[jax.Array]:
-    """Logits of an image by a sliding window, from top to bottom: arrays (h, W, K) whose h add up to H.
+) -> Iterator[RowTile]:
+    """Logits of an image by a sliding window, in tiles that cover it: panel by panel, each from top to bottom.
 
-    Where crops overlap, their scores are averaged. Only the scores of one row of crops are kept at a time, so that
-    memory does not grow with the height of the image.
+    Where crops overlap, their scores are averaged. Only the scores of one row of crops of a panel are kept at a time:
+    memory does not grow with the image.
 
     Args:
       logits_of: crops uint8 (B, h, w, 3) -> logits (B, h, w, K).
@@ -35,23 +92,35 @@ def row_tiles(
       batch: number of crops that are scored at a time.
     """
     height, width = map(min, crop, image.shape)
-    tops, lefts = (window_starts(*sides) for sides in zip(image.shape, (height, width), stride, strict=False))
-    across, down = (
-        np.bincount(np.add.outer(starts, np.arange(side)).ravel()) for starts, side in ((lefts, width), (tops, height))
+    tops = window_starts(image.shape[0], height, stride[0])
+    down, across = (
+        np.bincount(np.add.outer(window_starts(*sides), np.arange(sides[1])).ravel())
+        for sides in zip(image.shape, (height, width), stride, strict=False)
     )
-    # Groups of one size, the last of which repeats its last crop.
-    groups = [lefts[start : start + batch] for start in range(0, len(lefts), batch)]
-    size = min(batch, len(lefts))
-    tile = None
-    for top, below in zip(tops, [*tops[1:], len(image)], strict=True):
-        for group in groups:
-            starts = group + group[-1:] * (size - len(group))
-            logits = logits_of(np.stack([image[top : top + height, left : left + width] for left in starts]))
-            if tile is None:
-                tile = jnp.zeros((height, image.shape[1], logits.shape[-1]), logits.dtype)
-            tile = _added(tile, logits, np.array(starts), len(group))
-        done, tile = _split(tile, np.outer(down[top:below], across), rows=below - top)
-        yield done
+    parts = panels(image.shape[1], width, stride[1])
+    columns = max(lefts[-1] + width - lefts[0] for lefts, _, _ in parts)
+    for lefts, left, right in parts:
+        start, end = lefts[0], lefts[-1] + width
+        # Groups of one size, the last of which repeats its last crop.
+        groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
+        size = min(batch, len(lefts))
+        tile = None
+        for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
+            band = image[top : top + height, start:end]
+            for group in groups:
+                places = [place - start for place in group + group[-1:] * (size - len(group))]
+                logits = logits_of(np.stack([band[:, place : place + width] for place in places]))
+                if tile is None:
+                    tile = jnp.zeros((height, columns, logits.shape[-1]), logits.dtype)
+                tile = _added(tile, logits, np.array(places), len(group))
+                # A CPU would score several groups at once, in the memory of as many.
+                if all(device.platform == "cpu" for device in tile.devices()):
+                    tile.block_until_ready()
+            # 1 where there are no scores.
+            counts = np.ones((below - top, columns), across.dtype)
+            counts[:, : end - start] = np.outer(down[top:below], across[start:end])
+            done, tile = _split(tile, counts, rows=below - top)
+            yield RowTile(top, left, done, slice(left - start, right - start))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 # What these libraries print; everything else is Python's own, or another library's, and is passed on.
 _NATIVE = re.compile(
     rb"(?:Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Invalid SOS parameters|Unknown Adobe color"
-    rb"|Warning: unknown JFIF|libpng (?:warning|error)|\[ ?(?:INFO|WARN|ERROR|FATAL):\d+@|OpenCV)[^\n]*\n?"
+    rb"|Warning: unknown JFIF|_tiff\w+Proc|libpng (?:warning|error)|\[ ?(?:INFO|WARN|ERROR|FATAL):\d+@|OpenCV)[^\n]*\n?"
 )
 
 # Guards everything below. Several threads share one capture, because descriptor 2 belongs to the whole process.

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from segjax import layers
+from segjax.inference import sliding_window
 from segjax.inference.engine import Inference, Protocol, scaled, scaled_size
 from segjax.inference.sliding_window import window_starts
 from segjax.runtime import memory
@@ -62,7 +63,7 @@ def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, s
             part = np.s_[top : top + crop[0], left : left + crop[1]]
             total[part] += logits_of(inference, np.ascontiguousarray(image[part]))
             seen[part] += 1
-    tiles = [np.asarray(tile) for tile in inference.row_tiles(image)]
+    tiles = [np.asarray(tile.logits) for tile in inference.row_tiles(image)]
     np.testing.assert_allclose(np.concatenate(tiles), total / seen, rtol=1e-4, atol=1e-4)
     (labels,) = inference.labels([image])
     assert labels.dtype == np.uint8 and labels.shape == size
@@ -71,12 +72,41 @@ def test_scores_of_overlapping_windows_are_averaged_pixel_by_pixel(size, crop, s
 
 def test_one_row_of_windows_is_kept_at_a_time():
     inference = Inference(Blurred(2), Protocol("slide", (16, 16), (8, 16)))
-    assert [tile.shape for tile in inference.row_tiles(draw(1, 37, 21))] == [
+    assert [tile.logits.shape for tile in inference.row_tiles(draw(1, 37, 21))] == [
         (8, 21, 2),
         (8, 21, 2),
         (5, 21, 2),
         (16, 21, 2),
     ]
+
+
+@pytest.mark.parametrize(
+    "width, crop, stride, widest", [(200, 16, 11, 64), (97, 16, 5, 1), (64, 16, 16, 64), (9, 9, 4, 40)]
+)
+def test_panels_cover_the_columns_once_and_have_every_crop_that_reaches_into_them(
+    width, crop, stride, widest, monkeypatch
+):
+    monkeypatch.setattr(sliding_window, "WIDEST", widest)
+    starts, found = window_starts(width, crop, stride), sliding_window.panels(width, crop, stride)
+    assert [column for panel in found for column in range(panel.left, panel.right)] == list(range(width))
+    for panel in found:
+        assert panel.lefts == [start for start in starts if start < panel.right and start + crop > panel.left]
+        assert panel.lefts[-1] + crop - panel.lefts[0] <= max(widest, 4 * crop)
+    assert len(found) == 1 or len(found) < len(starts)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "seed, size, crop, stride", [(0, (37, 90), (16, 12), (10, 9)), (1, (20, 71), (32, 8), (32, 3))]
+)
+def test_wide_images_are_scored_panel_by_panel_with_the_labels_of_one(seed, size, crop, stride, batch, monkeypatch):
+    inference, image = Inference(Blurred(3), Protocol("slide", crop, stride), batch=batch), draw(seed, *size)
+    (expected,), (scores,) = inference.labels([image]), inference.probabilities([image])
+    monkeypatch.setattr(sliding_window, "WIDEST", 1)
+    assert len({tile.left for tile in inference.row_tiles(image)}) >= 2
+    assert max(tile.logits.shape[1] for tile in inference.row_tiles(image)) <= 4 * crop[1]
+    np.testing.assert_array_equal(inference.labels([image])[0], expected)
+    np.testing.assert_array_equal(inference.probabilities([image])[0], scores)
 
 
 def test_a_window_as_large_as_the_image_is_the_image():

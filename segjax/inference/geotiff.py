@@ -1,0 +1,268 @@
+"""GeoTIFF in and out: scenes are read in parts, and their label maps keep the georeference and the nodata pixels.
+
+Needs rasterio, the extra `geo`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from segjax.data import codec, specs, tiff
+from segjax.data.codec import ImageError
+from segjax.data.scaling import Scale
+from segjax.inference.images import as_rgb, read_image
+from segjax.runtime import atomic, native_messages
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+# MB of decoded blocks that GDAL keeps; its default, a share of the machine's memory, would fill up with a large scene.
+_CACHE = 32
+_BLOCK = 256  # pixels a side of the blocks of label maps
+
+
+def is_available() -> bool:
+    return _rasterio() is not None
+
+
+def kind(path: Path, max_pixels: int) -> str:
+    """What a TIFF is predicted as.
+
+    Returns:
+      "scene" for a GeoTIFF, which has a georeference or a nodata value, and for any TIFF of more than `max_pixels`
+      pixels, which can be read in parts; "unplaced" for a GeoTIFF whose georeference is lost, because rasterio is
+      missing or cannot read it; else "image".
+    """
+    for library in ("rasterio", "tifffile"):
+        # What is wrong is raised.
+        logging.getLogger(library).propagate = False
+    try:
+        layout = tiff.layout(path)
+    except (ValueError, OSError):
+        # The reason is reported when it is read.
+        return "image"
+    if _rasterio() is not None:
+        with contextlib.suppress(ImageError), _opened(path) as dataset:
+            is_large = layout.size[0] * layout.size[1] > max_pixels and layout.orientation == 1
+            is_placed = bool(_georeference(dataset)) or dataset.nodata is not None
+            return "scene" if is_placed or is_large else "image"
+    return "unplaced" if layout.is_geotiff else "image"
+
+
+class Scene:
+    """An opened TIFF as an image uint8 (H, W, 3) that is read in parts: `scene[top:bottom, left:right]`.
+
+    Rows are those of the file, as for GDAL, without regard to the tag Orientation.
+
+    Attributes:
+      shape: H, W, 3.
+    """
+
+    def __init__(self, dataset: DatasetReader, layout: tiff.Layout, scale: Scale | None):
+        self.shape = (dataset.height, dataset.width, 3)
+        self._dataset, self._bands, self._scale = dataset, list(range(1, layout.colours + 1)), scale
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        with _heard() as messages:
+            bands = self._dataset.read(self._bands, window=_window(part))
+        if fault := codec.made_up(messages):
+            raise ImageError(fault)
+        if bands.dtype.kind == "f" and not (is_number := np.isfinite(bands)).all():
+            # Where there is no data, there may be NaN, which is black.
+            bands[~is_number & self.nodata(part)] = self._scale[0] if self._scale else 0
+        return as_rgb(np.ascontiguousarray(np.moveaxis(bands, 0, -1)), scale=self._scale)
+
+    def nodata(self, part: tuple[slice, slice]) -> np.ndarray:
+        """bool (h, w), where all bands of a part have the nodata value, the mask of the file is 0, or alpha is 0."""
+        return self._dataset.dataset_mask(window=_window(part)) == 0
+
+    def masked(self, top: int, left: int, labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
+        """Labels (h, w) of a part, of `spec.label_dtype`, with the ignore label where there is no data."""
+        part = np.s_[top : top + labels.shape[0], left : left + labels.shape[1]]
+        ignored = np.asarray(spec.ignore_label, spec.label_dtype)
+        return np.where(self.nodata(part), ignored, labels.astype(spec.label_dtype))
+
+    def whole(self) -> np.ndarray:
+        return self[0 : self.shape[0], 0 : self.shape[1]]
+
+    @property
+    def georeference(self) -> dict[str, Any]:
+        """Arguments with which rasterio gives a file the same georeference."""
+        return _georeference(self._dataset)
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, scale: Scale | None) -> Iterator[Scene]:
+    """Opens a TIFF of `kind` "scene". Raises ImageError where it cannot be read, also from the body."""
+    layout = tiff.layout(path)
+    with _opened(path) as dataset:
+        if layout.missing and dataset.nodata is None:
+            raise ImageError(f"is truncated: {layout.missing} of its {layout.parts} strips or tiles are missing")
+        yield Scene(dataset, layout, scale)
+
+
+def why_whole(path: Path, *, scale: Scale | None, max_pixels: int) -> str | None:
+    """What to do about a scene that cannot be read in parts; None for one that can."""
+    layout = tiff.layout(path)
+    if layout.largest_part > max_pixels:
+        return "store it in tiles: gdal_translate -co TILED=YES IN.tif OUT.tif"
+    if not layout.is_plain:
+        return "convert it to RGB of 8 bits"
+    # The rule for values of 16 bits looks at all of them.
+    return None if layout.dtype == np.uint8 or scale is not None else "give --scale LOW HIGH"
+
+
+def read(path: Path, *, scale: Scale | None, max_pixels: int, in_parts: str) -> np.ndarray:
+    """uint8 (H, W, 3) of a whole scene.
+
+    Args:
+      in_parts: what to do, so that it would be read in parts, as the end of a sentence.
+
+    Raises:
+      ImageError: it cannot be read, or has more than `max_pixels` pixels.
+    """
+    layout = tiff.layout(path)
+    (height, width), whole = layout.size, why_whole(path, scale=scale, max_pixels=max_pixels)
+    if height * width > max_pixels:
+        remedy = "; ".join(part for part in (in_parts, whole) if part)
+        raise ImageError(
+            f"has {height}x{width} pixels, {height * width:,}, more than {max_pixels:,}; to predict it in parts, for "
+            f"which there is no limit: {remedy}; to decode it as a whole, raise the limit: --max-pixels"
+        )
+    if whole is None:
+        with opened(path, scale=scale) as scene:
+            return scene.whole()
+    if layout.orientation != 1:
+        raise ImageError(f"has the tag Orientation, {layout.orientation}, next to a georeference; convert it to RGB")
+    return read_image(path, scale=scale, max_pixels=max_pixels)
+
+
+@contextlib.contextmanager
+def label_map(path: Path, scene: Scene, spec: specs.DatasetSpec) -> Iterator[Callable[[int, int, np.ndarray], None]]:
+    """Writes a GeoTIFF with the place of a scene, atomically: tiled, compressed.
+
+    uint8 in the colours of the classes, or uint16, see `DatasetSpec.label_dtype`; nodata is the ignore label.
+
+    Yields:
+      A function that writes a part: top, left, labels (h, w) as of `Scene.masked`.
+    """
+    import rasterio
+
+    profile = dict(count=1, dtype=np.dtype(spec.label_dtype).name, nodata=spec.ignore_label, compress="deflate")
+    blocks = dict(tiled=True, blockxsize=_BLOCK, blockysize=_BLOCK, bigtiff="IF_SAFER")
+    size = dict(height=scene.shape[0], width=scene.shape[1])
+    # A folder, since GDAL writes what a TIFF cannot hold into a file next to it.
+    with atomic.replacing_files(path) as temporary:
+        with _writing():
+            file = rasterio.open(temporary, "w", driver="GTiff", **size, **profile, **blocks, **scene.georeference)
+        try:
+            if spec.label_dtype == np.uint8:
+                colours = {label: (*color, 255) for label, color in enumerate(spec.label_colors)}
+                file.write_colormap(1, colours)
+
+            def write(top: int, left: int, labels: np.ndarray) -> None:
+                part = np.s_[top : top + labels.shape[0], left : left + labels.shape[1]]
+                with _writing():
+                    file.write(labels, 1, window=_window(part))
+
+            yield write
+        finally:
+            with _writing():
+                file.close()
+        # GDAL does not report every block that it could not write.
+        if missing := tiff.layout(temporary).missing:
+            raise RuntimeError(f"cannot be written: {missing} blocks are missing")
+
+
+def save_labels(path: Path, scene: Scene, labels: np.ndarray, spec: specs.DatasetSpec) -> None:
+    """Writes the labels (H, W) of a whole scene, as of `Scene.masked`; see `label_map`."""
+    with label_map(path, scene, spec) as write:
+        write(0, 0, labels)
+
+
+def _window(part: tuple[slice, slice]) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, columns = part
+    return (rows.start, rows.stop), (columns.start, columns.stop)
+
+
+def _georeference(dataset: DatasetReader) -> dict[str, Any]:
+    gcps, system = dataset.gcps
+    found = {
+        "crs": dataset.crs or system or None,
+        "transform": None if dataset.transform.is_identity else dataset.transform,
+        "gcps": gcps or None,
+        "rpcs": dataset.rpcs,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _rasterio() -> ModuleType | None:
+    """rasterio, without its warnings; None where it is not installed."""
+    try:
+        import rasterio
+        from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning
+    except ImportError:
+        return None
+    for category in (NodataShadowWarning, NotGeoreferencedWarning):
+        warnings.simplefilter("ignore", category)
+    return rasterio
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    return CPLE_BaseError, RasterioError
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[DatasetReader]:
+    rasterio = _rasterio()
+    assert rasterio is not None
+    try:
+        # By this driver only: others open files and addresses that a file names.
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE), rasterio.open(path.absolute(), driver="GTiff") as dataset:
+            yield dataset
+    except ImageError:
+        raise
+    # Tags of any content make numbers and text of any kind.
+    except (*_errors(), ValueError, ArithmeticError) as error:
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collects the warnings that GDAL has in this thread while the body runs."""
+    messages, thread = [], threading.get_ident()
+
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:
+                messages.append(record.getMessage().rpartition("JPEGLib:")[2])
+
+    handler, logger = Messages(logging.WARNING), logging.getLogger("rasterio")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Raises RuntimeError where a write fails, of which `atomic` finds out whether the disk is full."""
+    try:
+        with native_messages.silenced():
+            yield
+    except _errors() as error:
+        raise RuntimeError(f"cannot be written ({error})") from error
