@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from segjax.checkpoints.errors import CheckpointError, shorten
@@ -49,8 +48,8 @@ _DTYPES: dict[str, np.dtype] = {
         (("uint16",), np.uint16),
         (("uint32",), np.uint32),
         (("uint64",), np.uint64),
-        (("float8_e4m3fn",), ml_dtypes.float8_e4m3fn),
-        (("float8_e5m2",), ml_dtypes.float8_e5m2),
+        (("float8_e4m3fn",), jnp.float8_e4m3fn),
+        (("float8_e5m2",), jnp.float8_e5m2),
     )
     for name in names
 }
