@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -141,14 +142,17 @@ def _damage(source: Path) -> Iterator[None]:
     """Turns whatever a damaged file raises into a CheckpointError; nearly everything may come from a pickle."""
     try:
         yield
-    except (CheckpointError, OSError, MemoryError):
+    except (CheckpointError, MemoryError):
         raise
     except RecursionError:
         raise CheckpointError(
             f"{source}: this is not a state dict (names to arrays): it is nested too deeply"
         ) from None
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        # A damaged zip may point to before the file's beginning; other errors of the system are its own.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"[Errno {errno.EINVAL}] ")
         raise CheckpointError(
             f"{source}: a PyTorch checkpoint that is damaged or cut short ({first}); fetch it again"
         ) from None
@@ -180,9 +184,13 @@ def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             why = "does not have its checksum" if "CRC" in str(error) else f"cannot be unpacked ({error})"
             raise CheckpointError(f"{source}: damaged, since {name} {why}; fetch it again") from None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise CheckpointError(f"{source}: damaged, since {name} lies outside of it; fetch it again") from None
 
     reader = _Reader(io.BytesIO(read(f"{root}data.pkl")))
     reader.content = reader.load()

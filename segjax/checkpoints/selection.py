@@ -71,6 +71,8 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
         raise CheckpointError(f"this is not a state dict (names to arrays): {_what_else(others)}")
     tensors = _renamed(tensors, {key: _AROUND.sub("", key) for key in tensors})
     network = _of_network(_of_set(tensors, weights))
+    if others:
+        logger.info("not tensors, and not used (%d): %s", len(others), shorten(others))
     return {key: as_array(key, value) for key, value in network.items()}
 
 

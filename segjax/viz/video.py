@@ -196,20 +196,26 @@ def _open_file(av, path: Path) -> InputContainer:
     with _as_video_error(av, "cannot be opened as a video"):
         # With "file:", FFmpeg does not take a name for an address or a command.
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-        return av.open(f"file:{path.absolute()}", options=options)
+        return av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
 
 
 def _open_live(av, source: Live) -> InputContainer:
     if source.is_camera:
         with _as_video_error(av, "cannot be opened as a camera"):
-            return av.open(source.address, format="v4l2", options={"format_whitelist": _CAMERA}, timeout=PATIENCE)
+            return av.open(
+                source.address,
+                format="v4l2",
+                options={"format_whitelist": _CAMERA},
+                timeout=PATIENCE,
+                metadata_errors="replace",
+            )
     scheme = source.address.partition(":")[0]
     options = {"format_whitelist": _STREAMS[scheme], "protocol_whitelist": _PROTOCOLS[scheme]}
     if scheme[0] == "r":
         # Over UDP, FFmpeg's default, lost packets would damage frames.
         options["rtsp_transport"] = "tcp"
     with _as_video_error(av, "cannot be opened as a video; other files are not read from addresses"):
-        return av.open(source.address, options=options, timeout=PATIENCE)
+        return av.open(source.address, options=options, timeout=PATIENCE, metadata_errors="replace")
 
 
 def _duration(container, stream, rate: Fraction) -> Fraction | None:

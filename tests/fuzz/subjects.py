@@ -113,7 +113,9 @@ def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
         mutation = mutations.of_tensors(arrays, rng)
         state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
     else:
-        name = sorted(state)[rng.integers(len(state))]
+        # Counters of batches are not read.
+        names = sorted(name for name in state if not name.endswith("num_batches_tracked"))
+        name = names[rng.integers(len(names))]
         odd: dict[str, Callable[[], object]] = {
             "stretched": lambda: torch.zeros(1).expand(1 << 40),
             "sparse": lambda: torch.eye(4).to_sparse(),
@@ -540,7 +542,8 @@ def _mutate_run(folder: Path, rng: np.random.Generator) -> Mutation:
     if kind == "folder":
         return mutations.of_folder(run, rng)
     files = sorted(path for path in run.rglob("*") if path.is_file())
-    return mutations.of_bytes(files[rng.integers(len(files))], rng)
+    # A run that has ended reads its result, and not all of its checkpoints.
+    return Mutation(mutations.of_bytes(files[rng.integers(len(files))], rng).text)
 
 
 def _train_again() -> int:
