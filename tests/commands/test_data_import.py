@@ -11,8 +11,6 @@ from segjax.data.annotations import write as writing
 from tests.made_annotations import picture, rectangle, write_json
 from tests.made_archives import write
 
-pytest.importorskip("pycocotools")
-
 
 @pytest.fixture
 def source(tmp_path):

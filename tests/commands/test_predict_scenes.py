@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
+from rasterio.transform import Affine
 
 import segjax
 from segjax.checkpoints.load import LoadedCheckpoint
@@ -19,11 +23,6 @@ from segjax.commands import predict
 from segjax.data import specs
 from segjax.inference import geotiff, outputs, sliding_window
 from tests.pixels import SPEC, Pixels, scene
-
-rasterio = pytest.importorskip("rasterio")
-from rasterio.control import GroundControlPoint  # noqa: E402
-from rasterio.rpc import RPC  # noqa: E402
-from rasterio.transform import Affine  # noqa: E402
 
 NORTH_UP = Affine(0.5, 0, 399960, 0, -0.5, 5800020)
 ROTATED = Affine.translation(399960, 5800020) @ Affine.rotation(31) @ Affine.scale(2, -3)

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
+import rasterio
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,6 @@ from segjax.data.codec import ImageError
 from segjax.inference import geotiff
 from segjax.inference.images import read_image
 from tests.pixels import SPEC, scene
-
-rasterio = pytest.importorskip("rasterio")
 
 PLACE = dict(crs="EPSG:32633", transform=rasterio.Affine(2, 0.5, 399960, 0.25, -3, 5800020))
 TILES = dict(tiled=True, blockxsize=64, blockysize=32)

@@ -1,7 +1,6 @@
 """COCO's instances, as several tools write them, become a folder that can be prepared; damaged ones are refused."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ from tests.made_annotations import (
     write_json,
 )
 from tests.made_archives import write
-
-pytest.importorskip("pycocotools")
 
 
 def instances(**changes):
@@ -63,7 +60,6 @@ def changed(key, index, **entries):
     return content
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
     source = source_of(tmp_path / "coco")
     source_of(source, split="val2017")
@@ -89,7 +85,6 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
     np.testing.assert_array_equal(prepared.load("train").labels[0], EXPECTED)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
     content = instances(categories=[{"id": k, "name": f"c{k}"} for k in range(400)])
     for annotation, category in zip(content["annotations"], (398, 141, 398), strict=True):
@@ -104,7 +99,6 @@ def test_more_than_254_categories_have_masks_of_16_bits(tmp_path, capsys):
     assert prepared.spec.ignore_label == 65535 and len(set(prepared.spec.colors)) == 401
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_one_category_of_crowds_only_is_not_taken_for_masks_of_0_and_255(tmp_path, capsys):
     content = instances(categories=[{"id": 1, "name": "cat"}])
     for annotation in content["annotations"]:

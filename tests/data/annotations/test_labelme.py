@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from PIL import Image
 from segjax.data import builders, codec
 from tests.made_annotations import drawn, imported, labels_of, names_of, picture, refused, turned, write_json
 from tests.made_archives import write
-
-pytest.importorskip("pycocotools")
 
 CAT = {"label": "cat", "points": [[1, 1], [3, 3]], "shape_type": "rectangle"}
 DOG = {"label": "dog", "points": [[0, 0], [6, 0], [6, 3], [0, 3]], "shape_type": "polygon", "group_id": None}
@@ -25,7 +22,6 @@ def file_of(*shapes, image="a.png", size=(4, 7), **more):
     )
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
     source = tmp_path / "x"
     ignored = {"label": "__ignore__", "points": [[5, 2], [7, 4]], "shape_type": "rectangle"}

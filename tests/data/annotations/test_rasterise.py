@@ -6,13 +6,13 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as pycocotools
 
 from segjax.data.annotations import rasterise
 from segjax.data.annotations.found import IGNORED
 from segjax.data.annotations.rasterise import Bitmap, Outline, Region, Runs, draw
 from tests.made_annotations import drawn, rectangle
 
-pycocotools = pytest.importorskip("pycocotools.mask")
 # Of pycocotools' decode, which segjax does not call.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -1,7 +1,6 @@
 """Masks in the layout of VOC, of labelme and CVAT too, become a folder that can be prepared."""
 
 import io
-import os
 
 import numpy as np
 import pytest
@@ -36,7 +35,6 @@ def source_of(root, masks, lists=None, encode=palette_png):
     return root
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
     masks = {stem: mask_of([*range(21), 255], seed) for seed, stem in enumerate("abcd")}
     lists = {"train": ["a", "b"], "val": ["c"], "trainval": ["a", "b", "c"], "test": ["x"]}

@@ -9,8 +9,6 @@ from segjax.data import builders
 from tests.made_annotations import drawn, imported, labels_of, names_of, picture, rectangle, refused, turned
 from tests.made_archives import write
 
-pytest.importorskip("pycocotools")
-
 NAMES = "names:\n  0: cat\n  1: no\n"
 
 
@@ -34,7 +32,6 @@ def source_of(root, yaml=f"train: images/train\nval: images/val\n{NAMES}", text=
 EXPECTED = drawn("22222200 21122200 21122200 00000000")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="prepared datasets need array_record")
 def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys):
     said = imported("yolo", source_of(tmp_path / "x"), tmp_path / "out", capsys)
     # "no" is a name, not false.
