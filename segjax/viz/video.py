@@ -196,7 +196,12 @@ def _open_file(av, path: Path) -> InputContainer:
     with _as_video_error(av, "cannot be opened as a video"):
         # With "file:", FFmpeg does not take a name for an address or a command.
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-        return av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
+        return av.open(f"file:{path.absolute()}", options=options, **_any_text(av))
+
+
+def _any_text(av) -> dict:
+    """What makes `av.open` accept text that is not UTF-8, such as a title. PyAV 19 always does."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _open_live(av, source: Live) -> InputContainer:
@@ -207,7 +212,7 @@ def _open_live(av, source: Live) -> InputContainer:
                 format="v4l2",
                 options={"format_whitelist": _CAMERA},
                 timeout=PATIENCE,
-                metadata_errors="replace",
+                **_any_text(av),
             )
     scheme = source.address.partition(":")[0]
     options = {"format_whitelist": _STREAMS[scheme], "protocol_whitelist": _PROTOCOLS[scheme]}
@@ -215,7 +220,7 @@ def _open_live(av, source: Live) -> InputContainer:
         # Over UDP, FFmpeg's default, lost packets would damage frames.
         options["rtsp_transport"] = "tcp"
     with _as_video_error(av, "cannot be opened as a video; other files are not read from addresses"):
-        return av.open(source.address, options=options, timeout=PATIENCE, metadata_errors="replace")
+        return av.open(source.address, options=options, timeout=PATIENCE, **_any_text(av))
 
 
 def _duration(container, stream, rate: Fraction) -> Fraction | None:
