@@ -249,6 +249,7 @@ class _Type(TypedDict):
 
 class _Names(TypedDict):
     id2label: NotRequired[dict[str, str] | None]
+    label2id: NotRequired[dict[str, int] | None]
 
 
 class _Preprocessor(TypedDict):
@@ -302,8 +303,10 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _classes(config: Mapping, path: Path) -> dict[str, Any]:
     """Metadata of the class names; none where they are transformers' placeholders, or of other types."""
     try:
-        names = checked(config, _Names, name=path).get("id2label") or {}
-        numbered = {int(number): name for number, name in names.items()}
+        names = checked(config, _Names, name=path)
+        numbered = {int(number): name for number, name in (names.get("id2label") or {}).items()}
+        # transformers writes both; a config made by hand may have only the second.
+        numbered = numbered or {number: name for name, number in (names.get("label2id") or {}).items()}
     except (UnreadableError, ValueError) as error:
         why = error if isinstance(error, UnreadableError) else f"{path}: id2label should have numbers as its keys"
         logger.info("%s; its class names are not used", why)
@@ -343,9 +346,11 @@ def _images(preprocessor: Mapping, path: Path) -> dict[str, Any]:
     if not given.get("do_normalize", True):
         parts = {"mean": [0.0] * 3, "std": [1.0] * 3}
     if parts:
+        times = f" times {scale:g}" if scale != 1 else ""
         # Rounded, because 255 * 0.485 is not exact.
         normalisation = {key: [round(scale * value, 6) for value in values] for key, values in parts.items()}
-        metadata["normalisation"] = checked(normalisation, Normalisation, name=f"{path}: image_mean and image_std")
+        name = f"{path}: image_mean and image_std{times}"
+        metadata["normalisation"] = checked(normalisation, Normalisation, name=name)
     size = given.get("size")
     if given.get("do_resize", True) and size is not None:
         size = {"height": size, "width": size} if isinstance(size, int) else size

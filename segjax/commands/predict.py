@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 from segjax.commands.arguments import Parser, add_checkpoint, add_protocol, as_path, less_memory, protocol_of, within
 from segjax.commands.ending import run_command
 from segjax.data.codec import MAX_PIXELS
+from segjax.data.sources import listed
 from segjax.inference import geotiff, planning
 from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
@@ -231,6 +232,11 @@ def _report(run: Run, jobs: Sequence[Job], seconds: float) -> None:
     console.say(f"wrote {' and '.join(parts) or 'nothing'} in {seconds:.1f} s")
     for path in next((job.outputs.values() for job in jobs if job.source not in failed), ()):
         console.say(f"  {path}")
+    if run.first_only:
+        files = _counted(len(run.first_only), "file")
+        has = "has" if len(run.first_only) == 1 else "have"
+        names = listed(run.first_only)
+        console.say(f"{files} {has} several pages or frames, of which only the first was predicted: {names}")
     if run.failures:
         console.say(f"{len(failed)} of {_counted(len(jobs), 'input')} failed:", to=sys.stderr)
         for path, reason in run.failures:

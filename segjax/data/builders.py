@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,21 +232,29 @@ def _unpublished(spec: specs.DatasetSpec) -> specs.DatasetSpec:
 
 
 def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
-    """What `write` returns, in one process at a time; None where the dataset is there, perhaps from another process.
+    """What `write` returns, in one process at a time; None where the dataset is there, perhaps from another process."""
+    path = Path(builder.data_path)
+    if path.exists():
+        return None
+    with _waiting(name, path):
+        return None if path.exists() else write()
 
-    A process waits for another that prepares the same dataset: those of one run on several hosts begin together.
-    """
-    path, waits = Path(builder.data_path), False
-    while not path.exists():
-        try:
-            with _locked(name, path):
-                return None if path.exists() else write()
-        except lock.HeldError as error:
-            if not waits:
-                console.say(str(error))
-            waits = True
-            time.sleep(0.5)
-    return None
+
+@contextlib.contextmanager
+def _waiting(name: str, path: Path) -> Iterator[None]:
+    """Holds the lock of a dataset, and waits while another process does: those of one run on several hosts begin
+    together."""
+    for attempt in itertools.count():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(name, path))
+            except lock.HeldError as error:
+                if not attempt:
+                    console.say(str(error))
+                time.sleep(0.5)
+                continue
+            yield
+            return
 
 
 def _lock_of(path: Path) -> Path:
@@ -308,11 +317,12 @@ def _prepare_archives(
         return prepared
     before = _refuse_other_division(open_prepared(path), division)
     # The same files as a source, in the splits that they were divided into.
-    examples, identity = find(Division.of(before.metadata), subset=subset or not before.spec.splits, notes=[])
-    try:
-        return _refuse_other_files(before, identity, examples)
-    finally:
-        scratch.remove()
+    with _waiting(spec.name, path):
+        examples, identity = find(Division.of(before.metadata), subset=subset or not before.spec.splits, notes=[])
+        try:
+            return _refuse_other_files(before, identity, examples)
+        finally:
+            scratch.remove()
 
 
 def _write(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -33,7 +34,8 @@ _NONE, _OLD_JPEG, _JPEG = 1, 6, 7
 _JPEGS = (_OLD_JPEG, _JPEG, 34892, 33007)
 # Those whose decoders turn YCbCr into RGB.
 _DECODED_TO_RGB = (_OLD_JPEG, _JPEG)
-_SUBFILE, _ORIENTATION, _SUB_IFDS, _INK_SET = 254, 274, 330, 332
+_ORIENTATION, _SUB_IFDS, _INK_SET = 274, 330, 332
+_COPY_OR_MASK = 1 | 4  # bits of the tag NewSubfileType
 # Tags of GeoTIFF: pixel scale, tie points, transformation, keys; and RPC coefficients.
 _GEOTIFF = (33550, 33922, 34264, 34735, 50844)
 
@@ -87,6 +89,17 @@ def layout(path: Path) -> Layout:
             page.imagewidth if compression == _NONE and not page.is_tiled else _pixels_of_part(page),
             any(tag in page.tags for tag in _GEOTIFF),
         )
+
+
+def has_more_images(path: Path) -> bool:
+    """Whether a TIFF has a second page that is neither a preview, nor a reduced copy, nor a mask of another page.
+
+    Raises:
+      ImageError: it is damaged. UnreadableError: it is no regular file. OSError: it cannot be opened.
+    """
+    with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
+        pages = itertools.islice(file.pages, 1, None)
+        return any(not int(page.subfiletype) & _COPY_OR_MASK for page in pages)
 
 
 def _pixels_of_part(page: TiffPage) -> int:

@@ -17,7 +17,7 @@ from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.inference import geotiff
 from segjax.inference.engine import labels_of
-from segjax.inference.images import read_image, upright_size
+from segjax.inference.images import has_more_images, read_image, upright_size
 from segjax.inference.outputs import Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
@@ -136,6 +136,7 @@ class Run:
     Attributes:
       failures: inputs, each with the reason why it could not be predicted.
       images, videos, frames: numbers of images, videos and frames of videos that were written.
+      first_only: files that have more images than the first, which was predicted.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Run:
         """
         self.failures: list[tuple[Path | video.Live, str]] = []
         self.images = self.videos = self.frames = 0
+        self.first_only: list[Path] = []
         self._predictor, self._kinds = predictor, kinds
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
@@ -236,8 +238,9 @@ class Run:
             for kind, path in job.outputs.items():
                 save(path, kind, image, prediction, self._predictor.classes)
 
-        def done(_):
+        def done(job):
             self.images += 1
+            self._look_for_more_images(job)
             progress.advance()
 
         def failed(job, error):
@@ -274,6 +277,12 @@ class Run:
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
         self.images += 1
+        self._look_for_more_images(job)
+
+    def _look_for_more_images(self, job: Job) -> None:
+        source = cast(Path, job.source)
+        if has_more_images(source):
+            self.first_only.append(source)
 
     def _predict_video(self, job: Job) -> None:
         """Raises KeyboardInterrupt after Ctrl-C; a camera or stream without an end is written up to then."""

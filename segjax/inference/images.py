@@ -84,6 +84,25 @@ def upright_size(path: Path) -> tuple[int, int] | None:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
+def has_more_images(path: Path) -> bool:
+    """Whether a file has images after its first: pages of a TIFF, frames of an animation. False if it is damaged."""
+    from PIL import Image
+
+    try:
+        with reading.open_regular(path) as file:
+            found = codec.format_of(file.read(32))
+            if found == "TIFF":
+                return tiff.has_more_images(path)
+            if found not in ("GIF", "WebP", "PNG"):
+                return False
+            file.seek(0)
+            with Image.open(file) as image:
+                return getattr(image, "is_animated", False)
+    # Pillow raises errors of many kinds for damaged files, which are reported by those who decode them.
+    except Exception:
+        return False
+
+
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
     """The first image in the content of a file, see `codec.decode_upright` and `tiff.decode`."""
     is_tiff = codec.format_of(data[:32]) == "TIFF"

@@ -173,6 +173,12 @@ def test_names_of_a_config_that_counts_from_1_are_those_of_the_model(tmp_path, c
     assert metadata.NUMBERED_NAMES not in loaded.metadata
 
 
+def test_names_are_those_of_label2id_where_id2label_is_missing(tmp_path):
+    weights = to_torch(tiny_model(1, num_classes=3), dialect="hf")
+    config = {key: value for key, value in config_with(label2id={"b": 1, "c": 2, "a": 0}).items() if key != "id2label"}
+    assert load(folder_of(tmp_path / "hf", weights, config=config)).classes.class_names == ("a", "b", "c")
+
+
 @pytest.mark.parametrize("names", [5, ["a"], {"0": None}, {"x": "a"}])
 def test_names_of_another_type_are_omitted_and_named(tmp_path, caplog, names):
     caplog.set_level(logging.INFO, logger="segjax")

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from segjax.checkpoints.load import LoadedCheckpoint
@@ -481,6 +483,26 @@ def test_what_is_skipped_is_counted_and_named(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "skipped 4; " in said and "neither an image nor a video that can be read: " in said
     assert all(name in said for name in ("notes.txt", "table.csv", "hidden: ", ".DS_Store", "in/self"))
+
+
+def test_files_of_several_images_are_named(tmp_path, capsys):
+    """Pages and frames; not previews, reduced copies or masks of a page, and not one image in a format of several."""
+    first, *others = (Image.fromarray(scene(seed, 20, 30)) for seed in range(3))
+    (tmp_path / "in").mkdir()
+    for suffix in ("gif", "webp", "png", "tif"):
+        first.save(tmp_path / "in" / f"one_{suffix}.{suffix}")
+        first.save(tmp_path / "in" / f"many_{suffix}.{suffix}", save_all=True, append_images=others)
+    with tifffile.TiffWriter(tmp_path / "in" / "pyramid.tif") as file:
+        file.write(np.asarray(first))
+        file.write(np.asarray(first)[::2, ::2], subfiletype=1)
+        file.write(np.ones((20, 30), bool), subfiletype=4)
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    named = said.partition("4 files have several pages or frames, of which only the first was predicted: ")[2]
+    assert sorted(re.findall(r"(\w+\.\w+)", named)) == [
+        f"many_{suffix}.{suffix}" for suffix in ("gif", "png", "tif", "webp")
+    ]
+    assert "wrote 9 images" in said
 
 
 def test_every_input_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_path, capfd):

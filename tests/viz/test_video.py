@@ -31,10 +31,12 @@ def models(monkeypatch):
     monkeypatch.setattr("segjax.runtime.environment.prepare", lambda: None)
 
 
-def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb"):
+def film(path, frames, *, rate=Fraction(25), times=None, time_base=None, sound=False, codec="libx264rgb", title=""):
     """A video with these frames; `libx264rgb` keeps every pixel. `times` are in units of the time base."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         options = {"crf": "0"} if codec.startswith("libx264") else {}
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
@@ -106,6 +108,16 @@ def test_a_video_keeps_its_frames_their_order_and_their_rate(rate, suffix, tmp_p
     assert len(list((out / "labels" / f"clip{suffix}").iterdir())) == 20
     said = capsys.readouterr().out
     assert "wrote 1 video of 20 frames" in said and "sound" not in said
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_title_that_is_not_utf8_is_no_fault(suffix, tmp_path):
+    source = film(tmp_path / f"clip{suffix}", moving(3, 64, 96), codec="libx264", title="abcdefgh")
+    content = source.read_bytes()
+    assert content.count(b"abcdefgh") == 1
+    source.write_bytes(content.replace(b"abcdefgh", "Fahrräd".encode("latin-1") + b"\xff"))
+    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 0
+    assert len(seen(tmp_path / "out" / "overlay" / "clip.mp4")[0]) == 3
 
 
 def test_the_times_of_a_varying_rate_are_kept(tmp_path):
