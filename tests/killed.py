@@ -13,17 +13,21 @@ from segjax.checkpoints import load, state_dict
 from segjax.checkpoints.save import save as save_checkpoint
 from segjax.commands import conversion, data
 from segjax.commands import convert as convert_command
+from segjax.commands import evaluate as evaluate_command
 from segjax.commands import export as export_command
 from segjax.commands import predict as predict_command
 from segjax.data import specs
+from segjax.inference import evaluate_dataset
 from segjax.inference.predictor import Predictor
+from segjax.metrics import confusion_matrix
+from segjax.viz import report
 from tests.made_archives import few_images
 from tests.pixels import SPEC, Pixels
 from tests.tiny import SIZES, abstract_model
 
 # What they import late.
 MODULES = "tests.killed", "av", "cv2", "orbax.checkpoint", "safetensors.numpy", "segjax.exports.export"
-MODULES += ("tensorflow_datasets",)
+MODULES += ("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorflow_datasets")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MODULES += ("torch",) * HAS_TORCH
 
@@ -82,6 +86,20 @@ def predict(flags):
         mock.patch.object(load, "load", _pixels),
     ):
         return predict_command.main(flags)
+
+
+def evaluate(flags):
+    def evaluated(checkpoint, *_, output, **__):
+        rng = np.random.default_rng(int(checkpoint.name))
+        images = rng.integers(0, 256, (3, 90, 110, 3), np.uint8)
+        truth, predicted = rng.integers(0, 5, (2, 3, 90, 110), np.uint8)
+        confusion = confusion_matrix(truth, predicted, num_classes=5, ignore_label=255)
+        worst = list(map(report.Shown, "abc", images, truth, predicted))
+        report.write(output, confusion, SPEC, worst, title="made up", facts={}, metadata={})
+        return report.summarise(confusion, SPEC) | {"step": None}
+
+    with mock.patch.object(evaluate_dataset, "evaluate_dataset", evaluated):
+        return evaluate_command.main(flags)
 
 
 def prepare(flags):

@@ -59,9 +59,13 @@ def each_of_one(now: dict, old: dict, new: dict) -> bool:
     return now.keys() == old.keys() and all(now[name] in (old[name], new[name]) for name in now)
 
 
-def companions_of_one(now: dict, old: dict, new: dict) -> bool:
-    """Two names cannot change at once: a companion may be missing, but none belongs to another version."""
-    return "x.stablehlo" in now and any(now.items() <= version.items() for version in (old, new))
+def companions_of_one(name: str) -> Callable[[dict, dict, dict], bool]:
+    """Two names cannot change at once: companions of a file may be missing, but none belongs to another version."""
+
+    def is_whole(now: dict, old: dict, new: dict) -> bool:
+        return name in now and any(now.items() <= version.items() for version in (old, new))
+
+    return is_whole
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
@@ -130,7 +134,14 @@ COMMANDS = {
     "convert for orbax": Replacing("convert", nothing, SAVED, read=weights, rooms=(12_000,)),
     "convert for transformers": Replacing("convert", nothing, SAVED + " --to hf", rooms=(12_000,)),
     "save": Replacing("save", nothing, SAVED + ".safetensors"),
-    "export": Replacing("export", nothing, EXPORTED, is_whole=companions_of_one, rooms=(2_000,)),
+    "export": Replacing("export", nothing, EXPORTED, is_whole=companions_of_one("x.stablehlo"), rooms=(2_000,)),
+    "evaluate": Replacing(
+        "evaluate",
+        nothing,
+        "{version} --data folder --output {out}",
+        is_whole=companions_of_one("index.html"),
+        rooms=(1_000, 60_000),
+    ),
     # Too little room for label maps, overlays or probabilities.
     "predict images": Replacing(
         "predict", pictures, PREDICTED, is_whole=each_of_one, rooms=(3_000, 10_000, 100_000), again=" --resume"
