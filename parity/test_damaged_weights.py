@@ -136,6 +136,19 @@ def test_one_bit_of_a_pth_is_noticed(tmp_path, weights, seed):
     refused(path, name, "checksum")
 
 
+def test_a_pth_whose_inner_name_is_no_text_is_damaged(tmp_path, weights):
+    path = tmp_path / "w.pth"
+    torch.save(tensors(weights), path)
+    with zipfile.ZipFile(path) as archive:
+        member = [member for member in archive.infolist() if "/data/" in member.filename][1]
+    data = bytearray(path.read_bytes())
+    # The flag for UTF-8 in the header before the content, and a name that is not.
+    data[member.header_offset + 7] |= 8
+    data[member.header_offset + 30] = 255
+    path.write_bytes(data)
+    refused(path, member.filename, "damaged", "its name is damaged")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_pth_that_was_packed_again_is_read_and_checked(tmp_path, weights, compression):
     torch.save(tensors(weights), tmp_path / "w.pth")

@@ -185,7 +185,9 @@ def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
         try:
             return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            why = "does not have its checksum" if "CRC" in str(error) else f"cannot be unpacked ({error})"
+            # Python's words for a name that is no text.
+            reason = "its name is damaged" if isinstance(error, UnicodeError) else str(error)
+            why = "does not have its checksum" if "CRC" in reason else f"cannot be unpacked ({reason})"
             raise CheckpointError(f"{source}: damaged, since {name} {why}; fetch it again") from None
         except OSError as error:
             if error.errno != errno.EINVAL:

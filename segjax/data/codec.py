@@ -23,6 +23,8 @@ BY_PILLOW = ("GIF", "WebP", "BMP")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # libjpeg's reports of pixels that it has made up.
 _MADE_UP = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
+# libpng's of pixels that do not belong to an image of the size in the header.
+_LEFT_OVER = "Too much image data"
 # PIL's modes with alpha: first to the mode in which colours are not multiplied by it, then without it.
 _PIL_ALPHA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
@@ -153,7 +155,9 @@ def damage_of_scan(data: bytes) -> str | None:
 
 
 def made_up(messages: list[str]) -> str | None:
-    """The fault of a JPEG by the messages of libjpeg; None if there is none."""
+    """The fault of a JPEG or PNG by the messages of libjpeg or libpng; None if there is none."""
+    if any(_LEFT_OVER in line for line in messages):
+        return "is damaged: it has more pixels than the size in its header"
     faults = [line for line in messages if line.startswith(_MADE_UP) and "bad ICC" not in line]
     return f"is damaged, and part of its pixels would be made up ({faults[0]})" if faults else None
 

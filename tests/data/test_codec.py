@@ -206,6 +206,14 @@ def test_pixels_that_a_whole_png_lacks_are_not_made_up():
             decode_upright(png_of((40, 50), rows))
 
 
+@pytest.mark.parametrize("height", [1, 30, 39])
+def test_a_png_of_more_rows_than_its_header_says_is_refused(height):
+    data = png_of((height, 50), zlib.compress(b"".join(b"\0" + row.tobytes() for row in scene(0, 40, 50))))
+    for decode in (decode_upright, codec.decode_undamaged):
+        with pytest.raises(codec.ImageError, match="more pixels than the size in its header"):
+            decode(data)
+
+
 def test_what_libraries_print_does_not_reach_the_terminal():
     """libjpeg, libpng and OpenCV write to descriptor 2 themselves."""
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile"))
