@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -17,7 +18,7 @@ from typing_extensions import TypedDict
 from segjax.data import codec, records, specs
 from segjax.data.records import JoinedRecords
 from segjax.data.sources import DataError, counted
-from segjax.runtime import reading
+from segjax.runtime import console, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +217,12 @@ def open_prepared(path: Path) -> Prepared:
         with quiet():
             info = tfds.builder_from_directory(path).info
         splits = {split: entry.num_examples for split, entry in info.splits.items()}
+        for entry in info.splits.values():
+            if lost := [file for file in entry.filepaths if not os.path.exists(file)]:
+                name = console.one_line(os.path.basename(lost[0]))
+                raise reading.UnreadableError(
+                    f"{path / 'dataset_info.json'}: it names the file {name}, which is missing"
+                )
         metadata = reading.checked(dict(info.metadata or {}), _Metadata, name=path / "metadata.json")
         _check_lengths(metadata, splits, path / "metadata.json")
         spec = _spec_of(metadata["spec"], path / "metadata.json")

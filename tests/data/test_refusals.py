@@ -408,6 +408,7 @@ def test_an_archive_dataset_in_a_folder_below_is_named(tmp_path):
         ("features.json", lambda text: "[1]", "1.1.0"),
         ("dataset_info.json", lambda text: text[:40], "dataset_info.json"),
         ("dataset_info.json", lambda text: text.replace('"name": "train"', '"name": "tram"'), "tram"),
+        ("dataset_info.json", lambda text: text.replace("{SPLIT}", "x{SPLIT}"), "dataset_info.json: it names the file"),
     ],
 )
 def test_a_damaged_prepared_dataset_names_file_and_key(tmp_path, name, change, said):
@@ -442,6 +443,9 @@ def test_a_fifo_in_the_place_of_records_is_refused_at_once(tmp_path):
 )
 def test_a_damaged_file_of_records_is_named(tmp_path, damage):
     found = prepare(folder(tmp_path / "x"), tmp_path)
-    damage(next(found.path.glob("*train.array_record*")))
+    damage(records := next(found.path.glob("*train.array_record*")))
     with pytest.raises(builders.DataError, match="delete that directory and prepare the dataset again"):
         found.load("train")
+    if not records.exists():
+        with pytest.raises(builders.DataError, match=rf"{records.name}, which is missing; delete that directory"):
+            prepared.open_prepared(found.path)
