@@ -101,6 +101,9 @@ def row_tiles(
     columns = max(lefts[-1] + width - lefts[0] for lefts, _, _ in parts)
     for lefts, left, right in parts:
         start, end = lefts[0], lefts[-1] + width
+        # 1 where there are no scores.
+        counts = np.ones(columns, across.dtype)
+        counts[: end - start] = across[start:end]
         # Groups of one size, the last of which repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
         size = min(batch, len(lefts))
@@ -116,11 +119,11 @@ def row_tiles(
                 # A CPU would score several groups at once, in the memory of as many.
                 if all(device.platform == "cpu" for device in tile.devices()):
                     tile.block_until_ready()
-            # 1 where there are no scores.
-            counts = np.ones((below - top, columns), across.dtype)
-            counts[:, : end - start] = np.outer(down[top:below], across[start:end])
-            done, tile = _split(tile, counts, rows=below - top)
+                # Before the next ones need memory, so that each group finds the same.
+                del logits
+            done, tile = _split(tile, down[top:below], counts)
             yield RowTile(top, left, done, slice(left - start, right - start))
+            del done
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -135,7 +138,9 @@ def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> 
     return jax.lax.fori_loop(0, count, add, tile)
 
 
-@partial(jax.jit, static_argnames="rows")
-def _split(tile: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The mean of the first rows, and a row tile that begins below them."""
-    return tile[:rows] / counts[..., None].astype(tile.dtype), jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
+@partial(jax.jit, donate_argnums=0)
+def _split(tile: jax.Array, down: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean of the first rows, and a row tile that begins below them; `down` x `across` scores were added."""
+    rows = len(down)
+    counts = (down[:, None] * across)[..., None].astype(tile.dtype)
+    return tile[:rows] / counts, jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
