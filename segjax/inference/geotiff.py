@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 # MB of decoded blocks that GDAL keeps; its default, a share of the machine's memory, would fill up with a large scene.
-_CACHE = 32
+_CACHE = 16
 _BLOCK = 256  # pixels a side of the blocks of label maps
 
 
