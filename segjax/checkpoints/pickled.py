@@ -208,7 +208,7 @@ def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
 
 
-def _read_pickles(stream: BinaryIO) -> tuple[_Reader, _File]:
+def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
     """A file without a zip: that of a PyTorch before 1.6, or one pickle without tensors of torch."""
     reader = _Reader(stream)
     reader.content = reader.load()
@@ -220,7 +220,8 @@ def _read_pickles(stream: BinaryIO) -> tuple[_Reader, _File]:
     reader = _Reader(stream)
     reader.content = reader.load()
     keys = _Reader(stream).load()
-    end, places = os.fstat(stream.fileno()).st_size, dict[str, tuple[int, int]]()
+    begin, end, places = stream.tell(), stream.seek(0, os.SEEK_END), dict[str, tuple[int, int]]()
+    stream.seek(begin)
     for key in keys:
         (count,) = struct.unpack("<q", stream.read(8))
         begin, size = stream.tell(), count * reader.item_size(str(key))
@@ -426,6 +427,13 @@ class _Resolver:
 
     def _tensor(self, arguments: list) -> StoredTensor | Standin:
         storage, offset, shape, strides, *rest = arguments
+        file = self._file
+        if isinstance(storage, _Inert) and storage.origin == "torch.storage._load_from_bytes":
+            # pickle without torch.save: each storage is a file of its own.
+            reader, file = _read_pickles(io.BytesIO(_data(storage.content[0])))
+            storage = reader.content
+        if not isinstance(storage, _Storage):
+            return Standin(getattr(storage, "origin", "torch.Tensor"), is_tensor=True)
         # The third kind names the dtype of its numbers.
         dtype = next((part.__name__ for part in rest if isinstance(part, type)), storage.kind)
         if dtype not in _DTYPES:
@@ -436,7 +444,7 @@ class _Resolver:
         count = storage.count * _DTYPES[storage.kind].itemsize // _DTYPES[dtype].itemsize
         offset += storage.begin
         return StoredTensor(
-            tuple(shape), _DTYPES[dtype], tuple(strides), offset, storage.key, storage.begin + count, self._file
+            tuple(shape), _DTYPES[dtype], tuple(strides), offset, storage.key, storage.begin + count, file
         )
 
     def _numpy(self, value: _Inert) -> object:

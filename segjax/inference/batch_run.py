@@ -23,7 +23,7 @@ from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic, console, environment, memory, reading
+from segjax.runtime import atomic, console, memory, reading
 from segjax.runtime.console import ProgressBar
 from segjax.viz import video
 
@@ -274,7 +274,7 @@ class Run:
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
                     # Else the gaps between blocks add up over the tiles of a large scene.
-                    environment.release_freed_memory()
+                    memory.release_freed_memory()
         self.images += 1
 
     def _predict_video(self, job: Job) -> None:

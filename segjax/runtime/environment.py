@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
+
+from segjax.runtime import memory
 
 
 def prepare(*, cpu_only: bool = False) -> None:
@@ -56,28 +54,8 @@ def keep_freed_memory() -> None:
     threads would otherwise get arenas of their own, which are too small for such blocks. With another C library than
     glibc it does nothing.
     """
-    if mallopt := _glibc("mallopt"):
+    if mallopt := memory.glibc("mallopt"):
         trim_threshold, mmap_max, arena_max = -1, -4, -8
         mallopt(arena_max, 1)
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-def release_freed_memory() -> None:
-    """Hands the freed memory that glibc keeps back to the kernel.
-
-    Blocks of different sizes, freed in the order of several threads, leave gaps that later ones do not fit into: where
-    freed memory is kept, a process grows with the number of its steps. With another C library it does nothing.
-    """
-    if trim := _glibc("malloc_trim"):
-        trim(0)
-
-
-@functools.cache
-def _glibc(name: str) -> Callable[..., int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return getattr(ctypes.CDLL("libc.so.6"), name)
-    except (OSError, AttributeError):
-        return None
