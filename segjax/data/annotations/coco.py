@@ -17,7 +17,6 @@ import functools
 import posixpath
 import re
 import unicodedata
-import urllib.parse
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated as With
@@ -301,11 +300,11 @@ class _Read:
                 self._found.skipped[_NO_IMAGE].append(f"{place}: {annotation['image_id']!r}")
 
     def _label(self, part: _Annotation | _Segment, labels: dict[str, int], place: str) -> int:
+        if (label := labels.get(_key(part["category_id"]))) is None:
+            self._problems["annotations of a category that is not listed"].append(f"{place}: {part['category_id']!r}")
         if part.get("iscrowd"):
             self.crowds += 1
             return IGNORED
-        if (label := labels.get(_key(part["category_id"]))) is None:
-            self._problems["annotations of a category that is not listed"].append(f"{place}: {part['category_id']!r}")
         return label or 0
 
     def _regions(
@@ -366,7 +365,7 @@ def _is_panoptic(content: _Instances) -> bool:
 
 def _file_name(image: _Image) -> str:
     """LVIS has addresses instead, whose ends are folder and name; "" for neither."""
-    return image.get("file_name") or urllib.parse.urlsplit(image.get("coco_url") or "").path.lstrip("/")
+    return image.get("file_name") or re.sub(r"^\w+://[^/]*/", "", image.get("coco_url") or "")
 
 
 def _polygons(given: list[Any]) -> list[list[float]]:

@@ -115,9 +115,9 @@ def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, 
         of_folder = _by_stem(files, folder or ".", IMAGES, found)
         masks = {stem.removesuffix("_mask"): path for stem, path in of_folder.items() if stem.endswith("_mask")}
         images = {stem: path for stem, path in of_folder.items() if not stem.endswith("_mask")}
-        splits.setdefault(split, {}).update(
-            (stem, (images.get(stem), masks.get(stem))) for stem in sorted({*images, *masks})
-        )
+        if split in splits:
+            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one with one of them")
+        splits[split] = {stem: (images.get(stem), masks.get(stem)) for stem in sorted({*images, *masks})}
     if len(set(map(tuple, names.values()))) > 1:
         raise DataError(f"{files.root} cannot be imported: {listed(list(names))} have different classes")
     given = names[tables[0]]

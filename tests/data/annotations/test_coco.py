@@ -365,6 +365,8 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     ("content", "said"),
     [
         (changed("annotations", 1, category_id=4), ["a category that is not listed", "annotations.1: 4"]),
+        (changed("annotations", 2, category_id=4), ["a category that is not listed", "annotations.2: 4"]),
+        (instances(images=[{"id": 5, "coco_url": "http://[a"}, {"id": 6}]), ["images.1: no file_name"]),
         (changed("annotations", 1, segmentation=[[1, "x"]]), ["annotations.1: segmentation"]),
         (changed("annotations", 1, segmentation=[[1, 2, float("nan")] * 2]), ["annotations.1: segmentation"]),
         (changed("annotations", 1, image_id=None), ["annotations.1: image_id"]),

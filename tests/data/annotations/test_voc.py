@@ -143,6 +143,8 @@ def test_tables_of_roboflow_that_are_wrong_are_named(tmp_path, capsys):
     source = roboflow_of(tmp_path / "x")
     write(source / "valid/_classes.csv", b"Pixel Value, Class\n0, background\n1, dog\n2, a cat\n")
     assert "have different classes" in refused("voc", source, tmp_path / "out", capsys)
+    twice = roboflow_of(tmp_path / "y", ("one/train", "two/train"))
+    assert "several folders of train" in refused("voc", twice, tmp_path / "out", capsys)
 
 
 def test_two_classes_have_another_ignore_value_than_255(tmp_path, capsys):
