@@ -115,21 +115,21 @@ def read(source: Path) -> Found:
         problems["no JSON with images, annotations and categories, as COCO's instances have them"] = entries
     names, categories = _categories(contents, found.notes, problems)
     found.names, ids = classes_of(names, problems)
-    read = _Read(files, found, problems)
+    reader = _Read(files, found, problems)
     for split, name in _splits(list(contents), problems).items():
         labels = {number: ids[category] for number, category in categories[name].items()}
-        found.splits[split] = read.images(split, name, contents[name], labels)
+        found.splits[split] = reader.images(split, name, contents[name], labels)
         found.notes.append(f"{split}: {name}")
-    used = {image.place for images in found.splits.values() for image in images} | read.masks
+    used = {image.place for images in found.splits.values() for image in images} | reader.masks
     # What lies around a single file may belong to others.
     if source.is_dir() and (unlisted := sorted(set(files.images()) - used)):
         found.skipped[_UNLISTED] += unlisted
-    if read.crowds:
-        found.notes.append(f"crowds, which become the ignore value: {read.crowds:,}")
-        if 2 * read.crowds > read.annotations:
+    if reader.crowds:
+        found.notes.append(f"crowds, which become the ignore value: {reader.crowds:,}")
+        if 2 * reader.crowds > reader.annotations:
             found.notes.append("(CVAT calls every mask a crowd; for objects, set their iscrowd to 0)")
-    if read.annotations and not read.outlines and any(found.splits.values()) and not problems:
-        if read.boxes:
+    if reader.annotations and not reader.outlines and any(found.splits.values()) and not problems:
+        if reader.boxes:
             problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
         else:
             problems |= found.skipped
@@ -184,17 +184,19 @@ def _categories(
     of_files: dict[str, dict[str, str]] = {}
     repeated: dict[str, None] = {}
     for file, content in contents.items():
-        known = of_files[file] = {}
+        known: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for category in content["categories"]:
             number, name = category["id"], category["name"]
             if (other := known.get(_key(number), name)) != name:
                 kind = "categories of one id and two names; give each name an id of its own"
                 problems[kind].append(f"{file}: {number!r} is {other!r} and {name!r}")
             # Roboflow names one category by its project, and often a second one, too.
-            if name in known.values() and _key(number) not in known:
+            if ids.setdefault(name, _key(number)) != _key(number):
                 repeated[name] = None
             known[_key(number)] = name
             places.setdefault(name, (isinstance(number, str), number))
+        of_files[file] = known
     if repeated:
         notes.append(f"categories of one name, which are one class: {listed(list(repeated))}")
     return sorted(places, key=places.__getitem__), of_files
@@ -207,7 +209,7 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
         path = PurePosixPath(name)
         split = split_in(path.stem) or split_in(path.parent.name)
         if split is None:
-            stem = re.sub(r"[^A-Za-z0-9]+", "_", path.stem.removeprefix("instances_")).strip("_")
+            stem = re.sub(r"[^A-Za-z0-9]+", "_", _stem(name)).strip("_")
             split = "train" if len(names) == 1 or stem.lower() in ("", "all") else stem
         if split in splits:
             problems["JSON files of one split; import them one by one, or merge them"].append(
@@ -215,6 +217,11 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
             )
         splits[split] = name
     return splits
+
+
+def _stem(name: str) -> str:
+    """The name of a JSON file without what says its kind: val2017 of instances_val2017.json."""
+    return re.sub("^(instances|panoptic)_", "", PurePosixPath(name).stem)
 
 
 class _Read:
@@ -233,7 +240,7 @@ class _Read:
 
     def images(self, split: str, name: str, content: _Instances, labels: dict[str, int]) -> list[Annotated]:
         """The images of a split, which a JSON file of this name lists; labels: class id by id of category."""
-        here, stem = posixpath.dirname(name), re.sub("^(instances|panoptic)_", "", PurePosixPath(name).stem)
+        here, stem = posixpath.dirname(name), _stem(name)
         listed_images = self._listed(name, content["images"])
         if is_panoptic := _is_panoptic(content):
             draw_of = self._segments(name, content["annotations"], labels, listed_images)
