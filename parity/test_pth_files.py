@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -162,6 +163,17 @@ def test_a_storage_inside_a_pickle_that_is_none_is_refused(tmp_path, weights):
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(weights | {NORM: Tensor()}))
     with pytest.raises(CheckpointError, match=NORM):
         read_checkpoint(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize("opcode", [b"\x95", b"\x8e", b"\x8d", b"\x96"], ids=["frame", "bytes", "text", "bytearray"])
+def test_a_size_that_a_damaged_pickle_states_takes_no_memory(tmp_path, opcode):
+    for size in (2**40, 2**62):
+        (tmp_path / "w.pkl").write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", size) + b"abc.")
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match="damaged or cut short"):
+            read_checkpoint(tmp_path / "w.pkl")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        tracemalloc.stop()
 
 
 def test_empty_tensors_of_sharded_training_are_named(tmp_path, weights):

@@ -288,6 +288,19 @@ class _Storage:
     begin: int = 0
 
 
+class _Bounded:
+    """A file that is not asked for more bytes than it has, for which it would take the memory first."""
+
+    def __init__(self, file: BinaryIO | io.BytesIO):
+        self._file, self.readline = file, file.readline
+        begin = file.tell()
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(begin)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self.size))
+
+
 class _Reader(pickle._Unpickler):
     """Reads the structure of a pickle, in which every class and function is inert: nothing is imported or called.
 
@@ -297,10 +310,14 @@ class _Reader(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list
     pop_mark: Callable[[], list]
+    read: Callable[[int], bytes]
+    append: Callable[[object], None]
 
     def __init__(self, file: BinaryIO | io.BytesIO):
+        bounded = _Bounded(file)
         # Text of Python 2, in which bytes of arrays may be text too.
-        super().__init__(file, encoding="latin1")
+        super().__init__(bounded, encoding="latin1")
+        self._size = bounded.size
         self.twice: list[str] = []
         self.content: Any = None
         self._storages: dict[str, _Storage] = {}
@@ -345,6 +362,12 @@ class _Reader(pickle._Unpickler):
             self.twice.append(key)
         target[key] = value
 
+    def load_bytearray8(self):
+        (size,) = struct.unpack("<Q", self.read(8))
+        if size > self._size:
+            raise pickle.UnpicklingError(f"an array of {size:,} bytes")
+        self.append(bytearray(self.read(size)))
+
     def load_build(self):
         state = self.stack.pop()
         # A dict stands for an OrderedDict, whose attributes have no tensors.
@@ -353,6 +376,7 @@ class _Reader(pickle._Unpickler):
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.BUILD[0]] = load_build
 
 
