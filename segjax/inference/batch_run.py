@@ -273,7 +273,7 @@ class Run:
                     # Of a wide scene, parts of rows make up rows.
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
-                    # Else the gaps between blocks add up over the tiles of a large scene.
+                    # As after each part that is read.
                     memory.release_freed_memory()
         self.images += 1
 
