@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_views_of_other_storages_in_files_before_torch_1_are_read(tmp_path):
         np.testing.assert_array_equal(content["part"].read(), numbers[3:8])
 
 
-@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("protocol", range(6))
 def test_arrays_and_numbers_of_numpy_are_read(tmp_path, protocol):
     made = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -127,12 +128,58 @@ def test_arrays_and_numbers_of_numpy_are_read(tmp_path, protocol):
         "objects": np.array([{}, None], object),
     }
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(made, protocol=protocol))
-    torch.save(made, tmp_path / "w.pth", pickle_protocol=protocol)
+    torch.save(made, tmp_path / "w.pth", pickle_protocol=max(protocol, 2))
     for name in ("w.pkl", "w.pth"):
         with opened(tmp_path / name) as content:
             for key in ("a", "fortran", "big", "scalar", "zero"):
                 np.testing.assert_array_equal(content[key], made[key], strict=True)
             assert isinstance(content["text"], Standin) and isinstance(content["objects"], Standin)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_weights_are_read_from_plain_pickles_of_arrays_and_of_tensors(tmp_path, weights, protocol):
+    arrays = {key: tensor.numpy() for key, tensor in weights.items()}
+    # Two of these share a storage, and one begins within it.
+    whole = torch.arange(12.0)
+    more = {"net": weights, "parts": {"rest": whole[3:], "whole": whole, "short": whole.bfloat16().reshape(3, 4).T}}
+    for content in (weights, arrays, more, (weights, 3), [arrays]):
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        assert_same(read_checkpoint(tmp_path / "w.pkl").weights, weights)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(more, protocol=protocol))
+    with opened(tmp_path / "w.pkl") as content:
+        for key, tensor in more["parts"].items():
+            np.testing.assert_array_equal(content["parts"][key].read().astype(np.float32), tensor.float().numpy())
+
+
+def test_a_storage_inside_a_pickle_that_is_none_is_refused(tmp_path, weights):
+    class Evil:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (pickle.dumps({"a": 1}),)
+
+    class Tensor:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Evil(), 0, (3,), (1,), False, {})
+
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(weights | {NORM: Tensor()}))
+    with pytest.raises(CheckpointError, match=NORM):
+        read_checkpoint(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize("opcode", [b"\x95", b"\x8e", b"\x8d", b"\x96"], ids=["frame", "bytes", "text", "bytearray"])
+def test_a_size_that_a_damaged_pickle_states_takes_no_memory(tmp_path, opcode):
+    for size in (2**40, 2**62):
+        (tmp_path / "w.pkl").write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", size) + b"abc.")
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match="damaged or cut short"):
+            read_checkpoint(tmp_path / "w.pkl")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        tracemalloc.stop()
+
+
+def test_empty_tensors_of_sharded_training_are_named(tmp_path, weights):
+    torch.save({"module": dict.fromkeys(weights, torch.zeros(0))}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="its tensors are empty, as DeepSpeed's ZeRO-3"):
+        read_checkpoint(tmp_path / "w.pth")
 
 
 def test_what_numpy_cannot_hold_is_refused_by_name_where_it_is_a_weight(tmp_path, weights):

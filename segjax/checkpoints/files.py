@@ -89,6 +89,8 @@ def provenance_at(source: str | Path, *, weights: str | None = None) -> dict[str
 # Suffixes of files of which a folder is expected to hold one.
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".npz", ".pkl")
 _OF_TRAINER = re.compile(r"checkpoint-(\d+)")
+# The beginnings of pickles: of protocol 2 and later, and of 0 and 1 where a dict, list, tuple or object is kept.
+_PICKLE = re.compile(rb"\x80|\(+[dl]p\d|\(*[]}]q|\(*c(__builtin__|copy_reg|collections|\w+\.[\w.]+)\n\w+\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,11 @@ def _in_folder(folder: Path, name: str) -> _Located:
         raise CheckpointError(f"{folder}: it holds several checkpoints; give one of {names}")
     if huggingface.is_folder(folder):
         huggingface.weight_files(folder)
+    below = sorted(path.relative_to(folder) for path in folder.glob("*/*") if path.suffix in _SUFFIXES)
+    if below:
+        raise CheckpointError(
+            f"{folder}: no checkpoint in this folder, but below it; give one of {shorten(map(str, below), most=6)}"
+        )
     raise CheckpointError(
         f"{folder}: no checkpoint of segjax in this folder (neither `{orbax_folder.METADATA}` nor numbered steps), and "
         f"no other: {shorten(f'*{suffix}' for suffix in _SUFFIXES)}, checkpoint-N, config.json"
@@ -213,11 +220,12 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
         return _read_npz(source), {}
     if kind := foreign.zip_kind(names) if names else foreign.file_kind(source, head):
         raise CheckpointError(f"{source}: {kind}")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    if head[:2] == b"PK" or _PICKLE.match(head):
         stored = opened_files.enter_context(pickled.opened(source))
-        if not isinstance(stored, Mapping):
-            stored = {"content": stored}
-        return stored, {}
+        if isinstance(stored, list | tuple):
+            # Weights next to an epoch, for example.
+            stored = {str(number): value for number, value in enumerate(stored)}
+        return stored if isinstance(stored, Mapping) else {"content": stored}, {}
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "binary"
     hint = " (a page that says why the download failed?)" if kind == "text" else ""
     raise CheckpointError(

@@ -72,6 +72,8 @@ def folder_kind(folder: Path) -> str | None:
     names = sorted(child.name for child in folder.iterdir())
     if "saved_model.pb" in names:
         return f"a SavedModel of TensorFlow; {_NO_TENSORFLOW}"
+    if "Manifest.json" in names and folder.suffix == ".mlpackage":
+        return "a model of Core ML; give the checkpoint that it was converted from"
     if any(name.endswith(".distcp") for name in names):
         return (
             "a sharded checkpoint of torch.distributed; make one file of it: python -m "

@@ -210,7 +210,7 @@ def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
 
 
-def _read_pickles(stream: BinaryIO) -> tuple[_Reader, _File]:
+def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
     """A file without a zip: that of a PyTorch before 1.6, or one pickle without tensors of torch."""
     reader = _Reader(stream)
     reader.content = reader.load()
@@ -222,7 +222,8 @@ def _read_pickles(stream: BinaryIO) -> tuple[_Reader, _File]:
     reader = _Reader(stream)
     reader.content = reader.load()
     keys = _Reader(stream).load()
-    end, places = os.fstat(stream.fileno()).st_size, dict[str, tuple[int, int]]()
+    begin, end, places = stream.tell(), stream.seek(0, os.SEEK_END), dict[str, tuple[int, int]]()
+    stream.seek(begin)
     for key in keys:
         (count,) = struct.unpack("<q", stream.read(8))
         begin, size = stream.tell(), count * reader.item_size(str(key))
@@ -289,6 +290,19 @@ class _Storage:
     begin: int = 0
 
 
+class _Bounded:
+    """A file that is not asked for more bytes than it has, for which it would take the memory first."""
+
+    def __init__(self, file: BinaryIO | io.BytesIO):
+        self._file, self.readline = file, file.readline
+        begin = file.tell()
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(begin)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self.size))
+
+
 class _Reader(pickle._Unpickler):
     """Reads the structure of a pickle, in which every class and function is inert: nothing is imported or called.
 
@@ -298,10 +312,14 @@ class _Reader(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list
     pop_mark: Callable[[], list]
+    read: Callable[[int], bytes]
+    append: Callable[[object], None]
 
     def __init__(self, file: BinaryIO | io.BytesIO):
+        bounded = _Bounded(file)
         # Text of Python 2, in which bytes of arrays may be text too.
-        super().__init__(file, encoding="latin1")
+        super().__init__(bounded, encoding="latin1")
+        self._size = bounded.size
         self.twice: list[str] = []
         self.content: Any = None
         self._storages: dict[str, _Storage] = {}
@@ -346,6 +364,12 @@ class _Reader(pickle._Unpickler):
             self.twice.append(key)
         target[key] = value
 
+    def load_bytearray8(self):
+        (size,) = struct.unpack("<Q", self.read(8))
+        if size > self._size:
+            raise pickle.UnpicklingError(f"an array of {size:,} bytes")
+        self.append(bytearray(self.read(size)))
+
     def load_build(self):
         state = self.stack.pop()
         # A dict stands for an OrderedDict, whose attributes have no tensors.
@@ -354,6 +378,7 @@ class _Reader(pickle._Unpickler):
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.BUILD[0]] = load_build
 
 
@@ -428,6 +453,13 @@ class _Resolver:
 
     def _tensor(self, arguments: list) -> StoredTensor | Standin:
         storage, offset, shape, strides, *rest = arguments
+        file = self._file
+        if isinstance(storage, _Inert) and storage.origin == "torch.storage._load_from_bytes":
+            # pickle without torch.save: each storage is a file of its own.
+            reader, file = _read_pickles(io.BytesIO(_data(storage.content[0])))
+            storage = reader.content
+        if not isinstance(storage, _Storage):
+            return Standin(getattr(storage, "origin", "torch.Tensor"), is_tensor=True)
         # The third kind names the dtype of its numbers.
         dtype = next((part.__name__ for part in rest if isinstance(part, type)), storage.kind)
         if dtype not in _DTYPES:
@@ -438,7 +470,7 @@ class _Resolver:
         count = storage.count * _DTYPES[storage.kind].itemsize // _DTYPES[dtype].itemsize
         offset += storage.begin
         return StoredTensor(
-            tuple(shape), _DTYPES[dtype], tuple(strides), offset, storage.key, storage.begin + count, self._file
+            tuple(shape), _DTYPES[dtype], tuple(strides), offset, storage.key, storage.begin + count, file
         )
 
     def _numpy(self, value: _Inert) -> object:

@@ -73,7 +73,13 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
     network = _of_network(_of_set(tensors, weights))
     if others:
         logger.info("not tensors, and not used (%d): %s", len(others), shorten(others))
-    return {key: as_array(key, value) for key, value in network.items()}
+    arrays = {key: as_array(key, value) for key, value in network.items()}
+    if not any(array.size for array in arrays.values()):
+        raise CheckpointError(
+            "its tensors are empty, as DeepSpeed's ZeRO-3 and FSDP leave them; make one file of all weights with the "
+            "zero_to_fp32.py that lies next to it, or save the full state dict"
+        )
+    return arrays
 
 
 def _what_else(others: Mapping[str, object]) -> str:

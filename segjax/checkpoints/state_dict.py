@@ -317,7 +317,9 @@ def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     if missing:
         lines.append(f"`segjax convert --keep '{head}'` leaves missing parameters of this pattern as initialised")
     if unexpected:
-        lines.append("`segjax convert --drop 'head.*'` leaves out unexpected tensors of this pattern")
+        patterns = list(dict.fromkeys(key.partition(".")[0] + ".*" * ("." in key) for key in unexpected))
+        names = " ".join(f"'{pattern}'" for pattern in patterns[:3])
+        lines.append(f"`segjax convert --drop {names}` leaves out unexpected tensors of such a pattern")
     if lines:
         lines.append("(in Python: segjax.from_torch or load_torch with keep=... and drop=...)")
     return "".join(f"\n  {line}" for line in lines)

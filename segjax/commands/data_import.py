@@ -4,15 +4,18 @@
     segjax data prepare folder --source DIR
 
 coco     instances_*.json of COCO and CVAT, _annotations.coco.json of Roboflow,
-         or other JSON with images, annotations and categories: polygons, RLE
+         or other JSON with images, annotations and categories: polygons, RLE;
+         panoptic_*.json with its PNGs
 labelme  a JSON for each image: polygons, rectangles, circles and masks
-yolo     data.yaml, images/ and labels/ of Ultralytics: polygons
-voc      JPEGImages/ and SegmentationClass/: masks
+yolo     data.yaml or classes.txt, images/ and labels/: polygons
+voc      JPEGImages/ and SegmentationClass/, or Roboflow's *_mask.png and
+         _classes.csv: masks
 
 Images are copied. A pixel has the class of the polygon that covers its middle,
 as pycocotools finds it, and of several the smallest; crowds, and objects that
 have a box only, become the ignore value. Everything else is background. What
 is skipped is counted, and nothing is written where annotations are damaged.
+Of panoptic PNGs, what is not annotated becomes the ignore value.
 """
 
 from __future__ import annotations

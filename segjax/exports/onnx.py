@@ -79,6 +79,7 @@ _NEW_IN_18 = {
     ("Split", "num_outputs"): None,  # Without sizes, 17 has equal parts for the outputs that there are.
     ("Resize", "keep_aspect_ratio_policy"): b"stretch",
     ("Resize", "antialias"): 0,
+    ("ReduceMean", "noop_with_empty_axes"): 0,
 }
 
 
@@ -86,6 +87,8 @@ def _lower_to_17(proto) -> None:
     """Turns a model of opset 18 into one of 17, whose check finds what else there is."""
     import onnx
 
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    axes = set()
     for node in proto.graph.node:
         kept = []
         for attribute in node.attribute:
@@ -93,8 +96,14 @@ def _lower_to_17(proto) -> None:
             value = onnx.helper.get_attribute_value(attribute)
             if same is _NOT_NEW or same not in (None, value):
                 kept.append(attribute)
+        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
+            # With 18, the axes became an input.
+            axes.add(name := node.input.pop())
+            kept.append(onnx.helper.make_attribute("axes", onnx.numpy_helper.to_array(constants[name]).tolist()))
         del node.attribute[:]
         node.attribute.extend(kept)
+    for name in axes.difference(name for node in proto.graph.node for name in node.input):
+        proto.graph.initializer.remove(constants[name])
     for entry in proto.opset_import:
         if not entry.domain:
             entry.version = 17

@@ -276,6 +276,8 @@ class Run:
                     # Of a wide scene, parts of rows make up rows.
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
+                    # As after each part that is read.
+                    memory.release_freed_memory()
         self.images += 1
         self._look_for_more_images(job)
 

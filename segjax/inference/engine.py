@@ -379,7 +379,10 @@ class Inference:
         The tiles cover the image once, panel by panel, and are those of `labels`; see `sliding_window.row_tiles`.
         """
         for top, left, logits, part in self.row_tiles(image):
-            yield top, left, np.asarray(_labels(logits, threshold=self.protocol.least_logit))[:, part]
+            labels = np.asarray(_labels(logits, threshold=self.protocol.least_logit))
+            # Before the next row of crops needs memory.
+            del logits
+            yield top, left, labels[:, part]
 
     def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Probability of each class, float32 (H, W, K); for K = 1 that of the class, not of the background.

@@ -20,13 +20,13 @@ from segjax.data import codec, specs, tiff
 from segjax.data.codec import ImageError
 from segjax.data.scaling import Scale
 from segjax.inference.images import as_rgb, read_image
-from segjax.runtime import atomic, native_messages
+from segjax.runtime import atomic, memory, native_messages
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 # MB of decoded blocks that GDAL keeps; its default, a share of the machine's memory, would fill up with a large scene.
-_CACHE = 32
+_CACHE = 16
 _BLOCK = 256  # pixels a side of the blocks of label maps
 
 
@@ -79,7 +79,11 @@ class Scene:
         if bands.dtype.kind == "f" and not (is_number := np.isfinite(bands)).all():
             # Where there is no data, there may be NaN, which is black.
             bands[~is_number & self.nodata(part)] = self._scale[0] if self._scale else 0
-        return as_rgb(np.ascontiguousarray(np.moveaxis(bands, 0, -1)), scale=self._scale)
+        image = as_rgb(np.ascontiguousarray(np.moveaxis(bands, 0, -1)), scale=self._scale)
+        del bands
+        # Else the gaps between freed blocks add up over the parts of a large scene.
+        memory.release_freed_memory()
+        return image
 
     def nodata(self, part: tuple[slice, slice]) -> np.ndarray:
         """bool (h, w), where all bands of a part have the nodata value, the mask of the file is 0, or alpha is 0."""

@@ -99,12 +99,16 @@ def row_tiles(
     )
     parts = panels(image.shape[1], width, stride[1])
     columns = max(lefts[-1] + width - lefts[0] for lefts, _, _ in parts)
+    # Below the last row of a panel there is nothing, and the next panel begins with it.
+    tile = None
     for lefts, left, right in parts:
         start, end = lefts[0], lefts[-1] + width
+        # 1 where there are no scores.
+        counts = np.ones(columns, across.dtype)
+        counts[: end - start] = across[start:end]
         # Groups of one size, the last of which repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
         size = min(batch, len(lefts))
-        tile = None
         for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
             band = image[top : top + height, start:end]
             for group in groups:
@@ -116,11 +120,12 @@ def row_tiles(
                 # A CPU would score several groups at once, in the memory of as many.
                 if all(device.platform == "cpu" for device in tile.devices()):
                     tile.block_until_ready()
-            # 1 where there are no scores.
-            counts = np.ones((below - top, columns), across.dtype)
-            counts[:, : end - start] = np.outer(down[top:below], across[start:end])
-            done, tile = _split(tile, counts, rows=below - top)
+                # Before the next ones need memory, so that each group finds the same.
+                del logits
+            done = _mean(tile, down[top:below], counts)
             yield RowTile(top, left, done, slice(left - start, right - start))
+            del done
+            tile = _below(tile, rows=below - top)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -135,7 +140,14 @@ def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> 
     return jax.lax.fori_loop(0, count, add, tile)
 
 
-@partial(jax.jit, static_argnames="rows")
-def _split(tile: jax.Array, counts: jax.Array, *, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The mean of the first rows, and a row tile that begins below them."""
-    return tile[:rows] / counts[..., None].astype(tile.dtype), jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))
+@jax.jit
+def _mean(tile: jax.Array, down: jax.Array, across: jax.Array) -> jax.Array:
+    """The first rows of a row tile, to which `down` x `across` scores were added, divided by their number."""
+    counts = (down[:, None] * across)[..., None].astype(tile.dtype)
+    return tile[: len(down)] / counts
+
+
+@partial(jax.jit, static_argnames="rows", donate_argnums=0)
+def _below(tile: jax.Array, *, rows: int) -> jax.Array:
+    """A row tile that begins so many rows below."""
+    return jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))

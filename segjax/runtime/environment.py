@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from pathlib import Path
 
 import jax
+
+from segjax.runtime import memory
 
 
 def prepare(*, cpu_only: bool = False) -> None:
@@ -54,13 +54,8 @@ def keep_freed_memory() -> None:
     threads would otherwise get arenas of their own, which are too small for such blocks. With another C library than
     glibc it does nothing.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    if mallopt := memory.glibc("mallopt"):
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        mallopt(arena_max, 1)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

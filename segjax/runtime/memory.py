@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -129,4 +132,25 @@ def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
+        return None
+
+
+def release_freed_memory() -> None:
+    """Hands the freed memory that glibc keeps back to the kernel.
+
+    Blocks of different sizes, freed in the order of several threads, leave gaps that later ones do not fit into: where
+    freed memory is kept, a process grows with the number of its steps. With another C library it does nothing.
+    """
+    if trim := glibc("malloc_trim"):
+        trim(0)
+
+
+@functools.cache
+def glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc; None with another C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):
         return None

@@ -17,7 +17,7 @@ from segjax.checkpoints.files import provenance_at, read_checkpoint
 from segjax.checkpoints.load import load
 from segjax.checkpoints.save import save
 from segjax.checkpoints.state_dict import to_torch
-from segjax.commands import inspect
+from segjax.commands import convert, inspect
 from tests.tiny import tiny_model
 
 
@@ -103,6 +103,31 @@ def test_what_another_folder_is_is_told(tmp_path, name, capsys):
     assert inspect.main([str(tmp_path)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert FOLDERS[name] in said and str(tmp_path) in said
+
+
+def test_checkpoints_in_a_folder_below_are_named(tmp_path, weights, capsys):
+    path = tmp_path / "version_0/checkpoints/epoch=3.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(weights, path)
+    assert inspect.main([str(tmp_path / "version_0")]) == 2
+    assert "give one of checkpoints/epoch=3.safetensors" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_package_of_core_ml_is_told(tmp_path, capsys):
+    (tmp_path / "m.mlpackage").mkdir()
+    (tmp_path / "m.mlpackage/Manifest.json").write_text("{}")
+    assert inspect.main([str(tmp_path / "m.mlpackage")]) == 2
+    assert "Core ML" in capsys.readouterr().err
+
+
+def test_the_advice_to_drop_names_the_tensors_that_are_unexpected(tmp_path, weights, capsys):
+    more = {name: np.zeros(2, np.float32) for name in ("rng_state", "extra.a", "extra.b")}
+    save_file(weights | more, tmp_path / "w.safetensors")
+    convert_to = ["--to", "hf", str(tmp_path / "w.safetensors"), str(tmp_path / "out.safetensors")]
+    assert convert.main(convert_to) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--drop 'extra.*' 'rng_state'` leaves out" in said or "--drop 'rng_state' 'extra.*'` leaves out" in said
+    assert convert.main([*convert_to, "--drop", "rng_state", "extra.*"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- other files

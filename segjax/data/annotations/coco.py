@@ -1,11 +1,13 @@
-"""Reads COCO's instances: JSON files with images, annotations and categories.
+"""Reads COCO's instances and panoptic segments: JSON files with images, annotations and categories.
 
-    annotations/instances_train2017.json, train2017/          COCO, CVAT
+    annotations/instances_train2017.json, train2017/          COCO, CVAT, LVIS
     train/_annotations.coco.json, train/a.jpg                 Roboflow
     data/, labels.json; images/, result.json; ...             FiftyOne, Label Studio and others: any JSON of the kind
+    annotations/panoptic_val2017.json, panoptic_val2017/      panoptic: a PNG for each image, see `panoptic`
 
 Crowds, and objects that have a box but no outline, become the ignore value. A category named "background" is the
-background. The ids of categories need not follow one another; classes have their order.
+background. Classes have the order of the categories' ids, which need not follow one another; files may give one name
+different ids.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import functools
 import posixpath
 import re
 import unicodedata
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated as With
 from typing import Any, NotRequired
@@ -22,18 +25,20 @@ from typing import Any, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.data.annotations.found import IGNORED, Annotated, Files, Found, classes_of, split_in
+from segjax.data.annotations import panoptic
+from segjax.data.annotations.found import IGNORED, MISSING_MASK, Annotated, Drawn, Files, Found, classes_of, split_in
 from segjax.data.annotations.rasterise import NO_AREA, Outline, Region, Runs, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
-_Id = int | str
+_Id = int | str | float
 
 
 class _Image(TypedDict):
     id: _Id
-    file_name: str
+    file_name: NotRequired[str]
+    coco_url: NotRequired[str]
     height: NotRequired[With[int, Field(ge=0)] | None]
     width: NotRequired[With[int, Field(ge=0)] | None]
 
@@ -52,6 +57,20 @@ class _Annotation(TypedDict):
     iscrowd: NotRequired[int | bool | None]
 
 
+class _Segment(TypedDict):
+    id: int
+    category_id: _Id
+    iscrowd: NotRequired[int | bool | None]
+
+
+class _Panoptic(TypedDict):
+    """An annotation of a panoptic file: all segments of an image, whose ids are the colours of a PNG."""
+
+    image_id: _Id
+    file_name: str
+    segments_info: list[_Segment]
+
+
 class _Category(TypedDict):
     id: _Id
     name: str
@@ -63,7 +82,7 @@ class _Instances(TypedDict):
     categories: list[_Category]
 
 
-_NOT_INSTANCES = "JSON files that are no instances of COCO"
+_NOT_INSTANCES = "JSON files that are neither instances nor panoptic segments of COCO"
 _BOXES = "objects that have a box but no outline; their boxes become the ignore value"
 _NO_SHAPE = "objects that have neither an outline nor a box"
 _UNLISTED = "images that no JSON file lists"
@@ -94,19 +113,26 @@ def read(source: Path) -> Found:
     if not contents and not problems:
         entries = found.skipped.pop(_NOT_INSTANCES, [f"{source}: no .json"])
         problems["no JSON with images, annotations and categories, as COCO's instances have them"] = entries
-    known = _categories(contents, problems)
-    found.names, ids = classes_of(list(known.values()), problems)
-    labels = {category: ids[name] for category, name in known.items()}
+    names, categories = _categories(contents, found.notes, problems)
+    found.names, ids = classes_of(names, problems)
+    reader = _Read(files, found, problems)
     for split, name in _splits(list(contents), problems).items():
-        found.splits[split] = _images(files, split, name, contents[name], labels, found, problems)
+        labels = {number: ids[category] for number, category in categories[name].items()}
+        found.splits[split] = reader.images(split, name, contents[name], labels)
         found.notes.append(f"{split}: {name}")
-    used = {image.place for images in found.splits.values() for image in images}
+    used = {image.place for images in found.splits.values() for image in images} | reader.masks
     # What lies around a single file may belong to others.
     if source.is_dir() and (unlisted := sorted(set(files.images()) - used)):
         found.skipped[_UNLISTED] += unlisted
-    every = [content["annotations"] for content in contents.values()]
-    if any(every) and not any(_has_outline(annotation) for of in every for annotation in of) and not problems:
-        problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
+    if reader.crowds:
+        found.notes.append(f"crowds, which become the ignore value: {reader.crowds:,}")
+        if 2 * reader.crowds > reader.annotations:
+            found.notes.append("(CVAT calls every mask a crowd; for objects, set their iscrowd to 0)")
+    if reader.annotations and not reader.outlines and any(found.splits.values()) and not problems:
+        if reader.boxes:
+            problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
+        else:
+            problems |= found.skipped
     refuse(problems, str(source))
     return found
 
@@ -141,24 +167,39 @@ def _no_instances(content: Any) -> str | None:
     if missing:
         return f"without {listed(missing)}"
     annotations = content["annotations"]
-    if isinstance(annotations, list) and annotations and isinstance(annotations[0], dict):
-        if "segments_info" in annotations[0]:
-            return "a panoptic one"
-        if "caption" in annotations[0]:
-            return "captions"
-    return None
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return "captions" if isinstance(first, dict) and "caption" in first else None
 
 
-def _categories(contents: dict[str, _Instances], problems: Problems) -> dict[_Id, str]:
-    """The name of each category, in the order of ids, over all files."""
-    known: dict[_Id, str] = {}
-    for name, content in contents.items():
+def _key(number: _Id) -> str:
+    """An id as text: VIA writes one number as text in one place only, pandas as a float."""
+    return f"{number:.0f}" if isinstance(number, float) and number.is_integer() else str(number)
+
+
+def _categories(
+    contents: dict[str, _Instances], notes: list[str], problems: Problems
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The names of all categories, in the order of their ids in the first file with each; for each file, id -> name."""
+    places: dict[str, tuple[bool, Any]] = {}
+    of_files: dict[str, dict[str, str]] = {}
+    repeated: dict[str, None] = {}
+    for file, content in contents.items():
+        known: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for category in content["categories"]:
-            number, text = category["id"], category["name"]
-            if known.setdefault(number, text) != text:
+            number, name = category["id"], category["name"]
+            if (other := known.get(_key(number), name)) != name:
                 kind = "categories of one id and two names; give each name an id of its own"
-                problems[kind].append(f"{name}: {number!r} is {known[number]!r} and {text!r}")
-    return dict(sorted(known.items(), key=lambda entry: (isinstance(entry[0], str), entry[0])))
+                problems[kind].append(f"{file}: {number!r} is {other!r} and {name!r}")
+            # Roboflow names one category by its project, and often a second one, too.
+            if ids.setdefault(name, _key(number)) != _key(number):
+                repeated[name] = None
+            known[_key(number)] = name
+            places.setdefault(name, (isinstance(number, str), number))
+        of_files[file] = known
+    if repeated:
+        notes.append(f"categories of one name, which are one class: {listed(list(repeated))}")
+    return sorted(places, key=places.__getitem__), of_files
 
 
 def _splits(names: list[str], problems: Problems) -> dict[str, str]:
@@ -168,7 +209,7 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
         path = PurePosixPath(name)
         split = split_in(path.stem) or split_in(path.parent.name)
         if split is None:
-            stem = re.sub(r"[^A-Za-z0-9]+", "_", path.stem.removeprefix("instances_")).strip("_")
+            stem = re.sub(r"[^A-Za-z0-9]+", "_", _stem(name)).strip("_")
             split = "train" if len(names) == 1 or stem.lower() in ("", "all") else stem
         if split in splits:
             problems["JSON files of one split; import them one by one, or merge them"].append(
@@ -178,88 +219,166 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
     return splits
 
 
-def _images(
-    files: Files, split: str, name: str, content: _Instances, labels: dict[_Id, int], found: Found, problems: Problems
-) -> list[Annotated]:
-    regions, listed_images = _regions(name, content, labels, found, problems)
-    here, stem = posixpath.dirname(name), PurePosixPath(name).stem.removeprefix("instances_")
-    # From the most specific: two splits may have images of the same names.
-    folders = [f"images/{stem}", stem, here, f"{here}/images"]
-    folders += sorted(folder for folder in files.folders if split_in(posixpath.basename(folder)) == split)
-    folders += ["images", "data", "JPEGImages", "."]
-    seen: dict[str, str] = {}
-    images = []
-    for number, entry in listed_images.items():
-        file_name = entry["file_name"]
-        place = files.find(file_name, folders) or files.only(file_name)
-        if place is None:
-            found.skipped[files.reason_missing(file_name)].append(f"{name}: {file_name}")
-            continue
-        if place in seen:
-            problems["images that one JSON file lists twice; merge their annotations"].append(f"{name}: {file_name}")
-        seen[place] = file_name
-        height, width = entry.get("height"), entry.get("width")
-        size = (height, width) if height and width else None
-        drawn = functools.partial(draw, regions[number])
-        # The folders in a relative name tell images apart; those of an absolute one are of this machine.
-        shown = posixpath.basename(place) if file_name.startswith("/") else file_name
-        images.append(Annotated(shown, place, files.reader(place), size, None, drawn))
-    return images
+def _stem(name: str) -> str:
+    """The name of a JSON file without what says its kind: val2017 of instances_val2017.json."""
+    return re.sub("^(instances|panoptic)_", "", PurePosixPath(name).stem)
 
 
-def _regions(
-    name: str, content: _Instances, labels: dict[_Id, int], found: Found, problems: Problems
-) -> tuple[dict[_Id, list[Region]], dict[_Id, _Image]]:
-    """The regions of each image, and the images, by their ids."""
-    images: dict[_Id, _Image] = {}
-    for index, entry in enumerate(content["images"]):
-        try:
-            image = reading.checked(entry, _Image, name=f"{name}: images.{index}")
-        except reading.UnreadableError as error:
-            problems["images that are described wrongly"].append(str(error))
-            continue
-        if image["id"] in images:
-            problems["images of one id"].append(f"{name}: {image['id']!r}")
-        images[image["id"]] = image
-    regions: dict[_Id, list[Region]] = {number: [] for number in images}
-    for index, entry in enumerate(content["annotations"]):
-        place = f"{name}: annotations.{index}"
-        try:
-            annotation = reading.checked(entry, _Annotation, name=place)
-        except reading.UnreadableError as error:
-            problems["annotations that are described wrongly"].append(str(error))
-            continue
-        if annotation["category_id"] not in labels:
-            problems["annotations of a category that is not listed"].append(f"{place}: {annotation['category_id']!r}")
-        elif annotation["image_id"] not in images:
-            found.skipped[_NO_IMAGE].append(f"{place}: {annotation['image_id']!r}")
-        elif region := _region(annotation, labels[annotation["category_id"]], place, found):
-            regions[annotation["image_id"]].append(region)
-    return regions, images
+class _Read:
+    """The images of JSON files, one split after the other.
+
+    Attributes:
+      annotations, crowds: number of objects or segments.
+      outlines, boxes: number of those that have an outline, and of those that have a box only.
+      masks: paths of panoptic PNGs.
+    """
+
+    def __init__(self, files: Files, found: Found, problems: Problems):
+        self.annotations = self.crowds = self.outlines = self.boxes = 0
+        self.masks: set[str] = set()
+        self._files, self._found, self._problems = files, found, problems
+
+    def images(self, split: str, name: str, content: _Instances, labels: dict[str, int]) -> list[Annotated]:
+        """The images of a split, which a JSON file of this name lists; labels: class id by id of category."""
+        here, stem = posixpath.dirname(name), _stem(name)
+        listed_images = self._listed(name, content["images"])
+        if is_panoptic := _is_panoptic(content):
+            draw_of = self._segments(name, content["annotations"], labels, listed_images)
+        else:
+            draw_of = self._regions(name, content["annotations"], labels, listed_images)
+        # From the most specific: two splits may have images of the same names.
+        folders = [f"images/{stem}", stem, here, f"{here}/images"]
+        folders += sorted(folder for folder in self._files.folders if split_in(posixpath.basename(folder)) == split)
+        folders += ["images", "data", "JPEGImages", "."]
+        seen: dict[str, str] = {}
+        images = []
+        for number, entry in listed_images.items():
+            file_name = _file_name(entry)
+            if number not in draw_of:
+                self._found.skipped[MISSING_MASK].append(f"{name}: {file_name}")
+                continue
+            place = self._files.find(file_name, folders) or self._files.only(file_name)
+            if place is None or (is_panoptic and place in self.masks):
+                self._found.skipped[self._files.reason_missing(file_name)].append(f"{name}: {file_name}")
+                continue
+            if place in seen:
+                kind = "images that one JSON file lists twice; merge their annotations"
+                self._problems[kind].append(f"{name}: {file_name}")
+            seen[place] = file_name
+            height, width = entry.get("height"), entry.get("width")
+            size = (height, width) if height and width else None
+            # The folders in a relative name tell images apart; those of an absolute one are of this machine.
+            shown = file_name if "file_name" in entry and file_name[0] != "/" else posixpath.basename(place)
+            images.append(Annotated(shown, place, self._files.reader(place), size, None, draw_of[number]))
+        return images
+
+    def _listed(self, name: str, entries: list[Any]) -> dict[str, _Image]:
+        """Images by their ids."""
+        images: dict[str, _Image] = {}
+        for index, entry in enumerate(entries):
+            try:
+                image = reading.checked(entry, _Image, name=f"{name}: images.{index}")
+            except reading.UnreadableError as error:
+                self._problems["images that are described wrongly"].append(str(error))
+                continue
+            if not _file_name(image):
+                self._problems["images that are described wrongly"].append(f"{name}: images.{index}: no file_name")
+                continue
+            if _key(image["id"]) in images:
+                self._problems["images of one id"].append(f"{name}: {image['id']!r}")
+            images[_key(image["id"])] = image
+        return images
+
+    def _checked(
+        self, name: str, entries: list[Any], type_: Any, images: Collection[str]
+    ) -> Iterator[tuple[str, Any, str]]:
+        """Annotations of images that are listed, with the key of the image, and their place."""
+        for index, entry in enumerate(entries):
+            place = f"{name}: annotations.{index}"
+            self.annotations += 1
+            try:
+                annotation = reading.checked(entry, type_, name=place)
+            except reading.UnreadableError as error:
+                self._problems["annotations that are described wrongly"].append(str(error))
+                continue
+            if (image := _key(annotation["image_id"])) in images:
+                yield image, annotation, place
+            else:
+                self._found.skipped[_NO_IMAGE].append(f"{place}: {annotation['image_id']!r}")
+
+    def _label(self, part: _Annotation | _Segment, labels: dict[str, int], place: str) -> int:
+        if (label := labels.get(_key(part["category_id"]))) is None:
+            self._problems["annotations of a category that is not listed"].append(f"{place}: {part['category_id']!r}")
+        if part.get("iscrowd"):
+            self.crowds += 1
+            return IGNORED
+        return label or 0
+
+    def _regions(
+        self, name: str, entries: list[Any], labels: dict[str, int], images: Collection[str]
+    ) -> dict[str, Callable[[tuple[int, int]], Drawn]]:
+        """For each image, the function that draws its objects."""
+        regions: dict[str, list[Region]] = {number: [] for number in images}
+        for image, annotation, place in self._checked(name, entries, _Annotation, images):
+            if region := self._region(annotation, self._label(annotation, labels, place), place):
+                regions[image].append(region)
+        return {number: functools.partial(draw, of_image) for number, of_image in regions.items()}
+
+    def _region(self, annotation: _Annotation, label: int, place: str) -> Region | None:
+        """What an annotation marks; None where it marks nothing, which is counted."""
+        given, skipped = annotation.get("segmentation"), self._found.skipped
+        if isinstance(given, dict):
+            self.outlines += 1
+            return Region(label, Runs(given["counts"], (given["size"][0], given["size"][1])), place)
+        polygons = _polygons(given or [])
+        if usable := [part for part in polygons if len(part) >= 6 and len(part) % 2 == 0]:
+            self.outlines += 1
+            if len(usable) < len(polygons):
+                skipped[f"{NO_AREA}, of objects that have others"].append(place)
+            return Region(label, Outline(usable), place)
+        box = annotation.get("bbox") or []
+        if len(box) != 4:
+            skipped[NO_AREA if polygons else _NO_SHAPE].append(place)
+            return None
+        self.boxes += 1
+        skipped[_BOXES].append(place)
+        left, top, width, height = box
+        corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+        return Region(IGNORED, Outline([corners]), place)
+
+    def _segments(
+        self, name: str, entries: list[Any], labels: dict[str, int], images: Collection[str]
+    ) -> dict[str, Callable[[tuple[int, int]], Drawn]]:
+        """For each image that has a PNG, the function that draws its segments."""
+        here, stem = posixpath.dirname(name), PurePosixPath(name).stem
+        draw_of = {}
+        for image, annotation, place in self._checked(name, entries, _Panoptic, images):
+            # The annotation of an image counts as all of its segments.
+            self.annotations += len(annotation["segments_info"]) - 1
+            mask = self._files.find(annotation["file_name"], [posixpath.join(here, stem), stem, here])
+            if mask is None and (mask := self._files.only(annotation["file_name"])) is None:
+                continue
+            self.outlines += 1
+            self.masks.add(mask)
+            segments = {part["id"]: self._label(part, labels, place) for part in annotation["segments_info"]}
+            draw_of[image] = functools.partial(panoptic.draw, self._files, mask, segments, place)
+        return draw_of
 
 
-def _has_outline(annotation: _Annotation) -> bool:
-    return isinstance(annotation, dict) and bool(annotation.get("segmentation"))
+def _is_panoptic(content: _Instances) -> bool:
+    annotations = content["annotations"]
+    return bool(annotations) and isinstance(annotations[0], dict) and "segments_info" in annotations[0]
 
 
-def _region(annotation: _Annotation, label: int, place: str, found: Found) -> Region | None:
-    """What an annotation marks; None where it marks nothing, which is counted."""
-    given = annotation.get("segmentation")
-    if annotation.get("iscrowd"):
-        label = IGNORED
-    if isinstance(given, dict):
-        return Region(label, Runs(given["counts"], (given["size"][0], given["size"][1])), place)
-    if given:
-        polygons: Any = given if isinstance(given[0], list) else [given]
-        usable = [part for part in polygons if len(part) >= 6 and len(part) % 2 == 0]
-        if 0 < len(usable) < len(polygons):
-            found.skipped[f"{NO_AREA}, of objects that have others"].append(place)
-        return Region(label, Outline(usable or polygons), place)
-    box = annotation.get("bbox") or []
-    if len(box) != 4:
-        found.skipped[_NO_SHAPE].append(place)
-        return None
-    found.skipped[_BOXES].append(place)
-    left, top, width, height = box
-    corners = [left, top, left + width, top, left + width, top + height, left, top + height]
-    return Region(IGNORED, Outline([corners]), place)
+def _file_name(image: _Image) -> str:
+    """LVIS has addresses instead, whose ends are folder and name; "" for neither."""
+    return image.get("file_name") or re.sub(r"^\w+://[^/]*/", "", image.get("coco_url") or "")
+
+
+def _polygons(given: list[Any]) -> list[list[float]]:
+    """Polygons x0, y0, x1, ...; some write one without the list around it, or as pairs of coordinates."""
+    if not given or not isinstance(given[0], list):
+        return [given] if given else []
+    if len(given) >= 3 and all(len(part) == 2 for part in given):
+        return [[number for pair in given for number in pair]]
+    return [part for part in given if part]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segjax.data import specs
+from segjax.data import codec, specs
 from segjax.data.sources import MOST, Problems, in_folder
 from segjax.runtime import reading
 
@@ -29,6 +29,7 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 OUTSIDE = "images whose names lead out of the source; put them inside it, and correct the names"
 MISSING = "images that are missing"
+MISSING_MASK = "images whose masks are missing"
 
 
 class Drawn(NamedTuple):
@@ -117,17 +118,21 @@ class Files:
                     return path
         return None
 
-    def only(self, name: str) -> str | None:
-        """The path of a file by the end of it, where no other ends like that."""
-        name = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
-        found = [path for path in self._by_name.get(posixpath.basename(name), ()) if f"/{path}".endswith(f"/{name}")]
+    def only(self, name: str, *, split: str | None = None) -> str | None:
+        """The path of a file by the end of it in any case of letters, where no other ends like that, or no other of
+        this split."""
+        name = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
+        same = self._by_name.get(posixpath.basename(name), ())
+        found = [path for path in same if f"/{path}".casefold().endswith(f"/{name}")]
+        if len(found) > 1:
+            found = [path for path in found if split and split_around(path)[0] == split]
         return found[0] if len(found) == 1 else None
 
     @functools.cached_property
     def _by_name(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for path in self.paths:
-            found.setdefault(posixpath.basename(path), []).append(path)
+            found.setdefault(posixpath.basename(path).casefold(), []).append(path)
         return found
 
     def reason_missing(self, name: str) -> str:
@@ -135,6 +140,14 @@ class Files:
         name = name.replace("\\", "/")
         leads_out = re.match(r"/|[A-Za-z]:|\w+://", name) or posixpath.normpath(name).startswith("../")
         return OUTSIDE if leads_out else MISSING
+
+    def png(self, name: str) -> bytes:
+        """The content of a PNG. Raises ImageError for another file, and a damaged or too large one."""
+        data = reading.read_bytes(self.paths[name], most=MOST)
+        damage = codec.damage(data) if data.startswith(codec.PNG) else "is no PNG"
+        if fault := damage or codec.fault_of_image(data):
+            raise codec.ImageError(f"its mask {name}: {fault}")
+        return data
 
     def reader(self, name: str) -> Callable[[], bytes]:
         return functools.partial(reading.read_bytes, self.paths[name], most=MOST)
@@ -144,6 +157,15 @@ def split_in(text: str) -> str | None:
     """The split that a name of a file or folder mentions, "val" in instances_val2017; None for none or several."""
     found = {_SPLITS[word] for word in re.split(r"[^a-z]+", text.lower()) if word in _SPLITS}
     return found.pop() if len(found) == 1 else None
+
+
+def split_around(path: str) -> tuple[str | None, str]:
+    """The split that the outermost of the folders around a file mentions, and the path without this folder."""
+    *folders, name = path.split("/")
+    for place, folder in enumerate(folders):
+        if split := split_in(folder):
+            return split, "/".join([*folders[:place], *folders[place + 1 :], name])
+    return None, path
 
 
 def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dict[str, int]]:

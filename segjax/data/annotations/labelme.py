@@ -2,9 +2,9 @@
 
 Polygons, rectangles, circles and masks are drawn; lines and points have no area. "__ignore__" becomes the ignore value
 and "_background_" the background, as in labelme's own converters; other labels become classes in alphabetical order.
-Folders named like splits (train, val, test) at the top are splits; what lies elsewhere is train. An image is the file
-that its JSON names, the one of the same name next to it, or else the one inside it. Images without a JSON are
-background.
+Folders named like splits (train, val, test) are splits; what lies elsewhere is train. An image is the file that its
+JSON names, the one of the same name next to it or, if there is only one, elsewhere, or else the one inside it. Images
+without a JSON are background.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, classes_of, split_in
+from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, classes_of, split_around
 from segjax.data.annotations.rasterise import NO_AREA, Bitmap, Outline, Region, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.codec import ImageError
@@ -92,8 +92,7 @@ def read(source: Path) -> Found:
     refuse(problems, str(source))
     ids[_IGNORE] = IGNORED
     for place in sorted({*images, *files.images()}):
-        top, _, rest = place.partition("/")
-        split = (split_in(top) if rest else None) or "train"
+        split, name = split_around(place)
         if place in images:
             drawn = functools.partial(draw, _regions(shapes[place], ids, place, found))
             image = images[place]
@@ -101,8 +100,7 @@ def read(source: Path) -> Found:
             found.skipped[_NO_JSON].append(place)
             drawn = functools.partial(draw, ())
             image = Annotated(place, place, files.reader(place), None, True, drawn)
-        name = rest if rest and split_in(top) else place
-        found.splits.setdefault(split, []).append(
+        found.splits.setdefault(split or "train", []).append(
             Annotated(name, place, image.read, image.size, image.is_upright, drawn)
         )
     return found
@@ -116,6 +114,8 @@ def _image(files: Files, name: str, content: _File, found: Found) -> Annotated |
     place = files.find(given, [posixpath.dirname(name)]) if given else None
     stem = posixpath.splitext(name)[0]
     place = place or next((path for path in (stem + suffix for suffix in IMAGES) if path in files.paths), None)
+    if place is None and given:
+        place = files.only(posixpath.basename(given.replace("\\", "/")), split=split_around(name)[0])
 
     def nothing(_size: tuple[int, int]) -> Any:
         raise AssertionError("replaced when all classes are known")

@@ -1,12 +1,15 @@
-"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others write too.
+"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others write too, and in that of Roboflow.
 
     JPEGImages/a.jpg, SegmentationClass/a.png     images and masks, with the same names
     ImageSets/Segmentation/train.txt              names of a split, one per line; without lists all masks are train
     labelmap.txt                                  of CVAT: "name:r,g,b::" for each class; masks have these colours
     class_names.txt                               of labelme: names in the order of the values in the masks
 
-Without either file the masks have the classes of VOC 2012, and 255 is ignored. Masks of palettes or grey have class ids
-as values, those of RGB the colours of labelmap.txt or VOC.
+    train/a.jpg, train/a_mask.png                 of Roboflow
+    train/_classes.csv                            its names: "Pixel Value, Class", "0, background", ...
+
+Without any of these files the masks have the classes of VOC 2012, and 255 is ignored. Masks of palettes or grey have
+class ids as values, those of RGB the colours of labelmap.txt or VOC.
 """
 
 from __future__ import annotations
@@ -21,16 +24,22 @@ from typing import NamedTuple
 import numpy as np
 
 from segjax.data import codec, specs
-from segjax.data.annotations.found import IGNORED, IMAGES, MISSING, Annotated, Drawn, Files, Found, classes_of
+from segjax.data.annotations.found import IGNORED, IMAGES, MISSING, Annotated, Drawn, Files, Found, classes_of, split_in
 from segjax.data.annotations.write import refuse
-from segjax.data.sources import MOST, DataError, Problems, listed
+from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _MASKS = "SegmentationClass"
+_OLD_MASKS = "SegmentationClassPNG"  # of labelme, next to arrays of NumPy in SegmentationClass
+_TABLE = "_classes.csv"
 _LISTS = "ImageSets/Segmentation"
 _NO_MASK = "images of a list that have no mask"
 _UNLISTED = "masks that no list names"
 _MOST_TEXT = 1 << 26
+
+
+# split -> stem -> paths of the image and of the mask, where they are there
+_Pairs = dict[str, dict[str, tuple[str | None, str | None]]]
 
 
 class _Classes(NamedTuple):
@@ -52,39 +61,74 @@ def read(source: Path) -> Found:
     if not source.is_dir():
         raise DataError(f"{source} is no folder; it must be one, unpacked, with JPEGImages and {_MASKS}")
     files = Files(source, found.skipped)
-    root = _root(files)
-    classes = _classes(files, root)
+    tables = [name for name in files.paths if posixpath.basename(name) == _TABLE]
+    if tables and not any(posixpath.basename(folder) == _MASKS for folder in files.folders):
+        classes, splits = _roboflow(files, tables, found)
+    else:
+        classes, splits = _voc(files, found)
     found.names, ids = classes_of(classes.names, problems)
     refuse(problems, str(source))
     # By value of 8 or 16 bits.
     table = np.full(1 << 16, -1, np.int32)
     table[: len(classes.names)] = [ids[name] for name in classes.names]
     table[specs.default_ignore_label(len(classes.names))] = IGNORED
-    masks = _by_stem(files, posixpath.join(root, _MASKS), (".png",), found)
-    images = _by_stem(files, posixpath.join(root, "JPEGImages"), IMAGES, found)
-    named = set()
-    for split, stems in _splits(files, root, masks, found).items():
-        for stem in stems:
-            named.add(stem)
-            if stem not in masks:
+    for split, pairs in splits.items():
+        for stem, (image, mask) in pairs.items():
+            if mask is None:
                 found.skipped[_NO_MASK].append(f"{split}: {stem}")
-            elif stem not in images:
+            elif image is None:
                 found.skipped[MISSING].append(f"{split}: {stem}")
             else:
-                drawn = functools.partial(_draw, files, masks[stem], classes, table)
-                image = images[stem]
+                drawn = functools.partial(_draw, files, mask, classes, table)
+                size = _size(files, mask)
                 found.splits.setdefault(split, []).append(
-                    Annotated(stem + ".png", image, files.reader(image), _size(files, masks[stem]), None, drawn)
+                    Annotated(f"{stem}.png", image, files.reader(image), size, None, drawn)
                 )
-    if unlisted := sorted(masks.keys() - named):
-        found.skipped[_UNLISTED] += unlisted
-    if without := len(images.keys() - masks.keys()):
-        found.notes.append(f"images that have no mask, which are not imported: {without:,}")
     if not found.splits:
         for kind, entries in (found.skipped or {"no mask": [_MASKS]}).items():
             problems[kind] += entries
     refuse(problems, str(source))
     return found
+
+
+def _voc(files: Files, found: Found) -> tuple[_Classes, _Pairs]:
+    root = _root(files)
+    masks = _by_stem(files, posixpath.join(root, _MASKS), (".png",), found)
+    masks = masks or _by_stem(files, posixpath.join(root, _OLD_MASKS), (".png",), found)
+    images = _by_stem(files, posixpath.join(root, "JPEGImages"), IMAGES, found)
+    splits = _splits(files, root, masks, found)
+    if unlisted := sorted(masks.keys() - {stem for stems in splits.values() for stem in stems}):
+        found.skipped[_UNLISTED] += unlisted
+    if without := len(images.keys() - masks.keys()):
+        found.notes.append(f"images that have no mask, which are not imported: {without:,}")
+    pairs = {split: {stem: (images.get(stem), masks.get(stem)) for stem in stems} for split, stems in splits.items()}
+    return _classes(files, root), pairs
+
+
+def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, _Pairs]:
+    names: dict[str, list[str]] = {}
+    splits: _Pairs = {}
+    for table in sorted(tables):
+        names[table] = _names_of_table(table, _text(files, table))
+        folder = posixpath.dirname(table)
+        split = split_in(posixpath.basename(folder)) or posixpath.basename(folder) or "train"
+        of_folder = _by_stem(files, folder or ".", IMAGES, found)
+        masks = {stem.removesuffix("_mask"): path for stem, path in of_folder.items() if stem.endswith("_mask")}
+        images = {stem: path for stem, path in of_folder.items() if not stem.endswith("_mask")}
+        if split in splits:
+            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one with one of them")
+        splits[split] = {stem: (images.get(stem), masks.get(stem)) for stem in sorted({*images, *masks})}
+    if len(set(map(tuple, names.values()))) > 1:
+        raise DataError(f"{files.root} cannot be imported: {listed(list(names))} have different classes")
+    given = names[tables[0]]
+    return _Classes(given, [specs.voc_color(number) for number in range(len(given))], by_color=False), splits
+
+
+def _names_of_table(name: str, text: str) -> list[str]:
+    rows = [line.partition(",")[::2] for line in text.splitlines()[1:] if line.strip()]
+    if not rows or [number.strip() for number, _ in rows] != [str(number) for number in range(len(rows))]:
+        raise DataError(f"{name}: its lines are not 0, NAME; 1, NAME; ... below a first line of titles")
+    return [label.strip() for _, label in rows]
 
 
 def _root(files: Files) -> str:
@@ -136,10 +180,16 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
     if not lists:
         found.notes.append("there is no list of a split: all masks are train")
         return {"train": sorted(masks)}
+    # CVAT has Train, Validation and, for tasks without a subset, default.
+    known = {name: split_in(name) or ("train" if len(lists) == 1 else None) for name in lists}
+    names = {
+        name: split if split and list(known.values()).count(split) == 1 else re.sub(r"[^A-Za-z0-9_]", "_", name)
+        for name, split in known.items()
+    }
     splits = {}
-    for split, name in lists.items():
-        stems = [line.split()[0] for line in _text(files, name).splitlines() if line.strip()]
-        splits[re.sub(r"[^A-Za-z0-9_]", "_", split)] = list(dict.fromkeys(stems))
+    for name, path in lists.items():
+        stems = [line.split()[0] for line in _text(files, path).splitlines() if line.strip()]
+        splits[names[name]] = list(dict.fromkeys(stems))
     return splits
 
 
@@ -148,7 +198,7 @@ def _text(files: Files, name: str) -> str:
 
 
 def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...], found: Found) -> dict[str, str]:
-    start, by_stem = f"{folder}/", {}
+    start, by_stem = "" if folder == "." else f"{folder}/", {}
     for name in sorted(name for name in files.paths if name.startswith(start) and name.lower().endswith(suffixes)):
         stem = posixpath.splitext(name.removeprefix(start))[0]
         if stem in by_stem:
@@ -164,10 +214,7 @@ def _size(files: Files, mask: str) -> tuple[int, int] | None:
 
 
 def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: tuple[int, int]) -> Drawn:
-    data = reading.read_bytes(files.paths[mask], most=MOST)
-    damage = codec.damage(data) if data.startswith(codec.PNG) else "is no PNG"
-    if fault := damage or codec.fault_of_image(data):
-        raise codec.ImageError(f"its mask {mask}: {fault}")
+    data = files.png(mask)
     is_index = data[25] in (0, 3) and not classes.by_color
     if data[24] == 16 and not is_index:
         raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")

@@ -41,6 +41,7 @@ class Written:
       skipped: reason -> places.
       renamed: names that had to be changed, since the output has one folder for each split.
       encoded: images that are PNG in the output and were not before, or that EXIF turned.
+      undrawn: annotations that could not be drawn, or only in part.
     """
 
     skipped: Problems
@@ -50,6 +51,7 @@ class Written:
     pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(IGNORED + 1, np.int64))
     renamed: list[str] = dataclasses.field(default_factory=list)
     encoded: int = 0
+    undrawn: int = 0
 
     def absent(self, names: Sequence[str]) -> list[str]:
         """Classes of which there is no pixel."""
@@ -86,6 +88,9 @@ def write(found: Found, folder: Path) -> Written:
             _write_split(temporary, split, images, ignore, written)
         if not written.images:
             raise DataError("\n".join(["no image can be used, and nothing was written:", *listed(written.skipped)]))
+        if written.undrawn and not written.pixels[1:].any():
+            lines = ["no annotation marks a pixel, and nothing was written:", *listed(written.skipped)]
+            raise DataError("\n".join(lines))
         content = {
             "names": found.names,
             "colors": _colors(len(found.names)),
@@ -137,6 +142,7 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
             drawn, is_encoded = result
             for reason, place in drawn.skipped:
                 written.skipped[reason].append(place)
+            written.undrawn += len(drawn.skipped)
             written.images[split] += 1
             written.background[split] += not drawn.labels.any()
             written.encoded += is_encoded

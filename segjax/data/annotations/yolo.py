@@ -1,6 +1,7 @@
 """Reads the segmentation format of Ultralytics' YOLO: data.yaml, images, and a text file next to each.
 
     data.yaml                 names, and the images of train, val and test: folders, or text files that list them
+    classes.txt               instead of it, of Label Studio: names, one per line; the images are those in images/
     train/images/a.jpg        or images/train/a.jpg
     train/labels/a.txt        or labels/train/a.txt: a line for each object, "class x1 y1 x2 y2 ...", shares of the
                               width and height of the image that EXIF has turned
@@ -50,8 +51,13 @@ class _Yaml(TypedDict):
 
 @dataclasses.dataclass
 class _Lines:
-    """Objects of all text files, by kind."""
+    """Objects of all text files, by kind.
 
+    Attributes:
+      names: path of the file with the names of their classes.
+    """
+
+    names: str
     outlines: int = 0
     boxes: list[str] = dataclasses.field(default_factory=list)
 
@@ -71,7 +77,7 @@ def read(source: Path) -> Found:
     names = _names(content, name, problems)
     found.names, ids = classes_of(names, problems)
     labels = [ids[each] for each in names]
-    lines, used = _Lines(), set()
+    lines, used = _Lines(name), set()
     for key, split in _SPLITS.items():
         given = content.get(key) or []
         for value in [given] if isinstance(given, str) else given:
@@ -103,7 +109,7 @@ def read(source: Path) -> Found:
 
 
 def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
-    """The path of data.yaml and its content."""
+    """The path of the file with the names of classes, and what it says."""
     import yaml
 
     names = [given] if given else sorted(name for name in files.paths if name.endswith((".yaml", ".yml")))
@@ -123,10 +129,22 @@ def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
             faults.append(f"{name}: no YAML ({error})")
         except reading.UnreadableError as error:
             faults.append(str(error))
+    if not found and given is None and "classes.txt" in files.paths:
+        return "classes.txt", _of_classes(files)
     if len(found) != 1:
-        what = f"several YAML files with names, {listed(list(found))}; give one of them" if found else "no data.yaml"
+        what = "no data.yaml and no classes.txt"
+        if found:
+            what = f"several YAML files with names, {listed(list(found))}; give one of them"
         raise DataError("\n".join([f"{files.root} cannot be imported: {what}", *(f"  {fault}" for fault in faults)]))
     return found.popitem()
+
+
+def _of_classes(files: Files) -> _Yaml:
+    """What data.yaml would say of a source with classes.txt."""
+    text = reading.read_bytes(files.paths["classes.txt"], most=_MOST_YAML).decode("utf-8-sig", "surrogateescape")
+    splits = {key: f"images/{key}" for key in _SPLITS if f"images/{key}" in files.folders}
+    names = {"names": list(filter(None, map(str.strip, text.splitlines())))}
+    return reading.checked(names | (splits or {"train": "images"}), _Yaml, name="classes.txt")
 
 
 def _names(content: _Yaml, name: str, problems: Problems) -> list[str]:
@@ -186,7 +204,7 @@ def _text_of(files: Files, image: str) -> str | None:
 def _regions(files: Files, name: str, labels: list[int], lines: _Lines, problems: Problems) -> list[Region]:
     regions = []
     try:
-        text = reading.read_bytes(files.paths[name], most=_MOST_TEXT).decode("ascii", "replace")
+        text = reading.read_bytes(files.paths[name], most=_MOST_TEXT).decode("utf-8-sig", "replace")
     except (OSError, reading.UnreadableError) as error:
         problems["text files that cannot be read"].append(f"{name}: {error}")
         return []
@@ -201,7 +219,7 @@ def _regions(files: Files, name: str, labels: list[int], lines: _Lines, problems
         if not all(map(math.isfinite, (kind, *numbers))) or kind != int(kind):
             problems["lines that are no class and numbers"].append(f"{place}: {line!r:.80}")
         elif not 0 <= kind < len(labels):
-            problems["classes that data.yaml does not name"].append(f"{place}: {int(kind)}")
+            problems[f"classes that {lines.names} does not name"].append(f"{place}: {int(kind)}")
         elif any(abs(share - 0.5) > _FARTHEST - 0.5 for share in numbers):
             problems["numbers far from 0..1; divide x by the width of the image and y by its height"].append(place)
         elif len(numbers) == 4:

@@ -1,9 +1,11 @@
 """COCO's instances, as several tools write them, become a folder that can be prepared; damaged ones are refused."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segjax.data import builders, codec
 from tests.made_annotations import (
@@ -135,6 +137,135 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, image
         np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
 
 
+def test_crowds_are_counted_and_masks_that_are_all_crowds_have_a_hint(tmp_path, capsys):
+    said = imported("coco", source_of(tmp_path / "x"), tmp_path / "out", capsys)
+    assert "crowds, which become the ignore value: 1\n" in said and "CVAT" not in said
+    content = instances()
+    for annotation in content["annotations"][1:]:
+        annotation["iscrowd"] = 1
+    said = imported("coco", source_of(tmp_path / "y", content), tmp_path / "out y", capsys)
+    assert "crowds, which become the ignore value: 2\n" in said and "set their iscrowd to 0" in said
+
+
+def test_classes_are_known_by_their_names_whatever_ids_each_file_gives_them(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    # Cat is 3 and dog is 7 here, and there is a second cat, as Roboflow has it.
+    others = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}, {"id": 1, "name": "cow"}]
+    content = instances(categories=others)
+    for annotation, category in zip(content["annotations"], (8, 7, 3), strict=True):
+        annotation["category_id"] = category
+    source_of(source, content, split="val2017")
+    said = imported("coco", source, tmp_path / "out", capsys)
+    assert "categories of one name, which are one class: cat\n" in said
+    assert names_of(tmp_path / "out") == ["background", "cow", "dog", "cat", "unused"]
+    expected = np.where(EXPECTED == 255, 255, np.array([0, 2, 3], np.uint8)[np.where(EXPECTED == 255, 0, EXPECTED)])
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), expected)
+
+
+@pytest.mark.parametrize("kind", [str, float])
+def test_ids_of_one_number_are_equal_whatever_their_type(tmp_path, capsys, kind):
+    content = instances()
+    for annotation in content["annotations"]:
+        annotation |= {"image_id": kind(annotation["image_id"]), "category_id": kind(annotation["category_id"])}
+    if kind is float:
+        # A polygon as pairs of coordinates, too.
+        content["annotations"][0]["segmentation"] = [[1, 1], [2, 1], [2, 3], [1, 3]]
+    imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
+
+
+def test_images_of_lvis_are_found_by_the_ends_of_their_addresses(tmp_path, capsys):
+    content = instances()
+    for split in ("train2017", "val2017"):
+        for image, name in zip(content["images"], ("a", "b"), strict=True):
+            image.pop("file_name", None)
+            image["coco_url"] = f"http://images.cocodataset.org/{split}/{name}.png"
+            write(tmp_path / f"x/{split}/{name}.png", picture(4, 6, seed=len(split)))
+        write_json(tmp_path / f"x/lvis_v1_{split[:-4]}.json", content)
+    said = imported("coco", tmp_path / "x", tmp_path / "out", capsys)
+    assert "nothing was skipped" in said and "names were changed" not in said
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
+        copy = (tmp_path / f"out/images/{split}/a.png").read_bytes()
+        assert copy == (tmp_path / f"x/{split}2017/a.png").read_bytes()
+
+
+@pytest.mark.parametrize("given", [[], [[]], [[1, 1, 2, 2]], None])
+def test_an_object_without_an_outline_that_can_be_drawn_is_ignored_in_its_box(tmp_path, capsys, given):
+    content = changed("annotations", 0, segmentation=given, bbox=[1, 1, 1, 2])
+    said = imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
+    assert "their boxes become the ignore value: 1" in " ".join(said.split())
+    # Objects lie above what is ignored.
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), drawn("1110## 1110## 1110## 1110##"))
+
+
+def test_annotations_of_which_none_marks_a_pixel_are_refused(tmp_path, capsys):
+    for number, segmentation in enumerate([[[1, 2, 3, 4]], [rectangle(9, 9, 12, 14)]]):
+        content = instances(annotations=[{"image_id": 5, "category_id": 7, "segmentation": segmentation}])
+        report = refused("coco", source_of(tmp_path / f"{number}", content), tmp_path / "out", capsys)
+        assert ("objects outside their image", "fewer than three corners")[number == 0] in report
+
+
+def panoptic_of(root, segments, *, category=7):
+    """A source of one image; segments: 4 x 6 ids, of which 0 is unlabelled and 70,000 a crowd."""
+    ids = np.array(segments)
+    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colors).save(file, "PNG")
+    write(root / "annotations/panoptic_val2017/a.png", file.getvalue())
+    write(root / "val2017/a.png", picture(4, 6))
+    content = instances()
+    infos = [
+        {"id": 300, "category_id": category, "iscrowd": 0},
+        {"id": 7_000_001, "category_id": 3},
+        {"id": 70_000, "category_id": 3, "iscrowd": 1},
+    ]
+    content |= {
+        "images": content["images"][:1],
+        "annotations": [{"image_id": 5, "file_name": "a.png", "segments_info": infos}],
+    }
+    write_json(root / "annotations/panoptic_val2017.json", content)
+    return root
+
+
+SEGMENTS = [[300] * 3 + [7_000_001] * 3, [0] * 2 + [70_000] * 4, [300] * 6, [7_000_001] * 6]
+
+
+def test_panoptic_segments_are_read_from_the_colours_of_their_png(tmp_path, capsys):
+    source = panoptic_of(tmp_path / "x", SEGMENTS)
+    said = imported("coco", source, tmp_path / "out", capsys)
+    # Unlabelled pixels are not background.
+    expected = drawn("222111 ###### 222222 111111")
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "val", "a"), expected)
+    assert (tmp_path / "out/images/val/a.png").read_bytes() == (source / "val2017/a.png").read_bytes()
+    rows = [line.split() for line in said.splitlines()]
+    assert ["val", "1", "0", "2"] in rows and ["cat", "1", f"{100 * 9 / 24:.4f}"] in rows
+    assert "crowds, which become the ignore value: 1\n" in said and "nothing was skipped" in said
+    json_file = source / "annotations/panoptic_val2017.json"
+    imported("coco", json_file, tmp_path / "of a file", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "of a file", "val", "a"), expected)
+
+
+def test_panoptic_faults_are_named(tmp_path, capsys):
+    unknown = panoptic_of(tmp_path / "unknown", np.where(np.eye(4, 6), 301, SEGMENTS))
+    assert "has the segment 301, which" in refused("coco", unknown, tmp_path / "out", capsys)
+    category = panoptic_of(tmp_path / "category", SEGMENTS, category=99)
+    assert "a category that is not listed: annotations/panoptic_val2017.json: annotations.0: 99" in refused(
+        "coco", category, tmp_path / "out", capsys
+    )
+    size = panoptic_of(tmp_path / "size", SEGMENTS[:3])
+    assert "has another size than its image" in refused("coco", size, tmp_path / "out", capsys)
+    lacking = panoptic_of(tmp_path / "lacking", SEGMENTS)
+    (lacking / "annotations/panoptic_val2017/a.png").unlink()
+    assert "no image can be used" in refused("coco", lacking, tmp_path / "out", capsys)
+    absent = panoptic_of(tmp_path / "absent", np.where(np.array(SEGMENTS) == 300, 0, SEGMENTS))
+    said = imported("coco", absent, tmp_path / "out", capsys)
+    assert "objects that cover no pixel: 1 annotations/panoptic_val2017.json: annotations.0: segment 300" in " ".join(
+        said.split()
+    )
+
+
 def test_images_of_one_name_are_those_of_the_split_and_others_are_counted(tmp_path, capsys):
     write_json(tmp_path / "x/train_labels.json", instances())
     write_json(tmp_path / "x/val_labels.json", instances())
@@ -234,18 +365,19 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     ("content", "said"),
     [
         (changed("annotations", 1, category_id=4), ["a category that is not listed", "annotations.1: 4"]),
+        (changed("annotations", 2, category_id=4), ["a category that is not listed", "annotations.2: 4"]),
+        (instances(images=[{"id": 5, "coco_url": "http://[a"}, {"id": 6}]), ["images.1: no file_name"]),
         (changed("annotations", 1, segmentation=[[1, "x"]]), ["annotations.1: segmentation"]),
         (changed("annotations", 1, segmentation=[[1, 2, float("nan")] * 2]), ["annotations.1: segmentation"]),
         (changed("annotations", 1, image_id=None), ["annotations.1: image_id"]),
         (changed("images", 1, file_name=3), ["images.1: file_name"]),
         (changed("images", 1, id=5), ["images of one id", "5"]),
         (changed("images", 1, file_name="a.png"), ["lists twice", "a.png"]),
-        (changed("categories", 1, name="cat"), ["classes of one name", "cat"]),
         (changed("categories", 1, id=7), ["one id and two names", "7 is 'cat' and 'dog'"]),
         (changed("categories", 1, name=" "), ["classes without a name"]),
         (instances(categories=[{"id": k, "name": f"c{k}"} for k in range(70_000)]), ["70000 classes", "65534"]),
         (instances(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 3, 3]}]), ["boxes only"]),
-        (instances(annotations=[{"image_id": 5, "segments_info": []}]), ["a panoptic one"]),
+        (instances(annotations=[{"image_id": 5, "segments_info": []}]), ["annotations.0: file_name is missing"]),
         (instances(annotations=[{"image_id": 5, "caption": "x"}]), ["captions"]),
         ({"images": []}, ["without annotations, categories"]),
         ({"shapes": []}, ["segjax data import labelme"]),

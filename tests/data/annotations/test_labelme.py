@@ -56,6 +56,22 @@ def test_the_image_inside_a_file_is_used_where_there_is_no_other(tmp_path, capsy
     assert "b.json: imageData is no base64" in " ".join(said.split())
 
 
+def test_images_that_were_moved_are_found_by_name_in_the_same_split(tmp_path, capsys):
+    for seed, split in enumerate(("train", "val")):
+        # Both splits have an image of this name; another name was written on Windows, and in another case.
+        write(tmp_path / f"x/images/{split}/a.png", picture(4, 7, seed=seed))
+        write(tmp_path / f"x/images/{split}/{split}.PNG", picture(4, 7, seed=seed + 2))
+        inside = base64.b64encode(picture(4, 7)).decode()
+        write_json(tmp_path / f"x/labels/{split}/a.json", file_of(CAT, imageData=inside))
+        write_json(tmp_path / f"x/labels/{split}/b.json", file_of(DOG, image=f"C:\\me\\{split}.png"))
+    said = imported("labelme", tmp_path / "x", tmp_path / "out", capsys)
+    assert "nothing was skipped" in said
+    for seed, split in enumerate(("train", "val")):
+        assert labels_of(tmp_path / "out", split, "images_a").max() == 1
+        assert labels_of(tmp_path / "out", split, f"images_{split}").max() == 2
+        assert (tmp_path / f"out/images/{split}/images_a.png").read_bytes() == picture(4, 7, seed=seed)
+
+
 def test_a_circle_has_the_pixels_within_its_radius(tmp_path, capsys):
     circle = {"label": "ball", "points": [[20, 16], [20, 25.5]], "shape_type": "circle"}
     write_json(tmp_path / "x/a.json", file_of(circle, size=(32, 41)))

@@ -87,6 +87,66 @@ def test_colours_of_labelmap_count_and_not_the_values_of_a_palette(tmp_path, cap
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), expected)
 
 
+def test_masks_of_old_labelme_lie_next_to_arrays_of_numpy(tmp_path, capsys):
+    mask = mask_of([0, 1, 2, 255])
+    source = source_of(tmp_path / "x", {"a": mask})
+    (source / "SegmentationClass").rename(source / "SegmentationClassPNG")
+    write(source / "SegmentationClass/a.npy", b"\x93NUMPY")
+    write(source / "class_names.txt", b"_background_\ncat\ndog\n")
+    imported("voc", source, tmp_path / "out", capsys)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), mask)
+
+
+@pytest.mark.parametrize(
+    "lists, splits",
+    [
+        (["default"], {"train"}),
+        (["trainval"], {"trainval"}),
+        (["Train", "Validation"], {"train", "val"}),
+        (["train", "Train", "test"], {"train", "Train", "test"}),
+        (["a-b", "default"], {"a_b", "default"}),
+    ],
+)
+def test_lists_are_splits_by_the_names_that_tools_give_them(tmp_path, capsys, lists, splits):
+    masks = {name: mask_of([0, 1, 2], seed) for seed, name in enumerate(lists)}
+    imported("voc", source_of(tmp_path / "x", masks, {name: [name] for name in lists}), tmp_path / "out", capsys)
+    assert {path.name for path in (tmp_path / "out/images").iterdir()} == splits
+
+
+def roboflow_of(
+    root, folders=("train", "valid"), table="Pixel Value, Class\r\n0, background\r\n1, a cat\r\n2, dog\r\n"
+):
+    for seed, folder in enumerate(folders):
+        write(root / folder / "_classes.csv", table.encode())
+        write(root / folder / "a_jpg.rf.7.jpg", picture(*SIZE, seed=seed, kind="JPEG"))
+        write(root / folder / "a_jpg.rf.7_mask.png", png(mask_of([0, 1, 2], seed)))
+    return root
+
+
+def test_masks_of_roboflow_lie_next_to_their_images(tmp_path, capsys):
+    source = roboflow_of(tmp_path / "x")
+    write(source / "valid/b.jpg", picture(*SIZE, kind="JPEG"))
+    write(source / "valid/c_mask.png", png(mask_of([0, 1])))
+    said = " ".join(imported("voc", source, tmp_path / "out", capsys).split())
+    assert names_of(tmp_path / "out") == ["background", "a cat", "dog"]
+    for seed, split in enumerate(("train", "val")):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a_jpg.rf.7"), mask_of([0, 1, 2], seed))
+        copied = (tmp_path / f"out/images/{split}/a_jpg.rf.7.jpg").read_bytes()
+        assert copied == picture(*SIZE, seed=seed, kind="JPEG")
+    assert "have no mask: 1 val: b" in said and "images that are missing: 1 val: c" in said
+
+
+def test_tables_of_roboflow_that_are_wrong_are_named(tmp_path, capsys):
+    for number, table in enumerate(["Pixel Value, Class\n1, cat\n", "", "a;b\n0;x\n"]):
+        report = refused("voc", roboflow_of(tmp_path / f"{number}", table=table), tmp_path / "out", capsys)
+        assert "train/_classes.csv: its lines are not 0, NAME" in report
+    source = roboflow_of(tmp_path / "x")
+    write(source / "valid/_classes.csv", b"Pixel Value, Class\n0, background\n1, dog\n2, a cat\n")
+    assert "have different classes" in refused("voc", source, tmp_path / "out", capsys)
+    twice = roboflow_of(tmp_path / "y", ("one/train", "two/train"))
+    assert "several folders of train" in refused("voc", twice, tmp_path / "out", capsys)
+
+
 def test_two_classes_have_another_ignore_value_than_255(tmp_path, capsys):
     mask = mask_of([0, 255])
     source = source_of(tmp_path / "x", {"a": mask})

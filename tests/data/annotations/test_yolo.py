@@ -150,3 +150,22 @@ def test_a_yaml_file_that_cannot_be_used_is_named(tmp_path, capsys, yaml, said):
 def test_a_source_without_data_yaml_is_refused(tmp_path, capsys):
     write(tmp_path / "x/images/a.png", picture(4, 8))
     assert "no data.yaml" in refused("yolo", tmp_path / "x", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ()])
+def test_classes_txt_stands_for_data_yaml(tmp_path, capsys, splits):
+    write(tmp_path / "x/classes.txt", "\ufeffcat\nno\n".encode())
+    for split in splits or ("",):
+        write(tmp_path / "x/images" / split / "a.png", picture(4, 8))
+        write(tmp_path / "x/labels" / split / "a.txt", ("\ufeff" + CAT + DOG).encode())
+    imported("yolo", tmp_path / "x", tmp_path / "out", capsys)
+    assert names_of(tmp_path / "out") == ["background", "cat", "no"]
+    for split in splits or ("train",):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, "a"), EXPECTED)
+    write(tmp_path / "x/labels" / (splits[0] if splits else "") / "a.txt", line(2, rectangle(1, 1, 3, 3)).encode())
+    assert "classes that classes.txt does not name" in refused("yolo", tmp_path / "x", tmp_path / "out 2", capsys)
+
+
+def test_lines_that_end_with_a_score_mark_nothing_and_are_refused(tmp_path, capsys):
+    report = refused("yolo", source_of(tmp_path / "x", text=CAT.strip() + " 0.93\n"), tmp_path / "out", capsys)
+    assert "no annotation marks a pixel" in report and "half a corner: 2 labels/train/a.txt: line 1" in report
