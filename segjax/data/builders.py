@@ -4,6 +4,7 @@ Every dataset is prepared in the same steps: its reader (`archives.py` or `folde
 they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
 its data directory. One error lists everything that is wrong, and then nothing is left on disk. JPEG and PNG images are
 stored byte for byte, and so are masks of train ids; what readers could not use as it is becomes PNG, see `masks.py`.
+Images of other channels or numbers than RGB of 8 bits are stored as compressed arrays.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
@@ -37,13 +38,14 @@ from typing import Any
 
 import numpy as np
 
-from segjax.data import archives, contents, folder, masks, specs
+from segjax.data import archives, bands, contents, folder, masks, specs
 from segjax.data.division import Division, divided
 from segjax.data.prepared import Prepared, open_prepared, quiet
 from segjax.data.sources import (
     DataError,
     Example,
     Examples,
+    File,
     NoSourceError,
     Problems,
     counted,
@@ -316,7 +318,7 @@ def _prepare_archives(
 
 
 def _write(
-    builder,
+    builder: Any,
     spec: specs.DatasetSpec,
     examples: Examples,
     train_ids: np.ndarray | None,
@@ -352,6 +354,9 @@ def _write(
     if problems:
         scratch.remove()
         raise _refusal(spec.name, [identity["source"]], problems)
+    if not converted.kind.is_rgb:
+        console.say(f"images of {converted.kind}, which are stored as they are")
+        builder = _of_kind(builder, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
     with quiet(), contextlib.redirect_stdout(io.StringIO()), atomic.naming(path):
@@ -365,14 +370,26 @@ def _write(
     return open_prepared(path)
 
 
-def _metadata(converted: masks.Converted) -> dict[str, dict[str, list]]:
-    """Names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for them."""
+def _metadata(converted: masks.Converted) -> dict[str, Any]:
+    """Kind, statistics, names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for
+    them."""
+    moments = {split: _moments(found) for split, found in converted.measured.items() if found}
     return {
+        "images": {
+            "channels": converted.kind.channels,
+            "dtype": converted.kind.dtype,
+            "moments": {split: {"pixels": number, "of": of} for split, (number, of) in moments.items()},
+        },
         "names": {split: [example.name for example in found] for split, found in converted.examples.items()},
         "sizes": {split: [list(each.size) for each in found] for split, found in converted.measured.items()},
         "hashes": {split: [list(each.hashes) for each in found] for split, found in converted.measured.items()},
         "pixels": converted.pixels,
     }
+
+
+def _moments(found: Sequence[masks.Measured]) -> bands.Moments:
+    """The moments of all pixels of a split."""
+    return functools.reduce(bands.merged, (bands.Moments(math.prod(each.size), each.moments) for each in found))
 
 
 def _known_states(prepared: Prepared) -> list[str]:
@@ -427,12 +444,19 @@ def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, labe
         )
 
 
+def _of_kind(builder: Any, kind: specs.ImageKind):
+    """A builder of the same dataset that stores arrays instead of files of images."""
+    name, label_dtype = builder.name.removeprefix("segjax_"), builder.info.features["label"].np_dtype.type
+    with quiet():
+        return _builder_class(name, label_dtype, kind)(config=builder.builder_config, data_dir=builder.data_dir_root)
+
+
 def _scratch(builder, state: str) -> masks.Scratch:
     return masks.Scratch(Path(builder.data_dir_root) / builder.name / f".converting-{state}")
 
 
 @functools.cache
-def _builder_class(dataset: str, label_dtype: type[np.generic]):
+def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.ImageKind = specs.RGB):
     import tensorflow_datasets as tfds
 
     class Info(tfds.core.DatasetInfo):
@@ -449,8 +473,10 @@ def _builder_class(dataset: str, label_dtype: type[np.generic]):
         examples: Examples
 
         def _info(self):
+            shape = (None, None, kind.channels)
+            array = tfds.features.Tensor(shape=shape, dtype=np.dtype(kind.dtype).type, encoding="zlib")
             features = {
-                "image": tfds.features.Image(shape=(None, None, 3)),
+                "image": tfds.features.Image(shape=shape) if kind.is_rgb else array,
                 "label": tfds.features.Image(shape=(None, None, 1), dtype=label_dtype, encoding_format="png"),
                 "name": tfds.features.Text(),
             }
@@ -464,7 +490,7 @@ def _builder_class(dataset: str, label_dtype: type[np.generic]):
                 count = min(math.ceil(size / _SHARD_BYTES), len(found))
                 shards = [[found[i] for i in part] for part in np.array_split(np.arange(len(found)), count)]
                 iterators[split] = [
-                    functools.partial(_records, shard, f"writing {split}{f' {i}/{count}' if count > 1 else ''}")
+                    functools.partial(_records, shard, kind, f"writing {split}{f' {i}/{count}' if count > 1 else ''}")
                     for i, shard in enumerate(shards, start=1)
                 ]
             return iterators
@@ -472,10 +498,21 @@ def _builder_class(dataset: str, label_dtype: type[np.generic]):
     return Builder
 
 
-def _records(examples: list[Example], what: str):
+class _Array:
+    """The array in a .npy file, which is read when NumPy asks for it."""
+
+    def __init__(self, file: File):
+        self._file = file
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return bands.of_npy(self._file.read())
+
+
+def _records(examples: list[Example], kind: specs.ImageKind, what: str):
     for example in console.ProgressBar(what, len(examples), "images").over(examples):
         # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
-        yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
+        image = example.image if kind.is_rgb else _Array(example.image)
+        yield example.name, {"image": image, "label": example.label, "name": os.fsencode(example.name)}
 
 
 def _check_classes(published: specs.DatasetSpec, spec: specs.DatasetSpec | None, problems: Problems) -> None:
