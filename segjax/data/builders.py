@@ -45,7 +45,6 @@ from segjax.data.sources import (
     DataError,
     Example,
     Examples,
-    File,
     NoSourceError,
     Problems,
     counted,
@@ -356,7 +355,7 @@ def _write(
         raise _refusal(spec.name, [identity["source"]], problems)
     if not converted.kind.is_rgb:
         console.say(f"images of {converted.kind}, which are stored as they are")
-        builder = _of_kind(builder, converted.kind)
+        builder = _of_kind(builder, spec.label_dtype, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
     with quiet(), contextlib.redirect_stdout(io.StringIO()), atomic.naming(path):
@@ -444,9 +443,9 @@ def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, labe
         )
 
 
-def _of_kind(builder: Any, kind: specs.ImageKind):
+def _of_kind(builder: Any, label_dtype: type[np.generic], kind: specs.ImageKind):
     """A builder of the same dataset that stores arrays instead of files of images."""
-    name, label_dtype = builder.name.removeprefix("segjax_"), builder.info.features["label"].np_dtype.type
+    name = builder.name.removeprefix("segjax_")
     with quiet():
         return _builder_class(name, label_dtype, kind)(config=builder.builder_config, data_dir=builder.data_dir_root)
 
@@ -490,7 +489,7 @@ def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.Imag
                 count = min(math.ceil(size / _SHARD_BYTES), len(found))
                 shards = [[found[i] for i in part] for part in np.array_split(np.arange(len(found)), count)]
                 iterators[split] = [
-                    functools.partial(_records, shard, kind, f"writing {split}{f' {i}/{count}' if count > 1 else ''}")
+                    functools.partial(_records, shard, f"writing {split}{f' {i}/{count}' if count > 1 else ''}")
                     for i, shard in enumerate(shards, start=1)
                 ]
             return iterators
@@ -498,21 +497,10 @@ def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.Imag
     return Builder
 
 
-class _Array:
-    """The array in a .npy file, which is read when NumPy asks for it."""
-
-    def __init__(self, file: File):
-        self._file = file
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return bands.of_npy(self._file.read())
-
-
-def _records(examples: list[Example], kind: specs.ImageKind, what: str):
+def _records(examples: list[Example], what: str):
     for example in console.ProgressBar(what, len(examples), "images").over(examples):
         # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
-        image = example.image if kind.is_rgb else _Array(example.image)
-        yield example.name, {"image": image, "label": example.label, "name": os.fsencode(example.name)}
+        yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 
 
 def _check_classes(published: specs.DatasetSpec, spec: specs.DatasetSpec | None, problems: Problems) -> None:

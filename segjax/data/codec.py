@@ -110,10 +110,12 @@ def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def is_grey(data: bytes) -> bool:
-    """Whether a PNG or JPEG has one channel of colour, by its header."""
+    """Whether a file is a PNG or JPEG with one channel of colour, by its header."""
     if data.startswith(PNG):
         # Colour types grey, and grey with alpha.
         return data[25] in (0, 4)
+    if not data.startswith(JPEG):
+        return False
     at = len(JPEG)  # segments as in `_size_of_jpeg`; behind the size stands the number of components
     while at + 10 <= len(data) and data[at : at + 2] != b"\xff\xda":
         if data[at] == 0xFF and data[at + 1] in _FRAMES:

@@ -73,6 +73,7 @@ class _Line(TypedDict):
     channels: int
     dtype: str
     moments: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+    is_grey: bool
 
 
 class Scratch:
@@ -121,6 +122,7 @@ class Scratch:
                     entry["channels"],
                     entry["dtype"],
                     _tuples(entry["moments"]),
+                    entry["is_grey"],
                 )
         return found
 
@@ -157,6 +159,7 @@ class Measured:
       rotation: what EXIF does to the image.
       channels, dtype: of the image as it is stored; zero and empty where it does not decode.
       moments: of each channel, see `bands.moments`.
+      is_grey: whether it is a grey PNG or JPEG.
     """
 
     size: tuple[int, int]
@@ -168,6 +171,7 @@ class Measured:
     channels: int = 0
     dtype: str = ""
     moments: tuple[tuple[float, float], ...] = ()
+    is_grey: bool = False
 
     @property
     def kind(self) -> specs.ImageKind:
@@ -351,6 +355,8 @@ def _say_how(spec: specs.DatasetSpec, found: list[Measured], read: palettes.Read
         if number:
             how = f"colours, by {palette.name}" if palette else "indices, which are class ids"
             console.say(f"{number} {kind} masks are read by their {how}")
+    if all(each.is_grey and each.channels == 3 for each in found):
+        console.say('images are grey and become RGB; "channels": 1 in classes.json keeps their one channel')
     kinds = collections.Counter(each.rotation for each in found)
     if rotated := sum(kinds.values()) - kinds["none"]:
         console.say(
@@ -527,15 +533,21 @@ def _common_kind(
 
 
 def _with_stored_image(example: Example, measured: Measured, kind: specs.ImageKind) -> Example:
-    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask; of another kind
-    than RGB of 8 bits, the content of a .npy file."""
+    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask; or an array."""
     image, upright = example.image, measured.rotation in ("upright", "either")
+    if not kind.is_rgb:
+        array = _ArrayFile(image.name, image.size, lambda: bands.to_npy(_bands(image.read(), kind.channels)))
+        return dataclasses.replace(example, image=array)
+    return dataclasses.replace(
+        example, image=dataclasses.replace(image, read=lambda: _stored(image.read(), upright=upright))
+    )
 
-    def read() -> bytes:
-        data = image.read()
-        return _stored(data, upright=upright) if kind.is_rgb else bands.to_npy(_bands(data, kind.channels))
 
-    return dataclasses.replace(example, image=dataclasses.replace(image, read=read))
+class _ArrayFile(File):
+    """The content of a .npy file, and for NumPy its array, which is read then."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return bands.of_npy(self.read())
 
 
 def _bands(data: bytes, channels: int | None) -> np.ndarray:
@@ -649,6 +661,7 @@ def _check(
             faults.append((_STRANGE, f"{example.image.name}: {strange}"))
         else:
             of_image = {"channels": image.shape[2], "dtype": image.dtype.name, "moments": bands.moments(image)}
+            of_image["is_grey"] = codec.is_grey(contents[example.image.name])
     if example.label is None:
         # A mask of ignored pixels, because readers expect one.
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)

@@ -43,7 +43,8 @@ class Layout(NamedTuple):
 
     Attributes:
       size: height and width.
-      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK.
+      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK; 0 if it is not known.
+      why_unknown: why its colours are not known, or "".
       dtype: of a sample.
       is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
       orientation: value of the tag, 1 to 8; 1 is upright.
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
 
     size: tuple[int, int]
     colours: int
+    why_unknown: str
     dtype: np.dtype | None
     is_plain: bool
     orientation: int
@@ -67,18 +69,24 @@ def layout(path: Path) -> Layout:
     """The layout of a TIFF, of which only the tags are read.
 
     Raises:
-      ImageError: the tags are damaged, or its bands are not known to be grey or RGB. UnreadableError: it is no regular
+      ImageError: the tags are damaged, or the first page is no image. UnreadableError: it is no regular
         file. OSError: it cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         page, length = file.pages.first, os.fstat(opened.fileno()).st_size
-        colours = _colours(page, _has_more_pages(file))
+        _refuse_no_image(page, _has_more_pages(file))
+        colours, why_unknown = 0, ""
+        try:
+            colours = _colours(page, _has_more_pages(file))
+        except ImageError as error:
+            why_unknown = str(error)
         is_whole = page.dtype is not None and page.dtype.kind in "uif" and 8 * page.dtype.itemsize == page.bitspersample
         photometric, compression = int(page.photometric), int(page.compression)
         has_colours = photometric in (_BLACK_IS_ZERO, _RGB) or (photometric == _YCBCR and compression == _JPEG)
         return Layout(
             (page.imagelength, page.imagewidth),
             colours,
+            why_unknown,
             page.dtype,
             is_whole and has_colours and (compression == _JPEG or compression not in _JPEGS),
             _value(page, _ORIENTATION, 1),
@@ -189,8 +197,9 @@ def _colours(page: TiffPage, has_more_pages: bool) -> int:
         if bands == 1 or (bands == 3 and photometric == _BLACK_IS_ZERO):
             return bands
         raise ImageError(
-            f"has {bands} bands, and its tags do not say which are red, green and blue; write these three as RGB, "
-            "for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp red,green,blue IN.tif OUT.tif"
+            f"has {bands} bands, and its tags do not say which are red, green and blue, the 3 channels that the "
+            "model takes; write these three as RGB, for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp "
+            "red,green,blue IN.tif OUT.tif"
         )
     needed = {_RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric)
     if needed is None:
