@@ -232,7 +232,7 @@ def change_brightness(key: jax.Array, image: jax.Array, largest: int) -> jax.Arr
 
 
 def change_normalised(key: jax.Array, image: jax.Array, settings: AugmentSettings) -> jax.Array:
-    """`distort` or `change_brightness` of a normalised image, float32 (h, w, C), whose values had no range of their own.
+    """`distort` or `change_brightness` of a normalised image, float32 (h, w, C), whose values had no range.
 
     Brightness is in levels of 8 bits, of which a deviation has as many as ImageNet's; contrast is about the mean.
     Nothing is clipped, and colours do not change.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segjax.data import codec, specs, tiff
-from segjax.data.codec import ImageError
+from segjax.data.codec import ImageError, LayoutError
 
 # Percentiles of a band that become black and white in pictures.
 _DARK, _BRIGHT = 2, 98
@@ -49,13 +49,13 @@ def of_array(image: np.ndarray) -> np.ndarray:
     """An array (H, W) or (H, W, C) as (H, W, C), in the byte order of the machine.
 
     Raises:
-      ImageError: another shape or dtype.
+      LayoutError: another shape or dtype.
     """
     if image.ndim not in (2, 3) or 0 in image.shape:
-        raise ImageError(f"has the shape {image.shape}; an image is (H, W, C), or (H, W) of one channel")
+        raise LayoutError(f"has the shape {image.shape}; an image is (H, W, C), or (H, W) of one channel")
     kind = image.dtype.newbyteorder("=")
     if kind.name not in specs.IMAGE_DTYPES:
-        raise ImageError(f"has numbers of {kind.name}; {_CONVERT}")
+        raise LayoutError(f"has numbers of {kind.name}; {_CONVERT}")
     return np.ascontiguousarray(image.reshape(*image.shape[:2], -1), kind)
 
 

@@ -33,6 +33,10 @@ class ImageError(ValueError):
     """An image that cannot be used; the message does not name the file."""
 
 
+class LayoutError(ImageError):
+    """A whole image, of a shape or of numbers that are not read."""
+
+
 # ------------------------------------------------------------------------------------------------------------- headers
 
 

@@ -38,6 +38,7 @@ _OTHER_SIZE = "masks of another size (height x width) than their image"
 _UNKNOWN_SCALE = (
     "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
 )
+_OTHER_LAYOUT = "images of a shape or of numbers that are not read"
 _STRANGE = (
     "images with values that are NaN or infinite; give these pixels a number, such as 0, and where there is no data "
     "the ignore value in their masks"
@@ -516,7 +517,7 @@ def _common_kind(
     for example, each in pairs:
         if each.channels:
             by_kind.setdefault(each.kind, []).append(example.image.name)
-    counted = {kind: f"{kind}: {len(names)} images, such as {names[0]}" for kind, names in by_kind.items()}
+    counted = {kind: f"{kind}: {len(names):,}, such as {names[0]}" for kind, names in by_kind.items()}
     if len(by_kind) > 1:
         problems[
             "images with different numbers of channels, or of different dtypes; a data set has one kind, so convert or "
@@ -638,6 +639,9 @@ def _check(
             decoded = None if damage else decode(data)
         except scaling.UnknownScaleError as error:
             faults.append((_UNKNOWN_SCALE, f"{file.name}: {error}"))
+            return None, found
+        except codec.LayoutError as error:
+            faults.append((_OTHER_LAYOUT, f"{file.name}: {error}"))
             return None, found
         except codec.ImageError as error:
             damage = str(error).replace(codec.HIGHER_LIMIT, "; cut it up")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from segjax.data import codec
-from segjax.data.codec import ImageError
+from segjax.data.codec import ImageError, LayoutError
 from segjax.runtime import reading
 
 if TYPE_CHECKING:

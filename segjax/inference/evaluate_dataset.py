@@ -163,6 +163,7 @@ def evaluate_dataset(
             protocol=protocol,
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
+    refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
@@ -170,7 +171,6 @@ def evaluate_dataset(
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
-    refuse_other_images(checkpoint, kind, classes.name)
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
     at_a_time = protocol.images_at_a_time(given.batch)
     sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()

@@ -304,8 +304,8 @@ def _refuse_channels(config: ConfigDict, training: specs.ImageKind, evaluation: 
     given = config.model.get("in_channels", training.channels)
     if given != training.channels:
         raise RunError(
-            f"config.model.in_channels={given}, and the images have {training}; omit it, and the model takes as many as "
-            "the images have"
+            f"config.model.in_channels={given}, and the images have {training}; omit it, and the model takes as many "
+            "as they have"
         )
     address = config.augment.on_device
     if address and (problem := hooks.problem_on_device(address, config.augment.crop, training.channels)):
