@@ -35,7 +35,7 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
         case "TIFF":
             image = tiff.decode_bands(data, max_pixels=max_pixels)
         case "NPY":
-            image = of_npy(data)
+            image = of_array(of_npy(data))
             codec.refuse_size(image.shape[:2], max_pixels)
         case _:
             image, _ = codec.decode_upright(data, max_pixels=max_pixels)

@@ -158,7 +158,7 @@ def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
         # Overviews and masks are no images of their own.
         pages = sum(not int(each.aspage().subfiletype) & 5 for each in file.pages)
         if pages > 1:
-            raise ImageError(
+            raise LayoutError(
                 f"has {pages} pages, and the bands of an image are read from one; write them into one page"
             )
         is_converted = int(page.photometric) in (_PALETTE, _CMYK, _YCBCR)
