@@ -34,9 +34,7 @@ def metadata_of(workdir):
     return orbax_folder.load_metadata(workdir)
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, "uint16"), (4, "uint8"), (13, "float32"), (2, "uint16"), (3, "uint16")]
-)
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (4, "uint8"), (13, "float32")])
 def test_a_run_keeps_channels_and_statistics_for_everything_that_follows(tmp_path, channels, dtype):
     made = folder(tmp_path / "given", channels, dtype, suffix=".tif")
     status, printed = run(make_config(tmp_path), tmp_path / "run")
@@ -59,22 +57,22 @@ def test_a_run_keeps_channels_and_statistics_for_everything_that_follows(tmp_pat
     assert sorted(path.suffix for path in (tmp_path / "run" / "predictions").iterdir()) == [".png", ".png"]
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(4, "uint16"), (2, "float32")])
+@pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16")])
 def test_streamed_runs_end_with_the_weights_of_those_in_memory(tmp_path, channels, dtype):
     folder(tmp_path / "given", channels, dtype)
     for name, changes in (("memory", {}), ("streamed", {"data__resident_gb": 0.0})):
-        assert run(make_config(tmp_path, **changes), tmp_path / name)[0] == 0
+        assert run(make_config(tmp_path, eval__every=0, **changes), tmp_path / name)[0] == 0
     ends = [metadata_of(tmp_path / name)["sha256"] for name in ("memory", "streamed")]
     assert ends[0] == ends[1]
 
 
 def test_rgb_of_8_bits_is_normalised_by_imagenet_unless_it_is_to_be_measured(tmp_path):
     made = folder(tmp_path / "given", 3, "uint8", suffix=".png")
-    run(make_config(tmp_path, eval__every=0), tmp_path / "auto")
+    run(make_config(tmp_path, train__steps=0), tmp_path / "auto")
     about = metadata_of(tmp_path / "auto")
     assert about["normalisation"]["mean"] == list(specs.IMAGENET_MEAN) and "image_dtype" not in about
     assert "in_channels" not in about["model"]["overrides"]
-    run(make_config(tmp_path, eval__every=0, data__normalisation="measured"), tmp_path / "measured")
+    run(make_config(tmp_path, train__steps=0, data__normalisation="measured"), tmp_path / "measured")
     pixels = np.concatenate([image.reshape(-1, 3) for image in made["train"]]).astype(np.float64)
     measured = metadata_of(tmp_path / "measured")["normalisation"]
     np.testing.assert_allclose(measured["mean"], pixels.mean(axis=0), rtol=1e-12)
