@@ -10,7 +10,7 @@ from configs import segformer
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.state_dict import named_variables, to_torch
 from segjax.data import specs
-from segjax.train import loop
+from segjax.train import loop, setup, unset
 from segjax.train.config import RunError, check
 from tests.made_bands import folder
 from tests.runs import run
@@ -66,28 +66,30 @@ def test_streamed_runs_end_with_the_weights_of_those_in_memory(tmp_path, channel
     assert ends[0] == ends[1]
 
 
+def built(config, workdir):
+    """A run that has not begun, and its first state."""
+    config, _ = unset.filled(config)
+    return setup.build(config, workdir, None)
+
+
 def test_rgb_of_8_bits_is_normalised_by_imagenet_unless_it_is_to_be_measured(tmp_path):
     made = folder(tmp_path / "given", 3, "uint8", suffix=".png")
-    run(make_config(tmp_path, train__steps=0), tmp_path / "auto")
-    about = metadata_of(tmp_path / "auto")
+    about = built(make_config(tmp_path), tmp_path / "auto")[0].metadata
     assert about["normalisation"]["mean"] == list(specs.IMAGENET_MEAN) and "image_dtype" not in about
     assert "in_channels" not in about["model"]["overrides"]
-    run(make_config(tmp_path, train__steps=0, data__normalisation="measured"), tmp_path / "measured")
+    about = built(make_config(tmp_path, data__normalisation="measured"), tmp_path / "measured")[0].metadata
     pixels = np.concatenate([image.reshape(-1, 3) for image in made["train"]]).astype(np.float64)
-    measured = metadata_of(tmp_path / "measured")["normalisation"]
-    np.testing.assert_allclose(measured["mean"], pixels.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(segjax.load(tmp_path / "measured").std, pixels.std(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(about["normalisation"]["mean"], pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(about["normalisation"]["std"], pixels.std(axis=0), rtol=1e-9)
 
 
-def test_a_run_starts_from_rgb_weights_and_says_how(tmp_path):
+def test_a_run_starts_from_rgb_weights_and_says_how(tmp_path, capsys):
     folder(tmp_path / "given", 4, "uint8")
     np.savez(tmp_path / "rgb.npz", **to_torch(tiny_model(3, num_classes=3)))
-    config = make_config(tmp_path, init__checkpoint=str(tmp_path / "rgb.npz"), train__steps=0, eval__every=0)
-    _, printed = run(config, tmp_path / "run")
-    text = " ".join(printed.split())
-    assert "those of red, green and blue in turn, times 3/4" in text
-    assert "first convolution adapted from 3 channels to 4" in text
-    started = named_variables(segjax.load(tmp_path / "run").model)["backbone.patch_embed1.proj.kernel"][...]
+    run, state = built(make_config(tmp_path, init__checkpoint=str(tmp_path / "rgb.npz")), tmp_path / "run")
+    assert "those of red, green and blue in turn, times 3/4" in " ".join(capsys.readouterr().out.split())
+    assert run.summary["start"].endswith("all weights; first convolution adapted from 3 channels to 4")
+    started = np.asarray(state.params["backbone.patch_embed1.proj.kernel"])
     rgb = named_variables(tiny_model(3, num_classes=3))["backbone.patch_embed1.proj.kernel"][...]
     np.testing.assert_allclose(started[:, :, 3], rgb[:, :, 0] * 0.75, rtol=1e-6)
 
@@ -123,8 +125,9 @@ def test_a_hook_for_four_channels_is_not_tried_with_three(tmp_path):
     (tmp_path / "hooks.py").write_text(
         "def four(key, image, label):\n    assert image.shape[-1] == 4\n    return image, label\n"
     )
-    config = make_config(tmp_path, augment__on_device=f"{tmp_path / 'hooks.py'}:four", eval__every=0, train__steps=1)
-    assert run(config, tmp_path / "run")[0] == 0
+    config = make_config(tmp_path, augment__on_device=f"{tmp_path / 'hooks.py'}:four")
+    check(config, tmp_path / "run")
+    built(config, tmp_path / "run")
     streets = segformer.get_config("b0,streets")
     streets.augment.on_device = config.augment.on_device
     with pytest.raises(RunError, match="on_device"):
