@@ -354,7 +354,8 @@ def _write(
         scratch.remove()
         raise _refusal(spec.name, [identity["source"]], problems)
     if not converted.kind.is_rgb:
-        console.say(f"images of {converted.kind}, which are stored as they are")
+        as_rgb = '; "channels": 3 in classes.json makes them RGB' if converted.kind.channels == 1 else ""
+        console.say(f"images of {converted.kind}, which are stored as they are{as_rgb}")
         builder = _of_kind(builder, spec.label_dtype, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))

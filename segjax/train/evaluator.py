@@ -101,6 +101,7 @@ class Evaluator:
         metadata: Mapping[str, object],
         scores: Scores,
         normalise: Callable[[jax.Array], jax.Array] = normalise,
+        image_dtype: str | None = "uint8",
     ):
         """Compiles nothing yet.
 
@@ -111,7 +112,7 @@ class Evaluator:
           log: where evaluations are written.
           best: folder for the best weights, which is written where the run evaluates during the training.
           metadata: of the run, saved with the best weights.
-          normalise: images -> input of the model.
+          normalise: images -> input of the model. image_dtype: of the images.
         """
         self.scores, self.protocol = scores, Protocol.of(settings)
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
@@ -121,7 +122,12 @@ class Evaluator:
         # Images, or crops of a sliding window, that the devices of this process compute at a time.
         self._batch = settings.batch // jax.process_count()
         self._inference = Inference(
-            model, self.protocol, batch=self._batch, normalise=normalise, devices=parallel.own_devices
+            model,
+            self.protocol,
+            batch=self._batch,
+            normalise=normalise,
+            image_dtype=image_dtype,
+            devices=parallel.own_devices,
         )
         self._records = records_of(split)
         shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)

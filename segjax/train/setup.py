@@ -147,6 +147,7 @@ def build(
         metadata=metadata,
         scores=start.scores,
         normalise=normalised,
+        image_dtype=kind.dtype,
     )
     steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
