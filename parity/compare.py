@@ -27,9 +27,9 @@ from segjax.torch_reference.verify import bases_for, randomised_pair, relative_e
 UNLIKE = {"segformer_simple": r"mit\.stages\.\d\.2\.\d+\.[01]"}
 
 
-def images(batch: int, size: tuple[int, int], *, seed: int, dtype) -> np.ndarray:
-    """Normal noise (B, H, W, 3), which is what normalised images look like to a layer."""
-    return np.random.default_rng(seed).normal(size=(batch, *size, 3)).astype(jnp.dtype(dtype))
+def images(batch: int, size: tuple[int, int], *, seed: int, dtype, channels: int = 3) -> np.ndarray:
+    """Normal noise (B, H, W, C), which is what normalised images look like to a layer."""
+    return np.random.default_rng(seed).normal(size=(batch, *size, channels)).astype(jnp.dtype(dtype))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int, align_corners: bool = False) -> jax.Array:

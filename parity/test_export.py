@@ -31,10 +31,10 @@ FORMATS = {
 }
 
 
-def tiny(label, num_classes=5, seed=0):
+def tiny(label, num_classes=5, seed=0, **settings):
     subject = SUBJECTS[label]
     model, _ = compare.randomised_pair(
-        subject.name, num_classes=num_classes, seed=seed, dtype=np.float32, **subject.sizes
+        subject.name, num_classes=num_classes, seed=seed, dtype=np.float32, **subject.sizes | settings
     )
     return model
 
@@ -113,6 +113,22 @@ def test_labels_are_those_of_logits_upsampled_as_the_model_says(format, label, n
     assert labels.dtype == np.uint8 and labels.shape == (1, 72, 100)
     assert len(np.unique(expected)) > 1 and (labels == expected).mean() > 0.999
     assert (labels == upsampled(not align_corners)).mean() < 0.995
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("channels", "dtype"), [(2, "uint16"), pytest.param(5, "float32", marks=pytest.mark.slow)])
+def test_files_take_images_of_other_channels_in_their_own_numbers(format, channels, dtype, tmp_path):
+    model = tiny("segformer", in_channels=channels)
+    mean, std = [700.0 + 9 * number for number in range(channels)], [40.0 + number for number in range(channels)]
+    about = {"normalisation": {"mean": mean, "std": std}, "image_dtype": dtype}
+    orbax_folder.save_model(tmp_path / "a", model, metadata=about)
+    path = tmp_path / f"a{SUFFIXES[format]}"
+    assert run(tmp_path / "a", path, "--format", format, "--size", 64, 96, "--with-preprocessing") == 0
+    rng = np.random.default_rng(2)
+    images = (np.array(mean) + np.array(std) * rng.normal(size=(1, 64, 96, channels))).astype(dtype)
+    normal = np.moveaxis((images - np.array(mean)) / np.array(std), -1, 1).astype(np.float32)
+    found = FORMATS[format][1](path)(images)
+    assert verify.relative_error(found, logits_of(model, normal)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])

@@ -109,6 +109,19 @@ def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, 
         assert_outputs_equal(run, model, reference, batch, size, dtype, within, "narrow")
 
 
+@pytest.mark.parametrize("channels", [1, 4, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
+def test_models_of_other_channels_equal_the_reference(subject, channels, float64, within):
+    model, reference = compare.randomised_pair(
+        subject.name, num_classes=NUM_CLASSES, seed=channels, dtype="float64", in_channels=channels, **subject.sizes
+    )
+    assert model.in_channels == channels
+    batch, size = subject.inputs[1]
+    assert_outputs_equal(
+        verify.compiled(model), model, reference, batch, size, "float64", within, f"{channels} channels", channels
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for subject in SUBJECTS.values() for name in subject.full])
 def test_small_models_at_full_width_equal_the_reference(name, dtype, float64, within):
@@ -136,8 +149,8 @@ def assert_full_width_equal(name, dtype, within, **sizes):
     assert_outputs_equal(run, model, reference, *inputs[1], dtype, within, name)
 
 
-def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what):
-    x = compare.images(batch, size, seed=11, dtype=dtype)
+def assert_outputs_equal(run, model, reference, batch, size, dtype, within, what, channels=3):
+    x = compare.images(batch, size, seed=11, dtype=dtype, channels=channels)
     bases = verify.bases_for(model, batch)
     with torch.no_grad():
         their_logits, their_taps = verify.run_reference(reference, x, *bases)

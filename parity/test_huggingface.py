@@ -52,6 +52,25 @@ def ours_and_theirs(model, folder, seed=0):
     return np.asarray(verify.compiled(model)(x)[0]), np.asarray(theirs), network
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_checkpoints_of_other_channels_go_to_transformers_and_back(tmp_path, within, channels):
+    torch.manual_seed(channels)
+    sizes = dict(hidden_sizes=[8, 16, 20, 32], depths=[2, 1, 1, 1], num_attention_heads=[1, 2, 5, 8])
+    config = transformers.SegformerConfig(num_channels=channels, num_labels=3, decoder_hidden_size=24, **sizes)
+    network = transformers.SegformerForSemanticSegmentation(config).eval()
+    network.save_pretrained(tmp_path / "theirs")
+    assert convert.main([str(tmp_path / "theirs"), str(tmp_path / "ours"), "--verify"]) == 0
+    assert convert.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    back = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "back").eval()
+    assert back.config.num_channels == channels
+    x = compare.images(2, (64, 96), seed=3, dtype="float32", channels=channels)
+    with torch.no_grad():
+        theirs, again = (verify.to_nhwc(each(verify.to_nchw(x)).logits) for each in (network, back))
+    np.testing.assert_array_equal(theirs, again)
+    ours = np.asarray(verify.compiled(load(tmp_path / "ours").model)(x)[0])
+    within("output", "float32", verify.relative_error(ours, theirs), f"transformers, {channels} channels")
+
+
 @pytest.mark.parametrize(("eps", "heads"), [(1e-5, (1, 2, 4, 8)), (1e-6, None)])
 def test_transformers_loads_the_folder_and_computes_the_same_or_what_was_said(tmp_path, within, capsys, eps, heads):
     settings = dict(block_norm_eps=eps, patch_norm_eps=1e-5) | ({"num_heads": heads} if heads else {})

@@ -60,6 +60,7 @@ class Colours(nnx.Module):
     def __init__(self):
         self.kernel = nnx.Param(jnp.array(np.random.default_rng(1).standard_normal((3, 5)), jnp.float32))
         self.spec, self.size_multiple, self.align_corners = None, 1, False
+        self.in_channels = 3
 
     def __call__(self, images):
         return images @ self.kernel[...], {}

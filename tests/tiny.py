@@ -73,6 +73,7 @@ class Net(nnx.Module):
         self.bn = layers.BatchNorm(6, **kinds)
         self.head = layers.Conv(6, 5, 1, kernel_init=layers.fan_in_init, rngs=rngs, **kinds)
         self.spec, self.size_multiple, self.align_corners = None, 1, False
+        self.in_channels = 3
         self.eval()
 
     def __call__(self, images):

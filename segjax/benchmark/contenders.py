@@ -257,7 +257,7 @@ def of_transformers(work: Work) -> Contender:
     from segjax.checkpoints.save import write_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        about = metadata.completed(metadata.guessed(work.num_classes))
+        about = metadata.completed(metadata.guessed(work.num_classes), channels=3)
         write_checkpoint(Path(folder) / "model", pair(work)[0], dialect="hf", metadata=about)
         network = transformers.SegformerForSemanticSegmentation.from_pretrained(Path(folder) / "model")
     for module in network.modules():

@@ -172,12 +172,16 @@ class Family:
       title: its name, for messages.
       names: of its models in `segjax.MODELS`.
       head: patterns of the native keys outside the encoder.
+      stem: native key of the first convolution's weight, (out, C, h, w) or, of patches, (out, C * pixels, 1, 1).
+      stem_pixels: 1, or the pixels of a patch.
       read_encoder, read_head: read sizes from shapes by native key.
     """
 
     title: str
     names: tuple[str, ...]
     head: tuple[str, ...]
+    stem: str
+    stem_pixels: int
     read_encoder: Callable[[_Reader], dict[str, Any]]
     read_head: Callable[[_Reader], dict[str, Any]]
 
@@ -190,13 +194,19 @@ class Family:
         """
         reader = _Reader(shapes)
         try:
-            sizes = self.read_encoder(reader)
+            sizes = self.read_encoder(reader) | self._channels(shapes)
             if not any(map(self.in_head, shapes)):
                 return sizes, None
             sizes |= self.read_head(reader)
         except IndexError:
             raise UnreadableShapeError(reader.asked) from None
         return sizes, sizes.pop("num_classes")
+
+    def _channels(self, shapes: Shapes) -> dict[str, int]:
+        """{"in_channels": ...} by the first convolution; {} where it is missing or not of whole channels, which loading
+        reports."""
+        inputs = (*shapes.get(self.stem, ()), 0, 0)[1]
+        return {} if not inputs or inputs % self.stem_pixels else {"in_channels": inputs // self.stem_pixels}
 
     def in_head(self, key: str) -> bool:
         return matches(key, self.head)
@@ -207,40 +217,58 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _family(title: str, names: str, head: tuple[str, ...], read_encoder, read_head) -> Family:
+def _family(
+    title: str, names: str, head: tuple[str, ...], stem: str, read_encoder, read_head, *, stem_pixels: int = 1
+) -> Family:
     named = tuple(name for name in models.MODELS if re.fullmatch(names, name))
-    return Family(title, named, head, read_encoder, read_head)
+    return Family(title, named, head, stem, stem_pixels, read_encoder, read_head)
 
 
 _DECODE_HEAD = ("decode_head.*",)
+_MIT_STEM = "backbone.patch_embed1.proj.weight"
 
 FAMILIES = {
-    "segformer": _family("SegFormer", r"segformer_b\d", _DECODE_HEAD, _mit, _official_head),
+    "segformer": _family("SegFormer", r"segformer_b\d", _DECODE_HEAD, _MIT_STEM, _mit, _official_head),
     "segformer_plain": _family(
-        "the SegFormer of jo-jstrm/segmentation_pytorch", r"segformer_plain_b\d", _DECODE_HEAD, _mit, _plain_head
+        "the SegFormer of jo-jstrm/segmentation_pytorch",
+        r"segformer_plain_b\d",
+        _DECODE_HEAD,
+        _MIT_STEM,
+        _mit,
+        _plain_head,
     ),
     "segformer_mmseg": _family(
-        "the SegFormer of mmsegmentation", r"segformer_mmseg_b\d", _DECODE_HEAD, _mit, _mmseg_head
+        "the SegFormer of mmsegmentation", r"segformer_mmseg_b\d", _DECODE_HEAD, _MIT_STEM, _mit, _mmseg_head
     ),
     "segformer_simple": _family(
-        "the simple SegFormer", "segformer_simple", ("to_fused.*", "to_segmentation.*"), _simple, _simple_head
+        "the simple SegFormer",
+        "segformer_simple",
+        ("to_fused.*", "to_segmentation.*"),
+        "mit.stages.0.1.weight",
+        _simple,
+        _simple_head,
+        stem_pixels=49,
     ),
     "segformer_zuppichini": _family(
         "the SegFormer of F. Zuppichini's article",
         "segformer_zuppichini",
         ("decoder.*", "head.*"),
+        "encoder.stages.0.overlap_patch_merge.0.weight",
         _zuppichini,
         _zuppichini_head,
     ),
-    "hrnet": _family("HRNet", r"hrnet_w\d+", ("last_layer.*",), _hrnet, _hrnet_head),
+    "hrnet": _family("HRNet", r"hrnet_w\d+", ("last_layer.*",), "conv1.weight", _hrnet, _hrnet_head),
     "hrnet_ocr": _family(
         "HRNet with OCR",
         r"hrnet_w\d+_ocr",
         ("conv3x3_ocr.*", "ocr_distri_head.*", "cls_head.*", "aux_head.*"),
+        "conv1.weight",
         _hrnet,
         _ocr_heads,
     ),
-    "segnext": _family("SegNeXt", r"segnext_\w", _DECODE_HEAD, _mscan, _ham_head),
+    "segnext": _family(
+        "SegNeXt", r"segnext_\w", _DECODE_HEAD, "backbone.patch_embed1.proj.0.weight", _mscan, _ham_head
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.load import model_of
 from segjax.checkpoints.metadata import classes_of
 from segjax.checkpoints.state_dict import parameters_of
+from segjax.data import specs
 from segjax.runtime.console import NO_BREAK, one_line
 
 
@@ -28,7 +29,9 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     overrides = metadata["model"]["overrides"]
     settings = ", ".join(f"{key}={_value(value)}" for key, value in sorted(overrides.items()))
     mean, std = (" ".join(f"{number:g}" for number in metadata["normalisation"][key]) for key in ("mean", "std"))
-    default = "" if "normalisation" in checkpoint.metadata else " (ImageNet's, by default)"
+    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are taken as they are)"
+    default = "" if "normalisation" in checkpoint.metadata else by_default
+    images = specs.ImageKind(model.in_channels, metadata.get("image_dtype"))
     size = metadata["input_size"]
     return [
         ("checkpoint", _kind(checkpoint, metadata)),
@@ -36,6 +39,7 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
         # The decoder that was made for an encoder does not count.
         ("parameters", f"{parameters_of(model, encoder_only=encoder_only):,}, {_dtypes(checkpoint)}"),
         ("overrides", settings or "none"),
+        *([] if images == specs.ImageKind(dtype=None) else [("images", str(images))]),
         *([] if encoder_only else _classes(metadata, model.spec.num_classes)),
         ("normalisation", f"mean {mean}, deviation {std}{default}"),
         ("input size", f"{size[0]}x{size[1]} (height x width)" if size else "unknown"),

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from segjax.checkpoints import adapters
 from segjax.checkpoints.checkpoint import CheckpointError, shorten
-from segjax.checkpoints.metadata import NUMBERED_NAMES, Normalisation, classes_of, of_names
+from segjax.checkpoints.metadata import NUMBERED_NAMES, checked_normalisation, classes_of, of_names
 from segjax.checkpoints.state_dict import logger, settings_of
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
@@ -226,7 +226,7 @@ def _shards(index: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 _Rate = Annotated[FiniteFloat, Field(ge=0, lt=1)]
-_Three = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+_Numbers = Annotated[list[FiniteFloat], Field(min_length=1)]
 _Side = Annotated[int, Field(ge=1)]
 
 
@@ -241,6 +241,7 @@ class _Config(TypedDict):
     drop_path_rate: NotRequired[_Rate]
     classifier_dropout_prob: NotRequired[_Rate]
     layer_norm_eps: NotRequired[Annotated[FiniteFloat, Field(gt=0)]]
+    num_channels: NotRequired[Annotated[int, Field(ge=1, le=65536)]]
 
 
 class _Type(TypedDict):
@@ -257,8 +258,8 @@ class _Preprocessor(TypedDict):
     do_normalize: NotRequired[bool | None]
     do_resize: NotRequired[bool | None]
     rescale_factor: NotRequired[Annotated[FiniteFloat, Field(gt=0)] | None]
-    image_mean: NotRequired[_Three | None]
-    image_std: NotRequired[_Three | None]
+    image_mean: NotRequired[_Numbers | None]
+    image_std: NotRequired[_Numbers | None]
 
 
 class _Resize(TypedDict):
@@ -282,13 +283,14 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
       CheckpointError: a model that segjax does not have.
       UnreadableError: settings or a normalisation that cannot be.
     """
-    metadata, notes = {}, []
+    metadata, notes, channels = {}, [], 3
     if (folder / CONFIG).exists():
         refuse_other_models(folder / CONFIG)
         config = read_json(folder / CONFIG)
         metadata |= _classes(config, folder / CONFIG)
         if config.get("model_type") == "segformer":
             checked(config, _Config, name=folder / CONFIG)
+            channels = config.get("num_channels", channels)
             metadata["model"] = {"overrides": _overrides(config, folder / CONFIG)}
             eps = config.get("layer_norm_eps", LAYER_NORM_EPS)
             if eps != LAYER_NORM_EPS:
@@ -296,7 +298,7 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
                     f"{CONFIG} has layer_norm_eps={eps}; transformers ignores it and computes with {LAYER_NORM_EPS}"
                 ]
     if (folder / PREPROCESSOR).exists():
-        metadata |= _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR)
+        metadata |= _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR, channels=channels)
     return metadata, notes
 
 
@@ -320,8 +322,9 @@ def _classes(config: Mapping, path: Path) -> dict[str, Any]:
 
 
 # Settings of config.json that segjax's SegFormer has fixed; and those that it can change, by segjax's name.
-_FIXED = {"strides": [4, 2, 2, 2], "patch_sizes": [7, 3, 3, 3], "hidden_act": "gelu", "num_channels": 3}
+_FIXED = {"strides": [4, 2, 2, 2], "patch_sizes": [7, 3, 3, 3], "hidden_act": "gelu"}
 _SETTINGS = {
+    "in_channels": "num_channels",
     "num_heads": "num_attention_heads",
     "decoder_dim": "decoder_hidden_size",
     "drop_path_rate": "drop_path_rate",
@@ -338,19 +341,19 @@ def _overrides(config: Mapping, path: Path) -> dict[str, Any]:
     return {name: config[foreign] for name, foreign in _SETTINGS.items() if foreign in config}
 
 
-def _images(preprocessor: Mapping, path: Path) -> dict[str, Any]:
+def _images(preprocessor: Mapping, path: Path, *, channels: int) -> dict[str, Any]:
     given = {key: value for key, value in preprocessor.items() if value is not None}
     scale = 1 / given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
     metadata: dict[str, Any] = {}
     parts = {key: given[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in given}
     if not given.get("do_normalize", True):
-        parts = {"mean": [0.0] * 3, "std": [1.0] * 3}
+        parts = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if parts:
         times = f" times {scale:g}" if scale != 1 else ""
         # Rounded, because 255 * 0.485 is not exact.
         normalisation = {key: [round(scale * value, 6) for value in values] for key, values in parts.items()}
         name = f"{path}: image_mean and image_std{times}"
-        metadata["normalisation"] = checked(normalisation, Normalisation, name=name)
+        metadata["normalisation"] = checked_normalisation(normalisation, name=name)
     size = given.get("size")
     if given.get("do_resize", True) and size is not None:
         size = {"height": size, "width": size} if isinstance(size, int) else size
@@ -398,15 +401,17 @@ def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
 def preprocessor_of(metadata: Mapping) -> dict[str, Any]:
     """preprocessor_config.json; images keep their size where the metadata has none."""
     size, normalisation = metadata.get("input_size"), metadata["normalisation"]
+    # Of images other than RGB of 8 bits, the numbers are not of 255.
+    is_rgb = "image_dtype" not in metadata and len(normalisation["mean"]) == 3
     resize = {"size": dict(zip(("height", "width"), size, strict=True)), "resample": 2} if size else {}
     return {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": bool(size),
         **resize,
-        "do_rescale": True,
+        "do_rescale": is_rgb,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [round(value / 255, 6) for value in normalisation["mean"]],
-        "image_std": [round(value / 255, 6) for value in normalisation["std"]],
+        "image_mean": [round(value / 255, 6) if is_rgb else value for value in normalisation["mean"]],
+        "image_std": [round(value / 255, 6) if is_rgb else value for value in normalisation["std"]],
         "do_reduce_labels": False,
     }

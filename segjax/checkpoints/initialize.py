@@ -4,12 +4,14 @@ encoder only, or from parts of either."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from segjax import models
@@ -37,6 +39,7 @@ from segjax.checkpoints.state_dict import (
     read_sizes,
     torch_name,
 )
+from segjax.data import specs
 from segjax.models.segmentation_model import SegmentationModel
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -55,7 +58,8 @@ class ReadSettings(NamedTuple):
 
 
 def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()) -> ReadSettings:
-    """The settings with which the model `name` fits a checkpoint. Rates of dropout belong to a run, and are not read.
+    """The settings with which the model `name` fits a checkpoint. Rates of dropout belong to a run and the number of
+    channels to its images; they are not read.
 
     Args:
       name: a name in `segjax.MODELS`; the checkpoint may be of another size of its family.
@@ -87,7 +91,8 @@ def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()
     _, described = settings_in(checkpoint.metadata, "auto")
 
     def belongs(key: str) -> bool:
-        return key in defaults and not key.endswith("_rate") and not (encoder_only and key in DECODER_SETTINGS)
+        is_of_run = key.endswith("_rate") or key == "in_channels"
+        return key in defaults and not is_of_run and not (encoder_only and key in DECODER_SETTINGS)
 
     known = {key: value for key, value in (described | sizes).items() if belongs(key)}
     return ReadSettings(known, {key: value for key, value in assumed.items() if belongs(key) and key not in known})
@@ -173,8 +178,9 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
 
 
 def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], given: tuple[str, ...]) -> str:
+    log_recognised(checkpoint.recognised)
+    checkpoint, adapted = _with_channels(model, checkpoint, given)
     found, arrays = checkpoint.recognised, checkpoint.state_dict
-    log_recognised(found)
     keep = given
     if encoder_only := _is_encoder(found):
         logger.info("encoder only: the decoder stays as initialised")
@@ -200,9 +206,64 @@ def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], gi
     parts = ["encoder; decoder random" if no_decoder else "all weights"]
     if of_classes:
         parts[0] += f", classifier random ({classes} classes there, {model.spec.num_classes} here)"
+    parts += adapted
     if kept := sorted(kept - head if no_decoder else kept):
         parts.append(f"random by init.keep: {shorten(_modules(kept), most=4)}")
     return "; ".join(parts)
+
+
+def _with_channels(
+    model: SegmentationModel, checkpoint: Checkpoint, keep: Sequence[str]
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with a first convolution for the channels of the model, and a sentence where it is another one.
+
+    Raises:
+      CheckpointError: it has neither the channels of the model nor three.
+    """
+    found, channels = checkpoint.recognised, model.in_channels
+    family = found.family
+    keys = found.renaming.foreign_names(family.stem)
+    shape = found.native_shapes.get(family.stem, ())
+    inputs = shape[1] // family.stem_pixels if len(shape) == 4 and shape[1] % family.stem_pixels == 0 else channels
+    if inputs == channels or matches(family.stem, keep) or len(keys) != 1:
+        return checkpoint, []
+    if inputs != 3:
+        pattern = f"{family.stem.rpartition('.')[0]}.*"
+        raise CheckpointError(
+            f"its first convolution takes {specs.ImageKind(inputs, None)}, and the images have {channels}; only that "
+            f'of three, RGB, can be adapted\n  to leave it random: "--config.init.keep={(pattern,)}"'
+        )
+    (key,) = keys
+    weights = {**checkpoint.state_dict, key: adapted_stem(checkpoint.state_dict[key], channels, family.stem_pixels)}
+    how = (
+        "the sum of those of red, green and blue"
+        if channels == 1
+        else f"those of red, green and blue in turn, times 3/{channels}"
+    )
+    logger.info("the checkpoint has 3 channels, the images %d: filters of the first convolution are %s", channels, how)
+    changed = dataclasses.replace(
+        checkpoint, weights=weights, is_orbax=False, dialect=found.key_format.dialect, family=found.key_format.family
+    )
+    return changed, [f"first convolution adapted from 3 channels to {channels}"]
+
+
+def adapted_stem(weight: np.ndarray, channels: int, pixels: int = 1) -> np.ndarray:
+    """A first convolution of three channels for images of another number of them, as timm adapts it.
+
+    For one channel, filters are summed: on grey images the output is that of RGB images with this grey. For others they
+    are repeated in turn and scaled by 3 / channels, so that outputs keep their magnitude.
+
+    Args:
+      weight: (out, 3, h, w), or of patches (out, 3 * pixels, 1, 1), a channel's pixels together.
+
+    Returns:
+      The same with `channels` in place of 3.
+    """
+    out, _, height, width = weight.shape
+    filters = weight.reshape(out, 3, pixels, height, width).astype(np.float64)
+    in_turn = filters[:, np.arange(channels) % 3] * (3 / channels)
+    new = filters.sum(axis=1) if channels == 1 else in_turn
+    return new.reshape(out, channels * pixels, height, width).astype(weight.dtype)
 
 
 def _modules(names: Iterable[str]) -> list[str]:

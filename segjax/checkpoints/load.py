@@ -29,19 +29,19 @@ class LoadedCheckpoint:
     """A model and everything that its checkpoint contains in addition to the weights.
 
     Attributes:
-      model: in evaluation mode; images (B, H, W, 3), normalised, -> (logits, taps).
+      model: in evaluation mode; images (B, H, W, C), normalised, -> (logits, taps).
       classes: names and colours of its classes, and the label to ignore.
       metadata: as in `segjax.checkpoints.metadata`. Where `metadata["dataset"]["guessed"]` is set, the checkpoint names
         no classes, and `classes` are a guess from their number.
-      mean, std: of the training images, RGB in 0..255.
+      mean, std: of the training images, C numbers each, in the unit of their values; of RGB in 0..255.
       provenance: name and hash of the checkpoint, and its own provenance under "made_from".
     """
 
     model: SegmentationModel
     classes: specs.DatasetSpec
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mean: tuple[float, float, float] = specs.IMAGENET_MEAN
-    std: tuple[float, float, float] = specs.IMAGENET_STD
+    mean: tuple[float, ...] = specs.IMAGENET_MEAN
+    std: tuple[float, ...] = specs.IMAGENET_STD
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -51,8 +51,14 @@ class LoadedCheckpoint:
         return None if not dataset or dataset.get("guessed") else dataset
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """RGB 0..255 (..., 3) of any dtype -> float32 as the model takes it."""
+        """Images (..., C) of any dtype, RGB in 0..255, -> float32 as the model takes it."""
         return normalise(images, self.mean, self.std)
+
+    @property
+    def image_kind(self) -> specs.ImageKind:
+        """Channels and dtype of the images that the model was trained on; the dtype is None where it is not known."""
+        channels = self.model.in_channels
+        return specs.ImageKind(channels, self.metadata.get("image_dtype") or ("uint8" if channels == 3 else None))
 
 
 def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | None = None) -> LoadedCheckpoint:
@@ -94,7 +100,8 @@ def as_loaded(
             "a checkpoint is a path, 'hf:owner/name', the result of segjax.load, or a model; got an object of type "
             f"{type(source).__name__}. segjax.from_torch makes a model from a state dict"
         )
-    return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes))
+    mean, std = (tuple(values) for values in metadata.default_normalisation(source.in_channels).values())
+    return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes), {}, mean, std)
 
 
 def model_of(
@@ -120,7 +127,7 @@ def model_of(
     """
     if checkpoint.is_orbax:
         model = orbax_folder.build_model(checkpoint.weights, checkpoint.metadata, *checkpoint.paths, dtype=dtype)
-        known = metadata.completed(checkpoint.metadata)
+        known = metadata.completed(checkpoint.metadata, channels=model.in_channels)
         return model, known | _dataset(known.pop("dataset", None), model.spec.num_classes)
     name, settings = settings_in(checkpoint.metadata, name)
     checkpoint = checkpoint.read_as(family=None if name == "auto" else family_of(name))
@@ -166,7 +173,12 @@ def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str,
             logger.info("the checkpoint does not name its classes")
         elif known["dataset"].get("guessed"):
             logger.info("it names no classes; %d are assumed to be those of %s", classes, known["dataset"]["name"])
-    return metadata.completed(known)
+    if "normalisation" not in known and model.in_channels != 3:
+        logger.info(
+            "it does not say how images of %s are normalised: values are taken as they are (mean 0, deviation 1)",
+            specs.ImageKind(model.in_channels, None),
+        )
+    return metadata.completed(known, channels=model.in_channels)
 
 
 def _dataset(dataset: Mapping | None, num_classes: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metad
 
     model           name, num_classes, overrides, param_dtype: how to build it
     dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
-    normalisation   mean and std of the training images, RGB in 0..255
+    normalisation   mean and std of the training images, a number for each channel, in the unit of their values
+    image_dtype     uint8, uint16 or float32; missing where the training images were RGB of 8 bits, or are unknown
     input_size      height and width at which images are evaluated, or null where they have several
     licence         a note
     provenance      the origin of the weights: source, sha256, dialect, package, verified
@@ -34,7 +35,7 @@ logger = logging.getLogger("segjax")
 
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 # Parts that remain true when the weights are written to another file.
-LASTING = ("dataset", "normalisation", "input_size", "licence")
+LASTING = ("dataset", "normalisation", "image_dtype", "input_size", "licence")
 
 _NVIDIA = (
     "NVIDIA's SegFormer and MiT weights, and what was trained from them, are under the NVIDIA Source Code License, "
@@ -58,12 +59,13 @@ NUMBERED_NAMES = "numbered_names"
 
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 Size = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
-Mean = Annotated[list[Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
-Deviation = Annotated[list[Annotated[FiniteFloat, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
+# Numbers with which float32 stays finite.
+Mean = Annotated[list[Annotated[FiniteFloat, Field(ge=-1e12, le=1e12)]], Field(min_length=1, max_length=65536)]
+Deviation = Annotated[list[Annotated[FiniteFloat, Field(ge=1e-12, le=1e12)]], Field(min_length=1, max_length=65536)]
 
 
 class Normalisation(TypedDict):
-    """Of RGB in 0..255."""
+    """A number for each channel of the images, in the unit of their values; of RGB in 0..255."""
 
     mean: Mean
     std: Deviation
@@ -102,6 +104,7 @@ class Metadata(TypedDict):
     model: NotRequired[Model | None]
     dataset: NotRequired[Dataset | None]
     normalisation: NotRequired[Normalisation | None]
+    image_dtype: NotRequired[Literal["uint8", "uint16", "float32"] | None]
     input_size: NotRequired[Size | None]
     config: NotRequired[_Config | None]
     step: NotRequired[int]
@@ -148,6 +151,8 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
     except RecursionError:
         raise UnreadableError(f"{name}: nested too deeply") from None
     checked(metadata, Metadata, name=name)
+    if "normalisation" in metadata:
+        checked_normalisation(metadata["normalisation"], name=f"{name}: normalisation", key="normalisation.")
     for key, type_ in (("provenance", _Origin), ("licence", _Licence)):
         try:
             checked(metadata, type_, name=name)
@@ -159,6 +164,19 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
     if "model" in metadata:
         _refuse_settings(metadata["model"], name)
     return metadata
+
+
+def checked_normalisation(content: Mapping[str, Any], *, name: object, key: str = "") -> Any:
+    """A normalisation from a file, whose types were checked; `key` stands before "mean" and "std" in messages.
+
+    Raises:
+      UnreadableError: it has other types, or not as many means as deviations; the message begins with `name`.
+    """
+    checked(content, Normalisation, name=name)
+    means, deviations = len(content["mean"]), len(content["std"])
+    if means != deviations:
+        raise UnreadableError(f"{name}: {key}mean has {means} numbers and {key}std {deviations}; they are of one image")
+    return content
 
 
 def _as_utf8(content: Any) -> Any:
@@ -311,7 +329,7 @@ def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, Any
     if found:
         normalisation = {key: value.astype(np.float64).ravel().tolist() for key, value in found.items()}
         try:
-            translated["normalisation"] = checked(normalisation, Normalisation, name=f"its normalisation, {place}")
+            translated["normalisation"] = checked_normalisation(normalisation, name=f"its normalisation, {place}")
         except UnreadableError as error:
             raise CheckpointError(str(error)) from None
     return translated
@@ -323,11 +341,30 @@ def licence_of(name: str) -> str:
     return "that of the source" + (f"; {published}" if published else "")
 
 
-def completed(metadata: Mapping) -> dict[str, Any]:
-    """Metadata with defaults for parts that older files and other packages lack: ImageNet's normalisation, and no size
-    that images are resized to."""
+def completed(metadata: Mapping, *, channels: int) -> dict[str, Any]:
+    """Metadata with defaults for parts that older files and other packages lack: `default_normalisation`, and no size
+    that images are resized to.
+
+    Args:
+      channels: of the images that the model takes.
+
+    Raises:
+      CheckpointError: a normalisation of another number of channels.
+    """
     known = {key: value for key, value in metadata.items() if value is not None}
-    return {"normalisation": IMAGENET, "input_size": None, **known}
+    known = {"normalisation": default_normalisation(channels), "input_size": None, **known}
+    numbers = len(known["normalisation"]["mean"])
+    if numbers != channels:
+        raise CheckpointError(
+            f"it contradicts itself: its normalisation has {numbers} numbers in mean and std, and its model takes "
+            f"images of {specs.ImageKind(channels, None)}"
+        )
+    return known
+
+
+def default_normalisation(channels: int) -> dict[str, list[float]]:
+    """ImageNet's for three channels; for others, whose values are not known, none: mean 0 and deviation 1."""
+    return IMAGENET if channels == 3 else {"mean": [0.0] * channels, "std": [1.0] * channels}
 
 
 def carried(metadata: Mapping, provenance: Mapping) -> dict[str, Any]:

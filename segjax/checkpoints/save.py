@@ -103,7 +103,7 @@ def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metad
 
 def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str, Any]) -> None:
     """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
-    weights, metadata = to_torch(model, dialect="hf"), completed(metadata)
+    weights, metadata = to_torch(model, dialect="hf"), completed(metadata, channels=model.in_channels)
     config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}
     texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
     if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):

@@ -140,7 +140,7 @@ def _measure_transformers(model: SegmentationModel) -> None:
     kinds |= settings | eps | {"param_dtype": model_metadata(model)["param_dtype"]}
     values = {path: variable.get_value() for path, variable in named_variables(model).items()}
     moved = from_values(nnx.eval_shape(lambda: models.create(model.spec.name, **kinds)), values)
-    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 160, 3)), jnp.float32)
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 160, model.in_channels)), jnp.float32)
     logits, others = (np.asarray(_logits(one, image)) for one in (model, moved))
     difference, largest = np.abs(logits - others).max(), np.abs(logits).max()
     logger.info("logits in transformers differ by at most %.1e (the largest is %.1f)", difference, largest)

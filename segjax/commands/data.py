@@ -87,6 +87,8 @@ def describe(prepared: Prepared) -> list[str]:
         of = f", a subset of {published[split]:,}" if split in published else ""
         lines.append(f"{console.cell(split, 20)} {count:>9,}  {labels}{of}")
     split = "train" if "train" in prepared.labelled else prepared.labelled[0]
+    if not prepared.kind.is_rgb:
+        lines += ["", *_of_images(prepared, split)]
     counts = np.array(prepared.pixel_counts(split), np.float64)
     rows = zip(prepared.spec.label_names, counts, class_weights.median_frequency(counts), strict=True)
     labelled = max(counts.sum(), 1)
@@ -100,6 +102,17 @@ def describe(prepared: Prepared) -> list[str]:
     lines.append(head if half == len(cells) else f"{head}    {head}")
     lines += [f"{cells[i]}    {cells[i + half] if i + half < len(cells) else ''}".rstrip() for i in range(half)]
     return [*lines, "", f"{prepared.spec.name}: {prepared.path}"]
+
+
+def _of_images(prepared: Prepared, split: str) -> list[str]:
+    """Channels and dtype of the images, and mean and deviation of each channel."""
+    measured = prepared.moments(split)
+    lines = [f"images of {prepared.kind}; of each channel in {split}, which a training normalises by:"]
+    lines.append(f"{'channel':>7} {'mean':>14} {'deviation':>14}")
+    for number, (mean, (_, squares)) in enumerate(zip(measured.mean, measured.of, strict=True)):
+        deviation = f"{measured.std[number]:.6g}" if squares else "0, taken for 1"
+        lines.append(f"{number:>7} {mean:>14.6g} {deviation:>14}")
+    return lines
 
 
 def _published(prepared: Prepared) -> dict[str, int]:

@@ -17,13 +17,14 @@ import numpy as np
 
 from segjax.commands.arguments import Parser, as_path, summary_of, within
 from segjax.commands.ending import run_command
-from segjax.data import specs
+from segjax.data import bands, specs
 from segjax.runtime import console, memory
 from segjax.train.constraints import SEED, SIDE, Integer, Real
 from segjax.viz import pictures
 
 if TYPE_CHECKING:
     from segjax.data.crops import AugmentSettings
+    from segjax.data.open import OpenSplit
     from segjax.data.records import Records
 
 # No crop is larger than this where none is given, nor than the largest image.
@@ -31,22 +32,31 @@ LARGEST_CROP = 512
 
 
 def show(
-    data: specs.Split | Records, spec: specs.DatasetSpec, settings: AugmentSettings, *, seed: int, num: int, path: Path
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    settings: AugmentSettings,
+    *,
+    seed: int,
+    num: int,
+    path: Path,
+    mean: Sequence[float] = specs.IMAGENET_MEAN,
+    std: Sequence[float] = specs.IMAGENET_STD,
 ) -> None:
     """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
 
     Args:
       settings: the `augment` part of a config.
+      mean, std: of each channel.
 
     Raises:
       RecordError: an image or a label cannot be used.
       TooLittleMemoryError: the samples do not fit into memory.
     """
-    what = _refuse_too_large(num, settings.crop)
+    what = _refuse_too_large(num, settings.crop, len(mean))
     # Imported after parsing, because it imports jax, which takes a second.
     import jax
 
-    from segjax.data.augment import augment, step_keys
+    from segjax.data.augment import augment, normalise, step_keys
     from segjax.data.pipeline import StreamBatches
     from segjax.data.records import records_of
     from segjax.runtime.parallel import JitParallel
@@ -65,25 +75,29 @@ def show(
     ) as batches:
         batch, numbers = batches.at(0), batches.indices(0)
     keys, _ = step_keys(key, 0, batch["position"])
-    augmented = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label))
+    normalised = partial(normalise, mean=mean, std=std)
+    augmented = jax.jit(partial(augment, settings=settings, ignore_label=spec.ignore_label, normalise=normalised))
     program = augmented.lower(keys, batch).compile()
     memory.refuse_too_large(memory.needed(program), parallel.devices, what=what)
     images, labels = program(keys, batch)
-    pixels = np.asarray(images) * np.array(specs.IMAGENET_STD, np.float32) + np.array(specs.IMAGENET_MEAN, np.float32)
+    pixels = np.asarray(images) * np.array(std, np.float32) + np.array(mean, np.float32)
+    if batch["image"].dtype == np.uint8:
+        pixels = pixels.round().clip(0, 255).astype(np.uint8)
+    shown = np.stack([bands.as_picture(image) for image in pixels])
     titles = [
         f"{records.names[number]}   {height}x{width} × {scaled / height:.2f}{'   flipped' if flip else ''}"
         for number, (height, width), (scaled, _), flip in zip(
             numbers, *map(np.asarray, (batch["size"], batch["crop"].scaled, batch["crop"].flip)), strict=True
         )
     ]
-    pictures.save_samples(path, pixels.round().clip(0, 255).astype(np.uint8), np.asarray(labels), spec, titles=titles)
+    pictures.save_samples(path, shown, np.asarray(labels), spec, titles=titles)
 
 
-def _refuse_too_large(num: int, crop: Sequence[int]) -> str:
+def _refuse_too_large(num: int, crop: Sequence[int], channels: int = 3) -> str:
     """Raises TooLittleMemoryError where the samples alone do not fit into memory; returns what they are called."""
     what = f"a page of {num} samples of {crop[0]}x{crop[1]}"
     # float32 on the device and normalised back, then uint8, and labels.
-    memory.refuse_more_than_host(num * math.prod(crop) * (12 + 12 + 3 + 1), what=what)
+    memory.refuse_more_than_host(num * math.prod(crop) * (9 * channels + 1), what=what)
     return what
 
 
@@ -126,21 +140,26 @@ def _run(options: argparse.Namespace) -> None:
         # Before a dataset is prepared.
         _refuse_too_large(options.num, options.crop)
     try:
-        data, spec = _data(options)
+        opened = _data(options)
     except NoSourceError as error:
         raise ValueError(f"{error}: --source PATH") from error
+    data, spec = opened.data, opened.spec
     largest = records_of(data).sizes.max(axis=0).tolist()
     crop = options.crop or [min(side, LARGEST_CROP) for side in largest]
     settings: Any = default_config(options.name).augment
     settings.update(crop=tuple(crop), scale=tuple(options.scale))
     path = options.output or Path(f"show-{options.name}.png")
-    show(data, spec, settings, seed=options.seed, num=options.num, path=path)
+    statistics: dict[str, Any] = {}
+    if not opened.image_kind.is_rgb and opened.prepared:
+        measured = opened.prepared.moments(options.split)
+        statistics = dict(mean=measured.mean, std=measured.std)
+    show(data, spec, settings, seed=options.seed, num=options.num, path=path, **statistics)
     console.say(
         f"{path}: {options.num} samples of {crop[0]}x{crop[1]} from {spec.name} {options.split}, seed {options.seed}"
     )
 
 
-def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.DatasetSpec]:
+def _data(options: argparse.Namespace) -> OpenSplit:
     from segjax.data.open import open_splits
 
     (opened,) = open_splits(
@@ -151,4 +170,4 @@ def _data(options: argparse.Namespace) -> tuple[specs.Split | Records, specs.Dat
         num_images=[options.num],
         seed=options.seed,
     )
-    return opened.data, opened.spec
+    return opened

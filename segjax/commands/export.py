@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dynamic", action="store_true", help="dynamic batch, height and width; without, the batch is 1"
     )
-    parser.add_argument("--with-preprocessing", action="store_true", help="input is uint8 RGB (B, H, W, 3)")
+    parser.add_argument("--with-preprocessing", action="store_true", help="input is (B, H, W, C), RGB of uint8")
     parser.add_argument("--with-argmax", action="store_true", help="labels of the images' size instead of logits")
     parser.add_argument(
         "--threshold",

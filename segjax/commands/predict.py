@@ -7,7 +7,10 @@ Everything is below DIR by kind, in the folders that it had: of trip/a.jpg in
 photos/ the label map is DIR/labels/trip/a.png. Images are PNG, JPEG, TIFF, BMP,
 WebP and GIF, by their content: turned upright as EXIF says, grey repeated in
 three channels, alpha dropped. Numbers of 16 bits that use less than 16 bits,
-signed ones and floats need --scale. Videos become H.264 at the times of their
+signed ones and floats need --scale. For models of other channels, or of uint16
+or float32, a TIFF has all of its bands, in its numbers; so has a .npy (H, W, C).
+Their overlays show the first three bands, or the first, each from its 2nd to
+its 98th percentile. Videos become H.264 at the times of their
 frames, without sound; an odd side gets its last row or column twice. Cameras
 (/dev/video0) and http(s):// and rtsp(s):// addresses of videos are written
 until they end, or until Ctrl-C.
@@ -197,6 +200,9 @@ def _describe(
         "" if checkpoint.dataset else " (the file names none" + (f"; {classes.name} has as many)" if is_guess else ")")
     )
     console.say(f"checkpoint  {options.checkpoint}: {model.spec.name}, {count:,} parameters")
+    if not predictor.image_kind.is_rgb:
+        drawn = " (overlays: the first three)" if predictor.image_kind.channels > 3 else ""
+        console.say(f"takes       images of {predictor.image_kind}{drawn}")
     console.say(f"classes     {classes.num_classes}{of}{origin}")
     videos = sum(job.is_video for job in jobs)
     parts = [_counted(len(jobs) - videos, "image"), _counted(videos, "video")]

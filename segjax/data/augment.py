@@ -1,7 +1,10 @@
-"""Augmentation on the device, one compiled function from uint8 to normalised float32.
+"""Augmentation on the device, one compiled function from integers, or float32, to normalised float32.
 
 The order is mmsegmentation's for Cityscapes and ADE20K: random scale, rotation, crop, flip, photometric distortion,
 normalise, pad. Padding comes last, so that a padded pixel is 0 after normalisation and carries the ignore label.
+
+Values of uint16 and float32 images have no range of their own. Their brightness and contrast change after the
+normalisation, where the mean is 0 and a deviation 1.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from segjax.data.crops import AugmentSettings, crop_pixels, draw_crops, nearest_
 
 # `jax.random.split(key)` makes the keys that fold_in makes of 0 and 1, and `crops` folds from 2, 3 and 4.
 _ON_DEVICE = 5
+# A level of 8 bits in deviations of ImageNet's images.
+_LEVEL = float(1 / np.mean(specs.IMAGENET_STD))
 
 
 def normalise(
@@ -26,7 +31,7 @@ def normalise(
     mean: Sequence[float] = specs.IMAGENET_MEAN,
     std: Sequence[float] = specs.IMAGENET_STD,
 ) -> jax.Array:
-    """(images - mean) / std: 0..255 (..., C) of any dtype -> float32, C numbers each; defaults are ImageNet's, RGB."""
+    """(images - mean) / std: (..., C) of any dtype -> float32, C numbers each; defaults are ImageNet's, of 0..255."""
     return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
@@ -43,13 +48,13 @@ def augment(
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8 (B, H, W, C), "label" uint8 or uint16 (B, H, W), "size" int32 (B, 2): height and width of
-        the image without its padding, which is never read. "crop", optional: the `Crops` of the same keys, of a batch
-        that holds only a window of each image.
+      batch: "image" uint8, uint16 or float32 (B, H, W, C), "label" uint8 or uint16 (B, H, W), "size" int32 (B, 2):
+        height and width of the image without its padding, which is never read. "crop", optional: the `Crops` of the
+        same keys, of a batch that holds only a window of each image.
       settings: the `augment` section of a config.
       ignore_label: label of the padding.
       class_pixels: (K,), pixels of each label value in the training split, for `class_balance`.
-      normalise: 0..255 (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
+      normalise: values (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
 
     Returns:
       float32 (B, h, w, C), normalised, and labels (B, h, w) of the same dtype; (h, w) is settings.crop.
@@ -63,15 +68,17 @@ def augment(
         put = partial(place, settings=settings, ignore_label=ignore_label, rarity=rarity)
         crops = jax.vmap(put)(keys, crops, batch["label"], batch["size"])
 
+    has_range = batch["image"].dtype == jnp.uint8
+
     def one(key, image, label, size, crop):
         if settings.rotation:
             image, label, inside = _resample_rotated(image, label, size, crop, settings.crop, ignore_label)
         else:
             image, label, inside = _resample(image, label, size, crop, settings.crop, ignore_label)
         _, photometry = jax.random.split(key)
-        if settings.photometric:
+        if settings.photometric and has_range:
             image = distort(photometry, image)
-        elif settings.brightness:
+        elif settings.brightness and has_range:
             image = change_brightness(photometry, image, settings.brightness)
         if settings.on_device:
             image, label = hooks.on_device(settings.on_device, jax.random.fold_in(key, _ON_DEVICE), image, label)
@@ -79,6 +86,8 @@ def augment(
         normalised = normalise(image)
         if normalised.shape != image.shape:
             raise ValueError(f"images of {image.shape[-1]} channels are normalised to {normalised.shape[-1]} channels")
+        if not has_range:
+            normalised = change_normalised(photometry, normalised, settings)
         return jnp.where(inside[..., None], normalised, 0.0), label
 
     return jax.vmap(one)(keys, batch["image"], batch["label"], batch["size"], crops)
@@ -99,7 +108,7 @@ def rarity_for(settings: AugmentSettings, class_pixels: np.ndarray | None) -> np
 
 
 def _resample(image, label, size, crop, lengths, ignore_label):
-    """-> float32 (h, w, C) in 0..255, labels (h, w), bool (h, w): False in the padding."""
+    """-> float32 (h, w, C), labels (h, w), bool (h, w): False in the padding."""
     rows, rows_inside = crop_pixels(lengths[0], crop.scaled[0], crop.offset[0])
     columns, columns_inside = crop_pixels(lengths[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
     # One axis after the other: two small gathers instead of four of every pixel.
@@ -219,9 +228,28 @@ def distort(key: jax.Array, image: jax.Array) -> jax.Array:
 
 def change_brightness(key: jax.Array, image: jax.Array, largest: int) -> jax.Array:
     """With probability one half, adds an integer from -largest to largest, as HRNet: float32 (h, w, C) in 0..255."""
+    return jnp.clip(image + _drawn_brightness(key, largest), 0, 255)
+
+
+def change_normalised(key: jax.Array, image: jax.Array, settings: AugmentSettings) -> jax.Array:
+    """`distort` or `change_brightness` of a normalised image, float32 (h, w, C), whose values had no range.
+
+    Brightness is in levels of 8 bits, of which a deviation has as many as ImageNet's; contrast is about the mean.
+    Nothing is clipped, and colours do not change.
+    """
+    if settings.photometric:
+        brightness, contrast, *_ = draw_distortion(key)
+        return image * contrast + brightness * _LEVEL
+    if settings.brightness:
+        return image + _drawn_brightness(key, settings.brightness) * _LEVEL
+    return image
+
+
+def _drawn_brightness(key: jax.Array, largest: int) -> jax.Array:
+    """With probability one half an integer from -largest to largest, else 0."""
     value_key, is_key = jax.random.split(key)
     value = jax.random.randint(value_key, (), -largest, largest + 1)
-    return jnp.clip(image + jnp.where(jax.random.bernoulli(is_key), value, 0), 0, 255)
+    return jnp.where(jax.random.bernoulli(is_key), value, 0)
 
 
 def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Every dataset is prepared in the same steps: its reader (`archives.py` or `folde
 they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
 its data directory. One error lists everything that is wrong, and then nothing is left on disk. JPEG and PNG images are
 stored byte for byte, and so are masks of train ids; what readers could not use as it is becomes PNG, see `masks.py`.
+Images of other channels or numbers than RGB of 8 bits are stored as compressed arrays.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
@@ -38,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from segjax.data import archives, contents, folder, masks, specs
+from segjax.data import archives, bands, contents, folder, masks, specs
 from segjax.data.division import Division, divided
 from segjax.data.prepared import Prepared, open_prepared, quiet
 from segjax.data.sources import (
@@ -326,7 +327,7 @@ def _prepare_archives(
 
 
 def _write(
-    builder,
+    builder: Any,
     spec: specs.DatasetSpec,
     examples: Examples,
     train_ids: np.ndarray | None,
@@ -362,6 +363,10 @@ def _write(
     if problems:
         scratch.remove()
         raise _refusal(spec.name, [identity["source"]], problems)
+    if not converted.kind.is_rgb:
+        as_rgb = '; "channels": 3 in classes.json makes them RGB' if converted.kind.channels == 1 else ""
+        console.say(f"images of {converted.kind}, which are stored as they are{as_rgb}")
+        builder = _of_kind(builder, spec.label_dtype, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
     with quiet(), contextlib.redirect_stdout(io.StringIO()), atomic.naming(path):
@@ -375,14 +380,26 @@ def _write(
     return open_prepared(path)
 
 
-def _metadata(converted: masks.Converted) -> dict[str, dict[str, list]]:
-    """Names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for them."""
+def _metadata(converted: masks.Converted) -> dict[str, Any]:
+    """Kind, statistics, names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for
+    them."""
+    moments = {split: _moments(found) for split, found in converted.measured.items() if found}
     return {
+        "images": {
+            "channels": converted.kind.channels,
+            "dtype": converted.kind.dtype,
+            "moments": {split: {"pixels": number, "of": of} for split, (number, of) in moments.items()},
+        },
         "names": {split: [example.name for example in found] for split, found in converted.examples.items()},
         "sizes": {split: [list(each.size) for each in found] for split, found in converted.measured.items()},
         "hashes": {split: [list(each.hashes) for each in found] for split, found in converted.measured.items()},
         "pixels": converted.pixels,
     }
+
+
+def _moments(found: Sequence[masks.Measured]) -> bands.Moments:
+    """The moments of all pixels of a split."""
+    return functools.reduce(bands.merged, (bands.Moments(math.prod(each.size), each.moments) for each in found))
 
 
 def _known_states(prepared: Prepared) -> list[str]:
@@ -437,12 +454,19 @@ def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, labe
         )
 
 
+def _of_kind(builder: Any, label_dtype: type[np.generic], kind: specs.ImageKind):
+    """A builder of the same dataset that stores arrays instead of files of images."""
+    name = builder.name.removeprefix("segjax_")
+    with quiet():
+        return _builder_class(name, label_dtype, kind)(config=builder.builder_config, data_dir=builder.data_dir_root)
+
+
 def _scratch(builder, state: str) -> masks.Scratch:
     return masks.Scratch(Path(builder.data_dir_root) / builder.name / f".converting-{state}")
 
 
 @functools.cache
-def _builder_class(dataset: str, label_dtype: type[np.generic]):
+def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.ImageKind = specs.RGB):
     import tensorflow_datasets as tfds
 
     class Info(tfds.core.DatasetInfo):
@@ -459,8 +483,10 @@ def _builder_class(dataset: str, label_dtype: type[np.generic]):
         examples: Examples
 
         def _info(self):
+            shape = (None, None, kind.channels)
+            array = tfds.features.Tensor(shape=shape, dtype=np.dtype(kind.dtype).type, encoding="zlib")
             features = {
-                "image": tfds.features.Image(shape=(None, None, 3)),
+                "image": tfds.features.Image(shape=shape) if kind.is_rgb else array,
                 "label": tfds.features.Image(shape=(None, None, 1), dtype=label_dtype, encoding_format="png"),
                 "name": tfds.features.Text(),
             }

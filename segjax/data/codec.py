@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what such a file begins with
 # Pixels of the largest image that is decoded by default: half a GiB as RGB. Pillow refuses as many.
 MAX_PIXELS = 2**29 // 3
+# The remedy where an image has more, of commands that have such an option.
+HIGHER_LIMIT = "; to decode it, raise the limit: --max-pixels, or max_pixels in Python"
 # Formats that Pillow decodes; OpenCV decodes PNG and JPEG, of data sets in half the time.
 BY_PILLOW = ("GIF", "WebP", "BMP")
 # Frame headers of JPEG, which hold the size; C4, C8 and CC among them are other segments.
@@ -33,15 +35,21 @@ class ImageError(ValueError):
     """An image that cannot be used; the message does not name the file."""
 
 
+class LayoutError(ImageError):
+    """A whole image, of a shape or of numbers that are not read."""
+
+
 # ------------------------------------------------------------------------------------------------------------- headers
 
 
 def format_of(head: bytes) -> str | None:
-    """The format of an image by the first 32 bytes of its file: "PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF" or None."""
+    """The format by the first 32 bytes of a file: "PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF", "NPY" or None."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "TIFF"
+    if head.startswith(b"\x93NUMPY"):
+        return "NPY"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WebP"
     # Two letters could begin a text; bytes 14 to 17 are the size of the second header.
@@ -101,18 +109,33 @@ def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
     """Raises ImageError for a (height, width) of no pixels, or of more than `max_pixels`."""
     if size[0] * size[1] > max_pixels:
         raise ImageError(
-            f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}; to decode it, raise the "
-            "limit: --max-pixels, or max_pixels in Python"
+            f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}{HIGHER_LIMIT}"
         )
     if 0 in size:
         raise ImageError(f"has {size[0]}x{size[1]} pixels")
+
+
+def is_grey(data: bytes) -> bool:
+    """Whether a file is a PNG or JPEG with one channel of colour, by its header."""
+    if data.startswith(PNG):
+        # Colour types grey, and grey with alpha.
+        return data[25] in (0, 4)
+    if not data.startswith(JPEG):
+        return False
+    at = len(JPEG)  # segments as in `_size_of_jpeg`; behind the size stands the number of components
+    while at + 10 <= len(data) and data[at : at + 2] != b"\xff\xda":
+        if data[at] == 0xFF and data[at + 1] in _FRAMES:
+            return data[at + 9] == 1
+        at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
 def damage(data: bytes) -> str | None:
-    """Why a file is not a complete image of any format but TIFF; None if it is. Some decoders fill a truncated one."""
+    """Why a file is not a complete image of any format but TIFF and .npy, whose decoders find damage themselves; None
+    if it is. Other decoders fill a truncated one."""
     if not data:
         return "is empty"
     if data.startswith(PNG):
@@ -185,6 +208,8 @@ def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
       binary: whether they are 0 and 1.
     """
     found = format_of(data[:32])
+    if found in ("TIFF", "NPY"):
+        return "masks that are TIFF or .npy inside; export them as grey PNG, of 8 or 16 bits"
     if found == "GIF":
         return "masks that are GIF inside, whose palette may be in another order; export them as PNG"
     if found not in ("PNG", "BMP"):
@@ -222,7 +247,8 @@ def decode_image(data: bytes) -> np.ndarray | None:
 
 
 def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None:
-    """(H, W, 3), RGB, of an image of any format but TIFF, uint8 or of the 16 bits of a PNG; None if it has no pixels.
+    """(H, W, 3), RGB, of an image of any format but TIFF and .npy, uint8 or of the 16 bits of a PNG; None if it has no
+    pixels.
 
     Args:
       upright: whether it is rotated as its EXIF demands.
@@ -249,7 +275,7 @@ def has_exif(data: bytes) -> bool:
 
 
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
-    """The first image in the content of a file of any format but TIFF, rotated as its EXIF demands.
+    """The first image in the content of a file of any format but TIFF and .npy, rotated as its EXIF demands.
 
     Returns:
       (H, W, 1) or (H, W, 3), grey or RGB, in the depth of the file: alpha is dropped, a palette becomes its colours.
@@ -261,7 +287,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
     found = format_of(data[:32])
     if not data:
         raise ImageError("is empty")
-    if found in (None, "TIFF"):
+    if found in (None, "TIFF", "NPY"):
         raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
     if found not in ("PNG", "JPEG"):
         return as_grey_or_rgb(_turned(decode_by_pillow(data, max_pixels=max_pixels))), 255

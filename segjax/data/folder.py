@@ -1,11 +1,12 @@
 """Reader of a folder of images and masks in segjax's own layout, and of everything that is wrong with it.
 
-    images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif; grey is repeated over RGB, alpha is dropped
+    images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif: RGB, grey is repeated, alpha is dropped; or .tif, with all
+                                of its bands, or .npy, an array (H, W, C) or (H, W): uint8, uint16 or float32
     labels/<split>/<stem>.png   or .bmp: grey, one train id (0..K-1; 0 and 1 for a single class) or the ignore value,
                                 of 16 bits for more than 255 classes; or RGB or a palette, in the colours of the classes
     classes.json                {"names": [K strings]}, and optionally "colors": [K of [r, g, b]], "ignore": 255,
                                 "ignore_colors": [of [r, g, b]], "name": "...", "absent": [names of classes that no
-                                image shows]
+                                image shows], "channels": how many the images have; 1 keeps grey PNG and JPEG grey
 
 Without folders of splits, all images are of the split train. The content of a file counts, not its suffix. Nothing here
 writes. Problems are collected by kind, and each kind states
@@ -32,12 +33,15 @@ LAYOUT = (
 _CLASSES = (  # A kind of problem, with its remedy.
     'classes.json, which needs "names" (K different strings), and may have "colors" (K of [r, g, b], 0..255), "ignore" '
     "(the mask value that is not counted, at least K; 255 by default, 65535 for more than 255 classes), "
-    '"ignore_colors" (of [r, g, b], the colours in masks that are not counted), "name" (a string) and "absent" (names '
-    "of classes that no image shows)"
+    '"ignore_colors" (of [r, g, b], the colours in masks that are not counted), "name" (a string), "absent" (names '
+    'of classes that no image shows) and "channels" (of the images; 1 for grey ones)'
 )
+LARGEST_CHANNELS = 65_536
 # Suffixes of files whose content is only looked at when it is decoded; others are opened first.
-_USUAL = {"images": (".jpg", ".jpeg", ".png"), "labels": (".png",)}
-_KEYS = ("name", "names", "colors", "ignore", "ignore_colors", "absent")
+_USUAL = {"images": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"), "labels": (".png",)}
+# Formats that are only images, not masks.
+_BANDS = ("TIFF", "NPY")
+_KEYS = ("name", "names", "colors", "ignore", "ignore_colors", "absent", "channels")
 
 
 def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | None, masks.Classes]:
@@ -65,10 +69,10 @@ def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | No
     spec = specs.DatasetSpec(content["name"], tuple(names), colors, content["ignore"])
     has_colors, ignored = given is not None, map(tuple, content["ignore_colors"])
     of_masks = palettes.palettes_for(spec, has_colors=has_colors, ignored=ignored)
-    return spec, masks.Classes(tuple(content["absent"]), tuple(of_masks), has_colors)
+    return spec, masks.Classes(tuple(content["absent"]), tuple(of_masks), has_colors, content["channels"])
 
 
-def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent) -> Iterator[str]:
+def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, channels) -> Iterator[str]:
     def is_color(value):
         # isinstance would let true and false pass.
         return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
@@ -104,6 +108,8 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent) -> It
         )
     if not isinstance(absent, list) or any(name not in names for name in absent):
         yield f'"absent" is no list of some of "names": {absent!r:.80}'
+    if channels is not None and not (type(channels) is int and 1 <= channels <= LARGEST_CHANNELS):
+        yield f'"channels" is no number from 1 to {LARGEST_CHANNELS}: {channels!r:.80}'
 
 
 def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
@@ -186,10 +192,9 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
             problems["folders in the folder of a split; move their files into it"].append(name)
         elif not path.is_file():
             problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
-        elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
-            problems[
-                "files that are no PNG, JPEG, WebP, BMP or GIF, neither by suffix nor inside; convert or remove them"
-            ].append(name)
+        elif path.suffix.lower() not in _USUAL[part] and not _is_image(path, part):
+            formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or .npy" if part == "images" else "PNG or BMP"
+            problems[f"files that are no {formats}, neither by suffix nor inside; convert or remove them"].append(name)
         elif stem in stems:
             names = f"{where}/{stems[stem].name} and {path.name}"
             problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
@@ -198,10 +203,10 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
     return stems
 
 
-def _is_image(path: Path) -> bool:
-    """Whether a file begins as an image does that can be read, whatever its suffix is."""
+def _is_image(path: Path, part: str) -> bool:
+    """Whether a file begins as an image or mask does that can be read, whatever its suffix is."""
     with reading.open_regular(path) as file:
-        return codec.format_of(file.read(32)) not in (None, "TIFF")
+        return codec.format_of(file.read(32)) not in (None, *(_BANDS if part == "labels" else ()))
 
 
 def _other_place(root: Path) -> str:

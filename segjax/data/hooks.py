@@ -5,7 +5,8 @@ Each is the address of a function, FILE.py:function or package.module:function.
     def on_device(key, image, label): ...    # jax: float32 (h, w, C) in 0..255 and uint8 (h, w), of one crop
     def on_host(rng, image, label): ...      # NumPy: uint8 (H, W, C) and uint8 (H, W), of one whole image
 
-Both return an image and a label of the same shapes and dtypes. Labels are uint16 where the ignore label is above 255.
+Images of uint16 and float32 have that dtype in `on_host`, and values in their own unit in both. Both return an image
+and a label of the same shapes and dtypes. Labels are uint16 where the ignore label is above 255.
 
 `on_device` is traced into the training step, after the geometric and photometric changes and before the image is
 normalised and padded. `key` is a key of the sample's own. Where a crop reaches beyond its image, it repeats the edge of
@@ -88,7 +89,7 @@ def _described(error: BaseException) -> str:
 
 
 def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The function of `augment.on_device` on one crop: float32 (h, w, C) in 0..255, labels (h, w) -> the same.
+    """The function of `augment.on_device` on one crop: float32 (h, w, C) in its own values, labels (h, w) -> the same.
 
     Raises:
       ValueError: there is no such function, it fails, or it returns something else.
@@ -99,7 +100,7 @@ def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) 
 def on_host(
     address: str, rng: np.random.Generator, image: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The function of `augment.on_host` on copies of one image: uint8 (H, W, C), labels (H, W) -> the same.
+    """The function of `augment.on_host` on copies of one image: (H, W, C), labels (H, W) -> the same.
 
     Raises:
       ValueError: there is no such function, it fails, or it returns something else.
@@ -128,8 +129,14 @@ def _kinds(result: Any) -> str:
     )
 
 
-def problem_on_device(address: str, crop: Sequence[int], channels: int = 3) -> str | None:
-    """Why `augment.on_device` cannot be used with crops of this size, found without running it on data."""
+def problem_on_device(address: str, crop: Sequence[int], channels: int | None = 3) -> str | None:
+    """Why `augment.on_device` cannot be used with crops of this size, found without running it on data.
+
+    Args:
+      channels: of the images; None where they are not known, and the function is only looked up.
+    """
+    if channels is None:
+        return _problem_of_address("augment.on_device", address)
     image, label = jax.ShapeDtypeStruct((*crop, channels), jnp.float32), jax.ShapeDtypeStruct(tuple(crop), jnp.uint8)
     try:
         jax.eval_shape(functools.partial(on_device, address), jax.random.key(0), image, label)
@@ -140,8 +147,12 @@ def problem_on_device(address: str, crop: Sequence[int], channels: int = 3) -> s
 
 def problem_on_host(address: str) -> str | None:
     """Why `augment.on_host` cannot be used; it is not called."""
+    return _problem_of_address("augment.on_host", address)
+
+
+def _problem_of_address(setting: str, address: str) -> str | None:
     try:
-        function_at("augment.on_host", address)
+        function_at(setting, address)
     except ValueError as error:
-        return str(error).removeprefix("augment.on_host=")
+        return str(error).removeprefix(f"{setting}=")
     return None

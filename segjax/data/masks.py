@@ -1,7 +1,8 @@
 """Checks every image and mask of a dataset, counts pixels by class, and converts masks to train ids.
 
-Masks from archives have values that a table converts; those of a folder may have colours, see `palettes.py`. Images of
-unusual formats, of 16 bits, or rotated by EXIF become PNG.
+Masks from archives have values that a table converts; those of a folder may have colours, see `palettes.py`. RGB images
+of unusual formats, of 16 bits in PNG, or rotated by EXIF become PNG. Images of other channels or numbers, see
+`bands.py`, become arrays.
 
 Decoding takes most of the time. It runs in threads, and results are kept in a scratch folder, where a preparation that
 was interrupted continues.
@@ -25,7 +26,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.data import codec, palettes, scaling, specs
+from segjax.data import bands, codec, palettes, scaling, specs
 from segjax.data.contents import Contents, hash_of, json_name
 from segjax.data.palettes import MaskColors, Palette
 from segjax.data.sources import DataError, Example, Examples, File, Problems, file_of, listed
@@ -36,6 +37,11 @@ _UNREADABLE = "files that are no whole image; copy or export them again"
 _OTHER_SIZE = "masks of another size (height x width) than their image"
 _UNKNOWN_SCALE = (
     "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
+)
+_OTHER_LAYOUT = "images of a shape or of numbers that are not read"
+_STRANGE = (
+    "images with values that are NaN or infinite; give these pixels a number, such as 0, and where there is no data "
+    "the ignore value in their masks"
 )
 # Share of all pixels above which the ignore value is suspected to stand for a class.
 _MANY_IGNORED = 0.001
@@ -65,6 +71,10 @@ class _Line(TypedDict):
     colors: _Colors | None
     is_stored: bool
     rotation: Rotation
+    channels: int
+    dtype: str
+    moments: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
+    is_grey: bool
 
 
 class Scratch:
@@ -110,6 +120,10 @@ class Scratch:
                     colors,
                     entry["is_stored"],
                     entry["rotation"],
+                    entry["channels"],
+                    entry["dtype"],
+                    _tuples(entry["moments"]),
+                    entry["is_grey"],
                 )
         return found
 
@@ -144,6 +158,9 @@ class Measured:
       colors: of a mask that is RGB or has a palette.
       is_stored: whether the mask is stored unchanged, if its values are labels.
       rotation: what EXIF does to the image.
+      channels, dtype: of the image as it is stored; zero and empty where it does not decode.
+      moments: of each channel, see `bands.moments`.
+      is_grey: whether it is a grey PNG or JPEG.
     """
 
     size: tuple[int, int]
@@ -152,6 +169,14 @@ class Measured:
     colors: MaskColors | None = None
     is_stored: bool = False
     rotation: Rotation = "none"
+    channels: int = 0
+    dtype: str = ""
+    moments: tuple[tuple[float, float], ...] = ()
+    is_grey: bool = False
+
+    @property
+    def kind(self) -> specs.ImageKind:
+        return specs.ImageKind(self.channels, self.dtype)
 
 
 class Classes(NamedTuple):
@@ -161,20 +186,23 @@ class Classes(NamedTuple):
       absent: names of classes that no image shows.
       palettes: those that masks may have, see `palettes.palettes_for`.
       has_colors: whether it has the colours of the classes, which are the first palette then.
+      channels: of the images; None for three of PNG, JPEG, WebP, BMP and GIF, and for all that TIFF and .npy have.
     """
 
     absent: tuple[str, ...] = ()
     palettes: tuple[Palette, ...] = ()
     has_colors: bool = False
+    channels: int | None = None
 
 
 class Converted(NamedTuple):
-    """The examples with the files to be stored; their measurements, in the same order; and of each labelled split the
-    number of pixels of each label value, in the order of `spec.label_names`."""
+    """The examples with the files to be stored; their measurements, in the same order; of each labelled split the
+    number of pixels of each label value, in the order of `spec.label_names`; and what all images have in common."""
 
     examples: Examples
     measured: dict[str, list[Measured]]
     pixels: dict[str, list[int]]
+    kind: specs.ImageKind
 
 
 def convert(
@@ -203,7 +231,7 @@ def convert(
         known = earlier.get((split, example.name))
         if known and (train_ids is None or _is_whole(target)):
             return known, []
-        measured, labels, faults = _check(example, spec, train_ids, classes.palettes)
+        measured, labels, faults = _check(example, spec, train_ids, classes)
         if train_ids is not None and labels is not None and not faults:
             with atomic.replacing_file(target, durable=False) as temporary:
                 temporary.write_bytes(codec.encode_mask(labels))
@@ -224,19 +252,19 @@ def convert(
 
     pairs = [pair for split, found in examples.items() for pair in zip(found, measured[split], strict=True)]
     _add_rotated(pairs, problems)
+    kind = _common_kind(pairs, classes.channels, problems)
     examples = {
         split: [
-            _with_stored_image(_unchanged(example, each), each)
+            _with_stored_image(_unchanged(example, each), each, kind)
             for example, each in zip(found, measured[split], strict=True)
         ]
         for split, found in examples.items()
     }
     if spec is None:
-        return Converted(examples, measured, {})
+        return Converted(examples, measured, {}, kind)
     if train_ids is not None:
         of_split = {split: _histogram(found, 256) for split, found in measured.items() if _has_labels(examples[split])}
-        kind = _kind_of_stray(spec, train_ids, np.zeros(256, np.int64))
-        _add_stray(pairs, train_ids, kind, problems)
+        _add_stray(pairs, train_ids, _kind_of_stray(spec, train_ids, np.zeros(256, np.int64)), problems)
         pixels = {split: _by_label(counts, train_ids, spec).tolist() for split, counts in of_split.items()}
         if not problems:
             examples = {
@@ -246,8 +274,9 @@ def convert(
                 ]
                 for split, found in examples.items()
             }
-        return Converted(examples, measured, pixels)
-    return _convert_folder(examples, measured, spec, classes, problems)
+        return Converted(examples, measured, pixels, kind)
+    examples, pixels = _convert_folder(examples, measured, spec, classes, problems)
+    return Converted(examples, measured, pixels, kind)
 
 
 def _convert_folder(
@@ -256,8 +285,8 @@ def _convert_folder(
     spec: specs.DatasetSpec,
     classes: Classes,
     problems: Problems,
-) -> Converted:
-    """The part of `convert` that is about the labels of a folder."""
+) -> tuple[Examples, dict[str, list[int]]]:
+    """The part of `convert` that is about the labels of a folder: the examples and the number of pixels by label."""
     table = _own_ids(spec)
     pairs = [pair for split, found in examples.items() for pair in zip(found, measured[split], strict=True)]
     colored = [(example.label.name, each.colors) for example, each in pairs if example.label and each.colors]
@@ -291,7 +320,7 @@ def _convert_folder(
         _add_mixed(spec, of_pairs, problems)
         _add_absent(spec, totals, _by_label(totals, table, spec), pixels, classes.absent, problems)
     if problems:
-        return Converted(examples, measured, pixels)
+        return examples, pixels
     _say_how(spec, [each for _, each in pairs], read, is_binary=is_binary)
 
     def labels_of(mask: codec.StoredMask, palette: Palette | None) -> np.ndarray:
@@ -314,7 +343,7 @@ def _convert_folder(
         split: [converted(example, each) for example, each in zip(found, measured[split], strict=True)]
         for split, found in examples.items()
     }
-    return Converted(examples, measured, pixels)
+    return examples, pixels
 
 
 def _say_how(spec: specs.DatasetSpec, found: list[Measured], read: palettes.Reading, *, is_binary: bool) -> None:
@@ -327,6 +356,8 @@ def _say_how(spec: specs.DatasetSpec, found: list[Measured], read: palettes.Read
         if number:
             how = f"colours, by {palette.name}" if palette else "indices, which are class ids"
             console.say(f"{number} {kind} masks are read by their {how}")
+    if all(each.is_grey and each.channels == 3 for each in found):
+        console.say('images are grey and become RGB; "channels": 1 in classes.json keeps their one channel')
     kinds = collections.Counter(each.rotation for each in found)
     if rotated := sum(kinds.values()) - kinds["none"]:
         console.say(
@@ -474,12 +505,56 @@ def _as_labels(file: File, labels_of: Callable[[codec.StoredMask], np.ndarray], 
     return dataclasses.replace(file, read=read)
 
 
-def _with_stored_image(example: Example, measured: Measured) -> Example:
-    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask."""
+def _common_kind(
+    pairs: Sequence[tuple[Example, Measured]], channels: int | None, problems: Problems
+) -> specs.ImageKind:
+    """What all images have in common; RGB of 8 bits where they differ, which is a problem.
+
+    Args:
+      channels: what classes.json says.
+    """
+    by_kind: dict[specs.ImageKind, list[str]] = {}
+    for example, each in pairs:
+        if each.channels:
+            by_kind.setdefault(each.kind, []).append(example.image.name)
+    counted = {kind: f"{kind}: {len(names):,}, such as {names[0]}" for kind, names in by_kind.items()}
+    if len(by_kind) > 1:
+        problems[
+            "images with different numbers of channels, or of different dtypes; a data set has one kind, so convert or "
+            'remove the others. PNG and JPEG become RGB unless classes.json has "channels": 1, which grey ones need '
+            "next to TIFF and .npy of one channel"
+        ] += [counted[kind] for kind in sorted(by_kind, key=lambda kind: -len(by_kind[kind]))]
+        return specs.RGB
+    kind = next(iter(by_kind), specs.RGB)
+    if channels not in (None, kind.channels) and by_kind:
+        problems[f'images of other channels than classes.json has, "channels": {channels}; correct it'].append(
+            counted[kind]
+        )
+    return kind
+
+
+def _with_stored_image(example: Example, measured: Measured, kind: specs.ImageKind) -> Example:
+    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask; or an array."""
     image, upright = example.image, measured.rotation in ("upright", "either")
+    if not kind.is_rgb:
+        array = _ArrayFile(image.name, image.size, lambda: bands.to_npy(_bands(image.read(), kind.channels)))
+        return dataclasses.replace(example, image=array)
     return dataclasses.replace(
         example, image=dataclasses.replace(image, read=lambda: _stored(image.read(), upright=upright))
     )
+
+
+class _ArrayFile(File):
+    """The content of a .npy file, and for NumPy its array, which is read then."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return bands.of_npy(self.read())
+
+
+def _bands(data: bytes, channels: int | None) -> np.ndarray:
+    """An image as `bands.decode` gives it; grey is repeated where RGB is asked for."""
+    image = bands.decode(data)
+    return np.repeat(image, 3, axis=2) if channels == 3 and image.shape[2] == 1 else image
 
 
 def _stored(data: bytes, *, upright: bool) -> bytes:
@@ -497,8 +572,15 @@ def _stored(data: bytes, *, upright: bool) -> bytes:
     return codec.encode_image(image)
 
 
+def _has_bands(data: bytes) -> bool:
+    """Whether a file is of a format that may have any number of channels."""
+    return codec.format_of(data[:32]) in ("TIFF", "NPY")
+
+
 def _decoded(data: bytes, *, upright: bool = False) -> np.ndarray | None:
-    """uint8 (H, W, 3), RGB, of an image; see `codec.decode_undamaged`."""
+    """uint8 (H, W, 3), RGB, of an image; see `codec.decode_undamaged`. Those of TIFF and .npy are RGB of 8 bits."""
+    if _has_bands(data):
+        return _bands(data, 3)
     image = codec.decode_undamaged(data, upright=upright)
     return image if image is None else scaling.as_uint8(image, None, 255 if image.dtype == np.uint8 else None)
 
@@ -535,13 +617,9 @@ def _check(
     example: Example,
     spec: specs.DatasetSpec | None,
     train_ids: np.ndarray | None,
-    known: Sequence[Palette],
+    classes: Classes,
 ) -> tuple[Measured, np.ndarray | None, list[tuple[str, str]]]:
-    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem.
-
-    Args:
-      known: palettes that masks of a folder may have.
-    """
+    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem."""
     faults: list[tuple[str, str]] = []
     contents: dict[str, bytes] = {}
 
@@ -550,7 +628,8 @@ def _check(
         try:
             data = contents[file.name] = file.read()
             found = hash_of(data)
-            damage = codec.damage(data)
+            # Their decoders find it.
+            damage = None if train_ids is None and _has_bands(data) else codec.damage(data)
         except (OSError, reading.UnreadableError) as error:
             data, damage = b"", getattr(error, "strerror", None) or str(error).removeprefix(f"{file.name}: ")
         if not damage and (kind := fault(data)):
@@ -561,8 +640,11 @@ def _check(
         except scaling.UnknownScaleError as error:
             faults.append((_UNKNOWN_SCALE, f"{file.name}: {error}"))
             return None, found
+        except codec.LayoutError as error:
+            faults.append((_OTHER_LAYOUT, f"{file.name}: {error}"))
+            return None, found
         except codec.ImageError as error:
-            damage = str(error)
+            damage = str(error).replace(codec.HIGHER_LIMIT, "; cut it up")
         if decoded is None:
             faults.append((_UNREADABLE, f"{file.name}: {damage or 'does not decode'}"))
         return decoded, found
@@ -571,13 +653,23 @@ def _check(
         # Published archives have damaged images, Oxford-IIIT Pet two.
         return codec.decode_image(data) if codec.format_of(data[:32]) == "JPEG" else _decoded(data)
 
-    decode_image = _decoded if train_ids is None else decode_published
+    def decode_own(data: bytes) -> np.ndarray | None:
+        return _bands(data, classes.channels) if classes.channels == 1 or _has_bands(data) else _decoded(data)
+
+    decode_image = decode_own if train_ids is None else decode_published
     image, hash_of_image = read(example.image, codec.fault_of_image, decode_image)
     size = (0, 0) if image is None else image.shape[:2]
+    of_image: dict[str, Any] = {}
+    if image is not None:
+        if strange := bands.strange_values(image):
+            faults.append((_STRANGE, f"{example.image.name}: {strange}"))
+        else:
+            of_image = {"channels": image.shape[2], "dtype": image.dtype.name, "moments": bands.moments(image)}
+            of_image["is_grey"] = codec.is_grey(contents[example.image.name])
     if example.label is None:
         # A mask of ignored pixels, because readers expect one.
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)
-        return Measured(size, (), (hash_of_image, None)), ignored, faults
+        return Measured(size, (), (hash_of_image, None), **of_image), ignored, faults
     if train_ids is None:
         wide, binary = (spec.label_dtype is np.uint16, len(spec.label_names) == 2) if spec else (True, True)
         fault_of_mask = functools.partial(codec.fault_of_mask, wide=wide, binary=binary)
@@ -589,15 +681,19 @@ def _check(
     if image is not None and mask is not None:
         # Masks from archives are aligned with the images as stored, not as EXIF rotates them.
         if train_ids is None:
-            rotation, size = _rotation(contents[example.image.name], image, mask.values.shape[:2])
+            data = contents[example.image.name]
+            if not _has_bands(data) and classes.channels != 1:
+                rotation, size = _rotation(data, image, mask.values.shape[:2])
         if size != mask.values.shape[:2]:
             height, width = mask.values.shape[:2]
-            faults.append((_OTHER_SIZE, f"{example.label.name} is {height} x {width}, its image {size[0]} x {size[1]}"))
-    measured = Measured(size, (), (hash_of_image, hash_of_mask), rotation=rotation)
+            hint = "; the array seems to be (C, H, W)" * (image.shape[1:] == (height, width))
+            other = f"{example.label.name} is {height} x {width}, its image {size[0]} x {size[1]}{hint}"
+            faults.append((_OTHER_SIZE, other))
+    measured = Measured(size, (), (hash_of_image, hash_of_mask), rotation=rotation, **of_image)
     if mask is None:
         return measured, None, faults
     if mask.values.ndim == 3 or mask.palette is not None:
-        measured = dataclasses.replace(measured, colors=palettes.colors_of(mask, known))
+        measured = dataclasses.replace(measured, colors=palettes.colors_of(mask, classes.palettes))
     if mask.values.ndim == 2:
         pixels = np.bincount(mask.values.ravel())
         values = tuple((value, int(pixels[value])) for value in np.flatnonzero(pixels).tolist())

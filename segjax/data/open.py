@@ -25,12 +25,21 @@ class OpenSplit(NamedTuple):
       spec: classes, colours and ignore label.
       pixel_counts: () -> int64 (K,), the number of pixels of each label value; (2,) for a single class.
       prepared: the dataset that the split is of; None for a generated one.
+      kind: channels and dtype of its images, where they are read from disk.
     """
 
     data: specs.Split | Records
     spec: specs.DatasetSpec
     pixel_counts: Callable[[], np.ndarray]
     prepared: Prepared | None = None
+    kind: specs.ImageKind = specs.RGB
+
+    @property
+    def image_kind(self) -> specs.ImageKind:
+        """Channels and dtype of the images."""
+        if isinstance(self.data, specs.Split):
+            return specs.ImageKind(self.data.images.shape[-1], self.data.images.dtype.name)
+        return self.kind
 
 
 def open_splits(
@@ -116,8 +125,11 @@ def open_prepared_splits(prepared: Prepared, splits: Sequence[str], resident_gb:
         records = prepared.records(split)
         return (
             records
-            if padded_gigabytes(records, ignore_label=prepared.spec.ignore_label) > resident_gb
+            if padded_gigabytes(records, ignore_label=prepared.spec.ignore_label, kind=prepared.kind) > resident_gb
             else prepared.load(split)
         )
 
-    return [OpenSplit(read(split), prepared.spec, of, prepared) for split, of in zip(splits, counts, strict=True)]
+    return [
+        OpenSplit(read(split), prepared.spec, of, prepared, prepared.kind)
+        for split, of in zip(splits, counts, strict=True)
+    ]

@@ -287,7 +287,7 @@ def evaluation_batches(
       part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
-      B images uint8 (H, W, 3), their labels (H, W), and int64 (n,) image numbers. The last batch of a key repeats
+      B images (H, W, C), their labels (H, W), and int64 (n,) image numbers. The last batch of a key repeats
       its last image up to B images, and only the first n images count.
 
     Raises:

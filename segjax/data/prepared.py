@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from absl import logging
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.data import codec, records, specs
+from segjax.data import bands, codec, records, specs
 from segjax.data.records import JoinedRecords
 from segjax.data.sources import DataError, counted
 from segjax.runtime import console, reading
@@ -39,6 +40,29 @@ class Prepared:
     path: Path
     metadata: dict = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def kind(self) -> specs.ImageKind:
+        """Channels and dtype of the images; RGB of 8 bits of a dataset that was prepared before there were others."""
+        images = self.metadata.get("images")
+        return specs.ImageKind(images["channels"], images["dtype"]) if images else specs.RGB
+
+    def moments(self, split: str) -> bands.Moments:
+        """Mean and deviation of each channel, in the numbers of the images.
+
+        Raises:
+          DataError: there is no such split, or the dataset was prepared before they were computed.
+        """
+        parts = self._parts(split)
+        if "images" not in self.metadata:
+            raise DataError(
+                f"{self.path} was prepared before mean and deviation of its images were computed; delete that "
+                "directory and prepare the dataset again"
+            )
+        found = [self.metadata["images"]["moments"][part] for part in parts]
+        return functools.reduce(
+            bands.merged, (bands.Moments(each["pixels"], tuple(map(tuple, each["of"]))) for each in found)
+        )
+
     def pixel_counts(self, split: str) -> list[int]:
         """Number of pixels of each label value, in the order of `spec.label_names`: K numbers, or 2 for a single class.
 
@@ -53,7 +77,7 @@ class Prepared:
         return JoinedRecords(parts) if len(parts) > 1 else next(iter(parts.values()))
 
     def load(self, split: str) -> specs.Split:
-        """Decodes a split into host memory: 4 * H * W bytes per image, or 5 with labels of 16 bits.
+        """Decodes a split into host memory: of RGB 4 * H * W bytes per image, or 5 with labels of 16 bits.
 
         H and W are the largest of the split.
 
@@ -103,12 +127,14 @@ class PreparedRecords:
         self.names = tuple(prepared.metadata["names"][split])
         self.sizes = np.array(prepared.metadata["sizes"][split], np.int32).reshape(-1, 2)
         self._prepared, self._split = prepared, split
-        skip = tfds.decode.SkipDecoding()
+        # Arrays are decoded by TFDS, files of images here.
+        encoded = ("image", "label") if prepared.kind.is_rgb else ("label",)
+        decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())
         with quiet():
             # Any: the decorators of as_data_source hide its parameters from type checkers.
             builder: Any = tfds.builder_from_directory(prepared.path)
             try:
-                self._source = builder.as_data_source(split, decoders={"image": skip, "label": skip})
+                self._source = builder.as_data_source(split, decoders=decoders)
                 stored = len(self._source)
             except Exception as error:
                 # The type of exception depends on the library that opens the damaged file.
@@ -127,7 +153,7 @@ class PreparedRecords:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (H, W, 3), RGB, and label (H, W), train ids of the dtype `spec.label_dtype`.
+        """Image (H, W, C) of `Prepared.kind`, and label (H, W), train ids of the dtype `spec.label_dtype`.
 
         Raises:
           DataError: the labels of this split are not published, or the record does not decode.
@@ -137,10 +163,10 @@ class PreparedRecords:
         return self._decoded(index, record, "image"), self._decoded(index, record, "label")
 
     def image(self, index: int) -> np.ndarray:
-        """Only the image, uint8 (H, W, 3), also of a split without labels; DataError where it does not decode."""
+        """Only the image, (H, W, C), also of a split without labels; DataError where it does not decode."""
         return self._decoded(index, self._read(index), "image")
 
-    def _read(self, index: int) -> dict[str, bytes]:
+    def _read(self, index: int) -> dict[str, Any]:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"{self._prepared.spec.name} {self._split} has {len(self)} images, and no number {index}")
@@ -150,8 +176,11 @@ class PreparedRecords:
             # The type of exception depends on the library that reads the damaged file.
             raise self._damaged(index, f"cannot be read ({error})") from error
 
-    def _decoded(self, index: int, record: dict[str, bytes], part: str) -> np.ndarray:
-        array = codec.decode_image(record[part]) if part == "image" else codec.decode_mask(record[part])
+    def _decoded(self, index: int, record: dict[str, Any], part: str) -> np.ndarray:
+        if part == "label":
+            array = codec.decode_mask(record[part])
+        else:
+            array = codec.decode_image(record[part]) if self._prepared.kind.is_rgb else record[part]
         if array is None or array.shape[:2] != tuple(self.sizes[index]):
             raise self._damaged(index, f"its {part} does not decode")
         if part == "image":
@@ -185,6 +214,19 @@ class _Division(TypedDict):
     group_by: str | None
 
 
+class _Moments(TypedDict):
+    """See `bands.Moments`."""
+
+    pixels: Annotated[int, Field(ge=1)]
+    of: list[Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]]
+
+
+class _Images(TypedDict):
+    channels: Annotated[int, Field(ge=1, le=65_536)]
+    dtype: Literal["uint8", "uint16", "float32"]
+    moments: dict[str, _Moments]
+
+
 class _Metadata(TypedDict):
     """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are no text."""
 
@@ -195,6 +237,7 @@ class _Metadata(TypedDict):
     names: dict[str, list[Any]]
     sizes: dict[str, list[Annotated[list[Annotated[int, Field(ge=1, lt=1 << 31)]], Field(min_length=2, max_length=2)]]]
     pixels: dict[str, list[Annotated[int, Field(ge=0)]]]
+    images: NotRequired[_Images]
     division: NotRequired[_Division]
     hashes: NotRequired[dict[str, list[Annotated[list[str | None], Field(min_length=2, max_length=2)]]]]
 
@@ -264,6 +307,13 @@ def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Pa
             if found is None or len(found) != count:
                 entries = "nothing" if found is None else f"{len(found)} entries"
                 raise reading.UnreadableError(f"{path}: {key}.{split} should have {count} entries, it has {entries}")
+    if images := metadata.get("images"):
+        for split, count in splits.items():
+            found = images["moments"].get(split)
+            if count and (found is None or len(found["of"]) != images["channels"]):
+                raise reading.UnreadableError(
+                    f"{path}: images.moments.{split} is not of {images['channels']} channels of a split"
+                )
     for split, counts in metadata["pixels"].items():
         if split not in splits or len(counts) != max(number, 2):
             raise reading.UnreadableError(f"{path}: pixels.{split} is not of {max(number, 2)} classes of a split")

@@ -43,7 +43,8 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 image (H, W, 3), RGB, and uint8 or uint16 label (H, W), train ids."""
+        """Image (H, W, C), all of one C and one dtype (uint8, uint16 or float32), RGB of uint8 unless the data are
+        others; and uint8 or uint16 label (H, W), train ids."""
         ...
 
 
@@ -136,19 +137,21 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
         raise RecordError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
     # np.shape, because an image that does not decode may be None.
     shapes = np.shape(image), np.shape(label)
-    if shapes != ((*size, 3), size):
+    if len(shapes[0]) != 3 or (shapes[0][:2], shapes[1]) != (size, size):
         raise RecordError(f"{name} should be of size {size}, but its image and label have the shapes {shapes}")
     return image, label
 
 
-def padded_gigabytes(records: Records, *, ignore_label: int) -> float:
-    """Gigabytes (1e9 bytes) of host memory that `load` takes."""
+def padded_gigabytes(records: Records, *, ignore_label: int, kind: specs.ImageKind = specs.RGB) -> float:
+    """Gigabytes (1e9 bytes) of host memory that `load` takes for images of this kind."""
     height, width = records.sizes.max(axis=0).tolist()
-    return (3 + np.dtype(specs.dtype_of_labels(ignore_label)).itemsize) * len(records) * height * width / 1e9
+    pixel = kind.channels * np.dtype(kind.dtype).itemsize + np.dtype(specs.dtype_of_labels(ignore_label)).itemsize
+    return pixel * len(records) * height * width / 1e9
 
 
 def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs.Split:
-    """Reads a split into host memory, padded to its largest image: 4 * N * H * W bytes, or 5 for labels of 16 bits.
+    """Reads a split into host memory, padded to its largest image: of RGB 4 * N * H * W bytes, or 5 for labels of 16
+    bits.
 
     Args:
       ignore_label: label of the padding, which decides the dtype of the labels.
@@ -158,14 +161,19 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
       RecordError: an image or a label cannot be used.
     """
     canvas = (len(records), *records.sizes.max(axis=0))
-    images, labels = (
-        np.zeros((*canvas, 3), np.uint8),
-        np.full(canvas, ignore_label, specs.dtype_of_labels(ignore_label)),
-    )
+    first, _ = read(records, 0)
+    images = np.zeros((*canvas, first.shape[2]), first.dtype)
+    labels = np.full(canvas, ignore_label, specs.dtype_of_labels(ignore_label))
 
     def fill(number: int) -> None:
         height, width = records.sizes[number]
-        images[number, :height, :width], labels[number, :height, :width] = read(records, number)
+        image, label = read(records, number)
+        if (image.dtype, image.shape[2]) != (first.dtype, first.shape[2]):
+            raise RecordError(
+                f"{records.names[number]} has {image.shape[2]} channels of {image.dtype}, and {records.names[0]} "
+                f"{first.shape[2]} of {first.dtype}; all images of a split are of one kind"
+            )
+        images[number, :height, :width], labels[number, :height, :width] = image, label
 
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in console.ProgressBar(what, len(records), "images").over(pool.map(fill, range(len(records)))):

@@ -19,6 +19,34 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
+# What the numbers of images may be.
+IMAGE_DTYPES = ("uint8", "uint16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageKind:
+    """What all images of a dataset have in common, or all that a model takes.
+
+    Attributes:
+      channels: C.
+      dtype: one of `IMAGE_DTYPES`; None where a model does not tell.
+    """
+
+    channels: int = 3
+    dtype: str | None = "uint8"
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether they are RGB of 8 bits, as cameras make them."""
+        return self == RGB
+
+    def __str__(self) -> str:
+        channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
+        return channels if self.dtype is None else f"{channels} of {self.dtype}"
+
+
+RGB = ImageKind()
+
 # Largest value of a label: labels have 16 bits where 8 are not enough.
 LARGEST_LABEL = 2**16 - 1
 
@@ -103,7 +131,7 @@ class Split(NamedTuple):
     """One split in host memory. Images smaller than the largest are padded at the bottom and right.
 
     Attributes:
-      images: uint8 (N, H, W, 3), RGB, zeros in the padding.
+      images: uint8, uint16 or float32 (N, H, W, C), zeros in the padding; uint8 and RGB unless the data are others.
       labels: uint8 or uint16 (N, H, W), train ids, ignore_label in the padding; see `DatasetSpec.label_dtype`.
       sizes: int32 (N, 2), height and width of each image before padding.
       names: N names, for messages and file names.

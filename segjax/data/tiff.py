@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from segjax.data import codec
-from segjax.data.codec import ImageError
+from segjax.data.codec import ImageError, LayoutError
 from segjax.runtime import reading
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Layout(NamedTuple):
 
     Attributes:
       size: height and width.
-      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK.
+      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK; 0 if it is not known.
+      why_unknown: why its colours are not known, or "".
       dtype: of a sample.
       is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
       orientation: value of the tag, 1 to 8; 1 is upright.
@@ -56,6 +57,7 @@ class Layout(NamedTuple):
 
     size: tuple[int, int]
     colours: int
+    why_unknown: str
     dtype: np.dtype | None
     is_plain: bool
     orientation: int
@@ -69,18 +71,24 @@ def layout(path: Path) -> Layout:
     """The layout of a TIFF, of which only the tags are read.
 
     Raises:
-      ImageError: the tags are damaged, or its bands are not known to be grey or RGB. UnreadableError: it is no regular
+      ImageError: the tags are damaged, or the first page is no image. UnreadableError: it is no regular
         file. OSError: it cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         page, length = file.pages.first, os.fstat(opened.fileno()).st_size
-        colours = _colours(page, _has_more_pages(file))
+        _refuse_no_image(page, _has_more_pages(file))
+        colours, why_unknown = 0, ""
+        try:
+            colours = _colours(page, _has_more_pages(file))
+        except ImageError as error:
+            why_unknown = str(error)
         is_whole = page.dtype is not None and page.dtype.kind in "uif" and 8 * page.dtype.itemsize == page.bitspersample
         photometric, compression = int(page.photometric), int(page.compression)
         has_colours = photometric in (_BLACK_IS_ZERO, _RGB) or (photometric == _YCBCR and compression == _JPEG)
         return Layout(
             (page.imagelength, page.imagewidth),
             colours,
+            why_unknown,
             page.dtype,
             is_whole and has_colours and (compression == _JPEG or compression not in _JPEGS),
             _value(page, _ORIENTATION, 1),
@@ -145,29 +153,66 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
         colours = _colours(page, _has_more_pages(file))
         _refuse_size(page, max_pixels)
         _refuse_damaged(page, data, max_pixels)
-        image = page.asarray()
-        if page.axes.startswith("S"):
-            image = np.moveaxis(image, 0, -1)
-        image = image.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)[..., :colours]
+        image = _samples(page)[..., :colours]
         return _upright(*_as_grey_or_rgb(page, image), page)
 
 
-def _colours(page: TiffPage, has_more_pages: bool) -> int:
-    """Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK."""
+def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
+    """The first page of a TIFF with all of its samples, upright: (H, W, C) of any dtype.
+
+    Grey of which 0 is white is inverted; palettes, CMYK and YCbCr become RGB.
+
+    Raises:
+      ImageError: the file is damaged, it has more than `max_pixels` pixels, or further images next to the first.
+    """
+    with _reported(), _opened(io.BytesIO(data)) as file:
+        page = file.pages.first
+        _refuse_no_image(page, _has_more_pages(file))
+        # Overviews and masks are no images of their own.
+        pages = sum(not int(each.aspage().subfiletype) & 5 for each in file.pages)
+        if pages > 1:
+            raise LayoutError(
+                f"has {pages} pages, and the bands of an image are read from one; write them into one page"
+            )
+        is_converted = int(page.photometric) in (_PALETTE, _CMYK, _YCBCR)
+        samples = _colours(page, _has_more_pages(file)) if is_converted else page.samplesperpixel
+        _refuse_size(page, max_pixels)
+        _refuse_damaged(page, data, max_pixels)
+        image = _samples(page)[..., :samples]
+        if is_converted or int(page.photometric) == _WHITE_IS_ZERO:
+            image, _ = _as_grey_or_rgb(page, image)
+        return _upright(image.astype(np.uint8) if image.dtype == bool else image, None, page)[0]
+
+
+def _samples(page: TiffPage) -> np.ndarray:
+    """All samples of a page, (H, W, S)."""
+    image = page.asarray()
+    if page.axes.startswith("S"):
+        image = np.moveaxis(image, 0, -1)
+    return image.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+
+
+def _refuse_no_image(page: TiffPage, has_more_pages: bool) -> None:
     if int(page.subfiletype) & 1 and has_more_pages:
         raise ImageError("has a preview as its first page, as raw files of cameras have; convert it to RGB")
     if page.imagedepth > 1:
         raise ImageError(f"is a volume of {page.imagedepth} slices, not an image")
     if not isinstance(page.bitspersample, int):
         raise ImageError(f"has samples of {page.bitspersample} bits; convert it to 8 bits a sample")
+
+
+def _colours(page: TiffPage, has_more_pages: bool) -> int:
+    """Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK."""
+    _refuse_no_image(page, has_more_pages)
     photometric, samples = int(page.photometric), page.samplesperpixel
     if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
         bands = samples - sum(int(kind) in _ALPHA for kind in page.extrasamples)
         if bands == 1 or (bands == 3 and photometric == _BLACK_IS_ZERO):
             return bands
         raise ImageError(
-            f"has {bands} bands, and its tags do not say which are red, green and blue; write these three as RGB, "
-            "for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp red,green,blue IN.tif OUT.tif"
+            f"has {bands} bands, and its tags do not say which are red, green and blue, the 3 channels that the "
+            "model takes; write these three as RGB, for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp "
+            "red,green,blue IN.tif OUT.tif"
         )
     needed = {_RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric)
     if needed is None:
@@ -195,7 +240,7 @@ def _refuse_size(page: TiffPage, max_pixels: int) -> None:
     if page.nbytes > 4 * max_pixels:
         raise ImageError(
             f"has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel, {page.nbytes:,} bytes, and "
-            f"{4 * max_pixels:,} are read; write only its RGB, or parts of it"
+            f"{4 * max_pixels:,} are read; write fewer of them, or parts of it"
         )
 
 

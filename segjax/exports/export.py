@@ -2,9 +2,9 @@
 
 Input and output of a file:
 
-    stablehlo         float32 (B, H, W, 3), normalised RGB -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
-    onnx, torch       float32 (B, 3, H, W), normalised RGB -> `logits` float32 (B, K, H/4, W/4)
-    preprocessing     input of every format: uint8 RGB (B, H, W, 3)
+    stablehlo         float32 (B, H, W, C), normalised -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
+    onnx, torch       float32 (B, C, H, W), normalised -> `logits` float32 (B, K, H/4, W/4)
+    preprocessing     input of every format: (B, H, W, C) in the numbers of the training images, of RGB uint8
     argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, of logits
                       upsampled bilinearly in float32, with the model's `align_corners`, which is in the metadata for
                       those who upsample logits themselves
@@ -37,7 +37,8 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.checkpoints.state_dict import from_values, logger, named_variables
-from segjax.data import streets
+from segjax.data import specs, streets
+from segjax.data.augment import normalise
 from segjax.exports import stablehlo
 from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
 from segjax.inference.engine import labels_of
@@ -67,7 +68,7 @@ def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dty
 def compiled(
     model: SegmentationModel, export_format: ExportFormat, batch: int, size: tuple[int, int]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of uint8 images (batch, H, W, 3), normalised by `export_format`: logits (batch, h, w, K).
+    """A function of images (batch, H, W, C) of `image_kind`, normalised by `export_format`: logits (batch, h, w, K).
 
     Raises:
       TooLittleMemoryError: there is less memory than it needs.
@@ -76,12 +77,13 @@ def compiled(
     what = f"the model on {f'{batch} images' if batch > 1 else 'an image'} of {height}x{width}"
     # The images as float32, and for labels the scores at their size, twice.
     scores = 2 * model.spec.num_classes if export_format.argmax else 0
-    memory.refuse_more_than_host(4 * batch * height * width * (3 + scores), what=what)
+    memory.refuse_more_than_host(4 * batch * height * width * (model.in_channels + scores), what=what)
     functional = FunctionalModel(model)
     run = jax.jit(lambda arrays, images: functional.bind(*arrays)(export_format.normalise(images))[0])
     arrays = functional.arrays()
     with jax.default_matmul_precision("highest"):
-        program = run.lower(arrays, jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)).compile()
+        images = jax.ShapeDtypeStruct((batch, height, width, model.in_channels), _dtype_of_images(export_format))
+        program = run.lower(arrays, images).compile()
     memory.refuse_too_large(memory.needed(program), jax.local_devices()[:1], what=what)
     return lambda images: np.asarray(program(arrays, images))
 
@@ -106,13 +108,28 @@ def _reader_and_writer(export_format: ExportFormat) -> tuple[Callable, Callable]
 # ----------------------------------------------------------------------------------------------------------- comparison
 
 
-def pictures(batch: int, size: tuple[int, int]) -> np.ndarray:
-    """Drawn street scenes, uint8 (batch, H, W, 3)."""
-    return np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
+def _dtype_of_images(export_format: ExportFormat) -> np.dtype:
+    return np.dtype(export_format.image_kind.dtype or "float32")
+
+
+def pictures(batch: int, size: tuple[int, int], export_format: ExportFormat) -> np.ndarray:
+    """Drawn street scenes as images of a model, (batch, H, W, C) of its dtype.
+
+    For others than RGB of 8 bits, red, green and blue follow in turn, with the mean and deviation of each channel.
+    """
+    scenes = np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
+    if export_format.image_kind.is_rgb:
+        return scenes
+    in_turn = np.asarray(normalise(scenes))[..., np.arange(export_format.image_kind.channels) % 3]
+    values, dtype = (
+        in_turn * np.array(export_format.std) + np.array(export_format.mean),
+        _dtype_of_images(export_format),
+    )
+    return (values if dtype.kind == "f" else values.round().clip(0, np.iinfo(dtype).max)).astype(dtype)
 
 
 def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, export_format: ExportFormat) -> np.ndarray:
-    """The output of a file on uint8 images (B, H, W, 3): logits (B, h, w, K) or labels (B, H, W)."""
+    """The output of a file on images (B, H, W, C) as of `pictures`: logits (B, h, w, K) or labels (B, H, W)."""
     given = images if export_format.preprocessing else np.asarray(export_format.normalise(images))
     output = run(given if export_format.channels_last else np.ascontiguousarray(np.moveaxis(given, -1, 1)))
     return output if export_format.argmax or export_format.format == "stablehlo" else np.moveaxis(output, 1, -1)
@@ -176,8 +193,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "normalisation": {
             "mean": list(export_format.mean),
             "std": list(export_format.std),
-            "order": "RGB",
-            "range": "0..255",
+            **_about_images(export_format.image_kind),
             "inside": export_format.preprocessing,
         },
         "size_multiple": loaded.model.size_multiple,
@@ -191,17 +207,25 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
     return stamped(metadata)
 
 
+def _about_images(kind: specs.ImageKind) -> dict[str, Any]:
+    """The images that mean and deviation are of."""
+    if kind.is_rgb:
+        return {"order": "RGB", "range": "0..255"}
+    return {"channels": kind.channels, "dtype": kind.dtype or "unknown"}
+
+
 def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
     """Names, types and shapes of input and output, as lines to print."""
     batch, height, width = ("batch", "height", "width") if export_format.dynamic else (1, *export_format.size)
-    shape = (batch, height, width, 3) if export_format.channels_last else (batch, 3, height, width)
+    shape = export_format.input_shape(batch, height, width)
     if export_format.argmax:
         given = (batch, height, width)
     else:
         stride = -(-export_format.size[0] // logits[1])
         h, w = (f"height/{stride}", f"width/{stride}") if export_format.dynamic else logits[1:3]
         given = (batch, h, w, logits[3]) if export_format.format == "stablehlo" else (batch, logits[3], h, w)
-    kind = "uint8 RGB" if export_format.preprocessing else "float32 normalised RGB"
+    normalised = "" if export_format.preprocessing else " normalised"
+    kind = f"{export_format.input_dtype}{normalised}" + " RGB" * export_format.image_kind.is_rgb
     labels = "uint8" if loaded.model.spec.num_classes <= 256 else "int32"
     dtype = labels if export_format.argmax else "float32"
     multiple = loaded.model.size_multiple
@@ -275,7 +299,8 @@ def export_model(
         and normalisation are in the file, for StableHLO in `*.stablehlo.json` next to it.
       size: (height, width) of the images, pixels.
       dynamic: whether batch, height and width are dynamic; otherwise the batch is 1.
-      preprocessing: whether the file takes uint8 RGB images (B, H, W, 3) and normalises them.
+      preprocessing: whether the file takes images (B, H, W, C), RGB of uint8 or in the numbers of the training images,
+        and normalises them.
       argmax: whether the output is labels of the images' size instead of logits.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
       threshold: probability above which a pixel is of the class, in labels of a model of one class.
@@ -317,13 +342,13 @@ def export(
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(export_format)
     loaded = as_loaded(source, weights=weights)
-    export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std)
+    export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std, image_kind=loaded.image_kind)
     _require(export_format, destination, loaded.model)
     model = rounded(
         loaded.model, stored=jnp.dtype(export_format.dtype), computes_in=jnp.dtype(export_format.computes_in)
     )
     # Before anything is compiled, so that a size that the model does not take is refused at once.
-    image = jax.ShapeDtypeStruct((1, *export_format.size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *export_format.size, model.in_channels), jnp.float32)
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
     logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.dtype)
     logger.info("exporting as %s; large models take minutes", export_format.format)
@@ -373,7 +398,7 @@ def _is_equal(
     logger.info("comparing it with the model")
     bound, passed = BOUNDS[export_format.computes_in], True
     for batch, size, expected in programs:
-        images = pictures(batch, size)
+        images = pictures(batch, size, export_format)
         output = run_file(run, images, export_format)
         error = error_of(output, expected(images), size, export_format, align_corners=model.align_corners)
         verdict = "equal" if error <= bound else f"NOT equal (bound {bound:.0e})"

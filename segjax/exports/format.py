@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segjax.data import specs
 
@@ -38,7 +38,8 @@ class ExportFormat:
       dtype: dtype of the stored weights, a key of `BOUNDS`.
       opset: of an ONNX file, one of `OPSETS`; None for that of torch.onnx.
       threshold: probability above which a pixel is of the class, in labels of models of one class.
-      mean, std: mean and standard deviation of the training images, RGB in 0..255.
+      mean, std: mean and standard deviation of the training images, a number for each channel.
+      image_kind: channels and dtype of the images that the model was trained on.
     """
 
     format: str
@@ -49,19 +50,30 @@ class ExportFormat:
     dtype: str = "float32"
     opset: int | None = None
     threshold: float = 0.5
-    mean: tuple[float, float, float] = specs.IMAGENET_MEAN
-    std: tuple[float, float, float] = specs.IMAGENET_STD
+    mean: tuple[float, ...] = specs.IMAGENET_MEAN
+    std: tuple[float, ...] = specs.IMAGENET_STD
+    image_kind: specs.ImageKind = specs.RGB
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """RGB 0..255 (..., 3) of any dtype -> normalised float32."""
+        """Images (..., C) of any dtype, RGB in 0..255, -> normalised float32."""
         from segjax.data.augment import normalise
 
         return normalise(images, self.mean, self.std)
 
     @property
     def channels_last(self) -> bool:
-        """Whether the file takes images (B, H, W, 3), or else (B, 3, H, W)."""
+        """Whether the file takes images (B, H, W, C), or else (B, C, H, W)."""
         return self.preprocessing or self.format == "stablehlo"
+
+    @property
+    def input_dtype(self) -> str:
+        """The dtype of images that the file takes: with preprocessing their own, or float32 where that is unknown."""
+        return (self.image_kind.dtype or "float32") if self.preprocessing else "float32"
+
+    def input_shape(self, batch: Any, height: Any, width: Any) -> tuple[Any, ...]:
+        """The shape of images that the file takes, of any kind of numbers or symbols."""
+        channels = self.image_kind.channels
+        return (batch, height, width, channels) if self.channels_last else (batch, channels, height, width)
 
     @property
     def computes_in(self) -> str:

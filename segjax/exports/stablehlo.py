@@ -24,7 +24,7 @@ from segjax.models.segmentation_model import SegmentationModel
 def run_model(
     functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, export_format: ExportFormat
 ) -> jax.Array:
-    """The computation of the file on images (B, H, W, 3): logits (B, h, w, K), or labels (B, H, W)."""
+    """The computation of the file on images (B, H, W, C): logits (B, h, w, K), or labels (B, H, W)."""
     if export_format.preprocessing:
         images = export_format.normalise(images)
     logits, _ = functional.bind(params, batch_stats)(images)
@@ -56,13 +56,14 @@ def write_stablehlo(
         # A file contains the implementations for both: those that are fast on a CPU are not fast on a GPU.
         return lax.platform_dependent(params, batch_stats, images, **{name: on(name) for name in PLATFORMS})
 
-    shape = (1, *export_format.size, 3)
+    shape, channels = export_format.input_shape(1, *export_format.size), model.in_channels
     if export_format.dynamic and model.size_multiple > 1:
-        shape = jax_export.symbolic_shape(f"batch, {model.size_multiple}*height, {model.size_multiple}*width, 3")
+        multiple = model.size_multiple
+        shape = jax_export.symbolic_shape(f"batch, {multiple}*height, {multiple}*width, {channels}")
     elif export_format.dynamic:
         constraints = (f"height >= {LEAST}", f"width >= {LEAST}")
-        shape = jax_export.symbolic_shape("batch, height, width, 3", constraints=constraints)
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8 if export_format.preprocessing else jnp.float32)
+        shape = jax_export.symbolic_shape(f"batch, height, width, {channels}", constraints=constraints)
+    images = jax.ShapeDtypeStruct(shape, jnp.dtype(export_format.input_dtype))
     with _without_locations():
         path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
     metadata_path(path).write_text(json.dumps(metadata, indent=1), encoding="utf-8")

@@ -41,7 +41,7 @@ class Program(torch.nn.Module):
         stored = getattr(torch, export_format.dtype)
         for parameter in self.reference.parameters():
             parameter.data = parameter.data.to(stored)
-        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (export_format.mean, export_format.std))
+        mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (export_format.mean, export_format.std))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         bases = None
@@ -69,11 +69,9 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
     # torch.export would take a batch of 1 for a constant.
     batch, (height, width) = 2 if export_format.dynamic else 1, export_format.size
     axes = (1, 2) if export_format.channels_last else (2, 3)
-    images = (
-        torch.zeros(batch, height, width, 3) if export_format.channels_last else torch.zeros(batch, 3, height, width)
+    images = torch.zeros(
+        export_format.input_shape(batch, height, width), dtype=getattr(torch, export_format.input_dtype)
     )
-    if export_format.preprocessing:
-        images = images.to(torch.uint8)
     open_sizes = None
     if export_format.dynamic:
         multiple = model.size_multiple

@@ -17,7 +17,7 @@ from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.inference import geotiff
 from segjax.inference.engine import labels_of
-from segjax.inference.images import has_more_images, read_image, upright_size
+from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
 from segjax.inference.outputs import Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
@@ -196,8 +196,11 @@ class Run:
         if not job.is_scene or self._in_parts:
             return None
         with contextlib.suppress(ValueError, OSError):
-            scale, max_pixels = self._predictor.scale, self._predictor.max_pixels
-            if geotiff.why_whole(cast(Path, job.source), scale=scale, max_pixels=max_pixels) is None:
+            own = self._predictor
+            why = geotiff.why_whole(
+                cast(Path, job.source), scale=own.scale, max_pixels=own.max_pixels, images=own.image_kind
+            )
+            if why is None:
                 return self._predict_scene
         return None
 
@@ -226,14 +229,23 @@ class Run:
 
     def _predict_images(self, jobs: Sequence[Job]) -> None:
         def read(job):
-            scale, max_pixels = self._predictor.scale, self._predictor.max_pixels
+            scale, max_pixels, kind = self._predictor.scale, self._predictor.max_pixels, self._predictor.image_kind
             if job.is_scene:
-                return geotiff.read(job.source, scale=scale, max_pixels=max_pixels, in_parts=self._in_parts)
-            return read_image(job.source, scale=scale, max_pixels=max_pixels)
+                return geotiff.read(
+                    job.source,
+                    scale=scale,
+                    max_pixels=max_pixels,
+                    in_parts=self._in_parts,
+                    images=kind,
+                    fill=self._predictor.mean,
+                )
+            if kind.is_rgb:
+                return read_image(job.source, scale=scale, max_pixels=max_pixels)
+            return read_bands(job.source, kind, max_pixels=max_pixels)
 
         def write(job, image, prediction):
             if job.is_scene:
-                save_scene(job, image, prediction, self._predictor.classes)
+                save_scene(job, image, prediction, self._predictor.classes, self._predictor.image_kind)
                 return
             for kind, path in job.outputs.items():
                 save(path, kind, image, prediction, self._predictor.classes)
@@ -263,7 +275,8 @@ class Run:
     def _predict_scene(self, job: Job) -> None:
         """Predicts a scene in parts, whose number of pixels does not matter."""
         source = cast(Path, job.source)
-        with geotiff.opened(source, scale=self._predictor.scale) as scene:
+        own = self._predictor
+        with geotiff.opened(source, scale=own.scale, images=own.image_kind, fill=own.mean) as scene:
             height, width = scene.shape[:2]
             with (
                 SceneOutputs(job, scene, self._predictor.classes) as outputs,
@@ -288,6 +301,8 @@ class Run:
 
     def _predict_video(self, job: Job) -> None:
         """Raises KeyboardInterrupt after Ctrl-C; a camera or stream without an end is written up to then."""
+        if not self._predictor.image_kind.is_rgb:
+            raise ValueError(f"videos are RGB of 8 bits, and the model takes {self._predictor.image_kind}")
         broken: list[str] = []
         stopped: KeyboardInterrupt | None = None
         has_begun = False

@@ -1,6 +1,6 @@
 """Labels and probabilities of images: by one pass of the model or by a sliding window, at one scale or several.
 
-The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, rounded to 8 bits), the model scores
+The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, in its dtype), the model scores
 it as a whole or crop by crop, and the logits are upsampled to the size that the model was given and from there resized
 to the image's own, both with the model's `align_corners`, as in mmsegmentation and in HRNet-Semantic-Segmentation. With
 several scales or flips, probabilities are averaged.
@@ -207,7 +207,7 @@ def _rounded_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
 
 
 def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequence[int] | None = None) -> np.ndarray:
-    """An image (H, W, 3) uint8, resized to its `scaled_size` and from there up to multiples of `size_divisor`.
+    """An image (H, W, C), resized to its `scaled_size` and from there up to multiples of `size_divisor`.
 
     Raises:
       MemoryError: there is not enough memory for it.
@@ -218,7 +218,11 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequen
     for height, width in (near, _rounded_up(near, size_divisor)):
         if (height, width) != image.shape[:2]:
             try:
-                image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+                # OpenCV takes four channels everywhere, and returns one without its axis.
+                parts = (image[..., first : first + 4] for first in range(0, image.shape[2], 4))
+                resized = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in parts]
+                resized = [part.reshape(height, width, -1) for part in resized]
+                image = resized[0] if len(resized) == 1 else np.concatenate(resized, axis=2)
             except cv2.error as error:
                 if error.code == cv2.Error.StsNoMem:
                     raise MemoryError(f"an image of {height}x{width}") from error
@@ -229,7 +233,7 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequen
 def score(
     functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
-    """Logits of uint8 images (B, H, W, 3) at their own size: float32 or wider (B, H, W, K).
+    """Logits of images (B, H, W, C) at their own size: float32 or wider (B, H, W, K).
 
     For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
     and on the right, and the scores of the padding are cut off.
@@ -251,7 +255,7 @@ def predict_labels(
     normalise: Callable,
     least_logit: float = 0,
 ) -> jax.Array:
-    """Train ids of uint8 images (B, H, W, 3), as a whole, (B, H, W); see `compact`."""
+    """Train ids of images (B, H, W, C), as a whole, (B, H, W); see `compact`."""
     return compact(score(functional, params, batch_stats, images, normalise=normalise), threshold=least_logit)
 
 
@@ -269,6 +273,7 @@ class Inference:
         *,
         batch: int = 1,
         normalise: Callable[[jax.Array], jax.Array] = normalise,
+        image_dtype: str | None = "uint8",
         devices: Sequence[Device] | None = None,
     ):
         """Takes the parameters out of the model and puts them on every device.
@@ -276,11 +281,13 @@ class Inference:
         Args:
           model: a functional model has no arrays; give them with `with_arrays`.
           batch: number of crops of a sliding window that the model scores at a time.
-          normalise: uint8 images -> input of the model.
+          normalise: images -> input of the model.
+          image_dtype: of images; None where they may have several, of which float32 is the largest.
           devices: devices of this process; all by default.
         """
         self.protocol = protocol
         self._batch = batch
+        self._dtype, self._channels = np.dtype(image_dtype or "float32"), model.in_channels
         if protocol.threshold != 0.5 and (classes := model.spec.num_classes) != 1:
             raise ValueError(f"a threshold is for models of one class, and this one has {classes}; omit it")
         self._parallel = JitParallel(devices)
@@ -292,7 +299,7 @@ class Inference:
         self._align_corners, self._num_classes = functional.align_corners, functional.spec.num_classes
         options = compiler_options(self._parallel.devices[0].platform)
         # Bytes that the programs need, by program and shape; copies with other arrays share them, as the programs.
-        self._needed: dict[tuple[bool, tuple[int, ...]], int | None] = {}
+        self._needed: dict[tuple[bool, tuple[int, ...], np.dtype], int | None] = {}
         self._compiling = threading.Lock()
         self._labels = jax.jit(
             partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit),
@@ -325,7 +332,7 @@ class Inference:
                 shapes.add((min(self._batch, crops), height, width))
         program = self._labels if window is None and self.protocol.is_one_pass else self._score
         if shapes:
-            self._refuse_too_large(program, (*max(shapes, key=math.prod), 3))
+            self._refuse_too_large(program, (*max(shapes, key=math.prod), self._channels), self._dtype)
 
     def _refuse_too_large_when_resized(self, size: tuple[int, int], batch: int) -> None:
         """Raises TooLittleMemoryError where resized images do not fit, or their logits by a sliding window."""
@@ -334,18 +341,18 @@ class Inference:
         height, width = max(self.protocol.input_sizes(size), key=math.prod)
         what = f"an image of {size[0]}x{size[1]} that is resized to {height}x{width}"
         pixels = batch * height * width
-        memory.refuse_more_than_host(3 * pixels, what=what)
+        memory.refuse_more_than_host(self._channels * self._dtype.itemsize * pixels, what=what)
         if self.protocol.window:
             # float32, in row tiles and in the array that these are put together in.
             logits = 2 * 4 * self._num_classes * pixels
             memory.refuse_too_large(logits, self._parallel.own_devices, what=what)
 
-    def _refuse_too_large(self, program: jax.stages.Wrapped, shape: tuple[int, ...]) -> None:
-        """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, 3)."""
+    def _refuse_too_large(self, program: jax.stages.Wrapped, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, C) and dtype."""
         with self._compiling:
-            key = program is self._labels, shape
+            key = program is self._labels, shape, dtype
             if key not in self._needed:
-                images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharding(shape[0]))
+                images = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
                 # The call that follows finds the compiled program in the cache of jax.
                 self._needed[key] = memory.needed(program.lower(*self._arrays, images).compile())
             batch, height, width = shape[:3]
@@ -361,7 +368,7 @@ class Inference:
         return other
 
     def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Train ids (H, W), see `compact`, of RGB images uint8 (H, W, 3) with equal `Protocol.input_sizes`."""
+        """Train ids (H, W), see `compact`, of images (H, W, C) with equal `Protocol.input_sizes`."""
         return [np.asarray(labels) for labels in self.begin(images)]
 
     def begin(self, images: Sequence[np.ndarray]) -> Sequence[Computed | np.ndarray]:
@@ -374,7 +381,7 @@ class Inference:
         return [_put_together(image.shape[:2], self.label_tiles(image)) for image in images]
 
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Train ids of an image (H, W, 3) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
+        """Train ids of an image (H, W, C) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
 
         The tiles cover the image once, panel by panel, and are those of `labels`; see `sliding_window.row_tiles`.
         """
@@ -431,7 +438,7 @@ class Inference:
         return jnp.concatenate([jnp.concatenate(tiles) for tiles in by_panel.values()], axis=1)
 
     def row_tiles(self, image: Pixels) -> Iterator[RowTile]:
-        """Logits of an image (H, W, 3) by the sliding window, in row tiles: see `sliding_window.row_tiles`.
+        """Logits of an image (H, W, C) by the sliding window, in row tiles: see `sliding_window.row_tiles`.
 
         Raises:
           ValueError: the protocol has no sliding window.
@@ -446,9 +453,9 @@ class Inference:
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
     def _run(self, program: jax.stages.Wrapped, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
-        """Calls a program with images (B, H, W, 3) if there is enough memory for it."""
+        """Calls a program with images (B, H, W, C) if there is enough memory for it."""
         # Before they are stacked, because a large batch may be too much for the host.
-        self._refuse_too_large(program, (len(images), *images[0].shape))
+        self._refuse_too_large(program, (len(images), *images[0].shape), images[0].dtype)
         return program(*self._arrays, jax.device_put(np.asarray(images), self._sharding(len(images))))
 
     def _sharding(self, batch: int) -> NamedSharding:

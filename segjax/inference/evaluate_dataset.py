@@ -138,8 +138,8 @@ def evaluate_dataset(
 
     Raises:
       CheckpointError: no model can be read from `source`.
-      ValueError: settings that contradict each other, data that cannot be used, classes other than the model's, or an
-        `output` that cannot be written.
+      ValueError: settings that contradict each other, data that cannot be used, classes or images other than the
+        model's, or an `output` that cannot be written.
       TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
     """
     protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
@@ -163,13 +163,15 @@ def evaluate_dataset(
             protocol=protocol,
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
+    refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
-    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise)
+    kind = given.opened.image_kind
+    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
     at_a_time = protocol.images_at_a_time(given.batch)
     sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
     inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
@@ -325,6 +327,16 @@ def _opened(
         generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
     (opened,) = open_splits(name, [split], source=data_source, data_dir=data_dir, say=logger.info, **generated)
     return opened
+
+
+def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
+    """Raises ValueError where the model of a checkpoint takes other images than those of a dataset."""
+    takes = checkpoint.image_kind
+    if takes.channels != images.channels or takes.dtype not in (None, images.dtype):
+        raise ValueError(
+            f"the model takes images of {takes}, and those of {name} have {images}; evaluate it on images as it was "
+            "trained on"
+        )
 
 
 def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:

@@ -19,7 +19,7 @@ from segjax.runtime import console
 
 SHOWN = 10  # images of the report
 
-# Images uint8 (H, W, 3) -> train ids (H, W) of each: arrays, or what `np.asarray` makes arrays of.
+# Images (H, W, C) -> train ids (H, W) of each: arrays, or what `np.asarray` makes arrays of.
 Predict = Callable[[list[np.ndarray]], Sequence[ArrayLike]]
 
 

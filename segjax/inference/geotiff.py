@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import numpy as np
 from segjax.data import codec, specs, tiff
 from segjax.data.codec import ImageError
 from segjax.data.scaling import Scale
-from segjax.inference.images import as_rgb, read_image
+from segjax.inference.images import as_rgb, of_kind, read_bands, read_image
 from segjax.runtime import atomic, memory, native_messages
 
 if TYPE_CHECKING:
@@ -59,34 +59,54 @@ def kind(path: Path, max_pixels: int) -> str:
 
 
 class Scene:
-    """An opened TIFF as an image uint8 (H, W, 3) that is read in parts: `scene[top:bottom, left:right]`.
+    """An opened TIFF as an image (H, W, C) that is read in parts: `scene[top:bottom, left:right]`.
 
-    Rows are those of the file, as for GDAL, without regard to the tag Orientation.
+    RGB is uint8; images of another kind have all bands of the file, in its numbers. Rows are those of the file, as for
+    GDAL, without regard to the tag Orientation.
 
     Attributes:
-      shape: H, W, 3.
+      shape: H, W, C.
+      dtype: of the parts.
     """
 
-    def __init__(self, dataset: DatasetReader, layout: tiff.Layout, scale: Scale | None):
-        self.shape = (dataset.height, dataset.width, 3)
-        self._dataset, self._bands, self._scale = dataset, list(range(1, layout.colours + 1)), scale
+    def __init__(
+        self,
+        dataset: DatasetReader,
+        layout: tiff.Layout,
+        scale: Scale | None,
+        kind: specs.ImageKind,
+        fill: Sequence[float],
+    ):
+        bands = layout.colours if kind.is_rgb else dataset.count
+        self.shape = (dataset.height, dataset.width, 3 if kind.is_rgb else bands)
+        self.dtype = np.dtype(np.uint8 if kind.is_rgb else dataset.dtypes[0])
+        self._dataset, self._bands, self._scale = dataset, list(range(1, bands + 1)), scale
+        self._kind, self._fill = kind, np.array(fill)
 
     def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
         with _heard() as messages:
             bands = self._dataset.read(self._bands, window=_window(part))
         if fault := codec.made_up(messages):
             raise ImageError(fault)
-        if bands.dtype.kind == "f" and not (is_number := np.isfinite(bands)).all():
-            # Where there is no data, there may be NaN, which is black.
-            bands[~is_number & self.nodata(part)] = self._scale[0] if self._scale else 0
-        image = as_rgb(np.ascontiguousarray(np.moveaxis(bands, 0, -1)), scale=self._scale)
+        image = np.ascontiguousarray(np.moveaxis(bands, 0, -1))
         del bands
+        if image.dtype.kind == "f" and not (is_number := np.isfinite(image)).all():
+            # Where there is no data, there may be NaN, which is black, or of other images the mean.
+            place = ~is_number & self.nodata(part)[..., None]
+            of_rgb = self._scale[0] if self._scale else 0
+            image[place] = of_rgb if self._kind.is_rgb else np.broadcast_to(self._fill, image.shape)[place]
+        image = as_rgb(image, scale=self._scale) if self._kind.is_rgb else of_kind(image, self._kind)
         # Else the gaps between freed blocks add up over the parts of a large scene.
         memory.release_freed_memory()
         return image
 
     def nodata(self, part: tuple[slice, slice]) -> np.ndarray:
-        """bool (h, w), where all bands of a part have the nodata value, the mask of the file is 0, or alpha is 0."""
+        """bool (h, w), where all bands of a part have the nodata value, the mask of the file is 0, or alpha is 0.
+
+        Where every band is a channel of the image, none is alpha, which GDAL calls the fourth of four.
+        """
+        if not self._kind.is_rgb and any(flag.name == "alpha" for flag in self._dataset.mask_flag_enums[0]):
+            return np.zeros([side.stop - side.start for side in part], bool)
         return self._dataset.dataset_mask(window=_window(part)) == 0
 
     def masked(self, top: int, left: int, labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
@@ -105,37 +125,63 @@ class Scene:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, scale: Scale | None) -> Iterator[Scene]:
-    """Opens a TIFF of `kind` "scene". Raises ImageError where it cannot be read, also from the body."""
-    layout = tiff.layout(path)
+def opened(
+    path: Path, *, scale: Scale | None, images: specs.ImageKind = specs.RGB, fill: Sequence[float] = (0,)
+) -> Iterator[Scene]:
+    """Opens a TIFF of `kind` "scene". Raises ImageError where it cannot be read, also from the body.
+
+    Args:
+      images: what the model takes. fill: numbers of each channel that stand for NaN where there is no data.
+    """
+    layout = _known_layout(path, images)
     with _opened(path) as dataset:
         if layout.missing and dataset.nodata is None:
             raise ImageError(f"is truncated: {layout.missing} of its {layout.parts} strips or tiles are missing")
-        yield Scene(dataset, layout, scale)
+        if not images.is_rgb and dataset.count != images.channels:
+            found = specs.ImageKind(dataset.count, dataset.dtypes[0])
+            raise ImageError(f"has {found}, and the model takes {images}")
+        yield Scene(dataset, layout, scale, images, fill)
 
 
-def why_whole(path: Path, *, scale: Scale | None, max_pixels: int) -> str | None:
-    """What to do about a scene that cannot be read in parts; None for one that can."""
+def _known_layout(path: Path, images: specs.ImageKind) -> tiff.Layout:
+    """The layout of a TIFF. Raises ImageError where the model takes RGB, and its bands are not known to be colours."""
     layout = tiff.layout(path)
+    if images.is_rgb and layout.why_unknown:
+        raise ImageError(layout.why_unknown)
+    return layout
+
+
+def why_whole(path: Path, *, scale: Scale | None, max_pixels: int, images: specs.ImageKind = specs.RGB) -> str | None:
+    """What to do about a scene that cannot be read in parts; None for one that can. `images`: what the model takes."""
+    layout = _known_layout(path, images)
     if layout.largest_part > max_pixels:
         return "store it in tiles: gdal_translate -co TILED=YES IN.tif OUT.tif"
     if not layout.is_plain:
         return "convert it to RGB of 8 bits"
     # The rule for values of 16 bits looks at all of them.
-    return None if layout.dtype == np.uint8 or scale is not None else "give --scale LOW HIGH"
+    return None if not images.is_rgb or layout.dtype == np.uint8 or scale is not None else "give --scale LOW HIGH"
 
 
-def read(path: Path, *, scale: Scale | None, max_pixels: int, in_parts: str) -> np.ndarray:
-    """uint8 (H, W, 3) of a whole scene.
+def read(
+    path: Path,
+    *,
+    scale: Scale | None,
+    max_pixels: int,
+    in_parts: str,
+    images: specs.ImageKind = specs.RGB,
+    fill: Sequence[float] = (0,),
+) -> np.ndarray:
+    """(H, W, C) of a whole scene, see `Scene`.
 
     Args:
+      images, fill: as of `opened`.
       in_parts: what to do, so that it would be read in parts, as the end of a sentence.
 
     Raises:
       ImageError: it cannot be read, or has more than `max_pixels` pixels.
     """
-    layout = tiff.layout(path)
-    (height, width), whole = layout.size, why_whole(path, scale=scale, max_pixels=max_pixels)
+    layout = _known_layout(path, images)
+    (height, width), whole = layout.size, why_whole(path, scale=scale, max_pixels=max_pixels, images=images)
     if height * width > max_pixels:
         remedy = "; ".join(part for part in (in_parts, whole) if part)
         raise ImageError(
@@ -143,10 +189,12 @@ def read(path: Path, *, scale: Scale | None, max_pixels: int, in_parts: str) -> 
             f"which there is no limit: {remedy}; to decode it as a whole, raise the limit: --max-pixels"
         )
     if whole is None:
-        with opened(path, scale=scale) as scene:
+        with opened(path, scale=scale, images=images, fill=fill) as scene:
             return scene.whole()
     if layout.orientation != 1:
         raise ImageError(f"has the tag Orientation, {layout.orientation}, next to a georeference; convert it to RGB")
+    if not images.is_rgb:
+        return read_bands(path, images, max_pixels=max_pixels)
     return read_image(path, scale=scale, max_pixels=max_pixels)
 
 

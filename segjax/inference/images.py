@@ -1,4 +1,4 @@
-"""Images of every usual kind as uint8 RGB arrays: NumPy arrays, PIL images, files.
+"""Images of every usual kind as arrays that models take, uint8 RGB for most: NumPy arrays, PIL images, files.
 
 The scale of values follows the rule of `segjax.data.scaling`.
 """
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from segjax.data import codec, scaling, tiff
+from segjax.data import bands, codec, scaling, specs, tiff
 from segjax.data.codec import MAX_PIXELS, ImageError
 from segjax.data.scaling import Scale
 from segjax.runtime import reading
@@ -68,6 +68,50 @@ def read_image(path: Path, *, scale: Scale | None = None, max_pixels: int = MAX_
     return _as_rgb(image, scale, white)
 
 
+def as_image(
+    image: Image, kind: specs.ImageKind, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """An image as a model takes it: `as_rgb` for RGB of 8 bits; for others (H, W, C) in the numbers that it has.
+
+    Args:
+      image, scale, max_pixels: as of `as_rgb`.
+      kind: what the model takes. An array may be (H, W) of one channel; of files, see `bands.decode`.
+
+    Raises:
+      ValueError: any other image; the message names the file. OSError: a file that cannot be opened.
+    """
+    if kind.is_rgb:
+        return as_rgb(image, scale=scale, max_pixels=max_pixels)
+    if isinstance(image, str | os.PathLike):
+        path = user_path(image)
+        try:
+            return read_bands(path, kind, max_pixels=max_pixels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return of_kind(bands.of_array(np.asarray(image)), kind)
+
+
+def read_bands(path: Path, kind: specs.ImageKind, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(H, W, C) of a file for a model that takes other images than RGB of 8 bits; errors as of `read_image`."""
+    # 13 bands of 32 bits, and some more.
+    most = max(reading.MOST, 64 * max_pixels)
+    try:
+        data = reading.read_bytes(path, most=most)
+    except reading.UnreadableError as error:
+        raise ImageError(str(error).removeprefix(f"{path}: ")) from None
+    return of_kind(bands.decode(data, max_pixels=max_pixels), kind)
+
+
+def of_kind(image: np.ndarray, kind: specs.ImageKind) -> np.ndarray:
+    """The image (H, W, C) itself. Raises ImageError where a model for images of this kind does not take it."""
+    found = specs.ImageKind(image.shape[2], image.dtype.name)
+    if found.channels != kind.channels or kind.dtype not in (None, found.dtype):
+        raise ImageError(f"has {found}, and the model takes {kind}")
+    if strange := bands.strange_values(image):
+        raise ImageError(f"has values that are NaN or infinite: {strange}; replace them")
+    return image
+
+
 def upright_size(path: Path) -> tuple[int, int] | None:
     """Height and width of an upright image by the header of its file; None where it cannot be read."""
     from PIL import Image
@@ -104,9 +148,14 @@ def has_more_images(path: Path) -> bool:
 
 
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
-    """The first image in the content of a file, see `codec.decode_upright` and `tiff.decode`."""
-    is_tiff = codec.format_of(data[:32]) == "TIFF"
-    return (tiff.decode if is_tiff else codec.decode_upright)(data, max_pixels=max_pixels)
+    """The first image in the content of a file, see `codec.decode_upright`, `tiff.decode` and `bands.of_npy`."""
+    found = codec.format_of(data[:32])
+    if found == "NPY":
+        image = bands.decode(data, max_pixels=max_pixels)
+        if image.shape[2] not in (1, 3):
+            raise ImageError(f"has {image.shape[2]} channels, and the model takes 3, RGB, or grey")
+        return image, 255 if image.dtype == np.uint8 else None
+    return (tiff.decode if found == "TIFF" else codec.decode_upright)(data, max_pixels=max_pixels)
 
 
 def check_scale(scale: Scale | None) -> None:

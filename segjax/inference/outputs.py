@@ -101,7 +101,9 @@ class SceneOutputs:
         self._label_map = job.outputs.get("labels")
         self._pictures = {kind: path for kind, path in job.outputs.items() if kind in DRAWN}
         size = [-(-side // self._step) for side in scene.shape[:2]] if self._pictures else [0, 0]
-        self._image, self._labels = np.zeros((*size, 3), np.uint8), np.zeros(size, spec.label_dtype)
+        # Three bands are drawn, and more tell that they are not RGB.
+        channels = min(scene.shape[2], 4)
+        self._image, self._labels = np.zeros((*size, channels), scene.dtype), np.zeros(size, spec.label_dtype)
         self._stack, self._write = contextlib.ExitStack(), None
 
     def write(self, top: int, left: int, labels: np.ndarray) -> None:
@@ -115,7 +117,7 @@ class SceneOutputs:
             part = np.s_[-top % step :: step, -left % step :: step]
             there = np.s_[-(-top // step) : -(-bottom // step), -(-left // step) : -(-right // step)]
             self._labels[there] = labels[part]
-            self._image[there] = self._scene[top:bottom, left:right][part]
+            self._image[there] = self._scene[top:bottom, left:right][part][..., : self._image.shape[2]]
 
     def __enter__(self) -> SceneOutputs:
         if self._label_map:
@@ -131,9 +133,19 @@ class SceneOutputs:
                 save(path, kind, self._image, Prediction(self._labels, None), self._spec)
 
 
-def save_scene(job: Job, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
-    """Writes all outputs of a scene that was predicted as a whole; pictures as of `SceneOutputs`."""
-    with geotiff.opened(cast(Path, job.source), scale=None) as scene:
+def save_scene(
+    job: Job,
+    image: np.ndarray,
+    prediction: Prediction,
+    spec: specs.DatasetSpec,
+    images: specs.ImageKind = specs.RGB,
+) -> None:
+    """Writes all outputs of a scene that was predicted as a whole; pictures as of `SceneOutputs`.
+
+    Args:
+      images: what the model takes.
+    """
+    with geotiff.opened(cast(Path, job.source), scale=None, images=images) as scene:
         labels = scene.masked(0, 0, prediction.labels, spec)
         step = _step(scene.shape)
         for kind, path in job.outputs.items():

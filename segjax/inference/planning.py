@@ -23,7 +23,7 @@ from segjax.runtime.reading import user_path
 from segjax.viz import video
 
 # Suffixes of images. A file that has one is not skipped: if it cannot be read, that is reported.
-IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
+IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".npy")
 _HIDDEN = "hidden"
 _OTHER = "neither an image nor a video that can be read"
 _ALREADY = "the same file as {}"

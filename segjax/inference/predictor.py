@@ -16,7 +16,7 @@ import numpy as np
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference.engine import Inference, Protocol
-from segjax.inference.images import Image, Scale, as_rgb, check_scale
+from segjax.inference.images import Image, Scale, as_image, check_scale
 from segjax.inference.sliding_window import Pixels
 from segjax.models.segmentation_model import SegmentationModel
 
@@ -32,6 +32,8 @@ class Predictor:
       classes: names and colours of the classes; `classes.label_names[label]` is the name of a label. If the model has
         one class, 0 is the background and 1 the class.
       protocol: how the scores of an image are computed.
+      image_kind: channels and dtype of the images that the model takes.
+      mean: of the training images, C numbers.
       pad_multiple, batch, scale, max_pixels: the arguments of the constructor.
     """
 
@@ -86,19 +88,28 @@ class Predictor:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
         check_scale(scale)
         loaded = as_loaded(checkpoint_or_model)
-        self.classes = loaded.classes
+        self.classes, self.image_kind = loaded.classes, loaded.image_kind
+        if scale is not None and not self.image_kind.is_rgb:
+            raise ValueError(f"scale is for RGB of 8 bits, and the model takes {self.image_kind}, as they are; omit it")
         self.pad_multiple = pad_multiple
         self.batch = batch
         self.scale = scale
         self.max_pixels = max_pixels
-        self._inference = Inference(loaded.model, self.protocol, batch=batch, normalise=loaded.normalise)
+        self._inference = Inference(
+            loaded.model,
+            self.protocol,
+            batch=batch,
+            normalise=loaded.normalise,
+            image_dtype=self.image_kind.dtype,
+        )
+        self.mean = loaded.mean
 
     def __call__(self, image: Image) -> np.ndarray:
         """Labels, uint8 (H, W), or uint16 for more than 256 classes.
 
         Args:
           image: uint8 (H, W, 3), RGB; or a path, a PIL image or another array that `segjax.inference.images.as_rgb`
-            converts.
+            converts. For a model of other images (H, W, C) of their dtype, or a path; see `image_kind`.
 
         Raises:
           ValueError: an image that cannot be used, or that is too large for mode "whole" or too small for the model.
@@ -121,7 +132,7 @@ class Predictor:
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Labels of an image of any size, in tiles that cover it: top, left, labels (h, w).
 
-        Memory does not grow with the image, uint8 (H, W, 3), of which one part after the other is read. The labels are
+        Memory does not grow with the image, (H, W, C), of which one part after the other is read. The labels are
         those of a call. For mode "slide" at one scale, without flips and padding.
         """
         return self._inference.label_tiles(image)
@@ -144,7 +155,8 @@ class Predictor:
     def _of(
         self, function: Callable[[list[np.ndarray]], list[np.ndarray]], images: Sequence[Image]
     ) -> list[np.ndarray]:
-        images = [as_rgb(image, scale=self.scale, max_pixels=self.max_pixels) for image in images]
+        kind, scale, most = self.image_kind, self.scale, self.max_pixels
+        images = [as_image(image, kind, scale=scale, max_pixels=most) for image in images]
         for image in images:
             self._refuse_too_large(image.shape[:2])
         padded = [self._padded(image) for image in images]

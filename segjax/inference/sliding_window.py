@@ -20,7 +20,7 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 class Pixels(Protocol):
-    """An image (H, W, 3) uint8 that is read in parts: a NumPy array is one, and so is a file."""
+    """An image (H, W, C) that is read in parts: a NumPy array is one, and so is a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -86,8 +86,8 @@ def row_tiles(
     memory does not grow with the image.
 
     Args:
-      logits_of: crops uint8 (B, h, w, 3) -> logits (B, h, w, K).
-      image: uint8 (H, W, 3).
+      logits_of: crops (B, h, w, C) -> logits (B, h, w, K).
+      image: (H, W, C).
       crop, stride: height and width of a crop, and of the step from one to the next, pixels.
       batch: number of crops that are scored at a time.
     """

@@ -26,10 +26,10 @@ def require_whole_heads(dims: Sequence[int], num_heads: Sequence[int]) -> None:
             raise ValueError(f"stage {stage + 1}: width {dim} does not divide into {heads} heads; set num_heads")
 
 
-def require_images(images: jax.Array, *, multiple: int = 1) -> None:
-    """Raises ValueError unless `images` are (B, H, W, 3) whose sides divide by `multiple`."""
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be (B, H, W, 3); got {images.shape}")
+def require_images(images: jax.Array, *, channels: int, multiple: int = 1) -> None:
+    """Raises ValueError unless `images` are (B, H, W, channels) whose sides divide by `multiple`."""
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise ValueError(f"images must be (B, H, W, {channels}); got {images.shape}")
     if any(side % multiple or not side for side in images.shape[1:3]):
         height, width = (-(-side // multiple) * multiple for side in images.shape[1:3])
         raise ValueError(

@@ -137,7 +137,8 @@ def create(
       **overrides: settings of the model's class, for example dims=..., decoder_dim=...; `settings(name)` lists them.
 
     Returns:
-      A `SegmentationModel`: `logits, taps = model(images)`, images (B, H, W, 3) normalised, logits (B, h, w, K) at the
+      A `SegmentationModel`: `logits, taps = model(images)`, images (B, H, W, C) normalised, C
+      being `in_channels`, 3 unless given, logits (B, h, w, K) at the
       model's own stride, which are upsampled bilinearly with `model.align_corners`. `model.spec` holds the arguments
       given here; height and width of images must be multiples of `model.size_multiple`.
 

@@ -54,6 +54,7 @@ class FunctionalModel:
         self._is_trained = stacks.with_stacks({name: name not in frozen for name in self._params})
         self._streams = nnx.to_flat_state(streams)
         self.spec = model.spec
+        self.in_channels = model.in_channels
         self.size_multiple = model.size_multiple
         self.align_corners = model.align_corners
 

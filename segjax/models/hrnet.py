@@ -219,6 +219,7 @@ class HighResolutionNet(SegmentationModel):
         self,
         *,
         width: int,
+        in_channels: int = 3,
         stage1_channels: int = 64,
         stage_modules: tuple[int, ...] = (1, 1, 4, 3),
         stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
@@ -240,7 +241,8 @@ class HighResolutionNet(SegmentationModel):
         self.dtype = dtype
         self.align_corners = align_corners
         self.execution = layers.PLAIN
-        self.conv1 = conv3x3(3, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
+        self.in_channels = in_channels
+        self.conv1 = conv3x3(in_channels, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
         self.bn1 = batch_norm(STEM_CHANNELS, **kinds)
         self.conv2 = conv3x3(STEM_CHANNELS, STEM_CHANNELS, stride=2, rngs=rngs, **kinds)
         self.bn2 = batch_norm(STEM_CHANNELS, **kinds)
@@ -262,8 +264,8 @@ class HighResolutionNet(SegmentationModel):
             setattr(self, f"stage{stage}", layers.Sequential(modules))
 
     def branches(self, images: jax.Array) -> list[jax.Array]:
-        """Images (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
-        layers.require_images(images)
+        """Images (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
+        layers.require_images(images, channels=self.in_channels)
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = jax.nn.relu(self.bn2(self.conv2(x)))
@@ -279,10 +281,10 @@ class HighResolutionNet(SegmentationModel):
 
 
 class HRNet(HighResolutionNet):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, the branches.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, the branches.
 
     Args of the constructor, all keyword:
-      num_classes: K.
+      num_classes: K. in_channels: C.
       width: channels of the branch with the highest resolution.
       stage1_channels: inner width of the first stage's bottlenecks.
       stage_modules: modules of each stage, the first 1. stage_blocks: blocks of each branch of a module.

@@ -98,7 +98,7 @@ class SpatialOCR(nnx.Module):
 
 
 class HRNetOCR(HighResolutionNet):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, `aux_logits`.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, `aux_logits`.
 
     Args of the constructor: those of `hrnet.HRNet`, and
       ocr_channels: C of the pixel features. ocr_key_channels: D of queries and keys.

@@ -173,11 +173,12 @@ class Block(nnx.Module):
 
 
 class MixTransformer(nnx.Module):
-    """The MiT encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
+    """The MiT encoder: (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
 
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -198,7 +199,7 @@ class MixTransformer(nnx.Module):
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         for stage in range(4):
             embed = OverlapPatchEmbed(
-                3 if stage == 0 else dims[stage - 1],
+                in_channels if stage == 0 else dims[stage - 1],
                 dims[stage],
                 kernel_size=7 if stage == 0 else 3,
                 stride=4 if stage == 0 else 2,
@@ -376,10 +377,10 @@ class SegFormerHead(MLPDecoder):
 
 
 class SegFormer(SegmentationModel):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:
-      num_classes: K.
+      num_classes: K. in_channels: C.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
       decoder_dim: width of the decoder.
       drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
@@ -399,6 +400,7 @@ class SegFormer(SegmentationModel):
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         decoder_dim: int,
+        in_channels: int = 3,
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
         mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
         sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
@@ -414,7 +416,9 @@ class SegFormer(SegmentationModel):
         layers.require_whole_heads(dims, num_heads)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
+        self.in_channels = in_channels
         self.backbone = MixTransformer(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,
@@ -435,6 +439,6 @@ class SegFormer(SegmentationModel):
         return SegFormerHead(**sizes)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images)
+        layers.require_images(images, channels=self.in_channels)
         features = self.backbone(images.astype(self.dtype))
         return self.decode_head(features), layers.feature_taps(features)

@@ -86,7 +86,7 @@ class MMSegHead(nnx.Module):
 
 
 class SegFormerMMSeg(segformer.SegFormer):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor: those of `segformer.SegFormer`.
     """

@@ -59,7 +59,7 @@ class PlainHead(MLPDecoder):
 
 
 class SegFormerPlain(segformer.SegFormer):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
     Args of the constructor: those of `segformer.SegFormer`, and
       fuse: "conv" or "conv_bn".

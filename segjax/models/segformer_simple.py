@@ -172,11 +172,12 @@ def _block(parts: nnx.List, x: jax.Array) -> jax.Array:
 
 
 class MiT(nnx.Module):
-    """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
+    """The encoder: (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -190,7 +191,7 @@ class MiT(nnx.Module):
         self.execution = layers.PLAIN
         stages = []
         for stage, (kernel_size, stride, padding) in enumerate(PATCHES):
-            dim, channels = dims[stage], 3 if stage == 0 else dims[stage - 1]
+            dim, channels = dims[stage], in_channels if stage == 0 else dims[stage - 1]
             projection = layers.Conv(channels * kernel_size**2, dim, 1, rngs=rngs, **kinds, **TORCH_INIT)
             blocks = []
             for _ in range(depths[stage]):
@@ -222,10 +223,10 @@ class Upsample(nnx.Module):
 
 
 class SegFormerSimple(SegmentationModel):
-    """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:
-      num_classes: K.
+      num_classes: K. in_channels: C.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
       decoder_dim: width of the decoder.
       dtype: type of the computation. param_dtype: type of the stored parameters.
@@ -237,6 +238,7 @@ class SegFormerSimple(SegmentationModel):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -251,8 +253,15 @@ class SegFormerSimple(SegmentationModel):
         layers.require_whole_heads(dims, num_heads)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
+        self.in_channels = in_channels
         self.mit = MiT(
-            dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios, **kinds
+            in_channels=in_channels,
+            dims=dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
+            **kinds,
         )
         self.to_fused = nnx.List(
             [
@@ -268,7 +277,7 @@ class SegFormerSimple(SegmentationModel):
         )
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images, multiple=self.size_multiple)
+        layers.require_images(images, channels=self.in_channels, multiple=self.size_multiple)
         features = self.mit(images.astype(self.dtype))
         return self.decode(features), layers.feature_taps(features)
 

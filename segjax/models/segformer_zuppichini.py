@@ -180,11 +180,12 @@ class EncoderStage(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """(B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
+    """(B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -199,7 +200,7 @@ class Encoder(nnx.Module):
         self.stages = nnx.List(
             [
                 EncoderStage(
-                    3 if stage == 0 else dims[stage - 1],
+                    in_channels if stage == 0 else dims[stage - 1],
                     dims[stage],
                     patch=patch,
                     drop_path_rates=rates[sum(depths[:stage]) : sum(depths[: stage + 1])],
@@ -275,10 +276,10 @@ class Head(nnx.Module):
 
 
 class SegFormerZuppichini(SegmentationModel):
-    """Images (B, H, W, 3), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
     Args of the constructor, all keyword:
-      num_classes: K.
+      num_classes: K. in_channels: C.
       dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage; mlp_ratios whole ones.
       decoder_dim: width of the decoder.
       drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
@@ -291,6 +292,7 @@ class SegFormerZuppichini(SegmentationModel):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -308,7 +310,9 @@ class SegFormerZuppichini(SegmentationModel):
             raise ValueError(f"mlp_ratios must be whole: the 3x3 has as many groups as channels; got {mlp_ratios}")
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
+        self.in_channels = in_channels
         self.encoder = Encoder(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,
@@ -321,7 +325,7 @@ class SegFormerZuppichini(SegmentationModel):
         self.head = Head(decoder_dim=decoder_dim, num_classes=num_classes, **kinds)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images, multiple=self.size_multiple)
+        layers.require_images(images, channels=self.in_channels, multiple=self.size_multiple)
         features = self.encoder(images.astype(self.dtype))
         return self.decode(features), layers.feature_taps(features)
 

@@ -23,17 +23,19 @@ class ModelSpec:
 
 
 class SegmentationModel(nnx.Module):
-    """Images (B, H, W, 3), normalised -> logits (B, h, w, K) at the model's own stride, and taps by name.
+    """Images (B, H, W, C), normalised -> logits (B, h, w, K) at the model's own stride, and taps by name.
 
     Attributes:
       spec: arguments that the model was created with; set by `create`.
       dtype: type of the computation.
+      in_channels: C, number of channels of its images; 3 for RGB.
       size_multiple: number that height and width of images must be multiples of.
       align_corners: of the bilinear upsampling of its logits, the auxiliary ones too, to the size of labels or images.
     """
 
     spec: ModelSpec
     dtype: jnp.dtype
+    in_channels: int = 3
     size_multiple: int = 1
     align_corners: bool = False
 

@@ -54,7 +54,7 @@ def batch_norm(channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> la
 
 
 class StemConv(nnx.Module):
-    """Two 3x3 convolutions of stride 2: (B, H, W, 3) -> (B, ⌈H/4⌉, ⌈W/4⌉, dim)."""
+    """Two 3x3 convolutions of stride 2: (B, H, W, in) -> (B, ⌈H/4⌉, ⌈W/4⌉, dim)."""
 
     def __init__(self, in_channels: int, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -172,11 +172,12 @@ class Block(nnx.Module):
 
 
 class MSCAN(nnx.Module):
-    """The encoder: (B, H, W, 3) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
+    """The encoder: (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
 
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         mlp_ratios: tuple[float, ...],
@@ -190,7 +191,7 @@ class MSCAN(nnx.Module):
         rates = [float(rate) for rate in np.linspace(0, drop_path_rate, sum(depths))]
         for stage in range(4):
             if stage == 0:
-                embed = StemConv(3, dims[0], rngs=rngs, **kinds)
+                embed = StemConv(in_channels, dims[0], rngs=rngs, **kinds)
             else:
                 embed = OverlapPatchEmbed(dims[stage - 1], dims[stage], rngs=rngs, **kinds)
             blocks = [
@@ -361,12 +362,12 @@ class LightHamHead(nnx.Module):
 
 
 class SegNeXt(SegmentationModel):
-    """Images (B, H, W, 3), normalised -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K) and taps `feature0..feature3`.
+    """Images (B, H, W, C), normalised -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K) and taps `feature0..feature3`.
 
     `model(images, bases=...)` starts the factorisation from (B, ham_channels, ham_rank), of length 1 over channels.
 
     Args of the constructor, all keyword:
-      num_classes: K.
+      num_classes: K. in_channels: C.
       dims, depths, mlp_ratios: four numbers each, one per stage.
       ham_channels: width of the decoder, divisible by 32. ham_rank: R of its factorisation.
       drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
@@ -378,6 +379,7 @@ class SegNeXt(SegmentationModel):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         ham_channels: int,
@@ -392,7 +394,15 @@ class SegNeXt(SegmentationModel):
         layers.require_four(dims=dims, depths=depths, mlp_ratios=mlp_ratios)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
-        self.backbone = MSCAN(dims=dims, depths=depths, mlp_ratios=mlp_ratios, drop_path_rate=drop_path_rate, **kinds)
+        self.in_channels = in_channels
+        self.backbone = MSCAN(
+            in_channels=in_channels,
+            dims=dims,
+            depths=depths,
+            mlp_ratios=mlp_ratios,
+            drop_path_rate=drop_path_rate,
+            **kinds,
+        )
         self.decode_head = LightHamHead(
             dims=dims,
             ham_channels=ham_channels,
@@ -403,6 +413,6 @@ class SegNeXt(SegmentationModel):
         )
 
     def __call__(self, images: jax.Array, bases: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layers.require_images(images)
+        layers.require_images(images, channels=self.in_channels)
         features = self.backbone(images.astype(self.dtype))
         return self.decode_head(features, bases), layers.feature_taps(features)

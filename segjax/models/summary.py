@@ -250,7 +250,7 @@ def _trace(
             return concrete(images)[0]
 
     with implementations():
-        return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((batch, *size, 3), model.dtype))
+        return calls, jax.make_jaxpr(run)(state, jax.ShapeDtypeStruct((batch, *size, model.in_channels), model.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ class HighResolutionModule(nn.Module):
 
 
 class HighResolutionNet(nn.Module):
-    """The backbone: images (B, 3, H, W) -> four maps (B, width * 2^i, H / 2^(i+2), W / 2^(i+2)), rounded up.
+    """The backbone: images (B, C, H, W) -> four maps (B, width * 2^i, H / 2^(i+2), W / 2^(i+2)), rounded up.
 
     `conv1` .. `bn2`, `layer1`, `transition1` .. `transition3` and `stage2` .. `stage4` are the published names of its
     parts, which carry no prefix: the models below are this class with a head. Arguments: see `HRNet`.
@@ -171,6 +171,7 @@ class HighResolutionNet(nn.Module):
         self,
         *,
         width: int,
+        in_channels: int,
         stage1_channels: int,
         stage_modules: tuple[int, ...],
         stage_blocks: tuple[int, ...],
@@ -191,7 +192,7 @@ class HighResolutionNet(nn.Module):
                 )
             )
 
-        self.conv1 = conv3x3(3, STEM_CHANNELS, stride=2)
+        self.conv1 = conv3x3(in_channels, STEM_CHANNELS, stride=2)
         self.bn1 = batch_norm(STEM_CHANNELS)
         self.conv2 = conv3x3(STEM_CHANNELS, STEM_CHANNELS, stride=2)
         self.bn2 = batch_norm(STEM_CHANNELS)
@@ -237,10 +238,10 @@ def initialise(model: nn.Module, *, leave: tuple[str, ...] = ()) -> None:
 
 
 class HRNet(HighResolutionNet):
-    """HRNetV2: images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """HRNetV2: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args:
-        num_classes: K.
+        num_classes: K. in_channels: C of the images.
         width: channels of the finest branch.
         stage1_channels: inner width of stage 1's bottlenecks, whose output is 4 times that.
         stage_modules: modules of each of the four stages; the first is 1.
@@ -255,6 +256,7 @@ class HRNet(HighResolutionNet):
         *,
         num_classes: int,
         width: int,
+        in_channels: int = 3,
         stage1_channels: int = 64,
         stage_modules: tuple[int, ...] = (1, 1, 4, 3),
         stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
@@ -262,6 +264,7 @@ class HRNet(HighResolutionNet):
     ):
         super().__init__(
             width=width,
+            in_channels=in_channels,
             stage1_channels=stage1_channels,
             stage_modules=stage_modules,
             stage_blocks=stage_blocks,
@@ -336,7 +339,7 @@ class ObjectContext(nn.Module):
 
 
 class HRNetOCR(HighResolutionNet):
-    """HRNetV2 with OCR: images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """HRNetV2 with OCR: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args: those of `HRNet` (`align_corners` is True in every published OCR model), and
         ocr_channels: C of the pixel and region representations.
@@ -352,6 +355,7 @@ class HRNetOCR(HighResolutionNet):
         *,
         num_classes: int,
         width: int,
+        in_channels: int = 3,
         stage1_channels: int = 64,
         stage_modules: tuple[int, ...] = (1, 1, 4, 3),
         stage_blocks: tuple[int, ...] = (4, 4, 4, 4),
@@ -362,6 +366,7 @@ class HRNetOCR(HighResolutionNet):
     ):
         super().__init__(
             width=width,
+            in_channels=in_channels,
             stage1_channels=stage1_channels,
             stage_modules=stage_modules,
             stage_blocks=stage_blocks,

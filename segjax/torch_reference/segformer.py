@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 class MixTransformer(nn.Module):
-    """The hierarchical encoder, section 3.1: (B, 3, H, W) -> four maps (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
+    """The hierarchical encoder, section 3.1: (B, C, H, W) -> four maps (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
 
     `patch_embed1` .. `patch_embed4`, `block1` .. `block4` and `norm1` .. `norm4` are the published names of its parts.
     """
@@ -178,6 +178,7 @@ class MixTransformer(nn.Module):
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -193,7 +194,7 @@ class MixTransformer(nn.Module):
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
 
-        self.patch_embed1 = OverlapPatchEmbed(3, dims[0], patch_size=7, stride=4, eps=patch_norm_eps)
+        self.patch_embed1 = OverlapPatchEmbed(in_channels, dims[0], patch_size=7, stride=4, eps=patch_norm_eps)
         self.patch_embed2 = OverlapPatchEmbed(dims[0], dims[1], patch_size=3, stride=2, eps=patch_norm_eps)
         self.patch_embed3 = OverlapPatchEmbed(dims[1], dims[2], patch_size=3, stride=2, eps=patch_norm_eps)
         self.patch_embed4 = OverlapPatchEmbed(dims[2], dims[3], patch_size=3, stride=2, eps=patch_norm_eps)
@@ -284,10 +285,10 @@ class SegFormerHead(nn.Module):
 
 
 class SegFormer(nn.Module):
-    """The official SegFormer: images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """The official SegFormer: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args:
-        num_classes: K.
+        num_classes: K. in_channels: C of the images.
         dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
         decoder_dim: width of the decoder.
         drop_path_rate: that of the last block; the first has 0 and the others lie on the line between.
@@ -303,6 +304,7 @@ class SegFormer(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
@@ -316,6 +318,7 @@ class SegFormer(nn.Module):
     ):
         super().__init__()
         self.backbone = MixTransformer(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,

@@ -39,7 +39,7 @@ class MMSegHead(nn.Module):
 
 
 class SegFormerMMSeg(nn.Module):
-    """Images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """Images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args and taps are those of `segjax.torch_reference.segformer.SegFormer`; only the defaults of the two eps and of the
     decoder's width differ.
@@ -49,6 +49,7 @@ class SegFormerMMSeg(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
@@ -62,6 +63,7 @@ class SegFormerMMSeg(nn.Module):
     ):
         super().__init__()
         self.backbone = MixTransformer(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,

@@ -60,7 +60,7 @@ class PlainHead(nn.Module):
 
 
 class SegFormerPlain(nn.Module):
-    """Images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """Images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args and taps are those of `segformer.SegFormer`, except `fuse`: "conv" or "conv_bn", see the head of this file.
     The dropout of whole channels before the classifier is there with a rate of 0.
@@ -70,6 +70,7 @@ class SegFormerPlain(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
@@ -84,6 +85,7 @@ class SegFormerPlain(nn.Module):
     ):
         super().__init__()
         self.backbone = MixTransformer(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,

@@ -127,7 +127,7 @@ class NormThen(nn.Module):
 
 
 class MixTransformer(nn.Module):
-    """The encoder: (B, 3, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), i from 0.
+    """The encoder: (B, C, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), i from 0.
 
     A stage is `0` patches, `1` their embedding, `2` its blocks; a block is `0` attention, `1` feed-forward network.
     """
@@ -135,6 +135,7 @@ class MixTransformer(nn.Module):
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -157,7 +158,7 @@ class MixTransformer(nn.Module):
 
         self.stages = nn.ModuleList(
             [
-                stage(0, 3, patch_size=7, stride=4),
+                stage(0, in_channels, patch_size=7, stride=4),
                 stage(1, dims[0], patch_size=3, stride=2),
                 stage(2, dims[1], patch_size=3, stride=2),
                 stage(3, dims[2], patch_size=3, stride=2),
@@ -173,10 +174,10 @@ class MixTransformer(nn.Module):
 
 
 class SegFormerSimple(nn.Module):
-    """The simple SegFormer: images (B, 3, H, W), normalised -> logits (B, K, H / 4, W / 4), taps.
+    """The simple SegFormer: images (B, C, H, W), normalised -> logits (B, K, H / 4, W / 4), taps.
 
     Args:
-        num_classes: K.
+        num_classes: K. in_channels: C of the images.
         dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
         decoder_dim: width of the decoder.
 
@@ -188,6 +189,7 @@ class SegFormerSimple(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...] = (32, 64, 160, 256),
         depths: tuple[int, ...] = (2, 2, 2, 2),
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
@@ -197,7 +199,12 @@ class SegFormerSimple(nn.Module):
     ):
         super().__init__()
         self.mit = MixTransformer(
-            dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios
+            in_channels=in_channels,
+            dims=dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            sr_ratios=sr_ratios,
         )
         # Each stage: projection to the decoder's width, then every pixel repeated to stage 1's size.
         self.to_fused = nn.ModuleList(

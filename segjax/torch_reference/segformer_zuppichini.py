@@ -110,11 +110,12 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up, i from 0."""
+    """(B, C, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up, i from 0."""
 
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
@@ -126,7 +127,7 @@ class Encoder(nn.Module):
         # Linear from 0 at the first block of all to the full rate at the last.
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
-        in_dims, patch_sizes, strides = (3, *dims[:3]), (7, 3, 3, 3), (4, 2, 2, 2)
+        in_dims, patch_sizes, strides = (in_channels, *dims[:3]), (7, 3, 3, 3), (4, 2, 2, 2)
         self.stages = nn.ModuleList(
             Stage(
                 in_dims[i],
@@ -197,10 +198,10 @@ class Head(nn.Module):
 
 
 class SegFormerZuppichini(nn.Module):
-    """Images (B, 3, H, W), normalised -> logits (B, K, H / 4, W / 4), taps. The defaults are the article's.
+    """Images (B, C, H, W), normalised -> logits (B, K, H / 4, W / 4), taps. The defaults are the article's.
 
     Args:
-        num_classes: K.
+        num_classes: K. in_channels: C of the images.
         dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
         decoder_dim: width of the decoder.
         drop_path_rate: that of the last block; the first has 0 and the others lie on the line between.
@@ -213,6 +214,7 @@ class SegFormerZuppichini(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...] = (64, 128, 256, 512),
         depths: tuple[int, ...] = (3, 4, 6, 3),
         num_heads: tuple[int, ...] = (1, 2, 4, 8),
@@ -223,6 +225,7 @@ class SegFormerZuppichini(nn.Module):
     ):
         super().__init__()
         self.encoder = Encoder(
+            in_channels=in_channels,
             dims=dims,
             depths=depths,
             num_heads=num_heads,

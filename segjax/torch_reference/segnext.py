@@ -69,12 +69,12 @@ def batch_norm(dim: int) -> nn.BatchNorm2d:
 
 
 class Stem(nn.Module):
-    """Two strided 3x3 convolutions: (B, 3, H, W) -> (B, C, H / 4, W / 4), each half rounded up."""
+    """Two strided 3x3 convolutions: (B, C, H, W) -> (B, C, H / 4, W / 4), each half rounded up."""
 
-    def __init__(self, dim: int):
+    def __init__(self, in_channels: int, dim: int):
         super().__init__()
         self.proj = nn.Sequential(
-            nn.Conv2d(3, dim // 2, 3, stride=2, padding=1),
+            nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1),
             batch_norm(dim // 2),
             nn.GELU(approximate="none"),
             nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
@@ -191,7 +191,7 @@ def normalise_pixels(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class MSCAN(nn.Module):
-    """The encoder: (B, 3, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), i from 0, rounded up.
+    """The encoder: (B, C, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), i from 0, rounded up.
 
     `patch_embed1` .. `patch_embed4`, `block1` .. `block4` and `norm1` .. `norm4` are the published names of its parts.
     """
@@ -199,6 +199,7 @@ class MSCAN(nn.Module):
     def __init__(
         self,
         *,
+        in_channels: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         mlp_ratios: tuple[float, ...],
@@ -215,7 +216,7 @@ class MSCAN(nn.Module):
                 Block(dims[i], mlp_ratio=mlp_ratios[i], drop_path_rate=next(rates)) for _ in range(depths[i])
             )
 
-        self.patch_embed1 = Stem(dims[0])
+        self.patch_embed1 = Stem(in_channels, dims[0])
         self.block1 = stage(0)
         self.norm1 = nn.LayerNorm(dims[0], eps=1e-5)
         self.patch_embed2 = PatchEmbed(dims[0], dims[1])
@@ -352,10 +353,10 @@ class LightHamburgerHead(nn.Module):
 
 
 class SegNeXt(nn.Module):
-    """The official SegNeXt: images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 8), ceil(W / 8)), taps.
+    """The official SegNeXt: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 8), ceil(W / 8)), taps.
 
     Args:
-        num_classes: K.
+        num_classes: K. in_channels: C of the images.
         dims, depths, mlp_ratios: one integer for each of the four stages.
         ham_channels: width of the head, divisible by 32.
         ham_rank: R, the number of bases. No weight has its size, so a wrong one loads and gives other outputs.
@@ -371,6 +372,7 @@ class SegNeXt(nn.Module):
         self,
         *,
         num_classes: int,
+        in_channels: int = 3,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
         mlp_ratios: tuple[int, ...] = (8, 8, 4, 4),
@@ -380,7 +382,13 @@ class SegNeXt(nn.Module):
         dropout_rate: float = 0.1,
     ):
         super().__init__()
-        self.backbone = MSCAN(dims=dims, depths=depths, mlp_ratios=mlp_ratios, drop_path_rate=drop_path_rate)
+        self.backbone = MSCAN(
+            in_channels=in_channels,
+            dims=dims,
+            depths=depths,
+            mlp_ratios=mlp_ratios,
+            drop_path_rate=drop_path_rate,
+        )
         self.decode_head = LightHamburgerHead(
             dims=dims,
             ham_channels=ham_channels,

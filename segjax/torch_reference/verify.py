@@ -88,7 +88,7 @@ def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
 def run_reference(
     reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The reference's (logits, taps), NCHW, on images (B, H, W, 3)."""
+    """The reference's (logits, taps), NCHW, on images (B, H, W, C)."""
     return reference(to_nchw(x), *map(torch.from_numpy, bases))
 
 
@@ -170,7 +170,8 @@ def verify(model: SegmentationModel, state_dict: Mapping | Checkpoint) -> Report
     from segjax.data import streets
 
     picture, _ = streets.scene(seed=0, index=46, size=(160, 224))
-    x = np.asarray(normalise(picture[None]))
+    # Red, green and blue in turn, for a model of any number of channels.
+    x = np.asarray(normalise(picture[None]))[..., np.arange(model.in_channels) % 3]
     dtype = next(iter(to_torch(model).values())).dtype
     x = x.astype(np.float64 if dtype == np.float64 else np.float32)
     checkpoint = Checkpoint.of(state_dict).read_as(family=family_of(model.spec.name))
@@ -227,6 +228,7 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
         mlp_ratios=list(settings["mlp_ratios"]),
         sr_ratios=list(settings["sr_ratios"]),
         decoder_hidden_size=settings["decoder_dim"],
+        num_channels=settings["in_channels"],
     )
     with tempfile.TemporaryDirectory() as folder:
         record = config.to_dict() | {"architectures": ["SegformerForSemanticSegmentation"]}

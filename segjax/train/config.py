@@ -129,7 +129,9 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
         found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
     if "data.train_images" in schema.flattened(config) and sound("data.train_images", "data.eval_images", "data.size"):
         found |= _problem_of_scenes(config.data)
-    found |= _contradictions_of_augment(config.augment, sound)
+    # The images of a folder may have other channels, which `setup.build` knows.
+    channels = None if config.data.name == "folder" else 3
+    found |= _contradictions_of_augment(config.augment, sound, channels)
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
@@ -193,11 +195,14 @@ def _why_uneven(batch: int, accumulate: int) -> str | None:
     return f"{batch}; does not divide among {among}: {', '.join(others)}"
 
 
-def _contradictions_of_augment(settings: ConfigDict, sound: Callable[..., bool]) -> dict[str, str]:
+def _contradictions_of_augment(
+    settings: ConfigDict, sound: Callable[..., bool], channels: int | None
+) -> dict[str, str]:
     """Settings in `config.augment` that do not fit each other, and functions that cannot be used.
 
     Args:
       sound: whether settings are right by themselves, by their keys.
+      channels: of the images; None where they are not known yet.
     """
     found = {}
     if sound("augment.photometric", "augment.brightness") and settings.photometric and settings.brightness:
@@ -211,7 +216,7 @@ def _contradictions_of_augment(settings: ConfigDict, sound: Callable[..., bool])
                 f"{settings.scale_step}; must divide the range of augment.scale, {tuple(settings.scale)}"
             )
     for name, why_not in (
-        ("on_device", lambda: hooks.problem_on_device(settings.on_device, settings.crop or (64, 96))),
+        ("on_device", lambda: hooks.problem_on_device(settings.on_device, settings.crop or (64, 96), channels)),
         ("on_host", lambda: hooks.problem_on_host(settings.on_host)),
     ):
         if sound(f"augment.{name}", "augment.crop") and settings[name] and (reason := why_not()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from segjax import metrics
 from segjax.checkpoints import orbax_folder
 from segjax.data import specs
+from segjax.data.augment import normalise
 from segjax.data.records import Records, records_of
 from segjax.inference import evaluation
 from segjax.inference.engine import Inference, Protocol
@@ -99,6 +100,8 @@ class Evaluator:
         best: Path,
         metadata: Mapping[str, object],
         scores: Scores,
+        normalise: Callable[[jax.Array], jax.Array] = normalise,
+        image_dtype: str | None = "uint8",
     ):
         """Compiles nothing yet.
 
@@ -109,6 +112,7 @@ class Evaluator:
           log: where evaluations are written.
           best: folder for the best weights, which is written where the run evaluates during the training.
           metadata: of the run, saved with the best weights.
+          normalise: images -> input of the model. image_dtype: of the images.
         """
         self.scores, self.protocol = scores, Protocol.of(settings)
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
@@ -117,7 +121,14 @@ class Evaluator:
         self._parallel = parallel
         # Images, or crops of a sliding window, that the devices of this process compute at a time.
         self._batch = settings.batch // jax.process_count()
-        self._inference = Inference(model, self.protocol, batch=self._batch, devices=parallel.own_devices)
+        self._inference = Inference(
+            model,
+            self.protocol,
+            batch=self._batch,
+            normalise=normalise,
+            image_dtype=image_dtype,
+            devices=parallel.own_devices,
+        )
         self._records = records_of(split)
         shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)
         self._shown = np.unique(shown).tolist()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from segjax.data import specs
+from segjax.data import bands, specs
 from segjax.runtime import atomic, console
 from segjax.runtime.reading import UnreadableError, checked, parse_json, read_bytes
 from segjax.viz import pictures
@@ -99,7 +99,7 @@ class Log:
         if self._active:
             from tensorboardX import summary
 
-            row = [image, pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
+            row = [bands.as_picture(image), pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
             joined = np.concatenate(row, axis=1)
             self._event(step, summary.image(f"predictions/{console.one_line(name)}", joined, dataformats="HWC"))
 

@@ -161,6 +161,13 @@ DATA = Section(
             "Decoded images that each process keeps of a streamed split, gigabytes.",
         ),
         Setting(
+            "normalisation",
+            "auto",
+            Choice(("auto", "imagenet", "measured")),
+            "Mean and deviation by which images are normalised: ImageNet's, those measured on the training split, or "
+            "auto: ImageNet's for RGB of 8 bits, else measured.",
+        ),
+        Setting(
             "changed",
             "refuse",
             Choice(("refuse", "accept")),
@@ -244,7 +251,12 @@ AUGMENT = Section(
             "Largest angle, degrees, by which a crop is turned to either side.",
         ),
         Setting("flip", 0.5, Real(least=0, most=1), "Probability of a horizontal flip."),
-        Setting("photometric", True, Boolean(), "Random brightness, contrast, saturation and hue."),
+        Setting(
+            "photometric",
+            True,
+            Boolean(),
+            "Random brightness, contrast, saturation and hue; the first two of other images than RGB.",
+        ),
         Setting(
             "brightness",
             0,

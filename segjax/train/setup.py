@@ -23,7 +23,7 @@ from segjax import layers, losses, models
 from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
 from segjax.checkpoints.state_dict import model_metadata
-from segjax.data import class_weights, pipeline, specs
+from segjax.data import class_weights, hooks, pipeline, specs
 from segjax.data.augment import augment, normalise
 from segjax.data.crops import AugmentSettings
 from segjax.data.open import OpenSplit, open_splits, shared_splits
@@ -78,6 +78,10 @@ def build(
     began = time.perf_counter()
     training, evaluation = load_data(config.data, seed=config.seed)
     spec, images = training.spec, records_of(training.data)
+    kind = training.image_kind
+    _refuse_channels(config, kind, evaluation.image_kind)
+    mean, std = normalisation(config.data, training)
+    normalised = partial(normalise, mean=mean, std=std)
     padding = check_crop(config.augment, images.sizes)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     is_new, data = not checkpoints.steps(), data_of(config, training, evaluation)
@@ -85,20 +89,23 @@ def build(
     from_lead(lambda: keep_data(workdir, data, is_new=is_new, accept=accept))
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
-    module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed)
+    module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed, channels=kind.channels)
     begins = load_initial_weights(module, config.init, checkpoint) if is_new else ""
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
 
     size = _evaluated_size(records_of(evaluation.data).sizes, Protocol.of(config.eval))
     metadata = run_metadata(plain(config), model_metadata(module), spec, size)
+    metadata["normalisation"] = {"mean": list(mean), "std": list(std)}
+    if not kind.is_rgb:
+        metadata["image_dtype"] = kind.dtype
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
     else:
         begins = resumed_from(start.step, start.origin)
     metadata |= start.origin
-    _refuse_small_images(model, records_of(evaluation.data).sizes, Protocol.of(config.eval))
+    _refuse_small_images(model, records_of(evaluation.data).sizes, Protocol.of(config.eval), normalised, kind)
 
     balanced = config.augment.class_balance > 0
     labels: dict[str, Any] = {
@@ -108,7 +115,7 @@ def build(
     train_step = TrainStep(
         model=model,
         optimizer=optimizer,
-        augment=partial(augment, settings=config.augment, **labels),
+        augment=partial(augment, settings=config.augment, normalise=normalised, **labels),
         criterion=criterion,
         aux_weight=config.loss.aux_weight,
         accumulate=config.train.accumulate,
@@ -139,6 +146,8 @@ def build(
         best=workdir / "best",
         metadata=metadata,
         scores=start.scores,
+        normalise=normalised,
+        image_dtype=kind.dtype,
     )
     steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
@@ -199,10 +208,11 @@ def summary(
     """
     count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    images = "" if training.image_kind.is_rgb else f", images of {training.image_kind}"
     return {
         "model": f"{model.spec.name}, {count:,} parameters, computes in {config.model.dtype}",
         "start": begins,
-        "data": f"{training.spec.name}, {training.spec.num_classes} classes",
+        "data": f"{training.spec.name}, {training.spec.num_classes} classes{images}",
         "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
         f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
         "steps": steps,
@@ -285,6 +295,46 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
     return training, evaluation
 
 
+def _refuse_channels(config: ConfigDict, training: specs.ImageKind, evaluation: specs.ImageKind) -> None:
+    """Raises RunError where images of the two splits, or what the model or a function is made for, are others."""
+    if training != evaluation:
+        raise RunError(
+            f"the images of {config.data.train_split} are of {training}, those of {config.data.eval_split} of "
+            f"{evaluation}"
+        )
+    given = config.model.get("in_channels", training.channels)
+    if given != training.channels:
+        raise RunError(
+            f"config.model.in_channels={given}, and the images have {training}; omit it, and the model takes as many "
+            "as they have"
+        )
+    address = config.augment.on_device
+    if address and (problem := hooks.problem_on_device(address, config.augment.crop, training.channels)):
+        raise RunError(f"config.augment.on_device: {problem}")
+
+
+def normalisation(settings: ConfigDict, training: OpenSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, by `config.data.normalisation`.
+
+    Raises:
+      DataError: they are to be measured, and were not when the data were prepared. RunError: ImageNet's, for images
+        that are not RGB; or measured, of generated data.
+    """
+    kind, choice = training.image_kind, settings.normalisation
+    if choice == "imagenet" and kind.channels != 3:
+        raise RunError(f"config.data.normalisation=imagenet is for RGB, and the images have {kind}; omit it")
+    if choice == "imagenet" or (choice == "auto" and kind.is_rgb):
+        return specs.IMAGENET_MEAN, specs.IMAGENET_STD
+    if training.prepared is None:
+        raise RunError(
+            f"config.data.normalisation={choice} is for data that are prepared; {settings.name} is generated"
+        )
+    moments = training.prepared.moments(settings.train_split)
+    if constant := [str(number) for number, (_, squares) in enumerate(moments.of) if not squares]:
+        console.say(f"channels without any contrast, whose deviation is taken for 1: {', '.join(constant)}")
+    return moments.mean, moments.std
+
+
 def make_batches(
     split: specs.Split | Records,
     augmentation: AugmentSettings,
@@ -333,9 +383,11 @@ def _image_names(batches: pipeline.TrainBatches | pipeline.StreamBatches, images
 # ------------------------------------------------------------------------------------------------- model, loss and step
 
 
-def create_model(settings: ConfigDict, *, num_classes: int, seed: int) -> SegmentationModel:
-    """The model of `config.model` with random weights."""
+def create_model(settings: ConfigDict, *, num_classes: int, seed: int, channels: int = 3) -> SegmentationModel:
+    """The model of `config.model` for images of so many channels, with random weights."""
     overrides, dtype = model_overrides(settings), jnp.dtype(settings.dtype)
+    if channels != 3:
+        overrides["in_channels"] = channels
     return models.create(settings.name, num_classes=num_classes, seed=seed, dtype=dtype, **overrides)
 
 
@@ -419,14 +471,20 @@ def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -
     return parallel.replicate(copied(state))
 
 
-def _refuse_small_images(model: FunctionalModel, sizes: np.ndarray, protocol: Protocol) -> None:
+def _refuse_small_images(
+    model: FunctionalModel,
+    sizes: np.ndarray,
+    protocol: Protocol,
+    normalised: Callable[[jax.Array], jax.Array],
+    kind: specs.ImageKind,
+) -> None:
     """Raises ValueError where an image is too small for the model, before the training rather than after it."""
     inputs = [size for height, width in np.unique(sizes, axis=0) for size in protocol.input_sizes((height, width))]
     height, width = min(inputs, key=min)
     if protocol.window:
         height, width = map(min, (height, width), protocol.window.crop)
-    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    jax.eval_shape(partial(predict_labels, model, normalise=normalise), *model.arrays(), image)
+    image = jax.ShapeDtypeStruct((1, height, width, kind.channels), np.dtype(kind.dtype))
+    jax.eval_shape(partial(predict_labels, model, normalise=normalised), *model.arrays(), image)
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata
@@ -442,7 +500,7 @@ def _evaluated_size(sizes: np.ndarray, protocol: Protocol) -> list[int] | None:
 def run_metadata(
     config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec, size: list[int] | None
 ) -> dict[str, Any]:
-    """Metadata that every checkpoint of a run has.
+    """Metadata that every checkpoint of a run has; of one whose images are RGB of 8 bits.
 
     Args:
       config: all settings, as `config.plain` returns them.

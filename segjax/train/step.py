@@ -17,7 +17,7 @@ from segjax.models.functional import FunctionalModel
 from segjax.train import optim
 from segjax.train.state import TrainState
 
-# An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, 3), labels (B, h, w)).
+# An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, C), labels (B, h, w)).
 Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
 
 
@@ -32,7 +32,7 @@ class TrainStep:
     Attributes:
       model: the model that is trained.
       optimizer: a transform of `optim.optimizer`.
-      augment: uint8 batch -> normalised images and labels.
+      augment: batch -> normalised images and labels.
       criterion: a loss of `losses.criterion`.
       aux_weight: weight of the loss of auxiliary logits, for a model that has them.
       accumulate: number of micro-batches that a batch is split into, which needs less memory.

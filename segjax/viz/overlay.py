@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segjax.data import specs
+from segjax.data import bands, specs
 from segjax.viz import lettering
 from segjax.viz.pictures import colourise
 
@@ -22,19 +22,21 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
     """The image under the colours of its labels: uint8 (H + legend, at least W, 3).
 
     Args:
-      image: uint8 (H, W, 3). labels: train ids (H, W).
+      image: (H, W, C), as of `bands.as_picture`. labels: train ids (H, W).
       still: whether the legend has only the classes that occur; else, for the frames of a video, its height is fixed.
     """
     import cv2
 
-    blended = cv2.addWeighted(image, 1 - OPACITY, colourise(labels, spec), OPACITY, 0)
+    blended = cv2.addWeighted(bands.as_picture(image), 1 - OPACITY, colourise(labels, spec), OPACITY, 0)
     return _with_legend(blended, labels, spec, still)
 
 
 def side_by_side(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, still: bool = True) -> np.ndarray:
     """The image and the colours of its labels, side by side: uint8 (H + legend, at least 2W, 3)."""
     gap = np.full((len(image), max(image.shape[1] // 200, 2) * 2, 3), 255, np.uint8)
-    return _with_legend(np.concatenate([image, gap, colourise(labels, spec)], axis=1), labels, spec, still)
+    return _with_legend(
+        np.concatenate([bands.as_picture(image), gap, colourise(labels, spec)], axis=1), labels, spec, still
+    )
 
 
 def _with_legend(picture: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, still: bool) -> np.ndarray:

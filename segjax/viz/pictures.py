@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segjax.data import specs
+from segjax.data import bands, specs
 from segjax.runtime import atomic, console
 from segjax.viz import lettering
 
@@ -25,14 +25,14 @@ def save_prediction(
     """One PNG: image, truth, prediction, and the classes that occur in either.
 
     Args:
-      image: uint8 (H, W, 3). truth, predicted: train ids (H, W).
+      image: (H, W, C), as of `bands.as_picture`. truth, predicted: train ids (H, W).
     """
     figure = _figure(*_three_panels(image.shape[:2]))
     panels = figure.subplots(1, 3)
     # Pixels that metrics ignore are black in the prediction, too.
     shown = np.where(truth == spec.ignore_label, truth, predicted)
     names = ("image", "truth", "prediction")
-    pictures = (image, colourise(truth, spec), colourise(shown, spec))
+    pictures = (bands.as_picture(image), colourise(truth, spec), colourise(shown, spec))
     for panel, name, picture in zip(panels, names, pictures, strict=True):
         panel.imshow(picture, interpolation="nearest")
         panel.set_title(name, fontsize=9)

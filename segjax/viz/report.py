@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segjax import metrics
-from segjax.data import specs
+from segjax.data import bands, specs
 from segjax.runtime import atomic, console
 from segjax.viz import pictures
 
@@ -26,7 +26,7 @@ class Shown(NamedTuple):
     """An image of a report.
 
     Attributes:
-      name: of the image. image: uint8 (H, W, 3).
+      name: of the image. image: (H, W, C), as of `bands.as_picture`.
       truth, predicted: train ids (H, W).
     """
 
@@ -126,7 +126,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
         name: uri(pixels, ".png", cv2.INTER_NEAREST, cv2.IMWRITE_PNG_COMPRESSION, 9)
         for name, pixels in (labels | {"errors": red}).items()
     }
-    return {"image": uri(shown.image, ".jpg", cv2.INTER_AREA, cv2.IMWRITE_JPEG_QUALITY, 85), **layers}
+    return {"image": uri(bands.as_picture(shown.image), ".jpg", cv2.INTER_AREA, cv2.IMWRITE_JPEG_QUALITY, 85), **layers}
 
 
 def _page(title, facts, summary, confusion, images, spec) -> str:

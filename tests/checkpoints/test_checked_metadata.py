@@ -218,7 +218,7 @@ def test_a_normalisation_of_a_preprocessor_that_cannot_be_is_refused(tmp_path, p
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [([1.0], [2.0]), ([1, 2, 3], [0, 1, 1]), ([1, 2, 3], [-1, 1, 1]), ([1, 2, 3], None)]
+    ("mean", "std"), [([1.0], [2.0, 3, 4]), ([1, 2, 3], [0, 1, 1]), ([1, 2, 3], [-1, 1, 1]), ([1, 2, 3], None)]
 )
 def test_a_normalisation_of_mmsegmentation_that_cannot_be_is_refused(mean, std):
     weights = {"data_preprocessor.mean": np.array(mean, np.float32)[:, None, None]}

@@ -13,6 +13,7 @@ from segjax.runtime import memory
 from segjax.runtime.parallel import JitParallel
 from segjax.train.schema import default_config
 from segjax.viz import pictures
+from tests import made_bands
 
 SPEC = specs.DatasetSpec("noise", tuple("abcde"), tuple((40 * k, 250 - 40 * k, 30 * k) for k in range(5)), 255)
 
@@ -103,3 +104,17 @@ def test_samples_beyond_any_memory_are_refused_before_a_dataset_is_opened(capsys
     assert show.main(["--num", "20", "--crop", "16384", "16384"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "20 samples of 16384x16384 needs 140.00 GiB, and the machine has 64.00 GiB" in said
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
+def test_samples_of_other_channels_are_shown_by_their_first_bands(channels, dtype, tmp_path, monkeypatch):
+    made_bands.folder(tmp_path / "given", channels, dtype)
+    shown = {}
+    monkeypatch.setattr(pictures, "save_samples", lambda path, images, labels, spec, titles: shown.update(all=images))
+    paths = ["--source", tmp_path / "given", "--data-dir", tmp_path / "data", "--output", tmp_path / "page.png"]
+    assert show.main(["folder", *map(str, paths), "--num", "3", "--crop", "32", "40", "--scale", "1", "1"]) == 0
+    images = shown["all"]
+    assert images.shape == (3, 32, 40, 3) and images.dtype == np.uint8
+    # From black to white, of one channel in grey.
+    assert all(image.min() < 10 and image.max() > 245 for image in images) or channels == 1
+    assert (np.ptp(images.astype(int), axis=3) == 0).all() == (channels == 1)

@@ -276,3 +276,21 @@ def test_labels_are_right_where_classes_are_equal_but_for_rounding_and_nowhere_e
     assert error(1, 1) == pytest.approx(5e-7, rel=0.1)
     assert error(0, 2) == pytest.approx(0.25)
     assert error(0, 3) == np.inf
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
+def test_a_file_takes_images_of_other_channels_in_their_own_numbers(channels, dtype, tmp_path, capsys):
+    model, rng = tiny_model(3, in_channels=channels), np.random.default_rng(channels)
+    mean, std = [100.0 + number for number in range(channels)], [20.0 + number for number in range(channels)]
+    saved(tmp_path / "a", model, normalisation={"mean": mean, "std": std}, image_dtype=dtype)
+    images = (np.array(mean) + np.array(std) * rng.normal(size=(2, 67, 141, channels))).clip(0).astype(dtype)
+    normal = ((images - np.array(mean)) / np.array(std)).astype(np.float32)
+    expected = np.asarray(jax.jit(lambda images: model(images)[0])(normal))
+    for inside, given, kind in ((True, images, dtype), (False, normal, "float32 normalised")):
+        path = tmp_path / f"{inside}.stablehlo"
+        options = ["--format", "stablehlo", "--size", 64, 96, "--dynamic"] + ["--with-preprocessing"] * inside
+        assert run(tmp_path / "a", path, *options) == 0
+        assert relative_error(stablehlo.open_stablehlo(path)(given), expected) < 1e-4
+        assert f"in images {kind} (batch, height, width, {channels})" in " ".join(capsys.readouterr().out.split())
+        about = json.loads(stablehlo.metadata_path(path).read_text())["normalisation"]
+        assert about == {"mean": mean, "std": std, "channels": channels, "dtype": dtype, "inside": inside}

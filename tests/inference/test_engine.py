@@ -22,6 +22,7 @@ class Blurred(nnx.Module):
         settings = dict(kernel_init=layers.fan_in_init, dtype=jnp.float32, param_dtype=jnp.float32)
         self.head = layers.Conv(3, num_classes, 7, stride=4, padding=3, rngs=nnx.Rngs(num_classes), **settings)
         self.spec, self.size_multiple, self.align_corners = Spec(num_classes), size_multiple, align_corners
+        self.in_channels = 3
 
     def __call__(self, images):
         return 4 * self.head(images), {}

@@ -59,6 +59,7 @@ class Row(nnx.Module):
         self.blocks = of_model(tiny_model(0, family, dtype=jnp.float64, **DEEP[family]))
         self.call = CALLS.get(family, lambda block, x: block(x))
         self.spec, self.size_multiple, self.align_corners = None, 1, False
+        self.in_channels = 3
         self.execution = layers.PLAIN
 
     def __call__(self, x):

@@ -144,9 +144,9 @@ def test_parameter_counts_of_other_published_sizes(name, num_classes, overrides,
 
 
 def test_settings_are_those_that_create_takes_with_the_defaults_of_the_name():
-    shared = ["dims", "depths", "decoder_dim", "num_heads", "mlp_ratios", "sr_ratios"]
+    shared = ["in_channels", "dims", "depths", "decoder_dim", "num_heads", "mlp_ratios", "sr_ratios"]
     rates, eps = ["drop_path_rate", "dropout_rate"], ["block_norm_eps", "patch_norm_eps"]
-    widths = ["width", "stage1_channels", "stage_modules", "stage_blocks", "align_corners"]
+    widths = ["in_channels", "width", "stage1_channels", "stage_modules", "stage_blocks", "align_corners"]
     expected = {
         "segformer_b2": shared + rates + eps,
         "segformer_plain_b2": [*shared, "fuse", *rates, *eps],
@@ -155,7 +155,7 @@ def test_settings_are_those_that_create_takes_with_the_defaults_of_the_name():
         "segformer_zuppichini": [*shared, "drop_path_rate"],
         "hrnet_w32": widths,
         "hrnet_w32_ocr": [*widths, "ocr_channels", "ocr_key_channels", "dropout_rate"],
-        "segnext_b": ["dims", "depths", "ham_channels", "ham_rank", "mlp_ratios", *rates],
+        "segnext_b": ["in_channels", "dims", "depths", "ham_channels", "ham_rank", "mlp_ratios", *rates],
     }
     for name, keys in expected.items():
         assert sorted(models.settings(name)) == sorted(keys), name

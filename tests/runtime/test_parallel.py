@@ -174,6 +174,7 @@ class Layers(nnx.Module):
         self.ham = segnext.Hamburger(32, 3, rngs=rngs, **kinds)
         self.pred = layers.Conv(32, 5, 1, rngs=rngs, **kinds)
         self.spec, self.size_multiple, self.align_corners = None, 1, False
+        self.in_channels = 3
 
     def __call__(self, images):
         x = self.bn(self.conv(images.astype(self.conv.dtype)))
@@ -266,6 +267,7 @@ def test_the_loss_is_that_of_all_pixels_not_the_mean_over_devices(float64):
         def __init__(self):
             self.bias = nnx.Param(jnp.array(logits))
             self.spec, self.size_multiple, self.align_corners = None, 1, False
+            self.in_channels = 3
 
         def __call__(self, images):
             return jnp.broadcast_to(self.bias[...], (*images.shape[:3], 5)), {}

@@ -213,6 +213,7 @@ class TwoHeads(nnx.Module):
         self.stem = layers.Conv(3, 6, 4, stride=4, **settings)
         self.head, self.aux_head = layers.Conv(6, K, 1, **settings), layers.Conv(6, K, 1, **settings)
         self.spec, self.size_multiple, self.align_corners = None, 1, True
+        self.in_channels = 3
         self.eval()
 
     def __call__(self, images):

@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from segjax.data import specs
-from segjax.viz import pictures
+from segjax.data import bands, specs
+from segjax.viz import overlay, pictures
+from tests.made_bands import array
 
 
 def make_spec(num_classes):
@@ -70,3 +71,13 @@ def test_a_curve_says_what_the_axes_are_and_shows_the_score(tmp_path, monkeypatc
     np.testing.assert_array_equal(left.get_lines()[0].get_xydata(), [[1, 2.0], [2, 2.0]])
     np.testing.assert_array_equal(right.get_lines()[0].get_xydata(), [[2, 0.25]])
     assert right.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (2, "float32"), (13, "uint8")])
+def test_images_of_other_channels_are_drawn(channels, dtype, tmp_path):
+    image, labels = array(1, (40, 56), channels, dtype), np.random.default_rng(2).integers(0, 3, (40, 56))
+    pictures.save_prediction(tmp_path / "a.png", image, labels, labels, make_spec(3), title="bands")
+    assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3
+    drawn = overlay.over(image, labels.astype(np.uint8), make_spec(3))
+    assert (drawn[:40, :56].std(axis=(0, 1)) > 5).all()
+    np.testing.assert_array_equal(overlay.side_by_side(image, labels, make_spec(3))[:40, :56], bands.as_picture(image))

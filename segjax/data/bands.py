@@ -1,0 +1,168 @@
+"""Images of any number of channels, in the numbers of their files: TIFF with all of its bands, NumPy's .npy, grey PNG.
+
+Pixels are uint8, uint16 or float32 (H, W, C), in the unit of the data: nothing is scaled, and no band is dropped.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from segjax.data import codec, specs, tiff
+from segjax.data.codec import ImageError, LayoutError
+
+# Percentiles of a band that become black and white in pictures.
+_DARK, _BRIGHT = 2, 98
+# Pixels of which percentiles are computed; more would be the same within a grey level.
+_SAMPLED = 1 << 16
+_CONVERT = f"images are {', '.join(specs.IMAGE_DTYPES[:-1])} or {specs.IMAGE_DTYPES[-1]}; convert it to one of them"
+
+
+def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
+    """uint8, uint16 or float32 (H, W, C) of an image file of any format, upright.
+
+    Of a TIFF every sample is a channel, alpha too; one with a palette, CMYK or YCbCr is RGB. Of PNG, JPEG, WebP, BMP
+    and GIF, C is 1 for grey or else 3: alpha is dropped, a palette becomes its colours.
+
+    Raises:
+      ImageError: it is no image, is damaged, has more than `max_pixels` pixels, or has numbers of another dtype.
+    """
+    match codec.format_of(data[:32]):
+        case "TIFF":
+            image = tiff.decode_bands(data, max_pixels=max_pixels)
+        case "NPY":
+            image = of_array(of_npy(data))
+            codec.refuse_size(image.shape[:2], max_pixels)
+        case _:
+            image, _ = codec.decode_upright(data, max_pixels=max_pixels)
+            if image.ndim == 3 and image.shape[2] == 3 and codec.is_grey(data):
+                # The decoder repeats grey.
+                image = image[..., :1]
+    return of_array(image)
+
+
+def of_array(image: np.ndarray) -> np.ndarray:
+    """An array (H, W) or (H, W, C) as (H, W, C), in the byte order of the machine.
+
+    Raises:
+      LayoutError: another shape or dtype.
+    """
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise LayoutError(f"has the shape {image.shape}; an image is (H, W, C), or (H, W) of one channel")
+    kind = image.dtype.newbyteorder("=")
+    if kind.name not in specs.IMAGE_DTYPES:
+        raise LayoutError(f"has numbers of {kind.name}; {_CONVERT}")
+    return np.ascontiguousarray(image.reshape(*image.shape[:2], -1), kind)
+
+
+def of_npy(data: bytes) -> np.ndarray:
+    """The array in the content of a .npy file, read-only; objects are never unpickled.
+
+    Raises:
+      ImageError: it is damaged, or has objects.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        length = 2 if version == (1, 0) else 4
+        header: Any = ast.literal_eval(file.read(int.from_bytes(file.read(length), "little")).decode("latin1"))
+        dtype, shape = np.dtype(header["descr"]), tuple(map(int, header["shape"]))
+        pixels = data[file.tell() :]
+        # Compared before anything is allocated: a header may have any numbers.
+        needed = dtype.itemsize
+        for side in shape:
+            needed *= side
+        if dtype.hasobject or min(shape, default=0) < 0 or needed != len(pixels):
+            raise ValueError(f"{dtype} {shape}, and {len(pixels):,} bytes of it")
+        return np.frombuffer(pixels, dtype).reshape(shape, order="F" if header["fortran_order"] else "C")
+    # A header of any content is an error of any kind.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ImageError(f"is a .npy that cannot be read ({reason})") from error
+
+
+def to_npy(image: np.ndarray) -> bytes:
+    """The content of a .npy file of an array."""
+    file = io.BytesIO()
+    np.save(file, image, allow_pickle=False)
+    return file.getvalue()
+
+
+def strange_values(image: np.ndarray) -> str | None:
+    """How many numbers of an image (H, W, C) are NaN or infinite, and where the first is; None if all are finite."""
+    if image.dtype.kind != "f" or (is_finite := np.isfinite(image)).all():
+        return None
+    row, column, channel = np.argwhere(~is_finite)[0].tolist()
+    number = int(is_finite.size - np.count_nonzero(is_finite))
+    return f"{number:,} of {is_finite.size:,}, the first at row {row}, column {column}, channel {channel}"
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) to look at, of an image (H, W, C); RGB of 8 bits itself.
+
+    The first three bands, or the only one or the first of two in grey, each from its 2nd percentile, black, to its
+    98th, white.
+    """
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        return image
+    bands = image[..., : 3 if image.shape[2] >= 3 else 1].astype(np.float32)
+    step = max(int((bands.shape[0] * bands.shape[1] / _SAMPLED) ** 0.5), 1)
+    low, high = np.percentile(bands[::step, ::step], (_DARK, _BRIGHT), axis=(0, 1))
+    scaled = (bands - low) * (255 / np.maximum(high - low, np.finfo(np.float32).tiny))
+    picture = np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
+    return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+class Moments(NamedTuple):
+    """Number of pixels, and of each channel the mean and the sum of squared deviations from it."""
+
+    pixels: int
+    of: tuple[tuple[float, float], ...]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(mean for mean, _ in self.of)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Deviations; 1 for a channel that is constant, which nothing can be divided by."""
+        return tuple(math.sqrt(squares / self.pixels) or 1.0 for _, squares in self.of)
+
+
+def moments(image: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """Of each channel of an image (H, W, C) its mean and the sum of squared deviations from it, in float64."""
+    found = []
+    for channel in np.moveaxis(image, 2, 0):
+        if channel.dtype.kind == "u":
+            # In exact integers; by rows, because they are counted as numbers of 64 bits.
+            rows = max(_SAMPLED * 16 // channel.shape[1], 1)
+            counts = np.zeros(256**channel.itemsize, np.int64)
+            for top in range(0, len(channel), rows):
+                counts += np.bincount(channel[top : top + rows].ravel(), minlength=len(counts))
+            occurring = [(value, int(counts[value])) for value in np.flatnonzero(counts).tolist()]
+            total = sum(value * count for value, count in occurring)
+            squares = sum(value * value * count for value, count in occurring)
+            found.append((total / channel.size, (channel.size * squares - total * total) / channel.size))
+        else:
+            wide = channel.astype(np.float64)
+            mean = float(wide.mean())
+            found.append((mean, float(np.square(wide - mean).sum())))
+    return tuple(found)
+
+
+def merged(first: Moments, second: Moments) -> Moments:
+    """The moments of two sets of pixels together (Chan, Golub and LeVeque, 1979)."""
+    (n, ours), (m, theirs) = first, second
+    both = n + m
+    together = []
+    for (mean, squares), (other_mean, other_squares) in zip(ours, theirs, strict=True):
+        apart = other_mean - mean
+        together.append((mean + apart * m / both, squares + other_squares + apart * apart * n * m / both))
+    return Moments(both, tuple(together))
