@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from segjax.kernels import precision, units
+from segjax.kernels import choice, precision, units
 
 
 def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
@@ -27,9 +27,10 @@ def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     Output pixel f * i + p always blends the same two neighbours with the same weights. So each of the f phases is one
     blend of the whole map with itself shifted by one pixel, edges repeated: slices and a reshape instead of a gather.
     """
+    once = units.once if choice.is_fast_on_cpu() else lambda x: x
     for axis, factor in zip((1, 2), factors, strict=True):
         if factor > 1:
-            x = units.once(upsample_axis(units.once(x), axis, factor))
+            x = once(upsample_axis(once(x), axis, factor))
     return x
 
 

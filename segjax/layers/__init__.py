@@ -8,7 +8,7 @@ products; norms, softmax and sums of logits never compute in less than float32.
 Operations that have several implementations are in `functional`, which decides which one runs.
 """
 
-from segjax.kernels.choice import is_fast_on_cpu, meant_for, published_implementations
+from segjax.kernels.choice import is_fast_on_cpu, is_fast_on_gpu, meant_for, published_implementations
 from segjax.kernels.precision import at_least_float32
 from segjax.layers.blocks import (
     GELU,
@@ -76,6 +76,7 @@ __all__ = [
     "feed_forward",
     "gelu",
     "is_fast_on_cpu",
+    "is_fast_on_gpu",
     "joint_projection_init",
     "linear_init",
     "meant_for",

@@ -128,7 +128,7 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) ->
     if align_corners:
         return resize_aligned(x, size)
     factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
-    if all(factors) and choice.is_fast_on_cpu():
+    if all(factors) and (choice.is_fast_on_cpu() or choice.is_fast_on_gpu()):
         return resize_by_phases(x, factors)
     return resize_plain(x, size)
 
