@@ -1,6 +1,9 @@
-"""Attention, plain and over tiles of query rows, which is as far as XLA:CPU has a fused attention."""
+"""Attention: plain; over tiles of query rows, for CPUs; cuDNN's, and with a backward pass of its own, for GPUs."""
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +11,20 @@ from jax import lax
 
 from segjax.kernels import precision
 
+logger = logging.getLogger(__name__)
+
 
 def attention_plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """All scores (B, h, N, M) at once."""
+    weights = jax.nn.softmax(_scores(query, key), axis=-1).astype(query.dtype)
+    return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
+
+
+def _scores(query, key):
+    """(B, h, N, M), in at least float32."""
     wide = precision.at_least_float32(query.dtype)
     scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    scores = jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)  # (B, h, N, M)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
+    return jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)
 
 
 # 64 MiB in float32. An image of 1024x2048 has 1 GiB of them in SegFormer's first stage, whose time is the same in parts
@@ -31,3 +40,64 @@ def attention_by_rows(query: jax.Array, key: jax.Array, value: jax.Array, *, row
     by_part = jnp.moveaxis(padded.reshape(B, h, parts, rows, D), 2, 0)
     mixed = lax.map(jax.checkpoint(lambda part: attention_plain(part, key, value)), by_part)  # (parts, B, h, rows, D)
     return jnp.moveaxis(mixed, 0, 2).reshape(B, h, parts * rows, D)[:, :, :N]
+
+
+def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """cuDNN's fused attention, which stores no scores. For inputs that `cudnn_has` accepts."""
+    by_token = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*by_token, implementation="cudnn").transpose(0, 2, 1, 3)
+
+
+def cudnn_has(query: jax.Array) -> bool:
+    """Whether cuDNN has a fused attention for queries of such a type and width."""
+    is_narrow = query.dtype in (jnp.bfloat16, jnp.float16)
+    width = query.shape[-1]
+    return is_narrow and width % 8 == 0 and width <= 128 and _cudnn_works(query.dtype.name, width)
+
+
+@functools.cache
+def _cudnn_works(dtype: str, width: int) -> bool:
+    """Whether it runs on this machine's GPU; where it does not, that is logged once. True where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        # Compiled for another machine.
+        return True
+    try:
+        with jax.ensure_compile_time_eval():
+            x = jnp.ones((1, 1, 64, width), dtype)
+            slope = jax.jit(jax.grad(lambda *given: jnp.sum(attention_by_cudnn(*given).astype(jnp.float32))))
+            jax.block_until_ready(slope(x, x, x))
+    except Exception as error:  # of many kinds: by jax, XLA, or cuDNN
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("cuDNN's attention does not run here, so that a slower one is used: %s", why)
+        return False
+    return True
+
+
+@jax.custom_vjp
+def attention_recomputed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attention_plain` whose backward pass computes the scores again and reads them fewer times."""
+    return _recomputed_forward(query, key, value)[0]
+
+
+def _recomputed_forward(query, key, value):
+    scores = _scores(query, key)
+    normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    output = jnp.einsum("bhnm,bhmd->bhnd", jnp.exp(scores - normaliser).astype(query.dtype), value)
+    return output, (query, key, value, output, normaliser)
+
+
+def _recomputed_backward(kept, gradient):
+    query, key, value, output, normaliser = kept
+    dtype, wide = query.dtype, normaliser.dtype
+    weights = jnp.exp(_scores(query, key) - normaliser)
+    of_weights = jnp.einsum("bhnd,bhmd->bhnm", gradient, value, preferred_element_type=wide)
+    # The mean of a row of them, by the weights.
+    mean = jnp.sum(gradient.astype(wide) * output.astype(wide), axis=-1, keepdims=True)
+    of_scores = (weights * (of_weights - mean)).astype(dtype)
+    scale = jnp.asarray(query.shape[-1] ** -0.5, dtype)
+    of_query = jnp.einsum("bhnm,bhmd->bhnd", of_scores, key) * scale
+    of_key = jnp.einsum("bhnm,bhnd->bhmd", of_scores, query * scale)
+    return of_query, of_key, jnp.einsum("bhnm,bhnd->bhmd", weights.astype(dtype), gradient)
+
+
+attention_recomputed.defvjp(_recomputed_forward, _recomputed_backward)

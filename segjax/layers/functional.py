@@ -105,6 +105,10 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
       float64 inputs (1e-7).
     """
+    if choice.is_fast_on_gpu():
+        if attention_kernels.cudnn_has(query):
+            return attention_kernels.attention_by_cudnn(query, key, value)
+        return attention_kernels.attention_recomputed(query, key, value)
     (B, h, N, _), M = query.shape, key.shape[2]
     # The number of scores is unknown for the symbolic sizes of an export.
     if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
