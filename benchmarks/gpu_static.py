@@ -495,7 +495,7 @@ def lowered(name, size, batch, mode, dtype, num_classes, devices, parallel, *, e
     import segjax
     from segjax import layers, losses
     from segjax.models.functional import FunctionalModel
-    from segjax.models.stacked import NO_STACKS, Stacks
+    from segjax.models.stacked import stacks_for
     from segjax.recipes import common
     from segjax.runtime.parallel import parallel_for
     from segjax.train import optim
@@ -524,10 +524,10 @@ def lowered(name, size, batch, mode, dtype, num_classes, devices, parallel, *, e
         # As segjax.benchmark has it.
         config.optim.update(no_decay="", lr_multipliers=())
         model.set_attributes(axis_name=spread.axis_name, raise_if_not_found=False)
-        names = FunctionalModel(model).arrays()[0]
+        names, statistics = FunctionalModel(model).arrays()
         blocks = layers.BlockExecution.of(**execution) if execution else layers.PLAIN
         alike = optim.rules(config.optim, names)
-        stacks = Stacks.of(names, shortest=blocks.scan_from, alike=alike) if execution else NO_STACKS
+        stacks = stacks_for(blocks, names, statistics, alike=alike)
         functional = FunctionalModel(model, execution=blocks, stacks=stacks)
         params, batch_stats = functional.arrays()
         optimizer = optim.optimizer(config.optim, params, steps=40_000, stacks=stacks)
