@@ -2,8 +2,8 @@
 
 Stacks are what a scan over blocks reads. `train.scan_blocks` asks for such scans. With separate arrays, a training step
 of SegFormer-B5 would stack most of its 1065 parameters, unstack their gradients, and update each parameter by a program
-of its own. Stacked they are 285 arrays, and 113 where every group of equal blocks is scanned. The cost is recorded under
-"Compiling" in benchmarks/README.md.
+of its own. Stacked they are 285 arrays, and 113 where every group of equal blocks is scanned. The cost is recorded
+under "Compiling" in benchmarks/README.md.
 
 Vectors are for GPUs, where each kernel costs microseconds: a norm, an update or a check of all parameters takes one
 kernel for each array.
