@@ -14,7 +14,7 @@ Compiled for an H200, the roofline of 32x512x512 pixels and 150 classes, forward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,12 @@ def normaliser_and_chosen(logits: jax.Array, labels: jax.Array) -> tuple[jax.Arr
 def _forward(logits, labels):
     cells = _Cells(logits.shape, labels.shape[1:])
     corners = cells.corners(logits)
-    # No less than the outputs, which are means of their corners.
-    most = _largest(cells.corners(jnp.max(logits, axis=-1)))
-    powers = [jnp.exp(output - most[..., None]) for output in cells.outputs(corners)]
-    normaliser = most + jnp.log(_sums(powers))  # (F, B, h + 1, w + 1)
+    # The largest logit of the corners would not do: where they differ by hundreds, all powers would be 0.
+    largest = _reduced(cells.outputs(corners), jnp.maximum, -jnp.inf)
+    # Behind the barrier, so that outputs are computed again instead of being stored.
+    again = cells.outputs(lax.optimization_barrier(corners))
+    powers = [jnp.exp(output - one[..., None]) for output, one in zip(again, largest, strict=True)]
+    normaliser = jnp.stack(largest) + jnp.log(jnp.stack(_reduced(powers, jnp.add, 0)))  # (F, B, h + 1, w + 1)
     chosen = cells.chosen(corners, labels)
     return (cells.as_map(normaliser), cells.as_map(chosen)), (logits, labels, normaliser)
 
@@ -80,21 +82,17 @@ def _backward(kept, gradients):
 normaliser_and_chosen.defvjp(_forward, _backward)
 
 
-def _largest(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.max(jnp.stack(arrays), axis=0)
+def _reduced(arrays: Sequence[jax.Array], combine: Callable, start: float) -> list[jax.Array]:
+    """Each array reduced over its last axis."""
 
+    def combined(ones, others):
+        return tuple(combine(one, other) for one, other in zip(ones, others, strict=True))
 
-def _sums(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The sum of each array over its last axis, stacked."""
-
-    def add(ones, others):
-        return tuple(one + other for one, other in zip(ones, others, strict=True))
-
-    sums = []
+    found = []
     for part in _in_parts(arrays):
-        nothing = tuple(jnp.zeros((), array.dtype) for array in part)
-        sums += lax.reduce(tuple(part), nothing, add, (part[0].ndim - 1,))
-    return jnp.stack(sums)
+        starts = tuple(jnp.asarray(start, array.dtype) for array in part)
+        found += lax.reduce(tuple(part), starts, combined, (part[0].ndim - 1,))
+    return found
 
 
 def _in_parts(arrays: Sequence[jax.Array]) -> list[Sequence[jax.Array]]:
