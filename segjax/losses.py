@@ -346,8 +346,12 @@ class _Scores:
     def __init__(self, small: jax.Array, labels: jax.Array, *, align_corners: bool):
         """Computes `loss`. Args: logits (B, h, w, K), float32 or wider; labels (B, H, W); of the upsampling."""
         self._small, self._size, self._align_corners = small, labels.shape[1:], align_corners
-        if layers.is_fast_on_gpu() and not align_corners and cells.applies(small.shape, self._size):
-            self.normaliser, chosen = cells.normaliser_and_chosen(small, labels)
+        if layers.is_fast_on_gpu() and small.shape[-1] > 1:
+            if not align_corners and cells.applies(small.shape, self._size):
+                self.normaliser, chosen = cells.normaliser_and_chosen(small, labels)
+            else:
+                by_rows = cells.normaliser_and_chosen_by_rows
+                self.normaliser, chosen = by_rows(small, labels, align_corners=align_corners)
             self.loss = self.normaliser - chosen
         elif small.shape[-1] == 1:
             # -log sigmoid(±score) without overflow.

@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from segjax.kernels import resize
+
 MOST_OUTPUTS = 64  # of a cell
+PARTS = 16  # of the rows, where logits are not upsampled by whole factors
 OPERANDS = 16  # of a reduction: XLA stores 64 outputs instead of fusing them
 
 
@@ -97,6 +100,37 @@ def _reduced(arrays: Sequence[jax.Array], combine: Callable, start: float) -> li
 
 def _in_parts(arrays: Sequence[jax.Array]) -> list[Sequence[jax.Array]]:
     return [arrays[start : start + OPERANDS] for start in range(0, len(arrays), OPERANDS)]
+
+
+def normaliser_and_chosen_by_rows(
+    logits: jax.Array, labels: jax.Array, *, align_corners: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The same for any sizes and both conventions, a `PARTS`th of the rows at a time; K > 1.
+
+    The backward pass upsamples again.
+    """
+    height, width = labels.shape[1:]
+    rows = -(-height // PARTS)
+    parts = -(-height // rows)
+    by_row = resize.matrix(logits.shape[1], height, logits.dtype, align_corners=align_corners)
+    by_row = jnp.pad(by_row, ((0, parts * rows - height), (0, 0)), mode="edge").reshape(parts, rows, -1)
+    by_column = resize.matrix(logits.shape[2], width, logits.dtype, align_corners=align_corners)
+    padded = jnp.pad(labels, ((0, 0), (0, parts * rows - height), (0, 0)))
+    by_part = jnp.moveaxis(padded.reshape(len(labels), parts, rows, width), 1, 0)
+    classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+
+    @jax.checkpoint
+    def part(given):
+        matrix, labels = given
+        upsampled = resize.by_matrices(logits, matrix, by_column)
+        chosen = jnp.where(labels[..., None].astype(jnp.int32) == classes, upsampled, 0)
+        return jax.nn.logsumexp(upsampled, axis=-1), jnp.sum(chosen, axis=-1)
+
+    def whole(parts):
+        return jnp.moveaxis(parts, 0, 1).reshape(len(labels), -1, width)[:, :height]
+
+    normaliser, chosen = lax.map(part, (by_row, by_part))
+    return whole(normaliser), whole(chosen)
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
