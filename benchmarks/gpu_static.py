@@ -25,13 +25,13 @@ What differs from a compilation on the card:
  - Products are all Triton's with a default tiling here (--no-triton: all cuBLAS's, nothing fused into them). On a card
    XLA times both and takes the faster. `split-K`, which a card may choose as well, is folded away by --no-triton.
  - Of a kernel of Pallas the arithmetic is not known, its traffic is.
- - Nothing measured on any card stands behind a time. Grouped convolutions above all may be far slower than their traffic.
+ - No time was measured on a card. Grouped convolutions above all may be far slower than their traffic.
 
 A name that ends in .py is a file with CASES = {"name": (function, [(shape, dtype), ...])}: each function is compiled
 forward, and (--mode train) with the gradients of all its arguments, to compare forms of a layer in seconds.
 
 --patch FILE: Python that is executed before the model is built, with `segjax` importable: to replace a function
-(`from segjax.models import layers; layers.attention = ...`) and to see what changes.
+(`from segjax.layers import functional; functional.attention = ...`) and to see what changes.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 # Before jax is imported: neither a GPU nor its driver is looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -90,7 +91,15 @@ device_description_str: "NVIDIA H200"
 # has it; flash attention with heads of 64; float32 products and other arithmetic of the datasheet's 67e12.
 BYTES, LAUNCH = 4.3e12, 3e-6
 CUDNN_VERSION = 91300
-RATES = {"bf16": 7.9e14, "f16": 7.9e14, "attention": 3.0e14, "tf32": 3.9e14, "f32": 5.0e13, "f64": 5.0e13, "other": 2.0e13}
+RATES = {
+    "bf16": 7.9e14,
+    "f16": 7.9e14,
+    "attention": 3.0e14,
+    "tf32": 3.9e14,
+    "f32": 5.0e13,
+    "f64": 5.0e13,
+    "other": 2.0e13,
+}
 
 # -------------------------------------------------------------------------------------------------- reading HLO text
 
@@ -254,7 +263,9 @@ class Kernel:
 
     @property
     def seconds(self) -> float:
-        return max(self.bytes / BYTES, self.product_flops / RATES[self.rate], self.other_flops / RATES["other"]) + LAUNCH
+        return (
+            max(self.bytes / BYTES, self.product_flops / RATES[self.rate], self.other_flops / RATES["other"]) + LAUNCH
+        )
 
     @property
     def bound(self) -> str:
@@ -406,8 +417,7 @@ def _conv_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
     if not labels:
         return 0.0
     target = i.attribute(r'custom_call_target="([^"]+)"') or ""
-    left, rest = labels.split("_")
-    right, out = rest.split("->")
+    right = labels.split("_")[1].split("->")[0]
     given = [shapes[o].shapes[0][1] for o in i.operands[:2]]
     result = i.shapes[0][1]
     if target.endswith("BackwardFilter"):
@@ -416,7 +426,7 @@ def _conv_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
         kernel, output = given[1], given[0]
     else:
         kernel, output = given[1], result
-    spatial = [size for size, label in zip(kernel, right) if label not in "io"]
+    spatial = [size for size, label in zip(kernel, right, strict=True) if label not in "io"]
     inputs = kernel[right.index("i")]
     return 2.0 * math.prod(output) * math.prod(spatial) * inputs
 
@@ -450,7 +460,9 @@ def _fusion_traffic(i: Instruction, body: list[Instruction], shapes: dict[str, I
                 total += user.elements * whole / max(part.elements, 1)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == part.name:
                 continue
-            elif user.opcode in ("bitcast", "reshape", "convert", "copy", "transpose") and user.elements == part.elements:
+            elif (
+                user.opcode in ("bitcast", "reshape", "convert", "copy", "transpose") and user.elements == part.elements
+            ):
                 total += read(user, whole)
             else:
                 return whole
@@ -465,7 +477,9 @@ def _fusion_traffic(i: Instruction, body: list[Instruction], shapes: dict[str, I
     reads = sum(seen.values())
     writes = i.bytes
     root = next((part for part in body if part.is_root), None)
-    roots = [by_name[o] for o in root.operands if o in by_name] if root is not None and root.opcode == "tuple" else [root]
+    roots = (
+        [by_name[o] for o in root.operands if o in by_name] if root is not None and root.opcode == "tuple" else [root]
+    )
     for part in filter(None, roots):
         inner = part
         while inner.opcode in ("bitcast", "reshape", "convert") and inner.operands and inner.operands[0] in by_name:
@@ -485,7 +499,20 @@ def described(target: str, devices: int):
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}").devices
 
 
-def lowered(name, size, batch, mode, dtype, num_classes, devices, parallel, *, execution=None, settings=None, implementations="cuda"):
+def lowered(
+    name,
+    size,
+    batch,
+    mode,
+    dtype,
+    num_classes,
+    devices,
+    parallel,
+    *,
+    execution=None,
+    settings=None,
+    implementations="cuda",
+):
     """The program of segjax that a user of such devices would get: lowered, not compiled."""
     import jax
     import jax.numpy as jnp
@@ -503,7 +530,9 @@ def lowered(name, size, batch, mode, dtype, num_classes, devices, parallel, *, e
     from segjax.train.step import TrainStep
 
     # Shapes alone: no weight is drawn.
-    model = nnx.eval_shape(lambda: segjax.create(name, num_classes=num_classes, dtype=jnp.dtype(dtype), **(settings or {})))
+    model = nnx.eval_shape(
+        lambda: segjax.create(name, num_classes=num_classes, dtype=jnp.dtype(dtype), **(settings or {}))
+    )
     spread = parallel_for(parallel, list(devices))
 
     def placed(tree, where):
@@ -554,7 +583,9 @@ def lowered(name, size, batch, mode, dtype, num_classes, devices, parallel, *, e
             return train.lower(placed(state, spread.whole), placed(examples, spread.split), placed(key, spread.whole))
         count = len(devices)
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), state)
-        examples = {k: jax.ShapeDtypeStruct((count, v.shape[0] // count, *v.shape[1:]), v.dtype) for k, v in examples.items()}
+        examples = {
+            k: jax.ShapeDtypeStruct((count, v.shape[0] // count, *v.shape[1:]), v.dtype) for k, v in examples.items()
+        }
         return train.lower(state, examples, key)
 
 
@@ -577,7 +608,10 @@ def summary(program: Program, memory: dict, seconds: dict) -> dict:
     total = lambda key: sum(k.times * key(k) for k in kernels)  # noqa: E731
     return {
         "kernels": sum(k.times for k in kernels),
-        "by_kind": {name: {"kernels": n, "GB": b / 1e9, "ms": 1e3 * s} for name, n, b, _, s in grouped(kernels, lambda k: k.kind)},
+        "by_kind": {
+            name: {"kernels": n, "GB": b / 1e9, "ms": 1e3 * s}
+            for name, n, b, _, s in grouped(kernels, lambda k: k.kind)
+        },
         "GB": total(lambda k: k.bytes) / 1e9,
         "TFLOP": total(lambda k: k.product_flops) / 1e12,
         "ms": 1e3 * total(lambda k: k.seconds),
@@ -613,7 +647,8 @@ def show(title: str, program: Program, found: dict, top: int) -> None:
         f"{found['ms']:.2f} ms ({found['ms_without_launches']:.2f} without launches)\n"
         f"  memory: temporaries {found['temporaries_GiB']:.2f} GiB, arguments {found['arguments_GiB']:.2f}, of which "
         f"reused {found['reused_GiB']:.2f}, results beside them {found['output_GiB']:.2f}\n"
-        f"  lowered in {found['lower_s']:.0f} s, compiled in {found['compile_s']:.0f} s; {found['cpu_s']:.0f} s of a core in all"
+        f"  lowered in {found['lower_s']:.0f} s, compiled in {found['compile_s']:.0f} s; "
+        f"{found['cpu_s']:.0f} s of a core in all"
         f"{'' if found['to_machine_code'] else ' (no machine code made)'}"
         + (f"; {found['unknown_loops']} loops of unknown length counted once" if found["unknown_loops"] else "")
     )
@@ -624,17 +659,28 @@ def show(title: str, program: Program, found: dict, top: int) -> None:
         print("\n" + line.format(head, "number", "GB", "GFLOP", "ms", "share"))
         for name, number, moved, flops, seconds in rows:
             share = f"{1e3 * seconds / all_ms:.0%}"
-            print(line.format(name[:44], number, f"{moved / 1e9:.3f}", f"{flops / 1e9:.1f}", f"{1e3 * seconds:.3f}", share))
+            print(
+                line.format(
+                    name[:44], number, f"{moved / 1e9:.3f}", f"{flops / 1e9:.1f}", f"{1e3 * seconds:.3f}", share
+                )
+            )
 
     table("kind of kernel", grouped(program.kernels, lambda k: k.kind))
     table("bound by", grouped(program.kernels, lambda k: k.bound))
     if top:
         way = lambda k: "back" if "transpose(" in k.op else "there"  # noqa: E731
-        table("written in (of a fusion: its last operation)", grouped(program.kernels, lambda k: f"{k.source} {way(k)}")[:top])
-        print(f"\n  the longest\n  {'ms':>7} {'GB':>7} {'GFLOP':>8} {'x':>3}  {'bound':<10} {'kind':<18} shape, operation, source")
+        table(
+            "written in (of a fusion: its last operation)",
+            grouped(program.kernels, lambda k: f"{k.source} {way(k)}")[:top],
+        )
+        print(
+            f"\n  the longest\n  {'ms':>7} {'GB':>7} {'GFLOP':>8} {'x':>3}  {'bound':<10} {'kind':<18} "
+            "shape, operation, source"
+        )
         for k in sorted(program.kernels, key=lambda k: -k.times * k.seconds)[:top]:
             print(
-                f"  {1e3 * k.seconds:>7.3f} {k.bytes / 1e9:>7.3f} {k.product_flops / 1e9:>8.1f} {k.times:>3}  {k.bound:<10} "
+                f"  {1e3 * k.seconds:>7.3f} {k.bytes / 1e9:>7.3f} {k.product_flops / 1e9:>8.1f} {k.times:>3}  "
+                f"{k.bound:<10} "
                 f"{k.kind:<18} {k.shape} {k.op[-50:]} {k.source}"
             )
 
@@ -725,8 +771,8 @@ def work(job: dict) -> None:
     if job["patch"]:
         with open(job["patch"]) as file:
             exec(compile(file.read(), job["patch"], "exec"), {"__name__": "patch"})
-    devices = described(open(job["target"]).read() if job["target"] else H200, job["devices"])
-    # jax asks the installed cuDNN for its version before it writes a call of its attention; none need be installed here.
+    devices = described(Path(job["target"]).read_text() if job["target"] else H200, job["devices"])
+    # jax asks the installed cuDNN for its version before it writes a call of its attention; here it may be missing.
     from jax._src.cudnn import fused_attention_stablehlo
 
     fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION
@@ -762,7 +808,9 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--scan-blocks", action="store_true")
     parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--implementations", default="cuda", help="layers.meant_for: cuda, or cpu to see what that would cost")
+    parser.add_argument(
+        "--implementations", default="cuda", help="layers.meant_for: cuda, or cpu to see what that would cost"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the model")
     parser.add_argument("--no-triton", action="store_true", help="products by cuBLAS, nothing fused into them")
     parser.add_argument("--flags", default="", help="more XLA_FLAGS")
@@ -793,7 +841,9 @@ def main() -> int:
         num_classes=options.num_classes,
         parallel=options.parallel,
         devices=options.devices,
-        execution=dict(scan_blocks=options.scan_blocks, remat=options.remat) if options.scan_blocks or options.remat else None,
+        execution=dict(scan_blocks=options.scan_blocks, remat=options.remat)
+        if options.scan_blocks or options.remat
+        else None,
         settings=parse_overrides(options.set),
         implementations=options.implementations,
         flags=("--xla_gpu_enable_triton_gemm=false " if options.no_triton else "") + options.flags,
@@ -812,11 +862,17 @@ def main() -> int:
     for name, mode, dtype, batch in jobs:
         about = dict(name=name, mode=mode, dtype=dtype, batch=batch)
         short = name.partition("::")[2]
-        title = f"{short}, {mode}" if short else f"{name}, {mode} {batch}x{options.size[0]}x{options.size[1]}, {dtype}, {options.parallel}"
+        title = (
+            f"{short}, {mode}"
+            if short
+            else f"{name}, {mode} {batch}x{options.size[0]}x{options.size[1]}, {dtype}, {options.parallel}"
+        )
         title += f" on {options.devices}" if options.devices > 1 else ""
         with contextlib.ExitStack() as stack:
             if options.keep:
-                folder = os.path.join(options.keep, f"{short or name}-{mode}-{batch}-{dtype}".replace("/", "_").replace(" ", "_"))
+                folder = os.path.join(
+                    options.keep, f"{short or name}-{mode}-{batch}-{dtype}".replace("/", "_").replace(" ", "_")
+                )
                 shutil.rmtree(folder, ignore_errors=True)
                 os.makedirs(folder)
             else:
@@ -845,12 +901,16 @@ def main() -> int:
                 json.dump(records, file, indent=1)
     done = [r for r in records if "ms" in r]
     if len(done) > 1:
-        print(f"\n{'model':<38} {'work':<22} {'kernels':>7} {'GB':>8} {'TFLOP':>7} {'ms':>8} {'temp GiB':>8} {'compile s':>9}")
+        print(
+            f"\n{'model':<38} {'work':<22} {'kernels':>7} {'GB':>8} {'TFLOP':>7} {'ms':>8} {'temp GiB':>8} "
+            f"{'compile s':>9}"
+        )
         for r in done:
             short = r["name"].partition("::")[2]
             what = r["mode"] if short else f"{r['mode']} {r['batch']} {r['dtype']}"
             print(
-                f"{short or r['name']:<38} {what:<22} {r['kernels']:>7} {r['GB']:>8.2f} {r['TFLOP']:>7.2f} {r['ms']:>8.2f} "
+                f"{short or r['name']:<38} {what:<22} {r['kernels']:>7} {r['GB']:>8.2f} {r['TFLOP']:>7.2f} "
+                f"{r['ms']:>8.2f} "
                 f"{r['temporaries_GiB']:>8.2f} {r['compile_s']:>9.0f}"
             )
     if options.json:

@@ -26,7 +26,11 @@ def published_implementations() -> AbstractContextManager:
 
 
 def meant_for(platform: str) -> AbstractContextManager:
-    """Models called inside take the implementations that are fast on `platform` ("cpu", "cuda"), wherever they run."""
+    """Models called inside take the implementations that are fast on `platform`, wherever they run.
+
+    Args:
+      platform: "cpu", "cuda", or "plain" for those that run anywhere.
+    """
     return _PLATFORM(platform)
 
 

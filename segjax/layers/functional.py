@@ -6,22 +6,27 @@
 | `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
 | `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | XLA |
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
-| `gelu` | `gelu.gelu_by_slope` | XLA (`gelu.gelu_plain`) |
-| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | XLA |
-| `attention`, any other | XLA (`attention.attention_plain`) | XLA |
-| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | XLA |
+| `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
+| `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
+| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
+| `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
+| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
 | `resize`, any other | XLA (`resize.resize_plain`) | XLA |
 | `residual`, `once` | `units.once` | XLA (an addition; nothing) |
+| `LayerNorm`; `BatchNorm` in training | XLA (`layers.norm`) | `kernels.norm` |
 | feed-forward networks, static sizes | `kernels.feed_forward` (`layers.feed_forward`) | layer by layer |
 | decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
 | decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
 | patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
-| cross-entropy only, no aligned corners, whole factors, many classes | `kernels.cross_entropy` | XLA (`losses`) |
+| cross-entropies, no aligned corners, whole factors | `kernels.cross_entropy`, many classes, no other term | `kernels.cells` |
+| cross-entropies, any other sizes, several classes | XLA (`losses`) | `cells.normaliser_and_chosen_by_rows` |
+| labels of whole images, no aligned corners, whole factors | XLA (`inference.engine`) | `cells.labels_of` |
+| parameters of a training step | one array each, or `stacked.Stacks` | `stacked.Vectors` |
 
-"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
-every other backend, and under a mesh with explicit axes. Inside `published_implementations()` the other column holds
-too, and the products of decoders and patches run in the published order. Nothing is implemented for GPUs yet.
+"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`, "on a GPU"
+`choice.is_fast_on_gpu`. Every other backend has the plain implementations, and so has a mesh with explicit axes. Inside
+`published_implementations()` the products of decoders and patches run in the published order, too.
 """
 
 from __future__ import annotations
