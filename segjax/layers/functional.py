@@ -8,7 +8,7 @@
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
 | `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
-| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
+| `attention`, static sizes, more than `FEW_SCORES` scores | `attention.attention_by_blocks` | as any other |
 | `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
 | `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
@@ -19,7 +19,7 @@
 | decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
 | decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
 | patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
-| cross-entropies, no aligned corners, whole factors | `kernels.cross_entropy`, many classes, no other term | `kernels.cells` |
+| cross-entropy, no aligned corners, whole factors | `kernels.cross_entropy`, no other term | `kernels.cells` |
 | cross-entropies, any other sizes, several classes | XLA (`losses`) | `cells.normaliser_and_chosen_by_rows` |
 | labels of whole images, no aligned corners, whole factors | XLA (`inference.engine`) | `cells.labels_of` |
 | parameters of a training step | one array each, or `stacked.Stacks` | `stacked.Vectors` |
@@ -32,6 +32,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -116,14 +117,12 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if attention_kernels.cudnn_has(query):
             return attention_kernels.attention_by_cudnn(query, key, value)
         return attention_kernels.attention_recomputed(query, key, value)
-    (B, h, N, _), M = query.shape, key.shape[2]
+    sizes = (*query.shape[:3], key.shape[2])
     # The number of scores is unknown for the symbolic sizes of an export.
-    if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
-        return attention_kernels.attention_plain(query, key, value)
-    rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))
-    if rows >= N:
-        return attention_kernels.attention_plain(query, key, value)
-    return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
+    is_known = all(isinstance(size, int) for size in sizes)
+    if choice.is_fast_on_cpu() and is_known and math.prod(sizes) > attention_kernels.FEW_SCORES:
+        return attention_kernels.attention_by_blocks(query, key, value)
+    return attention_kernels.attention_plain(query, key, value)
 
 
 def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
