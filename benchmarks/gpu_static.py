@@ -1,14 +1,20 @@
 """Compiles a segjax model for an NVIDIA GPU on a machine that has none, and prints what the program would do there.
 
-    python gpu_static.py segformer_b0 --mode train --batch 32 --dtype bfloat16
-    python gpu_static.py segformer_b5 --mode train --batch 32 --top 25 --keep b5 --json b5.json
-    python gpu_static.py hrnet_w48 segnext_b --mode infer --batch 1 32 --dtype bfloat16 float32      # a table
-    python gpu_static.py all --lower-only                          # only: can every model be lowered for CUDA?
-    python gpu_static.py segformer_b0 --mode train --parallel pmap --devices 8
-    python gpu_static.py segformer_b0 --mode train --patch my_forms.py                # with something changed, below
-    python gpu_static.py forms.py                                                     # functions of arrays, below
+    python benchmarks/gpu_static.py segformer_b0 --mode train --batch 32 --dtype bfloat16
+    python benchmarks/gpu_static.py segformer_b5 --mode train --batch 32 --top 25 --keep b5 --json b5.json
+    python benchmarks/gpu_static.py hrnet_w48 segnext_b --mode infer --batch 1 32 --dtype bfloat16 float32      # a table
+    python benchmarks/gpu_static.py all --lower-only                          # only: can every model be lowered for CUDA?
+    python benchmarks/gpu_static.py segformer_b0 --mode train --parallel pmap --devices 8
+    python benchmarks/gpu_static.py segformer_b0 --mode train --patch my_forms.py                # with something changed, below
+    python benchmarks/gpu_static.py forms.py                                                     # functions of arrays, below
 
-Needs `jax[cuda13]` and what segjax needs, of segjax a clone on the path or installed; no GPU, no driver, no torch.
+Needs no GPU, no driver and no torch, but jax's CUDA plugin (1.6 GB; `--no-deps` leaves out 3 GB of NVIDIA's libraries,
+which nothing here needs):
+
+    python3.12 -m venv ~/gpu-static
+    ~/gpu-static/bin/pip install "jax==0.11.2" "jaxlib==0.11.2" -e .
+    ~/gpu-static/bin/pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
+
 XLA's own CUDA compiler runs for a card that is described to it in text (`H200` below, or `--target FILE`, a
 GpuTargetConfigProto), in a process of its own, which is ended as soon as the optimised program and its memory are
 known; --full goes on to machine code for sm_90, which takes as long again, and proves that it can be made. What the
