@@ -1,12 +1,12 @@
 """Compiles a segjax model for an NVIDIA GPU on a machine that has none, and prints what the program would do there.
 
-    python benchmarks/gpu_static.py segformer_b0 --mode train --batch 32 --dtype bfloat16
-    python benchmarks/gpu_static.py segformer_b5 --mode train --batch 32 --top 25 --keep b5 --json b5.json
-    python benchmarks/gpu_static.py hrnet_w48 segnext_b --mode infer --batch 1 32 --dtype bfloat16 float32      # a table
-    python benchmarks/gpu_static.py all --lower-only                          # only: can every model be lowered for CUDA?
-    python benchmarks/gpu_static.py segformer_b0 --mode train --parallel pmap --devices 8
-    python benchmarks/gpu_static.py segformer_b0 --mode train --patch my_forms.py                # with something changed, below
-    python benchmarks/gpu_static.py forms.py                                                     # functions of arrays, below
+    python -m benchmarks.gpu_static segformer_b0 --mode train --batch 32 --dtype bfloat16
+    python -m benchmarks.gpu_static segformer_b5 --mode train --top 25 --keep b5 --json b5.json
+    python -m benchmarks.gpu_static hrnet_w48 segnext_b --mode infer --batch 1 32 --dtype bfloat16 float32  # a table
+    python -m benchmarks.gpu_static all --lower-only               # only: can every model be lowered for CUDA?
+    python -m benchmarks.gpu_static segformer_b0 --mode train --parallel pmap --devices 8
+    python -m benchmarks.gpu_static segformer_b0 --mode train --patch my_forms.py  # with something changed, below
+    python -m benchmarks.gpu_static forms.py                       # functions of arrays, below
 
 Needs no GPU, no driver and no torch, but jax's CUDA plugin (1.6 GB; `--no-deps` leaves out 3 GB of NVIDIA's libraries,
 which nothing here needs):
@@ -769,7 +769,6 @@ def lowered_case(name, mode, devices):
 
 def work(job: dict) -> None:
     """What the compiling process does."""
-    sys.path.insert(0, os.getcwd())
     import jax
 
     if job["precision"]:
@@ -834,7 +833,6 @@ def main() -> int:
     if options.worker:
         work(json.loads(options.worker))
         return 0
-    sys.path.insert(0, os.getcwd())
     names = options.models
     from segjax.commands.arguments import parse_overrides
 

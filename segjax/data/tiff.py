@@ -99,7 +99,7 @@ def has_more_images(path: Path) -> bool:
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         pages = itertools.islice(file.pages, 1, None)
-        return any(not int(page.subfiletype) & _COPY_OR_MASK for page in pages)
+        return any(not int(page.aspage().subfiletype) & _COPY_OR_MASK for page in pages)
 
 
 def _pixels_of_part(page: TiffPage) -> int:

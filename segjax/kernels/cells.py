@@ -14,7 +14,9 @@ Compiled for an H200, the roofline of 32x512x512 pixels and 150 classes, forward
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -228,13 +230,15 @@ class _Cells:
 
     def to_pixels(self, outputs: Sequence[jax.Array]) -> jax.Array:
         """The transpose of `outputs` and `corners`: F times (B, h + 1, w + 1, K) -> (B, h, w, K)."""
-        upper = lower = 0
         of_row = len(self._shares[1])
-        for number, y in enumerate(self._shares[0]):
+        sums = []  # at the left and at the right, of each row of outputs
+        for number in range(len(self._shares[0])):
             parts = zip(self._shares[1], outputs[number * of_row : (number + 1) * of_row], strict=True)
-            # Left and right.
-            both = sum(lax.complex((1 - x) * part, x * part) for x, part in parts)
-            upper, lower = upper + (1 - y) * both, lower + y * both
+            sums.append(reduce(operator.add, (lax.complex((1 - x) * part, x * part) for x, part in parts)))
+        upper, lower = (
+            reduce(operator.add, (share * row for share, row in zip(shares, sums, strict=True)))
+            for shares in ([1 - y for y in self._shares[0]], self._shares[0])
+        )
         a, b, c, d = upper.real, upper.imag, lower.real, lower.imag
         height, width = self._small
         total = a[:, 1:, 1:] + b[:, 1:, :-1] + c[:, :-1, 1:] + d[:, :-1, :-1]

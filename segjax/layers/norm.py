@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -71,7 +73,8 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if choice.is_fast_on_gpu() and not self.use_running_average:
             arrays = self.scale[...], self.bias[...], lax.stop_gradient(self.mean[...])
-            normed, mean, variance = norm.batch_norm(x, *arrays, self.epsilon, self.dtype, self.axis_name)
+            found = norm.batch_norm(x, *arrays, self.epsilon, self.dtype, self.axis_name)
+            normed, mean, variance = cast(tuple[jax.Array, jax.Array, jax.Array], found)
             self._move(mean, variance, self._count(x))
             return normed
         wide = x.astype(precision.at_least_float32(self.dtype))
