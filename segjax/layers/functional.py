@@ -156,3 +156,11 @@ def once(x: jax.Array) -> jax.Array:
 def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
     """x + branch, computed once however many layers read it."""
     return once(x + branch)
+
+
+def recomputed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The same function; on a GPU its backward pass computes again what lies between its input and its output.
+
+    For elementwise functions whose result is as large as their input, in front of a product that has to keep it.
+    """
+    return jax.checkpoint(function) if choice.is_fast_on_gpu() else function
