@@ -14,6 +14,7 @@ Depth, Surface Normals and Semantic Labels", 2015.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ from jax import lax
 
 from segjax import layers
 from segjax.data.class_weights import problems_of_weights
+from segjax.kernels import cells, precision
 from segjax.kernels import cross_entropy as kernels_cross_entropy
-from segjax.kernels import precision
 from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
@@ -199,7 +200,7 @@ class Criterion:
         if in_row_tiles and pays(logits, (height, width)):
             weights = self._weighted((labels != self.ignore_label).astype(logits.dtype), labels)
             return self.factors[0][1] * _mean(kernels_cross_entropy.cross_entropy(logits, labels, weights), counts[0])
-        logits = layers.resize(logits, (height, width), align_corners=align_corners)
+        scores = _Scores(logits, labels, align_corners=align_corners)
         sums = {
             "cross_entropy": self._cross_entropy,
             "ohem": self._ohem_of_groups if self.ohem_images else self._ohem,
@@ -208,21 +209,21 @@ class Criterion:
             "lovasz": self._lovasz,
         }
         parts = [
-            factor * _mean(sums[name](logits, labels), count)
+            factor * _mean(sums[name](scores, labels), count)
             for (name, factor), count in zip(self.factors, counts, strict=True)
         ]
         return sum(parts[1:], start=parts[0])
 
-    # Each of the following: (B, H, W, K) logits and (B, H, W) labels -> scalar sum.
+    # Each of the following: scores and labels (B, H, W) -> scalar sum.
 
-    def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        loss = self._weighted(_negative_log_likelihood(logits, labels), labels)
+    def _cross_entropy(self, scores: _Scores, labels: jax.Array) -> jax.Array:
+        loss = self._weighted(scores.loss, labels)
         if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * self._mean_over_classes(logits)
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * self._mean_over_classes(scores)
         return jnp.sum(jnp.where(labels != self.ignore_label, loss, 0))
 
-    def _focal(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        loss = _negative_log_likelihood(logits, labels)
+    def _focal(self, scores: _Scores, labels: jax.Array) -> jax.Array:
+        loss = scores.loss
         # Where the probability is 1, the loss and its gradient are 0. A power below 1 has no finite gradient there, so
         # that it is computed elsewhere only.
         is_wrong = loss > jnp.finfo(loss.dtype).tiny
@@ -231,11 +232,11 @@ class Criterion:
         loss = jnp.where(is_wrong, (-jnp.expm1(-safe)) ** self.focal_gamma * safe, 0)
         return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
 
-    def _ohem(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def _ohem(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """The weighted mean over the hard pixels of each image, summed over images."""
         batch = labels.shape[0]
         valid = (labels != self.ignore_label).reshape(batch, -1)
-        loss = _negative_log_likelihood(logits, labels)
+        loss = scores.loss
         hardness = lax.stop_gradient(jnp.where(valid, loss.reshape(batch, -1), -jnp.inf))
         least = jnp.ceil(self.ohem_min_kept * jnp.sum(valid, axis=1)).astype(jnp.int32)
         position = valid.shape[1] - jnp.clip(least, 1, valid.shape[1])
@@ -246,7 +247,7 @@ class Criterion:
         weight = jnp.ones_like(loss) if self.num_classes == 1 else self._weighted(jnp.ones_like(loss), labels)
         return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
 
-    def _ohem_of_groups(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def _ohem_of_groups(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """The plain mean over the hard pixels of each group of `ohem_images` images, summed over groups.
 
         As in HRNet-Semantic-Segmentation, whose groups are the images of one GPU: a pixel is hard where its true class
@@ -256,7 +257,7 @@ class Criterion:
         Here, a group without hard pixels has loss 0, where the original has NaN.
         """
         valid = self._in_groups(labels != self.ignore_label)  # (G, N)
-        loss = _negative_log_likelihood(logits, labels)
+        loss = scores.loss
         hardness = lax.stop_gradient(jnp.where(valid, self._in_groups(loss), -jnp.inf))
         least = max(round(self.ohem_min_kept * valid.shape[1]), 1)
         place = jnp.clip(jnp.sum(valid, axis=1, dtype=jnp.int32) - 1, 0, least)
@@ -274,14 +275,14 @@ class Criterion:
             )
         return x.reshape(len(x) // self.ohem_images, -1)
 
-    def _dice(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def _dice(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
 
         V-Net's squares, smoothed by 1, as in mmsegmentation's first DiceLoss, which also sums p² and y² over ignored
         pixels; here they do not count. A class that is absent from the image counts: its loss falls as less of it is
         predicted. An image without labelled pixels has loss 0.
         """
-        probability, truth = self._probability(logits), self._truth(labels)
+        probability, truth = self._probability(scores.logits), self._truth(labels)
         valid = (labels != self.ignore_label)[..., None]
         overlap = jnp.sum(jnp.where(truth, probability, 0), axis=(1, 2))
         predicted = jnp.sum(jnp.where(valid, jnp.square(probability), 0), axis=(1, 2))
@@ -289,14 +290,14 @@ class Criterion:
         dice = (2 * overlap + 1) / (predicted + labelled + 1)  # (B, K)
         return jnp.sum(jnp.mean(1 - dice, axis=1))
 
-    def _lovasz(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def _lovasz(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """Lovász-Softmax, mean over the classes that an image has, summed over images; K = 1: Lovász hinge."""
         truth = self._truth(labels)
         if self.num_classes == 1:
-            errors = jnp.where(truth, 1 - logits, 1 + logits)
+            errors = jnp.where(truth, 1 - scores.logits, 1 + scores.logits)
             counted = jnp.ones((labels.shape[0], 1), bool)
         else:
-            probability = self._probability(logits)
+            probability = self._probability(scores.logits)
             errors = jnp.where(truth, 1 - probability, probability)
             counted = jnp.any(truth, axis=(1, 2))
         # An error of -inf sorts ignored pixels last, where they do not change the terms of the others.
@@ -311,13 +312,13 @@ class Criterion:
         table = jnp.asarray((1.0, *self.class_weights) if self.num_classes == 1 else self.class_weights, loss.dtype)
         return loss * jnp.take(table, labels.astype(jnp.int32), mode="clip")
 
-    def _mean_over_classes(self, logits: jax.Array) -> jax.Array:
-        """-log p of every class, weighted, mean over classes: (B, H, W, K) -> (B, H, W)."""
-        weights = jnp.asarray(self.class_weights or (1.0,) * self.num_classes, logits.dtype)
+    def _mean_over_classes(self, scores: _Scores) -> jax.Array:
+        """-log p of every class, weighted, mean over classes: (B, H, W)."""
+        weights = self.class_weights or (1.0,) * self.num_classes
         if self.num_classes == 1:
-            score = logits[..., 0]
+            score = scores.logits[..., 0]
             return (jax.nn.softplus(score) + weights[0] * jax.nn.softplus(-score)) / 2
-        return -jnp.mean(weights * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+        return sum(weights) / self.num_classes * scores.normaliser - scores.blended(weights) / self.num_classes
 
     def _probability(self, logits: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(logits) if self.num_classes == 1 else jax.nn.softmax(logits, axis=-1)
@@ -333,16 +334,47 @@ def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
 
 
-def _negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log p(label) by pixel, (B, H, W, K) and (B, H, W) -> (B, H, W); finite where the label is no class."""
-    labels = labels.astype(jnp.int32)
-    if logits.shape[-1] == 1:
-        score = logits[..., 0]
-        # -log sigmoid(±score) without overflow.
-        return jnp.logaddexp(0, jnp.where(labels == 1, -score, score))
-    # A comparison instead of a gather: its gradient is a subtraction, where a gather's is a scatter.
-    chosen = labels[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+class _Scores:
+    """What the terms of a loss read of logits, at the size of the labels.
+
+    Where the device has an implementation for it, cross-entropies are computed without logits of that size.
+
+    Attributes:
+      loss: -log p(label) by pixel, (B, H, W); finite where the label is no class.
+    """
+
+    def __init__(self, small: jax.Array, labels: jax.Array, *, align_corners: bool):
+        """Computes `loss`. Args: logits (B, h, w, K), float32 or wider; labels (B, H, W); of the upsampling."""
+        self._small, self._size, self._align_corners = small, labels.shape[1:], align_corners
+        if layers.is_fast_on_gpu() and small.shape[-1] > 1:
+            if not align_corners and cells.applies(small.shape, self._size):
+                self.normaliser, chosen = cells.normaliser_and_chosen(small, labels)
+            else:
+                by_rows = cells.normaliser_and_chosen_by_rows
+                self.normaliser, chosen = by_rows(small, labels, align_corners=align_corners)
+            self.loss = self.normaliser - chosen
+        elif small.shape[-1] == 1:
+            # -log sigmoid(±score) without overflow.
+            score = self.logits[..., 0]
+            self.loss = jnp.logaddexp(0, jnp.where(labels == 1, -score, score))
+        else:
+            # A comparison instead of a gather: its gradient is a subtraction, where a gather's is a scatter.
+            is_label = labels.astype(jnp.int32)[..., None] == jnp.arange(small.shape[-1], dtype=jnp.int32)
+            self.normaliser = jax.nn.logsumexp(self.logits, axis=-1)
+            self.loss = self.normaliser - jnp.sum(jnp.where(is_label, self.logits, 0), axis=-1)
+
+    @functools.cached_property
+    def logits(self) -> jax.Array:
+        """Upsampled bilinearly, (B, H, W, K)."""
+        return self._upsampled(self._small)
+
+    def blended(self, weights: Sequence[float]) -> jax.Array:
+        """The sum of the upsampled logits times a weight for each class, (B, H, W)."""
+        blend = jnp.sum(self._small * jnp.asarray(weights, self._small.dtype), axis=-1, keepdims=True)
+        return self._upsampled(blend)[..., 0]
+
+    def _upsampled(self, x: jax.Array) -> jax.Array:
+        return layers.resize(x, self._size, align_corners=self._align_corners)
 
 
 def _pixels_last(x: jax.Array) -> jax.Array:

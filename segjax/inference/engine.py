@@ -26,6 +26,7 @@ from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference import resized_tiles
 from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
+from segjax.kernels import cells
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import memory
@@ -238,12 +239,18 @@ def score(
     For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
     and on the right, and the scores of the padding are cut off.
     """
+    logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
+    upsampled = layers.resize(logits, padded, align_corners=functional.align_corners)
+    return upsampled[:, : images.shape[1], : images.shape[2]]
+
+
+def _small_logits(functional, params, batch_stats, images, *, normalise) -> tuple[jax.Array, tuple[int, int]]:
+    """The model's logits of padded images, and their height and width with the padding."""
     height, width = images.shape[1:3]
     below, right = -height % functional.size_multiple, -width % functional.size_multiple
     padded = jnp.pad(normalise(images), ((0, 0), (0, below), (0, right), (0, 0)))
     logits, _ = functional.bind(params, batch_stats)(padded)
-    upsampled = layers.resize(logits, (height + below, width + right), align_corners=functional.align_corners)
-    return upsampled[:, :height, :width]
+    return logits, (height + below, width + right)
 
 
 def predict_labels(
@@ -256,7 +263,13 @@ def predict_labels(
     least_logit: float = 0,
 ) -> jax.Array:
     """Train ids of images (B, H, W, C), as a whole, (B, H, W); see `compact`."""
-    return compact(score(functional, params, batch_stats, images, normalise=normalise), threshold=least_logit)
+    logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
+    height, width = images.shape[1:3]
+    if layers.is_fast_on_gpu() and not functional.align_corners and cells.applies(logits.shape, padded):
+        labels = cells.labels_of(logits, padded)[:, :height, :width]
+        return labels.astype(specs.dtype_of_labels(logits.shape[-1] - 1))
+    upsampled = layers.resize(logits, padded, align_corners=functional.align_corners)
+    return compact(upsampled[:, :height, :width], threshold=least_logit)
 
 
 class Inference:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from segjax.kernels import precision, units
+from segjax.kernels import choice, precision, units
 
 
 def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
@@ -27,9 +27,10 @@ def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     Output pixel f * i + p always blends the same two neighbours with the same weights. So each of the f phases is one
     blend of the whole map with itself shifted by one pixel, edges repeated: slices and a reshape instead of a gather.
     """
+    once = units.once if choice.is_fast_on_cpu() else lambda x: x
     for axis, factor in zip((1, 2), factors, strict=True):
         if factor > 1:
-            x = units.once(upsample_axis(units.once(x), axis, factor))
+            x = once(upsample_axis(once(x), axis, factor))
     return x
 
 
@@ -93,14 +94,21 @@ def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:
 
     In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.
     """
-    rows = _aligned_matrix(x.shape[1], size[0], x.dtype)
-    columns = _aligned_matrix(x.shape[2], size[1], x.dtype)
+    rows, columns = (matrix(old, new, x.dtype, align_corners=True) for old, new in zip(x.shape[1:3], size, strict=True))
+    return by_matrices(x, rows, columns)
+
+
+def by_matrices(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """(B, h, w, C) by interpolation weights (H, h) and (W, w), in full precision: (B, H, W, C)."""
     return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
 
 
-def _aligned_matrix(old: int, new: int, dtype: jnp.dtype) -> jax.Array:
-    """(new, old) interpolation weights; a single output pixel takes the first input pixel, as torch does."""
-    scale = (old - 1) / (new - 1) if new > 1 else 0.0
-    position = jnp.arange(new, dtype=precision.at_least_float32(dtype)) * scale
+def matrix(old: int, new: int, dtype: jnp.dtype, *, align_corners: bool) -> jax.Array:
+    """(new, old) interpolation weights; with aligned corners a single output pixel takes the first, as torch does."""
+    index = jnp.arange(new, dtype=precision.at_least_float32(dtype))
+    if align_corners:
+        position = index * ((old - 1) / (new - 1) if new > 1 else 0.0)
+    else:
+        position = jnp.clip((index + 0.5) * (old / new) - 0.5, 0, old - 1)
     distance = jnp.abs(position[:, None] - jnp.arange(old, dtype=position.dtype)[None, :])
     return jnp.maximum(0, 1 - distance).astype(dtype)

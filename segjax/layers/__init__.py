@@ -8,7 +8,7 @@ products; norms, softmax and sums of logits never compute in less than float32.
 Operations that have several implementations are in `functional`, which decides which one runs.
 """
 
-from segjax.kernels.choice import is_fast_on_cpu, meant_for, published_implementations
+from segjax.kernels.choice import is_fast_on_cpu, is_fast_on_gpu, meant_for, published_implementations
 from segjax.kernels.precision import at_least_float32
 from segjax.layers.blocks import (
     GELU,
@@ -28,6 +28,7 @@ from segjax.layers.functional import (
     cpu_implementation,
     gelu,
     once,
+    recomputed,
     residual,
     resize,
     upsample_nearest,
@@ -76,12 +77,14 @@ __all__ = [
     "feed_forward",
     "gelu",
     "is_fast_on_cpu",
+    "is_fast_on_gpu",
     "joint_projection_init",
     "linear_init",
     "meant_for",
     "once",
     "project_and_fuse",
     "published_implementations",
+    "recomputed",
     "require_four",
     "require_images",
     "require_whole_heads",

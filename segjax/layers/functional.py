@@ -6,27 +6,33 @@
 | `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
 | `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | XLA |
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
-| `gelu` | `gelu.gelu_by_slope` | XLA (`gelu.gelu_plain`) |
-| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | XLA |
-| `attention`, any other | XLA (`attention.attention_plain`) | XLA |
-| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | XLA |
+| `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
+| `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
+| `attention`, static sizes, more than `FEW_SCORES` scores | `attention.attention_by_blocks` | as any other |
+| `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
+| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
 | `resize`, any other | XLA (`resize.resize_plain`) | XLA |
 | `residual`, `once` | `units.once` | XLA (an addition; nothing) |
+| `LayerNorm`; `BatchNorm` in training | XLA (`layers.norm`) | `kernels.norm` |
 | feed-forward networks, static sizes | `kernels.feed_forward` (`layers.feed_forward`) | layer by layer |
 | decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
 | decoders, any other | cheaper order: `project_and_fuse`, `conv1x1_of_resized` | cheaper order |
 | patches of the simple SegFormer | one convolution: `embed_by_one_convolution` (its model) | one convolution |
-| cross-entropy only, no aligned corners, whole factors, many classes | `kernels.cross_entropy` | XLA (`losses`) |
+| cross-entropy, no aligned corners, whole factors | `kernels.cross_entropy`, no other term | `kernels.cells` |
+| cross-entropies, any other sizes, several classes | XLA (`losses`) | `cells.normaliser_and_chosen_by_rows` |
+| labels of whole images, no aligned corners, whole factors | XLA (`inference.engine`) | `cells.labels_of` |
+| parameters of a training step | one array each, or `stacked.Stacks` | `stacked.Vectors` |
 
-"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`; the other column holds for
-every other backend, and under a mesh with explicit axes. Inside `published_implementations()` the other column holds
-too, and the products of decoders and patches run in the published order. Nothing is implemented for GPUs yet.
+"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`, "on a GPU"
+`choice.is_fast_on_gpu`. Every other backend has the plain implementations, and so has a mesh with explicit axes. Inside
+`published_implementations()` the products of decoders and patches run in the published order, too.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -34,7 +40,7 @@ import jax.numpy as jnp
 
 from segjax.kernels import attention as attention_kernels
 from segjax.kernels import choice, convolution, units
-from segjax.kernels.gelu import gelu_by_slope, gelu_plain
+from segjax.kernels.gelu import gelu_by_slope, gelu_plain, gelu_recomputed
 from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_plain
 
 
@@ -92,6 +98,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
 
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU by the error function; jax's default is the tanh approximation, which differs by up to 4.7e-4."""
+    if choice.is_fast_on_gpu():
+        return gelu_recomputed(x)
     return gelu_by_slope(x) if choice.is_fast_on_cpu() else gelu_plain(x)
 
 
@@ -105,14 +113,16 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
       float64 inputs (1e-7).
     """
-    (B, h, N, _), M = query.shape, key.shape[2]
+    if choice.is_fast_on_gpu():
+        if attention_kernels.cudnn_has(query):
+            return attention_kernels.attention_by_cudnn(query, key, value)
+        return attention_kernels.attention_recomputed(query, key, value)
+    sizes = (*query.shape[:3], key.shape[2])
     # The number of scores is unknown for the symbolic sizes of an export.
-    if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
-        return attention_kernels.attention_plain(query, key, value)
-    rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))
-    if rows >= N:
-        return attention_kernels.attention_plain(query, key, value)
-    return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
+    is_known = all(isinstance(size, int) for size in sizes)
+    if choice.is_fast_on_cpu() and is_known and math.prod(sizes) > attention_kernels.FEW_SCORES:
+        return attention_kernels.attention_by_blocks(query, key, value)
+    return attention_kernels.attention_plain(query, key, value)
 
 
 def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
@@ -128,7 +138,7 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) ->
     if align_corners:
         return resize_aligned(x, size)
     factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
-    if all(factors) and choice.is_fast_on_cpu():
+    if all(factors) and (choice.is_fast_on_cpu() or choice.is_fast_on_gpu()):
         return resize_by_phases(x, factors)
     return resize_plain(x, size)
 
@@ -146,3 +156,11 @@ def once(x: jax.Array) -> jax.Array:
 def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
     """x + branch, computed once however many layers read it."""
     return once(x + branch)
+
+
+def recomputed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The same function; on a GPU its backward pass computes again what lies between its input and its output.
+
+    For elementwise functions whose result is as large as their input, in front of a product that has to keep it.
+    """
+    return jax.checkpoint(function) if choice.is_fast_on_gpu() else function

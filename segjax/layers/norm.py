@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from segjax.kernels import precision
+from segjax.kernels import choice, norm, precision
 from segjax.layers import functional
 
 # ------------------------------------------------------------------------------------------------------------- norms
@@ -27,6 +29,8 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if choice.is_fast_on_gpu():
+            return norm.layer_norm(x, self.scale[...], self.bias[...], self.epsilon, self.dtype)
         wide = x.astype(precision.at_least_float32(self.dtype))
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
@@ -67,6 +71,12 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones((features,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if choice.is_fast_on_gpu() and not self.use_running_average:
+            arrays = self.scale[...], self.bias[...], lax.stop_gradient(self.mean[...])
+            found = norm.batch_norm(x, *arrays, self.epsilon, self.dtype, self.axis_name)
+            normed, mean, variance = cast(tuple[jax.Array, jax.Array, jax.Array], found)
+            self._move(mean, variance, self._count(x))
+            return normed
         wide = x.astype(precision.at_least_float32(self.dtype))
         if self.use_running_average:
             mean, variance = self.mean[...].astype(wide.dtype), self.var[...].astype(wide.dtype)
@@ -77,6 +87,14 @@ class BatchNorm(nnx.Module):
 
     def _observe(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and biased variance of the whole batch, (C,) each; moves the running ones."""
+        count = self._count(x)
+        mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
+        variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+        self._move(mean, variance, count)
+        return mean, variance
+
+    def _count(self, x: jax.Array) -> int:
+        """Number of values of a channel in the whole batch."""
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         count = x.size // x.shape[-1] * devices
         if count < 2:
@@ -84,12 +102,11 @@ class BatchNorm(nnx.Module):
                 f"BatchNorm in training needs more than one value per channel but got a map of shape {x.shape}; "
                 "use a larger batch or image, or model.eval()"
             )
-        mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
-        variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
-        unbiased = variance * (count / (count - 1))
+        return count
+
+    def _move(self, mean: jax.Array, variance: jax.Array, count: int) -> None:
         self.mean[...] = _move(self.mean[...], mean, self.momentum)
-        self.var[...] = _move(self.var[...], unbiased, self.momentum)
-        return mean, variance
+        self.var[...] = _move(self.var[...], variance * (count / (count - 1)), self.momentum)
 
     def _across_devices(self, x: jax.Array) -> jax.Array:
         return x if self.axis_name is None else lax.pmean(x, self.axis_name)

@@ -80,7 +80,7 @@ class FunctionalModel:
         return nnx.merge(
             self._evaluation if key is None else self._training,
             _filled(self._params, self.stacks.apart(params)),
-            _filled(self._batch_stats, batch_stats),
+            _filled(self._batch_stats, self.stacks.apart(batch_stats)),
             nnx.from_flat_state(streams),
             # Variables of their own: a BatchNorm that moves its statistics inside a gradient must not touch a
             # variable from outside the trace.
@@ -89,7 +89,7 @@ class FunctionalModel:
 
     def batch_stats_of(self, model: SegmentationModel) -> dict[str, jax.Array]:
         """The running statistics that a bound model has moved."""
-        return _arrays(_by_name(nnx.state(model, nnx.BatchStat)))
+        return self.stacks.stacked(_arrays(_by_name(nnx.state(model, nnx.BatchStat))))
 
 
 def _by_name(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:

@@ -138,7 +138,8 @@ class Mlp(nnx.Module):
 
     @layers.cpu_implementation(lambda self, x: layers.feed_forward(self.fc1, self.dwconv.dwconv, self.fc2, x))
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(layers.gelu(self.dwconv(self.fc1(x))))
+        activated = layers.recomputed(lambda hidden: self.fc2(layers.gelu(hidden)))
+        return activated(self.dwconv(self.fc1(x)))
 
 
 class Block(nnx.Module):

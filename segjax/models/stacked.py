@@ -1,20 +1,28 @@
-"""Stacked parameters: those of consecutive equal blocks in one array, as a scan over blocks reads them.
+"""Several parameters in one array: stacks of those of consecutive equal blocks, and vectors of all that are alike.
 
-`train.scan_blocks` asks for such scans. With separate arrays, a training step of SegFormer-B5 would stack most of its
-1065 parameters, unstack their gradients, and update each parameter by a program of its own. Stacked they are 285
-arrays, and 113 where every group of equal blocks is scanned. The cost is recorded under "Compiling" in
-benchmarks/README.md.
+Stacks are what a scan over blocks reads. `train.scan_blocks` asks for such scans. With separate arrays, a training step
+of SegFormer-B5 would stack most of its 1065 parameters, unstack their gradients, and update each parameter by a program
+of its own. Stacked they are 285 arrays, and 113 where every group of equal blocks is scanned. The cost is recorded
+under "Compiling" in benchmarks/README.md.
+
+Vectors are for GPUs, where each kernel costs microseconds: a norm, an update or a check of all parameters takes one
+kernel for each array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import functools
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from segjax import layers
 
 Tree = TypeVar("Tree")
 
@@ -59,7 +67,7 @@ class Stacks:
 
     def with_stacks(self, of_members: Mapping[str, object]) -> dict[str, object]:
         """Adds an entry for each stack to values by parameter name: the value that all its members share."""
-        of_stacks = {stack: of_members[names[0]] for stack, names in self.members.items()}
+        of_stacks = {stack: of_members[names[0]] for stack, names in self.members.items() if names[0] in of_members}
         return {**of_members, **of_stacks}
 
     def _in_dicts(self, change: Callable[[dict], dict], tree: Tree) -> Tree:
@@ -71,7 +79,7 @@ class Stacks:
     def _stacked(self, arrays: dict) -> dict:
         others = {name: array for name, array in arrays.items() if name not in self._stacked_names}
         present = {stack: names for stack, names in self.members.items() if names[0] in arrays}
-        return others | {stack: jnp.stack([arrays[name] for name in names]) for stack, names in present.items()}
+        return others | {stack: self._joined([arrays[name] for name in names]) for stack, names in present.items()}
 
     def _apart(self, arrays: dict) -> dict:
         found = {}
@@ -79,10 +87,16 @@ class Stacks:
             if name not in self.members:
                 found[name] = array
                 continue
-            on_host = isinstance(array, np.ndarray)
-            members = [array[index, ...] for index in range(len(array))] if on_host else _unstacked(array)
-            found |= zip(self.members[name], members, strict=True)
+            found |= zip(self.members[name], self._members_of(name, array), strict=True)
         return found
+
+    def _joined(self, members: list[jax.Array]) -> jax.Array:
+        return jnp.stack(members)
+
+    def _members_of(self, _: str, stack: jax.Array | np.ndarray) -> Sequence[jax.Array | np.ndarray]:
+        return (
+            [stack[index, ...] for index in range(len(stack))] if isinstance(stack, np.ndarray) else _unstacked(stack)
+        )
 
 
 NO_STACKS = Stacks({})
@@ -95,6 +109,71 @@ def _unstacked(stack: jax.Array) -> list[jax.Array]:
 
 # The gradient is one stack. jax's own rule for slices would instead add up one zero-padded array per member.
 _unstacked.defvjp(lambda stack: (_unstacked(stack), None), lambda _, gradients: (jnp.stack(gradients),))
+
+
+class Vectors(Stacks):
+    """One vector for all parameters of a kind, and one for the running statistics, in place of stacks.
+
+    Attributes:
+      members: Names of the arrays that a vector holds one after the other, by the name of the vector, "vector0".
+    """
+
+    def __init__(self, members: Mapping[str, tuple[str, ...]], shapes: Mapping[str, tuple[int, ...]]):
+        super().__init__(members)
+        self._shapes = {vector: tuple(shapes[name] for name in names) for vector, names in self.members.items()}
+
+    @classmethod
+    def of_all(
+        cls, params: Mapping[str, jax.Array], batch_stats: Mapping[str, jax.Array], *, alike: Mapping[str, Hashable]
+    ) -> Vectors:
+        """Vectors that hold all arrays.
+
+        Args:
+          params, batch_stats: Arrays by dotted name, or their shapes and dtypes.
+          alike: A value by parameter name that must agree within a vector: how the parameter is trained.
+        """
+        groups: dict[Hashable, list[str]] = {}
+        for name, array in params.items():
+            groups.setdefault((alike[name], array.dtype), []).append(name)
+        for name, array in batch_stats.items():
+            groups.setdefault(("batch_stats", array.dtype), []).append(name)
+        members = {f"vector{number}": tuple(names) for number, names in enumerate(groups.values())}
+        return cls(members, {name: array.shape for name, array in (*params.items(), *batch_stats.items())})
+
+    def _joined(self, members: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate([jnp.ravel(member) for member in members])
+
+    def _members_of(self, vector: str, array: jax.Array | np.ndarray) -> Sequence[jax.Array | np.ndarray]:
+        shapes = self._shapes[vector]
+        if isinstance(array, np.ndarray):
+            ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+            return [part.reshape(shape) for part, shape in zip(np.split(array, ends), shapes, strict=True)]
+        return _cut(shapes, array)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cut(shapes: tuple[tuple[int, ...], ...], vector: jax.Array) -> list[jax.Array]:
+    ends = itertools.accumulate(math.prod(shape) for shape in shapes)
+    return [vector[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
+
+
+_cut.defvjp(
+    lambda shapes, vector: (_cut(shapes, vector), None),
+    lambda shapes, _, gradients: (jnp.concatenate([jnp.ravel(gradient) for gradient in gradients]),),
+)
+
+
+def stacks_for(
+    execution: layers.BlockExecution,
+    params: Mapping[str, jax.Array],
+    batch_stats: Mapping[str, jax.Array],
+    *,
+    alike: Mapping[str, Hashable],
+) -> Stacks:
+    """The stacks, or vectors, that a training step on this platform holds its state in; see `Stacks.of`."""
+    if layers.is_fast_on_gpu() and execution == layers.PLAIN:
+        return Vectors.of_all(params, batch_stats, alike=alike)
+    return Stacks.of(params, shortest=execution.scan_from, alike=alike)
 
 
 def _stacks(

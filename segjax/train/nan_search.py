@@ -32,7 +32,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     """
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if batch["label"].ndim == 4 else batch
     images, labels, dropout_key = train_step.inputs(state, batch, key)
-    if found := _not_finite(state.params | state.batch_stats):
+    if found := _not_finite(train_step.model.stacks.apart(state.params | state.batch_stats)):
         return f"Not finite before the step already: {shorten(found, most=3)}. "
     if not np.isfinite(images).all():
         return "The augmented images are not finite. "
@@ -59,6 +59,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     loss, gradients, _ = _on_one_device(train_step.gradients)(state, images, labels, counts, dropout_key)
     if not np.isfinite(loss):
         return f"All outputs of layers are finite, but the loss is {loss}. "
+    gradients = train_step.model.stacks.apart(gradients)
     if found := _not_finite(gradients):
         # The backward pass begins with the layer that was called last. A layer that was not called itself takes the
         # position of the layer that contains it; of several with one position, the last by name comes first, such as

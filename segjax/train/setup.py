@@ -31,7 +31,7 @@ from segjax.data.records import Records, records_of
 from segjax.inference.engine import Protocol, predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.stacked import Stacks
+from segjax.models.stacked import stacks_for
 from segjax.runtime import console, memory
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.runtime.parallel import Parallel, parallel_for
@@ -402,13 +402,13 @@ def make_functional(
       axis_name: `Parallel.axis_name`.
     """
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
-    params = FunctionalModel(module).arrays()[0]
+    params, batch_stats = FunctionalModel(module).arrays()
     execution = layers.BlockExecution.of(scan_blocks=training.scan_blocks, remat=training.remat)
     return FunctionalModel(
         module,
         frozen=optim.frozen_names(optimizer.frozen, params),
         execution=execution,
-        stacks=Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(optimizer, params)),
+        stacks=stacks_for(execution, params, batch_stats, alike=optim.rules(optimizer, params)),
     )
 
 

@@ -1,0 +1,46 @@
+"""Attention with its own backward rule, and the choice of cuDNN's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.kernels import attention
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_own_rule_gives_the_plain_output_and_gradients(seed, float64):
+    rng = np.random.default_rng(seed)
+    query, key, value, gradient = (rng.standard_normal((2, 3, number, 8)) for number in (20, 12, 12, 20))
+    outputs, gradients = [], []
+    for function in (attention.attention_plain, attention.attention_recomputed):
+        output, back = jax.vjp(function, query, key, value)
+        outputs.append(output)
+        gradients.append(back(gradient))
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-14)
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "dtype, width, has",
+    [("bfloat16", 32, True), ("float16", 64, True), ("float32", 32, False), ("bfloat16", 20, False)],
+)
+def test_cudnn_has_narrow_types_and_widths_by_eights(dtype, width, has):
+    assert attention.cudnn_has(jnp.zeros((1, 1, 4, width), dtype)) == has
+
+
+def test_a_cudnn_that_does_not_run_is_logged_once_and_not_used(monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nand more")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "attention_by_cudnn", refuse)
+    attention._cudnn_works.cache_clear()
+    try:
+        query = jnp.zeros((1, 1, 4, 32), jnp.bfloat16)
+        assert not attention.cudnn_has(query) and not attention.cudnn_has(query)
+    finally:
+        attention._cudnn_works.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "CUDNN_STATUS_NOT_SUPPORTED" in caplog.text and "and more" not in caplog.text
