@@ -132,14 +132,18 @@ class Scratch:
         """Gives a function (split, name, measured) that records that an example is valid."""
         path = self.make() / "checked.jsonl"
         cut = path.exists() and not reading.read_bytes(path).endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n" * cut)
 
-            def write(split: str, name: str, measured: Measured) -> None:
-                file.write(json.dumps({"split": split, "name": name, **dataclasses.asdict(measured)}) + "\n")
-                file.flush()  # a process that is killed loses its buffer
+                def write(split: str, name: str, measured: Measured) -> None:
+                    file.write(json.dumps({"split": split, "name": name, **dataclasses.asdict(measured)}) + "\n")
+                    file.flush()  # a process that is killed loses its buffer
 
-            yield write
+                yield write
+        except OSError as error:
+            # A full disk has no name; other files that are written meanwhile have one.
+            raise OSError(error.errno, error.strerror, error.filename or os.fspath(path)) from error
 
 
 def _tuples(value: Any) -> Any:
