@@ -188,6 +188,23 @@ def test_the_implementations_for_a_gpu_train_as_those_for_a_cpu(family, name, fl
     assert frozen not in moved and len(moved) > 0.8 * len(before)
 
 
+@pytest.mark.parametrize("kind", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_devices_exchange_once_for_each_batch_norm_and_direction(kind):
+    """And a few times for loss and gradients: each exchange waits for all devices."""
+    parallel = parallel_for(kind)
+    with layers.meant_for("cuda"):
+        model = tiny_model(0, "hrnet")
+        model.set_attributes(axis_name=parallel.axis_name, raise_if_not_found=False)
+        step, state = make_step(model, criterion=criterion_of())
+        state = parallel.replicate(step.model.stacks.stacked(jax.tree.map(jnp.copy, state)))
+        batch = parallel.spread(make_batch(0, number=4, size=(64, 96)))
+        program = parallel.compile_train(step).lower(state, batch, jax.random.key(0)).compile()
+    layers_of_norm = sum(name.endswith(".var") for name in FunctionalModel(model).arrays()[1])
+    exchanges = len(re.findall(r" all-reduce(?:-start)?\(", program.as_text()))
+    # Fewer than that means that the compiler has combined some.
+    assert layers_of_norm == 54 and 10 < exchanges <= 2 * layers_of_norm + 8
+
+
 @pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_stacks_of_parameters_are_trained_by_the_rules_of_their_members(name, float64):
     rules = dict(name=name, no_decay=r"norm|block2.*bias", lr_multipliers=((r"block3\.[12]\.mlp", 3.0),), clip_norm=0.5)
