@@ -27,11 +27,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import layers
+from segjax import layers, losses
 from segjax.benchmark import contenders, floor
 from segjax.benchmark.machine import described, quartiles
-from segjax.kernels import convolution, resize
-from segjax.kernels.attention import attention_plain
+from segjax.kernels import convolution, norm, resize
+from segjax.kernels.attention import attention_plain, attention_recomputed
+from segjax.recipes import common
 from segjax.runtime import atomic
 
 # Norm of the difference to float32 over the norm: rounding of operands lies between 1e-3 and 1e-2 in bfloat16.
@@ -81,14 +82,17 @@ def depthwise(rehearse: bool) -> Iterator[Case]:
             yield Case("depthwise {}x{}".format(*kernel), "bfloat16", (shape, (*kernel, 1, shape[-1])), forms)
 
 
-def ours_of_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def ours_of_tokens(form: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Our attention from and to (B, N, h, D), which is how the layers around it have them."""
     heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    return attention_plain(*heads_first).transpose(0, 2, 1, 3)
+    return form(*heads_first).transpose(0, 2, 1, 3)
 
 
 def attention(rehearse: bool) -> Iterator[Case]:
-    forms = {"einsum, as ours": Form(ours_of_tokens)}
+    forms = {
+        "einsum, plain": Form(partial(ours_of_tokens, attention_plain)),
+        "own rule": Form(partial(ours_of_tokens, attention_recomputed)),
+    }
     names = ["xla"] if jax.default_backend() == "cpu" else ["xla", "cudnn"]
     for name in names:
         forms[f"jax.nn, {name}"] = Form(partial(jax.nn.dot_product_attention, implementation=name))
@@ -134,48 +138,44 @@ def layouts(rehearse: bool) -> Iterator[Case]:
 EPSILON = 1e-6
 
 
-def norm_of_ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def plain_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     layer = layers.LayerNorm(x.shape[-1], epsilon=EPSILON, dtype=x.dtype, param_dtype=scale.dtype)
     layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
-    return layer(x)
+    with layers.meant_for("plain"):
+        return layer(x)
 
 
-@jax.custom_vjp
-def norm_with_own_rule(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """The same, with a gradient that reads the input and two numbers a pixel."""
-    return norm_of_ours(x, scale, bias)
-
-
-def _norm_forward(x, scale, bias):
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
-    factor = lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + EPSILON)
-    normed = (wide - mean) * factor
-    y = normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-    return y.astype(x.dtype), (x, mean, factor, scale)
-
-
-def _norm_backward(kept, gradient):
-    x, mean, factor, scale = kept
-    wide, normed = gradient.astype(jnp.float32), (x.astype(jnp.float32) - mean) * factor
-    inner = wide * scale.astype(jnp.float32)
-    along = jnp.mean(inner * normed, axis=-1, keepdims=True)
-    to_input = factor * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normed * along)
-    pixels = tuple(range(x.ndim - 1))
-    to_scale, to_bias = jnp.sum(wide * normed, pixels), jnp.sum(wide, pixels)
-    return to_input.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(scale.dtype)
-
-
-norm_with_own_rule.defvjp(_norm_forward, _norm_backward)
+def own_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return norm.layer_norm(x, scale, bias, EPSILON, x.dtype)
 
 
 def norms(rehearse: bool) -> Iterator[Case]:
-    forms = {"two passes, as ours": Form(norm_of_ours), "own rule": Form(norm_with_own_rule)}
+    forms = {"two passes, plain": Form(plain_norm), "own rule": Form(own_norm)}
     for shape in [(2, 6, 5, 8)] if rehearse else [(16, 128, 128, 64), (16, 32, 32, 320)]:
         yield Case("LayerNorm", "bfloat16", (shape, shape[-1:], shape[-1:]), forms)
 
 
+def loss(platform: str, labels: jax.Array, logits: jax.Array) -> jax.Array:
+    settings = common.get_config("folder").loss
+    criterion = losses.criterion(settings, num_classes=logits.shape[-1], ignore_label=255)
+    with layers.meant_for(platform):
+        return criterion.total(logits, labels, criterion.counts(labels))
+
+
+def cross_entropies(rehearse: bool) -> Iterator[Case]:
+    # The logits of SegFormer and HRNet, and of SegNeXt.
+    for B, H, W, K, factor in [(2, 6, 8, 5, 4)] if rehearse else [(16, 128, 128, 150, 4), (16, 64, 64, 150, 8)]:
+        shape = (B, factor * H, factor * W)
+        labels = jax.random.randint(jax.random.key(1), shape, 0, K).astype(jnp.uint8)
+        forms = {
+            "upsampled": Form(partial(loss, "plain", labels)),
+            "in cells": Form(partial(loss, "cuda", labels)),
+        }
+        yield Case(f"cross-entropy {factor}x", "float32", ((B, H, W, K),), forms)
+
+
 CASES = {
+    "cross-entropy": cross_entropies,
     "depthwise": depthwise,
     "attention": attention,
     "upsampling": upsampling,
@@ -247,14 +247,20 @@ def measured(case: Case, *, rehearse: bool, bytes_per_second: float) -> Iterator
 
 
 def _of_form(form: Form, gradient, arguments, exact, *, rehearse: bool) -> dict[str, object]:
-    axes = form.axes or tuple(range(gradient.ndim))
-    back = np.argsort(axes)
-    gradient, first, rest = gradient.transpose(axes), arguments[0].transpose(axes), arguments[1:]
+    axes, back = form.axes, tuple(np.argsort(form.axes).tolist())
+    if axes:
+        gradient, first, rest = gradient.transpose(axes), arguments[0].transpose(axes), arguments[1:]
+    else:
+        first, *rest = arguments
+
+    def in_order(x):
+        return x.transpose(back) if axes else x
+
     try:
         forward, both = jax.jit(form.call), jax.jit(both_passes(form.call))
         result, to_first, *to_rest = both(gradient, first, *rest)
-        error = distance([result.transpose(back), to_first.transpose(back), *to_rest], exact)
-        error = max(error, distance([forward(first, *rest).transpose(back)], exact[:1]))
+        error = distance([in_order(result), in_order(to_first), *to_rest], exact)
+        error = max(error, distance([in_order(forward(first, *rest))], exact[:1]))
         if not error <= CLOSE[result.dtype.name]:
             return {"error": error, "failed": f"computes something else: off by {error:.1e}"}
         return {

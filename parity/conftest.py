@@ -11,6 +11,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _rows: dict[tuple[str, str, str], float] = {}
 
 
+def pytest_collection_modifyitems(config, items):
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    if needy and jax.default_backend() != "gpu":
+        items[:] = [item for item in items if item not in needy]
+        config.hook.pytest_deselected(items=needy)
+
+
 @pytest.fixture(autouse=True)
 def quick_compile_of_float64(request):
     """Compiles float64 programs with few optimizations, in a third of the time.
