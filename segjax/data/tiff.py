@@ -1,6 +1,7 @@
 """Reads TIFF by its tags: every layout of samples, and an error for what the tags do not explain.
 
-A TIFF may hold anything: reflectances, elevations, twelve bands. What is read here is grey or RGB.
+A TIFF may hold anything: reflectances, elevations, twelve bands. `decode` reads grey or RGB, `decode_bands` all bands as
+they are.
 """
 
 from __future__ import annotations
