@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
 from functools import partial, reduce
 
@@ -29,11 +30,16 @@ def _scores(query, key):
     return jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)
 
 
-# Scores of one head that are computed at a time: 8 MiB in float32. Keys of one product: XLA:CPU takes another, slow
-# program for more than that.
-TILE_SCORES, BLOCK_KEYS = 2**21, 1024
-# Below, all scores at once are as fast.
-FEW_SCORES = 2**20
+# Scores of one head that are computed at a time, 16 MiB in float32; keys of one product.
+TILE_SCORES, BLOCK_KEYS = 2**22, 1024
+# Up to so many scores, and keys, all at once are as fast on two idle cores.
+FEW_SCORES, FEW_KEYS = 2**24, 512
+
+
+def goes_by_blocks(query: jax.Array, key: jax.Array) -> bool:
+    """Whether blocks of scores are faster on a CPU, or the scores would take too much memory. For static sizes."""
+    scores = math.prod(query.shape[:3]) * key.shape[2]
+    return scores > FEW_SCORES or (key.shape[2] > FEW_KEYS and query.shape[2] > FEW_KEYS)
 
 
 def attention_by_blocks(
@@ -41,8 +47,8 @@ def attention_by_blocks(
 ) -> jax.Array:
     """The same one head after the other, `rows` queries at a time, with keys in blocks; scores are not kept.
 
-    Forward and backward on two busy cores, time over that of all scores at once: 2 heads of 4,096 queries and 256 keys
-    0.36, 25,600 and 400 0.5, 2 heads of 16,384 and 1,024 0.33. Forward, 129,600 and 2,040 0.38, 25,600 and 400 1.06.
+    Forward on two idle cores, time over that of all scores in tiles of 64 MiB: 131,072 queries and 2,048 keys 0.80, five
+    heads of 8,192 and 2,048 0.71, 57,600 and 920 0.94, 25,600 and 400 0.98.
 
     Args:
       rows: by default as many as have `TILE_SCORES`.

@@ -8,7 +8,7 @@
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
 | `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
-| `attention`, static sizes, more than `FEW_SCORES` scores | `attention.attention_by_blocks` | as any other |
+| `attention`, static sizes, many scores (`goes_by_blocks`) | `attention.attention_by_blocks` | as any other |
 | `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
 | `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
@@ -32,7 +32,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -117,10 +116,9 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if attention_kernels.cudnn_has(query):
             return attention_kernels.attention_by_cudnn(query, key, value)
         return attention_kernels.attention_recomputed(query, key, value)
-    sizes = (*query.shape[:3], key.shape[2])
     # The number of scores is unknown for the symbolic sizes of an export.
-    is_known = all(isinstance(size, int) for size in sizes)
-    if choice.is_fast_on_cpu() and is_known and math.prod(sizes) > attention_kernels.FEW_SCORES:
+    is_known = all(isinstance(size, int) for size in (*query.shape, *key.shape))
+    if choice.is_fast_on_cpu() and is_known and attention_kernels.goes_by_blocks(query, key):
         return attention_kernels.attention_by_blocks(query, key, value)
     return attention_kernels.attention_plain(query, key, value)
 
