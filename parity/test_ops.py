@@ -329,53 +329,47 @@ def test_attention_equals_torch(dtype, float64, within):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# Of 30 queries: tiles of equal length, a last one that is shorter, one row at a time, all at once. Of 12 keys likewise.
-@pytest.mark.parametrize(
-    "rows, keys, batch, heads", [(10, 4, 2, 5), (7, 5, 3, 2), (29, 12, 2, 3), (1, 1, 2, 2), (30, 11, 3, 1)]
-)
-def test_attention_by_blocks_equals_the_plain_form_and_torch(rows, keys, batch, heads, dtype, float64, within):
+# Of 30 queries: parts of equal length, a last part that is shorter, one row at a time, all in one part.
+@pytest.mark.parametrize("rows, batch, heads", [(10, 2, 5), (7, 3, 2), (29, 2, 3), (1, 2, 2), (30, 3, 1)])
+def test_attention_by_rows_equals_the_plain_form_and_torch(rows, batch, heads, dtype, float64, within):
     arguments = [normal(batch, heads, n, 8, seed=60 + i, dtype=dtype) for i, n in enumerate((30, 12, 12))]
-    by_blocks = partial(attention.attention_by_blocks, rows=rows, keys=keys)
+    by_rows = partial(attention.attention_by_rows, rows=rows)
     what = "attention, fast implementation = plain implementation"
-    assert_forms_equal(by_blocks, attention.attention_plain, arguments, dtype, within, what)
-    ours = values_and_gradients(by_blocks, *arguments)
+    assert_forms_equal(by_rows, attention.attention_plain, arguments, dtype, within, what)
+    ours = values_and_gradients(by_rows, *arguments)
     theirs = torch_values_and_gradients(F.scaled_dot_product_attention, *arguments)
     for kind, one, other in zip(("output", *["gradient"] * 3), ours, theirs, strict=True):
-        within(kind, dtype, verify.relative_error(one, other.detach()), "attention by blocks = torch")
+        within(kind, dtype, verify.relative_error(one, other.detach()), "attention by rows = torch")
 
 
-def test_attention_by_blocks_is_stable_for_scores_that_differ_by_thousands():
-    query, key, value = (normal(2, 3, n, 8, seed=60 + n, dtype="float32") for n in (30, 12, 12))
-    query[:, :, ::3] *= 1000
-    found = attention.attention_by_blocks(query, key, value, rows=7, keys=5)
-    np.testing.assert_allclose(found, attention.attention_plain(query, key, value), rtol=0, atol=2e-5)
-
-
-def test_attention_goes_by_blocks_where_the_scores_would_be_many(monkeypatch):
+def test_attention_goes_by_rows_where_the_scores_would_be_many(monkeypatch):
     taken = []
 
-    def record(query, key, value):
-        taken.append(query.shape)
-        return by_blocks(query, key, value)
+    def record(query, key, value, *, rows):
+        taken.append(rows)
+        return by_rows(query, key, value, rows=rows)
 
-    by_blocks = attention.attention_by_blocks
-    monkeypatch.setattr(attention, "attention_by_blocks", record)
+    by_rows = attention.attention_by_rows
+    monkeypatch.setattr(attention, "attention_by_rows", record)
     arguments = [normal(2, 3, n, 4, seed=60 + n, dtype="float32") for n in (31, 5, 5)]
-    monkeypatch.setattr(attention, "TILE_SCORES", 60)
     with choice.meant_for("cpu"):
         expected = layers.attention(*arguments)
-        for most in (2 * 3 * 31 * 5, 2 * 3 * 31 * 5 - 1):
-            monkeypatch.setattr(attention, "FEW_SCORES", most)
-            np.testing.assert_allclose(layers.attention(*arguments), expected, rtol=0, atol=1e-6)
-        assert taken == [(2, 3, 31, 4)]
+        # 30 scores of every row. The 31 rows fit in 3 parts of 12 but are spread over them evenly.
+        for most, rows in ((30 * 12, 11), (30 * 30, 16), (30, 1), (29, 1), (30 * 31, None)):
+            monkeypatch.setattr(attention, "MOST_SCORES", most)
+            found = layers.attention(*arguments)
+            assert taken == ([] if rows is None else [rows]), most
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+            taken.clear()
+        monkeypatch.setattr(attention, "MOST_SCORES", 1)
         with choice.published_implementations():
             layers.attention(*arguments)
     with choice.meant_for("cuda"):
         layers.attention(*arguments)
-    assert len(taken) == 1
+    assert not taken
 
 
-def test_attention_by_blocks_never_holds_all_scores():
+def test_attention_by_rows_never_holds_all_scores():
     arguments = [normal(2, 3, 512, 8, seed=i, dtype="float32") for i in range(3)]
 
     def temporaries(form):
@@ -384,7 +378,7 @@ def test_attention_by_blocks_never_holds_all_scores():
         return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / (4 * 2 * 3 * 512**2)
 
     assert temporaries(attention.attention_plain) >= 1
-    assert temporaries(partial(attention.attention_by_blocks, rows=32)) < 0.5
+    assert temporaries(partial(attention.attention_by_rows, rows=32)) < 0.5
 
 
 def test_initial_weights_have_the_published_spread():

@@ -1,7 +1,7 @@
 """Reads TIFF by its tags: every layout of samples, and an error for what the tags do not explain.
 
-A TIFF may hold anything: reflectances, elevations, twelve bands. `decode` reads grey or RGB, `decode_bands` all bands as
-they are.
+A TIFF may hold anything: reflectances, elevations, twelve bands. `decode` reads grey or RGB; `decode_bands` reads all
+bands, in their numbers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Attention: plain; in blocks of scores, for CPUs; cuDNN's, and with a backward pass of its own, for GPUs."""
+"""Attention: plain; over tiles of query rows, for CPUs; cuDNN's, and with a backward pass of its own, for GPUs."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
-import operator
-from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -30,55 +27,19 @@ def _scores(query, key):
     return jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)
 
 
-# Scores of one head that are computed at a time, 16 MiB in float32; keys of one product.
-TILE_SCORES, BLOCK_KEYS = 2**22, 1024
-# Up to so many scores, and keys, all at once are as fast on two idle cores.
-FEW_SCORES, FEW_KEYS = 2**24, 512
+# 64 MiB in float32. An image of 1024x2048 has 1 GiB of them in SegFormer's first stage, whose time is the same in parts
+# of this size; that of its second falls by a fifth.
+MOST_SCORES = 2**24
 
 
-def goes_by_blocks(query: jax.Array, key: jax.Array) -> bool:
-    """Whether blocks of scores are faster on a CPU, or the scores would take too much memory. For static sizes."""
-    scores = math.prod(query.shape[:3]) * key.shape[2]
-    return scores > FEW_SCORES or (key.shape[2] > FEW_KEYS and query.shape[2] > FEW_KEYS)
-
-
-def attention_by_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, rows: int | None = None, keys: int = BLOCK_KEYS
-) -> jax.Array:
-    """The same one head after the other, `rows` queries at a time, with keys in blocks; scores are not kept.
-
-    Forward on two idle cores, time over that of all scores in tiles of 64 MiB: 131,072 queries and 2,048 keys 0.80, five
-    heads of 8,192 and 2,048 0.71, 57,600 and 920 0.94, 25,600 and 400 0.98.
-
-    Args:
-      rows: by default as many as have `TILE_SCORES`.
-    """
+def attention_by_rows(query: jax.Array, key: jax.Array, value: jax.Array, *, rows: int) -> jax.Array:
+    """The same for `rows` queries after another; the backward pass computes the scores again."""
     B, h, N, D = query.shape
-    M, dtype = key.shape[2], query.dtype
-    rows = max(1, TILE_SCORES // min(M, keys)) if rows is None else rows
-    tiles = -(-N // rows)
-    rows = -(-N // tiles)
-    product = partial(jnp.matmul, preferred_element_type=precision.at_least_float32(dtype))
-    scaled = query * jnp.asarray(D**-0.5, dtype)
-    padded = jnp.pad(scaled, ((0, 0), (0, 0), (0, tiles * rows - N), (0, 0))).reshape(B * h, tiles, rows, D)
-
-    def of_head(given):
-        query, key, value = given
-        blocks = [(key[start : start + keys], value[start : start + keys]) for start in range(0, M, keys)]
-
-        @jax.checkpoint
-        def of_tile(query):
-            scores = [product(query, key.T) for key, _ in blocks]
-            largest = reduce(jnp.maximum, (jnp.max(block, axis=-1, keepdims=True) for block in scores))
-            powers = [jnp.exp(block - largest) for block in scores]
-            total = reduce(operator.add, (jnp.sum(block, axis=-1, keepdims=True) for block in powers))
-            parts = (product(power.astype(dtype), value) for power, (_, value) in zip(powers, blocks, strict=True))
-            return (reduce(operator.add, parts) / total).astype(dtype)
-
-        return lax.map(of_tile, query)
-
-    mixed = lax.map(of_head, (padded, key.reshape(B * h, M, D), value.reshape(B * h, M, D)))
-    return mixed.reshape(B, h, tiles * rows, D)[:, :, :N]
+    parts = -(-N // rows)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, parts * rows - N), (0, 0)))
+    by_part = jnp.moveaxis(padded.reshape(B, h, parts, rows, D), 2, 0)
+    mixed = lax.map(jax.checkpoint(lambda part: attention_plain(part, key, value)), by_part)  # (parts, B, h, rows, D)
+    return jnp.moveaxis(mixed, 0, 2).reshape(B, h, parts * rows, D)[:, :, :N]
 
 
 def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

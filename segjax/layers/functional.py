@@ -8,7 +8,7 @@
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
 | `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
-| `attention`, static sizes, many scores (`goes_by_blocks`) | `attention.attention_by_blocks` | as any other |
+| `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
 | `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
 | `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
@@ -116,11 +116,14 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if attention_kernels.cudnn_has(query):
             return attention_kernels.attention_by_cudnn(query, key, value)
         return attention_kernels.attention_recomputed(query, key, value)
+    (B, h, N, _), M = query.shape, key.shape[2]
     # The number of scores is unknown for the symbolic sizes of an export.
-    is_known = all(isinstance(size, int) for size in (*query.shape, *key.shape))
-    if choice.is_fast_on_cpu() and is_known and attention_kernels.goes_by_blocks(query, key):
-        return attention_kernels.attention_by_blocks(query, key, value)
-    return attention_kernels.attention_plain(query, key, value)
+    if not choice.is_fast_on_cpu() or not all(isinstance(size, int) for size in (B, N, M)):
+        return attention_kernels.attention_plain(query, key, value)
+    rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))
+    if rows >= N:
+        return attention_kernels.attention_plain(query, key, value)
+    return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
 
 
 def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
