@@ -611,7 +611,10 @@ def grouped(kernels, key) -> list[tuple[str, int, float, float, float]]:
 
 def summary(program: Program, memory: dict, seconds: dict) -> dict:
     kernels = program.kernels
-    total = lambda key: sum(k.times * key(k) for k in kernels)  # noqa: E731
+
+    def total(key):
+        return sum(k.times * key(k) for k in kernels)
+
     return {
         "kernels": sum(k.times for k in kernels),
         "by_kind": {
@@ -674,7 +677,10 @@ def show(title: str, program: Program, found: dict, top: int) -> None:
     table("kind of kernel", grouped(program.kernels, lambda k: k.kind))
     table("bound by", grouped(program.kernels, lambda k: k.bound))
     if top:
-        way = lambda k: "back" if "transpose(" in k.op else "there"  # noqa: E731
+
+        def way(k):
+            return "back" if "transpose(" in k.op else "there"
+
         table(
             "written in (of a fusion: its last operation)",
             grouped(program.kernels, lambda k: f"{k.source} {way(k)}")[:top],

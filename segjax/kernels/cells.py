@@ -8,7 +8,7 @@ cell's outputs at its corners.
 
 XLA:GPU fuses an operation into a reduction, or into a sum, if a single operation reads its result. Hence the forms
 below: one reduction with an operand for each output of a cell, and two of the four corners in one complex number.
-Compiled for an H200, the roofline of 32x512x512 pixels and 150 classes, forward and backward, falls from 22.5 to 3.8 ms
+Compiled for an H200, the roofline of 32x512x512 pixels and 150 classes, forward and backward, falls from 22.5 to 3.6 ms
 (`benchmarks/gpu_static.py`).
 """
 

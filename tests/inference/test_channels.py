@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -159,7 +160,6 @@ def test_a_model_of_rgb_refuses_files_of_other_bands(tmp_path, capsys):
 
 
 def test_a_video_is_refused_by_a_model_that_does_not_take_rgb(tmp_path, capsys):
-    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "v.mp4"), "w") as file:
         stream = file.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
