@@ -371,7 +371,7 @@ def test_a_form_that_computes_something_else_is_not_timed(monkeypatch, tmp_path,
     (case,) = gpu_forms.norms(True)
 
     def wrong_gradient(x, scale, bias):
-        return gpu_forms.norm_of_ours(x, jax.lax.stop_gradient(scale), bias)
+        return gpu_forms.own_norm(x, jax.lax.stop_gradient(scale), bias)
 
     def missing(x, scale, bias):
         raise RuntimeError("no such kernel")
