@@ -71,6 +71,7 @@ def training(options: argparse.Namespace, seed: int, workdir: Path, dtype: str, 
         f"--workdir={workdir}",
     ]
     flags += [f"--config.init.checkpoint={start}", *WHOLE_IMAGES] if start else []
+    flags += [f"--config.train.steps={options.steps}"] if options.steps and not start else []
     flags += [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
     return [sys.executable, "train.py", *flags, *options.flags]
 
@@ -178,6 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--variant", default="w32_ocr", choices=hrnet.VARIANTS, help="of configs/hrnet.py; small on a CPU"
     )
     parser.add_argument("--train-split", default="train", metavar="SPLIT", help="train, or train+val")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="of the (first) run; the recipe's unless given, for a slower machine"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="N")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S", help="of the second figure")
     parser.add_argument("--workdir", type=Path, default=Path("runs/camvid"), metavar="DIR", help="of the runs")
