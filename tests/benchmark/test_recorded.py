@@ -250,6 +250,7 @@ def options(tmp_path, *flags):
         data_dir=None,
         variant="w18",
         train_split="train",
+        steps=None,
         workdir=tmp_path,
         scales=(0.5,),
         flags=list(flags),
@@ -290,6 +291,16 @@ def test_a_seed_that_is_done_is_not_evaluated_again_unless_it_was_trained_on(cal
     called.clear()
     called.step = 9
     assert camvid.of_seed(options(tmp_path), 3, "float32")["step"] == 9 and len(called) == 3
+
+
+def test_steps_are_those_of_the_run_on_crops_only(called, tmp_path):
+    run = options(tmp_path)
+    run.variant, run.steps = "small", 11
+    camvid.of_seed(run, 3, "float32")
+    crops, whole = (command for command in called if "train.py" in command)
+    assert "--config.train.steps=11" in crops and [word for word in whole if "train.steps" in word] == [
+        "--config.train.steps=900"
+    ]
 
 
 def test_flags_behind_two_dashes_come_last_and_reach_the_training_alone(called, tmp_path):
