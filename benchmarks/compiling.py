@@ -58,47 +58,25 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
     from flax import nnx
 
     import segjax
-    from segjax import layers, losses, models
+    from segjax import models
+    from segjax.benchmark.training import example, training_step
     from segjax.models.functional import FunctionalModel
-    from segjax.models.stacked import Stacks
-    from segjax.recipes import common
     from segjax.runtime.parallel import JitParallel
-    from segjax.train import optim
-    from segjax.train.state import TrainState
-    from segjax.train.step import TrainStep
 
     still = {key: 0.0 for key in ("drop_path_rate", "dropout_rate") if key in models.settings(model_name)}
 
     def create():
         return segjax.create(model_name, num_classes=NUM_CLASSES, **still, **overrides)
 
-    config = common.get_config("folder")
-    config.optim.update(no_decay="", warmup_steps=0, lr_multipliers=())
     parallel = JitParallel(jax.devices()[:1])
-    params, _ = FunctionalModel(nnx.eval_shape(create)).arrays()
-    execution = layers.BlockExecution.of(**FORMS[form])
-    stacks = Stacks.of(params, shortest=execution.scan_from, alike=optim.rules(config.optim, params))
-    functional = FunctionalModel(nnx.eval_shape(create), execution=execution, stacks=stacks)
-    optimizer = optim.optimizer(config.optim, params, steps=10**9, stacks=stacks)
-    step = TrainStep(
-        model=functional,
-        optimizer=optimizer,
-        augment=lambda _, batch: (batch["image"], batch["label"]),
-        criterion=losses.criterion(config.loss, num_classes=NUM_CLASSES, ignore_label=255),
-    )
-
-    def start(params, batch_stats):
-        return TrainState.start(params, batch_stats, optimizer.init(params))
+    step, start = training_step(nnx.eval_shape(create), num_classes=NUM_CLASSES, **FORMS[form])
 
     def arguments():
         rng = np.random.default_rng(0)
-        batch = {
-            "image": rng.normal(size=(*shape, 3)).astype(np.float32),
-            "label": rng.integers(0, NUM_CLASSES, shape).astype(np.uint8),
-            "position": np.arange(shape[0], dtype=np.int32),
-        }
+        images = rng.normal(size=(*shape, 3)).astype(np.float32)
+        batch = example(images, rng.integers(0, NUM_CLASSES, shape).astype(np.uint8))
         # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
-        state = stacks.stacked(jax.tree.map(jnp.copy, start(*FunctionalModel(create()).arrays())))
+        state = jax.tree.map(jnp.copy, start(*FunctionalModel(create()).arrays()))
         return parallel.replicate((state, batch, jax.random.key(0)))
 
     def placed(leaf):

@@ -526,14 +526,11 @@ def lowered(
     from flax import nnx
 
     import segjax
-    from segjax import layers, losses
+    from segjax import layers
+    from segjax.benchmark.training import training_step
     from segjax.models.functional import FunctionalModel
-    from segjax.models.stacked import stacks_for
-    from segjax.recipes import common
+    from segjax.models.prepared import Prepared
     from segjax.runtime.parallel import parallel_for
-    from segjax.train import optim
-    from segjax.train.state import TrainState
-    from segjax.train.step import TrainStep
 
     # Shapes alone: no weight is drawn.
     model = nnx.eval_shape(
@@ -550,34 +547,15 @@ def lowered(
                 raise SystemExit("--mode infer is compiled with jit")
             functional = FunctionalModel(model)
 
-            def forward(params, batch_stats, images):
-                return functional.bind(params, batch_stats)(images)[0]
+            def forward(arrays, images):
+                return functional.bind(*arrays)(images)[0]
 
             images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.float32, sharding=spread.split)
-            return jax.jit(forward).lower(*placed(functional.arrays(), spread.whole), images)
-        config = common.get_config("folder")
-        # As segjax.benchmark has it.
-        config.optim.update(no_decay="", lr_multipliers=())
-        model.set_attributes(axis_name=spread.axis_name, raise_if_not_found=False)
-        names, statistics = FunctionalModel(model).arrays()
-        blocks = layers.BlockExecution.of(**execution) if execution else layers.PLAIN
-        alike = optim.rules(config.optim, names)
-        stacks = stacks_for(blocks, names, statistics, alike=alike)
-        functional = FunctionalModel(model, execution=blocks, stacks=stacks)
-        params, batch_stats = functional.arrays()
-        optimizer = optim.optimizer(config.optim, params, steps=40_000, stacks=stacks)
-        step = TrainStep(
-            model=functional,
-            optimizer=optimizer,
-            augment=lambda _, part: (part["image"], part["label"]),
-            criterion=losses.criterion(config.loss, num_classes=num_classes, ignore_label=255),
-            aux_weight=config.loss.aux_weight,
-        )
-
-        def start(params, batch_stats):
-            return stacks.stacked(TrainState.start(params, batch_stats, optimizer.init(functional.trained(params))))
-
-        state = jax.eval_shape(start, params, batch_stats)
+            prepared = Prepared(forward, functional.arrays(), images)
+            weights = jax.eval_shape(prepared.prepare, functional.arrays())
+            return jax.jit(prepared.program).lower(placed(weights, spread.whole), images)
+        step, start = training_step(model, num_classes=num_classes, axis_name=spread.axis_name, **(execution or {}))
+        state = jax.eval_shape(start, *FunctionalModel(model).arrays())
         examples = {
             "image": jax.ShapeDtypeStruct((batch, *size, 3), np.float32),
             "label": jax.ShapeDtypeStruct((batch, *size), np.uint8),

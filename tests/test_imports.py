@@ -24,7 +24,7 @@ ALLOWED = {
     "exports": ("runtime", "kernels", "layers", "models", "data", "checkpoints", "inference", "torch_reference"),
     "train": ("runtime", "kernels", "layers", "models", "data", "losses", "metrics", "viz", "checkpoints", "inference"),
     "recipes": ("data", "train"),
-    "benchmark": ("runtime", "models", "losses", "checkpoints", "torch_reference", "train", "recipes"),
+    "benchmark": ("runtime", "layers", "models", "losses", "checkpoints", "torch_reference", "train", "recipes"),
 }
 # The commands and their entry points use everything, and nothing uses them.
 ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "summary", "__main__")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from segjax.train.state import TrainState
     from segjax.train.step import TrainStep
 
-LR, WEIGHT_DECAY = 6e-5, 0.01
-
 
 class Work(NamedTuple):
     """The work of a step.
@@ -133,22 +131,29 @@ def ours(work: Work) -> Contender:
 def _our_inference(work: Work, model) -> Contender:
     import jax
 
+    from segjax import layers
     from segjax.models.functional import FunctionalModel
+    from segjax.models.prepared import Prepared
     from segjax.runtime.parallel import compiler_options
 
     functional = FunctionalModel(model)
-    arrays = jax.device_put(functional.arrays())
+    weights = jax.device_put(functional.arrays())
     images = jax.device_put(work.images())
 
-    def forward(params, batch_stats, images):
-        return functional.bind(params, batch_stats)(images)[0]
+    def forward(arrays, images):
+        return functional.bind(*arrays)(images)[0]
 
+    call: Callable = forward
     since = time.perf_counter()
+    if layers.is_fast_on_gpu():
+        # As `segjax.inference.engine` runs it.
+        parts = Prepared(forward, weights, images)
+        weights, call = jax.jit(parts.prepare)(weights), parts.program
     options = compiler_options(jax.default_backend())
-    program = jax.jit(forward, compiler_options=options).lower(*arrays, images).compile()
-    outcome = np.asarray(program(*arrays, images))
+    program = jax.jit(call, compiler_options=options).lower(weights, images).compile()
+    outcome = np.asarray(program(weights, images))
     seconds = time.perf_counter() - since
-    run = repeated(lambda: program(*arrays, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
+    run = repeated(lambda: program(weights, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
     return Contender(run, outcome, seconds, _temporaries(program))
 
 
@@ -169,30 +174,16 @@ def training(
     import jax
     import jax.numpy as jnp
 
-    from segjax import losses
+    from segjax.benchmark.training import example, training_step
     from segjax.models.functional import FunctionalModel
-    from segjax.recipes import common
     from segjax.runtime.parallel import JitParallel
-    from segjax.train import optim
-    from segjax.train.state import TrainState
-    from segjax.train.step import TrainStep
 
-    config = common.get_config("folder")
-    config.optim.update(lr=LR, weight_decay=WEIGHT_DECAY, no_decay="", warmup_steps=0, lr_multipliers=())
-    parallel, functional = JitParallel(jax.devices()[:1]), FunctionalModel(model)
-    params, batch_stats = functional.arrays()
-    optimizer = optim.optimizer(config.optim, params, steps=10**9)
-    step = TrainStep(
-        model=functional,
-        optimizer=optimizer,
-        augment=lambda _, batch: (batch["image"], batch["label"]),
-        criterion=losses.criterion(config.loss, num_classes=work.num_classes, ignore_label=255),
-        aux_weight=config.loss.aux_weight,
-    )
-    state = TrainState.start(params, batch_stats, optimizer.init(params))
-    state = parallel.replicate(jax.tree.map(jnp.copy, state))
-    batch = {"image": work.images(), "label": work.labels(), "position": np.arange(work.batch, dtype=np.int32)}
-    return step, parallel.compile_train, state, jax.device_put(batch), jax.random.key(0)
+    parallel = JitParallel(jax.devices()[:1])
+    arrays = FunctionalModel(model).arrays()
+    step, start = training_step(model, num_classes=work.num_classes)
+    state = parallel.replicate(jax.tree.map(jnp.copy, start(*arrays)))
+    batch = jax.device_put(example(work.images(), work.labels()))
+    return step, parallel.compile_train, state, batch, jax.random.key(0)
 
 
 def _our_training(work: Work, model) -> Contender:
@@ -311,6 +302,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     import torch
     import torch.nn.functional as F
 
+    from segjax.benchmark.training import LR, WEIGHT_DECAY
     from segjax.torch_reference import verify
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,6 +28,7 @@ from segjax.inference import resized_tiles
 from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
 from segjax.kernels import cells
 from segjax.models.functional import FunctionalModel
+from segjax.models.prepared import Prepared
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import memory
 from segjax.runtime.parallel import JitParallel, compiler_options
@@ -310,15 +311,12 @@ class Inference:
             functional = FunctionalModel(model)
             self._arrays = self._parallel.replicate(functional.arrays())
         self._align_corners, self._num_classes = functional.align_corners, functional.spec.num_classes
-        options = compiler_options(self._parallel.devices[0].platform)
-        # Bytes that the programs need, by program and shape; copies with other arrays share them, as the programs.
-        self._needed: dict[tuple[bool, tuple[int, ...], np.dtype], int | None] = {}
+        # Copies with other arrays share the programs, but not the weights that are prepared for them, by their key.
+        self._prepared: dict[str, list[jax.Array]] = {}
         self._compiling = threading.Lock()
-        self._labels = jax.jit(
-            partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit),
-            compiler_options=options,
-        )
-        self._score = jax.jit(partial(score, functional, normalise=normalise), compiler_options=options)
+        labels = partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit)
+        self._labels = Program(labels, self._parallel)
+        self._score = Program(partial(score, functional, normalise=normalise), self._parallel)
 
     def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1) -> None:
         """Refuses images for which there is not enough memory, before any is predicted.
@@ -360,24 +358,21 @@ class Inference:
             logits = 2 * 4 * self._num_classes * pixels
             memory.refuse_too_large(logits, self._parallel.own_devices, what=what)
 
-    def _refuse_too_large(self, program: jax.stages.Wrapped, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def _refuse_too_large(self, program: Program, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, C) and dtype."""
         with self._compiling:
-            key = program is self._labels, shape, dtype
-            if key not in self._needed:
-                images = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
-                # The call that follows finds the compiled program in the cache of jax.
-                self._needed[key] = memory.needed(program.lower(*self._arrays, images).compile())
+            images = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
+            needed = program.needed(self._arrays, images)
             batch, height, width = shape[:3]
             kind = "crop" if self.protocol.window else "image"
             what = f"{kind} of {height}x{width}" if batch == 1 else f"batch of {batch} {kind}s of {height}x{width}"
             article = "an" if what.startswith("image") else "a"
-            memory.refuse_too_large(self._needed[key], self._parallel.own_devices, what=f"{article} {what}")
+            memory.refuse_too_large(needed, self._parallel.own_devices, what=f"{article} {what}")
 
     def with_arrays(self, arrays: tuple[Arrays, Arrays]) -> Inference:
         """The same programs with other parameters and running statistics, in the order of `FunctionalModel.arrays`."""
         other = copy.copy(self)
-        other._arrays = self._parallel.replicate(arrays)
+        other._arrays, other._prepared = self._parallel.replicate(arrays), {}
         return other
 
     def labels(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -465,14 +460,67 @@ class Inference:
 
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
-    def _run(self, program: jax.stages.Wrapped, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
+    def _run(self, program: Program, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
         """Calls a program with images (B, H, W, C) if there is enough memory for it."""
         # Before they are stacked, because a large batch may be too much for the host.
         self._refuse_too_large(program, (len(images), *images[0].shape), images[0].dtype)
-        return program(*self._arrays, jax.device_put(np.asarray(images), self._sharding(len(images))))
+        on_devices = jax.device_put(np.asarray(images), self._sharding(len(images)))
+        with self._compiling:
+            call = program.of(self._arrays, on_devices, self._prepared)
+        return call(on_devices)
 
     def _sharding(self, batch: int) -> NamedSharding:
         return self._parallel.split if batch % len(self._parallel.devices) == 0 else self._parallel.whole
+
+
+class Program:
+    """A function (params, batch_stats, images) -> array, compiled for each shape of the images.
+
+    On a GPU what it computes of the weights only is computed once: see `segjax.models.prepared`.
+    """
+
+    def __init__(self, function: Callable[..., jax.Array], parallel: JitParallel):
+        self._function, self._whole = function, parallel.whole
+        self._jit = partial(jax.jit, compiler_options=compiler_options(parallel.devices[0].platform))
+        self.at_once = self._jit(function)
+        self._parts: dict[tuple[tuple[int, ...], np.dtype], tuple[Prepared, jax.stages.Wrapped]] = {}
+        self._needed: dict[tuple[tuple[int, ...], np.dtype], int | None] = {}
+
+    def needed(self, arrays: tuple[Arrays, Arrays], images: jax.ShapeDtypeStruct) -> int | None:
+        """Bytes that the program needs; see `memory.needed`. The call that follows finds the compiled program."""
+        key = images.shape, images.dtype
+        if key not in self._needed:
+            if layers.is_fast_on_gpu():
+                part, program = self._part(arrays, images)
+                shapes = jax.eval_shape(part.prepare, arrays)
+                weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole) for x in shapes]
+                lowered = program.lower(weights, images)
+            else:
+                lowered = self.at_once.lower(*arrays, images)
+            self._needed[key] = memory.needed(lowered.compile())
+        return self._needed[key]
+
+    def of(
+        self, arrays: tuple[Arrays, Arrays], images: jax.Array, prepared: dict[str, list[jax.Array]]
+    ) -> Callable[[jax.Array], jax.Array]:
+        """The function of the images.
+
+        Args:
+          images: of this shape. prepared: what was computed of `arrays` before, which is added to.
+        """
+        if not layers.is_fast_on_gpu():
+            return partial(self.at_once, *arrays)
+        part, program = self._part(arrays, images)
+        if part.key not in prepared:
+            prepared[part.key] = jax.jit(part.prepare, out_shardings=self._whole)(arrays)
+        return partial(program, prepared[part.key])
+
+    def _part(self, arrays: tuple[Arrays, Arrays], images) -> tuple[Prepared, jax.stages.Wrapped]:
+        key = images.shape, images.dtype
+        if key not in self._parts:
+            part = Prepared(lambda arrays, images: self._function(*arrays, images), arrays, images)
+            self._parts[key] = part, self._jit(part.program)
+        return self._parts[key]
 
 
 class Computed(NamedTuple):

@@ -2,7 +2,7 @@
 
 `segjax/layers/functional.py` lists the operations, their implementations and the condition for each.
 
-Both settings are user contexts of jax, part of the key of its caches: a compiled function that is called again inside
+The settings are user contexts of jax, part of the key of its caches: a compiled function that is called again inside
 another context is traced again.
 """
 
@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 
 _PUBLISHED = jax.make_user_context(False)
 _PLATFORM = jax.make_user_context(None)
+_PREPARED = jax.make_user_context(False)
 
 
 def published_implementations() -> AbstractContextManager:
@@ -32,6 +33,16 @@ def meant_for(platform: str) -> AbstractContextManager:
       platform: "cpu", "cuda", or "plain" for those that run anywhere.
     """
     return _PLATFORM(platform)
+
+
+def weights_are_prepared() -> AbstractContextManager:
+    """What a model called inside computes of its weights only is computed once: see `segjax.models.prepared`."""
+    return _PREPARED(True)
+
+
+def are_weights_prepared() -> bool:
+    """Whether what is computed of the weights only costs nothing."""
+    return _PREPARED.value
 
 
 def is_published() -> bool:

@@ -25,6 +25,21 @@ def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[i
     )
 
 
+def conv_by_output(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
+    """`conv_plain` of a kernel that is stored as cuDNN reads it, output channels first.
+
+    Otherwise XLA copies the kernel before each convolution, in a kernel of its own.
+    """
+    return lax.conv_general_dilated(
+        x,
+        kernel.transpose(3, 0, 1, 2),
+        window_strides=(stride, stride),
+        padding=[(padding[0], padding[0]), (padding[1], padding[1])],
+        dimension_numbers=("NHWC", "OHWI", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
 def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution whose stride is its kernel's size, without padding: one matrix product over disjoint patches.
 

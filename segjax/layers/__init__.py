@@ -8,7 +8,13 @@ products; norms, softmax and sums of logits never compute in less than float32.
 Operations that have several implementations are in `functional`, which decides which one runs.
 """
 
-from segjax.kernels.choice import is_fast_on_cpu, is_fast_on_gpu, meant_for, published_implementations
+from segjax.kernels.choice import (
+    is_fast_on_cpu,
+    is_fast_on_gpu,
+    meant_for,
+    published_implementations,
+    weights_are_prepared,
+)
 from segjax.kernels.precision import at_least_float32
 from segjax.layers.blocks import (
     GELU,
@@ -43,7 +49,7 @@ from segjax.layers.initializers import (
 )
 from segjax.layers.linear import Conv, Linear, classify
 from segjax.layers.mix_ffn import feed_forward
-from segjax.layers.norm import BatchNorm, GroupNorm, LayerNorm
+from segjax.layers.norm import BatchNorm, GroupNorm, LayerNorm, conv_norm
 
 __all__ = [
     "GELU",
@@ -67,6 +73,7 @@ __all__ = [
     "classify",
     "conv",
     "conv1x1_of_resized",
+    "conv_norm",
     "cpu_implementation",
     "decode",
     "draw_per_sample",
@@ -92,4 +99,5 @@ __all__ = [
     "resize",
     "run_blocks",
     "upsample_nearest",
+    "weights_are_prepared",
 ]

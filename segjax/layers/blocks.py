@@ -12,6 +12,8 @@ from jax import lax
 
 from segjax.layers import functional
 from segjax.layers.drop import Drop
+from segjax.layers.linear import Conv
+from segjax.layers.norm import BatchNorm, conv_norm
 
 # --------------------------------------------------------------------------------------------------------- containers
 
@@ -20,8 +22,13 @@ class Sequential(nnx.List):
     """torch.nn.Sequential: an element's name is its index, so that published keys such as `fuse.2` fit."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        for layer in self:
-            x = layer(x)
+        elements = list(self)
+        while elements:
+            layer = elements.pop(0)
+            if isinstance(layer, Conv) and elements and isinstance(elements[0], BatchNorm):
+                x = conv_norm(layer, elements.pop(0), x)
+            else:
+                x = layer(x)
         return x
 
 

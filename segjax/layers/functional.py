@@ -5,7 +5,9 @@
 | `conv`, 1x1, stride 1, no padding, no groups | matrix product | matrix product |
 | `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
 | `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | XLA |
+| `conv`, any other, weights prepared | XLA | `convolution.conv_by_output` |
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
+| `conv_norm`, running statistics | layer by layer | one convolution (`layers.norm`) |
 | `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
 | `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
@@ -92,6 +94,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
     if in_per_group == 1 and stride == 1 and keeps_size and choice.is_fast_on_cpu():
         return convolution.depthwise(x, kernel)
+    if choice.are_weights_prepared() and choice.is_fast_on_gpu():
+        return convolution.conv_by_output(x, kernel, stride=stride, padding=padding, groups=groups)
     return convolution.conv_plain(x, kernel, stride=stride, padding=padding, groups=groups)
 
 

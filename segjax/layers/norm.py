@@ -11,6 +11,7 @@ from jax import lax
 
 from segjax.kernels import choice, norm, precision
 from segjax.layers import functional
+from segjax.layers.linear import Conv
 
 # ------------------------------------------------------------------------------------------------------------- norms
 
@@ -110,6 +111,30 @@ class BatchNorm(nnx.Module):
 
     def _across_devices(self, x: jax.Array) -> jax.Array:
         return x if self.axis_name is None else lax.pmean(x, self.axis_name)
+
+
+def conv_norm(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
+    """`norm(conv(x))`. On a GPU a norm that uses its running statistics is folded into the weights of the convolution.
+
+    cuDNN then computes convolution, bias, addition of a shortcut and ReLU in one kernel. The weights are rounded to
+    `conv.dtype` after the fold instead of before it. `segjax.models.prepared` computes them once instead of at every
+    call.
+
+    Args:
+      x: (B, H, W, in). norm: Over the output channels of `conv`.
+
+    Returns:
+      (B, H', W', out) in the dtype of the norm.
+    """
+    if not (norm.use_running_average and choice.is_fast_on_gpu()):
+        return norm(conv(x))
+    wide = precision.at_least_float32(norm.dtype)
+    factor = lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon) * norm.scale[...].astype(wide)
+    start = -norm.mean[...].astype(wide) if conv.bias is None else conv.bias[...].astype(wide) - norm.mean[...]
+    bias = norm.bias[...].astype(wide) + start * factor
+    kernel = (conv.kernel[...].astype(wide) * factor).astype(conv.dtype)
+    y = functional.conv(x.astype(conv.dtype), kernel, stride=conv.stride, padding=conv.padding, groups=conv.groups)
+    return (y + bias.astype(conv.dtype)).astype(norm.dtype)
 
 
 class GroupNorm(nnx.Module):

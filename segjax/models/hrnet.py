@@ -96,9 +96,9 @@ class Bottleneck(nnx.Module):
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x)))
-        y = jax.nn.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
+        y = jax.nn.relu(layers.conv_norm(self.conv1, self.bn1, x))
+        y = jax.nn.relu(layers.conv_norm(self.conv2, self.bn2, y))
+        y = layers.conv_norm(self.conv3, self.bn3, y)
         return layers.once(jax.nn.relu(y + (x if self.downsample is None else self.downsample(x))))
 
 
@@ -113,8 +113,8 @@ class BasicBlock(nnx.Module):
         self.bn2 = batch_norm(channels, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x)))
-        return layers.once(jax.nn.relu(self.bn2(self.conv2(y)) + x))
+        y = jax.nn.relu(layers.conv_norm(self.conv1, self.bn1, x))
+        return layers.once(jax.nn.relu(layers.conv_norm(self.conv2, self.bn2, y) + x))
 
 
 def halving(
@@ -267,8 +267,8 @@ class HighResolutionNet(SegmentationModel):
         """Images (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32 of the image's size, rounded up."""
         layers.require_images(images, channels=self.in_channels)
         x = images.astype(self.dtype)
-        x = jax.nn.relu(self.bn1(self.conv1(x)))
-        x = jax.nn.relu(self.bn2(self.conv2(x)))
+        x = jax.nn.relu(layers.conv_norm(self.conv1, self.bn1, x))
+        x = jax.nn.relu(layers.conv_norm(self.conv2, self.bn2, x))
         maps = [layers.run_blocks(self.layer1, x, self.execution)]
         for stage in (2, 3, 4):
             maps = apply_transition(getattr(self, f"transition{stage - 1}"), maps)

@@ -81,7 +81,7 @@ class OverlapPatchEmbed(nnx.Module):
         self.norm = batch_norm(dim, **kinds)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.proj(x))
+        return layers.conv_norm(self.proj, self.norm, x)
 
 
 class AttentionModule(nnx.Module):

@@ -39,7 +39,7 @@ def draw(seed, *shape):
 
 def logits_of(inference, image):
     """Of one image as a whole, at its size, by the model that is under test."""
-    return np.asarray(inference._score(*inference._arrays, image[None]))[0]
+    return np.asarray(inference._run(inference._score, [image]))[0]
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 17, 23, 40])
@@ -155,7 +155,7 @@ def test_a_model_that_takes_multiples_is_given_the_mean_colour_around_the_image(
     as_given = Inference(Blurred(3), Protocol(), normalise=lambda images: given.append(images.shape) or images)
     pixels = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     padded = np.pad(pixels, ((0, 27), (0, 14), (0, 0))).astype(np.float32)
-    expected = np.asarray(as_given._score(*as_given._arrays, padded[None]))[0, :37, :50]
+    expected = np.asarray(as_given._run(as_given._score, [padded]))[0, :37, :50]
     np.testing.assert_allclose(logits_of(inference, image), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -73,7 +73,7 @@ def test_images_of_many_sizes_share_the_programs_of_their_input_size(flip):
     for seed, size in enumerate(sizes):
         (labels,) = inference.labels([draw(seed, *size)])
         assert labels.shape == size
-    assert inference._score._cache_size() == 1
+    assert inference._score.at_once._cache_size() == 1
     # The first of two passes has nothing to add to.
     assert resized_tiles.add_probabilities._cache_size() - before == 1 + flip
 

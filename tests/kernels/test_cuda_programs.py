@@ -8,12 +8,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from segjax import layers, losses
+from segjax.benchmark.training import training_step
 from segjax.models.functional import FunctionalModel
-from segjax.models.stacked import stacks_for
+from segjax.models.prepared import Prepared
 from segjax.recipes import common
-from segjax.train import optim
-from segjax.train.state import TrainState
-from segjax.train.step import TrainStep
 from tests.tiny import FAMILIES, abstract_family
 
 K, BATCH, SIZE = 5, 2, (64, 96)
@@ -35,26 +33,12 @@ def programs(family, dtype):
     model = abstract_family(family, dtype=jnp.dtype(dtype), param_dtype=jnp.float32)
     with layers.meant_for("cuda"):
         functional = FunctionalModel(model)
-        params, batch_stats = functional.arrays()
+        arrays = functional.arrays()
         image = jax.ShapeDtypeStruct((BATCH, *SIZE, 3), jnp.float32)
-        forward = lowered(lambda *arrays: functional.bind(*arrays[:2])(arrays[2])[0], params, batch_stats, image)
-        config = common.get_config("folder")
-        config.optim.update(no_decay="", lr_multipliers=())
-        stacks = stacks_for(layers.PLAIN, params, batch_stats, alike=optim.rules(config.optim, params))
-        functional = FunctionalModel(model, stacks=stacks)
-        optimizer = optim.optimizer(config.optim, params, steps=100, stacks=stacks)
-        step = TrainStep(
-            model=functional,
-            optimizer=optimizer,
-            augment=lambda _, batch: (batch["image"], batch["label"]),
-            criterion=losses.criterion(config.loss, num_classes=K, ignore_label=255),
-            aux_weight=0.4,
-        )
-
-        def start(params, batch_stats):
-            return stacks.stacked(TrainState.start(params, batch_stats, optimizer.init(params)))
-
-        state = jax.eval_shape(start, params, batch_stats)
+        parts = Prepared(lambda arrays, images: functional.bind(*arrays)(images)[0], arrays, image)
+        forward = lowered(parts.program, jax.eval_shape(parts.prepare, arrays), image)
+        step, start = training_step(model, num_classes=K)
+        state = jax.eval_shape(start, *arrays)
         label = jax.ShapeDtypeStruct((BATCH, *SIZE), jnp.uint8)
         batch = {"image": image, "label": label, "position": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
         return forward, lowered(step, state, batch, jax.eval_shape(lambda: jax.random.key(0)))
@@ -106,3 +90,11 @@ def test_a_step_has_no_operations_for_each_parameter(family):
     _, train = programs(family, "bfloat16")
     reductions, selections = MOST[family]
     assert train.count("stablehlo.reduce") <= reductions and train.count("stablehlo.select") <= selections
+
+
+def test_norms_and_layouts_of_weights_are_no_operations_of_inference():
+    forward, _ = programs("hrnet", "bfloat16")
+    convolutions = forward.count("stablehlo.convolution")
+    assert convolutions >= 40 and forward.count("rsqrt") == 0 and forward.count("stablehlo.transpose") == 0
+    # Of the images and in the head: no weight is cast.
+    assert forward.count("stablehlo.convert") < 6
