@@ -108,6 +108,7 @@ def pair(work: Work) -> tuple[SegmentationModel, torch.nn.Module]:
 
 def ours(work: Work) -> Contender:
     """segjax's model, as `segjax train` and `segjax evaluate` run it."""
+    import jax
     import jax.numpy as jnp
 
     import segjax
@@ -124,11 +125,39 @@ def ours(work: Work) -> Contender:
     if bases:
         # Training draws bases at every step; both sides are given the same, so that their losses can be compared.
         Hamburger.bases_for = lambda self, x: jnp.asarray(bases[0], x.dtype)
-    make = _our_training if work.mode == "train" else _our_inference
-    return make(work, model)
+    wrapped, arguments = program(work, model)
+    since = time.perf_counter()
+    compiled = wrapped.lower(*arguments).compile()
+    step = stepping(compiled, work.mode, arguments)
+    outcome = np.asarray(step())
+    seconds = time.perf_counter() - since
+    run = repeated(step, jax.block_until_ready, each=jax.default_backend() == "cpu")
+    return Contender(run, outcome, seconds, _temporaries(compiled))
 
 
-def _our_inference(work: Work, model) -> Contender:
+def program(work: Work, model: SegmentationModel) -> tuple[jax.stages.Wrapped, tuple]:
+    """What is timed of segjax: a jitted forward pass or training step, and its first arguments."""
+    if work.mode == "infer":
+        return _inference(work, model)
+    step, compile_train, *arguments = training(work, model)
+    return compile_train(step), tuple(arguments)
+
+
+def stepping(program: Callable, mode: str, arguments: tuple) -> Callable[[], jax.Array]:
+    """A function that calls a program of `program` once more and returns the logits, or the loss of the next step."""
+    if mode == "infer":
+        return lambda: program(*arguments)
+    state, *others = arguments
+
+    def train() -> jax.Array:
+        nonlocal state
+        state, scalars = program(state, *others)
+        return scalars["loss"]
+
+    return train
+
+
+def _inference(work: Work, model: SegmentationModel) -> tuple[jax.stages.Wrapped, tuple]:
     import jax
 
     from segjax import layers
@@ -144,17 +173,11 @@ def _our_inference(work: Work, model) -> Contender:
         return functional.bind(*arrays)(images)[0]
 
     call: Callable = forward
-    since = time.perf_counter()
     if layers.is_fast_on_gpu():
         # As `segjax.inference.engine` runs it.
         parts = Prepared(forward, weights, images)
         weights, call = jax.jit(parts.prepare)(weights), parts.program
-    options = compiler_options(jax.default_backend())
-    program = jax.jit(call, compiler_options=options).lower(weights, images).compile()
-    outcome = np.asarray(program(weights, images))
-    seconds = time.perf_counter() - since
-    run = repeated(lambda: program(weights, images), jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, _temporaries(program))
+    return jax.jit(call, compiler_options=compiler_options(jax.default_backend())), (weights, images)
 
 
 def _temporaries(program) -> int | None:
@@ -184,25 +207,6 @@ def training(
     state = parallel.replicate(jax.tree.map(jnp.copy, start(*arrays)))
     batch = jax.device_put(example(work.images(), work.labels()))
     return step, parallel.compile_train, state, batch, jax.random.key(0)
-
-
-def _our_training(work: Work, model) -> Contender:
-    import jax
-
-    step, compile_train, state, batch, key = training(work, model)
-    since = time.perf_counter()
-    program = compile_train(step).lower(state, batch, key).compile()
-    state, scalars = program(state, batch, key)
-    outcome = np.asarray(scalars["loss"])
-    seconds = time.perf_counter() - since
-
-    def train():
-        nonlocal state
-        state, scalars = program(state, batch, key)
-        return scalars["loss"]
-
-    run = repeated(train, jax.block_until_ready, each=jax.default_backend() == "cpu")
-    return Contender(run, outcome, seconds, _temporaries(program))
 
 
 # ------------------------------------------------------------------------------------------------------------- PyTorch
