@@ -1,11 +1,16 @@
 """Whether data keeps up with training: images per second delivered and consumed, and the share of a step spent waiting.
 
     python -m benchmarks.feeding --camvid DIR --json FILE
+    python -m benchmarks.feeding --sizes --json FILE
 
 SegFormer-B0 by `train.py`, as its config has it, on CamVid in the device's memory; on CamVid streamed; and on streamed
 images of 1024x2048 pixels, which the script draws itself and stores as PNG files. Nothing decoded is kept between two
 epochs (data.cache_gb=0), as if the set were larger than any memory, so that every image is decoded every time. Each
 run is ended when it has been measured. About seven minutes on two CPU cores.
+
+`--sizes` measures batches only, of images as large as those of Cityscapes (PNG) and ADE20K (JPEG), which the script
+draws: decoded at every use, cut from decoded images in memory, and gathered on the device. It sets them against the
+images that an H200 would train on in a second by `benchmarks.gpu_static`, a lower bound of its time.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,11 +26,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import recorded
 
 # Steps before and while it is measured, and between two records of a run.
 WARM, STEPS, EVERY = 10, 40, 5
+ROOFLINE = recorded.REPO / "benchmarks" / "records" / "2026-11-30-gpu-static.json"
 TARGET = 0.05
 STREAMED = {"data.resident_gb": 0.0, "data.cache_gb": 0.0}
 LARGE_SIZE, LARGE_IMAGES = (1024, 2048), 32
@@ -45,7 +53,7 @@ def cases(camvid: Path, large: Path, prepared: Path, dtype: str) -> dict[str, tu
     }
 
 
-def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
+def draw_images(root: Path, *, size: tuple[int, int], number: int, suffix: str = "png") -> None:
     """A folder as segjax.data.folder reads it, of street scenes; the one to evaluate on is never read here."""
     import cv2
     import numpy as np
@@ -60,12 +68,76 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int) -> None:
             (root / kind / split).mkdir(parents=True)
         for index in range(count):
             image, label = streets.scene(0, index, size)
-            cv2.imwrite(str(root / "images" / split / f"{index:04d}.png"), image[..., ::-1])
+            cv2.imwrite(str(root / "images" / split / f"{index:04d}.{suffix}"), image[..., ::-1])
             cv2.imwrite(str(root / "labels" / split / f"{index:04d}.png"), label)
             shown.update(np.unique(label).tolist())
     # Few scenes do not show every class.
     described["absent"] = [name for number, name in enumerate(spec.class_names) if number not in shown]
     (root / "classes.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+class Official(NamedTuple):
+    """Images as large as those of a data set.
+
+    Attributes:
+      size: (height, width) of the stored images. crop: that is trained on. base_size: as `augment.base_size`.
+    """
+
+    suffix: str
+    size: tuple[int, int]
+    crop: tuple[int, int]
+    number: int
+    base_size: tuple[int, int] | None = None
+
+
+# ADE20K's images have 1.3 megapixels on average; the recipes resize them to (2048, 512) before the random scale.
+OFFICIAL = {
+    "Cityscapes, 1024x1024": Official("png", (1024, 2048), (1024, 1024), 24),
+    "Cityscapes, 512x1024": Official("png", (1024, 2048), (512, 1024), 24),
+    "ADE20K, 512x512": Official("jpg", (976, 1300), (512, 512), 48, (2048, 512)),
+}
+WAYS = {
+    "decoded": STREAMED,
+    "cut": {"data.resident_gb": 0.0, "data.cache_gb": 100.0},
+    "gathered": {"data.resident_gb": 100.0},
+}
+
+
+def official_settings(kind: Official, source: Path, prepared: Path, way: str) -> dict[str, object]:
+    """Settings of configs/segformer.py:b0,folder for `delivered`."""
+    return {
+        "data.source": str(source),
+        "data.dir": str(prepared),
+        "augment.crop": kind.crop,
+        "augment.base_size": kind.base_size,
+        "train.batch": 8,
+        **WAYS[way],
+    }
+
+
+def needed(path: Path) -> dict[str, float]:
+    """Images per second that an H200 would train on, by model, in a record of `benchmarks.gpu_static`."""
+    programs = json.loads(path.read_text(encoding="utf-8"))["programs"]
+    return {row["name"]: 1e3 * row["batch"] / row["ms"] for row in programs if row["mode"] == "train"}
+
+
+def report_of_sizes(results: Mapping[str, Mapping[str, float]], cores: int) -> Iterator[str]:
+    """Images per second of one core, at most 80 columns."""
+    yield f"{'images per second and core':<30}" + "".join(f" {way:>12}" for way in WAYS)
+    for name, found in results.items():
+        yield f"{name:<30}" + "".join(f" {found[way] / cores:>12.1f}" for way in WAYS)
+
+
+def report_of_needs(
+    results: Mapping[str, Mapping[str, float]], cores: int, models: Mapping[str, float]
+) -> Iterator[str]:
+    """Cores that would feed each model crops of 512x512, at most 80 columns."""
+    rates = results["ADE20K, 512x512"]
+    yield f"{'cores that feed one H200':<30} {'images/s':>12}" + "".join(f" {way:>12}" for way in ("decoded", "cut"))
+    for name, rate in models.items():
+        yield f"{name:<30} {rate:>12.0f}" + "".join(
+            f" {rate * cores / rates[way]:>12.1f}" for way in ("decoded", "cut")
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -80,10 +152,11 @@ def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: i
 
     from configs import segformer
     from segjax.runtime.parallel import parallel_for
-    from segjax.train import setup
+    from segjax.train import setup, unset
 
     config = segformer.get_config(argument)
     config.update_from_flattened_dict(settings)
+    config, _ = unset.filled(config)
     (split, _), parallel = setup.load_data(config.data, seed=config.seed), parallel_for(config.parallel)
     labels = dict(ignore_label=split.spec.ignore_label, class_pixels=None)
     common = labels | dict(batch_size=config.train.batch, seed=config.seed, cache_gb=config.data.cache_gb)
@@ -168,14 +241,41 @@ def report(results: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     yield f"delivered alone, consumed by steps that need not wait; waiting is to be below {TARGET:.0%}"
 
 
+def _sizes(options: argparse.Namespace, words: list[str]) -> int:
+    cores = len(os.sched_getaffinity(0))
+    record = recorded.about("benchmarks.feeding", words) | {"steps": options.steps, "results": {}}
+    results = record["results"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, kind in OFFICIAL.items():
+            print(f"{name} ...", flush=True)
+            source = Path(folder) / f"{kind.suffix}-{kind.size[0]}"
+            if not source.exists():
+                draw_images(source, size=kind.size, number=kind.number, suffix=kind.suffix)
+            results[name] = {}
+            for way in WAYS:
+                settings = official_settings(kind, source, Path(folder) / f"prepared-{source.name}", way)
+                # One epoch first, which fills the memory.
+                warm = -(-kind.number // settings["train.batch"]) + 2
+                results[name][way] = recorded.in_a_process(delivered, "b0,folder", settings, warm, options.steps)
+            recorded.write(options.json, record)
+    print("\n".join(report_of_sizes(results, cores)))
+    print("\n".join(report_of_needs(results, cores, needed(options.roofline))))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feeding", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--camvid", type=Path, required=True, metavar="DIR", help="images/, labels/, classes.json")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--camvid", type=Path, metavar="DIR", help="images/, labels/, classes.json")
+    given.add_argument("--sizes", action="store_true", help="batches only, of images of official sizes")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"measured ones, a multiple of {EVERY}; more on a GPU")
+    parser.add_argument("--roofline", type=Path, default=ROOFLINE, metavar="FILE", help="record of gpu_static")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the record is written")
     options = parser.parse_args(arguments)
     if options.steps < EVERY or options.steps % EVERY:
         parser.error(f"--steps is a multiple of {EVERY}, not {options.steps}")
+    if options.sizes:
+        return _sizes(options, sys.argv[1:] if arguments is None else arguments)
     dtype = "bfloat16" if recorded.has_gpu() else "float32"
     record = recorded.about("benchmarks.feeding", sys.argv[1:] if arguments is None else arguments)
     record |= {"model": "segformer_b0", "dtype": dtype, "warm": WARM, "steps": options.steps, "results": {}}

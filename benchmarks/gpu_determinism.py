@@ -24,7 +24,7 @@ STEPS, WARM = 10, 3
 
 
 def run(name: str, size: tuple[int, int], batch: int, flag: str) -> dict[str, object]:
-    """In a process of its own: "params_sha256" after the steps, and "milliseconds", median of a step after the first."""
+    """In a process of its own: "params_sha256" after the steps, and "milliseconds", the median of the later steps."""
     # Before jax is imported. A process with another flag must not find the programs of one without.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

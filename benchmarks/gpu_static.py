@@ -785,6 +785,15 @@ def work(job: dict) -> None:
     print(f"\ncompile_s {time.perf_counter() - since:.1f}", flush=True)
 
 
+def write(path: str, programs: list[dict]) -> None:
+    # The compiling process runs this file as a script, which has no package.
+    from benchmarks import recorded
+
+    about = recorded.about("benchmarks.gpu_static", sys.argv[1:])
+    device = {"device": "NVIDIA H200, described; nothing was run on a GPU"}
+    recorded.write(Path(path), about | device | {"programs": programs})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="names of segjax.MODELS, or all")
@@ -885,8 +894,7 @@ def main() -> int:
         sys.stdout.flush()
         records.append(about | found)
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(records, file, indent=1)
+            write(options.json, records)
     done = [r for r in records if "ms" in r]
     if len(done) > 1:
         print(
@@ -902,8 +910,7 @@ def main() -> int:
                 f"{r['temporaries_GiB']:>8.2f} {r['compile_s']:>9.0f}"
             )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(records, file, indent=1)
+        write(options.json, records)
     return 1 if failed else 0
 
 

@@ -50,6 +50,9 @@ class TrainBatches:
 
     Every device holds the whole split as integers. Nothing waits here; `waited` and `close` exist because
     `StreamBatches` has them.
+
+    Attributes:
+      resident_bytes: of the split, on each device.
     """
 
     waited = 0.0
@@ -69,6 +72,7 @@ class TrainBatches:
 
         self._positions = np.arange(batch_size, dtype=np.int32)
         self._gather, self._resident = parallel.batch(gather), jax.tree.map(everywhere, tuple(split[:3]))
+        self.resident_bytes = sum(array.nbytes for array in self._resident)
 
     def at(self, step: int) -> dict[str, jax.Array]:
         """The batch of step `step`, on the devices: image, label, size and position in the batch."""
@@ -170,6 +174,8 @@ class StreamBatches:
     Attributes:
       waited: seconds that `at` has waited for images.
     """
+
+    resident_bytes = 0
 
     def __init__(
         self,

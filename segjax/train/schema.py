@@ -149,16 +149,19 @@ DATA = Section(
         ),
         Setting(
             "resident_gb",
-            2.0,
+            None,
             Real(least=0),
             "Gigabytes, decoded and padded, up to which a split is kept in memory, that for training on every device; "
-            "larger ones are streamed.",
+            "larger ones are streamed. Unset: 2 on a CPU, a third of the device's or the host's memory on a GPU.",
+            optional=True,
         ),
         Setting(
             "cache_gb",
-            8.0,
+            None,
             Real(least=0),
-            "Decoded images that each process keeps of a streamed split, gigabytes.",
+            "Decoded images that each process keeps of a streamed split, gigabytes. Unset: a third of the host's "
+            "memory.",
+            optional=True,
         ),
         Setting(
             "normalisation",

@@ -283,12 +283,15 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
     if specs.is_generated(settings.name):
         numbers = (settings.train_images, settings.eval_images)
         generated = dict(num_images=numbers, size=tuple(settings.size), seed=seed)
+    resident_gb = settings.resident_gb
+    if resident_gb is None:
+        resident_gb = memory.for_resident_data(jax.local_devices()[0]) / 1e9
     training, evaluation = open_splits(
         settings.name,
         (settings.train_split, settings.eval_split),
         source=settings.source,
         data_dir=settings.dir,
-        resident_gb=settings.resident_gb,
+        resident_gb=resident_gb,
         say=console.say,
         **generated,
     )
@@ -346,7 +349,7 @@ def make_batches(
     parallel: Parallel,
     key: jax.Array,
     start: int,
-    cache_gb: float,
+    cache_gb: float | None,
 ) -> pipeline.TrainBatches | pipeline.StreamBatches:
     """Training batches: from the memory of the devices where the split is in memory, streamed otherwise.
 
@@ -356,7 +359,7 @@ def make_batches(
       augmentation: `config.augment`.
       ignore_label, class_pixels: as in `augment`.
       key: key of the run. start: the first step to ask for.
-      cache_gb: gigabytes of decoded images that a stream keeps in memory.
+      cache_gb: gigabytes of decoded images that a stream keeps in memory; by default `memory.for_decoded_images`.
     """
     if isinstance(split, specs.Split) and not augmentation.on_host:
         return pipeline.TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
@@ -370,7 +373,7 @@ def make_batches(
         class_pixels=class_pixels,
         key=key,
         start=start,
-        cache_bytes=1e9 * cache_gb,
+        cache_bytes=memory.for_decoded_images() if cache_gb is None else 1e9 * cache_gb,
     )
 
 
@@ -443,12 +446,17 @@ def compile_step(run: Run, state: TrainState) -> Program:
     """
     program = run.parallel.compile_train(run.train_step)
     if run.first < run.steps and run.parallel.compiles_ahead:
-        return _compiled(program, (state, run.batches.at(run.first), run.key), run.parallel)
+        arguments = state, run.batches.at(run.first), run.key
+        return _compiled(program, arguments, run.parallel, resident=run.batches.resident_bytes)
     return program
 
 
-def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program:
-    """Compiles a step, and prints the time that took and the memory that a step needs."""
+def _compiled(program: Program, arguments: tuple, parallel: Parallel, *, resident: int) -> Program:
+    """Compiles a step, and prints the time that took and the memory that a step needs.
+
+    Args:
+      resident: Bytes of images and labels that each device keeps besides.
+    """
     since = time.perf_counter()
     compiled: jax.stages.Compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - since
@@ -457,10 +465,13 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel) -> Program
         return compiled
     available = memory.limit(parallel.own_devices[0], shared_by=len(parallel.own_devices))
     of = f" of {console.amount(available)}" if available else ""
-    console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{of} on each device")
-    if available and needed > available:
+    images = f", and the images {console.amount(resident)}" if resident else ""
+    comma = "," if resident else ""
+    console.say(f"compiled in {seconds:.1f} s; a step needs {console.amount(needed)}{images}{comma}{of} on each device")
+    if available and needed + resident > available:
+        less = f"{LESS_MEMORY}\n  --config.data.resident_gb=0 (images are streamed)" if resident else LESS_MEMORY
         raise RunError(
-            f"a step needs {console.amount(needed)}, the device has {console.amount(available)}. {LESS_MEMORY}"
+            f"a step needs {console.amount(needed)}{images}; the device has {console.amount(available)}. {less}"
         )
     return compiled
 

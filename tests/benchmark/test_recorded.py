@@ -13,7 +13,9 @@ from benchmarks import camvid, compiling, feeding, growth, recorded
 from configs import hrnet, segformer
 from segjax.benchmark.machine import quartiles
 from segjax.data import builders, streets
-from segjax.train import progress
+from segjax.data.pipeline import StreamBatches, TrainBatches
+from segjax.runtime import environment
+from segjax.train import progress, setup
 from segjax.train.config import check
 from tests.tiny import SIZES
 
@@ -216,6 +218,37 @@ def test_the_images_that_are_drawn_can_be_trained_on(tmp_path):
     assert len(records) == 3 and records.sizes.tolist() == [[32, 64]] * 3
     for mine, theirs in zip(records[1], streets.scene(0, 1, (32, 64)), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", list(feeding.OFFICIAL))
+def test_batches_of_official_sizes_come_in_every_way(name, tmp_path, monkeypatch):
+    kind = feeding.OFFICIAL[name]
+    small = kind._replace(
+        size=(48, 96), crop=(32, 64), number=5, base_size=None if kind.base_size is None else (96, 64)
+    )
+    feeding.draw_images(tmp_path / "drawn", size=small.size, number=small.number, suffix=small.suffix)
+    assert {path.suffix for path in (tmp_path / "drawn" / "images" / "train").iterdir()} == {f".{small.suffix}"}
+    made, make_batches = [], setup.make_batches
+
+    def watched(*given, **named):
+        made.append(make_batches(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(setup, "make_batches", watched)
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    for way in feeding.WAYS:
+        settings = feeding.official_settings(small, tmp_path / "drawn", tmp_path / "data", way)
+        assert feeding.delivered("b0,folder", settings, 1, 2) > 0
+    kinds = {"decoded": StreamBatches, "cut": StreamBatches, "gathered": TrainBatches}
+    assert list(map(type, made)) == [kinds[way] for way in feeding.WAYS]
+
+
+def test_cores_are_counted_from_images_per_second():
+    results = {name: {"decoded": 40.0, "cut": 200.0, "gathered": 1000.0} for name in feeding.OFFICIAL}
+    models = feeding.needed(feeding.ROOFLINE)
+    assert models["segformer_b0"] == pytest.approx(32e3 / 14.0, rel=0.02)
+    lines = [*feeding.report_of_sizes(results, 2), *feeding.report_of_needs(results, 2, {"segformer_b0": 2000.0})]
+    assert lines[-1].split() == ["segformer_b0", "2000", "100.0", "20.0"] and max(map(len, lines)) <= 80
 
 
 def test_a_run_that_ends_before_it_is_measured_is_an_error_with_its_output(tmp_path):

@@ -448,6 +448,9 @@ def test_a_run_streams_what_does_not_fit_and_sees_the_same(tmp_path):
         feeding = labels | dict(batch_size=3, seed=config.seed, parallel=parallel, key=key, start=4, cache_gb=0.0)
         with setup.make_batches(training.data, config.augment, **feeding) as batches:
             assert type(batches) is kind
+            assert batches.resident_bytes == (
+                sum(array.nbytes for array in training.data[:3]) if kind is TrainBatches else 0
+            )
             batch = batches.at(4)
             keys, _ = step_keys(key, 4, batch["position"])
             seen.append(jax.jit(partial(augment, settings=config.augment, ignore_label=255))(keys, batch))

@@ -117,3 +117,24 @@ def test_what_does_not_fit_is_an_error_of_both_numbers(machine):
         memory.refuse_too_large(3 * 2**30, [Device()], what="a crop")
     with pytest.raises(MemoryError, match=r"the device has 1.00 GiB"):
         memory.refuse_too_large(3 * 2**30 // 2, [Device()] * 2, what="a crop")
+
+
+@pytest.mark.parametrize(
+    "platform, on_device, on_host, resident, decoded",
+    [
+        ("cpu", None, 30e9, 2e9, 10e9),
+        ("gpu", 141e9, 1200e9, 47e9, 400e9),
+        ("gpu", 141e9, 60e9, 20e9, 20e9),
+        ("gpu", 24e9, None, 8e9, 8e9),
+        ("gpu", None, 60e9, 2e9, 20e9),
+    ],
+)
+def test_data_may_take_a_third_of_a_gpu_and_of_the_host(monkeypatch, platform, on_device, on_host, resident, decoded):
+    class Card:
+        def memory_stats(self):
+            return None if on_device is None else {"bytes_limit": on_device}
+
+    device = Card()
+    device.platform = platform
+    monkeypatch.setattr(memory, "host", lambda: on_host)
+    assert (memory.for_resident_data(device), memory.for_decoded_images()) == (resident, decoded)

@@ -937,12 +937,21 @@ def test_a_run_without_enough_memory_names_the_settings_that_need_less(where, er
         assert f"--config.{name}" in str(caught.value)
 
 
-def test_a_step_that_needs_more_than_there_is_is_refused_before_it_runs(monkeypatch):
-    monkeypatch.setattr(setup.memory, "limit", lambda *_, **__: 1000)
+@pytest.mark.parametrize("resident", [0, 900])
+def test_a_step_that_needs_more_than_there_is_is_refused_before_it_runs(resident, monkeypatch, capsys):
+    monkeypatch.setattr(setup.memory, "limit", lambda *_, **__: 10_000)
     step = jax.jit(lambda state, batch, key: state + 1)
     parallel = SimpleNamespace(own_devices=jax.local_devices()[:1])
-    with pytest.raises(RunError, match=r"a step needs .* the device has 0.0 MiB"):
-        setup._compiled(step, (np.zeros((30, 40), np.float32), 0, 0), parallel)
+    # Argument and result.
+    for size, fits in ((4000, True), (4600, resident == 0), (6000, False)):
+        arguments = np.zeros(size, np.uint8), 0, 0
+        if fits:
+            setup._compiled(step, arguments, parallel, resident=resident)
+            continue
+        with pytest.raises(RunError, match=r"a step needs .*; the device has") as caught:
+            setup._compiled(step, arguments, parallel, resident=resident)
+        assert ("data.resident_gb=0" in str(caught.value)) == (resident > 0)
+    assert ("the images" in capsys.readouterr().out) == (resident > 0)
 
 
 def test_a_first_ctrl_c_asks_and_a_second_one_stops_at_once():

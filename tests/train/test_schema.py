@@ -131,7 +131,7 @@ PUBLISHED = {
     "eval.stride": (None, (768, 768), (341, 1)),
     "eval.size_divisor": (1, 32),
     "label": ("", "segformer-b0", "my run (2)", "größer", "a.b"),
-    "data.resident_gb": (0, 2.0, 80.0),
+    "data.resident_gb": (None, 0, 2.0, 80.0),
     "data.source": (None, "/data/camvid", "archive.zip"),
     "loss.class_weights": (None, "", "median_frequency", "cityscapes", (1.0, 2.5), [0, 1]),
     "optim.lr_multipliers": ((), (("head", 10.0),), (("head", 2), ("norm", 0.0))),
