@@ -56,4 +56,12 @@ GPU_TABLE = (
     *_gpu_rows(_SECOND, 1024, _RIVALS),
     *_gpu_rows((*_FIRST, *_SECOND), 512, _SLOW_RIVALS),
 )
-TABLES = {"cpu": TABLE, "gpu": GPU_TABLE}
+# The sizes that people use, where a model of 512x512 may be slow; one model of each family.
+_SIZED = ("segformer_b0", "hrnet_w18", "segnext_t", "segformer_simple", "segformer_zuppichini")
+_INFERRED = ((360, 480), (512, 512), (640, 640), (720, 1280), (1080, 1920), (1024, 2048))
+_TRAINED = ((256, 256), (512, 512), (640, 640), (512, 1024), (1024, 1024))
+SIZES_TABLE = (
+    *(Row(model, "infer", 1, size, ("torch", "torch-compile")) for model in _SIZED for size in _INFERRED),
+    *(Row(model, "train", 1, size, ("torch",)) for model in _SIZED for size in _TRAINED),
+)
+TABLES = {"cpu": TABLE, "gpu": GPU_TABLE, "sizes": SIZES_TABLE}

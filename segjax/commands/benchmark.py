@@ -2,6 +2,7 @@
 
     segjax benchmark --model segformer_b0 --size 512 512 --batch 1 --mode infer --against torch torch-compile
     segjax benchmark --table --json benchmarks/records/2026-11-20-cpu.json
+    segjax benchmark --table sizes --json sizes.json && segjax benchmark --chart sizes.json
     segjax benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
 
 Every contender runs in a process of its own, so that its allocator and threads do not disturb the others, and only one
@@ -31,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from segjax.benchmark import floor, runner
+from segjax.benchmark.chart import save_chart
 from segjax.benchmark.machine import cores, described
 from segjax.benchmark.report import markdown, read_record, report
 from segjax.benchmark.rows import ROUNDS_ON_A_GPU, TABLES, Row
@@ -65,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu",
     )
     parser.add_argument(
-        "--table", nargs="?", const="cpu", choices=list(TABLES), help="models and sizes of the README's: cpu, or gpu"
+        "--table",
+        nargs="?",
+        const="cpu",
+        choices=list(TABLES),
+        help="cpu, the README's; gpu; or sizes, those that people use",
     )
     parser.add_argument(
         "--minutes",
@@ -76,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=as_path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
     )
     parser.add_argument("--markdown", type=as_path, metavar="FILE", help="prints the README's table of a record")
+    parser.add_argument(
+        "--chart", type=as_path, metavar="FILE", help="draws time per megapixel over size, of a record, as FILE.png"
+    )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
@@ -87,11 +96,22 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         if options.markdown:
             console.show("\n".join(markdown(read_record(options.markdown))))
+        elif options.chart:
+            _draw(options.chart)
         else:
             _run(options, arguments)
 
     kept = "rows that were finished are in the --json file" if options.json else "nothing was written"
     return run_command("segjax benchmark", run, interrupted=kept)
+
+
+def _draw(record: Path) -> None:
+    path, found = record.with_suffix(".png"), read_record(record)
+    try:
+        save_chart(path, found)
+    except ValueError as error:
+        raise BenchmarkError(f"--chart: {record}: {error}") from None
+    console.say(f"wrote {path}")
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> None:
