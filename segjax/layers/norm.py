@@ -16,10 +16,24 @@ from segjax.layers import functional
 
 
 class LayerNorm(nnx.Module):
-    """torch.nn.LayerNorm over the last axis, two-pass, in at least float32.
+    """Layer normalisation over the last axis, equal to torch.nn.LayerNorm: (..., C) -> (..., C).
 
-    The variance is the mean of squared deviations: the one-pass formula E[x²] - E[x]² loses all digits of a map whose
-    mean is large (3e-3 at mean 100) and can turn negative.
+    It is computed in at least float32. The plain implementation makes two passes: its variance is the mean of the
+    squared deviations. The one-pass formula E[x²] - E[x]² loses the digits of a map whose mean is large (error 3e-3 at
+    mean 100) and can turn negative.
+
+    Args:
+      features: Number of channels C.
+      epsilon: Term added to the variance.
+      dtype: Dtype of the output.
+      param_dtype: Dtype of the parameters `scale` and `bias`, (C,) each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.LayerNorm(2, epsilon=1e-6, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm(jnp.array([[1.0, 3.0]])).round(3).tolist()
+      [[-1.0, 1.0]]
     """
 
     def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
@@ -41,14 +55,33 @@ class LayerNorm(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """torch.nn.BatchNorm2d over (B, H, W), two-pass, in at least float32, across devices.
+    """Batch normalisation over (B, H, W), equal to torch.nn.BatchNorm2d: (B, H, W, C) -> (B, H, W, C).
 
-    In training it normalises with the biased variance of the whole batch and moves the running variance by the
-    unbiased one, as torch does (flax's own layer stores the biased one). Under `pmap` the layer must know the mapped
-    axis: `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are global by themselves.
+    It is computed in at least float32, in two passes in the plain implementation. In training it normalises with the
+    biased variance of the whole batch and updates the running variance with the unbiased one, as torch does (flax's
+    own layer stores the biased one). Under `pmap` the layer needs the name of the mapped axis,
+    `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are those of the global batch
+    without it.
 
-    Attributes:
-      momentum: weight of the new observation, torch's convention (0.1), not flax's (0.9).
+    Args:
+      features: Number of channels C.
+      epsilon: Term added to the variance.
+      momentum: Weight of the new observation: torch's convention (0.1), not flax's (0.9).
+      dtype: Dtype of the output.
+      param_dtype: Dtype of `scale`, `bias` and the running statistics `mean` and `var`, (C,) each.
+
+    Raises:
+      ValueError: A training batch has only one value per channel, when the layer is called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.BatchNorm(1, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm.train()
+      >>> norm(jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)).ravel().round(3).tolist()
+      [-1.0, 1.0]
+      >>> print(norm.mean[...], norm.var[...])
+      [0.2] [1.1]
     """
 
     def __init__(
@@ -86,7 +119,7 @@ class BatchNorm(nnx.Module):
         return ((wide - mean) * factor + self.bias[...].astype(wide.dtype)).astype(self.dtype)
 
     def _observe(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance of the whole batch, (C,) each; moves the running ones."""
+        """Returns mean and biased variance of the whole batch, (C,) each, and updates the running statistics."""
         count = self._count(x)
         mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
         variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
@@ -94,7 +127,7 @@ class BatchNorm(nnx.Module):
         return mean, variance
 
     def _count(self, x: jax.Array) -> int:
-        """Number of values of a channel in the whole batch."""
+        """Number of values per channel in the whole batch."""
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         count = x.size // x.shape[-1] * devices
         if count < 2:
@@ -113,7 +146,27 @@ class BatchNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """torch.nn.GroupNorm over (H, W) and the channels of a group, two-pass, in at least float32."""
+    """Group normalisation over (H, W) and the channels of a group, equal to torch.nn.GroupNorm: (B, H, W, C) -> same.
+
+    It is computed in at least float32, in two passes.
+
+    Args:
+      groups: Number of groups of consecutive channels.
+      features: Number of channels C, a multiple of `groups`.
+      epsilon: Term added to the variance.
+      dtype: Dtype of the output.
+      param_dtype: Dtype of the parameters `scale` and `bias`, (C,) each.
+
+    Raises:
+      ValueError: `groups` does not divide `features`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.GroupNorm(2, 4, epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm(jnp.array([1.0, 3.0, 10.0, 30.0]).reshape(1, 1, 1, 4)).ravel().round(3).tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+    """
 
     def __init__(self, groups: int, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
         if features % groups:
