@@ -1,8 +1,8 @@
-"""Losses at the resolution of the labels: sums over pixels, images or groups, and counts of the labels only.
+"""Losses at the resolution of the labels.
 
-The mean is taken once, over the whole batch. Counts are first added up over devices and micro-batches. Each part of the
-batch then divides its sums by the counts of the whole batch, so that the losses and the gradients of the parts add up
-to those of the whole batch.
+Each term is a sum over pixels, images or groups, divided by a count that depends only on the labels. The mean is taken
+once, over the whole batch: counts are first added up over devices and micro-batches, and each part of the batch then
+divides its sums by the counts of the whole batch. So losses and gradients of the parts add up to those of the batch.
 
 Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. Dice loss, Milletari et al., "V-Net",
 2016. Hard pixels only (OHEM), Shrivastava et al., 2016, applied to pixels as in Wu et al., "Bridging Category-level and
@@ -34,27 +34,42 @@ ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
 SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
 MEANS = ("labelled", "all")
 AUXILIARY = ("same", "cross_entropy")
-# Terms that are divided by a number or weight of pixels; the others are means over images, or ohem over groups of them.
+# Terms divided by the number or weight of pixels. The others are means over images, or ohem over groups of images.
 PER_PIXEL = ("cross_entropy", "focal")
 
 
 def criterion(
     settings: Mapping, *, num_classes: int, ignore_label: int, class_weights: Sequence[float] | None = None
 ) -> Criterion:
-    """Builds the loss that the section `loss` of a config describes.
+    """Create the loss that the section `loss` of a config describes.
 
     Args:
-      settings: a value for each of `TERMS` and for the settings of `Criterion`; other keys are ignored.
-      class_weights: K numbers, used as they are; see `Criterion`.
+      settings: Value for each of `TERMS` and for the settings of `Criterion`; other keys are ignored.
+      num_classes: Number of classes K.
+      ignore_label: Label of the pixels that do not count.
+      class_weights: K numbers, used unchanged, or None; see `Criterion`.
+
+    Returns:
+      The loss.
 
     Raises:
-      ValueError: settings that are missing or out of range, every factor 0, class weights that do not fit; all in one
-        error.
+      ValueError: Settings that are missing or out of range, only factors of 0, or invalid class weights; one error
+        lists all problems.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import losses
+      >>> settings = dict.fromkeys(losses.TERMS, 0.0) | dict(cross_entropy=1.0, mean_over="labelled", aux="same")
+      >>> settings |= dict(focal_gamma=2.0, label_smoothing=0.0, ohem_threshold=0.7, ohem_min_kept=0.1, ohem_images=0)
+      >>> criterion = losses.criterion(settings, num_classes=4, ignore_label=255)
+      >>> logits, labels = jnp.zeros((2, 4, 6, 4)), jnp.zeros((2, 16, 24), int)
+      >>> print(f"{criterion.total(logits, labels, criterion.counts(labels)):.4f}")  # log 4
+      1.3863
     """
     numbers_of, words = (*TERMS, "focal_gamma", *SHARES), {"mean_over": MEANS, "aux": AUXILIARY}
     names = (*numbers_of, "ohem_images", *words)
     problems = [f"loss.{name} is missing" for name in names if name not in settings]
-    # The schema of a config has the same ranges, since it reports them with those of all other settings.
+    # The schema of a config repeats these ranges, to report them together with the problems of all other settings.
     problems += [
         f"loss.{name} must be {'from 0 to 1' if name in SHARES else 'finite and at least 0'}; got {settings[name]!r}"
         for name in numbers_of
@@ -97,29 +112,50 @@ def _is_count(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """A sum of terms: factor * sum over pixels, images or groups / count.
+    """A sum of terms, each factor * sum over pixels, images or groups / count.
 
-    K = 1 is a binary model: sigmoid, labels 0 and 1.
+    With K = 1 the model is binary: sigmoid, labels 0 and 1. `losses.criterion` creates a Criterion from settings.
 
     Attributes:
-      class_weights: K weights, or None. A pixel's loss is multiplied by the weight of its class in the terms that are
-        made of cross-entropies: cross_entropy, focal (where the weights are its alpha) and ohem. As in torch, K > 1
-        divides by the sum of the weights; K = 1 has one weight, that of the pixels labelled 1 (torch's pos_weight), and
-        divides by the number of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K.
-        Dice and Lovász are means over classes and use no weights.
-      factors: (name of the term, factor above 0) in the order of `counts`.
-      label_smoothing: share of the label that cross_entropy spreads over all classes, as in torch; other terms have no
+      num_classes: Number of classes K.
+      ignore_label: Label of the pixels that do not count.
+      class_weights: K weights, or None. The terms made of cross-entropies (cross_entropy, focal, where the weights are
+        its alpha, and ohem) multiply a pixel's loss by the weight of its class. As in torch, K > 1 divides by the sum
+        of the weights; K = 1 has one weight, of the pixels labelled 1 (torch's pos_weight), and divides by the number
+        of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K. Dice and Lovász are means
+        over classes and use no weights.
+      factors: Pairs of a term's name and its factor above 0, in the order of `counts`.
+      label_smoothing: Share of the label that cross_entropy spreads over all classes, as in torch. Other terms have no
         smoothing.
-      focal_gamma: exponent of the focal loss; 0 makes it cross-entropy without smoothing.
-      ohem_threshold: ohem keeps every pixel whose true class has a lower probability than this.
-      ohem_min_kept: share of pixels that ohem keeps in any case, the hardest ones, at least one: of an image's labelled
-        pixels, or of all pixels of a group.
-      ohem_images: number of consecutive images of the batch that ohem selects hard pixels among; 0 selects them image
-        by image. See `_ohem` and `_ohem_of_groups`.
-      mean_over: pixels that cross_entropy and focal are divided by: "labelled", their number or weight; or "all", the
-        number of all pixels, labelled or not, as in mmsegmentation with avg_non_ignore=False.
-      aux: loss of auxiliary logits: "same", or "cross_entropy", with a factor of 1 and no other term, as in
+      focal_gamma: Exponent of the focal loss; with 0 it is cross-entropy without smoothing.
+      ohem_threshold: Probability of the true class below which ohem keeps a pixel.
+      ohem_min_kept: Minimum share of pixels that ohem keeps, the hardest ones, at least one pixel: a share of an
+        image's labelled pixels, or of all pixels of a group.
+      ohem_images: Number of consecutive images of the batch from which ohem selects hard pixels together; 0 selects
+        them per image. See `_ohem` and `_ohem_of_groups`.
+      mean_over: Divisor of cross_entropy and focal: "labelled", the number or weight of the labelled pixels; or "all",
+        the number of all pixels, as in mmsegmentation with avg_non_ignore=False.
+      aux: Loss of auxiliary logits: "same"; or "cross_entropy" with a factor of 1 and no other term, as in
         HRNet-Semantic-Segmentation, whose auxiliary logits have no ohem.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import losses
+      >>> criterion = losses.Criterion(
+      ...     num_classes=4,
+      ...     ignore_label=255,
+      ...     class_weights=None,
+      ...     factors=(("cross_entropy", 1.0), ("dice", 0.5)),
+      ...     label_smoothing=0.0,
+      ...     focal_gamma=2.0,
+      ...     ohem_threshold=0.7,
+      ...     ohem_min_kept=0.1,
+      ...     ohem_images=0,
+      ...     mean_over="labelled",
+      ...     aux="same",
+      ... )
+      >>> criterion.counts(jnp.zeros((2, 16, 24), int)).tolist()  # pixels, images
+      [768.0, 2.0]
     """
 
     num_classes: int
@@ -136,7 +172,7 @@ class Criterion:
 
     @property
     def group(self) -> int:
-        """Number of consecutive images that must be in one micro-batch on one device."""
+        """Number of consecutive images that must be together in a micro-batch of a device."""
         return max(self.ohem_images, 1) if "ohem" in dict(self.factors) else 1
 
     @property
@@ -147,13 +183,16 @@ class Criterion:
         return dataclasses.replace(self, factors=(("cross_entropy", 1.0),), aux="same")
 
     def counts(self, labels: jax.Array) -> jax.Array:
-        """The divisor of each term's sum, (T,) float32, or float64 where jax has 64 bits enabled.
+        """Count the divisor of each term's sum.
 
-        The counts of the parts of a batch add up to the counts of the batch. They do not depend on `aux`: those of the
-        auxiliary loss are `self.auxiliary.counts`.
+        The counts of the parts of a batch add up to those of the batch. The counts of the auxiliary loss are
+        `self.auxiliary.counts(labels)`.
 
         Args:
-          labels: (B, H, W) integers.
+          labels: Integers (B, H, W).
+
+        Returns:
+          (T,), one count per term, float32, or float64 if jax has 64 bits enabled.
 
         Raises:
           ValueError: B is not a multiple of `self.group`.
@@ -164,7 +203,7 @@ class Criterion:
         elif self.class_weights is None or self.num_classes == 1:
             pixels = jnp.sum(valid, dtype=jnp.int32)
         else:
-            # Counted as integers: a float32 sum of millions of weights would lose the last of them.
+            # Pixels are counted as integers: a float32 sum of millions of weights would lose the last ones.
             of_class = jnp.sum(self._truth(labels), axis=(0, 1, 2), dtype=jnp.int32)
             pixels = jnp.sum(of_class * jnp.asarray(self.class_weights, float))
         images = jnp.sum(jnp.any(valid, axis=(1, 2)), dtype=jnp.int32)
@@ -176,18 +215,18 @@ class Criterion:
     def total(
         self, logits: jax.Array, labels: jax.Array, counts: jax.Array, *, align_corners: bool = False
     ) -> jax.Array:
-        """The contribution of these pixels to the mean loss of the whole batch.
+        """Compute the contribution of these pixels to the mean loss of the whole batch.
 
         The logits are cast to at least float32 and upsampled bilinearly to the size of the labels.
 
         Args:
           logits: (B, h, w, K).
-          labels: (B, H, W) integers; pixels labelled `ignore_label` do not count.
-          counts: (T,), `self.counts` of the whole batch, added up over all devices and micro-batches.
-          align_corners: of the upsampling: that of the model, `SegmentationModel.align_corners`.
+          labels: Integers (B, H, W); pixels labelled `ignore_label` do not count.
+          counts: (T,), `self.counts` of the whole batch, summed over all devices and micro-batches.
+          align_corners: Alignment of the upsampling, `SegmentationModel.align_corners` of the model.
 
         Returns:
-          Scalar. A term whose count is 0 has loss 0 and gradient 0.
+          Scalar in at least float32. A term whose count is 0 has loss 0 and gradient 0.
 
         Raises:
           ValueError: B is not a multiple of `self.group`.
@@ -214,7 +253,7 @@ class Criterion:
         ]
         return sum(parts[1:], start=parts[0])
 
-    # Each of the following: scores and labels (B, H, W) -> scalar sum.
+    # Each of the following methods maps scores and labels (B, H, W) to a scalar sum.
 
     def _cross_entropy(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         loss = self._weighted(scores.loss, labels)
@@ -224,11 +263,11 @@ class Criterion:
 
     def _focal(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         loss = scores.loss
-        # Where the probability is 1, the loss and its gradient are 0. A power below 1 has no finite gradient there, so
-        # that it is computed elsewhere only.
+        # Loss and gradient are 0 where the probability is 1. A power below 1 has no finite gradient there, so it is
+        # computed only elsewhere.
         is_wrong = loss > jnp.finfo(loss.dtype).tiny
         safe = jnp.where(is_wrong, loss, 1)
-        # 1 - p = -expm1(log p), exact where p is nearly 1.
+        # 1 - p = -expm1(log p), exact for p near 1.
         loss = jnp.where(is_wrong, (-jnp.expm1(-safe)) ** self.focal_gamma * safe, 0)
         return jnp.sum(jnp.where(labels != self.ignore_label, self._weighted(loss, labels), 0))
 
@@ -240,7 +279,7 @@ class Criterion:
         hardness = lax.stop_gradient(jnp.where(valid, loss.reshape(batch, -1), -jnp.inf))
         least = jnp.ceil(self.ohem_min_kept * jnp.sum(valid, axis=1)).astype(jnp.int32)
         position = valid.shape[1] - jnp.clip(least, 1, valid.shape[1])
-        # Pixels that are as hard as the last one kept are kept too, because equal losses have no order.
+        # All pixels that are as hard as the last kept one are kept, because equal losses have no order.
         cutoff = jnp.take_along_axis(jnp.sort(hardness, axis=1), position[:, None], axis=1)
         kept = valid & ((hardness >= cutoff) | (jnp.exp(-hardness) < self.ohem_threshold))
         total = jnp.sum(jnp.where(kept, self._weighted(loss, labels).reshape(batch, -1), 0), axis=1)
@@ -248,13 +287,13 @@ class Criterion:
         return jnp.sum(_mean(total, jnp.sum(jnp.where(kept, weight.reshape(batch, -1), 0), axis=1)))
 
     def _ohem_of_groups(self, scores: _Scores, labels: jax.Array) -> jax.Array:
-        """The plain mean over the hard pixels of each group of `ohem_images` images, summed over groups.
+        """The mean over the hard pixels of each group of `ohem_images` images, summed over groups.
 
-        As in HRNet-Semantic-Segmentation, whose groups are the images of one GPU: a pixel is hard where its true class
-        has a lower probability than the larger of `ohem_threshold` and the probability at place n, counted from 0 and
-        from the lowest, where n is `ohem_min_kept` of the group's pixels, labelled or not. Where no more than n are
-        labelled, it is the highest probability. The losses are weighted; they are divided by the number of hard pixels.
-        Here, a group without hard pixels has loss 0, where the original has NaN.
+        This is the rule of HRNet-Semantic-Segmentation, whose groups are the images of one GPU. A pixel is hard if the
+        probability of its true class is below a cutoff, the larger of `ohem_threshold` and the probability at index n
+        in increasing order, where n is `ohem_min_kept` times the number of the group's pixels, labelled or not. If at
+        most n pixels are labelled, the highest probability takes the place of that at index n. The losses are weighted
+        but divided by the number of hard pixels. A group without hard pixels has loss 0; in the original it has NaN.
         """
         valid = self._in_groups(labels != self.ignore_label)  # (G, N)
         loss = scores.loss
@@ -278,9 +317,9 @@ class Criterion:
     def _dice(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """1 - (2 Σ p y + 1) / (Σ p² + Σ y² + 1) over an image's pixels, mean over all K classes, summed over images.
 
-        V-Net's squares, smoothed by 1, as in mmsegmentation's first DiceLoss, which also sums p² and y² over ignored
-        pixels; here they do not count. A class that is absent from the image counts: its loss falls as less of it is
-        predicted. An image without labelled pixels has loss 0.
+        The squares are V-Net's, the smoothing by 1 is that of mmsegmentation's first DiceLoss. That loss also sums p²
+        and y² over ignored pixels, which do not count here. A class that is absent from the image counts: its loss
+        falls as fewer of its pixels are predicted. An image without labelled pixels has loss 0.
         """
         probability, truth = self._probability(scores.logits), self._truth(labels)
         valid = (labels != self.ignore_label)[..., None]
@@ -291,7 +330,7 @@ class Criterion:
         return jnp.sum(jnp.mean(1 - dice, axis=1))
 
     def _lovasz(self, scores: _Scores, labels: jax.Array) -> jax.Array:
-        """Lovász-Softmax, mean over the classes that an image has, summed over images; K = 1: Lovász hinge."""
+        """Lovász-Softmax, mean over the classes present in an image, summed over images; Lovász hinge for K = 1."""
         truth = self._truth(labels)
         if self.num_classes == 1:
             errors = jnp.where(truth, 1 - scores.logits, 1 + scores.logits)
@@ -300,20 +339,20 @@ class Criterion:
             probability = self._probability(scores.logits)
             errors = jnp.where(truth, 1 - probability, probability)
             counted = jnp.any(truth, axis=(1, 2))
-        # An error of -inf sorts ignored pixels last, where they do not change the terms of the others.
+        # An error of -inf sorts ignored pixels last, where they do not affect the terms of other pixels.
         errors = jnp.where((labels != self.ignore_label)[..., None], errors, -jnp.inf)
         losses = _lovasz_extension(_pixels_last(errors), _pixels_last(truth))  # (B, K)
         return jnp.sum(_mean(jnp.sum(jnp.where(counted, losses, 0), axis=1), jnp.sum(counted, axis=1)))
 
     def _weighted(self, loss: jax.Array, labels: jax.Array) -> jax.Array:
-        """(B, H, W) times the weight of each pixel's class."""
+        """`loss` (B, H, W) times the weight of each pixel's class."""
         if self.class_weights is None:
             return loss
         table = jnp.asarray((1.0, *self.class_weights) if self.num_classes == 1 else self.class_weights, loss.dtype)
         return loss * jnp.take(table, labels.astype(jnp.int32), mode="clip")
 
     def _mean_over_classes(self, scores: _Scores) -> jax.Array:
-        """-log p of every class, weighted, mean over classes: (B, H, W)."""
+        """Mean over classes of the weighted -log p, (B, H, W)."""
         weights = self.class_weights or (1.0,) * self.num_classes
         if self.num_classes == 1:
             score = scores.logits[..., 0]
@@ -324,27 +363,27 @@ class Criterion:
         return jax.nn.sigmoid(logits) if self.num_classes == 1 else jax.nn.softmax(logits, axis=-1)
 
     def _truth(self, labels: jax.Array) -> jax.Array:
-        """(B, H, W) labels -> (B, H, W, K): is it this class, False in ignored pixels."""
+        """Labels (B, H, W) as booleans (B, H, W, K) per class, False in ignored pixels."""
         classes = jnp.arange(self.num_classes, dtype=jnp.int32) if self.num_classes > 1 else jnp.ones(1, jnp.int32)
         return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """total / count; 0 with gradient 0 where the count is 0."""
+    """total / count, or 0 with gradient 0 where the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
 
 
 class _Scores:
-    """What the terms of a loss read of logits, at the size of the labels.
+    """Functions of the upsampled logits that the terms of a loss read, at the size of the labels.
 
-    Where the device has an implementation for it, cross-entropies are computed without logits of that size.
+    On a GPU, cross-entropies are computed without upsampled logits in memory.
 
     Attributes:
-      loss: -log p(label) by pixel, (B, H, W); finite where the label is no class.
+      loss: -log p(label) per pixel, (B, H, W); finite where the label is not a class.
     """
 
     def __init__(self, small: jax.Array, labels: jax.Array, *, align_corners: bool):
-        """Computes `loss`. Args: logits (B, h, w, K), float32 or wider; labels (B, H, W); of the upsampling."""
+        """Computes `loss` from logits (B, h, w, K), float32 or wider, and labels (B, H, W)."""
         self._small, self._size, self._align_corners = small, labels.shape[1:], align_corners
         if layers.is_fast_on_gpu() and small.shape[-1] > 1:
             if not align_corners and cells.applies(small.shape, self._size):
@@ -365,11 +404,11 @@ class _Scores:
 
     @functools.cached_property
     def logits(self) -> jax.Array:
-        """Upsampled bilinearly, (B, H, W, K)."""
+        """The logits, upsampled bilinearly, (B, H, W, K)."""
         return self._upsampled(self._small)
 
     def blended(self, weights: Sequence[float]) -> jax.Array:
-        """The sum of the upsampled logits times a weight for each class, (B, H, W)."""
+        """The upsampled logits, weighted by class and summed over classes, (B, H, W)."""
         blend = jnp.sum(self._small * jnp.asarray(weights, self._small.dtype), axis=-1, keepdims=True)
         return self._upsampled(blend)[..., 0]
 
@@ -383,23 +422,23 @@ def _pixels_last(x: jax.Array) -> jax.Array:
 
 
 def _lovasz_extension(errors: jax.Array, truth: jax.Array) -> jax.Array:
-    """Lovász extension of the Jaccard loss |wrong| / |truth ∪ wrong| at `errors`, negative ones as 0.
+    """Lovász extension of the Jaccard loss |wrong| / |truth ∪ wrong| at `errors`; negative errors count as 0.
 
     Args:
-      errors: (..., N) floats.
-      truth: (..., N) bool, the pixels of the class.
+      errors: Floats (..., N).
+      truth: Booleans (..., N), the pixels of the class.
 
     Returns:
-      (...): the sum, in decreasing order of errors, of each error times the increase of the Jaccard loss when its pixel
-      joins those before it.
+      (...), the sum of each error times the increase of the Jaccard loss by its pixel, with pixels added in decreasing
+      order of errors.
     """
     negated, truth = lax.sort((-errors, truth), dimension=-1, num_keys=1)
     size = jnp.sum(truth, axis=-1, keepdims=True, dtype=jnp.int32)
     right = size - jnp.cumsum(truth, axis=-1, dtype=jnp.int32)
     union = (size + jnp.cumsum(~truth, axis=-1, dtype=jnp.int32)).astype(errors.dtype)
-    # The increases in closed form: the difference of two float32 losses near 1 would keep a digit or two. A pixel of
-    # the class does not change the union; any other pixel adds one to it, and as the first of an empty union takes the
-    # loss from 0 to 1.
+    # The increases are in closed form: a difference of two float32 losses near 1 would keep one or two digits. A pixel
+    # of the class does not change the union. Any other pixel adds one to it; the first pixel of an empty union raises
+    # the loss from 0 to 1.
     step = jnp.where(truth, 1 / union, right / union / jnp.maximum(union - 1, 1))
     step = jnp.where(union == 1, 1, step)
     return jnp.sum(jax.nn.relu(-negated) * step, axis=-1)

@@ -1,4 +1,4 @@
-"""Mean intersection over union (mIoU) and accuracies from one confusion matrix, summed over all images first."""
+"""Mean intersection over union (mIoU) and accuracies, from one confusion matrix summed over all images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ import numpy as np
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int, ignore_label: int) -> np.ndarray:
-    """Pixel counts by (truth, prediction): int64 (K, K); K = 2 for a binary model of one class.
+    """Count pixels by true and predicted class.
 
     Args:
-      labels, predicted: integer arrays of the same shape; pixels labelled `ignore_label` do not count.
+      labels: Integer array of any shape, with true classes.
+      predicted: Integer array of the same shape, with predicted classes.
+      num_classes: Number of classes K; a binary model of one class counts as K = 2.
+      ignore_label: Label of the pixels that do not count.
+
+    Returns:
+      int64 (K, K), rows by true class, columns by predicted class.
 
     Raises:
-      ValueError: a label that is neither a train id nor the ignore label; names the values.
+      ValueError: A label is neither a train id nor the ignore label; the message lists such labels.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> labels, predicted = np.array([[0, 1, 1], [2, 2, 255]]), np.array([[0, 1, 2], [2, 2, 0]])
+      >>> metrics.confusion_matrix(labels, predicted, num_classes=3, ignore_label=255).tolist()
+      [[1, 0, 0], [0, 1, 1], [0, 0, 2]]
     """
     classes = max(num_classes, 2)
     valid = labels != ignore_label
@@ -30,10 +43,20 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: 
 
 
 def summarise(confusion: np.ndarray) -> dict[str, Any]:
-    """`mean_iou`, `pixel_accuracy` and `per_class_iou` of a confusion matrix (K, K).
+    """Compute mIoU and pixel accuracy.
 
-    `per_class_iou` is a list of K numbers. A class that is in neither truth nor prediction has the IoU None and is not
-    part of the mean. If no pixel was counted, the means are None.
+    Args:
+      confusion: Confusion matrix (K, K), rows by true class.
+
+    Returns:
+      `mean_iou`, `pixel_accuracy` and `per_class_iou`, a list of K numbers, all in [0, 1]. The IoU of a class without
+      true or predicted pixels is None and does not enter the mean. Without any pixels the means are None.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> metrics.summarise(np.array([[3, 1], [0, 2]]))["per_class_iou"]
+      [0.75, 0.6666666666666666]
     """
     right = np.diag(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
@@ -47,10 +70,21 @@ def summarise(confusion: np.ndarray) -> dict[str, Any]:
 
 
 def by_class(confusion: np.ndarray) -> dict[str, list]:
-    """Lists of K figures: `iou`, `accuracy`, `precision`, `recall`, `dice`, and `pixels`, the labelled ones of a class.
+    """Compute the figures of each class.
 
-    Accuracy and recall are the same, mmsegmentation's two names for the fraction of a class's pixels that are predicted
-    as that class. A figure whose denominator is zero is None.
+    Args:
+      confusion: Confusion matrix (K, K), rows by true class.
+
+    Returns:
+      Lists of K figures: `iou`, `accuracy`, `precision`, `recall`, `dice`, all in [0, 1], and `pixels`, the number of
+      true pixels. Accuracy and recall are equal, mmsegmentation's two names for the fraction of a class's pixels that
+      are predicted as that class. A figure whose denominator is 0 is None.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> metrics.by_class(np.array([[3, 1], [0, 2]]))["recall"]
+      [0.75, 1.0]
     """
     right, truth, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
 
@@ -68,6 +102,18 @@ def by_class(confusion: np.ndarray) -> dict[str, list]:
 
 
 def mean(figures: Iterable[float | None]) -> float | None:
-    """Mean of the figures that are not None; None if all are."""
+    """Average the figures that are not None.
+
+    Args:
+      figures: Numbers and None.
+
+    Returns:
+      The mean, or None without numbers.
+
+    Example:
+      >>> from segjax import metrics
+      >>> metrics.mean([0.5, None, 1.0])
+      0.75
+    """
     present = [figure for figure in figures if figure is not None]
     return float(np.mean(present)) if present else None

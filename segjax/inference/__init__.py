@@ -1,1 +1,1 @@
-"""Trained models at work: sliding windows, scales and flips; evaluation; files, folders and videos."""
+"""Inference with trained models: sliding windows, scales and flips; evaluation; files, folders and videos."""

@@ -1,4 +1,4 @@
-"""Predictions for the images and videos of a plan, see `segjax.inference.planning`."""
+"""Predictions for the images and videos of a plan; see `segjax.inference.planning`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from segjax.runtime import atomic, console, memory, reading
 from segjax.runtime.console import ProgressBar
 from segjax.viz import video
 
-# Pixels from which a whole image brings a hint about memory: SegFormer's attention takes 4 GiB for as many.
+# Number of pixels of a whole image above which a hint about memory is printed: SegFormer's attention takes 4 GiB there.
 LARGE = 2**22
-MANY_SIZES = 8  # different image sizes, at which a hint about compilation is due
+MANY_SIZES = 8  # number of image sizes at which a hint about compilation is printed
 
 # ------------------------------------------------------------------------------------------------------------- resuming
 
@@ -41,7 +41,7 @@ def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | 
     params, batch_stats = FunctionalModel(model).arrays()
     protocol = predictor.protocol.record()
     if protocol["size_divisor"] == 1:
-        # Omitted as before the setting existed, so that folders of that time can be resumed.
+        # Omitted, so that folders from before this setting can be resumed.
         del protocol["size_divisor"]
     scale = {} if predictor.scale is None else {"scale": list(predictor.scale)}
     labels = zip(predictor.classes.label_names, predictor.classes.label_colors, strict=True)
@@ -58,19 +58,19 @@ def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | 
 
 
 class Incomplete(TypedDict):
-    """A video whose outputs lack a part: the reason, and size and time of the file then, in bytes and nanoseconds."""
+    """A video with incomplete outputs: the reason, and the file's size and modification time, in bytes and ns."""
 
     reason: str
     size: int
     modified: int
 
 
-# By the real path of the video; the entry "incomplete" of a `RECORD`.
+# The entry "incomplete" of a `RECORD`, by the real path of the video.
 AllIncomplete = dict[str, Incomplete]
 
 
 def place_of(source: Path | video.Live) -> str:
-    """What a source is known by in a `RECORD`: its real path, or its address without password."""
+    """The name of a source in a `RECORD`: its real path, or its address without password."""
     return str(source) if isinstance(source, video.Live) else os.path.realpath(source)
 
 
@@ -84,13 +84,18 @@ def _state(source: Path | video.Live) -> tuple[int, int]:
 def done_before(
     jobs: Sequence[Job], output: Path, record: Mapping[str, object]
 ) -> tuple[set[Path | video.Live], AllIncomplete]:
-    """The inputs whose outputs all exist; and the videos, of other commands too, that are known to be incomplete.
+    """The inputs whose outputs all exist, and the videos known to be incomplete, also those of other commands.
 
-    Outputs older than the record count as missing, since an earlier run made them, and so do those of an incomplete
-    video that was replaced since. Temporary files of killed runs are removed.
+    Outputs that are older than the record count as missing, because an earlier run made them. So do those of an
+    incomplete video that was replaced since. Temporary files of killed runs are removed.
+
+    Args:
+      jobs: Jobs of this command.
+      output: Folder of all outputs.
+      record: Metadata of this command, from `record_of`.
 
     Raises:
-      ValueError: these were made with other weights or settings, or nothing tells with which.
+      ValueError: Outputs were made with other weights or settings, or the record of these is missing.
     """
     path = output / RECORD
     remedy = "omit --resume to make everything anew, or choose another --output"
@@ -131,12 +136,14 @@ def done_before(
 
 
 class Run:
-    """Predicts jobs one after the other.
+    """Predicts jobs.
 
     Attributes:
-      failures: inputs, each with the reason why it could not be predicted.
-      images, videos, frames: numbers of images, videos and frames of videos that were written.
-      first_only: files that have more images than the first, which was predicted.
+      failures: Inputs that could not be predicted, each with the reason.
+      images: Number of images written.
+      videos: Number of videos written.
+      frames: Number of frames of videos written.
+      first_only: Files with several images, of which only the first was predicted.
     """
 
     def __init__(
@@ -148,13 +155,15 @@ class Run:
         incomplete: AllIncomplete,
         write_record: Callable[[AllIncomplete], None],
     ):
-        """Computes nothing yet.
+        """Creates a run, which computes nothing yet.
 
         Args:
-          kinds: keys of `outputs.KINDS`.
-          less_memory: remedy where there was not enough memory.
-          incomplete: videos of earlier commands, to be recorded again.
-          write_record: called before the first output is written, and before that of an incomplete video.
+          predictor: Predictor.
+          kinds: Kinds of outputs, keys of `outputs.KINDS`.
+          less_memory: Remedy to report if there is not enough memory.
+          incomplete: Incomplete videos of earlier commands, to be recorded again.
+          write_record: Function of the incomplete videos, called before the first output is written, and before that
+            of an incomplete video.
         """
         self.failures: list[tuple[Path | video.Live, str]] = []
         self.images = self.videos = self.frames = 0
@@ -163,7 +172,7 @@ class Run:
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []
-        # What to do, so that scenes are predicted in parts; "" where they are.
+        # Remedies for scenes to be predicted in parts; "" if they already are.
         self._in_parts = "; ".join(_for_parts(predictor, kinds))
         self._sizes: set[tuple[int, int]] = set()
         self._warned: set[str] = set()
@@ -172,7 +181,7 @@ class Run:
         """Predicts the jobs.
 
         Raises:
-          TooLittleMemoryError, or another error of too little memory: there is not enough for any of them; nothing was
+          TooLittleMemoryError, or another out-of-memory error: There is not enough memory for any job; nothing was
             written.
         """
         self._refuse_too_large(jobs)
@@ -190,7 +199,7 @@ class Run:
         self._look_for_outputs(jobs)
 
     def _way_of(self, job: Job) -> Callable[[Job], None] | None:
-        """The function that predicts a job; None for images that are predicted together."""
+        """The function that predicts a job by itself; None for images, which are predicted in batches."""
         if job.is_video:
             return self._predict_video
         if not job.is_scene or self._in_parts:
@@ -205,7 +214,7 @@ class Run:
         return None
 
     def _refuse_too_large(self, jobs: Sequence[Job]) -> None:
-        """Raises TooLittleMemoryError where no image can be predicted. Where only some can, others become failures."""
+        """Raises TooLittleMemoryError if no image can be predicted. If some can, the others become failures."""
         if any(job.is_video for job in jobs):
             return
         files = [job.source for job in jobs if isinstance(job.source, Path)]
@@ -213,12 +222,12 @@ class Run:
         is_whole = self._predictor.protocol.mode == "whole"
         most = min(self._predictor.max_pixels, LARGEST_WHOLE if is_whole else math.inf)
         if sizes and math.prod(smallest := min(sizes, key=math.prod)) <= most:
-            # What else is wrong is reported image by image.
+            # Other problems are reported image by image.
             with contextlib.suppress(ValueError):
                 self._predictor.refuse_too_large(smallest)
 
     def _look_for_outputs(self, jobs: Sequence[Job]) -> None:
-        """Counts an input as failed if one of its outputs was removed in the meantime."""
+        """Counts an input as failed if one of its outputs has disappeared."""
         failed = {source for source, _ in self.failures}
         for job in jobs:
             missing = [path for path in job.outputs.values() if not path.exists()]
@@ -273,7 +282,7 @@ class Run:
             )
 
     def _predict_scene(self, job: Job) -> None:
-        """Predicts a scene in parts, whose number of pixels does not matter."""
+        """Predicts a scene of any size in parts."""
         source = cast(Path, job.source)
         own = self._predictor
         with geotiff.opened(source, scale=own.scale, images=own.image_kind, fill=own.mean) as scene:
@@ -286,10 +295,9 @@ class Run:
                 for top, left, labels in self._predictor.label_tiles(scene):
                     self._begin()
                     outputs.write(top, left, labels)
-                    # Of a wide scene, parts of rows make up rows.
+                    # In a wide scene, a part covers only some of its rows' pixels.
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
-                    # As after each part that is read.
                     memory.release_freed_memory()
         self.images += 1
         self._look_for_more_images(job)
@@ -300,7 +308,7 @@ class Run:
             self.first_only.append(source)
 
     def _predict_video(self, job: Job) -> None:
-        """Raises KeyboardInterrupt after Ctrl-C; a camera or stream without an end is written up to then."""
+        """Predicts a video. After Ctrl-C it raises KeyboardInterrupt; an endless stream is written up to that point."""
         if not self._predictor.image_kind.is_rgb:
             raise ValueError(f"videos are RGB of 8 bits, and the model takes {self._predictor.image_kind}")
         broken: list[str] = []
@@ -318,7 +326,7 @@ class Run:
             try:
                 frame = next(frames, None)
             except video.VideoError as error:
-                # Of a file nothing is written, because it can be repaired; frames of a stream do not come again.
+                # A broken file gives no output, because it can be repaired. The frames of a stream do not come again.
                 if not has_begun or not isinstance(job.source, video.Live):
                     raise
                 broken.append(str(error))
@@ -359,7 +367,7 @@ class Run:
                     stopped = error
                 rate = progress.rate
                 if faults := broken or ([] if stopped else seen.faults()):
-                    # What there is is written. Recorded before it appears, so that --resume names it again.
+                    # The existing frames are written. The record comes first, so that --resume reports the video again.
                     (size, modified), reason = _state(job.source), "; ".join(faults)
                     self.failures.append((job.source, reason))
                     self._incomplete[place_of(job.source)] = Incomplete(reason=reason, size=size, modified=modified)
@@ -377,7 +385,7 @@ class Run:
         if "probabilities" not in self._kinds:
             predictions = [Prediction(labels, None) for labels in self._predictor.labels(images)]
         else:
-            # Labels are derived from the probabilities, so that both files agree.
+            # Labels are computed from the probabilities, so that both files agree.
             scores = self._predictor.probabilities_of(images)
             dtype = specs.dtype_of_labels(self._predictor.classes.num_classes - 1)
             threshold = self._predictor.protocol.threshold
@@ -387,7 +395,7 @@ class Run:
         return predictions
 
     def _begin(self) -> None:
-        """Writes the record, before the first output."""
+        """Writes the record before the first output."""
         if not self._has_begun:
             self._write_record(self._incomplete)
             self._has_begun = True
@@ -432,13 +440,13 @@ def _for_parts(predictor: Predictor, kinds: Sequence[str]) -> Iterator[str]:
 
 
 def _reason(error: Exception, source: object, less_memory: str) -> str:
-    """Why an input failed, on one line that does not name it; where it is another file's fault, that is named."""
+    """The reason why an input failed, in one line that does not name it, but names any other file at fault."""
     if isinstance(error, memory.TooLittleMemoryError):
         return f"{error}; {less_memory}"
     if memory.is_exhausted(error):
         return f"not enough memory; {less_memory}"
     if isinstance(error, OSError) and error.strerror:
-        # Of a renamed file the second is that which people know.
+        # If a rename failed, the second name is the one that users know.
         name = error.filename2 or error.filename
         if name and os.fsdecode(name) != str(source):
             return f"{os.fsdecode(name)}: {error.strerror}"

@@ -1,9 +1,9 @@
-"""Labels and probabilities of images: by one pass of the model or by a sliding window, at one scale or several.
+"""Labels and probabilities of images, from whole images or a sliding window, at one scale or several.
 
-The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, in its dtype), the model scores
-it as a whole or crop by crop, and the logits are upsampled to the size that the model was given and from there resized
-to the image's own, both with the model's `align_corners`, as in mmsegmentation and in HRNet-Semantic-Segmentation. With
-several scales or flips, probabilities are averaged.
+The protocols are mmsegmentation's. An image is resized (OpenCV's bilinear filter, in the image's dtype), and the model
+scores it as a whole or crop by crop. The logits are upsampled to the size of the model's input and from there resized
+to the size of the image, both with the model's `align_corners`, as in mmsegmentation and HRNet-Semantic-Segmentation.
+With several scales or flips, probabilities are averaged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from segjax.runtime import memory
 from segjax.runtime.parallel import JitParallel, compiler_options
 
 if TYPE_CHECKING:
-    # jax.Device, which a type checker takes for a variable.
+    # This is jax.Device, which type checkers take for a variable.
     from jaxlib._jax import Device
 
 # Parameters or running statistics by dotted path.
@@ -42,7 +42,7 @@ Arrays = dict[str, jax.Array]
 
 
 class SlidingWindow(NamedTuple):
-    """Crops and the steps between them, (height, width) in pixels."""
+    """Size of the crops and of the steps between them, (height, width) in pixels."""
 
     crop: tuple[int, int]
     stride: tuple[int, int]
@@ -50,23 +50,25 @@ class SlidingWindow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How the scores of an image are computed.
+    """The computation of an image's scores.
 
-    An image becomes an input of the model in the steps of mmsegmentation 0.x: `base_size` times the scale gives the
-    size that the image has to fit into, and `size_divisor` rounds that up.
+    The steps from an image to the model's input are those of mmsegmentation 0.x: `base_size` times the scale is the
+    size within which the image is resized, and `size_divisor` rounds the result up.
 
     Attributes:
       mode: "whole", or "slide" for a sliding window.
-      crop, stride: of the sliding window, (height, width) in pixels: 512 a side and three quarters of the crop unless
-        given; None for whole images. The last crop of a row or column is shifted inside; where crops overlap, their
-        scores are averaged.
-      scales: factors of the image size, or of `base_size`; probabilities are averaged.
-      flip: whether each scale is also scored mirrored.
-      size_divisor: each scaled image is resized once more, up to multiples of this (mmsegmentation's AlignedResize).
-      threshold: probability above which a pixel is of the class, of models of one class (one logit).
-      base_size: (long, short) in pixels; each image is resized to the largest size of its own proportions whose longer
-        and shorter sides are within this, upright images too (mmcv's Resize(scale=base_size, keep_ratio=True)). None
-        for the size that the image has.
+      crop: (height, width) of the sliding window in pixels, by default 512 per side; None for whole images. The last
+        crop of a row or column is shifted inside the image; the scores of overlapping crops are averaged.
+      stride: (height, width) of the window's steps in pixels, by default three quarters of the crop; None for whole
+        images.
+      scales: Factors of the image size, or of `base_size`; probabilities are averaged.
+      flip: Whether to score each scale mirrored too.
+      size_divisor: Number to whose multiples each scaled image is resized up, in a second resizing (mmsegmentation's
+        AlignedResize).
+      base_size: (long, short) in pixels; each image, also in portrait format, is resized to the largest size of its
+        aspect ratio whose longer and shorter sides fit (mmcv's Resize(scale=base_size, keep_ratio=True)). None keeps
+        the size of the image.
+      threshold: Probability above which a pixel belongs to the class, for models of one class (one logit).
     """
 
     mode: str = "whole"
@@ -107,7 +109,7 @@ class Protocol:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Protocol:
-        """The protocol of `config.eval`, also as JSON has it. A run older than these settings has the default."""
+        """The protocol of `config.eval`, or of its JSON. A setting that an older run lacks has its default."""
         fields = (field.name for field in dataclasses.fields(cls))
         return cls(**{name: settings[name] for name in fields if name in settings})
 
@@ -129,16 +131,16 @@ class Protocol:
         return ", ".join(parts)
 
     def record(self) -> dict[str, object]:
-        """The settings that apply, as JSON has them."""
+        """The settings that apply, in terms of JSON."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if self.threshold == 0.5:
-            # Of models of several classes there is none.
+            # Models of several classes have no threshold.
             del given["threshold"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property
     def least_logit(self) -> float:
-        """`threshold` as a logit, above which a pixel is of the class."""
+        """`threshold` as a logit."""
         return math.log(self.threshold / (1 - self.threshold))
 
     @property
@@ -151,24 +153,24 @@ class Protocol:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether the model is given the pixels of the image itself, once."""
+        """Whether the model scores the image once, at its own size."""
         return self.scales == (1.0,) and not self.flip and self.size_divisor == 1 and self.base_size is None
 
     def images_at_a_time(self, batch: int) -> int:
-        """Number of images to predict together, if the model scores `batch` whole images, or crops, at a time."""
+        """Number of images to predict together if the model scores `batch` whole images, or crops, at a time."""
         return batch if self.mode == "whole" else 1
 
     def input_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Height and width to which an image of `size` is resized, for each scale. Images with equal ones make a batch.
+        """Height and width to which an image of `size` is resized, for each scale. They must be equal in a batch.
 
         Raises:
-          ValueError: a side would have no pixel.
+          ValueError: A side would have no pixel.
         """
         return tuple(_rounded_up(scaled_size(size, scale, self.base_size), self.size_divisor) for scale in self.scales)
 
 
 def window_contradictions(mode: str, crop: Sequence[int] | None, stride: Sequence[int] | None) -> dict[str, str]:
-    """What is wrong with the settings of a sliding window together, by the name of the setting."""
+    """Problems of the settings of a sliding window that do not fit each other, by the name of the setting."""
     found = {}
     for name, value in (("crop", crop), ("stride", stride)):
         if mode == "whole" and value is not None:
@@ -185,15 +187,15 @@ def _are_sides(sides: Sequence[object]) -> bool:
 
 
 def scaled_size(size: tuple[int, int], scale: float, base_size: Sequence[int] | None = None) -> tuple[int, int]:
-    """Height and width of an image of `size` at a scale: the largest size of its own proportions within the target.
+    """Height and width of an image of `size` at a scale: the largest size of its aspect ratio within a target size.
 
-    The target is a multiple of the image's own size, rounded (`Resize(scale_factor=scale, keep_ratio=True)` of mmcv
-    2.x), so that a side may be a pixel less than it. With `base_size` it is a multiple of that, rounded down
-    (`MultiScaleFlipAug(img_scale=base_size, img_ratios=[scale])` of mmsegmentation 0.x), and its longer side is for the
-    longer side of the image. Training rounds otherwise: `segjax.data.crops.scaled_size`.
+    The target is the image's size times the scale, rounded (`Resize(scale_factor=scale, keep_ratio=True)` of mmcv 2.x);
+    a side of the result may be a pixel smaller. With `base_size`, the target is `base_size` times the scale, rounded
+    down (`MultiScaleFlipAug(img_scale=base_size, img_ratios=[scale])` of mmsegmentation 0.x); its longer side bounds
+    the longer side of the image. Training rounds differently: `segjax.data.crops.scaled_size`.
 
     Raises:
-      ValueError: a side would have no pixel.
+      ValueError: A side would have no pixel.
     """
     target = [int(side * scale + 0.5) for side in size] if base_size is None else [int(s * scale) for s in base_size]
     factor = min(max(target) / max(size), min(target) / min(size))
@@ -209,10 +211,10 @@ def _rounded_up(size: tuple[int, int], divisor: int) -> tuple[int, int]:
 
 
 def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequence[int] | None = None) -> np.ndarray:
-    """An image (H, W, C), resized to its `scaled_size` and from there up to multiples of `size_divisor`.
+    """Resizes an image (H, W, C) to its `scaled_size`, and from there up to multiples of `size_divisor`.
 
     Raises:
-      MemoryError: there is not enough memory for it.
+      MemoryError: There is not enough memory.
     """
     import cv2
 
@@ -220,7 +222,7 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequen
     for height, width in (near, _rounded_up(near, size_divisor)):
         if (height, width) != image.shape[:2]:
             try:
-                # OpenCV takes four channels everywhere, and returns one without its axis.
+                # OpenCV accepts at least four channels on all platforms, and returns a single channel without its axis.
                 parts = (image[..., first : first + 4] for first in range(0, image.shape[2], 4))
                 resized = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in parts]
                 resized = [part.reshape(height, width, -1) for part in resized]
@@ -235,10 +237,10 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequen
 def score(
     functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, normalise: Callable
 ) -> jax.Array:
-    """Logits of images (B, H, W, C) at their own size: float32 or wider (B, H, W, K).
+    """Logits of images (B, H, W, C) at their own size, (B, H, W, K) in at least float32.
 
-    For a model that takes only multiples of some size, the image is padded with zeros, the mean colour, at the bottom
-    and on the right, and the scores of the padding are cut off.
+    If the model needs multiples of some size, images are padded at the bottom and right with zeros, the mean colour,
+    and the scores of the padding are removed.
     """
     logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
     upsampled = layers.resize(logits, padded, align_corners=functional.align_corners)
@@ -246,7 +248,7 @@ def score(
 
 
 def _small_logits(functional, params, batch_stats, images, *, normalise) -> tuple[jax.Array, tuple[int, int]]:
-    """The model's logits of padded images, and their height and width with the padding."""
+    """The model's logits of padded images, and height and width of the padded images."""
     height, width = images.shape[1:3]
     below, right = -height % functional.size_multiple, -width % functional.size_multiple
     padded = jnp.pad(normalise(images), ((0, 0), (0, below), (0, right), (0, 0)))
@@ -263,7 +265,7 @@ def predict_labels(
     normalise: Callable,
     least_logit: float = 0,
 ) -> jax.Array:
-    """Train ids of images (B, H, W, C), as a whole, (B, H, W); see `compact`."""
+    """Train ids (B, H, W) of whole images (B, H, W, C); see `compact`."""
     logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
     height, width = images.shape[1:3]
     if layers.is_fast_on_gpu() and not functional.align_corners and cells.applies(logits.shape, padded):
@@ -274,10 +276,10 @@ def predict_labels(
 
 
 class Inference:
-    """A model and a protocol, compiled once for each size of its input. Safe to call from several threads.
+    """A model and a protocol, compiled once for each size of the model's input. Several threads may call it.
 
-    Programs depend on the size of the model's input only: images of many sizes that become inputs of one size share
-    them.
+    Programs depend only on the size of the model's input: images of different sizes share them if their inputs have
+    the same size.
     """
 
     def __init__(
@@ -290,14 +292,15 @@ class Inference:
         image_dtype: str | None = "uint8",
         devices: Sequence[Device] | None = None,
     ):
-        """Takes the parameters out of the model and puts them on every device.
+        """Copies the parameters of the model to every device.
 
         Args:
-          model: a functional model has no arrays; give them with `with_arrays`.
-          batch: number of crops of a sliding window that the model scores at a time.
-          normalise: images -> input of the model.
-          image_dtype: of images; None where they may have several, of which float32 is the largest.
-          devices: devices of this process; all by default.
+          model: Model, or functional model, which has no arrays; `with_arrays` provides them.
+          protocol: Protocol of the scores.
+          batch: Number of crops of a sliding window that the model scores at a time.
+          normalise: Function from images to the model's input.
+          image_dtype: Dtype of the images; None if they may have several, of which float32 is the largest.
+          devices: Devices of this process; by default all.
         """
         self.protocol = protocol
         self._batch = batch
@@ -311,7 +314,7 @@ class Inference:
             functional = FunctionalModel(model)
             self._arrays = self._parallel.replicate(functional.arrays())
         self._align_corners, self._num_classes = functional.align_corners, functional.spec.num_classes
-        # Copies with other arrays share the programs, but not the weights that are prepared for them, by their key.
+        # Weights prepared for the programs, by `Prepared.key`. Copies with other arrays share only the programs.
         self._prepared: dict[str, list[jax.Array]] = {}
         self._compiling = threading.Lock()
         labels = partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit)
@@ -319,15 +322,16 @@ class Inference:
         self._score = Program(partial(score, functional, normalise=normalise), self._parallel)
 
     def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1) -> None:
-        """Refuses images for which there is not enough memory, before any is predicted.
+        """Refuses images for which there is not enough memory, before any prediction.
 
-        Compiles the program for the largest of them, which predictions then use.
+        It compiles the program for the largest images, which predictions reuse.
 
         Args:
-          sizes: height and width of the images. batch: number of images that are predicted together.
+          sizes: Height and width of the images.
+          batch: Number of images that are predicted together.
 
         Raises:
-          TooLittleMemoryError: a device has less memory than the program needs.
+          TooLittleMemoryError: The program needs more memory than a device has.
         """
         images = set(sizes)
         for image in images:
@@ -346,7 +350,7 @@ class Inference:
             self._refuse_too_large(program, (*max(shapes, key=math.prod), self._channels), self._dtype)
 
     def _refuse_too_large_when_resized(self, size: tuple[int, int], batch: int) -> None:
-        """Raises TooLittleMemoryError where resized images do not fit, or their logits by a sliding window."""
+        """Raises TooLittleMemoryError if resized images, or their logits by a sliding window, do not fit."""
         if self.protocol.is_one_pass:
             return
         height, width = max(self.protocol.input_sizes(size), key=math.prod)
@@ -354,12 +358,12 @@ class Inference:
         pixels = batch * height * width
         memory.refuse_more_than_host(self._channels * self._dtype.itemsize * pixels, what=what)
         if self.protocol.window:
-            # float32, in row tiles and in the array that these are put together in.
+            # Float32 logits exist twice: in row tiles, and in the array that joins them.
             logits = 2 * 4 * self._num_classes * pixels
             memory.refuse_too_large(logits, self._parallel.own_devices, what=what)
 
     def _refuse_too_large(self, program: Program, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Raises TooLittleMemoryError where a program does not fit for images of this shape (B, H, W, C) and dtype."""
+        """Raises TooLittleMemoryError if a program for images of this shape (B, H, W, C) and dtype does not fit."""
         with self._compiling:
             images = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
             needed = program.needed(self._arrays, images)
@@ -370,7 +374,7 @@ class Inference:
             memory.refuse_too_large(needed, self._parallel.own_devices, what=f"{article} {what}")
 
     def with_arrays(self, arrays: tuple[Arrays, Arrays]) -> Inference:
-        """The same programs with other parameters and running statistics, in the order of `FunctionalModel.arrays`."""
+        """A copy with other parameters and running statistics, in the order of `FunctionalModel.arrays`."""
         other = copy.copy(self)
         other._arrays, other._prepared = self._parallel.replicate(arrays), {}
         return other
@@ -380,7 +384,7 @@ class Inference:
         return [np.asarray(labels) for labels in self.begin(images)]
 
     def begin(self, images: Sequence[np.ndarray]) -> Sequence[Computed | np.ndarray]:
-        """`labels`, which the devices may still be computing: `np.asarray` waits for those of an image."""
+        """Starts to compute `labels`; `np.asarray` of a result waits for it."""
         if not self.protocol.is_one_pass:
             return self._computed(images, partial(_labels_of_sum, threshold=self.protocol.threshold))
         if self.protocol.mode == "whole":
@@ -391,11 +395,11 @@ class Inference:
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Train ids of an image (H, W, C) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
 
-        The tiles cover the image once, panel by panel, and are those of `labels`; see `sliding_window.row_tiles`.
+        The tiles cover the image once, panel by panel, and equal `labels`; see `sliding_window.row_tiles`.
         """
         for top, left, logits, part in self.row_tiles(image):
             labels = np.asarray(_labels(logits, threshold=self.protocol.least_logit))
-            # Before the next row of crops needs memory.
+            # Freed before the next row of crops needs memory.
             del logits
             yield top, left, labels[:, part]
 
@@ -403,12 +407,12 @@ class Inference:
         """Probability of each class, float32 (H, W, K); for K = 1 that of the class, not of the background.
 
         Args:
-          images: as for `labels`.
+          images: As for `labels`.
         """
         return [np.asarray(probabilities) for probabilities in self._computed(images, _mean_of_sum)]
 
     def _computed(self, images: Sequence[np.ndarray], finish: Callable[[jax.Array, int], jax.Array]) -> list[Computed]:
-        """`finish` of the sum of the probabilities over scales and flips, and their number, tile by tile."""
+        """Applies `finish` to the sum of probabilities over scales and flips, and their number, tile by tile."""
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         grid = resized_tiles.grid(sizes)
         tiles: dict[tuple[int, int], jax.Array] = {}
@@ -418,7 +422,7 @@ class Inference:
             samples = resized_tiles.samples(logits, sizes, flipped=flipped, align_corners=self._align_corners)
             for corner in grid:
                 total = resized_tiles.add_probabilities(tiles.get(corner), logits, *samples.of_tile(corner))
-                # The last pass finishes one tile after the other, so that their sums need not be in memory together.
+                # The last pass finishes tile by tile, so that not all sums are in memory together.
                 tiles[corner] = finish(total, number) if number == len(passes) else total
         rows = [[tiles[corner] for corner in grid if corner[0] == top] for top in dict.fromkeys(top for top, _ in grid)]
         return [Computed(rows, number, size) for number, size in enumerate(sizes)]
@@ -429,7 +433,7 @@ class Inference:
 
     def _resized(self, images: Sequence[np.ndarray], scale: float, flipped: bool) -> np.ndarray:
         protocol = self.protocol
-        # Its height and width, which the others share.
+        # All images are resized to the same size.
         self._refuse_too_large_when_resized(images[0].shape[:2], len(images))
         resized = np.stack([scaled(image, scale, protocol.size_divisor, protocol.base_size) for image in images])
         return resized[:, :, ::-1] if flipped else resized
@@ -446,10 +450,10 @@ class Inference:
         return jnp.concatenate([jnp.concatenate(tiles) for tiles in by_panel.values()], axis=1)
 
     def row_tiles(self, image: Pixels) -> Iterator[RowTile]:
-        """Logits of an image (H, W, C) by the sliding window, in row tiles: see `sliding_window.row_tiles`.
+        """Logits of an image (H, W, C) by the sliding window, in row tiles; see `sliding_window.row_tiles`.
 
         Raises:
-          ValueError: the protocol has no sliding window.
+          ValueError: The protocol has no sliding window.
         """
         window = self.protocol.window
         if window is None:
@@ -462,7 +466,7 @@ class Inference:
 
     def _run(self, program: Program, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
         """Calls a program with images (B, H, W, C) if there is enough memory for it."""
-        # Before they are stacked, because a large batch may be too much for the host.
+        # Checked before the images are stacked, because a large batch may not fit in host memory.
         self._refuse_too_large(program, (len(images), *images[0].shape), images[0].dtype)
         on_devices = jax.device_put(np.asarray(images), self._sharding(len(images)))
         with self._compiling:
@@ -476,7 +480,7 @@ class Inference:
 class Program:
     """A function (params, batch_stats, images) -> array, compiled for each shape of the images.
 
-    On a GPU what it computes of the weights only is computed once: see `segjax.models.prepared`.
+    On a GPU, operations on weights only run once instead of for every image; see `segjax.models.prepared`.
     """
 
     def __init__(self, function: Callable[..., jax.Array], parallel: JitParallel):
@@ -487,7 +491,7 @@ class Program:
         self._needed: dict[tuple[tuple[int, ...], np.dtype], int | None] = {}
 
     def needed(self, arrays: tuple[Arrays, Arrays], images: jax.ShapeDtypeStruct) -> int | None:
-        """Bytes that the program needs; see `memory.needed`. The call that follows finds the compiled program."""
+        """Bytes that the program needs, see `memory.needed`. The next call finds the compiled program."""
         key = images.shape, images.dtype
         if key not in self._needed:
             if layers.is_fast_on_gpu():
@@ -506,7 +510,9 @@ class Program:
         """The function of the images.
 
         Args:
-          images: of this shape. prepared: what was computed of `arrays` before, which is added to.
+          arrays: Parameters and running statistics.
+          images: Images of the shape to compile for.
+          prepared: Arrays prepared from `arrays` before, by `Prepared.key`. This call adds to them.
         """
         if not layers.is_fast_on_gpu():
             return partial(self.at_once, *arrays)
@@ -524,11 +530,11 @@ class Program:
 
 
 class Computed(NamedTuple):
-    """An array (H, W, ...) of one image, in tiles that hold a batch: `np.asarray` waits for it and puts it together.
+    """An array (H, W, ...) of one image, in tiles of a batch; `np.asarray` waits for the tiles and joins them.
 
     Attributes:
-      tiles: rows of tiles (B, h, w, ...), as they lie in the image; the last ones reach beyond it.
-      number: of the image in the batch.
+      tiles: Rows of tiles (B, h, w, ...) by their position in the image; the last ones reach beyond it.
+      number: Index of the image in the batch.
       size: H and W.
     """
 
@@ -544,7 +550,7 @@ class Computed(NamedTuple):
 
 
 def _put_together(size: tuple[int, int], tiles: Iterable[tuple[int, int, np.ndarray]]) -> np.ndarray:
-    """Labels (H, W) of tiles that cover them."""
+    """Joins tiles that cover an image to labels (H, W)."""
     whole = None
     for top, left, labels in tiles:
         if whole is None:
@@ -557,7 +563,7 @@ def _put_together(size: tuple[int, int], tiles: Iterable[tuple[int, int, np.ndar
 
 @partial(jax.jit, static_argnames=("count", "threshold"))
 def _labels_of_sum(total: jax.Array, count: int, *, threshold: float) -> jax.Array:
-    """Train ids (B, H, W), see `compact`, of a sum (B, H, W, K) of `count` probabilities."""
+    """Train ids (B, H, W), see `compact`, from the sum (B, H, W, K) of `count` probabilities."""
     return compact(total / count, threshold=threshold)
 
 
@@ -567,7 +573,7 @@ def _mean_of_sum(total: jax.Array, count: int) -> jax.Array:
 
 
 def compact(scores: jax.Array, *, threshold: float = 0) -> jax.Array:
-    """What `labels_of` returns, as uint8 of up to 256 classes, as uint16 of more."""
+    """The result of `labels_of` as uint8, or as uint16 for more than 256 classes."""
     return labels_of(scores, threshold=threshold).astype(specs.dtype_of_labels(scores.shape[-1] - 1))
 
 
@@ -583,9 +589,9 @@ def labels_of(scores: np.ndarray, *, threshold: float = 0) -> np.ndarray: ...
 
 
 def labels_of(scores: jax.Array | np.ndarray, *, threshold: float = 0) -> jax.Array | np.ndarray:
-    """Train ids (...), int32, of scores (..., K): the class with the highest, or for K = 1 whether above `threshold`.
+    """Train ids, int32 (...), of scores (..., K): the class of the highest score, or for K = 1 score > `threshold`.
 
-    Of several classes with the highest score it is the first. Labels of NumPy arrays are NumPy arrays.
+    Among equal highest scores the first class wins. The result for a NumPy array is a NumPy array.
     """
     if scores.shape[-1] == 1:
         return (scores[..., 0] > threshold).astype(np.int32)

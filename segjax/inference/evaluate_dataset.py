@@ -1,4 +1,4 @@
-"""`segjax.evaluate_dataset`: mIoU and other figures of any checkpoint on a split of a dataset, and a report."""
+"""`segjax.evaluate_dataset`: mIoU and other metrics of any checkpoint on a split of a dataset, and a report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from segjax.viz import report
 
 
 class NoDataError(ValueError):
-    """No data is named, and the source is not the folder of a run, which has data of its own."""
+    """Raised when no data is named and the source is not the folder of a run, which has its own data."""
 
 
 _Number = Annotated[int, Field(ge=1, le=1 << 31)]
@@ -43,7 +43,7 @@ _Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class _Evaluated(TypedDict):
-    """What is read of a run's data to find the split that it is evaluated on."""
+    """The entries of a run's data that are read to find its evaluation split."""
 
     name: str
     eval_split: str
@@ -52,7 +52,7 @@ class _Evaluated(TypedDict):
 
 
 class _Drawn(TypedDict):
-    """What is read of it to draw its images again."""
+    """The entries of a run's data that are read to generate its images again."""
 
     name: str
     train_split: str
@@ -63,7 +63,7 @@ class _Drawn(TypedDict):
 
 
 class _Evaluation(TypedDict):
-    """config.eval; a run older than a setting lacks it."""
+    """config.eval; a run that is older than a setting lacks it."""
 
     batch: _Number
     mode: NotRequired[Literal["whole", "slide"]]
@@ -110,40 +110,52 @@ def evaluate_dataset(
     progress: bool = False,
     weights: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on a split: one confusion matrix over all images, logits resized to each label's size.
+    """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
     Args:
-      source: as for `segjax.load`, the result of it, or a model.
-      data: "NAME" or "NAME:SPLIT", with NAME a key of `segjax.data.DATASETS`, whose published evaluation split is the
-        default (of a folder, test or else val), and SPLIT a split or a sum of them, as in "train+val"; or one of
-        `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, in the dtype, with the
-        batch and with the protocol of its `config.eval`, and reproduces its figures.
-      data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
-        prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
-      mode, crop, stride, scales, flip: as for `segjax.Predictor`.
-      size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
-      base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
-        factors of it. ADE20K's published figures have (2048, 512).
-      threshold: probability above which a pixel is of the class, of a model of one class.
-      batch: images, or with mode "slide" crops, that go through the model at a time; one for each device by default.
-      output: folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); none by default.
-      progress: whether to print how many images are done.
-      weights: as for `segjax.load`; None for a run, whose folder holds one set.
+      source: Argument or result of `segjax.load`, or a model.
+      data: "NAME" or "NAME:SPLIT". NAME is a key of `segjax.data.DATASETS`. SPLIT is a split or a sum of splits, as in
+        "train+val", by default the published evaluation split (for a folder, test or else val). Or a split from
+        `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, with the dtype of the
+        run and the batch and protocol of its `config.eval`, and reproduces its metrics.
+      data_source: Files from which a dataset is prepared at first use, as `source` of `segjax.data.open_splits`; by
+        default those of the run.
+      data_dir: Folder of prepared datasets, as for `segjax.data.open_splits`; by default that of the run.
+      mode: As for `segjax.Predictor`.
+      crop: As for `segjax.Predictor`.
+      stride: As for `segjax.Predictor`.
+      scales: As for `segjax.Predictor`.
+      flip: As for `segjax.Predictor`.
+      size_divisor: Number to whose multiples each scaled image is resized up (mmsegmentation's AlignedResize).
+      base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales` are
+        factors of it. The published figures of ADE20K have (2048, 512).
+      threshold: Probability above which a pixel belongs to the class, for a model of one class.
+      batch: Number of images, or of crops with mode "slide", per call of the model; by default one per device.
+      output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
+      progress: Whether to print a progress bar.
+      weights: As for `segjax.load`; None for a run, whose folder holds one set.
 
     Returns:
-      "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in 0..1, or None
-      where no pixel counts; "per_class_iou", K numbers, or None for a class that occurs nowhere; "classes", with a dict
-      for each class: "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step" of a run's
-      checkpoint, else None.
+      "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
+      if no pixel counts; "per_class_iou", K numbers, None for a class without true or predicted pixels; "classes", a
+      list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step",
+      the step of a run's checkpoint or None.
 
     Raises:
-      CheckpointError: no model can be read from `source`.
-      ValueError: settings that contradict each other, data that cannot be used, classes or images other than the
-        model's, or an `output` that cannot be written.
-      TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
+      CheckpointError: No model can be read from `source`.
+      ValueError: Settings contradict each other, the data cannot be used, its classes or images do not fit the model,
+        or `output` cannot be written.
+      TooLittleMemoryError: A batch of the largest images needs more memory than a device has.
+
+    Example:
+      >>> import segjax
+      >>> (split,) = segjax.data.open_splits("streets", ["test"], num_images=[2], size=(64, 96), seed=0)
+      >>> model = segjax.create("segformer_b0", num_classes=split.spec.num_classes, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> sorted(segjax.evaluate_dataset(model, split))[:3]
+      ['classes', 'mean_accuracy', 'mean_dice']
     """
     protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
-    # Asked before hours are spent on the evaluation.
+    # Checked before an evaluation that may take hours.
     output = None if output is None else user_path(output)
     if output is not None and (problem := why_not_writable(output)):
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
@@ -192,12 +204,14 @@ def evaluate_dataset(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A checkpoint and the split to evaluate it on.
+    """A checkpoint and the split on which to evaluate it.
 
     Attributes:
-      split: name of the split, or "" if it is unknown.
-      batch: number of images, or of crops, that go through the model at a time.
-      protocol: how the scores of an image are computed.
+      checkpoint: Loaded checkpoint.
+      opened: Split.
+      split: Name of the split, or "" if unknown.
+      batch: Number of images, or of crops, per call of the model.
+      protocol: Protocol of the scores.
     """
 
     checkpoint: LoadedCheckpoint
@@ -217,7 +231,7 @@ def _of_run(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> _Given:
-    """The newest checkpoint of a run, and the split and protocol that the run is evaluated with."""
+    """The newest checkpoint of a run, with the run's own evaluation split and protocol."""
     if not isinstance(source, str | Path):
         raise NoDataError(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
@@ -243,15 +257,15 @@ def _data_of_run(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> OpenSplit:
-    """The split that a run is evaluated on: as it was prepared for the run, or prepared again from a source.
+    """The evaluation split of a run, as prepared for the run, or prepared again from a source.
 
     Raises:
-      ValueError: it cannot be used, or has other images or masks than those that the run began with.
+      ValueError: The split cannot be used, or its images or masks differ from those with which the run began.
     """
     data, run = config["data"], contents.read_run_data(folder / contents.RUN_DATA)
     name, split = data["name"], data["eval_split"]
     if run and not data_source and not data_dir and (Path(run["path"]) / "dataset_info.json").is_file():
-        # The source may have been moved, or changed since.
+        # Prepared data is preferred, because the source may have been moved or changed.
         logger.info("data as prepared for the run, %s", run["path"])
         (opened,) = open_prepared_splits(open_prepared(Path(run["path"])), [split])
     else:
@@ -278,7 +292,7 @@ def _of_checkpoint(
     batch: int | None,
     protocol: Protocol,
 ) -> _Given:
-    """A checkpoint, and a split whose classes are those of the checkpoint."""
+    """A checkpoint, and a split with the classes of the checkpoint."""
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
@@ -297,7 +311,7 @@ def _of_checkpoint(
 def _default_split(
     name: str, *, data_source: str | Sequence[str] | None, data_dir: str | os.PathLike[str] | None
 ) -> str:
-    """The published evaluation split; of a folder, which has splits of its own, test or else val."""
+    """The published evaluation split; for a folder, which has its own splits, test or else val."""
     published = specs.DATASETS[name].evaluated_split
     if specs.DATASETS[name].spec is not None:
         return published
@@ -313,10 +327,10 @@ def _opened(
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> OpenSplit:
-    """Opens a split with labels. Of a generated dataset, it has the images of the run with this config, if any.
+    """Opens a split with labels. A generated split has the images of the run with this config, if there is one.
 
     Raises:
-      ValueError: there is no such split, or it cannot be used.
+      ValueError: There is no such split, or it cannot be used.
     """
     generated: dict[str, Any] = {}
     if config and config.get("data", {}).get("name") == name and specs.is_generated(name):
@@ -330,7 +344,7 @@ def _opened(
 
 
 def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
-    """Raises ValueError where the model of a checkpoint takes other images than those of a dataset."""
+    """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
     if takes.channels != images.channels or takes.dtype not in (None, images.dtype):
         raise ValueError(
@@ -340,9 +354,9 @@ def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, n
 
 
 def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:
-    """Raises ValueError where the classes of a checkpoint are not those of a dataset, in the same order.
+    """Raises ValueError if the classes of a checkpoint are not those of a dataset, in the same order.
 
-    Up to a quarter of the names may differ, because packages spell some of them differently; these are logged.
+    Up to a quarter of the names may differ, because packages spell some differently; differences are logged.
     """
     dataset, own = checkpoint.dataset, checkpoint.model.spec.num_classes
     of = f" of {dataset['name']}" if dataset else ""
@@ -375,7 +389,10 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str) ->
     """Writes the report of an evaluation.
 
     Args:
-      name: of the checkpoint, or of a model that was given without one.
+      folder: Folder of the report.
+      measured: Result of the evaluation.
+      given: Checkpoint and split.
+      name: Name of the checkpoint, or of a model without a checkpoint.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
     step, predicted = given.checkpoint.metadata.get("step"), measured.predicted

@@ -1,4 +1,4 @@
-"""Evaluation of a split: a confusion matrix over all images, and the worst of them."""
+"""Evaluation of a split: a confusion matrix over all images, and the worst images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from segjax.data.pipeline import evaluation_batches
 from segjax.data.records import Records, records_of
 from segjax.runtime import console
 
-SHOWN = 10  # images of the report
+SHOWN = 10  # images in the report
 
-# Images (H, W, C) -> train ids (H, W) of each: arrays, or what `np.asarray` makes arrays of.
+# Images (H, W, C) -> train ids (H, W) of each, as arrays or as objects that `np.asarray` converts.
 Predict = Callable[[list[np.ndarray]], Sequence[ArrayLike]]
 
 
@@ -35,17 +35,19 @@ def evaluate(
     """Runs `predict` over a split; each of several processes evaluates its part of the split.
 
     Args:
-      predict: called with the images of a batch. Each process calls its own on its own devices, as often as it has
-        batches.
-      batch_size, key: number of images of a batch, and which make one, as for `evaluation_batches`.
-      keep: numbers of the images whose predictions are returned.
+      predict: Function of the images of a batch. Each process calls its own on its own devices, once per batch.
+      data: Split to evaluate.
+      spec: Dataset of the split.
+      batch_size: Number of images per batch.
+      key: Key by image size; images of equal keys share a batch, as for `evaluation_batches`.
+      keep: Numbers of the images whose predictions are returned.
 
     Returns:
-      int64 confusion matrix (K, K) over the whole split, the same in every process; and train ids (H, W) by image
+      The int64 confusion matrix (K, K) over the whole split, equal in every process; and train ids (H, W) by image
       number, for the images of `keep` that this process evaluated.
 
     Raises:
-      ValueError: there is no image, or one that cannot be used.
+      ValueError: There is no image, or an image cannot be used.
     """
     confusion, kept = _nothing_counted(spec), {}
     for number, truth, predicted in predictions(predict, data, spec, batch_size=batch_size, key=key):
@@ -63,16 +65,16 @@ def predictions(
     batch_size: int,
     key: Callable[[tuple[int, int]], Hashable] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, labels (H, W) and prediction (H, W) of every image of this process's part; see `evaluate`.
+    """Number, labels (H, W) and prediction (H, W) of every image in this process's part; see `evaluate`.
 
     Raises:
-      ValueError: there is no image.
+      ValueError: There is no image.
     """
     if not len(records_of(data)):
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
     part = jax.process_index(), jax.process_count()
     pending = ()
-    # Two batches are in flight: the device computes one while the host counts the pixels of the other.
+    # Two batches are in flight: the device computes one while the host counts pixels of the other.
     with contextlib.closing(evaluation_batches(data, batch_size=batch_size, key=key, part=part)) as batches:
         for images, labels, numbers in batches:
             batch = numbers.tolist(), labels, predict(images)
@@ -95,10 +97,10 @@ def _count(truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec) ->
 
 
 def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """Sum of the processes' int64 arrays, the same in each of them."""
+    """Sum of the int64 arrays of all processes, equal in each process."""
     if jax.process_count() == 1:
         return counts
-    # As halves of 32 bits, because jax without x64 would truncate the counts.
+    # Sent as halves of 32 bits, because jax without x64 would truncate the counts.
     halves = multihost_utils.process_allgather(counts.view(np.uint32))
     return np.ascontiguousarray(halves).view(np.int64).sum(axis=0)
 
@@ -110,10 +112,10 @@ class Measured(NamedTuple):
     """The evaluation of a split, and its worst images.
 
     Attributes:
-      confusion: int64 (K, K) over all images.
-      worst: (mean IoU, number) of the images with the lowest mean IoU, the lowest first; images without a labelled
-        pixel are not among them.
-      predicted: train ids (H, W) of the images in `worst`, by number.
+      confusion: Confusion matrix over all images, int64 (K, K).
+      worst: (mean IoU, number) of the images with the lowest mean IoU, the lowest first, without images that have no
+        labelled pixel.
+      predicted: Train ids (H, W) of the images in `worst`, by number.
     """
 
     confusion: np.ndarray
@@ -131,7 +133,7 @@ def measure(
     shown: int = SHOWN,
     progress: bool = False,
 ) -> Measured:
-    """`evaluate` in one process. Keeps the `shown` worst images; `progress` selects whether the progress is printed."""
+    """`evaluate` in one process, which also keeps the `shown` worst images; `progress` turns on a progress bar."""
     confusion = _nothing_counted(spec)
     worst: list[tuple[float, int]] = []
     kept: dict[int, np.ndarray] = {}

@@ -1,6 +1,6 @@
-"""GeoTIFF in and out: scenes are read in parts, and their label maps keep the georeference and the nodata pixels.
+"""GeoTIFF: reads scenes in parts, and writes label maps that keep the georeference and the nodata pixels.
 
-Needs rasterio, the extra `geo`.
+It needs rasterio, the extra `geo`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from segjax.runtime import atomic, memory, native_messages
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-# MB of decoded blocks that GDAL keeps; its default, a share of the machine's memory, would fill up with a large scene.
+# GDAL's cache of decoded blocks in MB. A large scene would fill the default, a share of the machine's memory.
 _CACHE = 16
-_BLOCK = 256  # pixels a side of the blocks of label maps
+_BLOCK = 256  # pixels per side of the blocks of label maps
 
 
 def is_available() -> bool:
@@ -35,20 +35,20 @@ def is_available() -> bool:
 
 
 def kind(path: Path, max_pixels: int) -> str:
-    """What a TIFF is predicted as.
+    """The kind of a TIFF, which determines its prediction.
 
     Returns:
-      "scene" for a GeoTIFF, which has a georeference or a nodata value, and for any TIFF of more than `max_pixels`
-      pixels, which can be read in parts; "unplaced" for a GeoTIFF whose georeference is lost, because rasterio is
-      missing or cannot read it; else "image".
+      "scene" for a GeoTIFF, with a georeference or a nodata value, and for any upright TIFF of more than `max_pixels`
+      pixels, which can be read in parts; "unplaced" for a GeoTIFF whose georeference is lost because rasterio is
+      missing or cannot read it; otherwise "image".
     """
     for library in ("rasterio", "tifffile"):
-        # What is wrong is raised.
+        # Errors are raised and need no log.
         logging.getLogger(library).propagate = False
     try:
         layout = tiff.layout(path)
     except (ValueError, OSError):
-        # The reason is reported when it is read.
+        # The code that reads the file reports the reason.
         return "image"
     if _rasterio() is not None:
         with contextlib.suppress(ImageError), _opened(path) as dataset:
@@ -61,12 +61,12 @@ def kind(path: Path, max_pixels: int) -> str:
 class Scene:
     """An opened TIFF as an image (H, W, C) that is read in parts: `scene[top:bottom, left:right]`.
 
-    RGB is uint8; images of another kind have all bands of the file, in its numbers. Rows are those of the file, as for
-    GDAL, without regard to the tag Orientation.
+    RGB is uint8. Images of another kind have all bands of the file, unscaled. Rows are those of the file, as in GDAL:
+    the tag Orientation is ignored.
 
     Attributes:
       shape: H, W, C.
-      dtype: of the parts.
+      dtype: Dtype of the parts.
     """
 
     def __init__(
@@ -91,26 +91,27 @@ class Scene:
         image = np.ascontiguousarray(np.moveaxis(bands, 0, -1))
         del bands
         if image.dtype.kind == "f" and not (is_number := np.isfinite(image)).all():
-            # Where there is no data, there may be NaN, which is black, or of other images the mean.
+            # Pixels without data may be NaN. They become black in RGB, and the mean in other images.
             place = ~is_number & self.nodata(part)[..., None]
             of_rgb = self._scale[0] if self._scale else 0
             image[place] = of_rgb if self._kind.is_rgb else np.broadcast_to(self._fill, image.shape)[place]
         image = as_rgb(image, scale=self._scale) if self._kind.is_rgb else of_kind(image, self._kind)
-        # Else the gaps between freed blocks add up over the parts of a large scene.
+        # Otherwise the gaps between freed blocks add up over the parts of a large scene.
         memory.release_freed_memory()
         return image
 
     def nodata(self, part: tuple[slice, slice]) -> np.ndarray:
-        """bool (h, w), where all bands of a part have the nodata value, the mask of the file is 0, or alpha is 0.
+        """Mask, bool (h, w), of pixels of a part without data: the nodata value in all bands, or mask or alpha 0.
 
-        Where every band is a channel of the image, none is alpha, which GDAL calls the fourth of four.
+        GDAL takes the last of four bands for alpha. In images other than RGB every band is a channel, so alpha is
+        ignored.
         """
         if not self._kind.is_rgb and any(flag.name == "alpha" for flag in self._dataset.mask_flag_enums[0]):
             return np.zeros([side.stop - side.start for side in part], bool)
         return self._dataset.dataset_mask(window=_window(part)) == 0
 
     def masked(self, top: int, left: int, labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
-        """Labels (h, w) of a part, of `spec.label_dtype`, with the ignore label where there is no data."""
+        """Labels (h, w) of a part, of `spec.label_dtype`, with the ignore label in pixels without data."""
         part = np.s_[top : top + labels.shape[0], left : left + labels.shape[1]]
         ignored = np.asarray(spec.ignore_label, spec.label_dtype)
         return np.where(self.nodata(part), ignored, labels.astype(spec.label_dtype))
@@ -120,7 +121,7 @@ class Scene:
 
     @property
     def georeference(self) -> dict[str, Any]:
-        """Arguments with which rasterio gives a file the same georeference."""
+        """Arguments of rasterio for a file with the same georeference."""
         return _georeference(self._dataset)
 
 
@@ -128,10 +129,16 @@ class Scene:
 def opened(
     path: Path, *, scale: Scale | None, images: specs.ImageKind = specs.RGB, fill: Sequence[float] = (0,)
 ) -> Iterator[Scene]:
-    """Opens a TIFF of `kind` "scene". Raises ImageError where it cannot be read, also from the body.
+    """Opens a TIFF of `kind` "scene".
 
     Args:
-      images: what the model takes. fill: numbers of each channel that stand for NaN where there is no data.
+      path: File.
+      scale: Values of black and white, as for `images.as_rgb`.
+      images: Kind of images that the model takes.
+      fill: Values per channel in place of NaN in pixels without data.
+
+    Raises:
+      ImageError: The file cannot be read, also in the body of the context.
     """
     layout = _known_layout(path, images)
     with _opened(path) as dataset:
@@ -144,7 +151,7 @@ def opened(
 
 
 def _known_layout(path: Path, images: specs.ImageKind) -> tiff.Layout:
-    """The layout of a TIFF. Raises ImageError where the model takes RGB, and its bands are not known to be colours."""
+    """The layout of a TIFF. Raises ImageError if the model takes RGB and the bands are not known to be colours."""
     layout = tiff.layout(path)
     if images.is_rgb and layout.why_unknown:
         raise ImageError(layout.why_unknown)
@@ -152,13 +159,13 @@ def _known_layout(path: Path, images: specs.ImageKind) -> tiff.Layout:
 
 
 def why_whole(path: Path, *, scale: Scale | None, max_pixels: int, images: specs.ImageKind = specs.RGB) -> str | None:
-    """What to do about a scene that cannot be read in parts; None for one that can. `images`: what the model takes."""
+    """The remedy for a scene that cannot be read in parts, or None. `images` is the kind that the model takes."""
     layout = _known_layout(path, images)
     if layout.largest_part > max_pixels:
         return "store it in tiles: gdal_translate -co TILED=YES IN.tif OUT.tif"
     if not layout.is_plain:
         return "convert it to RGB of 8 bits"
-    # The rule for values of 16 bits looks at all of them.
+    # The scale of 16-bit values depends on all values of an image.
     return None if not images.is_rgb or layout.dtype == np.uint8 or scale is not None else "give --scale LOW HIGH"
 
 
@@ -171,14 +178,18 @@ def read(
     images: specs.ImageKind = specs.RGB,
     fill: Sequence[float] = (0,),
 ) -> np.ndarray:
-    """(H, W, C) of a whole scene, see `Scene`.
+    """Reads a whole scene, (H, W, C); see `Scene`.
 
     Args:
-      images, fill: as of `opened`.
-      in_parts: what to do, so that it would be read in parts, as the end of a sentence.
+      path: File.
+      scale: As for `opened`.
+      max_pixels: Maximum number of pixels.
+      in_parts: Remedy for the scene to be read in parts, as the end of a sentence.
+      images: As for `opened`.
+      fill: As for `opened`.
 
     Raises:
-      ImageError: it cannot be read, or has more than `max_pixels` pixels.
+      ImageError: The file cannot be read, or has more than `max_pixels` pixels.
     """
     layout = _known_layout(path, images)
     (height, width), whole = layout.size, why_whole(path, scale=scale, max_pixels=max_pixels, images=images)
@@ -200,19 +211,20 @@ def read(
 
 @contextlib.contextmanager
 def label_map(path: Path, scene: Scene, spec: specs.DatasetSpec) -> Iterator[Callable[[int, int, np.ndarray], None]]:
-    """Writes a GeoTIFF with the place of a scene, atomically: tiled, compressed.
+    """Writes a tiled, compressed GeoTIFF with the georeference of a scene, atomically.
 
-    uint8 in the colours of the classes, or uint16, see `DatasetSpec.label_dtype`; nodata is the ignore label.
+    Its values are uint8 with the colours of the classes, or uint16 (`DatasetSpec.label_dtype`); nodata is the ignore
+    label.
 
     Yields:
-      A function that writes a part: top, left, labels (h, w) as of `Scene.masked`.
+      Function that writes a part: top, left, labels (h, w) from `Scene.masked`.
     """
     import rasterio
 
     profile = dict(count=1, dtype=np.dtype(spec.label_dtype).name, nodata=spec.ignore_label, compress="deflate")
     blocks = dict(tiled=True, blockxsize=_BLOCK, blockysize=_BLOCK, bigtiff="IF_SAFER")
     size = dict(height=scene.shape[0], width=scene.shape[1])
-    # A folder, since GDAL writes what a TIFF cannot hold into a file next to it.
+    # Not `replacing_file`: GDAL writes metadata that a TIFF cannot hold into a file next to it.
     with atomic.replacing_files(path) as temporary:
         with _writing():
             file = rasterio.open(temporary, "w", driver="GTiff", **size, **profile, **blocks, **scene.georeference)
@@ -230,13 +242,13 @@ def label_map(path: Path, scene: Scene, spec: specs.DatasetSpec) -> Iterator[Cal
         finally:
             with _writing():
                 file.close()
-        # GDAL does not report every block that it could not write.
+        # GDAL does not report every block that it failed to write.
         if missing := tiff.layout(temporary).missing:
             raise RuntimeError(f"cannot be written: {missing} blocks are missing")
 
 
 def save_labels(path: Path, scene: Scene, labels: np.ndarray, spec: specs.DatasetSpec) -> None:
-    """Writes the labels (H, W) of a whole scene, as of `Scene.masked`; see `label_map`."""
+    """Writes the labels (H, W) of a whole scene, from `Scene.masked`; see `label_map`."""
     with label_map(path, scene, spec) as write:
         write(0, 0, labels)
 
@@ -258,7 +270,7 @@ def _georeference(dataset: DatasetReader) -> dict[str, Any]:
 
 
 def _rasterio() -> ModuleType | None:
-    """rasterio, without its warnings; None where it is not installed."""
+    """rasterio, with its warnings silenced; None if it is not installed."""
     try:
         import rasterio
         from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning
@@ -281,12 +293,12 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
     rasterio = _rasterio()
     assert rasterio is not None
     try:
-        # By this driver only: others open files and addresses that a file names.
+        # Only with this driver: others open files and addresses named in a file.
         with rasterio.Env(GDAL_CACHEMAX=_CACHE), rasterio.open(path.absolute(), driver="GTiff") as dataset:
             yield dataset
     except ImageError:
         raise
-    # Tags of any content make numbers and text of any kind.
+    # Tags may have any content, and lead to errors of numbers and text.
     except (*_errors(), ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error
@@ -294,7 +306,7 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
 
 @contextlib.contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Collects the warnings that GDAL has in this thread while the body runs."""
+    """Collects GDAL's warnings of this thread while the body runs."""
     messages, thread = [], threading.get_ident()
 
     class Messages(logging.Handler):
@@ -312,7 +324,7 @@ def _heard() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Raises RuntimeError where a write fails, of which `atomic` finds out whether the disk is full."""
+    """Raises RuntimeError if a write fails; `atomic` then finds out whether the disk is full."""
     try:
         with native_messages.silenced():
             yield

@@ -1,6 +1,6 @@
-"""Images of every usual kind as arrays that models take, uint8 RGB for most: NumPy arrays, PIL images, files.
+"""Converts NumPy arrays, PIL images and image files to the arrays that models take, for most models uint8 RGB.
 
-The scale of values follows the rule of `segjax.data.scaling`.
+Values are scaled by the rule of `segjax.data.scaling`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from segjax.runtime.reading import user_path
 # An array, the path of a file, or a PIL image, hence Any: PIL is not imported.
 Image = np.ndarray | str | os.PathLike[str] | Any
 
-_ORIENTATION = 274  # the tag of EXIF
+_ORIENTATION = 274  # tag of EXIF
 _SCALE = "give the values of black and white: --scale LOW HIGH, or scale=(low, high) in Python"
 
 
 def as_rgb(image: Image, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 (H, W, 3) of an image; one that is that already is returned itself.
+    """Converts an image to uint8 (H, W, 3); an image of that form is returned unchanged.
 
     Args:
-      image: an array: (H, W, 3); grey, (H, W) or (H, W, 1), which is repeated; or (H, W, 4), whose alpha is dropped, so
-        that hidden colours show. Or a PIL image, which is converted by its mode; its EXIF orientation is not applied.
-        Or the path of an image file, which is decoded upright.
-      scale: values that become 0 and 255, for numbers of more than 8 bits; values beyond are cut.
-      max_pixels: largest number of pixels of a file that is decoded.
+      image: Array (H, W, 3); grey array (H, W) or (H, W, 1), which is repeated; or array (H, W, 4), whose alpha is
+        dropped, so that hidden colours show. Or a PIL image, converted by its mode, without its EXIF orientation. Or
+        the path of an image file, which is decoded upright.
+      scale: Values that become 0 and 255, for numbers of more than 8 bits; values beyond are clipped.
+      max_pixels: Maximum number of pixels of a file.
 
     Raises:
-      ValueError: any other image; values of an unknown scale. OSError: a file that cannot be opened.
+      ValueError: Any other image, or values of an unknown scale.
+      OSError: The file cannot be opened.
     """
     check_scale(scale)
     if isinstance(image, str | os.PathLike):
@@ -51,14 +52,14 @@ def as_rgb(image: Image, *, scale: Scale | None = None, max_pixels: int = MAX_PI
 
 
 def read_image(path: Path, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 (H, W, 3) of an image file, upright; arguments as of `as_rgb`.
+    """Reads an image file as uint8 (H, W, 3), upright; `as_rgb` describes the arguments.
 
     Raises:
-      ValueError: it is no file, no image, damaged, or has more pixels; or its values are of an unknown scale. The
-        message does not name the file.
-      OSError: it cannot be opened.
+      ValueError: It is not a regular file or not an image, is damaged, has too many pixels or values of an unknown
+        scale. The message does not name the file.
+      OSError: The file cannot be opened.
     """
-    # 8 bytes: four samples of 16 bits.
+    # A pixel has at most 8 bytes: four samples of 16 bits.
     most = reading.MOST if max_pixels <= MAX_PIXELS else max(reading.MOST, 8 * max_pixels)
     try:
         data = reading.read_bytes(path, most=most)
@@ -71,14 +72,18 @@ def read_image(path: Path, *, scale: Scale | None = None, max_pixels: int = MAX_
 def as_image(
     image: Image, kind: specs.ImageKind, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """An image as a model takes it: `as_rgb` for RGB of 8 bits; for others (H, W, C) in the numbers that it has.
+    """Converts an image to the kind that a model takes: by `as_rgb` for 8-bit RGB, otherwise (H, W, C) unscaled.
 
     Args:
-      image, scale, max_pixels: as of `as_rgb`.
-      kind: what the model takes. An array may be (H, W) of one channel; of files, see `bands.decode`.
+      image: As for `as_rgb`. For other kinds than 8-bit RGB, an array (H, W, C), or (H, W) with one channel, or a file
+        that `bands.decode` reads.
+      kind: Kind of images that the model takes.
+      scale: As for `as_rgb`.
+      max_pixels: As for `as_rgb`.
 
     Raises:
-      ValueError: any other image; the message names the file. OSError: a file that cannot be opened.
+      ValueError: Any other image; the message names the file.
+      OSError: The file cannot be opened.
     """
     if kind.is_rgb:
         return as_rgb(image, scale=scale, max_pixels=max_pixels)
@@ -92,8 +97,8 @@ def as_image(
 
 
 def read_bands(path: Path, kind: specs.ImageKind, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """(H, W, C) of a file for a model that takes other images than RGB of 8 bits; errors as of `read_image`."""
-    # 13 bands of 32 bits, and some more.
+    """Reads a file as (H, W, C) for a model of other images than 8-bit RGB; `read_image` describes the errors."""
+    # Enough for 13 bands of 32 bits.
     most = max(reading.MOST, 64 * max_pixels)
     try:
         data = reading.read_bytes(path, most=most)
@@ -103,7 +108,7 @@ def read_bands(path: Path, kind: specs.ImageKind, *, max_pixels: int = MAX_PIXEL
 
 
 def of_kind(image: np.ndarray, kind: specs.ImageKind) -> np.ndarray:
-    """The image (H, W, C) itself. Raises ImageError where a model for images of this kind does not take it."""
+    """Returns the image (H, W, C), or raises ImageError if a model for images of this kind does not take it."""
     found = specs.ImageKind(image.shape[2], image.dtype.name)
     if found.channels != kind.channels or kind.dtype not in (None, found.dtype):
         raise ImageError(f"has {found}, and the model takes {kind}")
@@ -113,23 +118,23 @@ def of_kind(image: np.ndarray, kind: specs.ImageKind) -> np.ndarray:
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
-    """Height and width of an upright image by the header of its file; None where it cannot be read."""
+    """Height and width of an upright image from the header of its file; None if the header cannot be read."""
     from PIL import Image
 
     try:
         with reading.open_regular(path) as file, Image.open(file) as image:
-            # Pillow would decode a PNG without an orientation, to look for one behind the pixels.
+            # Pillow would decode a PNG without an orientation to look for one after the pixels.
             is_upright = image.format == "PNG" and "exif" not in image.info
             orientation = 1 if is_upright else image.getexif().get(_ORIENTATION, 1)
             height, width = image.height, image.width
-    # Pillow and the warnings of it are of many kinds.
+    # Pillow raises many types of errors, and warnings.
     except Exception:
         return None
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def has_more_images(path: Path) -> bool:
-    """Whether a file has images after its first: pages of a TIFF, frames of an animation. False if it is damaged."""
+    """Whether a file has more than one image: pages of a TIFF, frames of an animation. False for a damaged file."""
     from PIL import Image
 
     try:
@@ -142,13 +147,13 @@ def has_more_images(path: Path) -> bool:
             file.seek(0)
             with Image.open(file) as image:
                 return getattr(image, "is_animated", False)
-    # Pillow raises errors of many kinds for damaged files, which are reported by those who decode them.
+    # Pillow raises many types of errors for damaged files. The code that decodes the file reports them.
     except Exception:
         return False
 
 
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
-    """The first image in the content of a file, see `codec.decode_upright`, `tiff.decode` and `bands.of_npy`."""
+    """Decodes the first image of a file's content; see `codec.decode_upright`, `tiff.decode` and `bands.decode`."""
     found = codec.format_of(data[:32])
     if found == "NPY":
         image = bands.decode(data, max_pixels=max_pixels)
@@ -159,7 +164,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
 
 
 def check_scale(scale: Scale | None) -> None:
-    """Raises ValueError for a scale that is none."""
+    """Raises ValueError for an invalid scale."""
     if scale is None:
         return
     low, high = scale

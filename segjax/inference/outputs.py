@@ -1,4 +1,4 @@
-"""The files that are written for a prediction: label maps, overlays, probabilities, and videos of them."""
+"""The output files of predictions: label maps, overlays, probabilities, and videos of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segjax.runtime import atomic
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
 
-# Suffixes of each kind of output, for an image and for a video; a video without a suffix is a folder of its frames.
+# Suffixes of each kind of output, for an image and for a video; "" for a folder of the video's frames.
 KINDS = {
     "labels": (".png", ""),
     "overlay": (".jpg", ".mp4"),
@@ -23,15 +23,19 @@ KINDS = {
 }
 DRAWN = {"overlay": overlay.over, "sidebyside": overlay.side_by_side}
 FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
-LARGEST_JPEG = 65500  # pixels a side
-LARGEST_PICTURE = 2048  # pixels a side, of a scene
+LARGEST_JPEG = 65500  # pixels per side
+LARGEST_PICTURE = 2048  # pixels per side of a scene's picture
 
 
 class Job(NamedTuple):
     """An input, and the path of each kind of output.
 
     Attributes:
-      is_scene, is_unplaced: whether it is of that kind of `geotiff.kind`.
+      source: Path or live video.
+      outputs: Path of each kind of output.
+      is_video: Whether the input is a video.
+      is_scene: Whether `geotiff.kind` is "scene".
+      is_unplaced: Whether `geotiff.kind` is "unplaced".
     """
 
     source: Path | video.Live
@@ -42,10 +46,10 @@ class Job(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A prediction for one image.
+    """The prediction for one image.
 
     Attributes:
-      labels: uint8 (H, W), or uint16 for more than 256 classes.
+      labels: Train ids (H, W), uint8, or uint16 for more than 256 classes.
       probabilities: float32 (H, W, K), or None if they are not written.
     """
 
@@ -72,7 +76,7 @@ def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spe
 
 
 def _label_png(labels: np.ndarray, spec: specs.DatasetSpec) -> bytes:
-    """A palette PNG in the colours of the classes; of more than 256 classes, a grey one of 16 bits."""
+    """A palette PNG in the colours of the classes, or a 16-bit greyscale PNG for more than 256 classes."""
     if labels.dtype == np.uint16:
         return codec.encode_mask(labels)
     return codec.encode_palette(labels, colourise(np.arange(256), spec))
@@ -85,7 +89,7 @@ def _jpeg(picture: np.ndarray) -> bytes:
         raise ValueError(
             f"a picture of {picture.shape[0]}x{picture.shape[1]} is too large for JPEG; use --write labels"
         )
-    # Colours at full resolution: at half of it, JPEG's default, the edges of classes and letters fray.
+    # Chroma has full resolution: at half of it, JPEG's default, the edges of classes and letters fray.
     flags = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
 
@@ -93,7 +97,7 @@ def _jpeg(picture: np.ndarray) -> bytes:
 class SceneOutputs:
     """The outputs of a scene that is predicted in parts: a GeoTIFF of labels, and pictures of every nth row and column.
 
-    They appear at their paths when the whole scene is done.
+    The files appear at their paths when the whole scene is done.
     """
 
     def __init__(self, job: Job, scene: geotiff.Scene, spec: specs.DatasetSpec):
@@ -101,13 +105,13 @@ class SceneOutputs:
         self._label_map = job.outputs.get("labels")
         self._pictures = {kind: path for kind, path in job.outputs.items() if kind in DRAWN}
         size = [-(-side // self._step) for side in scene.shape[:2]] if self._pictures else [0, 0]
-        # Three bands are drawn, and more tell that they are not RGB.
+        # Pictures show three bands; a fourth marks an image that is not RGB.
         channels = min(scene.shape[2], 4)
         self._image, self._labels = np.zeros((*size, channels), scene.dtype), np.zeros(size, spec.label_dtype)
         self._stack, self._write = contextlib.ExitStack(), None
 
     def write(self, top: int, left: int, labels: np.ndarray) -> None:
-        """Takes the labels (h, w) of a part."""
+        """Writes the labels (h, w) of a part with this upper left corner."""
         bottom, right = top + labels.shape[0], left + labels.shape[1]
         labels = self._scene.masked(top, left, labels, self._spec)
         if self._write:
@@ -140,10 +144,14 @@ def save_scene(
     spec: specs.DatasetSpec,
     images: specs.ImageKind = specs.RGB,
 ) -> None:
-    """Writes all outputs of a scene that was predicted as a whole; pictures as of `SceneOutputs`.
+    """Writes all outputs of a scene that was predicted as a whole, with pictures as in `SceneOutputs`.
 
     Args:
-      images: what the model takes.
+      job: Scene and its outputs.
+      image: (H, W, C).
+      prediction: Prediction for the image.
+      spec: Classes of the model.
+      images: Kind of images that the model takes.
     """
     with geotiff.opened(cast(Path, job.source), scale=None, images=images) as scene:
         labels = scene.masked(0, 0, prediction.labels, spec)
@@ -159,17 +167,17 @@ def save_scene(
 
 
 def _step(shape: tuple[int, ...]) -> int:
-    """Each so many rows and columns of a scene are in its pictures."""
+    """The distance between the rows, and columns, of a scene that are in its pictures."""
     return -(-max(shape[:2]) // LARGEST_PICTURE)
 
 
 class VideoOutputs:
     """The outputs of one video: H.264 for overlays, a folder of numbered files for labels and for probabilities.
 
-    They appear at their paths when the whole video is done.
+    The files appear at their paths when the whole video is done.
 
     Attributes:
-      made_even: (height, width) of pictures with an odd side, by output file; that side was extended by a pixel.
+      made_even: (height, width) of pictures with an odd side, which was extended by a pixel, by output file.
     """
 
     def __init__(self, job: Job, header: video.Header, spec: specs.DatasetSpec):

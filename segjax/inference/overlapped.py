@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from segjax.runtime import atomic
 
-FAULTS = (ValueError, OSError, RuntimeError, MemoryError)  # of one input; jax's own are RuntimeErrors
+FAULTS = (ValueError, OSError, RuntimeError, MemoryError)  # errors of one input; jax's own are RuntimeErrors
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 Result = TypeVar("Result")
-THREADS = 2  # that read images, and as many that write; each may be one image ahead or behind
+THREADS = 2  # to read images, and as many to write; each thread may be one image ahead or behind
 
 
 # ------------------------------------------------------------------------------------------------------------- pipeline
@@ -33,19 +33,22 @@ def overlapped(
     batch: int,
     threads: int,
 ) -> None:
-    """Reads ahead, computes, and writes behind, all at the same time; each in the order of the items.
+    """Reads ahead, computes, and writes behind, all at the same time and each in the order of the items.
 
-    With one thread, reads run one after the other, and writes too. At most two batches, and two items for each thread,
-    are in memory at a time.
+    With one thread, reads do not overlap each other, and neither do writes. At most two batches, and two items per
+    thread, are in memory at a time.
 
     Args:
-      read: item -> its content; None ends the pipeline, as the end of the items does.
-      key: consecutive items whose contents have the same key are computed together.
-      compute: contents of several items -> a result for each.
-      write: called with an item, its content and its result.
-      failed, done: called for each item, in the caller's thread; `failed` may raise the error, which stops everything.
-      batch: largest number of items that are computed together.
-      threads: number of threads that read, and of those that write.
+      items: Items to process.
+      read: Function from an item to its content; a content of None ends the pipeline.
+      key: Function from a content to its key; consecutive items with equal keys are computed together.
+      compute: Function from the contents of several items to their results.
+      write: Function of an item, its content and its result.
+      failed: Function of an item and its error, called in the caller's thread; it may raise the error, which stops the
+        pipeline.
+      done: Function of a completed item, called in the caller's thread.
+      batch: Maximum number of items that are computed together.
+      threads: Number of threads to read, and of threads to write.
     """
     writing: deque[tuple[Item, Future[None]]] = deque()
 
@@ -73,7 +76,7 @@ def overlapped(
 
 @contextlib.contextmanager
 def _reported(failed: Callable[[Item, Exception], None], items: Sequence[Item]) -> Iterator[None]:
-    """Calls `failed` for each of the items instead of raising what is wrong with them; a full disk is raised."""
+    """Calls `failed` for each item instead of raising an error, except that of a full disk."""
     try:
         yield
     except FAULTS as error:
@@ -100,7 +103,7 @@ def _read_ahead(
         contents: list[Content | None] = []
         with _reported(failed, [item]):
             contents = [future.result()]
-        # None where the read failed.
+        # Empty if the read failed.
         for content in contents:
             if content is None:
                 return

@@ -1,7 +1,7 @@
-"""Which files, cameras and addresses are predicted, and where their outputs go.
+"""Selects the files, cameras and addresses to predict, and the paths of their outputs.
 
-The content of a file decides whether it is an image or a video, not its suffix. Links to folders are followed, and each
-folder is read once. Every file and folder that is skipped is returned with the reason.
+A file is an image or a video by its content, not by its suffix. Links to folders are followed, and each folder is read
+once. Every skipped file and folder is returned with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segjax.runtime import reading
 from segjax.runtime.reading import user_path
 from segjax.viz import video
 
-# Suffixes of images. A file that has one is not skipped: if it cannot be read, that is reported.
+# Suffixes of images. A file with such a suffix is not skipped but reported if it cannot be read.
 IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".npy")
 _HIDDEN = "hidden"
 _OTHER = "neither an image nor a video that can be read"
@@ -37,7 +37,7 @@ class Skipped(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Files of one input; the folder to which the paths of their outputs are relative."""
+    """The files of one input, and the folder to which the paths of their outputs are relative."""
 
     files: list[Path]
     root: Path
@@ -46,20 +46,20 @@ class _Found(NamedTuple):
 def plan(
     inputs: Sequence[str], output: Path, kinds: Sequence[str], *, max_pixels: int = MAX_PIXELS
 ) -> tuple[list[Job], list[Skipped]]:
-    """Makes a job of every image and video among files, folders and patterns.
+    """Creates a job for every image and video in files, folders and patterns.
 
     Args:
-      inputs: paths, glob patterns, and addresses of videos, as they were given.
-      output: folder of all outputs; what is in it is not read.
-      kinds: keys of `KINDS`.
-      max_pixels: number of pixels from which on a TIFF is a scene, see `geotiff.kind`.
+      inputs: Paths, glob patterns, and addresses of videos, as the user gave them.
+      output: Folder of all outputs, whose files are not read.
+      kinds: Kinds of outputs, keys of `KINDS`.
+      max_pixels: Number of pixels above which a TIFF is a scene, see `geotiff.kind`.
 
     Returns:
-      The jobs, in the order of the inputs, and what was skipped.
+      The jobs, in the order of the inputs, and the skipped files and folders.
 
     Raises:
-      ValueError: inputs that are missing or of another kind, and outputs that would overwrite an input or each other;
-        the message lists all of them.
+      ValueError: Inputs are missing or of another kind, or outputs would overwrite an input or each other; the message
+        lists all problems.
     """
     problems: list[str] = []
     jobs: dict[Path | video.Live, Job] = {}
@@ -102,14 +102,14 @@ def plan(
 
 
 def _kind(file: Path, max_pixels: int) -> str:
-    """ "video" or a kind of `geotiff.kind`, by content or else by suffix; otherwise the reason why it is skipped."""
+    """The kind of a file, "video" or a kind of `geotiff.kind`, by content or else by suffix; or a reason to skip it."""
     suffix = file.suffix.lower()
     by_suffix = "image" if suffix in IMAGES else "video" if suffix in video.SUFFIXES else None
     try:
         with reading.open_regular(file) as opened:
             head = opened.read(video.HEAD)
     except reading.UnreadableError as error:
-        # What is named like an image is reported as one that cannot be read.
+        # A file with the suffix of an image is reported as an unreadable image.
         return by_suffix or str(error).removeprefix(f"{file}: ")
     except OSError as error:
         dangling = file.is_symlink() and not file.exists()
@@ -130,7 +130,7 @@ def _is_single(given: str) -> bool:
 
 
 def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
-    """Files of an input, sorted; adds what is skipped. Raises ValueError for a file that is none, and for outputs."""
+    """The files of an input, sorted. Adds to `skipped`. Raises ValueError for irregular files, and inside `output`."""
     path = user_path(given)
     if _is_single(given):
         reading.open_regular(path).close()
@@ -149,7 +149,7 @@ def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
         folders = [place for place in found if place.is_dir()]
         files = {place for place in found if not place.is_dir()}
         return _Found(sorted(files.union(*(_below(folder, output, skipped) for folder in folders))), root)
-    # Not by glob, which follows links to a folder around them without end.
+    # Not by glob, which follows links to an enclosing folder without end.
     at = parts.index("**")
     files, passed = set(), []
     for folder in map(Path, glob.glob(str(Path(*parts[:at])) or ".")):
@@ -157,7 +157,7 @@ def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
             files |= {
                 file for file in _below(folder, output, passed) if _matches(file.relative_to(folder).parts, parts[at:])
             }
-    # A pattern does not ask for hidden files.
+    # Patterns do not match hidden files.
     skipped += [entry for entry in passed if entry.reason != _HIDDEN]
     return _Found(sorted(files), root)
 
@@ -168,7 +168,7 @@ def _is_in(place: Path, folder: Path) -> bool:
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether a path matches a pattern in which ** stands for any number of folders, or at its end for all files."""
+    """Whether a path matches a pattern, in which ** stands for any number of folders, or for all files at its end."""
     if not patterns:
         return not names
     if patterns[0] == "**":
@@ -179,7 +179,7 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _below(root: Path, output: Path, skipped: list[Skipped]) -> Iterable[Path]:
-    """Everything below a folder that is no folder; each folder once, also where links lead to it several times."""
+    """All files below a folder. Each folder is read once, even if several links lead to it."""
     around = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
     own = _identity(output) if output.exists() else None
     seen = {_identity(root): root}
@@ -187,7 +187,7 @@ def _below(root: Path, output: Path, skipped: list[Skipped]) -> Iterable[Path]:
     while pending:
         folder = pending.pop()
         try:
-            # Links last, so that a folder has its own name where both lead to it.
+            # Links come last, so that a folder is found under its own name first.
             entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
             skipped.append(Skipped(folder, f"a folder that cannot be read: {error.strerror}"))
@@ -195,7 +195,7 @@ def _below(root: Path, output: Path, skipped: list[Skipped]) -> Iterable[Path]:
         for entry in entries:
             path = folder / entry.name
             if entry.name.startswith("."):
-                # Unfinished, or the system's.
+                # Unfinished files, or files of the system.
                 skipped.append(Skipped(path, _HIDDEN))
             elif not path.is_dir():
                 yield path
@@ -224,7 +224,7 @@ def _nothing(given: str, skipped: Sequence[Skipped]) -> str:
 
 
 def reasons(skipped: Sequence[Skipped], *, most: int = 10) -> str:
-    """What was skipped in one line: the number, and of each reason the first names."""
+    """The skipped files in one line: their number, and for each reason the first names."""
     by_reason: dict[str, list[Path]] = {}
     for path, reason in skipped:
         by_reason.setdefault(reason, []).append(path)
@@ -242,8 +242,8 @@ def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[
     suffixes = {kind: KINDS[kind][what == "video"] for kind in kinds}
     if what == "scene" and "labels" in suffixes:
         suffixes["labels"] = ".tif"
-    # The end of "frame.0017" is no suffix. A folder of frames keeps the suffix of its video: a folder of images may
-    # have the name without it.
+    # The end of "frame.0017" is not a suffix. A folder of frames keeps the suffix of its video, because a folder of
+    # images may have the name without it.
     is_suffix = relative.suffix.lower() in (*IMAGES, *video.SUFFIXES)
     stem = relative.with_suffix("") if is_suffix else relative
     outputs = {
@@ -254,7 +254,7 @@ def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[
 
 
 def _collisions(jobs: Sequence[Job]) -> list[str]:
-    # Not by Path.resolve, which raises for links to themselves.
+    # Not Path.resolve, which raises for links to themselves.
     sources = {os.path.realpath(job.source): job.source for job in jobs if isinstance(job.source, Path)}
     owner: dict[str, Path | video.Live] = {}
     together, overwritten = [], []

@@ -1,8 +1,10 @@
-"""Label maps of images from any checkpoint, NumPy on both sides.
+"""Label maps of images from any checkpoint, as NumPy arrays.
 
-predictor = segjax.Predictor("runs/mine")
-labels = predictor(image)  # uint8 (H, W) of uint8 (H, W, 3); uint16 (H, W) for more than 256 classes
-predictor.classes.label_names[labels[0, 0]]
+For example:
+
+    predictor = segjax.Predictor("runs/mine")
+    labels = predictor(image)  # uint8 (H, W, 3) -> uint8 (H, W), or uint16 (H, W) for more than 256 classes
+    predictor.classes.label_names[labels[0, 0]]
 """
 
 from __future__ import annotations
@@ -20,21 +22,33 @@ from segjax.inference.images import Image, Scale, as_image, check_scale
 from segjax.inference.sliding_window import Pixels
 from segjax.models.segmentation_model import SegmentationModel
 
-# Largest number of pixels of a whole image. The memory of SegFormer's attention grows with its square: at 2**24 pixels,
-# 4096 x 4096, it is 64 GiB.
+# Maximum number of pixels of a whole image. The memory of SegFormer's attention grows with its square: it is 64 GiB for
+# 2**24 pixels, 4096 x 4096.
 LARGEST_WHOLE = 2**24
 
 
 class Predictor:
-    """Predicts label maps of images. Safe to call from several threads.
+    """Predicts label maps of images. It is safe to call from several threads.
 
     Attributes:
-      classes: names and colours of the classes; `classes.label_names[label]` is the name of a label. If the model has
+      classes: Names and colours of the classes; `classes.label_names[label]` is the name of a label. If the model has
         one class, 0 is the background and 1 the class.
-      protocol: how the scores of an image are computed.
-      image_kind: channels and dtype of the images that the model takes.
-      mean: of the training images, C numbers.
-      pad_multiple, batch, scale, max_pixels: the arguments of the constructor.
+      protocol: Protocol of the scores: window, scales, flips and sizes.
+      image_kind: Channels and dtype of the images that the model takes.
+      mean: Mean of the training images, C numbers.
+      pad_multiple: Argument of the constructor.
+      batch: Argument of the constructor.
+      scale: Argument of the constructor.
+      max_pixels: Argument of the constructor.
+
+    Example:
+      >>> import numpy as np
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> predictor = segjax.Predictor(model)
+      >>> labels = predictor(np.zeros((40, 56, 3), np.uint8))
+      >>> labels.shape, labels.dtype
+      ((40, 56), dtype('uint8'))
     """
 
     def __init__(
@@ -54,31 +68,33 @@ class Predictor:
         scale: Scale | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        """Loads the model. A program is compiled at the first image of each size or, with mode "slide", crop size.
+        """Loads the model. The first image of each size, or crop size with mode "slide", compiles a program.
 
         Args:
-          checkpoint_or_model: folder of a run or of a conversion; a PyTorch checkpoint, `.pth` or `.safetensors`; the
+          checkpoint_or_model: Folder of a run or of a conversion; a PyTorch checkpoint, `.pth` or `.safetensors`; the
             result of `segjax.load`; or a model, whose classes are named by their numbers.
           mode: "whole", or "slide" for a sliding window, whose memory does not grow with the height of the image.
-          crop, stride: (height, width) in pixels of the sliding window; 512 a side, and three quarters of the crop.
-          scales: factors of the image size; probabilities are averaged over them.
-          flip: whether each scale is also scored mirrored. With several scales or flips the probabilities of all
-            classes for the whole image are in memory, also with mode "slide".
-          size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize); 32 for
-            SegFormer on ADE20K.
-          base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
-            factors of it. (2048, 512) for models of ADE20K.
-          threshold: probability above which a pixel is of the class, of a model of one class.
-          pad_multiple: images are padded to multiples of this by reflection, at the bottom and right, so that images of
-            many sizes share few programs. With 1 labels are exact; larger values change some (with 64, those of a
-            SegFormer in 8% of the pixels of scenes that are 96 to 160 pixels high).
-          batch: number of images of one padded size, or of crops, that go through the model at a time.
-          scale: (low, high), the values of black and white of images with more than 8 bits; see
+          crop: (height, width) of the sliding window in pixels; by default 512 per side.
+          stride: (height, width) of its steps in pixels; by default three quarters of the crop.
+          scales: Factors of the image size; probabilities are averaged over them.
+          flip: Whether to score each scale mirrored too. With several scales or flips, the probabilities of all classes
+            for the whole image are in memory, even with mode "slide".
+          size_divisor: Number to whose multiples each scaled image is resized up (mmsegmentation's AlignedResize); 32
+            for SegFormer on ADE20K.
+          base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales`
+            are factors of it. (2048, 512) for models of ADE20K.
+          threshold: Probability above which a pixel belongs to the class, for a model of one class.
+          pad_multiple: Number to whose multiples images are padded by reflection, at the bottom and right, so that
+            images of many sizes share programs. With 1, labels are exact; larger values change some of them (64, for a
+            SegFormer: in 8% of the pixels of scenes that are 96 to 160 pixels high).
+          batch: Number of images of one padded size, or of crops, per call of the model.
+          scale: (low, high), the values of black and white in images with more than 8 bits; see
             `segjax.inference.images`.
-          max_pixels: largest number of pixels of a file that is decoded.
+          max_pixels: Maximum number of pixels of a file.
 
         Raises:
-          CheckpointError: no model can be read from the checkpoint. ValueError: settings that contradict each other.
+          CheckpointError: No model can be read from the checkpoint.
+          ValueError: Settings contradict each other.
         """
         self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
         if pad_multiple > 1 and (size_divisor > 1 or base_size is not None):
@@ -105,50 +121,54 @@ class Predictor:
         self.mean = loaded.mean
 
     def __call__(self, image: Image) -> np.ndarray:
-        """Labels, uint8 (H, W), or uint16 for more than 256 classes.
+        """Predicts the labels of an image.
 
         Args:
-          image: uint8 (H, W, 3), RGB; or a path, a PIL image or another array that `segjax.inference.images.as_rgb`
-            converts. For a model of other images (H, W, C) of their dtype, or a path; see `image_kind`.
+          image: RGB image, uint8 (H, W, 3); or a path, a PIL image or another array that
+            `segjax.inference.images.as_rgb` converts. For a model of other images, an array (H, W, C) of their dtype,
+            or a path; see `image_kind`.
+
+        Returns:
+          Labels (H, W), uint8, or uint16 for more than 256 classes.
 
         Raises:
-          ValueError: an image that cannot be used, or that is too large for mode "whole" or too small for the model.
-          TooLittleMemoryError: there is less memory than the model needs for the image.
+          ValueError: The image cannot be used, or is too large for mode "whole" or too small for the model.
+          TooLittleMemoryError: The model needs more memory for the image than there is.
         """
         return self.labels([image])[0]
 
     def probabilities(self, image: Image) -> np.ndarray:
-        """Probability of each class, float32 (H, W, K), of an image as in a call; for K = 1 that of the class."""
+        """Probability of each class in an image, float32 (H, W, K); for K = 1 that of the class, not the background."""
         return self.probabilities_of([image])[0]
 
     def labels(self, images: Sequence[Image]) -> list[np.ndarray]:
-        """Labels of several images that have the same `padded_size`: (H, W) each, as of a call."""
+        """Labels (H, W) of several images with the same `padded_size`."""
         return self._of(self._inference.labels, images)
 
     def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:
-        """Probabilities of several images that have the same `padded_size`: float32 (H, W, K) each."""
+        """Probabilities, float32 (H, W, K), of several images with the same `padded_size`."""
         return [scores.astype(np.float32, copy=False) for scores in self._of(self._inference.probabilities, images)]
 
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Labels of an image of any size, in tiles that cover it: top, left, labels (h, w).
 
-        Memory does not grow with the image, (H, W, C), of which one part after the other is read. The labels are
-        those of a call. For mode "slide" at one scale, without flips and padding.
+        The image, (H, W, C), is read in parts, so memory does not grow with it. The labels equal those of a call. It
+        requires mode "slide" at one scale, without flips and padding.
         """
         return self._inference.label_tiles(image)
 
     def refuse_too_large(self, size: tuple[int, int]) -> None:
-        """Compiles the program for images of a size, (height, width).
+        """Compiles the program for images of this size, (height, width).
 
         Raises:
-          ValueError: they are too large for mode "whole".
-          TooLittleMemoryError: there is less memory than it needs.
+          ValueError: The images are too large for mode "whole".
+          TooLittleMemoryError: The program needs more memory than there is.
         """
         self._refuse_too_large(size)
         self._inference.refuse_too_large([self.padded_size(size)], batch=self.protocol.images_at_a_time(self.batch))
 
     def padded_size(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width to which an image of this shape is padded."""
+        """Height and width of an image of this shape after padding."""
         height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in size[:2])
         return height, width
 
@@ -160,11 +180,11 @@ class Predictor:
         for image in images:
             self._refuse_too_large(image.shape[:2])
         padded = [self._padded(image) for image in images]
-        # The last group is filled up, because each number of images is another program to compile.
+        # The last group is filled up, because each number of images would compile another program.
         filled = padded + padded[-1:] * (-len(padded) % self.batch if self.protocol.mode == "whole" else 0)
         groups = [filled[at : at + self.batch] for at in range(0, len(filled), self.batch)]
         outputs = [out for group in groups for out in function(group)]
-        # Copies, because arrays of jax are read-only, and a view would keep the whole group in memory.
+        # Copied, because jax arrays are read-only, and a view would keep the whole group in memory.
         return [np.array(out[: image.shape[0], : image.shape[1]]) for image, out in zip(images, outputs, strict=False)]
 
     def _padded(self, image: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Probabilities of logits that are resized bilinearly to any size, by one program for each size of the logits.
+"""Probabilities from logits that are resized bilinearly to any size, by one program for each size of the logits.
 
-A program that resizes to a given size would be compiled for each size of an image, and a data set may have hundreds.
-Here the result is computed in tiles of one size, and where a tile lies in the logits is an argument.
+A program that resizes to a fixed size would be compiled for each image size, and a dataset may have hundreds. These
+programs compute tiles of one size; the position of a tile in the logits is an argument.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ TILE = (32, 256)
 
 
 class Samples(NamedTuple):
-    """Where each of n pixels along an axis of the result lies between two pixels of the logits, for B images.
+    """The position of n pixels along an axis of the result between two pixels of the logits, for B images.
 
     Attributes:
-      low, high: int32 (B, n), the two pixels.
-      weight: (B, n), that of `high`; the dtype of the logits.
+      low: First of the two pixels, int32 (B, n).
+      high: Second of the two pixels, int32 (B, n).
+      weight: Weight of `high`, (B, n), of the logits' dtype.
     """
 
     low: np.ndarray
@@ -30,7 +31,7 @@ class Samples(NamedTuple):
     weight: np.ndarray
 
     def part(self, start: int, length: int) -> Samples:
-        """The pixels from `start` on."""
+        """The samples of `length` pixels from `start` on."""
         return Samples(*(array[:, start : start + length] for array in self))
 
 
@@ -46,17 +47,19 @@ class ImageSamples(NamedTuple):
 
 
 def grid(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Upper left corners (row, column) of the tiles that cover every one of these (height, width)."""
+    """Upper left corners (row, column) of tiles that cover images of all these sizes (height, width)."""
     height, width = np.max(sizes, axis=0).tolist()
     return [(top, left) for top in range(0, height, TILE[0]) for left in range(0, width, TILE[1])]
 
 
 def samples(logits: jax.Array, sizes: Sequence[tuple[int, int]], *, flipped: bool, align_corners: bool) -> ImageSamples:
-    """Where to sample logits (B, h, w, K) for results of these (height, width), one for each image of the batch.
+    """The positions at which to sample logits for results of given sizes.
 
     Args:
-      flipped: whether the logits are those of mirrored images; the results are not mirrored.
-      align_corners: as for `layers.resize`.
+      logits: (B, h, w, K).
+      sizes: (height, width) of the result of each image.
+      flipped: Whether the logits are of mirrored images; the results are not mirrored.
+      align_corners: As for `layers.resize`.
     """
     of_axes = []
     for axis, side in enumerate(TILE):
@@ -71,7 +74,7 @@ def samples(logits: jax.Array, sizes: Sequence[tuple[int, int]], *, flipped: boo
 
 
 def _line(old: int, new: int, length: int, mirrored: bool, align_corners: bool) -> np.ndarray:
-    """Positions, float64 (length,), of `new` pixels among `old` ones; those beyond the last one repeat it."""
+    """Positions, float64 (length,), of `new` pixels among `old` ones; positions after the last one repeat it."""
     numbers = np.minimum(np.arange(length), new - 1)
     if mirrored:
         numbers = new - 1 - numbers
@@ -82,11 +85,13 @@ def _line(old: int, new: int, length: int, mirrored: bool, align_corners: bool) 
 
 @partial(jax.jit, donate_argnums=0)
 def add_probabilities(total: jax.Array | None, logits: jax.Array, rows: Samples, columns: Samples) -> jax.Array:
-    """The probabilities of a tile, (B, *TILE, K), added to `total` if there is one.
+    """Probabilities of a tile, (B, *TILE, K), added to `total`.
 
     Args:
-      total: as the result; its memory is used again.
+      total: Sum so far, of the same shape, or None; its memory is reused.
       logits: (B, h, w, K).
+      rows: Samples of the tile's rows.
+      columns: Samples of the tile's columns.
     """
 
     def resized(logits: jax.Array, rows: Samples, columns: Samples) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Sliding-window inference: an image is scored in overlapping crops, whose logits are averaged."""
+"""Sliding-window inference: scores an image in overlapping crops and averages their logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Columns of the widest `Panel`, except of crops of more than a quarter of them.
+# Maximum number of columns of a `Panel`, unless four crops are wider.
 WIDEST = 4096
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
-    """Positions of a sliding window of `crop` pixels along an axis: every `stride`, and the last one at the end."""
+    """Positions of a sliding window of `crop` pixels along an axis: every `stride` pixels, the last one at the end."""
     return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
 class Pixels(Protocol):
-    """An image (H, W, C) that is read in parts: a NumPy array is one, and so is a file."""
+    """An image (H, W, C) that is read in parts, such as a NumPy array or a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -32,8 +32,9 @@ class Panel(NamedTuple):
     """Columns of an image that are scored from top to bottom before those on their right.
 
     Attributes:
-      lefts: first columns of the crops that reach into the panel.
-      left, right: its columns; the scores of crops outside of it are not used.
+      lefts: First columns of the crops that reach into the panel.
+      left: First column. Scores of the crops outside the panel are not used.
+      right: Column after the last.
     """
 
     lefts: list[int]
@@ -44,7 +45,7 @@ class Panel(NamedTuple):
 class RowTile(NamedTuple):
     """A part of an image: its upper left corner, and its logits (h, w, K) in the columns `part` of an array.
 
-    The arrays of all panels have one width, so that they share programs and memory.
+    The arrays of all panels have the same width, so that they share programs and memory.
     """
 
     top: int
@@ -54,10 +55,10 @@ class RowTile(NamedTuple):
 
 
 def panels(width: int, crop: int, stride: int) -> list[Panel]:
-    """Panels of an image from left to right, each as wide as `WIDEST` or four crops allow.
+    """Panels of an image from left to right, each at most as wide as `WIDEST` or four crops.
 
-    They bound the memory of wide images. Crops that reach into two panels are scored for both: with the defaults of
-    a sliding window, one in ten.
+    They bound the memory of wide images. A crop that reaches into two panels is scored for both; with the default
+    sliding window, one in ten crops does.
     """
     starts = window_starts(width, crop, stride)
     found, begin = [], 0
@@ -80,16 +81,17 @@ def row_tiles(
     stride: tuple[int, int],
     batch: int,
 ) -> Iterator[RowTile]:
-    """Logits of an image by a sliding window, in tiles that cover it: panel by panel, each from top to bottom.
+    """Logits of an image by a sliding window, in tiles that cover it, panel by panel, each from top to bottom.
 
-    Where crops overlap, their scores are averaged. Only the scores of one row of crops of a panel are kept at a time:
-    memory does not grow with the image.
+    The scores of overlapping crops are averaged. Only the scores of one row of a panel's crops are in memory at a time,
+    so memory does not grow with the image.
 
     Args:
-      logits_of: crops (B, h, w, C) -> logits (B, h, w, K).
+      logits_of: Function from crops (B, h, w, C) to logits (B, h, w, K).
       image: (H, W, C).
-      crop, stride: height and width of a crop, and of the step from one to the next, pixels.
-      batch: number of crops that are scored at a time.
+      crop: Height and width of a crop in pixels.
+      stride: Height and width of the step between crops in pixels.
+      batch: Number of crops that are scored at a time.
     """
     height, width = map(min, crop, image.shape)
     tops = window_starts(image.shape[0], height, stride[0])
@@ -99,14 +101,14 @@ def row_tiles(
     )
     parts = panels(image.shape[1], width, stride[1])
     columns = max(lefts[-1] + width - lefts[0] for lefts, _, _ in parts)
-    # Below the last row of a panel there is nothing, and the next panel begins with it.
+    # After the last row of a panel this array is zero, and the next panel reuses it.
     tile = None
     for lefts, left, right in parts:
         start, end = lefts[0], lefts[-1] + width
-        # 1 where there are no scores.
+        # 1 in columns without scores.
         counts = np.ones(columns, across.dtype)
         counts[: end - start] = across[start:end]
-        # Groups of one size, the last of which repeats its last crop.
+        # All groups have one size; the last group repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
         size = min(batch, len(lefts))
         for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
@@ -117,10 +119,10 @@ def row_tiles(
                 if tile is None:
                     tile = jnp.zeros((height, columns, logits.shape[-1]), logits.dtype)
                 tile = _added(tile, logits, np.array(places), len(group))
-                # A CPU would score several groups at once, in the memory of as many.
+                # A CPU would otherwise score several groups at once, each in its own memory.
                 if all(device.platform == "cpu" for device in tile.devices()):
                     tile.block_until_ready()
-                # Before the next ones need memory, so that each group finds the same.
+                # Freed before the next group needs memory.
                 del logits
             done = _mean(tile, down[top:below], counts)
             yield RowTile(top, left, done, slice(left - start, right - start))
@@ -130,7 +132,7 @@ def row_tiles(
 
 @partial(jax.jit, donate_argnums=0)
 def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> jax.Array:
-    """A row tile (h, W, K) plus the first `count` of the crops (B, h, w, K), which begin at its columns `lefts`."""
+    """A row tile (h, W, K) plus the logits (B, h, w, K) of the first `count` crops, at the tile's columns `lefts`."""
 
     def add(number, tile):
         at = (0, lefts[number], 0)
@@ -142,12 +144,12 @@ def _added(tile: jax.Array, logits: jax.Array, lefts: jax.Array, count: int) -> 
 
 @jax.jit
 def _mean(tile: jax.Array, down: jax.Array, across: jax.Array) -> jax.Array:
-    """The first rows of a row tile, to which `down` x `across` scores were added, divided by their number."""
+    """The first rows of a row tile, divided by the number of added scores, `down` x `across`."""
     counts = (down[:, None] * across)[..., None].astype(tile.dtype)
     return tile[: len(down)] / counts
 
 
 @partial(jax.jit, static_argnames="rows", donate_argnums=0)
 def _below(tile: jax.Array, *, rows: int) -> jax.Array:
-    """A row tile that begins so many rows below."""
+    """The row tile that begins `rows` rows below."""
     return jnp.pad(tile[rows:], ((0, rows), (0, 0), (0, 0)))

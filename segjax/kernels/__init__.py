@@ -1,4 +1,4 @@
-"""Functions of arrays, each with a plain implementation and faster ones that are proven equal to it.
+"""Functions of arrays, each with a plain implementation and faster ones that tests prove equal to it.
 
-They import nothing else of segjax.
+They import nothing else from segjax.
 """

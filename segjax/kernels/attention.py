@@ -1,4 +1,4 @@
-"""Attention: plain; over tiles of query rows, for CPUs; cuDNN's, and with a backward pass of its own, for GPUs."""
+"""Attention: plain; over tiles of queries, for CPUs; by cuDNN, and with a custom backward pass, for GPUs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ logger = logging.getLogger(__name__)
 
 
 def attention_plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """All scores (B, h, N, M) at once."""
+    """Attention with all scores (B, h, N, M) at once: (B, h, N, D), (B, h, M, D) twice -> (B, h, N, D)."""
     weights = jax.nn.softmax(_scores(query, key), axis=-1).astype(query.dtype)
     return jnp.einsum("bhnm,bhmd->bhnd", weights, value)
 
 
 def _scores(query, key):
-    """(B, h, N, M), in at least float32."""
+    """Scores (B, h, N, M), in at least float32."""
     wide = precision.at_least_float32(query.dtype)
     scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     return jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)
 
 
-# 64 MiB in float32. An image of 1024x2048 has 1 GiB of them in SegFormer's first stage, whose time is the same in parts
-# of this size; that of its second falls by a fifth.
+# Scores computed at once, 64 MiB in float32. An image of 1024x2048 has 1 GiB of scores in SegFormer's first stage. In
+# parts of this size the time of that stage stays the same; that of the second stage falls by a fifth.
 MOST_SCORES = 2**24
 
 
 def attention_by_rows(query: jax.Array, key: jax.Array, value: jax.Array, *, rows: int) -> jax.Array:
-    """The same for `rows` queries after another; the backward pass computes the scores again."""
+    """`attention_plain` of `rows` queries at a time; the backward pass recomputes the scores."""
     B, h, N, D = query.shape
     parts = -(-N // rows)
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, parts * rows - N), (0, 0)))
@@ -43,13 +43,13 @@ def attention_by_rows(query: jax.Array, key: jax.Array, value: jax.Array, *, row
 
 
 def attention_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """cuDNN's fused attention, which stores no scores. For inputs that `cudnn_has` accepts."""
+    """cuDNN's fused attention, which stores no scores, for inputs that `cudnn_has` accepts."""
     by_token = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     return jax.nn.dot_product_attention(*by_token, implementation="cudnn").transpose(0, 2, 1, 3)
 
 
 def cudnn_has(query: jax.Array) -> bool:
-    """Whether cuDNN has a fused attention for queries of such a type and width."""
+    """Whether cuDNN has a fused attention for queries of this dtype and width."""
     is_narrow = query.dtype in (jnp.bfloat16, jnp.float16)
     width = query.shape[-1]
     return is_narrow and width % 8 == 0 and width <= 128 and _cudnn_works(query.dtype.name, width)
@@ -57,16 +57,16 @@ def cudnn_has(query: jax.Array) -> bool:
 
 @functools.cache
 def _cudnn_works(dtype: str, width: int) -> bool:
-    """Whether it runs on this machine's GPU; where it does not, that is logged once. True where there is no GPU."""
+    """Whether cuDNN's attention runs on this machine's GPU, or True without a GPU. Logs a failure once."""
     if jax.default_backend() != "gpu":
-        # Compiled for another machine.
+        # The program is compiled for another machine.
         return True
     try:
         with jax.ensure_compile_time_eval():
             x = jnp.ones((1, 1, 64, width), dtype)
             slope = jax.jit(jax.grad(lambda *given: jnp.sum(attention_by_cudnn(*given).astype(jnp.float32))))
             jax.block_until_ready(slope(x, x, x))
-    except Exception as error:  # of many kinds: by jax, XLA, or cuDNN
+    except Exception as error:  # jax, XLA and cuDNN raise many types
         why = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("cuDNN's attention does not run here, so that a slower one is used: %s", why)
         return False
@@ -75,7 +75,7 @@ def _cudnn_works(dtype: str, width: int) -> bool:
 
 @jax.custom_vjp
 def attention_recomputed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`attention_plain` whose backward pass computes the scores again and reads them fewer times."""
+    """`attention_plain` whose backward pass recomputes the scores and reads them fewer times."""
     return _recomputed_forward(query, key, value)[0]
 
 
@@ -91,7 +91,7 @@ def _recomputed_backward(kept, gradient):
     dtype, wide = query.dtype, normaliser.dtype
     weights = jnp.exp(_scores(query, key) - normaliser)
     of_weights = jnp.einsum("bhnd,bhmd->bhnm", gradient, value, preferred_element_type=wide)
-    # The mean of a row of them, by the weights.
+    # The mean of each row of `of_weights`, weighted by `weights`.
     mean = jnp.sum(gradient.astype(wide) * output.astype(wide), axis=-1, keepdims=True)
     of_scores = (weights * (of_weights - mean)).astype(dtype)
     scale = jnp.asarray(query.shape[-1] ** -0.5, dtype)

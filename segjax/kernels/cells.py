@@ -1,14 +1,14 @@
-"""Reductions over the classes of bilinearly upsampled logits that never exist at full size, for a GPU.
+"""Reductions over the classes of bilinearly upsampled logits, without the upsampled logits in memory, for GPUs.
 
-Upsampled by whole factors with half-pixel centres, the f * f outputs between four neighbouring pixels of the small map
-are blends of these four by f * f constant sets of weights. Such a cell of outputs is computed from its four corners
-inside the kernel that reduces over the classes. It reads the small map, where the upsampled one of 150 classes would be
-the largest array of a training step by far. The backward pass computes the outputs again, and adds up the slopes of a
-cell's outputs at its corners.
+In upsampling by a whole factor f with half-pixel centres, the f * f outputs between four neighbouring pixels of the
+small map blend these four pixels with f * f constant sets of weights. The kernel that reduces over the classes computes
+such a cell of outputs from its four corners. It reads only the small map; the upsampled map of 150 classes would be by
+far the largest array of a training step. The backward pass recomputes the outputs and adds up the gradients of a cell's
+outputs at its corners.
 
-XLA:GPU fuses an operation into a reduction, or into a sum, if a single operation reads its result. Hence the forms
-below: one reduction with an operand for each output of a cell, and two of the four corners in one complex number.
-Compiled for an H200, the roofline of 32x512x512 pixels and 150 classes, forward and backward, falls from 22.5 to 3.6 ms
+XLA:GPU fuses an operation into a reduction or a sum if only one operation reads its result. This explains the code:
+one reduction has an operand for each output of a cell, and one complex number holds two of the four corners. Compiled
+for an H200, the roofline of 32x512x512 pixels and 150 classes, forward and backward, falls from 22.5 to 3.6 ms
 (`benchmarks/gpu_static.py`).
 """
 
@@ -24,9 +24,9 @@ from jax import lax
 
 from segjax.kernels import resize
 
-MOST_OUTPUTS = 64  # of a cell
-PARTS = 16  # of the rows, where logits are not upsampled by whole factors
-OPERANDS = 16  # of a reduction: XLA stores 64 outputs instead of fusing them
+MOST_OUTPUTS = 64  # per cell
+PARTS = 16  # into which the rows are split if logits are not upsampled by whole factors
+OPERANDS = 16  # per reduction: with 64, XLA stores the outputs instead of fusing them
 
 
 def applies(shape: Sequence[int], size: Sequence[int]) -> bool:
@@ -47,11 +47,11 @@ def applies(shape: Sequence[int], size: Sequence[int]) -> bool:
 def normaliser_and_chosen(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log Σ exp over the classes, and the logit of the label, of logits upsampled to the size of the labels.
 
-    Their difference is the cross-entropy of each pixel. Upsampled as by `resize_plain`.
+    Their difference is the cross-entropy of each pixel. The upsampling equals `resize_plain`.
 
     Args:
       logits: (B, h, w, K), float32 or wider, for which `applies` holds.
-      labels: (B, H, W) integers. A label that is no class has a logit of 0, without gradient.
+      labels: Integers (B, H, W). A label that is not a class has a logit of 0 without gradient.
 
     Returns:
       Two arrays (B, H, W) of the logits' dtype.
@@ -62,9 +62,9 @@ def normaliser_and_chosen(logits: jax.Array, labels: jax.Array) -> tuple[jax.Arr
 def _forward(logits, labels):
     cells = _Cells(logits.shape, labels.shape[1:])
     corners = cells.corners(logits)
-    # The largest logit of the corners would not do: where they differ by hundreds, all powers would be 0.
+    # The largest logit of the outputs, not of the corners: if corners differ by hundreds, all powers would be 0.
     largest = _reduced(cells.outputs(corners), jnp.maximum, -jnp.inf)
-    # Behind the barrier, so that outputs are computed again instead of being stored.
+    # The barrier makes XLA recompute the outputs instead of storing them.
     again = cells.outputs(lax.optimization_barrier(corners))
     powers = [jnp.exp(output - one[..., None]) for output, one in zip(again, largest, strict=True)]
     normaliser = jnp.stack(largest) + jnp.log(jnp.stack(_reduced(powers, jnp.add, 0)))  # (F, B, h + 1, w + 1)
@@ -107,7 +107,7 @@ def _in_parts(arrays: Sequence[jax.Array]) -> list[Sequence[jax.Array]]:
 def normaliser_and_chosen_by_rows(
     logits: jax.Array, labels: jax.Array, *, align_corners: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for any sizes and both conventions, a `PARTS`th of the rows at a time; K > 1.
+    """`normaliser_and_chosen` for any sizes and both conventions, in `PARTS` groups of rows; K > 1.
 
     The backward pass upsamples again.
     """
@@ -139,9 +139,9 @@ def normaliser_and_chosen_by_rows(
 
 
 def labels_of(logits: jax.Array, size: Sequence[int]) -> jax.Array:
-    """The class of the largest logit, of logits upsampled to `size`: (B, h, w, K) -> (B, H, W) int32.
+    """The class of the largest logit, with logits upsampled to `size`: (B, h, w, K) -> int32 (B, H, W).
 
-    Of equal ones the first, and NaN before any number, as by `jnp.argmax`.
+    As in `jnp.argmax`, the first of equal logits is the largest, and NaN is larger than any number.
     """
     cells = _Cells(logits.shape, size)
     found = []
@@ -154,7 +154,7 @@ def labels_of(logits: jax.Array, size: Sequence[int]) -> jax.Array:
 
 
 def _larger(ones: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Of values followed by as many classes, the larger values and their classes."""
+    """The larger values and their classes; each argument has the values first and then their classes."""
     number = len(ones) // 2
     firsts = []
     for a, i, b, j in zip(ones[:number], ones[number:], others[:number], others[number:], strict=True):
@@ -169,26 +169,25 @@ def _larger(ones: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[jax
 class _Cells:
     """The outputs of an upsampling from (h, w) by factors (fy, fx), in (h + 1, w + 1) cells of F = fy * fx each.
 
-    A cell lies between the centres of four pixels. Those at a border reach beyond the image, where the pixels of the
-    edge are repeated, and the outputs are padding. An odd factor has an output in the centre of a pixel, which is the
-    first of a cell.
+    A cell lies between the centres of four pixels. Cells at a border reach beyond the image: edge pixels are repeated
+    there, and the outputs are padding. With an odd factor, the first output of a cell lies in the centre of a pixel.
     """
 
     def __init__(self, shape: Sequence[int], size: Sequence[int]):
         self._batch, *self._small = shape[:3]
         self._size = tuple(size)
         self._factors = tuple(new // old for old, new in zip(self._small, size, strict=True))
-        # Of the second of two neighbours, for each of the outputs between them.
+        # Weight of the second of two neighbours in each output between them.
         self._shares = [[(n + (0.5 if f % 2 == 0 else 0)) / f for n in range(f)] for f in self._factors]
 
     def corners(self, x: jax.Array) -> list[jax.Array]:
-        """Upper left, upper right, lower left, lower right: (B, h, w, ...) -> four times (B, h + 1, w + 1, ...)."""
+        """Upper left, upper right, lower left, lower right corners: (B, h, w, ...) -> 4 * (B, h + 1, w + 1, ...)."""
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), *((0, 0),) * (x.ndim - 3)), mode="edge")
         height, width = self._small
         return [padded[:, i : i + height + 1, j : j + width + 1] for i in (0, 1) for j in (0, 1)]
 
     def outputs(self, corners: Sequence[jax.Array]) -> list[jax.Array]:
-        """The F outputs, row by row, (B, h + 1, w + 1, ...) each. No operation's result is read twice."""
+        """The F outputs, row by row, (B, h + 1, w + 1, ...) each. Each intermediate result is read only once."""
         return [
             (1 - y) * (1 - x) * corners[0] + (1 - y) * x * corners[1] + y * (1 - x) * corners[2] + y * x * corners[3]
             for y in self._shares[0]
@@ -196,7 +195,7 @@ class _Cells:
         ]
 
     def outputs_by_rows(self, corners: Sequence[jax.Array]) -> list[jax.Array]:
-        """The same in fewer operations, for kernels that compute all outputs of a cell at once."""
+        """`outputs` in fewer operations, for kernels that compute all outputs of a cell at once."""
         found = []
         for y in self._shares[0]:
             left, right = ((1 - y) * corners[n] + y * corners[n + 2] for n in (0, 1))
@@ -204,7 +203,7 @@ class _Cells:
         return found
 
     def chosen(self, corners: Sequence[jax.Array], labels: jax.Array) -> jax.Array:
-        """The output of the label's class, (F, B, h + 1, w + 1); 0 for a label that is no class."""
+        """The output of the label's class, (F, B, h + 1, w + 1); 0 for a label that is not a class."""
         num_classes = corners[0].shape[-1]
         of_cells = jnp.moveaxis(self.of_map(labels), 0, -1).astype(jnp.int32)
         parts = [jnp.take_along_axis(corner, of_cells, axis=-1, mode="clip") for corner in corners]
@@ -231,7 +230,7 @@ class _Cells:
     def to_pixels(self, outputs: Sequence[jax.Array]) -> jax.Array:
         """The transpose of `outputs` and `corners`: F times (B, h + 1, w + 1, K) -> (B, h, w, K)."""
         of_row = len(self._shares[1])
-        sums = []  # at the left and at the right, of each row of outputs
+        sums = []  # per row of outputs: left corner as real part, right corner as imaginary part
         for number in range(len(self._shares[0])):
             parts = zip(self._shares[1], outputs[number * of_row : (number + 1) * of_row], strict=True)
             sums.append(reduce(operator.add, (lax.complex((1 - x) * part, x * part) for x, part in parts)))
@@ -242,7 +241,7 @@ class _Cells:
         a, b, c, d = upper.real, upper.imag, lower.real, lower.imag
         height, width = self._small
         total = a[:, 1:, 1:] + b[:, 1:, :-1] + c[:, :-1, 1:] + d[:, :-1, :-1]
-        # Corners beyond an edge are pixels of the edge.
+        # Corners beyond an edge are repeated edge pixels.
         rows = (a[:, :1, 1:] + b[:, :1, :-1], c[:, -1:, 1:] + d[:, -1:, :-1])
         columns = (a[:, 1:, :1] + c[:, :-1, :1], b[:, 1:, -1:] + d[:, :-1, -1:])
         angles = (a[:, :1, :1], b[:, :1, -1:], c[:, -1:, :1], d[:, -1:, -1:])

@@ -1,9 +1,9 @@
-"""Which implementations run: fast ones for the platform that XLA compiles for, or those of the publications.
+"""The choice of implementations: fast ones for the platform that XLA compiles for, or the published ones.
 
-`segjax/layers/functional.py` lists the operations, their implementations and the condition for each.
+`segjax/layers/functional.py` lists the operations, their implementations and the condition of each.
 
-The settings are user contexts of jax, part of the key of its caches: a compiled function that is called again inside
-another context is traced again.
+The settings are user contexts of jax and belong to the keys of its caches: a compiled function is traced again when it
+is called inside another context.
 """
 
 from __future__ import annotations
@@ -19,53 +19,97 @@ _PREPARED = jax.make_user_context(False)
 
 
 def published_implementations() -> AbstractContextManager:
-    """Models called inside run every operation as its publication writes it, in no equal but cheaper implementation.
+    """Make models run every operation as published, without equal but cheaper implementations.
 
-    `segjax summary` counts these, and fast implementations are compared with them.
+    `segjax summary` counts these operations, and tests compare fast implementations with them.
+
+    Returns:
+      A context manager.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> with layers.published_implementations():
+      ...     layers.is_fast_on_cpu(), layers.is_fast_on_gpu()
+      (False, False)
     """
     return _PUBLISHED(True)
 
 
 def meant_for(platform: str) -> AbstractContextManager:
-    """Models called inside take the implementations that are fast on `platform`, wherever they run.
+    """Make models use the implementations that are fast on a platform, wherever they run.
 
     Args:
-      platform: "cpu", "cuda", or "plain" for those that run anywhere.
+      platform: "cpu", "cuda", or "plain" for the implementations that run anywhere.
+
+    Returns:
+      A context manager.
+
+    Example:
+      >>> from segjax import layers
+      >>> with layers.meant_for("cuda"):
+      ...     layers.is_fast_on_gpu()
+      True
     """
     return _PLATFORM(platform)
 
 
 def weights_are_prepared() -> AbstractContextManager:
-    """What a model called inside computes of its weights only is computed once: see `segjax.models.prepared`."""
+    """Tell models that `segjax.models.prepared` computes once, ahead of time, what depends on weights only.
+
+    Returns:
+      A context manager.
+    """
     return _PREPARED(True)
 
 
 def are_weights_prepared() -> bool:
-    """Whether what is computed of the weights only costs nothing."""
+    """Whether operations on weights only run once and ahead of time, and so cost nothing per image."""
     return _PREPARED.value
 
 
 def is_published() -> bool:
-    """Whether every operation runs as its publication writes it."""
+    """Whether every operation runs as published."""
     return _PUBLISHED.value
 
 
 def is_fast_on_cpu() -> bool:
-    """Whether XLA's CPU backend will run the computation, for which several operations have a faster implementation.
+    """Tell whether models use the implementations that are fast on XLA's CPU backend.
 
-    Measured on two cores (wall time of the plain implementation / of the fast one): depthwise 3x3 forward and backward
-    4 to 184, bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
+    Wall time of the plain implementation / of the fast one, on two cores: depthwise 3x3 forward and backward 4 to 184,
+    bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
+
+    Returns:
+      True on a CPU, or inside `meant_for("cpu")`; always False inside `published_implementations()` and under a mesh
+      with explicit axes.
+
+    Example:
+      >>> from segjax import layers
+      >>> with layers.meant_for("cpu"):
+      ...     layers.is_fast_on_cpu()
+      True
     """
     return _is_for("cpu")
 
 
 def is_fast_on_gpu() -> bool:
-    """The same of XLA's GPU backend."""
+    """Tell whether models use the implementations that are fast on XLA's GPU backend.
+
+    Returns:
+      True on a GPU, or inside `meant_for("cuda")`; always False inside `published_implementations()` and under a mesh
+      with explicit axes.
+
+    Example:
+      >>> from segjax import layers
+      >>> with layers.meant_for("cpu"):
+      ...     layers.is_fast_on_gpu()
+      False
+    """
     return _is_for("cuda", "gpu")
 
 
 def _is_for(*platforms: str) -> bool:
-    # Not under a mesh with explicit axes: the gradients that these implementations define state no shardings.
+    # Never under a mesh with explicit axes: the custom gradients of these implementations state no shardings.
     if _PUBLISHED.value or (_PLATFORM.value or jax.default_backend()) not in platforms:
         return False
     return AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types

@@ -1,4 +1,4 @@
-"""Convolutions: XLA's own, over disjoint patches as a matrix product, and depthwise as a sum of shifted products."""
+"""Convolutions: XLA's own, a matrix product over disjoint patches, and depthwise as a sum of shifted products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segjax.kernels import precision, units
 
 
 def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
-    """The convolution as XLA offers it."""
+    """XLA's convolution: (B, H, W, in) and (kh, kw, in / groups, out) -> (B, H', W', out)."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -26,9 +26,9 @@ def conv_plain(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[i
 
 
 def conv_by_output(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
-    """`conv_plain` of a kernel that is stored as cuDNN reads it, output channels first.
+    """`conv_plain` with the kernel transposed to cuDNN's layout, output channels first.
 
-    Otherwise XLA copies the kernel before each convolution, in a kernel of its own.
+    XLA otherwise transposes the kernel itself, before each convolution.
     """
     return lax.conv_general_dilated(
         x,
@@ -41,14 +41,15 @@ def conv_by_output(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tup
 
 
 def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution whose stride is its kernel's size, without padding: one matrix product over disjoint patches.
+    """Convolution without padding whose stride is its kernel's size, as one matrix product over disjoint patches.
 
-    Equal to `conv_plain(..., stride=r)`; rows and columns that fill no patch are dropped, as there. Its input gradient
-    is a product too, where XLA:CPU's dilated convolution is slow (8x8 on 32 channels, forward and backward: 3.3 to
-    0.5 ms).
+    It equals `conv_plain(..., stride=r)`, which also drops rows and columns that do not fill a patch. Its input
+    gradient is a product too, instead of XLA:CPU's slow dilated convolution (8x8 on 32 channels, forward and backward:
+    3.3 to 0.5 ms).
 
     Args:
-      x: (B, H, W, C). kernel: (r, r, C, out).
+      x: (B, H, W, C).
+      kernel: (r, r, C, out).
     """
     r, _, channels, out_channels = kernel.shape
     batch, height, width = x.shape[0], x.shape[1] // r, x.shape[2] // r
@@ -58,13 +59,13 @@ def conv_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def padded(x: jax.Array, kernel_size: Sequence[int]) -> jax.Array:
-    """Pads a map with zeros as far as an odd kernel reaches: (B, H, W, C) -> (B, H + kh - 1, W + kw - 1, C)."""
+    """Pads a map with the zeros that an odd kernel reads: (B, H, W, C) -> (B, H + kh - 1, W + kw - 1, C)."""
     top, left = (side // 2 for side in kernel_size)
     return jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
 
 
 def shifted(x: jax.Array, kernel_size: Sequence[int]) -> list[list[jax.Array]]:
-    """What each tap of a kernel multiplies of a padded input (B, H + kh - 1, W + kw - 1, C): [i][j] is (B, H, W, C)."""
+    """The part (B, H, W, C) of a padded input (B, H + kh - 1, W + kw - 1, C) that each tap [i][j] multiplies."""
     (kernel_height, kernel_width) = kernel_size
     height, width = x.shape[1] - kernel_height + 1, x.shape[2] - kernel_width + 1
     return [[x[:, i : i + height, j : j + width] for j in range(kernel_width)] for i in range(kernel_height)]
@@ -74,7 +75,8 @@ def sum_of_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Depthwise convolution of a padded input, as a sum of shifted products.
 
     Args:
-      x: (B, H + kh - 1, W + kw - 1, C). kernel: (kh, kw, 1, C).
+      x: (B, H + kh - 1, W + kw - 1, C).
+      kernel: (kh, kw, 1, C).
 
     Returns:
       (B, H, W, C).
@@ -85,10 +87,10 @@ def sum_of_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Depthwise convolution of stride 1 that keeps the size, as a sum of shifted products.
+    """Depthwise convolution with stride 1 that keeps the size, as a sum of shifted products.
 
-    Equal to `conv_plain(..., groups=C)`. XLA:CPU lowers a grouped convolution to a scalar loop, 23 to 41 times slower
-    than torch; it vectorises a sum of shifted products. The weight gradient has a rule of its own for the same reason.
+    It equals `conv_plain(..., groups=C)`. XLA:CPU lowers a grouped convolution to a scalar loop, 23 to 41 times slower
+    than torch; it vectorises a sum of shifted products. The weight gradient has a custom rule for the same reason.
 
     Args:
       x: (B, H, W, C).
@@ -108,7 +110,7 @@ def _depthwise_forward(x, kernel):
 
 def _depthwise_backward(residuals, gradient):
     x, kernel = residuals
-    # The input's gradient is the same convolution with the kernel turned by 180 degrees.
+    # The input's gradient is the same convolution with the kernel rotated by 180 degrees.
     input_gradient = depthwise(gradient, kernel[::-1, ::-1])
     return input_gradient, sums_of_products(_padded(x, kernel), _padded(gradient, kernel), kernel)
 
@@ -120,7 +122,7 @@ def _padded(x, kernel):
 
 @units.compiled_apart
 def sums_of_products(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The gradient of a depthwise kernel (kh, kw, 1, C), from its input and the output's gradient, both padded."""
+    """Gradient of a depthwise kernel (kh, kw, 1, C), from the input and the output's gradient, both padded."""
     kernel_height, kernel_width = kernel.shape[:2]
     top, left = kernel_height // 2, kernel_width // 2
     inner = gradient[:, top : gradient.shape[1] - top, left : gradient.shape[2] - left]
@@ -132,10 +134,10 @@ depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x * y, added up over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
+    """x * y, summed over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
 
-    The first step of a sum over pixels: XLA:CPU's reduction reads its input from memory, which would be the whole
-    product otherwise (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
+    This is the first step of a sum over pixels. XLA:CPU's reduction reads its input from memory; without this step that
+    input would be the whole product (nine taps of 128 channels at 2x64x64: 2.4 to 0.8 ms).
     """
     height = x.shape[1]
     tiles = max(number for number in range(1, 9) if height % number == 0)

@@ -1,9 +1,9 @@
-"""Cross-entropy of logits that are smaller than the labels, computed a row tile at a time.
+"""Cross-entropy of logits that are smaller than the labels, computed one row tile at a time.
 
 Upsampled to the labels' size, the logits of 150 classes are by far the largest arrays of a training step. Upsampling is
-linear and the loss is a sum over pixels, so that one row tile at a time can be upsampled, its loss and gradient
-computed, and the gradient reduced to the small size, all while the tile is in the cache. Equal to `losses.Criterion`
-without tiles; on XLA:CPU, forward and backward of 2x256x256 pixels and 150 classes fall from 39 to 14 ms, their memory
+linear and the loss is a sum over pixels. So one row tile at a time is upsampled, its loss and gradient are computed,
+and the gradient is reduced to the small size, all while the tile is in the cache. The result equals `losses.Criterion`
+without tiles. On XLA:CPU, forward and backward of 2x256x256 pixels and 150 classes fall from 39 to 14 ms, their memory
 from 225 to 21 MiB. With align_corners=True the loss is computed without tiles.
 """
 
@@ -18,19 +18,19 @@ from jax import lax
 
 from segjax.kernels import resize, units
 
-# Bytes of a row tile's upsampled logits: a fraction of a core's share of the cache.
+# Bytes of a row tile's upsampled logits, a fraction of a core's share of the cache.
 TILE_BYTES = 8 * 2**20
 
 
 def pays(logits: jax.Array, size: Sequence[int]) -> bool:
-    """Whether `cross_entropy` is faster than upsampling all logits to `size` (H, W), align_corners False, at once."""
+    """Whether `cross_entropy` is faster than upsampling all logits to `size` (H, W) at once, align_corners False."""
     height, width, num_classes = logits.shape[1:]
     whole = size[0] % height == 0 and size[1] % width == 0
     return whole and num_classes > 1 and _rows(logits, size) < height
 
 
 def _rows(logits: jax.Array, size: Sequence[int]) -> int:
-    """Rows of the small logits per tile: a divisor of their number."""
+    """Number of rows of the small logits per tile, a divisor of their height."""
     batch, height, _, num_classes = logits.shape
     row = batch * (size[0] // height) * size[1] * num_classes * logits.dtype.itemsize
     return max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * row <= TILE_BYTES))
@@ -42,7 +42,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> j
 
     Args:
       logits: (B, h, w, K), float32 or wider, K > 1.
-      labels: (B, H, W) integers, H and W multiples of h and w. A label that is no class needs a weight of 0.
+      labels: Integers (B, H, W), H and W multiples of h and w. A label that is not a class needs a weight of 0.
       weights: (B, H, W), of the logits' dtype; they receive no gradient.
     """
     return _with_gradient(logits, labels, weights)[0]
@@ -52,7 +52,7 @@ def _with_gradient(logits, labels, weights):
     height = logits.shape[1]
     factors = labels.shape[1] // height, labels.shape[2] // logits.shape[2]
     rows = _rows(logits, labels.shape[1:3])
-    # A tile reads one more row on each side; beyond an edge, the edge row is repeated.
+    # A tile reads one more row on each side, with the edge rows repeated beyond the edges.
     padded = jnp.concatenate([logits[:, :1], logits, logits[:, -1:]], axis=1)
 
     def add(sums, start):
@@ -77,7 +77,7 @@ def _backward(gradient, cotangent):
 
 cross_entropy.defvjp(_with_gradient, _backward)
 
-# Each of these is compiled apart: XLA:CPU would otherwise upsample again for every reader of the upsampled logits.
+# Each of these is a compilation unit: otherwise XLA:CPU would upsample again for every reader of the upsampled logits.
 
 
 def _upsampled(factors: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:

@@ -16,7 +16,7 @@ from segjax.kernels import units
 
 
 def are_multiples(shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether one map is the largest and its sides are whole multiples of all others'."""
+    """Whether exactly one map is the largest, and its sides are whole multiples of those of all others."""
     if not all(isinstance(side, int) for shape in shapes for side in shape):
         return False
     largest = max(shape[1:3] for shape in shapes)
@@ -38,16 +38,17 @@ def decode_by_rows(
 ) -> jax.Array:
     """Multiplies levels by their kernels, upsamples, sums, finishes and classifies: levels -> logits (B, H, W, K).
 
-    No upsampled level is ever written to memory: a tile reads the few rows of each level that it depends on, and one
+    No upsampled level is written to memory: a tile reads the few rows of each level that it depends on, and one
     compilation unit upsamples and sums them.
 
     Args:
-      levels: maps (B, h, w, C_level). One is the largest, (H, W), a whole multiple of all others (`are_multiples`).
-      kernels: (C_level, C) for each level.
+      levels: Maps (B, h, w, C_level). The largest, (H, W), is a whole multiple of all others (`are_multiples`).
+      kernels: Matrix (C_level, C) per level.
       bias: (C,), or () for a constant.
-      finish: elementwise function of the sum (B, rows, W, C).
-      classify: (B, rows, W, C) -> logits (B, rows, W, K), pixel by pixel.
-      mode, align_corners: of the upsampling: "bilinear" or "nearest", as in `torch.nn.functional.interpolate`.
+      finish: Elementwise function of the sum (B, rows, W, C).
+      classify: Function per pixel, (B, rows, W, C) -> logits (B, rows, W, K).
+      mode: "bilinear" or "nearest", as in `torch.nn.functional.interpolate`.
+      align_corners: Alignment of bilinear upsampling, as in `torch.nn.functional.interpolate`.
     """
     height, width = (max(x.shape[axis] for x in levels) for axis in (1, 2))
     [(base, base_kernel)] = (
@@ -100,9 +101,9 @@ def decode_by_rows(
 
 
 def _edges_repeated(x: jax.Array, axis: int) -> jax.Array:
-    """One more row, or column, before the first and after the last.
+    """Repeats the first and the last row, or column.
 
-    `jnp.pad(mode="edge")` would slice the batch too, which several devices may share.
+    `jnp.pad(mode="edge")` would also slice the batch, which may be distributed over devices.
     """
     length = x.shape[axis]
     first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, length - 1, length, axis=axis)
@@ -112,7 +113,7 @@ def _edges_repeated(x: jax.Array, axis: int) -> jax.Array:
 def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.ndarray:
     """Weights (3, length, factor) of the previous, same and next pixel in the upsampling of an axis by a whole factor.
 
-    Pixel factor * j + p of the result blends pixels j - 1, j and j + 1; beyond the ends the edge pixel is repeated.
+    Pixel factor * j + p of the result blends pixels j - 1, j and j + 1. Edge pixels are repeated beyond the ends.
     """
     before, pixel = np.arange(factor), np.arange(length)[:, None]
     if mode == "nearest":
@@ -125,7 +126,7 @@ def blends(length: int, factor: int, *, mode: str, align_corners: bool) -> np.nd
 
 
 def _taller(y: jax.Array, weights: np.ndarray, number: jax.Array, rows: int) -> jax.Array:
-    """Rows [number * rows, (number + 1) * rows) of a level (B, h + 2, w + 2, C) upsampled along its rows."""
+    """Rows [number * rows, (number + 1) * rows) of a level (B, h + 2, w + 2, C) after upsampling of its height."""
     factor = weights.shape[-1]
     own = rows // factor
     part = lax.dynamic_slice_in_dim(y, number * own, own + 2, axis=1)

@@ -1,8 +1,8 @@
-"""Layer and batch normalisation in one pass over their input, with backward passes of their own, for GPUs.
+"""Layer and batch normalisation in one pass over their input, with custom backward passes, for GPUs.
 
-Kept for the backward pass are the input in its own type, and the mean and reciprocal deviation of each row or channel.
-The statistics are those of the differences from a value near the mean, without which the squares would lose the digits
-of a map whose mean is large.
+The backward pass keeps the input in its own dtype, and the mean and reciprocal deviation of each row or channel. The
+statistics are computed from differences to a value near the mean: squares of the input itself would lose the digits of
+a map whose mean is large.
 """
 
 from __future__ import annotations
@@ -64,16 +64,20 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`layers.BatchNorm` in training, over (B, H, W).
 
-    Over several devices there is one sum in each direction: two sums as one complex number.
+    Several devices exchange one sum in each pass: two sums are combined into one complex number.
 
     Args:
-      x: (B, H, W, C). scale, bias: (C,).
-      near: (C,), values near the means, the same on every device; they receive no gradient.
-      axis_name: the mapped axis of devices, or None.
+      x: (B, H, W, C).
+      scale: (C,).
+      bias: (C,).
+      near: Values near the means, (C,), equal on every device; they receive no gradient.
+      epsilon: Term added to the variance.
+      dtype: Dtype of the output.
+      axis_name: Mapped axis of devices, or None.
 
     Returns:
-      The normalised map, of `dtype`; mean and biased variance of the whole batch, (C,) in at least float32, which have
-      no gradient.
+      The normalised map of `dtype`, then mean and biased variance of the whole batch, (C,) in at least float32, through
+      which no gradient flows.
     """
     return _batch_norm_forward(x, scale, bias, near, epsilon, dtype, axis_name)[0]
 
@@ -93,7 +97,7 @@ def _batch_norm_backward(epsilon, dtype, axis_name, kept, gradients):
     wide, gradient = _wide(x, dtype), gradients[0].astype(mean.dtype)
     normed = (wide - mean) * factor
     count = x.size // x.shape[-1]
-    # The sums of this device are the gradients of bias and scale; the step adds them up over devices.
+    # This device's sums are its gradients of bias and scale; the training step adds them up over devices.
     of_bias, of_scale = _sums(gradient, gradient * normed)
     average, along = of_bias / count, of_scale / count
     if axis_name is not None:
@@ -107,7 +111,7 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def _sums(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over (B, H, W) in a single reduction: under a mesh, each is an exchange between all devices."""
+    """Sums over (B, H, W), as a single reduction: under a mesh, each reduction is an exchange between all devices."""
     both = jnp.sum(lax.complex(one, other), axis=(0, 1, 2))
     return both.real, both.imag
 

@@ -1,4 +1,4 @@
-"""Bilinear and nearest resizing, plain and for whole factors."""
+"""Bilinear resizing, plain and for whole factors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from segjax.kernels import choice, precision, units
 
 
 def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Bilinear with `align_corners=False`: half-pixel centres, (B, H, W, C) -> (B, *size, C).
+    """Bilinear resizing with `align_corners=False`, half-pixel centres: (B, H, W, C) -> (B, *size, C).
 
-    Without antialias=False jax low-passes when it shrinks, which torch does not (differences up to 1.8).
+    With its default antialias=True, jax applies a low-pass filter when it shrinks; torch does not (differences up to
+    1.8).
     """
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), method="bilinear", antialias=False)
 
@@ -24,8 +25,9 @@ def resize_plain(x: jax.Array, size: Sequence[int]) -> jax.Array:
 def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Half-pixel bilinear upsampling by whole factors: (B, H, W, C) -> (B, H * factors[0], W * factors[1], C).
 
-    Output pixel f * i + p always blends the same two neighbours with the same weights. So each of the f phases is one
-    blend of the whole map with itself shifted by one pixel, edges repeated: slices and a reshape instead of a gather.
+    For each phase p, output pixel f * i + p blends input pixel i with the same neighbour by the same weight. So each of
+    the f phases is one blend of the whole map with itself, shifted by one pixel with repeated edges: slices and a
+    reshape instead of a gather.
     """
     once = units.once if choice.is_fast_on_cpu() else lambda x: x
     for axis, factor in zip((1, 2), factors, strict=True):
@@ -35,7 +37,7 @@ def resize_by_phases(x: jax.Array, factors: Sequence[int]) -> jax.Array:
 
 
 def _phases(factor: int) -> list[tuple[int, float]]:
-    """For each phase of the output: which neighbour of the input pixel is blended in, -1 or 1, and its weight.
+    """The neighbour of the input pixel in each phase of the output, -1 or 1, and its weight.
 
     For a factor of 2: [(-1, 0.25), (1, 0.25)].
     """
@@ -44,7 +46,7 @@ def _phases(factor: int) -> list[tuple[int, float]]:
 
 
 def _upsample_axis(x: jax.Array, axis: int, factor: int) -> jax.Array:
-    """One axis of `resize_by_phases`, with a backward pass that reads the gradient once."""
+    """Upsamples one axis for `resize_by_phases`, with a backward pass that reads the gradient once."""
     length = x.shape[axis]
     ends = {-1: lax.slice_in_dim(x, 0, 1, axis=axis), 1: lax.slice_in_dim(x, length - 1, length, axis=axis)}
     neighbours = {
@@ -66,7 +68,7 @@ def _upsample_forward(x, axis, factor):
 def upsample_axis_backward(axis: int, factor: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     """The transpose of `upsample_axis`: its length is divided by `factor`."""
     if factor == 1:
-        return (gradient,)  # the weight of the only phase's neighbour is zero
+        return (gradient,)  # the only phase gives its neighbour a weight of zero
     length = gradient.shape[axis] // factor
     by_phase = gradient.reshape(*gradient.shape[:axis], length, factor, *gradient.shape[axis + 1 :])
     parts = [lax.index_in_dim(by_phase, phase, axis + 1, keepdims=False) for phase in range(factor)]
@@ -79,8 +81,8 @@ def upsample_axis_backward(axis: int, factor: int, _: None, gradient: jax.Array)
         -1: lax.slice_in_dim(to_side[-1], 0, 1, axis=axis),
         1: lax.slice_in_dim(to_side[1], length - 1, length, axis=axis),
     }
-    # Pixel i receives what pixel i + 1 sends to the pixel before it, and what pixel i - 1 sends to the pixel after it.
-    # At the border an edge pixel is its own neighbour and keeps its share.
+    # Pixel i receives the shares that pixel i + 1 gives to its previous pixel and pixel i - 1 to its next pixel. An
+    # edge pixel is its own neighbour and keeps its share.
     from_next = jnp.concatenate([lax.slice_in_dim(to_side[-1], 1, length, axis=axis), ends[1]], axis)
     from_previous = jnp.concatenate([ends[-1], lax.slice_in_dim(to_side[1], 0, length - 1, axis=axis)], axis)
     return (own + from_next + from_previous,)
@@ -90,21 +92,21 @@ upsample_axis.defvjp(_upsample_forward, upsample_axis_backward)
 
 
 def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Bilinear with `align_corners=True` as two matrix products, (B, H, W, C) -> (B, *size, C).
+    """Bilinear resizing with `align_corners=True` by two matrix products: (B, H, W, C) -> (B, *size, C).
 
-    In full precision, as `jax.image.resize` has it: the default of a GPU or TPU would round the pixels.
+    The products have full precision, as in `jax.image.resize`: the default of a GPU or TPU would round the pixels.
     """
     rows, columns = (matrix(old, new, x.dtype, align_corners=True) for old, new in zip(x.shape[1:3], size, strict=True))
     return by_matrices(x, rows, columns)
 
 
 def by_matrices(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """(B, h, w, C) by interpolation weights (H, h) and (W, w), in full precision: (B, H, W, C)."""
+    """Product of (B, h, w, C) and interpolation weights (H, h) and (W, w) in full precision: (B, H, W, C)."""
     return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=lax.Precision.HIGHEST)
 
 
 def matrix(old: int, new: int, dtype: jnp.dtype, *, align_corners: bool) -> jax.Array:
-    """(new, old) interpolation weights; with aligned corners a single output pixel takes the first, as torch does."""
+    """Interpolation weights (new, old); with aligned corners a single output pixel is the first one, as in torch."""
     index = jnp.arange(new, dtype=precision.at_least_float32(dtype))
     if align_corners:
         position = index * ((old - 1) / (new - 1) if new > 1 else 0.0)

@@ -1,11 +1,11 @@
-"""Layers with the arithmetic of torch's, shared by all models.
+"""Layers with the same arithmetic as torch's, shared by all models.
 
-Activations are (B, H, W, C) throughout. Attribute names follow the one rule that conversion relies on: `kernel` is
-torch's `weight` of a convolution (HWIO) or a linear layer (in, out), `scale` is the `weight` of a norm, `mean` and
-`var` are the running statistics. Every layer has two dtypes: `param_dtype` of its stored parameters and `dtype` of its
-products; norms, softmax and sums of logits never compute in less than float32.
+Activations are (B, H, W, C). Conversion relies on the attribute names: `kernel` is torch's `weight` of a convolution
+(HWIO) or of a linear layer (in, out), `scale` is the `weight` of a norm, `mean` and `var` are its running statistics.
+Every layer has two dtypes: `param_dtype` of its stored parameters and `dtype` of its computation. Norms, softmax and
+sums of logits are computed in at least float32.
 
-Operations that have several implementations are in `functional`, which decides which one runs.
+`functional` contains the operations that have several implementations, and chooses between them.
 """
 
 from segjax.kernels.choice import (

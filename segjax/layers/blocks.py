@@ -1,4 +1,4 @@
-"""Containers, and sequences of equal blocks as straight code, as a scan, or rematerialised."""
+"""Containers, and groups of equal blocks, run one by one, in a scan, or rematerialised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from segjax.layers.norm import BatchNorm, conv_norm
 
 
 class Sequential(nnx.List):
-    """torch.nn.Sequential: an element's name is its index, so that published keys such as `fuse.2` fit."""
+    """Layers called in turn, as torch.nn.Sequential; an element is named by its index, as in published keys (`fuse.2`).
+
+    Args:
+      it: Iterable of layers, functions of one array each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.Sequential([layers.ReLU(), layers.GELU()])(jnp.array([-1.0, 0.0])).tolist()
+      [0.0, 0.0]
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         elements = list(self)
@@ -33,14 +43,28 @@ class Sequential(nnx.List):
 
 
 class ReLU(nnx.Module):
-    """`jax.nn.relu` as an element of a Sequential."""
+    """`jax.nn.relu` as an element of a `Sequential`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.ReLU()(jnp.array([-1.0, 2.0])).tolist()
+      [0.0, 2.0]
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.relu(x)
 
 
 class GELU(nnx.Module):
-    """`functional.gelu` as an element of a Sequential."""
+    """`gelu`, the exact one, as an element of a `Sequential`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.GELU()(jnp.array([0.0, 100.0])).tolist()
+      [0.0, 100.0]
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return functional.gelu(x)
@@ -50,14 +74,19 @@ class GELU(nnx.Module):
 
 
 class BlockExecution(NamedTuple):
-    """How `run_blocks` goes through a group of equal blocks; the result does not depend on it.
+    """Execution of a group of equal blocks by `run_blocks`; the result does not depend on it.
 
     Attributes:
-      scan_from: Minimum length of a group that is compiled once, as the body of a scan, which makes a deep model
-        compile in a fraction of the time. A step holds the group's weights and gradients once more, stacked, unless it
-        is given them as `segjax.models.stacked` has them. 0 never scans.
-      remat: Whether only a block's input is kept for the backward pass and the rest is computed again. On a CPU it
-        needs scans: XLA finds equal blocks of straight code that are computed twice, and computes them once.
+      scan_from: Minimum length of a group that runs as a scan, whose body is compiled once; 0 for no scans. A deep
+        model compiles in a fraction of the time. A step holds a second, stacked copy of the group's weights and
+        gradients, unless it receives them stacked (`segjax.models.stacked`).
+      remat: Whether the backward pass keeps only the input of each block and recomputes the rest. On a CPU it needs
+        scans: without them XLA merges the second computation of a block with the first.
+
+    Example:
+      >>> from segjax import layers
+      >>> layers.BlockExecution.of(scan_blocks=True, remat=False)
+      BlockExecution(scan_from=7, remat=False)
     """
 
     scan_from: int = 0
@@ -65,17 +94,17 @@ class BlockExecution(NamedTuple):
 
     @classmethod
     def of(cls, *, scan_blocks: bool, remat: bool) -> BlockExecution:
-        """The execution that the settings `train.scan_blocks` and `train.remat` ask for.
+        """The execution for the settings `train.scan_blocks` and `train.remat`.
 
-        A scan copies weights in and gradients out; for short groups that costs more than compiling gains.
-        SegFormer-B5, groups of 3, 6, 40 and 3, training 2x256x256 on two cores, time over that without scans and
-        seconds to compile: all scanned 1.17 and 17, the two longest 1.14 and 16, the longest 1.09 and 19; none 38.
-        Rematerialised groups are all scanned, since memory is what they are for.
+        A scan copies weights in and gradients out; for short groups that costs more than compiling once saves. The
+        figures of SegFormer-B5, with groups of 3, 6, 40 and 3, training 2x256x256 on two cores, are the time relative
+        to no scans and the seconds to compile: all groups scanned 1.17 and 17, the two longest 1.14 and 16, the longest
+        1.09 and 19, none 1 and 38. With `remat` all groups are scanned, since it is there to save memory.
         """
         return cls(scan_from=(2 if remat else 7) if scan_blocks else 0, remat=remat)
 
 
-# Variables that a call may move: running statistics and the counters of random streams.
+# Variables that a call may change: running statistics and the counters of random streams.
 CHANGED_BY_A_CALL = nnx.Any(nnx.BatchStat, nnx.RngState)
 
 PLAIN = BlockExecution()
@@ -91,12 +120,24 @@ def _called(block: Callable[[Maps], Maps], x: Maps) -> Maps:
 def run_blocks(
     blocks: Iterable[nnx.Module], x: Maps, execution: BlockExecution, call: Callable[[Any, Maps], Maps] = _called
 ) -> Maps:
-    """`x = call(block, x)` for one block after the other.
+    """Run blocks in turn: `x = call(block, x)`.
 
     Args:
+      blocks: Modules that return an array, or tree of arrays, like their input.
       x: Array, or tree of arrays.
-      execution: Attribute `execution` of the module that calls, which training sets: `model.set_attributes(execution=
-        ...)`. As part of the graph definition it is part of the key of jit's cache.
+      execution: The calling module's attribute `execution`, which training sets by `model.set_attributes(execution=
+        ...)`. It belongs to the graph definition, and so to the key of jit's cache.
+      call: Function of a block and its input; by default it calls the block.
+
+    Returns:
+      The output of the last block.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> blocks = [layers.LayerNorm(2, epsilon=0, dtype=jnp.float32, param_dtype=jnp.float32) for _ in range(3)]
+      >>> layers.run_blocks(blocks, jnp.array([[1.0, 3.0]]), layers.BlockExecution(scan_from=2)).tolist()
+      [[-1.0, 1.0]]
     """
     if execution == PLAIN:
         for block in blocks:
@@ -109,7 +150,7 @@ def run_blocks(
 
 
 def _run_group(group: list[nnx.Module], x, call: Callable, execution: BlockExecution):
-    """Through equal blocks: a single one as it is, several as one scanned body over their stacked arrays."""
+    """Runs equal blocks: a single block directly, several as a scan over their stacked arrays."""
     if len(group) == 1 and not execution.remat:
         return call(group[0], x)
     parts = [_split_without_rates(block) for block in group]
@@ -120,8 +161,8 @@ def _run_group(group: list[nnx.Module], x, call: Callable, execution: BlockExecu
         block = nnx.merge(graph, params, rest, copy=True)
         for drop, kept in zip(_drops(block), survival, strict=True):
             drop.survival = nnx.data(kept)
-        # Rematerialisation is not nested: a third forward pass saves little (HRNet-W18 at 256x256: 295 MiB of
-        # temporaries instead of 316).
+        # Blocks inside this one are not rematerialised: a third forward pass would save little (HRNet-W18 at 256x256:
+        # 295 MiB of temporaries instead of 316).
         block.set_attributes(execution=execution._replace(remat=False), raise_if_not_found=False)
         return call(block, x), nnx.state(block, CHANGED_BY_A_CALL)
 
@@ -138,7 +179,7 @@ def _run_group(group: list[nnx.Module], x, call: Callable, execution: BlockExecu
 
 
 def _equal_neighbours(blocks: Iterable[nnx.Module]) -> list[list[nnx.Module]]:
-    """Groups of neighbouring blocks that differ in nothing but their arrays and rates."""
+    """Groups of neighbouring blocks that differ only in their arrays and drop rates."""
     groups, kinds = [], []
     for block in blocks:
         graph, *arrays = _split_without_rates(block)
@@ -155,7 +196,7 @@ def _equal_neighbours(blocks: Iterable[nnx.Module]) -> list[list[nnx.Module]]:
 def _split_without_rates(block: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, list[float | jax.Array]]:
     """Graph definition without drop rates, parameters, other variables, and each drop layer's survival probability.
 
-    Blocks differ in their rates; without them they are one graph definition, whose rates a scan gets as numbers.
+    Without their rates, equal blocks share one graph definition. A scan receives the rates as numbers.
     """
     drops = _drops(block)
     rates = [(drop.rate, drop.survival) for drop in drops]

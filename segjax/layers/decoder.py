@@ -1,4 +1,4 @@
-"""Decoders that fuse several levels by a 1x1 convolution: cheaper orders of their products, and row tiles on a CPU."""
+"""Decoders that fuse several levels with a 1x1 convolution: cheaper orders of their products, and row tiles on CPUs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,26 @@ def _conv1x1_at_low_resolution(layer: Conv, levels: Sequence[jax.Array], upsampl
 def conv1x1_of_resized(
     layer: Conv, levels: Sequence[jax.Array], upsample: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Upsamples maps to one size, concatenates them and applies the 1x1 convolution `layer`.
+    """Upsample maps to one size, concatenate them and apply a 1x1 convolution.
+
+    Outside `published_implementations()` each level is convolved before it is upsampled, which is equal and cheaper.
 
     Args:
-      levels: maps (B, h, w, C_level), their channels in the order of the kernel's.
-      upsample: resizes a map to the common size.
+      layer: 1x1 `Conv` whose input channels are those of all levels, in their order.
+      levels: Maps (B, h, w, C_level).
+      upsample: Function that resizes a map to the common size (H, W).
 
     Returns:
-      (B, H, W, C).
+      (B, H, W, C) in the dtype of `layer`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from segjax import layers
+      >>> conv = layers.Conv(3 + 5, 7, 1, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> levels = [jnp.ones((2, 8, 12, 3)), jnp.ones((2, 4, 6, 5))]
+      >>> layers.conv1x1_of_resized(conv, levels, lambda x: layers.resize(x, (8, 12))).shape
+      (2, 8, 12, 7)
     """
     return layer(jnp.concatenate([upsample(x) for x in levels], axis=-1))
 
@@ -52,8 +64,8 @@ def _sum_of_levels(
 ) -> jax.Array:
     """Sum of upsample(level @ kernel + bias): a 1x1 convolution of the upsampled and concatenated levels.
 
-    A 1x1 convolution commutes with resizing, whose weights sum to one, and over a concatenation it is a sum: so each
-    level is multiplied by its slice of the kernel at its own resolution.
+    A 1x1 convolution commutes with resizing, since the weights of resizing sum to one. Over a concatenation it is a
+    sum. So each level is multiplied by its slice of the kernel at its own resolution.
     """
     products = (jnp.matmul(x, kernel) for x, kernel in zip(levels, kernels, strict=True))
     if biases is not None:
@@ -67,16 +79,33 @@ def project_and_fuse(
     fuse: Conv,
     upsample: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Projects each level, upsamples, concatenates and applies the 1x1 convolution `fuse`, in a cheaper order.
+    """Project each level, upsample, concatenate and apply a 1x1 convolution, in a cheaper order.
 
-    Nothing between projection and convolution is non-linear, so that their product is one matrix (C_level, C). A
-    projection after the upsampling gives the same.
+    No operation between projection and convolution is non-linear, so the two are one matrix (C_level, C). The result
+    also equals that of projections after the upsampling.
 
     Args:
-      projections: 1x1, with bias, each to as many channels as `fuse` has outputs per level.
+      levels: Maps (B, h, w, C_level).
+      projections: `Linear` or 1x1 `Conv` with bias per level, from C_level to C channels.
+      fuse: 1x1 `Conv` from the concatenated projections to C channels.
+      upsample: Function that resizes a map to the common size (H, W).
 
     Returns:
       (B, H, W, C) in the dtype of `fuse`.
+
+    Raises:
+      ValueError: A projection has no bias.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from segjax import layers
+      >>> kinds = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> projections = [layers.Linear(3, 7, **kinds), layers.Linear(5, 7, **kinds)]
+      >>> levels = [jnp.ones((2, 8, 12, 3)), jnp.ones((2, 4, 6, 5))]
+      >>> fuse = layers.Conv(2 * 7, 7, 1, **kinds)
+      >>> layers.project_and_fuse(levels, projections, fuse, lambda x: layers.resize(x, (8, 12))).shape
+      (2, 8, 12, 7)
     """
     kernels, biases = _fused_projections(projections, fuse)
     fused = _sum_of_levels([x.astype(fuse.dtype) for x in levels], kernels, biases, upsample)
@@ -84,9 +113,9 @@ def project_and_fuse(
 
 
 def _fused_projections(projections: Sequence[Linear | Conv], fuse: Conv) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The product of each projection and its slice of `fuse`: a kernel (C_level, C) and a bias (C,) for each level."""
+    """The product of each projection and its slice of `fuse`: a kernel (C_level, C) and a bias (C,) per level."""
     dtype = fuse.dtype
-    # The two matrices are multiplied wide: rounding their product once is closer than rounding each factor.
+    # The matrices are multiplied in at least float32: one rounding of the product loses less than one of each factor.
     wide = jnp.promote_types(fuse.kernel[...].dtype, precision.at_least_float32(dtype))
     slices = jnp.split(fuse.kernel[...][0, 0].astype(wide), len(projections))  # (C, C) each
     matrices = [p.kernel[...].reshape(p.kernel.shape[-2:]).astype(wide) for p in projections]  # (C_level, C) each
@@ -106,20 +135,36 @@ def decode(
     align_corners: bool = False,
     projections: Sequence[Linear | Conv] | None = None,
 ) -> jax.Array:
-    """Fuses levels, applies `finish` and the classifier, in row tiles: levels -> logits (B, H, W, K). For a CPU.
+    """Fuse levels, apply `finish` and the classifier, in row tiles, for CPUs.
 
-    Two cores, time with / without row tiles, and MiB of temporaries without -> with: SegFormer-B0's decoder for
+    Time with row tiles / without on two cores, and MiB of temporaries without -> with: SegFormer-B0's decoder for
     1x512x512 0.65, 80 -> 17; for 1x1024x2048 0.57, 640 -> 84; B2's for 1x512x512 0.64, 240 -> 31.
 
     Args:
-      levels: maps (B, h, w, C_level), in the order in which they are concatenated.
-      fuse: 1x1 convolution over the upsampled and concatenated levels, or over their `projections` where given.
-      finish: elementwise function between `fuse` and the classifier.
-      classifier: 1x1 convolution to K classes.
-      mode, align_corners: of the upsampling: "bilinear" or "nearest", as `torch.nn.functional.interpolate` has them.
+      levels: Maps (B, h, w, C_level), in the order of their concatenation.
+      fuse: 1x1 `Conv` over the upsampled and concatenated levels, or over their projections.
+      finish: Elementwise function between `fuse` and the classifier.
+      classifier: 1x1 `Conv` to K classes.
+      mode: "bilinear" or "nearest", as in `torch.nn.functional.interpolate`.
+      align_corners: Alignment of bilinear upsampling, as in `torch.nn.functional.interpolate`.
+      projections: `Linear` or 1x1 `Conv` with bias per level, or None if `fuse` reads the levels themselves.
 
     Returns:
-      NotImplemented for the symbolic sizes of an export, and where the largest level is no whole multiple of the rest.
+      Logits (B, H, W, K) in at least float32, (H, W) the size of the largest level. NotImplemented if a size is
+      symbolic, as in an export, or if the largest level is not a whole multiple of each other one.
+
+    Raises:
+      ValueError: A projection has no bias.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from segjax import layers
+      >>> kinds = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> fuse, classifier = layers.Conv(3 + 5, 7, 1, **kinds), layers.Conv(7, 4, 1, **kinds)
+      >>> levels = [jnp.ones((2, 8, 12, 3)), jnp.ones((2, 4, 6, 5))]
+      >>> layers.decode(levels, fuse, layers.ReLU(), classifier).shape
+      (2, 8, 12, 4)
     """
     if not decoder.are_multiples([x.shape for x in levels]):
         return NotImplemented

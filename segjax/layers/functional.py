@@ -1,4 +1,4 @@
-"""Operations without parameters, and which implementation of each runs. The table lists every choice.
+"""Operations without parameters, and the choice of each one's implementation. The table lists every choice.
 
 | operation | on a CPU | on a GPU |
 |---|---|---|
@@ -26,9 +26,9 @@
 | labels of whole images, no aligned corners, whole factors | XLA (`inference.engine`) | `cells.labels_of` |
 | parameters of a training step | one array each, or `stacked.Stacks` | `stacked.Vectors` |
 
-"XLA" is the plain implementation in jax operations. "On a CPU" is `choice.is_fast_on_cpu`, "on a GPU"
-`choice.is_fast_on_gpu`. Every other backend has the plain implementations, and so has a mesh with explicit axes. Inside
-`published_implementations()` the products of decoders and patches run in the published order, too.
+"XLA" is the plain implementation in jax operations. "On a CPU" means `choice.is_fast_on_cpu()`, "on a GPU"
+`choice.is_fast_on_gpu()`. The plain implementations run on every other backend and under a mesh with explicit axes.
+They also run inside `published_implementations()`, with the products of decoders and patches in the published order.
 """
 
 from __future__ import annotations
@@ -46,21 +46,47 @@ from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_plain
 
 
 def cpu_implementation(fast: Callable) -> Callable:
-    """Attaches a fast implementation for CPUs to a method, which itself holds the equation.
+    """Attach a fast implementation for CPUs to a method, whose own body states the equation.
 
     Args:
-      fast: function of the method's arguments, `self` included. It returns NotImplemented where it does not apply.
+      fast: Function of the method's arguments, including `self`. It returns NotImplemented where it does not apply;
+        the method's own body runs then.
+
+    Returns:
+      Decorator of the method.
+
+    Example:
+      >>> from segjax import layers
+      >>> class Square:
+      ...     @layers.cpu_implementation(lambda self, x: x**2)
+      ...     def __call__(self, x):
+      ...         return x * x
+      >>> Square()(3.0)
+      9.0
     """
     return _attached(fast, choice.is_fast_on_cpu)
 
 
 def cheaper_order(fast: Callable) -> Callable:
-    """Attaches an equal but cheaper order of products to a method.
+    """Attach a cheaper order of the same products to a method.
 
     It runs on every platform, except inside `published_implementations()`.
 
     Args:
-      fast: as in `cpu_implementation`.
+      fast: Function of the method's arguments, including `self`. It returns NotImplemented where it does not apply;
+        the method's own body runs then.
+
+    Returns:
+      Decorator of the method.
+
+    Example:
+      >>> from segjax import layers
+      >>> class Sum:
+      ...     @layers.cheaper_order(lambda self, a, b, c: a * (b + c))
+      ...     def __call__(self, a, b, c):
+      ...         return a * b + a * c
+      >>> Sum()(2.0, 3.0, 4.0)
+      14.0
     """
     return _attached(fast, lambda: not choice.is_published())
 
@@ -78,9 +104,25 @@ def _attached(fast: Callable, applies: Callable[[], bool]) -> Callable:
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, int], groups: int) -> jax.Array:
-    """Convolution of (B, H, W, in) with an HWIO kernel and explicit zero padding: (B, H', W', out).
+    """Convolve a map with explicit zero padding, as torch.nn.functional.conv2d does.
 
-    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms against 10.9 ms for 270 channels at 128x128).
+    A 1x1 kernel is a matrix product (XLA:CPU: 7.0 ms instead of 10.9 ms for 270 channels at 128x128).
+
+    Args:
+      x: (B, H, W, in).
+      kernel: (kh, kw, in / groups, out).
+      stride: Stride along both axes, in pixels.
+      padding: Zeros on both sides of H and of W, in pixels.
+      groups: Number of groups of channels.
+
+    Returns:
+      (B, H', W', out).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.conv(jnp.ones((2, 6, 8, 3)), jnp.ones((3, 3, 3, 5)), stride=2, padding=(1, 1), groups=1).shape
+      (2, 3, 4, 5)
     """
     kernel_height, kernel_width, in_per_group, out_channels = kernel.shape
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0) and groups == 1:
@@ -88,8 +130,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
     if kernel.shape[:2] == (stride, stride) and padding == (0, 0) and groups == 1 and choice.is_fast_on_cpu():
         return convolution.conv_of_patches(x, kernel)
     if in_per_group == 1 and groups < out_channels:
-        # A channel multiplier: the input is repeated, so that each output channel has an input channel of its own. The
-        # gradient of the grouped kernel would gather the batch of all devices.
+        # A channel multiplier: the input is repeated so that each output channel has its own input channel. The
+        # gradient of the grouped kernel would gather the batch from all devices.
         x, groups = jnp.repeat(x, out_channels // groups, axis=-1), out_channels
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
     if in_per_group == 1 and stride == 1 and keeps_size and choice.is_fast_on_cpu():
@@ -100,21 +142,47 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by the error function; jax's default is the tanh approximation, which differs by up to 4.7e-4."""
+    """Compute GELU exactly, by the error function, as torch.nn.functional.gelu does.
+
+    jax's default is the tanh approximation, which differs by up to 4.7e-4.
+
+    Args:
+      x: Array of any shape.
+
+    Returns:
+      x (1 + erf(x / sqrt(2))) / 2, in the shape and dtype of `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> [f"{value:.4f}" for value in layers.gelu(jnp.array([-1.0, 0.0, 1.0]))]
+      ['-0.1587', '0.0000', '0.8413']
+    """
     if choice.is_fast_on_gpu():
         return gelu_recomputed(x)
     return gelu_by_slope(x) if choice.is_fast_on_cpu() else gelu_plain(x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, softmax(q kᵀ / sqrt(D)) v, with the softmax in at least float32.
+    """Compute scaled dot-product attention, softmax(q kᵀ / sqrt(D)) v, with the softmax in at least float32.
+
+    The plain implementation is not `jax.nn.dot_product_attention`, whose softmax is float32 for float64 inputs too
+    (an error of 1e-7).
 
     Args:
-      query: (B, h, N, D); key, value: (B, h, M, D). Head-major, so that both products are plain batched ones.
+      query: (B, h, N, D): heads before tokens, so that both products are plain batched ones.
+      key: (B, h, M, D).
+      value: (B, h, M, D).
 
     Returns:
-      (B, h, N, D) in the dtype of `query`. `jax.nn.dot_product_attention` is not used: its softmax is float32 even for
-      float64 inputs (1e-7).
+      (B, h, N, D) in the dtype of `query`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> query, key = jnp.ones((2, 1, 3, 4)), jnp.ones((2, 1, 5, 4))
+      >>> layers.attention(query, key, key).shape
+      (2, 1, 3, 4)
     """
     if choice.is_fast_on_gpu():
         if attention_kernels.cudnn_has(query):
@@ -131,12 +199,24 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
-    """torch.nn.functional.interpolate(mode="bilinear", size=size): (B, H, W, C) -> (B, *size, C).
+    """Resize bilinearly, as torch.nn.functional.interpolate(mode="bilinear", size=size) does, without antialiasing.
 
     Args:
+      x: (B, h, w, C).
       size: (H, W) of the result.
-      align_corners: True maps the centres of the corner pixels onto each other; False (torch's default) the outer
-        edges of the images.
+      align_corners: True aligns the centres of the corner pixels; False (torch's default) aligns the outer edges.
+
+    Returns:
+      (B, H, W, C) in the dtype of `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> x = jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1)
+      >>> layers.resize(x, (1, 4)).ravel().tolist()
+      [0.0, 0.25, 0.75, 1.0]
+      >>> layers.resize(x, (1, 3), align_corners=True).ravel().tolist()
+      [0.0, 0.5, 1.0]
     """
     if x.shape[1:3] == tuple(size):
         return x
@@ -149,23 +229,76 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) ->
 
 
 def upsample_nearest(x: jax.Array, factor: int) -> jax.Array:
-    """torch.nn.Upsample(mode="nearest", scale_factor=factor): (B, H, W, C) -> (B, H * factor, W * factor, C)."""
+    """Repeat each pixel, as torch.nn.Upsample(mode="nearest", scale_factor=factor) does.
+
+    Args:
+      x: (B, H, W, C).
+      factor: Whole factor of both axes.
+
+    Returns:
+      (B, H * factor, W * factor, C).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.upsample_nearest(jnp.array([0, 1]).reshape(1, 1, 2, 1), 2)[0, :, :, 0].tolist()
+      [[0, 0, 1, 1], [0, 0, 1, 1]]
+    """
     return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
 
 
 def once(x: jax.Array) -> jax.Array:
-    """The same array, computed once and kept for all that read it, in the backward pass too; see `units.once`."""
+    """Return the same array, computed once for all its readers, also in the backward pass; see `units.once`.
+
+    Args:
+      x: Array of any shape.
+
+    Returns:
+      `x`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.once(jnp.array([1.0, 2.0])).tolist()
+      [1.0, 2.0]
+    """
     return units.once(x) if choice.is_fast_on_cpu() else x
 
 
 def residual(x: jax.Array, branch: jax.Array) -> jax.Array:
-    """x + branch, computed once however many layers read it."""
+    """Add a branch to its shortcut; the sum is computed once for all its readers.
+
+    Args:
+      x: Shortcut, of any shape.
+      branch: Array of the same shape.
+
+    Returns:
+      x + branch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.residual(jnp.array([1.0]), jnp.array([2.0])).tolist()
+      [3.0]
+    """
     return once(x + branch)
 
 
 def recomputed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """The same function; on a GPU its backward pass computes again what lies between its input and its output.
+    """Make the backward pass of a function recompute its intermediate values, on a GPU only.
 
-    For elementwise functions whose result is as large as their input, in front of a product that has to keep it.
+    This suits elementwise functions whose result is as large as their input and feeds a product that must keep it.
+
+    Args:
+      function: Function of one array.
+
+    Returns:
+      Function with the same values and gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> layers.recomputed(jnp.square)(jnp.array([3.0])).tolist()
+      [9.0]
     """
     return jax.checkpoint(function) if choice.is_fast_on_gpu() else function

@@ -1,4 +1,4 @@
-"""Initial distributions of weights, each with the code base that it is taken from."""
+"""Initial distributions of weights, each named with the code base that it comes from."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LINEAR_STD = 0.02
 
 
 def _drawn(draw: Callable[[jax.Array, Sequence[int]], jax.Array], key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """draw(key, shape), from a program that is shared by all shapes of about this size.
+    """draw(key, shape), by one compiled program for all shapes of similar size.
 
-    A program compiles in half a second, and SegFormer-B0 has weights of 40 shapes. With jax's default generator a
-    longer array begins with the values of a shorter one.
+    A program takes half a second to compile, and the weights of SegFormer-B0 have 40 shapes. With jax's default
+    generator a longer array begins with the values of a shorter one.
     """
     size = math.prod(shape)
     partitionable: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,18 +43,48 @@ def _uniform(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, bound: floa
 
 
 def linear_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Normal of std 0.02: the official MiT's linear layers.
+    """Draw a linear layer's kernel as the official MiT does: normal with std 0.02.
 
-    Published is a truncated normal, but timm's and torch's cut lies at the absolute values -2 and 2, a hundred standard
-    deviations out. jax's initializer of the same name cuts at two of them and loses 12% of the std.
+    The publication has a truncated normal, but timm and torch truncate at the absolute values -2 and 2, a hundred
+    standard deviations out. jax's initializer of that name truncates at two standard deviations and loses 12% of the
+    std.
+
+    Args:
+      key: Random key.
+      shape: Shape of the kernel.
+      dtype: Floating type of the kernel.
+
+    Returns:
+      Array of `shape` and `dtype`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> round(float(layers.linear_init(jax.random.key(0), (64, 64), jnp.float32).std()), 3)
+      0.02
     """
     return _normal(key, shape, dtype, LINEAR_STD)
 
 
 def fan_out_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, groups: int = 1) -> jax.Array:
-    """Normal of std sqrt(2 / fan_out), fan_out = kh * kw * out / groups: the official MiT's convolutions.
+    """Draw a convolution's kernel as the official MiT does: normal with std sqrt(2 / fan_out).
 
-    A linear layer's (in, out) counts as a 1x1 convolution.
+    Args:
+      key: Random key.
+      shape: Shape of the kernel: (kh, kw, in, out), or (in, out) for a linear layer, taken as a 1x1 convolution.
+      dtype: Floating type of the kernel.
+      groups: Groups of the convolution: fan_out = kh * kw * out / groups.
+
+    Returns:
+      Array of `shape` and `dtype`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> round(float(layers.fan_out_init(jax.random.key(0), (1, 1, 64, 50), jnp.float32).std()), 1)
+      0.2
     """
     *window, _, out_channels = shape
     fan_out = math.prod(window) * out_channels // groups
@@ -62,22 +92,87 @@ def fan_out_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, grou
 
 
 def classifier_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Normal of std 0.01: the classifier of mmsegmentation's decoders."""
+    """Draw a classifier's kernel as mmsegmentation's decoders do: normal with std 0.01.
+
+    Args:
+      key: Random key.
+      shape: Shape of the kernel.
+      dtype: Floating type of the kernel.
+
+    Returns:
+      Array of `shape` and `dtype`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> round(float(layers.classifier_init(jax.random.key(0), (64, 64), jnp.float32).std()), 3)
+      0.01
+    """
     return _normal(key, shape, dtype, 0.01)
 
 
 def joint_projection_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Xavier-uniform of torch.nn.MultiheadAttention's joint (3C, C) projection, for any part of it, (C, out)."""
+    """Draw a part of the joint (3C, C) projection of torch.nn.MultiheadAttention: Xavier-uniform over the whole.
+
+    Args:
+      key: Random key.
+      shape: Shape of the part, (C, out).
+      dtype: Floating type of the kernel.
+
+    Returns:
+      Array of `shape` and `dtype`, within ±sqrt(6 / (4 C)).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> bool(abs(layers.joint_projection_init(jax.random.key(0), (6, 12), jnp.float32)).max() <= 0.5)
+      True
+    """
     bound = math.sqrt(6 / (4 * shape[0]))
     return _uniform(key, shape, dtype, bound)
 
 
 def fan_in_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Uniform within ±1 / sqrt(fan_in): the default of torch.nn.Linear and Conv2d."""
+    """Draw a kernel as torch.nn.Linear and Conv2d do by default: uniform within ±1 / sqrt(fan_in).
+
+    Args:
+      key: Random key.
+      shape: Shape of the kernel, (..., out); fan_in is the product of the other sides.
+      dtype: Floating type of the kernel.
+
+    Returns:
+      Array of `shape` and `dtype`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> bool(abs(layers.fan_in_init(jax.random.key(0), (16, 8), jnp.float32)).max() <= 0.25)
+      True
+    """
     return fan_in_bias_init(key, shape, dtype, fan_in=math.prod(shape[:-1]))
 
 
 def fan_in_bias_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, *, fan_in: int) -> jax.Array:
-    """The same for their biases, whose fan_in is that of the kernel."""
+    """Draw a bias as torch.nn.Linear and Conv2d do by default: uniform within ±1 / sqrt(fan_in) of the kernel.
+
+    Args:
+      key: Random key.
+      shape: Shape of the bias, (out,).
+      dtype: Floating type of the bias.
+      fan_in: Number of inputs of an output: the product of the kernel's sides except the last.
+
+    Returns:
+      Array of `shape` and `dtype`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> bool(abs(layers.fan_in_bias_init(jax.random.key(0), (8,), jnp.float32, fan_in=16)).max() <= 0.25)
+      True
+    """
     bound = 1 / math.sqrt(fan_in)
     return _uniform(key, shape, dtype, bound)

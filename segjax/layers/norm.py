@@ -17,10 +17,24 @@ from segjax.layers.linear import Conv
 
 
 class LayerNorm(nnx.Module):
-    """torch.nn.LayerNorm over the last axis, two-pass, in at least float32.
+    """Layer normalisation over the last axis, equal to torch.nn.LayerNorm: (..., C) -> (..., C).
 
-    The variance is the mean of squared deviations: the one-pass formula E[x²] - E[x]² loses all digits of a map whose
-    mean is large (3e-3 at mean 100) and can turn negative.
+    It is computed in at least float32. The plain implementation makes two passes: its variance is the mean of the
+    squared deviations. The one-pass formula E[x²] - E[x]² loses the digits of a map whose mean is large (error 3e-3 at
+    mean 100) and can turn negative.
+
+    Args:
+      features: Number of channels C.
+      epsilon: Term added to the variance.
+      dtype: Dtype of the output.
+      param_dtype: Dtype of the parameters `scale` and `bias`, (C,) each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.LayerNorm(2, epsilon=1e-6, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm(jnp.array([[1.0, 3.0]])).round(3).tolist()
+      [[-1.0, 1.0]]
     """
 
     def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
@@ -42,14 +56,33 @@ class LayerNorm(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """torch.nn.BatchNorm2d over (B, H, W), two-pass, in at least float32, across devices.
+    """Batch normalisation over (B, H, W), equal to torch.nn.BatchNorm2d: (B, H, W, C) -> (B, H, W, C).
 
-    In training it normalises with the biased variance of the whole batch and moves the running variance by the
-    unbiased one, as torch does (flax's own layer stores the biased one). Under `pmap` the layer must know the mapped
-    axis: `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are global by themselves.
+    It is computed in at least float32, in two passes in the plain implementation. In training it normalises with the
+    biased variance of the whole batch and updates the running variance with the unbiased one, as torch does (flax's
+    own layer stores the biased one). Under `pmap` the layer needs the name of the mapped axis,
+    `model.set_attributes(axis_name="data")`; under `jit` over a mesh the statistics are those of the global batch
+    without it.
 
-    Attributes:
-      momentum: weight of the new observation, torch's convention (0.1), not flax's (0.9).
+    Args:
+      features: Number of channels C.
+      epsilon: Term added to the variance.
+      momentum: Weight of the new observation: torch's convention (0.1), not flax's (0.9).
+      dtype: Dtype of the output.
+      param_dtype: Dtype of `scale`, `bias` and the running statistics `mean` and `var`, (C,) each.
+
+    Raises:
+      ValueError: A training batch has only one value per channel, when the layer is called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.BatchNorm(1, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm.train()
+      >>> norm(jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)).ravel().round(3).tolist()
+      [-1.0, 1.0]
+      >>> print(norm.mean[...], norm.var[...])
+      [0.2] [1.1]
     """
 
     def __init__(
@@ -87,7 +120,7 @@ class BatchNorm(nnx.Module):
         return ((wide - mean) * factor + self.bias[...].astype(wide.dtype)).astype(self.dtype)
 
     def _observe(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance of the whole batch, (C,) each; moves the running ones."""
+        """Returns mean and biased variance of the whole batch, (C,) each, and updates the running statistics."""
         count = self._count(x)
         mean = self._across_devices(jnp.mean(x, axis=(0, 1, 2)))
         variance = self._across_devices(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
@@ -95,7 +128,7 @@ class BatchNorm(nnx.Module):
         return mean, variance
 
     def _count(self, x: jax.Array) -> int:
-        """Number of values of a channel in the whole batch."""
+        """Number of values per channel in the whole batch."""
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         count = x.size // x.shape[-1] * devices
         if count < 2:
@@ -114,31 +147,63 @@ class BatchNorm(nnx.Module):
 
 
 def conv_norm(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
-    """`norm(conv(x))`. On a GPU a norm that uses its running statistics is folded into the weights of the convolution.
+    """Compute `norm(conv(x))`, on a GPU with the norm folded into the convolution if it uses running statistics.
 
-    cuDNN then computes convolution, bias, addition of a shortcut and ReLU in one kernel. The weights are rounded to
-    `conv.dtype` after the fold instead of before it. `segjax.models.prepared` computes them once instead of at every
-    call.
+    cuDNN then computes convolution, bias, shortcut and ReLU in one kernel. The folded weights are rounded to
+    `conv.dtype` after the fold instead of before it; `segjax.models.prepared` computes them once, not in every call.
 
     Args:
-      x: (B, H, W, in). norm: Over the output channels of `conv`.
+      conv: Convolution with `out` output channels.
+      norm: Norm over `out` channels.
+      x: (B, H, W, in).
 
     Returns:
       (B, H', W', out) in the dtype of the norm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from segjax import layers
+      >>> kinds = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> conv = layers.Conv(3, 8, 3, padding=1, rngs=nnx.Rngs(0), **kinds)
+      >>> layers.conv_norm(conv, layers.BatchNorm(8, **kinds), jnp.ones((2, 6, 4, 3))).shape
+      (2, 6, 4, 8)
     """
     if not (norm.use_running_average and choice.is_fast_on_gpu()):
         return norm(conv(x))
     wide = precision.at_least_float32(norm.dtype)
     factor = lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon) * norm.scale[...].astype(wide)
-    start = -norm.mean[...].astype(wide) if conv.bias is None else conv.bias[...].astype(wide) - norm.mean[...]
-    bias = norm.bias[...].astype(wide) + start * factor
+    shift = (
+        -norm.mean[...].astype(wide) if conv.bias is None else conv.bias[...].astype(wide) - norm.mean[...].astype(wide)
+    )
+    bias = norm.bias[...].astype(wide) + shift * factor
     kernel = (conv.kernel[...].astype(wide) * factor).astype(conv.dtype)
     y = functional.conv(x.astype(conv.dtype), kernel, stride=conv.stride, padding=conv.padding, groups=conv.groups)
     return (y + bias.astype(conv.dtype)).astype(norm.dtype)
 
 
 class GroupNorm(nnx.Module):
-    """torch.nn.GroupNorm over (H, W) and the channels of a group, two-pass, in at least float32."""
+    """Group normalisation over (H, W) and the channels of a group, equal to torch.nn.GroupNorm: (B, H, W, C) -> same.
+
+    It is computed in at least float32, in two passes.
+
+    Args:
+      groups: Number of groups of consecutive channels.
+      features: Number of channels C, a multiple of `groups`.
+      epsilon: Term added to the variance.
+      dtype: Dtype of the output.
+      param_dtype: Dtype of the parameters `scale` and `bias`, (C,) each.
+
+    Raises:
+      ValueError: `groups` does not divide `features`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import layers
+      >>> norm = layers.GroupNorm(2, 4, epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.float32)
+      >>> norm(jnp.array([1.0, 3.0, 10.0, 30.0]).reshape(1, 1, 1, 4)).ravel().round(3).tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+    """
 
     def __init__(self, groups: int, features: int, *, epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype):
         if features % groups:

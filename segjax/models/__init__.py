@@ -30,7 +30,7 @@ def _variants(pattern: str, model: type, variants: dict[str, dict[str, Any]]) ->
     return {pattern.format(variant): partial(model, **sizes) for variant, sizes in variants.items()}
 
 
-# Of a number among the settings of a model: the weights of one layer as wide as this take 16 GiB.
+# Largest number that a setting of a model may have: the weights of one layer of this width take 16 GiB.
 LARGEST = 65_536
 
 MODELS = (
@@ -46,19 +46,44 @@ MODELS = (
 
 
 def settings(name: str) -> dict[str, object]:
-    """Settings that `create(name, ...)` can override, with the defaults of that name.
+    """The settings that `create(name, ...)` can override.
+
+    Args:
+      name: A key of `MODELS`.
+
+    Returns:
+      The defaults of that model, by setting.
 
     Raises:
-      KeyError: unknown name; lists the names.
+      KeyError: Unknown name; the message lists the names.
+
+    Example:
+      >>> from segjax import models
+      >>> models.settings("segformer_b0")["dims"]
+      (32, 64, 160, 256)
     """
     defaults = {key: parameter.default for key, parameter in _parameters(name).items()} | MODELS[name].keywords
     return {key: defaults[key] for key in _parameters(name)}
 
 
 def problem_of(name: str, key: str, value: object) -> str | None:
-    """What the value of a setting of the model `name` must be instead; None for one of the right type and in range.
+    """Check type and range of one setting of a model; `create` checks whether settings fit each other.
 
-    Whether it fits other settings is known when the model is created.
+    Args:
+      name: A key of `MODELS`.
+      key: A key of `settings(name)`.
+      value: Value of the setting.
+
+    Returns:
+      The requirement that the value does not meet, or None for a valid value.
+
+    Raises:
+      KeyError: Unknown model or setting.
+
+    Example:
+      >>> from segjax import models
+      >>> models.problem_of("segformer_b0", "drop_path_rate", 1.5)
+      'in [0, 1)'
     """
     default, kind = settings(name)[key], _parameters(name)[key].annotation
     entries = kind.removeprefix("tuple[").removesuffix(", ...]")
@@ -77,7 +102,7 @@ def problem_of(name: str, key: str, value: object) -> str | None:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    """The settings of a model as its constructor, and those of its bases, declare them."""
+    """The settings of a model, as declared by its constructor and those of its base classes."""
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -85,21 +110,21 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     reserved = ("num_classes", "dtype", "param_dtype", "rngs")
     declared = {}
     for base in reversed(MODELS[name].func.__mro__):
-        # A constructor names its own settings and hands the rest on to its base.
+        # A constructor declares its own settings and passes the others on to its base class.
         parameters = inspect.signature(base.__init__).parameters.values()
         declared |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in reserved}
     return declared
 
 
 def _frozen(value: object) -> object:
-    """Lists as tuples and numpy's numbers as Python's own, which the metadata of a checkpoint can hold."""
+    """The value with tuples for lists and Python numbers for numpy ones, as a checkpoint's metadata can store it."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _out_of_range(key: str, value: object) -> str | None:
-    """What the numbers of a setting must be: in [0, 1) for a rate, else positive and at most as large as bearable."""
+    """The requirement that a number of the setting does not meet, or None: [0, 1) for a rate, else (0, `LARGEST`]."""
     entries = value if isinstance(value, tuple | list) else [value]
     numbers = [entry for entry in entries if isinstance(entry, int | float) and not isinstance(entry, bool)]
     if key.endswith("_rate"):
@@ -126,27 +151,36 @@ def create(
     param_dtype: jnp.dtype = jnp.float32,
     **overrides: Any,
 ) -> SegmentationModel:
-    """Builds a model in evaluation mode, with published initial weights drawn from `seed`. Traceable (nnx.eval_shape).
+    """Create a model in evaluation mode, with random initial weights from the distributions of its publication.
+
+    It can be traced, for example by `nnx.eval_shape`.
 
     Args:
-      name: a key of `MODELS`, for example "segformer_b0".
-      num_classes: K; 1 for a binary model (sigmoid).
-      seed: seed of the initial weights and of the model's dropout streams.
-      dtype: type of the computation; bfloat16 keeps norms, softmax and logits in float32.
-      param_dtype: type of the stored parameters.
-      **overrides: settings of the model's class, for example dims=..., decoder_dim=...; `settings(name)` lists them.
+      name: A key of `MODELS`, for example "segformer_b0".
+      num_classes: Number of classes K; 1 for a binary model (sigmoid).
+      seed: Seed of the initial weights and of the model's dropout streams.
+      dtype: Dtype of the computation; with bfloat16, norms, softmax and logits stay in float32.
+      param_dtype: Dtype of the stored parameters.
+      **overrides: Settings of the model, for example dims=..., decoder_dim=...; `settings(name)` lists them.
 
     Returns:
-      A `SegmentationModel`: `logits, taps = model(images)`, images (B, H, W, C) normalised, C
-      being `in_channels`, 3 unless given, logits (B, h, w, K) at the
-      model's own stride, which are upsampled bilinearly with `model.align_corners`. `model.spec` holds the arguments
-      given here; height and width of images must be multiples of `model.size_multiple`.
+      A `SegmentationModel`, called as `logits, taps = model(images)`. `images` are normalised, (B, H, W, C), with
+      C = `in_channels` (by default 3) and H and W multiples of `model.size_multiple`. `logits` are (B, h, w, K) at the
+      model's own stride; upsample them bilinearly with `model.align_corners`. `model.spec` stores the arguments.
 
     Raises:
-      KeyError: unknown name; lists the names.
-      TypeError: unknown override; names it and those that exist.
-      ValueError: num_classes below one, settings out of range or that do not fit one another, or float64 while
+      KeyError: Unknown name; the message lists the names.
+      TypeError: Unknown override; the message lists the settings.
+      ValueError: num_classes below 1, a setting out of range, settings that do not fit each other, or float64 while
         jax_enable_x64 is off.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> model = models.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> logits, taps = model(jnp.zeros((2, 64, 96, 3)))
+      >>> logits.shape, sorted(taps)
+      ((2, 16, 24, 5), ['feature0', 'feature1', 'feature2', 'feature3'])
     """
     known = settings(name)
     if unknown := sorted(set(overrides) - set(known)):

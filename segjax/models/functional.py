@@ -1,4 +1,4 @@
-"""A model as a function of flat dicts of arrays, by dotted name: what training steps and inference carry."""
+"""A model as a function of flat dicts of arrays by dotted name, for training steps and inference."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ from segjax.models.stacked import NO_STACKS, Stacks
 
 
 class FunctionalModel:
-    """A model without its arrays: its graph definitions for training and for evaluation, and the names of its arrays.
+    """A model without its arrays: its graph definitions for training and evaluation, and the names of its arrays.
 
-    Arrays under `jax.jit` are faster than `nnx.jit`, and masks, checkpoints and conversion work on flat dicts by name.
+    `jax.jit` over arrays is faster than `nnx.jit`, and masks, checkpoints and conversion work on flat dicts by name.
+
+    Example:
+      >>> from segjax import models
+      >>> from segjax.models.functional import FunctionalModel
+      >>> model = models.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> functional = FunctionalModel(model)
+      >>> params, batch_stats = functional.arrays()
+      >>> params["decode_head.linear_pred.bias"].shape
+      (5,)
+      >>> functional.bind(params, batch_stats).spec == model.spec
+      True
     """
 
     def __init__(
@@ -32,9 +43,10 @@ class FunctionalModel:
         """Splits a model into graph definitions and arrays.
 
         Args:
+          model: Model to split; it is in evaluation mode afterwards.
           frozen: Dotted names of parameters that training does not change. A BatchNorm whose parameters are all frozen
-            keeps its statistics too and normalises with them, as after `eval()` in torch.
-          execution: How training runs groups of equal blocks.
+            normalises with its running statistics and keeps them, as after `eval()` in torch.
+          execution: Execution of groups of equal blocks in training.
           stacks: Stacks that `bind` accepts in place of their members.
         """
         self.execution = execution
@@ -69,7 +81,7 @@ class FunctionalModel:
     def bind(
         self, params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], *, key: jax.Array | None = None
     ) -> SegmentationModel:
-        """A model with these arrays; in training mode if `key`, the seed of its random streams, is given."""
+        """A model with these arrays: in training mode with random streams from `key`, or in evaluation mode without."""
         streams = []
         for index, (path, variable) in enumerate(self._streams):
             if isinstance(variable, nnx.RngKey):
@@ -82,13 +94,13 @@ class FunctionalModel:
             _filled(self._params, self.stacks.apart(params)),
             _filled(self._batch_stats, self.stacks.apart(batch_stats)),
             nnx.from_flat_state(streams),
-            # Variables of their own: a BatchNorm that moves its statistics inside a gradient must not touch a
-            # variable from outside the trace.
+            # New variables: a BatchNorm that updates its statistics inside a gradient must not change a variable from
+            # outside the trace.
             copy=True,
         )
 
     def batch_stats_of(self, model: SegmentationModel) -> dict[str, jax.Array]:
-        """The running statistics that a bound model has moved."""
+        """The running statistics of a bound model, which its calls have updated."""
         return self.stacks.stacked(_arrays(_by_name(nnx.state(model, nnx.BatchStat))))
 
 
@@ -105,10 +117,10 @@ def _filled(template: dict[str, tuple[tuple, nnx.Variable]], arrays: dict[str, j
 
 
 def params_sha256(params: Mapping[str, jax.Array | np.ndarray]) -> str:
-    """Hash over the names and bytes of all parameters in sorted order: equal only for bitwise equal weights."""
+    """SHA-256, in hexadecimal, of the names and bytes of all parameters, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(name.encode())
-        # As bytes without a copy; hashlib does not take bfloat16.
+        # A view as bytes, without a copy: hashlib does not accept bfloat16.
         digest.update(np.ascontiguousarray(params[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,17 +1,18 @@
 """HRNet: parallel branches at four resolutions, which exchange their features after every module.
 
 Wang, Sun, Cheng et al.: "Deep High-Resolution Representation Learning for Visual Recognition", TPAMI 2020,
-arXiv:1908.07919 (HRNetV2: all four branches upsampled and concatenated). Sizes from its section 3; attribute names are
-the keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation), which jo-jstrm/segmentation_pytorch shares.
+arXiv:1908.07919 (HRNetV2: all four branches are upsampled and concatenated). Sizes are from its section 3. Attribute
+names are the keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation), which jo-jstrm/segmentation_pytorch
+shares.
 
-`align_corners` applies to every bilinear upsampling, in the fusions, in the head and of the logits: False for the
-checkpoints of Cityscapes without OCR, LIP and Pascal-Context, True for ADE20K, COCO-Stuff and all with OCR. A
-checkpoint does not contain it.
+`align_corners` applies to every bilinear upsampling: in the fusions, in the head and of the logits. It is False for
+the checkpoints of Cityscapes without OCR, LIP and Pascal-Context, and True for ADE20K, COCO-Stuff and all with OCR.
+Checkpoints do not store it.
 
-Initial weights: normal of std 0.001 for every convolution, torch's own for biases. BatchNorm momentum 0.1, as in the
-branch of the code that has OCR; its master branch has 0.01.
+Initial weights: normal with std 0.001 for every convolution, torch's default for biases. BatchNorm has momentum 0.1,
+as in the code's branch with OCR; the master branch has 0.01.
 
-Deviations: jo-jstrm/segmentation_pytorch upsamples the logits to its crop size; segjax's stay at 1/4. The 1x1
+Deviations: jo-jstrm/segmentation_pytorch upsamples the logits to its crop size; segjax's logits stay at 1/4. The 1x1
 convolution over the concatenated branches runs in the equal, cheaper order of `layers.conv1x1_of_resized`.
 """
 
@@ -36,7 +37,7 @@ BOTTLENECK_EXPANSION = 4
 
 
 def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal of std 0.001."""
+    """Normal with std 0.001."""
     return 0.001 * jax.random.normal(key, shape, dtype)
 
 
@@ -103,7 +104,7 @@ class Bottleneck(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions with a shortcut. (B, H, W, C) -> the same."""
+    """Two 3x3 convolutions with a shortcut: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -127,7 +128,7 @@ def halving(
 
 
 class HighResolutionModule(nnx.Module):
-    """Blocks in every branch, then a fusion: each branch becomes the sum of all, resized to its size (figure 3).
+    """Blocks in every branch, then a fusion: each branch becomes the sum of all branches, resized (figure 3).
 
     n maps (B, h, w, C) -> n maps of the same shapes.
     """
@@ -174,7 +175,7 @@ def _exchange(
 ) -> layers.Sequential | None:
     """Layers that convert branch `source` to the channels of branch `target`; None if they are the same branch.
 
-    A larger branch is also downsampled to the size of `target`; a smaller one is upsampled by the module.
+    They also downsample a larger branch to the size of `target`. The module upsamples a smaller one.
     """
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     if source == target:
@@ -182,7 +183,7 @@ def _exchange(
     if source > target:
         parts = [conv1x1(channels[source], channels[target], rngs=rngs, **kinds), batch_norm(channels[target], **kinds)]
         return layers.Sequential(parts)
-    # Only the last halving changes the channels, and it has no ReLU.
+    # Only the last halving changes the number of channels; it has no ReLU.
     inner = [
         halving(channels[source], channels[source], relu=True, rngs=rngs, **kinds) for _ in range(target - source - 1)
     ]
@@ -193,7 +194,7 @@ def _exchange(
 def transition(
     before: list[int], after: list[int], *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.List:
-    """Layers between two stages: a 3x3 convolution where channels change, and a halving for the new branch."""
+    """Layers between two stages: a 3x3 convolution where the channels change, and a halving for the new branch."""
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     parts = nnx.List([])
     for source, target in zip(before, after, strict=False):
@@ -207,13 +208,13 @@ def transition(
 
 
 def apply_transition(parts: nnx.List, maps: list[jax.Array]) -> list[jax.Array]:
-    """Applies a transition; the new branch is computed from the smallest map."""
+    """Applies a transition, which computes the new branch from the smallest map."""
     sources = [*maps, maps[-1]]
     return [x if part is None else part(x) for part, x in zip(parts, sources, strict=True)]
 
 
 class HighResolutionNet(SegmentationModel):
-    """The backbone. It is a base class because checkpoints have its keys at the top level, not below a prefix."""
+    """The backbone: a base class, because its keys in checkpoints have no prefix."""
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class HighResolutionNet(SegmentationModel):
         layers.require_four(stage_modules=stage_modules, stage_blocks=stage_blocks)
         if stage_modules[0] != 1:
             raise ValueError(f"stage_modules: the first stage has one module; got {stage_modules[0]}")
-        # A stage has as many branches as its number.
+        # Stage n has n branches.
         blocks = sum(m * b * n for m, b, n in zip(stage_modules, stage_blocks, (1, 2, 3, 4), strict=True))
         if blocks > MOST_BLOCKS:
             raise ValueError(
@@ -281,15 +282,29 @@ class HighResolutionNet(SegmentationModel):
 
 
 class HRNet(HighResolutionNet):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, the branches.
+    """HRNet: normalised images (B, H, W, C) -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, the branches.
 
-    Args of the constructor, all keyword:
-      num_classes: K. in_channels: C.
-      width: channels of the branch with the highest resolution.
-      stage1_channels: inner width of the first stage's bottlenecks.
-      stage_modules: modules of each stage, the first 1. stage_blocks: blocks of each branch of a module.
-      align_corners: of every bilinear upsampling, that of the logits too.
-      dtype: type of the computation. param_dtype: type of the stored parameters.
+    Args:
+      num_classes: Number of classes K.
+      width: Channels of the branch with the highest resolution.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random stream `params`.
+      **settings: Arguments of the backbone: `in_channels`, channels C of the images; `stage1_channels`, inner width of
+        the first stage's bottlenecks; `stage_modules`, modules per stage, 1 in the first; `stage_blocks`, blocks per
+        stage in each branch of a module; `align_corners`, of every bilinear upsampling, including that of the logits.
+
+    Raises:
+      ValueError: A setting per stage does not have four numbers, the first stage has more than one module, or there are
+        more than `MOST_BLOCKS` blocks.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("hrnet_w18", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
     def __init__(

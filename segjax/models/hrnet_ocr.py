@@ -1,12 +1,12 @@
 """HRNet with object-contextual representations: every pixel attends to a summary of each class.
 
 Yuan, Chen, Wang: "Object-Contextual Representations for Semantic Segmentation", ECCV 2020, arXiv:1909.11065, on the
-backbone of `hrnet.py`. A first, auxiliary classification locates each class; its softmax over all pixels gathers
-one vector per class; attention from pixels to classes distributes these vectors to the pixels. Attribute names are the
-keys of the published checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRNet-OCR). Logits and auxiliary logits
-(`taps["aux_logits"]`) are trained together, with a weight of 0.4 for the auxiliary loss.
+backbone of `hrnet.py`. A first, auxiliary classification locates each class; its softmax over all pixels gathers one
+vector per class; attention from pixels to classes distributes these vectors to the pixels. Attribute names are the keys
+of the published checkpoints (HRNet/HRNet-Semantic-Segmentation, branch HRNet-OCR). Logits and auxiliary logits
+(`taps["aux_logits"]`) are trained together, the auxiliary loss with a weight of 0.4.
 
-Initial weights: the backbone's as in `hrnet.py`, torch's own for everything of OCR.
+Initial weights: those of `hrnet.py` in the backbone, torch's defaults in the OCR layers.
 
 Deviations: none in the results. The auxiliary head's 1x1 convolution over the concatenated branches runs in the
 equal, cheaper order of `layers.conv1x1_of_resized`.
@@ -24,7 +24,7 @@ from segjax import layers
 from segjax.models import hrnet
 from segjax.models.hrnet import HighResolutionNet, batch_norm
 
-# Corners are aligned in every published model with OCR.
+# Every published model with OCR aligns corners.
 VARIANTS = {name: sizes | dict(align_corners=True) for name, sizes in hrnet.VARIANTS.items()}
 
 TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
@@ -33,7 +33,7 @@ TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=laye
 def conv_bn_relu(
     in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> tuple[layers.Conv, layers.Sequential]:
-    """1x1 convolution without bias, and the BatchNorm and ReLU after it, which checkpoints nest one level deeper."""
+    """1x1 convolution without bias, then BatchNorm and ReLU in a Sequential, as the keys of checkpoints nest them."""
     kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     convolution = layers.Conv(
         in_channels, out_channels, 1, use_bias=False, kernel_init=layers.fan_in_init, rngs=rngs, **kinds
@@ -42,7 +42,7 @@ def conv_bn_relu(
 
 
 def gather_objects(features: jax.Array, aux_logits: jax.Array) -> jax.Array:
-    """One vector per class, the mean of all pixels weighted by softmax over pixels: (B, K, 1, C) (eq. 2)."""
+    """One vector per class, the mean of all pixels weighted by softmax over pixels (eq. 2): (B, K, 1, C)."""
     B, H, W, C = features.shape
     shares = jax.nn.softmax(aux_logits.reshape(B, H * W, -1), axis=1).astype(features.dtype)  # (B, N, K)
     return jnp.einsum("bnk,bnc->bkc", shares, features.reshape(B, H * W, C))[:, :, None, :]
@@ -74,7 +74,7 @@ class ObjectAttention(nnx.Module):
 
 
 class SpatialOCR(nnx.Module):
-    """Concatenates context and the pixels' own features and fuses them: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
+    """Fuses the pixels' features with their context: (B, H, W, C), (B, K, 1, C) -> (B, H, W, C)."""
 
     def __init__(
         self,
@@ -98,11 +98,29 @@ class SpatialOCR(nnx.Module):
 
 
 class HRNetOCR(HighResolutionNet):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`, `aux_logits`.
+    """HRNet with OCR: normalised images (B, H, W, C) -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps.
 
-    Args of the constructor: those of `hrnet.HRNet`, and
-      ocr_channels: C of the pixel features. ocr_key_channels: D of queries and keys.
-      dropout_rate: share of channels dropped before the classifier.
+    The taps are `feature0..feature3`, the branches, and `aux_logits`, of the shape of the logits.
+
+    Args:
+      num_classes: Number of classes K.
+      width: Channels of the branch with the highest resolution.
+      ocr_channels: Channels of the pixel features.
+      ocr_key_channels: Channels of queries and keys.
+      dropout_rate: Probability to drop a channel before the classifier.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random streams `params` and `dropout`.
+      **settings: Other arguments of `hrnet.HRNet`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> logits, taps = jax.eval_shape(lambda x: models.create("hrnet_w18_ocr", num_classes=5)(x), images)
+      >>> logits.shape, taps["aux_logits"].shape
+      ((2, 16, 24, 5), (2, 16, 24, 5))
     """
 
     def __init__(

@@ -1,12 +1,13 @@
 """SegFormer: a hierarchical transformer without position codes, and a decoder of linear layers.
 
 Xie, Wang, Yu, Anandkumar, Alvarez, Luo: "SegFormer: Simple and Efficient Design for Semantic Segmentation with
-Transformers", NeurIPS 2021, arXiv:2105.15203. Sizes from its table 6; attribute names are the keys of the published
-checkpoints; settings that the paper leaves open are those of the official code, inferred from its outputs:
+Transformers", NeurIPS 2021, arXiv:2105.15203. Sizes are from its table 6. Attribute names are the keys of the published
+checkpoints. Settings that the paper does not state are those of the official code, inferred from its outputs:
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact GELU;
-drop path that grows linearly over all blocks; whole channels dropped in front of the classifier.
+a drop path rate that grows linearly over all blocks; dropout of whole channels before the classifier.
 
-Deviations: none in the results. The decoder's products run in an equal, cheaper order (`layers.project_and_fuse`).
+Deviations: none in the results. The decoder computes its products in an equal, cheaper order
+(`layers.project_and_fuse`).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
 
 
 class DWConv(nnx.Module):
-    """The 3x3 depthwise convolution of the Mix-FFN, which stands in for position codes. (B, H, W, C) -> the same."""
+    """The 3x3 depthwise convolution of the Mix-FFN, which replaces position codes: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dwconv = layers.Conv(dim, dim, 3, padding=1, groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -110,7 +111,7 @@ class DWConv(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Mix-FFN (eq. 3): linear, depthwise 3x3, GELU, linear. (B, H, W, C) -> the same."""
+    """Mix-FFN (eq. 3): linear, depthwise 3x3, GELU, linear; (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block; drop path on both branches. (B, H, W, C) -> the same."""
+    """Pre-norm transformer block with drop path on both branches: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(
         self,
@@ -231,9 +232,9 @@ class MixTransformer(nnx.Module):
         features = []
         for stage in range(4):
             x = getattr(self, f"patch_embed{stage + 1}")(x)
-            # Each side is tested on its own: min() cannot compare two symbolic sizes of an export.
+            # Not min(): it cannot compare two symbolic sizes of an export.
             if any(side < self.sr_ratios[stage] for side in x.shape[1:3]):
-                # A map of stage s has ⌈side / stride⌉ pixels, stride 4, 8, 16, 32.
+                # A map of stage s has ⌈side / stride⌉ pixels, with a stride of 4 * 2**s.
                 least = max((ratio - 1) * 4 * 2**s + 1 for s, ratio in enumerate(self.sr_ratios))
                 raise ValueError(
                     f"the image is too small: stage {stage + 1} sees a map of {x.shape[1]}x{x.shape[2]} and reduces it "
@@ -246,7 +247,7 @@ class MixTransformer(nnx.Module):
 
 
 class LevelProjection(nnx.Module):
-    """The decoder's linear layer of one level, (B, h, w, C_level) -> (B, h, w, C). Named MLP in the paper."""
+    """The decoder's linear layer of one level, "MLP" in the paper: (B, h, w, C_level) -> (B, h, w, C)."""
 
     def __init__(
         self,
@@ -278,8 +279,8 @@ class ConvModule(nnx.Module):
 class MLPDecoder(nnx.Module):
     """The decoder (section 3.2): projects each level, upsamples to 1/4, concatenates, fuses and classifies.
 
-    Two decoders differ in their fusing layers only: `SegFormerHead` (SegFormer) and `PlainHead` (SegFormerPlain, in
-    `segformer_plain.py`). Each defines three methods:
+    Its two subclasses differ only in their fusing layers: `SegFormerHead` (SegFormer) and `PlainHead` (SegFormerPlain,
+    in `segformer_plain.py`). Each defines three methods:
 
     - `make_fuse` creates the fusing layers; the constructor calls it once.
     - `fusion` returns the 1x1 convolution among them.
@@ -292,7 +293,7 @@ class MLPDecoder(nnx.Module):
     - `__call__` with `fuse_levels`, the equation, inside `layers.published_implementations()`.
     """
 
-    # The published code leaves the decoder's projections and classifier as torch initialises them.
+    # The published code keeps torch's default initialisation for the decoder's projections and classifier.
     INIT: Mapping[str, Any] = types.MappingProxyType(
         dict(kernel_init=layers.fan_in_init, bias_init=layers.fan_in_bias_init)
     )
@@ -330,17 +331,17 @@ class MLPDecoder(nnx.Module):
         return layers.classify(self.linear_pred, self.dropout(fused))
 
     def levels(self) -> list[layers.Linear]:
-        """The four projections in the order in which their outputs are concatenated: deepest level first."""
+        """The four projections in the order of the concatenation: deepest level first."""
         return [self.linear_c4.proj, self.linear_c3.proj, self.linear_c2.proj, self.linear_c1.proj]
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
-        """`fuse_levels`, with all products at the levels' own resolutions."""
+        """`fuse_levels` with all products at the levels' own resolutions."""
         size = features[0].shape[1:3]
         return layers.project_and_fuse(features[::-1], self.levels(), self.fusion(), lambda x: layers.resize(x, size))
 
     @layers.cheaper_order(fuse_at_low_resolution)
     def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
-        """Projects, upsamples to 1/4, concatenates, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        """Projects each level, upsamples to 1/4, concatenates, applies a 1x1 convolution: (B, H/4, W/4, C)."""
         size = features[0].shape[1:3]
         projected = [level(x) for level, x in zip(self.levels(), features[::-1], strict=True)]
         upsampled = [layers.resize(x, size) for x in projected]
@@ -377,20 +378,40 @@ class SegFormerHead(MLPDecoder):
 
 
 class SegFormer(SegmentationModel):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """SegFormer: normalised images (B, H, W, C) -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
 
-    Args of the constructor, all keyword:
-      num_classes: K. in_channels: C.
-      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
-      decoder_dim: width of the decoder.
-      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
-      dropout_rate: share of channels dropped before the classifier.
-      block_norm_eps: LayerNorm eps in blocks and after stages. patch_norm_eps: in patch embeddings and after the
-        spatial reduction.
-      dtype: type of the computation. param_dtype: type of the stored parameters.
+    `models.create` sets the sizes of a variant.
+
+    Args:
+      num_classes: Number of classes K.
+      dims: Widths of the four stages.
+      depths: Blocks per stage.
+      decoder_dim: Width of the decoder.
+      in_channels: Channels C of the images.
+      num_heads: Attention heads per stage.
+      mlp_ratios: Width of the Mix-FFN relative to that of the stage, per stage.
+      sr_ratios: Factor per stage by which attention reduces each side of the map of keys and values.
+      drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
+      dropout_rate: Probability to drop a channel before the classifier.
+      block_norm_eps: LayerNorm eps in blocks and after stages.
+      patch_norm_eps: LayerNorm eps in patch embeddings and after the spatial reduction.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random streams `params` and `dropout`.
+
+    Raises:
+      ValueError: A setting does not have four numbers, or a number of heads does not divide its width.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segformer_b0", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
-    # Initialisers of the encoder that a subclass changes.
+    # Encoder initialisers that a subclass overrides.
     ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(
@@ -435,7 +456,7 @@ class SegFormer(SegmentationModel):
         )
 
     def make_head(self, **sizes: Any) -> nnx.Module:
-        """Creates the decoder; subclasses replace it."""
+        """Creates the decoder; subclasses override it."""
         return SegFormerHead(**sizes)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

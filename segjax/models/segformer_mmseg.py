@@ -1,11 +1,12 @@
 """SegFormer as mmsegmentation 1.x trains it: the official encoder, and a decoder with a BatchNorm in every level.
 
-Encoder of `segformer.py` (Xie et al., arXiv:2105.15203) with LayerNorm eps 1e-6 throughout. The decoder differs from
-the paper's: each level's projection is a 1x1 convolution without bias, BatchNorm and ReLU, the levels are concatenated
-from c1 to c4, and all variants are 256 wide. Because of the ReLU the projections cannot be merged into the fusion.
+The encoder is that of `segformer.py` (Xie et al., arXiv:2105.15203) with LayerNorm eps 1e-6 everywhere. The decoder
+differs from the paper's: each level's projection is a 1x1 convolution without bias, BatchNorm and ReLU; the levels are
+concatenated from c1 to c4; all variants are 256 wide. Because of the ReLU the projections cannot be merged into the
+fusion.
 
-Attribute names of the encoder are the official ones, those of the decoder mmsegmentation's; its own names of the
-encoder (`layers`, `in_proj`, `ffn`) are the key format "mmseg".
+Attribute names of the encoder are the official ones, those of the decoder mmsegmentation's. mmsegmentation's names of
+the encoder (`layers`, `in_proj`, `ffn`) belong to the key format "mmseg".
 
 Deviations: none in the results.
 """
@@ -23,7 +24,7 @@ from flax import nnx
 from segjax import layers
 from segjax.models import segformer
 
-# Sizes of the paper's table 6; the decoder is 256 wide in every published configuration.
+# Sizes of the paper's table 6. The decoder is 256 wide in every published configuration.
 VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, sizes in segformer.VARIANTS.items()}
 
 
@@ -46,7 +47,7 @@ class ConvModule(nnx.Module):
 
 
 class MMSegHead(nnx.Module):
-    """Four maps -> logits (B, H/4, W/4, K)."""
+    """The decoder: four maps -> logits (B, H/4, W/4, K)."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class MMSegHead(nnx.Module):
         self.conv_seg = layers.Conv(decoder_dim, num_classes, 1, kernel_init=layers.classifier_init, **kinds)
 
     def project(self, features: list[jax.Array]) -> list[jax.Array]:
-        """Each level at its own resolution with `decoder_dim` channels."""
+        """Projects each level at its own resolution to `decoder_dim` channels."""
         return [conv(x) for conv, x in zip(self.convs, features, strict=True)]
 
     def row_tiles(self, features: list[jax.Array]) -> jax.Array:
@@ -86,12 +87,20 @@ class MMSegHead(nnx.Module):
 
 
 class SegFormerMMSeg(segformer.SegFormer):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """mmsegmentation's SegFormer: normalised images (B, H, W, C) -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps.
 
-    Args of the constructor: those of `segformer.SegFormer`.
+    The taps are `feature0..feature3`. The arguments are those of `segformer.SegFormer`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segformer_mmseg_b0", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
-    # Its joint projection keeps torch's own initial weights, and its Mix-FFN consists of 1x1 convolutions.
+    # mmsegmentation keeps torch's initial weights of the joint projection, and builds the Mix-FFN of 1x1 convolutions.
     ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType(
         dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init)
     )

@@ -1,13 +1,13 @@
 """The SegFormer of jo-jstrm/segmentation_pytorch: the official encoder, and a decoder without activation.
 
 Encoder and decoder projections are those of `segformer.py` (Xie et al., arXiv:2105.15203). Unlike there, the decoder
-has no activation: `fuse="conv"` is a 1x1 convolution with bias and nothing else, `fuse="conv_bn"`, the
-repository's later state (camlaedtke), adds a BatchNorm; neither has a ReLU, and no channel is dropped.
+has no activation. `fuse="conv"` is a 1x1 convolution with bias; `fuse="conv_bn"`, of a later version of the
+repository (camlaedtke), adds a BatchNorm. Neither has a ReLU or dropout of channels.
 
-Attribute names are the official ones; the repository writes the same without `backbone.` and `decode_head.`
-(key format "segmentation_pytorch").
+Attribute names are the official ones. The repository omits their prefixes `backbone.` and `decode_head.` (key format
+"segmentation_pytorch").
 
-Deviations: logits stay in the type of the computation, at least float32, where the original ends in a cast to float32.
+Deviations: logits have the dtype of the computation, at least float32; the original casts them to float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from segjax import layers
 from segjax.models import segformer
 from segjax.models.segformer import MLPDecoder
 
-# As in the paper, except that B1's decoder is as wide as those of the larger variants and no channel is dropped.
+# As in the paper, except that B1's decoder has the width of those of the larger variants, and no channel is dropped.
 VARIANTS = {
     name: sizes | dict(decoder_dim=256 if name == "b0" else 768, dropout_rate=0.0)
     for name, sizes in segformer.VARIANTS.items()
@@ -33,9 +33,9 @@ FUSES = ("conv", "conv_bn")
 
 
 class PlainHead(MLPDecoder):
-    """Four maps -> logits (B, H/4, W/4, K), linear except for the dropout."""
+    """The decoder, linear except for the dropout: four maps -> logits (B, H/4, W/4, K)."""
 
-    # The repository initialises encoder and decoder by one rule: the encoder's.
+    # The repository initialises encoder and decoder in the same way.
     INIT: Mapping[str, Any] = types.MappingProxyType({})
 
     def __init__(self, *, fuse: str, **settings: Any):
@@ -59,10 +59,22 @@ class PlainHead(MLPDecoder):
 
 
 class SegFormerPlain(segformer.SegFormer):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K) and taps `feature0..feature3`.
+    """The plain SegFormer: normalised images (B, H, W, C) -> logits (B, ⌈H/4⌉, ⌈W/4⌉, K), taps `feature0..feature3`.
 
-    Args of the constructor: those of `segformer.SegFormer`, and
+    Args:
       fuse: "conv" or "conv_bn".
+      **settings: Arguments of `segformer.SegFormer`.
+
+    Raises:
+      ValueError: Unknown `fuse`, or an error of `segformer.SegFormer`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segformer_plain_b0", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
     def __init__(self, *, fuse: str = "conv", **settings: Any):

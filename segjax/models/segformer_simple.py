@@ -1,17 +1,17 @@
-"""The "simple" SegFormer: P. Wang's rewriting (lucidrains, segformer-pytorch on PyPI), which
-jo-jstrm/segmentation_pytorch has as `segformer_simple.py`.
+"""The "simple" SegFormer of P. Wang (lucidrains, segformer-pytorch on PyPI), which is `segformer_simple.py` in
+jo-jstrm/segmentation_pytorch.
 
-After Xie et al., arXiv:2105.15203, but another network: patches are unfolded and go through a 1x1 convolution, without
-a norm; LayerNorm is (x - mean) / (sqrt(var) + 1e-5) over channels; attention has no biases and takes keys and values
-from one strided convolution, without a norm; the Mix-FFN's depthwise convolution is followed by a pointwise one; stages
-end without a norm; the decoder upsamples by nearest neighbours and is linear. No dropout of any kind. Every stage
-downsamples its map by a whole factor, so that height and width of an image must be multiples of 32.
+It follows Xie et al., arXiv:2105.15203, but is another network. Patches are unfolded and pass a 1x1 convolution,
+without a norm. LayerNorm is (x - mean) / (sqrt(var) + 1e-5) over channels. Attention has no biases; one strided
+convolution, without a norm, computes keys and values. A pointwise convolution follows the Mix-FFN's depthwise one.
+Stages end without a norm. The decoder is linear and upsamples by nearest neighbours. There is no dropout. Every stage
+downsamples its map by a whole factor, so height and width of an image must be multiples of 32.
 
-Sizes are the package's defaults. Initial weights are torch's own. Attribute names are its keys: a number is the place
-in a torch ModuleList or Sequential.
+Sizes are the package's defaults, initial weights torch's defaults. Attribute names are the package's keys; numbers are
+indices in a torch ModuleList or Sequential.
 
-Deviations: none in the results. Unfolding and its 1x1 convolution run as one equal k x k convolution, and
-the decoder in the order of `layers.project_and_fuse`.
+Deviations: none in the results. Unfolding and its 1x1 convolution run as one equal k x k convolution, the decoder's
+products in the order of `layers.project_and_fuse`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=laye
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels: eps is outside the root, unlike everywhere else."""
+    """(x - mean) / (sqrt(var) + 1e-5) * g + b over channels, with eps outside the root, unlike in all other norms."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype):
         self.dtype = dtype
@@ -58,7 +58,7 @@ class LayerNorm(nnx.Module):
 
 
 class PreNorm(nnx.Module):
-    """`fn` of the normalised map."""
+    """fn(norm(x))."""
 
     def __init__(self, dim: int, fn: Callable[[jax.Array], jax.Array], *, dtype: jnp.dtype, param_dtype: jnp.dtype):
         self.fn = fn
@@ -69,7 +69,7 @@ class PreNorm(nnx.Module):
 
 
 class EfficientSelfAttention(nnx.Module):
-    """Attention without biases; keys and values are one convolution of kernel and stride `sr_ratio`."""
+    """Attention without biases; one convolution of kernel and stride `sr_ratio` computes keys and values."""
 
     def __init__(
         self, dim: int, *, num_heads: int, sr_ratio: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -95,7 +95,7 @@ class EfficientSelfAttention(nnx.Module):
 
 
 class DsConv2d(nnx.Module):
-    """Depthwise 3x3 and pointwise convolution. (B, H, W, C) -> the same."""
+    """Depthwise 3x3 and pointwise convolution: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
@@ -108,7 +108,7 @@ class DsConv2d(nnx.Module):
 
 
 class MixFeedForward(nnx.Module):
-    """1x1, depthwise 3x3 and 1x1, GELU, 1x1. (B, H, W, C) -> the same."""
+    """1x1, depthwise 3x3 and 1x1, GELU, 1x1: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -133,7 +133,7 @@ class MixFeedForward(nnx.Module):
 
 
 class Unfold(nnx.Module):
-    """Overlapping patches as channels, a channel's pixels together: (B, H, W, C) -> (B, H/s, W/s, C * k * k)."""
+    """Overlapping patches as channels, each channel's pixels contiguous: (B, H, W, C) -> (B, H/s, W/s, C * k * k)."""
 
     def __init__(self, kernel_size: int, stride: int, padding: int):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
@@ -149,7 +149,7 @@ class Unfold(nnx.Module):
 
 
 def embed_by_one_convolution(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
-    """`embed_patches` as the one k x k convolution that it is equal to."""
+    """`embed_patches` as one equal k x k convolution."""
     side, channels = unfold.kernel_size, x.shape[-1]
     kernel = projection.kernel[...].reshape(channels, side, side, -1).transpose(1, 2, 0, 3)  # (k, k, C, dim)
     dtype = projection.dtype
@@ -160,7 +160,7 @@ def embed_by_one_convolution(unfold: Unfold, projection: layers.Conv, x: jax.Arr
 
 @layers.cheaper_order(embed_by_one_convolution)
 def embed_patches(unfold: Unfold, projection: layers.Conv, x: jax.Array) -> jax.Array:
-    """Overlapping patches, projected: (B, H, W, C) -> (B, H/s, W/s, dim)."""
+    """Projects overlapping patches: (B, H, W, C) -> (B, H/s, W/s, dim)."""
     return projection(unfold(x))
 
 
@@ -223,13 +223,33 @@ class Upsample(nnx.Module):
 
 
 class SegFormerSimple(SegmentationModel):
-    """Images (B, H, W, C), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+    """The simple SegFormer: normalised images (B, H, W, C) -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
-    Args of the constructor, all keyword:
-      num_classes: K. in_channels: C.
-      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage.
-      decoder_dim: width of the decoder.
-      dtype: type of the computation. param_dtype: type of the stored parameters.
+    H and W must be multiples of 32. `models.create` sets the sizes.
+
+    Args:
+      num_classes: Number of classes K.
+      in_channels: Channels C of the images.
+      dims: Widths of the four stages.
+      depths: Blocks per stage.
+      num_heads: Attention heads per stage.
+      mlp_ratios: Width of the Mix-FFN relative to that of the stage, per stage.
+      sr_ratios: Factor per stage by which attention reduces each side of the map of keys and values.
+      decoder_dim: Width of the decoder.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random stream `params`.
+
+    Raises:
+      ValueError: A setting does not have four numbers, or a number of heads does not divide its width.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segformer_simple", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
     size_multiple = 32
@@ -294,7 +314,7 @@ class SegFormerSimple(SegmentationModel):
         return layers.classify(classifier, self.fuse_levels(features))
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
-        """`fuse_levels`, with all products at the levels' own resolutions."""
+        """`fuse_levels` with all products at the levels' own resolutions."""
         height = features[0].shape[1]
         fuse, _ = self.to_segmentation
         projections = [level[0] for level in self.to_fused]
@@ -304,6 +324,6 @@ class SegFormerSimple(SegmentationModel):
 
     @layers.cheaper_order(fuse_at_low_resolution)
     def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
-        """Projects, upsamples to 1/4, concatenates from the largest map on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        """Projects, upsamples to 1/4, concatenates (largest map first), applies a 1x1 convolution: (B, H/4, W/4, C)."""
         fuse, _ = self.to_segmentation
         return fuse(jnp.concatenate([level(x) for level, x in zip(self.to_fused, features, strict=True)], axis=-1))

@@ -1,16 +1,17 @@
 """The SegFormer of F. Zuppichini's article "Implementing SegFormer in PyTorch" (2021).
 
-After Xie et al., arXiv:2105.15203, but another network: patch convolutions without bias; torch's multi-head attention
-with one joint projection; the reducing convolution and its norm at every ratio, 1 included; a Mix-FFN of a 1x1 from C
-to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path on the FFN branch only and for the whole batch at once
-(torchvision's mode "batch"); levels upsampled with aligned corners before their 1x1 convolution; ReLU before
+It follows Xie et al., arXiv:2105.15203, but is another network: patch convolutions without bias; torch's multi-head
+attention with one joint projection; the reducing convolution and its norm at every ratio, including 1; a Mix-FFN of a
+1x1 from C to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path only on the FFN branch and for the whole batch at
+once (torchvision's mode "batch"); levels upsampled with aligned corners before their 1x1 convolution; ReLU before
 BatchNorm in the head; no dropout before the classifier. LayerNorm eps is 1e-5 everywhere. Levels are upsampled by whole
-factors, so that height and width of an image must be multiples of 32.
+factors, so height and width of an image must be multiples of 32.
 
-Sizes are the article's. Initial weights are torch's own. Attribute names are its keys: a number is the place in a torch
-Sequential.
+Sizes are the article's, initial weights torch's defaults. Attribute names are the article's keys; numbers are indices
+in a torch Sequential.
 
-Deviations: none in the results. The decoder runs in the equal, cheaper order of `layers.project_and_fuse`.
+Deviations: none in the results. The decoder computes its products in the equal, cheaper order of
+`layers.project_and_fuse`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ TORCH_INIT: dict[str, Any] = dict(kernel_init=layers.fan_in_init, bias_init=laye
 
 
 class MultiheadAttention(nnx.Module):
-    """torch.nn.MultiheadAttention: tokens (B, N, C) that attend to tokens (B, M, C) -> (B, N, C)."""
+    """torch.nn.MultiheadAttention of tokens (B, N, C) to tokens (B, M, C): (B, N, C)."""
 
     def __init__(self, dim: int, *, num_heads: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.dtype = dtype
-        # Queries, keys and values one below the other, (3C, C): torch's own layout.
+        # Rows of queries, keys and values, (3C, C): torch's layout.
         joint = layers.joint_projection_init(rngs.params(), (dim, 3 * dim), param_dtype).T
         self.in_proj_weight = nnx.Param(joint)
         self.in_proj_bias = nnx.Param(jnp.zeros((3 * dim,), param_dtype))
@@ -69,7 +70,7 @@ class MultiheadAttention(nnx.Module):
 
 
 class EfficientMultiHeadAttention(nnx.Module):
-    """Attention of all pixels to a map reduced `sr_ratio` times on each side. (B, H, W, C) -> the same."""
+    """Attention of all pixels to a map reduced `sr_ratio` times on each side: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(
         self, dim: int, *, num_heads: int, sr_ratio: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -90,7 +91,7 @@ class EfficientMultiHeadAttention(nnx.Module):
 
 
 class MixMLP(layers.Sequential):
-    """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C. (B, H, W, C) -> the same."""
+    """1x1 from C to C, 3x3 in C groups to `hidden_dim`, GELU, 1x1 back to C: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs, **TORCH_INIT)
@@ -180,7 +181,7 @@ class EncoderStage(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """(B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
+    """The encoder: (B, H, W, C) -> four maps at 1/4, 1/8, 1/16 and 1/32."""
 
     def __init__(
         self,
@@ -235,7 +236,7 @@ class Upsample(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Each level upsampled to 1/4 and projected by a 1x1 convolution, the deepest first."""
+    """Upsamples each level to 1/4 and projects it with a 1x1 convolution; the deepest level comes first."""
 
     def __init__(
         self, *, dims: tuple[int, ...], decoder_dim: int, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -276,14 +277,35 @@ class Head(nnx.Module):
 
 
 class SegFormerZuppichini(SegmentationModel):
-    """Images (B, H, W, C), normalised, sides divisible by 32 -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
+    """Zuppichini's SegFormer: normalised images (B, H, W, C) -> logits (B, H/4, W/4, K) and taps `feature0..feature3`.
 
-    Args of the constructor, all keyword:
-      num_classes: K. in_channels: C.
-      dims, depths, num_heads, mlp_ratios, sr_ratios: four numbers each, one per stage; mlp_ratios whole ones.
-      decoder_dim: width of the decoder.
-      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
-      dtype: type of the computation. param_dtype: type of the stored parameters.
+    H and W must be multiples of 32. `models.create` sets the sizes.
+
+    Args:
+      num_classes: Number of classes K.
+      in_channels: Channels C of the images.
+      dims: Widths of the four stages.
+      depths: Blocks per stage.
+      num_heads: Attention heads per stage.
+      mlp_ratios: Width of the Mix-FFN relative to that of the stage, per stage; whole numbers.
+      sr_ratios: Factor per stage by which attention reduces each side of the map of keys and values.
+      decoder_dim: Width of the decoder.
+      drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random streams `params` and `dropout`.
+
+    Raises:
+      ValueError: A setting does not have four numbers, a number of heads does not divide its width, or a ratio of
+        `mlp_ratios` is not whole.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segformer_zuppichini", num_classes=5)(images)[0], images).shape
+      (2, 16, 24, 5)
     """
 
     size_multiple = 32
@@ -351,7 +373,7 @@ class SegFormerZuppichini(SegmentationModel):
         return layers.classify(self.head.predict, norm(relu(self.fuse_levels(features))))
 
     def fuse_at_low_resolution(self, features: list[jax.Array]) -> jax.Array:
-        """`fuse_levels`, with all products at the levels' own resolutions."""
+        """`fuse_levels` with all products at the levels' own resolutions."""
         size = features[0].shape[1:3]
         projections = [stage[1] for stage in self.decoder.stages]
         return layers.project_and_fuse(
@@ -360,5 +382,5 @@ class SegFormerZuppichini(SegmentationModel):
 
     @layers.cheaper_order(fuse_at_low_resolution)
     def fuse_levels(self, features: list[jax.Array]) -> jax.Array:
-        """Upsamples to 1/4, projects, concatenates from the deepest level on, 1x1 convolution. -> (B, H/4, W/4, C)."""
+        """Upsamples to 1/4, projects, concatenates (deepest first), applies a 1x1 convolution: (B, H/4, W/4, C)."""
         return self.head.fuse[0](jnp.concatenate(self.decoder(features), axis=-1))

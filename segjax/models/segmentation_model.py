@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Of a model; published ones have at most 108. They are built one by one: so many take 10 s.
+# Maximum number of blocks of a model, which take 10 s to build. Published models have at most 108.
 MOST_BLOCKS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """The arguments of `create`, which a checkpoint stores so that its model can be created again."""
+    """The arguments of `create`. A checkpoint stores them so that its model can be created again.
+
+    Attributes:
+      name: A key of `models.MODELS`.
+      num_classes: Number of classes K.
+      overrides: Settings that differ from the defaults, as pairs of name and value, sorted by name.
+    """
 
     name: str
     num_classes: int
@@ -23,14 +29,15 @@ class ModelSpec:
 
 
 class SegmentationModel(nnx.Module):
-    """Images (B, H, W, C), normalised -> logits (B, h, w, K) at the model's own stride, and taps by name.
+    """Base class: normalised images (B, H, W, C) -> logits (B, h, w, K) at the model's own stride, and taps by name.
 
     Attributes:
-      spec: arguments that the model was created with; set by `create`.
-      dtype: type of the computation.
-      in_channels: C, number of channels of its images; 3 for RGB.
-      size_multiple: number that height and width of images must be multiples of.
-      align_corners: of the bilinear upsampling of its logits, the auxiliary ones too, to the size of labels or images.
+      spec: Arguments of the `create` call that made the model.
+      dtype: Dtype of the computation.
+      in_channels: Number of channels C of the images; 3 for RGB.
+      size_multiple: Number that must divide height and width of the images.
+      align_corners: Alignment of the bilinear upsampling of logits, including auxiliary ones, to the size of labels or
+        images.
     """
 
     spec: ModelSpec
@@ -41,4 +48,4 @@ class SegmentationModel(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Logits, and taps by name."""
+        """Returns logits (B, h, w, K), and taps by name."""

@@ -1,18 +1,18 @@
 """SegNeXt: attention as a product with multi-scale convolutions, and a decoder that factorises its map.
 
 Guo, Lu, Hou, Liu, Cheng, Hu: "SegNeXt: Rethinking Convolutional Attention Design for Semantic Segmentation", NeurIPS
-2022, arXiv:2209.08575, sizes from its table 2; the decoder's "Hamburger" is Geng et al.: "Is Attention Better Than
-Matrix Decomposition?", ICLR 2021, arXiv:2109.04553. Attribute names are the keys of the published checkpoints
+2022, arXiv:2209.08575. Sizes are from its table 2. The decoder's "Hamburger" is from Geng et al.: "Is Attention Better
+Than Matrix Decomposition?", ICLR 2021, arXiv:2109.04553. Attribute names are the keys of the published checkpoints
 (Visual-Attention-Network/SegNeXt).
 
-The Hamburger is a non-negative matrix factorisation X ≈ bases @ coefficients, by multiplicative updates, whose start is
-random: published code draws new bases at every forward pass, in evaluation too, which moves logits by 0.1 to 0.3 from
-run to run. Here training draws new ones, one set per image, and evaluation always takes the same
-(`evaluation_bases`), so that a prediction repeats; `model(images, bases=...)` takes other ones. The rank R of
-the factorisation is not in a checkpoint: mmsegmentation's configurations of B and L have 16 where the official
-ones have 64.
+The Hamburger is a non-negative matrix factorisation X ≈ bases @ coefficients by multiplicative updates, which start
+from random bases. The published code draws new bases at every forward pass, in evaluation too, which changes logits by
+0.1 to 0.3 from run to run. segjax draws new bases in training, one set per image. Evaluation starts from fixed bases
+(`evaluation_bases`), so that predictions are reproducible; `model(images, bases=...)` takes others. Checkpoints do not
+store the rank R of the factorisation: for B and L it is 16 in mmsegmentation's configurations and 64 in the official
+ones.
 
-Deviations: the fixed bases in evaluation. The factorisation never computes in less than float32: its intermediates
+Deviations: the fixed bases in evaluation. The factorisation is computed in at least float32, because its intermediates
 reach 4e4, near float16's limit. The squeezing 1x1 convolution runs in the equal, cheaper order of
 `layers.conv1x1_of_resized`.
 """
@@ -33,7 +33,7 @@ from jax.sharding import AxisType, PartitionSpec
 from segjax import layers
 from segjax.models.segmentation_model import SegmentationModel
 
-# Widths and blocks of table 2, width and rank of the decoder as in the official configurations.
+# Widths and blocks of table 2; width and rank of the decoder from the official configurations.
 VARIANTS = {
     "t": dict(dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), ham_channels=256, ham_rank=16),
     "s": dict(dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), ham_channels=256, ham_rank=16),
@@ -45,7 +45,7 @@ STRIPS = (7, 11, 21)
 LAYER_SCALE = 1e-2
 GROUPS = 32
 TRAINING_STEPS, EVALUATION_STEPS = 6, 7
-# Keeps the denominators of the multiplicative updates from zero.
+# Keeps the denominators of the multiplicative updates above zero.
 NMF_EPS = 1e-6
 
 
@@ -85,7 +85,7 @@ class OverlapPatchEmbed(nnx.Module):
 
 
 class AttentionModule(nnx.Module):
-    """Multi-scale convolutional attention (eq. 1 and 2), multiplied by the input. (B, H, W, C) -> the same."""
+    """Multi-scale convolutional attention, multiplied by the input (eq. 1 and 2): (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -105,7 +105,7 @@ class AttentionModule(nnx.Module):
 
 
 class SpatialAttention(nnx.Module):
-    """1x1, GELU, attention, 1x1, with a shortcut. (B, H, W, C) -> the same."""
+    """1x1, GELU, attention, 1x1, with a shortcut: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -118,7 +118,7 @@ class SpatialAttention(nnx.Module):
 
 
 class DWConv(nnx.Module):
-    """Depthwise 3x3. (B, H, W, C) -> the same."""
+    """Depthwise 3x3 convolution: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dwconv = layers.Conv(dim, dim, 3, padding=1, groups=dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -128,7 +128,7 @@ class DWConv(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """1x1, depthwise 3x3, GELU, 1x1. (B, H, W, C) -> the same."""
+    """1x1, depthwise 3x3, GELU, 1x1: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -143,7 +143,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each after a BatchNorm, scaled per channel, and dropped on its own."""
+    """Attention and MLP, each with a BatchNorm before, a scale per channel, and its own drop path and shortcut."""
 
     def __init__(
         self,
@@ -224,19 +224,21 @@ class MSCAN(nnx.Module):
 
 @functools.cache
 def evaluation_bases(channels: int, rank: int) -> np.ndarray:
-    """The bases that evaluation starts from, float64 (C, R): the same numbers on every machine and in every version."""
+    """The initial bases of evaluation, float64 (C, R), equal on every machine and in every version."""
     drawn = np.random.RandomState(0).uniform(size=(channels, rank))
     return drawn / np.linalg.norm(drawn, axis=0)
 
 
 def factorise(x: jax.Array, bases: jax.Array, *, steps: int) -> jax.Array:
-    """Non-negative factorisation by multiplicative updates, Hamburger's algorithm 2, and the product of its factors.
+    """Approximates `x` by a non-negative factorisation with multiplicative updates (algorithm 2 of Hamburger).
 
     Args:
-      x: non-negative (B, N, C). bases: (B, C, R), of length 1 over C.
+      x: Non-negative array (B, N, C).
+      bases: Initial bases (B, C, R), of length 1 over C.
+      steps: Number of updates of the bases.
 
     Returns:
-      (B, N, C), of rank R.
+      The product of the factors, (B, N, C), of rank R.
     """
     coefficients = jax.nn.softmax(_product("bnc,bcr->bnr", x, bases), axis=-1)  # (B, N, R)
     for _ in range(steps):
@@ -249,7 +251,7 @@ def factorise(x: jax.Array, bases: jax.Array, *, steps: int) -> jax.Array:
     return _product("bnr,bcr->bnc", coefficients, bases)
 
 
-# On a GPU or TPU float32 products would be rounded to fewer bits by default, in every one of the updates.
+# By default a GPU or TPU would round float32 products to fewer bits, in each of the updates.
 _product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -261,7 +263,7 @@ def _updated_coefficients(x: jax.Array, bases: jax.Array, coefficients: jax.Arra
 
 
 class Bread(nnx.Module):
-    """1x1 convolution under the name `conv`, with GroupNorm `gn` instead of a bias where `norm`."""
+    """1x1 convolution `conv`, with a GroupNorm `gn` instead of a bias if `norm`."""
 
     def __init__(
         self,
@@ -286,7 +288,7 @@ class Bread(nnx.Module):
 
 
 class Hamburger(nnx.Module):
-    """The factorisation between two 1x1 convolutions, with a shortcut. (B, H, W, C) -> the same."""
+    """The factorisation between two 1x1 convolutions, with a shortcut: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, channels: int, rank: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -311,7 +313,7 @@ class Hamburger(nnx.Module):
         return jax.nn.relu(self.ham_out(ham.astype(self.dtype)) + x)
 
     def bases_for(self, x: jax.Array) -> jax.Array:
-        """Bases (B, C, R) that the factorisation starts from: random in training, fixed in evaluation."""
+        """Initial bases (B, C, R) of the factorisation: random in training, fixed in evaluation."""
         if self.deterministic:
             fixed = jnp.asarray(evaluation_bases(self.channels, self.rank), x.dtype)
             return jnp.broadcast_to(fixed, (x.shape[0], *fixed.shape))
@@ -324,7 +326,7 @@ class Hamburger(nnx.Module):
 
 
 def _sharded_like(x: jax.Array, bases: jax.Array) -> jax.Array:
-    """`bases` (B, C, R) with the batch of `x` (B, ...): under a mesh with explicit axes a product needs equal ones."""
+    """`bases` (B, C, R) sharded over the batch as `x` (B, ...), as products require under a mesh with explicit axes."""
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return bases
     return jax.sharding.reshard(bases, PartitionSpec(jax.typeof(x).sharding.spec[0]))
@@ -363,17 +365,35 @@ class LightHamHead(nnx.Module):
 
 
 class SegNeXt(SegmentationModel):
-    """Images (B, H, W, C), normalised -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K) and taps `feature0..feature3`.
+    """SegNeXt: normalised images (B, H, W, C) -> logits (B, ⌈H/8⌉, ⌈W/8⌉, K) and taps `feature0..feature3`.
 
-    `model(images, bases=...)` starts the factorisation from (B, ham_channels, ham_rank), of length 1 over channels.
+    `model(images, bases=...)` starts the factorisation from bases (B, ham_channels, ham_rank), of length 1 over
+    channels. `models.create` sets the sizes of a variant.
 
-    Args of the constructor, all keyword:
-      num_classes: K. in_channels: C.
-      dims, depths, mlp_ratios: four numbers each, one per stage.
-      ham_channels: width of the decoder, divisible by 32. ham_rank: R of its factorisation.
-      drop_path_rate: rate of the last block; it grows linearly from 0 in the first.
-      dropout_rate: share of channels dropped before the classifier.
-      dtype: type of the computation. param_dtype: type of the stored parameters.
+    Args:
+      num_classes: Number of classes K.
+      in_channels: Channels C of the images.
+      dims: Widths of the four stages.
+      depths: Blocks per stage.
+      ham_channels: Width of the decoder, a multiple of 32.
+      ham_rank: Rank R of the decoder's factorisation.
+      mlp_ratios: Width of the MLP relative to that of the stage, per stage.
+      drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
+      dropout_rate: Probability to drop a channel before the classifier.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Random streams `params` and `dropout`.
+
+    Raises:
+      ValueError: A setting per stage does not have four numbers, or `ham_channels` is not a multiple of 32.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from segjax import models
+      >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+      >>> jax.eval_shape(lambda images: models.create("segnext_t", num_classes=5)(images)[0], images).shape
+      (2, 8, 12, 5)
     """
 
     def __init__(

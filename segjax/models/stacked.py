@@ -1,12 +1,12 @@
-"""Several parameters in one array: stacks of those of consecutive equal blocks, and vectors of all that are alike.
+"""Several parameters in one array: stacks over consecutive equal blocks, and vectors of all parameters of a kind.
 
-Stacks are what a scan over blocks reads. `train.scan_blocks` asks for such scans. With separate arrays, a training step
-of SegFormer-B5 would stack most of its 1065 parameters, unstack their gradients, and update each parameter by a program
-of its own. Stacked they are 285 arrays, and 113 where every group of equal blocks is scanned. The cost is recorded
-under "Compiling" in benchmarks/README.md.
+A scan over blocks, which `train.scan_blocks` turns on, reads stacks. With separate arrays, a training step of
+SegFormer-B5 would stack most of its 1065 parameters, unstack their gradients, and update each parameter by its own
+program. Stacked they are 285 arrays, or 113 if every group of equal blocks is scanned. The section "Compiling" of
+benchmarks/README.md records the cost.
 
 Vectors are for GPUs, where each kernel costs microseconds: a norm, an update or a check of all parameters takes one
-kernel for each array.
+kernel per array.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Tree = TypeVar("Tree")
 
 
 class Stacks:
-    """Which parameters are stacked into one array, by dotted name.
+    """The parameters that are stacked into one array, by dotted name.
 
     Attributes:
-      members: Names of the parameters along a stack's first axis, by the name of the stack, for example
+      members: Names of the parameters along a stack's first axis, by the stack's name, for example
         "backbone.block3.0-39.norm1.scale".
     """
 
@@ -41,32 +41,32 @@ class Stacks:
 
     @classmethod
     def of(cls, params: Mapping[str, jax.Array], *, shortest: int, alike: Mapping[str, Hashable]) -> Stacks:
-        """Stacks for every group of consecutive entries of a list whose parameters agree in names, shapes and dtypes.
+        """Stacks for every group of consecutive list entries whose parameters agree in names, shapes and dtypes.
 
         Args:
           params: Parameters by dotted name, or their shapes and dtypes.
           shortest: Minimum length of a group, at least 2; 0 stacks nothing.
-          alike: A value by parameter name that must also agree within a group: how the parameter is trained.
+          alike: Value by parameter name that must also agree within a group: the optimizer's rule for the parameter.
         """
         kinds = {tuple(name.split(".")): (array.shape, array.dtype, alike[name]) for name, array in params.items()}
         return cls(dict(_stacks((), kinds, shortest)) if shortest else {})
 
     def stacked(self, tree: Tree) -> Tree:
-        """Replaces, in every dict of arrays by name in `tree`, the members of each stack by the stack.
+        """Replaces the members of each stack by the stack, in every dict of arrays by name in `tree`.
 
-        A stack whose members a dict does not have is omitted there, as with optimizer moments of frozen parameters.
+        A dict that lacks a stack's members gets no stack, such as the optimizer's moments of frozen parameters.
         """
         return self._in_dicts(self._stacked, tree)
 
     def apart(self, tree: Tree) -> Tree:
-        """Undoes `stacked`; a tree without stacks is returned as it is.
+        """The inverse of `stacked`; a tree without stacks is returned unchanged.
 
-        Differentiable. Members of a numpy array are numpy arrays.
+        It is differentiable. The members of a numpy array are numpy arrays.
         """
         return self._in_dicts(self._apart, tree)
 
     def with_stacks(self, of_members: Mapping[str, object]) -> dict[str, object]:
-        """Adds an entry for each stack to values by parameter name: the value that all its members share."""
+        """Adds an entry for each stack to values by parameter name: the value shared by its members."""
         of_stacks = {stack: of_members[names[0]] for stack, names in self.members.items() if names[0] in of_members}
         return {**of_members, **of_stacks}
 
@@ -115,7 +115,7 @@ class Vectors(Stacks):
     """One vector for all parameters of a kind, and one for the running statistics, in place of stacks.
 
     Attributes:
-      members: Names of the arrays that a vector holds one after the other, by the name of the vector, "vector0".
+      members: Names of the arrays in a vector, in order, by the vector's name, for example "vector0".
     """
 
     def __init__(self, members: Mapping[str, tuple[str, ...]], shapes: Mapping[str, tuple[int, ...]]):
@@ -126,11 +126,12 @@ class Vectors(Stacks):
     def of_all(
         cls, params: Mapping[str, jax.Array], batch_stats: Mapping[str, jax.Array], *, alike: Mapping[str, Hashable]
     ) -> Vectors:
-        """Vectors that hold all arrays.
+        """Vectors of all arrays.
 
         Args:
-          params, batch_stats: Arrays by dotted name, or their shapes and dtypes.
-          alike: A value by parameter name that must agree within a vector: how the parameter is trained.
+          params: Parameters by dotted name, or their shapes and dtypes.
+          batch_stats: Running statistics by dotted name, or their shapes and dtypes.
+          alike: Value by parameter name that must agree within a vector: the optimizer's rule for the parameter.
         """
         groups: dict[Hashable, list[str]] = {}
         for name, array in params.items():
@@ -170,7 +171,7 @@ def stacks_for(
     *,
     alike: Mapping[str, Hashable],
 ) -> Stacks:
-    """The stacks, or vectors, that a training step on this platform holds its state in; see `Stacks.of`."""
+    """The stacks or vectors of a training step's state on this platform; see `Stacks.of` for the arguments."""
     if layers.is_fast_on_gpu() and execution == layers.PLAIN:
         return Vectors.of_all(params, batch_stats, alike=alike)
     return Stacks.of(params, shortest=execution.scan_from, alike=alike)
@@ -181,7 +182,7 @@ def _stacks(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Name and members of every stack below `parent`.
 
-    Of nested lists the outer one is stacked where its entries form a group, the inner one otherwise.
+    In nested lists, the outer list is stacked if its entries form a group, and the inner list otherwise.
     """
     children: dict[str, dict[tuple[str, ...], Hashable]] = {}
     for (child, *path), kind in inside.items():

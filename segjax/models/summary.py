@@ -1,24 +1,23 @@
 """The cost of a model, counted from its shapes.
 
-The model is traced in evaluation mode for one image, each layer as published (`layers.published_implementations`);
-nothing is computed, so that the largest takes seconds.
+The model is traced in evaluation mode for one image, with published layers (`layers.published_implementations`).
+Nothing is computed, so the largest model takes seconds.
 
-What is counted:
+The figures:
 
-- parameters: everything that is trained, each once. Running statistics are none.
-- multiply-adds: every matrix product and convolution, from its shapes; zeros of the padding are multiplied too. A FLOP
-  count is twice that. Norms, activations, softmax, sums and biases are not counted.
-- reported apart and not counted: products that only move pixels, namely upsampling by a matrix product (two non-zero
-  weights in each row of the matrix) and patches unfolded by a convolution with ones and zeros. Their number depends on
-  the implementation and is no property of the model.
+- parameters: the number of trained values, each counted once. Running statistics are not parameters.
+- multiply-adds: those of every matrix product and convolution, from its shapes, including products with the zeros of
+  the padding. The number of FLOPs is twice as large. Norms, activations, softmax, sums and biases are not counted.
+- reported separately and not counted: products that only move pixels, that is upsampling by a matrix product (two
+  non-zero weights in each row of the matrix) and unfolding of patches by a convolution with ones and zeros. Their
+  number depends on the implementation, not on the model.
 - activation memory: the outputs of all counted products and convolutions, norms, ReLU, GELU, upsamplings and
-  unfoldings, for one image, in the type each is computed in; for attention that includes the (h, N, M) weights. About
-  as much as a training step keeps when nothing is computed twice. Elementwise sums and products are omitted, and so
-  are savings by the compiler.
-- layers: calls by class. ReLU and GELU are counted where they are applied, with or without a layer of their own.
+  unfoldings, for one image, each in the dtype of its computation. For attention that includes the (h, N, M) weights.
+  A training step that recomputes nothing keeps about this amount. Elementwise sums and products, and savings by the
+  compiler, are ignored.
+- layers: calls by class. Every application of ReLU and GELU counts, with or without a layer object.
 
-`least_work` counts the products and the memory traffic of the cheapest order known, with which a benchmark compares
-times.
+`least_work` counts the products and the memory traffic of the cheapest known order, for comparison with measured times.
 
 The convention "modelsummary" gives the figures that jo-jstrm/segmentation_pytorch publishes: see `modelsummary`.
 """
@@ -44,7 +43,7 @@ from segjax.layers import functional
 from segjax.models import hrnet, hrnet_ocr, segformer, segformer_plain, segformer_simple, segnext
 from segjax.models.segmentation_model import SegmentationModel
 
-# Kinds of multiply-adds, as `Summary.multiply_adds` and the table call them.
+# Kinds of multiply-adds: their names in `Summary.multiply_adds` and in the printed table.
 KINDS = {
     "dense_convolution": "dense convolution",
     "grouped_convolution": "depthwise or grouped convolution",
@@ -67,9 +66,9 @@ KIND_INSIDE = {
     "resize": "interpolation",
     "Unfold": "unfolding",
 }
-# Functions that are counted as layers, and under which names.
+# Functions that count as layers: module, attribute and name of the layer.
 FUNCTIONS = (
-    # Models call them as layers.X, layers as functional.X.
+    # Models call layers.X, layers call functional.X.
     *((place, "gelu", "GELU") for place in (layers, functional)),
     *((layers, name, name) for name in ("attention", "resize", "upsample_nearest")),
     (layers, "classify", "Conv"),
@@ -79,9 +78,9 @@ FUNCTIONS = (
 )
 UNLISTED = ("attention", "resize", "upsample_nearest", "gather_objects", "factorise")
 
-# For the convention "modelsummary": the models of jo-jstrm/segmentation_pytorch; its names of segjax's layers (None: it
-# has no such module); the dropouts of rate 0 that it calls inside a layer and segjax omits; and parts of the names of
-# the classes whose parameters its tool adds up.
+# For the convention "modelsummary": the models of jo-jstrm/segmentation_pytorch; its names for segjax's layers (None if
+# it has no such module); the number of dropouts of rate 0 that it calls inside a layer and segjax omits; and parts of
+# class names, whose parameters its tool adds up.
 PUBLISHED_MODELS = (segformer_plain.SegFormerPlain, segformer_simple.SegFormerSimple, hrnet.HRNet)
 PUBLISHED_NAMES = {"Conv": "Conv2d", "BatchNorm": "BatchNorm2d", "MixTransformer": None, "PlainHead": None}
 PUBLISHED_DROPOUTS = {"Attention": 2, "Mlp": 2}
@@ -93,9 +92,18 @@ class Summary:
     """The cost of a model for one image; the docstring of the module defines each figure.
 
     Attributes:
-      multiply_adds: by kind, in the order of `KINDS`. not_counted: those that only move pixels, by kind.
-      layers: calls by class, in alphabetical order.
-      logits: (h, w, K). output_stride: pixels of the image per pixel of the logits, on either side.
+      name: Key of `models.MODELS`.
+      size: Height and width of the image in pixels.
+      num_classes: Number of classes K.
+      overrides: Settings that differ from the model's defaults.
+      dtype: Name of the dtype of the computation.
+      parameters: Number of trained values.
+      multiply_adds: Multiply-adds by kind, in the order of `KINDS`.
+      not_counted: Multiply-adds that only move pixels, by kind.
+      activation_bytes: Activation memory in bytes.
+      layers: Number of calls by class, in alphabetical order.
+      logits: Shape (h, w, K) of the logits.
+      output_stride: Pixels of the image per pixel of the logits, along each axis.
     """
 
     name: str
@@ -125,12 +133,12 @@ class LeastWork:
     """The least work of a forward pass of a whole batch that runs layer by layer.
 
     Attributes:
-      multiply_adds: of all counted products.
-      values: numbers read from and written to memory. Every product and convolution reads both its operands, weights
-        among them, and writes its result, each once. Attention is one operation, which reads queries, keys and values
-        and writes its output: its (h, N, M) weights need no memory. Norms, activations, sums, upsamplings and
-        unfoldings count as fused into their neighbours and cost nothing.
-      parameters: everything that is trained, each once.
+      multiply_adds: Multiply-adds of all counted products.
+      values: Number of values read from and written to memory. Every product and convolution reads its two operands,
+        including weights, and writes its result, each once. Attention is one operation, which reads queries, keys and
+        values and writes its output, and keeps its (h, N, M) weights out of memory. Norms, activations, sums,
+        upsamplings and unfoldings count as fused into their neighbours and cost nothing.
+      parameters: Number of trained values.
     """
 
     multiply_adds: int
@@ -140,7 +148,7 @@ class LeastWork:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedSummary:
-    """The figures of `modelsummary`. layers: calls by class, in the order in which the first one ends."""
+    """The figures of `modelsummary`; `layers` has the calls by class, in the order in which each class's first ends."""
 
     name: str
     size: tuple[int, int]
@@ -164,10 +172,12 @@ class _Call:
     """One call of a layer.
 
     Attributes:
-      name: class of the layer, or the name in `FUNCTIONS`.
-      path: path of the module in the model; None for a function without a module.
-      given, output: shapes and dtypes of the arrays that it was called with, and of those that it returned.
-      is_leaf: whether no other layer was called inside. is_new: whether its output is not one of its arguments.
+      name: Class of the layer, or its name in `FUNCTIONS`.
+      path: Path of the module in the model; None for a function without a module.
+      given: Shapes and dtypes of its array arguments.
+      output: Shape and dtype of its result.
+      is_leaf: Whether it called no other layer.
+      is_new: Whether its result is none of its arguments.
     """
 
     name: str
@@ -180,9 +190,9 @@ class _Call:
 
 @contextlib.contextmanager
 def _noting_calls(model: SegmentationModel, calls: list[_Call]) -> Iterator[None]:
-    """Inside the context, a call of a layer of `model` is a `named_scope`, and is appended to `calls` when it returns.
+    """Inside the context, each call of a layer of `model` has a `named_scope` and is appended to `calls` on return.
 
-    Classes and functions are patched for the whole process: nothing else may be traced at the same time.
+    It patches classes and functions for the whole process: nothing else may be traced at the same time.
     """
     paths = {id(module): path for path, module in nnx.iter_modules(model)}
 
@@ -192,7 +202,7 @@ def _noting_calls(model: SegmentationModel, calls: list[_Call]) -> Iterator[None
             before = len(calls)
             with jax.named_scope(name):
                 output = function(*args, **kwargs)
-            # The layer itself, or the one that a function is given, comes first.
+            # The first argument is the layer itself, or the layer that a function receives.
             path = paths.get(id(args[0]))
             given = tuple(_shapes(argument) for argument in args if isinstance(argument, jax.Array))
             is_new = all(output is not argument for argument in args)
@@ -221,11 +231,11 @@ def _shapes(tree):
 
 @contextlib.contextmanager
 def _cheapest_order() -> Iterator[None]:
-    """Models called inside run their products in the cheapest order, and each convolution as one operation."""
+    """Inside the context, models compute their products in the cheapest order, each convolution as one operation."""
     conv = functional.conv
     functional.conv = convolution.conv_plain
     try:
-        # Fast implementations have more products, compute them as sums, or hide them in a call.
+        # Not the fast implementations: they have more products, compute them as sums, or hide them in a call.
         with choice.meant_for("plain"):
             yield
     finally:
@@ -238,7 +248,7 @@ def _trace(
     batch: int = 1,
     implementations: Callable[[], contextlib.AbstractContextManager] = choice.published_implementations,
 ) -> tuple[list[_Call], ClosedJaxpr]:
-    """The calls and equations of an abstract `model`, traced inside the context `implementations()`; returns logits."""
+    """The layer calls and the jaxpr of an abstract `model` from images to logits, traced inside `implementations()`."""
     if any(side < 1 for side in size):
         raise ValueError(f"the image must have at least one pixel; got {size[0]}x{size[1]}")
     calls: list[_Call] = []
@@ -262,10 +272,10 @@ class _Product:
 
 
 def _products(jaxpr: Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iterator[_Product]:
-    """Every matrix product and convolution of a jaxpr and those inside it."""
+    """Every matrix product and convolution of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         inner = (*scope, *str(equation.source_info.name_stack).split("/"))
-        # Any: jax declares the aval of a variable as AbstractValue, without the shape that an array's has.
+        # Any: jax declares a variable's aval as AbstractValue, which has no shape.
         name, output = equation.primitive.name, cast(Any, equation.outvars[0].aval)
         if name in ("dot_general", "conv_general_dilated"):
             left, right = (cast(Any, operand.aval) for operand in equation.invars[:2])
@@ -308,12 +318,26 @@ def _parameters(module: nnx.Module) -> int:
 
 
 def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrides: Any) -> Summary:
-    """The cost of `create(name, num_classes=num_classes, **overrides)` for one image of `size` (height, width).
+    """Count the cost of a model for one image. No other thread may trace a model at the same time.
 
-    No other thread may trace a model at the same time.
+    Args:
+      name: A key of `models.MODELS`.
+      size: Height and width of the image in pixels.
+      num_classes: Number of classes K.
+      **overrides: Other arguments of `models.create`.
+
+    Returns:
+      The figures, as the docstring of the module defines them.
 
     Raises:
-      The errors of `models.create`, and ValueError for a size that the model cannot take.
+      KeyError, TypeError: As `models.create`.
+      ValueError: As `models.create`, and for a size that the model cannot take.
+
+    Example:
+      >>> from segjax.models.summary import summarise
+      >>> summary = summarise("segformer_b0", (64, 96), num_classes=19)
+      >>> summary.parameters, summary.logits
+      (3719027, (16, 24, 19))
     """
     model = _abstract(name, num_classes, overrides)
     calls, jaxpr = _trace(model, size)
@@ -344,13 +368,23 @@ def summarise(name: str, size: tuple[int, int], num_classes: int = 19, **overrid
 
 
 def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int = 19, **overrides: Any) -> LeastWork:
-    """The least work of one forward pass of `create(name, num_classes=num_classes, **overrides)`.
+    """Count the least work of one forward pass. No other thread may trace a model at the same time.
 
-    It is counted in the cheapest order of products that segjax implements, whichever runs on this machine: a decoder's
-    products, for instance, at each level's own resolution. No other thread may trace a model at the same time.
+    It is that of the cheapest order of products in segjax, whichever order this machine runs: a decoder's products, for
+    example, are at each level's own resolution.
+
+    Args:
+      name: A key of `models.MODELS`.
+      size: Height and width of the images in pixels.
+      batch: Number of images.
+      num_classes: Number of classes K.
+      **overrides: Other arguments of `models.create`.
+
+    Returns:
+      The least work of the whole batch.
 
     Raises:
-      The errors of `summarise`.
+      KeyError, TypeError, ValueError: As `summarise`.
     """
     model = _abstract(name, num_classes, overrides)
     calls, jaxpr = _trace(model, size, batch, _cheapest_order)
@@ -365,22 +399,29 @@ def least_work(name: str, size: tuple[int, int], *, batch: int, num_classes: int
 
 
 def _stride(size: tuple[int, int], map_size: tuple[int, int]) -> int:
-    """The power of two that `size` is divided by, rounded up, to give `map_size`."""
+    """The power of two by which the sides of `size` are divided, rounding up, to give `map_size`."""
     powers = (2**exponent for exponent in range(max(size).bit_length() + 1))
     return next(s for s in powers if all(-(-side // s) == m for side, m in zip(size, map_size, strict=True)))
 
 
 def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **overrides: Any) -> PublishedSummary:
-    """The figures that jo-jstrm/segmentation_pytorch publishes for its models, by the rules of its summary tool.
+    """Compute the figures that jo-jstrm/segmentation_pytorch publishes, by the rules of its summary tool.
 
-    That tool records every call of a module other than a Sequential, a ModuleList and the model itself. It adds up the
-    parameters of those whose class name contains Conv, BatchNorm or Linear, so that a wrapper (DWConv, LinearMLP,
-    DsConv2d) counts its layer a second time and a LayerNorm never. Its multiply-adds are weight values times output
-    pixels for a convolution, and output values times `input.size(1)` for a linear layer: the number of tokens, where
-    the width of the input would be right. It does not count the products of attention.
+    The tool records every call of a module, except of Sequential, ModuleList and the model itself. It adds up the
+    parameters of the calls whose class name contains Conv, BatchNorm or Linear. So a wrapper (DWConv, LinearMLP,
+    DsConv2d) counts its layer a second time, and LayerNorm is not counted. Its multiply-adds are weight values times
+    output pixels for a convolution, and output values times `input.size(1)` for a linear layer: the number of tokens,
+    where the width of the input would be right. It does not count the products of attention.
+
+    Args:
+      name: A key of `models.MODELS`, of a model that the repository has.
+      size: Height and width of the image in pixels.
+      num_classes: Number of classes K.
+      **overrides: Other arguments of `models.create`.
 
     Raises:
-      The errors of `summarise`, and ValueError for a model that the repository does not have.
+      KeyError, TypeError: As `summarise`.
+      ValueError: As `summarise`, and for a model that the repository does not have.
     """
     models.settings(name)  # KeyError for an unknown name
     if models.MODELS[name].func not in PUBLISHED_MODELS:
@@ -409,7 +450,7 @@ def modelsummary(name: str, size: tuple[int, int], num_classes: int = 19, **over
 
 
 def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterator[tuple[str, nnx.Module | None]]:
-    """Class names of the modules that the published code calls for `call`, and segjax's counterparts of them."""
+    """Class names of the modules that the published code calls in place of `call`, with segjax's counterparts."""
     if call.name in UNLISTED:
         return
     module = _called_module(call, modules)
@@ -427,5 +468,5 @@ def _published_calls(call: _Call, modules: Mapping[tuple, nnx.Module]) -> Iterat
 
 
 def _called_module(call: _Call, modules: Mapping[tuple, nnx.Module]) -> nnx.Module | None:
-    """The module that was called; None for a function without one."""
+    """The called module; None for a function without one."""
     return None if call.path is None else modules[call.path]

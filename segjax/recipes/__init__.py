@@ -1,4 +1,4 @@
-"""The packaged recipes by name, and how a recipe or a config file becomes the config of a run.
+"""The packaged recipes, and the loader of recipes and config files.
 
 A config file is a Python file with a function `get_config(argument)` that returns an ml_collections.ConfigDict. The
 simplest one changes a recipe:
@@ -31,20 +31,28 @@ RECIPES = ("segformer", "segformer_simple", "segformer_zuppichini", "hrnet", "se
 
 
 class ConfigError(ValueError):
-    """A config that cannot be made; the message is one line, with the file and line at fault where there is one."""
+    """Raised when a config cannot be made. The message is one line, with the file and line at fault if known."""
 
 
 def load(reference: str) -> ConfigDict:
-    """The config of a packaged recipe or of a file.
+    """Load the config of a packaged recipe or of a file.
 
     Args:
       reference: RECIPE, FILE, RECIPE:ARGUMENT or FILE:ARGUMENT, for example "segformer:b2,camvid" or
-        "configs/segformer.py:b2,camvid". The argument is what `get_config` is called with; without a colon it is called
-        without one.
+        "configs/segformer.py:b2,camvid". ARGUMENT is the argument of `get_config`, which is called without one if there
+        is no colon.
+
+    Returns:
+      The config.
 
     Raises:
-      ConfigError: no such recipe or file; a file that does not compile, raises, or returns no ConfigDict or one without
-        all settings; an argument that the recipe refuses.
+      ConfigError: There is no such recipe or file; the file does not compile, raises, or returns no ConfigDict with all
+        settings; or the recipe refuses the argument.
+
+    Example:
+      >>> from segjax import recipes
+      >>> recipes.load("segformer:b2,camvid").model.name
+      'segformer_b2'
     """
     name, colon, argument = _split(reference)
     if name in RECIPES:
@@ -71,21 +79,21 @@ def load(reference: str) -> ConfigDict:
 
 
 def _split(reference: str) -> tuple[str, str, str]:
-    """Name, colon and argument; a colon before .py belongs to the path, as in C:\\configs\\mine.py."""
+    """Name, colon and argument of a reference. A colon before .py belongs to the path, as in C:\\configs\\mine.py."""
     if match := re.fullmatch(r"(.+?\.py)(?:(:)(.*))?", reference):
         return match[1], match[2] or "", match[3] or ""
     return reference.partition(":")
 
 
 def _get_config_of(path: Path) -> Callable[..., object]:
-    """The function of that name that a config file defines."""
+    """The function `get_config` of a config file."""
     if not path.exists():
         close = difflib.get_close_matches(path.name, RECIPES, n=1)
         hint = f"did you mean {close[0]}? The recipes" if close else "the recipes"
         raise ConfigError(f"{path}: no such file or recipe; {hint} are {', '.join(RECIPES)}")
     if not path.is_file():
         raise ConfigError(f"{path}: is not a regular file")
-    # Under a name in sys.modules, because dataclasses and pickle look their module up there.
+    # Registered in sys.modules, where dataclasses and pickle look up their module.
     module = types.ModuleType("segjax_config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -100,9 +108,9 @@ def _get_config_of(path: Path) -> Callable[..., object]:
 
 
 def _place(error: BaseException, path: Path | None) -> str | None:
-    """FILE:LINE of an error: of the source that does not compile, or of the last line of the config file that was run.
+    """FILE:LINE of an error: in source that does not compile, or the last executed line of the config file.
 
-    None where no line of a file is at fault: a packaged recipe has refused its argument, or get_config takes none.
+    None if no line is at fault: a packaged recipe refuses its argument, or get_config takes none.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}" if error.lineno else error.filename
@@ -115,12 +123,12 @@ def _place(error: BaseException, path: Path | None) -> str | None:
 
 
 def _message(error: BaseException) -> str:
-    """The error in one line, with its type unless the text was written for people."""
+    """The error in one line, with its type unless its text is written for users."""
     if isinstance(error, SyntaxError):
         return error.msg
     text = str(error)
     if isinstance(error, AttributeError | KeyError) and text[:1] in "\"'" and text[-1:] == text[:1]:
-        # A KeyError quotes its message, and ml_collections makes AttributeErrors of KeyErrors.
+        # A KeyError quotes its message, and ml_collections turns KeyErrors into AttributeErrors.
         text = ast.literal_eval(text)
     text = " ".join(text.split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

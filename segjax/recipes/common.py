@@ -1,4 +1,4 @@
-"""Parts of recipes: the words after the colon, published geometry, and settings for data without a published recipe.
+"""Common parts of recipes: the words after the colon, published pipelines, and settings without a published recipe.
 
 The defaults of all settings are in segjax/train/schema.py.
 """
@@ -15,7 +15,7 @@ from segjax.train.schema import default_config, unset
 
 
 class Words(NamedTuple):
-    """What the words after the colon select; `source` is whose recipe it is, or "" for the authors' own."""
+    """The selection by the words after the colon; `source` is the recipe's publisher, "" for the model's authors."""
 
     variant: str
     dataset: str
@@ -23,13 +23,15 @@ class Words(NamedTuple):
 
 
 def parse(argument: str, variants: tuple[str, ...], sources: Collection[str] = ()) -> Words:
-    """ "b2,camvid" -> ("b2", "camvid", ""); the order does not matter and each word may be omitted.
+    """Parses words in any order, each of which may be omitted: "b2,camvid" -> ("b2", "camvid", "").
 
     Args:
-      sources: words for recipes other than the authors' own, such as "mmseg".
+      argument: Words, separated by commas.
+      variants: Variants of the model, the default first.
+      sources: Words for recipes of other publishers than the model's authors, such as "mmseg".
 
     Raises:
-      ValueError: a word that is none of these; lists all of them.
+      ValueError: An unknown word; the message lists the known ones.
     """
     variant, dataset, source = variants[0], next(iter(DATASETS)), ""
     for word in filter(None, (word.strip() for word in argument.split(","))):
@@ -48,7 +50,7 @@ def parse(argument: str, variants: tuple[str, ...], sources: Collection[str] = (
 
 
 def refuse_source(words: Words, datasets: tuple[str, ...]) -> None:
-    """Raises ValueError where the source of `words` has no recipe for their dataset."""
+    """Raises ValueError if the source in `words` has no recipe for the dataset in `words`."""
     if words.source and words.dataset not in datasets:
         raise ValueError(
             f"{words.source!r} has recipes for {' and '.join(datasets)} only; name such a dataset, or omit the word"
@@ -56,7 +58,7 @@ def refuse_source(words: Words, datasets: tuple[str, ...]) -> None:
 
 
 def get_config(dataset: str) -> ConfigDict:
-    """The defaults of all settings, with those of the dataset from its table (segjax/data/specs.py)."""
+    """The defaults of all settings, with the dataset's own from the table of datasets (segjax/data/specs.py)."""
     config = default_config(dataset)
     config.data.eval_split = DATASETS[dataset].evaluated_split
     if crop := DATASETS[dataset].crop:
@@ -67,7 +69,7 @@ def get_config(dataset: str) -> ConfigDict:
 
 
 def mmsegmentation(config: ConfigDict, *, base_size: tuple[int, int], crop: tuple[int, int], batch: int) -> None:
-    """The training pipeline of mmsegmentation, which NVlabs' and SegNeXt's repositories share; 160,000 steps."""
+    """The training pipeline of mmsegmentation, shared by the repositories of NVlabs and SegNeXt: 160,000 steps."""
     config.augment.base_size = base_size
     config.augment.crop = crop
     config.augment.cat_max_ratio = 0.75
@@ -77,20 +79,21 @@ def mmsegmentation(config: ConfigDict, *, base_size: tuple[int, int], crop: tupl
 
 
 def sliding_window(config: ConfigDict) -> None:
-    """Evaluation by crops of 1024x1024 every 768 pixels, as published for SegFormer and SegNeXt on Cityscapes."""
+    """A sliding window of 1024x1024 every 768 pixels, as published for SegFormer and SegNeXt on Cityscapes."""
     config.eval.mode = "slide"
     config.eval.crop = (1024, 1024)
     config.eval.stride = (768, 768)
 
 
 def unpublished(config: ConfigDict, family: str) -> None:
-    """AdamW for data that no recipe is published for.
+    """AdamW for data without a published recipe.
 
-    Steps, warm-up, learning rates, the crop unless the table of datasets has one and, for a folder, the evaluated split
-    stay unset: a run chooses them from its images and its initial weights, see segjax/train/unset.py.
+    Several settings stay unset, and a run chooses them from its images and its initial weights (segjax/train/unset.py):
+    steps, warm-up, learning rates, the crop unless the table of datasets has one, and for a folder the evaluated split.
 
     Args:
-      family: name of the model, for the description.
+      config: Config to change.
+      family: Name of the model, for the description.
     """
     name = config.data.name
     config.recipe = f"none is published for {family} on {'your data' if name == 'folder' else name}"
@@ -104,14 +107,14 @@ def unpublished(config: ConfigDict, family: str) -> None:
 
 
 def crop_in_multiples(config: ConfigDict, multiple: int) -> None:
-    """Reduces the training crop to multiples of what the model needs, in both directions."""
+    """Reduces both sides of the training crop to multiples of `multiple`."""
     if config.augment.crop is not None:
         height, width = config.augment.crop
         config.augment.crop = (height // multiple * multiple, width // multiple * multiple)
 
 
 def camvid(config: ConfigDict) -> None:
-    """CamVid from random weights, which need one high rate for all parameters."""
+    """CamVid from random weights, which need the same high rate for all parameters."""
     config.recipe = "segjax's own, for random weights"
     config.init.expected = ""
     config.train.steps = 20_000
@@ -119,7 +122,7 @@ def camvid(config: ConfigDict) -> None:
 
 
 def streets(config: ConfigDict) -> None:
-    """Minutes on a CPU, from random weights, with an even higher rate and little augmentation."""
+    """Streets from random weights, in minutes on a CPU: an even higher rate and little augmentation."""
     config.recipe = "segjax's own: minutes on a CPU, from random weights"
     config.init.expected = ""
     _from_scratch(config)

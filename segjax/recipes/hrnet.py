@@ -1,25 +1,26 @@
-"""HRNet, with and without OCR: `--config hrnet:w48_ocr,cityscapes`; a variant, on streets (the default) or other data.
+"""HRNet, with and without OCR, on streets (the default) or another dataset: `--config hrnet:w48_ocr,cityscapes`.
 
-w18, w32, w48 and w18_ocr, w32_ocr, w48_ocr are the published models; `small` and `small_ocr` are narrow and shallow
-ones for a CPU. `hrnet:w48,cityscapes,mmseg` is mmsegmentation's recipe (Cityscapes and ADE20K),
+The published variants are w18, w32, w48 and w18_ocr, w32_ocr, w48_ocr. `small` and `small_ocr` are narrow and shallow
+variants for CPUs. `hrnet:w48,cityscapes,mmseg` is mmsegmentation's recipe (Cityscapes and ADE20K),
 `hrnet:w48,cityscapes,jo-jstrm` that of jo-jstrm/segmentation_pytorch (Cityscapes).
 
 HRNet/HRNet-Semantic-Segmentation, experiments: SGD with momentum 0.9, poly decay of power 0.9 without warm-up, flip and
-scales 0.5, 0.6, ..., 2.1, for W48 and W48 with OCR. Cityscapes: learning rate 0.01, decay 5e-4 of everything, 484
-epochs of 2975 images in batches of 12 crops of 512x1024, class weights, the long side resized to 2048 times the scale.
-ADE20K: 0.02, decay 1e-4, 120 epochs of 20,210 images in batches of 16 crops of 520x520, the hardest 131,072 pixels of
-each four crops (OHEM), the long side resized to 520 times the scale, which without OCR is at most 1.6. With OCR the
-auxiliary loss is plain cross-entropy with a weight of 0.4. Deviations: padding is the mean colour where theirs is black
-(a crop of Cityscapes has none); their learning rate lags one step behind; their ADE20K images are
-resized twice, to a short side of 520 first, and evaluated in a canvas of 520x520.
+scales 0.5, 0.6, ..., 2.1, for W48 and W48 with OCR. Cityscapes: learning rate 0.01, weight decay 5e-4 of all
+parameters, 484 epochs of 2975 images in batches of 12 crops of 512x1024, class weights, the long side resized to 2048
+times the scale. ADE20K: learning rate 0.02, weight decay 1e-4, 120 epochs of 20,210 images in batches of 16 crops of
+520x520, the hardest 131,072 pixels of every four crops (OHEM), the long side resized to 520 times the scale, which is
+at most 1.6 without OCR. With OCR the auxiliary loss is plain cross-entropy with a weight of 0.4. Deviations: segjax
+pads with the mean colour, the original with black (a crop of Cityscapes has no padding); the original's learning rate
+lags one step behind; the original resizes ADE20K images twice, to a short side of 520 first, and evaluates them in a
+canvas of 520x520.
 
-mmsegmentation, configs/hrnet and configs/ocrnet: SGD 0.01, decay 5e-4, poly decay of power 0.9 to 1e-4, 160,000 steps
-of 8 crops of 512x1024 (Cityscapes) or 16 of 512x512 (ADE20K), photometric distortion, no class weights, corners not
-aligned and no dropout with OCR.
+mmsegmentation, configs/hrnet and configs/ocrnet: SGD with learning rate 0.01, weight decay 5e-4, poly decay of power
+0.9 to 1e-4, 160,000 steps of 8 crops of 512x1024 (Cityscapes) or 16 of 512x512 (ADE20K), photometric distortion, no
+class weights; with OCR, corners are not aligned and there is no dropout.
 
-jo-jstrm/segmentation_pytorch: SGD 0.01, decay 5e-4, poly decay of power 0.9 to 1e-5 in 120,000 steps of 12 crops of
-512x1024, class weights, brightness ±10. Deviations: it pads on both sides, computes in float16, and draws its largest
-scale, 2.0, twice as often as others.
+jo-jstrm/segmentation_pytorch: SGD with learning rate 0.01, weight decay 5e-4, poly decay of power 0.9 to 1e-5 in
+120,000 steps of 12 crops of 512x1024, class weights, brightness ±10. Deviations: the original pads on both sides,
+computes in float16, and draws its largest scale, 2.0, twice as often as others.
 """
 
 from ml_collections import ConfigDict
@@ -30,11 +31,27 @@ from segjax.recipes.segformer import seed_repository
 WIDTHS = ("small", "w18", "w32", "w48")
 VARIANTS = (*WIDTHS, *(f"{width}_ocr" for width in WIDTHS))
 SOURCES = {"mmseg": ("cityscapes", "ade20k"), "jo-jstrm": ("cityscapes",)}
-# Widths that a source has recipes for; the authors' own are those of W48.
+# Widths with a recipe, by source; the model's authors ("") have recipes for W48.
 PUBLISHED = {"": ("w48",), "mmseg": ("w18", "w48"), "jo-jstrm": WIDTHS[1:]}
 
 
 def get_config(argument: str = "") -> ConfigDict:
+    """Return the config of a recipe.
+
+    Args:
+      argument: Words for variant, dataset and source, separated by commas, in any order; each may be omitted.
+
+    Returns:
+      The config of a run.
+
+    Raises:
+      ValueError: An unknown word, or a source without a recipe for the dataset.
+
+    Example:
+      >>> from segjax.recipes import hrnet
+      >>> hrnet.get_config("w48_ocr,cityscapes").model.name
+      'hrnet_w48_ocr'
+    """
     words = common.parse(argument, VARIANTS, SOURCES)
     common.refuse_source(words, SOURCES.get(words.source, ()))
     variant, dataset, source = words
@@ -47,17 +64,17 @@ def get_config(argument: str = "") -> ConfigDict:
         config.model.stage1_channels = 16
         config.model.stage_modules = (1, 1, 2, 1)
         config.model.stage_blocks = (2, 2, 2, 2)
-    # Of every bilinear upsampling, that of the logits included.
+    # Applies to every bilinear upsampling, including that of the logits.
     config.model.align_corners = has_ocr
     if has_ocr:
-        # Of the channels before the classifier.
+        # Drops channels before the classifier.
         config.model.dropout_rate = 0.05
     if variant == "small_ocr":
         config.model.ocr_channels = 64
         config.model.ocr_key_channels = 32
     config.augment.photometric = False
     width = variant.removesuffix("_ocr")
-    # Nobody has published a pretrained encoder as narrow as `small`.
+    # No pretrained encoder of the width of `small` is published.
     pretrained = "an encoder pretrained on ImageNet" if width == "small" else f"hrnetv2_{width}_imagenet_pretrained.pth"
     config.init.expected = pretrained
     match dataset, source:
@@ -83,7 +100,7 @@ def get_config(argument: str = "") -> ConfigDict:
         case _:
             config.augment.photometric = True
             common.unpublished(config, "HRNet")
-            # As in ConvNeXt: all weights decay, scales of norms and biases do not.
+            # As in ConvNeXt: all weights decay, except scales of norms, and biases.
             config.optim.weight_decay = 0.05
             config.optim.no_decay = r"(scale|bias)$"
     if dataset in ("cityscapes", "ade20k") and width not in PUBLISHED[source]:
@@ -92,7 +109,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def sgd(config: ConfigDict, *, lr: float, weight_decay: float, end_lr: float = 0.0) -> None:
-    """SGD with momentum 0.9 and one rate and decay for everything, poly decay of power 0.9."""
+    """SGD with momentum 0.9, the same rate and weight decay for all parameters, and poly decay of power 0.9."""
     config.optim.name = "sgd"
     config.optim.lr = lr
     config.optim.end_lr = end_lr
@@ -112,11 +129,11 @@ def cityscapes(config: ConfigDict) -> None:
     config.augment.scale = (0.5, 2.1)
     config.augment.scale_step = 0.1
     config.augment.crop = (512, 1024)
-    # Both divide among one, two, three, four or six devices.
+    # 12 divides among one, two, three, four or six devices.
     config.train.batch = config.eval.batch = 12
     config.train.steps = 484 * (2975 // 12)
     config.loss.class_weights = "cityscapes"
-    # Where OHEM is turned on: the hardest 131,072 pixels of the three crops of a GPU.
+    # For runs that turn OHEM on: the hardest 131,072 pixels of a GPU's three crops.
     config.loss.ohem_images = 3
     config.loss.ohem_threshold = 0.9
     config.loss.ohem_min_kept = 131_072 / (3 * 512 * 1024)
@@ -144,7 +161,7 @@ def ade20k(config: ConfigDict, *, has_ocr: bool) -> None:
 
 
 def mmsegmentation(config: ConfigDict, dataset: str, *, has_ocr: bool) -> None:
-    """The recipe of mmsegmentation, configs/hrnet and configs/ocrnet, at 160,000 steps."""
+    """The recipe of mmsegmentation, configs/hrnet and configs/ocrnet, with 160,000 steps."""
     config.recipe = f"mmsegmentation, {'ocrnet' if has_ocr else 'fcn'}_hr, {dataset} 160k"
     sgd(config, lr=0.01, weight_decay=5e-4, end_lr=1e-4)
     config.model.align_corners = False
@@ -159,26 +176,28 @@ def mmsegmentation(config: ConfigDict, dataset: str, *, has_ocr: bool) -> None:
 
 
 def camvid_from_scratch(config: ConfigDict, variant: str) -> None:
-    """367 images of 360x480 and random weights; `python -m benchmarks.camvid` trains w32_ocr, or small on a CPU.
+    """CamVid, 367 images of 360x480, from random weights, for `python -m benchmarks.camvid` (w32_ocr; small on a CPU).
 
-    Why this family: without pretraining, the bias of convolutions makes up for some of the data that attention would
-    need; poles, signs and riders are a few pixels wide, and only HRNet keeps stride 4 from end to end; the auxiliary
-    loss of OCR supervises the backbone directly, from which random weights benefit. No value here was chosen by a score
+    Reasons for this family: without pretraining, the inductive bias of convolutions replaces some of the data that
+    attention would need; poles, signs and riders are a few pixels wide, and only HRNet keeps stride 4 throughout; the
+    auxiliary loss of OCR supervises the backbone directly, which helps random weights. No value was chosen by a score
     on the test split.
     """
     config.recipe = "segjax's own, for random weights"
     config.init.expected = ""
-    # Strong augmentation of 367 images. Smaller scales would be mostly padding; a quarter of test and a sixth of train
-    # is at dusk, so that brightness must not matter.
+    # 367 images need strong augmentation. Smaller scales would be mostly padding. A quarter of test and a sixth of
+    # train is at dusk, so the model must not depend on brightness.
     config.augment.scale = (0.75, 2.0)
     config.augment.photometric = True
-    # Road to bicyclist is 1 to 10. By median frequency it would be 1 to 110, which gains recall and loses precision.
+    # The weights of road and bicyclist have a ratio of 1 to 10. By median frequency it would be 1 to 110, which gains
+    # recall and loses precision.
     config.loss.class_weights = "inverse_sqrt"
-    # Closer to the metric than cross-entropy only; nnU-Net uses both, and also trains from scratch on little data.
-    # Lovász would be closer still, and sorts all pixels of each class at every step.
+    # With Dice, the loss is closer to the metric than cross-entropy only; nnU-Net uses both, and also trains from
+    # scratch on little data. Lovász would be closer still, but sorts all pixels of each class at every step.
     config.loss.dice = 1.0
-    # SGD's 0.01 is for pretrained weights, which move little. AdamW needs no tuning by depth; the decay is ConvNeXt's,
-    # strong, for few images, and like there spares norms and biases. Gradients of the first steps are large.
+    # SGD's rate of 0.01 is for pretrained weights, which change little. AdamW needs no tuning by depth. The weight
+    # decay is ConvNeXt's: strong, for few images, and without norms and biases. Clipping is for the large gradients of
+    # the first steps.
     config.optim.name = "adamw"
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.05
@@ -186,11 +205,11 @@ def camvid_from_scratch(config: ConfigDict, variant: str) -> None:
     config.optim.lr_multipliers = ()
     config.optim.power = 0.9
     config.optim.clip_norm = 1.0
-    # On small datasets weights fluctuate from batch to batch; an average over the last thousand steps does not.
+    # On small datasets weights fluctuate from batch to batch; their average over about a thousand steps does not.
     config.train.ema = 0.999
     config.checkpoint.every = 500
     if variant.startswith("small"):
-        # Two hours on two cores: as wide as W18, shallow, and crops that are never padded. 147 epochs.
+        # Two hours on two cores, 147 epochs: W18's width, shallow, with crops that are never padded.
         config.model.width = 18
         config.model.stage1_channels = 32
         config.augment.crop = (256, 320)
@@ -198,11 +217,12 @@ def camvid_from_scratch(config: ConfigDict, variant: str) -> None:
         config.train.steps = 13_500
         config.optim.warmup_steps = 300
     else:
-        # Minutes on a GPU: 698 epochs, as FC-DenseNet's and LMFFNet's 700 to 1000.
+        # Minutes on a GPU, 698 epochs; FC-DenseNet and LMFFNet have 700 to 1000.
         config.train.batch = 16
         config.train.steps = 16_000
         config.optim.warmup_steps = 500
         if variant.endswith("_ocr"):
-            # The 3x3 convolution over all branches costs most of OCR; a quarter of it is enough for 11 classes.
+            # The 3x3 convolution over all branches is the largest cost of OCR; a quarter of its channels is enough for
+            # 11 classes.
             config.model.ocr_channels = 128
             config.model.ocr_key_channels = 64

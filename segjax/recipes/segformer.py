@@ -1,19 +1,19 @@
-"""SegFormer: `--config segformer:b2,cityscapes`; a variant, on streets (the default) or another dataset.
+"""SegFormer on streets (the default) or another dataset: `--config segformer:b2,cityscapes`.
 
 b0 to b5 are the official models, plain_b0 to plain_b5 those of jo-jstrm/segmentation_pytorch, mmseg_b0 to mmseg_b5
-those of mmsegmentation. Each has its own repository's recipe.
+those of mmsegmentation. Each has the recipe of its own repository.
 
-NVlabs/SegFormer, local_configs/segformer: AdamW 6e-5 (ten times that in the head), weight decay 0.01 except for norms,
-poly decay of power 1 times a linear warm-up of 1500 steps from 1e-6, 160,000 steps; Cityscapes in batches of 8 crops of
-1024x1024, evaluated by a sliding window; ADE20K in batches of 16 crops of 512x512 (B5: 640x640) of images resized to
-(2048, 512) (B5: (2048, 640)), evaluated at that size in multiples of 32.
+NVlabs/SegFormer, local_configs/segformer: AdamW with learning rate 6e-5 (ten times that in the head), weight decay 0.01
+except for norms, poly decay of power 1 times a linear warm-up of 1500 steps from 1e-6, 160,000 steps. Cityscapes:
+batches of 8 crops of 1024x1024, evaluation by a sliding window. ADE20K: batches of 16 crops of 512x512 (B5: 640x640)
+from images resized to (2048, 512) (B5: (2048, 640)), evaluation at that size in multiples of 32.
 
-mmsegmentation: the same, but for ADE20K without the multiples of 32. Deviation: its schedule has the warm-up first and
-poly decay after it, where this is their product; they differ by at most 1% of the rate.
+mmsegmentation: the same, without the multiples of 32 on ADE20K. Deviation: its schedule is the warm-up followed by
+poly decay; segjax multiplies the two. The rates differ by at most 1%.
 
 jo-jstrm/segmentation_pytorch: Cityscapes with HRNet's class weights and scales, brightness ±10 as the only photometric
-distortion, one rate for all parameters. Deviations: it pads on both sides, computes in float16, and draws its largest
-scale, 2.0, twice as often as others.
+distortion, the same rate for all parameters. Deviations: the original pads on both sides, computes in float16, and
+draws its largest scale, 2.0, twice as often as others.
 """
 
 from ml_collections import ConfigDict
@@ -25,11 +25,27 @@ VARIANTS = tuple(prefix + size for prefix in ("", "plain_", "mmseg_") for size i
 
 
 def get_config(argument: str = "") -> ConfigDict:
+    """Return the config of a recipe.
+
+    Args:
+      argument: Words for variant and dataset, separated by commas, in any order; each may be omitted.
+
+    Returns:
+      The config of a run.
+
+    Raises:
+      ValueError: An unknown word.
+
+    Example:
+      >>> from segjax.recipes import segformer
+      >>> segformer.get_config("b2,cityscapes").model.name
+      'segformer_b2'
+    """
     variant, dataset, _ = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segformer-{variant.replace('_', '-')}"
     config.model.name = f"segformer_{variant}"
-    # Drop path of the last block, and dropout of the channels before the classifier (section 4.1 of the paper; plain
+    # Drop path rate of the last block, and dropout of channels before the classifier (section 4.1 of the paper; plain
     # models have no dropout).
     config.model.drop_path_rate = 0.1
     config.model.dropout_rate = 0.0 if variant.startswith("plain_") else 0.1
@@ -63,7 +79,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def source_of(prefix: str, name: str) -> str:
-    """Where the recipe is published."""
+    """The publication of a recipe."""
     if prefix == "mmseg_":
         return f"mmsegmentation, segformer mit-{name}"
     return f"NVlabs/SegFormer, segformer.{name}"

@@ -1,7 +1,8 @@
-"""The simple SegFormer: `--config segformer_simple:b5,cityscapes`; a variant, on streets (the default) or other data.
+"""The simple SegFormer on streets (the default) or another dataset: `--config segformer_simple:b5,cityscapes`.
 
 `default` has the sizes of the published package, `b5` those that jo-jstrm/segmentation_pytorch lists for it; `small` is
-a narrow one for a CPU. The package has no recipe; that repository trains it like its SegFormer, on Cityscapes.
+a narrow variant for CPUs. The package has no recipe. jo-jstrm/segmentation_pytorch trains it like its SegFormer, on
+Cityscapes.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +13,22 @@ VARIANTS = ("small", "default", "b5")
 
 
 def get_config(argument: str = "") -> ConfigDict:
+    """Return the config of a recipe.
+
+    Args:
+      argument: Words for variant and dataset, separated by commas, in any order; each may be omitted.
+
+    Returns:
+      The config of a run.
+
+    Raises:
+      ValueError: An unknown word.
+
+    Example:
+      >>> from segjax.recipes import segformer_simple
+      >>> segformer_simple.get_config("small").model.dims
+      (16, 32, 80, 128)
+    """
     variant, dataset, _ = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segformer-simple-{variant}"

@@ -1,8 +1,7 @@
-"""The SegFormer of F. Zuppichini's article: `--config segformer_zuppichini:article,camvid`.
+"""Zuppichini's SegFormer on streets (the default) or another dataset: `--config segformer_zuppichini:article,camvid`.
 
-`article` has the sizes of the article, `small` is a narrow one for a CPU; on streets (the default) or another dataset.
-The article ends before training, so that none of its recipes is published; on Cityscapes and ADE20K it is trained by
-that of SegFormer-B0 (segjax/recipes/segformer.py).
+`article` has the sizes of the article, `small` is a narrow variant for CPUs. The article does not train the model, so
+no recipe is published. Cityscapes and ADE20K have the recipe of SegFormer-B0 (segjax/recipes/segformer.py).
 """
 
 from ml_collections import ConfigDict
@@ -13,17 +12,33 @@ VARIANTS = ("small", "article")
 
 
 def get_config(argument: str = "") -> ConfigDict:
+    """Return the config of a recipe.
+
+    Args:
+      argument: Words for variant and dataset, separated by commas, in any order; each may be omitted.
+
+    Returns:
+      The config of a run.
+
+    Raises:
+      ValueError: An unknown word.
+
+    Example:
+      >>> from segjax.recipes import segformer_zuppichini
+      >>> segformer_zuppichini.get_config("article,camvid").model.name
+      'segformer_zuppichini'
+    """
     variant, dataset, _ = common.parse(argument, VARIANTS)
     config = common.get_config(dataset)
     config.label = f"segformer-zuppichini-{variant}"
     config.model.name = "segformer_zuppichini"
-    # Drop path of the last block; the article's default.
+    # Drop path rate of the last block; the article's default.
     config.model.drop_path_rate = 0.0
     if variant == "small":
         config.model.dims = (32, 64, 160, 256)
         config.model.depths = (2, 2, 2, 2)
         config.model.num_heads = (1, 2, 5, 8)
-    # Norms have numbers instead of names: these are the positions of the LayerNorms and of the head's BatchNorm.
+    # Norms have indices instead of names: these are the LayerNorms and the head's BatchNorm.
     config.optim.no_decay = r"overlap_patch_merge\.1|blocks\.\d+\.[01]\.fn\.0|reducer\.1|\.norm\.|fuse\.2"
     match dataset:
         case "cityscapes" | "ade20k":

@@ -1,8 +1,11 @@
-"""Training: settings, the loop over steps, optimizers, checkpoints of runs.
+"""Training: settings, the training loop, optimizers, checkpoints of runs.
 
-from segjax.recipes import segformer
-config = segformer.get_config("b2,camvid")
-segjax.train.train(config, segjax.train.default_workdir(config))
+For example:
+
+    from segjax.recipes import segformer
+
+    config = segformer.get_config("b2,camvid")
+    segjax.train.train(config, segjax.train.default_workdir(config))
 """
 
 import importlib
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunError", "default_workdir", "train"]
 
-# File of each name. It is imported when the name is first used, because training imports everything else.
+# File of each name. It is imported on the first use of the name, because training imports everything else.
 _FILES = {"RunError": "config", "default_workdir": "loop", "train": "loop"}
 
 

@@ -1,4 +1,4 @@
-"""Whether the settings of a run can be used, and whether two runs have the same."""
+"""Checks of the settings of a run, and comparison of two runs' settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from segjax.runtime.atomic import why_not_writable
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train import schema
 
-# Settings that may differ when a run is resumed: none of them changes the steps that were computed before.
+# Settings that may differ when a run is resumed: none of them affects the steps before.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
@@ -39,23 +39,31 @@ FREE_ON_RESUME = (
     "parallel",
     "recipe",
     "init.expected",
-    # That of a folder without a name in classes.json changes with its place.
+    # The name of a folder without one in classes.json depends on its path.
     "dataset.name",
 )
 
 
 class RunError(ValueError):
-    """A run that cannot start or continue; the message states the reason and the remedy."""
+    """Raised when a run cannot start or continue; the message states the reason and the remedy.
+
+    Example:
+      >>> from segjax import train
+      >>> issubclass(train.RunError, ValueError)
+      True
+    """
 
 
 def check(config: ConfigDict, workdir: Path, *, resumes: bool = False) -> None:
-    """Reports every problem of the settings in one error, before anything slow happens.
+    """Reports every problem of the settings in one error, before anything slow starts.
 
     Args:
-      resumes: whether `workdir` holds the run already; it then needs no initial checkpoint.
+      config: Config of the run.
+      workdir: Folder of the run.
+      resumes: Whether `workdir` already holds the run, which then needs no initial checkpoint.
 
     Raises:
-      RunError: settings that cannot be used, each by its key; a `workdir` that cannot be written.
+      RunError: Settings cannot be used, or `workdir` cannot be written; the message lists them by key.
     """
     wrong = schema.problems(config)
     if not schema.missing(config):
@@ -68,10 +76,11 @@ def check(config: ConfigDict, workdir: Path, *, resumes: bool = False) -> None:
 
 
 def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str, str]:
-    """An unknown model, or settings in `config.model` that its constructor does not have.
+    """Problems of an unknown model, or of settings in `config.model` that its constructor lacks or refuses.
 
     Args:
-      wrong: keys of settings that are wrong by themselves.
+      settings: `config.model`.
+      wrong: Keys of settings whose own values are wrong.
     """
     name = settings.name
     if "model.name" in wrong:
@@ -90,8 +99,7 @@ def _problems_of_model(settings: ConfigDict, wrong: Collection[str]) -> dict[str
 
 
 def why_no_model_setting(name: str, key: str, *, prefix: str) -> str | None:
-    """Why the model `name` has no setting of this name, and which may be meant, with `prefix` before it; None if it
-    has."""
+    """The reason why the model `name` lacks a setting, with a similar name after `prefix`; None if it has it."""
     known = models.settings(name)
     if key in known:
         return None
@@ -101,10 +109,12 @@ def why_no_model_setting(name: str, key: str, *, prefix: str) -> str | None:
 
 
 def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -> dict[str, str]:
-    """Settings that do not fit other settings, the devices, or the files that exist.
+    """Problems of settings that do not fit other settings, the devices, or the files that exist.
 
     Args:
-      wrong: keys of settings that are wrong by themselves, which are not compared with others.
+      config: Config of the run.
+      wrong: Keys of settings whose own values are wrong, which are not compared with others.
+      resumes: As for `check`.
     """
 
     def sound(*keys: str) -> bool:
@@ -129,7 +139,7 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
         found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
     if "data.train_images" in schema.flattened(config) and sound("data.train_images", "data.eval_images", "data.size"):
         found |= _problem_of_scenes(config.data)
-    # The images of a folder may have other channels, which `setup.build` knows.
+    # The images of a folder may have other numbers of channels, which only `setup.build` knows.
     channels = None if config.data.name == "folder" else 3
     found |= _contradictions_of_augment(config.augment, sound, channels)
     if not any(config.loss[name] for name in losses.TERMS):
@@ -138,9 +148,9 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
 
 
 def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
-    """Generated scenes that do not fit into the memory of the machine, in which all of them are kept."""
+    """The problem of generated scenes, all kept in memory, that do not fit into the machine's memory."""
     height, width = data.size
-    # RGB and a label.
+    # Bytes of RGB and a label.
     needed = 4 * height * width * (data.train_images + data.eval_images)
     if (available := memory.host()) is None or needed <= available:
         return {}
@@ -151,7 +161,7 @@ def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
 
 
 def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]:
-    """Groups of `loss.ohem_images` that do not divide the parts of a batch, the micro-batches of each device."""
+    """The problem of groups of `loss.ohem_images` that do not divide the micro-batches of each device."""
     group, batch, devices, accumulate = loss.ohem_images, training.batch, jax.device_count(), training.accumulate
     if not loss.ohem or not group or batch % (devices * accumulate * group) == 0:
         return {}
@@ -169,14 +179,14 @@ def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]
 
 
 def _visible(devices: int) -> str:
-    """The variable that leaves jax this number of GPUs, in parentheses; nothing where there are none."""
+    """The variable that restricts jax to this number of GPUs, in parentheses; empty without GPUs."""
     if jax.default_backend() != "gpu" or jax.process_count() > 1:
         return ""
     return f" (CUDA_VISIBLE_DEVICES={','.join(map(str, range(devices)))})"
 
 
 def _why_uneven(batch: int, accumulate: int) -> str | None:
-    """Why a batch does not divide among all devices and micro-batches, and what does; None where it divides."""
+    """The reason why a batch does not divide among devices and micro-batches, with remedies; None if it divides."""
     devices = jax.device_count()
     multiple = devices * accumulate
     if batch % multiple == 0:
@@ -198,11 +208,12 @@ def _why_uneven(batch: int, accumulate: int) -> str | None:
 def _contradictions_of_augment(
     settings: ConfigDict, sound: Callable[..., bool], channels: int | None
 ) -> dict[str, str]:
-    """Settings in `config.augment` that do not fit each other, and functions that cannot be used.
+    """Problems of settings in `config.augment` that do not fit each other, and of functions that cannot be used.
 
     Args:
-      sound: whether settings are right by themselves, by their keys.
-      channels: of the images; None where they are not known yet.
+      settings: `config.augment`.
+      sound: Function that tells whether the own values of settings, by key, are right.
+      channels: Number of channels of the images; None if still unknown.
     """
     found = {}
     if sound("augment.photometric", "augment.brightness") and settings.photometric and settings.brightness:
@@ -225,15 +236,16 @@ def _contradictions_of_augment(
 
 
 def check_crop(settings: AugmentSettings, sizes: np.ndarray) -> float:
-    """Returns the share of padding in training crops, the mean over images and scales, for `config.augment`.
+    """Returns the share of padding in training crops, the mean over images and scales.
 
     Corners that `rotation` turns out of the image are not counted.
 
     Args:
+      settings: `config.augment`.
       sizes: (N, 2), height and width of each training image in pixels.
 
     Raises:
-      RunError: no image fills a crop, even at the largest scale.
+      RunError: No image fills a crop, even at the largest scale.
     """
     crop, (smallest, largest) = np.array(settings.crop), settings.scale
     kinds, counts = np.unique(sizes, axis=0, return_counts=True)
@@ -257,7 +269,7 @@ def check_crop(settings: AugmentSettings, sizes: np.ndarray) -> float:
 
 
 def _why_no_start(source: str | None) -> str | None:
-    """Why training cannot start from a checkpoint; a repository on the Hub is asked for its weights only later."""
+    """The reason why training cannot start from a checkpoint, or None. It does not contact the Hub."""
     if not source:
         return None
     if huggingface.is_address(source):
@@ -270,23 +282,23 @@ def _why_no_start(source: str | None) -> str | None:
 
 
 def model_overrides(settings: ConfigDict) -> dict[str, Any]:
-    """The settings in `config.model` that the constructor of the model takes."""
+    """The settings in `config.model` for the constructor of the model."""
     return {key: value for key, value in settings.items() if key not in ("name", "dtype")}
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON has it: tuples are lists."""
+    """The config in terms of JSON: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def changes(config: ConfigDict, default: ConfigDict) -> list[str]:
-    """KEY=VALUE of every setting in `config` whose value is not that in `default`, or that `default` lacks."""
+    """KEY=VALUE of every setting in `config` that has another value in `default`, or none."""
     new, old = _flat(plain(config)), _flat(plain(default))
     return [f"{key}={value}" for key, value in new.items() if key not in old or old[key] != value]
 
 
 def differing(before: dict, now: dict) -> list[str]:
-    """A line for each entry in which two nested dicts differ, by dotted key."""
+    """A line for each entry, by dotted key, in which two nested dicts differ."""
     old, new = _flat(before), _flat(now)
     return [
         f"  {key}: {old.get(key)} there, {new.get(key)} now"
@@ -296,10 +308,15 @@ def differing(before: dict, now: dict) -> list[str]:
 
 
 def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
-    """Raises RunError where the run in `workdir` has other settings or data, with which it cannot be resumed.
+    """Checks that the settings and data of the run in `workdir` allow to resume it.
 
     Args:
-      before: metadata of the run in `workdir`. now: metadata of the run as it is configured now.
+      before: Metadata of the run in `workdir`.
+      now: Metadata of the run as configured now.
+      workdir: Folder of the run.
+
+    Raises:
+      RunError: Settings or data differ; the message lists them.
     """
     compared = [
         {"config": schema.in_current_terms(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
@@ -307,7 +324,7 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
     ]
     of_model = [entry["config"].get("model", {}) for entry in compared]
     if of_model[0].get("name") == of_model[1].get("name") in models.MODELS:
-        # A setting of the model that a config does not name has the model's default.
+        # A setting of the model that is not in a config has the model's default.
         for settings in of_model:
             for key, value in models.settings(settings["name"]).items():
                 settings.setdefault(key, list(value) if isinstance(value, tuple) else value)

@@ -1,8 +1,8 @@
-"""Constraints on the values of settings. Each one states in words which values are allowed, and checks a value.
+"""Constraints on the values of settings. Each one states the allowed values in words, and checks a value.
 
-`kind` is the type that a config holds. `words` continues "must be". `problem(value)` is None for an allowed value, and
-otherwise continues "must be". A bool is not a number. Real numbers must also meet their bounds in float32, in which
-runs compute.
+`kind` is the type in a config. `words` completes the phrase "must be". `problem(value)` is None for an allowed value,
+and otherwise completes "must be". A bool is not a number. Real numbers must also meet their bounds in float32, the
+precision of runs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import ClassVar, TypeGuard
 
 from segjax.data import class_weights, specs
 
-# Steps and counts are int32 on the device.
+# Steps and counts are int32 on devices.
 INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Integer:
-    """A whole number from `least` to `most`, both included."""
+    """A whole number from `least` to `most`, inclusive."""
 
     least: int = 0
     most: int = INT32_MAX
@@ -108,7 +108,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A string; with `pattern`, one that this regular expression matches as a whole."""
+    """A string that the regular expression `pattern` matches completely."""
 
     words: str = "text"
     pattern: str = r"(?s).*"
@@ -137,7 +137,7 @@ class RegularExpression:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two numbers, for example (height, width); with `ascending`, the second is not smaller than the first."""
+    """Two numbers, for example (height, width). With `ascending`, the first is at most the second."""
 
     names: tuple[str, str]
     of: Integer | Real
@@ -158,7 +158,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """A tuple of at least `least` entries that all meet the same constraint."""
+    """A tuple of at least `least` entries that meet the same constraint."""
 
     of: Text | RegularExpression | Real
     words: str
@@ -189,7 +189,7 @@ class Multipliers:
 
 @dataclasses.dataclass(frozen=True)
 class ClassWeights:
-    """A published scheme by name, or a number for each class; how many classes there are is known with the data."""
+    """The name of a published scheme, or a number for each class. The number of classes is known only with the data."""
 
     kind: ClassVar[type] = object
     names: ClassVar[tuple[str, ...]] = ("", *class_weights.BALANCED, *specs.CLASS_WEIGHTS)
@@ -207,10 +207,10 @@ class ClassWeights:
 Constraint = Integer | Real | Boolean | Choice | Text | RegularExpression | Pair | Several | Multipliers | ClassWeights
 
 
-# Ranges of settings and of arguments of commands. Their ends are far from what anybody needs, and near what fits into
-# the memory of any machine.
+# Ranges of settings and of command arguments. Their ends are far beyond any need, and close to the memory of large
+# machines.
 SIDE = Integer(1, 16_384)  # pixels
-BATCH = Integer(1, 4096)  # images, or crops, at a time
+BATCH = Integer(1, 4096)  # images or crops
 CLASSES = Integer(1, 10_000)
 SEED = Integer(0, 2**32 - 1)
 

@@ -1,4 +1,4 @@
-"""Evaluations during and after a training, the best of them, and early stopping."""
+"""Evaluations during and after training, the best weights, and early stopping."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LESS_MEMORY = (
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The best evaluation so far, and the count that early stopping follows. Part of a checkpoint.
+    """The best evaluation so far, and the count for early stopping. Part of a checkpoint.
 
     Attributes:
-      best: mean IoU of the best evaluation; None before any.
-      step: step of the best evaluation.
-      worse: number of evaluations since the best one, none of which was better.
-      evaluated: step of the last evaluation.
+      best: Mean IoU of the best evaluation, in [0, 1]; None before the first.
+      step: Step of the best evaluation.
+      worse: Number of evaluations since the best one.
+      evaluated: Step of the last evaluation.
     """
 
     best: float | None = None
@@ -54,7 +54,7 @@ class Scores:
     evaluated: int | None = None
 
     def after(self, step: int, score: float | None) -> Scores:
-        """The scores after one more evaluation; unchanged where that of `step` is counted already."""
+        """The scores after one more evaluation; unchanged if the evaluation of `step` is already counted."""
         if step == self.evaluated:
             return self
         if score is not None and (self.best is None or score > self.best):
@@ -62,7 +62,7 @@ class Scores:
         return dataclasses.replace(self, worse=self.worse + 1, evaluated=step)
 
     def given_up(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations were no better than the best; a patience of 0 never gives up."""
+        """Whether the last `patience` evaluations brought no improvement; a patience of 0 never gives up."""
         return 0 < patience <= self.worse
 
 
@@ -70,9 +70,8 @@ class Evaluation(NamedTuple):
     """Metrics and predictions of an evaluation.
 
     Attributes:
-      metrics: as `metrics.summarise` returns them, over the whole split.
-      predicted: predicted labels, (H, W), by image number: of the images to draw, those that this process has
-        evaluated.
+      metrics: Result of `metrics.summarise` over the whole split.
+      predicted: Predicted labels (H, W) by image number, of the images to draw that this process evaluated.
     """
 
     metrics: dict[str, Any]
@@ -80,11 +79,11 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates the weights of a run on a split, and keeps the best ones in a folder.
+    """Evaluates the weights of a run on a split, and saves the best ones in a folder.
 
     Attributes:
-      scores: the scores so far.
-      protocol: how the scores of an image are computed.
+      scores: Scores so far.
+      protocol: Protocol of the evaluations.
     """
 
     def __init__(
@@ -103,23 +102,28 @@ class Evaluator:
         normalise: Callable[[jax.Array], jax.Array] = normalise,
         image_dtype: str | None = "uint8",
     ):
-        """Compiles nothing yet.
+        """Creates an evaluator, which compiles nothing yet.
 
         Args:
           settings: `config.eval`.
-          parallel: how the run trains. Of several processes, each evaluates a part of the images on its own devices.
-          steps: the last step, whose evaluation is that of the result rather than one during the training.
-          log: where evaluations are written.
-          best: folder for the best weights, which is written where the run evaluates during the training.
-          metadata: of the run, saved with the best weights.
-          normalise: images -> input of the model. image_dtype: of the images.
+          model: Functional model of the run.
+          split: Images and labels to evaluate.
+          spec: Dataset of the split.
+          parallel: Parallelism of the run. Each of several processes evaluates a part of the images on its own devices.
+          steps: Last step. Its evaluation is the result of the run, not one during training.
+          log: Log of the evaluations.
+          best: Folder for the best weights, written only if the run evaluates during training.
+          metadata: Metadata of the run, saved with the best weights.
+          scores: Scores so far.
+          normalise: Function from images to the model's input.
+          image_dtype: Dtype of the images.
         """
         self.scores, self.protocol = scores, Protocol.of(settings)
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
         self._log, self._best, self._metadata = log, best, metadata
         self._fetch = lambda tree: model.stacks.apart(parallel.fetch(tree))
         self._parallel = parallel
-        # Images, or crops of a sliding window, that the devices of this process compute at a time.
+        # Number of images, or crops of a sliding window, that this process computes at a time.
         self._batch = settings.batch // jax.process_count()
         self._inference = Inference(
             model,
@@ -135,11 +139,11 @@ class Evaluator:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the training is to stop early."""
+        """Whether training must stop early."""
         return self.scores.given_up(self._settings.patience)
 
     def is_due(self, step: int) -> bool:
-        """Whether the run evaluates after `step` steps, during the training."""
+        """Whether the run evaluates after `step` steps, during training."""
         every = self._settings.every
         return bool(every) and 0 < step < self._steps and step % every == 0
 
@@ -147,7 +151,7 @@ class Evaluator:
         """Compiles the program for the largest images.
 
         Raises:
-          RunError: a device has less memory than it needs.
+          RunError: The program needs more memory than a device has.
         """
         with _less_memory():
             sizes = np.unique(self._records.sizes, axis=0).tolist()
@@ -161,11 +165,11 @@ class Evaluator:
         return self._inference.with_arrays(arrays)
 
     def evaluate(self, step: int, state: TrainState, *, stop: StopRequest) -> Evaluation:
-        """Evaluates a state. The first evaluation of a step is also logged and scored, and its weights saved if best.
+        """Evaluates a state. The first evaluation of a step is also logged and scored; the best weights are saved.
 
         Raises:
           StoppedError: `stop` was requested before the last batch; nothing is logged or scored then.
-          RunError: there is not enough memory.
+          RunError: There is not enough memory.
         """
         inference = self._inference_of(state)
         with _less_memory():
@@ -205,7 +209,7 @@ class Evaluator:
 
 @contextlib.contextmanager
 def _less_memory() -> Iterator[None]:
-    """Turns errors of too little memory into RunErrors that name the settings of evaluations."""
+    """Turns out-of-memory errors into RunErrors that name the settings of evaluations."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,13 +1,12 @@
 """The training loop: read `train`, then `_fit`.
 
 `train` locks the workdir, checks the settings, fits those of the model to the initial weights (`start.fitted`),
-returns if the run is finished, builds the run (`setup.build`: data, model, newest whole checkpoint or initial
+returns if the run is finished, builds the run (`setup.build`: data, model, newest undamaged checkpoint or initial
 weights, batches), compiles the step, and truncates the log to the checkpoint. Each iteration then takes a step, logs,
-evaluates and saves, in this order. After the last step the run is evaluated and the result is written; result.json
-comes last.
+evaluates and saves, in this order. After the last step it evaluates and writes the result, with result.json last.
 
-A resumed run first makes the evaluation that was due at the step of its checkpoint, if it is missing. The batch and all
-random numbers depend on (seed, step) only, so that a resumed run equals an uninterrupted one bit for bit.
+A resumed run first makes up for a missing evaluation at the step of its checkpoint. The batch and all random numbers
+depend only on (seed, step), so a resumed run is bitwise equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,12 +34,25 @@ from segjax.train.run import Run
 from segjax.train.state import TrainState
 from segjax.viz import pictures
 
-# The file in a workdir that the process locks that writes it.
+# The file in a workdir that the writing process locks.
 LOCK = ".lock"
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    """runs/<label>-<dataset>, for example runs/segformer-b0-streets."""
+    """Return the folder of a run without an explicit workdir, runs/<label>-<dataset>.
+
+    Args:
+      config: Config of the run.
+
+    Returns:
+      Relative path.
+
+    Example:
+      >>> from segjax import train
+      >>> from segjax.recipes import segformer
+      >>> train.default_workdir(segformer.get_config("b0")).as_posix()
+      'runs/segformer-b0-streets'
+    """
     return Path("runs") / f"{config.label}-{config.data.name}"
 
 
@@ -51,26 +63,45 @@ def train(
     given: Collection[str] | None = None,
     changes: Callable[[ConfigDict], Sequence[str]] = lambda config: (),
 ) -> int:
-    """Trains a model, or resumes its training, in the folder `workdir`.
+    """Train a model, or resume its training.
 
-    Writes checkpoints/, best/, metrics.jsonl and tensorboard/, and at the end result.json, curve.png and predictions/.
+    It writes checkpoints/, best/, metrics.jsonl and tensorboard/ in `workdir`, and at the end result.json, curve.png
+    and predictions/.
 
     Args:
-      given: names of the settings in `config.model` that `config.init.checkpoint` may not replace, see `start.fitted`;
-        all of them by default.
-      changes: returns KEY=VALUE of each setting to print, those that differ from the defaults. It is called with the
-        config of the run, after its settings have been checked, and those that were unset chosen.
+      config: Config of the run, as a recipe returns it.
+      workdir: Folder of the run.
+      given: Names of the settings in `config.model` that `config.init.checkpoint` may not replace, see `start.fitted`;
+        by default all of them.
+      changes: Function from the final config, checked and with unset settings chosen, to the settings to print, each as
+        KEY=VALUE.
 
     Returns:
-      Exit status: 0, or 130 or 143 where Ctrl-C or SIGTERM stopped the run, which is then saved.
+      Exit status: 0, or 130 or 143 if Ctrl-C or SIGTERM stopped the run, which is then saved.
 
     Raises:
-      RunError: settings that cannot be used, or that differ from those of the run in `workdir`; a loss that is not
-        finite; a step that needs more memory than there is.
-      ValueError: data, weights or checkpoints that cannot be used; or another process writes the run in `workdir`.
+      RunError: Settings cannot be used, or differ from those of the run in `workdir`; a loss is not finite; a step
+        needs more memory than there is.
+      ValueError: Data, weights or checkpoints cannot be used, or another process writes the run in `workdir`.
+
+    Example:
+      >>> import contextlib, io, pathlib, tempfile
+      >>> from segjax import train
+      >>> from segjax.recipes import segformer_simple
+      >>> config = segformer_simple.get_config("small,streets")
+      >>> config.model.update(dims=(4, 8, 10, 16), depths=(1, 1, 1, 1), decoder_dim=8)
+      >>> config.data.update(train_images=4, eval_images=1, size=(64, 96))
+      >>> config.augment.crop = (32, 64)
+      >>> config.train.update(steps=0, batch=4)
+      >>> config.eval.batch = 4
+      >>> workdir = pathlib.Path(tempfile.mkdtemp())
+      >>> with contextlib.redirect_stdout(io.StringIO()):  # the log
+      ...     status = train.train(config, workdir)
+      >>> status, (workdir / "result.json").exists()
+      (0, True)
     """
     with contextlib.ExitStack() as stack:
-        # By the first of several processes for all of them.
+        # The first of several processes holds the lock for all of them.
         remedy = "wait until it ends, stop it, or give another --workdir"
         held = lock.held(workdir / LOCK, what=f"{workdir}", remedy=remedy)
         from_lead(lambda: stack.enter_context(held))
@@ -88,7 +119,7 @@ def _train(
     given: Collection[str] | None,
     changes: Callable[[ConfigDict], Sequence[str]],
 ) -> int:
-    """`train` in a workdir that is locked."""
+    """`train` in a locked workdir."""
     before = from_lead(lambda: resume.recorded_config(workdir))
     check(config, workdir, resumes=before is not None)
     checkpoint = None
@@ -103,7 +134,7 @@ def _train(
         progress.already_finished(ended, workdir)
         return 0
     run, state = setup.build(config, workdir, ended, checkpoint)
-    # Its arrays are as large as the model.
+    # Frees its arrays, which are as large as the model.
     del checkpoint
     progress.show_chosen(chosen)
     if lines := changes(config):
@@ -125,13 +156,13 @@ def _fit(
     """Trains until the last step, or until evaluations no longer improve, and evaluates.
 
     Returns:
-      The number of steps taken, the state, and its evaluation. The evaluation is None where a stop was requested; the
+      The number of steps taken, the state, and its evaluation. The evaluation is None if a stop was requested; the
       state is saved then.
     """
     step, evaluator, batches, meter = run.first, run.evaluator, run.batches, run.meter
     try:
         if evaluator.is_due(step) and evaluator.scores.evaluated != step:
-            # The run was stopped during this evaluation.
+            # The run was stopped before this evaluation ended.
             evaluator.evaluate(step, state, stop=stop)
         while step < run.steps and not evaluator.gave_up:
             stop.raise_if_requested()
@@ -143,7 +174,7 @@ def _fit(
             is_last = step == run.steps
             if step == run.first + 1:
                 jax.block_until_ready(state)
-                # The meter restarts here because the first step may have waited for the first batch.
+                # Excludes the first step, which may have waited for the first batch.
                 meter.restart(step, batches.waited)
             if step % run.log_every == 0 or is_last:
                 run.read_losses(step, state)
@@ -181,13 +212,13 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
     devices = run.parallel.devices
     result = {
         **stamped(evaluation.metrics),
-        # Of per_class_iou.
+        # Names of per_class_iou.
         "classes": list(run.spec.label_names),
         "step": step,
         "stopped_early": step < run.steps,
         "best": {"step": scores.step, "mean_iou": scores.best},
         "images_per_second": run.meter.images_per_second,
-        # Of the process that ended the run, with compiling and evaluating.
+        # Time of the process that ended the run, including compilation and evaluation.
         "duration_s": round(time.perf_counter() - run.began, 1),
         "from_step": run.first,
         "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)},
@@ -198,13 +229,13 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
     }
     if is_lead():
         draw(run, evaluation.predicted)
-        # Last, because a run with this file is finished.
+        # Written last, because it marks a run as finished.
         atomic.write_text(run.workdir / "result.json", json.dumps(result, indent=2) + "\n")
     progress.report(result, run.spec, run.workdir)
 
 
 def draw(run: Run, predicted: Mapping[int, np.ndarray]) -> None:
-    """Draws curve.png, and a picture of each entry of `predicted`, labels (H, W) by image number."""
+    """Draws curve.png, and a picture for each entry of `predicted`, labels (H, W) by image number."""
     pictures.save_curves(run.workdir / "curve.png", run.log.records)
     spec = run.spec
     for number, labels in predicted.items():

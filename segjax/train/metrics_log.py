@@ -19,31 +19,32 @@ from segjax.viz import pictures
 
 
 class _Record(TypedDict):
-    """What every record has; its other entries are numbers, and dicts of numbers."""
+    """The common entry of all records; other entries are numbers, and dicts of numbers."""
 
     step: int
 
 
 class Log:
-    """metrics.jsonl, one record per line, and TensorBoard's event files; a resumed run has no gaps or duplicates.
+    """metrics.jsonl, one record per line, and TensorBoard's event files, without gaps or duplicates in resumed runs.
 
     Event files cannot be truncated. So there is one for each interval between two checkpoints, named after its first
-    step. When a run resumes, the files that begin at its checkpoint or later are removed, and written again.
+    step. When a run resumes, the files that begin at its checkpoint or later are removed and written again.
 
     Entering the context truncates both to the checkpoint.
 
     Attributes:
-      records: all records so far, including those from before the run was resumed.
+      records: All records so far, including those before the run was resumed.
     """
 
     def __init__(self, workdir: Path, start: int, *, evaluated: bool, active: bool = True):
-        """Reads and writes no file yet.
+        """Creates a log, which reads and writes no file yet.
 
         Args:
-          start: step of the checkpoint; records of later steps are dropped.
-          evaluated: whether the checkpoint includes the evaluation after that step. Otherwise the run evaluates again,
+          workdir: Folder of the run.
+          start: Step of the checkpoint; records of later steps are dropped.
+          evaluated: Whether the checkpoint includes the evaluation after that step. Otherwise the run evaluates again,
             and the record of the evaluation is dropped too.
-          active: whether this process writes; of several processes, one does.
+          active: Whether this process writes; only one of several processes does.
         """
         self.records: list[dict[str, Any]] = []
         self._path = workdir / "metrics.jsonl"
@@ -56,13 +57,13 @@ class Log:
         lines = read_bytes(self._path).split(b"\n") if self._path.exists() else []
         records = [(_parsed(line), line) for line in lines]
         self.records = [record for record, _ in records if record and self._is_kept(record)]
-        # The last one is empty, or incomplete where the machine stopped.
+        # The last line is empty, or incomplete if the machine stopped.
         if odd := [line for record, line in records[:-1] if record is None and line.strip()]:
             console.say(f"{self._path}: {len(odd)} of {len(lines) - 1} lines are no records of a run and are omitted")
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):
-                # The folder may have files of others, such as TensorBoard's profiler.
+                # The folder may hold files of other programs, such as TensorBoard's profiler.
                 if found := re.search(r"\.(from|final)-(\d+)$", path.name):
                     begins = int(found[2])
                     if begins > self._start or (begins == self._start and (found[1] == "from" or not self._evaluated)):
@@ -78,7 +79,7 @@ class Log:
         return record["step"] < self._start
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes a record of numbers and of dicts of numbers, by name; "step" is the step that it belongs to."""
+        """Writes a record of numbers and dicts of numbers, by name; "step" is its step."""
         self.records.append(dict(record))
         if not self._active:
             return
@@ -95,7 +96,7 @@ class Log:
     def picture(
         self, step: int, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec
     ) -> None:
-        """Image, truth and prediction side by side, for TensorBoard only."""
+        """Writes image, truth and prediction, side by side, for TensorBoard only."""
         if self._active:
             from tensorboardX import summary
 
@@ -104,28 +105,28 @@ class Log:
             self._event(step, summary.image(f"predictions/{console.one_line(name)}", joined, dataformats="HWC"))
 
     def _event(self, step: int, summary: Any) -> None:
-        # Not tensorboardX's SummaryWriter, which writes in a thread. A full disk ends that thread, and the
-        # run then waits for it forever.
+        # Not tensorboardX's SummaryWriter, which writes in a thread: a full disk ends that thread, and the run then
+        # waits for it forever.
         from tensorboardX import RecordWriter
 
-        # protobuf makes the class when the module is imported, so that a type checker does not see it.
+        # protobuf creates the class at import, so type checkers do not see it.
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         with atomic.naming(self._events):
             if self._writer is None:
                 self._events.mkdir(parents=True, exist_ok=True)
-                # TensorBoard reads files in the order of their names.
+                # TensorBoard reads files in the order of their names, which begin with the time.
                 path = self._events / f"events.out.tfevents.{time.time():.6f}.{self._interval}"
                 self._writer = RecordWriter(str(path))
                 self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def cut(self, step: int) -> None:
-        """Begins a new event file, whose records come after the checkpoint of `step`; call it before that is saved."""
+        """Begins an event file for the records after the checkpoint of `step`; call it before saving the checkpoint."""
         self._begin(f"from-{step:09d}")
 
     def begin_final(self, step: int) -> None:
-        """Begins an event file for the evaluation after the last step, whose checkpoint exists."""
+        """Begins an event file for the evaluation after the last step, whose checkpoint is already saved."""
         self._begin(f"final-{step:09d}")
 
     def _begin(self, interval: str) -> None:
@@ -140,7 +141,7 @@ class Log:
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Tag and number of each scalar of a record; TensorBoard has no missing numbers, so those are dropped."""
+    """Tag and number of each scalar of a record, without missing numbers, which TensorBoard does not have."""
     for key, value in record.items():
         named = (
             {f"{key}/{console.one_line(name)}": number for name, number in value.items()}
@@ -151,7 +152,7 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it has none."""
+    """The record in a line, or None."""
     try:
         record = parse_json(line, dict[str, float | dict[str, float | None] | None], name="metrics.jsonl")
         return checked(record, _Record, name="metrics.jsonl")

@@ -22,13 +22,15 @@ WHOLE = "the model"
 
 
 def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> str:
-    """One sentence that names the first layer whose output, or else whose gradient, is not finite in a training step.
+    """A sentence that names the first layer of a training step whose output, or else whose gradient, is not finite.
 
-    The step is computed again: its forward pass with the output of every layer checked, then its gradients.
+    The step is computed again: first its forward pass, with a check of every layer's output, then its gradients.
 
     Args:
-      state: the state before the step.
-      batch, key: the arguments of the step; under pmap the batch has a leading axis of devices.
+      train_step: The training step.
+      state: State before the step.
+      batch: Batch of the step; under pmap it has a leading axis of devices.
+      key: Key of the run.
     """
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if batch["label"].ndim == 4 else batch
     images, labels, dropout_key = train_step.inputs(state, batch, key)
@@ -42,7 +44,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         params: dict[str, jax.Array], batch_stats: dict[str, jax.Array], images: jax.Array, key: jax.Array
     ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
         model = train_step.model.bind(params, batch_stats, key=key)
-        # With the plain implementations, because fast ones do not call every layer.
+        # Uses plain implementations, because fast ones do not call every layer.
         with choice.published_implementations(), _outputs_recorded(model) as outputs:
             model(images)
         calls[:] = outputs
@@ -61,9 +63,9 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         return f"All outputs of layers are finite, but the loss is {loss}. "
     gradients = train_step.model.stacks.apart(gradients)
     if found := _not_finite(gradients):
-        # The backward pass begins with the layer that was called last. A layer that was not called itself takes the
-        # position of the layer that contains it; of several with one position, the last by name comes first, such as
-        # a classifier.
+        # The backward pass begins with the layer that was called last. A layer that was not called itself has the
+        # position of the layer that contains it. Among layers of one position, the last in the order of `found` wins,
+        # such as a classifier.
         first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
         return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
     if not np.isfinite(optim.norm(gradients)):
@@ -92,7 +94,7 @@ def _called(parameter: str, calls: list[str]) -> str:
 
 @contextlib.contextmanager
 def _outputs_recorded(model: SegmentationModel) -> Iterator[dict[str, jax.Array]]:
-    """Yields a dict that fills with whether the output of each called module is finite, by name, in order of return."""
+    """Yields a dict that is filled, in order of return, with whether each called module's output is finite, by name."""
     modules = [(".".join(map(str, path)) or WHOLE, module) for path, module in nnx.iter_modules(model)]
     names = {id(module): name for name, module in modules}
     owners = {owner for _, module in modules for owner in type(module).__mro__ if "__call__" in vars(owner)}

@@ -19,10 +19,10 @@ from segjax.models.stacked import NO_STACKS, Stacks
 
 
 def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """A linear warm-up that multiplies a decay, as in mmsegmentation."""
+    """The decay times a linear warm-up, as in mmsegmentation."""
 
     def rate(step: ArrayLike) -> ArrayLike:
-        # As a float first: an int32 divided stays float32 where jax computes in float64.
+        # Converted first: the quotient of an int32 would be float32 where jax computes in float64.
         step = jnp.asarray(step, float)
         if not warmup_steps:
             return decayed(step)
@@ -35,13 +35,15 @@ def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: fl
 def poly_schedule(
     base: float, *, steps: int, power: float, warmup_steps: int, warmup_ratio: float, end: float = 0.0
 ) -> optax.Schedule:
-    """Polynomial decay with a linear warm-up that multiplies it, as in mmsegmentation's `poly` policy.
+    """Polynomial decay times a linear warm-up, as in mmsegmentation's `poly` policy.
 
     Args:
-      base: peak learning rate.
-      steps: length of the decay; the rate is `end` from there on.
-      power: exponent of the decay; 1 is linear.
-      warmup_steps: number of steps in which the factor of the warm-up grows from `warmup_ratio` to 1.
+      base: Peak learning rate.
+      steps: Length of the decay in steps; the rate is `end` afterwards.
+      power: Exponent of the decay; 1 is linear.
+      warmup_steps: Number of steps in which the factor of the warm-up grows from `warmup_ratio` to 1.
+      warmup_ratio: First factor of the warm-up.
+      end: Final learning rate.
     """
 
     def decayed(step: ArrayLike) -> jax.Array:
@@ -53,7 +55,10 @@ def poly_schedule(
 def cosine_schedule(
     base: float, *, steps: int, warmup_steps: int, warmup_ratio: float, end: float = 0.0
 ) -> optax.Schedule:
-    """Half a cosine from `base` to `end` (Loshchilov, Hutter, 2017, without restarts), with the same warm-up."""
+    """Half a cosine from `base` to `end` (Loshchilov, Hutter, 2017, without restarts), times a linear warm-up.
+
+    The arguments are those of `poly_schedule`.
+    """
 
     def decayed(step: ArrayLike) -> jax.Array:
         return end + (base - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(step / steps, 0, 1)))
@@ -65,10 +70,14 @@ SCHEDULES = ("poly", "cosine")
 
 
 def schedule(settings: ConfigDict, *, steps: int) -> optax.Schedule:
-    """Learning rate by step, for `settings`, the section `config.optim`.
+    """Learning rate by step.
+
+    Args:
+      settings: `config.optim`.
+      steps: Length of the schedule in steps.
 
     Raises:
-      ValueError: a schedule other than `SCHEDULES`.
+      ValueError: A schedule that is not in `SCHEDULES`.
     """
     shape = dict(
         steps=steps, warmup_steps=settings.warmup_steps, warmup_ratio=settings.warmup_ratio, end=settings.end_lr
@@ -81,10 +90,10 @@ def schedule(settings: ConfigDict, *, steps: int) -> optax.Schedule:
 
 
 def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[str]:
-    """The dotted names that a regular expression is found in.
+    """The dotted names in which a regular expression is found.
 
     Raises:
-      ValueError: it is found in no name, hence mistyped or meant for another model; the message names `setting`.
+      ValueError: No name has it, so it is mistyped or meant for another model; the message names `setting`.
     """
     names = list(names)
     found = frozenset(name for name in names if re.search(pattern, name))
@@ -97,10 +106,10 @@ def found_in(pattern: str, names: Iterable[str], *, setting: str) -> frozenset[s
 
 
 def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
-    """The parameters that the patterns of `optim.frozen` keep as they are.
+    """The parameters that the patterns of `optim.frozen` exclude from training.
 
     Raises:
-      ValueError: a pattern that is found in no name, or patterns that leave nothing to train.
+      ValueError: A pattern is found in no name, or the patterns leave nothing to train.
     """
     names = list(names)
     frozen = frozenset().union(*(found_in(pattern, names, setting="optim.frozen") for pattern in patterns))
@@ -113,7 +122,7 @@ def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -
     """Factor of each parameter's learning rate: the product over all patterns that are found in its name.
 
     Raises:
-      ValueError: a pattern that is found in no name.
+      ValueError: A pattern is found in no name.
     """
     names = list(names)
     factors = dict.fromkeys(names, 1.0)
@@ -124,7 +133,7 @@ def lr_factors(multipliers: Sequence[tuple[str, float]], names: Iterable[str]) -
 
 
 class Rule(NamedTuple):
-    """How a parameter is trained: whether at all, whether with weight decay, and the factor of its learning rate."""
+    """The optimizer's rule for a parameter: whether to train it, whether to decay it, and its learning rate factor."""
 
     is_trained: bool
     decays: bool
@@ -132,10 +141,10 @@ class Rule(NamedTuple):
 
 
 def rules(settings: ConfigDict, names: Iterable[str]) -> dict[str, Rule]:
-    """The rule of each parameter, by name, for `settings`, the section `config.optim`.
+    """The rule of each parameter by name; `settings` is `config.optim`.
 
     Raises:
-      ValueError: a pattern that is found in no name.
+      ValueError: A pattern is found in no name, or no parameter is left to train.
     """
     names = list(names)
     frozen = frozen_names(settings.frozen, names)
@@ -145,7 +154,7 @@ def rules(settings: ConfigDict, names: Iterable[str]) -> dict[str, Rule]:
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_: all gradients times min(1, largest / (their norm + 1e-6))."""
+    """All gradients times min(1, largest / (their joint norm + 1e-6)), as torch.nn.utils.clip_grad_norm_."""
 
     def update(gradients: optax.Updates, _params: optax.Params | None = None) -> optax.Updates:
         factor = jnp.minimum(1.0, largest / (norm(gradients) + 1e-6))
@@ -155,7 +164,7 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves together."""
+    """Joint Euclidean norm of all leaves."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
@@ -168,7 +177,7 @@ def _scale_by_rule(by_name: Mapping[str, Rule]) -> optax.GradientTransformation:
 
 
 def _if_accepted(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`rule`, whose state does not change where `accepted`, a bool scalar argument of `update`, is False."""
+    """`rule` with a further argument of `update`, the bool scalar `accepted`: if False, its state does not change."""
 
     def update(
         updates: optax.Updates,
@@ -185,9 +194,9 @@ def _if_accepted(rule: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam inside `_if_accepted`, with the update computed from the moments that are kept.
+    """optax.scale_by_adam inside `_if_accepted`, with the update computed from the moments after selection.
 
-    Computed from the new moments it would be the same where it is used, but XLA would hold old and new moments at once:
+    From the moments before selection, accepted updates would be equal, but XLA would hold old and new moments at once:
     646 MiB more for SegFormer-B5, and the optimizer would take half as long again to compile.
     """
     plain = _if_accepted(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
@@ -212,27 +221,27 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
 def optimizer(
     settings: ConfigDict, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW or SGD as torch computes them, with the published exceptions by parameter name.
+    """AdamW or SGD as in torch, with the published exceptions by parameter name.
 
     Args:
-      settings: the section `config.optim`.
-      names: dotted names of all parameters of the model, frozen ones included: a pattern may be found in those only.
-      steps: length of the schedule.
-      stacks: stacked parameters, which the optimizer also takes in place of their members.
+      settings: `config.optim`.
+      names: Dotted names of all parameters of the model. They include frozen ones: a pattern may match only those.
+      steps: Length of the schedule in steps.
+      stacks: Stacked parameters, which the optimizer also accepts in place of their members.
 
     Returns:
-      A transform of the parameters that are not frozen. Its `update` takes `accepted`, a bool scalar: where it is
-      False, the state does not change, and the updates must not be used.
+      Transform of the parameters that are not frozen. Its `update` takes the bool scalar `accepted`: if it is False,
+      the state does not change, and the updates must not be used.
 
     Raises:
-      ValueError: a name other than adamw and sgd, or a pattern that is found in no parameter.
+      ValueError: A name other than adamw and sgd, or a pattern that is found in no parameter.
     """
     by_name: dict[str, Any] = stacks.with_stacks(rules(settings, names))
     decay = optax.add_decayed_weights(
         settings.weight_decay, mask=partial(jax.tree.map_with_path, lambda path, _: by_name[path[0].key].decays)
     )
     if settings.name == "adamw":
-        # torch's AdamW: decay next to the moments, eps outside the root, both scaled by the learning rate.
+        # torch's AdamW: decay is added to the moments' update, eps is outside the root, the learning rate scales both.
         rule = [_scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
     elif settings.name == "sgd":
         # torch's SGD: decay is part of the gradient that the momentum accumulates.
@@ -248,12 +257,12 @@ def optimizer(
 
 
 def learning_rates(settings: ConfigDict, names: Iterable[str], *, steps: int) -> Callable[[int], dict[str, float]]:
-    """Returns `rates(step)`, the learning rates of a step for the log: "lr", and "lr x10" for a factor of 10.
+    """Returns a function from a step to its learning rates for the log: "lr", and "lr x10" for a factor of 10.
 
     Args:
-      settings: the section `config.optim`.
-      names: dotted names of all parameters of the model; frozen ones have no rate.
-      steps: length of the schedule.
+      settings: `config.optim`.
+      names: Dotted names of all parameters of the model; frozen ones have no rate.
+      steps: Length of the schedule in steps.
     """
     factors = sorted({rule.factor for rule in rules(settings, names).values() if rule.is_trained} - {1.0})
     base = schedule(settings, steps=steps)

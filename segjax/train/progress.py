@@ -1,4 +1,4 @@
-"""The terminal of a run: plain lines that fit 80 columns, a progress bar, and Ctrl-C."""
+"""A run's output in the terminal: lines of at most 80 columns, a progress bar, and the response to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def show_chosen(chosen: Mapping[str, tuple[object, str]]) -> None:
-    """Prints the value and the reason of each setting that the run has chosen, see segjax/train/unset.py."""
+    """Prints the value and the reason of each setting that the run chose (segjax/train/unset.py)."""
     if chosen:
         console.say("settings that the recipe leaves unset, chosen for these images and this start:")
         for key, (value, reason) in chosen.items():
@@ -26,7 +26,7 @@ def show_chosen(chosen: Mapping[str, tuple[object, str]]) -> None:
 
 
 def show_settings(changes: Sequence[str]) -> None:
-    """Prints KEY=VALUE of the settings that differ from the defaults."""
+    """Prints the settings that differ from the defaults, as KEY=VALUE."""
     console.say("settings other than the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", console.NO_BREAK) for change in changes)
@@ -47,7 +47,7 @@ def describe(summary: Mapping[str, str], warnings: Sequence[str], *, start: int,
 
 
 def already_finished(result: Mapping, workdir: Path) -> None:
-    """Prints the `result` of a run that is finished, and how to train longer or start a new run."""
+    """Prints the `result` of a finished run, and how to train longer or start a new run."""
     console.say(
         f"{workdir} is finished: mIoU {console.score(result['mean_iou'])} at step {result['step']} (result.json)"
     )
@@ -67,7 +67,7 @@ def stopped(step: int, steps: int, workdir: Path) -> None:
 
 
 def table(result: Mapping, spec: specs.DatasetSpec) -> None:
-    """Prints the IoU of every class, and the means."""
+    """Prints the IoU of every class, mIoU and pixel accuracy."""
     console.say("")
     ious = zip(spec.label_names, result["per_class_iou"], strict=True)
     cells = [f"{console.cell(name, 20)} {console.score(iou):>6}" for name, iou in ious]
@@ -84,7 +84,7 @@ def table(result: Mapping, spec: specs.DatasetSpec) -> None:
 
 
 def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
-    """Prints the table of classes and where the files are."""
+    """Prints the table of classes and the paths of the files."""
     table(result, spec)
     if result["images_per_second"]:
         console.say(f"trained at {result['images_per_second']:.1f} images per second")
@@ -93,7 +93,7 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
 
 
 class Meter:
-    """Measures images per second while a run trains: time spent saving, evaluating and compiling is excluded."""
+    """Measures images per second during training, without the time for saving, evaluating and compiling."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
@@ -101,11 +101,11 @@ class Meter:
         self.restart(0, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
-        """Begins to count at `step`; `waited` is the time in seconds that the run has waited for data so far."""
+        """Starts to count at `step`; `waited` is the total time in seconds that the run has waited for data."""
         self._step, self._since, self._waited_before = step, time.perf_counter(), waited
 
     def lap(self, step: int, waited: float) -> None:
-        """Counts the steps since the last lap or restart; the device must have finished them."""
+        """Counts the steps since the last lap or restart, which the device must have finished."""
         self._images += (step - self._step) * self._batch_size
         self._seconds += time.perf_counter() - self._since
         self._waited += waited - self._waited_before
@@ -113,21 +113,21 @@ class Meter:
 
     @property
     def waiting(self) -> float | None:
-        """Share of the time that was spent waiting for data; None before anything was counted."""
+        """Share of the time spent waiting for data; None before the first lap."""
         return self._waited / self._seconds if self._seconds else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Mean so far; None before anything was counted."""
+        """Mean speed so far; None before the first lap."""
         return self._images / self._seconds if self._images else None
 
     def seconds_for(self, steps: int) -> float | None:
-        """Seconds that `steps` steps take at the mean rate so far; None before anything was counted."""
+        """Seconds that `steps` steps take at the mean speed so far; None before the first lap."""
         return steps * self._batch_size * self._seconds / self._images if self._images else None
 
 
 class Progress(console.ProgressBar):
-    """Progress of a training: its steps, with the loss and the images per second."""
+    """Progress bar of a training: steps, loss and images per second."""
 
     def __init__(self, start: int, total: int):
         super().__init__("step", total, start=start)
@@ -135,13 +135,13 @@ class Progress(console.ProgressBar):
         self._notes: list[str] = []
 
     def tick(self, step: int, meter: Meter) -> None:
-        """Counts a step between two lines of the log, whose figures stay."""
+        """Counts a step between two lines of the log, and keeps the figures of the last line."""
         self.advance(step - self.count, notes=self._notes, left=meter.seconds_for(self._steps - step))
 
     def show(self, step: int, loss: float | None, meter: Meter) -> None:
         self._notes = notes = [f"loss {console.score(loss)}"]
         if meter.images_per_second is not None:
-            # The share of the time in which the device waits for data.
+            # The share of the time that the run waits for data.
             waiting = f", {meter.waiting:.0%} waiting" if meter.waiting else ""
             notes.append(f"{meter.images_per_second:.1f} img/s{waiting}")
         left = meter.seconds_for(self._steps - step)
@@ -149,17 +149,17 @@ class Progress(console.ProgressBar):
 
 
 class StoppedError(Exception):
-    """A stop was requested: Ctrl-C or SIGTERM."""
+    """Raised when a stop was requested by Ctrl-C or SIGTERM."""
 
 
 class StopRequest:
     """Ctrl-C or SIGTERM requests a stop after the step. A second one stops at once; the last complete save remains.
 
-    Several processes must all stop at the same step: a request takes effect once they have agreed on it.
+    Several processes must all stop at the same step: a request takes effect when they have agreed on it.
 
     Attributes:
-      signal: number of the first signal that this process received; None before.
-      requested: whether to stop.
+      signal: Number of the first signal that this process received; None before.
+      requested: Whether to stop.
     """
 
     def __init__(self):
@@ -173,20 +173,20 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """The status that a shell reports for a program ended by the signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit status for a program that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
         return signals.status_of(self.signal or signal.SIGTERM)
 
     def agree(self) -> None:
-        """Agrees with the other processes on whether to stop; each of them must call this at the same step."""
+        """Agrees with the other processes whether to stop; each process must call this at the same step."""
         self._agreed = distributed.anywhere(self.signal is not None)
 
     def raise_if_requested(self) -> None:
-        """Raises StoppedError once a stop is requested."""
+        """Raises StoppedError if a stop is requested."""
         if self.requested:
             raise StoppedError
 
     def refuse_when_requested(self, function: Callable[..., T], *args: object) -> T:
-        """Returns `function(*args)`; raises StoppedError instead once a stop is requested."""
+        """Returns `function(*args)`, or raises StoppedError if a stop is requested."""
         self.raise_if_requested()
         return function(*args)
 

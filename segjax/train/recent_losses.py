@@ -11,8 +11,8 @@ import numpy as np
 
 from segjax.runtime.parallel import Parallel
 
-# Steps that the host may enqueue before it waits for the device: enough to keep the device busy, and few enough that
-# time spent waiting for data is measured as such.
+# Number of steps that the host may enqueue before it waits for the device. It is large enough to keep the device busy,
+# and small enough that the time spent waiting for data is measured.
 AHEAD = 3
 
 
@@ -20,9 +20,9 @@ class NotFinite(NamedTuple):
     """A step whose loss or gradient is not finite.
 
     Attributes:
-      step: number of steps before it.
-      text: one clause with the value, the step and its images.
-      stopped: whether it ended the training; otherwise it was skipped.
+      step: Number of steps before it.
+      text: Clause with the value, the step and its images.
+      stopped: Whether it ended the training; otherwise it was skipped.
     """
 
     step: int
@@ -33,18 +33,20 @@ class NotFinite(NamedTuple):
 class RecentLosses:
     """Loss and gradient norm of every step since the last line of the log.
 
-    Reading the scalars of a step waits for the device. They stay on the device until `read`, which a run calls only
-    before it logs, evaluates or saves.
+    Reading the scalars of a step waits for the device. So the scalars stay on the device until `read`, which a run
+    calls only before it logs, evaluates or saves.
 
     Attributes:
       rows: [loss, gradient norm] of each finite step that was read. Part of a checkpoint.
     """
 
     def __init__(self, parallel: Parallel, names_of: Callable[[int], Iterable[str]], rows: Iterable[list[float]] = ()):
-        """Begins with the `rows` of a checkpoint.
+        """Starts with the `rows` of a checkpoint.
 
         Args:
-          names_of: names of the images of step `step` (from 0).
+          parallel: Parallelism of the run.
+          names_of: Function from a step (from 0) to the names of its images.
+          rows: Rows of the checkpoint.
         """
         self.rows = list(rows)
         self._parallel, self._names_of = parallel, names_of
@@ -56,11 +58,11 @@ class RecentLosses:
             jax.block_until_ready(self._unread[-AHEAD])
 
     def add(self, scalars: dict[str, jax.Array]) -> None:
-        """Adds the scalars that `TrainStep` returned for the next step, without waiting for them."""
+        """Adds the scalars of the next step from `TrainStep`, without waiting for them."""
         self._unread.append(scalars)
 
     def read(self, step: int) -> list[NotFinite]:
-        """Waits for all steps up to `step` and returns those that are not finite; the last one may have stopped."""
+        """Waits for all steps up to `step` and returns those that are not finite; only the last may have stopped."""
         if not self._unread:
             return []
         scalars, self._unread = self._parallel.scalars(self._unread), []
@@ -89,7 +91,9 @@ def not_finite_message(problem: NotFinite, culprit: str, workdir: Path) -> str:
     """The message of the error that ends a run at a step that is not finite, with the remedies.
 
     Args:
-      culprit: a sentence of `nan_search.first_not_finite`, or "" where nothing was searched for.
+      problem: The step.
+      culprit: Sentence from `nan_search.first_not_finite`, or "" without a search.
+      workdir: Folder of the run.
     """
     find = "" if culprit else "\n  to find the layer: --config.debug.nans=True"
     return (

@@ -1,4 +1,4 @@
-"""Resuming a run: reads its result, if it has ended, and its newest checkpoint."""
+"""Resumes a run: reads its result, if it has ended, and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from segjax.train.evaluator import Scores
 from segjax.train.run_checkpoints import RunCheckpoints
 from segjax.train.state import TrainState, restored, training_of, weights_of
 
-# The config that a run has recorded, as JSON, with all sections of any version; they are compared value by value.
+# The config that a run recorded, as JSON, with the sections of any version; sections are compared value by value.
 _Config: Any = TypedDict(  # pyright: ignore[reportGeneralTypeIssues]: the names come from the table of settings
     "_Config",
     {section.name: dict[str, Any] for section in schema.SECTIONS if section.name},  # pyright: ignore
@@ -37,7 +37,7 @@ _Config: Any = TypedDict(  # pyright: ignore[reportGeneralTypeIssues]: the names
 
 
 class _Result(TypedDict):
-    """The entries of result.json that are read again. Runs of segjax 0.1.0 have no `stopped_early`."""
+    """The entries of result.json that are read. Runs of segjax 0.1.0 have no `stopped_early`."""
 
     step: int
     mean_iou: FiniteFloat | None
@@ -48,18 +48,18 @@ class _Result(TypedDict):
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of the result.json of a run, with its config in current terms.
+    """The content of a run's result.json, with its config in current terms.
 
     Raises:
-      UnreadableError: it is damaged; the message names the key.
-      ValueError: a newer segjax wrote it.
+      UnreadableError: The file is damaged; the message names the key.
+      ValueError: A newer segjax wrote it.
     """
     result = read_json(path)
-    # A newer one may have other entries.
+    # Checked first, because a newer segjax may write other entries.
     refuse_newer(result, path)
     checked(result, _Result, name=path)
     config = schema.in_current_terms(result["config"])
-    # Of all settings those of the evaluation are not only compared.
+    # The settings of the evaluation are used, not only compared.
     for name in (*(field.name for field in dataclasses.fields(Protocol)), "patience"):
         value = config["eval"].get(name)
         if problem := schema.SETTINGS[f"eval.{name}"].problem(tuple(value) if isinstance(value, list) else value):
@@ -70,7 +70,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _result_of(workdir: Path) -> dict[str, Any] | None:
-    """What `read_result` returns for the run in `workdir`; None where it has not ended."""
+    """The result of the run in `workdir`, from `read_result`; None if the run has not ended."""
     path = workdir / "result.json"
     try:
         return read_result(path)
@@ -81,30 +81,32 @@ def _result_of(workdir: Path) -> dict[str, Any] | None:
 
 
 def recorded_config(workdir: Path) -> dict[str, Any] | None:
-    """The config of the run in `workdir`, as it has recorded it; None where nothing was saved.
+    """The config that the run in `workdir` recorded; None if nothing was saved.
 
     Raises:
-      RunError: result.json is damaged. ValueError: a newer segjax wrote it.
+      RunError: result.json is damaged.
+      ValueError: A newer segjax wrote it.
     """
     if result := _result_of(workdir):
         return result["config"]
     steps = [folder for folder in (workdir / "checkpoints").glob("*") if orbax_folder.is_step(folder)]
     for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
-        # A run resumes from the checkpoint before a damaged one.
+        # Skips damaged checkpoints: the run resumes from the one before.
         with contextlib.suppress(orbax_folder.DamagedError):
             return checked(orbax_folder.read_metadata(folder).get("config", {}), _Config, name=f"{folder}: config")
     return None
 
 
 def earlier_result(config: Mapping[str, Any], workdir: Path) -> dict[str, Any] | None:
-    """What `read_result` returns for `workdir`, where a run writes it when it ends; None where there is none.
+    """The result of the run in `workdir`, from `read_result`; None if the run has not ended.
 
     Args:
-      config: all settings of the run as it is configured now, as `config.plain` returns them.
+      config: All settings of the run as configured now, from `config.plain`.
+      workdir: Folder of the run.
 
     Raises:
-      RunError: that run had other settings, or result.json is damaged.
-      ValueError: a newer segjax wrote it.
+      RunError: The run had other settings, or result.json is damaged.
+      ValueError: A newer segjax wrote result.json.
     """
     if result := _result_of(workdir):
         refuse_other_run({"config": result["config"]}, {"config": config}, workdir)
@@ -112,7 +114,7 @@ def earlier_result(config: Mapping[str, Any], workdir: Path) -> dict[str, Any] |
 
 
 def data_of(config: ConfigDict, *opened: OpenSplit) -> RunData | None:
-    """The data that a run uses; None for generated data, and for data that were prepared before there were hashes."""
+    """The data of a run; None for generated data, and for data that were prepared before hashes were introduced."""
     prepared = opened[0].prepared
     if prepared is None:
         return None
@@ -125,14 +127,16 @@ def data_of(config: ConfigDict, *opened: OpenSplit) -> RunData | None:
 
 
 def keep_data(workdir: Path, now: RunData | None, *, is_new: bool, accept: bool) -> None:
-    """Writes the data of a run to `workdir`/data.json, or compares them with those that it began with.
+    """Writes the data of a run to `workdir`/data.json, or compares them with the data with which the run began.
 
     Args:
-      is_new: whether nothing was saved before.
-      accept: whether a run goes on with changed data.
+      workdir: Folder of the run.
+      now: Data of the run now.
+      is_new: Whether nothing was saved before.
+      accept: Whether to continue with changed data.
 
     Raises:
-      RunError: they are others, and not accepted; lists what was changed, added and removed.
+      RunError: The data have changed and are not accepted; the message lists changed, added and removed images.
       UnreadableError: data.json is damaged.
     """
     path = workdir / contents.RUN_DATA
@@ -157,9 +161,10 @@ def is_finished(result: Mapping[str, Any], *, steps: int, evaluation: Mapping[st
     """Whether the run with this result has nothing left to do.
 
     Args:
+      result: Result of the run, from `read_result`.
       steps: `config.train.steps` now.
-      evaluation: `config.eval` now, as `config.plain` returns it. A run that stopped early goes on if it has changed. A
-        run is evaluated once more if the protocol has.
+      evaluation: `config.eval` now, from `config.plain`. If it has changed, a run that stopped early continues. If its
+        protocol has changed, a run is evaluated again.
     """
     before = result["config"]["eval"]
     if Protocol.of(before) != Protocol.of(evaluation):
@@ -169,13 +174,14 @@ def is_finished(result: Mapping[str, Any], *, steps: int, evaluation: Mapping[st
 
 
 class Start(NamedTuple):
-    """Where a run begins or resumes.
+    """The point at which a run begins or resumes.
 
     Attributes:
-      step: number of steps taken before.
-      state: on the host.
-      scores: the evaluations before. window: losses since the last line of the log, as `RecentLosses.rows`.
-      origin: metadata about where the weights come from.
+      step: Number of steps before.
+      state: State on the host.
+      scores: Scores of the evaluations before.
+      window: Losses since the last line of the log, `RecentLosses.rows`.
+      origin: Metadata about the origin of the weights.
     """
 
     step: int
@@ -194,17 +200,19 @@ def resumed(
     *,
     may_skip: int,
 ) -> Start | None:
-    """Where a run resumes from its newest whole checkpoint; None without a checkpoint.
+    """The point at which a run resumes from its newest undamaged checkpoint; None without a checkpoint.
 
     Args:
-      state: a state of the run, for its structure.
-      metadata: metadata of the run as it is configured now.
-      ended: what `earlier_result` returned.
-      may_skip: as `TrainStep` has it.
+      checkpoints: Checkpoints of the run.
+      state: Any state of the run, for its structure.
+      metadata: Metadata of the run as configured now.
+      workdir: Folder of the run.
+      ended: Result of `earlier_result`.
+      may_skip: `TrainStep.may_skip`.
 
     Raises:
-      RunError: the checkpoint is of a run with other settings or data.
-      CheckpointError: it does not fit, or every checkpoint is damaged.
+      RunError: The checkpoint is of a run with other settings or data.
+      CheckpointError: The checkpoint does not fit, or every checkpoint is damaged.
     """
     found = checkpoints.restore(
         weights_of(state),
@@ -224,6 +232,6 @@ def resumed(
         # The run had ended at this step. Its last evaluation came after the checkpoint, whose scores lack it.
         scores = scores.after(found.step, ended["mean_iou"])
     state = restored(found.weights, found.training, state, may_skip=may_skip)
-    # From the checkpoint, because the initial weights may no longer exist.
+    # Read from the checkpoint, because the initial weights may no longer exist.
     origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
     return Start(found.step, state, scores, found.metadata["window"], origin)

@@ -1,4 +1,4 @@
-"""A run: everything that the training loop needs, built once by `setup.build`."""
+"""A run: everything that the training loop needs, built by `setup.build`."""
 
 from __future__ import annotations
 
@@ -29,22 +29,33 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """The parts of a run. The loop passes the training state from step to step; no part holds it.
+    """The parts of a run, without the training state, which the loop passes from step to step.
 
     Attributes:
+      workdir: Folder of the run.
       began: `time.perf_counter()` when this process began to build the run.
-      first: number of steps taken when this process begins: 0, or the step of the checkpoint it resumes from.
-      steps: number of the last step. log_every, save_every: steps between two lines of the log and two checkpoints.
-      search_nans: whether to search for the layer whose output was the first that is not finite.
-      spec, evaluation, eval_split: the dataset, the images that it is evaluated on, and the name of their split.
-      model, train_step: the model, and the step that trains it.
-      key: key of all random numbers of the training.
-      batches: training batches by step.
-      checkpoints, log: where the run is saved, and where metrics are written. `log` opens with the loop.
-      recent, evaluator, meter: losses since the last line of the log, evaluations so far, speed so far.
-      rates: step -> learning rates by name, for the log.
-      metadata: of the run; part of every checkpoint.
-      summary: lines that describe the run, by label. warnings: sentences that follow them.
+      first: Number of steps before this process: 0, or the step of its checkpoint.
+      steps: Number of the last step.
+      log_every: Steps between two lines of the log.
+      save_every: Steps between two checkpoints.
+      search_nans: Whether to search for the layer with the first output that is not finite.
+      spec: Dataset.
+      evaluation: Evaluated images.
+      eval_split: Name of their split.
+      parallel: Parallelism over devices.
+      model: Model.
+      train_step: Step that trains the model.
+      key: Key of all random numbers of the training.
+      batches: Training batches by step.
+      checkpoints: Checkpoints of the run.
+      log: Log of metrics, which the loop opens.
+      recent: Losses since the last line of the log.
+      evaluator: Evaluations so far.
+      meter: Speed so far.
+      rates: Function from a step to its learning rates by name, for the log.
+      metadata: Metadata of every checkpoint.
+      summary: Lines that describe the run, by label.
+      warnings: Sentences to print after them.
     """
 
     workdir: Path
@@ -73,11 +84,11 @@ class Run:
     warnings: Sequence[str]
 
     def fetch(self, tree: T) -> T:
-        """Copies of arrays on the host, one for each parameter of the model."""
+        """Copies of the arrays on the host, with stacks separated into the parameters of the model."""
         return self.model.stacks.apart(self.parallel.fetch(tree))
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begins to save everything that a resumed run needs."""
+        """Starts to save everything that a resumed run needs."""
         self.log.cut(step)
         host = self.fetch(state)
         scores = dataclasses.asdict(self.evaluator.scores)
@@ -85,10 +96,10 @@ class Run:
         self.checkpoints.save(step, weights_of(host), training_of(host), metadata)
 
     def read_losses(self, step: int, state: TrainState) -> None:
-        """Waits for the losses of all steps up to `step`, and reports those that were skipped.
+        """Waits for the losses of all steps up to `step`, and reports skipped steps.
 
         Raises:
-          RunError: a step that may not be skipped is not finite. The state before it is saved.
+          RunError: A step that may not be skipped is not finite. The state before it is saved.
         """
         for problem in self.recent.read(step):
             if problem.stopped:
@@ -96,7 +107,7 @@ class Run:
             console.say(f"{problem.text}: skipped")
 
     def _end_before(self, problem: NotFinite, state: TrainState) -> None:
-        # The state is still that before the problem, because later steps did not change it.
+        # The state is that before the problem, because later steps did not change it.
         self.save(problem.step, state)
         self.checkpoints.wait()
         culprit = ""
@@ -106,7 +117,7 @@ class Run:
         raise RunError(not_finite_message(problem, culprit, self.workdir))
 
     def write_means(self, step: int, state: TrainState) -> float | None:
-        """Writes a line of the log; returns the mean loss, None where no step since the last line was finite."""
+        """Writes a line of the log. Returns the mean loss, or None if no step since the last line was finite."""
         loss, gradient_norm = self.recent.take_means()
         # A skipped step does not advance the schedule.
         rates = self.rates(step - 1 - int(self.parallel.fetch(state.skipped)[0]))

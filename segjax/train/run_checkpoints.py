@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Restored(NamedTuple):
-    """A checkpoint as it was saved: flat dicts of numpy arrays, and the metadata as read from JSON."""
+    """A saved checkpoint: flat dicts of numpy arrays, and the metadata read from JSON."""
 
     step: int
     weights: dict[str, np.ndarray]
@@ -32,8 +32,8 @@ class Restored(NamedTuple):
 class RunCheckpoints:
     """The checkpoints of one training run, by step. A save runs in the background; leaving the context waits for it.
 
-    Several processes all hold the same arrays. Only the first of them reads and writes files; it sends what it has read
-    to the others.
+    Several processes all hold the same arrays. Only the first process reads and writes files; it sends the arrays that
+    it reads to the others.
     """
 
     def __init__(self, folder: Path, *, keep: int):
@@ -42,7 +42,7 @@ class RunCheckpoints:
         if distributed.is_lead():
             import orbax.checkpoint as ocp
 
-            # Of several processes, orbax does not make the folder.
+            # With several processes, orbax does not create the folder.
             self._folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -65,15 +65,17 @@ class RunCheckpoints:
     def restore(
         self, weights: Mapping, training: Mapping, *, refuse: Callable[[dict], None], say: Callable[[str], None]
     ) -> Restored | None:
-        """Reads the newest checkpoint that is whole; None without any. Damaged ones are moved to damaged/.
+        """Reads the newest undamaged checkpoint, or None if there is no checkpoint. Moves damaged ones to damaged/.
 
         Args:
-          weights, training: templates of the expected arrays.
-          refuse: called with the metadata before arrays are read; raises where the checkpoint is of another run.
-          say: called with a message for every damaged checkpoint.
+          weights: Templates of the expected arrays of the weights.
+          training: Templates of the other expected arrays.
+          refuse: Function of the metadata, called before arrays are read; it raises if the checkpoint is of another
+            run.
+          say: Function of a message, called for every damaged checkpoint.
 
         Raises:
-          CheckpointError: names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
+          CheckpointError: Names, shapes or dtypes differ from the templates, all of them listed; or every checkpoint is
             damaged.
         """
         return distributed.from_lead(lambda: self._restore(weights, training, refuse, say))
@@ -108,7 +110,7 @@ class RunCheckpoints:
         step: int, folder: Path, weights: Mapping, training: Mapping, refuse: Callable[[dict], None]
     ) -> Restored:
         metadata = orbax_folder.read_metadata(folder)
-        # Before the arrays are read, because arrays of another model would fail with a less useful message.
+        # Called before the arrays are read: those of another model would fail with a less useful message.
         refuse(metadata)
         if orbax_folder.METADATA_HASH not in metadata:
             raise DamagedError(f"{folder}: a damaged checkpoint (its metadata have no hash)")
@@ -124,10 +126,10 @@ class RunCheckpoints:
         return found
 
     def save(self, step: int, weights: Mapping, training: Mapping, metadata: Mapping[str, object]) -> None:
-        """Saves flat dicts of arrays and JSON metadata in the background; the arguments may change once it returns.
+        """Saves flat dicts of arrays and JSON metadata in the background; the arguments may change after it returns.
 
         Raises:
-          CheckpointError: this save, or the one before it, could not be written.
+          CheckpointError: This save, or the one before it, could not be written.
         """
         if self._manager is None or step == self._manager.latest_step():
             return
@@ -150,7 +152,7 @@ class RunCheckpoints:
             self._manager.save(step, args=args.Composite(**items))
 
     def wait(self) -> None:
-        """Waits until the last save is complete; raises CheckpointError where it could not be written."""
+        """Waits until the last save is complete; raises CheckpointError if it could not be written."""
         if self._manager is not None:
             with orbax_folder.failure(self._folder):
                 self._manager.wait_until_finished()
@@ -159,7 +161,7 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # The last save is completed whatever has ended the run, except a second Ctrl-C, which stops at once.
+        # The last save is completed after any end of the run, except after a second Ctrl-C, which stops at once.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             return
         self.wait()

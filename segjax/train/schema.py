@@ -1,6 +1,6 @@
-"""The table of all settings of a run: default, allowed values and a line of text, which are written nowhere else.
+"""The only table of all settings of a run: default, allowed values and help text.
 
-`default_config` builds the config that recipes change, `problems` checks one as a whole, and `segjax train --help`
+`default_config` builds the config that recipes change, `problems` checks a whole config, and `segjax train --help`
 prints the table. Other settings in config.model, such as config.model.dims, are those of the model's constructor.
 """
 
@@ -39,10 +39,12 @@ class Setting:
     """One setting.
 
     Attributes:
-      name: within its section.
-      text: one sentence, with the unit and the source of the default.
-      optional: whether None, unset, is allowed too.
-      generated: whether only generated datasets have this setting.
+      name: Name within its section.
+      default: Default value.
+      allowed: Constraint on its values.
+      text: Sentence with the unit and the source of the default.
+      optional: Whether None, for unset, is allowed too.
+      generated: Whether only generated datasets have this setting.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Setting:
     generated: bool = False
 
     def problem(self, value: object) -> str | None:
-        """What the value must be instead, or None for one that is allowed."""
+        """The requirement that the value does not meet, or None for an allowed value."""
         if value is None and self.optional:
             return None
         return self.allowed.problem(value)
@@ -61,7 +63,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Settings that one part of a run reads; the name is empty for those at the top of a config."""
+    """The settings of one part of a run; the name is empty for those at the top level of a config."""
 
     name: str
     title: str
@@ -75,7 +77,7 @@ class Section:
 NOT_EMPTY = Text("text that is not empty", r".+")
 SIZE = Integer(32, 16_384)
 ADDRESS = Text("empty, FILE.py:function or package.module:function", r"(.+:[^\W\d]\w*)?")
-# Settings of a model's constructor whose names end in _rate.
+# Constraint on settings of a model's constructor whose names end in _rate.
 MODEL_RATE = Real(least=0, below=1)
 SCENES = cast(Scenes, DATASETS["streets"].scenes)
 
@@ -581,12 +583,12 @@ DEBUG = Section(
 SECTIONS = (RUN, MODEL, DATA, AUGMENT, TRAIN, LOSS, OPTIM, INIT, EVAL, CHECKPOINT, DEBUG)
 SETTINGS: dict[str, Setting] = {section.key(setting): setting for section in SECTIONS for setting in section.settings}
 
-# Names in runs and config files of segjax 0.1.0 -> today's.
+# Names in runs and config files of segjax 0.1.0 -> present names.
 RENAMED = {"init.from_": "init.checkpoint", "init.from": "init.checkpoint"}
 
 
 def default_config(dataset: str) -> ConfigDict:
-    """The defaults of all settings that a run on this dataset has."""
+    """The defaults of all settings of a run on this dataset."""
     config = ConfigDict()
     for section in SECTIONS:
         part = ConfigDict() if section.name else config
@@ -600,19 +602,19 @@ def default_config(dataset: str) -> ConfigDict:
 
 
 def unset(config: ConfigDict, key: str) -> None:
-    """Unsets an optional setting, by its dotted key: a run chooses its value, and a flag may still give one."""
+    """Unsets an optional setting by its dotted key: a run chooses its value, unless a flag gives one."""
     section, _, name = key.rpartition(".")
     part = config[section] if section else config
-    # Deleted first, because a field that holds a number would keep it as the default of its placeholder.
+    # Deleted first: a field with a number would keep it as the default of its placeholder.
     with part.unlocked():
         del part[name]
         part[name] = config_dict.placeholder(SETTINGS[key].allowed.kind)
 
 
 def problems(config: Mapping | ConfigDict) -> dict[str, str]:
-    """The problem of each setting that is wrong by itself, by dotted key.
+    """The problem of each setting whose own value is wrong, by dotted key.
 
-    Not checked here: whether settings fit together, and settings of the model's constructor other than rates.
+    It does not check whether settings fit together, nor settings of the model's constructor other than rates.
 
     Returns:
       "VALUE; must be ..." for values, "no such setting ..." for unknown keys, and the entries of `missing`.
@@ -631,7 +633,7 @@ def problems(config: Mapping | ConfigDict) -> dict[str, str]:
 
 
 def missing(config: Mapping | ConfigDict) -> dict[str, str]:
-    """ "missing; ..." by dotted key for every section and setting that a config lacks; a run needs all of them."""
+    """The problem, "missing; ...", of every section and setting that a config lacks, by dotted key."""
     values, found = flattened(config), {}
     for section in SECTIONS:
         if section.name and not isinstance(config.get(section.name), Mapping | ConfigDict):
@@ -646,7 +648,7 @@ def missing(config: Mapping | ConfigDict) -> dict[str, str]:
 
 
 def require_complete(config: Mapping | ConfigDict) -> None:
-    """Raises ValueError, with all that `problems` finds, for a config that lacks a section or a setting."""
+    """Raises ValueError, with all problems of the config, if it lacks a section or a setting."""
     if missing(config):
         lines = "\n".join(f"  config.{key}: {problem}" for key, problem in problems(config).items())
         raise ValueError(f"the settings cannot be used:\n{lines}")
@@ -664,8 +666,7 @@ def flattened(config: Mapping | ConfigDict) -> dict[str, object]:
 
 
 def in_current_terms(config: Mapping) -> dict[str, Any]:
-    """A config that an earlier version may have recorded, as JSON: its settings under their present names, and with the
-    defaults of those that did not exist then."""
+    """A config, as JSON, of any earlier version, with present names and the defaults of settings that it lacks."""
     current: dict[str, Any] = {}
     for name, value in config.items():
         current[name] = dict(value) if isinstance(value, Mapping) else value
@@ -688,7 +689,7 @@ def _has(dataset: object, setting: Setting) -> bool:
 
 
 def similar(word: str) -> list[str]:
-    """At most three settings that `word` may mean: those whose last name it is, or else the closest ones."""
+    """At most three settings that `word` may mean: those whose last name it is, or else those with similar names."""
     word = word.replace("-", "_")
     names = {key: key.rpartition(".")[2] for key in SETTINGS}
     last_names = difflib.get_close_matches(word, set(names.values()), n=1, cutoff=0.75)
@@ -700,7 +701,7 @@ def similar(word: str) -> list[str]:
 
 
 def why_unknown(key: str, *, prefix: str) -> str:
-    """Why a config has no setting of this dotted name, and which may be meant, each with `prefix` before it."""
+    """The reason why a config has no setting of this dotted name, with similar names after `prefix`."""
     if key in RENAMED:
         return f"no such setting; it is {prefix}{RENAMED[key]} now"
     if key in SETTINGS:

@@ -1,7 +1,7 @@
 """Builds a run from its config.
 
-Of the functions here only `build` reads the whole config. Those that make the parts of a run take their own sections:
-`config.data`, `config.optim` and so on.
+`build` reads the whole config. Most functions that make a part of the run receive only their sections, such as
+`config.data` or `config.optim`.
 """
 
 from __future__ import annotations
@@ -65,15 +65,17 @@ LESS_MEMORY = (
 def build(
     config: ConfigDict, workdir: Path, ended: Mapping | None, checkpoint: Checkpoint | None = None
 ) -> tuple[Run, TrainState]:
-    """Builds a run, and its state on the devices: that of the newest whole checkpoint in `workdir`, or a new one.
+    """Builds a run and its state on the devices, from the newest undamaged checkpoint in `workdir` or a new one.
 
     Args:
-      ended: what `resume.earlier_result` returned.
-      checkpoint: what `start.read_start` returned, for a new run.
+      config: Config of the run.
+      workdir: Folder of the run.
+      ended: Result of `resume.earlier_result`.
+      checkpoint: Result of `start.read_start`, for a new run.
 
     Raises:
       RunError: `workdir` holds a run with other settings, or the crop is larger than every image.
-      ValueError: data, weights or checkpoints that cannot be used.
+      ValueError: Data, weights or checkpoints cannot be used.
     """
     began = time.perf_counter()
     training, evaluation = load_data(config.data, seed=config.seed)
@@ -204,7 +206,15 @@ def summary(
     """A line of text for each part of a run, by label.
 
     Args:
-      begins: what the run starts from. steps: what `summary_of_steps` returned. protocol: of evaluations.
+      workdir: Folder of the run.
+      training: Training split.
+      evaluation: Evaluated split.
+      model: Model of the run.
+      parallel: Parallelism of the run.
+      config: Config of the run.
+      begins: Description of the start.
+      steps: Result of `summary_of_steps`.
+      protocol: Protocol of evaluations.
     """
     count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -223,12 +233,12 @@ def summary(
 
 
 def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> list[str]:
-    """Sentences about settings and data with which a run trains, but hardly as it was meant.
-
-    Those about data take a line each.
+    """Sentences about settings and data with which a run trains, but hardly as intended. Those about data fit one line.
 
     Args:
-      padding: share of the pixels of crops that no image covers.
+      config: Config of the run.
+      training: Training split.
+      padding: Share of padding in crops.
     """
     found = []
     expected = config.init.expected
@@ -250,7 +260,7 @@ def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> l
 
 
 def _fitting(names: Sequence[str], columns: int) -> str:
-    """As many names as fit into a line of so many columns, and the number of the others."""
+    """The names that fit into a line of this many columns, and the number of the others."""
     shown = [console.one_line(name, most=24) for name in names]
     for number in range(len(shown), 0, -1):
         more = f", and {len(shown) - number} more" * (number < len(shown))
@@ -260,10 +270,13 @@ def _fitting(names: Sequence[str], columns: int) -> str:
 
 
 def summary_of_steps(training: ConfigDict, augmentation: ConfigDict, optimizer: ConfigDict, *, padding: float) -> str:
-    """The steps of a run in words, from `config.train`, `config.augment` and `config.optim`.
+    """A description of the steps of a run.
 
     Args:
-      padding: share of the pixels of crops that no image covers.
+      training: `config.train`.
+      augmentation: `config.augment`.
+      optimizer: `config.optim`.
+      padding: Share of padding in crops.
     """
     height, width = augmentation.crop
     padded = f" ({padding:.0%} padding)" if padding >= 0.005 else ""
@@ -274,10 +287,14 @@ def summary_of_steps(training: ConfigDict, augmentation: ConfigDict, optimizer: 
 
 
 def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]:
-    """The training and the evaluation split of `config.data`; those that fit into `resident_gb` are read into memory.
+    """The training and the evaluation split; a split that fits into `resident_gb` is read into memory.
+
+    Args:
+      settings: `config.data`.
+      seed: Seed of generated data.
 
     Raises:
-      ValueError: data that cannot be used, or a split without published labels.
+      ValueError: The data cannot be used, or a split has no published labels.
     """
     generated: dict[str, Any] = {}
     if specs.is_generated(settings.name):
@@ -299,7 +316,7 @@ def load_data(settings: ConfigDict, *, seed: int) -> tuple[OpenSplit, OpenSplit]
 
 
 def _refuse_channels(config: ConfigDict, training: specs.ImageKind, evaluation: specs.ImageKind) -> None:
-    """Raises RunError where images of the two splits, or what the model or a function is made for, are others."""
+    """Raises RunError if the images of the two splits, the model or a function differ in channels or dtype."""
     if training != evaluation:
         raise RunError(
             f"the images of {config.data.train_split} are of {training}, those of {config.data.eval_split} of "
@@ -319,9 +336,13 @@ def _refuse_channels(config: ConfigDict, training: specs.ImageKind, evaluation: 
 def normalisation(settings: ConfigDict, training: OpenSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, by `config.data.normalisation`.
 
+    Args:
+      settings: `config.data`.
+      training: Training split.
+
     Raises:
-      DataError: they are to be measured, and were not when the data were prepared. RunError: ImageNet's, for images
-        that are not RGB; or measured, of generated data.
+      DataError: They must be measured, but were not when the data were prepared.
+      RunError: "imagenet" for images that are not RGB, or "measured" for generated data.
     """
     kind, choice = training.image_kind, settings.normalisation
     if choice == "imagenet" and kind.channels != 3:
@@ -351,15 +372,21 @@ def make_batches(
     start: int,
     cache_gb: float | None,
 ) -> pipeline.TrainBatches | pipeline.StreamBatches:
-    """Training batches: from the memory of the devices where the split is in memory, streamed otherwise.
+    """Training batches: from device memory if the split is in memory, and streamed otherwise.
 
     They are also streamed with `augment.on_host`, which changes images in host memory.
 
     Args:
+      split: Training split.
       augmentation: `config.augment`.
-      ignore_label, class_pixels: as in `augment`.
-      key: key of the run. start: the first step to ask for.
-      cache_gb: gigabytes of decoded images that a stream keeps in memory; by default `memory.for_decoded_images`.
+      ignore_label: As in `augment`.
+      class_pixels: As in `augment`.
+      batch_size: Number of images per batch, over all devices.
+      seed: Seed of the order of images.
+      parallel: Parallelism of the run.
+      key: Key of the run.
+      start: First step.
+      cache_gb: Gigabytes of decoded images that a stream keeps in memory; None for `memory.for_decoded_images`.
     """
     if isinstance(split, specs.Split) and not augmentation.on_host:
         return pipeline.TrainBatches(split, batch_size=batch_size, seed=seed, parallel=parallel)
@@ -387,7 +414,7 @@ def _image_names(batches: pipeline.TrainBatches | pipeline.StreamBatches, images
 
 
 def create_model(settings: ConfigDict, *, num_classes: int, seed: int, channels: int = 3) -> SegmentationModel:
-    """The model of `config.model` for images of so many channels, with random weights."""
+    """The model of `config.model` for images with this number of channels, with random weights."""
     overrides, dtype = model_overrides(settings), jnp.dtype(settings.dtype)
     if channels != 3:
         overrides["in_channels"] = channels
@@ -397,11 +424,12 @@ def create_model(settings: ConfigDict, *, num_classes: int, seed: int, channels:
 def make_functional(
     module: SegmentationModel, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
 ) -> FunctionalModel:
-    """The functional model that a training step calls.
+    """The functional model for the training step.
 
     Args:
+      module: Model of the run.
       optimizer: `config.optim`, which names the frozen parameters.
-      training: `config.train`, which selects how equal blocks run.
+      training: `config.train`, which sets the execution of equal blocks.
       axis_name: `Parallel.axis_name`.
     """
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
@@ -433,16 +461,16 @@ def make_optimizer(
     """The optimizer of `config.optim`, and the state before the first step; `training` is `config.train`."""
     params, batch_stats = model.arrays()
     optimizer = optim.optimizer(settings, params, steps=training.steps, stacks=model.stacks)
-    # Compiled as one program; otherwise every shape of the model would compile one of its own.
+    # Compiled as one program: otherwise every shape would compile its own.
     opt_state = jax.jit(optimizer.init)(model.trained(params))
     return optimizer, TrainState.start(params, batch_stats, opt_state, ema=training.ema > 0)
 
 
 def compile_step(run: Run, state: TrainState) -> Program:
-    """The training step as a program for `run.parallel`, compiled now where that is possible.
+    """The training step as a program for `run.parallel`, compiled now if possible.
 
     Raises:
-      RunError: a step needs more memory than a device has.
+      RunError: A step needs more memory than a device has.
     """
     program = run.parallel.compile_train(run.train_step)
     if run.first < run.steps and run.parallel.compiles_ahead:
@@ -452,10 +480,10 @@ def compile_step(run: Run, state: TrainState) -> Program:
 
 
 def _compiled(program: Program, arguments: tuple, parallel: Parallel, *, resident: int) -> Program:
-    """Compiles a step, and prints the time that took and the memory that a step needs.
+    """Compiles a step, and prints the time for it and the memory that a step needs.
 
     Args:
-      resident: Bytes of images and labels that each device keeps besides.
+      resident: Bytes of images and labels that each device also keeps.
     """
     since = time.perf_counter()
     compiled: jax.stages.Compiled = program.lower(*arguments).compile()
@@ -477,7 +505,7 @@ def _compiled(program: Program, arguments: tuple, parallel: Parallel, *, residen
 
 
 def _on_devices(state: TrainState, model: FunctionalModel, parallel: Parallel) -> TrainState:
-    # Copied, because a step donates its buffers, and a new optimizer state uses one buffer of zeros several times.
+    # Copied, because a step donates its buffers, and a new optimizer state may use one buffer of zeros several times.
     copied = jax.jit(lambda state: model.stacks.stacked(jax.tree.map(jnp.copy, state)))
     return parallel.replicate(copied(state))
 
@@ -489,7 +517,7 @@ def _refuse_small_images(
     normalised: Callable[[jax.Array], jax.Array],
     kind: specs.ImageKind,
 ) -> None:
-    """Raises ValueError where an image is too small for the model, before the training rather than after it."""
+    """Raises ValueError before the training if an image is too small for the model."""
     inputs = [size for height, width in np.unique(sizes, axis=0) for size in protocol.input_sizes((height, width))]
     height, width = min(inputs, key=min)
     if protocol.window:
@@ -502,7 +530,7 @@ def _refuse_small_images(
 
 
 def _evaluated_size(sizes: np.ndarray, protocol: Protocol) -> list[int] | None:
-    """The (height, width) at which all images are evaluated, at the scale 1; None where they have several."""
+    """The (height, width) at which all images are evaluated, at scale 1; None if they have several sizes."""
     protocol = dataclasses.replace(protocol, scales=(1.0,))
     found = {protocol.input_sizes((height, width))[0] for height, width in np.unique(sizes, axis=0).tolist()}
     return list(found.pop()) if len(found) == 1 else None
@@ -511,12 +539,13 @@ def _evaluated_size(sizes: np.ndarray, protocol: Protocol) -> list[int] | None:
 def run_metadata(
     config: Mapping[str, Any], model: Mapping[str, Any], spec: specs.DatasetSpec, size: list[int] | None
 ) -> dict[str, Any]:
-    """Metadata that every checkpoint of a run has; of one whose images are RGB of 8 bits.
+    """Metadata of every checkpoint of a run, for 8-bit RGB images.
 
     Args:
-      config: all settings, as `config.plain` returns them.
-      model: what `state_dict.model_metadata` returned.
-      size: (height, width) at which its images are evaluated; None where they have several.
+      config: All settings, from `config.plain`.
+      model: Result of `state_dict.model_metadata`.
+      spec: Dataset of the run.
+      size: (height, width) at which images are evaluated; None if they have several sizes.
     """
     return {
         "model": model,

@@ -1,4 +1,4 @@
-"""What a run starts from: random weights, a checkpoint whose settings the model takes on, or what it saved before."""
+"""The start of a run: random weights, a checkpoint whose settings the model adopts, or the run's own checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_start(settings: ConfigDict) -> Checkpoint | None:
     """The checkpoint that `config.init` names; None for random weights.
 
     Raises:
-      CheckpointError: it cannot be read.
+      CheckpointError: The checkpoint cannot be read.
     """
     if not settings.checkpoint:
         return None
@@ -32,31 +32,32 @@ def read_start(settings: ConfigDict) -> Checkpoint | None:
         try:
             return read_checkpoint(settings.checkpoint, weights=_chosen(settings))
         except CheckpointError as error:
-            # The remedy is a flag of the other commands.
+            # The message names the flag of the other commands.
             raise CheckpointError(str(error).replace("--weights ", "--config.init.weights=")) from None
 
 
 def _chosen(settings: ConfigDict) -> str | None:
-    """The set of weights that `config.init` names, as `read_checkpoint` takes it."""
+    """The set of weights that `config.init` names, in the form of the argument of `read_checkpoint`."""
     return None if settings.weights == "auto" else settings.weights
 
 
 def fitted(config: ConfigDict, checkpoint: Checkpoint, given: Collection[str] | None) -> ConfigDict:
-    """A copy of the config of a new run, in which the model has the settings that belong to a checkpoint.
+    """A copy of the config of a new run, with the settings of the model taken from a checkpoint.
 
-    This is the rule: sizes and all other settings that the checkpoint contains (in its shapes or its metadata) replace
-    those of the config; one that the user has given, and that differs, is an error. Settings that it does not contain
-    (such as the eps of norms) are those published with its key format, unless the user has given them. Rates of dropout
-    are never read.
+    Sizes and all other settings that the checkpoint contains, in its shapes or its metadata, replace those of the
+    config. A different value that the user gave is an error. Settings that it does not contain, such as the eps of
+    norms, are those published with its key format, unless the user gave them. Dropout rates are never read.
 
     Args:
-      given: names of the settings in `config.model` that the user has given. `segjax train` counts those on the command
-        line, and those that a config file sets to values that no packaged recipe has for that model: the narrow sizes
-        of a packaged `small` are not given. None: all settings in `config.model`.
+      config: Config of the run.
+      checkpoint: Checkpoint that the run starts from.
+      given: Names of the settings in `config.model` that the user gave; None for all of them. `segjax train` counts
+        those on the command line, and those that a config file sets to a value that no packaged recipe has for that
+        model: the narrow sizes of a packaged `small` do not count.
 
     Raises:
-      RunError: settings that were given and that contradict the checkpoint; names both values of each.
-      CheckpointError: the checkpoint is of another family, or its sizes cannot be read.
+      RunError: Given settings contradict the checkpoint; the message has both values of each.
+      CheckpointError: The checkpoint is of another family, or its sizes cannot be read.
     """
     name, source = config.model.name, config.init.checkpoint
     try:
@@ -84,12 +85,14 @@ def fitted(config: ConfigDict, checkpoint: Checkpoint, given: Collection[str] | 
 
 
 def resumed_config(config: ConfigDict, recorded: Mapping[str, Any], given: Collection[str] | None) -> ConfigDict:
-    """A copy of the config of a run that is resumed, in which the model has the settings that `fitted` gave it.
+    """A copy of the config of a resumed run, with the settings of the model that `fitted` chose.
 
-    They are taken from the config that the run has recorded, because its initial checkpoint may no longer exist.
+    They come from the config that the run recorded, because its initial checkpoint may no longer exist.
 
     Args:
-      recorded: the config in the metadata of the run, as JSON. given: as for `fitted`.
+      config: Config of the run now.
+      recorded: Config in the metadata of the run, as JSON.
+      given: As for `fitted`.
     """
     recorded = schema.in_current_terms(recorded)
     of_run, source = recorded.get("model", {}), recorded.get("init", {}).get("checkpoint")
@@ -110,7 +113,7 @@ def _given(settings: ConfigDict, given: Collection[str] | None) -> Collection[st
 
 
 def _effective(settings: ConfigDict) -> dict[str, Any]:
-    """All settings of the model of `config.model`, with the defaults of its name."""
+    """All settings of a model: those of `config.model`, and the defaults of its name."""
     overrides = {key: _from_json(value) for key, value in model_overrides(settings).items()}
     return models.settings(settings.name) | overrides
 
@@ -128,10 +131,12 @@ def _with_model(config: ConfigDict, changed: Mapping[str, Any]) -> ConfigDict:
 
 
 def load_initial_weights(module: SegmentationModel, settings: ConfigDict, checkpoint: Checkpoint | None = None) -> str:
-    """Fills the model of a new run as `config.init` says; returns what it starts from, in words.
+    """Loads initial weights into the model of a new run, and returns a description of their origin.
 
     Args:
-      checkpoint: what `read_start` returned, if it was called.
+      module: Model with random weights.
+      settings: `config.init`.
+      checkpoint: Result of `read_start`, if it was called.
     """
     checkpoint = checkpoint or read_start(settings)
     if checkpoint is None:
@@ -141,7 +146,7 @@ def load_initial_weights(module: SegmentationModel, settings: ConfigDict, checkp
 
 
 def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
-    """Metadata about where the weights of a new run come from; `settings` is `config.init`."""
+    """Metadata about the origin of a new run's weights; `settings` is `config.init`."""
     if not settings.checkpoint:
         return {
             "licence": "trained from random weights; the terms of its data hold",
@@ -154,10 +159,11 @@ def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
 
 
 def resumed_from(step: int, origin: Mapping[str, Any]) -> str:
-    """What a resumed run starts from, in words.
+    """A description of the start of a resumed run.
 
     Args:
-      step: of the checkpoint. origin: metadata of the run about where its first weights came from.
+      step: Step of the checkpoint.
+      origin: Metadata of the run about the origin of its first weights.
     """
     provenance = origin.get("provenance")
     if not provenance:

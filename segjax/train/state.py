@@ -1,4 +1,4 @@
-"""The state that a training step changes, and its arrays as a checkpoint names them."""
+"""The state that a training step changes, and its arrays by their names in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class TrainState:
     """Everything that a training step changes.
 
     Attributes:
-      step: int32 scalar, number of batches taken.
-      skipped: int32 (2,), number of those batches that were skipped because loss or gradient were not finite: in total,
-        and consecutively up to now.
-      params: parameters by dotted name. Those of blocks that run as a loop are stacked (`Stacks`), and so are their
+      step: Number of batches taken, int32 scalar.
+      skipped: Number of those batches that were skipped because loss or gradient was not finite, in total and
+        consecutively up to now, int32 (2,).
+      params: Parameters by dotted name. Those of blocks that run as a loop are stacked (`Stacks`), and so are their
         moments and their average.
-      batch_stats: running statistics by dotted name.
-      opt_state: optax's state.
-      ema: exponential moving average of parameters and statistics by dotted name; None where none is kept.
+      batch_stats: Running statistics by dotted name.
+      opt_state: State of the optax transform.
+      ema: Exponential moving average of parameters and statistics by dotted name, or None.
     """
 
     step: jax.Array
@@ -43,7 +43,7 @@ class TrainState:
 
     @property
     def evaluated(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Parameters and statistics that are evaluated and published: their average, where one is kept."""
+        """The parameters and statistics to evaluate and publish: their moving average, if there is one."""
         if self.ema is None:
             return self.params, self.batch_stats
         params, batch_stats = ({name: self.ema[name] for name in part} for part in (self.params, self.batch_stats))
@@ -51,29 +51,30 @@ class TrainState:
 
 
 def weights_of(state: TrainState) -> dict[str, jax.Array]:
-    """The part of a checkpoint that a model is built from, by dotted name: `state.evaluated` in one dict."""
+    """The part of a checkpoint from which a model is built: `state.evaluated` in one dict by dotted name."""
     params, batch_stats = state.evaluated
     return params | batch_stats
 
 
 def training_of(state: TrainState) -> dict[str, jax.Array]:
-    """The other part of a checkpoint, which only training needs, by dotted name."""
+    """The part of a checkpoint that only training needs, by dotted name."""
     leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip: int) -> TrainState:
-    """The state of a checkpoint.
+    """The state in a checkpoint.
 
     Args:
-      weights, training: the parts of the checkpoint, with the names of `weights_of` and `training_of`.
-      state: a state of the run, for its structure.
-      may_skip: as `TrainStep` has it.
+      weights: Part of the checkpoint with the names of `weights_of`.
+      training: Part of the checkpoint with the names of `training_of`.
+      state: Any state of the run, for its structure.
+      may_skip: `TrainStep.may_skip`.
     """
     arrays = {name: training[name] for name in training_of(state)}
     skipped, in_a_row = arrays["skipped"]
     if in_a_row > may_skip:
-        # It was saved because a loss was not finite: the batch gets another chance.
+        # The checkpoint was saved because a loss was not finite: the run tries the batch again.
         arrays["skipped"] = np.array([skipped, 0], np.int32)
     rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), list(arrays.values()))
     own = rest.get("own", weights)
@@ -89,5 +90,5 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
 
 def _rest(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
-    # Where an average is kept, it is saved as the weights of the checkpoint, and the trained weights as "own".
+    # With a moving average, the average is saved as the weights of the checkpoint, and the trained weights as "own".
     return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}

@@ -25,22 +25,22 @@ Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
 class TrainStep:
     """One update, as a pure function of state, batch and key.
 
-    The gradient is that of (sum of losses) / (sum of their counts), where both sums run over all devices and
-    micro-batches: it does not depend on how the batch is split. BatchNorm does depend on it: as in torch, each
-    micro-batch is normalised by its own statistics, and they update the running ones one after the other.
+    The gradient is that of (sum of losses) / (sum of their counts), with both sums over all devices and micro-batches,
+    so it does not depend on the split of the batch. BatchNorm does: as in torch, each micro-batch is normalised by its
+    own statistics, and the micro-batches update the running statistics in turn.
 
     Attributes:
-      model: the model that is trained.
-      optimizer: a transform of `optim.optimizer`.
-      augment: batch -> normalised images and labels.
-      criterion: a loss of `losses.criterion`.
-      aux_weight: weight of the loss of auxiliary logits, for a model that has them.
-      accumulate: number of micro-batches that a batch is split into, which needs less memory.
-      ema_decay: decay of the moving average; 0 keeps none. It is smaller at first, (1 + step) / (10 + step), so that
-        the random initial weights are soon forgotten.
-      may_skip: number of consecutive steps that may be skipped because loss or gradient are not finite. One more stops
-        the training: no later step changes the state, so that the host, which reads the losses later, still finds the
-        state before that step.
+      model: Model to train.
+      optimizer: Transform from `optim.optimizer`.
+      augment: Function from a batch to normalised images and labels.
+      criterion: Loss from `losses.criterion`.
+      aux_weight: Weight of the loss of auxiliary logits, for a model that has them.
+      accumulate: Number of micro-batches of a batch; more of them need less memory.
+      ema_decay: Decay of the moving average; 0 keeps none. At first it is smaller, (1 + step) / (10 + step), so that
+        the average soon forgets the random initial weights.
+      may_skip: Number of consecutive steps that may be skipped because loss or gradient is not finite. One more stops
+        the training: no later step changes the state, so the host, which reads the losses later, still finds the state
+        before that step.
     """
 
     model: FunctionalModel
@@ -55,17 +55,18 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The next state, and scalars "loss", "gradient_norm" (before clipping) and "stopped".
+        """Returns the next state, and the scalars "loss", "gradient_norm" (before clipping) and "stopped".
 
         Args:
-          batch: the arrays that `augment` takes, and "position" int32 (B,): each sample's index in the whole batch,
-            from which its random numbers are derived, so that they do not depend on the device.
-          key: key of the run; that of the step is folded from it.
-          axis_name: name of the mapped axis under pmap.
+          state: State before the step.
+          batch: Arrays for `augment`, and "position", int32 (B,), each sample's index in the whole batch. Its random
+            numbers are derived from this index, so they do not depend on the device.
+          key: Key of the run; the key of the step is folded from it.
+          axis_name: Name of the mapped axis under pmap.
         """
         images, labels, dropout_key = self.inputs(state, batch, key)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
-        # Counts depend on labels only, so that every micro-batch and device can divide by those of the whole batch.
+        # Counts depend only on labels, so every micro-batch and device can divide by the counts of the whole batch.
         counts = across(self.counts(labels))
         loss, gradients, batch_stats = self.gradients(state, images, labels, counts, dropout_key)
         loss, gradients = across((loss, gradients))
@@ -73,13 +74,13 @@ class TrainStep:
         trained = self.model.trained(state.params)
         accepted = self.accepts(state, loss, gradient_norm)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
-        # optax returns what it was given; its own annotation is any tree.
+        # optax returns a tree of the given structure, but annotates it as any tree.
         updated = cast(dict[str, jax.Array], optax.apply_updates(trained, updates))
         params = state.params | updated
         ema = self._moved_ema(state, params | batch_stats)
 
         state = self.advanced(state, accepted, dict(params=params, batch_stats=batch_stats, ema=ema))
-        # The optimizer itself keeps its state where the step is not accepted.
+        # The optimizer itself keeps its state if the step is not accepted.
         state = dataclasses.replace(state, opt_state=opt_state)
         stopped = state.skipped[1] > self.may_skip
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
@@ -93,7 +94,7 @@ class TrainStep:
         return images, labels, dropout_key
 
     def counts(self, labels: jax.Array) -> list[jax.Array]:
-        """The counts of the loss, and those of the loss of auxiliary logits where that is another one."""
+        """The counts of the loss, and those of the auxiliary loss if it is a different one."""
         auxiliary = self.criterion.auxiliary
         criteria = [self.criterion] if auxiliary == self.criterion else [self.criterion, auxiliary]
         return [criterion.counts(labels) for criterion in criteria]
@@ -104,7 +105,11 @@ class TrainStep:
         """Loss, gradients of the trained parameters, and the running statistics after the batch.
 
         Args:
-          counts: what `self.counts` returned, added up over all devices.
+          state: State before the step.
+          images: Augmented images (B, h, w, C).
+          labels: Augmented labels (B, h, w).
+          counts: Result of `self.counts`, summed over all devices.
+          dropout_key: Key of the model's random streams.
         """
         align_corners = self.model.align_corners
 
@@ -145,8 +150,8 @@ class TrainStep:
         group = self.criterion.group
 
         def in_parts(x):
-            # (B, ...) -> (A, B / A, ...); part a has groups a, a + A, a + 2A ..., so that no sample leaves its device.
-            # A group is one sample, or several if the loss selects hard pixels among them.
+            # (B, ...) -> (A, B / A, ...); part a has groups a, a + A, a + 2A ..., so no sample leaves its device. A
+            # group is one sample, or several if the loss selects hard pixels from them together.
             parts = jnp.moveaxis(x.reshape(-1, self.accumulate, group, *x.shape[1:]), 1, 0)
             return parts.reshape(self.accumulate, -1, *x.shape[1:])
 
@@ -156,24 +161,25 @@ class TrainStep:
     def _moved_ema(self, state: TrainState, new: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         if state.ema is None:
             return None
-        # `1 - ema_decay` is a Python float: the difference in float32 would keep three digits.
+        # `1 - ema_decay` is computed in Python floats: the difference in float32 would keep three digits.
         share = jnp.maximum(1 - self.ema_decay, 9 / (10 + state.step.astype(float)))
         return {name: old + share.astype(old.dtype) * (new[name] - old) for name, old in state.ema.items()}
 
     def accepts(self, state: TrainState, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
-        """Whether a step may change the state: it is finite, and the training has not stopped before."""
+        """Whether a step may change the state: it is finite, and the training has not stopped."""
         return jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (state.skipped[1] <= self.may_skip)
 
     def advanced(self, state: TrainState, accepted: jax.Array, new: dict[str, Any]) -> TrainState:
         """The state after a step.
 
         Args:
-          accepted: what `accepts` returned. A step that is not accepted is skipped and counted. Where the `may_skip`
-            steps before it were skipped too, it stops the training, and `step` does not advance either.
-          new: fields of the state that an accepted step changes.
+          state: State before the step.
+          accepted: Result of `accepts`. A step that is not accepted is skipped and counted. If the `may_skip` steps
+            before it were skipped too, it stops the training, and `step` does not advance.
+          new: Fields of the state that an accepted step changes.
         """
         skipped, in_a_row = state.skipped
-        # One more than may be skipped, `may_skip + 1`, stands for a training that has stopped.
+        # The count `may_skip + 1` marks a stopped training.
         in_a_row = jnp.where(accepted, 0, jnp.minimum(in_a_row + 1, self.may_skip + 1))
         stopped = in_a_row > self.may_skip
         skips = ~accepted & ~stopped

@@ -1,7 +1,7 @@
-"""Chooses the settings that a recipe leaves unset, from the images and from what the run starts from.
+"""Chooses the settings that a recipe leaves unset, from the images and the start of the run.
 
-Recipes do so for data that none is published for: a crop that suits the images, a length that suits their number, and
-a learning rate for pretrained or for random weights.
+Recipes leave settings unset for data without a published recipe: the crop depends on the sizes of the images, the
+length on their number, and the learning rate on pretrained or random weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from segjax.data.records import parts_of
 from segjax.train import schema
 from segjax.train.config import RunError
 
-# Pixels; crops of the published recipes are 512x512 for images of any size, and 1024x1024 for those of Cityscapes.
+# Pixels. Published recipes crop 512x512, whatever the size of the images, and 1024x1024 on Cityscapes.
 LARGEST_CROP = 512
-# Sides of a crop are multiples of this, because some models need it and none is hurt.
+# Divisor of a crop's sides. Some models need it, and it harms none.
 MULTIPLE = 32
 # Published: 430 epochs for the 2975 images of Cityscapes, 127 for the 20,210 of ADE20K.
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 2_000, 80_000
 LR_PRETRAINED, LR_RANDOM = 6e-5, 1e-3
-# What a pretrained encoder does not have, by family: a regular expression for names of parameters.
+# Regular expression by family for the parameters that a pretrained encoder lacks.
 _HRNET = r"^(last_layer|ocr_|conv3x3_ocr|cls_head|aux_head)"
 HEADS = {
     **dict.fromkeys(("segformer", "segformer_plain", "segformer_mmseg", "segnext"), "head"),
@@ -39,17 +39,20 @@ KEYS = ("data.eval_split", "augment.crop", "train.steps", "optim.warmup_steps", 
 
 
 class Chosen(NamedTuple):
-    """The value of a setting, and the reason in a few words."""
+    """The value of a setting, and its reason in a few words."""
 
     value: Any
     reason: str
 
 
 def kept(config: ConfigDict, recorded: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run that is resumed, in which settings that are unset have the values that it chose at first.
+    """The config of a resumed run, with the values that the run first chose for unset settings.
+
+    They are not chosen again, because the images may have changed.
 
     Args:
-      recorded: the config in the metadata of the run, as JSON. The images may have changed since.
+      config: Config of the run now.
+      recorded: Config in the metadata of the run, as JSON.
     """
     values = schema.flattened(config)
     before = schema.flattened(ConfigDict(schema.in_current_terms(recorded)))
@@ -66,10 +69,11 @@ def _from_json(value: object) -> object:
 
 
 def filled(config: ConfigDict) -> tuple[ConfigDict, dict[str, Chosen]]:
-    """A config in which every setting has a value, and the settings that were chosen here, by dotted key.
+    """A config with a value for every setting, and the settings that were chosen here, by dotted key.
 
     Raises:
-      RunError: no split to evaluate. ValueError: data that cannot be used.
+      RunError: There is no split to evaluate.
+      ValueError: The data cannot be used.
     """
     values = schema.flattened(config)
     missing = [key for key in KEYS if values[key] is None]
@@ -112,7 +116,7 @@ def _choice(key: str, config: ConfigDict, sizes: np.ndarray, labelled: Collectio
 
 
 def crop(sizes: np.ndarray) -> tuple[int, int]:
-    """(height, width) of a crop in pixels for images of the sizes (N, 2)."""
+    """Height and width of a crop in pixels, for images of the sizes (N, 2)."""
     height, width = np.median(sizes, axis=0) if len(sizes) else (LARGEST_CROP, LARGEST_CROP)
     sides = (max(MULTIPLE, min(int(side), LARGEST_CROP) // MULTIPLE * MULTIPLE) for side in (height, width))
     height, width = sides
@@ -120,15 +124,19 @@ def crop(sizes: np.ndarray) -> tuple[int, int]:
 
 
 def steps(images: int, batch: int) -> int:
-    """Number of steps for so many images."""
+    """Number of steps for this number of images."""
     return min(max(round(EPOCHS * images / batch), LEAST_STEPS), MOST_STEPS)
 
 
 def evaluated_split(labelled: Collection[str], data: ConfigDict) -> str:
-    """The split to evaluate: val, or else test; RunError where neither has labels and is not trained on.
+    """The split to evaluate: val, or else test, if it has labels and is not trained on.
 
     Args:
-      labelled: the splits with labels. data: `config.data`.
+      labelled: The splits with labels.
+      data: `config.data`.
+
+    Raises:
+      RunError: There is no such split.
     """
     for split in ("val", "test"):
         if split in labelled and split not in parts_of(data.train_split):
