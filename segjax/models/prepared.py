@@ -1,7 +1,7 @@
 """Programs in two parts: one that depends on the weights only and runs once, and one that runs for every image.
 
-Casts to the computation's dtype, layouts, folded norms and products of weights are the same for every image. In a single
-program, almost every convolution is preceded by such kernels: 265 of the 906 kernels of HRNet-W48 on a GPU.
+Casts to the dtype of the computation, layouts, folded norms and products of weights are the same for every image. In a
+single program, such kernels precede almost every convolution: 265 of the 906 kernels of HRNet-W48 on a GPU.
 """
 
 from __future__ import annotations
