@@ -116,6 +116,7 @@ def upsampling(rehearse: bool) -> Iterator[Case]:
         forms = {
             "jax.image.resize": Form(partial(resize.resize_plain, size=(factor * H, factor * W))),
             "phases": Form(partial(resize.resize_by_phases, factors=(factor, factor))),
+            "repeats": Form(lambda x, factor=factor: resize.resize_by_repeats(x, (factor, factor))),
             "matrices": Form(partial(by_matrices, factor=factor)),
         }
         yield Case(f"upsampling {factor}x", dtype, ((B, H, W, C),), forms)

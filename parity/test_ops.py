@@ -177,16 +177,17 @@ def test_gelu_by_slope_equals_the_plain_one_and_torch(dtype, float64, within):
         within(kind, dtype, verify.relative_error(one, other.detach()), "GELU = torch")
 
 
+@pytest.mark.parametrize("fast", [resize.resize_by_phases, resize.resize_by_repeats])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "old, factors",
     [((5, 7), (2, 2)), ((5, 7), (4, 4)), ((5, 7), (8, 8)), ((5, 7), (3, 1)), ((5, 7), (1, 5)), ((1, 2), (4, 2))],
 )
-def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype, float64, within):
+def test_resizing_by_whole_factors_equals_the_plain_form_and_torch(old, factors, dtype, fast, float64, within):
     x = normal(2, *old, 3, seed=7, dtype=dtype)
     size = (old[0] * factors[0], old[1] * factors[1])
     assert_forms_equal(
-        lambda x: resize.resize_by_phases(x, factors),
+        lambda x: fast(x, factors),
         lambda x: resize.resize_plain(x, size),
         (x,),
         dtype,
@@ -194,7 +195,7 @@ def test_resizing_by_phases_equals_the_plain_form_and_torch(old, factors, dtype,
         "resize, fast implementation = plain implementation",
     )
     theirs = F.interpolate(verify.to_nchw(x), size=size, mode="bilinear", align_corners=False)
-    ours = resize.resize_by_phases(jnp.asarray(x), factors)
+    ours = fast(jnp.asarray(x), factors)
     within("output", dtype, verify.relative_error(ours, verify.to_nhwc(theirs)), "resize = torch")
 
 

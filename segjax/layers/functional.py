@@ -12,10 +12,11 @@
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
 | `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
 | `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
-| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_phases` |
+| `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_repeats` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
 | `resize`, any other | XLA (`resize.resize_plain`) | XLA |
 | `residual`, `once` | `units.once` | XLA (an addition; nothing) |
+| `LayerNorm`, weights prepared | XLA (`layers.norm`) | XLA, one kernel |
 | `LayerNorm`; `BatchNorm` in training | XLA (`layers.norm`) | `kernels.norm` |
 | feed-forward networks, static sizes | `kernels.feed_forward` (`layers.feed_forward`) | layer by layer |
 | decoders, evaluation, static sizes, whole factors | `kernels.decoder` (`layers.decode`) | order of the next row |
@@ -42,7 +43,7 @@ import jax.numpy as jnp
 from segjax.kernels import attention as attention_kernels
 from segjax.kernels import choice, convolution, units
 from segjax.kernels.gelu import gelu_by_slope, gelu_plain, gelu_recomputed
-from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_plain
+from segjax.kernels.resize import resize_aligned, resize_by_phases, resize_by_repeats, resize_plain
 
 
 def cpu_implementation(fast: Callable) -> Callable:
@@ -222,9 +223,11 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) ->
         return x
     if align_corners:
         return resize_aligned(x, size)
-    factors = [new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True)]
-    if all(factors) and (choice.is_fast_on_cpu() or choice.is_fast_on_gpu()):
-        return resize_by_phases(x, factors)
+    height, width = (new // old if new % old == 0 else 0 for old, new in zip(x.shape[1:3], size, strict=True))
+    if height and width and choice.is_fast_on_gpu():
+        return resize_by_repeats(x, (height, width))
+    if height and width and choice.is_fast_on_cpu():
+        return resize_by_phases(x, (height, width))
     return resize_plain(x, size)
 
 

@@ -98,6 +98,13 @@ def _needed(equations: Sequence[core.JaxprEqn], results: Sequence[Any]) -> list[
 
 def _part(closed: core.ClosedJaxpr, inputs: Sequence[Any], results: Sequence[Any], equations) -> core.ClosedJaxpr:
     jaxpr = closed.jaxpr
-    names = jaxpr.debug_info._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(results))
-    part = jaxpr.replace(invars=list(inputs), outvars=list(results), eqns=list(equations), debug_info=names)
-    return core.ClosedJaxpr(part, closed.consts)
+    read = {variable for equation in equations for variable in _variables(equation.invars)} | set(_variables(results))
+    constants = [pair for pair in zip(jaxpr.constvars, closed.consts, strict=True) if pair[0] in read]
+    part = jaxpr.replace(
+        constvars=[variable for variable, _ in constants],
+        invars=list(inputs),
+        outvars=list(results),
+        eqns=list(equations),
+        debug_info=jaxpr.debug_info._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(results)),
+    )
+    return core.ClosedJaxpr(part, [constant for _, constant in constants])
