@@ -111,25 +111,35 @@ def resize_by_repeats(x: jax.Array, factors: tuple[int, int]) -> jax.Array:
     wide = x.astype(precision.at_least_float32(x.dtype))
     for axis, factor in zip((1, 2), factors, strict=True):
         if factor > 1:
-            wide = _sum_of_shifts(wide, axis, factor)
+            repeated = jnp.repeat(wide, factor, axis=axis)
+            parts = (
+                _shifted(repeated, axis, shift) * _along(weight, axis, wide.dtype)
+                for shift, weight in _shifts(x.shape[axis], factor)
+            )
+            wide = reduce(operator.add, parts)
     return wide.astype(x.dtype)
 
 
-def _sum_of_shifts(x: jax.Array, axis: int, factor: int) -> jax.Array:
-    """Blends, for each output pixel, the input pixel before its centre and the one after it."""
-    old = x.shape[axis]
-    repeated = jnp.repeat(x, factor, axis=axis)
-    place = (np.arange(old * factor) + 0.5) / factor - 0.5
+def _shifts(length: int, factor: int) -> list[tuple[int, np.ndarray]]:
+    """Shifts of the repeated pixels and their weights (length * factor,), whose sum are the upsampled pixels.
+
+    An upsampled pixel blends the pixel before its centre with the one after it. Shifts bring in zeros at the ends,
+    where the only neighbour has the whole weight.
+    """
+    place = (np.arange(length * factor) + 0.5) / factor - 0.5
     before = np.floor(place)
-    # Shifts bring in zeros at the ends, where the only neighbour has the whole weight.
-    after_weight = np.where(before < 0, 1.0, np.where(before < old - 1, place - before, 0.0))
+    after_weight = np.where(before < 0, 1.0, np.where(before < length - 1, place - before, 0.0))
     before_weight = np.where(before < 0, 0.0, 1.0 - after_weight)
-    parts = []
-    for shift, weight in ((factor // 2, before_weight), (factor // 2 - factor, after_weight)):
-        padding = [(shift, -shift, 0) if dimension == axis else (0, 0, 0) for dimension in range(x.ndim)]
-        shape = [old * factor if dimension == axis else 1 for dimension in range(x.ndim)]
-        parts.append(lax.pad(repeated, jnp.zeros((), x.dtype), padding) * weight.reshape(shape).astype(x.dtype))
-    return parts[0] + parts[1]
+    return [(factor // 2, before_weight), (factor // 2 - factor, after_weight)]
+
+
+def _shifted(x: jax.Array, axis: int, shift: int) -> jax.Array:
+    padding = [(shift, -shift, 0) if dimension == axis else (0, 0, 0) for dimension in range(x.ndim)]
+    return lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _along(weight: np.ndarray, axis: int, dtype: jnp.dtype) -> np.ndarray:
+    return weight.reshape([-1 if dimension == axis else 1 for dimension in range(4)]).astype(dtype)
 
 
 def _repeats_forward(x, factors):
@@ -137,10 +147,17 @@ def _repeats_forward(x, factors):
 
 
 def _repeats_backward(factors, _, gradient):
-    wide = gradient.astype(precision.at_least_float32(gradient.dtype))
-    for axis, factor in ((2, factors[1]), (1, factors[0])):
-        (wide,) = upsample_axis_backward(axis, factor, None, wide)
-    return (wide.astype(gradient.dtype),)
+    B, H, W, C = gradient.shape
+    (of_rows, of_columns), wide = factors, precision.at_least_float32(gradient.dtype)
+    height, width = H // of_rows, W // of_columns
+    parts = [
+        _shifted(_shifted(gradient.astype(wide) * _along(down, 1, wide) * _along(across, 2, wide), 1, -y), 2, -x)
+        for y, down in _shifts(height, of_rows)
+        for x, across in _shifts(width, of_columns)
+    ]
+    # A single reduction, which computes the parts as it reads the gradient.
+    of_copies = reduce(operator.add, parts).reshape(B, height, of_rows, width, of_columns, C)
+    return (jnp.sum(of_copies, axis=(2, 4)).astype(gradient.dtype),)
 
 
 resize_by_repeats.defvjp(_repeats_forward, _repeats_backward)
