@@ -1,0 +1,140 @@
+"""Whether a model is as sure as it is right: calibration errors, proper scores, and errors by falling confidence.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE, reliability diagrams); Nixon et al., "Measuring
+Calibration in Deep Learning", 2019 (bins of equal mass); Brier, 1950; Geifman et al., ICLR 2019 (AURC).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+BINS = 15
+# Counters of each of the 15 equal bins: those of equal mass and the curve of risk are computed from all of them.
+PER_BIN = 4096
+
+
+@dataclasses.dataclass
+class Calibration:
+    """Counters of labelled pixels by confidence, the largest probability of a pixel.
+
+    Attributes:
+      pixels: Number of pixels, int64 (61,440,); counter i has the confidences in (i, i + 1] / 61,440.
+      right: Number of those whose class is right, int64.
+      confidence: Sum of their confidences, float64.
+      brier: Sum over pixels of the squared distance between probabilities and the true class.
+      nll: Sum over pixels of the negative logarithm of the true class's probability.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> found = metrics.Calibration()
+      >>> found.add(np.array([0.9, 0.6]), np.array([True, False]), np.array([0.9, 0.4]), np.array([0.82, 0.52]))
+      >>> figures = found.figures()
+      >>> round(figures["ece"], 6), round(figures["brier"], 6)
+      (0.35, 0.37)
+    """
+
+    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS * PER_BIN, np.int64))
+    right: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS * PER_BIN, np.int64))
+    confidence: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS * PER_BIN, np.float64))
+    brier: float = 0.0
+    nll: float = 0.0
+
+    def add(self, confidence: np.ndarray, right: np.ndarray, of_label: np.ndarray, squares: np.ndarray) -> None:
+        """Counts pixels; pixels that are ignored must be left out before.
+
+        Args:
+          confidence: Largest probability of each pixel, floats (N,).
+          right: Whether the class with the largest probability is the true one, bool (N,).
+          of_label: Probability of the true class, floats (N,).
+          squares: Sum of the squared probabilities of all classes, floats (N,).
+        """
+        confidence = confidence.astype(np.float64)
+        counter = np.clip(np.ceil(confidence * len(self.pixels)).astype(np.int64) - 1, 0, len(self.pixels) - 1)
+        self.pixels += np.bincount(counter, minlength=len(self.pixels))
+        self.right += np.bincount(counter[right], minlength=len(self.pixels))
+        self.confidence += np.bincount(counter, weights=confidence, minlength=len(self.pixels))
+        of_label = of_label.astype(np.float64)
+        self.brier += float(np.sum(squares.astype(np.float64) - 2 * of_label + 1))
+        self.nll -= float(np.sum(np.log(np.maximum(of_label, np.finfo(np.float32).tiny))))
+
+    def __add__(self, other: Calibration) -> Calibration:
+        names = [field.name for field in dataclasses.fields(self)]
+        return Calibration(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def reliability(self) -> list[dict[str, float | int | None]]:
+        """The reliability diagram: `pixels`, mean `confidence` and `accuracy` of each of the 15 equal bins.
+
+        Both means are None for a bin without pixels.
+        """
+        rows = zip(*(part.reshape(BINS, PER_BIN).sum(axis=1) for part in self._parts()), strict=True)
+        return [
+            {
+                "pixels": int(pixels),
+                "confidence": float(confidence / pixels) if pixels else None,
+                "accuracy": float(right / pixels) if pixels else None,
+            }
+            for pixels, right, confidence in rows
+        ]
+
+    def figures(self) -> dict[str, float | None]:
+        """The measures over all pixels, all None without pixels.
+
+        Returns:
+          `ece`: expected calibration error with 15 equal bins. `adaptive_ece`: the same with 15 bins of equal mass.
+          `brier`: mean squared distance between probabilities and the true class, from 0 to 2. `nll`: mean negative
+          log-likelihood, nats. `aurc`: area under the curve of risk over coverage, the mean over k of the fraction of
+          errors among the k pixels of highest confidence.
+        """
+        total = int(self.pixels.sum())
+        if not total:
+            return dict.fromkeys(("ece", "adaptive_ece", "brier", "nll", "aurc"))
+        equal = [part.reshape(BINS, PER_BIN).sum(axis=1) for part in self._parts()]
+        return {
+            "ece": _gap(*equal, total),
+            "adaptive_ece": _gap(*self._of_equal_mass(total), total),
+            "brier": self.brier / total,
+            "nll": self.nll / total,
+            "aurc": self._area(total),
+        }
+
+    def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.pixels, self.right, self.confidence
+
+    def _of_equal_mass(self, total: int) -> list[np.ndarray]:
+        """The three sums of 15 bins of equal mass. A counter that an edge falls into is divided in proportion."""
+        edges = np.linspace(0, total, BINS + 1)
+        before = np.concatenate([[0], np.cumsum(self.pixels)])
+        sums = []
+        for part in self._parts():
+            # Piecewise linear in the number of pixels, which repeats where counters are empty.
+            cumulative = np.concatenate([[0.0], np.cumsum(part, dtype=np.float64)])
+            steps = np.concatenate([[True], np.diff(before) > 0])
+            sums.append(np.diff(np.interp(edges, before[steps], cumulative[steps])))
+        return sums
+
+    def _area(self, total: int) -> float:
+        """Mean over k of errors(k) / k; within a counter, errors are spread evenly."""
+        pixels, wrong = self.pixels[::-1], (self.pixels - self.right)[::-1]
+        has = pixels > 0
+        pixels, wrong = pixels[has].astype(np.float64), wrong[has].astype(np.float64)
+        before, errors = np.cumsum(pixels) - pixels, np.cumsum(wrong) - wrong
+        # The sum over j = 1..n of (e + r j) / (m + j) is r n + (e - r m) (H(m + n) - H(m)), H the harmonic numbers.
+        rate = wrong / pixels
+        harmonic = _harmonic(before + pixels) - _harmonic(before)
+        return float(np.sum(rate * pixels + (errors - rate * before) * harmonic) / total)
+
+
+def _gap(pixels: np.ndarray, right: np.ndarray, confidence: np.ndarray, total: int) -> float:
+    """Sum over bins of |right - confidence|, per pixel."""
+    return float(np.abs(right - confidence).sum() / total)
+
+
+def _harmonic(number: np.ndarray) -> np.ndarray:
+    """The harmonic numbers H(n), n >= 0: exact to 1e-15 of their value."""
+    small = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, 65))])
+    large = np.maximum(number, 64)
+    series = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2) + 1 / (120 * large**4)
+    return np.where(number <= 64, small[np.minimum(number, 64).astype(np.int64)], series)
