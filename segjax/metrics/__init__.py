@@ -7,7 +7,7 @@ here needs a device.
 from segjax.metrics.boundary import boundary_band, boundary_counts, boundary_iou, boundary_width
 from segjax.metrics.calibration import Calibration
 from segjax.metrics.confusion import by_class, confusion_matrix, mean, summarise
-from segjax.metrics.images import bootstrap_interval, image_ious, over_images
+from segjax.metrics.images import bootstrap_interval, class_counts, image_ious, over_images
 from segjax.metrics.ranking import ScoreCounts
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "boundary_iou",
     "boundary_width",
     "by_class",
+    "class_counts",
     "confusion_matrix",
     "image_ious",
     "mean",

@@ -11,11 +11,29 @@ import numpy as np
 from segjax.metrics.confusion import mean
 
 
-def image_ious(confusions: np.ndarray) -> np.ndarray:
+def class_counts(confusion: np.ndarray) -> np.ndarray:
+    """Reduce a confusion matrix to what IoU needs.
+
+    Args:
+      confusion: Confusion matrix (K, K), rows by true class.
+
+    Returns:
+      int64 (3, K): number of pixels of each class that are right, in the truth, and in the prediction.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> metrics.class_counts(np.array([[3, 1], [0, 2]])).tolist()
+      [[3, 2], [4, 2], [3, 3]]
+    """
+    return np.stack([np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)])
+
+
+def image_ious(counts: np.ndarray) -> np.ndarray:
     """Compute the IoU of each class in each image.
 
     Args:
-      confusions: Confusion matrices (N, K, K) of N images, rows by true class.
+      counts: `class_counts` of N images, (N, 3, K).
 
     Returns:
       float64 (N, K), NaN where a class is not in the truth of an image.
@@ -23,20 +41,18 @@ def image_ious(confusions: np.ndarray) -> np.ndarray:
     Example:
       >>> import numpy as np
       >>> from segjax import metrics
-      >>> metrics.image_ious(np.array([[[3, 1], [0, 0]]])).tolist()
+      >>> metrics.image_ious(np.array([[[3, 0], [4, 0], [3, 1]]])).tolist()
       [[0.75, nan]]
     """
-    confusions = confusions.astype(np.float64)
-    right, truth = np.diagonal(confusions, axis1=1, axis2=2), confusions.sum(axis=2)
-    union = truth + confusions.sum(axis=1) - right
-    return np.divide(right, union, out=np.full(right.shape, np.nan), where=truth > 0)
+    right, truth, predicted = np.moveaxis(counts.astype(np.float64), 1, 0)
+    return np.divide(right, truth + predicted - right, out=np.full(right.shape, np.nan), where=truth > 0)
 
 
-def over_images(confusions: np.ndarray, *, worst: float = 0.05) -> dict[str, float | None]:
+def over_images(counts: np.ndarray, *, worst: float = 0.05) -> dict[str, float | None]:
     """Average IoU over images instead of over pixels.
 
     Args:
-      confusions: Confusion matrices (N, K, K) of N images, rows by true class.
+      counts: `class_counts` of N images, (N, 3, K).
       worst: Fraction of the images that counts as the worst, at least one image.
 
     Returns:
@@ -47,11 +63,12 @@ def over_images(confusions: np.ndarray, *, worst: float = 0.05) -> dict[str, flo
     Example:
       >>> import numpy as np
       >>> from segjax import metrics
-      >>> found = metrics.over_images(np.array([[[4, 0], [0, 4]], [[2, 2], [0, 0]]]))
+      >>> images = [[[4, 0], [0, 4]], [[2, 2], [0, 0]]]
+      >>> found = metrics.over_images(np.stack([metrics.class_counts(np.array(image)) for image in images]))
       >>> found["image_iou"], found["class_iou"], found["worst_image_iou"]
       (0.75, 0.875, 0.5)
     """
-    ious = image_ious(confusions)
+    ious = image_ious(counts)
     present = ~np.isnan(ious)
     filled = np.where(present, ious, 0.0)
     of_images = [float(row[has].mean()) for row, has in zip(filled, present, strict=True) if has.any()]
@@ -61,7 +78,7 @@ def over_images(confusions: np.ndarray, *, worst: float = 0.05) -> dict[str, flo
 
 
 def bootstrap_interval(
-    confusions: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    counts: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float] | None:
     """Estimate an interval for mIoU by drawing the images again, with replacement.
 
@@ -69,7 +86,7 @@ def bootstrap_interval(
     would change with other images of the same kind, not with another training.
 
     Args:
-      confusions: Confusion matrices (N, K, K) of N images, rows by true class.
+      counts: `class_counts` of N images, (N, 3, K).
       level: Probability of the interval.
       draws: Number of drawn data sets.
       seed: Seed of the draws.
@@ -80,25 +97,22 @@ def bootstrap_interval(
     Example:
       >>> import numpy as np
       >>> from segjax import metrics
-      >>> images = np.array([[[9, 1], [0, 5]], [[5, 5], [1, 9]], [[8, 1], [2, 7]]])
-      >>> low, high = metrics.bootstrap_interval(images)
+      >>> images = [[[9, 1], [0, 5]], [[5, 5], [1, 9]], [[8, 1], [2, 7]]]
+      >>> counts = np.stack([metrics.class_counts(np.array(image)) for image in images])
+      >>> low, high = metrics.bootstrap_interval(counts)
       >>> bool(0.4 < low < high < 1.0)
       True
     """
-    flat = confusions.reshape(len(confusions), -1).astype(np.float64)
-    flat = flat[flat.sum(axis=1) > 0]
-    if len(flat) < 2:
+    counts = counts[counts[:, 1].sum(axis=1) > 0].astype(np.float64)
+    if len(counts) < 2:
         return None
-    classes = confusions.shape[-1]
-    # A class needs its true positives, and its pixels in the truth and in the prediction.
-    matrices = flat.reshape(-1, classes, classes)
-    right = np.diagonal(matrices, axis1=1, axis2=2)
-    both = np.concatenate([right, matrices.sum(axis=2) + matrices.sum(axis=1) - right], axis=1)
+    right, truth, predicted = np.moveaxis(counts, 1, 0)
+    both = np.concatenate([right, truth + predicted - right], axis=1)
     rng = np.random.default_rng(seed)
     found = []
     # In parts, so that memory does not grow with the number of draws.
     for start in range(0, draws, 1000):
-        weights = rng.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=min(1000, draws - start))
+        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=min(1000, draws - start))
         hits, union = np.split(weights @ both, 2, axis=1)
         ious = np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
         found.append(np.nanmean(ious, axis=1))
