@@ -487,7 +487,8 @@ class Program:
         self._function, self._whole = function, parallel.whole
         self._jit = partial(jax.jit, compiler_options=compiler_options(parallel.devices[0].platform))
         self.at_once = self._jit(function)
-        self._parts: dict[tuple[tuple[int, ...], np.dtype], tuple[Prepared, jax.stages.Wrapped]] = {}
+        # Jitted once each: evaluations during training prepare new weights again and again.
+        self._parts: dict[tuple[tuple[int, ...], np.dtype], _Parts] = {}
         self._needed: dict[tuple[tuple[int, ...], np.dtype], int | None] = {}
 
     def needed(self, arrays: tuple[Arrays, Arrays], images: jax.ShapeDtypeStruct) -> int | None:
@@ -495,10 +496,10 @@ class Program:
         key = images.shape, images.dtype
         if key not in self._needed:
             if layers.is_fast_on_gpu():
-                part, program = self._part(arrays, images)
-                shapes = jax.eval_shape(part.prepare, arrays)
+                parts = self._parts_for(arrays, images)
+                shapes = jax.eval_shape(parts.prepare, arrays)
                 weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole) for x in shapes]
-                lowered = program.lower(weights, images)
+                lowered = parts.program.lower(weights, images)
             else:
                 lowered = self.at_once.lower(*arrays, images)
             self._needed[key] = memory.needed(lowered.compile())
@@ -516,17 +517,26 @@ class Program:
         """
         if not layers.is_fast_on_gpu():
             return partial(self.at_once, *arrays)
-        part, program = self._part(arrays, images)
-        if part.key not in prepared:
-            prepared[part.key] = jax.jit(part.prepare, out_shardings=self._whole)(arrays)
-        return partial(program, prepared[part.key])
+        parts = self._parts_for(arrays, images)
+        if parts.key not in prepared:
+            prepared[parts.key] = parts.prepare(arrays)
+        return partial(parts.program, prepared[parts.key])
 
-    def _part(self, arrays: tuple[Arrays, Arrays], images) -> tuple[Prepared, jax.stages.Wrapped]:
+    def _parts_for(self, arrays: tuple[Arrays, Arrays], images: jax.Array | jax.ShapeDtypeStruct) -> _Parts:
         key = images.shape, images.dtype
         if key not in self._parts:
-            part = Prepared(lambda arrays, images: self._function(*arrays, images), arrays, images)
-            self._parts[key] = part, self._jit(part.program)
+            whole = Prepared(lambda arrays, images: self._function(*arrays, images), arrays, images)
+            prepare = jax.jit(whole.prepare, out_shardings=self._whole)
+            self._parts[key] = _Parts(whole.key, prepare, self._jit(whole.program))
         return self._parts[key]
+
+
+class _Parts(NamedTuple):
+    """Both jitted parts of a program, see `Prepared`."""
+
+    key: str
+    prepare: jax.stages.Wrapped
+    program: jax.stages.Wrapped
 
 
 class Computed(NamedTuple):
