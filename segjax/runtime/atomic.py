@@ -78,9 +78,8 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields the name of a folder to create, which replaces the folder `path`, or is removed if the body raises.
 
-    Linux and macOS exchange two names in one step, so there always is a folder at `path`. On file systems without this
-    step, it is missing for the moment between two renames; if the writer was killed there, `recover` undoes the first
-    rename.
+    Linux and macOS exchange two names in one step, so a folder exists at `path` at every moment. On file systems
+    without this step, it is missing between two renames; if the writer was killed there, `recover` undoes the first.
 
     Args:
       path: Target; its parent folder is created if missing.

@@ -49,7 +49,7 @@ def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                # Removed while locked: another process that has opened it sees that the name is gone, and opens anew.
+                # Removed while locked: another process that has opened it sees that the name is gone, and tries again.
                 path.unlink()
             os.close(handle)
         with contextlib.suppress(OSError):
