@@ -1,1 +1,1 @@
-"""Times models next to PyTorch's."""
+"""Times segjax's models and PyTorch's."""

@@ -6,7 +6,7 @@ from segjax import __main__ as entry
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command with these arguments and returns its exit status."""
+    """Runs the command and returns its exit status."""
     return entry.main(["benchmark", *arguments])
 
 

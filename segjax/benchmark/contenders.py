@@ -1,4 +1,4 @@
-"""The contenders that are timed: segjax's model and those of PyTorch, with the same weights and the same input."""
+"""The contenders of a benchmark: segjax's model and PyTorch models, with the same weights and the same input."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ class Work(NamedTuple):
     """The work of a step.
 
     Attributes:
-      mode: "infer", images to logits; or "train": forward, loss at the labels' resolution, backward, AdamW.
-      dtype: "float32", or "bfloat16" (torch: autocast).
+      model: Key of `models.MODELS`.
+      size: (height, width) of the images in pixels.
+      batch: Number of images.
+      mode: "infer", images to logits; or "train", forward, loss at the labels' resolution, backward and AdamW.
+      dtype: "float32", or "bfloat16" (autocast in torch).
+      num_classes: Number of classes K.
+      seed: Seed of images, labels and weights.
     """
 
     model: str
@@ -41,7 +46,7 @@ class Work(NamedTuple):
         return np.random.default_rng(self.seed).normal(size=(self.batch, *self.size, 3)).astype(np.float32)
 
     def labels(self) -> np.ndarray:
-        """Train ids (B, H, W), uint8, in patches, a tenth of them ignored."""
+        """Train ids (B, H, W), uint8, in patches, a tenth of which are ignored."""
         rng = np.random.default_rng(self.seed + 1)
         height, width = self.size
         coarse = rng.integers(0, self.num_classes, (self.batch, -(-height // 16), -(-width // 16))).astype(np.uint8)
@@ -53,12 +58,12 @@ class Contender(NamedTuple):
     """A step that is ready to be timed.
 
     Attributes:
-      run: number of steps, by default one -> result of the last step. On a CPU it waits for the end of each step, on a
-        GPU for that of the last, as a training run or a queue of images does.
-      outcome: result of the first step: logits (B, h, w, K), or the loss.
-      compile_seconds: seconds of the preparation, the first step included.
-      memory: bytes of a step in addition to weights, moments of the optimizer and input; None where the device does not
-        report them.
+      run: Function from a number of steps, by default 1, to the result of the last step. On a CPU it waits for the end
+        of each step, on a GPU only for that of the last, as a training run or a queue of images does.
+      outcome: Result of the first step: logits (B, h, w, K), or the loss.
+      compile_seconds: Seconds of the preparation, including the first step.
+      memory: Bytes of a step in addition to weights, optimizer moments and input; None if the device does not report
+        them.
     """
 
     run: Callable[..., Any]
@@ -67,12 +72,12 @@ class Contender(NamedTuple):
     memory: int | None
 
 
-# Precision of float32 products, the same for all contenders; recorded with the times.
+# Precision of float32 products, equal for all contenders and recorded with the times.
 FLOAT32_PRODUCTS = "float32, never TF32"
 
 
 def same_precision(work: Work) -> None:
-    """Sets full precision of float32 products; on an NVIDIA GPU jax and torch would round some to TF32."""
+    """Sets full precision for float32 products; on an NVIDIA GPU jax and torch would round some to TF32."""
     import jax
     import torch
 
@@ -83,7 +88,7 @@ def same_precision(work: Work) -> None:
 
 
 def repeated(step: Callable[[], Any], wait: Callable[[Any], object], *, each: bool) -> Callable[..., Any]:
-    """`Contender.run`: calls `wait` with the result of a step, after `each` step or only after the last."""
+    """Creates `Contender.run`, which calls `wait` with the result of a step, after `each` step or only the last."""
 
     def run(steps: int = 1):
         given = None
@@ -97,7 +102,7 @@ def repeated(step: Callable[[], Any], wait: Callable[[Any], object], *, each: bo
 
 
 def pair(work: Work) -> tuple[SegmentationModel, torch.nn.Module]:
-    """A model of segjax and its PyTorch reference with the same weights, and without dropout in either."""
+    """A segjax model and its PyTorch reference, with the same weights and without dropout."""
     from segjax import models
     from segjax.torch_reference.verify import randomised_pair
 
@@ -123,7 +128,7 @@ def ours(work: Work) -> Contender:
         )
     bases = verify.bases_for(model, work.batch)
     if bases:
-        # Training draws bases at every step; both sides are given the same, so that their losses can be compared.
+        # Training draws bases at every step. Both sides get the same bases, so that their losses can be compared.
         Hamburger.bases_for = lambda self, x: jnp.asarray(bases[0], x.dtype)
     wrapped, arguments = program(work, model)
     since = time.perf_counter()
@@ -181,7 +186,7 @@ def _inference(work: Work, model: SegmentationModel) -> tuple[jax.stages.Wrapped
 
 
 def _temporaries(program) -> int | None:
-    """Bytes of a compiled program's temporaries, where the device reports them."""
+    """Bytes of a compiled program's temporaries, or None if the device does not report them."""
     analysis = program.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
 
@@ -189,10 +194,10 @@ def _temporaries(program) -> int | None:
 def training(
     work: Work, model: SegmentationModel
 ) -> tuple[TrainStep, Callable[[Callable], Callable], TrainState, dict[str, jax.Array], jax.Array]:
-    """A step of training as `train.py` compiles it, and what it is called with.
+    """A training step as `train.py` compiles it, and its arguments.
 
     Returns:
-      step, and a function that compiles it; state, batch, key.
+      The step, a function that compiles it, and the arguments state, batch and key.
     """
     import jax
     import jax.numpy as jnp
@@ -225,17 +230,17 @@ def torch_compile(work: Work) -> Contender:
 
 
 def torch_compile_max_autotune(work: Work) -> Contender:
-    """With kernels chosen by timing them, and on a GPU replayed as CUDA graphs."""
+    """Compiles with kernels chosen by timing, replayed as CUDA graphs on a GPU."""
     return _torch(work, pair(work)[1], compiled="max-autotune")
 
 
 def torch_sdpa(work: Work) -> Contender:
-    """With PyTorch's own scaled_dot_product_attention."""
+    """Uses PyTorch's scaled_dot_product_attention."""
     return _torch(work, _with_sdpa(pair(work)[1]))
 
 
 def torch_fused(work: Work) -> Contender:
-    """With our order of the decoder's products, and scaled_dot_product_attention."""
+    """Uses segjax's order of the decoder's products, and scaled_dot_product_attention."""
     return _torch(work, _with_fused_decoder(_with_sdpa(pair(work)[1])))
 
 
@@ -244,7 +249,7 @@ def torch_fused_compile(work: Work) -> Contender:
 
 
 def of_transformers(work: Work) -> Contender:
-    """transformers' SegFormer as it comes."""
+    """transformers' SegFormer, unchanged."""
     import torch
     import transformers
 
@@ -261,7 +266,7 @@ def of_transformers(work: Work) -> Contender:
                 setattr(module, rate, 0.0)
 
     class Logits(torch.nn.Module):
-        """What the references give."""
+        """The network with the output of the references, logits and taps."""
 
         def __init__(self):
             super().__init__()
@@ -274,7 +279,7 @@ def of_transformers(work: Work) -> Contender:
 
 
 def of_segformer_pytorch(work: Work) -> Contender:
-    """The package on PyPI, as it comes."""
+    """The package segformer-pytorch from PyPI, unchanged."""
     import torch
     from segformer_pytorch import Segformer
 
@@ -285,7 +290,7 @@ def of_segformer_pytorch(work: Work) -> Contender:
     network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()})
 
     class Logits(torch.nn.Module):
-        """What the references give."""
+        """The network with the output of the references, logits and taps."""
 
         def __init__(self):
             super().__init__()
@@ -298,10 +303,13 @@ def of_segformer_pytorch(work: Work) -> Contender:
 
 
 def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | None = None) -> Contender:
-    """A step of a torch module (images NCHW -> logits NCHW, taps).
+    """A step of a torch module.
 
     Args:
-      compiled: the mode of `torch.compile`, if at all.
+      work: Work of the step.
+      network: Module from images (B, C, H, W) to logits (B, K, h, w) and taps.
+      channels_last: Whether to use torch's memory format channels_last.
+      compiled: Mode of `torch.compile`, or None.
     """
     import torch
     import torch.nn.functional as F
@@ -311,7 +319,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    # XLA chooses its convolutions by timing them, too.
+    # XLA also chooses its convolutions by timing them.
     torch.backends.cudnn.benchmark = True
     images = verify.to_nchw(work.images()).to(device)
     labels = torch.from_numpy(work.labels()).long().to(device)
@@ -362,7 +370,7 @@ def _torch(work: Work, network, *, channels_last: bool = False, compiled: str | 
     seconds = time.perf_counter() - since
     if not on_gpu:
         return Contender(run, outcome, seconds, None)
-    # The next steps record CUDA graphs, where there are any.
+    # These steps record CUDA graphs, if there are any.
     run(3)
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -393,7 +401,7 @@ def _with_sdpa(network):
 
 
 def _with_fused_decoder(network):
-    """The official decoder with each level's two products as one, at the level's own resolution."""
+    """Merges each level's two products of the official decoder into one, at the level's own resolution."""
     import torch
     import torch.nn.functional as F
 
@@ -424,7 +432,7 @@ CONTENDERS = {
     "transformers": of_transformers,
     "segformer-pytorch": of_segformer_pytorch,
 }
-# Prefix of the names of the models that a contender has; the others have all.
+# Prefix of the names of the models that a contender supports; others support all models.
 ONLY = {
     "torch-sdpa": "segformer_b",
     "torch-fused": "segformer_b",
@@ -434,15 +442,15 @@ ONLY = {
 }
 
 
-# Contenders that are faster only on a GPU and take minutes to compile: on a CPU they are timed only if they are named.
+# Contenders that are faster only on a GPU and take minutes to compile. On a CPU they are timed only if named.
 FOR_GPUS = ("torch-compile-max-autotune",)
 
 
 def rivals(model: str) -> list[str]:
-    """Names of the contenders that a model can be compared with."""
+    """Names of the contenders that support a model."""
     return [name for name in CONTENDERS if name != "segjax" and model.startswith(ONLY.get(name, ""))]
 
 
 def chosen(model: str, against: Sequence[str] | None, *, on_gpu: bool) -> list[str]:
-    """Names of the contenders to compare with: those in `against`, or if there are none all that suit the machine."""
+    """Names of the contenders to compare with: those in `against`, or by default all that suit the machine."""
     return [name for name in rivals(model) if (name in against if against else on_gpu or name not in FOR_GPUS)]

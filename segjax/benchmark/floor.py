@@ -1,4 +1,4 @@
-"""Lower bound of the time of a step, from the rates that the machine reaches."""
+"""Lower bound of the time of a step, from the measured peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def floor_of(work: tuple, ceiling: Mapping) -> dict[str, float]:
 
 
 def ceilings(dtype: str) -> dict[str, Any]:
-    """Rates of this machine in a dtype: products of large matrices, FLOP/s, and a copy, bytes/s; and its name.
+    """Peak rates of this machine in a dtype: large matrix products in FLOP/s, and a copy in bytes/s; and its name.
 
-    Each is the best of ten measurements. Matrices have sides of 2048 and copies 64 Mi numbers on a CPU, 8192 and 512 Mi
-    on a GPU; the numbers are random, since zeros are multiplied faster. To be called in a process of its own, which
+    Each rate is the best of ten measurements. Matrices have sides of 2048 and copies 64 Mi numbers on a CPU, 8192 and
+    512 Mi on a GPU. The numbers are random, because zeros are multiplied faster. Call it in a separate process, which
     keeps freed memory as contenders do: with results in new pages, which the kernel zeroes, two cores copy 10 GB/s
     instead of 40 to 65.
     """
@@ -48,7 +48,7 @@ def ceilings(dtype: str) -> dict[str, Any]:
     def best(function, *arrays):
         program = jax.jit(function).lower(*arrays).compile()
         program(*arrays).block_until_ready()
-        # With several kernels in the queue, a GPU does not wait for the launch of each.
+        # With several kernels in the queue, a GPU does not wait for each launch.
         queued = 1 if on_cpu else 5
         seconds = []
         for _ in range(10):
@@ -72,6 +72,6 @@ def ceilings(dtype: str) -> dict[str, Any]:
 
 
 def measured_ceilings(dtype: str) -> dict[str, Any]:
-    """`ceilings` in a process of its own, which leaves nothing on a GPU."""
+    """`ceilings` in a separate process, which leaves nothing on a GPU."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(ceilings, dtype).result()

@@ -1,4 +1,4 @@
-"""What a benchmark records of the machine, and the memory of its own process."""
+"""Metadata of the machine for a benchmark, and the memory of its process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ PACKAGES = (
 
 
 def described() -> dict[str, object]:
-    """Versions of Python and of the packages that are installed, the processor, and the number of its cores.
-
-    The cores are those that this process may use; where the system has no affinities, all of them.
-    """
+    """Versions of Python and installed packages, the processor, and the number of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return {"versions": versions.installed(PACKAGES), "cpu": cpu[1] if cpu else platform.machine(), "cores": cores()}
@@ -35,16 +32,16 @@ def cores() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, Linux only. `peak_bytes` counts from here.
+    """Resident memory of this process in bytes, only on Linux. `peak_bytes` counts from this call on.
 
-    Memory that was freed but that the C library keeps is part of it.
+    It includes freed memory that the C library keeps.
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process since the last call of `resident_bytes`, Linux only."""
+    """Largest resident memory of this process in bytes since the last call of `resident_bytes`, only on Linux."""
     return _status("VmHWM")
 
 

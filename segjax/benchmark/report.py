@@ -1,4 +1,4 @@
-"""Results of a benchmark as lines and as Markdown."""
+"""Results of a benchmark, as lines and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Failed(TypedDict):
 
 
 class _Timed(TypedDict):
-    """A contender that was timed. Old records have no floor."""
+    """A timed contender. Old records have no floor."""
 
     name: str
     milliseconds: Annotated[list[FiniteFloat], Field(min_length=1)]
@@ -30,7 +30,7 @@ class _Timed(TypedDict):
 
 
 class _Result(TypedDict):
-    """A row; one that failed has no `dtype` and no `seconds`."""
+    """A comparison. A failed one has no `dtype` and no `seconds`."""
 
     model: str
     mode: str
@@ -48,10 +48,10 @@ class _Record(TypedDict):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record that an earlier command wrote with --json.
+    """Reads the record that an earlier command wrote with --json.
 
     Raises:
-      UnreadableError: it is damaged, or something else; the message names the key.
+      UnreadableError: The file is damaged or not such a record; the message names the key.
     """
     record = read_json(path, _Record)
     for number, result in enumerate(record["results"]):
@@ -99,7 +99,7 @@ def report(result: Mapping, ceiling: Mapping) -> Iterator[str]:
 
 
 def markdown(record: Mapping) -> Iterator[str]:
-    """The table of the README: segjax's time over that of each contender. Rows of the same work are merged."""
+    """The table for the README: segjax's time divided by that of each contender. Rows of the same work are merged."""
     merged: dict[tuple, dict[str, Mapping]] = {}
     for result in record["results"]:
         rows = merged.setdefault((result["model"], result["mode"], result["batch"], *result["size"]), {})

@@ -1,11 +1,11 @@
-"""The tables of models, sizes and rivals that are timed."""
+"""The benchmark's tables of models, sizes and rivals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Few are enough on a card that nobody else uses, and time on it is scarce.
+# A few rounds are enough on an otherwise idle GPU, whose time is scarce.
 ROUNDS_ON_A_GPU = 7
 
 
@@ -13,10 +13,11 @@ class Row(NamedTuple):
     """One comparison of a table.
 
     Attributes:
+      model: Key of `models.MODELS`.
       mode: "infer" or "train".
-      batch: images of a step; on a GPU, the largest batch that is tried.
-      size: (height, width) of the images, pixels.
-      against: names of the contenders to compare with; all that exist for the model if empty.
+      batch: Number of images per step; on a GPU, the largest batch to try.
+      size: (height, width) of the images in pixels.
+      against: Names of the contenders to compare with; if empty, all for the model.
     """
 
     model: str
@@ -35,9 +36,9 @@ TABLE = (
 
 
 def _gpu_rows(models: Sequence[str], side: int, against: Sequence[str]) -> Iterator[Row]:
-    """For each model training, inference of a batch and of one image, all of them `side` pixels square.
+    """For each model: training, inference of a batch and inference of one image, with square images of `side` pixels.
 
-    Batches shrink as images grow, and by another half for the largest model.
+    Batches shrink as images grow, and the largest model has half the batch.
     """
     for model in models:
         parts = (side // 512) ** 2 * (2 if model == "segformer_b5" else 1)
@@ -47,7 +48,7 @@ def _gpu_rows(models: Sequence[str], side: int, against: Sequence[str]) -> Itera
 
 _FIRST, _SECOND = ("segformer_b0", "segnext_t", "hrnet_w48"), ("segformer_b2", "segformer_b5", "segnext_b")
 _RIVALS, _SLOW_RIVALS = ("torch", "torch-channels-last", "torch-compile"), ("torch-compile-max-autotune",)
-# The most important first: one model of each family, other models, larger images, and last what takes minutes to
+# In order of importance: one model of each family, other models, larger images, and contenders that take minutes to
 # compile.
 GPU_TABLE = (
     *_gpu_rows(_FIRST, 512, _RIVALS),

@@ -1,4 +1,4 @@
-"""Times contenders in turn, each in a process of its own."""
+"""Times contenders in turn, each in its own process."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ ROUND_SECONDS, ROUNDS, QUIET_SECONDS = 0.5, 15, 0.5
 
 
 class BenchmarkError(ValueError):
-    """Something that cannot be timed; the message gives the reason."""
+    """Raised when a contender cannot be timed; the message states the reason."""
 
 
 class OutOfMemoryError(BenchmarkError):
-    """A contender whose step does not fit into memory."""
+    """Raised when a contender's step does not fit into memory."""
 
 
 class OutOfTimeError(BenchmarkError):
-    """A contender that is not done at the end of the time."""
+    """Raised when a contender has not finished at the end of the time."""
 
 
 # ------------------------------------------------------------------------------------------------------- one contender
 
 
 def _serve(connection, name: str, work: tuple) -> None:
-    """The main function of a contender's process: prepares it, sends its outcome, and then does steps on request."""
+    """The main function of a contender's process: prepares it, sends its outcome, and then runs steps on request."""
     threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
     try:
         from segjax.runtime import environment
 
-        # For torch as well, which gains as much.
+        # For torch too, which gains as much.
         environment.keep_freed_memory()
         import jax
         import torch
@@ -57,7 +57,7 @@ def _serve(connection, name: str, work: tuple) -> None:
         work = Work(*work)
         torch.set_num_threads(cores())
         if name != OURS:
-            # jax only makes the weights, on the CPU; the card is torch's.
+            # jax only creates the weights, on the CPU; the GPU is for torch.
             jax.config.update("jax_platforms", "cpu")
         if not connection.recv():
             return
@@ -68,19 +68,19 @@ def _serve(connection, name: str, work: tuple) -> None:
         peak = contender.memory if contender.memory is not None else max(0, peak_bytes() - before)
         connection.send((contender.outcome, contender.compile_seconds, peak))
         while steps := connection.recv():
-            # A step that is not timed brings its data back into caches and memory.
+            # An untimed step first brings the contender's data back into caches and memory.
             contender.run()
             since = time.perf_counter()
             contender.run(steps)
             connection.send((time.perf_counter() - since) / steps)
     except Exception as error:
-        # Nobody reads it where the command has ended.
+        # The command may have ended already.
         with contextlib.suppress(OSError):
             connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _end_with_the_parent() -> None:
-    """Ends this process, also during a compilation, once the command that has started it no longer runs."""
+    """Ends this process, even during a compilation, when the command that started it has ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -89,11 +89,11 @@ def _end_with_the_parent() -> None:
 
 @contextlib.contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """A process that starts meanwhile is not interrupted by Ctrl-C, which a terminal sends to all; the command ends it.
+    """Makes processes that start in the body immune to Ctrl-C, which a terminal sends to all; the command ends them.
 
-    The signal is blocked, and not ignored: one that comes meanwhile reaches this process afterwards.
+    The signal is blocked, not ignored: if it arrives meanwhile, this process receives it afterwards.
     """
-    # The first process of multiprocessing starts this one, too, which unblocks the signal.
+    # Started before the signal is blocked: the first process of multiprocessing starts the tracker, which unblocks it.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -103,14 +103,15 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 class Runner:
-    """A contender in its own process, which starts while others are prepared."""
+    """A contender in its own process, which starts while other contenders are prepared."""
 
     def __init__(self, name: str, work: tuple, *, until: float | None = None):
         """Starts the process.
 
         Args:
-          work: the fields of `contenders.Work`.
-          until: the moment, on the clock of `time.monotonic`, after which answers are not waited for.
+          name: Key of `contenders.CONTENDERS`.
+          work: Fields of `contenders.Work`.
+          until: Moment, on the clock of `time.monotonic`, until which to wait for answers.
         """
         context = multiprocessing.get_context("spawn")
         self.name = name
@@ -127,7 +128,7 @@ class Runner:
         self.outcome, self.compile_seconds, self.memory = self._answer_to(True)
 
     def seconds(self, steps: int) -> float:
-        """Mean seconds of a step over `steps` consecutive ones."""
+        """Mean seconds per step of `steps` consecutive steps."""
         return self._answer_to(steps)
 
     def _answer_to(self, message):
@@ -147,7 +148,7 @@ class Runner:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.send(0)
-        # While it compiles, it reads no message for minutes.
+        # A process that compiles reads no message for minutes.
         is_late = self._until is not None and time.monotonic() > self._until
         self._process.join(0 if signals.received() else 1 if is_late else 10)
         self._process.kill()
@@ -170,19 +171,19 @@ def compare(
     """Times contenders against each other; the first one is segjax.
 
     Args:
-      names: keys of `contenders.CONTENDERS`.
-      work: the fields of `contenders.Work`.
-      ceiling: result of `floor.ceilings` for the same dtype.
-      rounds: number of rounds.
-      say: called with lines about the progress.
-      apart: whether each contender is closed before the next one is prepared, instead of all taking turns.
-      until: end of the time, on the clock of `time.monotonic`; contenders that are not done are skipped.
-      keep_going: whether a rival that cannot be timed has the reason in the result as "failed", instead of an error.
+      names: Keys of `contenders.CONTENDERS`.
+      work: Fields of `contenders.Work`.
+      ceiling: Result of `floor.ceilings` for the same dtype.
+      rounds: Number of rounds.
+      say: Function that prints lines about the progress.
+      apart: Whether to close each contender before the next one is prepared, instead of taking turns.
+      until: End of the time, on the clock of `time.monotonic`; contenders that have not finished are skipped.
+      keep_going: Whether to record the reason as "failed" for a rival that cannot be timed, instead of raising it.
 
     Raises:
-      BenchmarkError: a contender cannot be prepared, or computes something else.
-      OutOfMemoryError: a contender does not fit into memory, also with `keep_going`.
-      OutOfTimeError: segjax was not done in time.
+      BenchmarkError: A contender cannot be prepared, or has other results.
+      OutOfMemoryError: A contender does not fit into memory, even with `keep_going`.
+      OutOfTimeError: segjax has not finished in time.
     """
     model, size, batch, mode, dtype, num_classes = work
     times, made, failed, cut = {}, {}, {}, False
@@ -190,7 +191,7 @@ def compare(
         runners = [Runner(name, work, until=until) for name in names]
         for runner in runners:
             stack.callback(runner.close)
-        # While the processes start.
+        # Computed while the processes start.
         floor = floors.floor_of(work, ceiling)
         for runner in runners:
             say(f"  {runner.name}: making it ready ...")
@@ -253,14 +254,14 @@ def compare(
 
 
 def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step by contender, one number for each round."""
+    """Seconds per step by contender, one number per round."""
     times = {runner.name: [] for runner in runners}
     steps = {runner.name: max(1, round(ROUND_SECONDS / runner.seconds(2))) for runner in runners}
     for number in range(rounds):
-        # The order changes, because a heavy contender may slow down the next one by heating the processor.
+        # The order rotates, because a heavy contender may slow down the next one by heating the processor.
         start = number % len(runners)
         for runner in (*runners[start:], *runners[:start]):
-            # Threads of the contender before may keep looking for work for some tenths of a second.
+            # Threads of the previous contender may spin for some tenths of a second.
             if len(runners) > 1:
                 time.sleep(QUIET_SECONDS)
             times[runner.name].append(runner.seconds(steps[runner.name]))
@@ -270,15 +271,15 @@ def _turns(runners: Sequence[Runner], rounds: int) -> dict[str, list[float]]:
 def largest_that_fits(
     measure: Callable[[Row], dict[str, object]], row: Row, *, say: Callable[[str], None]
 ) -> dict[str, object]:
-    """`measure(row)`, where the batch is halved until every contender has enough memory.
+    """`measure(row)` with the batch halved until every contender has enough memory.
 
-    All contenders have the same batch: the largest that fits all, to within a factor of two.
+    All contenders have the same batch: the largest that fits all, within a factor of two.
 
     Returns:
       The result, with the names and batches that did not fit as "did_not_fit", and the duration as "seconds".
 
     Raises:
-      OutOfMemoryError: not even one image fits.
+      OutOfMemoryError: Not even one image fits.
     """
     did_not_fit, since = [], time.monotonic()
     while True:

@@ -1,21 +1,21 @@
-"""Exports a model as one file that runs without segjax.
+"""Exports a model to one file that runs without segjax.
 
 Input and output of a file:
 
     stablehlo         float32 (B, H, W, C), normalised -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
     onnx, torch       float32 (B, C, H, W), normalised -> `logits` float32 (B, K, H/4, W/4)
-    preprocessing     input of every format: (B, H, W, C) in the numbers of the training images, of RGB uint8
-    argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, of logits
-                      upsampled bilinearly in float32, with the model's `align_corners`, which is in the metadata for
-                      those who upsample logits themselves
+    preprocessing     input of every format: (B, H, W, C), unscaled, in the dtype of the training images; uint8 for RGB
+    argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, from logits
+                      upsampled bilinearly in float32 with the model's `align_corners`; the metadata contain
+                      `align_corners` for users who upsample logits themselves
 
-A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. Files of ONNX and torch
-(`torch.export`) are made from the model's PyTorch reference in segjax.torch_reference, with the same weights, because
-no converter from JAX to ONNX supports dynamic sizes; the tests show that model and reference are equal. Every file is
-run and compared with the model before it is kept.
+A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. ONNX and torch files
+(`torch.export`) come from the model's PyTorch reference in segjax.torch_reference, with the same weights, because no
+converter from JAX to ONNX supports dynamic sizes; tests prove that model and reference are equal. Every file is run and
+compared with the model before it is kept.
 
 Weights are stored in `dtype`. A StableHLO program also computes in it, except norms, softmax and logits. ONNX and torch
-files compute in float32, since onnxruntime has no bfloat16 convolution on a CPU and PyTorch no float32 norms of
+files compute in float32, because onnxruntime has no bfloat16 convolution on CPUs and PyTorch has no float32 norms of
 bfloat16 inputs.
 """
 
@@ -51,7 +51,7 @@ from segjax.runtime.reading import user_path
 
 
 def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dtype) -> SegmentationModel:
-    """The model with its parameters rounded to `stored`, held in float32. Running statistics keep their digits."""
+    """The model with its parameters rounded to `stored` and held in float32. Running statistics are not rounded."""
     spec = model.spec
     overrides: dict[str, Any] = dict(spec.overrides)
     abstract = nnx.eval_shape(
@@ -68,14 +68,14 @@ def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dty
 def compiled(
     model: SegmentationModel, export_format: ExportFormat, batch: int, size: tuple[int, int]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of images (batch, H, W, C) of `image_kind`, normalised by `export_format`: logits (batch, h, w, K).
+    """A function from images (batch, H, W, C) of `image_kind`, which it normalises, to logits (batch, h, w, K).
 
     Raises:
-      TooLittleMemoryError: there is less memory than it needs.
+      TooLittleMemoryError: The program needs more memory than there is.
     """
     height, width = size
     what = f"the model on {f'{batch} images' if batch > 1 else 'an image'} of {height}x{width}"
-    # The images as float32, and for labels the scores at their size, twice.
+    # Memory for the images as float32, and for labels twice the scores at the images' size.
     scores = 2 * model.spec.num_classes if export_format.argmax else 0
     memory.refuse_more_than_host(4 * batch * height * width * (model.in_channels + scores), what=what)
     functional = FunctionalModel(model)
@@ -89,7 +89,7 @@ def compiled(
 
 
 def _reader_and_writer(export_format: ExportFormat) -> tuple[Callable, Callable]:
-    """`write(path, model, export_format, metadata)` and `open(path)`, which gives a function of images."""
+    """`write(path, model, export_format, metadata)` and `open(path)`, which returns a function of images."""
     if export_format.format == "stablehlo":
         return stablehlo.write_stablehlo, stablehlo.open_stablehlo
     try:
@@ -113,9 +113,10 @@ def _dtype_of_images(export_format: ExportFormat) -> np.dtype:
 
 
 def pictures(batch: int, size: tuple[int, int], export_format: ExportFormat) -> np.ndarray:
-    """Drawn street scenes as images of a model, (batch, H, W, C) of its dtype.
+    """Generated street scenes as images of a model, (batch, H, W, C) of its dtype.
 
-    For others than RGB of 8 bits, red, green and blue follow in turn, with the mean and deviation of each channel.
+    In other images than 8-bit RGB, the channels repeat red, green and blue, each with the channel's own mean and
+    deviation.
     """
     scenes = np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
     if export_format.image_kind.is_rgb:
@@ -129,7 +130,7 @@ def pictures(batch: int, size: tuple[int, int], export_format: ExportFormat) -> 
 
 
 def run_file(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, export_format: ExportFormat) -> np.ndarray:
-    """The output of a file on images (B, H, W, C) as of `pictures`: logits (B, h, w, K) or labels (B, H, W)."""
+    """The output of a file for images (B, H, W, C) from `pictures`: logits (B, h, w, K) or labels (B, H, W)."""
     given = images if export_format.preprocessing else np.asarray(export_format.normalise(images))
     output = run(given if export_format.channels_last else np.ascontiguousarray(np.moveaxis(given, -1, 1)))
     return output if export_format.argmax or export_format.format == "stablehlo" else np.moveaxis(output, 1, -1)
@@ -149,8 +150,8 @@ def error_of(
 ) -> float:
     """Largest error of a file's output against the model's logits (B, h, w, K), relative to the largest logit.
 
-    For labels it is the difference, at the worst pixel, between the model's highest score and its score of the file's
-    label: where two classes differ only by rounding, either label is right.
+    For labels it is the largest difference, over pixels, between the model's highest score and its score of the file's
+    label: if two classes differ only by rounding, either label is right.
     """
     largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     if not np.isfinite(largest):
@@ -163,14 +164,14 @@ def error_of(
     if output.shape != scores.shape[:-1] or output.max() >= max(2, scores.shape[-1]):
         return np.inf
     if scores.shape[-1] == 1:
-        # Background has no logit of its own, but the threshold.
+        # The threshold serves as the logit of the background.
         scores = np.concatenate([np.full_like(scores, export_format.least_logit), scores], axis=-1)
     given = np.take_along_axis(scores, output[..., None].astype(np.int64), axis=-1)[..., 0]
     return float((scores.max(axis=-1) - given).max()) / largest
 
 
 def checked_sizes(export_format: ExportFormat, size_multiple: int) -> list[tuple[int, tuple[int, int]]]:
-    """Batches and sizes at which a file is compared: its own, and if sizes are dynamic, others that are not square."""
+    """Batches and sizes at which to compare a file: its own, and for dynamic sizes others that are not square."""
     own = [(1, export_format.size)]
     if not export_format.dynamic:
         return own
@@ -186,7 +187,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
     metadata = {
         "model": loaded.model.spec.name,
         "dataset": classes.name,
-        # By label value.
+        # Names by label value.
         "classes": list(classes.label_names),
         "colors": [list(color) for color in classes.label_colors],
         "ignore_label": classes.ignore_label,
@@ -200,7 +201,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "align_corners": loaded.model.align_corners,
         "input": "images",
         "output": export_format.output,
-        # Of labels of models of one class.
+        # Applies to labels of models of one class.
         **({"threshold": export_format.threshold} if classes.num_classes == 1 and export_format.argmax else {}),
         "weights": export_format.dtype,
     }
@@ -208,14 +209,14 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
 
 
 def _about_images(kind: specs.ImageKind) -> dict[str, Any]:
-    """The images that mean and deviation are of."""
+    """The kind of images to which mean and deviation apply."""
     if kind.is_rgb:
         return {"order": "RGB", "range": "0..255"}
     return {"channels": kind.channels, "dtype": kind.dtype or "unknown"}
 
 
 def _shapes(export_format: ExportFormat, loaded: LoadedCheckpoint, logits: tuple[int, ...]) -> list[str]:
-    """Names, types and shapes of input and output, as lines to print."""
+    """Lines to print, with names, dtypes and shapes of input and output."""
     batch, height, width = ("batch", "height", "width") if export_format.dynamic else (1, *export_format.size)
     shape = export_format.input_shape(batch, height, width)
     if export_format.argmax:
@@ -275,7 +276,7 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
 
 
 class UnequalError(Exception):
-    """An exported file does not compute what the model computes; it is not kept."""
+    """Raised when the outputs of an exported file differ from the model's; the file is not kept."""
 
 
 def export_model(
@@ -290,26 +291,36 @@ def export_model(
     opset: int | None = None,
     threshold: float = 0.5,
 ) -> None:
-    """Exports a model as one file that runs without segjax, and compares its outputs with the model's first.
+    """Export a model to one file that runs without segjax. Before the file is kept, its outputs are compared.
 
     Args:
-      source: as for `segjax.load`, the result of it, or a model.
-      path: `*.stablehlo`, `*.onnx` or `*.pt2` (`torch.export`): its suffix selects the format. The last two need the
-        extra `export`. Input and output of the file are described in the docstring of `segjax.exports.export`. Classes
-        and normalisation are in the file, for StableHLO in `*.stablehlo.json` next to it.
-      size: (height, width) of the images, pixels.
-      dynamic: whether batch, height and width are dynamic; otherwise the batch is 1.
-      preprocessing: whether the file takes images (B, H, W, C), RGB of uint8 or in the numbers of the training images,
-        and normalises them.
-      argmax: whether the output is labels of the images' size instead of logits.
-      dtype: dtype of the stored weights, "float32", "bfloat16" or "float16".
-      threshold: probability above which a pixel is of the class, in labels of a model of one class.
-      opset: of an ONNX file, from 17 to 25; by default that of torch.onnx.
+      source: Argument or result of `segjax.load`, or a model.
+      path: `*.stablehlo`, `*.onnx` or `*.pt2` (`torch.export`); the suffix selects the format. The last two need the
+        extra `export`. The docstring of `segjax.exports.export` describes input and output of the file. The file
+        contains classes and normalisation; for StableHLO they are in `*.stablehlo.json` next to it.
+      size: (height, width) of the images in pixels.
+      dynamic: Whether batch, height and width are dynamic; otherwise the batch is 1.
+      preprocessing: Whether the file normalises its images, (B, H, W, C), RGB of uint8 or in the dtype of the training
+        images.
+      argmax: Whether the output is labels of the images' size instead of logits.
+      dtype: Dtype of the stored weights: "float32", "bfloat16" or "float16".
+      opset: Opset of an ONNX file, from 17 to 25; by default that of torch.onnx.
+      threshold: Probability above which a pixel belongs to the class, in labels of a model of one class.
 
     Raises:
-      CheckpointError: no model can be read from `source`, or it cannot be exported like this; every reason at once.
-      ValueError: the model takes no images of this size.
-      UnequalError: the outputs of the file differ from the model's.
+      CheckpointError: No model can be read from `source`, or it cannot be exported with these settings; the message
+        lists every reason.
+      ValueError: The model does not take images of this size.
+      UnequalError: The outputs of the file differ from the model's.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import segjax
+      >>> model = segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.stablehlo"
+      >>> segjax.export_model(model, path, size=(64, 96))
+      >>> sorted(file.name for file in path.parent.iterdir())
+      ['model.stablehlo', 'model.stablehlo.json']
     """
     path = user_path(path)
     formats = {suffix: name for name, suffix in SUFFIXES.items()}
@@ -338,7 +349,7 @@ def export(
     *,
     weights: str | None = None,
 ) -> None:
-    """`export_model` with its settings in one object, and its errors; `weights` as for `segjax.load`."""
+    """`export_model` with its settings in one object, and the same errors; `weights` is as for `segjax.load`."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write, open_file = _reader_and_writer(export_format)
     loaded = as_loaded(source, weights=weights)
@@ -347,24 +358,24 @@ def export(
     model = rounded(
         loaded.model, stored=jnp.dtype(export_format.dtype), computes_in=jnp.dtype(export_format.computes_in)
     )
-    # Before anything is compiled, so that a size that the model does not take is refused at once.
+    # Traced before anything is compiled, to refuse at once a size that the model does not take.
     image = jax.ShapeDtypeStruct((1, *export_format.size, model.in_channels), jnp.float32)
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
     logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.dtype)
     logger.info("exporting as %s; large models take minutes", export_format.format)
-    # Compiled first, so that what needs too much memory is refused at once.
+    # Compiled before the export, to refuse programs at once that need too much memory.
     programs = [
         (batch, size, compiled(model, export_format, batch, size))
         for batch, size in checked_sizes(export_format, model.size_multiple)
     ]
     with atomic.replacing_files(destination) as path:
         try:
-            # torch's error of a full disk has no reason in it.
+            # torch's error for a full disk does not state the reason.
             with atomic.naming(destination, path.parent):
                 write(path, model, export_format, file_metadata(loaded, export_format))
                 is_equal = _is_equal(open_file(path), loaded.model, model, export_format, programs)
         except Exception as error:
-            # Neither jax nor torch has an error class of its own for a program that depends on a size.
+            # Neither jax nor torch has an error class for a program that depends on a size.
             is_known = isinstance(error, OSError | CheckpointError) or memory.is_exhausted(error)
             if is_known or not export_format.dynamic:
                 raise
@@ -390,10 +401,14 @@ def _is_equal(
     export_format: ExportFormat,
     programs: Sequence[tuple[int, tuple[int, int], Callable]],
 ) -> bool:
-    """Whether file and model agree on street scenes; logs the largest errors.
+    """Whether file and model agree on street scenes. Logs the largest errors.
 
     Args:
-      programs: batches and sizes to compare at, each with what `compiled` returns for `model`.
+      run: Function that runs the file.
+      original: Model with its original weights.
+      model: Model with rounded weights.
+      export_format: Format of the file.
+      programs: Batches and sizes at which to compare, each with the result of `compiled` for `model`.
     """
     logger.info("comparing it with the model")
     bound, passed = BOUNDS[export_format.computes_in], True

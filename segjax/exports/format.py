@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx", "torch": ".pt2"}
 PLATFORMS = ("cpu", "cuda")
-# Opsets of an ONNX file: from that of TensorRT 8.6 and onnxruntime 1.12 to the newest that torch.onnx writes.
+# Opsets of an ONNX file, from that of TensorRT 8.6 and onnxruntime 1.12 to the newest that torch.onnx writes.
 OPSETS = range(17, 26)
-# Smallest side of an image, pixels, where sizes are dynamic. It gives two pixels in the smallest map of every family;
-# for a map of one pixel `torch.export` would trace another program.
+# Smallest side of an image, in pixels, with dynamic sizes. It gives at least two pixels in the smallest map of every
+# family; for a map of one pixel, `torch.export` would trace another program.
 LEAST = 64
 # Largest accepted error of a file, max |file - model| / max |model|, by the dtype of its computation. Both sides have
-# the same, possibly rounded weights. The largest that was measured in float32 is 2e-6; in 16 bits XLA rounds in another
+# the same, possibly rounded weights. The largest measured error in float32 is 2e-6; in 16 bits XLA rounds in another
 # order.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
@@ -30,16 +30,17 @@ class ExportFormat:
     """Format of an exported file.
 
     Attributes:
-      format: a key of `SUFFIXES`.
-      size: (height, width) of the images, pixels.
-      dynamic: whether batch, height and width are dynamic; otherwise the batch is 1.
-      preprocessing: whether the file normalises its images itself.
-      argmax: whether the output is labels instead of logits.
-      dtype: dtype of the stored weights, a key of `BOUNDS`.
-      opset: of an ONNX file, one of `OPSETS`; None for that of torch.onnx.
-      threshold: probability above which a pixel is of the class, in labels of models of one class.
-      mean, std: mean and standard deviation of the training images, a number for each channel.
-      image_kind: channels and dtype of the images that the model was trained on.
+      format: Key of `SUFFIXES`.
+      size: (height, width) of the images in pixels.
+      dynamic: Whether batch, height and width are dynamic; otherwise the batch is 1.
+      preprocessing: Whether the file normalises its images.
+      argmax: Whether the output is labels instead of logits.
+      dtype: Dtype of the stored weights, a key of `BOUNDS`.
+      opset: Opset of an ONNX file, one of `OPSETS`; None for the default of torch.onnx.
+      threshold: Probability above which a pixel belongs to the class, in labels of models of one class.
+      mean: Mean of the training images, one number per channel.
+      std: Standard deviation of the training images, one number per channel.
+      image_kind: Channels and dtype of the training images.
     """
 
     format: str
@@ -55,23 +56,23 @@ class ExportFormat:
     image_kind: specs.ImageKind = specs.RGB
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """Images (..., C) of any dtype, RGB in 0..255, -> normalised float32."""
+        """Images (..., C) of any dtype, RGB in 0..255 -> normalised float32."""
         from segjax.data.augment import normalise
 
         return normalise(images, self.mean, self.std)
 
     @property
     def channels_last(self) -> bool:
-        """Whether the file takes images (B, H, W, C), or else (B, C, H, W)."""
+        """Whether the file takes images (B, H, W, C) instead of (B, C, H, W)."""
         return self.preprocessing or self.format == "stablehlo"
 
     @property
     def input_dtype(self) -> str:
-        """The dtype of images that the file takes: with preprocessing their own, or float32 where that is unknown."""
+        """Dtype of the file's input: with preprocessing that of the training images if known, otherwise float32."""
         return (self.image_kind.dtype or "float32") if self.preprocessing else "float32"
 
     def input_shape(self, batch: Any, height: Any, width: Any) -> tuple[Any, ...]:
-        """The shape of images that the file takes, of any kind of numbers or symbols."""
+        """Shape of the file's input, from numbers or symbols."""
         channels = self.image_kind.channels
         return (batch, height, width, channels) if self.channels_last else (batch, channels, height, width)
 

@@ -1,4 +1,4 @@
-"""Writes and runs ONNX files, from the PyTorch reference."""
+"""Writes ONNX files, from the PyTorch reference, and runs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segjax.models.segmentation_model import SegmentationModel
 
 
 def require_onnx() -> None:
-    """Raises ModuleNotFoundError for a package that `write_onnx` or `open_onnx` lacks."""
+    """Raises ModuleNotFoundError if a package for `write_onnx` or `open_onnx` is missing."""
     import onnx
     import onnxruntime
     import onnxscript
@@ -26,7 +26,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
-    """Writes one file, weights included; each entry of `metadata` is JSON in the file's own metadata."""
+    """Writes one file with its weights. Each entry of `metadata` becomes JSON in the file's own metadata."""
     import onnx
 
     with torch_program.quiet():
@@ -39,7 +39,7 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
             verbose=False,
             # The optimiser would store 16-bit weights as float32.
             optimize=export_format.dtype == "float32",
-            # The exporter writes 18 and later ones.
+            # The exporter writes opset 18 and later.
             opset_version=None if export_format.opset is None else max(export_format.opset, 18),
         )
     # torch.onnx.export returns None only without dynamo.
@@ -52,7 +52,7 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
             f"opset {export_format.opset}: torch.onnx has written {opset_of(proto)}, since an operation has no other "
             "form; choose that, or a later one"
         )
-    # The oldest that has the opset, because a runtime refuses files of a newer one.
+    # The oldest IR version that has the opset, because a runtime refuses newer ones.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _name_sizes(proto, export_format)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
@@ -69,14 +69,14 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
 
 
 def opset_of(proto) -> int:
-    """The opset of ONNX's own operations in a model."""
+    """The version of ONNX's own operations in a model."""
     return next(entry.version for entry in proto.opset_import if not entry.domain)
 
 
 _NOT_NEW = object()
-# Attributes that operations of the models got with opset 18, and the value that means what 17 does.
+# Attributes of the models' operations that are new in opset 18, and the value that equals the behaviour of opset 17.
 _NEW_IN_18 = {
-    ("Split", "num_outputs"): None,  # Without sizes, 17 has equal parts for the outputs that there are.
+    ("Split", "num_outputs"): None,  # Any value: without sizes, 17 splits into equal parts for the outputs.
     ("Resize", "keep_aspect_ratio_policy"): b"stretch",
     ("Resize", "antialias"): 0,
     ("ReduceMean", "noop_with_empty_axes"): 0,
@@ -84,7 +84,7 @@ _NEW_IN_18 = {
 
 
 def _lower_to_17(proto) -> None:
-    """Turns a model of opset 18 into one of 17, whose check finds what else there is."""
+    """Turns a model of opset 18 into one of opset 17. The checker then finds operations that 17 does not have."""
     import onnx
 
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -97,7 +97,7 @@ def _lower_to_17(proto) -> None:
             if same is _NOT_NEW or same not in (None, value):
                 kept.append(attribute)
         if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
-            # With 18, the axes became an input.
+            # In opset 18, the axes became an input.
             axes.add(name := node.input.pop())
             kept.append(onnx.helper.make_attribute("axes", onnx.numpy_helper.to_array(constants[name]).tolist()))
         del node.attribute[:]

@@ -24,13 +24,13 @@ from segjax.models.segmentation_model import SegmentationModel
 def run_model(
     functional: FunctionalModel, params: Arrays, batch_stats: Arrays, images: jax.Array, *, export_format: ExportFormat
 ) -> jax.Array:
-    """The computation of the file on images (B, H, W, C): logits (B, h, w, K), or labels (B, H, W)."""
+    """The computation in the file: images (B, H, W, C) -> logits (B, h, w, K), or labels (B, H, W)."""
     if export_format.preprocessing:
         images = export_format.normalise(images)
     logits, _ = functional.bind(params, batch_stats)(images)
     if not export_format.argmax:
         return logits
-    # 8 bits, as in label images, where these are enough.
+    # uint8 where it suffices, as in label images.
     kind = jnp.uint8 if functional.spec.num_classes <= 256 else jnp.int32
     size = images.shape[1], images.shape[2]
     scores = layers.resize(logits, size, align_corners=functional.align_corners)
@@ -40,21 +40,21 @@ def run_model(
 def write_stablehlo(
     path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]
 ) -> None:
-    """Writes the program and, next to it, its metadata: a StableHLO file has no place for metadata."""
+    """Writes the program and, in a file next to it, its metadata, which a StableHLO file cannot store."""
     functional = FunctionalModel(model)
     params, batch_stats = functional.arrays()
     params = {name: value.astype(export_format.dtype) for name, value in params.items()}
 
     def on(platform):
         def run(params, batch_stats, images):
-            # Calls of cuDNN are not guaranteed to be understood by other versions.
+            # Not the GPU's implementations: other versions may not understand their calls of cuDNN.
             with choice.meant_for("cpu" if platform == "cpu" else "plain"):
                 return run_model(functional, params, batch_stats, images, export_format=export_format)
 
         return run
 
     def images_to_output(images):
-        # A file contains two implementations: those that are fast on a CPU are not fast on a GPU.
+        # A file contains two implementations, because those that are fast on a CPU are slow on a GPU.
         return lax.platform_dependent(params, batch_stats, images, **{name: on(name) for name in PLATFORMS})
 
     shape, channels = export_format.input_shape(1, *export_format.size), model.in_channels
@@ -72,7 +72,7 @@ def write_stablehlo(
 
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
-    """Keeps the folders of this machine, which name the source of each operation, out of a program."""
+    """Keeps the source locations of operations, with folders of this machine, out of a program."""
     name = "jax_traceback_in_locations_limit"
     before = jax.config.values[name]
     jax.config.update(name, 0)
@@ -83,7 +83,7 @@ def _without_locations() -> Iterator[None]:
 
 
 def metadata_path(path: Path) -> Path:
-    """The file of a StableHLO file's metadata, next to it."""
+    """The path of a StableHLO file's metadata, next to it."""
     return path.with_name(f"{path.name}.json")
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch reference with a model's weights as a program of `torch.export`, from which ONNX files are made too."""
+"""The PyTorch reference with a model's weights as a program of `torch.export`, also the source of ONNX files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ METADATA = "about.json"  # name of the extra file in a program
 
 
 class Program(torch.nn.Module):
-    """Images -> logits (B, K, h, w) or labels (B, H, W), by `export_format`.
+    """Images -> logits (B, K, h, w) or labels (B, H, W), as `export_format` describes.
 
-    Parameters are stored in the dtype of the format and converted to float32 where they are used.
+    Parameters are stored in the dtype of the format and converted to float32 for each use.
     """
 
     mean: Tensor
@@ -46,7 +46,7 @@ class Program(torch.nn.Module):
         self.register_buffer("std", std)
         bases = None
         if isinstance(model, SegNeXt):
-            # Otherwise the reference draws new bases at each call, as published; segjax has these in evaluation.
+            # segjax evaluates with fixed bases. Without them the reference draws new ones at each call, as published.
             ham = model.decode_head.hamburger
             bases = torch.from_numpy(evaluation_bases(ham.channels, ham.rank)).float()  # (C, R)
         self.register_buffer("bases", bases)
@@ -65,8 +65,8 @@ class Program(torch.nn.Module):
 
 
 def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.export.ExportedProgram:
-    """The program as a graph of operations, with symbolic sizes where the format is dynamic."""
-    # torch.export would take a batch of 1 for a constant.
+    """The program as a graph of operations, with symbolic sizes if the format is dynamic."""
+    # torch.export would treat a batch of 1 as a constant.
     batch, (height, width) = 2 if export_format.dynamic else 1, export_format.size
     axes = (1, 2) if export_format.channels_last else (2, 3)
     images = torch.zeros(
@@ -83,7 +83,7 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
         program = torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
     for graph_module in program.graph_module.modules():
         for node in getattr(getattr(graph_module, "graph", None), "nodes", ()):
-            # It names folders of this machine, and would be written with each operation.
+            # Stack traces contain folders of this machine, and would be written with each operation.
             node.meta.pop("stack_trace", None)
     return program
 
@@ -110,7 +110,7 @@ def quiet() -> Iterator[None]:
 def write_torch(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
     """Writes a program of `torch.export`, which PyTorch runs without segjax, with the metadata as an extra file.
 
-    It is not TorchScript, which PyTorch has deprecated and which checks no shapes.
+    It is not TorchScript, which is deprecated and checks no shapes.
     """
     with quiet():
         torch.export.save(traced(model, export_format), path, extra_files={METADATA: json.dumps(metadata)})

@@ -63,8 +63,8 @@ class Protocol:
         images.
       scales: Factors of the image size, or of `base_size`; probabilities are averaged.
       flip: Whether to score each scale mirrored too.
-      size_divisor: Number to whose multiples each scaled image is resized up, in a second resizing (mmsegmentation's
-        AlignedResize).
+      size_divisor: Divisor of the input's sides: each scaled image is resized again, up to multiples of it
+        (mmsegmentation's AlignedResize).
       base_size: (long, short) in pixels; each image, also in portrait format, is resized to the largest size of its
         aspect ratio whose longer and shorter sides fit (mmcv's Resize(scale=base_size, keep_ratio=True)). None keeps
         the size of the image.

@@ -126,7 +126,8 @@ def evaluate_dataset(
       stride: As for `segjax.Predictor`.
       scales: As for `segjax.Predictor`.
       flip: As for `segjax.Predictor`.
-      size_divisor: Number to whose multiples each scaled image is resized up (mmsegmentation's AlignedResize).
+      size_divisor: Divisor of the input's sides: each scaled image is resized up to multiples of it (mmsegmentation's
+        AlignedResize).
       base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales` are
         factors of it. The published figures of ADE20K have (2048, 512).
       threshold: Probability above which a pixel belongs to the class, for a model of one class.

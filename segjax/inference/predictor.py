@@ -79,14 +79,14 @@ class Predictor:
           scales: Factors of the image size; probabilities are averaged over them.
           flip: Whether to score each scale mirrored too. With several scales or flips, the probabilities of all classes
             for the whole image are in memory, even with mode "slide".
-          size_divisor: Number to whose multiples each scaled image is resized up (mmsegmentation's AlignedResize); 32
-            for SegFormer on ADE20K.
+          size_divisor: Divisor of the input's sides: each scaled image is resized up to multiples of it
+            (mmsegmentation's AlignedResize); 32 for SegFormer on ADE20K.
           base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales`
             are factors of it. (2048, 512) for models of ADE20K.
           threshold: Probability above which a pixel belongs to the class, for a model of one class.
-          pad_multiple: Number to whose multiples images are padded by reflection, at the bottom and right, so that
-            images of many sizes share programs. With 1, labels are exact; larger values change some of them (64, for a
-            SegFormer: in 8% of the pixels of scenes that are 96 to 160 pixels high).
+          pad_multiple: Divisor of the padded sides: images are padded by reflection, at the bottom and right, up to
+            multiples of it, so that images of many sizes share programs. With 1, labels are exact; larger values change
+            some of them (64, for a SegFormer: in 8% of the pixels of scenes that are 96 to 160 pixels high).
           batch: Number of images of one padded size, or of crops, per call of the model.
           scale: (low, high), the values of black and white in images with more than 8 bits; see
             `segjax.inference.images`.

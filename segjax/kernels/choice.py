@@ -27,7 +27,6 @@ def published_implementations() -> AbstractContextManager:
       A context manager.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from segjax import layers
       >>> with layers.published_implementations():
       ...     layers.is_fast_on_cpu(), layers.is_fast_on_gpu()
@@ -80,8 +79,8 @@ def is_fast_on_cpu() -> bool:
     bilinear resizing by whole factors about 1.2 of a whole forward pass of SegFormer-B0.
 
     Returns:
-      True on a CPU, or inside `meant_for("cpu")`; always False inside `published_implementations()` and under a mesh
-      with explicit axes.
+      True inside `meant_for("cpu")`, or on a CPU outside `meant_for`. Always False inside `published_implementations()`
+      and under a mesh with explicit axes.
 
     Example:
       >>> from segjax import layers
@@ -96,8 +95,8 @@ def is_fast_on_gpu() -> bool:
     """Tell whether models use the implementations that are fast on XLA's GPU backend.
 
     Returns:
-      True on a GPU, or inside `meant_for("cuda")`; always False inside `published_implementations()` and under a mesh
-      with explicit axes.
+      True inside `meant_for("cuda")`, or on a GPU outside `meant_for`. Always False inside
+      `published_implementations()` and under a mesh with explicit axes.
 
     Example:
       >>> from segjax import layers

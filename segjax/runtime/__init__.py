@@ -1,1 +1,1 @@
-"""What programs run on: devices, processes, the terminal and the disk. Imports nothing of segjax."""
+"""The environment of programs: devices, processes, the terminal and the disk. Imports nothing else from segjax."""

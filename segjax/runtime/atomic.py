@@ -1,12 +1,12 @@
-"""Atomic writes: a reader finds the complete old or the complete new file or folder, whenever the writer is killed.
+"""Atomic writes: a reader finds the complete old or the complete new file or folder, even if the writer is killed.
 
-Everything is written this way: a `.pth` or `.safetensors` (`checkpoints/save.py`), an orbax folder
-(`checkpoints/orbax_folder.py`), results and reports. Only the checkpoints of a run are written by orbax's own manager
-(`train/run_checkpoints.py`).
+segjax writes all its files this way: `.pth` and `.safetensors` (`checkpoints/save.py`), orbax folders
+(`checkpoints/orbax_folder.py`), results and reports. The only exceptions are the checkpoints of a run, which orbax's
+own manager writes (`train/run_checkpoints.py`).
 
 A new file is written under a temporary name next to its target and renamed at the end. Several writers of one target
-use different temporary names; the last one to finish wins. A writer keeps its temporary file locked: one that nobody
-has locked was left by a writer that was killed, and the next writer of the same target removes it.
+use different temporary names; the last one to finish wins. A writer keeps its temporary file locked. An unlocked
+temporary file was left by a killed writer, and the next writer of the same target removes it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ except ModuleNotFoundError:
     # On Windows the temporary files of killed writers stay.
     fcntl = None
 
-# Errors of a write when the disk, the quota or a limit on the size of files is exhausted.
+# Errors of a write if the disk is full, or a quota or the limit on file sizes is reached.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Name of the old folder, in the temporary one, between two renames.
+# Name of the old folder, inside the temporary one, between two renames.
 _RETIRED = "old"
 # Number of temporary names of a target that are checked for files of killed writers.
 _NAMES = 4
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Returns why nothing can be written in a folder that may not exist yet, or None where something can."""
+    """The reason why a folder, which need not exist, is not writable; None if it is."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         return f"{existing} is a file"
@@ -45,19 +45,19 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by text in UTF-8; its folder is made where it is missing."""
+    """Replaces `path` by text in UTF-8; creates its folder if missing."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields the name of an empty file to write; it replaces `path`, or is removed where the body raises.
+    """Yields the name of an empty file to write, which replaces `path`, or is removed if the body raises.
 
     Args:
-      path: the target; its folder is made where it is missing.
-      durable: whether to wait until the disk has the file, some milliseconds. Without, a power cut soon afterwards may
-        leave an empty file; for files of which there are many and which can be made again.
+      path: Target; its folder is created if missing.
+      durable: Whether to wait some milliseconds until the disk has the file. If False, a power cut shortly afterwards
+        may leave an empty file; this is for large numbers of files that can be made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=False) as temporary:
@@ -76,15 +76,14 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields the name of a folder to make; it replaces the folder `path`, or is removed where the body raises.
+    """Yields the name of a folder to create, which replaces the folder `path`, or is removed if the body raises.
 
-    Linux and macOS exchange two names in one step, so that there is a folder at `path` at every moment. On file systems
-    that cannot, there is none for the moment between two renames, and `recover` undoes the first one where the writer
-    was killed.
+    Linux and macOS exchange two names in one step, so a folder exists at `path` at every moment. On file systems
+    without this step, it is missing between two renames; if the writer was killed there, `recover` undoes the first.
 
     Args:
-      path: the target; the folder around it is made where it is missing.
-      durable: as of `replacing_file`.
+      path: Target; its parent folder is created if missing.
+      durable: As for `replacing_file`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=True) as around:
@@ -103,10 +102,10 @@ def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_files(path: Path) -> Iterator[Path]:
-    """Yields the name of `path` in an empty folder, to write it and files that belong to it next to it or below.
+    """Yields the name of `path` in an empty folder, for this file and its companions next to it or below.
 
-    They replace those of the same names around `path`; where the body raises, none does. Companions that are replaced
-    are removed first, and new ones arrive last: a writer that is killed leaves no companions of another version.
+    They replace the files of the same names around `path`; if the body raises, none is replaced. Old companions are
+    removed first, and new ones arrive last, so a killed writer leaves no companions of another version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=True) as folder:
@@ -129,32 +128,32 @@ def replacing_files(path: Path) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Puts the old folder back that a writer had moved away when it was killed, where names cannot be exchanged.
+    """Restores the old folder if a writer was killed after moving it away, on file systems that cannot exchange names.
 
-    Readers of a folder that is missing call it; writers of any kind do so first.
+    Readers call it for a missing folder, and all writers before they start.
     """
     if os.path.lexists(path):
         return
     for number in range(_NAMES):
         temporary = _name(path, number)
         if (temporary / _RETIRED).is_dir():
-            # Another user's folder, or a disk that may only be read: it stays where it is.
+            # The folder stays there if it belongs to another user or the disk is read-only.
             with contextlib.suppress(OSError), _locked(temporary, wait=False) as is_abandoned:
                 if is_abandoned and not os.path.lexists(path):
                     os.rename(temporary / _RETIRED, path)
 
 
 def clear(path: Path) -> None:
-    """Removes what killed writers of a target have left next to it, as the next writer of it does."""
+    """Removes files that killed writers of a target left next to it; every new writer does this too."""
     recover(path)
     for number in range(_NAMES):
         _remove_if_abandoned(_name(path, number))
 
 
 def full_disk(error: BaseException) -> int | None:
-    """The number, one of `NO_ROOM`, of the error of the system that made a write fail; None for other errors.
+    """The number, one of `NO_ROOM`, of the system error behind a failed write; None for other errors.
 
-    Writers in other languages (safetensors, tensorstore, array_record) only mention it in the text of theirs.
+    Writers in other languages (safetensors, tensorstore, array_record) mention it only in the text of their errors.
     """
     if isinstance(error, OSError):
         return error.errno if error.errno in NO_ROOM else None
@@ -163,11 +162,11 @@ def full_disk(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Has errors of a full disk name the target, of whatever type and text they are.
+    """Makes errors of a full disk, of any type and text, name the target.
 
     Args:
-      path: the target.
-      temporary: file or folder that is written, to recognise errors whose text has no reason, too.
+      path: Target.
+      temporary: File or folder that is being written, to also recognise errors whose text has no reason.
     """
     try:
         yield
@@ -178,7 +177,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def _is_full_now(error: Exception, temporary: Path) -> int | None:
-    """As `full_disk` where the text has no reason (torch): by a megabyte more in the largest file that was written."""
+    """`full_disk` for errors without a reason (torch), by writing one more megabyte to the largest file."""
     if isinstance(error, OSError | ValueError | KeyError):
         return None
     try:
@@ -192,7 +191,7 @@ def _is_full_now(error: Exception, temporary: Path) -> int | None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
-    """A new file or folder next to `path` that is locked while the body, which moves or removes it, runs."""
+    """A new file or folder next to `path`, locked while the body runs, which moves or removes it."""
     clear(path)
     for number in itertools.count():
         temporary = _name(path, number)
@@ -204,7 +203,7 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
         except FileExistsError:
             continue
         with _locked(temporary, wait=True) as is_own:
-            # False where another writer removed it as abandoned before it was locked.
+            # False if another writer removed it as abandoned before it was locked.
             if is_own:
                 yield temporary
                 return
@@ -212,7 +211,7 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
 def _name(path: Path, number: int) -> Path:
     name = path.name
-    # File systems allow 255 bytes. The digest is the same in every call, so that the next one finds what this one left.
+    # File systems allow 255 bytes. The digest is equal in every call, so later writers find the files of killed ones.
     if len(os.fsencode(name)) > 240:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(f".{name}.part{number}")
@@ -220,7 +219,7 @@ def _name(path: Path, number: int) -> Path:
 
 @contextlib.contextmanager
 def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
-    """Locks a temporary for the body; yields whether it is there and, unless `wait`, was not locked before."""
+    """Locks a temporary file for the body; yields whether it exists and, unless `wait`, was not locked before."""
     if fcntl is None:
         yield wait
         return
@@ -242,9 +241,9 @@ def _locked(temporary: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _open(temporary: Path) -> int:
-    """Opens a file for writing, since network file systems lock nothing else; a folder cannot be.
+    """Opens a file for writing, because network file systems lock no others; a folder is opened for reading.
 
-    The kind is not checked first, because another writer may remove a file or make a folder in between.
+    The kind is not checked first, because another writer may remove a file or create a folder in between.
     """
     try:
         return os.open(temporary, os.O_RDWR)
@@ -253,7 +252,7 @@ def _open(temporary: Path) -> int:
 
 
 def _is_at(handle: int, temporary: Path) -> bool:
-    """Whether a name still stands for the opened file or folder."""
+    """Whether a name still refers to the opened file or folder."""
     try:
         return os.path.samestat(os.fstat(handle), temporary.stat())
     except FileNotFoundError:
@@ -284,7 +283,7 @@ def _put(new: Path, path: Path, *, retired: Path) -> None:
             os.rename(new, path)
             return
         except OSError as error:
-            # Another writer was quicker.
+            # Another writer was faster.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     if not _exchange(new, path):
@@ -293,7 +292,7 @@ def _put(new: Path, path: Path, *, retired: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two names in one step; False where the system or the file system cannot."""
+    """Exchanges two names in one step; False if the system or the file system cannot."""
     library = None if sys.platform == "win32" else ctypes.CDLL(None)
     names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
     exchange, ignored = 2, -1

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
-# Stands for a space at which `filled` does not break a line.
+# A space at which `filled` does not break a line.
 NO_BREAK = "\0"
 
 
@@ -38,7 +38,7 @@ def wrapped(text: str) -> str:
 def filled(line: str, *, indent: str = "", width: int = 80) -> str:
     """One paragraph in lines of `width` columns; each `NO_BREAK` becomes a space."""
     settings = {"width": width, "break_long_words": False, "break_on_hyphens": False}
-    # textwrap counts characters. A wide one counts twice with a filler behind it, which `printable` lets no text have.
+    # textwrap counts characters. With a filler after it, a wide one counts twice; `printable` escapes fillers in text.
     filler = "\ue000"
     line = "".join(character + filler * (columns(character) - 1) for character in line)
     lines = textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)
@@ -46,23 +46,24 @@ def filled(line: str, *, indent: str = "", width: int = 80) -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
-    """Prints text, see `wrapped` and `show`."""
+    """Prints text as `show` does, with prose `wrapped`."""
     show(wrapped(printable(text)), to=to)
 
 
 def show(text: str, *, to: TextIO | None = None) -> None:
-    """Prints lines as they are, but `printable`; only the first of several processes prints.
+    """Prints lines unchanged except for `printable`; only the first of several processes prints.
 
-    They come above a `ProgressBar` if one is shown. Characters that the stream cannot encode are printed as escapes.
+    The lines appear above a visible `ProgressBar`. Characters that the stream cannot encode are printed as escapes.
 
     Args:
-      to: stream to print to; stdout by default.
+      text: Lines to print.
+      to: Stream to print to; by default stdout.
     """
     if not distributed.is_lead():
         return
     stream = sys.stdout if to is None else to
     if stream is None:
-        # A process without stdout or stderr.
+        # The process has no stdout or stderr.
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
@@ -75,14 +76,14 @@ def show(text: str, *, to: TextIO | None = None) -> None:
 
 # --------------------------------------------------------------------------------------------------- text from outside
 
-# Letters and marks that are drawn as nothing, in addition to what Unicode calls format characters.
+# Invisible letters and marks, in addition to Unicode's format characters.
 _UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 
 
 def printable(text: str) -> str:
-    """Text in which every character can be seen, except that line breaks stay.
+    """Text with visible characters and line breaks only.
 
-    Others that steer the terminal, change the order of what follows, or are drawn as nothing are replaced by escapes:
+    Escapes replace characters that control the terminal, change the order of the following text, or are invisible:
     control and format characters, bytes of file names that are not UTF-8 (which Python reads as surrogates), and
     characters for private use.
     """
@@ -90,12 +91,13 @@ def printable(text: str) -> str:
 
 
 def one_line(name: object, *, most: int | None = None) -> str:
-    """A name from outside (of a class, an image, a file) for people, on one line: `printable`, line breaks too.
+    """A name from outside (of a class, an image, a file) on one line, `printable`, with escaped line breaks.
 
     Args:
-      most: columns; the middle of a longer name is omitted.
+      name: Name.
+      most: Maximum number of columns; the middle of a longer name is omitted.
     """
-    # Before the escapes, which make a text longer, and so that a name of megabytes takes no time.
+    # Shortened before escapes make it longer, and so that a name of megabytes takes no time.
     text = str(name)
     if most is not None and len(text) > 4 * most:
         text = text[: 2 * most] + text[-2 * most :]
@@ -104,13 +106,13 @@ def one_line(name: object, *, most: int | None = None) -> str:
 
 
 def cell(name: object, width: int) -> str:
-    """A name as `one_line` has it, in exactly `width` columns of a table, flush left."""
+    """The result of `one_line` in exactly `width` columns of a table, flush left."""
     text = one_line(name, most=width)
     return text + " " * (width - columns(text))
 
 
 def columns(text: str) -> int:
-    """Number of columns that text takes on a terminal: East Asian wide characters take two, combining ones none."""
+    """Number of columns of a text on a terminal: two for East Asian wide characters, none for combining ones."""
     return sum(map(_columns_of, text))
 
 
@@ -126,18 +128,18 @@ def _shortened(text: str, most: int) -> str:
     if columns(text) <= most:
         return text
     head, tail = _beginning(text, most // 2), _beginning(text[::-1], most - 1 - most // 2)[::-1]
-    # Without marks whose letter was omitted.
+    # Combining marks whose letter is omitted are dropped.
     return f"{head}…{''.join(itertools.dropwhile(lambda character: not _columns_of(character), tail))}"
 
 
 def _beginning(text: str, most: int) -> str:
-    """As many characters as fit into so many columns."""
+    """The longest beginning of a text that fits into `most` columns."""
     widths = itertools.accumulate(map(_columns_of, text))
     return text[: sum(1 for _ in itertools.takewhile(lambda width: width <= most, widths))]
 
 
 def _is_seen(character: str) -> bool:
-    # `isprintable` is False for all spaces except the common one.
+    # `isprintable` is False for all spaces except the ASCII one.
     return (character.isprintable() and character not in _UNSEEN) or unicodedata.category(character) == "Zs"
 
 
@@ -147,7 +149,7 @@ def _escaped(character: str) -> str:
 
 @contextlib.contextmanager
 def log_to(show: Callable[[str], None]) -> Iterator[None]:
-    """Passes messages of the logger "segjax", from INFO on, to `show` instead of the handlers of the logger."""
+    """Passes messages of the logger "segjax", from INFO on, to `show` instead of the logger's handlers."""
     logger = logging.getLogger("segjax")
     handler = logging.Handler()
     handler.emit = lambda record: show(record.getMessage())
@@ -165,10 +167,10 @@ def log_to(show: Callable[[str], None]) -> Iterator[None]:
 def libraries_to(log: Path | None = None) -> Iterator[None]:
     """Keeps warnings of libraries off the terminal while the body runs; errors that they log are printed.
 
-    Native libraries write to the log what `native_log` keeps from the terminal.
+    The messages of native libraries that `native_log` keeps off the terminal go to the log.
 
     Args:
-      log: file that warnings and errors are appended to; its folder is not made. None: warnings go nowhere.
+      log: File to which warnings and errors are appended, in an existing folder; None discards warnings.
     """
 
     def write(kind: str, text: str) -> None:
@@ -187,7 +189,7 @@ def libraries_to(log: Path | None = None) -> Iterator[None]:
         write(category.__name__, str(message))
 
     root, records, shown = logging.getLogger(), Records(logging.WARNING), warnings.showwarning
-    # absl's own handler is one of the root's.
+    # The root logger's handlers include absl's.
     before = root.handlers
     root.handlers, warnings.showwarning = [records], show
     native_log.write_to(log)
@@ -198,15 +200,15 @@ def libraries_to(log: Path | None = None) -> Iterator[None]:
         root.handlers, warnings.showwarning = before, shown
 
 
-# Bars that are on the terminal, the last one on top.
+# Visible bars; the last one is on top.
 _bars: list[tqdm] = []
 
 
 class ProgressBar:
-    """A progress bar on a terminal; elsewhere a line every ten seconds. Of several processes the first shows it.
+    """A progress bar on a terminal, a line every ten seconds elsewhere. Only the first of several processes shows it.
 
     Attributes:
-      count: number of items that are done.
+      count: Number of completed items.
     """
 
     SECONDS = 10  # between two lines
@@ -215,10 +217,10 @@ class ProgressBar:
         """Shows the bar; the end of the context removes it.
 
         Args:
-          what: label in front of the count, or "".
-          total: number of items; None if unknown.
-          unit: name of the items; "B" for bytes.
-          start: number of items that were done before.
+          what: Label before the count, or "".
+          total: Number of items; None if unknown.
+          unit: Name of the items; "B" for bytes.
+          start: Number of items completed before.
         """
         self.count = start
         self._what, self._total, self._unit = one_line(what, most=40), total, unit
@@ -246,7 +248,7 @@ class ProgressBar:
             leave=False,
             unit_scale=is_bytes,
             ncols=80,
-            # Some terminals report no rows, and tqdm would show nothing.
+            # Set, because some terminals report no rows, and tqdm would show nothing.
             nrows=20,
         )
 
@@ -267,7 +269,7 @@ class ProgressBar:
 
     @property
     def rate(self) -> float | None:
-        """Items per second, without the first items, during which programs are compiled; None at the beginning."""
+        """Items per second, without the first items, which include compilation; None at the beginning."""
         if self._first is None:
             return None
         counted, seconds = self.count - self._first[0], time.perf_counter() - self._first[1]
@@ -279,9 +281,10 @@ class ProgressBar:
         """Adds `number` to the count.
 
         Args:
-          notes: texts next to the count; by default the rate.
-          left: seconds until the end, for lines; by default estimated from the rate.
-          now: whether a line is printed now, even if the last one is less than ten seconds old.
+          number: Number of completed items.
+          notes: Texts next to the count; by default the rate.
+          left: Seconds until the end, for lines; by default estimated from the rate.
+          now: Whether to print a line now, even if the last one is less than ten seconds old.
         """
         self.count += number
         rate, moment = self.rate, time.perf_counter()

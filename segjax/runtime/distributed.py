@@ -1,6 +1,6 @@
-"""Several processes of one run: how they connect, and what the first one does for all.
+"""Several processes of one run: connecting them, and work that the first one does for all.
 
-Importing it imports neither jax nor numpy.
+The import of this file imports neither jax nor numpy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ Result = TypeVar("Result")
 
 
 def initialize(coordinator: str | None, processes: int | None, number: int | None) -> None:
-    """Connects to the other processes; must come before the first computation.
+    """Connects to the other processes. Call it before the first computation.
+
+    JAX reads arguments that are None from the environment of the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
 
     Args:
-      coordinator: HOST:PORT of the first process. JAX reads whatever is None from the environment of the cluster
-        (SLURM, Open MPI, Kubernetes, Cloud TPU).
-      processes: number of processes.
-      number: index of this process, from 0.
+      coordinator: HOST:PORT of the first process, or None.
+      processes: Number of processes, or None.
+      number: Index of this process, from 0, or None.
 
     Raises:
-      ValueError: the processes did not connect, or the environment does not define what is None.
+      ValueError: The processes did not connect, or the environment does not define an argument that is None.
     """
     import jax
 
-    # Its handler of SIGTERM would replace that of the run.
+    # The service's handler of SIGTERM would replace that of the run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, processes, number)
@@ -44,14 +45,14 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
 
 def is_lead() -> bool:
     """Whether this is the process that prints, saves and draws."""
-    # A command prints before it imports jax. Then too, the index is read only where there are several processes: jax
-    # would start its backends for it, which takes seconds and memory of a GPU.
+    # A command prints before it imports jax. The index is read only if there are several processes, because jax starts
+    # its backends for it, which takes seconds and GPU memory.
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_lead(function: Callable[[], Result]) -> Result:
-    """Calls `function` in the first process; returns its result, or raises its exception, in every process."""
+    """Calls `function` in the first process, and returns its result, or raises its exception, in every process."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -73,7 +74,7 @@ def from_lead(function: Callable[[], Result]) -> Result:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process; each process has to call this."""
+    """Whether the flag is set in any process; each process must call this."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -82,9 +83,9 @@ def anywhere(flag: bool) -> bool:
 
 
 def leave(status: int) -> int:
-    """The exit status of a program that failed; one of several processes ends here, so that the others notice.
+    """Returns the exit status of a failed program. With several processes it ends this one, so that the others notice.
 
-    An orderly end would wait for them, and they for this one.
+    In a regular exit, this process would wait for the others, and they for this one.
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:

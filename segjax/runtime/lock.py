@@ -1,4 +1,4 @@
-"""One process at a time writes a run or prepares a dataset; the lock is freed when its holder dies, however it dies."""
+"""Locks, so that one process at a time writes a run or prepares a dataset. The death of its holder frees a lock."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from pathlib import Path
 try:
     import fcntl
 except ModuleNotFoundError:
-    # On Windows nothing is locked.
+    # Windows has no locks.
     fcntl = None
 
 
 class HeldError(ValueError):
-    """Another process holds a lock; the message names it."""
+    """Raised when another process holds a lock; the message names the process."""
 
 
 @contextlib.contextmanager
 def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
     """Holds a lock while the body runs.
 
-    Where there can be no lock, the body runs without one: on network file systems that have none, and where the file
-    cannot be made, so that the body can write nothing either and reports why.
+    The body runs without a lock on network file systems that have none, and if the file cannot be created. In the
+    latter case the body cannot write anything either, and reports why.
 
     Args:
-      path: file to lock. It is made, with the folders around it; the end removes it, and these folders if they are
-        empty. That of a killed process is taken over.
-      what: what the process writes, as the beginning of a sentence: "runs/a".
-      remedy: what to do where another process holds it, or what the caller does then, as the end of a sentence.
+      path: File to lock. It is created with its parent folders; the end removes it, and those folders if they are
+        empty. The file of a killed process is taken over.
+      what: Name of the thing that the process writes, as the beginning of a sentence: "runs/a".
+      remedy: Remedy if another process holds the lock, or the caller's reaction, as the end of a sentence.
 
     Raises:
-      HeldError: another process holds it, or another thread of this one.
+      HeldError: Another process, or another thread of this one, holds the lock.
     """
     if fcntl is None:
         yield
@@ -49,23 +49,23 @@ def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                # Still locked: another process that opened it before sees that its name is gone, and opens anew.
+                # Removed while locked: another process that has opened it sees that the name is gone, and tries again.
                 path.unlink()
             os.close(handle)
         with contextlib.suppress(OSError):
-            # From the inside to the outside, until one is not empty.
+            # Innermost first, until one is not empty.
             for folder in made:
                 folder.rmdir()
 
 
 def _locked(path: Path, what: str, remedy: str) -> int | None:
-    """A descriptor of the file, which it keeps locked; None where it cannot be made, or nothing can be locked."""
+    """A descriptor that keeps the file locked; None if the file cannot be created or locked."""
     assert fcntl is not None
-    # Again where another process has just removed the file, or the folder that it had made.
+    # Tries again if another process has just removed the file, or the folder that it had created.
     for _ in range(1000):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not a link: its target, which is elsewhere, would be written.
+            # Links are not followed: their targets would be written.
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except (FileNotFoundError, FileExistsError):
             continue
@@ -76,14 +76,14 @@ def _locked(path: Path, what: str, remedy: str) -> int | None:
             os.close(handle)
             raise HeldError(f"{what} is being written by {holder}: {remedy}") from None
         except OSError:
-            # Nothing can be locked here.
+            # The file system has no locks.
             os.close(handle)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.lstat()):
-                # It only informs, and a disk may be full.
+                # The name of the holder is only information, and the disk may be full.
                 with contextlib.suppress(OSError):
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, _own_name().encode(), 0)

@@ -1,4 +1,4 @@
-"""Memory that programs need and that devices have. Imports no jax."""
+"""The memory that programs need and that devices have. Does not import jax."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class TooLittleMemoryError(MemoryError):
-    """A program that needs more memory than a device has; the message has both numbers, and no remedy."""
+    """Raised when a program needs more memory than a device has; the message has both numbers but no remedy."""
 
 
 def host() -> int | None:
-    """Bytes of main memory that this process may hold: what is available now, and what it holds; None if unknown."""
+    """Bytes of main memory that this process may hold: those it holds, and those available now; None if unknown."""
     found = [left for left in (_available(), _left_of_cgroup()) if left is not None]
     return min(found) + _held() if found else _physical()
 
 
 def limit(device: Any, *, shared_by: int = 1) -> int | None:
-    """Bytes that a program may need on a device of jax, arguments and outputs included; None if unknown.
+    """Bytes that a program may need on a jax device, including arguments and outputs; None if unknown.
 
-    A CPU has those of the `host`, since the arguments of a program lie there.
+    For a CPU it is the memory of the `host`, which also holds the arguments of a program.
 
     Args:
-      shared_by: number of devices of this process, which share the memory of a CPU.
+      device: Device of jax.
+      shared_by: Number of devices of this process, which share the memory of a CPU.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -40,7 +41,7 @@ def limit(device: Any, *, shared_by: int = 1) -> int | None:
 
 
 def needed(compiled: Any) -> int | None:
-    """Bytes that a compiled program of jax needs on each device, arguments and outputs included; None if unknown."""
+    """Bytes that a compiled jax program needs on each device, including arguments and outputs; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -68,11 +69,12 @@ def for_decoded_images() -> float:
 
 
 def refuse_too_large(size: int | None, devices: Sequence[Any], *, what: str) -> None:
-    """Raises TooLittleMemoryError where a program does not fit into the memory of a device.
+    """Raises TooLittleMemoryError if a program does not fit into the memory of a device.
 
     Args:
-      size: bytes that it needs on each device, see `needed`.
-      devices: of this process. what: the subject of the message, in the singular.
+      size: Bytes that it needs on each device, from `needed`.
+      devices: Devices of this process.
+      what: Subject of the message, in the singular.
     """
     available = limit(devices[0], shared_by=len(devices))
     if size is not None and available is not None and size > available:
@@ -82,10 +84,11 @@ def refuse_too_large(size: int | None, devices: Sequence[Any], *, what: str) -> 
 
 
 def refuse_more_than_host(size: int, *, what: str) -> None:
-    """Raises TooLittleMemoryError where arrays do not fit into the memory of the `host`.
+    """Raises TooLittleMemoryError if arrays do not fit into the memory of the `host`.
 
     Args:
-      size: bytes that they need. what: the subject of the message, in the singular.
+      size: Bytes that they need.
+      what: Subject of the message, in the singular.
     """
     available = host()
     if available is not None and size > available:
@@ -95,7 +98,7 @@ def refuse_more_than_host(size: int, *, what: str) -> None:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether there was not enough memory, on a device or the host."""
+    """Whether an error means that a device or the host ran out of memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -107,7 +110,7 @@ def _available() -> int | None:
 
 
 def _physical() -> int | None:
-    """Bytes of main memory of the machine; None where the system does not report it."""
+    """Bytes of main memory of the machine; None if the system does not report them."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -121,9 +124,9 @@ def _held() -> int:
 
 
 def _left_of_cgroup() -> int | None:
-    """What is left of the limits of this process's groups, as of a container or a job; None without a limit.
+    """Bytes left of the limits of this process's control groups, such as a container or a job; None without a limit.
 
-    The limits of all groups around its own hold too: SLURM's is that of the job or the step, not of the task.
+    The limits of all enclosing groups apply too: SLURM limits the job or the step, not the task.
     """
     found = []
     for line in (_text(_PROC / "self" / "cgroup") or "").splitlines():
@@ -135,13 +138,13 @@ def _left_of_cgroup() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container the path may be that of the host, of which only the root is there.
+        # In a container, the path may be the host's, of which only the root exists here.
         inner = PurePosixPath(path.strip("/"))
         for folder in (inner, *inner.parents):
             most, used = (_text(root / folder / name) or "" for name in names)
             if most.strip().isdigit() and used.strip().isdigit():
                 stat = dict(entry.split() for entry in (_text(root / folder / "memory.stat") or "").splitlines())
-                # Cached files are freed when memory is needed.
+                # The kernel frees cached files when memory is needed.
                 found.append(max(0, int(most) - int(used) + int(stat.get(cache, 0))))
     return min(found, default=None)
 
@@ -154,10 +157,10 @@ def _text(path: Path) -> str | None:
 
 
 def release_freed_memory() -> None:
-    """Hands the freed memory that glibc keeps back to the kernel.
+    """Returns the freed memory that glibc keeps to the kernel.
 
-    Blocks of different sizes, freed in the order of several threads, leave gaps that later ones do not fit into: where
-    freed memory is kept, a process grows with the number of its steps. With another C library it does nothing.
+    Blocks of different sizes that several threads free leave gaps, which do not fit later blocks. So a process that
+    keeps freed memory grows with the number of its steps. Without glibc it does nothing.
     """
     if trim := glibc("malloc_trim"):
         trim(0)
@@ -165,7 +168,7 @@ def release_freed_memory() -> None:
 
 @functools.cache
 def glibc(name: str) -> Callable[..., int] | None:
-    """A function of glibc; None with another C library."""
+    """A function of glibc; None without glibc."""
     if not sys.platform.startswith("linux"):
         return None
     try:

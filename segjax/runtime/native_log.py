@@ -1,9 +1,10 @@
-"""Log messages of native libraries (XLA, CUDA) on file descriptor 2: kept from the terminal by a process of their own.
+"""Keeps log messages of native libraries (XLA, CUDA) on file descriptor 2 off the terminal, by a separate process.
 
-`divert` starts this file as a program, which reads what this process and its children write to descriptor 2. It passes
-on everything that is no record of such a log at once; the records go to the log of the run. A thread could not do that:
-what it had not read would be lost with a process that crashes. If this process ends without `end`, it has crashed, and
-its last records are printed after all. Costs a few milliseconds of each command. Imports nothing of segjax.
+`divert` starts this file as a program, the reader, which reads the output of this process and its children to
+descriptor 2. The reader sends records of such logs to the log of the run, and passes on everything else at once. A
+thread could not do this: a crash of the process would lose the output that the thread had not read. If the process ends
+without `end`, it has crashed, and the reader prints its last records. This costs each command a few milliseconds. The
+file imports nothing from segjax.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ import time
 from collections import deque
 from pathlib import Path
 
-# Where messages of this process itself go: the terminal, also while descriptor 2 is diverted.
+# Descriptor of the terminal, also while descriptor 2 is diverted, for messages of this process itself.
 terminal = 2
 _orders: int | None = None  # the writing end of the pipe; None while nothing is diverted
 
 # Signals that do not end the reader.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# Orders begin with a byte that no message has.
+# Orders to the reader begin with a byte that no message has.
 _END, _SHOW, _LOG = b"\0end", b"\0show", b"\0log "
 
 
 def divert() -> None:
-    """Diverts descriptor 2 of this process; `sys.stderr` stays the terminal. Only for the process of a command."""
+    """Diverts descriptor 2 of a command's process; `sys.stderr` remains the terminal."""
     global terminal, _orders
-    # A process without stderr, where nothing can be printed, is left as it is.
+    # A process without stderr cannot print, and is left unchanged.
     if _orders is not None or os.name != "posix" or sys.stderr is None or not sys.executable:
         return
     with contextlib.suppress(OSError):
         own, (reading, writing) = os.dup(2), os.pipe()
-        # Not subprocess, which warns of a process that nobody waits for: this one ends with the last writer.
+        # Not subprocess, which warns of a process without a waiter; this one ends with the last writer.
         os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", __file__],
@@ -55,17 +56,17 @@ def divert() -> None:
 
 
 def end() -> None:
-    """Reports that this process ends by itself, so that no record is printed."""
+    """Tells the reader that this process ends regularly, so that it prints no records."""
     _order(_END)
 
 
 def show() -> None:
-    """Prints the last records: for an error whose cause they may name."""
+    """Prints the last records, for an error whose cause they may name."""
     _order(_SHOW)
 
 
 def write_to(log: Path | None) -> None:
-    """Appends the following records to a file; None: they go nowhere."""
+    """Appends subsequent records to a file; None discards them."""
     _order(_LOG + (b"" if log is None else os.fsencode(log.absolute()).hex().encode()))
 
 
@@ -78,23 +79,23 @@ def _order(order: bytes) -> None:
 # ---------------------------------------------------------------------------------- the program that is started
 
 _ORDER = re.compile(rb"\0(?:end|show|log [0-9a-f]*)(?=\n)")
-# The beginning of a record below FATAL, of absl and of older libraries: severity, time, thread, place.
+# Beginning of a record below FATAL, by absl and by older libraries: severity, time, thread, source location.
 _RECORD = re.compile(
     rb"[IWE]\d{4} \d\d:\d\d:\d+\.\d+ +\d+ \S+:\d+\]|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWE] \S+:\d+\]"
     rb"|WARNING: All log messages before absl::InitializeLog"
 )
-# Lines that follow such a record: XLA's about a slow compilation.
+# Lines that continue such a record: XLA's message about a slow compilation.
 _SLOW = b"slow_operation_alarm.cc"
 _FOLLOWING = re.compile(
     rb"\s*$|\*+\s*$|\s*%|\[?Compiling |\[.*Very slow compile\?|Very slow compile\?|The operation took "
     rb"|This isn't necessarily a bug|If you'd like to file a bug|.*run with envvar XLA_FLAGS"
 )
-_KEPT = 50  # records that a crash prints
+_KEPT = 50  # number of records printed after a crash
 _PAUSE = 0.05  # seconds after which an unfinished line is passed on
 
 
 class _Reader:
-    """Handles what was written to descriptor 2, line by line."""
+    """Handles the output to descriptor 2, line by line."""
 
     def __init__(self) -> None:
         self.has_ended = False
@@ -103,9 +104,9 @@ class _Reader:
         self._is_slow = False
 
     def take(self, line: bytes) -> None:
-        """Handles a line with its end, if it has one."""
+        """Handles a line, including its line break if there is one."""
         if match := _ORDER.search(line):
-            # An unfinished line may stand in front of it.
+            # An unfinished line may precede the order.
             if line[: match.start()]:
                 self.take(line[: match.start()])
             self._obey(match[0])
@@ -142,7 +143,7 @@ def _print(text: bytes) -> None:
 
 
 def _main() -> None:
-    # In a session of its own no Ctrl-C reaches it.
+    # In its own session it receives no Ctrl-C.
     with contextlib.suppress(OSError):
         os.setsid()
     reader, rest = _Reader(), b""

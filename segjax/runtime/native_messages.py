@@ -1,6 +1,6 @@
-"""Messages that native libraries print on file descriptor 2 (libjpeg, libpng, OpenCV), kept from the terminal.
+"""Captures messages that native libraries (libjpeg, libpng, OpenCV) print to file descriptor 2.
 
-libjpeg fills damaged parts of an image and reports that on stderr only: what it printed is the evidence of damage.
+libjpeg fills damaged parts of an image and reports this only on stderr: its messages are the evidence of damage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, TypeVar
 
 Result = TypeVar("Result")
 
-# What these libraries print; everything else is Python's own, or another library's, and is passed on.
+# Messages of these libraries. All others, from Python or other libraries, are passed on.
 _NATIVE = re.compile(
     rb"(?:Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Invalid SOS parameters|Unknown Adobe color"
     rb"|Warning: unknown JFIF|_tiff\w+Proc|libpng (?:warning|error)|\[ ?(?:INFO|WARN|ERROR|FATAL):\d+@|OpenCV)[^\n]*\n?"
@@ -26,17 +26,17 @@ _NATIVE = re.compile(
 
 # Guards everything below. Several threads share one capture, because descriptor 2 belongs to the whole process.
 _changed = threading.Condition()
-_running = 0  # calls that are being captured
-_begun = 0  # calls that were ever begun
-_is_alone = False  # whether the call that runs admits no other
-_file: IO[bytes] | None = None  # what descriptor 2 stands for meanwhile; kept, because to make one takes 0.1 ms
-_terminal: int | None = None  # what it stood for before; None while nothing is captured
-_passed_on = 0  # bytes of the file that were looked through
+_running = 0  # number of calls that are being captured
+_begun = 0  # number of calls so far
+_is_alone = False  # whether the running call admits no other
+_file: IO[bytes] | None = None  # target of descriptor 2 meanwhile; reused, because creating one takes 0.1 ms
+_terminal: int | None = None  # target of descriptor 2 before; None while nothing is captured
+_passed_on = 0  # number of bytes of the file that were examined
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Keeps messages of these libraries from the terminal while the body runs; they go to the log, at DEBUG."""
+    """Keeps messages of these libraries off the terminal while the body runs, and logs them at DEBUG."""
     _begin(alone=False)
     try:
         yield
@@ -45,9 +45,9 @@ def silenced() -> Iterator[None]:
 
 
 def captured(function: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """The result of a function, and the lines that these libraries printed while it ran.
+    """The result of a function, and the lines that these libraries printed during its call.
 
-    If calls of several threads ran at the same time and one of them printed, each is repeated on its own.
+    If calls of several threads overlapped and one of them printed, each call is repeated by itself.
     """
     result, lines, is_own = _once(function, alone=False)
     if lines and not is_own:
@@ -56,7 +56,7 @@ def captured(function: Callable[[], Result]) -> tuple[Result, list[str]]:
 
 
 def _once(function: Callable[[], Result], *, alone: bool) -> tuple[Result, list[str], bool]:
-    """The result, the lines that were printed, and whether no other call ran at the same time."""
+    """The result, the printed lines, and whether no other call ran at the same time."""
     start, number, is_first = _begin(alone=alone)
     lines, is_last = [], False
     try:
@@ -67,10 +67,10 @@ def _once(function: Callable[[], Result], *, alone: bool) -> tuple[Result, list[
 
 
 def _begin(*, alone: bool) -> tuple[int, int, bool]:
-    """The length of the file, the number of the call, and whether no other is running.
+    """The length of the file, the number of the call, and whether no other call is running.
 
     Raises:
-      OSError: messages cannot be captured; without them, damage would go unseen.
+      OSError: Messages cannot be captured, so damage would go unnoticed.
     """
     global _running, _begun, _is_alone, _file, _terminal
     with _changed:
@@ -87,16 +87,16 @@ def _begin(*, alone: bool) -> tuple[int, int, bool]:
 
 
 def _made() -> IO[bytes]:
-    """A file in memory, or in a temporary folder where the system has none."""
+    """A file in memory, or in a temporary folder if the system has no files in memory."""
     with contextlib.suppress(OSError, AttributeError):
         return os.fdopen(os.memfd_create("messages"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
 
 
 def _diverted(file: IO[bytes]) -> int | None:
-    """Puts a file in the place of descriptor 2; returns a descriptor of what was there.
+    """Redirects descriptor 2 to a file, and returns a descriptor of its previous target.
 
-    None for a process without stderr, where nothing can be printed; it is left as it is.
+    A process without stderr cannot print; it is left unchanged, and the result is None.
     """
     try:
         terminal = os.dup(2)
@@ -113,9 +113,9 @@ def _diverted(file: IO[bytes]) -> int | None:
 
 
 def _end(start: int, number: int = 0) -> tuple[list[str], bool]:
-    """Native lines from `start` on, and whether no call began after this one, which has a `number`.
+    """Native lines from `start` on, and whether no call began after this one, the call `number`.
 
-    What else was printed is passed on, and the last call restores descriptor 2.
+    Other printed text is passed on to the terminal. The last running call restores descriptor 2.
     """
     global _running, _is_alone, _terminal, _passed_on
     lines: list[bytes] = []
@@ -124,7 +124,7 @@ def _end(start: int, number: int = 0) -> tuple[list[str], bool]:
         _is_alone = False
         if _file is not None and _terminal is not None:
             if not _running:
-                # First, so that nothing is printed to the file after it was read.
+                # Restored first, so that nothing is printed to the file after it is read.
                 os.dup2(_terminal, 2)
             size = os.fstat(_file.fileno()).st_size
             content = os.pread(_file.fileno(), size - _passed_on, _passed_on)
@@ -149,7 +149,7 @@ def _end(start: int, number: int = 0) -> tuple[list[str], bool]:
 
 
 def _forget() -> None:
-    """In a forked child, whose threads that were in a call do not run: descriptor 2 as before."""
+    """Restores descriptor 2 in a forked child, where the threads of running calls do not exist."""
     global _changed, _running, _is_alone, _file, _terminal, _passed_on
     if _terminal is not None:
         os.dup2(_terminal, 2)

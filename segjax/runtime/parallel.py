@@ -1,4 +1,4 @@
-"""Data parallelism: where arrays live and how a step is compiled for several devices, by `jit` or by `pmap`."""
+"""Data parallelism by `jit` or `pmap`: the placement of arrays, and the compilation of steps for several devices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
-    # jax.Device, which a type checker takes for a variable.
+    # This is jax.Device, which type checkers take for a variable.
     from jaxlib._jax import Device
 
 AXIS = "data"
-# An array that every device holds, and one that is split over its first axis.
+# Partition specs of an array that every device holds, and of an array that is split over its first axis.
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 
@@ -26,8 +26,9 @@ WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 def compiler_options(platform: str) -> dict[str, int] | None:
     """XLA options for a platform, "cpu" or "gpu": `jax.jit(..., compiler_options=compiler_options(platform))`.
 
-    By default XLA:CPU uses half the width of AVX-512's registers. Time with the option / without, two cores: SegNeXt-T
-    inference, 1x512x512, 0.89; the other models 0.95 to 1.0. None where this XLA does not know the option.
+    By default XLA:CPU uses half the width of AVX-512's registers. Time with the option / without, on two cores:
+    SegNeXt-T inference, 1x512x512, 0.89; the other models 0.95 to 1.0. The result is None if XLA does not know the
+    option.
     """
     if platform != "cpu":
         return None
@@ -40,19 +41,20 @@ def compiler_options(platform: str) -> dict[str, int] | None:
 
 
 class Parallel(abc.ABC):
-    """How a run uses its devices; `JitParallel` and `PmapParallel` implement it, `parallel_for` chooses.
+    """Interface to the devices of a run, implemented by `JitParallel` and `PmapParallel`; `parallel_for` chooses.
 
-    The result equals that of one device with the whole batch. Of several processes, each calls the same methods in the
-    same order.
+    The result equals that of one device with the whole batch. Several processes must call the same methods in the same
+    order.
 
     Attributes:
-      kind: the setting `parallel` of a run, "jit" or "pmap".
-      devices: the devices that share a batch, those of other processes included.
-      own_devices: the devices of this process.
-      axis_name: name of the mapped axis, which `BatchNorm` and the drop layers need to know,
-        `model.set_attributes(axis_name=...)`; None where the compiler sees whole arrays.
-      whole: sharding of an array that every device holds. split: sharding of an array split over its first axis.
-      compiles_ahead: whether `compile_train(...)` can be lowered and compiled before its first call.
+      kind: The setting `parallel` of a run, "jit" or "pmap".
+      devices: The devices that share a batch, including those of other processes.
+      own_devices: The devices of this process.
+      axis_name: Name of the mapped axis, which `BatchNorm` and the drop layers need,
+        `model.set_attributes(axis_name=...)`; None if the compiler sees whole arrays.
+      whole: Sharding of an array that every device holds.
+      split: Sharding of an array split over its first axis.
+      compiles_ahead: Whether `compile_train(...)` can be lowered and compiled before its first call.
     """
 
     kind: str
@@ -62,57 +64,57 @@ class Parallel(abc.ABC):
     split: NamedSharding
 
     def __init__(self, devices: Sequence[Device] | None = None):
-        """Takes `devices`, by default all of them."""
+        """Uses `devices`, by default all."""
         self.devices = jax.devices() if devices is None else list(devices)
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
         self.own_devices = list(self._mesh.local_mesh.devices)
 
     def check(self, batch_size: int) -> None:
-        """Raises ValueError where a batch cannot be split evenly."""
+        """Raises ValueError if a batch does not split evenly."""
         if batch_size % len(self.devices):
             raise ValueError(f"a batch of {batch_size} does not divide among {len(self.devices)} devices")
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Rows of a batch that the devices of this process hold, in their order: int64 (b,)."""
+        """Rows of a batch on the devices of this process, in the order of the devices: int64 (b,)."""
         share = batch_size // len(self.devices)
         own = [place for place, device in enumerate(self.devices) if device in self.own_devices]
         return np.concatenate([np.arange(place * share, (place + 1) * share) for place in own])
 
     def scalars(self, steps: Sequence[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
-        """Scalars that `steps` training steps returned: an array (steps,) by name, on the host."""
+        """The scalars of several training steps, as arrays (steps,) by name on the host."""
         rows = [{name: np.ravel(value)[0] for name, value in row.items()} for row in jax.device_get(steps)]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     @abc.abstractmethod
     def replicate(self, tree: Any) -> Any:
-        """The arrays of `tree` on every device, as `compile_train` takes them."""
+        """Copies the arrays of `tree` to every device, in the layout for `compile_train`."""
 
     @abc.abstractmethod
     def fetch(self, tree: Any) -> Any:
-        """Undoes `replicate`: one copy of every array, on the host, which no later step can change."""
+        """The inverse of `replicate`: one copy of every array on the host, which no later step can change."""
 
     @abc.abstractmethod
     def spread(self, batch: Any) -> Any:
-        """Arrays (b, ...) of this process's `rows` -> the batch on the devices, as `compile_train` takes it."""
+        """Arrays (b, ...) of this process's `rows` -> the batch on the devices, in the layout for `compile_train`."""
 
     @abc.abstractmethod
     def batch(self, gather: Callable) -> Callable:
-        """Compiles `gather(arrays, rows) -> batch`, where every device makes its own part of the batch.
+        """Compiles `gather(arrays, rows) -> batch`, so that every device makes its own part of the batch.
 
         Returns:
-          A function of `arrays`, which every device holds (`whole`), and of `rows`, a tree of arrays (B, ...) with an
-          entry for each sample of the whole batch. It returns the batch as `compile_train` takes it.
+          Function of `arrays`, which every device holds (`whole`), and of `rows`, a tree of arrays (B, ...) with an
+          entry for each sample of the whole batch. It returns the batch in the layout for `compile_train`.
         """
 
     @abc.abstractmethod
     def compile_train(self, body: Callable) -> Callable:
-        """Compiles `body(state, batch, key, axis_name=...) -> (state, scalars)`; the state given to it is donated."""
+        """Compiles `body(state, batch, key, axis_name=...) -> (state, scalars)`, which donates its argument `state`."""
 
 
 class JitParallel(Parallel):
     """`jax.jit` over a mesh of all devices: the compiler sees whole arrays and inserts the communication.
 
-    The arrays of several processes are global: they span the devices of all of them.
+    With several processes, arrays are global: they span the devices of all processes.
     """
 
     kind = "jit"
@@ -150,7 +152,7 @@ class PmapParallel(Parallel):
         super().__init__(devices)
         own = self._mesh.local_mesh
         self.whole, self.split = NamedSharding(own, WHOLE), NamedSharding(own, SPLIT)
-        # Lowering wants the arrays of all processes, of which each has only its own.
+        # Lowering needs the arrays of all processes, but each process has only its own.
         self.compiles_ahead = len(self.own_devices) == len(self.devices)
 
     def _by_device(self, array):
@@ -181,28 +183,28 @@ class PmapParallel(Parallel):
 
 
 class ShardMapParallel(JitParallel):
-    """`pmap` for a jax without `jax.pmap`: `jax.shard_map` inside `jit`, on arrays laid out as `JitParallel` has them.
+    """`pmap` for a jax without `jax.pmap`: `jax.shard_map` inside `jit`, with the array layout of `JitParallel`.
 
-    Every device runs the same body as under `PmapParallel`, and gives the same bits.
+    Every device runs the same body as under `PmapParallel`, with bitwise equal results.
     """
 
     kind, axis_name = "pmap", AXIS
 
     def _mapped(self, body: Callable, in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Callable:
-        # With check_vma=True the gradients of replicated parameters would be summed already, and by the body again.
+        # With check_vma=True, jax would sum the gradients of replicated parameters, which the body sums itself.
         return jax.shard_map(body, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def compile_train(self, body: Callable) -> Callable:
         mapped = self._mapped(partial(body, axis_name=AXIS), (WHOLE, SPLIT, WHOLE), WHOLE)
-        # Without compiler options, which pmap does not take either.
+        # No compiler options, which pmap does not accept either.
         return jax.jit(mapped, donate_argnums=0)
 
 
 def parallel_for(kind: str, devices: Sequence[Device] | None = None) -> Parallel:
-    """The implementation for the setting `parallel` of a run, on `devices` or else on all of them.
+    """The implementation for the setting `parallel` of a run, on `devices`, by default all.
 
     Raises:
-      ValueError: a kind other than "jit" and "pmap".
+      ValueError: A kind other than "jit" and "pmap".
     """
     if kind == "jit":
         return JitParallel(devices)

@@ -1,6 +1,6 @@
-"""Reading files from elsewhere: what is no regular file, or too large, is refused before it is read.
+"""Reads files from elsewhere, and refuses before reading those that are not regular or too large.
 
-A FIFO or a device never ends, and JSON from elsewhere may be nested too deeply or hold other types than expected.
+A FIFO or a device never ends, and JSON from elsewhere may be nested too deeply or contain unexpected types.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, BinaryIO, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-# Bytes of the largest file that is read as a whole where the caller names no limit; JSON of any dataset is far smaller.
+# Default size limit, in bytes, of files that are read completely; the JSON of any dataset is far smaller.
 MOST = 1 << 30
 
 Content = TypeVar("Content")
 
 
 class UnreadableError(ValueError):
-    """A file that cannot be read as what it should be; the message names the file, and in JSON the key."""
+    """Raised when a file does not have the expected kind or content; the message names the file, and the JSON key."""
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The path in which ~ and ~NAME at the beginning stand for a home folder.
+    """The path with ~ or ~NAME at its beginning replaced by the home folder.
 
     Raises:
-      UnreadableError: the system knows no such user.
+      UnreadableError: The system knows no such user.
     """
     try:
         return Path(path).expanduser()
@@ -39,18 +39,18 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file, or a link to one, for reading; never waits for a writer.
+    """Opens a regular file, or a link to one, for reading, without waiting for a writer.
 
     Raises:
-      UnreadableError: something else is there: a folder, FIFO, socket or device.
-      OSError: there is nothing, or it may not be read.
+      UnreadableError: The path is a folder, FIFO, socket or device.
+      OSError: The path does not exist or may not be read.
     """
-    # O_NONBLOCK: to open a FIFO would wait for its writer. The kind is that of what was opened, not of a name that may
-    # stand for something else a moment later.
+    # O_NONBLOCK, because opening a FIFO would wait for its writer. The kind is checked on the opened file, because the
+    # name may refer to another one a moment later.
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError:
-        # The system itself opens no sockets, and on Windows no folders; it does not say why.
+        # The system refuses sockets, and on Windows folders, without a clear reason.
         if path.exists():
             refuse_irregular(path)
         raise
@@ -70,7 +70,7 @@ def _kind(mode: int) -> str:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raises UnreadableError where something other than a regular file is there: for libraries that open by name."""
+    """Raises UnreadableError if the path is not a regular file; for libraries that open files by name."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise UnreadableError(f"{path}: {_kind(mode)}, not a file")
@@ -80,11 +80,11 @@ def read_bytes(path: Path, *, most: int = MOST) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
     Raises:
-      UnreadableError: it is something else, or larger.
-      OSError: there is nothing, or it may not be read.
+      UnreadableError: The path is not a regular file, or the file is larger.
+      OSError: The path does not exist or may not be read.
     """
     with open_regular(path) as file:
-        # One byte more, since files grow, and those of /proc have no size.
+        # Reads one byte more instead of asking for the size: files grow, and those of /proc have no size.
         data = file.read(most + 1)
     if len(data) > most:
         raise UnreadableError(f"{path}: larger than {most:,} bytes, which no such file is")
@@ -92,21 +92,22 @@ def read_bytes(path: Path, *, most: int = MOST) -> bytes:
 
 
 def read_json(path: Path, type_: Any = dict[str, Any], *, most: int = MOST) -> Any:
-    """The JSON of a file, of the expected types.
+    """The JSON in a file, with checked types.
 
     Args:
-      type_: type of the content, as pydantic checks it: a generic type, or a TypedDict (of
-        typing_extensions, for Python 3.11).
+      path: File.
+      type_: Type of the content for pydantic: a generic type, or a TypedDict (from typing_extensions, for Python 3.11).
+      most: Maximum size of the file in bytes.
 
     Raises:
-      UnreadableError: it is no regular file, no JSON, or of other types; the message names the key.
-      OSError: there is nothing, or it may not be read.
+      UnreadableError: The file is not regular, not JSON, or has other types; the message names the key.
+      OSError: The path does not exist or may not be read.
     """
     return parse_json(read_bytes(path, most=most), type_, name=path)
 
 
 def parse_json(data: bytes | str, type_: Any = dict[str, Any], *, name: object) -> Any:
-    """The same for JSON in memory; `name` stands in messages for where it came from."""
+    """`read_json` for JSON in memory; `name` is its origin in messages."""
     data = data.removeprefix(b"\xef\xbb\xbf") if isinstance(data, bytes) else data
     try:
         content = from_json(data)
@@ -119,7 +120,7 @@ def parse_json(data: bytes | str, type_: Any = dict[str, Any], *, name: object) 
 
 
 def _with_surrogates(data: bytes | str) -> Any:
-    """JSON with escapes of lone surrogates, as Python writes file names that are not UTF-8; None for no JSON."""
+    """Parses JSON with escapes of lone surrogates, as Python writes file names that are not UTF-8; None if invalid."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -127,12 +128,12 @@ def _with_surrogates(data: bytes | str) -> Any:
 
 
 def checked(content: object, type_: Any, *, name: object) -> Any:
-    """The content itself, whose types were checked: nothing is converted, and keys that a TypedDict lacks stay.
+    """Returns the content after a check of its types, unconverted and with keys that a TypedDict lacks.
 
-    A whole number may stand for a float; `pydantic.FiniteFloat` refuses NaN and infinity.
+    A whole number is accepted as a float; `pydantic.FiniteFloat` refuses NaN and infinity.
 
     Raises:
-      UnreadableError: it has other types; the message names the first key that does.
+      UnreadableError: The content has other types; the message names the first such key.
     """
     try:
         _adapter(type_).validate_python(content, strict=True)

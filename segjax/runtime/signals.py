@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM in commands: answered at once, also while native code runs, and never lost.
+"""Response of commands to Ctrl-C and SIGTERM: immediate, also while native code runs, and never lost.
 
-Python runs a handler of a signal only between two bytecodes of the main thread, which a compilation by XLA or an import
-keeps busy for seconds to minutes. Here a thread reads the numbers of signals as they arrive
-(`signal.set_wakeup_fd`), so that a person sees at once that the first was heard, and the second ends the process.
+Python runs a signal handler only between two bytecodes of the main thread. A compilation by XLA or an import keeps that
+thread busy for seconds to minutes. So a separate thread reads the numbers of signals as they arrive
+(`signal.set_wakeup_fd`): the user sees at once that the first signal was received, and the second ends the process.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from types import FrameType
 from segjax.runtime import native_log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds that a program has to end by itself: after the first signal before anything is printed, and after the second
+# Seconds in which a program may end by itself: after the first signal, before anything is printed; after the second,
 # before the process is ended.
 PATIENCE = 0.5
-# What the thread reads instead of the number of a signal.
+# Bytes that the thread may read instead of the number of a signal.
 _END, _LOST = 0, 255
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 def status_of(number: int) -> int:
-    """The status that a shell reports for a program ended by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The exit status for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + number
 
 
 @contextlib.contextmanager
 def answered(handler: Handler, *, first: str, second: str, patience: float = 0.01) -> Iterator[Callable[[], None]]:
-    """Answers signals while the body runs, if this is the main thread. One that the process ignores stays ignored.
+    """Answers signals while the body runs, if this is the main thread. Ignored signals stay ignored.
 
     Args:
-      handler: called in the main thread for every signal, as by `signal.signal`.
-      first: line that is printed after the first signal. second: the same after the second, which ends the process with
-        the status of the signal where the body has not ended after `PATIENCE` seconds.
-      patience: seconds after which `first` is printed, unless the body has ended.
+      handler: Handler of every signal in the main thread, as for `signal.signal`.
+      first: Line to print after the first signal.
+      second: Line to print after the second signal, if the body has not ended after `PATIENCE` seconds; the process
+        then ends with the status of the signal.
+      patience: Seconds after which `first` is printed, unless the body has ended.
 
     Yields:
-      A function that sends the last signal again; for those whose exception was lost.
+      Function that sends the last signal again, for a signal whose exception was lost.
     """
-    # Python delivers signals to the main thread only, and a caller may be in another one.
+    # Python delivers signals only to the main thread; the caller may be in another thread.
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -76,7 +77,7 @@ def answered(handler: Handler, *, first: str, second: str, patience: float = 0.0
 
 
 def _heard() -> list[int]:
-    """The signals that this process does not ignore; what a shell runs in the background ignores Ctrl-C."""
+    """The signals that this process does not ignore. A shell's background processes ignore Ctrl-C."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
@@ -99,7 +100,7 @@ def _watch(reader: socket.socket, ended: threading.Event, first: str, second: st
         if number == _END:
             return
         if number == _LOST and last:
-            # Not from within the callback that has lost it.
+            # Sent after the callback that lost it has ended.
             time.sleep(0.02)
             if not ended.is_set():
                 resent += 1
@@ -115,13 +116,13 @@ def _watch(reader: socket.socket, ended: threading.Event, first: str, second: st
 
 
 def _print(line: str) -> None:
-    # Not print: the main thread may hold the lock of the stream.
+    # Not print(): the main thread may hold the lock of the stream.
     with contextlib.suppress(OSError):
         os.write(native_log.terminal, f"{line}\n".encode(errors="replace"))
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ends a command; its argument is the status to end with."""
+    """Raised when Ctrl-C or SIGTERM ends a command; its argument is the exit status."""
 
 
 # Number of the first signal that this process received in `run_process`; 0 before.
@@ -131,10 +132,10 @@ _is_raising = False  # whether the body of `raising` runs
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Has a signal raise `Stopped` in the body, which removes what is half-written.
+    """Makes a signal raise `Stopped` in the body, which then removes incomplete files.
 
-    Elsewhere a signal ends the process at once: there is nothing to remove, and jaxlib crashes where an exception is
-    raised while it is imported.
+    Outside such a body a signal ends the process at once: there is nothing to remove, and an exception during the
+    import of jaxlib crashes it.
     """
     global _is_raising
     before, _is_raising = _is_raising, True
@@ -145,7 +146,7 @@ def raising() -> Iterator[None]:
 
 
 def _imports_native(frame: FrameType | None) -> bool:
-    """Whether a native module is being initialised, in which an exception may end the process with a crash."""
+    """Whether a native module is being initialised, during which an exception may crash the process."""
     while frame is not None:
         is_loader = frame.f_code.co_name in ("create_module", "exec_module")
         if is_loader and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
@@ -155,23 +156,24 @@ def _imports_native(frame: FrameType | None) -> bool:
 
 
 def received() -> int:
-    """The number of the signal that ends this process; 0 where none has come, or `run_process` does not run."""
+    """The number of the signal that ends this process; 0 without a signal, or without `run_process`."""
     return _received
 
 
 def run_process(name: str, run: Callable[[], int]) -> int:
-    """Runs a command as the only thing that this process does, from its first line on.
+    """Runs a command as the only task of this process, from its first line on.
 
-    In the body of `raising`, `Stopped` is raised at the first signal: after the import of a native module where one
-    runs, and again where a callback of a garbage collector has lost it. Elsewhere a signal ends the process at once;
-    after `run` has ended, because callbacks at exit would lose it. Once these have ended too, signals are ignored: the
-    result is complete.
+    In the body of `raising`, the first signal raises `Stopped`: after the import if a native module is being imported,
+    and again if a callback of the garbage collector has lost the exception. Elsewhere a signal ends the process at
+    once. This also holds after `run` has ended, because callbacks at exit would lose an exception. When these have
+    ended too, signals are ignored: the result is complete.
 
     Args:
-      name: name of the command as it is typed, "segjax convert".
+      name: Name of the command as the user types it, "segjax convert".
+      run: The command.
 
     Returns:
-      The exit status: that of `run`, or 130 or 143 where a signal ended it outside of `run_command`.
+      The exit status: that of `run`, or 130 or 143 if a signal ended it outside of `run_command`.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -204,11 +206,11 @@ def run_process(name: str, run: Callable[[], int]) -> int:
 
     is_raised, is_ended, previous = False, False, sys.unraisablehook
     numbers = _heard()
-    # The first callback that is registered is the last that is called.
+    # The first registered callback is called last.
     atexit.register(ignore)
     first, second = f"{name}: stopping; once more ends it at once", f"{name}: stopped at once"
     for number in numbers:
-        # It stays when `answered` has ended.
+        # Stays in place after `answered`, which restores it.
         signal.signal(number, stop)
     with answered(stop, first=first, second=second, patience=PATIENCE) as again:
         sys.unraisablehook = unraisable

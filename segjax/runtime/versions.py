@@ -1,4 +1,4 @@
-"""Versions of Python and of packages, for records."""
+"""Versions of Python and of packages, for metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CORE = ("segjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def installed(packages: Iterable[str] = CORE) -> dict[str, str]:
-    """The version of Python, and of those of `packages` that are installed, by name."""
+    """The versions of Python and of the installed packages among `packages`, by name."""
     versions = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,16 +1,16 @@
-"""The official HRNetV2 and HRNet-OCR in PyTorch, slow and obvious: what the JAX models are measured against.
+"""The official HRNetV2 and HRNet-OCR in PyTorch, slow and obvious, as reference for the JAX models.
 
-Written from the papers and from the published checkpoints' key names; no code of any repository is used:
+They were written from the papers and from the published checkpoints' key names, without code of any repository:
 - Wang et al. 2019, "Deep High-Resolution Representation Learning for Visual Recognition" (arXiv 1908.07919);
 - Yuan et al. 2019, "Object-Contextual Representations for Semantic Segmentation" (arXiv 1909.11065).
 
-`parity/test_reference_hrnet.py` ties it to figures of the original code. Branches are counted from 0, the finest:
-branch i has width * 2^i channels at stride 4 * 2^i.
+`parity/test_reference_hrnet.py` compares them with figures of the original code. Branches are counted from 0, the
+finest: branch i has width * 2^i channels at stride 4 * 2^i.
 
 Where the papers are silent, these are the published models' choices: every 3x3 convolution pads by 1, so a stride of 2
-rounds sizes up; backbone convolutions have no bias, nor do those of `ocr_distri_head`, all others of the heads do;
-BatchNorm eps 1e-5, momentum 0.1; bilinear resizing, to the size of the finer map and not by a factor; `align_corners`
-is one setting for the fuse layers and the head.
+rounds sizes up; convolutions of the backbone and of `ocr_distri_head` have no bias, all others of the heads do;
+BatchNorm eps 1e-5, momentum 0.1; bilinear resizing to the size of the finer map, not by a factor; `align_corners` is
+one setting for the fuse layers and the head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Channels of the finest branch; the others double it. Modules and blocks are the same in all: the defaults below.
+# Channels of the finest branch; each coarser branch has twice as many. Modules and blocks are the defaults below.
 VARIANTS = {"w18": {"width": 18}, "w32": {"width": 32}, "w48": {"width": 48}}
 
 STEM_CHANNELS = 64
@@ -52,7 +52,7 @@ def resize(image: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Residual block of two 3x3 convolutions, ReLU after the sum: (B, C, H, W) -> the same shape."""
+    """Residual block of two 3x3 convolutions, ReLU after the sum: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """Residual block 1x1, 3x3, 1x1, ReLU after the sum: (B, C_in, H, W) -> (B, 4 * planes, H, W).
 
-    `downsample` only changes the shortcut's width, and only where that is not right already.
+    `downsample` changes only the shortcut's width, and exists only if the width must change.
     """
 
     def __init__(self, in_dim: int, planes: int):
@@ -95,16 +95,16 @@ class Bottleneck(nn.Module):
 
 
 def transition(before: list[int], after: list[int]) -> nn.ModuleList:
-    """What brings the branches of one stage, of `before` channels, to those of the next, of `after` channels.
+    """Layers from the branches of one stage, of `before` channels, to those of the next, of `after` channels.
 
-    A branch that is already right passes, one of another width is convolved, and a new one, last, is the stride-2
-    convolution of the coarsest. BatchNorm and ReLU follow each convolution.
+    A branch of the right width is unchanged, one of another width is convolved. The last branch is new, a stride-2
+    convolution of the coarsest one. BatchNorm and ReLU follow each convolution.
     """
     layers = []
     for i, dim in enumerate(after):
         if i == len(before):
             down = nn.Sequential(conv3x3(before[-1], dim, stride=2), batch_norm(dim), nn.ReLU())
-            layers.append(nn.Sequential(down))  # one level deeper than below, as the published names are
+            layers.append(nn.Sequential(down))  # one level deeper than below, as in the published names
         elif before[i] != dim:
             layers.append(nn.Sequential(conv3x3(before[i], dim), batch_norm(dim), nn.ReLU()))
         else:
@@ -118,10 +118,10 @@ def apply_transition(layers: nn.ModuleList, features: list[Tensor]) -> list[Tens
 
 
 def fuse_layer(dims: list[int], target: int, source: int) -> nn.Module:
-    """The layers from branch `source` to branch `target`, without the resizing of a coarser one.
+    """The layers from branch `source` to branch `target`, without the resizing of a coarser source.
 
     Coarser to finer: 1x1 convolution and BatchNorm. Finer to coarser: a stride-2 convolution and BatchNorm for each
-    halving, in the source's width up to the last; ReLU stands between them and not after the last.
+    halving; all but the last have the source's width and a ReLU.
     """
     if source == target:
         return nn.Identity()
@@ -138,7 +138,7 @@ def fuse_layer(dims: list[int], target: int, source: int) -> nn.Module:
 class HighResolutionModule(nn.Module):
     """Multi-resolution parallel convolution, then fusion: features of all branches -> the same shapes.
 
-    Every branch receives the sum of all branches, brought to its size and width, and then ReLU.
+    Every branch becomes the ReLU of the sum of all branches, each converted to its size and width.
     """
 
     def __init__(self, dims: list[int], num_blocks: int, align_corners: bool):
@@ -164,7 +164,7 @@ class HighResolutionNet(nn.Module):
     """The backbone: images (B, C, H, W) -> four maps (B, width * 2^i, H / 2^(i+2), W / 2^(i+2)), rounded up.
 
     `conv1` .. `bn2`, `layer1`, `transition1` .. `transition3` and `stage2` .. `stage4` are the published names of its
-    parts, which carry no prefix: the models below are this class with a head. Arguments: see `HRNet`.
+    parts. They have no prefix, so the models below are this class with a head. `HRNet` describes the arguments.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class HighResolutionNet(nn.Module):
         dims = [width * 2**i for i in range(4)]
         stage1_dim = BOTTLENECK_EXPANSION * stage1_channels
 
-        def stage(number: int) -> nn.Sequential:  # stage `number` has as many branches
+        def stage(number: int) -> nn.Sequential:  # stage n has n branches
             return nn.Sequential(
                 *(
                     HighResolutionModule(dims[:number], stage_blocks[number - 1], align_corners)
@@ -215,7 +215,7 @@ class HighResolutionNet(nn.Module):
         return self.stage4(apply_transition(self.transition3, features))
 
     def concatenated(self, features: list[Tensor]) -> Tensor:
-        """Four maps -> (B, 15 * width, H / 4, W / 4): HRNetV2's representation, finest branch first."""
+        """HRNetV2's representation, finest branch first: four maps -> (B, 15 * width, H / 4, W / 4)."""
         size = (features[0].shape[2], features[0].shape[3])
         coarser = [resize(feature, size, self.align_corners) for feature in features[1:]]
         return torch.cat([features[0], *coarser], dim=1)
@@ -227,10 +227,10 @@ def pixel_classifier(dim: int, num_classes: int) -> nn.Sequential:
 
 
 def initialise(model: nn.Module, *, leave: tuple[str, ...] = ()) -> None:
-    """The published initialisation: convolution weights are normal of standard deviation 0.001.
+    """The published initialisation: convolution weights are normal with standard deviation 0.001.
 
-    Convolutions whose name contains one of `leave` keep torch's own weights, and all keep torch's own biases; norms
-    keep torch's own ones and zeros.
+    Convolutions whose name contains one of `leave` keep torch's default weights. Biases, and norms with their ones and
+    zeros, keep torch's default.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not any(part in name for part in leave):
@@ -238,15 +238,17 @@ def initialise(model: nn.Module, *, leave: tuple[str, ...] = ()) -> None:
 
 
 class HRNet(HighResolutionNet):
-    """HRNetV2: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """HRNetV2: normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args:
-        num_classes: K. in_channels: C of the images.
-        width: channels of the finest branch.
-        stage1_channels: inner width of stage 1's bottlenecks, whose output is 4 times that.
-        stage_modules: modules of each of the four stages; the first is 1.
-        stage_blocks: residual blocks of each branch in one module of each stage.
-        align_corners: of every resizing. Published: False for Cityscapes, LIP and Pascal-Context with 59 classes.
+        num_classes: Number of classes K.
+        in_channels: Channels C of the images.
+        width: Channels of the finest branch.
+        stage1_channels: Inner width of stage 1's bottlenecks, whose output is 4 times as wide.
+        stage_modules: Modules of each of the four stages; the first is 1.
+        stage_blocks: Residual blocks per stage, in each branch of a module.
+        align_corners: Alignment of every resizing. Published: False for Cityscapes, LIP and Pascal-Context with 59
+            classes.
 
     `taps` holds `feature0` .. `feature3`, the four branches after stage 4.
     """
@@ -285,7 +287,7 @@ class HRNet(HighResolutionNet):
 def gather_regions(features: Tensor, aux_logits: Tensor) -> Tensor:
     """Object region representations, section 3.2: (B, C, H, W), (B, K, H, W) -> (B, C, K, 1).
 
-    Region k is the mean of all pixels' features, weighted by the softmax of its logits over the pixels.
+    Region k is the mean of all pixels' features, weighted by the softmax of class k's logits over the pixels.
     """
     weights = aux_logits.flatten(2).softmax(dim=2)  # (B, K, H * W)
     regions = weights @ features.flatten(2).transpose(1, 2)  # (B, K, H * W) @ (B, H * W, C) = (B, K, C)
@@ -297,10 +299,10 @@ def norm_relu(dim: int) -> nn.Sequential:
 
 
 class ObjectAttention(nn.Module):
-    """Pixels look at regions, section 3.2: (B, C, H, W), regions (B, C, K, 1) -> context (B, C, H, W).
+    """Attention of pixels to regions, section 3.2: (B, C, H, W), regions (B, C, K, 1) -> context (B, C, H, W).
 
-    The paper's transforms phi, psi, delta and rho are `f_pixel`, `f_object`, `f_down` and `f_up`; each of their
-    convolutions is without bias and followed by BatchNorm and ReLU. One head, of `key_dim` channels.
+    The paper's transforms phi, psi, delta and rho are `f_pixel`, `f_object`, `f_down` and `f_up`. Each of their
+    convolutions has no bias and is followed by BatchNorm and ReLU. There is one head of `key_dim` channels.
     """
 
     def __init__(self, dim: int, key_dim: int):
@@ -339,15 +341,15 @@ class ObjectContext(nn.Module):
 
 
 class HRNetOCR(HighResolutionNet):
-    """HRNetV2 with OCR: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """HRNetV2 with OCR: normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
-    Args: those of `HRNet` (`align_corners` is True in every published OCR model), and
-        ocr_channels: C of the pixel and region representations.
-        ocr_key_channels: D of queries, keys and values.
-        dropout_rate: share of whole channels dropped before the classifier.
+    Args: Those of `HRNet` (`align_corners` is True in every published OCR model), and
+        ocr_channels: Channels C of the pixel and region representations.
+        ocr_key_channels: Channels D of queries, keys and values.
+        dropout_rate: Probability to drop a whole channel before the classifier.
 
-    `taps` holds `feature0` .. `feature3`, the four branches after stage 4, and `aux_logits`, of the logits' shape: the
-    regions are gathered with them, through which gradients pass.
+    `taps` holds `feature0` .. `feature3`, the four branches after stage 4, and `aux_logits`, of the logits' shape. They
+    gather the regions, and gradients flow through them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Weights that show: random values for any PyTorch module of this folder."""
+"""Random weights, all of which affect the output, for any PyTorch module of this folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int) -> nn.Module:
-    """Fills every parameter and BatchNorm statistic with values that show in the output; returns `module`.
+    """Fills every parameter and BatchNorm statistic with values that affect the output, and returns `module`.
 
-    Kernels: normal of variance 1 / fan-in, which keeps activations near 1 and attention far from uniform. Scales and
-    running variances: uniform in 0.5 .. 1.5. Biases and running means: normal of standard deviation 0.2. Values are
-    drawn in float32 on the CPU, so one seed gives exactly the same values at every wider dtype and on every device,
-    and torch's global generator is not used. Parameters are distinguished by name and rank: `bias` (also at the end of
-    a longer name) and `b` are biases, `g` and other vectors are scales, the rest kernels.
+    Kernels are normal with variance 1 / fan-in, which keeps activations near 1 and attention far from uniform. Scales
+    and running variances are uniform in 0.5 .. 1.5. Biases and running means are normal with standard deviation 0.2.
+    Values are drawn in float32 on the CPU, without torch's global generator, so a seed gives exactly the same values in
+    every wider dtype and on every device. Parameters are distinguished by name and rank: `bias` (also at the end of a
+    longer name) and `b` are biases, `g` and other vectors are scales, all others kernels.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -31,7 +31,7 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
         if own.endswith("bias") or own == "b":
             parameter.copy_(normal(parameter, 0.2))
         elif own.startswith("layer_scale"):
-            # As published: near 1, the products in SegNeXt-L's 38 gated blocks overflow.
+            # Near 0.01, as published: near 1, the products in SegNeXt-L's 38 gated blocks would overflow.
             parameter.copy_(0.01 * around_one(parameter))
         elif parameter.ndim == 1 or own == "g":
             parameter.copy_(around_one(parameter))

@@ -1,9 +1,9 @@
-"""The official SegFormer in PyTorch, slow and obvious: what the JAX model is measured against.
+"""The official SegFormer in PyTorch, slow and obvious, as reference for the JAX model.
 
-Written from the paper, Xie et al. 2021, "SegFormer: Simple and Efficient Design for Semantic Segmentation with
-Transformers" (arXiv 2105.15203), and from the published checkpoints' key names; no code of any repository is used.
-`parity/test_reference.py` ties it to figures of the original code and to transformers. Layout is the paper's: tokens
-(B, N, C) with N = H * W in row-major order, together with their (H, W).
+It was written from the paper, Xie et al. 2021, "SegFormer: Simple and Efficient Design for Semantic Segmentation with
+Transformers" (arXiv 2105.15203), and from the published checkpoints' key names, without code of any repository.
+`parity/test_reference.py` compares it with figures of the original code and with transformers. The layout is the
+paper's: tokens (B, N, C) with N = H * W in row-major order, together with their (H, W).
 
 Where the paper is silent, these are the published model's choices: biases everywhere except in `linear_fuse.conv`;
 LayerNorm eps 1e-6 in blocks and after stages, 1e-5 in patch embeddings and after the spatial reduction; exact (erf)
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The paper's settings of the MiT series (C_i, L_i) and its decoder widths. Heads and ratios are the same in all: the
-# defaults of SegFormer. Parameter counts of the published models pin all of it but the heads, transformers those.
+# The paper's settings of the MiT series (C_i, L_i) and its decoder widths. All variants have the same heads and ratios,
+# the defaults of SegFormer. Parameter counts of the published models confirm all but the heads; transformers confirms
+# those.
 VARIANTS = {
     "b0": {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "decoder_dim": 256},
     "b1": {"dims": (64, 128, 320, 512), "depths": (2, 2, 2, 2), "decoder_dim": 256},
@@ -46,7 +47,7 @@ def to_image(tokens: Tensor, H: int, W: int) -> Tensor:
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drops the whole branch of a sample with probability `rate`.
 
-    (B, N, C) -> (B, N, C). What survives is divided by the probability of surviving, so evaluation is the identity.
+    (B, N, C) -> (B, N, C). Surviving branches are divided by their probability, so evaluation is the identity.
     """
 
     def __init__(self, rate: float):
@@ -66,7 +67,7 @@ class DropPath(nn.Module):
 class OverlapPatchEmbed(nn.Module):
     """Overlapped patch merging, section 3.1: a strided convolution whose patches overlap, then LayerNorm.
 
-    (B, C_in, H, W) -> (B, N, C), H', W' with H' = ceil(H / stride): padding patch_size // 2 keeps every pixel.
+    (B, C_in, H, W) -> (B, N, C), H', W' with H' = ceil(H / stride): padding by patch_size // 2 keeps every pixel.
     """
 
     def __init__(self, in_dim: int, dim: int, patch_size: int, stride: int, eps: float):
@@ -82,9 +83,9 @@ class OverlapPatchEmbed(nn.Module):
 class EfficientSelfAttention(nn.Module):
     """Efficient self-attention, section 3.1: keys and values come from a map reduced by `sr_ratio`.
 
-    (B, N, C), H, W -> (B, N, C). The paper writes the reduction as a reshape and a Linear; the published weights are a
-    convolution of kernel and stride R without padding, followed by LayerNorm. So a row or column that does not fill a
-    patch is omitted, and H and W must be at least R. At R = 1 there is no reduction and no norm.
+    (B, N, C), H, W -> (B, N, C). The paper writes the reduction as a reshape and a Linear. The published weights are a
+    convolution of kernel and stride R without padding, followed by LayerNorm. So rows and columns that do not fill a
+    patch are dropped, and H and W must be at least R. With R = 1 there is no reduction and no norm.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, eps: float):
@@ -107,7 +108,7 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, H: int, W: int) -> Tensor:
         B, N, C = tokens.shape
-        reduced = tokens  # (B, M, C), M tokens to look at
+        reduced = tokens  # (B, M, C), M tokens to attend to
         if self.sr_ratio > 1:
             reduced, _, _ = to_tokens(self.sr(to_image(tokens, H, W)))
             reduced = self.norm(reduced)
@@ -144,7 +145,7 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, norm first: (B, N, C), H, W -> (B, N, C). Each branch is dropped on its own."""
+    """Pre-norm transformer block: (B, N, C), H, W -> (B, N, C). Each branch is dropped independently."""
 
     def __init__(
         self,
@@ -189,8 +190,8 @@ class MixTransformer(nn.Module):
         patch_norm_eps: float,
     ):
         super().__init__()
-        # Linear from 0 at the first block to the full rate at the last, in Python floats: a tensor would have no
-        # values under torch.device("meta").
+        # Linear from 0 in the first block to the full rate in the last, as Python floats: a tensor would have no values
+        # under torch.device("meta").
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
 
@@ -239,7 +240,7 @@ class MixTransformer(nn.Module):
 
 
 class Projection(nn.Module):
-    """A Linear on every pixel, under the published name `proj`: (B, C, H, W) -> (B, D, H, W)."""
+    """A Linear on every pixel, with the published name `proj`: (B, C, H, W) -> (B, D, H, W)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -279,25 +280,26 @@ class SegFormerHead(nn.Module):
         c1, c2, c3, c4 = features
         size = c1.shape[2:]
         projected = [self.linear_c4(c4), self.linear_c3(c3), self.linear_c2(c2), self.linear_c1(c1)]
-        # Stage 1's own map is resized too, which is the identity: one rule for all four.
+        # Stage 1's map is resized too, which is the identity, for one rule for all four.
         resized = [F.interpolate(p, size=size, mode="bilinear", align_corners=False) for p in projected]
         return self.linear_pred(self.dropout(self.linear_fuse(torch.cat(resized, dim=1))))
 
 
 class SegFormer(nn.Module):
-    """The official SegFormer: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """The official SegFormer: normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Args:
-        num_classes: K. in_channels: C of the images.
-        dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
-        decoder_dim: width of the decoder.
-        drop_path_rate: that of the last block; the first has 0 and the others lie on the line between.
-        dropout_rate: share of whole channels dropped before the classifier.
-        block_norm_eps: of the LayerNorms in blocks and after stages (transformers has 1e-5 here).
-        patch_norm_eps: of the LayerNorms in patch embeddings and after the spatial reduction.
+        num_classes: Number of classes K.
+        in_channels: Channels C of the images.
+        dims, depths, num_heads, mlp_ratios, sr_ratios: One integer for each of the four stages.
+        decoder_dim: Width of the decoder.
+        drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
+        dropout_rate: Probability to drop a whole channel before the classifier.
+        block_norm_eps: Eps of the LayerNorms in blocks and after stages (1e-5 in transformers).
+        patch_norm_eps: Eps of the LayerNorms in patch embeddings and after the spatial reduction.
 
     `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)) rounded up, after the stage norms.
-    With the default ratios H and W must each exceed 28 pixels: stage 1's map has to hold one 8 x 8 patch.
+    With the default ratios H and W must exceed 28 pixels, so that stage 1's map holds one 8 x 8 patch.
     """
 
     def __init__(
@@ -339,10 +341,10 @@ class SegFormer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """The published initialisation of one layer; norms keep torch's own ones and zeros.
+    """The published initialisation of one layer; norms keep torch's default of ones and zeros.
 
-    Linear: truncated normal of standard deviation 0.02. Convolution: normal of variance 2 / fan-out, where fan-out is
-    kernel area times output channels over groups (`nn.init.kaiming_normal_` ignores the groups). Biases: zero.
+    Linear: truncated normal with standard deviation 0.02. Convolution: normal with variance 2 / fan-out, where fan-out
+    is kernel area times output channels over groups (`nn.init.kaiming_normal_` ignores the groups). Biases: zero.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

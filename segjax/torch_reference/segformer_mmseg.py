@@ -1,12 +1,12 @@
-"""The SegFormer of mmsegmentation 1.x in PyTorch: the official encoder with another eps, and a head of its own.
+"""The SegFormer of mmsegmentation 1.x in PyTorch: the official encoder with another eps, and another head.
 
-Written from the key names and measured facts of that package; no code of it is used. The encoder is the official one
-under the official names, every LayerNorm with eps 1e-6. The head projects each level by a 1x1 convolution without
-bias, BatchNorm and ReLU where the official has a Linear, concatenates from stage 1 up to stage 4 where the official
-goes down, and is 256 wide for every variant.
+It was written from the key names and measured facts of that package, and uses none of its code. The encoder is the
+official one with the official names, and eps 1e-6 in every LayerNorm. The head projects each level by a 1x1 convolution
+without bias, BatchNorm and ReLU, instead of the official Linear; it concatenates from stage 1 to stage 4, in the
+reverse of the official order; it is 256 wide for every variant.
 
-`parity/mmseg_style.py` is the same model once more, under mmsegmentation's own key names;
-`parity/test_reference_variants.py` moves weights between the two. Here the initialisation is the official one.
+`parity/mmseg_style.py` is the same model with mmsegmentation's own key names;
+`parity/test_reference_variants.py` moves weights between the two. The initialisation here is the official one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VARIANTS = {name: {**sizes, "decoder_dim": 256} for name, sizes in OFFICIAL.item
 
 
 class MMSegHead(nn.Module):
-    """Four maps -> logits (B, K, H / 4, W / 4). `convs` holds the projections of c1 .. c4, in this order."""
+    """Four maps -> logits (B, K, H / 4, W / 4). `convs` are the projections of c1 .. c4, in this order."""
 
     def __init__(self, *, dims: tuple[int, ...], decoder_dim: int, num_classes: int, dropout_rate: float):
         super().__init__()
@@ -39,10 +39,10 @@ class MMSegHead(nn.Module):
 
 
 class SegFormerMMSeg(nn.Module):
-    """Images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """Normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
-    Args and taps are those of `segjax.torch_reference.segformer.SegFormer`; only the defaults of the two eps and of the
-    decoder's width differ.
+    Arguments and taps are those of `segjax.torch_reference.segformer.SegFormer`; only the defaults of the two eps and
+    of the decoder's width differ.
     """
 
     def __init__(

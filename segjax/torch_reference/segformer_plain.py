@@ -1,14 +1,14 @@
 """The SegFormer of the repository jo-jstrm/segmentation_pytorch in PyTorch: the official encoder, a plainer decoder.
 
-Written from the key names and measured figures of that code; none of it is copied. `parity/test_reference_variants.py`
-ties both of its states to figures of the original. Their decoders differ from the official one in one place, what
-comes between the concatenation and the classifier:
+It was written from the key names and measured figures of that code, and copies none of it.
+`parity/test_reference_variants.py` compares both of its versions with figures of the original. Their decoders differ
+from the official one only between the concatenation and the classifier:
 
-- `fuse="conv"` (jo-jstrm): a 1x1 convolution with bias, and nothing else. Without an activation the whole decoder is
-  affine in the encoder's features.
-- `fuse="conv_bn"` (the later state, by camlaedtke): the same convolution, still with its bias, then BatchNorm; no ReLU.
+- `fuse="conv"` (jo-jstrm) is only a 1x1 convolution with bias. Without an activation the whole decoder is affine in the
+  encoder's features.
+- `fuse="conv_bn"` (the later version, by camlaedtke) is the same convolution with bias, then BatchNorm without ReLU.
 
-Key names are the repository's under the prefixes `backbone.` and `decode_head.`, which it does not write.
+Key names are the repository's with the prefixes `backbone.` and `decode_head.`, which the repository omits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from segjax.torch_reference.segformer import MixTransformer, Projection, initialise
 
-# The encoders of the official series; decoders are 768 wide from b1 on, where the official b1 has 256.
+# The encoders of the official series. Decoders are 768 wide from b1 on; the official b1 has 256.
 VARIANTS = {
     "b0": {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "decoder_dim": 256},
     "b1": {"dims": (64, 128, 320, 512), "depths": (2, 2, 2, 2), "decoder_dim": 768},
@@ -60,10 +60,10 @@ class PlainHead(nn.Module):
 
 
 class SegFormerPlain(nn.Module):
-    """Images (B, C, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
+    """Normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
-    Args and taps are those of `segformer.SegFormer`, except `fuse`: "conv" or "conv_bn", see the head of this file.
-    The dropout of whole channels before the classifier is there with a rate of 0.
+    Arguments and taps are those of `segformer.SegFormer`, and `fuse`, "conv" or "conv_bn", see the docstring of this
+    file. The dropout of whole channels before the classifier exists, with a rate of 0.
     """
 
     def __init__(

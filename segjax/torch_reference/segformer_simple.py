@@ -1,15 +1,15 @@
-"""The "simple" SegFormer in PyTorch, slow and obvious: what the JAX model is measured against.
+"""The "simple" SegFormer in PyTorch, slow and obvious, as reference for the JAX model.
 
 It is the SegFormer of the package segformer-pytorch 0.0.6 (PyPI, MIT licence), a free reading of Xie et al. 2021
-(arXiv 2105.15203). Written anew from the paper, the package's behaviour and its key names, sharing no code with it;
-`parity/test_reference_simple.py` ties it to the package itself and to figures of the original. Everything is
+(arXiv 2105.15203). It was written from the paper, the package's behaviour and its key names, and shares no code with
+it. `parity/test_reference_simple.py` compares it with the package and with figures of the original. All maps are
 (B, C, H, W).
 
-Where it departs from the official SegFormer: patches are unfolded, then a 1x1 convolution; no norm follows a patch
-embedding, a stage or the spatial reduction; its norm adds eps to the standard deviation; attention has no biases, and
-its keys and values are one strided convolution; the feed-forward network's 3x3 depthwise convolution is followed by a
-1x1; the decoder upsamples by repeating pixels, concatenates from stage 1 to stage 4, and ends in two 1x1 convolutions
-with nothing between. No dropout of any kind, so training and evaluation are the same.
+Differences from the official SegFormer: patches are unfolded and pass a 1x1 convolution; no norm follows a patch
+embedding, a stage or the spatial reduction; the norm adds eps to the standard deviation; attention has no biases, and
+one strided convolution computes keys and values; a 1x1 convolution follows the feed-forward network's 3x3 depthwise
+one; the decoder upsamples by repeating pixels, concatenates from stage 1 to stage 4, and ends in two 1x1 convolutions
+with nothing between. There is no dropout, so training and evaluation are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 class Patches(nn.Module):
     """Overlapping patches as channels: (B, C, H, W) -> (B, C * k * k, H / stride, W / stride), rounded up.
 
-    A patch's values come channel by channel, each in row-major order; padding k // 2 keeps every pixel.
+    The values of a patch are ordered by channel, and within a channel by row. Padding by k // 2 keeps every pixel.
     """
 
     def __init__(self, patch_size: int, stride: int):
@@ -35,15 +35,15 @@ class Patches(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         _, _, H, W = image.shape
         patches = F.unfold(image, self.patch_size, stride=self.stride, padding=self.patch_size // 2)  # (B, C*k*k, N)
-        # Rounded up in integers, as torch writes it itself: what `torch.export` can leave open.
+        # Rounded up in integers, as in torch's own code, so that `torch.export` can keep the sizes symbolic.
         return patches.unflatten(2, ((H + self.stride - 1) // self.stride, (W + self.stride - 1) // self.stride))
 
 
 class ChannelNorm(nn.Module):
     """(x - mean) / (deviation + 1e-5) * g + b over the channels of each pixel: (B, C, H, W) -> (B, C, H, W).
 
-    The deviation is the square root of the biased variance: eps is outside the root, unlike torch's LayerNorm. On a
-    pixel whose channels are all equal its gradient is not a number.
+    The deviation is the square root of the biased variance; eps is outside the root, unlike in torch's LayerNorm. The
+    gradient is NaN in a pixel whose channels are all equal.
     """
 
     def __init__(self, dim: int):
@@ -61,7 +61,7 @@ class ChannelNorm(nn.Module):
 class EfficientSelfAttention(nn.Module):
     """Attention whose keys and values come from a map reduced by `sr_ratio`: (B, C, H, W) -> (B, C, H, W).
 
-    One convolution of kernel and stride `sr_ratio` makes both, keys first; H and W must be at least `sr_ratio`.
+    One convolution of kernel and stride `sr_ratio` computes both, keys first. H and W must be at least `sr_ratio`.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int):
@@ -129,7 +129,8 @@ class NormThen(nn.Module):
 class MixTransformer(nn.Module):
     """The encoder: (B, C, H, W) -> four maps (B, C_i, H / 2^(i+2), W / 2^(i+2)), i from 0.
 
-    A stage is `0` patches, `1` their embedding, `2` its blocks; a block is `0` attention, `1` feed-forward network.
+    The keys of a stage are `0` patches, `1` their embedding, `2` blocks; those of a block are `0` attention, `1`
+    feed-forward network.
     """
 
     def __init__(
@@ -174,15 +175,16 @@ class MixTransformer(nn.Module):
 
 
 class SegFormerSimple(nn.Module):
-    """The simple SegFormer: images (B, C, H, W), normalised -> logits (B, K, H / 4, W / 4), taps.
+    """The simple SegFormer: normalised images (B, C, H, W) -> logits (B, K, H / 4, W / 4), taps.
 
     Args:
-        num_classes: K. in_channels: C of the images.
-        dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
-        decoder_dim: width of the decoder.
+        num_classes: Number of classes K.
+        in_channels: Channels C of the images.
+        dims, depths, num_heads, mlp_ratios, sr_ratios: One integer for each of the four stages.
+        decoder_dim: Width of the decoder.
 
-    `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)). H and W must be multiples of 32, as
-    the decoder upsamples by whole factors. Initialisation is torch's own, drawn in the package's order.
+    `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)). H and W must be multiples of 32,
+    because the decoder upsamples by whole factors. Initialisation is torch's default, drawn in the package's order.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class SegFormerSimple(nn.Module):
             mlp_ratios=mlp_ratios,
             sr_ratios=sr_ratios,
         )
-        # Each stage: projection to the decoder's width, then every pixel repeated to stage 1's size.
+        # Each stage is projected to the decoder's width, and its pixels are repeated up to the size of stage 1.
         self.to_fused = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, decoder_dim, 1), nn.Upsample(scale_factor=factor, mode="nearest"))
             for dim, factor in zip(dims, (1, 2, 4, 8), strict=True)

@@ -1,15 +1,16 @@
 """The SegFormer of F. Zuppichini's article "Implementing SegFormer in PyTorch" (2022), slow and obvious.
 
-Written from the key names and measured figures of that code; none of it is copied. `parity/test_reference_variants.py`
-ties it to figures of the original. Everything is a map (B, C, H, W). Where it leaves the paper:
+It was written from the key names and measured figures of that code, and copies none of it.
+`parity/test_reference_variants.py` compares it with figures of the original. All maps are (B, C, H, W). Differences
+from the paper:
 
 - patch embeddings have no bias; every LayerNorm has eps 1e-5;
-- the spatial reduction, with its LayerNorm, is there at every ratio, 1 too;
+- the spatial reduction with its LayerNorm exists at every ratio, including 1;
 - the feed-forward network widens in its 3x3 convolution: 1x1 from C to C, 3x3 in C groups from C to 4C, 1x1 back to C;
 - drop path is only in the feed-forward branch, and drops it for the whole batch at once;
-- the decoder upsamples by fixed factors with align_corners True, before it projects; activation comes before BatchNorm.
+- the decoder upsamples by fixed factors with align_corners True before it projects; activation precedes BatchNorm.
 
-Initialisation is torch's own.
+Initialisation is torch's default.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class BatchDropPath(nn.Module):
-    """In training, drops the branch of all samples together with probability `rate`; what survives is scaled up."""
+    """In training, drops the branch of all samples together with probability `rate`; surviving branches are scaled."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -60,7 +61,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Efficient self-attention: (B, C, H, W) -> (B, C, H, W). Keys and values come from the reduced map.
+    """Efficient self-attention, with keys and values from a reduced map: (B, C, H, W) -> (B, C, H, W).
 
     The reduction has no padding, so H and W must be at least `sr_ratio`.
     """
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
         drop_path_rate: float,
     ):
         super().__init__()
-        # Linear from 0 at the first block of all to the full rate at the last.
+        # Linear from 0 in the first of all blocks to the full rate in the last.
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
         in_dims, patch_sizes, strides = (in_channels, *dims[:3]), (7, 3, 3, 3), (4, 2, 2, 2)
@@ -157,9 +158,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Four maps -> four maps (B, D, H / 4, W / 4), from stage 4 down to stage 1: upsampled first, projected second.
+    """Four maps -> four maps (B, D, H / 4, W / 4), from stage 4 to stage 1, first upsampled and then projected.
 
-    Upsampling is by 8, 4, 2 and 1, whatever the maps' sizes are: ValueError where they do not come out equal.
+    The factors are 8, 4, 2 and 1 for any sizes. Raises ValueError if the results have different sizes.
     """
 
     def __init__(self, dims: tuple[int, ...], decoder_dim: int):
@@ -198,16 +199,17 @@ class Head(nn.Module):
 
 
 class SegFormerZuppichini(nn.Module):
-    """Images (B, C, H, W), normalised -> logits (B, K, H / 4, W / 4), taps. The defaults are the article's.
+    """Normalised images (B, C, H, W) -> logits (B, K, H / 4, W / 4), taps. The defaults are the article's.
 
     Args:
-        num_classes: K. in_channels: C of the images.
-        dims, depths, num_heads, mlp_ratios, sr_ratios: one integer for each of the four stages.
-        decoder_dim: width of the decoder.
-        drop_path_rate: that of the last block; the first has 0 and the others lie on the line between.
+        num_classes: Number of classes K.
+        in_channels: Channels C of the images.
+        dims, depths, num_heads, mlp_ratios, sr_ratios: One integer for each of the four stages.
+        decoder_dim: Width of the decoder.
+        drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
 
     `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)), after the stage norms. H and W must
-    be multiples of 32, or up to three pixels less: what counts is stage 1's map, a multiple of 8.
+    be multiples of 32, or up to three pixels less, so that the sides of stage 1's map are multiples of 8.
     """
 
     def __init__(

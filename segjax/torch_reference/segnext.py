@@ -1,15 +1,15 @@
-"""The official SegNeXt in PyTorch, slow and obvious: what the JAX model is measured against.
+"""The official SegNeXt in PyTorch, slow and obvious, as reference for the JAX model.
 
-Written from the papers, Guo et al. 2022, "SegNeXt: Rethinking Convolutional Attention Design for Semantic
+It was written from the papers, Guo et al. 2022, "SegNeXt: Rethinking Convolutional Attention Design for Semantic
 Segmentation" (arXiv 2209.08575) and Geng et al. 2021, "Is Attention Better Than Matrix Decomposition?" (arXiv
-2109.04553), and from the published checkpoints' key names; no code of any repository is used.
-`parity/test_reference_segnext.py` ties it to figures of the original code. Everything is (B, C, H, W).
+2109.04553), and from the published checkpoints' key names, without code of any repository.
+`parity/test_reference_segnext.py` compares it with figures of the original code. All maps are (B, C, H, W).
 
 Where the papers are silent, these are the published model's choices: biases everywhere except in the head's `squeeze`,
 `ham_out` and `align`; BatchNorm (eps 1e-5) before each branch of a block, LayerNorm (eps 1e-5) after each stage; exact
-(erf) GELU, also between the first 1x1 convolution of the attention and its gate; the attention's own residual starts
-from the *normalised* input; bilinear resizing with align_corners False; concatenation from stage 2 to stage 4;
-GroupNorm of 32 groups (eps 1e-5); Dropout2d before the classifier; gradient through every step of the factorisation.
+(erf) GELU, also between the first 1x1 convolution of the attention and its gate; the *normalised* input as the
+attention's own shortcut; bilinear resizing with align_corners False; concatenation from stage 2 to stage 4; GroupNorm
+of 32 groups (eps 1e-5); Dropout2d before the classifier; gradients through every step of the factorisation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Table 2 of the paper (C_i, L_i); the head's width and rank and the drop path of L are those of the published models.
+# Table 2 of the paper (C_i, L_i). The head's width and rank, and the drop path of L, are those of the published models.
 VARIANTS = {
     "t": {"dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2), "ham_channels": 256, "ham_rank": 16},
     "s": {"dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2), "ham_channels": 256, "ham_rank": 16},
@@ -34,7 +34,7 @@ VARIANTS = {
     },
 }
 
-GROUPS = 32  # of the head's GroupNorms: neighbouring channels share a mean and a variance
+GROUPS = 32  # of the head's GroupNorms; a group has neighbouring channels
 TRAINING_STEPS = 6
 EVALUATION_STEPS = 7
 FACTORISATION_EPS = 1e-6  # added to every denominator of the factorisation
@@ -43,8 +43,7 @@ FACTORISATION_EPS = 1e-6  # added to every denominator of the factorisation
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drops the whole branch of a sample with probability `rate`.
 
-    (B, C, H, W) -> (B, C, H, W). What survives is divided by the probability of surviving, so evaluation is the
-    identity.
+    (B, C, H, W) -> (B, C, H, W). Surviving branches are divided by their probability, so evaluation is the identity.
     """
 
     def __init__(self, rate: float):
@@ -98,15 +97,16 @@ class PatchEmbed(nn.Module):
 
 
 def depthwise(dim: int, height: int, width: int) -> nn.Conv2d:
-    """(B, C, H, W) -> (B, C, H, W): each channel on its own, zeros around the map."""
+    """Depthwise convolution with zero padding that keeps the size: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Conv2d(dim, dim, (height, width), padding=(height // 2, width // 2), groups=dim)
 
 
 class MultiScaleGate(nn.Module):
     """Multi-scale convolutional attention, equations 1 and 2: (B, C, H, W) -> (B, C, H, W).
 
-    A 5x5 depthwise convolution gathers the neighbourhood; on its output three pairs of strips (1 x k, then k x 1) look
-    further, to k = 7, 11 and 21; a 1x1 convolution mixes the sum of the four, and the result weighs the input.
+    A 5x5 depthwise convolution gathers the neighbourhood. Three pairs of strip convolutions (1 x k, then k x 1, with k
+    = 7, 11 and 21) on its output reach further. A 1x1 convolution mixes the sum of the four, and the result multiplies
+    the input.
     """
 
     def __init__(self, dim: int):
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """The feed-forward network's 3x3 depthwise convolution, under the published name `dwconv`."""
+    """The feed-forward network's 3x3 depthwise convolution, with the published name `dwconv`."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """MSCAN block, norm first: (B, C, H, W) -> the same. Each branch is scaled by channel and dropped independently."""
+    """Pre-norm MSCAN block: (B, C, H, W) -> (B, C, H, W). Branches are scaled per channel and dropped independently."""
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path_rate: float):
         super().__init__()
@@ -206,8 +206,8 @@ class MSCAN(nn.Module):
         drop_path_rate: float,
     ):
         super().__init__()
-        # Linear from 0 at the first block to the full rate at the last, in Python floats: a tensor would have no
-        # values under torch.device("meta").
+        # Linear from 0 in the first block to the full rate in the last, as Python floats: a tensor would have no values
+        # under torch.device("meta").
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
 
@@ -251,10 +251,10 @@ class MSCAN(nn.Module):
 def factorise(x: Tensor, bases: Tensor, steps: int) -> Tensor:
     """Non-negative matrix factorisation (Lee and Seung 2000): (B, C, N) -> its rank-R approximation (B, C, N).
 
-    Looks for bases D (B, C, R) and coefficients A (B, N, R), all non-negative, with x close to D A^T. Starts from the
-    given bases and from coefficients that are each pixel's softmax over its similarity to the bases (temperature 1);
-    each step multiplies first the coefficients, then the bases, by what brings the product closer to x; at the end the
-    coefficients are brought up to date with the last bases. x must not be negative.
+    It searches for non-negative bases D (B, C, R) and coefficients A (B, N, R) with x close to D A^T, for non-negative
+    x. It starts from the given bases, and from each pixel's softmax over its similarity to the bases (temperature 1) as
+    coefficients. Each step multiplies first the coefficients, then the bases, by factors that bring the product closer
+    to x. A last update adapts the coefficients to the last bases.
     """
     coefficients = (x.transpose(1, 2) @ bases).softmax(dim=-1)  # (B, N, R)
     for _ in range(steps):
@@ -279,13 +279,13 @@ def update_bases(x: Tensor, bases: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def draw_bases(batch: int, dim: int, rank: int, like: Tensor) -> Tensor:
-    """Uniform in 0 .. 1, then each basis of length 1 over the channels: (B, C, R) of the type and device of `like`."""
+    """Uniform in 0 .. 1, scaled to length 1 over the channels: (B, C, R) of the dtype and on the device of `like`."""
     bases = torch.rand(batch, dim, rank, dtype=like.dtype, device=like.device)
     return bases / bases.square().sum(dim=1, keepdim=True).sqrt()
 
 
 class ConvBias(nn.Module):
-    """1x1 convolution with a bias, under the published name `conv`."""
+    """1x1 convolution with bias, with the published name `conv`."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -296,7 +296,7 @@ class ConvBias(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution without bias, then GroupNorm: (B, C, H, W) -> (B, D, H, W). No activation."""
+    """1x1 convolution without bias, then GroupNorm, without activation: (B, C, H, W) -> (B, D, H, W)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -329,7 +329,7 @@ class Hamburger(nn.Module):
 
 
 class LightHamburgerHead(nn.Module):
-    """Stages 2 to 4, bases (B, C, R) -> logits (B, K, H / 8, W / 8); stage 1 is not used."""
+    """The decoder, which does not use stage 1: stages 2 to 4, bases (B, C, R) -> logits (B, K, H / 8, W / 8)."""
 
     def __init__(
         self, *, dims: tuple[int, ...], ham_channels: int, ham_rank: int, num_classes: int, dropout_rate: float
@@ -344,7 +344,7 @@ class LightHamburgerHead(nn.Module):
     def forward(self, features: list[Tensor], bases: Tensor | None) -> Tensor:
         _, c2, c3, c4 = features
         size = c2.shape[2:]
-        # Stage 2's own map is resized too, which is the identity: one rule for all three.
+        # Stage 2's map is resized too, which is the identity, for one rule for all three.
         resized = [F.interpolate(c, size=size, mode="bilinear", align_corners=False) for c in (c2, c3, c4)]
         x = F.relu(self.squeeze(torch.cat(resized, dim=1)))
         x = self.hamburger(x, bases)
@@ -353,18 +353,19 @@ class LightHamburgerHead(nn.Module):
 
 
 class SegNeXt(nn.Module):
-    """The official SegNeXt: images (B, C, H, W), normalised -> logits (B, K, ceil(H / 8), ceil(W / 8)), taps.
+    """The official SegNeXt: normalised images (B, C, H, W) -> logits (B, K, ceil(H / 8), ceil(W / 8)), taps.
 
     Args:
-        num_classes: K. in_channels: C of the images.
-        dims, depths, mlp_ratios: one integer for each of the four stages.
-        ham_channels: width of the head, divisible by 32.
-        ham_rank: R, the number of bases. No weight has its size, so a wrong one loads and gives other outputs.
-        drop_path_rate: that of the last block; the first has 0 and the others lie on the line between.
-        dropout_rate: share of whole channels dropped before the classifier.
+        num_classes: Number of classes K.
+        in_channels: Channels C of the images.
+        dims, depths, mlp_ratios: One integer for each of the four stages.
+        ham_channels: Width of the head, a multiple of 32.
+        ham_rank: Number of bases R. No weight has this size, so weights load with a wrong R and give other outputs.
+        drop_path_rate: Rate of the last block; rates grow linearly from 0 in the first.
+        dropout_rate: Probability to drop a whole channel before the classifier.
 
-    `bases`, (B, ham_channels, ham_rank), are what the factorisation starts from: not negative, of length 1 over the
-    channels. Without them every forward draws its own, as published, in evaluation too: outputs differ run by run.
+    The factorisation starts from `bases`, (B, ham_channels, ham_rank), non-negative and of length 1 over the channels.
+    Without them every forward pass draws its own, as published, in evaluation too: outputs differ from run to run.
     `taps` holds `feature0` .. `feature3`, (B, dims[i], H / 2^(i+2), W / 2^(i+2)) rounded up, after the stage norms.
     """
 
@@ -405,10 +406,10 @@ class SegNeXt(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """The published initialisation of one layer but the classifier; norms keep torch's own ones and zeros.
+    """The published initialisation of one layer except the classifier; norms keep torch's default of ones and zeros.
 
-    Convolution: normal of variance 2 / fan-out, where fan-out is kernel area times output channels over groups; bias
-    zero. The classifier is normal of standard deviation 0.01.
+    Convolution: normal with variance 2 / fan-out, where fan-out is kernel area times output channels over groups; bias
+    zero. The classifier is normal with standard deviation 0.01.
     """
     if isinstance(module, nn.Conv2d):
         kernel_height, kernel_width = module.kernel_size

@@ -1,4 +1,4 @@
-"""Compares a converted model with PyTorch: the published package or the reference."""
+"""Compares a converted model with PyTorch, by the published package or the reference."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from segjax.torch_reference import (
 )
 from segjax.torch_reference.randomise import randomise
 
-# Largest relative error of logits that counts as equal. Measured: 1e-15 in float64, 3e-6 of SegFormer-B0 in float32,
-# whose attention and LayerNorm add up to 1024 terms in another order than torch.
+# Largest relative error of logits that counts as equal. Measured errors are 1e-15 in float64, and 3e-6 in float32 for
+# SegFormer-B0, whose attention and LayerNorm add up to 1024 terms in another order than torch.
 BOUNDS = {"float64": 1e-11, "float32": 5e-5}
 
 REFERENCES = {
@@ -55,7 +55,7 @@ REFERENCES = {
 
 
 def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | None = None) -> torch.nn.Module:
-    """The PyTorch reference of a model in evaluation mode, strictly loaded with `weights`, by default the model's."""
+    """The PyTorch reference of a model in evaluation mode, strictly loaded from `weights`, by default the model's."""
     weights = to_torch(model) if weights is None else weights
     reference = REFERENCES[family_of(model.spec.name)](num_classes=model.spec.num_classes, **settings_of(model))
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}
@@ -67,7 +67,7 @@ def reference_for(model: SegmentationModel, weights: Mapping[str, np.ndarray] | 
 def randomised_pair(
     name: str, *, num_classes: int, seed: int, dtype: DTypeLike, **overrides
 ) -> tuple[SegmentationModel, torch.nn.Module]:
-    """A model and its reference with the same random weights, each of which changes the output."""
+    """A model and its reference with the same random weights, each of which affects the output."""
     sizes: dict[str, Any] = models.settings(name) | overrides
     reference = randomise(REFERENCES[family_of(name)](num_classes=num_classes, **sizes), seed)
     reference.to(torch.float64 if jnp.dtype(dtype) == jnp.float64 else torch.float32).eval()
@@ -77,7 +77,7 @@ def randomised_pair(
 
 
 def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
-    """Inputs of the model in addition to images: SegNeXt's bases (B, C, R), different for every image, else none."""
+    """Inputs of the model in addition to images: bases (B, C, R) for SegNeXt, different for every image, else none."""
     if not isinstance(model, SegNeXt):
         return ()
     ham = model.decode_head.hamburger
@@ -88,7 +88,7 @@ def bases_for(model: SegmentationModel, batch: int) -> tuple[np.ndarray, ...]:
 def run_reference(
     reference: torch.nn.Module, x: np.ndarray, *bases: np.ndarray
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The reference's (logits, taps), NCHW, on images (B, H, W, C)."""
+    """The reference's (logits, taps), NCHW, for images (B, H, W, C)."""
     return reference(to_nchw(x), *map(torch.from_numpy, bases))
 
 
@@ -101,10 +101,10 @@ def to_nhwc(x: torch.Tensor) -> np.ndarray:
 
 
 def relative_error(found: ArrayLike, reference: ArrayLike) -> float:
-    """max |found - reference| / max |reference|; infinite where either has a value that is not finite.
+    """max |found - reference| / max |reference|, or infinity if either has a value that is not finite.
 
     Raises:
-      AssertionError: the shapes differ.
+      AssertionError: The shapes differ.
     """
     found, reference = np.asarray(found, np.float64), np.asarray(reference, np.float64)
     if found.shape != reference.shape:
@@ -115,7 +115,7 @@ def relative_error(found: ArrayLike, reference: ArrayLike) -> float:
 
 
 def compiled(model: SegmentationModel) -> Callable:
-    """The model as one compiled function of images, in float32 "highest" where the hardware has a choice."""
+    """The model as a compiled function of images, with matmul precision "highest"."""
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, x, *bases: nnx.merge(graphdef, state)(x, *bases))
 
@@ -131,14 +131,14 @@ def compiled(model: SegmentationModel) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The result of a verification, as `segjax convert --verify` prints it.
+    """The result of a verification, which `segjax convert --verify` prints.
 
     Attributes:
-      against: name of the PyTorch model.
-      error: largest error of the logits, relative to the largest logit.
-      equal: fraction of pixels with the same label (for one class, on the same side of probability 0.5).
-      positives: fraction of pixels above 0.5 if there is one class, else None.
-      bound: largest accepted error.
+      against: Name of the PyTorch model.
+      error: Largest error of the logits, relative to the largest logit.
+      equal: Fraction of pixels with the same label (for one class, on the same side of probability 0.5).
+      positives: Fraction of pixels above 0.5 for one class, otherwise None.
+      bound: Largest accepted error.
     """
 
     against: str
@@ -162,15 +162,16 @@ class Report:
 
 
 def verify(model: SegmentationModel, state_dict: Mapping | Checkpoint) -> Report:
-    """Compares PyTorch on a checkpoint with the model that was made from it, on one image.
+    """Compares a model with PyTorch on the checkpoint that the model was made from, for one image.
 
     Args:
-      state_dict: as for `from_torch`.
+      model: Model made from the checkpoint.
+      state_dict: As for `from_torch`.
     """
     from segjax.data import streets
 
     picture, _ = streets.scene(seed=0, index=46, size=(160, 224))
-    # Red, green and blue in turn, for a model of any number of channels.
+    # Channels repeat red, green and blue, for a model of any number of channels.
     x = np.asarray(normalise(picture[None]))[..., np.arange(model.in_channels) % 3]
     dtype = next(iter(to_torch(model).values())).dtype
     x = x.astype(np.float64 if dtype == np.float64 else np.float32)
@@ -201,7 +202,7 @@ def _run_theirs(model: SegmentationModel, checkpoint: Checkpoint, x: np.ndarray)
         with torch.no_grad():
             return f"transformers {transformers.__version__}", to_nhwc(network(to_nchw(x)).logits)
     weights = to_torch(model)
-    # The tensors of the file, renamed, without the layouts of segjax; the model has those that the file lacks.
+    # The file's own tensors, renamed, bypass segjax's layouts. The model provides those that the file lacks.
     native = found.renaming.to_native(checkpoint.state_dict)
     weights |= {key: value for key, value in native.items() if key in weights}
     weights = {key: value if value.dtype == np.int64 else value.astype(x.dtype) for key, value in weights.items()}
@@ -211,14 +212,14 @@ def _run_theirs(model: SegmentationModel, checkpoint: Checkpoint, x: np.ndarray)
 
 
 def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarray]) -> torch.nn.Module:
-    """The checkpoint in the package that it comes from, loaded as that package loads files."""
+    """The checkpoint as a model of transformers, loaded by its own loader."""
     import transformers
     from safetensors.numpy import save_file
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = settings_of(model)
-    # A setting of every transformers model, which the signature of this one does not name.
+    # A setting of every transformers model, which is not in the signature of SegformerConfig.
     common: dict[str, Any] = dict(num_labels=model.spec.num_classes)
     config = transformers.SegformerConfig(
         **common,
@@ -236,10 +237,10 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
         arrays = {key: _for_transformers(value) for key, value in foreign.items()}
         save_file(arrays, Path(folder, "model.safetensors"), metadata={"format": "pt"})
         load = transformers.SegformerForSemanticSegmentation.from_pretrained
-        # Its annotations know only the call without the report of the loading.
+        # Its annotations cover only the call without the loading report.
         network, info = load(folder, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    # A counter moves no output, and files without one are common.
+    # The counter of batches affects no output, and many files lack it.
     if wrong := [key for key in wrong if not str(key).endswith(BATCH_COUNTER)]:
         raise AssertionError(f"transformers itself does not take the checkpoint: {wrong[:5]}")
     return network

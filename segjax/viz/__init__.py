@@ -1,1 +1,1 @@
-"""What people look at: label maps in colours, overlays, reports and videos."""
+"""Visualisation: coloured label maps, overlays, reports and videos."""

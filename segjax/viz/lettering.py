@@ -1,6 +1,6 @@
-"""Names in pictures: on one line, of bearable length, in a font that has their letters.
+"""Names in pictures: on one line, of limited length, in a font that has their letters.
 
-Matplotlib and Pillow both draw text with fonts given as files, so that both take the same one for a name.
+Matplotlib and Pillow both draw text with fonts from files, so both use the same font for a name.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from segjax.runtime import console
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST = 32  # columns of the name of a class or an image; the middle of a longer one is omitted
-# Fonts whose glyphs are no letters: symbols in encodings of their own, boxes or nothing for every character, and
-# coloured bitmaps.
+LONGEST = 32  # columns of the name of a class or an image; the middle of longer names is omitted
+# Fonts without letters: symbols in other encodings, boxes or empty glyphs for every character, and coloured bitmaps.
 _NO_LETTERS = ("cm", "stixsize", "stixnonunicode", "last resort", "adobe blank")
 
 
 def class_names(spec: specs.DatasetSpec) -> list[str]:
-    """The names of all labels, in their order; "class K" for a blank one, or one with letters that no font has."""
+    """The names of all labels, in order; "class K" replaces a blank name, or one with letters that no font has."""
     names = (console.one_line(name, most=LONGEST) for name in spec.label_names)
     return [name if name.strip() and _found(name) else f"class {label}" for label, name in enumerate(names)]
 
 
 def one_line(text: str, *, most: int) -> str:
-    """Text of at most `most` columns; where no font has all of its letters, escapes replace those that most lack."""
+    """Text of at most `most` columns. If no font has all its letters, escapes replace those not in the default font."""
     text = console.one_line(text, most=most)
     if _found(text):
         return text
@@ -36,9 +35,9 @@ def one_line(text: str, *, most: int) -> str:
 
 
 def font_of(text: str) -> Path:
-    """The file of the first font that has every letter of a text: DejaVu Sans, or else an installed one.
+    """The file of the first font with every letter of a text: DejaVu Sans, or else an installed font.
 
-    It is DejaVu Sans too where none has, which cannot be for what `class_names` and `one_line` return.
+    Without such a font it is DejaVu Sans. The results of `class_names` and `one_line` always have a font.
     """
     return _found(text) or _default()
 
@@ -51,7 +50,7 @@ def _found(text: str) -> Path | None:
 
 
 def letter(figure: Figure) -> None:
-    """Has a figure draw all its texts as they are: `$` begins no formula, and each has a font with its letters."""
+    """Makes a figure draw all its texts verbatim, without `$` as formulas, each in a font with its letters."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.text import Text
 
@@ -70,7 +69,7 @@ def _default() -> Path:
 
 @functools.cache
 def _installed() -> tuple[Path, ...]:
-    """The fonts of matplotlib and of the system, upright ones of common weight and without serifs first."""
+    """The fonts of matplotlib and of the system; upright sans-serif fonts of regular weight come first."""
     from matplotlib.font_manager import fontManager
 
     def order(font) -> tuple:
@@ -97,5 +96,5 @@ def _opened(font: Path):
     try:
         return FT2Font(str(font))
     except (OSError, RuntimeError, ValueError):
-        # Uninstalled since matplotlib listed it, or damaged.
+        # The font is damaged, or was uninstalled after matplotlib listed it.
         return None

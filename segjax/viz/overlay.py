@@ -1,4 +1,4 @@
-"""Predictions drawn over their images or next to them, at the size of the images, with a legend below."""
+"""Predictions over their images or next to them, at the size of the images, with a legend below."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from segjax.viz import lettering
 from segjax.viz.pictures import colourise
 
 OPACITY = 0.55  # of the colours over the image
-NARROWEST = 320  # pixels; a narrower picture gets white at its right, so that the legend has room
-# The legend of a video has a fixed size: it lists every class, or if there are more than these the largest of a frame.
+NARROWEST = 320  # pixels; a narrower picture gets white space at its right, for the legend
+# The legend of a video has a fixed size. It lists all classes, or with more classes than this, the largest of a frame.
 MOST_IN_VIDEO = 24
 
 
@@ -22,8 +22,11 @@ def over(image: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, stil
     """The image under the colours of its labels: uint8 (H + legend, at least W, 3).
 
     Args:
-      image: (H, W, C), as of `bands.as_picture`. labels: train ids (H, W).
-      still: whether the legend has only the classes that occur; else, for the frames of a video, its height is fixed.
+      image: (H, W, C), as for `bands.as_picture`.
+      labels: Train ids (H, W).
+      spec: Dataset.
+      still: Whether the legend has only the classes of the image. Otherwise, for the frames of a video, its height is
+        fixed.
     """
     import cv2
 
@@ -69,7 +72,7 @@ def _legend(classes: Sequence[int], spec: specs.DatasetSpec, width: int, room: i
     columns = max((width - margin) // column, 1)
     rows = -(-max(len(classes), room) // columns)
     height = rows * line + 2 * margin
-    # Even, as a video's sides have to be.
+    # The height is even, as a video needs.
     drawn = Image.new("RGB", (width, height + height % 2), "white")
     draw = ImageDraw.Draw(drawn)
     for place, k in enumerate(classes):

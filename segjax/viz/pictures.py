@@ -13,7 +13,7 @@ from segjax.viz import lettering
 
 
 def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
-    """Train ids (H, W) -> RGB uint8 (H, W, 3) in the dataset's colours; the ignore label is black."""
+    """Train ids (H, W) -> RGB uint8 (H, W, 3) in the dataset's colours, black for the ignore label."""
     palette = np.zeros((max(spec.ignore_label, 255) + 1, 3), np.uint8)
     palette[: len(spec.label_colors)] = spec.label_colors
     return palette[labels]
@@ -22,14 +22,19 @@ def colourise(labels: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
 def save_prediction(
     path: Path, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec, *, title: str
 ) -> None:
-    """One PNG: image, truth, prediction, and the classes that occur in either.
+    """Writes a PNG of image, truth and prediction, with a legend of the classes in truth or prediction.
 
     Args:
-      image: (H, W, C), as of `bands.as_picture`. truth, predicted: train ids (H, W).
+      path: File.
+      image: (H, W, C), as for `bands.as_picture`.
+      truth: True train ids (H, W).
+      predicted: Predicted train ids (H, W).
+      spec: Dataset.
+      title: Title above the pictures.
     """
     figure = _figure(*_three_panels(image.shape[:2]))
     panels = figure.subplots(1, 3)
-    # Pixels that metrics ignore are black in the prediction, too.
+    # Pixels that metrics ignore are black in the prediction too.
     shown = np.where(truth == spec.ignore_label, truth, predicted)
     names = ("image", "truth", "prediction")
     pictures = (bands.as_picture(image), colourise(truth, spec), colourise(shown, spec))
@@ -45,10 +50,14 @@ def save_prediction(
 def save_samples(
     path: Path, images: np.ndarray, labels: np.ndarray, spec: specs.DatasetSpec, *, titles: Sequence[str]
 ) -> None:
-    """One PNG of images, each next to its labels, and the classes that occur; ignored pixels are striped.
+    """Writes a PNG of images, each next to its labels, with a legend of their classes; ignored pixels are striped.
 
     Args:
-      images: uint8 (B, H, W, 3). labels: train ids (B, H, W).
+      path: File.
+      images: uint8 (B, H, W, 3).
+      labels: Train ids (B, H, W).
+      spec: Dataset.
+      titles: Title of each image.
     """
     pairs = 2 if len(images) > 1 else 1
     rows = -(-len(images) // pairs)
@@ -61,7 +70,7 @@ def save_samples(
     panels = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)
     for axis in panels.flat:
         axis.axis("off")
-    # Stripes of the same width on the page for images of any size, in greys that are no colours of classes.
+    # Stripes have the same width on the page for images of any size, and greys that are not colours of classes.
     stripes = np.add.outer(np.arange(height), np.arange(width)) // max(width // 80, 1) % 2 * 120 + 135
     for (left, right), image, label, title in zip(panels, images, labels, titles, strict=False):
         ignored = label == spec.ignore_label
@@ -73,7 +82,7 @@ def save_samples(
 
 
 def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
-    """Loss and learning rate over steps, and mean IoU where it was measured, as one PNG."""
+    """Writes a PNG of the loss over steps, and of the mean IoU where it was measured."""
     figure = _figure(7.0, 3.6)
     axis = figure.subplots()
     steps = [record["step"] for record in records if "loss" in record]
@@ -95,14 +104,16 @@ def save_curves(path: Path, records: Sequence[Mapping[str, float]]) -> None:
 
 
 def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -> None:
-    """One PNG: rows are the truth and columns the prediction, each cell its share of the row.
+    """Writes a PNG of a confusion matrix: rows are true and columns predicted classes, cells are shares of their row.
 
     Args:
-      confusion: pixel counts (K, K).
+      path: File.
+      confusion: Pixel counts (K, K).
+      spec: Dataset.
     """
     classes, pixels = len(confusion), confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(pixels, 1)
-    # Names and figures fit into cells of a third of an inch; with many classes the cells have only colours.
+    # Names and numbers fit into cells of a third of an inch. With many classes, cells have only colours.
     side = classes / 3 + 2.5 if classes <= 40 else 12.0
     figure = _figure(side + 0.8, side)
     axis = figure.subplots()
@@ -122,13 +133,13 @@ def save_confusion(path: Path, confusion: np.ndarray, spec: specs.DatasetSpec) -
 
 
 def _three_panels(size: tuple[int, int]) -> tuple[float, float]:
-    """Width and height of the figure, inches, for three images of one height and width side by side."""
+    """Width and height of the figure in inches, for three images of this (height, width) side by side."""
     height, width = size
     return 10.5, 3.5 * height / width + 1.1
 
 
 def _figure(width: float, height: float):
-    # Figures without pyplot: no window system is looked for and nothing is kept open.
+    # Not pyplot, which looks for a window system and keeps figures open.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,18 +158,18 @@ def _legend(figure, classes: Sequence[int], spec: specs.DatasetSpec, *, ignored:
         patches.append(Patch(facecolor="white", edgecolor="0.53", hatch="//////"))
         labels.append("ignored")
     columns = _legend_columns(figure.get_figwidth(), classes, spec)
-    # Not as labels of the patches: matplotlib omits those that begin with an underscore.
+    # Names are not labels of the patches: matplotlib omits labels that begin with an underscore.
     figure.legend(patches, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
-    """RGB in 0..1 of RGB in 0..255."""
+    """RGB in 0..255 -> RGB in 0..1."""
     red, green, blue = color
     return red / 255, green / 255, blue / 255
 
 
 def _legend_columns(width: float, classes: Sequence[int], spec: specs.DatasetSpec) -> int:
-    """How many fit into so many inches: of the 7-point font, patch and spaces take 0.47 and a letter 0.058."""
+    """Number of columns for a width in inches. In the 7-point font, patch and spaces take 0.47 and a letter 0.058."""
     names = lettering.class_names(spec)
     longest = max((console.columns(names[k]) for k in classes), default=0)
     return max(1, min(10, int(width / (0.47 + 0.058 * longest))))

@@ -1,4 +1,4 @@
-"""Report of an evaluation: figures as JSON and CSV, pictures, and one HTML page that needs no server."""
+"""Report of an evaluation: metrics as JSON and CSV, pictures, and one HTML page that needs no server."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from segjax.data import bands, specs
 from segjax.runtime import atomic, console
 from segjax.viz import pictures
 
-LARGEST_SIDE = 768  # pixels of a picture in the page
-LONGEST_NAME = 100  # columns of a name in the page
+LARGEST_SIDE = 768  # pixels of a picture on the page
+LONGEST_NAME = 100  # columns of a name on the page
 COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
 
 
@@ -26,8 +26,10 @@ class Shown(NamedTuple):
     """An image of a report.
 
     Attributes:
-      name: of the image. image: (H, W, C), as of `bands.as_picture`.
-      truth, predicted: train ids (H, W).
+      name: Name of the image.
+      image: (H, W, C), as for `bands.as_picture`.
+      truth: True train ids (H, W).
+      predicted: Predicted train ids (H, W).
     """
 
     name: str
@@ -37,7 +39,7 @@ class Shown(NamedTuple):
 
 
 def summarise(confusion: np.ndarray, spec: specs.DatasetSpec) -> dict[str, Any]:
-    """The figures of `metrics.summarise`, other means that mmsegmentation prints, and "classes", a dict for each."""
+    """The result of `metrics.summarise`, further means that mmsegmentation prints, and "classes", a dict per class."""
     table = metrics.by_class(confusion)
     means = {f"mean_{column}": metrics.mean(table[column]) for column in COLUMNS[1:-1]}
     rows = zip(spec.label_names, *(table[column] for column in COLUMNS), strict=True)
@@ -57,14 +59,17 @@ def write(
 ) -> None:
     """Writes index.html, results.json, classes.csv, confusion.csv, confusion.png and worst/.
 
-    They replace those of an older report once all are written, see `atomic.replacing_files`. Other files in the folder
-    stay, except further pictures of the older report.
+    The files replace those of an older report when all are written (`atomic.replacing_files`). Other files in the
+    folder stay, except further pictures of the older report.
 
     Args:
-      confusion: pixel counts (K, K).
-      worst: images to show, in their order.
-      title, facts: head of the page.
-      metadata: entries of results.json in addition to the figures.
+      folder: Folder of the report.
+      confusion: Pixel counts (K, K).
+      spec: Dataset.
+      worst: Images to show, in order.
+      title: Title of the page.
+      facts: Facts below the title, by name.
+      metadata: Entries of results.json in addition to the metrics.
     """
     summary = summarise(confusion, spec)
     images = [_figures_of(shown, spec) for shown in worst]
@@ -94,7 +99,7 @@ def write(
 
 
 def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
-    """Name, mean IoU, and IoU by class that occurs in truth or prediction, of one image; and its pictures as URIs."""
+    """Name, mean IoU and pictures as URIs of one image, and the IoU of each class in its truth or prediction."""
     confusion = metrics.confusion_matrix(
         shown.truth, shown.predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
     )
@@ -104,7 +109,7 @@ def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
 
 
 def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
-    """Image, truth, prediction and errors (transparent except where the prediction is wrong) as data URIs."""
+    """Image, truth, prediction and errors (transparent in correct pixels) as data URIs."""
     import cv2
 
     ignored = shown.truth == spec.ignore_label
@@ -146,18 +151,18 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
         "confusion": confusion.tolist(),
         "images": [{**image, "name": _name(image["name"])} for image in images],
     }
-    # Inside a script element only `<` could end the element.
+    # Only `<` could end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
 
 
 def _name(name: str) -> str:
-    """The name of a class or an image for people who look at the page; the figures next to it have it as it is."""
+    """The name of a class or an image as the page shows it; JSON and CSV have the original name."""
     return console.one_line(name, most=LONGEST_NAME)
 
 
 def _csv(rows) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    # A name may have bytes that are no text, as Python's surrogates, which UTF-8 cannot express.
+    # A name may have surrogates, Python's form of bytes that are not UTF-8, which cannot be encoded.
     return text.getvalue().encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Reads the frames of videos, cameras and streams with their times, and writes frames as H.264.
+"""Reads frames and their times from videos, cameras and streams, and writes frames as H.264.
 
-Needs PyAV, the extra `video`.
+It needs PyAV, the extra `video`.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ SUFFIXES = (
 # Suffixes of files that may hold only sound in the containers of videos.
 SOUND = (".m4a", ".m4b", ".mka", ".weba", ".ogg", ".oga", ".opus", ".wma", ".aac", ".mp3")
 HEAD = 1024  # bytes of a file that `is_video` needs
-# Demuxers of FFmpeg for these containers. Others open files and addresses that the file names: playlists do.
+# Demuxers of FFmpeg for these containers. Others, such as those of playlists, open files and addresses named in a file.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,h264,hevc"
-# Demuxers for addresses. Playlists are not among them, since they open further addresses.
+# Demuxers for addresses, without playlists, which open further addresses.
 _STREAMS = {"http": f"{_CONTAINERS},mpjpeg", "https": f"{_CONTAINERS},mpjpeg", "rtsp": "rtsp", "rtsps": "rtsp"}
-# Protocols that these may open: the address itself, and what carries it.
+# Protocols that these may open: that of the address, and those that carry it.
 _PROTOCOLS = {scheme: "http,https,tcp,tls" if scheme[0] == "h" else "rtsp,rtp,udp,tcp,tls" for scheme in _STREAMS}
 _CAMERA = "video4linux2,v4l2"
 # Seconds that an address may take to answer, and to send more.
 PATIENCE = 10
-# Units a second of the times of streams that have none, by the clock.
+# Units per second of the clock for the frames of streams without times.
 _CLOCK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """A camera or an address, from which frames come while they are predicted; it may have no end.
+    """A camera or an address, which sends frames while they are predicted; it may have no end.
 
     Attributes:
-      address: path of the device, or address, with its password.
-      name: what its outputs are named after.
+      address: Path of the device, or address, with its password.
+      name: Name of its outputs.
     """
 
     address: str
@@ -75,7 +75,7 @@ def live(given: str) -> Live | None:
     """The camera or the address that an input names; None if it is neither.
 
     Raises:
-      VideoError: an address of a kind that cannot be read.
+      VideoError: The address is of a kind that cannot be read.
     """
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", given):
         if match[1].lower() not in _STREAMS:
@@ -94,9 +94,9 @@ def live(given: str) -> Live | None:
 
 
 def is_video(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is of a container of videos."""
+    """Whether a file that begins with these bytes is a container of videos."""
     if head[4:8] == b"ftyp":
-        # Others are images: HEIF and AVIF.
+        # These brands are images: HEIF and AVIF.
         return head[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"crx ")
     is_transport_stream = any(
         len(head) > start + 2 * step and all(head[start + n * step] == 0x47 for n in range(3))
@@ -111,18 +111,18 @@ def is_video(head: bytes) -> bool:
 
 
 class VideoError(ValueError):
-    """A video that cannot be read, or PyAV that is not installed."""
+    """Raised when a video cannot be read, or PyAV is not installed."""
 
 
 class Header(NamedTuple):
     """Properties of a video that are known before it is decoded.
 
     Attributes:
-      frames: number of frames; None if the file does not contain it.
-      rate: frames per second, on average.
-      time_base: unit of the times of frames, seconds.
-      has_sound: whether the file has a sound track.
-      duration: seconds of the picture; None if the file does not contain it.
+      frames: Number of frames; None if the file does not contain it.
+      rate: Frames per second, on average.
+      time_base: Unit of the times of frames, in seconds.
+      has_sound: Whether the file has a sound track.
+      duration: Duration of the picture in seconds; None if the file does not contain it.
     """
 
     frames: int | None
@@ -133,10 +133,13 @@ class Header(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A frame, uint8 (H, W, 3), upright; its time and duration in units of the time base.
+    """A frame of a video.
 
     Attributes:
-      is_damaged: whether the decoder made up parts of it.
+      image: Upright image, uint8 (H, W, 3).
+      time: Time in units of the time base.
+      duration: Duration in units of the time base.
+      is_damaged: Whether the decoder made up parts of it.
     """
 
     image: np.ndarray
@@ -146,7 +149,7 @@ class Frame(NamedTuple):
 
 
 def pyav() -> ModuleType:
-    """Imports PyAV. Raises VideoError, with the command that installs it, where it is missing."""
+    """Imports PyAV. Raises VideoError, with the command that installs it, if it is missing."""
     try:
         import av
     except ModuleNotFoundError:
@@ -156,12 +159,12 @@ def pyav() -> ModuleType:
 
 @contextlib.contextmanager
 def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Header, Iterator[Frame]]]:
-    """The header of a video and its frames in the order in which they are shown. Those of a `Live` begin at time 0.
+    """The header of a video, and its frames in display order. The frames of a `Live` source begin at time 0.
 
     Raises:
-      VideoError: the source is no video, is damaged, or its frames differ in size; also while frames are read.
-      ImageError: its frames have more than `max_pixels` pixels.
-      UnreadableError: something other than a file is there.
+      VideoError: The source is not a video, is damaged, or its frames differ in size; also while frames are read.
+      ImageError: Its frames have more than `max_pixels` pixels.
+      UnreadableError: The source is not a regular file.
     """
     av = pyav()
     with contextlib.ExitStack() as stack:
@@ -169,7 +172,7 @@ def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tup
         if not container.streams.video:
             raise VideoError("has no picture, only sound or data")
         stream = container.streams.video[0]
-        # None of a format that FFmpeg does not know; PyAV then lacks the attributes of a decoder.
+        # None for a format that FFmpeg does not know; PyAV then lacks the attributes of a decoder.
         if stream.codec_context is None:
             raise VideoError("has a format that cannot be decoded, or is damaged")
         if stream.width and stream.height:
@@ -179,7 +182,7 @@ def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tup
         if not rate or not time_base:
             raise VideoError("does not say how many frames it has a second")
         is_live = isinstance(source, Live)
-        # Pictures one after the other have no times. FFmpeg would give them 25 frames a second.
+        # A sequence of pictures has no times. FFmpeg would assume 25 frames per second.
         by_clock = "mpjpeg" in container.format.name
         header = Header(
             stream.frames or None,
@@ -194,13 +197,13 @@ def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tup
 def _open_file(av, path: Path) -> InputContainer:
     reading.refuse_irregular(path)
     with _as_video_error(av, "cannot be opened as a video"):
-        # With "file:", FFmpeg does not take a name for an address or a command.
+        # With "file:", FFmpeg does not interpret a name as an address or a command.
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
         return av.open(f"file:{path.absolute()}", options=options, **_any_text(av))
 
 
 def _any_text(av) -> dict:
-    """What makes `av.open` accept text that is not UTF-8, such as a title. PyAV 19 always does."""
+    """Arguments that make `av.open` accept text that is not UTF-8, such as a title. PyAV 19 always accepts it."""
     return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
@@ -217,20 +220,20 @@ def _open_live(av, source: Live) -> InputContainer:
     scheme = source.address.partition(":")[0]
     options = {"format_whitelist": _STREAMS[scheme], "protocol_whitelist": _PROTOCOLS[scheme]}
     if scheme[0] == "r":
-        # Over UDP, FFmpeg's default, lost packets would damage frames.
+        # Not UDP, FFmpeg's default, because lost packets would damage frames.
         options["rtsp_transport"] = "tcp"
     with _as_video_error(av, "cannot be opened as a video; other files are not read from addresses"):
         return av.open(source.address, options=options, timeout=PATIENCE, **_any_text(av))
 
 
 def _duration(container, stream, rate: Fraction) -> Fraction | None:
-    """Seconds of the picture by the header of the file."""
+    """Duration of the picture in seconds, from the header of the file."""
     if stream.frames and "mov" not in container.format.name:
-        # FFmpeg cuts the duration of a truncated AVI.
+        # Not the stream's duration, which FFmpeg shortens in a truncated AVI.
         return stream.frames / rate
     if stream.duration:
         return Fraction(stream.duration) * stream.time_base
-    # Matroska has it as text, "00:00:02.040000000", or for picture and sound together.
+    # Matroska stores the duration as text, "00:00:02.040000000", or for picture and sound together.
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
     with contextlib.suppress(ValueError):
@@ -240,10 +243,10 @@ def _duration(container, stream, rate: Fraction) -> Fraction | None:
 
 
 class Progress:
-    """Which frames of a video were read, to find what is missing or damaged at its end.
+    """The frames of a video that were read, to report missing and damaged ones at its end.
 
     Attributes:
-      count: number of frames.
+      count: Number of frames read.
     """
 
     def __init__(self, header: Header):
@@ -261,12 +264,13 @@ class Progress:
         self._end = max(self._end, frame.time + frame.duration)
 
     def faults(self) -> list[str]:
-        """What is wrong with the video as a whole, after its last frame."""
+        """Faults of the whole video, after its last frame."""
         faults = []
         header, first = self._header, self._first or 0
         seconds = (self._end - first) * header.time_base
         is_short = header.duration is not None and header.duration - seconds > 1.5 / header.rate
-        # Both must be missing. A count includes frames that an edit of the video has cut out, and times may begin late.
+        # Both time and frames must be missing: a count includes frames that an edit has cut out, and times may begin
+        # late.
         if is_short and not (header.frames and self.count >= header.frames):
             expected = f"{header.frames} frames" if header.frames else f"{float(header.duration or 0):.2f} s"
             faults.append(
@@ -279,7 +283,7 @@ class Progress:
 
 
 def _frames(av, container, stream, header: Header, *, from_zero: bool, by_clock: bool) -> Iterator[Frame]:
-    """The frames; their times are those of the file, or `from_zero`, or `by_clock` as they come."""
+    """The frames, with the times of the file, with times `from_zero`, or with times of arrival `by_clock`."""
     usual = max(round(1 / (header.rate * header.time_base)), 1)
     number, expected, size, first, begun = 0, None, None, None, time.monotonic()
     with _as_video_error(av, lambda: f"is damaged at frame {number}"):
@@ -303,7 +307,7 @@ def _frames(av, container, stream, header: Header, *, from_zero: bool, by_clock:
 
 
 def _until_closed(av, frames: Iterator) -> Iterator:
-    """The frames of pictures one after the other, at whose end FFmpeg finds the beginning of no other picture."""
+    """The frames of a sequence of pictures. FFmpeg raises EIO at its end, where it expects another picture."""
     try:
         yield from frames
     except av.FFmpegError as error:
@@ -312,9 +316,9 @@ def _until_closed(av, frames: Iterator) -> Iterator:
 
 
 def _upright(frame) -> np.ndarray:
-    """uint8 (H, W, 3), turned by quarters and mirrored as the display matrix says; telephones store it.
+    """The frame as uint8 (H, W, 3), rotated by quarter turns and mirrored by the display matrix, which phones store.
 
-    The matrix a b . c d . moves (x, y) to (ax + cy, bx + dy), y downwards; an angle between is rounded to a quarter.
+    The matrix a b . c d . maps (x, y) to (ax + cy, bx + dy), with y downwards. Angles are rounded to quarter turns.
     """
     image = frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -330,7 +334,7 @@ def _upright(frame) -> np.ndarray:
 
 @contextlib.contextmanager
 def writer(path: Path, header: Header) -> Iterator[Writer]:
-    """Writes an H.264 file in MP4, 4:2:0 and BT.709; it appears at `path` when the body has finished."""
+    """Writes an H.264 file in MP4, 4:2:0 and BT.709, which appears at `path` when the body has finished."""
     with atomic.replacing_file(path, durable=False) as temporary:
         found = Writer(temporary, header)
         try:
@@ -341,23 +345,24 @@ def writer(path: Path, header: Header) -> Iterator[Writer]:
 
 
 class Writer:
-    """The encoder of one video, see `writer`.
+    """The encoder of one video; see `writer`.
 
-    H.264 needs even sides: the last row or column of an odd one is repeated. It also needs times that grow: a frame at
-    or before the time of the last one, as screen recorders and clocks that are set back give them, is shown one unit of
-    the time base after it. So much later are the next ones, until the times of the source are ahead again.
+    H.264 needs even sides, so the last row or column of an odd side is repeated. It also needs increasing times. Screen
+    recorders, and clocks that are set back, give frames at or before the time of the last one. Such a frame is shown
+    one unit of the time base after the last one, and later frames are delayed equally until the times of the source
+    have caught up.
     """
 
     def __init__(self, path: Path, header: Header):
         self._path = path
         self._header = header
-        # Open from the first picture on, which has the size.
+        # Opened with the first picture, which has the size.
         self._output: tuple[OutputContainer, VideoStream] | None = None
         self._latest: int | None = None
         self._later = 0
 
     def write(self, picture: np.ndarray, time: int, duration: int) -> None:
-        """Adds uint8 (H, W, 3); times in units of the header's time base."""
+        """Adds a picture, uint8 (H, W, 3), with time and duration in units of the header's time base."""
         av = pyav()
         height, width = picture.shape[:2]
         with _as_video_error(av, "cannot be encoded"):
@@ -365,7 +370,7 @@ class Writer:
                 self._output = self._open(av, height + height % 2, width + width % 2)
             container, stream = self._output
             padded = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            # The colour space is set, because players assume BT.709 for large videos without one and BT.601 for small.
+            # The colour space is set, because without it players assume BT.709 for large videos and BT.601 for small.
             frame = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
@@ -411,7 +416,7 @@ def _as_video_error(av, what):
     except av.FFmpegError as error:
         if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
             raise
-        # FFmpeg's words for a time limit are "Immediate exit requested".
+        # FFmpeg's message for a time limit is "Immediate exit requested".
         waited = isinstance(error, av.error.ExitError)
         why = f"nothing came for {PATIENCE} seconds" if waited else error.strerror or error
         raise VideoError(f"{what() if callable(what) else what} ({why})") from error
