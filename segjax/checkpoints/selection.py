@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
-from segjax.checkpoints.pickled import Standin, StoredTensor
+from segjax.checkpoints.pickled import MOST_ENTRIES, Standin, StoredTensor
 from segjax.checkpoints.recognition import network_prefix
 
 logger = logging.getLogger("segjax")
@@ -39,8 +39,6 @@ _NO_WEIGHTS = {*_OF_TRAINING, "loss", "criterion"}
 _TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
 # Numbers that averages keep next to their weights.
 _COUNTERS = ("decay", "num_updates", "n_averaged", "step", "steps", "initted")
-# More entries than any checkpoint has: a pickle can make billions of a few hundred bytes.
-_MOST_ENTRIES = 1_000_000
 
 
 def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, np.ndarray]:
@@ -106,8 +104,8 @@ def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
                     add(f"{path}.", value)
             else:
                 (tensors if _is_tensor(value) or isinstance(value, np.generic) else others)[path] = value
-            if len(tensors) + len(others) > _MOST_ENTRIES:
-                raise CheckpointError(f"this is not a state dict: it holds more than {_MOST_ENTRIES:,} entries")
+            if len(tensors) + len(others) > MOST_ENTRIES:
+                raise CheckpointError(f"this is not a state dict: it holds more than {MOST_ENTRIES:,} entries")
 
     add("", given)
     return tensors, others
