@@ -19,6 +19,8 @@ from segjax.data.codec import ImageError, LayoutError
 _DARK, _BRIGHT = 2, 98
 # Pixels of which percentiles are computed; more would be the same within a grey level.
 _SAMPLED = 1 << 16
+# Version of a .npy -> bytes of the length of its header; and the longest header that NumPy reads.
+_LENGTHS_OF_HEADERS, _LONGEST_HEADER = {(1, 0): 2, (2, 0): 4, (3, 0): 4}, 10_000
 _CONVERT = f"images are {', '.join(specs.IMAGE_DTYPES[:-1])} or {specs.IMAGE_DTYPES[-1]}; convert it to one of them"
 
 
@@ -68,21 +70,29 @@ def of_npy(data: bytes) -> np.ndarray:
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
-        length = 2 if version == (1, 0) else 4
-        header: Any = ast.literal_eval(file.read(int.from_bytes(file.read(length), "little")).decode("latin1"))
-        dtype, shape = np.dtype(header["descr"]), tuple(map(int, header["shape"]))
-        pixels = data[file.tell() :]
-        # Compared before anything is allocated: a header may have any numbers.
-        needed = dtype.itemsize
-        for side in shape:
-            needed *= side
-        if dtype.hasobject or min(shape, default=0) < 0 or needed != len(pixels):
-            raise ValueError(f"{dtype} {shape}, and {len(pixels):,} bytes of it")
-        return np.frombuffer(pixels, dtype).reshape(shape, order="F" if header["fortran_order"] else "C")
-    # A header of any content is an error of any kind.
+        length = int.from_bytes(file.read(_LENGTHS_OF_HEADERS[version]), "little")
+        # Beyond what NumPy itself reads, an expression could exhaust the stack.
+        header: Any = ast.literal_eval(file.read(min(length, _LONGEST_HEADER)).decode("latin1"))
+        dtype, shape, is_fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
+    # A header of any content is an error of any kind, in words of Python.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"is a .npy that cannot be read ({reason})") from error
+        raise ImageError("is a .npy that cannot be read (its header is damaged)") from error
+    if not all(type(side) is int and side >= 0 for side in shape) or type(is_fortran) is not bool:
+        raise ImageError("is a .npy that cannot be read (its header is damaged)")
+    if dtype.hasobject:
+        raise ImageError("is a .npy that cannot be read (it has objects of Python, not numbers)")
+    pixels = data[file.tell() :]
+    # Compared before anything is allocated: a header may have any numbers.
+    if not dtype.itemsize or dtype.itemsize * math.prod(shape) != len(pixels):
+        raise ImageError(
+            f"is a .npy that cannot be read (its header has {dtype} of the shape {shape}, and {len(pixels):,} bytes "
+            "follow)"
+        )
+    try:
+        return np.ndarray(shape, dtype, pixels, order="F" if is_fortran else "C")
+    # NumPy has a limit to the number of axes, and to sides next to one of 0.
+    except ValueError as error:
+        raise ImageError(f"is a .npy that cannot be read (no array has the shape {shape})") from error
 
 
 def to_npy(image: np.ndarray) -> bytes:
