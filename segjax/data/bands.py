@@ -1,4 +1,5 @@
 """Images of any number of channels, in the numbers of their files: TIFF with all of its bands, NumPy's .npy, grey PNG.
+And masks that are such files.
 
 Pixels are uint8, uint16 or float32 (H, W, C), in the unit of the data: nothing is scaled, and no band is dropped.
 """
@@ -45,6 +46,42 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
                 # The decoder repeats grey.
                 image = image[..., :1]
     return of_array(image)
+
+
+def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.StoredMask:
+    """A mask that is a TIFF of one band, upright, or a .npy of (H, W) or (H, W, 1); its values are kept exactly.
+
+    Raises:
+      LayoutError: several bands, numbers that are not integers, or outside of 0..65535.
+      ImageError: it is damaged, or has more than `max_pixels` pixels.
+    """
+    palette = None
+    if codec.format_of(data[:32]) == "TIFF":
+        values, palette = tiff.decode_mask(data, max_pixels=max_pixels)
+    else:
+        values = of_npy(data)
+        if values.ndim == 3 and values.shape[2] == 1:
+            values = values[..., 0]
+        if values.ndim != 2 or 0 in values.shape:
+            hint = "; array[0] would be" * (values.ndim == 3 and values.shape[0] == 1)
+            raise LayoutError(f"has the shape {values.shape}, which is not (H, W){hint}")
+        codec.refuse_size((values.shape[0], values.shape[1]), max_pixels)
+    if values.dtype.kind not in "biuf":
+        raise LayoutError(f"has numbers of {values.dtype.name}")
+    is_float = values.dtype.kind == "f"
+    strange = values != np.floor(values) if is_float else (values < 0) | (values > specs.LARGEST_LABEL)
+    if strange.any():
+        row, column = np.argwhere(strange)[0].tolist()
+        raise LayoutError(
+            f"has {np.count_nonzero(strange):,} values of {values.dtype.name} that are "
+            + ("no whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
+            + f", the first at row {row}, column {column}: {values[row, column]}"
+        )
+    if is_float:
+        raise LayoutError(f"has numbers of {values.dtype.name}, from {values.min():.6g} to {values.max():.6g}")
+    if palette is not None:
+        return codec.of_indices(values.astype(np.uint8), palette)
+    return codec.StoredMask(values.astype(specs.dtype_of_labels(int(values.max()))), None)
 
 
 def of_array(image: np.ndarray) -> np.ndarray:
