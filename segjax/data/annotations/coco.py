@@ -257,7 +257,7 @@ class _Read:
             if number not in draw_of:
                 self._found.skipped[MISSING_MASK].append(f"{name}: {file_name}")
                 continue
-            place = self._files.find(file_name, folders) or self._files.only(file_name)
+            place, spelled = self._files.located(file_name, folders)
             if place is None or (is_panoptic and place in self.masks):
                 self._found.skipped[self._files.reason_missing(file_name)].append(f"{name}: {file_name}")
                 continue
@@ -268,7 +268,7 @@ class _Read:
             height, width = entry.get("height"), entry.get("width")
             size = (height, width) if height and width else None
             # The folders in a relative name tell images apart; those of an absolute one are of this machine.
-            shown = file_name if "file_name" in entry and file_name[0] != "/" else posixpath.basename(place)
+            shown = spelled if "file_name" in entry and spelled[0] != "/" else posixpath.basename(place)
             images.append(Annotated(shown, place, self._files.reader(place), size, None, draw_of[number]))
         return images
 
@@ -355,12 +355,16 @@ class _Read:
         for image, annotation, place in self._checked(name, entries, _Panoptic, images):
             # The annotation of an image counts as all of its segments.
             self.annotations += len(annotation["segments_info"]) - 1
-            mask = self._files.find(annotation["file_name"], [posixpath.join(here, stem), stem, here])
-            if mask is None and (mask := self._files.only(annotation["file_name"])) is None:
+            mask, _ = self._files.located(annotation["file_name"], [posixpath.join(here, stem), stem, here])
+            if mask is None:
                 continue
+            if image in draw_of:
+                self._problems["images with two panoptic annotations; merge them"].append(place)
             self.outlines += 1
             self.masks.add(mask)
             segments = {part["id"]: self._label(part, labels, place) for part in annotation["segments_info"]}
+            if len(segments) < len(annotation["segments_info"]):
+                self._problems["segments of one image that have one id; give each its own"].append(place)
             draw_of[image] = functools.partial(panoptic.draw, self._files, mask, segments, place)
         return draw_of
 

@@ -8,6 +8,7 @@ import functools
 import posixpath
 import re
 import unicodedata
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -94,11 +95,13 @@ class Files:
         links: list[str] = []
         found = in_folder(root, ["."], skipped, links)
         self.root = root
-        self.paths = {
-            unicodedata.normalize("NFC", name): path
-            for name, path in found
-            if not any(part[0] == "." or part == "__MACOSX" for part in name.split("/"))
-        }
+        self.paths: dict[str, Path] = {}
+        for name, path in found:
+            composed = unicodedata.normalize("NFC", name)
+            if any(part[0] == "." or part == "__MACOSX" for part in name.split("/")):
+                continue
+            if self.paths.setdefault(composed, path) != path:
+                skipped["files whose names differ from another one in the Unicode form of accents only"].append(name)
         self.folders = {str(folder) for name in self.paths for folder in PurePosixPath(name).parents}
         if links:
             skipped["links to folders that are read already"] += links
@@ -127,6 +130,14 @@ class Files:
         if len(found) > 1:
             found = [path for path in found if split and split_around(path)[0] == split]
         return found[0] if len(found) == 1 else None
+
+    def located(self, name: str, folders: Sequence[str]) -> tuple[str | None, str]:
+        """What `find` or else `only` gives for a name as it is written, or else without percent-encoding, as in
+        my%20image.jpg; and the name that was found, or as it is written."""
+        for spelling in dict.fromkeys((name, urllib.parse.unquote(name))):
+            if (path := self.find(spelling, folders) or self.only(spelling)) is not None:
+                return path, spelling
+        return None, name
 
     @functools.cached_property
     def _by_name(self) -> dict[str, list[str]]:
