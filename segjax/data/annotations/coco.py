@@ -26,7 +26,17 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from segjax.data.annotations import panoptic
-from segjax.data.annotations.found import IGNORED, MISSING_MASK, Annotated, Drawn, Files, Found, classes_of, split_in
+from segjax.data.annotations.found import (
+    IGNORED,
+    MISSING_MASK,
+    Annotated,
+    Drawn,
+    Files,
+    Found,
+    Side,
+    classes_of,
+    split_in,
+)
 from segjax.data.annotations.rasterise import NO_AREA, Outline, Region, Runs, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.sources import DataError, Problems, listed
@@ -39,8 +49,8 @@ class _Image(TypedDict):
     id: _Id
     file_name: NotRequired[str]
     coco_url: NotRequired[str]
-    height: NotRequired[With[int, Field(ge=0)] | None]
-    width: NotRequired[With[int, Field(ge=0)] | None]
+    height: NotRequired[Side | None]
+    width: NotRequired[Side | None]
 
 
 class _Runs(TypedDict):
@@ -54,13 +64,13 @@ class _Annotation(TypedDict):
     # Some write the only polygon of an object without the list around it.
     segmentation: NotRequired[list[list[FiniteFloat]] | list[FiniteFloat] | _Runs | None]
     bbox: NotRequired[list[FiniteFloat] | None]
-    iscrowd: NotRequired[int | bool | None]
+    iscrowd: NotRequired[float | bool | None]
 
 
 class _Segment(TypedDict):
     id: int
     category_id: _Id
-    iscrowd: NotRequired[int | bool | None]
+    iscrowd: NotRequired[float | bool | None]
 
 
 class _Panoptic(TypedDict):
@@ -266,7 +276,7 @@ class _Read:
                 self._problems[kind].append(f"{name}: {file_name}")
             seen[place] = file_name
             height, width = entry.get("height"), entry.get("width")
-            size = (height, width) if height and width else None
+            size = (int(height), int(width)) if height and width else None
             # The folders in a relative name tell images apart; those of an absolute one are of this machine.
             shown = spelled if "file_name" in entry and spelled[0] != "/" else posixpath.basename(place)
             images.append(Annotated(shown, place, self._files.reader(place), size, None, draw_of[number]))

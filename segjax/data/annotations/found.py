@@ -11,9 +11,11 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Annotated as With
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
 from segjax.data import codec, specs
 from segjax.data.sources import MOST, Problems, in_folder
@@ -25,6 +27,8 @@ MOST_CLASSES = specs.LARGEST_LABEL  # with the background, in 16 bits next to IG
 # Suffixes of images; those that cannot be used are counted.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
 IMAGES += (".heif", ".avif", ".jp2", ".pfm")
+# Height or width of an image in JSON, in which pandas makes every number a float.
+Side = With[FiniteFloat, Field(ge=0, multiple_of=1)]
 # Names by which splits are known, and segjax's name for each.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "trainval": "trainval"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")

@@ -22,7 +22,7 @@ from typing import Any, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, classes_of, split_around
+from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, Side, classes_of, split_around
 from segjax.data.annotations.rasterise import NO_AREA, Bitmap, Outline, Region, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.codec import ImageError
@@ -48,8 +48,8 @@ class _File(TypedDict):
     shapes: list[_Shape]
     imagePath: NotRequired[str | None]
     imageData: NotRequired[str | None]
-    imageHeight: NotRequired[int | None]
-    imageWidth: NotRequired[int | None]
+    imageHeight: NotRequired[Side | None]
+    imageWidth: NotRequired[Side | None]
 
 
 def read(source: Path) -> Found:
@@ -118,7 +118,7 @@ def _label(shape: _Shape) -> str:
 def _image(files: Files, name: str, content: _File, found: Found) -> Annotated | None:
     """The image of a JSON file, not drawn yet; None where there is none, which is counted."""
     height, width = content.get("imageHeight"), content.get("imageWidth")
-    size = (height, width) if height and width else None
+    size = (int(height), int(width)) if height and width else None
     given = content.get("imagePath") or ""
     place = files.find(given, [posixpath.dirname(name)]) if given else None
     stem = posixpath.splitext(name)[0]

@@ -201,7 +201,7 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
 def _listed_stem(line: str, masks: Container[str]) -> str:
     """The name in a line of a list: all of it, what is in quotation marks, or what is before a space and a number."""
     quoted = re.match(r'\s*"([^"]+)"', line)
-    return next((name for name in (line.strip(), quoted and quoted[1]) if name in masks), line.split()[0])
+    return next((name for name in (line.strip(), quoted[1] if quoted else "") if name in masks), line.split()[0])
 
 
 def _text(files: Files, name: str) -> str:

@@ -169,6 +169,8 @@ def test_ids_of_one_number_are_equal_whatever_their_type(tmp_path, capsys, kind)
     for annotation in content["annotations"]:
         annotation |= {"image_id": kind(annotation["image_id"]), "category_id": kind(annotation["category_id"])}
     if kind is float:
+        content["images"] = [image | {"height": 4.0, "width": 6.0} for image in content["images"]]
+        content["annotations"][2]["iscrowd"] = 1.0
         # A polygon as pairs of coordinates, too.
         content["annotations"][0]["segmentation"] = [[1, 1], [2, 1], [2, 3], [1, 3]]
     imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
