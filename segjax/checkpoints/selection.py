@@ -95,17 +95,20 @@ def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
     """Tensors and other values of nested mappings, by the dotted path of their keys."""
     tensors: dict[str, Any] = {}
     others: dict[str, object] = {}
+    visited = 0
 
     def add(prefix: str, entries: Mapping) -> None:
+        nonlocal visited
         for key, value in entries.items():
+            visited += 1
+            if visited > MOST_ENTRIES:
+                raise CheckpointError(f"this is not a state dict: it holds more than {MOST_ENTRIES:,} entries")
             path = f"{prefix}{key}"
             if isinstance(value, Mapping):
                 if not _OF_TRAINING.intersection(_words(str(key))):
                     add(f"{path}.", value)
             else:
                 (tensors if _is_tensor(value) or isinstance(value, np.generic) else others)[path] = value
-            if len(tensors) + len(others) > MOST_ENTRIES:
-                raise CheckpointError(f"this is not a state dict: it holds more than {MOST_ENTRIES:,} entries")
 
     add("", given)
     return tensors, others
@@ -132,7 +135,9 @@ def log_unused(keys: Collection[str]) -> None:
 def as_array(key: str, value: Any) -> np.ndarray:
     """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value)
+        array = np.asarray(value)
+        # JAX has no arrays of another byte order.
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     if isinstance(value, Standin):
         raise CheckpointError(f"{key}: a tensor of the kind {value.origin}, which cannot be read as numbers")
     try:

@@ -228,7 +228,7 @@ def adapter(folder, weights, seed, **settings):
     ("settings", "scales"),
     [
         ({}, (4, 4, 4)),
-        ({"use_rslora": True}, (12 / 3**0.5,) * 3),
+        ({"use_rslora": True, "init_lora_weights": "gaussian"}, (12 / 3**0.5,) * 3),
         ({"alpha_pattern": {"query": 6, "encoder.patch_embeddings.1.proj": 1}}, (2, 4, 1 / 3)),
     ],
 )
@@ -277,6 +277,9 @@ FAULTS = {
     "DoRA": ({"use_dora": True}, "DoRA"),
     "an expression": ({"alpha_pattern": {"(a+)+$": 2}}, "(a+)+$"),
     "a type": ({"lora_alpha": "x"}, "lora_alpha"),
+    # Both subtract the first matrices from the base that is trained.
+    "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+    "OLoRA": ({"init_lora_weights": "OLoRA"}, "has changed its base as well; merge it where it was trained"),
 }
 
 
@@ -298,6 +301,7 @@ def test_matrices_without_a_place_or_a_scale_are_refused(tmp_path, model, weight
     lone = f"base_model.model.{QUERY}.lora_B.weight"
     for odd in (
         {key: value for key, value in arrays.items() if key != lone},
+        {key: value for key, value in arrays.items() if key != lone.replace("lora_B", "lora_A")},
         arrays | {lone: np.zeros((5, 3), np.float32)},
         arrays | {"base_model.model.head.lora_A.weight": np.zeros((3, 4), np.float32)},
         arrays | {f"base_model.model.{QUERY}.lora_magnitude_vector": np.zeros(8, np.float32)},

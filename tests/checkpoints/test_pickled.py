@@ -67,6 +67,28 @@ def test_modules_in_modules_are_named_by_their_path(tmp_path, protocol):
     assert sorted(read_checkpoint(tmp_path / "m.pkl").weights) == ["a.weight", "b.weight", "bias"]
 
 
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_numbers_of_the_other_byte_order_are_read(tmp_path, protocol):
+    swapped = {name: value.astype(value.dtype.newbyteorder()) for name, value in arrays(2).items()}
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(swapped, protocol))
+    np.savez(tmp_path / "m.npz", **swapped)
+    for file in ("m.pkl", "m.npz"):
+        for name, value in read_checkpoint(tmp_path / file).weights.items():
+            assert value.dtype.isnative
+            np.testing.assert_array_equal(value, arrays(2)[name])
+
+
+def test_mappings_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path):
+    entries: dict = {}
+    for _ in range(60):
+        entries = {"a": entries, "b": entries}
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps({"state_dict": entries | arrays(0)}))
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match="more than 1,000,000 entries"):
+        read_checkpoint(tmp_path / "m.pkl")
+    assert time.process_time() - begin < 20
+
+
 @pytest.mark.parametrize("depth", [22, 60])
 def test_modules_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path, depth):
     module = Module({"weight": np.ones((2, 3))}, {})
