@@ -178,7 +178,6 @@ def _fit(
 def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation) -> None:
     """Writes curve.png, predictions/ and result.json, and prints the metrics."""
     scores = run.evaluator.scores
-    devices = run.parallel.devices
     result = {
         **stamped(evaluation.metrics),
         # Of per_class_iou.
@@ -190,7 +189,7 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
         # Of the process that ended the run, with compiling and evaluating.
         "duration_s": round(time.perf_counter() - run.began, 1),
         "from_step": run.first,
-        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)},
+        "device": versions.of_devices(run.parallel.devices),
         "versions": versions.installed(),
         "protocol": run.evaluator.protocol.record(),
         "config": run.metadata["config"],
