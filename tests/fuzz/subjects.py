@@ -390,6 +390,7 @@ def _read_video() -> int:
 
 def _make_folder(folder: Path) -> None:
     import cv2
+    import tifffile
 
     rng = np.random.default_rng(1)
     for split, count in SPLITS.items():
@@ -400,7 +401,13 @@ def _make_folder(folder: Path) -> None:
             suffix = "jpg" if number == 1 else "png"
             cv2.imwrite(str(folder / f"data/images/{split}/i{number}.{suffix}"), _scene(number, *size))
             label = rng.choice([0, 1, 2, 255], size).astype(np.uint8)
-            cv2.imwrite(str(folder / f"data/labels/{split}/i{number}.png"), label)
+            place = folder / f"data/labels/{split}/i{number}"
+            if split == "train":
+                cv2.imwrite(f"{place}.png", label)
+            elif number:
+                np.save(f"{place}.npy", label.astype(np.int16))
+            else:
+                tifffile.imwrite(f"{place}.tif", label, photometric="minisblack", compression="lzw")
     classes = {"names": NAMES, "colors": [[0, 0, 0], [200, 0, 0], [0, 200, 0]], "ignore": 255}
     (folder / "data/classes.json").write_text(json.dumps(classes))
 
@@ -467,14 +474,16 @@ def _read_records() -> None:
 def _mutate_dataset(folder: Path, rng: np.random.Generator) -> Mutation:
     data = folder / "data"
     kind = rng.choice(["json", "bytes", "bytes", "values", "folder", "twice"])
-    files = sorted(path for path in data.rglob("*.*") if path.suffix in (".png", ".jpg"))
+    files = sorted(path for path in data.rglob("*.*") if path.suffix in (".png", ".jpg", ".tif", ".npy"))
     path = files[rng.integers(len(files))]
+    if kind == "bytes" and path.suffix in (".tif", ".npy") and rng.integers(2):
+        return (mutations.of_tiff if path.suffix == ".tif" else mutations.of_npy)(path, rng)
     if kind == "json":
         return mutations.of_json_file(data / "classes.json", rng)
     if kind == "folder":
         return mutations.of_folder(data, rng)
     if kind == "twice":
-        copy = path.with_suffix({".png": ".jpeg", ".jpg": ".png"}[path.suffix])
+        copy = path.with_suffix(".png" if path.suffix != ".png" else ".jpeg")
         copy.write_bytes(path.read_bytes())
         return Mutation(f"{copy.relative_to(data)} next to {path.name}", is_bad=True)
     if kind == "values":
