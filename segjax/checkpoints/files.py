@@ -10,11 +10,10 @@ import math
 import re
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, cast
 
 import numpy as np
 from pydantic import Field
@@ -246,11 +245,19 @@ def _members(file: BinaryIO) -> list[str] | None:
 def _read_npz(source: Path) -> dict[str, np.ndarray]:
     with open_regular(source) as file, zipfile.ZipFile(file) as archive:
         pickled.refuse_odd_zip(source, archive)
-        try:
-            with np.load(source, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise CheckpointError(f"{source}: an .npz that cannot be read ({error}); save it again") from None
+        found: dict[str, np.ndarray] = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            try:
+                with archive.open(member) as stream:
+                    found[name] = np.lib.format.read_array(cast(BinaryIO, stream), allow_pickle=False)
+            # A damaged member raises errors of many kinds; MemoryError, where its header has a shape of any size.
+            except Exception as error:
+                raise CheckpointError(
+                    f"{source}: an .npz that cannot be read: its array {name} is damaged or encrypted, or has objects "
+                    "of Python; save it again"
+                ) from error
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- safetensors

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shutil
+import struct
 import tarfile
 import zipfile
 
@@ -189,8 +190,19 @@ def test_a_damaged_npz_is_refused(tmp_path, weights):
     with pytest.raises(CheckpointError, match=r"w\.npz: an \.npz that cannot be read"):
         read_checkpoint(tmp_path / "w.npz")
     np.savez(tmp_path / "o.npz", a=np.array([{}], object), allow_pickle=True)
-    with pytest.raises(CheckpointError, match=r"o\.npz: an \.npz that cannot be read"):
+    with pytest.raises(CheckpointError, match=r"o\.npz: an \.npz that cannot be read: its array a .*objects"):
         read_checkpoint(tmp_path / "o.npz")
+    # A header of a shape that fits no memory, and a member that needs a password.
+    with zipfile.ZipFile(tmp_path / "h.npz", "w") as archive:
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }\n"
+        archive.writestr("big.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
+    np.savez(tmp_path / "p.npz", **weights)
+    data = bytearray((tmp_path / "p.npz").read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "p.npz").write_bytes(data)
+    for name in ("h.npz", "p.npz"):
+        with pytest.raises(CheckpointError, match=rf"{name}: an \.npz that cannot be read: its array"):
+            read_checkpoint(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
