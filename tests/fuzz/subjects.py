@@ -136,7 +136,7 @@ def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
 
 
 def _make_pickles(folder: Path) -> None:
-    """The weights of a model as people keep them in pickles without a zip."""
+    """The weights of a model as people keep them in pickles without a zip, and in an archive of arrays."""
     torch = importlib.import_module("torch")
     _converted("m.pth")(folder)
     state = torch.load(folder / "m.pth", weights_only=True)
@@ -144,6 +144,7 @@ def _make_pickles(folder: Path) -> None:
     # As before torch 1.6: pickles, and the numbers behind them.
     torch.save({"epoch": 3, "state_dict": state}, folder / "old.pth", _use_new_zipfile_serialization=False)
     arrays = {name: value.numpy() for name, value in state.items()}
+    np.savez(folder / "arrays.npz", **arrays)
     for protocol in (0, 2):
         (folder / f"tensors{protocol}.pkl").write_bytes(pickle.dumps(state, protocol))
         (folder / f"arrays{protocol}.pkl").write_bytes(pickle.dumps(arrays, protocol))
@@ -161,6 +162,8 @@ def _mutate_pickle(folder: Path, rng: np.random.Generator) -> Mutation:
         return mutations.of_bytes(path, rng)
     if kind == "folder":
         return mutations.of_folder(folder, rng)
+    if name == "arrays.npz":
+        return mutations.of_zip(path, rng, is_read=True)
     if kind == "arrays" and name.startswith("arrays"):
         arrays = pickle.loads(path.read_bytes())
         mutation = mutations.of_tensors(arrays, rng)
