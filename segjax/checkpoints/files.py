@@ -51,15 +51,17 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
         raise CheckpointError(str(error)) from None
 
 
-def _read(source: str | Path, weights: str | None) -> Checkpoint:
+def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[Path, ...] = ()) -> Checkpoint:
     found = _located(source)
+    if found.place.resolve() in adapters_of_it:
+        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to what it was trained on")
     if found.kind == "orbax":
         (folder,) = found.paths
         if weights is not None:
             raise CheckpointError(f"{folder}: an orbax folder holds one set of weights; omit --weights {weights}")
         return Checkpoint(*orbax_folder.load_weights(folder), found.name, (folder,), is_orbax=True)
     if found.kind == "adapter":
-        return _read_adapter(found, weights)
+        return _read_adapter(found, weights, adapters_of_it)
     with contextlib.ExitStack() as opened_files:
         if found.kind == "transformers":
             stored, known = _read_folder(found, opened_files)
@@ -178,8 +180,12 @@ def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[M
     return arrays, known
 
 
-def _read_adapter(found: _Located, weights: str | None) -> Checkpoint:
-    """A LoRA adapter, merged into its base."""
+def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[Path, ...]) -> Checkpoint:
+    """A LoRA adapter, merged into its base.
+
+    Args:
+      adapters_of_it: folders of the adapters whose base it is, where there are such.
+    """
     folder = found.place
     config = adapters.read_config(folder)
     base = adapters.base_of(folder, config)
@@ -188,7 +194,7 @@ def _read_adapter(found: _Located, weights: str | None) -> Checkpoint:
         adapter = {key: as_array(key, value) for key, value in stored.items()}
     logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
     try:
-        before = _read(base, weights)
+        before = _read(base, weights, (*adapters_of_it, folder.resolve()))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
     if before.is_orbax:

@@ -285,6 +285,7 @@ def test_an_adapter_may_have_the_names_that_transformers_has_in_memory(tmp_path,
 FAULTS = {
     "a base that is nowhere": ({"base_model_name_or_path": "/nowhere/mit"}, "/nowhere/mit"),
     "no base": ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+    "itself": ({"base_model_name_or_path": "../lora"}, "it is its own base; set base_model_name_or_path"),
     "another kind": ({"peft_type": "IA3"}, "IA3"),
     "DoRA": ({"use_dora": True}, "DoRA"),
     "an expression": ({"alpha_pattern": {"(a+)+$": 2}}, "(a+)+$"),
