@@ -20,6 +20,8 @@ from segjax.runtime.reading import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Initialisations that change the base, too: an adapter is added to the changed one, which nobody has saved.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = "merge it where it was trained: model.merge_and_unload().save_pretrained(FOLDER)"
 # What peft puts around the network, and around modules in it.
 _NETWORK = "base_model.model."
@@ -39,6 +41,7 @@ class Config(TypedDict):
     use_rslora: NotRequired[bool]
     use_dora: NotRequired[bool]
     r: NotRequired[Annotated[int, Field(ge=1)]]
+    init_lora_weights: NotRequired[bool | str | None]
 
 
 def is_folder(folder: Path) -> bool:
@@ -59,6 +62,11 @@ def read_config(folder: Path) -> Config:
     kind = "DoRA" if config.get("use_dora") else config["peft_type"]
     if kind.upper() != "LORA":
         raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges LoRA alone: {_MERGE}")
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_CHANGE_BASE):
+        raise CheckpointError(
+            f"{folder}: an adapter whose init_lora_weights, {initial}, has changed its base as well; {_MERGE}"
+        )
     return config
 
 
@@ -101,7 +109,7 @@ def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], co
     given = {own_name(key): value for key, value in adapter.items()}
     arrays, problems = dict(base), list[str]()
     for key, value in given.items():
-        if _B in key and _A.search(key.replace(_B, ".lora_A")):
+        if _B in key and key.replace(_B, ".lora_A") in given:
             continue
         if not _A.search(key):
             if "lora_" in key:

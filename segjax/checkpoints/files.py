@@ -10,11 +10,10 @@ import math
 import re
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, cast
 
 import numpy as np
 from pydantic import Field
@@ -52,15 +51,17 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
         raise CheckpointError(str(error)) from None
 
 
-def _read(source: str | Path, weights: str | None) -> Checkpoint:
+def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[Path, ...] = ()) -> Checkpoint:
     found = _located(source)
+    if found.place.resolve() in adapters_of_it:
+        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to what it was trained on")
     if found.kind == "orbax":
         (folder,) = found.paths
         if weights is not None:
             raise CheckpointError(f"{folder}: an orbax folder holds one set of weights; omit --weights {weights}")
         return Checkpoint(*orbax_folder.load_weights(folder), found.name, (folder,), is_orbax=True)
     if found.kind == "adapter":
-        return _read_adapter(found, weights)
+        return _read_adapter(found, weights, adapters_of_it)
     with contextlib.ExitStack() as opened_files:
         if found.kind == "transformers":
             stored, known = _read_folder(found, opened_files)
@@ -179,8 +180,12 @@ def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[M
     return arrays, known
 
 
-def _read_adapter(found: _Located, weights: str | None) -> Checkpoint:
-    """A LoRA adapter, merged into its base."""
+def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[Path, ...]) -> Checkpoint:
+    """A LoRA adapter, merged into its base.
+
+    Args:
+      adapters_of_it: folders of the adapters whose base it is, where there are such.
+    """
     folder = found.place
     config = adapters.read_config(folder)
     base = adapters.base_of(folder, config)
@@ -189,7 +194,7 @@ def _read_adapter(found: _Located, weights: str | None) -> Checkpoint:
         adapter = {key: as_array(key, value) for key, value in stored.items()}
     logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
     try:
-        before = _read(base, weights)
+        before = _read(base, weights, (*adapters_of_it, folder.resolve()))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
     if before.is_orbax:
@@ -246,11 +251,19 @@ def _members(file: BinaryIO) -> list[str] | None:
 def _read_npz(source: Path) -> dict[str, np.ndarray]:
     with open_regular(source) as file, zipfile.ZipFile(file) as archive:
         pickled.refuse_odd_zip(source, archive)
-        try:
-            with np.load(source, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise CheckpointError(f"{source}: an .npz that cannot be read ({error}); save it again") from None
+        found: dict[str, np.ndarray] = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            try:
+                with archive.open(member) as stream:
+                    found[name] = np.lib.format.read_array(cast(BinaryIO, stream), allow_pickle=False)
+            # A damaged member raises errors of many kinds; MemoryError, where its header has a shape of any size.
+            except Exception as error:
+                raise CheckpointError(
+                    f"{source}: an .npz that cannot be read: its array {name} is damaged or encrypted, or has objects "
+                    "of Python; save it again"
+                ) from error
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- safetensors

@@ -56,6 +56,8 @@ _DTYPES: dict[str, np.dtype] = {
 }
 # A zip of torch is not compressed; one that somebody has packed again shrinks weights by little.
 _LARGEST_RATIO = 20
+# More entries than any checkpoint has: a pickle can make billions of a few hundred bytes.
+MOST_ENTRIES = 1_000_000
 # What the first of the pickles in a file without a zip holds, as torch.serialization.MAGIC_NUMBER.
 _MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -137,6 +139,10 @@ def opened(source: Path) -> Iterator[object]:
         yield content
 
 
+class _BrokenError(ValueError):
+    """Content that no writer has made; the message is the reason in English."""
+
+
 @contextlib.contextmanager
 def _damage(source: Path) -> Iterator[None]:
     """Turns whatever a damaged file raises into a CheckpointError; nearly everything may come from a pickle."""
@@ -152,9 +158,11 @@ def _damage(source: Path) -> Iterator[None]:
         # A damaged zip may point to before the file's beginning; other errors of the system are its own.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"[Errno {errno.EINVAL}] ")
+        in_words = isinstance(error, _BrokenError | zipfile.BadZipFile | zlib.error | OSError)
+        reason = str(error).partition("\n")[0].removeprefix(f"[Errno {errno.EINVAL}] ") if in_words else ""
         raise CheckpointError(
-            f"{source}: a PyTorch checkpoint that is damaged or cut short ({first}); fetch it again"
+            f"{source}: a PyTorch checkpoint that is damaged or cut short "
+            f"({reason or 'what it says of its tensors is broken'}); fetch it again"
         ) from None
 
 
@@ -177,7 +185,10 @@ class _File:
 
 def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
     refuse_odd_zip(source, archive)
-    root = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
+    root = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+    if root is None:
+        raise _BrokenError("it has no data.pkl")
+    root = root.removesuffix("data.pkl")
     prefix = f"{root}data/"
     sizes = {m.filename.removeprefix(prefix): m.file_size for m in archive.infolist() if m.filename.startswith(prefix)}
 
@@ -228,7 +239,7 @@ def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
         (count,) = struct.unpack("<q", stream.read(8))
         begin, size = stream.tell(), count * reader.item_size(str(key))
         if not 0 <= size <= end - begin:
-            raise EOFError(f"storage {key} ends behind the end of the file")
+            raise _BrokenError(f"storage {key} ends behind the end of the file")
         places[str(key)] = begin, size
         stream.seek(begin + size)
 
@@ -294,7 +305,7 @@ class _Bounded:
     """A file that is not asked for more bytes than it has, for which it would take the memory first."""
 
     def __init__(self, file: BinaryIO | io.BytesIO):
-        self._file, self.readline = file, file.readline
+        self._file, self.readline, self.tell = file, file.readline, file.tell
         begin = file.tell()
         self.size = file.seek(0, os.SEEK_END)
         file.seek(begin)
@@ -319,10 +330,18 @@ class _Reader(pickle._Unpickler):
         bounded = _Bounded(file)
         # Text of Python 2, in which bytes of arrays may be text too.
         super().__init__(bounded, encoding="latin1")
-        self._size = bounded.size
+        self._bounded = bounded
         self.twice: list[str] = []
         self.content: Any = None
         self._storages: dict[str, _Storage] = {}
+
+    def load(self):
+        try:
+            return super().load()
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:
+            raise _BrokenError(f"its pickle is broken before byte {self._bounded.tell():,}") from error
 
     def find_class(self, module, name):
         # By what they were called in Python 2, too.
@@ -366,7 +385,7 @@ class _Reader(pickle._Unpickler):
 
     def load_bytearray8(self):
         (size,) = struct.unpack("<Q", self.read(8))
-        if size > self._size:
+        if size > self._bounded.size:
             raise pickle.UnpicklingError(f"an array of {size:,} bytes")
         self.append(bytearray(self.read(size)))
 
@@ -449,6 +468,8 @@ class _Resolver:
         for name, module in state["_modules"].items():
             inner = self.resolved(module)
             entries |= {f"{name}.{key}": part for key, part in inner.items()} if isinstance(inner, dict) else {}
+            if len(entries) > MOST_ENTRIES:
+                raise _BrokenError(f"it holds more than {MOST_ENTRIES:,} entries")
         return entries
 
     def _tensor(self, arguments: list) -> StoredTensor | Standin:
@@ -466,7 +487,7 @@ class _Resolver:
             return Standin(f"tensor of {dtype}", is_tensor=True)
         sizes = (offset, storage.begin, *shape, *strides)
         if len(shape) != len(strides) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in sizes):
-            raise ValueError(f"a tensor has the shape {shape} and the strides {strides}")
+            raise _BrokenError(f"a tensor has the shape {shape} and the strides {strides}")
         count = storage.count * _DTYPES[storage.kind].itemsize // _DTYPES[dtype].itemsize
         offset += storage.begin
         return StoredTensor(
@@ -507,5 +528,5 @@ def _data(data: Any) -> bytes:
     if isinstance(data, _Inert) and data.origin == "_codecs.encode":
         data = data.content[0]
     if not isinstance(data, str | bytes | bytearray):
-        raise TypeError(f"an array whose bytes are a {type(data).__name__}")
+        raise _BrokenError(f"an array whose bytes are a {type(data).__name__}")
     return data.encode("latin1") if isinstance(data, str) else bytes(data)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
-from segjax.checkpoints.pickled import Standin, StoredTensor
+from segjax.checkpoints.pickled import MOST_ENTRIES, Standin, StoredTensor
 from segjax.checkpoints.recognition import network_prefix
 
 logger = logging.getLogger("segjax")
@@ -39,8 +39,6 @@ _NO_WEIGHTS = {*_OF_TRAINING, "loss", "criterion"}
 _TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
 # Numbers that averages keep next to their weights.
 _COUNTERS = ("decay", "num_updates", "n_averaged", "step", "steps", "initted")
-# More entries than any checkpoint has: a pickle can make billions of a few hundred bytes.
-_MOST_ENTRIES = 1_000_000
 
 
 def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, np.ndarray]:
@@ -97,17 +95,20 @@ def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
     """Tensors and other values of nested mappings, by the dotted path of their keys."""
     tensors: dict[str, Any] = {}
     others: dict[str, object] = {}
+    visited = 0
 
     def add(prefix: str, entries: Mapping) -> None:
+        nonlocal visited
         for key, value in entries.items():
+            visited += 1
+            if visited > MOST_ENTRIES:
+                raise CheckpointError(f"this is not a state dict: it holds more than {MOST_ENTRIES:,} entries")
             path = f"{prefix}{key}"
             if isinstance(value, Mapping):
                 if not _OF_TRAINING.intersection(_words(str(key))):
                     add(f"{path}.", value)
             else:
                 (tensors if _is_tensor(value) or isinstance(value, np.generic) else others)[path] = value
-            if len(tensors) + len(others) > _MOST_ENTRIES:
-                raise CheckpointError(f"this is not a state dict: it holds more than {_MOST_ENTRIES:,} entries")
 
     add("", given)
     return tensors, others
@@ -134,7 +135,9 @@ def log_unused(keys: Collection[str]) -> None:
 def as_array(key: str, value: Any) -> np.ndarray:
     """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value)
+        array = np.asarray(value)
+        # JAX has no arrays of another byte order.
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     if isinstance(value, Standin):
         raise CheckpointError(f"{key}: a tensor of the kind {value.origin}, which cannot be read as numbers")
     try:

@@ -1,4 +1,5 @@
 """Images of any number of channels, in the numbers of their files: TIFF with all of its bands, NumPy's .npy, grey PNG.
+And masks that are such files.
 
 Pixels are uint8, uint16 or float32 (H, W, C), in the unit of the data: nothing is scaled, and no band is dropped.
 """
@@ -19,6 +20,8 @@ from segjax.data.codec import ImageError, LayoutError
 _DARK, _BRIGHT = 2, 98
 # Pixels of which percentiles are computed; more would be the same within a grey level.
 _SAMPLED = 1 << 16
+# Version of a .npy -> bytes of the length of its header; and the longest header that NumPy reads.
+_LENGTHS_OF_HEADERS, _LONGEST_HEADER = {(1, 0): 2, (2, 0): 4, (3, 0): 4}, 10_000
 _CONVERT = f"images are {', '.join(specs.IMAGE_DTYPES[:-1])} or {specs.IMAGE_DTYPES[-1]}; convert it to one of them"
 
 
@@ -45,6 +48,42 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
     return of_array(image)
 
 
+def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.StoredMask:
+    """A mask that is a TIFF of one band, upright, or a .npy of (H, W) or (H, W, 1); its values are kept exactly.
+
+    Raises:
+      LayoutError: several bands, numbers that are not integers, or outside of 0..65535.
+      ImageError: it is damaged, or has more than `max_pixels` pixels.
+    """
+    palette = None
+    if codec.format_of(data[:32]) == "TIFF":
+        values, palette = tiff.decode_mask(data, max_pixels=max_pixels)
+    else:
+        values = of_npy(data)
+        if values.ndim == 3 and values.shape[2] == 1:
+            values = values[..., 0]
+        if values.ndim != 2 or 0 in values.shape:
+            hint = "; array[0] would be" * (values.ndim == 3 and values.shape[0] == 1)
+            raise LayoutError(f"has the shape {values.shape}, which is not (H, W){hint}")
+        codec.refuse_size((values.shape[0], values.shape[1]), max_pixels)
+    if values.dtype.kind not in "biuf":
+        raise LayoutError(f"has numbers of {values.dtype.name}")
+    is_float = values.dtype.kind == "f"
+    strange = values != np.floor(values) if is_float else (values < 0) | (values > specs.LARGEST_LABEL)
+    if strange.any():
+        row, column = np.argwhere(strange)[0].tolist()
+        raise LayoutError(
+            f"has {np.count_nonzero(strange):,} values of {values.dtype.name} that are "
+            + ("no whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
+            + f", the first at row {row}, column {column}: {values[row, column]}"
+        )
+    if is_float:
+        raise LayoutError(f"has numbers of {values.dtype.name}, from {values.min():.6g} to {values.max():.6g}")
+    if palette is not None:
+        return codec.of_indices(values.astype(np.uint8), palette)
+    return codec.StoredMask(values.astype(specs.dtype_of_labels(int(values.max()))), None)
+
+
 def of_array(image: np.ndarray) -> np.ndarray:
     """An array (H, W) or (H, W, C) as (H, W, C), in the byte order of the machine.
 
@@ -68,21 +107,29 @@ def of_npy(data: bytes) -> np.ndarray:
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
-        length = 2 if version == (1, 0) else 4
-        header: Any = ast.literal_eval(file.read(int.from_bytes(file.read(length), "little")).decode("latin1"))
-        dtype, shape = np.dtype(header["descr"]), tuple(map(int, header["shape"]))
-        pixels = data[file.tell() :]
-        # Compared before anything is allocated: a header may have any numbers.
-        needed = dtype.itemsize
-        for side in shape:
-            needed *= side
-        if dtype.hasobject or min(shape, default=0) < 0 or needed != len(pixels):
-            raise ValueError(f"{dtype} {shape}, and {len(pixels):,} bytes of it")
-        return np.frombuffer(pixels, dtype).reshape(shape, order="F" if header["fortran_order"] else "C")
-    # A header of any content is an error of any kind.
+        length = int.from_bytes(file.read(_LENGTHS_OF_HEADERS[version]), "little")
+        # Beyond what NumPy itself reads, an expression could exhaust the stack.
+        header: Any = ast.literal_eval(file.read(min(length, _LONGEST_HEADER)).decode("latin1"))
+        dtype, shape, is_fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
+    # A header of any content is an error of any kind, in words of Python.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"is a .npy that cannot be read ({reason})") from error
+        raise ImageError("is a .npy that cannot be read (its header is damaged)") from error
+    if not all(type(side) is int and side >= 0 for side in shape) or type(is_fortran) is not bool:
+        raise ImageError("is a .npy that cannot be read (its header is damaged)")
+    if dtype.hasobject:
+        raise ImageError("is a .npy that cannot be read (it has objects of Python, not numbers)")
+    pixels = data[file.tell() :]
+    # Compared before anything is allocated: a header may have any numbers.
+    if not dtype.itemsize or dtype.itemsize * math.prod(shape) != len(pixels):
+        raise ImageError(
+            f"is a .npy that cannot be read (its header has {dtype} of the shape {shape}, and {len(pixels):,} bytes "
+            "follow)"
+        )
+    try:
+        return np.ndarray(shape, dtype, pixels, order="F" if is_fortran else "C")
+    # NumPy has a limit to the number of axes, and to sides next to one of 0.
+    except ValueError as error:
+        raise ImageError(f"is a .npy that cannot be read (no array has the shape {shape})") from error
 
 
 def to_npy(image: np.ndarray) -> bytes:

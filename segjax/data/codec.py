@@ -200,16 +200,16 @@ def _fault_of_size(data: bytes, what: str) -> str | None:
     return f"{what} of more than {MAX_PIXELS:,} pixels; cut them up" if height * width > MAX_PIXELS else None
 
 
-def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
-    """The reason, with its remedy, why a complete file cannot be used as a mask; None if it can.
+def fault_of_mask(data: bytes, *, binary: bool) -> str | None:
+    """The reason, with its remedy, why a complete file cannot be used as a mask; None if it can. Of TIFF and .npy,
+    `bands.decode_mask` finds it.
 
     Args:
-      wide: whether the labels of its data set have 16 bits.
-      binary: whether they are 0 and 1.
+      binary: whether the labels of its data set are 0 and 1.
     """
     found = format_of(data[:32])
     if found in ("TIFF", "NPY"):
-        return "masks that are TIFF or .npy inside; export them as grey PNG, of 8 or 16 bits"
+        return None
     if found == "GIF":
         return "masks that are GIF inside, whose palette may be in another order; export them as PNG"
     if found not in ("PNG", "BMP"):
@@ -218,8 +218,6 @@ def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
         depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
         if depth == 16 and color_type != 0:
             return "RGB or alpha masks of 16 bits a channel; save them with 8"
-        if depth == 16 and not wide:
-            return "masks of 16 bits, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
         if color_type == 0 and (depth in (2, 4) or (depth == 1 and not binary)):
             return "masks of fewer than 8 bits, whose values decoders stretch; save class ids as 8-bit grey"
     return _fault_of_size(data, "masks")
@@ -381,7 +379,7 @@ class StoredMask(NamedTuple):
 
 
 def decode_stored_mask(data: bytes) -> StoredMask | None:
-    """A mask without `fault_of_mask`; None if it cannot be decoded. Of 1 bit, it has the values 0 and 1.
+    """A PNG or BMP without `fault_of_mask`; None if it cannot be decoded. Of 1 bit, it has the values 0 and 1.
 
     Alpha is dropped, and a palette of greys that equal their indices.
 
@@ -393,17 +391,20 @@ def decode_stored_mask(data: bytes) -> StoredMask | None:
         return mask if mask is None else StoredMask(mask // 255 if data[24] == 1 else mask, None)
     image = decode_by_pillow(data)
     if image.mode == "P":
-        indices = np.asarray(image)
-        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        if indices.max() >= len(palette):
-            raise ImageError("is damaged: its palette lacks colours that occur")
-        used = np.unique(indices)
-        return StoredMask(indices, None if np.all(palette[used] == used[:, None]) else palette)
+        return of_indices(np.asarray(image), np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
     if image.mode == "1":
         return StoredMask(np.asarray(image).astype(np.uint8), None)
     if image.mode in ("L", "LA"):
         return StoredMask(np.asarray(image.getchannel(0)), None)
     return StoredMask(np.asarray(image.convert("RGB")), None)
+
+
+def of_indices(indices: np.ndarray, palette: np.ndarray) -> StoredMask:
+    """A mask of indices (H, W), and uint8 (N, 3), RGB of each index. Raises ImageError for indices beyond it."""
+    if indices.max() >= len(palette):
+        raise ImageError("is damaged: its palette lacks colours that occur")
+    used = np.unique(indices)
+    return StoredMask(indices, None if np.all(palette[used] == used[:, None]) else palette)
 
 
 def encode_mask(labels: np.ndarray) -> bytes:

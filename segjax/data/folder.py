@@ -2,15 +2,15 @@
 
     images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif: RGB, grey is repeated, alpha is dropped; or .tif, with all
                                 of its bands, or .npy, an array (H, W, C) or (H, W): uint8, uint16 or float32
-    labels/<split>/<stem>.png   or .bmp: grey, one train id (0..K-1; 0 and 1 for a single class) or the ignore value,
-                                of 16 bits for more than 255 classes; or RGB or a palette, in the colours of the classes
+    labels/<split>/<stem>.png   or .bmp, .tif of one band, .npy of (H, W): integers, one train id (0..K-1; 0 and 1 for
+                                a single class) or the ignore value for each pixel; or a palette, or RGB in PNG and BMP,
+                                in the colours of the classes
     classes.json                {"names": [K strings]}, and optionally "colors": [K of [r, g, b]], "ignore": 255,
                                 "ignore_colors": [of [r, g, b]], "name": "...", "absent": [names of classes that no
                                 image shows], "channels": how many the images have; 1 keeps grey PNG and JPEG grey
 
 Without folders of splits, all images are of the split train. The content of a file counts, not its suffix. Nothing here
-writes. Problems are collected by kind, and each kind states
-its remedy, so that one report lists them all.
+writes. Problems are collected by kind, and each kind states its remedy, so that one report lists them all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from segjax.data.sources import NOT_REGULAR, Example, Examples, Problems, digest
 from segjax.runtime import reading
 
 LAYOUT = (
-    "images/<split>/x.jpg (or .png), labels/<split>/x.png (8-bit grey, one class id per pixel, or the colours of the "
+    "images/<split>/x.jpg (or .png), labels/<split>/x.png (grey, one class id per pixel, or the colours of the "
     'classes) and classes.json ("names", "colors", "ignore")'
 )
 
@@ -38,9 +38,7 @@ _CLASSES = (  # A kind of problem, with its remedy.
 )
 LARGEST_CHANNELS = 65_536
 # Suffixes of files whose content is only looked at when it is decoded; others are opened first.
-_USUAL = {"images": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"), "labels": (".png",)}
-# Formats that are only images, not masks.
-_BANDS = ("TIFF", "NPY")
+_USUAL = {"images": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"), "labels": (".png", ".tif", ".tiff", ".npy")}
 _KEYS = ("name", "names", "colors", "ignore", "ignore_colors", "absent", "channels")
 
 
@@ -192,8 +190,8 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
             problems["folders in the folder of a split; move their files into it"].append(name)
         elif not path.is_file():
             problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
-        elif path.suffix.lower() not in _USUAL[part] and not _is_image(path, part):
-            formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or .npy" if part == "images" else "PNG or BMP"
+        elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
+            formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or .npy" if part == "images" else "PNG, BMP, TIFF or .npy"
             problems[f"files that are no {formats}, neither by suffix nor inside; convert or remove them"].append(name)
         elif stem in stems:
             names = f"{where}/{stems[stem].name} and {path.name}"
@@ -203,10 +201,10 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
     return stems
 
 
-def _is_image(path: Path, part: str) -> bool:
+def _is_image(path: Path) -> bool:
     """Whether a file begins as an image or mask does that can be read, whatever its suffix is."""
     with reading.open_regular(path) as file:
-        return codec.format_of(file.read(32)) not in (None, *(_BANDS if part == "labels" else ()))
+        return codec.format_of(file.read(32)) is not None
 
 
 def _other_place(root: Path) -> str:

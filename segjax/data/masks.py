@@ -39,6 +39,10 @@ _UNKNOWN_SCALE = (
     "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
 )
 _OTHER_LAYOUT = "images of a shape or of numbers that are not read"
+_OTHER_MASKS = (
+    "TIFF or .npy masks that are not one integer from 0 to 65535 for each pixel; write the class ids as uint8 or "
+    "uint16, (H, W), and the ignore value where there is none"
+)
 _STRANGE = (
     "images with values that are NaN or infinite; give these pixels a number, such as 0, and where there is no data "
     "the ignore value in their masks"
@@ -501,7 +505,7 @@ def _as_labels(file: File, labels_of: Callable[[codec.StoredMask], np.ndarray], 
     """A mask as a PNG of its labels."""
 
     def read() -> bytes:
-        mask = codec.decode_stored_mask(file.read())
+        mask = _decoded_mask(file.read())
         if mask is None:
             raise OSError(f"{file.name} was changed while it was read")
         return codec.encode_mask(labels_of(mask).astype(dtype))
@@ -589,6 +593,11 @@ def _decoded(data: bytes, *, upright: bool = False) -> np.ndarray | None:
     return image if image is None else scaling.as_uint8(image, None, 255 if image.dtype == np.uint8 else None)
 
 
+def _decoded_mask(data: bytes) -> codec.StoredMask | None:
+    """A mask of a folder; None if it cannot be decoded."""
+    return bands.decode_mask(data) if _has_bands(data) else codec.decode_stored_mask(data)
+
+
 def contents_of(examples: Examples) -> Contents:
     """The hashes of all files, as `contents.contents_of` gives those of a prepared dataset."""
 
@@ -627,7 +636,9 @@ def _check(
     faults: list[tuple[str, str]] = []
     contents: dict[str, bytes] = {}
 
-    def read(file: File, fault: Callable[[bytes], str | None], decode: Callable[[bytes], Any]) -> tuple[Any, str]:
+    def read(
+        file: File, fault: Callable[[bytes], str | None], decode: Callable[[bytes], Any], layout: str
+    ) -> tuple[Any, str]:
         decoded, found = None, ""
         try:
             data = contents[file.name] = file.read()
@@ -645,7 +656,7 @@ def _check(
             faults.append((_UNKNOWN_SCALE, f"{file.name}: {error}"))
             return None, found
         except codec.LayoutError as error:
-            faults.append((_OTHER_LAYOUT, f"{file.name}: {error}"))
+            faults.append((layout, f"{file.name}: {error}"))
             return None, found
         except codec.ImageError as error:
             damage = str(error).replace(codec.HIGHER_LIMIT, "; cut it up")
@@ -661,7 +672,7 @@ def _check(
         return _bands(data, classes.channels) if classes.channels == 1 or _has_bands(data) else _decoded(data)
 
     decode_image = decode_own if train_ids is None else decode_published
-    image, hash_of_image = read(example.image, codec.fault_of_image, decode_image)
+    image, hash_of_image = read(example.image, codec.fault_of_image, decode_image, _OTHER_LAYOUT)
     size = (0, 0) if image is None else image.shape[:2]
     of_image: dict[str, Any] = {}
     if image is not None:
@@ -675,11 +686,10 @@ def _check(
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)
         return Measured(size, (), (hash_of_image, None), **of_image), ignored, faults
     if train_ids is None:
-        wide, binary = (spec.label_dtype is np.uint16, len(spec.label_names) == 2) if spec else (True, True)
-        fault_of_mask = functools.partial(codec.fault_of_mask, wide=wide, binary=binary)
-        mask, hash_of_mask = read(example.label, fault_of_mask, codec.decode_stored_mask)
+        fault_of_mask = functools.partial(codec.fault_of_mask, binary=spec is None or len(spec.label_names) == 2)
+        mask, hash_of_mask = read(example.label, fault_of_mask, _decoded_mask, _OTHER_MASKS)
     else:
-        values, hash_of_mask = read(example.label, codec.fault_of_published_mask, codec.decode_mask)
+        values, hash_of_mask = read(example.label, codec.fault_of_published_mask, codec.decode_mask, _OTHER_MASKS)
         mask = None if values is None else codec.StoredMask(values, None)
     rotation: Rotation = "none"
     if image is not None and mask is not None:
@@ -727,8 +737,8 @@ def _rotation(data: bytes, stored: np.ndarray, size: tuple[int, ...]) -> tuple[R
 
 
 def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:
-    """The same table as `train_ids`, int32, for masks of train ids; (65536,) where labels have 16 bits."""
-    table = np.full(np.iinfo(spec.label_dtype).max + 1, -1, np.int32)
+    """The same table as `train_ids`, int32 (65536,), for masks of train ids, whose values may have 16 bits."""
+    table = np.full(specs.LARGEST_LABEL + 1, -1, np.int32)
     values = [*range(len(spec.label_names)), spec.ignore_label]
     table[values] = values
     return table

@@ -169,9 +169,7 @@ def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
     with _reported(), _opened(io.BytesIO(data)) as file:
         page = file.pages.first
         _refuse_no_image(page, _has_more_pages(file))
-        # Overviews and masks are no images of their own.
-        pages = sum(not int(each.aspage().subfiletype) & 5 for each in file.pages)
-        if pages > 1:
+        if (pages := _pages(file)) > 1:
             raise LayoutError(
                 f"has {pages} pages, and the bands of an image are read from one; write them into one page"
             )
@@ -183,6 +181,38 @@ def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
         if is_converted or int(page.photometric) == _WHITE_IS_ZERO:
             image, _ = _as_grey_or_rgb(page, image)
         return _upright(image.astype(np.uint8) if image.dtype == bool else image, None, page)[0]
+
+
+def decode_mask(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first page of a TIFF of one band, upright.
+
+    Returns:
+      (H, W), its values as they are stored, of any dtype; and the palette, uint8 (N, 3), of indices of up to 8 bits.
+
+    Raises:
+      ImageError: the file is damaged, it has more than `max_pixels` pixels, several bands, or further images.
+    """
+    with _reported(), _opened(io.BytesIO(data)) as file:
+        page = file.pages.first
+        _refuse_no_image(page, _has_more_pages(file))
+        if (pages := _pages(file)) > 1:
+            raise LayoutError(f"has {pages} pages")
+        if page.samplesperpixel > 1:
+            raise LayoutError(f"has {page.samplesperpixel} bands")
+        if page.compression in _JPEGS:
+            raise LayoutError("is compressed as JPEG, which blurs class ids")
+        if int(page.photometric) == _WHITE_IS_ZERO:
+            # Some readers invert it, and some do not.
+            raise LayoutError("has values of which 0 is white (tag PhotometricInterpretation)")
+        _refuse_size(page, max_pixels)
+        _refuse_damaged(page, data, max_pixels)
+        has_palette = int(page.photometric) == _PALETTE and page.bitspersample <= 8
+        return _upright(_samples(page)[..., 0], None, page)[0], _palette_of(page) if has_palette else None
+
+
+def _pages(file: TiffFile) -> int:
+    """The number of images; overviews and masks are none of their own."""
+    return sum(not int(each.aspage().subfiletype) & _COPY_OR_MASK for each in file.pages)
 
 
 def _samples(page: TiffPage) -> np.ndarray:
@@ -274,12 +304,10 @@ def _as_grey_or_rgb(page: TiffPage, image: np.ndarray) -> tuple[np.ndarray, int 
 
     photometric, bits = int(page.photometric), page.bitspersample
     if photometric == _PALETTE:
-        table = np.asarray(page.colormap)
-        if table.ndim != 2 or len(table) != 3 or image.max() >= table.shape[1]:
+        palette = _palette_of(page)
+        if image.max() >= len(palette):
             raise ImageError("is damaged: its palette lacks colours that occur")
-        # 16 bits by the standard; some writers store 8.
-        table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
-        return table.T[image[..., 0].astype(np.intp)], 255
+        return palette[image[..., 0].astype(np.intp)], 255
     if photometric == _CMYK or (photometric == _YCBCR and page.compression not in _DECODED_TO_RGB):
         if image.dtype != np.uint8 or bits != 8:
             raise ImageError(f"has CMYK or YCbCr colours of {bits} bits; convert it to RGB")
@@ -296,6 +324,15 @@ def _as_grey_or_rgb(page: TiffPage, image: np.ndarray) -> tuple[np.ndarray, int 
         image = np.asarray(2**bits - 1, image.dtype) - image
     # Numbers of 16 bits are often of another scale; of any other number of bits, a writer has chosen the scale.
     return image, 2**bits - 1 if bits < 16 else None
+
+
+def _palette_of(page: TiffPage) -> np.ndarray:
+    """uint8 (N, 3), RGB of each index."""
+    table = np.asarray(page.colormap)
+    if table.ndim != 2 or len(table) != 3:
+        raise ImageError("is damaged: its palette is no table of red, green and blue")
+    # 16 bits by the standard; some writers store 8.
+    return (table >> 8 if table.max() > 255 else table).astype(np.uint8).T
 
 
 def _upright(image: np.ndarray, white: int | None, page: TiffPage) -> tuple[np.ndarray, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -29,6 +30,7 @@ from segjax.data.sources import DataError, listed
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
+from segjax.runtime import versions
 from segjax.runtime.atomic import recover, why_not_writable
 from segjax.runtime.reading import checked, user_path
 from segjax.viz import report
@@ -155,6 +157,7 @@ def evaluate_dataset(
       >>> sorted(segjax.evaluate_dataset(model, split))[:3]
       ['classes', 'mean_accuracy', 'mean_dice']
     """
+    began = time.perf_counter()
     protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
     # Checked before an evaluation that may take hours.
     output = None if output is None else user_path(output)
@@ -199,7 +202,7 @@ def evaluate_dataset(
     )
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(output, measured, given, name)
+        _write_report(output, measured, given, name, duration=time.perf_counter() - began)
     return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step")}
 
 
@@ -386,7 +389,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _write_report(folder: Path, measured: Measured, given: _Given, name: str) -> None:
+def _write_report(folder: Path, measured: Measured, given: _Given, name: str, *, duration: float) -> None:
     """Writes the report of an evaluation.
 
     Args:
@@ -394,6 +397,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str) ->
       measured: Result of the evaluation.
       given: Checkpoint and split.
       name: Name of the checkpoint, or of a model without a checkpoint.
+      duration: Duration in seconds, including preparation, reading and compilation.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
     step, predicted = given.checkpoint.metadata.get("step"), measured.predicted
@@ -410,6 +414,10 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str) ->
             "model": model_metadata(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
+            # In the terms of a training's result.json.
+            "duration_s": round(duration, 1),
+            "device": versions.of_devices(jax.local_devices()),
+            "versions": versions.installed(),
         }
     )
     title = f"{model.spec.name} on {given.name}"

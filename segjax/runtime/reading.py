@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import reprlib
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,6 +21,12 @@ from pydantic_core import from_json
 MOST = 1 << 30
 
 Content = TypeVar("Content")
+
+# Of values in messages: bounded in depth and width, since aliases in YAML can hold one another twice at every depth.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = _REPR.maxset = 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = sys.maxsize
 
 
 class UnreadableError(ValueError):
@@ -151,7 +159,7 @@ def _first_fault(error: ValidationError) -> str:
         bound = "at least {min_length}" if first["type"] == "too_short" else "at most {max_length}"
         counts = first.get("ctx", {})
         return f"{key} should have {bound.format(**counts)} entries, not {counts.get('actual_length')}"
-    found = repr(first["input"])
+    found = _REPR.repr(first["input"])
     message = first["msg"].replace("Input should be", "should be", 1).removeprefix("Value error, ")
     return f"{key + ' ' if key else ''}{message}, not {found[:60]}{'...' * (len(found) > 60)}"
 

@@ -1,11 +1,16 @@
-"""Versions of Python and of packages, for metadata."""
+"""Versions of Python and of packages, and devices, for metadata."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # jax.Device, which a type checker takes for a variable.
+    from jaxlib._jax import Device
 
 CORE = ("segjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -17,3 +22,8 @@ def installed(packages: Iterable[str] = CORE) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def of_devices(devices: Sequence[Device]) -> dict[str, Any]:
+    """What a record says of the devices of a computation, which are all of one kind."""
+    return {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)}

@@ -209,7 +209,6 @@ def _fit(
 def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation) -> None:
     """Writes curve.png, predictions/ and result.json, and prints the metrics."""
     scores = run.evaluator.scores
-    devices = run.parallel.devices
     result = {
         **stamped(evaluation.metrics),
         # Names of per_class_iou.
@@ -221,7 +220,7 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
         # Time of the process that ended the run, including compilation and evaluation.
         "duration_s": round(time.perf_counter() - run.began, 1),
         "from_step": run.first,
-        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)},
+        "device": versions.of_devices(run.parallel.devices),
         "versions": versions.installed(),
         "protocol": run.evaluator.protocol.record(),
         "config": run.metadata["config"],

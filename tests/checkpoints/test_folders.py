@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shutil
+import struct
 import tarfile
 import zipfile
 
@@ -189,8 +190,19 @@ def test_a_damaged_npz_is_refused(tmp_path, weights):
     with pytest.raises(CheckpointError, match=r"w\.npz: an \.npz that cannot be read"):
         read_checkpoint(tmp_path / "w.npz")
     np.savez(tmp_path / "o.npz", a=np.array([{}], object), allow_pickle=True)
-    with pytest.raises(CheckpointError, match=r"o\.npz: an \.npz that cannot be read"):
+    with pytest.raises(CheckpointError, match=r"o\.npz: an \.npz that cannot be read: its array a .*objects"):
         read_checkpoint(tmp_path / "o.npz")
+    # A header of a shape that fits no memory, and a member that needs a password.
+    with zipfile.ZipFile(tmp_path / "h.npz", "w") as archive:
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }\n"
+        archive.writestr("big.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
+    np.savez(tmp_path / "p.npz", **weights)
+    data = bytearray((tmp_path / "p.npz").read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "p.npz").write_bytes(data)
+    for name in ("h.npz", "p.npz"):
+        with pytest.raises(CheckpointError, match=rf"{name}: an \.npz that cannot be read: its array"):
+            read_checkpoint(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -228,7 +240,7 @@ def adapter(folder, weights, seed, **settings):
     ("settings", "scales"),
     [
         ({}, (4, 4, 4)),
-        ({"use_rslora": True}, (12 / 3**0.5,) * 3),
+        ({"use_rslora": True, "init_lora_weights": "gaussian"}, (12 / 3**0.5,) * 3),
         ({"alpha_pattern": {"query": 6, "encoder.patch_embeddings.1.proj": 1}}, (2, 4, 1 / 3)),
     ],
 )
@@ -273,10 +285,14 @@ def test_an_adapter_may_have_the_names_that_transformers_has_in_memory(tmp_path,
 FAULTS = {
     "a base that is nowhere": ({"base_model_name_or_path": "/nowhere/mit"}, "/nowhere/mit"),
     "no base": ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+    "itself": ({"base_model_name_or_path": "../lora"}, "it is its own base; set base_model_name_or_path"),
     "another kind": ({"peft_type": "IA3"}, "IA3"),
     "DoRA": ({"use_dora": True}, "DoRA"),
     "an expression": ({"alpha_pattern": {"(a+)+$": 2}}, "(a+)+$"),
     "a type": ({"lora_alpha": "x"}, "lora_alpha"),
+    # Both subtract the first matrices from the base that is trained.
+    "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+    "OLoRA": ({"init_lora_weights": "OLoRA"}, "has changed its base as well; merge it where it was trained"),
 }
 
 
@@ -298,6 +314,7 @@ def test_matrices_without_a_place_or_a_scale_are_refused(tmp_path, model, weight
     lone = f"base_model.model.{QUERY}.lora_B.weight"
     for odd in (
         {key: value for key, value in arrays.items() if key != lone},
+        {key: value for key, value in arrays.items() if key != lone.replace("lora_B", "lora_A")},
         arrays | {lone: np.zeros((5, 3), np.float32)},
         arrays | {"base_model.model.head.lora_A.weight": np.zeros((3, 4), np.float32)},
         arrays | {f"base_model.model.{QUERY}.lora_magnitude_vector": np.zeros(8, np.float32)},

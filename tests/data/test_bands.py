@@ -92,6 +92,15 @@ def _npy(header: str, pixels: bytes = b"") -> bytes:
         (_npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"xx"), r"shape \(2,\)"),
         (_npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 3), }", b"x" * 5), "5 bytes"),
         (b"\x93NUMPY", "cannot be read"),
+        (b"\x93NUMPY\xff\x00\x01\x00{}", r"\(its header is damaged\)"),
+        (_npy("{'descr': '|u1', 'fortran_order': False, 'shape': 62, }"), r"\(its header is damaged\)"),
+        (_npy("{'descr': '|u1', 'fortran_order': False, 'shape': 'x', }"), r"\(its header is damaged\)"),
+        (_npy("{'descr': '|u1', 'fortran_order': None, 'shape': (1, 1), }", b"x"), r"\(its header is damaged\)"),
+        (_npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1.0, 1), }", b"x"), r"\(its header is damaged\)"),
+        (_npy("-" * 30_000 + "1"), r"\(its header is damaged\)"),
+        (_npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {(1,) * 99}, }}", b"x"), "no array has the shape"),
+        (_npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {(0, 2**62, 9)}, }}"), "no array has the shape"),
+        (_npy("{'descr': '|V0', 'fortran_order': False, 'shape': (1, 1), }"), "cannot be read"),
     ],
 )
 def test_a_npy_that_is_no_image_is_refused(data, words):

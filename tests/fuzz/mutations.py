@@ -1,4 +1,4 @@
-"""Changes that happen to files: of bytes, of JSON values, of tensors, of archive members and of pixels.
+"""Changes that happen to files: of bytes, of JSON values, of tensors, of archive members and of headers.
 
 Each function draws one change from a generator and returns its description, and whether what it made is known to be
 bad: then a reader that accepts it in silence is at fault.
@@ -6,9 +6,12 @@ bad: then a reader that accepts it in silence is at fault.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import io
 import json
 import math
+import pickletools
 import struct
 import warnings
 import zipfile
@@ -197,6 +200,115 @@ def of_zip(path: Path, rng: np.random.Generator, *, is_read: bool) -> Mutation:
         at = data.index(b"PK\x01\x02")
         path.write_bytes(data[: at + 8] + b"\x01" + data[at + 9 :])
     return Mutation(f"{path.name}: member {name} {kind}", is_bad=is_read and kind in ("twice", "bomb"))
+
+
+def of_npy(path: Path, rng: np.random.Generator) -> Mutation:
+    """Writes a .npy anew with another value in its header, which is a dict in Python's spelling."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        header = ast.literal_eval(file.read(int.from_bytes(file.read(2), "little")).decode())
+        pixels = file.read()
+    kind = rng.choice(["value", "dtype", "shape", "version", "length"])
+    version, text, spelled = b"\1\0", str(kind), None
+    if kind == "value":
+        content, text = of_json({**header, "shape": list(header["shape"])}, rng)
+        spelled = repr(content)
+    elif kind == "dtype":
+        odd = ["|O", "|V8", "<U1", "<f8", "<c8", "<M8[ns]", "<i8", "<f2", "|b1", "<f16", "|u1", [["a", "<u2"]], "x", ""]
+        header["descr"] = odd[rng.integers(len(odd))]
+        text = f"dtype {header['descr']}"
+    elif kind == "shape":
+        sides = [int(rng.choice([0, 1, -1, 2**31, 2**62, side])) for side in header["shape"]]
+        header["shape"] = tuple(sides[: rng.integers(len(sides) + 1)] if rng.integers(2) else sides)
+        text = f"shape {header['shape']}"
+    elif kind == "version":
+        version = bytes(map(int, rng.choice([0, 2, 3, 255], 2)))
+    packed = (spelled or repr(header)).encode() + b"\n"
+    length = int(rng.choice([0, 1, 65_535])) if kind == "length" else len(packed)
+    # The length of a header has 16 bits.
+    path.write_bytes(b"\x93NUMPY" + version + struct.pack("<H", min(length, 65_535)) + packed + pixels)
+    return Mutation(f"{path.name}: {text} in the header")
+
+
+def of_tiff(path: Path, rng: np.random.Generator) -> Mutation:
+    """Changes a tag in the first directory of a little-endian TIFF: its number, type, count or value."""
+    data = bytearray(path.read_bytes())
+    order, start = struct.unpack_from("<2s2xI", data)
+    assert order == b"II"
+    (count,) = struct.unpack_from("<H", data, start)
+    entry = start + 2 + 12 * int(rng.integers(count))
+    (tag,) = struct.unpack_from("<H", data, entry)
+    kind, place, size = [("number", 0, 2), ("type", 2, 2), ("count", 4, 4), ("value", 8, 4)][rng.integers(4)]
+    most = (1 << 8 * size) - 1
+    value = int(rng.choice([0, 1, 2, 3, 5, 8, 255, 256, 30_000, most // 2, most]))
+    data[entry + place : entry + place + size] = value.to_bytes(size, "little")
+    path.write_bytes(data)
+    return Mutation(f"{path.name}: {kind} of tag {tag} is {value}")
+
+
+# Opcodes of pickles with arguments that fit few places.
+_ODD_OPCODES = (
+    b"N",
+    b"I-1\n",
+    b"L99999999999999999999999999L\n",
+    b"F1e999\n",
+    b"S'x'\n",
+    b"Vx\n",
+    b"(",
+    b"t",
+    b"l",
+    b"d",
+)
+_ODD_OPCODES += (
+    b"]",
+    b"}",
+    b")",
+    b"0",
+    b"2",
+    b"s",
+    b"a",
+    b"b",
+    b"R",
+    b".",
+    b"g0\n",
+    b"p0\n",
+    b"h\0",
+    b"q\0",
+    b"P1\n",
+    b"Q",
+)
+_ODD_OPCODES += (
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"ccollections\nOrderedDict\n",
+    b"\x82\1",
+    b"\x95" + b"\xff" * 8,
+)
+
+
+def of_pickle(path: Path, rng: np.random.Generator) -> Mutation:
+    """Changes one opcode of the pickles that a file begins with: removes, repeats, moves or replaces it."""
+    data, places = path.read_bytes(), list[tuple[int, int]]()
+    file = io.BytesIO(data)
+    while file.tell() < len(data):
+        try:
+            begins = [place for _, _, place in pickletools.genops(file)]
+        # Behind the pickles of old files lie the numbers.
+        except ValueError:
+            break
+        places += zip(begins, [*begins[1:], file.tell()], strict=True)
+    number = int(rng.integers(len(places)))
+    begin, end = places[number]
+    kind = rng.choice(["removed", "repeated", "moved", "replaced", "replaced", "inserted"])
+    opcode, odd = data[begin:end], _ODD_OPCODES[rng.integers(len(_ODD_OPCODES))]
+    new = {"removed": b"", "repeated": 2 * opcode, "moved": b"", "replaced": odd, "inserted": opcode + odd}[kind]
+    changed = data[:begin] + new + data[end:]
+    if kind == "moved":
+        at = places[rng.integers(number + 1)][0]
+        changed = changed[:at] + opcode + changed[at:]
+    path.write_bytes(changed)
+    shown = f", {odd}" if kind in ("replaced", "inserted") else ""
+    return Mutation(f"{path.name}: opcode {number} of {len(places)}, {opcode[:20]}, {kind}{shown}")
 
 
 def of_folder(folder: Path, rng: np.random.Generator) -> Mutation:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import pickle
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,43 @@ def _mutate_pth(folder: Path, rng: np.random.Generator) -> Mutation:
     return mutation
 
 
+def _make_pickles(folder: Path) -> None:
+    """The weights of a model as people keep them in pickles without a zip, and in an archive of arrays."""
+    torch = importlib.import_module("torch")
+    _converted("m.pth")(folder)
+    state = torch.load(folder / "m.pth", weights_only=True)
+    (folder / "m.pth").unlink()
+    # As before torch 1.6: pickles, and the numbers behind them.
+    torch.save({"epoch": 3, "state_dict": state}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    arrays = {name: value.numpy() for name, value in state.items()}
+    np.savez(folder / "arrays.npz", **arrays)
+    for protocol in (0, 2):
+        (folder / f"tensors{protocol}.pkl").write_bytes(pickle.dumps(state, protocol))
+        (folder / f"arrays{protocol}.pkl").write_bytes(pickle.dumps(arrays, protocol))
+
+
+def _mutate_pickle(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = sorted(folder.iterdir())
+    path = files[rng.integers(len(files))]
+    for other in files:
+        if other != path:
+            other.unlink()
+    name, path = path.name, path.rename(folder / "m.pkl")
+    kind = rng.choice(["bytes", "opcode", "opcode", "opcode", "arrays", "folder"])
+    if kind == "bytes":
+        return mutations.of_bytes(path, rng)
+    if kind == "folder":
+        return mutations.of_folder(folder, rng)
+    if name == "arrays.npz":
+        return mutations.of_zip(path, rng, is_read=True)
+    if kind == "arrays" and name.startswith("arrays"):
+        arrays = pickle.loads(path.read_bytes())
+        mutation = mutations.of_tensors(arrays, rng)
+        path.write_bytes(pickle.dumps(arrays, int(rng.integers(6))))
+        return Mutation(f"{path.name}: {mutation.text}", mutation.is_bad)
+    return mutations.of_pickle(path, rng)
+
+
 def _mutate_safetensors(folder: Path, rng: np.random.Generator) -> Mutation:
     path = folder / "m.safetensors"
     kind = rng.choice(["bytes", "data", "header", "metadata", "tensors", "foreign tensors", "length", "folder"])
@@ -251,6 +289,8 @@ def _mutate_image(folder: Path, rng: np.random.Generator) -> Mutation:
         struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
         path.write_bytes(data)
         return Mutation(f"{path.name}: another size in the header", is_bad=True)
+    if kind == "header" and path.suffix == ".tif":
+        return mutations.of_tiff(path, rng)
     return mutations.of_bytes(path, rng, sealed=is_png)
 
 
@@ -260,6 +300,65 @@ def _read_image() -> int:
     # The mutation may have removed it.
     path = next(Path().iterdir(), Path("removed.png"))
     return refusing(lambda: as_rgb(path))()
+
+
+def _make_bands(suffix: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        import tifffile
+
+        from tests import made_bands
+
+        made = made_bands.folder(folder / "data", 4, "uint16", suffix=suffix)["train"]
+        others = [made_bands.array(5, (33, 47), channels, dtype) for channels, dtype in ((1, "uint8"), (3, "float32"))]
+        (folder / "others").mkdir()
+        for number, image in enumerate(others):
+            if suffix == ".npy":
+                np.save(folder / f"others/{number}.npy", np.asfortranarray(image).astype(image.dtype.newbyteorder(">")))
+            else:
+                path = folder / f"others/{number}.tif"
+                settings = {"planarconfig": "contig"} if image.shape[2] > 1 else {}
+                tifffile.imwrite(path, image.squeeze(), photometric="minisblack", compression="lzw", **settings)
+        if suffix == ".tif":
+            settings: dict = {"photometric": "minisblack", "compression": "zlib", "tile": (16, 32)}
+            place = folder / "data/images/train"
+            planes = np.moveaxis(made[0], 2, 0)
+            tifffile.imwrite(place / "a.tif", planes, planarconfig="separate", predictor=2, **settings)
+            # With a value for pixels without data, which makes it a scene that is predicted in parts.
+            nodata = [(42113, "s", 0, "0", True)]
+            tifffile.imwrite(place / "b.tif", made[1], planarconfig="contig", extratags=nodata, **settings)
+
+    return make
+
+
+def _mutate_bands(folder: Path, rng: np.random.Generator) -> Mutation:
+    files = [path for path in sorted(folder.rglob("*.*")) if path.suffix in (".npy", ".tif")]
+    path = files[rng.integers(len(files))]
+    kind = rng.choice(["bytes", "header", "header", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(path.parent, rng)
+    if kind == "bytes":
+        return mutations.of_bytes(path, rng)
+    return (mutations.of_npy if path.suffix == ".npy" else mutations.of_tiff)(path, rng)
+
+
+def _read_bands() -> None:
+    from importlib.util import find_spec
+
+    from segjax.data import specs
+    from segjax.inference import geotiff, images
+
+    paths = [*Path("data/images").rglob("*.*"), *Path("others").iterdir()]
+    for path in sorted(path for path in paths if not path.is_dir()):
+        kind = specs.ImageKind(*{"0": (1, "uint8"), "1": (3, "float32")}.get(path.stem, (4, "uint16")))
+        images.as_image(path, kind)
+        if path.suffix == ".tif" and find_spec("rasterio") and geotiff.kind(path, images.MAX_PIXELS) == "scene":
+            try:
+                with geotiff.opened(path, scale=None, images=kind) as scene:
+                    height, width, _ = scene.shape
+                    for top in range(0, height, 16):
+                        scene[top : min(top + 16, height), 0:width]
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
 
 
 def _make_video(folder: Path) -> None:
@@ -294,6 +393,7 @@ def _read_video() -> int:
 
 def _make_folder(folder: Path) -> None:
     import cv2
+    import tifffile
 
     rng = np.random.default_rng(1)
     for split, count in SPLITS.items():
@@ -304,7 +404,13 @@ def _make_folder(folder: Path) -> None:
             suffix = "jpg" if number == 1 else "png"
             cv2.imwrite(str(folder / f"data/images/{split}/i{number}.{suffix}"), _scene(number, *size))
             label = rng.choice([0, 1, 2, 255], size).astype(np.uint8)
-            cv2.imwrite(str(folder / f"data/labels/{split}/i{number}.png"), label)
+            place = folder / f"data/labels/{split}/i{number}"
+            if split == "train":
+                cv2.imwrite(f"{place}.png", label)
+            elif number:
+                np.save(f"{place}.npy", label.astype(np.int16))
+            else:
+                tifffile.imwrite(f"{place}.tif", label, photometric="minisblack", compression="lzw")
     classes = {"names": NAMES, "colors": [[0, 0, 0], [200, 0, 0], [0, 200, 0]], "ignore": 255}
     (folder / "data/classes.json").write_text(json.dumps(classes))
 
@@ -371,14 +477,16 @@ def _read_records() -> None:
 def _mutate_dataset(folder: Path, rng: np.random.Generator) -> Mutation:
     data = folder / "data"
     kind = rng.choice(["json", "bytes", "bytes", "values", "folder", "twice"])
-    files = sorted(path for path in data.rglob("*.*") if path.suffix in (".png", ".jpg"))
+    files = sorted(path for path in data.rglob("*.*") if path.suffix in (".png", ".jpg", ".tif", ".npy"))
     path = files[rng.integers(len(files))]
+    if kind == "bytes" and path.suffix in (".tif", ".npy") and rng.integers(2):
+        return (mutations.of_tiff if path.suffix == ".tif" else mutations.of_npy)(path, rng)
     if kind == "json":
         return mutations.of_json_file(data / "classes.json", rng)
     if kind == "folder":
         return mutations.of_folder(data, rng)
     if kind == "twice":
-        copy = path.with_suffix({".png": ".jpeg", ".jpg": ".png"}[path.suffix])
+        copy = path.with_suffix(".png" if path.suffix != ".png" else ".jpeg")
         copy.write_bytes(path.read_bytes())
         return Mutation(f"{copy.relative_to(data)} next to {path.name}", is_bad=True)
     if kind == "values":
@@ -424,6 +532,55 @@ def _prepare_archives(name: str) -> Callable[[], int]:
             return main(["data", "prepare", name, "--source", "archives", "--data-dir", "prepared"])
 
     return run
+
+
+def _make_panoptic(folder: Path) -> None:
+    """COCO's panoptic segments: a PNG for each image, whose colours are ids of segments."""
+    import cv2
+
+    rng = np.random.default_rng(3)
+    images, annotations = [], []
+    for place in ("train2017", "annotations/panoptic_train2017"):
+        (folder / "panoptic" / place).mkdir(parents=True)
+    for number, name in enumerate("abc"):
+        cv2.imwrite(str(folder / f"panoptic/train2017/{name}.jpg"), _scene(number, 33, 47))
+        ids = rng.choice([0, 7, 300, 70_001], (33, 47))
+        colors = np.stack([ids % 256, ids // 256 % 256, ids // 65_536], axis=-1).astype(np.uint8)
+        cv2.imwrite(str(folder / f"panoptic/annotations/panoptic_train2017/{name}.png"), colors[..., ::-1])
+        images.append({"id": number, "file_name": f"{name}.jpg", "height": 33, "width": 47})
+        parts = ((7, 3, 0), (300, 4, 0), (70_001, 4, 1))
+        segments = [{"id": part, "category_id": of, "iscrowd": crowd} for part, of, crowd in parts]
+        annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})
+    categories = [{"id": 3, "name": "cat", "isthing": 1}, {"id": 4, "name": "grass", "isthing": 0}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "panoptic/annotations/panoptic_train2017.json").write_text(json.dumps(content))
+
+
+def _make_roboflow(folder: Path) -> None:
+    """Exports of Roboflow: outlines as COCO has them, and masks with a table of their values."""
+    import cv2
+
+    rng = np.random.default_rng(4)
+    for split, names in (("train", "abc"), ("valid", "de")):
+        outlines, masks = folder / "roboflow" / split, folder / "roboflow-masks" / split
+        images, annotations = [], []
+        for place in (outlines, masks):
+            place.mkdir(parents=True)
+        for number, name in enumerate(names):
+            file_name = f"{name}_jpg.rf.{number:032x}.jpg"
+            for place in (outlines, masks):
+                cv2.imwrite(str(place / file_name), _scene(number, 33, 47))
+            label = rng.integers(0, 3, (33, 47)).astype(np.uint8)
+            cv2.imwrite(str(masks / f"{Path(file_name).stem}_mask.png"), label)
+            images.append({"id": number, "license": 1, "file_name": file_name, "height": 33, "width": 47})
+            polygon = (rng.random((4, 2)) * (47, 33)).ravel().round(3).tolist()
+            entry = {"id": number, "image_id": number, "category_id": 1 + number % 2, "bbox": [0, 0, 47, 33]}
+            annotations.append({**entry, "area": 90, "segmentation": [polygon], "iscrowd": 0})
+        names_of_classes = ("animals", "cat", "dog")
+        categories = [{"id": n, "name": of, "supercategory": "none"} for n, of in enumerate(names_of_classes)]
+        content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+        (outlines / "_annotations.coco.json").write_text(json.dumps(content))
+        (masks / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, cat\n2, dog\n")
 
 
 def _make_annotations(folder: Path) -> None:
@@ -480,7 +637,7 @@ def _mutate_annotations(kind: str) -> Callable[[Path, np.random.Generator], Muta
     def mutate(folder: Path, rng: np.random.Generator) -> Mutation:
         files = sorted(path for path in (folder / kind).rglob("*") if path.is_file())
         # Images are alike, and there are more of them.
-        others = [path for path in files if path.suffix in (".json", ".txt", ".yaml", ".png")]
+        others = [path for path in files if path.suffix in (".json", ".txt", ".yaml", ".csv", ".png")]
         files = others if rng.integers(4) else files
         path = files[rng.integers(len(files))]
         way = rng.choice(["bytes", "bytes", "json", "json", "json", "folder"])
@@ -496,9 +653,9 @@ def _mutate_annotations(kind: str) -> Callable[[Path, np.random.Generator], Muta
     return mutate
 
 
-def _import_annotations(kind: str) -> Callable[[], int]:
+def _import_annotations(kind: str, source: str) -> Callable[[], int]:
     def run() -> int:
-        if status := main(["data", "import", kind, kind, "imported"]):
+        if status := main(["data", "import", kind, source, "imported"]):
             return status
         # What was imported can be prepared as it is.
         assert main(["data", "prepare", "folder", "--source", "imported", "--data-dir", "prepared"]) == 0
@@ -650,6 +807,7 @@ def _train(*arguments: str) -> int:
 
 SUBJECTS = {
     "pth": Subject(_converted("m.pth"), _mutate_pth, _of_checkpoint("m.pth"), ("out.safetensors",), "torch"),
+    "pickle": Subject(_make_pickles, _mutate_pickle, _of_checkpoint("m.pkl"), ("out.safetensors",), "torch"),
     "safetensors": Subject(
         _converted("m.safetensors"), _mutate_safetensors, _of_checkpoint("m.safetensors"), ("out.safetensors",)
     ),
@@ -661,6 +819,15 @@ SUBJECTS = {
         ("out.safetensors",),
     ),
     "image": Subject(_make_images, _mutate_image, [_read_image]),
+    **{
+        suffix[1:]: Subject(
+            _make_bands(suffix),
+            _mutate_bands,
+            [refusing(_read_bands), ["data", "prepare", "folder", "--source", "data", "--data-dir", "prepared"]],
+            ("prepared",),
+        )
+        for suffix in (".npy", ".tif")
+    },
     "video": Subject(
         _make_video, lambda folder, rng: mutations.of_bytes(folder / "clip.mp4", rng), [_read_video], (), "av"
     ),
@@ -678,15 +845,25 @@ SUBJECTS = {
         name: Subject(
             _make_annotations,
             _mutate_annotations(name),
-            [_import_annotations(name)],
+            [_import_annotations(name, name)],
             ("imported", "prepared"),
             "pycocotools",
         )
         for name in ("coco", "labelme", "yolo")
     },
     "masks": Subject(
-        _make_annotations, _mutate_annotations("voc"), [_import_annotations("voc")], ("imported", "prepared")
+        _make_annotations, _mutate_annotations("voc"), [_import_annotations("voc", "voc")], ("imported", "prepared")
     ),
+    **{
+        name: Subject(
+            make, _mutate_annotations(name), [_import_annotations(kind, name)], ("imported", "prepared"), needs
+        )
+        for name, make, kind, needs in (
+            ("panoptic", _make_panoptic, "coco", ""),
+            ("roboflow", _make_roboflow, "coco", "pycocotools"),
+            ("roboflow-masks", _make_roboflow, "voc", ""),
+        )
+    },
     "prepared": Subject(_make_prepared, _mutate_prepared, [refusing(_read_prepared)]),
     "records": Subject(_make_records, _mutate_records, [refusing(_read_records)]),
     "run": Subject(_make_run, _mutate_run, [_train_again], ("run",)),

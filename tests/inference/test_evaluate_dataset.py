@@ -60,6 +60,11 @@ def test_a_report_is_written_only_where_it_is_asked_for_and_nothing_is_printed(t
     assert {key: written[key] for key in quiet} == quiet
     assert written["checkpoint"] == "pixels" and written["data"] == {"name": "noise", "split": "", "images": 4}
     assert len(written["worst_images"]) == 4
+    assert 0 <= written["duration_s"] < 600
+    (device, *others) = jax.local_devices()
+    assert written["device"] == {"kind": device.device_kind, "platform": "cpu", "number": 1 + len(others)}
+    assert written["versions"]["jax"] == jax.__version__ and {"python", "flax"} <= written["versions"].keys()
+    assert written["segjax_version"] == segjax.__version__
 
 
 def test_what_is_evaluated_is_logged(caplog):

@@ -26,7 +26,17 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from segjax.data.annotations import panoptic
-from segjax.data.annotations.found import IGNORED, MISSING_MASK, Annotated, Drawn, Files, Found, classes_of, split_in
+from segjax.data.annotations.found import (
+    IGNORED,
+    MISSING_MASK,
+    Annotated,
+    Drawn,
+    Files,
+    Found,
+    Side,
+    classes_of,
+    split_in,
+)
 from segjax.data.annotations.rasterise import NO_AREA, Outline, Region, Runs, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.sources import DataError, Problems, listed
@@ -39,8 +49,8 @@ class _Image(TypedDict):
     id: _Id
     file_name: NotRequired[str]
     coco_url: NotRequired[str]
-    height: NotRequired[With[int, Field(ge=0)] | None]
-    width: NotRequired[With[int, Field(ge=0)] | None]
+    height: NotRequired[Side | None]
+    width: NotRequired[Side | None]
 
 
 class _Runs(TypedDict):
@@ -54,13 +64,13 @@ class _Annotation(TypedDict):
     # Some write the only polygon of an object without the list around it.
     segmentation: NotRequired[list[list[FiniteFloat]] | list[FiniteFloat] | _Runs | None]
     bbox: NotRequired[list[FiniteFloat] | None]
-    iscrowd: NotRequired[int | bool | None]
+    iscrowd: NotRequired[float | bool | None]
 
 
 class _Segment(TypedDict):
     id: int
     category_id: _Id
-    iscrowd: NotRequired[int | bool | None]
+    iscrowd: NotRequired[float | bool | None]
 
 
 class _Panoptic(TypedDict):
@@ -257,7 +267,7 @@ class _Read:
             if number not in draw_of:
                 self._found.skipped[MISSING_MASK].append(f"{name}: {file_name}")
                 continue
-            place = self._files.find(file_name, folders) or self._files.only(file_name)
+            place, spelled = self._files.located(file_name, folders)
             if place is None or (is_panoptic and place in self.masks):
                 self._found.skipped[self._files.reason_missing(file_name)].append(f"{name}: {file_name}")
                 continue
@@ -266,9 +276,9 @@ class _Read:
                 self._problems[kind].append(f"{name}: {file_name}")
             seen[place] = file_name
             height, width = entry.get("height"), entry.get("width")
-            size = (height, width) if height and width else None
+            size = (int(height), int(width)) if height and width else None
             # The folders in a relative name tell images apart; those of an absolute one are of this machine.
-            shown = file_name if "file_name" in entry and file_name[0] != "/" else posixpath.basename(place)
+            shown = spelled if "file_name" in entry and spelled[0] != "/" else posixpath.basename(place)
             images.append(Annotated(shown, place, self._files.reader(place), size, None, draw_of[number]))
         return images
 
@@ -355,12 +365,16 @@ class _Read:
         for image, annotation, place in self._checked(name, entries, _Panoptic, images):
             # The annotation of an image counts as all of its segments.
             self.annotations += len(annotation["segments_info"]) - 1
-            mask = self._files.find(annotation["file_name"], [posixpath.join(here, stem), stem, here])
-            if mask is None and (mask := self._files.only(annotation["file_name"])) is None:
+            mask, _ = self._files.located(annotation["file_name"], [posixpath.join(here, stem), stem, here])
+            if mask is None:
                 continue
+            if image in draw_of:
+                self._problems["images with two panoptic annotations; merge them"].append(place)
             self.outlines += 1
             self.masks.add(mask)
             segments = {part["id"]: self._label(part, labels, place) for part in annotation["segments_info"]}
+            if len(segments) < len(annotation["segments_info"]):
+                self._problems["segments of one image that have one id; give each its own"].append(place)
             draw_of[image] = functools.partial(panoptic.draw, self._files, mask, segments, place)
         return draw_of
 

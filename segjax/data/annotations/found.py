@@ -8,11 +8,14 @@ import functools
 import posixpath
 import re
 import unicodedata
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Annotated as With
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
 from segjax.data import codec, specs
 from segjax.data.sources import MOST, Problems, in_folder
@@ -24,6 +27,8 @@ MOST_CLASSES = specs.LARGEST_LABEL  # with the background, in 16 bits next to IG
 # Suffixes of images; those that cannot be used are counted.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
 IMAGES += (".heif", ".avif", ".jp2", ".pfm")
+# Height or width of an image in JSON, in which pandas makes every number a float.
+Side = With[FiniteFloat, Field(ge=0, multiple_of=1)]
 # Names by which splits are known, and segjax's name for each.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "trainval": "trainval"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
@@ -94,11 +99,13 @@ class Files:
         links: list[str] = []
         found = in_folder(root, ["."], skipped, links)
         self.root = root
-        self.paths = {
-            unicodedata.normalize("NFC", name): path
-            for name, path in found
-            if not any(part[0] == "." or part == "__MACOSX" for part in name.split("/"))
-        }
+        self.paths: dict[str, Path] = {}
+        for name, path in found:
+            composed = unicodedata.normalize("NFC", name)
+            if any(part[0] == "." or part == "__MACOSX" for part in name.split("/")):
+                continue
+            if self.paths.setdefault(composed, path) != path:
+                skipped["files whose names differ from another one in the Unicode form of accents only"].append(name)
         self.folders = {str(folder) for name in self.paths for folder in PurePosixPath(name).parents}
         if links:
             skipped["links to folders that are read already"] += links
@@ -127,6 +134,14 @@ class Files:
         if len(found) > 1:
             found = [path for path in found if split and split_around(path)[0] == split]
         return found[0] if len(found) == 1 else None
+
+    def located(self, name: str, folders: Sequence[str]) -> tuple[str | None, str]:
+        """What `find` or else `only` gives for a name as it is written, or else without percent-encoding, as in
+        my%20image.jpg; and the name that was found, or as it is written."""
+        for spelling in dict.fromkeys((name, urllib.parse.unquote(name))):
+            if (path := self.find(spelling, folders) or self.only(spelling)) is not None:
+                return path, spelling
+        return None, name
 
     @functools.cached_property
     def _by_name(self) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from typing import Any, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, classes_of, split_around
+from segjax.data.annotations.found import IGNORED, IMAGES, Annotated, Files, Found, Side, classes_of, split_around
 from segjax.data.annotations.rasterise import NO_AREA, Bitmap, Outline, Region, draw
 from segjax.data.annotations.write import refuse
 from segjax.data.codec import ImageError
@@ -33,11 +33,12 @@ _IGNORE = "__ignore__"
 # Corners of a circle: of one with a radius of 1,000 pixels the sides lie 0.04 pixels inside.
 _CORNERS = 360
 _NO_JSON = "images without a JSON, which are background; remove them if they are not annotated yet"
+_NO_LABEL = 'shapes without a label; in labelme, give each the name of a class, or "__ignore__" for what is not counted'
 _LINES = "lines and points, which have no area"
 
 
 class _Shape(TypedDict):
-    label: str
+    label: str | None
     points: list[With[list[FiniteFloat], Field(min_length=2, max_length=2)]]
     shape_type: NotRequired[str | None]
     mask: NotRequired[str | None]
@@ -47,8 +48,8 @@ class _File(TypedDict):
     shapes: list[_Shape]
     imagePath: NotRequired[str | None]
     imageData: NotRequired[str | None]
-    imageHeight: NotRequired[int | None]
-    imageWidth: NotRequired[int | None]
+    imageHeight: NotRequired[Side | None]
+    imageWidth: NotRequired[Side | None]
 
 
 def read(source: Path) -> Found:
@@ -76,6 +77,8 @@ def read(source: Path) -> Found:
             why = str(error).removeprefix(f"{files.paths[name]}: ").removeprefix(f"{name}: ")
             problems["JSON files that are damaged"].append(f"{name}: {why}")
             continue
+        if unnamed := [number for number, shape in enumerate(content["shapes"]) if not _label(shape)]:
+            problems[_NO_LABEL] += [f"{name}: shape {number}" for number in unnamed]
         image = _image(files, name, content, found)
         if image is None:
             continue
@@ -87,7 +90,7 @@ def read(source: Path) -> Found:
         problems["no JSON file of labelme with its image"].append(str(source))
         for kind, entries in found.skipped.items():
             problems[kind] += entries
-    labels = {shape["label"] for of in shapes.values() for shape in of} - {_IGNORE}
+    labels = {_label(shape) for of in shapes.values() for shape in of} - {_IGNORE, ""}
     found.names, ids = classes_of(sorted(labels), problems)
     refuse(problems, str(source))
     ids[_IGNORE] = IGNORED
@@ -106,10 +109,16 @@ def read(source: Path) -> Found:
     return found
 
 
+def _label(shape: _Shape) -> str:
+    """The label of a shape; "" for none."""
+    label = shape["label"] or ""
+    return label if label.strip() else ""
+
+
 def _image(files: Files, name: str, content: _File, found: Found) -> Annotated | None:
     """The image of a JSON file, not drawn yet; None where there is none, which is counted."""
     height, width = content.get("imageHeight"), content.get("imageWidth")
-    size = (height, width) if height and width else None
+    size = (int(height), int(width)) if height and width else None
     given = content.get("imagePath") or ""
     place = files.find(given, [posixpath.dirname(name)]) if given else None
     stem = posixpath.splitext(name)[0]
@@ -148,7 +157,7 @@ def _regions(shapes: list[_Shape], ids: dict[str, int], place: str, found: Found
         if kind not in ("polygon", "rectangle", "oriented_rectangle", "rotation", "circle", "mask"):
             found.skipped["shapes of an unknown type"].append(f"{where}: {kind}")
         elif drawn := _shape(kind, points, shape.get("mask") or ""):
-            regions.append(Region(ids[shape["label"]], drawn, where))
+            regions.append(Region(ids[_label(shape)], drawn, where))
         else:
             found.skipped[NO_AREA].append(f"{where}: {kind}")
     return regions

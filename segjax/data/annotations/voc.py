@@ -18,6 +18,7 @@ import collections
 import functools
 import posixpath
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,11 +187,21 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
         name: split if split and list(known.values()).count(split) == 1 else re.sub(r"[^A-Za-z0-9_]", "_", name)
         for name, split in known.items()
     }
-    splits = {}
+    splits, of_split = {}, {}
     for name, path in lists.items():
-        stems = [line.split()[0] for line in _text(files, path).splitlines() if line.strip()]
+        if (other := of_split.setdefault(names[name], name)) != name:
+            raise DataError(
+                f"{folder}: {other}.txt and {name}.txt would be one split, {names[name]}; rename one of them"
+            )
+        stems = [_listed_stem(line, masks) for line in _text(files, path).splitlines() if line.strip()]
         splits[names[name]] = list(dict.fromkeys(stems))
     return splits
+
+
+def _listed_stem(line: str, masks: Container[str]) -> str:
+    """The name in a line of a list: all of it, what is in quotation marks, or what is before a space and a number."""
+    quoted = re.match(r'\s*"([^"]+)"', line)
+    return next((name for name in (line.strip(), quoted[1] if quoted else "") if name in masks), line.split()[0])
 
 
 def _text(files: Files, name: str) -> str:
@@ -218,7 +229,10 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
     is_index = data[25] in (0, 3) and not classes.by_color
     if data[24] == 16 and not is_index:
         raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")
-    values = codec.decode_mask(data) if is_index else codec.decode_image(data)
+    if is_index and (fault := codec.fault_of_mask(data, binary=len(classes.names) == 2)):
+        raise codec.ImageError(f"its mask {mask}: {fault}")
+    stored = codec.decode_stored_mask(data) if is_index else None
+    values = stored and stored.values if is_index else codec.decode_image(data)
     if values is None or values.shape[:2] != size:
         raise codec.ImageError(f"its mask {mask} does not decode, or has another size than its image")
     labels = table[values] if is_index else _by_color(values, classes, table)

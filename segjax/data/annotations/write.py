@@ -11,11 +11,12 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from segjax.data import codec, specs
-from segjax.data.annotations.found import BACKGROUND, IGNORED, MISSING, Annotated, Drawn, Found
+from segjax.data.annotations.found import BACKGROUND, IGNORED, MISSING, Annotated, Found
 from segjax.data.masks import in_threads
 from segjax.data.sources import DataError, Problems, shorten
 from segjax.runtime import atomic, console
@@ -112,7 +113,7 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
     for part in ("images", "labels"):
         (root / part / split).mkdir(parents=True)
 
-    def write_one(entry: tuple[str, Annotated]) -> tuple[Drawn, bool] | tuple[str, str]:
+    def write_one(entry: tuple[str, Annotated]) -> _One | tuple[str, str]:
         stem, image = entry
         try:
             data, size, is_encoded = _usable(image.read(), image)
@@ -130,29 +131,45 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
         (root / "images" / split / (stem + suffix)).write_bytes(data)
         labels = np.where(drawn.labels == IGNORED, ignore, drawn.labels).astype(specs.dtype_of_labels(ignore))
         (root / "labels" / split / f"{stem}.png").write_bytes(codec.encode_mask(labels))
-        return drawn, is_encoded
+        pixels = np.bincount(drawn.labels.ravel())
+        values = np.flatnonzero(pixels)
+        return _One(drawn.objects, drawn.skipped, values, pixels[values], is_encoded)
 
     objects = written.objects[split] = collections.Counter()
     with contextlib.closing(in_threads(write_one, zip(stems, images, strict=True))) as results:
         for result in console.ProgressBar(f"importing {split}", len(images), "images").over(results):
-            if not isinstance(result[0], Drawn):
+            if not isinstance(result, _One):
                 reason, place = result
                 written.skipped[reason].append(place)
                 continue
-            drawn, is_encoded = result
-            for reason, place in drawn.skipped:
+            for reason, place in result.skipped:
                 written.skipped[reason].append(place)
-            written.undrawn += len(drawn.skipped)
+            written.undrawn += len(result.skipped)
             written.images[split] += 1
-            written.background[split] += not drawn.labels.any()
-            written.encoded += is_encoded
-            written.pixels += np.bincount(drawn.labels.ravel(), minlength=IGNORED + 1)
-            objects.update(drawn.objects)
+            written.background[split] += not result.values.any()
+            written.encoded += result.is_encoded
+            written.pixels[result.values] += result.counts
+            objects.update(result.objects)
     if not written.images[split]:
         # A split without images is refused when the folder is prepared.
         del written.images[split]
         for part in ("images", "labels"):
             (root / part / split).rmdir()
+
+
+class _One(NamedTuple):
+    """What is kept of an image that was written, without its labels: threads may be far ahead of those who count.
+
+    Attributes:
+      objects, skipped: see `Drawn`.
+      values, counts: int64 (N,), the labels that occur, and the number of pixels of each.
+    """
+
+    objects: collections.Counter[int]
+    skipped: list[tuple[str, str]]
+    values: np.ndarray
+    counts: np.ndarray
+    is_encoded: bool
 
 
 class _SkippedError(ValueError):

@@ -169,6 +169,8 @@ def test_ids_of_one_number_are_equal_whatever_their_type(tmp_path, capsys, kind)
     for annotation in content["annotations"]:
         annotation |= {"image_id": kind(annotation["image_id"]), "category_id": kind(annotation["category_id"])}
     if kind is float:
+        content["images"] = [image | {"height": 4.0, "width": 6.0} for image in content["images"]]
+        content["annotations"][2]["iscrowd"] = 1.0
         # A polygon as pairs of coordinates, too.
         content["annotations"][0]["segmentation"] = [[1, 1], [2, 1], [2, 3], [1, 3]]
     imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
@@ -254,6 +256,13 @@ def test_panoptic_faults_are_named(tmp_path, capsys):
     assert "a category that is not listed: annotations/panoptic_val2017.json: annotations.0: 99" in refused(
         "coco", category, tmp_path / "out", capsys
     )
+    for words in ("images with two panoptic annotations", "segments of one image that have one id"):
+        twice = panoptic_of(tmp_path / words, SEGMENTS)
+        content = json.loads((twice / "annotations/panoptic_val2017.json").read_text())
+        listed = content["annotations"] if "annotations" in words else content["annotations"][0]["segments_info"]
+        listed.append(listed[0] | {"category_id": 3})
+        write_json(twice / "annotations/panoptic_val2017.json", content)
+        assert words in refused("coco", twice, tmp_path / "out", capsys)
     size = panoptic_of(tmp_path / "size", SEGMENTS[:3])
     assert "has another size than its image" in refused("coco", size, tmp_path / "out", capsys)
     lacking = panoptic_of(tmp_path / "lacking", SEGMENTS)
@@ -288,6 +297,33 @@ def test_names_that_are_paths_on_this_machine_are_found_inside_the_source_only(t
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
     assert "names lead out of the source" in " ".join(said.split())
     assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["my%20image.png", "deep%2Fer/my%20image.png", "my%20im%C3%A4ge.png"])
+def test_percent_encoded_names_are_those_of_the_files_that_they_stand_for(tmp_path, capsys, name):
+    plain = name.replace("%20", " ").replace("%2F", "/").replace("%C3%A4", "ä")
+    content = changed("images", 0, file_name=name)
+    source = source_of(tmp_path / "x", content, images=["b"])
+    write(source / "train2017" / plain, picture(4, 6))
+    imported("coco", source, tmp_path / "out", capsys)
+    stem = plain.removesuffix(".png").replace("/", "_")
+    np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", stem), EXPECTED)
+    # A file of the name as it is written is that file.
+    data = picture(4, 6, seed=9)
+    write(source / "train2017" / name, data)
+    said = imported("coco", source, tmp_path / "literal", capsys)
+    stem = name.removesuffix(".png").replace("/", "_")
+    assert (tmp_path / f"literal/images/train/{stem}.png").read_bytes() == data
+    assert f"images that no JSON file lists: 1 train2017/{plain}" in " ".join(said.split())
+
+
+def test_percent_encoding_leads_nowhere_else_and_names_one_image_once(tmp_path, capsys):
+    content = changed("images", 0, file_name="%2e%2e/secret.png")
+    write(tmp_path / "secret.png", picture(4, 6))
+    said = imported("coco", source_of(tmp_path / "x", content, images=["b"]), tmp_path / "out", capsys)
+    assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["b.png"] and "secret.png" in said
+    content = changed("images", 0, file_name="%62.png")
+    assert "lists twice" in refused("coco", source_of(tmp_path / "y", content), tmp_path / "out y", capsys)
 
 
 def test_a_json_file_is_a_source_too(tmp_path, capsys):

@@ -146,7 +146,12 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         ({"shapes": [{"label": "cat"}]}, ["b.json: shapes.0.points is missing"]),
         ({"shapes": [{"label": "cat", "points": [[1, 2, 3]]}]}, ["b.json: shapes.0.points.0"]),
         (file_of(CAT), ["JSON files of one image", "b.json: a.png"]),
-        (file_of({**CAT, "label": " "}, image="b.png"), ["classes without a name"]),
+        (file_of(DOG, {**CAT, "label": " "}), ["shapes without a label", "b.json: shape 1"]),
+        (
+            file_of({**CAT, "label": None}, DOG, {**CAT, "label": ""}),
+            ['"__ignore__"', "b.json: shape 0 b.json: shape 2"],
+        ),
+        (file_of({"points": CAT["points"]}), ["b.json: shapes.0.label is missing"]),
     ],
 )
 def test_a_damaged_file_refuses_the_import(tmp_path, capsys, content, said):

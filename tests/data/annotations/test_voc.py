@@ -1,6 +1,8 @@
 """Masks in the layout of VOC, of labelme and CVAT too, become a folder that can be prepared."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -111,6 +113,49 @@ def test_lists_are_splits_by_the_names_that_tools_give_them(tmp_path, capsys, li
     masks = {name: mask_of([0, 1, 2], seed) for seed, name in enumerate(lists)}
     imported("voc", source_of(tmp_path / "x", masks, {name: [name] for name in lists}), tmp_path / "out", capsys)
     assert {path.name for path in (tmp_path / "out/images").iterdir()} == splits
+
+
+def test_names_with_spaces_are_found_with_and_without_quotation_marks(tmp_path, capsys):
+    masks = {name: mask_of([0, 1, 2], seed) for seed, name in enumerate(("my image", "other one", "b"))}
+    lists = {"train": ["my image", '"other one"'], "val": ["b 1"], "test": ['"b"', "gone 1"]}
+    said = " ".join(imported("voc", source_of(tmp_path / "x", masks, lists), tmp_path / "out", capsys).split())
+    for split, name in (("train", "my image"), ("train", "other one"), ("val", "b"), ("test", "b")):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", split, name), masks[name])
+    assert "images of a list that have no mask: 1 test: gone" in said
+
+
+def test_lists_that_would_be_one_split_are_refused(tmp_path, capsys):
+    masks = {name: mask_of([0, 1, 2]) for name in "abc"}
+    lists = {"part-1": ["a"], "part_1": ["b"], "other": ["c"]}
+    report = refused("voc", source_of(tmp_path / "x", masks, lists), tmp_path / "out", capsys)
+    assert "part-1.txt and part_1.txt would be one split, part_1; rename one" in report
+
+
+def grey_of_bits(values, depth) -> bytes:
+    """A grey PNG of fewer bits than 8, which Pillow cannot write."""
+    bits = np.unpackbits(values[..., None], axis=-1)[..., -depth:].reshape(len(values), -1)
+    return made_png(np.packbits(bits, axis=1), values.shape[1], depth)
+
+
+def made_png(rows, width, depth) -> bytes:
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return codec.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_masks_of_few_bits_whose_values_decoders_stretch_are_not_taken_for_ignored_pixels(tmp_path, capsys, depth):
+    mask = mask_of([0, 2**depth - 1])
+    source = source_of(tmp_path / "x", {"a": mask}, encode=lambda mask: grey_of_bits(mask, depth))
+    assert "of fewer than 8 bits" in refused("voc", source, tmp_path / "out", capsys)
+    if depth == 1:
+        # Of two classes there is no doubt.
+        write(source / "class_names.txt", b"_background_\ncat\n")
+        imported("voc", source, tmp_path / "out", capsys)
+        np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), mask)
 
 
 def roboflow_of(

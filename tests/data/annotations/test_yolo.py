@@ -1,6 +1,8 @@
 """Ultralytics' segmentation data become a folder that can be prepared; boxes and other tasks are refused by name."""
 
 import os
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -169,3 +171,20 @@ def test_classes_txt_stands_for_data_yaml(tmp_path, capsys, splits):
 def test_lines_that_end_with_a_score_mark_nothing_and_are_refused(tmp_path, capsys):
     report = refused("yolo", source_of(tmp_path / "x", text=CAT.strip() + " 0.93\n"), tmp_path / "out", capsys)
     assert "no annotation marks a pixel" in report and "half a corner: 2 labels/train/a.txt: line 1" in report
+
+
+def test_aliases_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path, capsys):
+    aliases = "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60))
+    source = source_of(tmp_path / "x", f"a0: &a0 [x, x]\n{aliases}names: *a59\ntrain: images/train\n")
+    begin = time.process_time()
+    assert "data.yaml: names" in refused("yolo", source, tmp_path / "out", capsys)
+    assert time.process_time() - begin < 20
+
+
+def test_names_of_two_unicode_forms_are_one_file_and_the_other_is_named(tmp_path, capsys):
+    source = source_of(tmp_path / "x")
+    for number, form in enumerate(("NFC", "NFD")):
+        name = unicodedata.normalize(form, "caf\u00e9.png")
+        write(source / "images/train" / name, picture(4, 8, seed=number))
+    said = " ".join(imported("yolo", source, tmp_path / "out", capsys).split())
+    assert "in the Unicode form of accents only: 1 images/train/caf" in said
