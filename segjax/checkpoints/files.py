@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import adapters, foreign, huggingface, metadata, orbax_folder, pickled
+from segjax.checkpoints import adapters, foreign, huggingface, metadata, orbax_folder, pickled, published
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
 from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.selection import as_array, as_arrays
@@ -207,7 +207,7 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
     """The content of a file as it is stored, and segjax's metadata. Tensors of a `.pth` are not read yet: the file is
     open as long as `opened_files`."""
     if not source.exists():
-        raise CheckpointError(f"{source}: there is no such file")
+        raise CheckpointError(f"{source}: there is no such file{published.hint_for(source)}")
     with open_regular(source) as file:
         head = file.read(512)
         names = _members(file) if head[:2] == b"PK" else None

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
-from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints import metadata, orbax_folder, published
 from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import read_checkpoint
@@ -74,6 +74,7 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
       CheckpointError: nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
         only.
     """
+    published.refuse_encoder(source)
     checkpoint = read_checkpoint(source, weights=weights)
     try:
         model, known = model_of(checkpoint, dtype=dtype)
