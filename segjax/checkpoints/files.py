@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import adapters, foreign, huggingface, metadata, orbax_folder, pickled, published
+from segjax.checkpoints import adapters, downloads, foreign, huggingface, metadata, orbax_folder, pickled, published
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
 from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.selection import as_array, as_arrays
@@ -38,7 +38,7 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
     Args:
       source: a `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
         its Trainer, of an adapter of peft, or with one file of these; or the address hf:owner/name[@revision] of a
-        repository.
+        repository; or the name of published weights.
       weights: the set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
         raw ones, or a student and a teacher. None: the raw ones.
 
@@ -61,6 +61,7 @@ def _read(source: str | Path, weights: str | None) -> Checkpoint:
         return Checkpoint(*orbax_folder.load_weights(folder), found.name, (folder,), is_orbax=True)
     if found.kind == "adapter":
         return _read_adapter(found, weights)
+    row = published.find(source)
     with contextlib.ExitStack() as opened_files:
         if found.kind == "transformers":
             stored, known = _read_folder(found, opened_files)
@@ -72,6 +73,8 @@ def _read(source: str | Path, weights: str | None) -> Checkpoint:
             adapters.refuse_unmerged(arrays)
         except CheckpointError as error:
             raise CheckpointError(f"{found.place}: {error}") from None
+    if row is not None:
+        known = metadata.with_published(known, row)
     return Checkpoint(arrays, known, found.name, found.paths, chosen=weights)
 
 
@@ -111,7 +114,8 @@ class _Located:
 
 def _located(source: str | Path) -> _Located:
     """Raises CheckpointError where there is no checkpoint, or more than one."""
-    place, name = huggingface.fetched(source)
+    row = published.find(source)
+    place, name = huggingface.fetched(source) if row is None else downloads.fetched(row)
     if not place.is_dir():
         if place.name.endswith(huggingface.INDEX):
             # The index of weights in several files stands for its folder.
