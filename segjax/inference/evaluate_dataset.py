@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import orbax_folder
+from segjax.checkpoints import orbax_folder, published
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
@@ -26,6 +26,7 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
+from segjax.inference import published_figure
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
@@ -97,14 +98,14 @@ def evaluate_dataset(
     *,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-    mode: str = "whole",
+    mode: str | None = None,
     crop: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    size_divisor: int = 1,
+    scales: Sequence[float] | None = None,
+    flip: bool | None = None,
+    size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -120,7 +121,9 @@ def evaluate_dataset(
         batch and with the protocol of its `config.eval`, and reproduces its figures.
       data_source, data_dir: the files that a dataset is prepared from at its first use, and the folder for the
         prepared one; as `source` and `data_dir` of `segjax.data.open_splits`. Those of the run by default.
-      mode, crop, stride, scales, flip: as for `segjax.Predictor`.
+      mode, crop, stride, scales, flip: as for `segjax.Predictor`. What is not given, of these and the three that
+        follow, is as for `Predictor`; of the name of published weights, on the dataset that they were trained on, as
+        for the published figure.
       size_divisor: each scaled image is resized up to multiples of this (mmsegmentation's AlignedResize).
       base_size: (long, short) in pixels within which each image is resized first, in its proportions; `scales` are
         factors of it. ADE20K's published figures have (2048, 512).
@@ -134,7 +137,8 @@ def evaluate_dataset(
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in 0..1, or None
       where no pixel counts; "per_class_iou", K numbers, or None for a class that occurs nowhere; "classes", with a dict
       for each class: "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step" of a run's
-      checkpoint, else None.
+      checkpoint, else None. For the name of published weights, on their dataset, also "published": "mean_iou" in 0..1,
+      or None, its "source", "is_multi_scale", and "is_same_protocol", whether it was measured in the same way.
 
     Raises:
       CheckpointError: no model can be read from `source`.
@@ -142,7 +146,12 @@ def evaluate_dataset(
         model's, or an `output` that cannot be written.
       TooLittleMemoryError: a device has less memory than a batch of the largest images needs.
     """
-    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
+    settings: dict[str, Any] = dict(
+        mode=mode, crop=crop, stride=stride, scales=scales, flip=flip, size_divisor=size_divisor
+    )
+    settings |= dict(base_size=base_size, threshold=threshold)
+    row = published_figure.row_of(source, data)
+    protocol = published_figure.protocol_of(row, {key: value for key, value in settings.items() if value is not None})
     # Asked before hours are spent on the evaluation.
     output = None if output is None else user_path(output)
     if output is not None and (problem := why_not_writable(output)):
@@ -164,6 +173,8 @@ def evaluate_dataset(
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
+    if row is not None:
+        published_figure.log_notes(row, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
@@ -184,10 +195,11 @@ def evaluate_dataset(
         shown=0 if output is None else SHOWN,
         progress=progress,
     )
+    against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(output, measured, given, name)
-    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step")}
+        _write_report(output, measured, given, name, against)
+    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step"), **against}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +235,8 @@ def _of_run(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
     folder = user_path(source)
-    if not folder.exists() and not is_address(source):
-        raise ValueError(f"{source}: there is no such file or folder")
+    if not folder.exists() and not is_address(source) and published.find(source) is None:
+        raise ValueError(f"{source}: there is no such file or folder{published.hint_for(source)}")
     recover(folder)
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
@@ -371,11 +383,12 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _write_report(folder: Path, measured: Measured, given: _Given, name: str) -> None:
+def _write_report(folder: Path, measured: Measured, given: _Given, name: str, against: Mapping[str, Any]) -> None:
     """Writes the report of an evaluation.
 
     Args:
       name: of the checkpoint, or of a model that was given without one.
+      against: {"published": `published_figure.PublishedFigure`}, or {}.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
     step, predicted = given.checkpoint.metadata.get("step"), measured.predicted
@@ -385,6 +398,9 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str) ->
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(given.protocol),
     }
+    if against:
+        measured_iou = report.summarise(measured.confusion, classes)["mean_iou"]
+        facts["published"] = published_figure.compared(against["published"], measured_iou)
     metadata = stamped(
         {
             "checkpoint": name,
@@ -392,6 +408,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str) ->
             "model": model_metadata(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
+            **against,
         }
     )
     title = f"{model.spec.name} on {given.name}"
