@@ -5,6 +5,8 @@
 
     checkpoint = segjax.load("segformer.b0.pth")  # any checkpoint; also a folder or hf:owner/name
     checkpoint.model, checkpoint.classes, checkpoint.metadata
+    segjax.list_weights("*cityscapes*")           # published weights that are loaded by name
+    checkpoint = segjax.load("segformer_b2.cityscapes")
     segjax.save(checkpoint, "b0.safetensors")
 
     predictor = segjax.Predictor("runs/mine")
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from segjax import data, layers, losses, metrics, models, train
     from segjax.checkpoints.load import LoadedCheckpoint, load
+    from segjax.checkpoints.published import list_weights
     from segjax.checkpoints.save import save
     from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
     from segjax.exports.export import export_model
@@ -47,6 +50,7 @@ __all__ = [
     "export_model",
     "from_torch",
     "layers",
+    "list_weights",
     "load",
     "load_torch",
     "losses",
@@ -65,6 +69,7 @@ _MODULE_OF = {
     "evaluate_dataset": "segjax.inference.evaluate_dataset",
     "export_model": "segjax.exports.export",
     "from_torch": "segjax.checkpoints.state_dict",
+    "list_weights": "segjax.checkpoints.published",
     "load": "segjax.checkpoints.load",
     "load_torch": "segjax.checkpoints.state_dict",
     "save": "segjax.checkpoints.save",

@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
     "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
+    "weights": ("segjax.commands.weights", "the published weights that have a name"),
     "summary": ("segjax.commands.summary", "parameters, multiply-adds and memory of a model"),
     "benchmark": ("segjax.commands.benchmark", "speed of a model next to PyTorch's"),
     "data": ("segjax.commands.data", "import or prepare a dataset, or draw its samples"),

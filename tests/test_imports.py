@@ -27,7 +27,7 @@ ALLOWED = {
     "benchmark": ("runtime", "layers", "models", "losses", "checkpoints", "torch_reference", "train", "recipes"),
 }
 # The commands and their entry points use everything, and nothing uses them.
-ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "summary", "__main__")
+ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "summary", "weights", "__main__")
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
     "av",
@@ -41,6 +41,7 @@ LATE = (
     "matplotlib",
     "safetensors",
     "huggingface_hub",
+    "pooch",
     "array_record",
     "grain",
 )

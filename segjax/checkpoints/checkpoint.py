@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from segjax.checkpoints import layout
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
 from segjax.checkpoints.recognition import Recognised, recognise
 from segjax.checkpoints.selection import as_arrays
-from segjax.runtime.reading import open_regular
+from segjax.runtime.reading import sha256_of
 
 __all__ = ["Checkpoint", "CheckpointError", "as_arrays", "shorten", "torch_module"]
 
@@ -92,15 +91,6 @@ class Checkpoint:
             # Its metadata has a hash of the arrays.
             kept = {key: self.metadata[key] for key in ("sha256", "step") if key in self.metadata}
             return {"source": self.source, **kept, **made_from}
-        digest = {"sha256": _sha256(self.paths)} if self.paths else {}
+        digest = {"sha256": sha256_of(self.paths)} if self.paths else {}
         chosen = {"weights": self.chosen} if self.chosen else {}
         return {"source": self.source, **digest, **chosen, **made_from}
-
-
-def _sha256(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open_regular(path) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

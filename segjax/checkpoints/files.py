@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import adapters, foreign, huggingface, metadata, orbax_folder, pickled
+from segjax.checkpoints import adapters, downloads, foreign, huggingface, metadata, orbax_folder, pickled, published
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError, shorten
 from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.selection import as_array, as_arrays
@@ -37,7 +37,7 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
     Args:
       source: a `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
         its Trainer, of an adapter of peft, or with one file of these; or the address hf:owner/name[@revision] of a
-        repository.
+        repository; or the name of published weights.
       weights: the set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
         raw ones, or a student and a teacher. None: the raw ones.
 
@@ -62,6 +62,7 @@ def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[Path, .
         return Checkpoint(*orbax_folder.load_weights(folder), found.name, (folder,), is_orbax=True)
     if found.kind == "adapter":
         return _read_adapter(found, weights, adapters_of_it)
+    row = published.find(source)
     with contextlib.ExitStack() as opened_files:
         if found.kind == "transformers":
             stored, known = _read_folder(found, opened_files)
@@ -73,6 +74,8 @@ def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[Path, .
             adapters.refuse_unmerged(arrays)
         except CheckpointError as error:
             raise CheckpointError(f"{found.place}: {error}") from None
+    if row is not None:
+        known = metadata.with_published(known, row)
     return Checkpoint(arrays, known, found.name, found.paths, chosen=weights)
 
 
@@ -112,7 +115,8 @@ class _Located:
 
 def _located(source: str | Path) -> _Located:
     """Raises CheckpointError where there is no checkpoint, or more than one."""
-    place, name = huggingface.fetched(source)
+    row = published.find(source)
+    place, name = huggingface.fetched(source) if row is None else downloads.fetched(row)
     if not place.is_dir():
         if place.name.endswith(huggingface.INDEX):
             # The index of weights in several files stands for its folder.
@@ -212,7 +216,7 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
     """The content of a file as it is stored, and segjax's metadata. Tensors of a `.pth` are not read yet: the file is
     open as long as `opened_files`."""
     if not source.exists():
-        raise CheckpointError(f"{source}: there is no such file")
+        raise CheckpointError(f"{source}: there is no such file{published.hint_for(source)}")
     with open_regular(source) as file:
         head = file.read(512)
         names = _members(file) if head[:2] == b"PK" else None

@@ -58,19 +58,37 @@ def fetched(source: str | Path) -> tuple[Path, str]:
         path = user_path(source)
         atomic.recover(path)
         return path, path.absolute().name
-    address = str(source)
+    return downloaded(str(source))
+
+
+class UnreachableError(CheckpointError):
+    """The Hub cannot be reached; the message is the reason."""
+
+
+def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
+    """The folder with the files of a repository, and its address with the commit.
+
+    Args:
+      cache: folder of the downloads; huggingface_hub's by default.
+
+    Raises:
+      UnreachableError: the Hub cannot be reached, and there is a `cache`, which is taken as empty.
+      CheckpointError: nothing can be downloaded from the address; the message has the reason.
+    """
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise CheckpointError(f"{address}: {_SPELLING}")
     try:
-        import huggingface_hub
+        from huggingface_hub import constants
     except ModuleNotFoundError:
         raise CheckpointError(f'{address}: needs huggingface_hub: pip install "segjax[hub]"') from None
     repository, revision = found.groups()
-    del huggingface_hub
     unreachable = _why_unreachable(repository, revision)
+    if cache is not None and unreachable is not None:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be reached: {unreachable}"
+        raise UnreachableError(why)
     with _errors_of_the_hub(address, repository, revision, unreachable):
-        folder = _download(address, repository, revision, offline=unreachable is not None)
+        folder = _download(address, repository, revision, offline=unreachable is not None, cache=cache)
     return folder, f"hf:{repository}@{folder.name}"
 
 
@@ -89,9 +107,10 @@ def _why_unreachable(repository: str, revision: str | None) -> str | None:
     return None
 
 
-def _download(address: str, repository: str, revision: str | None, *, offline: bool) -> Path:
+def _download(address: str, repository: str, revision: str | None, *, offline: bool, cache: Path | None) -> Path:
     """The folder in the cache with the files of one commit."""
-    config = _file(repository, revision, CONFIG, offline=offline)
+    where: Any = dict(offline=offline, cache=cache)
+    config = _file(repository, revision, CONFIG, **where)
     if config is not None:
         # The same commit for all files, whatever is pushed to the branch in the meantime.
         revision = config.parent.name
@@ -100,24 +119,25 @@ def _download(address: str, repository: str, revision: str | None, *, offline: b
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(f"{config}", f"{address}, {CONFIG}")) from None
     names = (*WEIGHTS, *adapters.WEIGHTS)
-    weights = next(filter(None, (_file(repository, revision, name, offline=offline) for name in names)), None)
+    weights = next(filter(None, (_file(repository, revision, name, **where) for name in names)), None)
     if weights is None:
         raise CheckpointError(f"{address}: this repository has no weights that can be read ({_WANTED})")
     for name in _shards(weights) if weights.suffix == ".json" else ():
-        if _file(repository, revision, name, offline=offline) is None:
+        if _file(repository, revision, name, **where) is None:
             raise CheckpointError(f"{address}: {weights.name} names {name}, which is not in the repository")
     for name in (PREPROCESSOR, *([adapters.CONFIG] if weights.name in adapters.WEIGHTS else [])):
-        _file(repository, revision, name, offline=offline)
+        _file(repository, revision, name, **where)
     return weights.parent
 
 
-def _file(repository: str, revision: str | None, name: str, *, offline: bool) -> Path | None:
+def _file(repository: str, revision: str | None, name: str, *, offline: bool, cache: Path | None) -> Path | None:
     """A file of a repository in the cache; None where the repository does not have it."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, local_files_only=offline))
+        where: Any = dict(cache_dir=cache, local_files_only=offline)
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, **where))
     except errors.LocalEntryNotFoundError:
         # Offline, the cache distinguishes a file that the repository does not have from one that was never requested.
         known = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)

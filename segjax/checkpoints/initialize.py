@@ -151,8 +151,8 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
 
     Args:
       source: a `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, the address
-        hf:owner/name[@revision] of one, or one of these that was read. If it is an encoder only, the decoder stays as
-        initialised.
+        hf:owner/name[@revision] of one, the name of published weights, or one of these that was read. If it is an
+        encoder only, the decoder stays as initialised.
       keep: patterns (`*` and `?`) of parameters that stay as initialised even if the checkpoint has them, for example
         "decode_head.linear_fuse.*". If the whole decoder is among them, the checkpoint may have any decoder.
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
-from segjax.checkpoints import metadata, orbax_folder
+from segjax.checkpoints import metadata, orbax_folder, published
 from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import read_checkpoint
@@ -66,7 +66,8 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
 
     Args:
       source: a converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
-        transformers, or hf:owner/name[@revision] on the Hugging Face Hub.
+        transformers, hf:owner/name[@revision] on the Hugging Face Hub, or the name of published weights, such as
+        "segformer_b2.cityscapes" (`segjax.list_weights` has all; a path that exists wins), which are fetched once.
       dtype: of the computation; float32 by default (float64 for an orbax folder in float64).
       weights: the set to load where the checkpoint holds several: "ema" or "raw", "student" or "teacher".
 
@@ -74,6 +75,7 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
       CheckpointError: nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
         only.
     """
+    published.refuse_encoder(source)
     checkpoint = read_checkpoint(source, weights=weights)
     try:
         model, known = model_of(checkpoint, dtype=dtype)
@@ -97,7 +99,8 @@ def as_loaded(
         return load(source, weights=weights)
     if not isinstance(source, nnx.Module):
         raise TypeError(
-            "a checkpoint is a path, 'hf:owner/name', the result of segjax.load, or a model; got an object of type "
+            "a checkpoint is a path, 'hf:owner/name', a name of segjax.list_weights, the result of segjax.load, or a "
+            f"model; got an object of type "
             f"{type(source).__name__}. segjax.from_torch makes a model from a state dict"
         )
     mean, std = (tuple(values) for values in metadata.default_normalisation(source.in_channels).values())

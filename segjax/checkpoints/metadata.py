@@ -28,7 +28,9 @@ from typing_extensions import TypedDict
 from segjax import models
 from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.errors import CheckpointError
+from segjax.checkpoints.published import PublishedWeights
 from segjax.data import specs
+from segjax.data.class_lists import CLASS_LISTS, classes_of_dataset
 from segjax.runtime.reading import UnreadableError, checked
 
 logger = logging.getLogger("segjax")
@@ -273,9 +275,8 @@ def of_names(
         if names:
             logger.info("its %d class names are not used: they are no text, or do not fit into 16 bits", len(names))
         return {}
-    known = specs.guess(len(names))
-    if known and 2 * sum(a.lower() == b for a, b in zip(names, known.class_names, strict=True)) <= len(names):
-        known = None
+    candidates = [spec for spec in (specs.guess(len(names)), *CLASS_LISTS.values()) if spec]
+    known = next((spec for spec in candidates if _has_most(names, spec.class_names)), None)
     dataset = (
         dataset_metadata(known)
         if known
@@ -287,6 +288,12 @@ def of_names(
     if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= specs.LARGEST_LABEL:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
+
+
+def _has_most(names: Sequence[str], known: Sequence[str]) -> bool:
+    """Whether as many names are, for the most part, the known ones in their order."""
+    same = sum(a.lower() == b for a, b in zip(names, known, strict=False))
+    return len(names) == len(known) and 2 * same > len(names)
 
 
 def matched(numbered: Mapping[int, str], num_classes: int) -> list[str] | None:
@@ -339,6 +346,17 @@ def licence_of(name: str) -> str:
     """A note for weights from elsewhere, by the name of their model."""
     published = _LICENCES.get(family_of(name))
     return "that of the source" + (f"; {published}" if published else "")
+
+
+def with_published(metadata: Mapping[str, Any], row: PublishedWeights) -> dict[str, Any]:
+    """The metadata of published weights: that of their file, with what only the table has. Settings are those of the
+    table, which the published figures were measured with; class names are those of the file, where it has any."""
+    model = metadata.get("model") or {}
+    model = {**model, "overrides": {**model.get("overrides", {}), **row.settings}}
+    known = {**metadata, "model": model, "licence": row.licence}
+    if row.dataset and not metadata.keys() & {"dataset", NUMBERED_NAMES}:
+        known["dataset"] = dataset_metadata(classes_of_dataset(row.dataset))
+    return known
 
 
 def completed(metadata: Mapping, *, channels: int) -> dict[str, Any]:

@@ -70,7 +70,10 @@ def as_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-CHECKPOINT = "a .pth, .safetensors or .npz, a folder of segjax or transformers, the folder of a run, or hf:owner/name"
+CHECKPOINT = (
+    "a .pth, .safetensors or .npz, a folder of segjax or transformers, the folder of a run, hf:owner/name, or a name "
+    "of `segjax weights`"
+)
 
 
 def add_checkpoint(

@@ -4,8 +4,9 @@
     segjax evaluate CHECKPOINT --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
 
 The first evaluates the last or the best weights of a run on its own data, with the protocol of its config.eval, in the
-same way as during training; the second evaluates any checkpoint on any dataset with mmsegmentation's protocols. Both
-write a report: index.html, and its figures next to it.
+same way as during training; the second evaluates any checkpoint on any dataset with mmsegmentation's protocols, and
+published weights, by a name of `segjax weights`, with the protocol of their published figure unless another is given.
+Both write a report: index.html, and its figures next to it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 def _run(options: argparse.Namespace) -> None:
     from segjax.data.sources import NoSourceError
+    from segjax.inference import published_figure
     from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
 
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
@@ -121,6 +123,8 @@ def _run(options: argparse.Namespace) -> None:
     except NoSourceError as error:
         raise ValueError(f"{error}: --source PATH") from error
     _print_table(summary)
+    if "published" in summary:
+        say(published_figure.compared(summary["published"], summary["mean_iou"]))
     say(f"report: {output / 'index.html'}")
     if is_run and not options.best:
         _compare_with_result(options.checkpoint / "result.json", summary)

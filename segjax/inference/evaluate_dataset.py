@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from segjax.checkpoints import orbax_folder
+from segjax.checkpoints import orbax_folder, published
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
@@ -27,6 +27,7 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
+from segjax.inference import published_figure
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
@@ -99,14 +100,14 @@ def evaluate_dataset(
     *,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-    mode: str = "whole",
+    mode: str | None = None,
     crop: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    size_divisor: int = 1,
+    scales: Sequence[float] | None = None,
+    flip: bool | None = None,
+    size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -123,7 +124,8 @@ def evaluate_dataset(
       data_source: Files from which a dataset is prepared at first use, as `source` of `segjax.data.open_splits`; by
         default those of the run.
       data_dir: Folder of prepared datasets, as for `segjax.data.open_splits`; by default that of the run.
-      mode: As for `segjax.Predictor`.
+      mode: As for `segjax.Predictor`. For the name of published weights, on the dataset that they were trained on, this
+        and the following settings are by default those of the published figure.
       crop: As for `segjax.Predictor`.
       stride: As for `segjax.Predictor`.
       scales: As for `segjax.Predictor`.
@@ -142,7 +144,8 @@ def evaluate_dataset(
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
       if no pixel counts; "per_class_iou", K numbers, None for a class without true or predicted pixels; "classes", a
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step",
-      the step of a run's checkpoint or None.
+      the step of a run's checkpoint or None. For the name of published weights, on their dataset, also "published", a
+      dict with "mean_iou" in [0, 1] or None, its "source", "is_multi_scale" and "is_same_protocol".
 
     Raises:
       CheckpointError: No model can be read from `source`.
@@ -158,7 +161,12 @@ def evaluate_dataset(
       ['classes', 'mean_accuracy', 'mean_dice']
     """
     began = time.perf_counter()
-    protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
+    settings: dict[str, Any] = dict(
+        mode=mode, crop=crop, stride=stride, scales=scales, flip=flip, size_divisor=size_divisor
+    )
+    settings |= dict(base_size=base_size, threshold=threshold)
+    row = published_figure.row_of(source, data)
+    protocol = published_figure.protocol_of(row, {key: value for key, value in settings.items() if value is not None})
     # Checked before an evaluation that may take hours.
     output = None if output is None else user_path(output)
     if output is not None and (problem := why_not_writable(output)):
@@ -180,6 +188,8 @@ def evaluate_dataset(
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
+    if row is not None:
+        published_figure.log_notes(row, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
@@ -200,10 +210,11 @@ def evaluate_dataset(
         shown=0 if output is None else SHOWN,
         progress=progress,
     )
+    against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(output, measured, given, name, duration=time.perf_counter() - began)
-    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step")}
+        _write_report(output, measured, given, name, against, duration=time.perf_counter() - began)
+    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step"), **against}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +252,8 @@ def _of_run(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
     folder = user_path(source)
-    if not folder.exists() and not is_address(source):
-        raise ValueError(f"{source}: there is no such file or folder")
+    if not folder.exists() and not is_address(source) and published.find(source) is None:
+        raise ValueError(f"{source}: there is no such file or folder{published.hint_for(source)}")
     recover(folder)
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
@@ -389,7 +400,9 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _write_report(folder: Path, measured: Measured, given: _Given, name: str, *, duration: float) -> None:
+def _write_report(
+    folder: Path, measured: Measured, given: _Given, name: str, against: Mapping[str, Any], *, duration: float
+) -> None:
     """Writes the report of an evaluation.
 
     Args:
@@ -397,6 +410,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str, *,
       measured: Result of the evaluation.
       given: Checkpoint and split.
       name: Name of the checkpoint, or of a model without a checkpoint.
+      against: {"published": `published_figure.PublishedFigure`}, or {}.
       duration: Duration in seconds, including preparation, reading and compilation.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
@@ -407,6 +421,9 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str, *,
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(given.protocol),
     }
+    if against:
+        measured_iou = report.summarise(measured.confusion, classes)["mean_iou"]
+        facts["published"] = published_figure.compared(against["published"], measured_iou)
     metadata = stamped(
         {
             "checkpoint": name,
@@ -418,6 +435,7 @@ def _write_report(folder: Path, measured: Measured, given: _Given, name: str, *,
             "duration_s": round(duration, 1),
             "device": versions.of_devices(jax.local_devices()),
             "versions": versions.installed(),
+            **against,
         }
     )
     title = f"{model.spec.name} on {given.name}"

@@ -6,11 +6,13 @@ A FIFO or a device never ends, and JSON from elsewhere may be nested too deeply 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import reprlib
 import stat
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -75,6 +77,16 @@ def open_regular(path: Path) -> BinaryIO:
 def _kind(mode: int) -> str:
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """sha256 of the contents of regular files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open_regular(path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def refuse_irregular(path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from segjax import losses, models
-from segjax.checkpoints import huggingface
+from segjax.checkpoints import huggingface, published
 from segjax.data import hooks
 from segjax.data.crops import AugmentSettings, discrete_scales, scaled_size
 from segjax.inference.engine import window_contradictions
@@ -269,14 +269,16 @@ def check_crop(settings: AugmentSettings, sizes: np.ndarray) -> float:
 
 
 def _why_no_start(source: str | None) -> str | None:
-    """The reason why training cannot start from a checkpoint, or None. It does not contact the Hub."""
+    """The reason why training cannot start from a checkpoint, or None. It downloads nothing."""
     if not source:
         return None
     if huggingface.is_address(source):
         problem = huggingface.problem_of(source)
         return problem and f"{source}: {problem}"
+    if published.find(source) is not None:
+        return None
     try:
-        return None if user_path(source).exists() else f"there is nothing at {source}"
+        return None if user_path(source).exists() else f"there is nothing at {source}{published.hint_for(source)}"
     except (UnreadableError, OSError) as error:
         return str(error)
 

@@ -466,9 +466,9 @@ INIT = Section(
             "checkpoint",
             "",
             Text(),
-            "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, or the folder of "
-            "another run; an encoder is enough. The model takes on its sizes; classifiers of other classes stay "
-            "random. Empty: random weights.",
+            "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, a name of "
+            "`segjax weights`, or the folder of another run; an encoder is enough. The model takes on its sizes; "
+            "classifiers of other classes stay random. Empty: random weights.",
             optional=True,
         ),
         Setting(

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from segjax import models
+from segjax.checkpoints import published
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import provenance_at, read_checkpoint
 from segjax.checkpoints.initialize import initialize, read_settings
@@ -152,8 +153,9 @@ def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
             "licence": "trained from random weights; the terms of its data hold",
             "provenance": {"initial_weights": None},
         }
+    row = published.find(settings.checkpoint)
     return {
-        "licence": licence_of(model_name),
+        "licence": licence_of(model_name) if row is None else row.licence,
         "provenance": {"initial_weights": provenance_at(settings.checkpoint, weights=_chosen(settings))},
     }
 

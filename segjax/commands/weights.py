@@ -1,0 +1,39 @@
+"""Lists the published weights that can be loaded by their names.
+
+    segjax weights [PATTERN]
+
+One line each: name, training crop (height x width), mIoU in percent as published
+(a star: of several scales), protocol of the evaluation, licence and publisher.
+"slide 1024" is a sliding window of that side, "whole@512" resizes the short side
+first; "ask": the authors want to hear of commercial use. Encoders are names to
+start a training from. PATTERN is '*cityscapes*', or a part of a name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from segjax.commands.arguments import Parser
+from segjax.commands.ending import run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="segjax weights",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to list; default all")
+    options = parser.parse_args(arguments)
+    return run_command("segjax weights", lambda: _run(options.pattern))
+
+
+def _run(pattern: str) -> None:
+    from segjax.checkpoints.published import list_weights
+    from segjax.runtime.console import show
+
+    show(str(list_weights(pattern)))
