@@ -17,9 +17,9 @@ from segjax.commands import evaluate as evaluate_command
 from segjax.commands import export as export_command
 from segjax.commands import predict as predict_command
 from segjax.data import specs
-from segjax.inference import evaluate_dataset
+from segjax.inference import evaluate_dataset, evaluation
 from segjax.inference.predictor import Predictor
-from segjax.metrics import confusion_matrix
+from segjax.metrics import class_counts, confusion_matrix
 from segjax.viz import report
 from tests.made_archives import few_images
 from tests.pixels import SPEC, Pixels
@@ -96,7 +96,9 @@ def evaluate(flags):
         confusion = confusion_matrix(truth, predicted, num_classes=5, ignore_label=255)
         worst = list(map(report.Shown, "abc", images, truth, predicted))
         report.write(output, confusion, SPEC, worst, title="made up", facts={}, metadata={})
-        return report.summarise(confusion, SPEC) | {"step": None}
+        by_image = np.stack([class_counts(confusion)])
+        details = evaluation.Measured(confusion, by_image[0], by_image, [], {}).details()
+        return report.summarise(confusion, SPEC) | details | {"step": None}
 
     with mock.patch.object(evaluate_dataset, "evaluate_dataset", evaluated):
         return evaluate_command.main(flags)

@@ -141,6 +141,10 @@ def _print_table(summary: Mapping) -> None:
     means = ("mean_iou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")
     line = "   ".join(f"{name} {score(summary[key])}" for key, name in means)
     say(line if summary["step"] is None else f"{line}   step {summary['step']}")
+    further = ("mean_boundary_iou", "boundary IoU"), ("image_iou", "IoU per image"), ("worst_image_iou", "worst 5%")
+    say("   ".join(f"{name} {score(summary[key])}" for key, name in further))
+    if interval := summary["mean_iou_interval"]:
+        say(f"95% interval of mIoU, by drawing the images again: {score(interval[0])} to {score(interval[1])}")
 
 
 def _compare_with_result(result: Path, summary: Mapping) -> None:

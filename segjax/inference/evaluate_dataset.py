@@ -143,9 +143,12 @@ def evaluate_dataset(
     Returns:
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
       if no pixel counts; "per_class_iou", K numbers, None for a class without true or predicted pixels; "classes", a
-      list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels"; and "step",
-      the step of a run's checkpoint or None. For the name of published weights, on their dataset, also "published", a
-      dict with "mean_iou" in [0, 1] or None, its "source", "is_multi_scale" and "is_same_protocol".
+      list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
+      "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
+      "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
+      or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
+      published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
+      "is_multi_scale" and "is_same_protocol".
 
     Raises:
       CheckpointError: No model can be read from `source`.
@@ -211,10 +214,12 @@ def evaluate_dataset(
         progress=progress,
     )
     against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
+    details = measured.details()
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(output, measured, given, name, against, duration=time.perf_counter() - began)
-    return report.summarise(measured.confusion, classes) | {"step": checkpoint.metadata.get("step"), **against}
+        _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
+    summary = report.summarise(measured.confusion, classes)
+    return summary | details | {"step": checkpoint.metadata.get("step"), **against}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,13 +406,21 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
 
 
 def _write_report(
-    folder: Path, measured: Measured, given: _Given, name: str, against: Mapping[str, Any], *, duration: float
+    folder: Path,
+    measured: Measured,
+    details: Mapping[str, Any],
+    given: _Given,
+    name: str,
+    against: Mapping[str, Any],
+    *,
+    duration: float,
 ) -> None:
     """Writes the report of an evaluation.
 
     Args:
       folder: Folder of the report.
       measured: Result of the evaluation.
+      details: `measured.details()`.
       given: Checkpoint and split.
       name: Name of the checkpoint, or of a model without a checkpoint.
       against: {"published": `published_figure.PublishedFigure`}, or {}.
@@ -439,4 +452,6 @@ def _write_report(
         }
     )
     title = f"{model.spec.name} on {given.name}"
-    report.write(folder, measured.confusion, classes, worst, title=title, facts=facts, metadata=metadata)
+    report.write(
+        folder, measured.confusion, classes, worst, title=title, facts=facts, metadata=metadata, details=details
+    )

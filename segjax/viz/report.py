@@ -19,6 +19,12 @@ from segjax.viz import pictures
 
 LARGEST_SIDE = 768  # pixels of a picture on the page
 LONGEST_NAME = 100  # columns of a name on the page
+# Means of `details` in the page.
+DETAILS = {
+    "mean_boundary_iou": "mean boundary IoU",
+    "image_iou": "mean IoU of an image",
+    "worst_image_iou": "of the worst 5%",
+}
 COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
 
 
@@ -56,6 +62,7 @@ def write(
     title: str,
     facts: Mapping[str, str],
     metadata: Mapping[str, object],
+    details: Mapping[str, Any] = {},
 ) -> None:
     """Writes index.html, results.json, classes.csv, confusion.csv, confusion.png and worst/.
 
@@ -70,18 +77,20 @@ def write(
       title: Title of the page.
       facts: Facts below the title, by name.
       metadata: Entries of results.json in addition to the metrics.
+      details: Further measures for results.json, see `inference.evaluation.Measured.details`; the page shows their
+        means.
     """
     summary = summarise(confusion, spec)
     images = [_figures_of(shown, spec) for shown in worst]
     files = {f"worst/{number:02d}.png": image for number, image in enumerate(images, start=1)}
     listed = [{"name": image["name"], "mean_iou": image["mean_iou"], "picture": file} for file, image in files.items()]
-    results = {**metadata, **summary, "worst_images": listed}
+    results = {**metadata, **summary, **details, "worst_images": listed}
     by_class = [["class", *COLUMNS], *(entry.values() for entry in summary["classes"])]
     names = spec.label_names
     rows = ([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
     with atomic.replacing_files(folder / "index.html") as page:
         texts = {
-            "index.html": _page(title, facts, summary, confusion, images, spec),
+            "index.html": _page(title, facts, {**summary, **details}, confusion, images, spec),
             "results.json": json.dumps(results, indent=2) + "\n",
             "classes.csv": _csv(by_class),
             "confusion.csv": _csv([["truth / prediction", *names], *rows]),
@@ -142,8 +151,9 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
             ("pixel accuracy", summary["pixel_accuracy"]),
             ("mean accuracy", summary["mean_accuracy"]),
             ("mean Dice", summary["mean_dice"]),
+            *((name, summary[key]) for key, name in DETAILS.items() if key in summary),
         ],
-        "facts": [(name, console.one_line(fact)) for name, fact in facts.items()],
+        "facts": [(name, console.one_line(fact)) for name, fact in [*facts.items(), *_interval(summary)]],
         "classes": [
             {**entry, "class": _name(entry["class"]), "color": " ".join(map(str, color))}
             for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
@@ -154,6 +164,14 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
     # Only `<` could end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
+
+
+def _interval(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The interval of mIoU as a fact, where there is one."""
+    if not (ends := summary.get("mean_iou_interval")):
+        return []
+    low, high = ends
+    return [("95% interval", f"mean IoU {low:.4f} to {high:.4f}, by drawing the images again")]
 
 
 def _name(name: str) -> str:

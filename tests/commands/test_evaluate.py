@@ -111,6 +111,16 @@ def test_the_worst_images_are_those_of_the_lowest_own_mean_iou(seed, batch_size)
             ious.append((metrics.summarise(counts)["mean_iou"], number))
     np.testing.assert_array_equal(measured.confusion, total)
     assert measured.worst == sorted(ious)[:5]
+    # In the order in which they were measured, which one size does not change.
+    pairs = [(truth, image[..., 0]) for image, truth in zip(split.images, split.labels, strict=True)]
+    of_one = dict(num_classes=3, ignore_label=255)
+    np.testing.assert_array_equal(measured.by_image[:, 0].sum(axis=0), np.diag(total))
+    np.testing.assert_array_equal(measured.boundary, sum(metrics.boundary_counts(*pair, **of_one) for pair in pairs))
+    by_image = np.stack([metrics.class_counts(metrics.confusion_matrix(*pair, **of_one)) for pair in pairs])
+    details = measured.details()
+    assert details["image_iou"] == pytest.approx(metrics.over_images(by_image)["image_iou"])
+    low, high = details["mean_iou_interval"]
+    assert low < metrics.summarise(total)["mean_iou"] < high
     assert sorted(measured.predicted) == sorted(number for _, number in measured.worst)
     for number, predicted in measured.predicted.items():
         np.testing.assert_array_equal(predicted, split.images[number, ..., 0])

@@ -87,6 +87,17 @@ def test_results_hold_what_they_come_from_and_all_figures(folder):
         assert cv2.imread(str(folder / f"worst/{place:02d}.png")).shape[1] == 1260
 
 
+def test_further_measures_are_in_the_results_and_their_means_in_the_page(tmp_path):
+    details = {"mean_boundary_iou": 0.125, "per_class_boundary_iou": [0.125, None, 0.125, 0.125], "image_iou": None}
+    details |= {"class_iou": 0.375, "worst_image_iou": 0.0625, "mean_iou_interval": [0.25, 0.5]}
+    report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="t", facts=FACTS, metadata={}, details=details)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {key: results[key] for key in details} == details
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for words in ('["mean boundary IoU",0.125]', '["mean IoU of an image",null]', "mean IoU 0.2500 to 0.5000"):
+        assert words in page
+
+
 def test_tables_read_back_as_what_was_counted(folder):
     with (folder / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
