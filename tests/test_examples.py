@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,17 @@ def test_the_examples_of_a_file_show_what_they_print(file, tmp_path, monkeypatch
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
     runner, report = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS), []
-    found = [example for example in doctest.DocTestFinder().find(module, name) if example.examples]
-    assert found
+    finder = doctest.DocTestFinder()
+    found = finder.find(module, name)
+    # A function that another module has wrapped is not taken for one of this module.
+    wrapped = {key: value for key, value in vars(module).items() if hasattr(value, "__wrapped__")}
+    found += [
+        test
+        for key, value in wrapped.items()
+        if value.__module__ == name
+        for test in finder.find(inspect.unwrap(value), f"{name}.{key}", globs=vars(module))
+    ]
+    assert any(example.examples for example in found)
     for example in found:
         runner.run(example, out=report.append)
     assert not runner.summarize(verbose=False).failed, "".join(report)
