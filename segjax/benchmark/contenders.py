@@ -140,7 +140,7 @@ def ours(work: Work) -> Contender:
     return Contender(run, outcome, seconds, _temporaries(compiled))
 
 
-def program(work: Work, model: SegmentationModel) -> tuple[jax.stages.Wrapped, tuple]:
+def program(work: Work, model: SegmentationModel) -> tuple[Any, tuple]:
     """What is timed of segjax: a jitted forward pass or training step, and its first arguments."""
     if work.mode == "infer":
         return _inference(work, model)

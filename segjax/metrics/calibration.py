@@ -91,10 +91,11 @@ class Calibration:
         total = int(self.pixels.sum())
         if not total:
             return dict.fromkeys(("ece", "adaptive_ece", "brier", "nll", "aurc"))
-        equal = [part.reshape(BINS, PER_BIN).sum(axis=1) for part in self._parts()]
+        _, right, confidence = (part.reshape(BINS, PER_BIN).sum(axis=1) for part in self._parts())
+        right_of_mass, confidence_of_mass = self._of_equal_mass(total)
         return {
-            "ece": _gap(*equal, total),
-            "adaptive_ece": _gap(*self._of_equal_mass(total), total),
+            "ece": _gap(right, confidence, total),
+            "adaptive_ece": _gap(right_of_mass, confidence_of_mass, total),
             "brier": self.brier / total,
             "nll": self.nll / total,
             "aurc": self._area(total),
@@ -103,17 +104,21 @@ class Calibration:
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.pixels, self.right, self.confidence
 
-    def _of_equal_mass(self, total: int) -> list[np.ndarray]:
-        """The three sums of 15 bins of equal mass. A counter that an edge falls into is divided in proportion."""
+    def _of_equal_mass(self, total: int) -> tuple[np.ndarray, np.ndarray]:
+        """Right pixels and sum of confidences of 15 bins of equal mass.
+
+        A counter that an edge falls into is divided in proportion.
+        """
         edges = np.linspace(0, total, BINS + 1)
         before = np.concatenate([[0], np.cumsum(self.pixels)])
-        sums = []
-        for part in self._parts():
-            # Piecewise linear in the number of pixels, which repeats where counters are empty.
+        # The number of pixels repeats where counters are empty.
+        steps = np.concatenate([[True], np.diff(before) > 0])
+
+        def of_bins(part: np.ndarray) -> np.ndarray:
             cumulative = np.concatenate([[0.0], np.cumsum(part, dtype=np.float64)])
-            steps = np.concatenate([[True], np.diff(before) > 0])
-            sums.append(np.diff(np.interp(edges, before[steps], cumulative[steps])))
-        return sums
+            return np.diff(np.interp(edges, before[steps], cumulative[steps]))
+
+        return of_bins(self.right), of_bins(self.confidence)
 
     def _area(self, total: int) -> float:
         """Mean over k of errors(k) / k; within a counter, errors are spread evenly."""
@@ -127,7 +132,7 @@ class Calibration:
         return float(np.sum(rate * pixels + (errors - rate * before) * harmonic) / total)
 
 
-def _gap(pixels: np.ndarray, right: np.ndarray, confidence: np.ndarray, total: int) -> float:
+def _gap(right: np.ndarray, confidence: np.ndarray, total: int) -> float:
     """Sum over bins of |right - confidence|, per pixel."""
     return float(np.abs(right - confidence).sum() / total)
 

@@ -37,7 +37,7 @@ class Prepared:
       ['bfloat16']
     """
 
-    def __init__(self, function: Callable[..., Any], weights: Any, *inputs: jax.ShapeDtypeStruct):
+    def __init__(self, function: Callable[..., Any], weights: Any, *inputs: jax.Array | jax.ShapeDtypeStruct):
         """Traces the function.
 
         Args:
