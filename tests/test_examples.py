@@ -9,6 +9,9 @@ import pytest
 
 import segjax
 
+# Models, a training run and an export are compiled.
+pytestmark = pytest.mark.one_python
+
 ROOT = Path(segjax.__file__).parents[1]
 FILES = [
     path.relative_to(ROOT) for path in sorted((ROOT / "segjax").rglob("*.py")) if ">>> " in path.read_text("utf-8")
