@@ -126,6 +126,7 @@ def test_tables_keep_their_columns_whatever_a_class_is_called(capsys):
     names = ["道路" * 30, "a\nb", "\x1b[2J", "\u202eevil", "x" * 500, "é", ""]
     entry_of = {"iou": 0.5, "accuracy": None, "precision": 0.25, "dice": 1.0, "pixels": 1234}
     means = {"mean_iou": 0.5, "pixel_accuracy": 0.5, "mean_accuracy": 0.5, "step": None}
+    means |= {"mean_boundary_iou": 0.25, "image_iou": None, "worst_image_iou": 0.125, "mean_iou_interval": (0.4, 0.6)}
     evaluate._print_table(means | {"classes": [{"class": name, **entry_of} for name in names]})
     _, head, *rows = capsys.readouterr().out.splitlines()[: len(names) + 2]
     assert {console.columns(line) for line in (head, *rows)} == {79}
