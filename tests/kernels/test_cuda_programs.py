@@ -82,7 +82,7 @@ MOST = {
     "mmseg": (225, 33),
     "simple": (173, 18),
 }
-MOST |= {"zuppichini": (229, 20), "hrnet": (129, 61), "ocr": (171, 81), "segnext": (253, 28)}
+MOST |= {"zuppichini": (229, 20), "hrnet": (143, 61), "ocr": (171, 81), "segnext": (253, 28)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,5 +96,6 @@ def test_norms_and_layouts_of_weights_are_no_operations_of_inference():
     forward, _ = programs("hrnet", "bfloat16")
     convolutions = forward.count("stablehlo.convolution")
     assert convolutions >= 40 and forward.count("rsqrt") == 0 and forward.count("stablehlo.transpose") == 0
-    # Of the images and in the head: no weight is cast.
-    assert forward.count("stablehlo.convert") < 6
+    # Maps are cast, in upsampling and in the head; no weight is.
+    casts = [line for line in forward.splitlines() if "stablehlo.convert " in line]
+    assert casts and all(f": (tensor<{BATCH}x" in line for line in casts)
