@@ -346,7 +346,7 @@ def test_a_run_stopped_under_jit_goes_on_under_pmap_to_the_same_weights(has_pmap
 def test_a_run_with_a_loop_of_blocks_saves_and_takes_up_single_blocks(loopless, parallel, tmp_path, monkeypatch):
     changes, expected = loopless
     config, compiled = make_config(**changes, train__scan_blocks=True, parallel=parallel), []
-    monkeypatch.setattr(setup, "_compiled", lambda f, given, _: compiled.append(given[0]) or f)
+    monkeypatch.setattr(setup, "_compiled", lambda f, given, *_, **__: compiled.append(given[0]) or f)
     with monkeypatch.context() as patch:
         signal_before(patch, 2)
         assert run(config, tmp_path)[0] == 130
