@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,17 +29,26 @@ CALLS, WORST = 5, 20
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """Seconds of each instruction of compiled programs, by name, in a trace that `jax.profiler.trace` has written."""
+    """Seconds of each instruction of compiled programs, by name, in a trace that `jax.profiler.trace` has written.
+
+    The trace is read as JSON: `jax.profiler.ProfileData` aborts the process in jax 0.12.
+    """
     seconds: dict[str, float] = collections.defaultdict(float)
-    for path in folder.rglob("*.xplane.pb"):
-        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
-        for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
-            for line in plane.lines:
-                for event in line.events:
-                    name = dict(event.stats).get("hlo_op")
-                    # Of a device, lines of whole operations repeat what the streams have.
-                    if name and not (plane.name.startswith("/device:") and not line.name.startswith("Stream")):
-                        seconds[str(name)] += event.duration_ns * 1e-9
+    for path in folder.rglob("*.trace.json.gz"):
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = {kind: {} for kind in ("process_name", "thread_name")}
+        for event in events:
+            if event.get("ph") == "M" and event["name"] in names:
+                names[event["name"]][event["pid"], event.get("tid")] = event["args"]["name"]
+        devices = {pid for (pid, _), name in names["process_name"].items() if name.startswith("/device:")}
+        for event in events:
+            operation = event.get("args", {}).get("hlo_op")
+            if not operation or "dur" not in event or (devices and event["pid"] not in devices):
+                continue
+            # Of a device, lines of whole operations repeat what the streams have.
+            if devices and not names["thread_name"].get((event["pid"], event["tid"]), "").startswith("Stream"):
+                continue
+            seconds[operation] += event["dur"] * 1e-6
     return dict(seconds)
 
 

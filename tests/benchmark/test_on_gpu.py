@@ -1,5 +1,6 @@
 """What runs on a GPU only, as far as it can be tried without one."""
 
+import gzip
 import importlib
 import json
 import sys
@@ -83,6 +84,22 @@ def test_measured_times_stand_next_to_those_of_the_roofline(tmp_path):
         sum(row["milliseconds"] for row in matched) + found["unmatched_ms"]
     )
     assert max(map(len, gpu_profile.report(found))) <= 80
+
+
+def test_of_a_device_only_its_streams_count(tmp_path):
+    def named(kind, name, **ids):
+        return {"ph": "M", "name": kind, "args": {"name": name}, **ids}
+
+    def ran(pid, tid, microseconds):
+        return {"ph": "X", "pid": pid, "tid": tid, "dur": microseconds, "name": "k", "args": {"hlo_op": "fusion.1"}}
+
+    events = [named("process_name", "/host:CPU", pid=1), named("process_name", "/device:GPU:0", pid=2)]
+    events += [named("thread_name", "Stream #7(Compute)", pid=2, tid=5), named("thread_name", "XLA Ops", pid=2, tid=6)]
+    events += [ran(1, 9, 1000), ran(2, 5, 30), ran(2, 5, 12), ran(2, 6, 500)]
+    path = tmp_path / "plugins" / "vm.trace.json.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert gpu_profile.measured(tmp_path) == {"fusion.1": pytest.approx(42e-6)}
 
 
 def test_the_kernel_that_loses_most_comes_first():
