@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import struct
 import zipfile
@@ -51,9 +52,10 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
         raise CheckpointError(str(error)) from None
 
 
-def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[Path, ...] = ()) -> Checkpoint:
+def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[str, ...] = ()) -> Checkpoint:
     found = _located(source)
-    if found.place.resolve() in adapters_of_it:
+    # Not Path.resolve, which raises for links to themselves.
+    if os.path.realpath(found.place) in adapters_of_it:
         raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to what it was trained on")
     if found.kind == "orbax":
         (folder,) = found.paths
@@ -184,7 +186,7 @@ def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[M
     return arrays, known
 
 
-def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[Path, ...]) -> Checkpoint:
+def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[str, ...]) -> Checkpoint:
     """A LoRA adapter, merged into its base.
 
     Args:
@@ -198,7 +200,7 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[Pa
         adapter = {key: as_array(key, value) for key, value in stored.items()}
     logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
     try:
-        before = _read(base, weights, (*adapters_of_it, folder.resolve()))
+        before = _read(base, weights, (*adapters_of_it, os.path.realpath(folder)))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
     if before.is_orbax:

@@ -37,6 +37,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,8 @@ def function_at(setting: str, address: str) -> Callable:
     if not (source and colon and name):
         raise ValueError(f"{setting}={address!r}; must be FILE.py:function or package.module:function")
     try:
-        module = _executed(user_path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
+        is_file = source.endswith(".py")
+        module = _executed(os.path.realpath(user_path(source))) if is_file else importlib.import_module(source)
     except Exception as error:
         reason = str(error) if isinstance(error, FileNotFoundError | ModuleNotFoundError) else _described(error)
         raise ValueError(f"{setting}={address!r}; {source} cannot be imported: {reason}") from error
@@ -74,7 +76,8 @@ def function_at(setting: str, address: str) -> Callable:
 
 
 @functools.cache
-def _executed(path: Path) -> ModuleType:
+def _executed(real_path: str) -> ModuleType:
+    path = Path(real_path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -306,6 +306,16 @@ def test_what_an_adapter_lacks_is_named(tmp_path, model, weights, fault, capsys)
     assert word in said and "Traceback" not in said
 
 
+def test_a_link_to_itself_is_named(tmp_path, weights, capsys):
+    adapter(tmp_path / "lora", weights, 0, base_model_name_or_path="../loop.pth")
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop", target_is_directory=True)
+    for source in ("loop.pth", "loop", "lora", "loop/below.safetensors"):
+        assert inspect.main([str(tmp_path / source)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "loop" in said and "Traceback" not in said
+
+
 def test_matrices_without_a_place_or_a_scale_are_refused(tmp_path, model, weights):
     save(model, tmp_path / "base", dialect="hf")
     adapter(tmp_path / "lora", weights, 0)
