@@ -1,5 +1,10 @@
 """Parity runs at float32 "highest", and ends with a table of every error that was measured."""
 
+import datetime
+import importlib.metadata
+import json
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -9,6 +14,10 @@ from parity import tolerances
 jax.config.update("jax_default_matmul_precision", "highest")
 
 _rows: dict[tuple[str, str, str], float] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-errors", metavar="FILE", help="writes every measured error and its bound as JSON")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,3 +87,20 @@ def pytest_terminal_summary(terminalreporter):
     for (kind, dtype, what), error in sorted(_rows.items()):
         limit = tolerances.bound(kind, dtype)
         terminalreporter.write_line(f"{kind:<11} {dtype:<8} {error:>8.1e} {limit:>7.0e}  {what}")
+    if path := terminalreporter.config.getoption("record_errors"):
+        Path(path).write_text(json.dumps(_record(), indent=1) + "\n")
+        terminalreporter.write_line(f"wrote {path}")
+
+
+def _record():
+    """All measured errors, as the documentation shows them."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": "pytest parity/ --record-errors FILE",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+        "device": jax.default_backend(),
+        "errors": [
+            {"kind": kind, "dtype": dtype, "what": what, "error": error, "bound": tolerances.bound(kind, dtype)}
+            for (kind, dtype, what), error in sorted(_rows.items())
+        ],
+    }

@@ -82,7 +82,7 @@ def test_a_file_runs_without_segjax_as_the_readme_says(format, tmp_path, capsys,
     lines = capsys.readouterr().out.splitlines()
     assert "  in   images  uint8 RGB (batch, height, width, 3)" in lines
     assert max(map(len, lines)) <= 80
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/export.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if f'"{name}"' in block]
     code = "import sys\nsys.modules.update(segjax=None, flax=None, parity=None)\n" + example
     code += "\nprint(tuple(labels.shape), str(labels.dtype).removeprefix('torch.'), names[0])"

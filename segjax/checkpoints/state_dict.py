@@ -378,7 +378,9 @@ def from_torch(
       dialect: "auto", or the name of a dialect to insist on it.
       num_classes: compared with the checkpoint, if that has a classifier.
       drop, keep: as for `load_torch`; what is kept has initial values.
-      dtype, param_dtype, **overrides: as for `segjax.create`.
+      dtype: Dtype of the computation, as for `segjax.create`.
+      param_dtype: Dtype of the stored parameters.
+      **overrides: Settings of the model, as for `segjax.create`.
 
     Returns:
       The model in evaluation mode, as `segjax.create` returns it.

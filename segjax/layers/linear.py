@@ -39,7 +39,7 @@ class Linear(nnx.Module):
       out_features: Number of outputs.
       use_bias: Whether to add a bias.
       kernel_init: Function (key, shape, dtype) that draws `kernel`, (in, out).
-      bias_init: Function (key, shape, dtype, *, fan_in) that draws `bias`, (out,); None sets it to zeros.
+      bias_init: Function `(key, shape, dtype, *, fan_in)` that draws `bias`, (out,); None sets it to zeros.
       dtype: Dtype of the product and of the output.
       param_dtype: Dtype of the parameters.
       rngs: Random streams; the stream `params` is read.
@@ -90,7 +90,7 @@ class Conv(nnx.Module):
       use_bias: Whether to add a bias.
       kernel_init: Function (key, shape, dtype) that draws `kernel`, (kh, kw, in / groups, out); None takes
         `fan_out_init`.
-      bias_init: Function (key, shape, dtype, *, fan_in) that draws `bias`, (out,); None sets it to zeros.
+      bias_init: Function `(key, shape, dtype, *, fan_in)` that draws `bias`, (out,); None sets it to zeros.
       dtype: Dtype of the product and of the output.
       param_dtype: Dtype of the parameters.
       rngs: Random streams; the stream `params` is read.

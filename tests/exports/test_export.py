@@ -52,7 +52,7 @@ def relative_error(a, b):
 
 def readme_example(name):
     """The Python example of the README that opens the file `name`."""
-    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/export.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if f'"{name}"' in block]
     return block
 

@@ -1,0 +1,208 @@
+"""Pages and tables that are made from the program and from records, so that nobody has to type them.
+
+Commands come from their parsers, settings from their table, published weights from theirs, and measured figures from the newest
+record of their kind in benchmarks/records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from segjax.__main__ import COMMANDS, main
+from segjax.checkpoints.published import PublishedWeights, list_weights
+from segjax.runtime.atomic import write_text
+from segjax.train import constraints, schema
+
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
+
+
+def write(folder: Path) -> None:
+    """Writes all pages and tables into the folder; a file that would not change is not touched."""
+    pages = {
+        "command_line.md": command_line(),
+        "settings.md": settings(),
+        "published_weights.md": published_weights(),
+        "tables/speed.md": speed(record("speed-cpu")),
+        "tables/gpu.md": gpu(record("gpu-static")),
+        "tables/errors.md": errors(record("parity")),
+    }
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text("utf-8") != text:
+            write_text(path, text)
+
+
+def help_of(*command: str) -> str:
+    """What `segjax COMMAND --help` prints, at 80 columns."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "80"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+            main([*command, "--help"])
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return printed.getvalue().strip()
+
+
+def command_line() -> str:
+    """The page of all commands; each has its help as the terminal shows it."""
+    lines = [
+        "# Command line",
+        "",
+        "Every command prints this help with `--help`. A command ends with status 0, with 1 where a part of the work could not",
+        "be done, with 2 where arguments or files are refused before anything is written, and with 130 or 143 after Ctrl-C or",
+        "SIGTERM. `python -m segjax.convert` and its like are the same commands.",
+        "",
+    ]
+    for name, (_, summary) in COMMANDS.items():
+        lines += [f"## segjax {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
+        if name == "train":
+            lines += ["All settings, `--config.KEY=VALUE`, are on [a page of their own](settings.md).", ""]
+        text = help_of(name).partition("\nsettings and their defaults")[0] if name == "train" else help_of(name)
+        lines += ["```text", text.rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """The page of all settings of a run, by section."""
+    lines = [
+        "# Settings of a run",
+        "",
+        "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a recipe; a recipe",
+        "changes some of them, and a run prints which. Every argument of the model's constructor is a setting as well, such as",
+        "`--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
+        "",
+    ]
+    for section in schema.SECTIONS:
+        title = f"{section.name}: {section.title}" if section.name else section.title
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        for setting in section.settings:
+            default = "unset" if setting.default is None else f"`{setting.default!r}`"
+            allowed = "" if isinstance(setting.allowed, constraints.Text) else f" Must be {setting.allowed.words}."
+            only = " Only for generated datasets." if setting.generated else ""
+            text = setting.text if setting.text.endswith(".") else f"{setting.text}."
+            lines += [f"`{section.key(setting)}`, default {default}", f": {_escaped(text + only + allowed)}", ""]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text in which no character is markup."""
+    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|$~" else char for char in text)
+
+
+# ------------------------------------------------------------------------------------------------- published weights
+
+
+def published_weights() -> str:
+    """The page of published weights, a table for each model and dataset."""
+    lines = [
+        "# Published weights",
+        "",
+        "The names that `segjax weights` lists. mIoU is in percent, as published, at one scale; a star marks a figure of several",
+        "scales. [Checkpoints](checkpoints.md) describes how they are loaded.",
+        "",
+    ]
+    rows = [row for row in list_weights() if not row.is_encoder]
+    for dataset in sorted({row.dataset for row in rows}):
+        lines += [f"## {dataset}", "", "| name | crop | mIoU | licence | source |", "|---|---|---|---|---|"]
+        lines += [_published_row(row) for row in rows if row.dataset == dataset]
+        lines.append("")
+    lines += ["## Encoders, pretrained on ImageNet", "", "| name | licence | source |", "|---|---|---|"]
+    lines += [f"| `{row.name}` | {row.terms} | {row.publisher} |" for row in list_weights() if row.is_encoder]
+    return "\n".join([*lines, ""])
+
+
+def _published_row(row: PublishedWeights) -> str:
+    figure = f"{row.miou:g}" if row.miou is not None else f"{row.miou_multi_scale or '-'}*".replace("-*", "-")
+    return f"| `{row.name}` | {row.crop or '-'} | {figure} | {row.terms} | {row.publisher} |"
+
+
+# ------------------------------------------------------------------------------------------------- measured figures
+
+
+def record(kind: str) -> dict[str, Any]:
+    """The newest record benchmarks/records/DATE-<kind>.json, with its file name as "file"."""
+    path = max(RECORDS.glob(f"????-??-??-{kind}.json"))
+    return {**json.loads(path.read_text("utf-8")), "file": path.name}
+
+
+def _origin(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    path = f"../benchmarks/records/{found['file']}"
+    return f"*{found['date']}, `{found['command']}`; {versions}. [Record]({path})*"
+
+
+def speed_rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Model, work, milliseconds of segjax, and its time over that of eager PyTorch and of torch.compile."""
+    for result in found["results"]:
+        rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+        ratios = [f"{rows[name]['ours_over_theirs'][0]:.2f}" for name in ("torch", "torch-compile")]
+        work = {"infer": "inference", "train": "training"}[result["mode"]]
+        shape = "x".join(map(str, [result["batch"], *result["size"]]))
+        yield [f"`{result['model']}`", f"{work} {shape}", f"{rows['segjax']['milliseconds'][0]:.0f}", *ratios]
+
+
+def speed(found: dict[str, Any]) -> str:
+    """Table of time on a CPU next to PyTorch's."""
+    head = ["model", "work", "segjax, ms", "over PyTorch eager", "over `torch.compile`"]
+    return _table(head, speed_rows(found)) + _origin(found) + "\n"
+
+
+def gpu(found: dict[str, Any]) -> str:
+    """Table of the training programs that XLA compiles for an H200."""
+    head = ["model", "kernels", "memory traffic, GB", "temporaries, GiB", "lower bound, ms"]
+    rows = (
+        [
+            f"`{row['name']}`",
+            f"{row['kernels']:,}",
+            f"{row['GB']:.0f}",
+            f"{row['temporaries_GiB']:.1f}",
+            f"{row['ms']:.1f}",
+        ]
+        for row in found["programs"]
+        if row["mode"] == "train"
+    )
+    return _table(head, rows) + _origin(found) + "\n"
+
+
+def errors(found: dict[str, Any]) -> str:
+    """Table of every error that `pytest parity/` measures, with its bound."""
+    head = ["quantity", "dtype", "largest error", "bound", "compared"]
+    rows = (
+        [row["kind"], row["dtype"], f"{row['error']:.1e}", f"{row['bound']:.0e}", row["what"]]
+        for row in found["errors"]
+    )
+    return _table(head, rows) + _origin(found) + "\n"
+
+
+def proof_rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """The README's table of what is proven: largest float64 errors of four families."""
+    families = ("segformer", "hrnet", "ocr", "segnext")
+    goldens = ("segformer_nvlabs", "hrnet_official", "hrnet_ocr_official", "segnext_official")
+
+    def worst(kind: str, *names: str) -> str:
+        of_kind = [row for row in found["errors"] if row["kind"] == kind and row["dtype"] == "float64"]
+        return f"{max(row['error'] for row in of_kind if row['what'].startswith(names)):.1e}"
+
+    yield ["outputs, against the original code", *(worst("output", f"golden {name}") for name in goldens)]
+    yield [
+        "gradients of every parameter, against the original code",
+        *(worst("gradient", f"golden {name}") for name in goldens),
+    ]
+    yield ["20 optimizer steps, against PyTorch", *(worst("trajectory", f"{name}, 20 steps") for name in families)]
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
