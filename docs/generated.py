@@ -1,6 +1,6 @@
 """Pages and tables that are made from the program and from records, so that nobody has to type them.
 
-Commands come from their parsers, settings from their table, published weights from theirs, and measured figures from the newest
+Commands come from their parsers, settings and published weights from their tables, and measured figures from the newest
 record of their kind in benchmarks/records.
 """
 
@@ -18,7 +18,6 @@ from segjax.__main__ import COMMANDS, main
 from segjax.checkpoints.published import PublishedWeights, list_weights
 from segjax.runtime.atomic import write_text
 from segjax.train import constraints, schema
-
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
 
@@ -60,9 +59,9 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "Every command prints this help with `--help`. A command ends with status 0, with 1 where a part of the work could not",
-        "be done, with 2 where arguments or files are refused before anything is written, and with 130 or 143 after Ctrl-C or",
-        "SIGTERM. `python -m segjax.convert` and its like are the same commands.",
+        "Every command prints this help with `--help`. The exit status is 0, or 1 if a part of the work could not be done, 2",
+        "if arguments or files are refused before anything is written, and 130 or 143 after Ctrl-C or SIGTERM.",
+        "`python -m segjax.convert` is the same as `segjax convert`, and so on.",
         "",
     ]
     for name, (_, summary) in COMMANDS.items():
@@ -79,9 +78,9 @@ def settings() -> str:
     lines = [
         "# Settings of a run",
         "",
-        "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a recipe; a recipe",
-        "changes some of them, and a run prints which. Every argument of the model's constructor is a setting as well, such as",
-        "`--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
+        "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a recipe; a",
+        "recipe changes some of them, and a run prints which. Every argument of the model's constructor is a setting as",
+        "well, such as `--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
         "",
     ]
     for section in schema.SECTIONS:
@@ -109,8 +108,8 @@ def published_weights() -> str:
     lines = [
         "# Published weights",
         "",
-        "The names that `segjax weights` lists. mIoU is in percent, as published, at one scale; a star marks a figure of several",
-        "scales. [Checkpoints](checkpoints.md) describes how they are loaded.",
+        "The names that `segjax weights` lists. mIoU is in percent, as published, at one scale; a star marks a figure of",
+        "several scales. [Checkpoints](checkpoints.md) describes how they are loaded.",
         "",
     ]
     rows = [row for row in list_weights() if not row.is_encoder]

@@ -1,4 +1,4 @@
-"""README and docs name what exists: commands, flags, settings, files and functions; and their figures are the recorded ones."""
+"""README and docs name commands, flags, settings, files and functions that exist, and show the recorded figures."""
 
 import ast
 import contextlib
@@ -96,7 +96,7 @@ def test_commands_in_pages_exist_with_their_flags(page):
             continue
         assert command in COMMANDS, where
         subcommand = [arguments[0]] if command == "data" and arguments[0] in ("show", "import") else []
-        known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_of("segjax", command, *subcommand)))
+        known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_of("segjax", command, *subcommand))) | {"--help"}
         for flag in (word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word)):
             if flag.startswith("--config.") and command == "train":
                 assert flag.removeprefix("--config.") in SETTINGS, f"{where}: no setting {flag}"
