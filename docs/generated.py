@@ -59,8 +59,8 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "Every command prints this help with `--help`. The exit status is 0, or 1 if a part of the work could not be done, 2",
-        "if arguments or files are refused before anything is written, and 130 or 143 after Ctrl-C or SIGTERM.",
+        "Every command prints this help with `--help`. The exit status is 0, or 1 if a part of the work could not be",
+        "done, 2 if arguments or files are refused before anything is written, and 130 or 143 after Ctrl-C or SIGTERM.",
         "`python -m segjax.convert` is the same as `segjax convert`, and so on.",
         "",
     ]
@@ -78,9 +78,9 @@ def settings() -> str:
     lines = [
         "# Settings of a run",
         "",
-        "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a recipe; a",
-        "recipe changes some of them, and a run prints which. Every argument of the model's constructor is a setting as",
-        "well, such as `--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
+        "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a",
+        "recipe; a recipe changes some of them, and a run prints which. Every argument of the model's constructor is",
+        "also a setting, such as `--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
         "",
     ]
     for section in schema.SECTIONS:
@@ -108,8 +108,8 @@ def published_weights() -> str:
     lines = [
         "# Published weights",
         "",
-        "The names that `segjax weights` lists. mIoU is in percent, as published, at one scale; a star marks a figure of",
-        "several scales. [Checkpoints](checkpoints.md) describes how they are loaded.",
+        "The names that `segjax weights` lists. mIoU is in percent, as published, at one scale; a star marks a figure",
+        "of several scales. [Checkpoints](checkpoints.md) describes how they are loaded.",
         "",
     ]
     rows = [row for row in list_weights() if not row.is_encoder]

@@ -30,7 +30,7 @@ from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.cross_entropy import pays
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
-ALL_ZERO = f"{', '.join(TERMS)} are all 0; give at least one of them a factor"
+ALL_ZERO = f"{', '.join(TERMS)} are all 0; set at least one above 0"
 SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
 MEANS = ("labelled", "all")
 AUXILIARY = ("same", "cross_entropy")

@@ -843,7 +843,7 @@ def test_the_defaults_are_plain_cross_entropy():
 
 
 def test_a_loss_without_any_term_is_refused():
-    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz are all 0; give"):
+    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz are all 0; set"):
         build({"cross_entropy": 0.0}, classes=5)
 
 

@@ -135,7 +135,7 @@ class Runner:
         try:
             self._connection.send(message)
             if self._until is not None and not self._connection.poll(max(0, self._until - time.monotonic())):
-                raise OutOfTimeError(f"{self.name}: not done when the minutes were over")
+                raise OutOfTimeError(f"{self.name}: not finished when the time was over")
             answer = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(10)
@@ -194,13 +194,13 @@ def compare(
         # Computed while the processes start.
         floor = floors.floor_of(work, ceiling)
         for runner in runners:
-            say(f"  {runner.name}: making it ready ...")
+            say(f"  {runner.name}: preparing ...")
             try:
                 runner.make()
                 runner.error = _difference(runner.outcome, runners[0].outcome)
                 if not runner.error <= CLOSE[dtype]:
                     raise BenchmarkError(
-                        f"{runner.name} computes something else than {names[0]}: off by {runner.error:.1e}"
+                        f"the results of {runner.name} differ from those of {names[0]} by {runner.error:.1e}"
                     )
                 made[runner.name] = runner
                 if apart:

@@ -68,7 +68,7 @@ def _cudnn_works(dtype: str, width: int) -> bool:
             jax.block_until_ready(slope(x, x, x))
     except Exception as error:  # jax, XLA and cuDNN raise many types
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("cuDNN's attention does not run here, so that a slower one is used: %s", why)
+        logger.warning("cuDNN's attention does not run here; a slower one is used: %s", why)
         return False
     return True
 

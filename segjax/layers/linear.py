@@ -168,5 +168,6 @@ def classify(layer: Conv, x: jax.Array) -> jax.Array:
 def bias_of(layer: Linear | Conv) -> jax.Array:
     """The bias (out,) of a layer. Raises ValueError for a layer made with `use_bias=False`."""
     if layer.bias is None:
-        raise ValueError(f"this {type(layer).__name__} has no bias, which the operation reads")
+        name = type(layer).__name__
+        raise ValueError(f"this {name} has no bias, but the operation needs one; create it with use_bias=True")
     return layer.bias[...]

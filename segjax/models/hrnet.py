@@ -235,9 +235,7 @@ class HighResolutionNet(SegmentationModel):
         # Stage n has n branches.
         blocks = sum(m * b * n for m, b, n in zip(stage_modules, stage_blocks, (1, 2, 3, 4), strict=True))
         if blocks > MOST_BLOCKS:
-            raise ValueError(
-                f"stage_modules and stage_blocks make {blocks:,} blocks; at most {MOST_BLOCKS} are possible"
-            )
+            raise ValueError(f"stage_modules and stage_blocks give {blocks:,} blocks; the maximum is {MOST_BLOCKS}")
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.dtype = dtype
         self.align_corners = align_corners

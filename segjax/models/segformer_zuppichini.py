@@ -329,7 +329,7 @@ class SegFormerZuppichini(SegmentationModel):
         layers.require_four(dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
         layers.require_whole_heads(dims, num_heads)
         if any(ratio != round(ratio) for ratio in mlp_ratios):
-            raise ValueError(f"mlp_ratios must be whole: the 3x3 has as many groups as channels; got {mlp_ratios}")
+            raise ValueError(f"mlp_ratios must be whole numbers: the 3x3 has one group per channel; got {mlp_ratios}")
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.in_channels = in_channels

@@ -301,7 +301,7 @@ def _products(jaxpr: Jaxpr, scope: tuple[str, ...] = (), times: int = 1) -> Iter
             for product in _products(getattr(value, "jaxpr", value), inner, times * equation.params.get("length", 1))
         ]
         if found and name in ("while", "cond"):
-            raise ValueError(f"{'/'.join(inner)}: how often a product inside {name} runs is not in its shapes")
+            raise ValueError(f"{'/'.join(inner)}: the number of runs of a product inside {name} is unknown")
         yield from found
 
 

@@ -67,12 +67,12 @@ def load(reference: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         found = "None" if config is None else type(config).__name__
         raise ConfigError(
-            f"{name}: get_config() returned {found}, not an ml_collections.ConfigDict; start from that of a recipe, as "
-            "in segjax.recipes.segformer.get_config()"
+            f"{name}: get_config() returned {found}, not an ml_collections.ConfigDict; start from a recipe's config, "
+            "as in segjax.recipes.segformer.get_config()"
         )
     if lacking := schema.missing(config):
         raise ConfigError(
-            f"{name}: the config has no {', '.join(lacking)}; start from that of a recipe, as in "
+            f"{name}: the config has no {', '.join(lacking)}; start from a recipe's config, as in "
             "segjax.recipes.segformer.get_config()"
         )
     return config

@@ -44,7 +44,7 @@ def parse(argument: str, variants: tuple[str, ...], sources: Collection[str] = (
         else:
             others = f", nor a recipe's source ({', '.join(sources)})" if sources else ""
             raise ValueError(
-                f"{word!r} is neither a variant ({', '.join(variants)}) nor a dataset ({', '.join(DATASETS)}){others}"
+                f"{word!r} is not a variant ({', '.join(variants)}) or dataset ({', '.join(DATASETS)}){others}"
             )
     return Words(variant, dataset, source)
 
@@ -96,7 +96,7 @@ def unpublished(config: ConfigDict, family: str) -> None:
       family: Name of the model, for the description.
     """
     name = config.data.name
-    config.recipe = f"none is published for {family} on {'your data' if name == 'folder' else name}"
+    config.recipe = f"no recipe is published for {family} on {'your data' if name == 'folder' else name}"
     config.init.expected = ""
     for key in ("train.steps", "optim.lr", "optim.lr_multipliers", "optim.warmup_steps"):
         unset(config, key)

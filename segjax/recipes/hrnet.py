@@ -104,7 +104,7 @@ def get_config(argument: str = "") -> ConfigDict:
             config.optim.weight_decay = 0.05
             config.optim.no_decay = r"(scale|bias)$"
     if dataset in ("cityscapes", "ade20k") and width not in PUBLISHED[source]:
-        config.recipe = f"none is published for this width; that of W48: {config.recipe}"
+        config.recipe = f"no recipe is published for this width; this is the one of W48: {config.recipe}"
     return config
 
 

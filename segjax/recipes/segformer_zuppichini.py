@@ -42,7 +42,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optim.no_decay = r"overlap_patch_merge\.1|blocks\.\d+\.[01]\.fn\.0|reducer\.1|\.norm\.|fuse\.2"
     match dataset:
         case "cityscapes" | "ade20k":
-            config.recipe = f"none is published for Zuppichini's SegFormer; that of SegFormer-B0 on {dataset}"
+            other = f"this is the one of SegFormer-B0 on {dataset}"
+            config.recipe = f"no recipe is published for Zuppichini's SegFormer; {other}"
             config.optim.lr_multipliers = ((r"^(decoder|head)\.", 10.0),)
             config.init.expected = "an encoder pretrained on ImageNet"
             if dataset == "cityscapes":

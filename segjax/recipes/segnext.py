@@ -57,7 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.init.expected = "an encoder pretrained on ImageNet" if variant == "small" else f"mscan_{variant}.pth"
     repository = "mmsegmentation" if source else "Visual-Attention-Network/SegNeXt"
     if variant == "small":
-        repository = f"none is published for this width; that of T: {repository}"
+        repository = f"no recipe is published for this size; this is the one of T: {repository}"
     published = "t" if variant == "small" else variant
     match dataset:
         case "cityscapes":

@@ -38,8 +38,8 @@ def initialize(coordinator: str | None, processes: int | None, number: int | Non
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"the processes did not meet: {first}. Give each of them the same --coordinator=HOST:PORT and "
-            "--num_processes=N, and its own --process_id from 0; under SLURM or Open MPI --coordinator=auto will do"
+            f"the processes did not connect: {first}. Give each of them the same --coordinator=HOST:PORT and "
+            "--num_processes=N, and its own --process_id from 0; under SLURM or Open MPI --coordinator=auto is enough"
         ) from error
 
 

@@ -45,7 +45,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         user = Path(path).parts[0]
-        raise UnreadableError(f"{path}: there is no user {user[1:]!r}; a file of this name is ./{path}") from None
+        raise UnreadableError(f"{path}: there is no user {user[1:]!r}; for a file of this name give ./{path}") from None
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -107,7 +107,7 @@ def read_bytes(path: Path, *, most: int = MOST) -> bytes:
         # Reads one byte more instead of asking for the size: files grow, and those of /proc have no size.
         data = file.read(most + 1)
     if len(data) > most:
-        raise UnreadableError(f"{path}: larger than {most:,} bytes, which no such file is")
+        raise UnreadableError(f"{path}: larger than {most:,} bytes, the limit for such files")
     return data
 
 

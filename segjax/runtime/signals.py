@@ -208,7 +208,7 @@ def run_process(name: str, run: Callable[[], int]) -> int:
     numbers = _heard()
     # The first registered callback is called last.
     atexit.register(ignore)
-    first, second = f"{name}: stopping; once more ends it at once", f"{name}: stopped at once"
+    first, second = f"{name}: stopping; press again to end it at once", f"{name}: stopped at once"
     for number in numbers:
         # Stays in place after `answered`, which restores it.
         signal.signal(number, stop)

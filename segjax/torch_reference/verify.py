@@ -156,7 +156,7 @@ class Report:
         what = "labels" if self.positives is None else "masks at 0.5"
         verdict = "equal" if self.passed else f"NOT equal (bound {self.bound:.0e})"
         return (
-            f"verified against {self.against}, given the settings assumed: {verdict}; "
+            f"verified against {self.against} with the assumed settings: {verdict}; "
             f"worst relative error {self.error:.1e}, {self.equal:.4%} equal {what}{masks}"
         )
 
@@ -242,7 +242,7 @@ def _transformers_model(model: SegmentationModel, foreign: Mapping[str, np.ndarr
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     # The counter of batches affects no output, and many files lack it.
     if wrong := [key for key in wrong if not str(key).endswith(BATCH_COUNTER)]:
-        raise AssertionError(f"transformers itself does not take the checkpoint: {wrong[:5]}")
+        raise AssertionError(f"transformers cannot load the checkpoint: keys {wrong[:5]}")
     return network
 
 

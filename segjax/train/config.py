@@ -156,7 +156,8 @@ def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
         return {}
     return {
         "data.train_images": f"{data.train_images}; with data.eval_images={data.eval_images} and data.size="
-        f"{tuple(data.size)} the scenes take {console.amount(needed)}, and there are {console.amount(available)}"
+        f"{tuple(data.size)} the scenes need {console.amount(needed)} of memory, and {console.amount(available)} are "
+        "available"
     }
 
 
@@ -173,7 +174,7 @@ def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]
         remedies += f", or {' or '.join(map(str, fewer))} device{'s' * (fewer != [1])}{_visible(fewer[-1])}"
     return {
         "loss.ohem_images": f"{group}; train.batch={batch} on {devices} devices, train.accumulate={accumulate}, gives "
-        f"parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; these divide: "
+        f"parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; possible: "
         f"{remedies}"
     }
 
@@ -278,7 +279,7 @@ def _why_no_start(source: str | None) -> str | None:
     if published.find(source) is not None:
         return None
     try:
-        return None if user_path(source).exists() else f"there is nothing at {source}{published.hint_for(source)}"
+        return None if user_path(source).exists() else f"{source} does not exist{published.hint_for(source)}"
     except (UnreadableError, OSError) as error:
         return str(error)
 
@@ -303,7 +304,7 @@ def differing(before: dict, now: dict) -> list[str]:
     """A line for each entry, by dotted key, in which two nested dicts differ."""
     old, new = _flat(before), _flat(now)
     return [
-        f"  {key}: {old.get(key)} there, {new.get(key)} now"
+        f"  {key}: {old.get(key)} in the run, {new.get(key)} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -338,7 +339,7 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
     if number[0] == number[1] and now["config"].get("data", {}).get("changed") == "accept":
         lines = [line for line in lines if line not in of_classes]
     elif of_classes and number[0] == number[1]:
-        lines.append("  --config.data.changed=accept goes on with the classes as they are now")
+        lines.append("  --config.data.changed=accept continues with the present classes")
     if lines:
         raise RunError(
             f"{workdir} holds a run with other settings:\n"

@@ -59,7 +59,7 @@ class Log:
         self.records = [record for record, _ in records if record and self._is_kept(record)]
         # The last line is empty, or incomplete if the machine stopped.
         if odd := [line for record, line in records[:-1] if record is None and line.strip()]:
-            console.say(f"{self._path}: {len(odd)} of {len(lines) - 1} lines are no records of a run and are omitted")
+            console.say(f"{self._path}: {len(odd)} of {len(lines) - 1} lines are not records of a run and are skipped")
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
             for path in self._events.glob("*"):

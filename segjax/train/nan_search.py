@@ -35,7 +35,7 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if batch["label"].ndim == 4 else batch
     images, labels, dropout_key = train_step.inputs(state, batch, key)
     if found := _not_finite(train_step.model.stacks.apart(state.params | state.batch_stats)):
-        return f"Not finite before the step already: {shorten(found, most=3)}. "
+        return f"Already not finite before the step: {shorten(found, most=3)}. "
     if not np.isfinite(images).all():
         return "The augmented images are not finite. "
     calls: list[str] = []
@@ -67,11 +67,11 @@ def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, 
         # position of the layer that contains it. Among layers of one position, the last in the order of `found` wins,
         # such as a classifier.
         first = max(reversed(found), key=lambda name: calls.index(_called(name, calls)))
-        return f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {first}. "
+        return f"All outputs are finite, but not all gradients: the first in the backward pass is that of {first}. "
     if not np.isfinite(optim.norm(gradients)):
         largest = max(gradients, key=lambda name: np.abs(gradients[name]).max())
         return f"All gradients are finite, but the square of the largest is not: that of {largest}. "
-    return "Computed again, everything was finite. "
+    return "When recomputed, everything was finite. "
 
 
 def _on_one_device(function: Callable) -> Callable:

@@ -27,7 +27,7 @@ def show_chosen(chosen: Mapping[str, tuple[object, str]]) -> None:
 
 def show_settings(changes: Sequence[str]) -> None:
     """Prints the settings that differ from the defaults, as KEY=VALUE."""
-    console.say("settings other than the defaults:")
+    console.say("settings that differ from the defaults:")
     # A setting stays on one line.
     joined = "  ".join(change.replace(" ", console.NO_BREAK) for change in changes)
     console.say(console.filled(joined, indent="  "))
@@ -43,7 +43,7 @@ def describe(summary: Mapping[str, str], warnings: Sequence[str], *, start: int,
     if start:
         console.say(f"resuming at step {start} of {steps}")
     if start < steps:
-        console.say("compiling the training step; the first time takes longest ...")
+        console.say("compiling the training step; the first time takes longer ...")
 
 
 def already_finished(result: Mapping, workdir: Path) -> None:
@@ -57,13 +57,13 @@ def already_finished(result: Mapping, workdir: Path) -> None:
         console.say(f"  to train longer:   add --config.eval.patience={2 * patience} (0 never stops early)")
     else:
         console.say(f"  to train longer:   add --config.train.steps={2 * max(result['step'], 1)}")
-    console.say(f"  to start anew:     --workdir NEW, or rm -r {workdir}")
+    console.say(f"  to start over:     --workdir NEW, or rm -r {workdir}")
 
 
 def stopped(step: int, steps: int, workdir: Path) -> None:
     """Prints that a run was stopped and saved, and how to resume it."""
     console.say(f"stopped at step {step} of {steps} and saved in {workdir}")
-    console.say("  to go on: the same command again")
+    console.say("  to continue: run the same command")
 
 
 def table(result: Mapping, spec: specs.DatasetSpec) -> None:
@@ -194,7 +194,7 @@ class StopRequest:
         self._answers.enter_context(
             signals.answered(
                 self._on_signal,
-                first="\nstopping after this step and saving; once more stops at once",
+                first="\nstopping after this step and saving; press again to stop at once",
                 second="stopped at once; the last complete save remains",
             )
         )

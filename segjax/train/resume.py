@@ -77,7 +77,7 @@ def _result_of(workdir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except UnreadableError as error:
-        raise RunError(f"{error}. Remove this file: the run then goes on from its newest checkpoint") from None
+        raise RunError(f"{error}. Remove this file to continue from the newest checkpoint") from None
 
 
 def recorded_config(workdir: Path) -> dict[str, Any] | None:
@@ -144,7 +144,7 @@ def keep_data(workdir: Path, now: RunData | None, *, is_new: bool, accept: bool)
     if now is None or now == before:
         return
     if before and (lines := contents.differences(before["contents"], now["contents"])):
-        listed = f"the data of {workdir} are no longer those that it began with, {len(lines)} images differ:\n"
+        listed = f"the data of {workdir} have changed since the run began: {len(lines)} images differ:\n"
         listed += contents.listed_differences(lines)
         if not accept:
             raise RunError(
@@ -153,7 +153,7 @@ def keep_data(workdir: Path, now: RunData | None, *, is_new: bool, accept: bool)
             )
         console.say(f"{listed}\n  accepted by data.changed")
     if before is None and not is_new:
-        console.say(f"note: {path} is missing; from now on the data of this run are those that it finds today")
+        console.say(f"note: {path} is missing; the present data are recorded as those of this run")
     atomic.write_text(path, json.dumps(now))
 
 
@@ -224,7 +224,7 @@ def resumed(
         return None
     protocols = [Protocol.of(of["config"]["eval"]) for of in (found.metadata, metadata)]
     if protocols[0] != protocols[1]:
-        console.say(f"evaluations so far were of {protocols[0]}; the best one is looked for anew")
+        console.say(f"earlier evaluations used {protocols[0]}; the best score starts over")
         scores = Scores()
     else:
         scores = Scores(**found.metadata["scores"])

@@ -102,7 +102,7 @@ class RunCheckpoints:
             return found
         if damaged:
             listed = ", ".join(str(folder) for folder in damaged)
-            raise CheckpointError(f"every checkpoint of this run is damaged: {listed}. Remove them to start anew")
+            raise CheckpointError(f"every checkpoint of this run is damaged: {listed}. Remove them to start over")
         return None
 
     @staticmethod

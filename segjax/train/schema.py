@@ -92,13 +92,13 @@ RUN = Section(
                 "at most 100 printable characters without path separators (/ and \\)",
                 r"[^/\\\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]{0,100}",
             ),
-            "Name of the run, which is kept in runs/<label>-<dataset> unless --workdir is given.",
+            "Name of the run. Without --workdir, the run is in runs/<label>-<dataset>.",
         ),
         Setting(
             "recipe",
             "",
             Text("a line of text", r"[^\x00-\x1f\x7f]*"),
-            "Where the values of the recipe are published, which a run prints first.",
+            "Publication of the recipe's values, which a run prints first.",
         ),
         Setting(
             "seed",
@@ -110,21 +110,21 @@ RUN = Section(
             "parallel",
             "jit",
             Choice(("jit", "pmap")),
-            "How a batch is divided among all devices: jit over a mesh of them, or pmap.",
+            "Division of a batch among all devices: jit over a mesh, or pmap.",
         ),
     ),
 )
 
 MODEL = Section(
     "model",
-    "the model, whose constructor has more settings",
+    "the model; its constructor has further settings",
     (
         Setting("name", "", NOT_EMPTY, "Model, a name in segjax.MODELS. Each recipe sets it."),
         Setting(
             "dtype",
             "float32",
             Choice(("float32", "bfloat16")),
-            "Type of the computation; parameters stay float32.",
+            "Dtype of the computation; parameters stay float32.",
         ),
     ),
 )
@@ -138,8 +138,8 @@ DATA = Section(
             "source",
             None,
             NOT_EMPTY,
-            "Folder that a dataset is prepared from at first use: the official archives or their contents; for camvid "
-            "and folder images/, labels/ and classes.json.",
+            "Folder from which a dataset is prepared at first use: the official archives or their contents; for "
+            "camvid and folder, images/, labels/ and classes.json.",
             optional=True,
         ),
         Setting(
@@ -153,15 +153,16 @@ DATA = Section(
             "resident_gb",
             None,
             Real(least=0),
-            "Gigabytes, decoded and padded, up to which a split is kept in memory, that for training on every device; "
-            "larger ones are streamed. Unset: 2 on a CPU, a third of the device's or the host's memory on a GPU.",
+            "Maximum size of a split in memory, in gigabytes, decoded and padded; the training split is on every "
+            "device. Larger splits are streamed. Unset: 2 on a CPU, a third of the device's or the host's memory on a "
+            "GPU.",
             optional=True,
         ),
         Setting(
             "cache_gb",
             None,
             Real(least=0),
-            "Decoded images that each process keeps of a streamed split, gigabytes. Unset: a third of the host's "
+            "Cache of each process for decoded images of a streamed split, in gigabytes. Unset: a third of the host's "
             "memory.",
             optional=True,
         ),
@@ -169,38 +170,38 @@ DATA = Section(
             "normalisation",
             "auto",
             Choice(("auto", "imagenet", "measured")),
-            "Mean and deviation by which images are normalised: ImageNet's, those measured on the training split, or "
-            "auto: ImageNet's for RGB of 8 bits, else measured.",
+            "Mean and standard deviation of the normalisation: imagenet, measured (on the training split), or auto: "
+            "ImageNet's for 8-bit RGB, otherwise measured.",
         ),
         Setting(
             "changed",
             "refuse",
             Choice(("refuse", "accept")),
-            "What a run does that is resumed on images, masks or classes other than those it began with.",
+            "Whether a resumed run refuses or accepts images, masks or classes that have changed since it began.",
         ),
         Setting("train_split", "train", NOT_EMPTY, "Split to train on, or a sum of splits, as in train+val."),
         Setting(
             "eval_split",
             "test",
             NOT_EMPTY,
-            "Split to evaluate, or a sum of splits, and to draw predictions of. Unset: val, or else test.",
+            "Split, or sum of splits, to evaluate and to draw predictions for. Unset: val, or else test.",
             optional=True,
         ),
         Setting(
             "train_images",
             SCENES.train_images,
             Integer(1, 1_000_000),
-            "Scenes generated to train on, in a sum of splits of each.",
+            "Number of generated training scenes; in a sum of splits, per split.",
             generated=True,
         ),
         Setting(
             "eval_images",
             SCENES.eval_images,
             Integer(1, 1_000_000),
-            "Scenes generated to evaluate, in a sum of splits of each.",
+            "Number of generated evaluation scenes; in a sum of splits, per split.",
             generated=True,
         ),
-        Setting("size", SCENES.size, Pair(("height", "width"), SIZE), "Size of a scene, pixels.", generated=True),
+        Setting("size", SCENES.size, Pair(("height", "width"), SIZE), "Size of a scene, in pixels.", generated=True),
     ),
 )
 
@@ -212,14 +213,15 @@ AUGMENT = Section(
             "crop",
             (512, 512),
             Pair(("height", "width"), SIZE),
-            "Size of the training crop, pixels. Unset: the median size of the images, at most 512, in multiples of 32.",
+            "Size of the training crop, in pixels. Unset: the median size of the images, at most 512, in multiples of "
+            "32.",
             optional=True,
         ),
         Setting(
             "base_size",
             None,
             Pair(("long", "short"), SIDE),
-            "Long and short side, pixels, that an image is resized to fit into, its ratio kept, before the random "
+            "Long and short side in pixels within which an image is resized, with its aspect ratio, before the random "
             "factor. Unset: its stored size. Published for ADE20K: (2048, 512).",
             optional=True,
         ),
@@ -227,7 +229,7 @@ AUGMENT = Section(
             "scale",
             (0.5, 2.0),
             Pair(("smallest", "largest"), Real(least=0.01, most=100), ascending=True),
-            "Range of the random factor that an image is resized by before it is cropped.",
+            "Range of the random factor by which an image is resized before the crop.",
         ),
         Setting(
             "scale_step",
@@ -239,46 +241,46 @@ AUGMENT = Section(
             "cat_max_ratio",
             1.0,
             Real(above=0.5, most=1),
-            "Share of a crop's labelled pixels that one class must not have: another crop is drawn, up to ten times; 1 "
-            "for no limit. mmsegmentation: 0.75.",
+            "Maximum share of one class in a crop's labelled pixels; above it another crop is drawn, up to ten times. "
+            "1 for no limit. mmsegmentation: 0.75.",
         ),
         Setting(
             "class_balance",
             0.0,
             Real(least=0, most=1),
-            "Probability that a crop is placed around a pixel of a class, which is drawn by inverse frequency among "
-            "those of the image.",
+            "Probability to place a crop around a pixel of a class; the class is drawn from those of the image, by "
+            "inverse frequency.",
         ),
         Setting(
             "rotation",
             0.0,
             Real(least=0, most=180),
-            "Largest angle, degrees, by which a crop is turned to either side.",
+            "Maximum rotation of a crop in either direction, in degrees.",
         ),
         Setting("flip", 0.5, Real(least=0, most=1), "Probability of a horizontal flip."),
         Setting(
             "photometric",
             True,
             Boolean(),
-            "Random brightness, contrast, saturation and hue; the first two of other images than RGB.",
+            "Random brightness, contrast, saturation and hue; only brightness and contrast if images are not RGB.",
         ),
         Setting(
             "brightness",
             0,
             Integer(0, 255),
-            "Largest change of brightness, of 255, in half of the crops; 0 for none. Instead of photometric.",
+            "Maximum change of brightness (of 255) in half of the crops; 0 for none. An alternative to photometric.",
         ),
         Setting(
             "on_device",
             "",
             ADDRESS,
-            "Your own jax function (key, image, label) of a crop; see segjax/data/hooks.py.",
+            "Custom JAX function (key, image, label) for crops; see segjax/data/hooks.py.",
         ),
         Setting(
             "on_host",
             "",
             ADDRESS,
-            "Your own NumPy function (rng, image, label) of a whole image, Albumentations for example; see "
+            "Custom NumPy function (rng, image, label) for whole images, for example with Albumentations; see "
             "segjax/data/hooks.py.",
         ),
     ),
@@ -300,14 +302,14 @@ TRAIN = Section(
             "accumulate",
             1,
             BATCH,
-            "Micro-batches that a batch is split into, computed one after the other: less memory, the same gradient.",
+            "Number of micro-batches of a batch, computed in sequence: less memory, the same gradient.",
         ),
         Setting(
             "ema",
             0.0,
             Real(least=0, below=1),
-            "Decay of a moving average of weights and statistics, which is evaluated and saved in their place; 0 for "
-            "none.",
+            "Decay of a moving average of weights and statistics, which replaces them in evaluations and saved "
+            "weights; 0 for none.",
         ),
         Setting(
             "may_skip",
@@ -325,8 +327,8 @@ TRAIN = Section(
             "remat",
             False,
             Boolean(),
-            "Compute blocks again in the backward pass: less memory, more time, the same results. On a CPU it needs "
-            "scan_blocks, which then takes every group of equal blocks.",
+            "Recompute blocks in the backward pass: less memory, more time, the same results. On a CPU it needs "
+            "scan_blocks, which then applies to every group of equal blocks.",
         ),
         Setting("log_every", 50, Integer(1), "Steps between two lines of metrics.jsonl."),
     ),
@@ -341,7 +343,7 @@ LOSS = Section(
             "ohem",
             0.0,
             Real(least=0),
-            "Factor of the cross-entropy of hard pixels only, those of each image or of groups of images.",
+            "Factor of the cross-entropy of only the hard pixels, selected per image or per group of images.",
         ),
         Setting("dice", 0.0, Real(least=0), "Factor of the Dice loss."),
         Setting("focal", 0.0, Real(least=0), "Factor of the focal loss."),
@@ -350,16 +352,16 @@ LOSS = Section(
             "class_weights",
             None,
             ClassWeights(),
-            "Weights by class in cross_entropy, ohem and focal: none, those that balance the training split, those "
-            "published with HRNet for Cityscapes, or others.",
+            "Weights by class in cross_entropy, ohem and focal: none, weights that balance the training split, those "
+            "of HRNet for Cityscapes, or a number per class.",
             optional=True,
         ),
         Setting(
             "mean_over",
             "labelled",
             Choice(("labelled", "all")),
-            "Pixels that cross_entropy and focal are divided by: the labelled ones, by number or weight as in torch, "
-            "or all pixels of the crops, as in mmsegmentation, whose avg_non_ignore is False by default.",
+            "Divisor of cross_entropy and focal: the number or weight of labelled pixels, as in torch, or the number "
+            "of all pixels of the crops, as in mmsegmentation (avg_non_ignore=False).",
         ),
         Setting(
             "label_smoothing",
@@ -372,13 +374,13 @@ LOSS = Section(
             "ohem_threshold",
             0.7,
             Real(least=0, most=1),
-            "A pixel is hard where its true class has a lower probability; mmsegmentation and BiSeNet: 0.7.",
+            "Probability of the true class below which a pixel is hard; mmsegmentation and BiSeNet: 0.7.",
         ),
         Setting(
             "ohem_min_kept",
             1 / 16,
             Real(least=0, most=1),
-            "Share of an image's labelled pixels, or of all pixels of a group, that ohem keeps in any case, hardest "
+            "Minimum share of an image's labelled pixels, or of all pixels of a group, that ohem keeps, hardest "
             "first. BiSeNet: 1/16; mmsegmentation: 100,000 pixels of two crops of 512x1024, 1/10; HRNet: 131,072 of a "
             "group of three such crops, 1/12.",
         ),
@@ -386,8 +388,8 @@ LOSS = Section(
             "ohem_images",
             0,
             Integer(0, BATCH.most),
-            "Images of a group, consecutive in the batch, that ohem selects hard pixels among; 0 selects them image by "
-            "image. HRNet: the images of a GPU, 3 on Cityscapes.",
+            "Number of consecutive images from which ohem selects hard pixels together; 0 selects them per image. "
+            "HRNet: the images of a GPU, 3 on Cityscapes.",
         ),
         Setting("aux_weight", 0.4, Real(least=0), "Weight of the loss of auxiliary logits; only OCR models have them."),
         Setting(
@@ -439,7 +441,7 @@ OPTIM = Section(
             "norm",
             RegularExpression(),
             "Parameters without weight decay: a regular expression searched for in dotted names; empty for none. "
-            "Published: norm (other biases do decay).",
+            "Published: norm (biases decay).",
         ),
         Setting(
             "lr_multipliers",
@@ -453,7 +455,7 @@ OPTIM = Section(
             "frozen",
             (),
             Several(RegularExpression(), "a tuple of regular expressions, as in ('backbone',)"),
-            "Parameters that are not trained, by regular expressions that are searched for in their names.",
+            "Parameters to exclude from training: regular expressions searched for in their names.",
         ),
     ),
 )
@@ -466,23 +468,23 @@ INIT = Section(
             "checkpoint",
             "",
             Text(),
-            "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, a name of "
-            "`segjax weights`, or the folder of another run; an encoder is enough. The model takes on its sizes; "
-            "classifiers of other classes stay random. Empty: random weights.",
+            "Checkpoint to start from: a file or folder that segjax convert reads, hf:owner/name, a name of `segjax "
+            "weights`, or the folder of another run; an encoder is enough. The model adopts its sizes; a classifier "
+            "of other classes stays random. Empty: random weights.",
             optional=True,
         ),
         Setting(
             "weights",
             "auto",
             Choice(("auto", *WEIGHT_SETS)),
-            "Set of weights to start from, where the checkpoint holds averaged (ema) and raw ones, or a student and a "
-            "teacher. auto: the raw ones.",
+            "Set of weights to start from, if the checkpoint has averaged (ema) and raw weights, or a student and a "
+            "teacher. auto: raw weights.",
         ),
         Setting(
             "expected",
             "",
             Text(),
-            "Pretrained weights that the recipe is written for; from random weights a run prints a warning.",
+            "Pretrained weights for which the recipe is written; a run from random weights prints a warning.",
         ),
         Setting(
             "keep",
@@ -507,22 +509,22 @@ EVAL = Section(
             "crop",
             None,
             Pair(("height", "width"), SIZE),
-            "Size of the sliding window, pixels; unset, 512 a side. Published on Cityscapes: (1024, 1024).",
+            "Size of the sliding window, in pixels. Unset: 512 a side. Published on Cityscapes: (1024, 1024).",
             optional=True,
         ),
         Setting(
             "stride",
             None,
             Pair(("height", "width"), SIDE),
-            "Steps of the sliding window, pixels; unset, three quarters of the window.",
+            "Steps of the sliding window, in pixels. Unset: three quarters of the window.",
             optional=True,
         ),
         Setting(
             "base_size",
             None,
             Pair(("long", "short"), SIZE),
-            "Size within which each image is resized first, in its proportions, pixels; unset, images keep their size. "
-            "Published on ADE20K: (2048, 512).",
+            "Long and short side in pixels within which each image is first resized, with its aspect ratio. Unset: "
+            "images keep their size. Published on ADE20K: (2048, 512).",
             optional=True,
         ),
         Setting(
@@ -542,10 +544,13 @@ EVAL = Section(
             "threshold",
             0.5,
             Real(above=0, below=1),
-            "Probability above which a pixel is of the class, of a model of one class.",
+            "Probability above which a pixel belongs to the class, for a model of one class.",
         ),
         Setting(
-            "batch", 8, BATCH, "Images, or crops of a sliding window, that are evaluated at a time, over all devices."
+            "batch",
+            8,
+            BATCH,
+            "Number of images, or crops of a sliding window, to evaluate at a time, over all devices.",
         ),
         Setting("every", 0, Integer(0), "Steps between two evaluations; 0 evaluates only at the end."),
         Setting(
@@ -563,7 +568,7 @@ CHECKPOINT = Section(
     "checkpoints",
     (
         Setting("every", 1000, Integer(1), "Steps between two checkpoints."),
-        Setting("keep", 2, Integer(1), "Checkpoints that are kept, the newest."),
+        Setting("keep", 2, Integer(1), "Number of newest checkpoints to keep."),
     ),
 )
 
@@ -575,7 +580,8 @@ DEBUG = Section(
             "nans",
             False,
             Boolean(),
-            "When a loss is not finite, compute that step again layer by layer to report where it began.",
+            "When a loss is not finite, recompute the step layer by layer, to report the first layer that is not "
+            "finite.",
         ),
     ),
 )

@@ -246,7 +246,7 @@ def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> l
         found.append(
             "this recipe is written for pretrained weights, and the run starts from random ones. A SegNeXt-T whose "
             f"pretrained weights were not loaded reached 14.6 mIoU on ADE20K instead of the published 41.1. Give "
-            f"--config.init.checkpoint=FILE, here {expected}"
+            f"--config.init.checkpoint=FILE, for this recipe {expected}"
         )
     if both := shared_splits(config.data.train_split, config.data.eval_split):
         found.append(f"evaluates on images that it trains on: both splits contain {both}")
@@ -346,16 +346,14 @@ def normalisation(settings: ConfigDict, training: OpenSplit) -> tuple[tuple[floa
     """
     kind, choice = training.image_kind, settings.normalisation
     if choice == "imagenet" and kind.channels != 3:
-        raise RunError(f"config.data.normalisation=imagenet is for RGB, and the images have {kind}; omit it")
+        raise RunError(f"config.data.normalisation=imagenet is for RGB, but the images have {kind}; omit it")
     if choice == "imagenet" or (choice == "auto" and kind.is_rgb):
         return specs.IMAGENET_MEAN, specs.IMAGENET_STD
     if training.prepared is None:
-        raise RunError(
-            f"config.data.normalisation={choice} is for data that are prepared; {settings.name} is generated"
-        )
+        raise RunError(f"config.data.normalisation={choice} is for prepared data; {settings.name} is generated")
     moments = training.prepared.moments(settings.train_split)
     if constant := [str(number) for number, (_, squares) in enumerate(moments.of) if not squares]:
-        console.say(f"channels without any contrast, whose deviation is taken for 1: {', '.join(constant)}")
+        console.say(f"constant channels, normalised with a standard deviation of 1: {', '.join(constant)}")
     return moments.mean, moments.std
 
 

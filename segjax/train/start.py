@@ -75,13 +75,13 @@ def fitted(config: ConfigDict, checkpoint: Checkpoint, given: Collection[str] | 
         raise RunError(
             f"{source} does not fit the settings of the model:\n"
             + "\n".join(contradictions)
-            + "\n  omit them, and they are read from the checkpoint; or start from another one"
+            + "\n  omit these settings to read them from the checkpoint, or start from another one"
         )
     settings = found.known | {key: value for key, value in found.assumed.items() if key not in given}
     changed = {key: value for key, value in settings.items() if before[key] != value}
     if changed:
         listed = ", ".join(f"{key}={value}" for key, value in changed.items())
-        console.say(f"settings of the model that are read from it: {listed}")
+        console.say(f"model settings from the checkpoint: {listed}")
     return _with_model(config, changed)
 
 
@@ -150,7 +150,7 @@ def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:
     """Metadata about the origin of a new run's weights; `settings` is `config.init`."""
     if not settings.checkpoint:
         return {
-            "licence": "trained from random weights; the terms of its data hold",
+            "licence": "trained from random weights; the terms of the training data apply",
             "provenance": {"initial_weights": None},
         }
     row = published.find(settings.checkpoint)

@@ -106,7 +106,7 @@ def _choice(key: str, config: ConfigDict, sizes: np.ndarray, labelled: Collectio
         return Chosen(min(1500, config.train.steps // 10), "a tenth of the steps, at most 1500")
     if key == "optim.lr_multipliers":
         if not config.init.checkpoint:
-            return Chosen((), "random weights learn at one rate")
+            return Chosen((), "random weights have one learning rate")
         return Chosen(
             ((HEADS[family_of(config.model.name)], 10.0),), "the head learns faster than a pretrained encoder"
         )
@@ -143,7 +143,7 @@ def evaluated_split(labelled: Collection[str], data: ConfigDict) -> str:
             return split
     paths = f"--source {shlex.quote(str(data.source))}" + (f" --data-dir {shlex.quote(data.dir)}" if data.dir else "")
     raise RunError(
-        "config.data.eval_split is not set, and no val or test split with labels is left next to "
+        "config.data.eval_split is not set, and there is no val or test split with labels apart from "
         f"config.data.train_split={data.train_split}; the splits with labels are {', '.join(sorted(labelled))}. Add "
         "images/val and labels/val; or name a split, such as --config.data.eval_split=train to evaluate on the images "
         "that are trained on; or divide the images once, and train again as now:\n"

@@ -427,5 +427,5 @@ def test_a_damaged_record_is_named(web, hub, cache, monkeypatch, tmp_path):
 
 def test_a_start_by_name_is_checked_before_anything_is_fetched(tmp_path):
     check(make_config(init__checkpoint="segformer_b0.imagenet"), tmp_path / "run")
-    with pytest.raises(RunError, match=r"nothing at segformer_b0\.imagnet.* the nearest: segformer_b0\.imagenet"):
+    with pytest.raises(RunError, match=r"segformer_b0\.imagnet does not exist.* the nearest: segformer_b0\.imagenet"):
         check(make_config(init__checkpoint="segformer_b0.imagnet"), tmp_path / "run")

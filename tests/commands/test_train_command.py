@@ -228,7 +228,7 @@ def test_a_command_line_leaves_nothing_behind_for_the_next():
         ("--config", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
         ("--config=", "--config needs a recipe or a file, as in --config segformer:b2,camvid"),
         ("--config=segfromer", "segfromer: no such file or recipe; did you mean segformer?"),
-        ("--config=segformer:b9", "segformer:b9: 'b9' is neither a variant (b0, "),
+        ("--config=segformer:b9", "segformer:b9: 'b9' is not a variant (b0, "),
         ("--config=configs/nothing.py", "configs/nothing.py: no such file or recipe"),
         ("segformer:b2", "unexpected argument 'segformer:b2'; did you mean --config segformer:b2?"),
         ("configs/hrnet.py", "unexpected argument 'configs/hrnet.py'; did you mean --config configs/hrnet.py?"),

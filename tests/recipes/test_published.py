@@ -122,7 +122,7 @@ def test_a_recipe_has_the_published_values(reference):
     config = load(reference)
     for section, expected in PUBLISHED[reference].items():
         assert {key: config[section][key] for key in expected} == expected, section
-    assert config.recipe and "none is published" not in config.recipe
+    assert config.recipe and "no recipe is published" not in config.recipe
     assert config.optim.frozen == () and config.train.scan_blocks is False and config.train.remat is False
 
 
@@ -234,7 +234,7 @@ def test_hrnet_has_one_rate_and_one_decay(reference):
 )
 def test_data_without_a_published_recipe_says_so_and_has_none_of_cityscapes_values(variant, dataset):
     config = load(f"{variant},{dataset}")
-    assert config.recipe.startswith("none is published for ")
+    assert config.recipe.startswith("no recipe is published for ")
     assert (config.augment.crop, config.train.steps, config.optim.lr) == (None, None, None)
     assert config.loss.class_weights is None and config.augment.base_size is None
 
@@ -254,7 +254,7 @@ def test_data_without_a_published_recipe_says_so_and_has_none_of_cityscapes_valu
 )
 def test_a_recipe_of_another_size_is_not_called_published_and_expects_pretrained_weights(reference):
     config = load(reference)
-    assert config.recipe.startswith("none is published for ") and "; that of " in config.recipe
+    assert config.recipe.startswith("no recipe is published for ") and "; this is the one of " in config.recipe
     assert config.init.expected
 
 
@@ -268,7 +268,7 @@ def test_the_simple_segformer_expects_pretrained_weights_where_it_has_a_recipe_f
         ("hrnet:w48,voc,mmseg", "'mmseg' has recipes for cityscapes and ade20k only"),
         ("hrnet:w48,ade20k,jo-jstrm", "'jo-jstrm' has recipes for cityscapes only"),
         ("segnext:t,cityscapes,mmseg", "'mmseg' has recipes for ade20k only"),
-        ("segformer:b0,mmsg", "'mmsg' is neither a variant"),
+        ("segformer:b0,mmsg", "'mmsg' is not a variant"),
     ],
 )
 def test_a_source_without_a_recipe_for_the_data_is_refused(reference, message):

@@ -79,7 +79,7 @@ def test_words_come_in_any_order(argument):
 def test_a_word_that_a_recipe_does_not_know_is_refused_with_its_lists(reference):
     word = reference.replace(",", ":").split(":")[-1]
     message = refused(reference)
-    assert message.startswith(f"{reference}: {word!r} is neither a variant (b0, b1, b2, b3, b4, b5, plain_b0, ")
+    assert message.startswith(f"{reference}: {word!r} is not a variant (b0, b1, b2, b3, b4, b5, plain_b0, ")
     assert message.endswith(f"nor a dataset ({', '.join(DATASETS)})")
 
 
@@ -153,7 +153,7 @@ FAULTS = {
     ),
     "raises": (START + "    x = 1\n    raise RuntimeError('too\\nbad')\n", ":6: RuntimeError: too bad"),
     "raises a ValueError": (START + "    raise ValueError('no such crop')\n", ":5: no such crop"),
-    "gives a recipe a wrong word": (START + "    segformer.get_config('b9')\n", ":5: 'b9' is neither a variant (b0"),
+    "gives a recipe a wrong word": (START + "    segformer.get_config('b9')\n", ":5: 'b9' is not a variant (b0"),
     "asks for a setting that is not there": (
         START + "    config.optmi.lr = 3\n",
         ':5: AttributeError: \'optmi\' Did you mean "optim" instead of "optmi"?',

@@ -94,7 +94,7 @@ def test_without_a_word_it_is_the_first_variant_on_streets(name):
 def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(name, word):
     with pytest.raises(ValueError) as caught:
         CONFIGS[name].get_config(f"{word},camvid")
-    assert f"{word!r} is neither a variant ({', '.join(CONFIGS[name].VARIANTS)}) nor a dataset (" in str(caught.value)
+    assert f"{word!r} is not a variant ({', '.join(CONFIGS[name].VARIANTS)}) or dataset (" in str(caught.value)
     assert "streets, camvid, cityscapes, ade20k, voc, pet, folder" in str(caught.value)
 
 
@@ -316,7 +316,7 @@ def test_all_that_is_wrong_with_the_settings_is_in_one_error(tmp_path):
     # Nothing follows from an accumulate that is wrong, a checkpoint is named, and the mode is one that exists.
     unsaid = ("init.keep", "train.batch", "eval.mode")
     expected = [f"  config.{key}: {message}" for key, (_, message) in WRONG.items() if key not in unsaid]
-    assert sorted(lines) == sorted([*expected, f"  config.init.checkpoint: there is nothing at {absent}"])
+    assert sorted(lines) == sorted([*expected, f"  config.init.checkpoint: {absent} does not exist"])
 
 
 @pytest.mark.parametrize("crop, sides", [(None, "(512, 512)"), ((64, 600), "(64, 600)")])
@@ -388,7 +388,7 @@ def test_groups_of_hard_pixels_that_do_not_divide_are_refused_with_what_does(
     (line,) = str(caught.value).splitlines()[1:]
     assert line == (
         f"  config.loss.ohem_images: {group}; train.batch={batch} on 4 devices, train.accumulate={accumulate}, gives "
-        f"parts of {part} images, which do not divide into groups of {group}; these divide: {divide}"
+        f"parts of {part} images, which do not divide into groups of {group}; possible: {divide}"
     )
     for fitting in map(int, divide.partition(",")[0].removeprefix("train.batch=").split(" or ")):
         check(changed(**sizes | {"train.batch": fitting, "loss.ohem": 1.0}), tmp_path)

@@ -206,4 +206,4 @@ def test_every_recipe_of_the_table_exists_and_is_published():
     assert len(references) == len(set(references)) > 30
     for reference in references:
         config = recipes.load(reference)
-        assert not config.recipe.startswith("none is published") and config.init.expected
+        assert not config.recipe.startswith("no recipe is published") and config.init.expected

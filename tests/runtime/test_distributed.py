@@ -142,7 +142,7 @@ def test_a_signal_to_one_process_stops_both_after_a_save(config_file, tmp_path):
     running[1].send_signal(signal.SIGTERM)
     (first, said, errors), (second, _, _) = ended(running, timeout=120)
     assert (first, second) == (143, 143), errors
-    assert "to go on: the same command again" in said
+    assert "to continue: run the same command" in said
     saved = load_weights(tmp_path / "run")[1]["step"]
     assert f"stopped at step {saved} of 100000" in said
 

@@ -80,7 +80,7 @@ def test_while_native_code_runs_the_first_signal_is_answered_within_a_second_and
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     since = time.monotonic()
-    assert process.stderr.readline() == b"segjax try: stopping; once more ends it at once\n"
+    assert process.stderr.readline() == b"segjax try: stopping; press again to end it at once\n"
     assert time.monotonic() - since < 1
     assert process.poll() is None
     assert ended(process, signal.SIGTERM, within=2) == (143, "segjax try: stopped at once\n")

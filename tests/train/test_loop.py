@@ -480,7 +480,7 @@ def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_
         "  config.optim.lr",
         "  dataset.ignore_label",
         # Not the name: a folder that was moved is the same dataset.
-        "  --config.data.changed=accept goes on with the classes as they are now",
+        "  --config.data.changed=accept continues with the present classes",
     ]
     assert contents(workdir) == before
 
@@ -528,7 +528,7 @@ BAD = {
     "train.may_skip": (-1, "-1; must be at least 0"),
     "init.keep": (("head.*",), "needs init.checkpoint"),
     "loss.ohem_threshold": (1.5, "1.5; must be at least 0 and at most 1"),
-    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz are all 0; give"),
+    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz are all 0; set"),
 }
 
 
@@ -998,7 +998,7 @@ def test_the_word_after_the_colon_picks_variant_and_dataset_in_any_order(argumen
 
 
 def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists():
-    with pytest.raises(ValueError, match=r"'b9' is neither a variant \(b0, .*b5\) nor a dataset \(streets, .*folder\)"):
+    with pytest.raises(ValueError, match=r"'b9' is not a variant \(b0, .*b5\) or dataset \(streets, .*folder\)"):
         common.parse("b9,camvid", segformer.VARIANTS)
 
 
@@ -1119,7 +1119,7 @@ def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line
         ("--config.augment.crop=(8,8)", "config.augment.crop: (8, 8); must be (height, width), each at least 32"),
         ("--config.train.steps=many", "--config.train.steps=many"),
         ("--config.trian.steps=3", "trian"),
-        ("--config=configs/segformer.py:b9", "'b9' is neither a variant (b0, b1, b2, b3, b4, b5, plain_b0, "),
+        ("--config=configs/segformer.py:b9", "'b9' is not a variant (b0, b1, b2, b3, b4, b5, plain_b0, "),
         ("--config=configs/nothing.py", "configs/nothing.py"),
         ("--workdri=runs/x", "workdri"),
         ("config.train.steps=3", "config.train.steps=3"),

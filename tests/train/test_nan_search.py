@@ -126,7 +126,7 @@ def test_a_parameter_or_a_statistic_that_was_spoilt_before_is_named(family, devi
         variable[...] = variable[...].at[0].set(jnp.nan)
 
     found = asked(family, devices=devices, spoil=spoil)
-    assert found == f"Not finite before the step already: {kernel}. "
+    assert found == f"Already not finite before the step: {kernel}. "
 
 
 def test_of_many_that_were_spoilt_a_few_are_named_with_their_number():
@@ -136,7 +136,7 @@ def test_of_many_that_were_spoilt_a_few_are_named_with_their_number():
                 variable[...] = variable[...] * jnp.inf
 
     found = asked("hrnet", spoil=spoil)
-    assert found.startswith("Not finite before the step already: ") and found.count(",") == 2
+    assert found.startswith("Already not finite before the step: ") and found.count(",") == 2
     names = len(named_variables(tiny_model(0, "hrnet")))
     assert found.endswith(f" and {names // 2 - 3} more. ")
 
@@ -209,4 +209,4 @@ def test_gradients_whose_square_alone_overflows_are_said():
 
 
 def test_a_step_that_is_finite_when_it_is_computed_again_is_said_to_be():
-    assert asked("net", devices=4) == "Computed again, everything was finite. "
+    assert asked("net", devices=4) == "When recomputed, everything was finite. "

@@ -105,7 +105,7 @@ def test_the_settings_of_a_model_are_those_of_the_checkpoint(family, dialect, as
     assert config.to_dict() == before
     assert {**found.to_dict(), "model": None} == {**before, "model": None}
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("settings of the model that are read from it: ")
+    assert said.startswith("model settings from the checkpoint: ")
     for key, value in effective(found).items():
         assert (f"{key}={value}" in said) == (value != effective(config)[key])
 
@@ -154,7 +154,7 @@ def test_a_given_setting_that_contradicts_the_checkpoint_is_refused_with_both(tm
         f"{path} does not fit the settings of the model:",
         "  config.model.dims: (8, 12, 20, 28) is given, the checkpoint has (8, 12, 20, 24)",
         "  config.model.depths: (2, 2, 3, 2) is given, the checkpoint has (1, 1, 2, 1)",
-        "  omit them, and they are read from the checkpoint; or start from another one",
+        "  omit these settings to read them from the checkpoint, or start from another one",
     ]
     # A rank is in no array: what the key format publishes yields to what is given.
     found = fitted(config, read_checkpoint(path), given=("ham_rank",))
@@ -270,7 +270,7 @@ def test_a_run_with_read_settings_resumes_without_its_checkpoint_and_is_evaluate
     assert command.main([*recipe, "--config.train.steps=2"]) == 0
     printed = capsys.readouterr().out
     text = " ".join(printed.split())
-    assert "settings of the model that are read from it: " in text and "depths=(1, 2, 1, 1)" in text
+    assert "model settings from the checkpoint: " in text and "depths=(1, 2, 1, 1)" in text
     assert "the checkpoint has 7 classes, the data 19: decode_head.linear_pred stays random" in text
     assert start_of(printed) == f"{path}: all weights, classifier random (7 classes there, 19 here)"
     recorded = result_of(tmp_path / "run")["config"]

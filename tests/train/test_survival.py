@@ -155,9 +155,9 @@ def test_sigterm_ends_a_run_with_143_after_saving_and_says_how_to_go_on(hard_lif
     stage = hard_life[1]["told to stop"]
     newest = stage.checkpoints[-1]
     assert stage.status == 143 and 8 <= newest < STEPS
-    assert " stopping after this step and saving; once more stops at once " in stage.said
+    assert " stopping after this step and saving; press again to stop at once " in stage.said
     assert stage.said.endswith(
-        f" stopped at step {newest} of {STEPS} and saved in runs/name to go on: the same command again"
+        f" stopped at step {newest} of {STEPS} and saved in runs/name to continue: run the same command"
     )
 
 
