@@ -455,9 +455,9 @@ def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, val
     with pytest.raises(RunError) as caught:
         run(config, workdir)
     message = str(caught.value)
-    assert f"  config.{key}: {there} there, {now} now\n" in message
-    assert "  config.optim.momentum: 0.9 there, 0.1 now\n" in message
-    assert message.count(" there, ") == 2 and "another --workdir" in message
+    assert f"  config.{key}: {there} in the run, {now} now\n" in message
+    assert "  config.optim.momentum: 0.9 in the run, 0.1 now\n" in message
+    assert message.count(" in the run, ") == 2 and "another --workdir" in message
     assert contents(workdir) == before
 
 
@@ -1110,7 +1110,7 @@ def test_train_py_says_that_a_run_is_finished_or_has_other_settings(command_line
     assert (status, err) == (0, "") and said in " ".join(out.split())
     status, out, err = train_py(*command_line.settings, "--config.optim.lr=0.5")
     assert status == 2 and "model  " not in out and "Traceback" not in err
-    assert f"config.optim.lr: {segformer.get_config().optim.lr} there, 0.5 now" in err
+    assert f"config.optim.lr: {segformer.get_config().optim.lr} in the run, 0.5 now" in err
 
 
 @pytest.mark.parametrize(

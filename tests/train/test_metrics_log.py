@@ -208,7 +208,7 @@ def test_odd_lines_of_a_log_are_passed_over_and_counted(tmp_path, capsys):
         assert log.records == good
     assert lines_of(tmp_path) == good
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"metrics.jsonl: {len(ODD)} of {len(lines) - 1} lines are no records" in printed
+    assert f"metrics.jsonl: {len(ODD)} of {len(lines) - 1} lines are not records" in printed
 
 
 def test_a_line_that_was_cut_off_is_no_reason_for_a_word(tmp_path, capsys):

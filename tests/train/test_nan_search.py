@@ -148,7 +148,7 @@ def test_images_that_are_not_finite_are_no_fault_of_a_layer():
 # ------------------------------------------------------------------------------------------------------- backward pass
 
 
-FROM_THE_LOSS_ON = "All outputs are finite, but not all gradients: the first, from the loss on, is that of"
+FIRST_OF_THE_BACKWARD_PASS = "All outputs are finite, but not all gradients: the first in the backward pass is that of"
 
 
 @jax.custom_jvp
@@ -171,7 +171,7 @@ def _steep_jvp(primals, tangents):
 )
 def test_where_a_gradient_is_infinite_from_the_loss_on_the_last_layer_is_named(family, last, devices):
     found = asked(family, devices=devices, change=lambda logits: steep(jnp.sum(logits) * 1e-3))
-    assert found.startswith(f"{FROM_THE_LOSS_ON} {last}.")
+    assert found.startswith(f"{FIRST_OF_THE_BACKWARD_PASS} {last}.")
 
 
 # Layers that every form calls: a feed-forward network goes past its own.
@@ -194,7 +194,7 @@ def test_where_it_becomes_infinite_inside_that_layer_is_named(family, devices, l
 
     found = asked(family, spoil=spoil)
     assert found.startswith(
-        f"All outputs are finite, but not all gradients: the first, from the loss on, is that of {layer}."
+        f"All outputs are finite, but not all gradients: the first in the backward pass is that of {layer}."
     )
 
 

@@ -353,7 +353,7 @@ def test_an_earlier_run_that_has_the_old_name_of_a_setting_is_resumed(tmp_path):
     config_module.refuse_other_run({"config": before}, {"config": now}, tmp_path)
     assert "from_" in before["init"]
     before["init"]["from_"] = "mit_b0.pth"
-    with pytest.raises(config_module.RunError, match=r"config\.init\.checkpoint: mit_b0\.pth there,  now"):
+    with pytest.raises(config_module.RunError, match=r"config\.init\.checkpoint: mit_b0\.pth in the run,  now"):
         config_module.refuse_other_run({"config": before}, {"config": now}, tmp_path)
 
 

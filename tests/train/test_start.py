@@ -288,7 +288,7 @@ def test_a_run_with_read_settings_resumes_without_its_checkpoint_and_is_evaluate
     assert "run is finished: mIoU" in " ".join(capsys.readouterr().out.split())
     # A size that is given, and not that of the run, makes it another run.
     assert command.main([*recipe, "--config.train.steps=4", "--config.model.decoder_dim=24"]) == 2
-    assert "config.model.decoder_dim: 20 there, 24 now" in capsys.readouterr().err
+    assert "config.model.decoder_dim: 20 in the run, 24 now" in capsys.readouterr().err
 
     assert evaluate.main([str(tmp_path / "run"), f"--output={tmp_path / 'report'}"]) == 0
     assert "exactly as in" in capsys.readouterr().out
@@ -336,11 +336,11 @@ def test_an_older_run_without_a_setting_is_refused_where_it_is_not_the_default_n
     now["model"]["drop_path_rate"] = 0.1
     with pytest.raises(RunError) as caught:
         refuse_other_run({"config": old}, {"config": now}, tmp_path)
-    assert str(caught.value).splitlines()[1:-1] == ["  config.model.decoder_dim: 256 there, 12 now"]
+    assert str(caught.value).splitlines()[1:-1] == ["  config.model.decoder_dim: 256 in the run, 12 now"]
     now["model"]["decoder_dim"] = 256
     refuse_other_run({"config": old}, {"config": now}, tmp_path)
     now["loss"]["dice"] = 0.5
-    with pytest.raises(RunError, match=r"config\.loss\.dice: 0\.0 there, 0\.5 now"):
+    with pytest.raises(RunError, match=r"config\.loss\.dice: 0\.0 in the run, 0\.5 now"):
         refuse_other_run({"config": old}, {"config": now}, tmp_path)
 
 
@@ -362,7 +362,7 @@ def test_a_run_that_was_recorded_without_a_setting_resumes_bit_for_bit(cheap, tm
     assert status == 0 and "resuming at step 4 of 6" in printed
     assert result_of(tmp_path / "old")["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
     assert result_of(tmp_path / "old")["config"]["augment"]["flip"] == 0.5
-    with pytest.raises(RunError, match=r"config\.augment\.flip: 0\.5 there, 0\.25 now"):
+    with pytest.raises(RunError, match=r"config\.augment\.flip: 0\.5 in the run, 0\.25 now"):
         run(make_config(augment__flip=0.25, train__steps=8), tmp_path / "old")
 
 
