@@ -44,14 +44,20 @@ def commands(page):
     for inline in re.finditer(r"`((?:segjax|python -m|python train\.py) [^`]*)`", text):
         with contextlib.suppress(ValueError):
             yield text[: inline.start()].count("\n") + 1, shlex.split(inline[1])
-    for start, block in [*blocks(page, "bash"), *blocks(page, "{code-cell}")]:
-        is_cell = block.lstrip().startswith(("!", ":tags:")) or "\n!" in block
+    for language in ("bash", "{code-cell}"):
+        yield from _commands_of(page, language)
+
+
+def _commands_of(page, language):
+    for start, block in blocks(page, language):
+        if language == "{code-cell}" and not block.startswith("%%sh\n"):
+            continue
         joined = re.sub(r"\\\n", lambda _: "  ", block)
         for offset, line in enumerate(joined.splitlines()):
-            if is_cell and not line.startswith("!"):
+            if line == "%%sh":
                 continue
             with contextlib.suppress(ValueError):
-                words = shlex.split(line.removeprefix("!"), comments=True)
+                words = shlex.split(line, comments=True)
                 for part in " ".join(map(shlex.quote, words)).split("'&&'"):
                     yield start + offset, shlex.split(part)
 
@@ -170,7 +176,8 @@ def test_python_in_pages_can_be_parsed_and_imports_what_exists(page):
     cells = [(line, code) for line, code in blocks(page, "{code-cell}")]
     for line, code in [*blocks(page, "python"), *cells]:
         code = re.sub(r"\A(---\n.*?---\n|(:[\w-]+:[^\n]*\n)+)", "", code, flags=re.DOTALL)
-        code = re.sub(r"^!.*?(?<!\\)$", "", code, flags=re.DOTALL | re.MULTILINE)
+        if code.startswith("%%sh\n"):
+            continue
         for node in ast.walk(ast.parse(code, f"{page}:{line}")):
             names = [(node.module, alias.name) for alias in node.names] if isinstance(node, ast.ImportFrom) else []
             for module, name in names:
