@@ -135,7 +135,7 @@ def _reported() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What tifffile or a codec states about a file; Python's own errors only show that a tag has an unexpected value."""
+    """What tifffile or a codec states about a file; other errors only show that a tag has an unexpected value."""
     stated = str(error).splitlines()
     from_library = type(error).__module__.partition(".")[0] in ("tifffile", "imagecodecs") or _is_raised(error)
     return stated[0] if stated and from_library else "a tag has a value or a type that does not fit"
