@@ -26,6 +26,9 @@ extensions = [
 source_suffix = {".md": "myst-nb"}
 exclude_patterns = ["_build", "tables", "**.ipynb_checkpoints"]
 root_doc = "index"
+# Flags keep their two hyphens, and `name` in docstrings is code.
+smartquotes = False
+default_role = "code"
 
 html_theme = "sphinx_book_theme"
 html_title = "segjax"
@@ -37,6 +40,10 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
     "show_navbar_depth": 1,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }
 
 myst_enable_extensions = ["colon_fence", "deflist"]

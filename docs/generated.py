@@ -84,8 +84,8 @@ def settings() -> str:
         "",
     ]
     for section in schema.SECTIONS:
-        title = f"{section.name}: {section.title}" if section.name else section.title
-        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        title = section.title[0].upper() + section.title[1:]
+        lines += [f"## {title} (`{section.name}`)" if section.name else f"## {title}", ""]
         for setting in section.settings:
             default = "unset" if setting.default is None else f"`{setting.default!r}`"
             allowed = "" if isinstance(setting.allowed, constraints.Text) else f" Must be {setting.allowed.words}."
