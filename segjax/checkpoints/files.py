@@ -26,7 +26,7 @@ from segjax.checkpoints.format_version import refuse_newer
 from segjax.checkpoints.selection import as_array, as_arrays
 from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import logger
-from segjax.runtime.reading import UnreadableError, checked, open_regular, parse_json
+from segjax.runtime.reading import UnreadableError, checked, open_regular, parse_json, stated
 
 # The key of segjax's metadata in the header of a `.safetensors`, and in them the key of a hash of its tensors.
 METADATA, TENSORS_HASH = "segjax", "xxh3_128_tensors"
@@ -299,7 +299,7 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, An
             # A dtype that numpy does not have, such as float8.
             raise CheckpointError(f"{source}: holds a number type that cannot be read ({error})") from None
         raise CheckpointError(
-            f"{source}: a safetensors file that is damaged or cut short ({error}); fetch it again"
+            f"{source}: a safetensors file that is damaged or cut short ({stated(error)}); fetch it again"
         ) from None
     if kept is None:
         return arrays, {}

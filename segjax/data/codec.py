@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from segjax.runtime import native_messages
+from segjax.runtime import native_messages, reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -325,7 +325,7 @@ def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
         image.load()
     # Its decoders raise errors of many kinds for damaged files.
     except Exception as error:
-        raise ImageError(f"is a damaged {found} ({error})") from error
+        raise ImageError(f"is a damaged {found} ({reading.stated(error)})") from error
     return image
 
 

@@ -174,7 +174,7 @@ class PreparedRecords:
             return self._source[index]
         except Exception as error:
             # The type of exception depends on the library that reads the damaged file.
-            raise self._damaged(index, f"cannot be read ({error})") from error
+            raise self._damaged(index, f"cannot be read ({reading.stated(error)})") from error
 
     def _decoded(self, index: int, record: dict[str, Any], part: str) -> np.ndarray:
         if part == "label":

@@ -163,9 +163,9 @@ def in_archive(
     except ArchiveError:
         raise
     except tarfile.ReadError as error:
-        raise ArchiveError(f"begins with {head!r} ({error})") from None
+        raise ArchiveError(f"begins with {head!r} ({reading.stated(error)})") from None
     except _DAMAGED as error:
-        raise ArchiveError(f"damaged or cut short ({error})") from None
+        raise ArchiveError(f"damaged or cut short ({reading.stated(error)})") from None
 
 
 def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dict[str, File]:

@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import os
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -131,20 +130,7 @@ def _reported() -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"is a TIFF that cannot be decoded ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    """What tifffile or a codec states about a file; other errors only show that a tag has an unexpected value."""
-    stated = str(error).splitlines()
-    from_library = type(error).__module__.partition(".")[0] in ("tifffile", "imagecodecs") or _is_raised(error)
-    return stated[0] if stated and from_library else "a tag has a value or a type that does not fit"
-
-
-def _is_raised(error: Exception) -> bool:
-    """Whether the innermost line of Python raises the error by itself, instead of failing in a computation."""
-    *_, innermost = traceback.extract_tb(error.__traceback__)
-    return (innermost.line or "").startswith("raise ")
+        raise ImageError(f"is a TIFF that cannot be decoded ({reading.stated(error)})") from error
 
 
 def _has_more_pages(file: TiffFile) -> bool:

@@ -9,8 +9,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import reprlib
 import stat
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +26,10 @@ MOST = 1 << 30
 
 Content = TypeVar("Content")
 
+# What Python raises when a library computes with a value of a damaged file that it did not check.
+_PYTHONS_OWN = (TypeError, AttributeError, LookupError, UnicodeError, ArithmeticError, AssertionError, struct.error)
+_OF_VALUES = re.compile(r"invalid literal|could not convert|values? to unpack|embedded null|negative count|math domain")
+
 # Of values in messages: bounded in depth and width, since aliases in YAML can hold one another twice at every depth.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
@@ -33,6 +39,24 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = sys.maxsize
 
 class UnreadableError(ValueError):
     """Raised when a file does not have the expected kind or content; the message names the file, and the JSON key."""
+
+
+def stated(error: BaseException) -> str:
+    """The reason that a library's error states for a damaged file, on one line, without Python's own words.
+
+    Example:
+      >>> from segjax.runtime import reading
+      >>> reading.stated(ValueError("block 3 is cut short"))
+      'block 3 is cut short'
+      >>> reading.stated(TypeError("'>' not supported between instances of 'bytes' and 'int'"))
+      'a value in it does not fit'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = next(iter(str(error).splitlines()), "")
+    if not first or isinstance(error, _PYTHONS_OWN) or _OF_VALUES.search(first):
+        return "a value in it does not fit"
+    return first
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NotRequired
 
@@ -90,3 +93,32 @@ def test_the_home_of_an_unknown_user_is_refused_and_that_of_a_known_one_found(tm
     assert reading.user_path("~/a") == tmp_path / "a" and reading.user_path("a/~b") == Path("a/~b")
     with pytest.raises(reading.UnreadableError, match=r"~nobody9/x: there is no user 'nobody9'.*\./~nobody9/x"):
         reading.user_path("~nobody9/x")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: int("\x01"),
+        lambda: b"a" > 1,
+        lambda: [][3],
+        lambda: {}["tag"],
+        lambda: b"\xf4".decode(),
+        lambda: None.width,
+        lambda: 1 // 0,
+        lambda: struct.unpack("<I", b"a"),
+        lambda: (lambda a, b: None)(*[1, 2, 3]),
+    ],
+)
+def test_pythons_own_words_are_not_stated_as_the_reason(fault):
+    with pytest.raises(Exception) as caught:
+        fault()
+    assert reading.stated(caught.value) == "a value in it does not fit"
+
+
+def test_the_reason_of_a_library_is_stated_on_one_line():
+    with pytest.raises(zlib.error) as caught:
+        zlib.decompress(b"not deflated")
+    assert reading.stated(caught.value) == str(caught.value) and "header" in str(caught.value)
+    assert reading.stated(zipfile.BadZipFile("Bad CRC-32\nof a member")) == "Bad CRC-32"
+    assert reading.stated(FileNotFoundError(2, "No such file", "x")) == "No such file"
+    assert reading.stated(OSError()) == "a value in it does not fit"
