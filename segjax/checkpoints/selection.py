@@ -18,6 +18,7 @@ import numpy as np
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
 from segjax.checkpoints.pickled import MOST_ENTRIES, Standin, StoredTensor
 from segjax.checkpoints.recognition import network_prefix
+from segjax.runtime.reading import stated
 
 logger = logging.getLogger("segjax")
 
@@ -153,10 +154,12 @@ def as_array(key: str, value: Any) -> np.ndarray:
     except (TypeError, RuntimeError, AttributeError) as error:
         # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
         kind = f"{_kind(value)} of {getattr(value, 'dtype', 'no dtype')}"
-        raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({error})") from None
+        raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({stated(error)})") from None
 
 
 def _kind(value: object) -> str:
+    if value is None:
+        return "None"
     return value.origin if isinstance(value, Standin) else type(value).__name__
 
 

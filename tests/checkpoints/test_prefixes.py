@@ -120,3 +120,9 @@ def test_two_copies_of_the_network_are_refused(model):
     key = next(iter(weights))
     with pytest.raises(CheckpointError, match=f"two tensors are called {key}"):
         as_arrays(prefixed("module.", weights) | {key: weights[key]})
+
+
+def test_what_a_file_holds_instead_of_weights_is_named():
+    with pytest.raises(CheckpointError) as caught:
+        as_arrays({"weights": None, "epoch": 3})
+    assert str(caught.value).endswith("it holds weights: None, epoch: int")
