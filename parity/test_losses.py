@@ -18,6 +18,9 @@ SIZES = [((5, 7), (20, 28)), ((6, 5), (13, 17))]
 SETTINGS = dict.fromkeys(losses.TERMS, 0.0) | {
     "label_smoothing": 0.0,
     "focal_gamma": 2.0,
+    "tversky_alpha": 0.3,
+    "tversky_beta": 0.7,
+    "tversky_power": 1.0,
     "ohem_threshold": 0.7,
     "ohem_min_kept": 1 / 16,
     "ohem_images": 0,
@@ -313,6 +316,19 @@ def test_dice_is_milletaris_with_a_smoothing_of_one(classes, dtype, float64, wit
         return (1 - (2 * (p * y).sum(0) + 1) / (p.pow(2).sum(0) + y.pow(2).sum(0) + 1)).mean()
 
     assert_equal("dice", by_image(dice), classes, dtype, within)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("power", [1.0, 0.75])
+@pytest.mark.parametrize("classes", [1, 6])
+def test_tversky_is_salehis_with_a_smoothing_of_one(classes, power, dtype, float64, within):
+    def tversky(logits, labels):
+        p, y = probabilities(logits), truths(logits, labels)
+        index = ((p * y).sum(0) + 1) / ((p * y).sum(0) + 0.2 * (p * (1 - y)).sum(0) + 0.6 * ((1 - p) * y).sum(0) + 1)
+        return ((1 - index) ** power).mean()
+
+    settings = dict(tversky_alpha=0.2, tversky_beta=0.6, tversky_power=power)
+    assert_equal("tversky", by_image(tversky), classes, dtype, within, **settings)
 
 
 def lovasz_gradient(truth):

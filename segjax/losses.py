@@ -7,7 +7,8 @@ divides its sums by the counts of the whole batch. So losses and gradients of th
 Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. Dice loss, Milletari et al., "V-Net",
 2016. Hard pixels only (OHEM), Shrivastava et al., 2016, applied to pixels as in Wu et al., "Bridging Category-level and
 Instance-level Semantic Image Segmentation", 2016, and to groups of images as in HRNet-Semantic-Segmentation. Lovász
-losses, Berman et al., "The Lovász-Softmax loss", 2018. Weights by median frequency, Eigen and Fergus, "Predicting
+losses, Berman et al., "The Lovász-Softmax loss", 2018. Tversky loss, Salehi et al., 2017, and its focal form, Abraham
+and Khan, "A novel Focal Tversky loss function", 2019. Weights by median frequency, Eigen and Fergus, "Predicting
 Depth, Surface Normals and Semantic Labels", 2015.
 """
 
@@ -29,8 +30,10 @@ from segjax.kernels import cells, precision
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.cross_entropy import pays
 
-TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; set at least one above 0"
+# Settings that may be any finite number of at least 0.
+REALS = ("focal_gamma", "tversky_alpha", "tversky_beta", "tversky_power")
 SHARES = ("label_smoothing", "ohem_threshold", "ohem_min_kept")
 MEANS = ("labelled", "all")
 AUXILIARY = ("same", "cross_entropy")
@@ -61,12 +64,13 @@ def criterion(
       >>> from segjax import losses
       >>> settings = dict.fromkeys(losses.TERMS, 0.0) | dict(cross_entropy=1.0, mean_over="labelled", aux="same")
       >>> settings |= dict(focal_gamma=2.0, label_smoothing=0.0, ohem_threshold=0.7, ohem_min_kept=0.1, ohem_images=0)
+      >>> settings |= dict(tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1.0)
       >>> criterion = losses.criterion(settings, num_classes=4, ignore_label=255)
       >>> logits, labels = jnp.zeros((2, 4, 6, 4)), jnp.zeros((2, 16, 24), int)
       >>> print(f"{criterion.total(logits, labels, criterion.counts(labels)):.4f}")  # log 4
       1.3863
     """
-    numbers_of, words = (*TERMS, "focal_gamma", *SHARES), {"mean_over": MEANS, "aux": AUXILIARY}
+    numbers_of, words = (*TERMS, *REALS, *SHARES), {"mean_over": MEANS, "aux": AUXILIARY}
     names = (*numbers_of, "ohem_images", *words)
     problems = [f"loss.{name} is missing" for name in names if name not in settings]
     # The schema of a config repeats these ranges, to report them together with the problems of all other settings.
@@ -75,6 +79,8 @@ def criterion(
         for name in numbers_of
         if name in settings and not _is_within(settings[name], 1 if name in SHARES else sys.float_info.max)
     ]
+    if settings.get("tversky_power") == 0:
+        problems.append("loss.tversky_power must be above 0; got 0")
     if "ohem_images" in settings and not _is_count(settings["ohem_images"]):
         problems.append(f"loss.ohem_images must be a whole number, at least 0; got {settings['ohem_images']!r}")
     problems += [
@@ -94,11 +100,10 @@ def criterion(
         ignore_label=ignore_label,
         class_weights=class_weights,
         factors=tuple((name, float(settings[name])) for name in TERMS if settings[name]),
-        focal_gamma=float(settings["focal_gamma"]),
         ohem_images=settings["ohem_images"],
         mean_over=settings["mean_over"],
         aux=settings["aux"],
-        **{name: float(settings[name]) for name in SHARES},
+        **{name: float(settings[name]) for name in (*REALS, *SHARES)},
     )
 
 
@@ -122,12 +127,15 @@ class Criterion:
       class_weights: K weights, or None. The terms made of cross-entropies (cross_entropy, focal, where the weights are
         its alpha, and ohem) multiply a pixel's loss by the weight of its class. As in torch, K > 1 divides by the sum
         of the weights; K = 1 has one weight, of the pixels labelled 1 (torch's pos_weight), and divides by the number
-        of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K. Dice and Lovász are means
-        over classes and use no weights.
+        of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K. Dice, Tversky and Lovász
+        are means over classes and use no weights.
       factors: Pairs of a term's name and its factor above 0, in the order of `counts`.
       label_smoothing: Share of the label that cross_entropy spreads over all classes, as in torch. Other terms have no
         smoothing.
       focal_gamma: Exponent of the focal loss; with 0 it is cross-entropy without smoothing.
+      tversky_alpha: Weight of false positives in the Tversky index.
+      tversky_beta: Weight of false negatives in the Tversky index.
+      tversky_power: Exponent of 1 - Tversky index: 1, or 3/4 for the focal Tversky loss.
       ohem_threshold: Probability of the true class below which ohem keeps a pixel.
       ohem_min_kept: Minimum share of pixels that ohem keeps, the hardest ones, at least one pixel: a share of an
         image's labelled pixels, or of all pixels of a group.
@@ -148,6 +156,9 @@ class Criterion:
       ...     factors=(("cross_entropy", 1.0), ("dice", 0.5)),
       ...     label_smoothing=0.0,
       ...     focal_gamma=2.0,
+      ...     tversky_alpha=0.3,
+      ...     tversky_beta=0.7,
+      ...     tversky_power=1.0,
       ...     ohem_threshold=0.7,
       ...     ohem_min_kept=0.1,
       ...     ohem_images=0,
@@ -164,6 +175,9 @@ class Criterion:
     factors: tuple[tuple[str, float], ...]
     label_smoothing: float
     focal_gamma: float
+    tversky_alpha: float
+    tversky_beta: float
+    tversky_power: float
     ohem_threshold: float
     ohem_min_kept: float
     ohem_images: int
@@ -246,6 +260,7 @@ class Criterion:
             "dice": self._dice,
             "focal": self._focal,
             "lovasz": self._lovasz,
+            "tversky": self._tversky,
         }
         parts = [
             factor * _mean(sums[name](scores, labels), count)
@@ -328,6 +343,25 @@ class Criterion:
         labelled = jnp.sum(truth, axis=(1, 2), dtype=jnp.int32)
         dice = (2 * overlap + 1) / (predicted + labelled + 1)  # (B, K)
         return jnp.sum(jnp.mean(1 - dice, axis=1))
+
+    def _tversky(self, scores: _Scores, labels: jax.Array) -> jax.Array:
+        """(1 - (TP + 1) / (TP + α FP + β FN + 1)) ** power of an image, mean over classes, summed over images.
+
+        TP, FP and FN are soft counts: sums of p, of p and of 1 - p. α = β = 1/2 is Dice without squares. Absent classes
+        and images without labelled pixels count as in `_dice`.
+        """
+        probability, truth = self._probability(scores.logits), self._truth(labels)
+        is_other = (labels != self.ignore_label)[..., None] & ~truth
+        right = jnp.sum(jnp.where(truth, probability, 0), axis=(1, 2))
+        missed = jnp.sum(jnp.where(truth, 1 - probability, 0), axis=(1, 2))
+        added = jnp.sum(jnp.where(is_other, probability, 0), axis=(1, 2))
+        wrong = self.tversky_alpha * added + self.tversky_beta * missed
+        loss = wrong / (right + wrong + 1)  # (B, K)
+        if self.tversky_power != 1:
+            # A power below 1 has no finite gradient at 0.
+            is_wrong = loss > jnp.finfo(loss.dtype).tiny
+            loss = jnp.where(is_wrong, jnp.where(is_wrong, loss, 1) ** self.tversky_power, 0)
+        return jnp.sum(jnp.mean(loss, axis=1))
 
     def _lovasz(self, scores: _Scores, labels: jax.Array) -> jax.Array:
         """Lovász-Softmax, mean over the classes present in an image, summed over images; Lovász hinge for K = 1."""

@@ -30,6 +30,9 @@ def loss_under_test(logits, labels, *, ignore_label):
         factors=(("cross_entropy", 1.0),),
         label_smoothing=0.0,
         focal_gamma=0.0,
+        tversky_alpha=0.3,
+        tversky_beta=0.7,
+        tversky_power=1.0,
         ohem_threshold=0.0,
         ohem_min_kept=0.0,
         ohem_images=0,
@@ -218,8 +221,9 @@ def test_a_binary_probability_of_exactly_one_half_is_background():
 
 # ------------------------------------------------------------------------------------------------------------- terms
 
-TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz")
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
 SETTINGS = {"label_smoothing": 0.0, "focal_gamma": 2.0, "ohem_threshold": 0.7, "ohem_min_kept": 1 / 16}
+SETTINGS |= {"tversky_alpha": 0.3, "tversky_beta": 0.7, "tversky_power": 1.0}
 SETTINGS |= {"ohem_images": 0, "mean_over": "labelled", "aux": "same"}
 # Of 5 classes, of 3, and of a binary model's positive one; a weight of 0 takes a class out.
 WEIGHTS = {5: (0.5, 2.0, 0.0, 1.25, 3.0), 3: (0.3, 1.0, 2.5), 1: (2.5,)}
@@ -346,12 +350,29 @@ def lovasz_by_hand(logits, labels, ignore, **_):
     return np.mean(means)
 
 
+def tversky_by_hand(logits, labels, ignore, *, tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1.0, **_):
+    """Salehi et al., equation 4, smoothed by 1 as dice is; Abraham and Khan, equation 4, is a power of it."""
+    means = []
+    for image in pixels_of(logits, labels, ignore):
+        probabilities = np.exp([-log_probabilities(pixel) for pixel, _ in image])
+        truths = np.array([label for _, label in image])
+        values = []
+        for c in range(probabilities.shape[1]) if logits.shape[-1] > 1 else [1]:
+            p, y = probabilities[:, c], (truths == c).astype(float)
+            right, added, missed = (p * y).sum(), (p * (1 - y)).sum(), ((1 - p) * y).sum()
+            index = (right + 1) / (right + tversky_alpha * added + tversky_beta * missed + 1)
+            values.append((1 - index) ** tversky_power)
+        means.append(np.mean(values))
+    return np.mean(means)
+
+
 BY_HAND = {
     "cross_entropy": cross_entropy_by_hand,
     "ohem": ohem_by_hand,
     "dice": dice_by_hand,
     "focal": focal_by_hand,
     "lovasz": lovasz_by_hand,
+    "tversky": tversky_by_hand,
 }
 assert tuple(BY_HAND) == TERMS
 
@@ -378,6 +399,9 @@ VARIATIONS = [
     ("focal", {}),
     ("focal", {"focal_gamma": 0.5}),
     ("lovasz", {}),
+    ("tversky", {}),
+    ("tversky", {"tversky_alpha": 0.9, "tversky_beta": 0.2}),
+    ("tversky", {"tversky_power": 0.75}),
 ]
 
 
@@ -395,7 +419,7 @@ def test_each_term_is_its_published_definition(name, settings, classes, weighted
         expected = BY_HAND[name](logits, labels, ignore, weights=weights, **settings)
         np.testing.assert_allclose(loss_alone(logits, labels), expected, rtol=1e-12)
     # Neither weights nor settings are without effect here, except of weights where a term takes none.
-    has_effect = settings or (weighted and name not in ("dice", "lovasz"))
+    has_effect = settings or (weighted and name not in ("dice", "lovasz", "tversky"))
     assert (abs(BY_HAND[name](logits, labels, ignore) - expected) > 1e-6) == bool(has_effect)
 
 
@@ -843,7 +867,7 @@ def test_the_defaults_are_plain_cross_entropy():
 
 
 def test_a_loss_without_any_term_is_refused():
-    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz are all 0; set"):
+    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz, tversky are all 0; set"):
         build({"cross_entropy": 0.0}, classes=5)
 
 
@@ -907,6 +931,26 @@ def test_median_frequency_is_that_of_eigen_and_fergus():
     np.testing.assert_allclose(whole, [0.4 / frequencies[0], 1.0, 0.0, 0.4 / (20 / 300)], rtol=1e-14)
     with pytest.raises(ValueError, match="no class has a pixel"):
         class_weights.median_frequency(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.9999])
+def test_class_balanced_weights_are_those_of_cui(beta):
+    counts = np.array([3, 40, 0, 5000, 11])
+    powers = [math.fsum(beta**i for i in range(n)) for n in counts]  # (1 - β ** n) / (1 - β)
+    expected = np.array([1 / power if power else 0.0 for power in powers])
+    expected /= expected[expected > 0].mean()
+    np.testing.assert_allclose(class_weights.class_balanced(counts, beta=beta), expected, rtol=1e-9)
+
+
+def test_class_balanced_weights_differ_among_millions_of_pixels():
+    counts = 1e6 * np.array([[40.0, 3.0, 0.0, 0.05], [10.0, 1.0, 0.0, 0.0]])
+    weights = class_weights.class_balanced(counts)
+    assert weights[2] == 0 and weights[weights > 0].mean() == pytest.approx(1)
+    # Inverse to the pixels of rare classes, and at most 1 / (1 - 1 / e) apart among frequent ones.
+    assert weights[3] / weights[1] == pytest.approx(4 / 0.05, rel=0.15) and weights[1] > 3 * weights[0]
+    assert class_weights.class_weights("class_balanced", specs.VOC, np.full(21, 7.0)) == pytest.approx((1.0,) * 21)
+    with pytest.raises(ValueError, match="no class has a pixel"):
+        class_weights.class_balanced(np.zeros((2, 3)))
 
 
 def test_inverse_sqrt_is_one_over_the_root_of_the_share_of_all_pixels():

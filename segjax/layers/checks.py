@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+from jax.sharding import AxisType
 
 
 def feature_taps(features: Sequence[jax.Array]) -> dict[str, jax.Array]:
@@ -60,7 +61,7 @@ def require_whole_heads(dims: Sequence[int], num_heads: Sequence[int]) -> None:
 
 
 def require_images(images: jax.Array, *, channels: int, multiple: int = 1) -> None:
-    """Check the shape of images that a model receives.
+    """Check the shape and the sharding of images that a model receives.
 
     Args:
       images: (B, H, W, C).
@@ -68,7 +69,8 @@ def require_images(images: jax.Array, *, channels: int, multiple: int = 1) -> No
       multiple: Number that must divide H and W.
 
     Raises:
-      ValueError: `images` have another rank or number of channels, an empty side, or a side that is not a multiple.
+      ValueError: `images` have another rank or number of channels, an empty side, or a side that is not a multiple;
+        or they are sharded over explicit axes of a mesh that `jax.set_mesh` has not set.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,3 +85,14 @@ def require_images(images: jax.Array, *, channels: int, multiple: int = 1) -> No
             f"this model takes images whose height and width divide by {multiple}; got {images.shape[1]}x"
             f"{images.shape[2]}. Pad or crop them, for example to {height}x{width}"
         )
+    # Implementations are chosen by the mesh that is set; those with gradients of their own state no shardings.
+    explicit = {AxisType.Explicit}
+    if explicit & set(_mesh_of(images).axis_types) and not explicit & set(jax.sharding.get_abstract_mesh().axis_types):
+        raise ValueError(
+            "images are sharded over a mesh with explicit axes, which is not set. Call the model inside `with "
+            "jax.set_mesh(mesh):`, or make the mesh with axis_types=(jax.sharding.AxisType.Auto,)"
+        )
+
+
+def _mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh:
+    return jax.typeof(x).sharding.mesh

@@ -348,6 +348,7 @@ LOSS = Section(
         Setting("dice", 0.0, Real(least=0), "Factor of the Dice loss."),
         Setting("focal", 0.0, Real(least=0), "Factor of the focal loss."),
         Setting("lovasz", 0.0, Real(least=0), "Factor of the Lovász loss."),
+        Setting("tversky", 0.0, Real(least=0), "Factor of the Tversky loss."),
         Setting(
             "class_weights",
             None,
@@ -370,6 +371,19 @@ LOSS = Section(
             "Share of the label that cross_entropy spreads over all classes, as in torch.",
         ),
         Setting("focal_gamma", 2.0, Real(least=0), "Exponent of the focal loss; 2 was best in its paper."),
+        Setting("tversky_alpha", 0.3, Real(least=0), "Weight of false positives in the Tversky loss."),
+        Setting(
+            "tversky_beta",
+            0.7,
+            Real(least=0),
+            "Weight of false negatives in the Tversky loss; above tversky_alpha it favours recall.",
+        ),
+        Setting(
+            "tversky_power",
+            1.0,
+            Real(above=0),
+            "Exponent of the Tversky loss; the focal Tversky loss was published with 0.75.",
+        ),
         Setting(
             "ohem_threshold",
             0.7,

@@ -1,6 +1,7 @@
 """Models on several devices: under a mesh with explicit axes they trace, and a step communicates sums only."""
 
 import collections
+import contextlib
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from segjax import losses
 from segjax.kernels import choice
@@ -17,11 +18,11 @@ from segjax.models.functional import FunctionalModel
 from segjax.runtime.parallel import JitParallel
 from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
-from tests.tiny import FAMILIES, abstract_family, tiny_model
+from tests.tiny import FAMILIES, abstract_family, abstract_model, tiny_model
 
-LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0)
+LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0, tversky=0.0)
 LOSS |= dict(label_smoothing=0.0, focal_gamma=2.0, ohem_threshold=0.7, ohem_min_kept=0.1)
-LOSS |= dict(ohem_images=0, mean_over="labelled", aux="same")
+LOSS |= dict(tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1.0, ohem_images=0, mean_over="labelled", aux="same")
 
 
 def on_mesh(mesh, tree, *axes):
@@ -29,9 +30,18 @@ def on_mesh(mesh, tree, *axes):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# At the sizes that are published: other layers apply to those of tiny models.
+PUBLISHED = ("segformer_b0", "segformer_plain_b0", "segformer_mmseg_b0", "segformer_simple", "segformer_zuppichini")
+PUBLISHED += ("hrnet_w18_ocr", "segnext_t")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PUBLISHED])
 def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
-    model = abstract_family(family)
+    model = abstract_model(family, 5) if family in PUBLISHED else abstract_family(family)
+    if family in PUBLISHED:
+        # A copy, since others read the same model.
+        model = nnx.merge(*nnx.split(model), copy=True)
+        model.train()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     mesh = jax.make_mesh((4,), ("data",))
     assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
@@ -46,6 +56,17 @@ def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
         gradients, logits = jax.eval_shape(jax.grad(loss, has_aux=True), *arguments)
     assert logits.sharding.spec[0] == "data"
     assert all("data" not in x.sharding.spec for x in jax.tree.leaves(gradients))
+
+
+def test_explicit_axes_without_a_mesh_that_is_set_are_refused_with_the_remedy():
+    model = tiny_model(0)
+    for axis_type, refused in ((AxisType.Explicit, True), (AxisType.Auto, False)):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+        images = jax.device_put(jnp.zeros((8, 32, 64, 3)), NamedSharding(mesh, PartitionSpec("data")))
+        with pytest.raises(ValueError, match=r"jax\.set_mesh") if refused else contextlib.nullcontext():
+            jax.eval_shape(lambda model, x: model(x)[0], model, images)
+        with jax.set_mesh(mesh):
+            assert jax.eval_shape(lambda model, x: model(x)[0], model, images).shape == (8, 8, 16, 5)
 
 
 def collectives(text):
