@@ -480,7 +480,7 @@ def test_the_extension_at_a_corner_is_the_jaccard_loss_of_a_million_pixels():
 @pytest.mark.parametrize("classes", [1, 5])
 def test_terms_add_up_by_their_factors(classes, float64):
     logits, labels = draw_uneven(5, (3, 5), (12, 20), classes=classes)
-    factors = dict(zip(TERMS, (0.5, 1.5, 2.0, 0.25, 3.0), strict=True))
+    factors = dict(zip(TERMS, (0.5, 1.5, 2.0, 0.25, 3.0, 0.75), strict=True))
     weights = WEIGHTS[classes]
     loss, gradient = loss_of(build(factors, classes=classes, weights=weights), logits, labels)
     each = [loss_of(build({name: 1.0}, classes=classes, weights=weights), logits, labels) for name in TERMS]
@@ -503,7 +503,7 @@ def test_parts_divided_by_the_counts_of_the_whole_add_up_to_it(classes, ignore, 
     )
     whole = criterion.counts(labels)
     parts = [criterion.counts(labels[i : i + 1]) for i in range(3)]
-    assert whole.shape == (5,) and whole.dtype == jnp.float64
+    assert whole.shape == (len(TERMS),) and whole.dtype == jnp.float64
     np.testing.assert_allclose(whole, sum(parts), rtol=1e-15)
     assert whole[1] == whole[2] == whole[4] == 2
     loss, gradient = loss_of(criterion, logits, labels)
@@ -523,10 +523,10 @@ def test_counts_are_of_weighted_pixels_or_of_labelled_images(classes):
     pixels = (labels != 255).sum()
     plain = build(every, classes=classes).counts(labels)
     assert plain.dtype == jnp.float32
-    np.testing.assert_array_equal(plain, [pixels, 2, 2, pixels, 2])
+    np.testing.assert_array_equal(plain, [pixels, 2, 2, pixels, 2, 2])
     weighted = build(every, classes=classes, weights=WEIGHTS[classes]).counts(labels)
     expected = pixels if classes == 1 else sum(WEIGHTS[5][label] for label in labels[labels != 255])
-    np.testing.assert_allclose(weighted, [expected, 2, 2, expected, 2], rtol=1e-6)
+    np.testing.assert_allclose(weighted, [expected, 2, 2, expected, 2, 2], rtol=1e-6)
     # Terms that are left out have no count.
     np.testing.assert_array_equal(build({"dice": 2.0}, classes=classes).counts(labels), [2])
     np.testing.assert_array_equal(build({"lovasz": 2.0, "focal": 1}, classes=classes).counts(labels), [pixels, 2])
