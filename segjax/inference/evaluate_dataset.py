@@ -199,16 +199,12 @@ def evaluate_dataset(
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
-    kind = given.opened.image_kind
-    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
-    at_a_time = protocol.images_at_a_time(given.batch)
-    sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    inference = inference_for(checkpoint, given.opened, protocol, batch=given.batch)
     measured = measure(
         inference.begin,
         given.opened.data,
         classes,
-        batch_size=at_a_time,
+        batch_size=protocol.images_at_a_time(given.batch),
         key=protocol.input_sizes,
         shown=0 if output is None else SHOWN,
         progress=progress,
@@ -313,6 +309,22 @@ def _of_checkpoint(
     protocol: Protocol,
 ) -> _Given:
     """A checkpoint, and a split with the classes of the checkpoint."""
+    opened, split = open_labelled(checkpoint, data, data_source=data_source, data_dir=data_dir)
+    return _Given(checkpoint, opened, split, batch or jax.local_device_count(), protocol)
+
+
+def open_labelled(
+    checkpoint: LoadedCheckpoint,
+    data: str | OpenSplit,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> tuple[OpenSplit, str]:
+    """Opens a split with the classes of a checkpoint, as `data` of `evaluate_dataset`; and its name, or "" if unknown.
+
+    Raises:
+      ValueError: There is no such data, it cannot be used, or its classes are others.
+    """
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
@@ -325,7 +337,7 @@ def _of_checkpoint(
     else:
         split = ""
     refuse_other_classes(checkpoint, data.spec)
-    return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
+    return data, split
 
 
 def _default_split(
@@ -363,6 +375,21 @@ def _opened(
     return opened
 
 
+def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
+    """The inference of a checkpoint on a split; the program for its largest images is compiled.
+
+    Raises:
+      ValueError: The model has several classes and the protocol a threshold.
+      TooLittleMemoryError: A batch of the largest images needs more memory than a device has.
+    """
+    dtype = opened.image_kind.dtype
+    inference = Inference(checkpoint.model, protocol, batch=batch, normalise=checkpoint.normalise, image_dtype=dtype)
+    sizes = np.unique(records_of(opened.data).sizes, axis=0).tolist()
+    at_a_time = protocol.images_at_a_time(batch)
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    return inference
+
+
 def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
@@ -388,11 +415,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
     if not dataset:
         logger.info("the checkpoint does not name its classes; those of %s are assumed, in their order", classes.name)
         return
-    differing = [
-        f"{number} is {name!r}, not {other!r}"
-        for number, (name, other) in enumerate(zip(dataset["class_names"], classes.class_names, strict=True))
-        if name.strip().casefold() != other.casefold()
-    ]
+    differing = differing_names(dataset["class_names"], classes.class_names)
     if len(differing) > own / 4:
         raise ValueError(
             f"the classes of the model{of} are not those of {classes.name}: {listed(differing)}; choose the dataset "
@@ -400,6 +423,15 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
         )
     if differing:
         logger.info("classes with other names in the checkpoint: %s", listed(differing))
+
+
+def differing_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The classes with other names in two lists of equal length, as texts for a message."""
+    return [
+        f"{number} is {name!r}, not {other!r}"
+        for number, (name, other) in enumerate(zip(names, others, strict=True))
+        if name.strip().casefold() != other.strip().casefold()
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -268,19 +268,24 @@ def browse(page, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+def seen_by(page, visit, folder, *flags):
+    """What a script has put into `seen`, in a page that a browser has opened; a copy of it lies in the folder."""
+    copy = folder / "page.html"
+    script = f'<script>window.onload = () => {{ {visit} document.body.innerHTML = ""; '
+    script += 'document.body.append(Object.assign(document.createElement("pre"), '
+    script += '{id: "seen", textContent: JSON.stringify(seen)})); }</script>'
+    copy.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    dom = browse(copy, "--dump-dom", *flags)
+    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
+    return json.loads(html.unescape(seen))
+
+
 @pytest.fixture(scope="module")
 def visited(folder, tmp_path_factory):
     """What a visit of the page has seen."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this machine to open the page with")
-    page = tmp_path_factory.mktemp("visit") / "page.html"
-    script = f'<script>window.onload = () => {{ {VISIT} document.body.innerHTML = ""; '
-    script += 'document.body.append(Object.assign(document.createElement("pre"), '
-    script += '{id: "seen", textContent: JSON.stringify(seen)})); }</script>'
-    page.write_text((folder / "index.html").read_text().replace("</body>", f"{script}</body>"))
-    dom = browse(page, "--dump-dom", "--window-size=1200,900")
-    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
-    return json.loads(html.unescape(seen))
+    return seen_by(folder / "index.html", VISIT, tmp_path_factory.mktemp("visit"), "--window-size=1200,900")
 
 
 def figures(column):
