@@ -28,6 +28,7 @@ from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
 from segjax.inference import published_figure
+from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
@@ -112,6 +113,7 @@ def evaluate_dataset(
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
     weights: str | None = None,
+    corruptions: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
@@ -139,6 +141,8 @@ def evaluate_dataset(
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
       progress: Whether to print a progress bar.
       weights: As for `segjax.load`; None for a run, whose folder holds one set.
+      corruptions: Whether to evaluate on corrupted images too: 25 further evaluations, of five kinds at five severities
+        (`segjax.data.corruptions`). The images must be RGB of 8 bits.
 
     Returns:
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
@@ -146,8 +150,9 @@ def evaluate_dataset(
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
       "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
-      or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
-      published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
+      or None (`segjax.metrics.bootstrap_interval`); with `corruptions` also "corruptions", see
+      `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or None. For the name
+      of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
       "is_multi_scale" and "is_same_protocol".
 
     Raises:
@@ -191,6 +196,11 @@ def evaluate_dataset(
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
+    if corruptions and not given.opened.image_kind.is_rgb:
+        raise ValueError(
+            f"corruptions are those of RGB images of 8 bits, and the images of {classes.name} have "
+            f"{given.opened.image_kind}; omit corruptions"
+        )
     if row is not None:
         published_figure.log_notes(row, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
@@ -199,18 +209,32 @@ def evaluate_dataset(
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
-    inference = inference_for(checkpoint, given.opened, protocol, batch=given.batch)
+    kind = given.opened.image_kind
+    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
+    at_a_time = protocol.images_at_a_time(given.batch)
+    sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
     measured = measure(
         inference.begin,
         given.opened.data,
         classes,
-        batch_size=protocol.images_at_a_time(given.batch),
+        batch_size=at_a_time,
         key=protocol.input_sizes,
         shown=0 if output is None else SHOWN,
         progress=progress,
     )
     against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     details = measured.details()
+    if corruptions:
+        details["corruptions"] = evaluate_corrupted(
+            inference.begin,
+            given.opened.data,
+            classes,
+            clean=report.summarise(measured.confusion, classes)["mean_iou"],
+            batch_size=at_a_time,
+            key=protocol.input_sizes,
+            progress=progress,
+        )
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
         _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)

@@ -145,6 +145,7 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
             for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
         ],
         "confusion": confusion.tolist(),
+        "corruptions": summary.get("corruptions"),
         "images": [{**image, "name": _name(image["name"])} for image in images],
     }
     return pages.fill("report.html", data)
