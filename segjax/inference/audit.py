@@ -185,7 +185,7 @@ def contradictions(
     inference: Inference, opened: OpenSplit, *, batch: int
 ) -> Iterator[tuple[int, np.ndarray, Contradiction]]:
     """Number, mask (H, W) and `Contradiction` of every image."""
-    settings = dict(ignore_label=opened.spec.ignore_label, threshold=inference.protocol.threshold)
+    settings: dict[str, Any] = dict(ignore_label=opened.spec.ignore_label, threshold=inference.protocol.threshold)
     key = inference.protocol.input_sizes
     with contextlib.closing(evaluation_batches(opened.data, batch_size=batch, key=key)) as batches:
         for images, truths, numbers in batches:
