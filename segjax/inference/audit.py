@@ -137,7 +137,7 @@ def audit_dataset(
         found = console.ProgressBar("auditing", len(records), "images").over(found)
     ranking = _Ranking(shown=0 if output is None else SHOWN)
     for number, truth, contradiction in found:
-        regions = regions_of(truth, contradiction, opened.spec.ignore_label, above=ranking.least)
+        regions = regions_of(truth, contradiction, opened.spec.ignore_label, above=ranking.least, most=LISTED)
         ranking.add(number, contradiction.predicted, regions)
     listed = [entry.as_dict(records.names, opened.spec) for entry in ranking.regions]
     if output is not None:
@@ -260,43 +260,60 @@ class Region(NamedTuple):
 
 
 def regions_of(
-    truth: np.ndarray, contradiction: Contradiction, ignore_label: int, *, above: float = 0
+    truth: np.ndarray,
+    contradiction: Contradiction,
+    ignore_label: int,
+    *,
+    above: float = 0,
+    most: int | None = None,
 ) -> dict[Region, np.ndarray]:
-    """The regions of an image whose score is larger than `above`, and their pixels, bool of the size of the box.
+    """The regions of an image by falling score, and their pixels, bool of the size of the box.
 
     Args:
       truth: Train ids of the mask, (H, W).
       contradiction: What the model says of the image.
       ignore_label: Label of the pixels that do not count.
       above: Lowest score, exclusive.
+      most: Largest number of regions; by default all.
     """
     import cv2
 
     differs = (truth != ignore_label) & (truth != contradiction.predicted)
-    least = truth.size / PIXELS_OF_ONE
-    regions = {}
-    for given in np.unique(truth[differs]).tolist():
-        member = (differs & (truth == given)).astype(np.uint8)
+    # Numbers of the regions from 1 on, and of each its class and OpenCV's box and area.
+    components = np.zeros(truth.shape, np.int32)
+    classes: list[np.ndarray] = []
+    boxes: list[np.ndarray] = []
+    total = 0
+    for given in np.flatnonzero(np.bincount(truth[differs])).tolist():
+        member = ((truth == given) & differs).astype(np.uint8)
         left, top, width, height = cv2.boundingRect(member)
         there = np.s_[top : top + height, left : left + width]
-        number, components, stats, _ = cv2.connectedComponentsWithStats(member[there], connectivity=4)
-        of_pixels = components.ravel()
-        pixels = np.maximum(stats[:, cv2.CC_STAT_AREA], 1)
+        number, own, stats, _ = cv2.connectedComponentsWithStats(member[there], connectivity=4)
+        np.add(own, total, out=components[there], where=own > 0)
+        stats[:, [cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP]] += [left, top]
+        # Number 0 is the rest of the box.
+        classes.append(np.full(number - 1, given))
+        boxes.append(stats[1:])
+        total += number - 1
+    if not total:
+        return {}
+    given, stats, of_pixels = np.concatenate(classes), np.concatenate(boxes), components[differs]
+    pixels = stats[:, cv2.CC_STAT_AREA]
 
-        def mean(values: np.ndarray, components=of_pixels, number=number, pixels=pixels) -> np.ndarray:
-            return np.bincount(components, weights=values.ravel(), minlength=number) / (65_535 * pixels)
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(of_pixels, weights=values[differs], minlength=total + 1)[1:] / (65_535 * pixels)
 
-        scores = mean(contradiction.nll[there]) * LARGEST_NLL * pixels / (pixels + least)
-        confidences = mean(contradiction.confidence[there])
-        # Component 0 is what does not belong to the class or is not contradicted.
-        for component in np.flatnonzero(scores[1:] > above) + 1:
-            x, y, wide, high, area = stats[component].tolist()
-            inside = np.s_[y : y + high, x : x + wide]
-            own = components[inside] == component
-            predicted = np.bincount(contradiction.predicted[there][inside][own]).argmax()
-            box = (left + x, top + y, wide, high)
-            score, confidence = float(scores[component]), float(confidences[component])
-            regions[Region(given, int(predicted), box, area, score, confidence)] = own
+    scores = mean(contradiction.nll) * LARGEST_NLL * pixels / (pixels + truth.size / PIXELS_OF_ONE)
+    confidences = mean(contradiction.confidence)
+    chosen = np.flatnonzero(scores > above)
+    regions = {}
+    for place in chosen[np.argsort(-scores[chosen], kind="stable")[:most]].tolist():
+        left, top, width, height, area = stats[place].tolist()
+        inside = np.s_[top : top + height, left : left + width]
+        own = components[inside] == place + 1
+        predicted = int(np.bincount(contradiction.predicted[inside][own]).argmax())
+        box, score, confidence = (left, top, width, height), float(scores[place]), float(confidences[place])
+        regions[Region(int(given[place]), predicted, box, area, score, confidence)] = own
     return regions
 
 
