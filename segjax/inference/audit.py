@@ -26,7 +26,7 @@ from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import specs
-from segjax.data.open import OpenSplit
+from segjax.data.open import OpenSplit, shared_splits
 from segjax.data.pipeline import evaluation_batches
 from segjax.data.records import Records, records_of
 from segjax.inference import published_figure
@@ -123,6 +123,8 @@ def audit_dataset(
     refuse_other_images(checkpoint, opened.image_kind, opened.spec.name)
     if row is not None:
         published_figure.log_notes(row, opened.spec.name)
+    if trained_on := _trained_on(checkpoint, data, split):
+        logger.info("note: the model was trained on %s, and may have learnt the errors of these masks", trained_on)
     records, model, name = records_of(opened.data), checkpoint.model, f"{opened.spec.name} {split}".strip()
     if not len(records):
         raise ValueError(f"there is no image in {name}")
@@ -165,6 +167,16 @@ def audit_dataset(
         title = f"Masks of {name} that {model.spec.name} contradicts"
         page.write(output, listed, opened.spec, shown, title=title, facts=facts, metadata=metadata)
     return listed
+
+
+def _trained_on(checkpoint: LoadedCheckpoint, data: str | OpenSplit, split: str) -> str:
+    """The splits of the data that the run of a checkpoint was trained on; "" for none, or where it is not known."""
+    config = checkpoint.metadata.get("config")
+    trained = config.get("data") if isinstance(config, Mapping) else None
+    if not isinstance(trained, Mapping) or not isinstance(data, str) or data.partition(":")[0] != trained.get("name"):
+        return ""
+    own = trained.get("train_split")
+    return shared_splits(own, split) if isinstance(own, str) else ""
 
 
 class Contradiction(NamedTuple):

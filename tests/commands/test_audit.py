@@ -39,6 +39,21 @@ def test_it_prints_the_first_regions_and_writes_a_report(model, tmp_path, capsys
     assert max(map(len, printed.replace(str(tmp_path), "x").splitlines())) <= 80
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_model_that_was_trained_on_the_images_is_noted(split, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        specs.DATASETS,
+        "streets",
+        dataclasses.replace(specs.DATASETS["streets"], scenes=specs.Scenes(2, 2, (40, 64))),
+    )
+    data = {"name": "streets", "train_split": "train", "eval_split": "val", "train_images": 2, "eval_images": 2}
+    known = {"dataset": dataset_metadata(specs.STREETS), "config": {"seed": 0, "data": {**data, "size": [40, 64]}}}
+    orbax_folder.save_model(tmp_path / "run", tiny_model(0, num_classes=19), metadata=known)
+    assert call(tmp_path / "run", f"streets:{split}", "--output", tmp_path / "out") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert ("the model was trained on train, and may have learnt the errors" in words) == (split == "train")
+
+
 WRONG = {
     ("model",): "the following arguments are required: NAME[:SPLIT]",
     ("model", "mars:val"): "the data are NAME or NAME:SPLIT with NAME one of streets, camvid,",
