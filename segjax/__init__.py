@@ -13,6 +13,8 @@
     labels = predictor(image)                     # uint8 (H, W, 3), a path or a PIL image -> uint8 (H, W)
 
     segjax.evaluate_dataset("runs/mine", "camvid:test")["mean_iou"]
+    segjax.compare_models("runs/mine", "runs/other", "camvid:test")["difference"]
+    segjax.audit_dataset("runs/mine", "camvid:test")[0]["box"]
     segjax.export_model("runs/mine", "mine.onnx", size=(512, 1024))
 
     model = segjax.from_torch(state_dict)         # a PyTorch state dict
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from segjax.checkpoints.save import save
     from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
     from segjax.exports.export import export_model
+    from segjax.inference.audit import audit_dataset
+    from segjax.inference.comparison import compare_models
     from segjax.inference.evaluate_dataset import evaluate_dataset
     from segjax.inference.predictor import Predictor
     from segjax.models import MODELS, create
@@ -44,6 +48,8 @@ __all__ = [
     "LoadedCheckpoint",
     "Predictor",
     "__version__",
+    "audit_dataset",
+    "compare_models",
     "create",
     "data",
     "evaluate_dataset",
@@ -65,6 +71,8 @@ _MODULE_OF = {
     "MODELS": "segjax.models",
     "LoadedCheckpoint": "segjax.checkpoints.load",
     "Predictor": "segjax.inference.predictor",
+    "audit_dataset": "segjax.inference.audit",
+    "compare_models": "segjax.inference.comparison",
     "create": "segjax.models",
     "evaluate_dataset": "segjax.inference.evaluate_dataset",
     "export_model": "segjax.exports.export",

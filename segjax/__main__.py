@@ -12,6 +12,8 @@ from segjax.runtime import native_log, signals
 COMMANDS = {
     "train": ("segjax.commands.train", "train a model on a dataset, or resume a run"),
     "evaluate": ("segjax.commands.evaluate", "mIoU of a checkpoint on a dataset, with a report"),
+    "compare": ("segjax.commands.compare", "the difference of two models on the same images"),
+    "audit": ("segjax.commands.audit", "regions of masks that a model contradicts"),
     "predict": ("segjax.commands.predict", "label maps and overlays of images and videos"),
     "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),

@@ -11,15 +11,21 @@ import numpy as np
 
 from segjax.checkpoints import load, state_dict
 from segjax.checkpoints.save import save as save_checkpoint
+from segjax.commands import audit as audit_command
+from segjax.commands import compare as compare_command
 from segjax.commands import conversion, data
 from segjax.commands import convert as convert_command
 from segjax.commands import evaluate as evaluate_command
 from segjax.commands import export as export_command
 from segjax.commands import predict as predict_command
 from segjax.data import specs
+from segjax.inference import audit as audit_engine
+from segjax.inference import comparison as comparison_engine
 from segjax.inference import evaluate_dataset, evaluation
 from segjax.inference.predictor import Predictor
 from segjax.metrics import class_counts, confusion_matrix
+from segjax.viz import audit as audit_page
+from segjax.viz import comparison as comparison_page
 from segjax.viz import report
 from tests.made_archives import few_images
 from tests.pixels import SPEC, Pixels
@@ -102,6 +108,39 @@ def evaluate(flags):
 
     with mock.patch.object(evaluate_dataset, "evaluate_dataset", evaluated):
         return evaluate_command.main(flags)
+
+
+def compare(flags):
+    def compared(checkpoint, *_, output, **__):
+        rng = np.random.default_rng(int(checkpoint.name))
+        image, (truth, *pair) = rng.integers(0, 256, (90, 110, 3), np.uint8), rng.integers(0, 5, (3, 90, 110), np.uint8)
+        confusions = [confusion_matrix(truth, predicted, num_classes=5, ignore_label=255) for predicted in pair]
+        by_image = np.stack([class_counts(confusion) for confusion in confusions])[:, None]
+        found = comparison_engine._Compared(by_image, [0], truth.size, 1, {0: np.stack(pair)})
+        summary = found.summary(SPEC, ["a"])
+        shown = [comparison_page.Shown("a", image, truth, *pair)]
+        comparison_page.write(output, summary, SPEC, shown, facts={}, metadata={})
+        return summary
+
+    with mock.patch.object(comparison_engine, "compare_models", compared):
+        return compare_command.main(flags)
+
+
+def audit(flags):
+    def audited(checkpoint, *_, output, **__):
+        rng = np.random.default_rng(int(checkpoint.name))
+        names = {"image": "a", "given": SPEC.class_names[0], "predicted": SPEC.class_names[1]}
+        regions = [{**names, "box": [1, 2, 3, 4], "pixels": 12, "score": float(rng.random()), "confidence": 0.5}] * 9
+        image, (truth, predicted) = (
+            rng.integers(0, 256, (90, 110, 3), np.uint8),
+            rng.integers(0, 5, (2, 90, 110), np.uint8),
+        )
+        shown = [audit_page.Shown(image, truth, predicted, truth > 3)]
+        audit_page.write(output, regions, SPEC, shown, title="made up", facts={}, metadata={})
+        return regions
+
+    with mock.patch.object(audit_engine, "audit_dataset", audited):
+        return audit_command.main(flags)
 
 
 def prepare(flags):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from segjax.checkpoints.key_maps import WEIGHT_SETS
 from segjax.commands.ending import run_command
+from segjax.data import specs
 from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
@@ -93,6 +94,32 @@ def add_checkpoint(
         choices=WEIGHT_SETS,
         help="the set to read, where CHECKPOINT holds averaged and raw weights, or a student and a teacher",
     )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the data as the next positional argument, and where they are read from."""
+    parser.add_argument(
+        "data",
+        metavar="NAME[:SPLIT]",
+        help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
+    )
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
+    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+
+
+def data_problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `add_data` and `add_protocol` together."""
+    name = options.data.partition(":")[0]
+    wrong = {
+        f"the data are NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
+            name not in specs.DATASETS
+        ),
+        f"{name} are generated and need neither --source nor --data-dir": (
+            specs.is_generated(name) and (options.source or options.data_dir)
+        ),
+        "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
 
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:

@@ -409,7 +409,11 @@ class Inference:
         Args:
           images: As for `labels`.
         """
-        return [np.asarray(probabilities) for probabilities in self._computed(images, _mean_of_sum)]
+        return [np.asarray(probabilities) for probabilities in self.begin_probabilities(images)]
+
+    def begin_probabilities(self, images: Sequence[np.ndarray]) -> list[Computed]:
+        """Starts to compute `probabilities`, whose tiles stay on the device until `np.asarray` of a result."""
+        return self._computed(images, _mean_of_sum)
 
     def _computed(self, images: Sequence[np.ndarray], finish: Callable[[jax.Array, int], jax.Array]) -> list[Computed]:
         """Applies `finish` to the sum of probabilities over scales and flips, and their number, tile by tile."""

@@ -28,6 +28,7 @@ from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
 from segjax.inference import published_figure
+from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
@@ -112,6 +113,7 @@ def evaluate_dataset(
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
     weights: str | None = None,
+    corruptions: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
@@ -139,6 +141,8 @@ def evaluate_dataset(
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
       progress: Whether to print a progress bar.
       weights: As for `segjax.load`; None for a run, whose folder holds one set.
+      corruptions: Whether to evaluate on corrupted images too: 25 further evaluations, of five kinds at five severities
+        (`segjax.data.corruptions`). The images must be RGB of 8 bits.
 
     Returns:
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
@@ -146,8 +150,9 @@ def evaluate_dataset(
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
       "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
-      or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
-      published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
+      or None (`segjax.metrics.bootstrap_interval`); with `corruptions` also "corruptions", see
+      `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or None. For the name
+      of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
       "is_multi_scale" and "is_same_protocol".
 
     Raises:
@@ -191,6 +196,11 @@ def evaluate_dataset(
         )
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
+    if corruptions and not given.opened.image_kind.is_rgb:
+        raise ValueError(
+            f"corruptions are those of RGB images of 8 bits, and the images of {classes.name} have "
+            f"{given.opened.image_kind}; omit corruptions"
+        )
     if row is not None:
         published_figure.log_notes(row, classes.name)
     model, count = checkpoint.model, len(records_of(given.opened.data))
@@ -215,6 +225,16 @@ def evaluate_dataset(
     )
     against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     details = measured.details()
+    if corruptions:
+        details["corruptions"] = evaluate_corrupted(
+            inference.begin,
+            given.opened.data,
+            classes,
+            clean=report.summarise(measured.confusion, classes)["mean_iou"],
+            batch_size=at_a_time,
+            key=protocol.input_sizes,
+            progress=progress,
+        )
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
         _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
@@ -313,6 +333,22 @@ def _of_checkpoint(
     protocol: Protocol,
 ) -> _Given:
     """A checkpoint, and a split with the classes of the checkpoint."""
+    opened, split = open_labelled(checkpoint, data, data_source=data_source, data_dir=data_dir)
+    return _Given(checkpoint, opened, split, batch or jax.local_device_count(), protocol)
+
+
+def open_labelled(
+    checkpoint: LoadedCheckpoint,
+    data: str | OpenSplit,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> tuple[OpenSplit, str]:
+    """Opens a split with the classes of a checkpoint, as `data` of `evaluate_dataset`; and its name, or "" if unknown.
+
+    Raises:
+      ValueError: There is no such data, it cannot be used, or its classes are others.
+    """
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
@@ -325,7 +361,7 @@ def _of_checkpoint(
     else:
         split = ""
     refuse_other_classes(checkpoint, data.spec)
-    return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
+    return data, split
 
 
 def _default_split(
@@ -363,6 +399,21 @@ def _opened(
     return opened
 
 
+def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
+    """The inference of a checkpoint on a split; the program for its largest images is compiled.
+
+    Raises:
+      ValueError: The model has several classes and the protocol a threshold.
+      TooLittleMemoryError: A batch of the largest images needs more memory than a device has.
+    """
+    dtype = opened.image_kind.dtype
+    inference = Inference(checkpoint.model, protocol, batch=batch, normalise=checkpoint.normalise, image_dtype=dtype)
+    sizes = np.unique(records_of(opened.data).sizes, axis=0).tolist()
+    at_a_time = protocol.images_at_a_time(batch)
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    return inference
+
+
 def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
@@ -388,11 +439,7 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
     if not dataset:
         logger.info("the checkpoint does not name its classes; those of %s are assumed, in their order", classes.name)
         return
-    differing = [
-        f"{number} is {name!r}, not {other!r}"
-        for number, (name, other) in enumerate(zip(dataset["class_names"], classes.class_names, strict=True))
-        if name.strip().casefold() != other.casefold()
-    ]
+    differing = differing_names(dataset["class_names"], classes.class_names)
     if len(differing) > own / 4:
         raise ValueError(
             f"the classes of the model{of} are not those of {classes.name}: {listed(differing)}; choose the dataset "
@@ -400,6 +447,15 @@ def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpe
         )
     if differing:
         logger.info("classes with other names in the checkpoint: %s", listed(differing))
+
+
+def differing_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The classes with other names in two lists of equal length, as texts for a message."""
+    return [
+        f"{number} is {name!r}, not {other!r}"
+        for number, (name, other) in enumerate(zip(names, others, strict=True))
+        if name.strip().casefold() != other.strip().casefold()
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -6,6 +6,9 @@ Intersection over Union", NeurIPS 2023 Datasets and Benchmarks, arXiv:2310.19252
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from segjax.metrics.confusion import mean
@@ -103,18 +106,94 @@ def bootstrap_interval(
       >>> bool(0.4 < low < high < 1.0)
       True
     """
-    counts = counts[counts[:, 1].sum(axis=1) > 0].astype(np.float64)
-    if len(counts) < 2:
+    found = [np.nanmean(ious, axis=1) for (ious,) in _drawn_ious(counts[None], draws=draws, seed=seed)]
+    if not found:
         return None
-    right, truth, predicted = np.moveaxis(counts, 1, 0)
-    both = np.concatenate([right, truth + predicted - right], axis=1)
-    rng = np.random.default_rng(seed)
-    found = []
-    # In parts, so that memory does not grow with the number of draws.
-    for start in range(0, draws, 1000):
-        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=min(1000, draws - start))
-        hits, union = np.split(weights @ both, 2, axis=1)
-        ious = np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
-        found.append(np.nanmean(ious, axis=1))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+class Differences(NamedTuple):
+    """Intervals for the second of two models minus the first, see `bootstrap_difference`.
+
+    Attributes:
+      mean_iou: Lower and upper end for mIoU, or None for fewer than two images with labelled pixels.
+      per_class_iou: The same for the IoU of each class, K entries; None for a class that has no IoU with one of the
+        models.
+    """
+
+    mean_iou: tuple[float, float] | None
+    per_class_iou: list[tuple[float, float] | None]
+
+
+def bootstrap_difference(
+    first: np.ndarray, second: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> Differences:
+    """Estimate intervals for the difference between two models by drawing the images again, the same for both.
+
+    The paired percentile bootstrap. Images that are hard for both models do not widen the interval, as they widen those
+    of `bootstrap_interval` for each. An interval without 0 means that other images of the same kind would hardly change
+    which model is better. A drawn data set without a class does not count for the interval of this class.
+
+    Args:
+      first: `class_counts` of N images by the first model, (N, 3, K).
+      second: The same by the second model, for the same images in the same order.
+      level: Probability of each interval.
+      draws: Number of drawn data sets.
+      seed: Seed of the draws.
+
+    Returns:
+      Intervals for IoU of the second model minus IoU of the first.
+
+    Raises:
+      ValueError: The two are not counts of the same images.
+
+    Example:
+      >>> import numpy as np
+      >>> from segjax import metrics
+      >>> def counts(images):
+      ...     return np.stack([metrics.class_counts(np.array(image)) for image in images])
+      >>> worse = counts([[[9, 1], [2, 5]], [[5, 5], [1, 9]], [[8, 2], [2, 7]]])
+      >>> better = counts([[[10, 0], [2, 5]], [[9, 1], [1, 9]], [[10, 0], [2, 7]]])
+      >>> low, high = metrics.bootstrap_difference(worse, better).mean_iou
+      >>> bool(0 < low < high < 1)
+      True
+    """
+    if first.shape != second.shape or (first[:, 1] != second[:, 1]).any():
+        raise ValueError(f"counts of shapes {first.shape} and {second.shape} are not those of the same labels")
+    means, classes = [], []
+    for one, other in _drawn_ious(np.stack([first, second]), draws=draws, seed=seed):
+        means.append(np.nanmean(other, axis=1) - np.nanmean(one, axis=1))
+        classes.append(other - one)
+    if not means:
+        return Differences(None, [None] * first.shape[2])
+    ends = (1 - level) / 2, (1 + level) / 2
+    low, high = np.quantile(np.concatenate(means), ends)
+    columns = (column[~np.isnan(column)] for column in np.concatenate(classes).T)
+    quantiles = (np.quantile(column, ends).tolist() if len(column) else None for column in columns)
+    return Differences((float(low), float(high)), [None if pair is None else (pair[0], pair[1]) for pair in quantiles])
+
+
+def _drawn_ious(counts: np.ndarray, *, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """IoU of each class in data sets that are drawn from the labelled images, in parts of at most 1,000 draws.
+
+    Args:
+      counts: `class_counts` of N images by M models, (M, N, 3, K).
+      draws: Number of drawn data sets.
+      seed: Seed of the draws.
+
+    Yields:
+      float64 (M, D, K), NaN for a class without pixels; nothing for fewer than two images with labelled pixels.
+    """
+    counts = counts[:, counts[0, :, 1].sum(axis=1) > 0].astype(np.float64)
+    images = counts.shape[1]
+    if images < 2:
+        return
+    right, truth, predicted = np.moveaxis(counts, 2, 0)
+    both = np.concatenate([right, truth + predicted - right], axis=2)  # (M, N, 2 K)
+    rng = np.random.default_rng(seed)
+    # In parts, so that memory does not grow with the number of draws.
+    for start in range(0, draws, 1000):
+        weights = rng.multinomial(images, np.full(images, 1 / images), size=min(1000, draws - start))
+        hits, union = np.split(weights @ both, 2, axis=2)
+        yield np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)

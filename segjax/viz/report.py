@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -15,10 +14,10 @@ import numpy as np
 from segjax import metrics
 from segjax.data import bands, specs
 from segjax.runtime import atomic, console
-from segjax.viz import pictures
+from segjax.viz import pages, pictures
+from segjax.viz.pages import name as _name
 
 LARGEST_SIDE = 768  # pixels of a picture on the page
-LONGEST_NAME = 100  # columns of a name on the page
 # Means of `details` in the page.
 DETAILS = {
     "mean_boundary_iou": "mean boundary IoU",
@@ -119,28 +118,15 @@ def _figures_of(shown: Shown, spec: specs.DatasetSpec) -> dict[str, Any]:
 
 def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
     """Image, truth, prediction and errors (transparent in correct pixels) as data URIs."""
-    import cv2
-
     ignored = shown.truth == spec.ignore_label
     # Ignored pixels are not compared.
     predicted = np.where(ignored, shown.truth, shown.predicted)
     wrong = (predicted != shown.truth)[..., None]
     red = np.where(wrong, np.array([255, 30, 60, 255], np.uint8), np.uint8(0))
-    factor = min(1, LARGEST_SIDE / max(shown.truth.shape))
-    size = tuple(max(1, round(side * factor)) for side in shown.truth.shape[::-1])
-
-    def uri(pixels, suffix, interpolation, *settings):
-        bgr = pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
-        _, data = cv2.imencode(suffix, cv2.resize(bgr, size, interpolation=interpolation), settings)
-        kind = {".jpg": "jpeg", ".png": "png"}[suffix]
-        return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
-
+    size = pages.size_on_page(shown.truth.shape, LARGEST_SIDE)
     labels = {"truth": pictures.colourise(shown.truth, spec), "prediction": pictures.colourise(predicted, spec)}
-    layers = {
-        name: uri(pixels, ".png", cv2.INTER_NEAREST, cv2.IMWRITE_PNG_COMPRESSION, 9)
-        for name, pixels in (labels | {"errors": red}).items()
-    }
-    return {"image": uri(bands.as_picture(shown.image), ".jpg", cv2.INTER_AREA, cv2.IMWRITE_JPEG_QUALITY, 85), **layers}
+    layers = {name: pages.drawing(pixels, size) for name, pixels in (labels | {"errors": red}).items()}
+    return {"image": pages.photograph(bands.as_picture(shown.image), size), **layers}
 
 
 def _page(title, facts, summary, confusion, images, spec) -> str:
@@ -159,11 +145,10 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
             for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
         ],
         "confusion": confusion.tolist(),
+        "corruptions": summary.get("corruptions"),
         "images": [{**image, "name": _name(image["name"])} for image in images],
     }
-    # Only `<` could end the script element.
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("@DATA@", text)
+    return pages.fill("report.html", data)
 
 
 def _interval(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -172,11 +157,6 @@ def _interval(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     low, high = ends
     return [("95% interval", f"mean IoU {low:.4f} to {high:.4f}, by drawing the images again")]
-
-
-def _name(name: str) -> str:
-    """The name of a class or an image as the page shows it; JSON and CSV have the original name."""
-    return console.one_line(name, most=LONGEST_NAME)
 
 
 def _csv(rows) -> str:

@@ -102,6 +102,8 @@ def help_of(command, capsys):
         (("data",), ("prepare", "camvid"), "--source"),
         (("data", "show"), ("folder",), "--source"),
         (("evaluate",), ("CHECKPOINT", "--data", "camvid"), "--source"),
+        (("compare",), ("CHECKPOINT", "CHECKPOINT", "camvid"), "--source"),
+        (("audit",), ("CHECKPOINT", "camvid"), "--source"),
         (("train",), ("--config=segformer:b0,camvid", "--workdir=RUN"), "--config.data.source"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,

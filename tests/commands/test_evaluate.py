@@ -247,6 +247,20 @@ def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, 
     assert found["mean_iou"] == metrics.summarise(counts)["mean_iou"]
 
 
+def test_corrupted_images_are_announced_and_their_figures_printed(shapes, tmp_path, capsys):
+    given = (shapes.model, "--data", "folder:test", "--source", shapes.source, "--data-dir", shapes.data)
+    assert call(*given, "--corruptions", "--output", tmp_path / "out") == 0
+    printed, corrupted = capsys.readouterr().out, results(tmp_path / "out")["corruptions"]
+    words = " ".join(printed.split())
+    assert "of 5 kinds at 5 severities each: 25 more evaluations" in words
+    assert words.index("25 more evaluations") < words.index("compiling")
+    for kind, figures in corrupted["kinds"].items():
+        assert " ".join([kind, f"{figures['mean_iou']:.4f}", *(f"{x:.4f}" for x in figures["severities"])]) in words
+    mean = f"mean over kinds and severities {corrupted['mean_iou']:.4f}, {corrupted['relative']:.3f} of that without"
+    assert mean in words
+    assert_fits(printed[printed.index("mIoU on corrupted images") :].replace(str(tmp_path), "x"))
+
+
 def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
     folder = ("--data", "folder:val", "--source", shapes.source, "--data-dir", shapes.data, "--output", tmp_path)
     message = refused(capsys, "--checkpoint", workdir, *folder)

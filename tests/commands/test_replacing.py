@@ -142,6 +142,20 @@ COMMANDS = {
         is_whole=companions_of_one("index.html"),
         rooms=(1_000, 60_000),
     ),
+    "compare": Replacing(
+        "compare",
+        nothing,
+        "{version} {version} folder --output {out}",
+        is_whole=companions_of_one("index.html"),
+        rooms=(1_000,),
+    ),
+    "audit": Replacing(
+        "audit",
+        nothing,
+        "{version} folder --output {out}",
+        is_whole=companions_of_one("index.html"),
+        rooms=(1_000,),
+    ),
     # Too little room for label maps, overlays or probabilities.
     "predict images": Replacing(
         "predict", pictures, PREDICTED, is_whole=each_of_one, rooms=(3_000, 10_000, 100_000), again=" --resume"

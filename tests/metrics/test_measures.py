@@ -5,6 +5,7 @@ import math
 import cv2
 import numpy as np
 import pytest
+import scipy.stats
 
 from segjax import metrics
 
@@ -117,6 +118,44 @@ def test_the_interval_has_the_quantiles_of_drawn_data_sets(seed):
     assert low < metrics.summarise(confusions.sum(axis=0))["mean_iou"] < high
     first, again = (metrics.bootstrap_interval(counts_of(confusions), seed=3) for _ in range(2))
     assert first == again and metrics.bootstrap_interval(counts_of(confusions[:1])) is None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_interval_of_a_difference_is_that_of_scipy_for_pairs(seed):
+    rng = np.random.default_rng(seed)
+    first = matrices(seed, images=40)
+    # Another prediction of the same labels, better in class 0.
+    shares = np.full((4, 4), 0.1) + np.diag([0.6, 0.3, 0.3, 0.3])
+    second = rng.multinomial(first.sum(axis=2), shares / shares.sum(axis=1, keepdims=True))
+    # A class that only the second model predicts, in one image only.
+    first, second = (np.pad(confusions, ((0, 0), (0, 1), (0, 1))) for confusions in (first, second))
+    second[5, 0, 4], second[5, 0, 0] = second[5, 0, 0], 0
+    found = metrics.bootstrap_difference(counts_of(first), counts_of(second), seed=seed)
+    labelled = np.flatnonzero(first.sum(axis=(1, 2)))
+
+    def differences(images):
+        """Of mIoU and of each class."""
+        one, other = (metrics.summarise(confusions[images].sum(axis=0)) for confusions in (first, second))
+        pairs = zip(one["per_class_iou"], other["per_class_iou"], strict=True)
+        classes = [math.nan if None in pair else pair[1] - pair[0] for pair in pairs]
+        return np.array([other["mean_iou"] - one["mean_iou"], *classes[:4]])
+
+    expected = scipy.stats.bootstrap(
+        (labelled,), differences, n_resamples=4000, method="percentile", vectorized=False, rng=seed + 100
+    )
+    spread, ends = expected.standard_error, expected.confidence_interval
+    for place, pair in enumerate([found.mean_iou, *found.per_class_iou[:4]]):
+        np.testing.assert_allclose(pair, [ends.low[place], ends.high[place]], atol=0.15 * spread[place])
+    assert found.per_class_iou[0][0] > 0 and found.per_class_iou[4] is None
+
+
+def test_a_difference_to_itself_is_zero_and_other_labels_are_refused():
+    counts = counts_of(matrices(0))
+    assert metrics.bootstrap_difference(counts, counts) == metrics.Differences((0.0, 0.0), [(0.0, 0.0)] * 4)
+    assert metrics.bootstrap_difference(counts[:1], counts[:1]) == metrics.Differences(None, [None] * 4)
+    for other in (counts[:5], counts_of(matrices(1))):
+        with pytest.raises(ValueError, match="not those of the same labels"):
+            metrics.bootstrap_difference(counts, other)
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration

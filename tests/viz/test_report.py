@@ -111,6 +111,35 @@ def test_tables_read_back_as_what_was_counted(folder):
     np.testing.assert_array_equal([[int(value) for value in row[1:]] for row in body], CONFUSION)
 
 
+KINDS = {
+    "blur": {"mean_iou": 0.25, "severities": [0.5, 0.25, 0.25, 0.125, 0.125]},
+    "<b>jpeg": {"mean_iou": None, "severities": [None] * 5},
+}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine to open the page with")
+def test_the_page_has_a_table_of_corrupted_images_where_there_are_any(tmp_path):
+    details = {"corruptions": {"mean_iou": 0.25, "relative": 0.5, "kinds": KINDS}}
+    visit = r"""
+    const seen = {}, section = document.getElementById("corrupted");
+    seen.hidden = section.hidden; seen.text = section.innerText;
+    seen.rows = [...section.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+    seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    """
+    for name, given in (("without", {}), ("with", details)):
+        folder = tmp_path / name
+        report.write(folder, CONFUSION, SPEC, SHOWN[:1], title="t", facts=FACTS, metadata={}, details=given)
+        seen = seen_by(folder / "index.html", visit, folder, "--window-size=390,900")
+        assert seen["hidden"] == (name == "without") and seen["wide"] <= 0
+    assert json.loads((folder / "results.json").read_text())["corruptions"] == details["corruptions"]
+    assert "Mean over kinds and severities: 0.2500, 50.0 % of that without." in seen["text"]
+    assert seen["rows"] == [
+        ["Corruption", "Mean", "1", "2", "3", "4", "5"],
+        ["blur", "0.2500", "0.5000", "0.2500", "0.2500", "0.1250", "0.1250"],
+        ["<b>jpeg", *["–"] * 6],
+    ]
+
+
 @pytest.mark.parametrize("num_classes", [1, 150])
 def test_a_matrix_of_any_size_is_drawn_and_a_class_without_pixels_too(num_classes, tmp_path):
     spec = specs.DatasetSpec("k", tuple(f"class {k}" for k in range(num_classes)), ((9, 9, 9),) * num_classes, 255)
@@ -268,19 +297,24 @@ def browse(page, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+def seen_by(page, visit, folder, *flags):
+    """What a script has put into `seen`, in a page that a browser has opened; a copy of it lies in the folder."""
+    copy = folder / "page.html"
+    script = f'<script>window.onload = () => {{ {visit} document.body.innerHTML = ""; '
+    script += 'document.body.append(Object.assign(document.createElement("pre"), '
+    script += '{id: "seen", textContent: JSON.stringify(seen)})); }</script>'
+    copy.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    dom = browse(copy, "--dump-dom", *flags)
+    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
+    return json.loads(html.unescape(seen))
+
+
 @pytest.fixture(scope="module")
 def visited(folder, tmp_path_factory):
     """What a visit of the page has seen."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this machine to open the page with")
-    page = tmp_path_factory.mktemp("visit") / "page.html"
-    script = f'<script>window.onload = () => {{ {VISIT} document.body.innerHTML = ""; '
-    script += 'document.body.append(Object.assign(document.createElement("pre"), '
-    script += '{id: "seen", textContent: JSON.stringify(seen)})); }</script>'
-    page.write_text((folder / "index.html").read_text().replace("</body>", f"{script}</body>"))
-    dom = browse(page, "--dump-dom", "--window-size=1200,900")
-    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
-    return json.loads(html.unescape(seen))
+    return seen_by(folder / "index.html", VISIT, tmp_path_factory.mktemp("visit"), "--window-size=1200,900")
 
 
 def figures(column):
