@@ -14,6 +14,7 @@
 
     segjax.evaluate_dataset("runs/mine", "camvid:test")["mean_iou"]
     segjax.export_model("runs/mine", "mine.onnx", size=(512, 1024))
+    segjax.evaluate_dataset("mine.onnx", reference="runs/mine")["reference"]["difference"]
 
     model = segjax.from_torch(state_dict)         # a PyTorch state dict
     segjax.load_torch(model, state_dict)
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from segjax.checkpoints.state_dict import from_torch, load_torch, to_torch
     from segjax.exports.export import export_model
     from segjax.inference.evaluate_dataset import evaluate_dataset
+    from segjax.inference.open_exported import open_exported
     from segjax.inference.predictor import Predictor
     from segjax.models import MODELS, create
 
@@ -56,6 +58,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "open_exported",
     "save",
     "to_torch",
     "train",
@@ -72,6 +75,7 @@ _MODULE_OF = {
     "list_weights": "segjax.checkpoints.published",
     "load": "segjax.checkpoints.load",
     "load_torch": "segjax.checkpoints.state_dict",
+    "open_exported": "segjax.inference.open_exported",
     "save": "segjax.checkpoints.save",
     "to_torch": "segjax.checkpoints.state_dict",
 }

@@ -19,7 +19,7 @@ from tests.tiny import SIZES, tiny_model
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = ("create", "evaluate_dataset", "export_model", "from_torch", "list_weights", "load", "load_torch", "save")
-FUNCTIONS += ("to_torch",)
+FUNCTIONS += ("open_exported", "to_torch")
 NAMESPACES = ("data", "layers", "losses", "metrics", "models", "train")
 # Of extras, which are not installed everywhere.
 OPTIONAL = ("torch", "onnx", "onnxruntime", "onnxscript", "transformers")

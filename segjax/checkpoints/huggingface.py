@@ -322,6 +322,22 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return metadata, notes
 
 
+def names_and_normalisation(folder: Path) -> dict[str, Any]:
+    """`metadata_of` for a file of any network that lies next to config.json and preprocessor_config.json.
+
+    Raises:
+      UnreadableError: a normalisation that cannot be.
+    """
+    metadata: dict[str, Any] = {}
+    if (folder / CONFIG).exists():
+        metadata = _classes(read_json(folder / CONFIG), folder / CONFIG)
+        metadata.pop(NUMBERED_NAMES, None)
+    if (folder / PREPROCESSOR).exists():
+        found = _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR, channels=3)
+        metadata |= {key: value for key, value in found.items() if key == "normalisation"}
+    return metadata
+
+
 def _classes(config: Mapping, path: Path) -> dict[str, Any]:
     """Metadata of the class names; none where they are transformers' placeholders, or of other types."""
     try:

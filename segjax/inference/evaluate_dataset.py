@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from segjax.checkpoints import orbax_folder, published
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
-from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
+from segjax.checkpoints.load import load
 from segjax.checkpoints.metadata import Size
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
@@ -27,9 +27,12 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
-from segjax.inference import published_figure
+from segjax.inference import difference, published_figure
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
+from segjax.inference.exported_model import ExportedModel
+from segjax.inference.open_exported import Loaded, opened, protocol_for
+from segjax.inference.runtimes import exported_path
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import versions
 from segjax.runtime.atomic import recover, why_not_writable
@@ -95,9 +98,12 @@ class _Generated(TypedDict):
 
 
 def evaluate_dataset(
-    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    source: str | Path | Loaded | SegmentationModel,
     data: str | OpenSplit | None = None,
     *,
+    reference: str | Path | Loaded | SegmentationModel | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     mode: str | None = None,
@@ -116,11 +122,15 @@ def evaluate_dataset(
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
     Args:
-      source: Argument or result of `segjax.load`, or a model.
+      source: Argument or result of `segjax.load`, or a model; or an exported file, as for `segjax.open_exported`.
       data: "NAME" or "NAME:SPLIT". NAME is a key of `segjax.data.DATASETS`. SPLIT is a split or a sum of splits, as in
         "train+val", by default the published evaluation split (for a folder, test or else val). Or a split from
         `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, with the dtype of the
         run and the batch and protocol of its `config.eval`, and reproduces its metrics.
+      reference: Checkpoint to evaluate in the same way, for the difference from it; for an exported file, the run that
+        it was exported from. With `data` None its data and its protocol are used.
+      mean: As for `segjax.open_exported`.
+      std: As for `segjax.open_exported`.
       data_source: Files from which a dataset is prepared at first use, as `source` of `segjax.data.open_splits`; by
         default those of the run.
       data_dir: Folder of prepared datasets, as for `segjax.data.open_splits`; by default that of the run.
@@ -148,7 +158,8 @@ def evaluate_dataset(
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
       or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
       published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
-      "is_multi_scale" and "is_same_protocol".
+      "is_multi_scale" and "is_same_protocol". With a `reference`, or for a file whose metadata have the mIoU of its run
+      on this split, also "reference": "source", "mean_iou", "difference", "per_class_iou" and "is_same_protocol".
 
     Raises:
       CheckpointError: No model can be read from `source`.
@@ -179,16 +190,26 @@ def evaluate_dataset(
             raise ValueError("a run is evaluated as during training; to set the protocol or the batch, name the data")
         if weights is not None:
             raise ValueError(f"the folder of a run holds one set of weights, without a set {weights!r}")
-        given = _of_run(source, data_source=data_source, data_dir=data_dir)
+        other = None
+        given = _of_run(source if reference is None else reference, data_source=data_source, data_dir=data_dir)
+        if reference is not None:
+            other = given.checkpoint
+            given = dataclasses.replace(given, checkpoint=opened(source, mean=mean, std=std, reference=other))
+            refuse_other_classes(given.checkpoint, given.opened.spec)
     else:
+        other = None if reference is None else opened(reference)
         given = _of_checkpoint(
-            as_loaded(source, weights=weights),
+            opened(source, weights=weights, mean=mean, std=std, reference=other),
             data,
+            config=(other.metadata.get("config") if other else None),
             data_source=data_source,
             data_dir=data_dir,
             batch=batch,
             protocol=protocol,
         )
+    if isinstance(given.checkpoint.model, ExportedModel):
+        settings = _of_own(given.protocol) if data is None else settings
+        given = dataclasses.replace(given, protocol=protocol_for(given.checkpoint.model, settings, given.sizes))
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     if row is not None:
@@ -197,29 +218,63 @@ def evaluate_dataset(
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
     logger.info("scored   %s", protocol)
+    if isinstance(model, ExportedModel):
+        logger.info("run by   %s", model.runnable.package)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
-    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
-    at_a_time = protocol.images_at_a_time(given.batch)
-    sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
-    measured = measure(
-        inference.begin,
-        given.opened.data,
-        classes,
-        batch_size=at_a_time,
-        key=protocol.input_sizes,
-        shown=0 if output is None else SHOWN,
-        progress=progress,
+    measured = _measured(checkpoint, given, shown=0 if output is None else SHOWN, progress=progress)
+    summary = report.summarise(measured.confusion, classes)
+    against: dict[str, Any] = (
+        {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     )
-    against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
+    if other is not None:
+        refuse_other_images(other, kind, classes.name)
+        logger.info("then the reference, %s", _name(reference, other))
+        theirs = report.summarise(_measured(other, given, shown=0, progress=progress).confusion, classes)
+        against["reference"] = difference.evaluated(_name(reference, other), theirs, summary)
+    elif known := difference.recorded(checkpoint.metadata, summary, data=given.address, protocol=protocol):
+        against["reference"] = known
     details = measured.details()
     if output is not None:
-        name = str(source) if isinstance(source, str | Path) else model.spec.name
+        name = _name(source, checkpoint)
         _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
-    summary = report.summarise(measured.confusion, classes)
     return summary | details | {"step": checkpoint.metadata.get("step"), **against}
+
+
+def _name(source: object, loaded: Loaded) -> str:
+    if isinstance(loaded.model, ExportedModel):
+        return str(loaded.model.path)
+    return str(source) if isinstance(source, str | Path) else loaded.model.spec.name
+
+
+def _measured(checkpoint: Loaded, given: _Given, *, shown: int, progress: bool) -> Measured:
+    """Evaluates a checkpoint on a split, with its protocol and batch."""
+    protocol = given.protocol
+    inference = Inference(
+        checkpoint.model,
+        protocol,
+        batch=given.batch,
+        normalise=checkpoint.normalise,
+        image_dtype=given.opened.image_kind.dtype,
+    )
+    at_a_time = protocol.images_at_a_time(given.batch)
+    inference.refuse_too_large(given.sizes, batch=at_a_time)
+    return measure(
+        inference.begin,
+        given.opened.data,
+        given.opened.spec,
+        batch_size=at_a_time,
+        key=protocol.input_sizes,
+        shown=shown,
+        progress=progress,
+    )
+
+
+def _of_own(protocol: Protocol) -> dict[str, Any]:
+    """The settings of a run's protocol that are not defaults, which a file may replace."""
+    fields = {field.name: getattr(protocol, field.name) for field in dataclasses.fields(Protocol)}
+    return {name: value for name, value in fields.items() if value != getattr(Protocol(), name)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +289,7 @@ class _Given:
       protocol: Protocol of the scores.
     """
 
-    checkpoint: LoadedCheckpoint
+    checkpoint: Loaded
     opened: OpenSplit
     split: str
     batch: int
@@ -244,9 +299,19 @@ class _Given:
     def name(self) -> str:
         return f"{self.opened.spec.name} {self.split}".strip()
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of the images, each size once."""
+        return [(height, width) for height, width in np.unique(records_of(self.opened.data).sizes, axis=0).tolist()]
+
+    @property
+    def address(self) -> str:
+        """As a command names it, "NAME:SPLIT"."""
+        return f"{self.opened.spec.name}:{self.split}"
+
 
 def _of_run(
-    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    source: str | Path | Loaded | SegmentationModel,
     *,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
@@ -256,6 +321,8 @@ def _of_run(
         raise NoDataError(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
+    if exported_path(source) is not None and user_path(source).exists():
+        raise NoDataError(f"{source} is an exported file, which has no data of its own; name the data")
     folder = user_path(source)
     if not folder.exists() and not is_address(source) and published.find(source) is None:
         raise ValueError(f"{source}: there is no such file or folder{published.hint_for(source)}")
@@ -304,21 +371,22 @@ def _data_of_run(
 
 
 def _of_checkpoint(
-    checkpoint: LoadedCheckpoint,
+    checkpoint: Loaded,
     data: str | OpenSplit,
     *,
+    config: Mapping | None,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
     batch: int | None,
     protocol: Protocol,
 ) -> _Given:
-    """A checkpoint, and a split with the classes of the checkpoint."""
+    """A checkpoint, and a split with the classes of the checkpoint; `config` is that of a run it came from."""
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
             raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
         split = split or _default_split(name, data_source=data_source, data_dir=data_dir)
-        config = checkpoint.metadata.get("config")
+        config = checkpoint.metadata.get("config") or config
         data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
     elif data_source is not None or data_dir is not None:
         raise ValueError("data_source and data_dir are for data that is given by its name; omit them")
@@ -363,7 +431,7 @@ def _opened(
     return opened
 
 
-def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
+def refuse_other_images(checkpoint: Loaded, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
     if takes.channels != images.channels or takes.dtype not in (None, images.dtype):
@@ -373,7 +441,7 @@ def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, n
         )
 
 
-def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:
+def refuse_other_classes(checkpoint: Loaded, classes: specs.DatasetSpec) -> None:
     """Raises ValueError if the classes of a checkpoint are not those of a dataset, in the same order.
 
     Up to a quarter of the names may differ, because packages spell some differently; differences are logged.
@@ -423,7 +491,8 @@ def _write_report(
       details: `measured.details()`.
       given: Checkpoint and split.
       name: Name of the checkpoint, or of a model without a checkpoint.
-      against: {"published": `published_figure.PublishedFigure`}, or {}.
+      against: "published", a `published_figure.PublishedFigure`, and "reference", a `difference.Reference`, as far as
+        there are such figures.
       duration: Duration in seconds, including preparation, reading and compilation.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
@@ -434,14 +503,18 @@ def _write_report(
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(given.protocol),
     }
-    if against:
-        measured_iou = report.summarise(measured.confusion, classes)["mean_iou"]
-        facts["published"] = published_figure.compared(against["published"], measured_iou)
+    summary = report.summarise(measured.confusion, classes)
+    if isinstance(model, ExportedModel):
+        facts["run by"] = model.runnable.package
+    if "published" in against:
+        facts["published"] = published_figure.compared(against["published"], summary["mean_iou"])
+    if "reference" in against:
+        facts["reference"] = difference.compared(against["reference"], summary)
     metadata = stamped(
         {
             "checkpoint": name,
             "step": step,
-            "model": model_metadata(model),
+            "model": model.metadata if isinstance(model, ExportedModel) else model_metadata(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
             # In the terms of a training's result.json.
