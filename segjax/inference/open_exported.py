@@ -104,8 +104,8 @@ def open_exported(
         values (RGB in 0..255), for a file that does not say. For a file that takes values as they are: 0, with `std` 1;
         for one that takes 0..1: 0 and 255.
       std: Standard deviation of that normalisation.
-      reference: Checkpoint from which the file was made, argument or result of `segjax.load`. It has the normalisation, the
-        classes and `align_corners` of a file that does not say.
+      reference: Checkpoint from which the file was made, argument or result of `segjax.load`. It has the normalisation,
+        the classes and `align_corners` of a file that does not say.
 
     Raises:
       CheckpointError: The package is missing, the file is no segmentation model, or something remains unknown; the
