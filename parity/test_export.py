@@ -22,12 +22,13 @@ from segjax.exports import onnx as onnx_export
 from segjax.exports import torch_program
 from segjax.exports.export import export_model
 from segjax.exports.format import SUFFIXES, ExportFormat
+from segjax.inference import runtimes
 from segjax.torch_reference import verify
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FORMATS = {
-    "onnx": (onnx_export.write_onnx, onnx_export.open_onnx),
-    "torch": (torch_program.write_torch, torch_program.open_torch),
+    "onnx": (onnx_export.write_onnx, lambda path: runtimes.open_onnx(path).run),
+    "torch": (torch_program.write_torch, lambda path: runtimes.open_torch(path).run),
 }
 
 

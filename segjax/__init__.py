@@ -16,6 +16,7 @@
     segjax.compare_models("runs/mine", "runs/other", "camvid:test")["difference"]
     segjax.audit_dataset("runs/mine", "camvid:test")[0]["box"]
     segjax.export_model("runs/mine", "mine.onnx", size=(512, 1024))
+    segjax.evaluate_dataset("mine.onnx", reference="runs/mine")["reference"]["difference"]
 
     model = segjax.from_torch(state_dict)         # a PyTorch state dict
     segjax.load_torch(model, state_dict)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from segjax.inference.audit import audit_dataset
     from segjax.inference.comparison import compare_models
     from segjax.inference.evaluate_dataset import evaluate_dataset
+    from segjax.inference.open_exported import open_exported
     from segjax.inference.predictor import Predictor
     from segjax.models import MODELS, create
 
@@ -62,6 +64,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "open_exported",
     "save",
     "to_torch",
     "train",
@@ -80,6 +83,7 @@ _MODULE_OF = {
     "list_weights": "segjax.checkpoints.published",
     "load": "segjax.checkpoints.load",
     "load_torch": "segjax.checkpoints.state_dict",
+    "open_exported": "segjax.inference.open_exported",
     "save": "segjax.checkpoints.save",
     "to_torch": "segjax.checkpoints.state_dict",
 }

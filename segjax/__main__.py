@@ -19,6 +19,8 @@ COMMANDS = {
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
     "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
     "weights": ("segjax.commands.weights", "the published weights that have a name"),
+    "card": ("segjax.commands.card", "the model card of a run, for the Hugging Face Hub"),
+    "push": ("segjax.commands.push", "card and weights of a run to the Hugging Face Hub"),
     "summary": ("segjax.commands.summary", "parameters, multiply-adds and memory of a model"),
     "benchmark": ("segjax.commands.benchmark", "speed of a model next to PyTorch's"),
     "data": ("segjax.commands.data", "import or prepare a dataset, or draw its samples"),

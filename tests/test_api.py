@@ -19,6 +19,7 @@ from tests.tiny import SIZES, tiny_model
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = (
+    "audit_dataset",
     "compare_models",
     "create",
     "evaluate_dataset",
@@ -29,7 +30,7 @@ FUNCTIONS = (
     "load_torch",
     "save",
 )
-FUNCTIONS += ("to_torch",)
+FUNCTIONS += ("open_exported", "to_torch")
 NAMESPACES = ("data", "layers", "losses", "metrics", "models", "train")
 # Of extras, which are not installed everywhere.
 OPTIONAL = ("torch", "onnx", "onnxruntime", "onnxscript", "transformers")

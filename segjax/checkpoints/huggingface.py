@@ -44,6 +44,15 @@ def problem_of(address: str | Path) -> str | None:
     return None if _ADDRESS.fullmatch(str(address)) else _SPELLING
 
 
+def parsed_address(address: str) -> tuple[str, str | None]:
+    """Repository and revision of an address. Raises CheckpointError for no valid one."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise CheckpointError(f"{address}: {_SPELLING}")
+    repository, revision = found.groups()
+    return repository, revision
+
+
 # ----------------------------------------------------------------------------------------------------------- the Hub
 
 
@@ -75,14 +84,11 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
       UnreachableError: the Hub cannot be reached, and there is a `cache`, which is taken as empty.
       CheckpointError: nothing can be downloaded from the address; the message has the reason.
     """
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
-        raise CheckpointError(f"{address}: {_SPELLING}")
+    repository, revision = parsed_address(address)
     try:
         from huggingface_hub import constants
     except ModuleNotFoundError:
         raise CheckpointError(f'{address}: needs huggingface_hub: pip install "segjax[hub]"') from None
-    repository, revision = found.groups()
     unreachable = _why_unreachable(repository, revision)
     if cache is not None and unreachable is not None:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be reached: {unreachable}"
@@ -320,6 +326,22 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if (folder / PREPROCESSOR).exists():
         metadata |= _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR, channels=channels)
     return metadata, notes
+
+
+def names_and_normalisation(folder: Path) -> dict[str, Any]:
+    """`metadata_of` for a file of any network that lies next to config.json and preprocessor_config.json.
+
+    Raises:
+      UnreadableError: a normalisation that cannot be.
+    """
+    metadata: dict[str, Any] = {}
+    if (folder / CONFIG).exists():
+        metadata = _classes(read_json(folder / CONFIG), folder / CONFIG)
+        metadata.pop(NUMBERED_NAMES, None)
+    if (folder / PREPROCESSOR).exists():
+        found = _images(read_json(folder / PREPROCESSOR, _Preprocessor), folder / PREPROCESSOR, channels=3)
+        metadata |= {key: value for key, value in found.items() if key == "normalisation"}
+    return metadata
 
 
 def _classes(config: Mapping, path: Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from typing_extensions import TypeVar
 
 from segjax import models
 from segjax.checkpoints import metadata, orbax_folder, published
@@ -21,11 +22,14 @@ from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.state_dict import from_torch, logger, model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
-from segjax.models.segmentation_model import SegmentationModel
+from segjax.models.segmentation_model import ModelInterface, SegmentationModel
+
+# A model, or what stands in for one: `segjax.inference.exported_model.ExportedModel`.
+Model = TypeVar("Model", bound=ModelInterface, default=SegmentationModel, covariant=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoadedCheckpoint:
+class LoadedCheckpoint(Generic[Model]):
     """A model and everything that its checkpoint contains in addition to the weights.
 
     Attributes:
@@ -37,7 +41,7 @@ class LoadedCheckpoint:
       provenance: name and hash of the checkpoint, and its own provenance under "made_from".
     """
 
-    model: SegmentationModel
+    model: Model
     classes: specs.DatasetSpec
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: tuple[float, ...] = specs.IMAGENET_MEAN

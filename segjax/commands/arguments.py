@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from segjax.checkpoints.key_maps import WEIGHT_SETS
 from segjax.commands.ending import run_command
 from segjax.data import specs
+from segjax.inference.runtimes import exported_path
 from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
@@ -75,16 +76,21 @@ CHECKPOINT = (
     "a .pth, .safetensors or .npz, a folder of segjax or transformers, the folder of a run, hf:owner/name, or a name "
     "of `segjax weights`"
 )
+EXPORTED = "or an exported file: .onnx, .xml of OpenVINO, .stablehlo, .pt2 or .tflite"
 
 
 def add_checkpoint(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], *, names: Sequence[str] = ("--checkpoint",)
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    *,
+    names: Sequence[str] = ("--checkpoint",),
+    takes: str = CHECKPOINT,
 ) -> None:
     """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names; and
-    `--weights`, the set of weights to read in it."""
+    `--weights`, the set of weights to read in it. `takes` is what a checkpoint may be, in the help."""
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
     means = "means" if len(names) == 1 else "mean"
-    help = f"{CHECKPOINT}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
+    help = f"{takes}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
     if by_name:
         parser.add_argument(*names, dest="checkpoint", required=True, type=as_path, metavar="CHECKPOINT", help=help)
     else:
@@ -118,6 +124,31 @@ def data_problems(options: argparse.Namespace) -> list[str]:
             specs.is_generated(name) and (options.source or options.data_dir)
         ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
+
+
+def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
+    """Adds the options for exported files; `reference` is the help of `--reference`."""
+    parser.add_argument("--reference", type=as_path, metavar="CHECKPOINT", help=reference)
+    parser.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="normalisation of an exported file that does not say it, a number per channel in units of 0..255",
+    )
+    parser.add_argument("--std", type=float, nargs="+", metavar="N", help="of the same")
+
+
+def problems_of_exported(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `add_exported`."""
+    is_exported = exported_path(options.checkpoint) is not None
+    given = options.mean is not None or options.std is not None
+    wrong = {
+        "--mean and --std are for exported files: a checkpoint has its own": given and not is_exported,
+        "--mean and --std belong together; give both": (options.mean is None) != (options.std is None),
+        "--weights: an exported file holds one set of weights; omit it": is_exported and options.weights,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 

@@ -2,11 +2,13 @@
 
     segjax evaluate RUN [--best]
     segjax evaluate CHECKPOINT --data NAME[:SPLIT] [--source DIR] [--mode slide --crop H W] ...
+    segjax evaluate FILE --reference RUN
 
 The first evaluates the last or the best weights of a run on its own data, with the protocol of its config.eval, in the
 same way as during training; the second evaluates any checkpoint on any dataset with mmsegmentation's protocols, and
-published weights, by a name of `segjax weights`, with the protocol of their published figure unless another is given.
-Both write a report: index.html, and its figures next to it.
+published weights, by a name of `segjax weights`, with the protocol of their published figure unless another is given;
+the third an exported file (.onnx, .xml of OpenVINO, .stablehlo, .pt2, .tflite) on the data of the run it came from, and
+its difference from the run. All write a report: index.html, and its figures next to it.
 """
 
 from __future__ import annotations
@@ -18,17 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from segjax.commands.arguments import (
+    CHECKPOINT,
+    EXPORTED,
     Parser,
     add_checkpoint,
+    add_exported,
     add_protocol,
     as_path,
     less_memory,
+    problems_of_exported,
     protocol_of,
     summary_of,
     within,
 )
 from segjax.commands.ending import run_command
 from segjax.data import specs
+from segjax.inference.runtimes import exported_path
 from segjax.runtime.console import cell, say, score
 from segjax.train.constraints import BATCH
 
@@ -36,12 +43,18 @@ from segjax.train.constraints import BATCH
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="segjax evaluate", description=summary_of(__doc__))
-    add_checkpoint(parser, arguments, names=("--checkpoint", "--workdir"))
+    takes = f"{CHECKPOINT}; {EXPORTED}"
+    add_checkpoint(parser, arguments, names=("--checkpoint", "--workdir"), takes=takes)
     parser.add_argument(
         "--data",
         metavar="NAME[:SPLIT]",
         help=f"NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val; without, "
-        "CHECKPOINT is a run and is evaluated on its own data",
+        "CHECKPOINT is a run and is evaluated on its own data, or that of --reference",
+    )
+    add_exported(
+        parser,
+        "evaluated in the same way, for the difference from it; of an exported file the run it came from, which also "
+        "says what the file does not: normalisation and classes. Without --data, on the data of this run",
     )
     parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
     parser.add_argument(
@@ -63,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         "which takes 25 more evaluations",
     )
     options = parser.parse_args(arguments)
-    if problems := _problems(options):
+    if problems := _problems(options) + problems_of_exported(options):
         parser.error("; ".join(problems))
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
@@ -106,13 +119,15 @@ def _problems(options: argparse.Namespace) -> list[str]:
 def _run(options: argparse.Namespace) -> None:
     from segjax.data.sources import NoSourceError
     from segjax.inference import published_figure
+    from segjax.inference.difference import compared
     from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
 
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
     output = options.output or (own_report if is_run else Path("report"))
-    say(f"evaluates {checkpoint} on {options.data or 'its own data, as during training'}")
+    of = "its own data" if options.reference is None else f"the data of {options.reference}"
+    say(f"evaluates {checkpoint} on {options.data or f'{of}, as during training'}")
     if options.corruptions:
         say(
             "and on corrupted images, of 5 kinds at 5 severities each: 25 more evaluations, about 26 times the time "
@@ -124,6 +139,9 @@ def _run(options: argparse.Namespace) -> None:
             options.data,
             data_source=options.source,
             data_dir=options.data_dir,
+            reference=options.reference,
+            mean=options.mean,
+            std=options.std,
             output=output,
             progress=True,
             weights=options.weights,
@@ -131,12 +149,15 @@ def _run(options: argparse.Namespace) -> None:
             **_settings(options),
         )
     except NoDataError as error:
-        raise ValueError(f"{error}: --data NAME") from error
+        remedy = "--data NAME, or --reference RUN to take its data" if exported_path(checkpoint) else "--data NAME"
+        raise ValueError(f"{error}: {remedy}") from error
     except NoSourceError as error:
         raise ValueError(f"{error}: --source PATH") from error
     _print_table(summary)
     if "published" in summary:
         say(published_figure.compared(summary["published"], summary["mean_iou"]))
+    if "reference" in summary:
+        say(compared(summary["reference"], summary))
     say(f"report: {output / 'index.html'}")
     if is_run and not options.best:
         _compare_with_result(options.checkpoint / "result.json", summary)

@@ -33,21 +33,34 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from segjax.commands.arguments import Parser, add_checkpoint, add_protocol, as_path, less_memory, protocol_of, within
+from segjax.commands.arguments import (
+    CHECKPOINT,
+    EXPORTED,
+    Parser,
+    add_checkpoint,
+    add_exported,
+    add_protocol,
+    as_path,
+    less_memory,
+    problems_of_exported,
+    protocol_of,
+    within,
+)
 from segjax.commands.ending import run_command
 from segjax.data.codec import MAX_PIXELS
 from segjax.data.sources import listed
 from segjax.inference import geotiff, planning
 from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
+from segjax.inference.runtimes import exported_path
 from segjax.runtime import console
 from segjax.runtime.atomic import why_not_writable, write_text
 from segjax.train.constraints import BATCH, SIDE
 from segjax.viz import video
 
 if TYPE_CHECKING:
-    from segjax.checkpoints.load import LoadedCheckpoint
     from segjax.inference.batch_run import Run
+    from segjax.inference.open_exported import Loaded
     from segjax.inference.planning import Skipped
     from segjax.inference.predictor import Predictor
 
@@ -61,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_checkpoint(parser, arguments)
+    add_checkpoint(parser, arguments, takes=f"{CHECKPOINT}; {EXPORTED}")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, video, folder, 'pattern', camera or address")
     parser.add_argument("--output", required=True, type=as_path, metavar="DIR", help="where everything goes")
     parser.add_argument(
@@ -72,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KIND",
         help=f"of {', '.join(KINDS)}; default labels overlay",
     )
+    add_exported(parser, "that an exported file was made from: says what the file does not, normalisation and classes")
     add_protocol(parser)
     parser.add_argument(
         "--pad-multiple", type=within(SIDE), default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
@@ -101,6 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.mode != "slide" and (options.crop or options.stride):
         parser.error("--crop and --stride go with --mode slide")
+    if problems := problems_of_exported(options):
+        parser.error("; ".join(problems))
+    if options.reference is not None and exported_path(options.checkpoint) is None:
+        parser.error("--reference is for exported files: a checkpoint says all itself")
     try:
         check_scale(options.scale)
     except ValueError as error:
@@ -124,6 +142,8 @@ def _run(options: argparse.Namespace) -> int:
     from segjax.checkpoints.load import load
     from segjax.inference import batch_run
     from segjax.inference.batch_run import Run
+    from segjax.inference.exported_model import ExportedModel
+    from segjax.inference.open_exported import opened
     from segjax.inference.predictor import Predictor
 
     jobs, skipped = planning.plan(options.inputs, options.output, options.write, max_pixels=options.max_pixels)
@@ -137,7 +157,13 @@ def _run(options: argparse.Namespace) -> int:
         batch = min(batch, _rounded_up(len(jobs), jax.local_device_count()))
     if any(job.is_video for job in jobs):
         video.pyav()
-    checkpoint = load(options.checkpoint, weights=options.weights)
+    reference = None if options.reference is None else load(options.reference)
+    checkpoint = opened(
+        options.checkpoint, weights=options.weights, mean=options.mean, std=options.std, reference=reference
+    )
+    gives_labels = isinstance(checkpoint.model, ExportedModel) and checkpoint.model.output == "labels"
+    if gives_labels and "probabilities" in options.write:
+        raise ValueError(f"{options.checkpoint} gives labels; --write probabilities needs a file that gives scores")
     settings = dict(
         pad_multiple=options.pad_multiple,
         batch=batch,
@@ -181,7 +207,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _describe(
-    checkpoint: LoadedCheckpoint,
+    checkpoint: Loaded,
     predictor: Predictor,
     jobs: Sequence[Job],
     skipped: Sequence[Skipped],
@@ -190,16 +216,21 @@ def _describe(
 ) -> None:
     import jax
 
+    from segjax.inference.exported_model import ExportedModel
     from segjax.models.functional import FunctionalModel
 
     classes, model = predictor.classes, checkpoint.model
-    count = sum(array.size for array in FunctionalModel(model).arrays()[0].values())
+    if isinstance(model, ExportedModel):
+        of_model = f"run by {model.runnable.package}"
+    else:
+        count = sum(array.size for array in FunctionalModel(model).arrays()[0].values())
+        of_model = f"{count:,} parameters"
     is_guess = (checkpoint.metadata.get("dataset") or {}).get("guessed", False)
     of = f" of {classes.name}" if checkpoint.dataset or is_guess else ""
     origin = (
         "" if checkpoint.dataset else " (the file names none" + (f"; {classes.name} has as many)" if is_guess else ")")
     )
-    console.say(f"checkpoint  {options.checkpoint}: {model.spec.name}, {count:,} parameters")
+    console.say(f"checkpoint  {options.checkpoint}: {model.spec.name}, {of_model}")
     if not predictor.image_kind.is_rgb:
         drawn = " (overlays: the first three)" if predictor.image_kind.channels > 3 else ""
         console.say(f"takes       images of {predictor.image_kind}{drawn}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from typing_extensions import TypedDict
 
 from segjax import layers, models
 from segjax.checkpoints.checkpoint import CheckpointError
@@ -41,11 +42,12 @@ from segjax.data import specs, streets
 from segjax.data.augment import normalise
 from segjax.exports import stablehlo
 from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
-from segjax.inference.engine import labels_of
+from segjax.inference.engine import Protocol, labels_of
+from segjax.inference.runtimes import open_file
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic, console, memory
-from segjax.runtime.reading import user_path
+from segjax.runtime.reading import checked, read_json, user_path
 
 # ------------------------------------------------------------------------------------------------------ segjax's side
 
@@ -88,17 +90,17 @@ def compiled(
     return lambda images: np.asarray(program(arrays, images))
 
 
-def _reader_and_writer(export_format: ExportFormat) -> tuple[Callable, Callable]:
-    """`write(path, model, export_format, metadata)` and `open(path)`, which returns a function of images."""
+def _writer(export_format: ExportFormat) -> Callable:
+    """`write(path, model, export_format, metadata)`, when there are all packages to write a file and to run it."""
     if export_format.format == "stablehlo":
-        return stablehlo.write_stablehlo, stablehlo.open_stablehlo
+        return stablehlo.write_stablehlo
     try:
         from segjax.exports import onnx, torch_program
 
         if export_format.format == "torch":
-            return torch_program.write_torch, torch_program.open_torch
+            return torch_program.write_torch
         onnx.require_onnx()
-        return onnx.write_onnx, onnx.open_onnx
+        return onnx.write_onnx
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"the format {export_format.format} needs {error.name}: pip install 'segjax[export]'"
@@ -187,6 +189,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
     metadata = {
         "model": loaded.model.spec.name,
         "dataset": classes.name,
+        **({"guessed": True} if (loaded.metadata.get("dataset") or {}).get("guessed") else {}),
         # Names by label value.
         "classes": list(classes.label_names),
         "colors": [list(color) for color in classes.label_colors],
@@ -206,6 +209,41 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "weights": export_format.dtype,
     }
     return stamped(metadata)
+
+
+class _Data(TypedDict):
+    name: str
+    eval_split: str
+
+
+class _Config(TypedDict):
+    data: _Data
+    eval: dict[str, Any]
+
+
+class _Result(TypedDict):
+    step: int
+    mean_iou: float | None
+
+
+def _evaluated(metadata: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """{"evaluated": ...}, the mIoU of a run's checkpoint and how it was measured; {} where it is not known."""
+    config, step, figure = (metadata.get(key) for key in ("config", "step", "mean_iou"))
+    if config is None:
+        return {}
+    try:
+        checked(config, _Config, name="config")
+        protocol = Protocol.of(config["eval"]).record()
+        if figure is None and isinstance(source, str | Path):
+            # The best checkpoint has its own figure; that of the last is in the folder of the run.
+            result = read_json(user_path(source) / "result.json", _Result)
+            figure = result["mean_iou"] if result["step"] == step else None
+    except (OSError, TypeError, ValueError):
+        # Of another version of segjax, or of a run that has not ended; the file does not depend on it.
+        return {}
+    data = f"{config['data']['name']}:{config['data']['eval_split']}"
+    known = {"mean_iou": figure, "step": step, "data": data, "protocol": protocol}
+    return {} if figure is None else {"evaluated": known}
 
 
 def _about_images(kind: specs.ImageKind) -> dict[str, Any]:
@@ -351,10 +389,11 @@ def export(
 ) -> None:
     """`export_model` with its settings in one object, and the same errors; `weights` is as for `segjax.load`."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
-    write, open_file = _reader_and_writer(export_format)
+    write = _writer(export_format)
     loaded = as_loaded(source, weights=weights)
     export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std, image_kind=loaded.image_kind)
     _require(export_format, destination, loaded.model)
+    evaluated = _evaluated(loaded.metadata, source)
     model = rounded(
         loaded.model, stored=jnp.dtype(export_format.dtype), computes_in=jnp.dtype(export_format.computes_in)
     )
@@ -372,8 +411,8 @@ def export(
         try:
             # torch's error for a full disk does not state the reason.
             with atomic.naming(destination, path.parent):
-                write(path, model, export_format, file_metadata(loaded, export_format))
-                is_equal = _is_equal(open_file(path), loaded.model, model, export_format, programs)
+                write(path, model, export_format, file_metadata(loaded, export_format) | evaluated)
+                is_equal = _is_equal(open_file(path).run, loaded.model, model, export_format, programs)
         except Exception as error:
             # Neither jax nor torch has an error class for a program that depends on a size.
             is_known = isinstance(error, OSError | CheckpointError) or memory.is_exhausted(error)

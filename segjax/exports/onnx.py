@@ -1,13 +1,11 @@
-"""Writes ONNX files, from the PyTorch reference, and runs them."""
+"""Writes ONNX files, from the PyTorch reference."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from segjax.checkpoints.checkpoint import CheckpointError
@@ -17,7 +15,7 @@ from segjax.models.segmentation_model import SegmentationModel
 
 
 def require_onnx() -> None:
-    """Raises ModuleNotFoundError if a package for `write_onnx` or `open_onnx` is missing."""
+    """Raises ModuleNotFoundError if a package to write ONNX files and to run them is missing."""
     import onnx
     import onnxruntime
     import onnxscript
@@ -124,10 +122,3 @@ def _name_sizes(proto, export_format: ExportFormat) -> None:
             for symbol, name in names.items():
                 if dim.dim_param:
                     dim.dim_param = re.sub(rf"(?<!\w){re.escape(symbol)}(?!\w)", name, dim.dim_param)
-
-
-def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: np.asarray(session.run(None, {"images": images})[0])

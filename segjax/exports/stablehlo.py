@@ -1,21 +1,21 @@
-"""Writes and runs StableHLO files."""
+"""Writes StableHLO files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export as jax_export
 from jax import lax
 
 from segjax import layers
 from segjax.exports.format import LEAST, PLATFORMS, ExportFormat
 from segjax.inference.engine import Arrays, labels_of
+from segjax.inference.runtimes import metadata_path
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
@@ -80,13 +80,3 @@ def _without_locations() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
-
-
-def metadata_path(path: Path) -> Path:
-    """The path of a StableHLO file's metadata, next to it."""
-    return path.with_name(f"{path.name}.json")
-
-
-def open_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    program = jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
-    return lambda images: np.asarray(program(images))

@@ -6,20 +6,18 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from segjax.exports.format import LEAST, ExportFormat
+from segjax.inference.runtimes import ABOUT
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference.verify import reference_for
-
-METADATA = "about.json"  # name of the extra file in a program
 
 
 class Program(torch.nn.Module):
@@ -113,15 +111,4 @@ def write_torch(path: Path, model: SegmentationModel, export_format: ExportForma
     It is not TorchScript, which is deprecated and checks no shapes.
     """
     with quiet():
-        torch.export.save(traced(model, export_format), path, extra_files={METADATA: json.dumps(metadata)})
-
-
-def open_torch(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    with quiet():
-        module = torch.export.load(path).module()
-
-    def run(images: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return module(torch.from_numpy(images)).numpy()
-
-    return run
+        torch.export.save(traced(model, export_format), path, extra_files={ABOUT: json.dumps(metadata)})

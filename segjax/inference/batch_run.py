@@ -17,6 +17,7 @@ from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.inference import geotiff
 from segjax.inference.engine import labels_of
+from segjax.inference.exported_model import ExportedModel
 from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
 from segjax.inference.outputs import Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
@@ -36,9 +37,17 @@ MANY_SIZES = 8  # number of image sizes at which a hint about compilation is pri
 RECORD = "predict.json"
 
 
-def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | Path) -> dict[str, object]:
+def record_of(
+    predictor: Predictor, model: SegmentationModel | ExportedModel, checkpoint: str | Path
+) -> dict[str, object]:
     """Metadata of an output folder, for its `RECORD`: checkpoint, protocol and classes."""
-    params, batch_stats = FunctionalModel(model).arrays()
+    if isinstance(model, ExportedModel):
+        # The weights of an OpenVINO model are in a file of their own.
+        weights = reading.sha256_of(path for path in (model.path, model.path.with_suffix(".bin")) if path.is_file())
+        normalisation: dict[str, object] = {"mean": list(model.mean), "std": list(model.std)}
+    else:
+        params, batch_stats = FunctionalModel(model).arrays()
+        weights, normalisation = params_sha256(params | batch_stats), {}
     protocol = predictor.protocol.record()
     if protocol["size_divisor"] == 1:
         # Omitted, so that folders from before this setting can be resumed.
@@ -48,7 +57,8 @@ def record_of(predictor: Predictor, model: SegmentationModel, checkpoint: str | 
     return stamped(
         {
             "checkpoint": str(checkpoint),
-            "weights_sha256": params_sha256(params | batch_stats),
+            "weights_sha256": weights,
+            **normalisation,
             **protocol,
             **scale,
             "pad_multiple": predictor.pad_multiple,

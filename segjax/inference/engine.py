@@ -25,6 +25,7 @@ from segjax import layers
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference import resized_tiles
+from segjax.inference.exported_model import ExportedModel
 from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
 from segjax.kernels import cells
 from segjax.models.functional import FunctionalModel
@@ -243,8 +244,12 @@ def score(
     and the scores of the padding are removed.
     """
     logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
-    upsampled = layers.resize(logits, padded, align_corners=functional.align_corners)
-    return upsampled[:, : images.shape[1], : images.shape[2]]
+    return _upsampled(logits, padded, images.shape[1:3], align_corners=functional.align_corners)
+
+
+def _upsampled(logits: jax.Array, padded: tuple[int, int], size: tuple[int, ...], *, align_corners: bool) -> jax.Array:
+    """Logits (B, h, w, K) of padded images at the size of the images, (B, H, W, K)."""
+    return layers.resize(logits, padded, align_corners=align_corners)[:, : size[0], : size[1]]
 
 
 def _small_logits(functional, params, batch_stats, images, *, normalise) -> tuple[jax.Array, tuple[int, int]]:
@@ -267,12 +272,18 @@ def predict_labels(
 ) -> jax.Array:
     """Train ids (B, H, W) of whole images (B, H, W, C); see `compact`."""
     logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
-    height, width = images.shape[1:3]
-    if layers.is_fast_on_gpu() and not functional.align_corners and cells.applies(logits.shape, padded):
-        labels = cells.labels_of(logits, padded)[:, :height, :width]
+    size, align_corners = images.shape[1:3], functional.align_corners
+    return _labels_at(logits, padded, size, align_corners=align_corners, least_logit=least_logit)
+
+
+def _labels_at(
+    logits: jax.Array, padded: tuple[int, int], size: tuple[int, ...], *, align_corners: bool, least_logit: float
+) -> jax.Array:
+    """Train ids (B, H, W) of images from logits (B, h, w, K) of padded images; see `compact`."""
+    if layers.is_fast_on_gpu() and not align_corners and cells.applies(logits.shape, padded):
+        labels = cells.labels_of(logits, padded)[:, : size[0], : size[1]]
         return labels.astype(specs.dtype_of_labels(logits.shape[-1] - 1))
-    upsampled = layers.resize(logits, padded, align_corners=functional.align_corners)
-    return compact(upsampled[:, :height, :width], threshold=least_logit)
+    return compact(_upsampled(logits, padded, size, align_corners=align_corners), threshold=least_logit)
 
 
 class Inference:
@@ -284,7 +295,7 @@ class Inference:
 
     def __init__(
         self,
-        model: SegmentationModel | FunctionalModel,
+        model: SegmentationModel | FunctionalModel | ExportedModel,
         protocol: Protocol = Protocol(),
         *,
         batch: int = 1,
@@ -295,7 +306,8 @@ class Inference:
         """Copies the parameters of the model to every device.
 
         Args:
-          model: Model, or functional model, which has no arrays; `with_arrays` provides them.
+          model: Model, or functional model, which has no arrays; `with_arrays` provides them. Or an exported file,
+            which normalises images as it needs them.
           protocol: Protocol of the scores.
           batch: Number of crops of a sliding window that the model scores at a time.
           normalise: Function from images to the model's input.
@@ -308,15 +320,22 @@ class Inference:
         if protocol.threshold != 0.5 and (classes := model.spec.num_classes) != 1:
             raise ValueError(f"a threshold is for models of one class, and this one has {classes}; omit it")
         self._parallel = JitParallel(devices)
+        self._align_corners, self._num_classes = model.align_corners, model.spec.num_classes
+        # Weights prepared for the programs, by `Prepared.key`. Copies with other arrays share only the programs.
+        self._prepared: dict[str, list[jax.Array]] = {}
+        self._compiling = threading.Lock()
+        if isinstance(model, ExportedModel):
+            self._arrays: tuple[Arrays, Arrays] = ({}, {})
+            settings = dict(align_corners=model.align_corners)
+            self._score = FileProgram(model, partial(_upsampled, **settings))
+            to_labels = partial(_labels_at, least_logit=protocol.least_logit, **settings)
+            self._labels = FileProgram(model, to_labels, gives_labels=True)
+            return
         if isinstance(model, FunctionalModel):
             functional, self._arrays = model, ({}, {})
         else:
             functional = FunctionalModel(model)
             self._arrays = self._parallel.replicate(functional.arrays())
-        self._align_corners, self._num_classes = functional.align_corners, functional.spec.num_classes
-        # Weights prepared for the programs, by `Prepared.key`. Copies with other arrays share only the programs.
-        self._prepared: dict[str, list[jax.Array]] = {}
-        self._compiling = threading.Lock()
         labels = partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit)
         self._labels = Program(labels, self._parallel)
         self._score = Program(partial(score, functional, normalise=normalise), self._parallel)
@@ -362,7 +381,7 @@ class Inference:
             logits = 2 * 4 * self._num_classes * pixels
             memory.refuse_too_large(logits, self._parallel.own_devices, what=what)
 
-    def _refuse_too_large(self, program: Program, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def _refuse_too_large(self, program: Program | FileProgram, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Raises TooLittleMemoryError if a program for images of this shape (B, H, W, C) and dtype does not fit."""
         with self._compiling:
             images = jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(shape[0]))
@@ -468,7 +487,7 @@ class Inference:
 
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
-    def _run(self, program: Program, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
+    def _run(self, program: Program | FileProgram, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
         """Calls a program with images (B, H, W, C) if there is enough memory for it."""
         # Checked before the images are stacked, because a large batch may not fit in host memory.
         self._refuse_too_large(program, (len(images), *images[0].shape), images[0].dtype)
@@ -533,6 +552,34 @@ class Program:
             prepare = jax.jit(whole.prepare, out_shardings=self._whole)
             self._parts[key] = _Parts(whole.key, prepare, self._jit(whole.program))
         return self._parts[key]
+
+
+class FileProgram:
+    """Stands in for a `Program` where another package runs the model; only what follows the model is compiled."""
+
+    def __init__(self, model: ExportedModel, finish: Callable[..., jax.Array], *, gives_labels: bool = False):
+        """`finish` is a function of logits (B, h, w, K) of padded images, of the padded and of the images' own size."""
+        self._model, self._finish = model, jax.jit(finish, static_argnums=(1, 2))
+        self._gives_labels = gives_labels
+
+    def needed(self, arrays: tuple[Arrays, Arrays], images: jax.ShapeDtypeStruct) -> None:
+        """The packages do not tell what they need."""
+
+    def of(self, arrays: tuple[Arrays, Arrays], images: jax.Array, prepared: dict[str, list[jax.Array]]) -> FileProgram:
+        return self
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        output, padded = self._model(np.asarray(images))
+        height, width = images.shape[1:3]
+        if self._model.output != "labels":
+            return self._finish(output, padded, (height, width))
+        if not self._gives_labels:
+            raise ValueError(f"{self._model.path.name} gives labels; scores need a file without --with-argmax")
+        rows, columns = (
+            np.arange(side) * small // whole
+            for side, small, whole in zip((height, width), output.shape[1:], padded, strict=True)
+        )
+        return jnp.asarray(output[:, rows[:, None], columns])
 
 
 class _Parts(NamedTuple):

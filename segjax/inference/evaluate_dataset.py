@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from segjax.checkpoints import orbax_folder, published
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
-from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
+from segjax.checkpoints.load import load
 from segjax.checkpoints.metadata import Size
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
@@ -27,10 +27,13 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
-from segjax.inference import published_figure
+from segjax.inference import difference, published_figure
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
+from segjax.inference.exported_model import ExportedModel
+from segjax.inference.open_exported import Loaded, opened, protocol_for
+from segjax.inference.runtimes import exported_path
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import versions
 from segjax.runtime.atomic import recover, why_not_writable
@@ -96,9 +99,12 @@ class _Generated(TypedDict):
 
 
 def evaluate_dataset(
-    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    source: str | Path | Loaded | SegmentationModel,
     data: str | OpenSplit | None = None,
     *,
+    reference: str | Path | Loaded | SegmentationModel | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     mode: str | None = None,
@@ -118,11 +124,15 @@ def evaluate_dataset(
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
     Args:
-      source: Argument or result of `segjax.load`, or a model.
+      source: Argument or result of `segjax.load`, or a model; or an exported file, as for `segjax.open_exported`.
       data: "NAME" or "NAME:SPLIT". NAME is a key of `segjax.data.DATASETS`. SPLIT is a split or a sum of splits, as in
         "train+val", by default the published evaluation split (for a folder, test or else val). Or a split from
         `segjax.data.open_splits`. None evaluates the run in the folder `source` on its own data, with the dtype of the
         run and the batch and protocol of its `config.eval`, and reproduces its metrics.
+      reference: Checkpoint to evaluate in the same way, for the difference from it; for an exported file, the run that
+        it was exported from. With `data` None its data and its protocol are used.
+      mean: As for `segjax.open_exported`.
+      std: As for `segjax.open_exported`.
       data_source: Files from which a dataset is prepared at first use, as `source` of `segjax.data.open_splits`; by
         default those of the run.
       data_dir: Folder of prepared datasets, as for `segjax.data.open_splits`; by default that of the run.
@@ -153,7 +163,8 @@ def evaluate_dataset(
       or None (`segjax.metrics.bootstrap_interval`); with `corruptions` also "corruptions", see
       `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or None. For the name
       of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
-      "is_multi_scale" and "is_same_protocol".
+      "is_multi_scale" and "is_same_protocol". With a `reference`, or for a file whose metadata have the mIoU of its run
+      on this split, also "reference": "source", "mean_iou", "difference", "per_class_iou" and "is_same_protocol".
 
     Raises:
       CheckpointError: No model can be read from `source`.
@@ -184,16 +195,26 @@ def evaluate_dataset(
             raise ValueError("a run is evaluated as during training; to set the protocol or the batch, name the data")
         if weights is not None:
             raise ValueError(f"the folder of a run holds one set of weights, without a set {weights!r}")
-        given = _of_run(source, data_source=data_source, data_dir=data_dir)
+        other = None
+        given = _of_run(source if reference is None else reference, data_source=data_source, data_dir=data_dir)
+        if reference is not None:
+            other = given.checkpoint
+            given = dataclasses.replace(given, checkpoint=opened(source, mean=mean, std=std, reference=other))
+            refuse_other_classes(given.checkpoint, given.opened.spec)
     else:
+        other = None if reference is None else opened(reference)
         given = _of_checkpoint(
-            as_loaded(source, weights=weights),
+            opened(source, weights=weights, mean=mean, std=std, reference=other),
             data,
+            config=(other.metadata.get("config") if other else None),
             data_source=data_source,
             data_dir=data_dir,
             batch=batch,
             protocol=protocol,
         )
+    if isinstance(given.checkpoint.model, ExportedModel):
+        settings = _of_own(given.protocol) if data is None else settings
+        given = dataclasses.replace(given, protocol=protocol_for(given.checkpoint.model, settings, given.sizes))
     checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     if corruptions and not given.opened.image_kind.is_rgb:
@@ -207,23 +228,25 @@ def evaluate_dataset(
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
     logger.info("data     %s, %d images", given.name, count)
     logger.info("scored   %s", protocol)
+    if isinstance(model, ExportedModel):
+        logger.info("run by   %s", model.runnable.package)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
-    inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
-    at_a_time = protocol.images_at_a_time(given.batch)
-    sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
-    measured = measure(
-        inference.begin,
-        given.opened.data,
-        classes,
-        batch_size=at_a_time,
-        key=protocol.input_sizes,
-        shown=0 if output is None else SHOWN,
-        progress=progress,
+    inference = inference_for(checkpoint, given.opened, protocol, batch=given.batch)
+    measured = _measured(inference, given, shown=0 if output is None else SHOWN, progress=progress)
+    summary = report.summarise(measured.confusion, classes)
+    against: dict[str, Any] = (
+        {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     )
-    against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
+    if other is not None:
+        refuse_other_images(other, kind, classes.name)
+        logger.info("then the reference, %s", _name(reference, other))
+        reference_inference = inference_for(other, given.opened, protocol, batch=given.batch)
+        theirs = report.summarise(_measured(reference_inference, given, shown=0, progress=progress).confusion, classes)
+        against["reference"] = difference.evaluated(_name(reference, other), theirs, summary)
+    elif known := difference.recorded(checkpoint.metadata, summary, data=given.address, protocol=protocol):
+        against["reference"] = known
     details = measured.details()
     if corruptions:
         details["corruptions"] = evaluate_corrupted(
@@ -231,15 +254,40 @@ def evaluate_dataset(
             given.opened.data,
             classes,
             clean=report.summarise(measured.confusion, classes)["mean_iou"],
-            batch_size=at_a_time,
+            batch_size=protocol.images_at_a_time(given.batch),
             key=protocol.input_sizes,
             progress=progress,
         )
     if output is not None:
-        name = str(source) if isinstance(source, str | Path) else model.spec.name
+        name = _name(source, checkpoint)
         _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
-    summary = report.summarise(measured.confusion, classes)
     return summary | details | {"step": checkpoint.metadata.get("step"), **against}
+
+
+def _name(source: object, loaded: Loaded) -> str:
+    if isinstance(loaded.model, ExportedModel):
+        return str(loaded.model.path)
+    return str(source) if isinstance(source, str | Path) else loaded.model.spec.name
+
+
+def _measured(inference: Inference, given: _Given, *, shown: int, progress: bool) -> Measured:
+    """Evaluates a model on a split, with the protocol and batch of `given`."""
+    protocol = given.protocol
+    return measure(
+        inference.begin,
+        given.opened.data,
+        given.opened.spec,
+        batch_size=protocol.images_at_a_time(given.batch),
+        key=protocol.input_sizes,
+        shown=shown,
+        progress=progress,
+    )
+
+
+def _of_own(protocol: Protocol) -> dict[str, Any]:
+    """The settings of a run's protocol that are not defaults, which a file may replace."""
+    fields = {field.name: getattr(protocol, field.name) for field in dataclasses.fields(Protocol)}
+    return {name: value for name, value in fields.items() if value != getattr(Protocol(), name)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +302,7 @@ class _Given:
       protocol: Protocol of the scores.
     """
 
-    checkpoint: LoadedCheckpoint
+    checkpoint: Loaded
     opened: OpenSplit
     split: str
     batch: int
@@ -264,9 +312,19 @@ class _Given:
     def name(self) -> str:
         return f"{self.opened.spec.name} {self.split}".strip()
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of the images, each size once."""
+        return [(height, width) for height, width in np.unique(records_of(self.opened.data).sizes, axis=0).tolist()]
+
+    @property
+    def address(self) -> str:
+        """As a command names it, "NAME:SPLIT"."""
+        return f"{self.opened.spec.name}:{self.split}"
+
 
 def _of_run(
-    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    source: str | Path | Loaded | SegmentationModel,
     *,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
@@ -276,6 +334,8 @@ def _of_run(
         raise NoDataError(
             f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
         )
+    if exported_path(source) is not None and user_path(source).exists():
+        raise NoDataError(f"{source} is an exported file, which has no data of its own; name the data")
     folder = user_path(source)
     if not folder.exists() and not is_address(source) and published.find(source) is None:
         raise ValueError(f"{source}: there is no such file or folder{published.hint_for(source)}")
@@ -324,27 +384,31 @@ def _data_of_run(
 
 
 def _of_checkpoint(
-    checkpoint: LoadedCheckpoint,
+    checkpoint: Loaded,
     data: str | OpenSplit,
     *,
+    config: Mapping | None,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
     batch: int | None,
     protocol: Protocol,
 ) -> _Given:
-    """A checkpoint, and a split with the classes of the checkpoint."""
-    opened, split = open_labelled(checkpoint, data, data_source=data_source, data_dir=data_dir)
+    """A checkpoint, and a split with the classes of the checkpoint; `config` is that of a run it came from."""
+    opened, split = open_labelled(checkpoint, data, config=config, data_source=data_source, data_dir=data_dir)
     return _Given(checkpoint, opened, split, batch or jax.local_device_count(), protocol)
 
 
 def open_labelled(
-    checkpoint: LoadedCheckpoint,
+    checkpoint: Loaded,
     data: str | OpenSplit,
     *,
+    config: Mapping | None = None,
     data_source: str | Sequence[str] | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> tuple[OpenSplit, str]:
     """Opens a split with the classes of a checkpoint, as `data` of `evaluate_dataset`; and its name, or "" if unknown.
+
+    `config` is that of a run that the checkpoint came from, for a checkpoint without one.
 
     Raises:
       ValueError: There is no such data, it cannot be used, or its classes are others.
@@ -354,7 +418,7 @@ def open_labelled(
         if name not in specs.DATASETS:
             raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
         split = split or _default_split(name, data_source=data_source, data_dir=data_dir)
-        config = checkpoint.metadata.get("config")
+        config = checkpoint.metadata.get("config") or config
         data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
     elif data_source is not None or data_dir is not None:
         raise ValueError("data_source and data_dir are for data that is given by its name; omit them")
@@ -399,7 +463,7 @@ def _opened(
     return opened
 
 
-def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
+def inference_for(checkpoint: Loaded, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
     """The inference of a checkpoint on a split; the program for its largest images is compiled.
 
     Raises:
@@ -414,7 +478,7 @@ def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Pro
     return inference
 
 
-def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
+def refuse_other_images(checkpoint: Loaded, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
     if takes.channels != images.channels or takes.dtype not in (None, images.dtype):
@@ -424,7 +488,7 @@ def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, n
         )
 
 
-def refuse_other_classes(checkpoint: LoadedCheckpoint, classes: specs.DatasetSpec) -> None:
+def refuse_other_classes(checkpoint: Loaded, classes: specs.DatasetSpec) -> None:
     """Raises ValueError if the classes of a checkpoint are not those of a dataset, in the same order.
 
     Up to a quarter of the names may differ, because packages spell some differently; differences are logged.
@@ -479,7 +543,8 @@ def _write_report(
       details: `measured.details()`.
       given: Checkpoint and split.
       name: Name of the checkpoint, or of a model without a checkpoint.
-      against: {"published": `published_figure.PublishedFigure`}, or {}.
+      against: "published", a `published_figure.PublishedFigure`, and "reference", a `difference.Reference`, as far as
+        there are such figures.
       duration: Duration in seconds, including preparation, reading and compilation.
     """
     model, classes, records = given.checkpoint.model, given.opened.spec, records_of(given.opened.data)
@@ -490,14 +555,18 @@ def _write_report(
         "data": f"{given.name}, {len(records)} images, {classes.num_classes} classes",
         "protocol": str(given.protocol),
     }
-    if against:
-        measured_iou = report.summarise(measured.confusion, classes)["mean_iou"]
-        facts["published"] = published_figure.compared(against["published"], measured_iou)
+    summary = report.summarise(measured.confusion, classes)
+    if isinstance(model, ExportedModel):
+        facts["run by"] = model.runnable.package
+    if "published" in against:
+        facts["published"] = published_figure.compared(against["published"], summary["mean_iou"])
+    if "reference" in against:
+        facts["reference"] = difference.compared(against["reference"], summary)
     metadata = stamped(
         {
             "checkpoint": name,
             "step": step,
-            "model": model_metadata(model),
+            "model": model.metadata if isinstance(model, ExportedModel) else model_metadata(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
             # In the terms of a training's result.json.

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.images import Image, Scale, as_image, check_scale
+from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.sliding_window import Pixels
 from segjax.models.segmentation_model import SegmentationModel
 
@@ -53,16 +54,16 @@ class Predictor:
 
     def __init__(
         self,
-        checkpoint_or_model: str | Path | LoadedCheckpoint | SegmentationModel,
+        checkpoint_or_model: str | Path | Loaded | SegmentationModel,
         *,
-        mode: str = "whole",
+        mode: str | None = None,
         crop: tuple[int, int] | None = None,
         stride: tuple[int, int] | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         size_divisor: int = 1,
         base_size: tuple[int, int] | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         pad_multiple: int = 1,
         batch: int = 1,
         scale: Scale | None = None,
@@ -72,9 +73,12 @@ class Predictor:
 
         Args:
           checkpoint_or_model: Folder of a run or of a conversion; a PyTorch checkpoint, `.pth` or `.safetensors`; the
-            result of `segjax.load`; or a model, whose classes are named by their numbers.
-          mode: "whole", or "slide" for a sliding window, whose memory does not grow with the height of the image.
-          crop: (height, width) of the sliding window in pixels; by default 512 per side.
+            result of `segjax.load`; or a model, whose classes are named by their numbers. Or an exported file
+            (`segjax.open_exported`), or what that returns.
+          mode: "whole", or "slide" for a sliding window, whose memory does not grow with the height of the image. By
+            default "whole", or "slide" for an exported file that gives scores of images of one size.
+          crop: (height, width) of the sliding window in pixels; by default 512 per side, or the size that an exported
+            file takes.
           stride: (height, width) of its steps in pixels; by default three quarters of the crop.
           scales: Factors of the image size; probabilities are averaged over them.
           flip: Whether to score each scale mirrored too. With several scales or flips, the probabilities of all classes
@@ -83,7 +87,7 @@ class Predictor:
             (mmsegmentation's AlignedResize); 32 for SegFormer on ADE20K.
           base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales`
             are factors of it. (2048, 512) for models of ADE20K.
-          threshold: Probability above which a pixel belongs to the class, for a model of one class.
+          threshold: Probability above which a pixel belongs to the class, for a model of one class; by default 0.5.
           pad_multiple: Divisor of the padded sides: images are padded by reflection, at the bottom and right, up to
             multiples of it, so that images of many sizes share programs. With 1, labels are exact; larger values change
             some of them (64, for a SegFormer: in 8% of the pixels of scenes that are 96 to 160 pixels high).
@@ -96,14 +100,20 @@ class Predictor:
           CheckpointError: No model can be read from the checkpoint.
           ValueError: Settings contradict each other.
         """
-        self.protocol = Protocol(mode, crop, stride, scales, flip, size_divisor, base_size, threshold)
+        settings: dict[str, Any] = dict(
+            mode=mode, crop=crop, stride=stride, scales=scales, flip=flip, size_divisor=size_divisor
+        )
+        settings |= dict(base_size=base_size, threshold=threshold)
+        # Checked before the model is loaded.
+        Protocol(**{key: value for key, value in settings.items() if value is not None})
         if pad_multiple > 1 and (size_divisor > 1 or base_size is not None):
             raise ValueError("pad_multiple is for images at their own size; omit it, or base_size and size_divisor")
         counts = {"pad_multiple": pad_multiple, "batch": batch, "max_pixels": max_pixels}
         if wrong := [name for name, value in counts.items() if value < 1]:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
         check_scale(scale)
-        loaded = as_loaded(checkpoint_or_model)
+        loaded = opened(checkpoint_or_model)
+        self.protocol = protocol_for(loaded.model, settings)
         self.classes, self.image_kind = loaded.classes, loaded.image_kind
         if scale is not None and not self.image_kind.is_rgb:
             raise ValueError(f"scale is for RGB of 8 bits, and the model takes {self.image_kind}, as they are; omit it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,22 @@ class ModelSpec:
     name: str
     num_classes: int
     overrides: tuple[tuple[str, object], ...]
+
+
+class ModelInterface(Protocol):
+    """What a `SegmentationModel` and a model in an exported file have in common."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def size_multiple(self) -> int: ...
+
+    @property
+    def align_corners(self) -> bool: ...
 
 
 class SegmentationModel(nnx.Module):

@@ -18,6 +18,7 @@ from segjax.commands import export as command
 from segjax.data import specs
 from segjax.exports import export, stablehlo
 from segjax.exports.format import ExportFormat
+from segjax.inference import runtimes
 from segjax.kernels import choice, resize
 from segjax.models.functional import FunctionalModel
 from segjax.runtime import atomic, memory
@@ -64,7 +65,7 @@ def test_a_file_with_open_sizes_equals_the_model_at_another_size(family, tmp_pat
     model, path = tiny_model(3, family), tmp_path / "a.stablehlo"
     form = ExportFormat("stablehlo", (64, 96), dynamic=True)
     stablehlo.write_stablehlo(path, model, form, {})
-    program = stablehlo.open_stablehlo(path)
+    program = runtimes.open_stablehlo(path).run
     images = normalised(pictures(3, (97, 65) if model.size_multiple == 1 else (96, 64)))
     theirs = np.asarray(jax.jit(lambda images: model(images)[0])(images))
     assert relative_error(program(images), theirs) < 1e-5
@@ -130,12 +131,12 @@ def test_a_file_normalises_as_the_checkpoint_says(tmp_path):
     path, options = tmp_path / "a.stablehlo", ("--size", 32, 64, "--with-preprocessing")
     assert run(tmp_path / "a", path, "--format", "stablehlo", *options) == 0
     assert (
-        json.loads(stablehlo.metadata_path(path).read_text(encoding="utf-8"))["normalisation"].items()
+        json.loads(runtimes.metadata_path(path).read_text(encoding="utf-8"))["normalisation"].items()
         >= normalisation.items()
     )
     images = pictures(1, (32, 64))
     by_hand = model((images - np.float32([1.5, 2.5, 3.5])) / np.float32([10, 20, 40]))[0]
-    assert relative_error(stablehlo.open_stablehlo(path)(images), np.asarray(by_hand)) < 1e-5
+    assert relative_error(runtimes.open_stablehlo(path).run(images), np.asarray(by_hand)) < 1e-5
     assert relative_error(np.asarray(model(normalised(images))[0]), np.asarray(by_hand)) > 0.01
 
 
@@ -144,7 +145,7 @@ def test_a_file_of_one_class_gives_its_mask(tmp_path):
     form = ExportFormat("stablehlo", (40, 64), preprocessing=True, argmax=True)
     stablehlo.write_stablehlo(tmp_path / "a", model, form, {})
     images = pictures(1, form.size)
-    labels = stablehlo.open_stablehlo(tmp_path / "a")(images)
+    labels = runtimes.open_stablehlo(tmp_path / "a").run(images)
     scores = np.asarray(resize.resize_plain(model(normalised(images))[0], form.size))[..., 0]
     assert 0.01 < labels.mean() < 0.99
     assert (labels == (scores > 0)).mean() > 0.999
@@ -290,7 +291,7 @@ def test_a_file_takes_images_of_other_channels_in_their_own_numbers(channels, dt
         path = tmp_path / f"{inside}.stablehlo"
         options = ["--format", "stablehlo", "--size", 64, 96, "--dynamic"] + ["--with-preprocessing"] * inside
         assert run(tmp_path / "a", path, *options) == 0
-        assert relative_error(stablehlo.open_stablehlo(path)(given), expected) < 1e-4
+        assert relative_error(runtimes.open_stablehlo(path).run(given), expected) < 1e-4
         assert f"in images {kind} (batch, height, width, {channels})" in " ".join(capsys.readouterr().out.split())
-        about = json.loads(stablehlo.metadata_path(path).read_text())["normalisation"]
+        about = json.loads(runtimes.metadata_path(path).read_text())["normalisation"]
         assert about == {"mean": mean, "std": std, "channels": channels, "dtype": dtype, "inside": inside}

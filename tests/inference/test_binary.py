@@ -13,7 +13,7 @@ from segjax.commands import convert, evaluate, export, predict
 from segjax.data.codec import decode_mask
 from segjax.data.open import OpenSplit
 from segjax.data.specs import DatasetSpec, Split
-from segjax.exports.stablehlo import open_stablehlo
+from segjax.inference import runtimes
 from segjax.inference.engine import Protocol
 from segjax.inference.predictor import Predictor
 from segjax.train import loop, schema
@@ -128,7 +128,7 @@ def test_labels_of_an_export_have_the_threshold(trained, tmp_path):
     images = np.stack([picture(np.random.default_rng(3))])
     probabilities = Predictor(trained / "run").probabilities(images[0])[..., 0]
     clear = np.abs(probabilities - 0.7) > 1e-4
-    np.testing.assert_array_equal(open_stablehlo(path)(images)[0][clear], (probabilities > 0.7)[clear])
+    np.testing.assert_array_equal(runtimes.open_stablehlo(path).run(images)[0][clear], (probabilities > 0.7)[clear])
     assert json.loads((tmp_path / "m.stablehlo.json").read_text())["threshold"] == 0.7
     assert (
         export.main(
