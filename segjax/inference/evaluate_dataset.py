@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -16,10 +17,11 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from segjax.checkpoints import orbax_folder, published
+from segjax.checkpoints import temperature as _temperature
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded, load
-from segjax.checkpoints.metadata import Size
+from segjax.checkpoints.metadata import Size, Temperature
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
 from segjax.data.builders import prepare
@@ -27,7 +29,7 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
-from segjax.inference import published_figure
+from segjax.inference import published_figure, temperature_scaling
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, measure
 from segjax.models.segmentation_model import SegmentationModel
@@ -108,6 +110,8 @@ def evaluate_dataset(
     size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
     threshold: float | None = None,
+    temperature: float | str | None = None,
+    fit_temperature: bool = False,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -135,6 +139,10 @@ def evaluate_dataset(
       base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales` are
         factors of it. The published figures of ADE20K have (2048, 512).
       threshold: Probability above which a pixel belongs to the class, for a model of one class.
+      temperature: Divisor of the logits before softmax or sigmoid; "fitted" for the one that is kept with the
+        checkpoint. By default 1.
+      fit_temperature: Whether to fit a temperature to the split, and to keep it with the checkpoint. `source` is a file
+        or folder then, the model scores an image once, and the split should be none of those to evaluate on.
       batch: Number of images, or of crops with mode "slide", per call of the model; by default one per device.
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
       progress: Whether to print a progress bar.
@@ -146,7 +154,10 @@ def evaluate_dataset(
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
       "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
-      or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
+      or None (`segjax.metrics.bootstrap_interval`); "calibration", a dict with the "ece", "adaptive_ece", "brier",
+      "nll" and "aurc" of `segjax.metrics.Calibration`, the "error_average_precision", "error_auroc" and "error_fpr95"
+      of finding errors by 1 - confidence, and its "reliability"; with `fit_temperature` also "temperature", a dict with
+      "value", "data", "nll_before" and "nll"; and "step", the step of a run's checkpoint or None. For the name of
       published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
       "is_multi_scale" and "is_same_protocol".
 
@@ -164,6 +175,7 @@ def evaluate_dataset(
       ['mean_accuracy', 'mean_boundary_iou', 'mean_dice']
     """
     began = time.perf_counter()
+    place = _place_of_temperature(source, temperature) if fit_temperature else None
     settings: dict[str, Any] = dict(
         mode=mode, crop=crop, stride=stride, scales=scales, flip=flip, size_divisor=size_divisor
     )
@@ -189,7 +201,12 @@ def evaluate_dataset(
             batch=batch,
             protocol=protocol,
         )
-    checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
+    checkpoint, classes = given.checkpoint, given.opened.spec
+    own_temperature = _temperature.chosen(temperature, checkpoint.metadata, source)
+    protocol = dataclasses.replace(given.protocol, temperature=own_temperature)
+    given = dataclasses.replace(given, protocol=protocol)
+    if fit_temperature and protocol.passes > 1:
+        raise ValueError(f"a temperature is fitted at one scale, and these are scores {protocol}; omit scales and flip")
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     if row is not None:
         published_figure.log_notes(row, classes.name)
@@ -203,7 +220,12 @@ def evaluate_dataset(
     inference = Inference(model, protocol, batch=given.batch, normalise=checkpoint.normalise, image_dtype=kind.dtype)
     at_a_time = protocol.images_at_a_time(given.batch)
     sizes = np.unique(records_of(given.opened.data).sizes, axis=0).tolist()
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time, counted=True)
+    counted = partial(
+        inference.begin_counted,
+        ignore_label=classes.ignore_label,
+        temperatures=temperature_scaling.GRID if fit_temperature else (),
+    )
     measured = measure(
         inference.begin,
         given.opened.data,
@@ -212,14 +234,48 @@ def evaluate_dataset(
         key=protocol.input_sizes,
         shown=0 if output is None else SHOWN,
         progress=progress,
+        counted=counted,
     )
+    fitted = {} if place is None else {"temperature": _kept_fit(measured, place, given)}
     against = {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
     details = measured.details()
     if output is not None:
         name = str(source) if isinstance(source, str | Path) else model.spec.name
-        _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
+        _write_report(output, measured, details | fitted, given, name, against, duration=time.perf_counter() - began)
     summary = report.summarise(measured.confusion, classes)
-    return summary | details | {"step": checkpoint.metadata.get("step"), **against}
+    return summary | details | fitted | {"step": checkpoint.metadata.get("step"), **against}
+
+
+def _place_of_temperature(source: object, given: float | str | None) -> Path:
+    """The file for a temperature to be fitted. Raises ValueError if there is no place for it, or one was given."""
+    if given is not None:
+        raise ValueError("a temperature is either fitted or given; omit one of the two")
+    place = _temperature.place_for(source)
+    if place is None:
+        name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
+        raise ValueError(
+            f"{name} is no file or folder of this machine, next to which a temperature could be kept; convert it to one"
+        )
+    if problem := why_not_writable(place.parent):
+        raise ValueError(f"the temperature cannot be written to {place}: {problem}; copy the checkpoint elsewhere")
+    return place
+
+
+def _kept_fit(measured: Measured, place: Path, given: _Given) -> Temperature:
+    """Fits a temperature, and writes it."""
+    assert measured.calibration is not None and measured.nlls is not None
+    found = temperature_scaling.fit(measured.nlls, int(measured.calibration.pixels.sum()))
+    if not found.is_inside:
+        logger.info(
+            "note: NLL is lowest at the end of the temperatures from 1/16 to 16; are there enough errors on %s?",
+            given.name,
+        )
+    kept = Temperature(value=found.temperature, data=given.name, nll_before=found.nll_before, nll=found.nll)
+    _temperature.keep(place, given.checkpoint.model, kept)
+    logger.info(
+        "temperature %.4g: NLL %.4f instead of %.4f; kept in %s", found.temperature, found.nll, found.nll_before, place
+    )
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
