@@ -15,6 +15,11 @@ frames, without sound; an odd side gets its last row or column twice. Cameras
 (/dev/video0) and http(s):// and rtsp(s):// addresses of videos are written
 until they end, or until Ctrl-C.
 
+confidence and entropy are grey PNGs: 255 times the probability of the class
+that is predicted, and 255 times the entropy of the probabilities over its
+largest value, log K (log 2 for a model of one class). Of GeoTIFFs they are
+GeoTIFFs, where 0 is no data.
+
 Label maps of GeoTIFFs are GeoTIFFs (needs segjax[geo]) with the CRS and the
 transform, GCPs or RPCs of the input; where it has no data (nodata value, mask,
 alpha 0) they have their own nodata value, the ignore label of the classes: 255,
@@ -33,7 +38,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from segjax.commands.arguments import Parser, add_checkpoint, add_protocol, as_path, less_memory, protocol_of, within
+from segjax.commands.arguments import (
+    Parser,
+    add_checkpoint,
+    add_protocol,
+    add_temperature,
+    as_path,
+    less_memory,
+    protocol_of,
+    within,
+)
 from segjax.commands.ending import run_command
 from segjax.data.codec import MAX_PIXELS
 from segjax.data.sources import listed
@@ -73,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of {', '.join(KINDS)}; default labels overlay",
     )
     add_protocol(parser)
+    add_temperature(parser)
     parser.add_argument(
         "--pad-multiple", type=within(SIDE), default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
     )
@@ -144,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
         scale=None if options.scale is None else tuple(options.scale),
         max_pixels=options.max_pixels,
     )
-    predictor = Predictor(checkpoint, **protocol_of(options), **settings)
+    predictor = Predictor(checkpoint, **protocol_of(options), temperature=options.temperature, **settings)
     record = batch_run.record_of(predictor, checkpoint.model, options.checkpoint)
     done, incomplete = batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
     _describe(checkpoint, predictor, jobs, skipped, len(done), options)

@@ -23,6 +23,7 @@ from segjax.metrics.calibration import counter_of
 _TOGETHER, _TOGETHER_ON_GPU = 2**13, 2**18
 # Maps of `maps`, in their order.
 MAPS = ("confidence", "entropy")
+Array = jax.Array | np.ndarray
 
 
 class CountedLabels(NamedTuple):
@@ -46,9 +47,9 @@ class CountedLabels(NamedTuple):
 
 
 def counts(
-    scores: jax.Array,
-    labels: jax.Array,
-    truth: ArrayLike,
+    scores: Array,
+    labels: Array,
+    truth: Array,
     *,
     ignore_label: int,
     are_logits: bool,
@@ -102,7 +103,7 @@ def _counts(scores, labels, truth, ignore_label, temperatures, *, are_logits, ro
     return _in_bands(of_band, (_of_two(scores, are_logits), labels, truth), rows)
 
 
-def maps(scores: jax.Array, labels: jax.Array, *, are_logits: bool, temperature: float = 1.0) -> jax.Array:
+def maps(scores: Array, labels: Array, *, are_logits: bool, temperature: float = 1.0) -> jax.Array:
     """Maps of confidence and entropy.
 
     Args:

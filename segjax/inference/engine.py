@@ -510,6 +510,50 @@ class Inference:
             for number, size in enumerate(truth.shape for truth in truths)
         ]
 
+    def mapped(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`labels` of images, and `certainty.maps`, uint8 (H, W, 2)."""
+        protocol = self.protocol
+        if not protocol.is_one_pass:
+
+            def finish(total: jax.Array, count: int, _corner: tuple[int, int], _logits: jax.Array | None):
+                labels = _labels_of_sum(total, count, threshold=protocol.threshold)
+                return labels, certainty.maps(_mean_of_sum(total, count), labels, are_logits=False)
+
+            tiles = self._finished(images, finish)
+            labels, maps = (_in_rows({corner: tile[kind] for corner, tile in tiles.items()}) for kind in (0, 1))
+        elif protocol.mode == "slide":
+            return [self._mapped_rows(image) for image in images]
+        else:
+            batch, logits = self._run(self._labels_and_logits, images)
+            size, align_corners = images[0].shape[:2], self._align_corners
+            logits = _upsampled(logits, size=size, size_multiple=self._size_multiple, align_corners=align_corners)
+            labels = [[batch]]
+            maps = [[certainty.maps(logits, batch, are_logits=True, temperature=protocol.temperature)]]
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return [
+            (np.asarray(Computed(labels, number, size)), np.asarray(Computed(maps, number, size)))
+            for number, size in enumerate(sizes)
+        ]
+
+    def _mapped_rows(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.empty(image.shape[:2], specs.dtype_of_labels(self._num_classes - 1))
+        maps = np.empty((*image.shape[:2], len(certainty.MAPS)), np.uint8)
+        for top, left, *parts in self.mapped_tiles(image):
+            there = np.s_[top : top + parts[0].shape[0], left : left + parts[0].shape[1]]
+            labels[there], maps[there] = parts
+        return labels, maps
+
+    def mapped_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """`label_tiles`, each with `certainty.maps`, uint8 (h, w, 2)."""
+        for top, left, logits, part in self.row_tiles(image):
+            labels = _labels(logits, threshold=self.protocol.least_logit)
+            temperature = self.protocol.temperature
+            maps = certainty.maps(logits[None], labels[None], are_logits=True, temperature=temperature)
+            tile = np.asarray(labels)[:, part], np.asarray(maps)[0][:, part]
+            # Freed before the next row of crops needs memory.
+            del logits, labels, maps
+            yield top, left, *tile
+
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Train ids of an image (H, W, C) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
 
