@@ -98,6 +98,32 @@ def test_further_measures_are_in_the_results_and_their_means_in_the_page(tmp_pat
         assert words in page
 
 
+CALIBRATION = {"ece": 0.0625, "adaptive_ece": 0.125, "brier": 0.5, "nll": 0.75, "aurc": 0.03125}
+CALIBRATION |= {"error_auroc": 0.875, "error_average_precision": None, "error_fpr95": 0.25}
+EMPTY = {"pixels": 0, "confidence": None, "accuracy": None}
+CALIBRATION["reliability"] = [EMPTY] * 12 + [
+    {"pixels": 1000, "confidence": 0.83, "accuracy": 0.6},
+    {"pixels": 1000, "confidence": 0.9, "accuracy": 0.95},
+    {"pixels": 6000, "confidence": 0.97, "accuracy": 0.0},
+]
+
+
+def test_calibration_is_in_the_results_and_in_the_page(tmp_path):
+    arguments = dict(title="t", facts=FACTS, metadata={})
+    report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments, details={"calibration": CALIBRATION})
+    assert json.loads((tmp_path / "results.json").read_text())["calibration"] == CALIBRATION
+    found = page_data(tmp_path)["calibration"]
+    assert [figure for _, figure in found["figures"]] == [CALIBRATION[key] for key in report.CALIBRATION]
+    assert found["text"] == (
+        "Reliability diagram. Bins of pixels from the lowest confidence: confidence 0.83, accuracy 0.60; "
+        "confidence 0.90, accuracy 0.95; confidence 0.97, accuracy 0.00."
+    )
+    nothing = CALIBRATION | {"ece": None, "reliability": [EMPTY] * 15}
+    for details in ({}, {"calibration": nothing}):
+        report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments, details=details)
+        assert page_data(tmp_path)["calibration"] is None
+
+
 def test_tables_read_back_as_what_was_counted(folder):
     with (folder / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
