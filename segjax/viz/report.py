@@ -33,8 +33,8 @@ CALIBRATION = {
     "nll": "negative log-likelihood (NLL), nats",
     "aurc": "area under risk over coverage (AURC)",
     "error_auroc": "errors found by low confidence: AUROC",
-    "error_average_precision": "average precision",
-    "error_fpr95": "FPR95",
+    "error_average_precision": "errors found by low confidence: average precision",
+    "error_fpr95": "errors found by low confidence: FPR95",
 }
 COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
 

@@ -46,7 +46,14 @@ CONFUSION = sum(map(count, SHOWN))
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new"
     report.write(
-        folder, CONFUSION, SPEC, SHOWN, title="a <model>", facts=FACTS, metadata={"step": 7, "checkpoint": "x"}
+        folder,
+        CONFUSION,
+        SPEC,
+        SHOWN,
+        title="a <model>",
+        facts=FACTS,
+        metadata={"step": 7, "checkpoint": "x"},
+        details={"calibration": CALIBRATION},
     )
     return folder
 
@@ -255,6 +262,10 @@ press(6); seen.pixels = column(6);
 press(1); seen.sorted_names = column(1);
 seen.cells = $("#matrix rect.cell").length;
 seen.heights = ["#matrix text", "h2"].map((what) => $(what)[0].getBoundingClientRect().height);
+const drawn = (kind) => $(`#reliability .${kind}`).map((rect) => Number(rect.getAttribute("height")));
+seen.reliability = ["right", "gap", "share"].map(drawn);
+seen.diagram = [$("#reliability")[0].getAttribute("aria-label"), $("#reliability")[0].getBoundingClientRect().width];
+seen.calibrated = $("#calibrated dd").map((cell) => cell.textContent);
 seen.confused = $("#confused li").map((item) => item.textContent);
 const figure = $("#gallery figure")[0], input = figure.querySelector("input");
 const look = (layer) => getComputedStyle(figure.querySelector("." + layer));
@@ -318,6 +329,16 @@ def test_names_are_shown_as_they_are_and_never_as_code(visited):
     assert visited["title"] == ["a <model>"] * 2
     assert visited["names"] == list(NAMES) and visited["bold"] == 0
     assert "runs/x" in visited["text"] and f"{metrics.summarise(CONFUSION)['mean_iou']:.4f}" in visited["text"]
+
+
+def test_the_diagram_has_a_bar_for_each_bin_that_has_pixels(visited):
+    right, gap, share = visited["reliability"]
+    np.testing.assert_allclose(right, [280 * 0.6, 280 * 0.95, 0])
+    np.testing.assert_allclose(gap, [280 * 0.23, 280 * 0.05, 280 * 0.97])
+    np.testing.assert_allclose(share, [5, 5, 30])
+    text, width = visited["diagram"]
+    assert "confidence 0.83, accuracy 0.60" in text and width > 200
+    assert visited["calibrated"] == ["0.0625", "0.1250", "0.5000", "0.7500", "0.0313", "0.8750", "–", "0.2500"]
 
 
 def test_a_column_is_sorted_either_way_and_what_has_no_figure_comes_last(visited):
