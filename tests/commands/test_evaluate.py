@@ -4,8 +4,8 @@ import csv
 import dataclasses
 import json
 import os
-import shutil
 import resource
+import shutil
 from types import SimpleNamespace
 
 import cv2
