@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from segjax.checkpoints import temperature
 from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.load import model_of
@@ -26,6 +27,7 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     checkpoint = read_checkpoint(source, weights=weights)
     encoder_only = not checkpoint.is_orbax and not checkpoint.recognised.has_head
     model, metadata = model_of(checkpoint, num_classes=1 if encoder_only else None)
+    metadata |= temperature.kept_with(source, model)
     overrides = metadata["model"]["overrides"]
     settings = ", ".join(f"{key}={_value(value)}" for key, value in sorted(overrides.items()))
     mean, std = (" ".join(f"{number:g}" for number in metadata["normalisation"][key]) for key in ("mean", "std"))
@@ -43,6 +45,7 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
         *([] if encoder_only else _classes(metadata, model.spec.num_classes)),
         ("normalisation", f"mean {mean}, deviation {std}{default}"),
         ("input size", f"{size[0]}x{size[1]} (height x width)" if size else "unknown"),
+        *([("temperature", temperature.described(metadata["temperature"]))] if "temperature" in metadata else []),
         ("licence", metadata.get("licence", "unknown")),
         ("provenance", "\n".join(_origin(metadata.get("provenance", {}))) or "unknown"),
     ]

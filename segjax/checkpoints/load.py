@@ -15,7 +15,7 @@ from flax import nnx
 from typing_extensions import TypeVar
 
 from segjax import models
-from segjax.checkpoints import metadata, orbax_folder, published
+from segjax.checkpoints import metadata, orbax_folder, published, temperature
 from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import read_checkpoint
@@ -87,6 +87,7 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
     except CheckpointError as error:
         message = str(error) if str(error).startswith(str(source)) else f"{source}: {error}"
         raise CheckpointError(message) from None
+    known |= temperature.kept_with(source, model)
     mean, std = (tuple(known["normalisation"][key]) for key in ("mean", "std"))
     provenance = checkpoint.provenance if checkpoint.is_orbax else known["provenance"]
     return LoadedCheckpoint(model, classes, known, mean, std, provenance)

@@ -7,6 +7,7 @@ It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metad
     normalisation   mean and std of the training images, a number for each channel, in the unit of their values
     image_dtype     uint8, uint16 or float32; missing where the training images were RGB of 8 bits, or are unknown
     input_size      height and width at which images are evaluated, or null where they have several
+    temperature     value, and data on which it was fitted; see `segjax.checkpoints.temperature`
     licence         a note
     provenance      the origin of the weights: source, sha256, dialect, package, verified
     format_version, segjax_version      see `segjax.checkpoints.format_version`
@@ -37,7 +38,7 @@ logger = logging.getLogger("segjax")
 
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 # Parts that remain true when the weights are written to another file.
-LASTING = ("dataset", "normalisation", "image_dtype", "input_size", "licence")
+LASTING = ("dataset", "normalisation", "image_dtype", "input_size", "temperature", "licence")
 
 _NVIDIA = (
     "NVIDIA's SegFormer and MiT weights, and what was trained from them, are under the NVIDIA Source Code License, "
@@ -81,6 +82,15 @@ class Dataset(TypedDict):
     guessed: NotRequired[bool]
 
 
+class Temperature(TypedDict):
+    """What divides the logits; the data on which it was fitted, and NLL in nats there, before and with it."""
+
+    value: Annotated[FiniteFloat, Field(ge=1e-3, le=1e3)]
+    data: NotRequired[str]
+    nll_before: NotRequired[FiniteFloat]
+    nll: NotRequired[FiniteFloat]
+
+
 class Model(TypedDict):
     """Whether it has such settings is checked by `_refuse_settings`."""
 
@@ -108,6 +118,7 @@ class Metadata(TypedDict):
     normalisation: NotRequired[Normalisation | None]
     image_dtype: NotRequired[Literal["uint8", "uint16", "float32"] | None]
     input_size: NotRequired[Size | None]
+    temperature: NotRequired[Temperature | None]
     config: NotRequired[_Config | None]
     step: NotRequired[int]
     mean_iou: NotRequired[float | None]

@@ -83,7 +83,7 @@ def write_checkpoint(path: Path, model: SegmentationModel, *, dialect: str, meta
     weights = to_torch(model, dialect=dialect)
     if key_format_of(model, dialect).encoder_only:
         # The file contains neither the model nor its classes.
-        metadata = {key: value for key, value in metadata.items() if key not in ("model", "dataset")}
+        metadata = {key: value for key, value in metadata.items() if key not in ("model", "dataset", "temperature")}
     with atomic.replacing_file(path) as temporary:
         if path.suffix == ".pth":
             torch = torch_module()

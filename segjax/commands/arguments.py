@@ -19,6 +19,8 @@ from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
+# The word of `segjax.checkpoints.temperature`, which imports jax.
+FITTED = "fitted"
 # What an empty argument is answered with: as a path it would be the current folder.
 EMPTY = "the value is empty; a shell variable may be unset"
 
@@ -185,6 +187,17 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         type=within(Real(above=0, below=1)),
         metavar="P",
         help="probability above which a pixel is of the class, of a model of one class; default 0.5",
+    )
+
+
+def add_temperature(parser: argparse.ArgumentParser) -> None:
+    """Adds `--temperature`, a number or the word for the one that was fitted."""
+    number = within(Real(above=0, most=1000))
+    parser.add_argument(
+        "--temperature",
+        type=lambda text: text if text == FITTED else number(text),
+        metavar="T",
+        help=f"divide the logits by T, a number, or by the one that evaluate --fit-temperature has {FITTED}; default 1",
     )
 
 

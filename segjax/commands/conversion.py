@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import models
-from segjax.checkpoints import huggingface
+from segjax.checkpoints import huggingface, temperature
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import read_checkpoint
 from segjax.checkpoints.key_maps import KEY_FORMATS, OF_VARIANT
@@ -48,6 +48,7 @@ def convert(options: argparse.Namespace) -> None:
         model, metadata = (
             _model_of_folder(checkpoint, options) if checkpoint.is_orbax else _model_of(checkpoint, options)
         )
+        metadata |= temperature.kept_with(options.checkpoint, model)
         # Before the verification, so that keys which cannot express this model are refused at once.
         if not to_folder or dialect == "hf":
             _log_other_settings(model, dialect, stored=("num_heads",) if to_folder else ())

@@ -26,6 +26,7 @@ from segjax.commands.arguments import (
     add_checkpoint,
     add_exported,
     add_protocol,
+    add_temperature,
     as_path,
     less_memory,
     problems_of_exported,
@@ -66,6 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
     parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
     add_protocol(parser)
+    add_temperature(parser)
+    parser.add_argument(
+        "--fit-temperature",
+        action="store_true",
+        help="fit the divisor of the logits to this split, and keep it with CHECKPOINT; of other images than those to "
+        "evaluate on",
+    )
     parser.add_argument(
         "--batch", type=within(BATCH), metavar="N", help="images or crops at a time; default one for each device"
     )
@@ -111,6 +119,9 @@ def _problems(options: argparse.Namespace) -> list[str]:
             generated and (options.source or options.data_dir)
         ),
         "--weights: the folder of a run holds one set of weights; omit it": options.weights and not options.data,
+        "--temperature and --fit-temperature: a temperature is either given or fitted; omit one of them": (
+            options.temperature is not None and options.fit_temperature
+        ),
         "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
@@ -146,6 +157,8 @@ def _run(options: argparse.Namespace) -> None:
             progress=True,
             weights=options.weights,
             corruptions=options.corruptions,
+            temperature=options.temperature,
+            fit_temperature=options.fit_temperature,
             **_settings(options),
         )
     except NoDataError as error:
@@ -154,6 +167,12 @@ def _run(options: argparse.Namespace) -> None:
     except NoSourceError as error:
         raise ValueError(f"{error}: --source PATH") from error
     _print_table(summary)
+    if "temperature" in summary:
+        fitted = summary["temperature"]
+        say(
+            f"temperature {fitted['value']:.4g}, with which NLL is {score(fitted['nll'])} instead of "
+            f"{score(fitted['nll_before'])}; --temperature fitted uses it, here and in predict and export"
+        )
     if "published" in summary:
         say(published_figure.compared(summary["published"], summary["mean_iou"]))
     if "reference" in summary:
@@ -176,6 +195,9 @@ def _print_table(summary: Mapping) -> None:
     say(line if summary["step"] is None else f"{line}   step {summary['step']}")
     further = ("mean_boundary_iou", "boundary IoU"), ("image_iou", "IoU per image"), ("worst_image_iou", "worst 5%")
     say("   ".join(f"{name} {score(summary[key])}" for key, name in further))
+    if calibration := summary.get("calibration"):
+        names = {"ece": "ECE", "brier": "Brier", "nll": "NLL", "aurc": "AURC", "error_auroc": "AUROC of errors"}
+        say("   ".join(f"{name} {score(calibration[key])}" for key, name in names.items()))
     if interval := summary["mean_iou_interval"]:
         say(f"95% interval of mIoU, by drawing the images again: {score(interval[0])} to {score(interval[1])}")
     if corrupted := summary.get("corruptions"):

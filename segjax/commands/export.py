@@ -2,7 +2,7 @@
 
     segjax export CHECKPOINT OUT --format stablehlo|onnx|torch --size H W [--dynamic]
                   [--with-preprocessing] [--with-argmax] [--dtype float32|bfloat16|float16]
-                  [--opset N] [--threshold P]
+                  [--opset N] [--threshold P] [--temperature T]
 
 CHECKPOINT is anything that `segjax convert` reads, or the folder of a run. Input and output of the file are described
 in segjax/exports/export.py.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from segjax.commands.arguments import Parser, add_checkpoint, as_path, summary_of, within
+from segjax.commands.arguments import Parser, add_checkpoint, add_temperature, as_path, summary_of, within
 from segjax.commands.ending import CheckError, run_command
 from segjax.exports.format import BOUNDS, OPSETS, SUFFIXES, ExportFormat
 from segjax.runtime.reading import user_path
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="P",
         help="probability above which a pixel is of the class, in labels of a model of one class; default 0.5",
     )
+    add_temperature(parser)
     parser.add_argument("--dtype", default="float32", choices=list(BOUNDS), help="of the weights")
     parser.add_argument(
         "--opset",
@@ -75,6 +76,12 @@ def _run(options: argparse.Namespace) -> None:
         threshold=options.threshold,
     )
     try:
-        export(user_path(options.checkpoint), options.destination, export_format, weights=options.weights)
+        export(
+            user_path(options.checkpoint),
+            options.destination,
+            export_format,
+            weights=options.weights,
+            temperature=options.temperature,
+        )
     except UnequalError as error:
         raise CheckError(error) from error

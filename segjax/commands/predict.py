@@ -15,6 +15,11 @@ frames, without sound; an odd side gets its last row or column twice. Cameras
 (/dev/video0) and http(s):// and rtsp(s):// addresses of videos are written
 until they end, or until Ctrl-C.
 
+confidence and entropy are grey PNGs: 255 times the probability of the class
+that is predicted, and 255 times the entropy of the probabilities over its
+largest value, log K (log 2 for a model of one class). Of GeoTIFFs they are
+GeoTIFFs, where 0 is no data.
+
 Label maps of GeoTIFFs are GeoTIFFs (needs segjax[geo]) with the CRS and the
 transform, GCPs or RPCs of the input; where it has no data (nodata value, mask,
 alpha 0) they have their own nodata value, the ignore label of the classes: 255,
@@ -40,6 +45,7 @@ from segjax.commands.arguments import (
     add_checkpoint,
     add_exported,
     add_protocol,
+    add_temperature,
     as_path,
     less_memory,
     problems_of_exported,
@@ -87,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_exported(parser, "that an exported file was made from: says what the file does not, normalisation and classes")
     add_protocol(parser)
+    add_temperature(parser)
     parser.add_argument(
         "--pad-multiple", type=within(SIDE), default=1, metavar="N", help="pad sizes up to multiples: fewer programs"
     )
@@ -170,7 +177,7 @@ def _run(options: argparse.Namespace) -> int:
         scale=None if options.scale is None else tuple(options.scale),
         max_pixels=options.max_pixels,
     )
-    predictor = Predictor(checkpoint, **protocol_of(options), **settings)
+    predictor = Predictor(checkpoint, **protocol_of(options), temperature=options.temperature, **settings)
     record = batch_run.record_of(predictor, checkpoint.model, options.checkpoint)
     done, incomplete = batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
     _describe(checkpoint, predictor, jobs, skipped, len(done), options)

@@ -34,6 +34,7 @@ from flax import nnx
 from typing_extensions import TypedDict
 
 from segjax import layers, models
+from segjax.checkpoints import temperature as _temperature
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
@@ -81,7 +82,11 @@ def compiled(
     scores = 2 * model.spec.num_classes if export_format.argmax else 0
     memory.refuse_more_than_host(4 * batch * height * width * (model.in_channels + scores), what=what)
     functional = FunctionalModel(model)
-    run = jax.jit(lambda arrays, images: functional.bind(*arrays)(export_format.normalise(images))[0])
+
+    @jax.jit
+    def run(arrays, images):
+        return export_format.scaled(functional.bind(*arrays)(export_format.normalise(images))[0])
+
     arrays = functional.arrays()
     with jax.default_matmul_precision("highest"):
         images = jax.ShapeDtypeStruct((batch, height, width, model.in_channels), _dtype_of_images(export_format))
@@ -206,6 +211,8 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         "output": export_format.output,
         # Applies to labels of models of one class.
         **({"threshold": export_format.threshold} if classes.num_classes == 1 and export_format.argmax else {}),
+        # The logits have been divided by it.
+        **({"temperature": export_format.temperature} if export_format.temperature != 1 else {}),
         "weights": export_format.dtype,
     }
     return stamped(metadata)
@@ -328,6 +335,7 @@ def export_model(
     dtype: str = "float32",
     opset: int | None = None,
     threshold: float = 0.5,
+    temperature: float | str | None = None,
 ) -> None:
     """Export a model to one file that runs without segjax. Before the file is kept, its outputs are compared.
 
@@ -344,6 +352,8 @@ def export_model(
       dtype: Dtype of the stored weights: "float32", "bfloat16" or "float16".
       opset: Opset of an ONNX file, from 17 to 25; by default that of torch.onnx.
       threshold: Probability above which a pixel belongs to the class, in labels of a model of one class.
+      temperature: Divisor of the logits; "fitted" for the one that `segjax evaluate --fit-temperature` keeps with the
+        checkpoint. By default 1.
 
     Raises:
       CheckpointError: No model can be read from `source`, or it cannot be exported with these settings; the message
@@ -377,7 +387,7 @@ def export_model(
         opset=opset,
         threshold=threshold,
     )
-    export(source, path, export_format)
+    export(source, path, export_format, temperature=temperature)
 
 
 def export(
@@ -386,12 +396,18 @@ def export(
     export_format: ExportFormat,
     *,
     weights: str | None = None,
+    temperature: float | str | None = None,
 ) -> None:
     """`export_model` with its settings in one object, and the same errors; `weights` is as for `segjax.load`."""
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write = _writer(export_format)
     loaded = as_loaded(source, weights=weights)
-    export_format = dataclasses.replace(export_format, mean=loaded.mean, std=loaded.std, image_kind=loaded.image_kind)
+    chosen = _temperature.chosen(temperature, loaded.metadata, source)
+    if not 0 < chosen < np.inf:
+        raise CheckpointError(f"a temperature is a positive number, not {chosen}")
+    export_format = dataclasses.replace(
+        export_format, mean=loaded.mean, std=loaded.std, image_kind=loaded.image_kind, temperature=chosen
+    )
     _require(export_format, destination, loaded.model)
     evaluated = _evaluated(loaded.metadata, source)
     model = rounded(

@@ -38,6 +38,7 @@ class ExportFormat:
       dtype: Dtype of the stored weights, a key of `BOUNDS`.
       opset: Opset of an ONNX file, one of `OPSETS`; None for the default of torch.onnx.
       threshold: Probability above which a pixel belongs to the class, in labels of models of one class.
+      temperature: Divisor of the logits.
       mean: Mean of the training images, one number per channel.
       std: Standard deviation of the training images, one number per channel.
       image_kind: Channels and dtype of the training images.
@@ -51,6 +52,7 @@ class ExportFormat:
     dtype: str = "float32"
     opset: int | None = None
     threshold: float = 0.5
+    temperature: float = 1.0
     mean: tuple[float, ...] = specs.IMAGENET_MEAN
     std: tuple[float, ...] = specs.IMAGENET_STD
     image_kind: specs.ImageKind = specs.RGB
@@ -60,6 +62,11 @@ class ExportFormat:
         from segjax.data.augment import normalise
 
         return normalise(images, self.mean, self.std)
+
+    def scaled(self, logits: Any) -> Any:
+        """Logits, an array of jax or torch, divided by the temperature."""
+        # A program without temperature has no such operation.
+        return logits if self.temperature == 1 else logits / self.temperature
 
     @property
     def channels_last(self) -> bool:

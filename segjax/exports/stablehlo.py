@@ -27,7 +27,7 @@ def run_model(
     """The computation in the file: images (B, H, W, C) -> logits (B, h, w, K), or labels (B, H, W)."""
     if export_format.preprocessing:
         images = export_format.normalise(images)
-    logits, _ = functional.bind(params, batch_stats)(images)
+    logits = export_format.scaled(functional.bind(params, batch_stats)(images)[0])
     if not export_format.argmax:
         return logits
     # uint8 where it suffices, as in label images.

@@ -55,6 +55,7 @@ class Program(torch.nn.Module):
         bases = () if self.bases is None else (self.bases.expand(images.shape[0], -1, -1),)
         wide = {name: parameter.float() for name, parameter in self.reference.named_parameters()}
         logits, _ = torch.func.functional_call(self.reference, wide, (images, *bases))
+        logits = self.export_format.scaled(logits)
         if not self.export_format.argmax:
             return logits
         scores = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.align_corners)

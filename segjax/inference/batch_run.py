@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
-from segjax.inference import geotiff
+from segjax.inference import certainty, geotiff
 from segjax.inference.engine import labels_of
 from segjax.inference.exported_model import ExportedModel
 from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
@@ -179,6 +179,7 @@ class Run:
         self.images = self.videos = self.frames = 0
         self.first_only: list[Path] = []
         self._predictor, self._kinds = predictor, kinds
+        self._has_maps = not set(certainty.MAPS).isdisjoint(kinds)
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []
@@ -302,9 +303,10 @@ class Run:
                 ProgressBar(source.name, height, "rows") as progress,
             ):
                 pixels = 0
-                for top, left, labels in self._predictor.label_tiles(scene):
+                tiles = own.mapped_tiles(scene) if self._has_maps else own.label_tiles(scene)
+                for top, left, labels, *maps in tiles:
                     self._begin()
-                    outputs.write(top, left, labels)
+                    outputs.write(top, left, Prediction(labels, None, *maps))
                     # In a wide scene, a part covers only some of its rows' pixels.
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)
@@ -392,17 +394,25 @@ class Run:
 
     def _predicted(self, images: list[np.ndarray]) -> list[Prediction]:
         self._advise(images[0].shape)
-        if "probabilities" not in self._kinds:
+        if "probabilities" not in self._kinds and self._has_maps:
+            predictions = [Prediction(labels, None, maps) for labels, maps in self._predictor.mapped(images)]
+        elif "probabilities" not in self._kinds:
             predictions = [Prediction(labels, None) for labels in self._predictor.labels(images)]
         else:
-            # Labels are computed from the probabilities, so that both files agree.
+            # Labels and maps are computed from the probabilities, so that all files agree.
             scores = self._predictor.probabilities_of(images)
             dtype = specs.dtype_of_labels(self._predictor.classes.num_classes - 1)
             threshold = self._predictor.protocol.threshold
-            labels = (labels_of(score, threshold=threshold).astype(dtype) for score in scores)
-            predictions = [Prediction(*pair) for pair in zip(labels, scores, strict=True)]
+            labels = [labels_of(score, threshold=threshold).astype(dtype) for score in scores]
+            predictions = [Prediction(*pair, self._maps_of(*pair)) for pair in zip(labels, scores, strict=True)]
         self._begin()
         return predictions
+
+    def _maps_of(self, labels: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+        """`certainty.maps` of probabilities (H, W, K), if one of them is written."""
+        if not self._has_maps:
+            return None
+        return np.asarray(certainty.maps(scores[None], labels[None], are_logits=False))[0]
 
     def _begin(self) -> None:
         """Writes the record before the first output."""

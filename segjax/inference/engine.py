@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from jax.sharding import NamedSharding
 from segjax import layers
 from segjax.data import specs
 from segjax.data.augment import normalise
-from segjax.inference import resized_tiles
+from segjax.inference import certainty, resized_tiles
+from segjax.inference.certainty import CountedLabels
 from segjax.inference.exported_model import ExportedModel
 from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
 from segjax.kernels import cells
@@ -70,6 +71,8 @@ class Protocol:
         aspect ratio whose longer and shorter sides fit (mmcv's Resize(scale=base_size, keep_ratio=True)). None keeps
         the size of the image.
       threshold: Probability above which a pixel belongs to the class, for models of one class (one logit).
+      temperature: Divisor of the logits before softmax or sigmoid, see `segjax.checkpoints.temperature`. It changes
+        probabilities; labels only where these are averaged, or compared with another threshold than 0.5.
     """
 
     mode: str = "whole"
@@ -80,6 +83,7 @@ class Protocol:
     size_divisor: int = 1
     base_size: Sequence[int] | None = None
     threshold: float = 0.5
+    temperature: float = 1.0
 
     def __post_init__(self):
         if self.mode == "slide":
@@ -99,6 +103,7 @@ class Protocol:
             ),
             f"size_divisor must be at least 1: {self.size_divisor}": self.size_divisor < 1,
             f"threshold is a probability between 0 and 1, not {self.threshold}": not 0 < self.threshold < 1,
+            f"a temperature is a positive number, not {self.temperature}": not 0 < self.temperature < np.inf,
             f"base_size is (long, short), not {self.base_size}": (
                 self.base_size is not None and not _are_sides(self.base_size)
             ),
@@ -129,6 +134,8 @@ class Protocol:
             parts.append(f"resized to multiples of {self.size_divisor}")
         if self.threshold != 0.5:
             parts.append(f"above a probability of {self.threshold:g}")
+        if self.temperature != 1:
+            parts.append(f"at a temperature of {self.temperature:g}")
         return ", ".join(parts)
 
     def record(self) -> dict[str, object]:
@@ -137,12 +144,14 @@ class Protocol:
         if self.threshold == 0.5:
             # Models of several classes have no threshold.
             del given["threshold"]
+        if self.temperature == 1:
+            del given["temperature"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property
     def least_logit(self) -> float:
-        """`threshold` as a logit."""
-        return math.log(self.threshold / (1 - self.threshold))
+        """`threshold` as a logit, which the temperature does not divide."""
+        return self.temperature * math.log(self.threshold / (1 - self.threshold))
 
     @property
     def window(self) -> SlidingWindow | None:
@@ -151,6 +160,11 @@ class Protocol:
             return None
         (height, width), (down, across) = self.crop, self.stride
         return SlidingWindow((height, width), (down, across))
+
+    @property
+    def passes(self) -> int:
+        """Number of times that the model scores an image."""
+        return len(self.scales) * (2 if self.flip else 1)
 
     @property
     def is_one_pass(self) -> bool:
@@ -252,6 +266,9 @@ def _upsampled(logits: jax.Array, padded: tuple[int, int], size: tuple[int, ...]
     return layers.resize(logits, padded, align_corners=align_corners)[:, : size[0], : size[1]]
 
 
+_upsample = jax.jit(_upsampled, static_argnames=("padded", "size", "align_corners"))
+
+
 def _small_logits(functional, params, batch_stats, images, *, normalise) -> tuple[jax.Array, tuple[int, int]]:
     """The model's logits of padded images, and height and width of the padded images."""
     height, width = images.shape[1:3]
@@ -271,9 +288,22 @@ def predict_labels(
     least_logit: float = 0,
 ) -> jax.Array:
     """Train ids (B, H, W) of whole images (B, H, W, C); see `compact`."""
+    return labels_and_logits(functional, params, batch_stats, images, normalise=normalise, least_logit=least_logit)[0]
+
+
+def labels_and_logits(
+    functional: FunctionalModel,
+    params: Arrays,
+    batch_stats: Arrays,
+    images: jax.Array,
+    *,
+    normalise: Callable,
+    least_logit: float = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """`predict_labels`, and the logits at the model's own stride, (B, h, w, K), from which they were computed."""
     logits, padded = _small_logits(functional, params, batch_stats, images, normalise=normalise)
     size, align_corners = images.shape[1:3], functional.align_corners
-    return _labels_at(logits, padded, size, align_corners=align_corners, least_logit=least_logit)
+    return _labels_at(logits, padded, size, align_corners=align_corners, least_logit=least_logit), logits
 
 
 def _labels_at(
@@ -326,21 +356,25 @@ class Inference:
         self._compiling = threading.Lock()
         if isinstance(model, ExportedModel):
             self._arrays: tuple[Arrays, Arrays] = ({}, {})
-            settings = dict(align_corners=model.align_corners)
-            self._score = FileProgram(model, partial(_upsampled, **settings))
-            to_labels = partial(_labels_at, least_logit=protocol.least_logit, **settings)
+            align_corners = model.align_corners
+            self._score = FileProgram(model, partial(_upsampled, align_corners=align_corners))
+            to_labels = partial(_labels_at, least_logit=protocol.least_logit, align_corners=align_corners)
             self._labels = FileProgram(model, to_labels, gives_labels=True)
+            self._labels_and_logits = FileProgram(model, lambda *given: (to_labels(*given), given[0]))
+            self._padded_size = model.padded_size
             return
         if isinstance(model, FunctionalModel):
             functional, self._arrays = model, ({}, {})
         else:
             functional = FunctionalModel(model)
             self._arrays = self._parallel.replicate(functional.arrays())
-        labels = partial(predict_labels, functional, normalise=normalise, least_logit=protocol.least_logit)
-        self._labels = Program(labels, self._parallel)
+        self._padded_size = partial(_rounded_up, divisor=functional.size_multiple)
+        settings: dict[str, Any] = dict(normalise=normalise, least_logit=protocol.least_logit)
+        self._labels = Program(partial(predict_labels, functional, **settings), self._parallel)
+        self._labels_and_logits = Program(partial(labels_and_logits, functional, **settings), self._parallel)
         self._score = Program(partial(score, functional, normalise=normalise), self._parallel)
 
-    def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1) -> None:
+    def refuse_too_large(self, sizes: Iterable[tuple[int, int]], *, batch: int = 1, counted: bool = False) -> None:
         """Refuses images for which there is not enough memory, before any prediction.
 
         It compiles the program for the largest images, which predictions reuse.
@@ -348,6 +382,7 @@ class Inference:
         Args:
           sizes: Height and width of the images.
           batch: Number of images that are predicted together.
+          counted: Whether predictions are those of `begin_counted`.
 
         Raises:
           TooLittleMemoryError: The program needs more memory than a device has.
@@ -364,7 +399,9 @@ class Inference:
                 height, width = map(min, window.crop, size)
                 crops = len(window_starts(size[1], width, window.stride[1]))
                 shapes.add((min(self._batch, crops), height, width))
-        program = self._labels if window is None and self.protocol.is_one_pass else self._score
+        program = self._labels_and_logits if counted else self._labels
+        if window is not None or not self.protocol.is_one_pass:
+            program = self._score
         if shapes:
             self._refuse_too_large(program, (*max(shapes, key=math.prod), self._channels), self._dtype)
 
@@ -411,6 +448,132 @@ class Inference:
             return [Computed([[batch]], number, image.shape[:2]) for number, image in enumerate(images)]
         return [_put_together(image.shape[:2], self.label_tiles(image)) for image in images]
 
+    def begin_counted(
+        self,
+        images: Sequence[np.ndarray],
+        truths: Sequence[np.ndarray],
+        *,
+        ignore_label: int,
+        temperatures: Sequence[float] = (),
+    ) -> Sequence[CountedLabels]:
+        """Starts to compute the results of `begin`, with what calibration counts.
+
+        Args:
+          images: As for `labels`.
+          truths: True train ids (H, W) of the images.
+          ignore_label: Label of the pixels that do not count.
+          temperatures: Further temperatures for `CountedLabels.sums`; only if the model scores an image once.
+
+        Raises:
+          ValueError: There are temperatures, and several scales or flips.
+        """
+        protocol = self.protocol
+        if temperatures and protocol.passes > 1:
+            raise ValueError("NLL at several temperatures is that of one scale, without flips")
+        settings: dict[str, Any] = dict(ignore_label=ignore_label, temperatures=(protocol.temperature, *temperatures))
+        if not protocol.is_one_pass:
+            return self._counted_tiles(images, truths, **settings)
+        if protocol.mode == "slide":
+            return [self._counted_rows(image, truth, **settings) for image, truth in zip(images, truths, strict=True)]
+        size = images[0].shape[:2]
+        labels, logits = self._labels_and_scores(images)
+        truth = jax.device_put(np.stack(truths), self._sharding(len(truths)))
+        counter, sums = certainty.counts(logits, labels, truth, are_logits=True, **settings)
+        return [
+            CountedLabels(Computed([[labels]], number, size), Computed([[counter]], number, size), [sums], number)
+            for number in range(len(images))
+        ]
+
+    def _labels_and_scores(self, images: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Train ids (B, H, W) of whole images of one size, and logits (B, H, W, K)."""
+        size = images[0].shape[:2]
+        labels, logits = self._run(self._labels_and_logits, images)
+        return labels, _upsample(logits, self._padded_size(size), size, align_corners=self._align_corners)
+
+    def _counted_rows(self, image: np.ndarray, truth: np.ndarray, **settings: Any) -> CountedLabels:
+        """`begin_counted` of one image by the sliding window, row tile by row tile."""
+        labels = np.empty(truth.shape, specs.dtype_of_labels(self._num_classes - 1))
+        counter, parts = np.empty(truth.shape, np.uint16), []
+        for top, left, logits, part in self.row_tiles(image):
+            predicted = _labels(logits, threshold=self.protocol.least_logit)
+            there = np.s_[top : top + logits.shape[0], left : left + part.stop - part.start]
+            # Columns outside the part do not count.
+            own = np.full(predicted.shape, settings["ignore_label"], truth.dtype)
+            own[:, part] = truth[there]
+            counters, sums = certainty.counts(logits[None], predicted[None], own[None], are_logits=True, **settings)
+            labels[there], counter[there] = np.asarray(predicted)[:, part], np.asarray(counters)[0][:, part]
+            parts.append(np.asarray(sums))
+            # Freed before the next row of crops needs memory.
+            del logits, predicted, counters
+        return CountedLabels(labels, counter, parts, 0)
+
+    def _counted_tiles(
+        self, images: Sequence[np.ndarray], truths: Sequence[np.ndarray], **settings: Any
+    ) -> list[CountedLabels]:
+        """`begin_counted` with resized images, several scales or flips."""
+        height, width = (max(sides) for sides in zip(*(truth.shape for truth in truths), strict=True))
+        whole = [-(-side // step) * step for side, step in zip((height, width), resized_tiles.TILE, strict=True)]
+        padded = np.full((len(truths), *whole), settings["ignore_label"], truths[0].dtype)
+        for own, truth in zip(padded, truths, strict=True):
+            own[: truth.shape[0], : truth.shape[1]] = truth
+
+        def finish(total: jax.Array, count: int, corner: tuple[int, int], logits: jax.Array | None):
+            labels = _labels_of_sum(total, count, threshold=self.protocol.threshold)
+            rows, columns = (slice(start, start + side) for start, side in zip(corner, resized_tiles.TILE, strict=True))
+            scores = _mean_of_sum(total, count) if logits is None else logits
+            truth = padded[:, rows, columns]
+            return labels, *certainty.counts(scores, labels, truth, are_logits=logits is not None, **settings)
+
+        tiles = self._finished(images, finish)
+        parts = [sums for _, _, sums in tiles.values()]
+        labels, counter = (_in_rows({corner: tile[kind] for corner, tile in tiles.items()}) for kind in (0, 1))
+        return [
+            CountedLabels(Computed(labels, number, size), Computed(counter, number, size), parts, number)
+            for number, size in enumerate(truth.shape for truth in truths)
+        ]
+
+    def mapped(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`labels` of images, and `certainty.maps`, uint8 (H, W, 2)."""
+        protocol = self.protocol
+        if not protocol.is_one_pass:
+
+            def finish(total: jax.Array, count: int, _corner: tuple[int, int], _logits: jax.Array | None):
+                labels = _labels_of_sum(total, count, threshold=protocol.threshold)
+                return labels, certainty.maps(_mean_of_sum(total, count), labels, are_logits=False)
+
+            tiles = self._finished(images, finish)
+            labels, maps = (_in_rows({corner: tile[kind] for corner, tile in tiles.items()}) for kind in (0, 1))
+        elif protocol.mode == "slide":
+            return [self._mapped_rows(image) for image in images]
+        else:
+            batch, logits = self._labels_and_scores(images)
+            labels = [[batch]]
+            maps = [[certainty.maps(logits, batch, are_logits=True, temperature=protocol.temperature)]]
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return [
+            (np.asarray(Computed(labels, number, size)), np.asarray(Computed(maps, number, size)))
+            for number, size in enumerate(sizes)
+        ]
+
+    def _mapped_rows(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.empty(image.shape[:2], specs.dtype_of_labels(self._num_classes - 1))
+        maps = np.empty((*image.shape[:2], len(certainty.MAPS)), np.uint8)
+        for top, left, *parts in self.mapped_tiles(image):
+            there = np.s_[top : top + parts[0].shape[0], left : left + parts[0].shape[1]]
+            labels[there], maps[there] = parts
+        return labels, maps
+
+    def mapped_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """`label_tiles`, each with `certainty.maps`, uint8 (h, w, 2)."""
+        for top, left, logits, part in self.row_tiles(image):
+            labels = _labels(logits, threshold=self.protocol.least_logit)
+            temperature = self.protocol.temperature
+            maps = certainty.maps(logits[None], labels[None], are_logits=True, temperature=temperature)
+            tile = np.asarray(labels)[:, part], np.asarray(maps)[0][:, part]
+            # Freed before the next row of crops needs memory.
+            del logits, labels, maps
+            yield top, left, *tile
+
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Train ids of an image (H, W, C) by the sliding window, at its own size, in tiles: top, left, labels (h, w).
 
@@ -436,19 +599,43 @@ class Inference:
 
     def _computed(self, images: Sequence[np.ndarray], finish: Callable[[jax.Array, int], jax.Array]) -> list[Computed]:
         """Applies `finish` to the sum of probabilities over scales and flips, and their number, tile by tile."""
+        rows = _in_rows(self._finished(images, lambda total, count, _corner, _logits: finish(total, count)))
+        return [Computed(rows, number, (image.shape[0], image.shape[1])) for number, image in enumerate(images)]
+
+    def _finished(
+        self,
+        images: Sequence[np.ndarray],
+        finish: Callable[[jax.Array, int, tuple[int, int], jax.Array | None], Result],
+    ) -> dict[tuple[int, int], Result]:
+        """Applies `finish` to each tile of the images.
+
+        Args:
+          images: As for `labels`.
+          finish: Function of the sum of probabilities over scales and flips (B, *TILE, K), their number, the upper left
+            corner, and, if the model scores an image once, the logits (B, *TILE, K).
+
+        Returns:
+          The results by upper left corner, row by row.
+        """
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         grid = resized_tiles.grid(sizes)
-        tiles: dict[tuple[int, int], jax.Array] = {}
+        totals: dict[tuple[int, int], jax.Array] = {}
+        tiles: dict[tuple[int, int], Result] = {}
         passes = [(scale, flipped) for scale in self.protocol.scales for flipped in (False, True)[: self._flips]]
         for number, (scale, flipped) in enumerate(passes, 1):
             logits = self._logits(self._resized(images, scale, flipped))
             samples = resized_tiles.samples(logits, sizes, flipped=flipped, align_corners=self._align_corners)
             for corner in grid:
-                total = resized_tiles.add_probabilities(tiles.get(corner), logits, *samples.of_tile(corner))
+                total = resized_tiles.add_probabilities(
+                    totals.pop(corner, None), logits, *samples.of_tile(corner), self.protocol.temperature
+                )
+                if number < len(passes):
+                    totals[corner] = total
+                    continue
                 # The last pass finishes tile by tile, so that not all sums are in memory together.
-                tiles[corner] = finish(total, number) if number == len(passes) else total
-        rows = [[tiles[corner] for corner in grid if corner[0] == top] for top in dict.fromkeys(top for top, _ in grid)]
-        return [Computed(rows, number, size) for number, size in enumerate(sizes)]
+                own = resized_tiles.logits_of(logits, *samples.of_tile(corner)) if len(passes) == 1 else None
+                tiles[corner] = finish(total, number, corner, own)
+        return tiles
 
     @property
     def _flips(self) -> int:
@@ -487,7 +674,7 @@ class Inference:
 
         return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
 
-    def _run(self, program: Program | FileProgram, images: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
+    def _run(self, program: Program | FileProgram, images: Sequence[np.ndarray] | np.ndarray) -> Any:
         """Calls a program with images (B, H, W, C) if there is enough memory for it."""
         # Checked before the images are stacked, because a large batch may not fit in host memory.
         self._refuse_too_large(program, (len(images), *images[0].shape), images[0].dtype)
@@ -501,12 +688,12 @@ class Inference:
 
 
 class Program:
-    """A function (params, batch_stats, images) -> array, compiled for each shape of the images.
+    """A function (params, batch_stats, images) -> array or arrays, compiled for each shape of the images.
 
     On a GPU, operations on weights only run once instead of for every image; see `segjax.models.prepared`.
     """
 
-    def __init__(self, function: Callable[..., jax.Array], parallel: JitParallel):
+    def __init__(self, function: Callable[..., Any], parallel: JitParallel):
         self._function, self._whole = function, parallel.whole
         self._jit = partial(jax.jit, compiler_options=compiler_options(parallel.devices[0].platform))
         self.at_once = self._jit(function)
@@ -530,7 +717,7 @@ class Program:
 
     def of(
         self, arrays: tuple[Arrays, Arrays], images: jax.Array, prepared: dict[str, list[jax.Array]]
-    ) -> Callable[[jax.Array], jax.Array]:
+    ) -> Callable[[jax.Array], Any]:
         """The function of the images.
 
         Args:
@@ -557,7 +744,7 @@ class Program:
 class FileProgram:
     """Stands in for a `Program` where another package runs the model; only what follows the model is compiled."""
 
-    def __init__(self, model: ExportedModel, finish: Callable[..., jax.Array], *, gives_labels: bool = False):
+    def __init__(self, model: ExportedModel, finish: Callable[..., Any], *, gives_labels: bool = False):
         """`finish` is a function of logits (B, h, w, K) of padded images, of the padded and of the images' own size."""
         self._model, self._finish = model, jax.jit(finish, static_argnums=(1, 2))
         self._gives_labels = gives_labels
@@ -568,7 +755,7 @@ class FileProgram:
     def of(self, arrays: tuple[Arrays, Arrays], images: jax.Array, prepared: dict[str, list[jax.Array]]) -> FileProgram:
         return self
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array) -> Any:
         output, padded = self._model(np.asarray(images))
         height, width = images.shape[1:3]
         if self._model.output != "labels":
@@ -608,6 +795,17 @@ class Computed(NamedTuple):
         rows = [np.concatenate([np.asarray(tile)[self.number] for tile in row], axis=1) for row in self.tiles]
         whole = np.concatenate(rows)[:height, :width]
         return whole if dtype is None else whole.astype(dtype)
+
+
+Result = TypeVar("Result")
+
+
+def _in_rows(tiles: Mapping[tuple[int, int], Result]) -> list[list[Result]]:
+    """The tiles, by upper left corner, row by row."""
+    rows: dict[int, list[Result]] = {}
+    for (top, _), tile in tiles.items():
+        rows.setdefault(top, []).append(tile)
+    return list(rows.values())
 
 
 def _put_together(size: tuple[int, int], tiles: Iterable[tuple[int, int, np.ndarray]]) -> np.ndarray:

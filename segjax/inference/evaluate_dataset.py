@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -16,10 +17,11 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from segjax.checkpoints import orbax_folder, published
+from segjax.checkpoints import temperature as _temperature
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import load
-from segjax.checkpoints.metadata import Size
+from segjax.checkpoints.metadata import Size, Temperature
 from segjax.checkpoints.state_dict import logger, model_metadata
 from segjax.data import contents, specs
 from segjax.data.builders import prepare
@@ -27,10 +29,10 @@ from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
 from segjax.data.prepared import open_prepared
 from segjax.data.records import parts_of, records_of
 from segjax.data.sources import DataError, listed
-from segjax.inference import difference, published_figure
+from segjax.inference import difference, published_figure, temperature_scaling
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
-from segjax.inference.evaluation import SHOWN, Measured, measure
+from segjax.inference.evaluation import SHOWN, Measured, PredictCounted, measure
 from segjax.inference.exported_model import ExportedModel
 from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.runtimes import exported_path
@@ -115,6 +117,8 @@ def evaluate_dataset(
     size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
     threshold: float | None = None,
+    temperature: float | str | None = None,
+    fit_temperature: bool = False,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -147,6 +151,10 @@ def evaluate_dataset(
       base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales` are
         factors of it. The published figures of ADE20K have (2048, 512).
       threshold: Probability above which a pixel belongs to the class, for a model of one class.
+      temperature: Divisor of the logits before softmax or sigmoid; "fitted" for the one that is kept with the
+        checkpoint. By default 1.
+      fit_temperature: Whether to fit a temperature to the split, and to keep it with the checkpoint. `source` is a file
+        or folder then, the model scores an image once, and the split should be none of those to evaluate on.
       batch: Number of images, or of crops with mode "slide", per call of the model; by default one per device.
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
       progress: Whether to print a progress bar.
@@ -160,11 +168,15 @@ def evaluate_dataset(
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
       "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
-      or None (`segjax.metrics.bootstrap_interval`); with `corruptions` also "corruptions", see
-      `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or None. For the name
-      of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
-      "is_multi_scale" and "is_same_protocol". With a `reference`, or for a file whose metadata have the mIoU of its run
-      on this split, also "reference": "source", "mean_iou", "difference", "per_class_iou" and "is_same_protocol".
+      or None (`segjax.metrics.bootstrap_interval`); "calibration", a dict with the "ece", "adaptive_ece", "brier",
+      "nll" and "aurc" of `segjax.metrics.Calibration`, the "error_average_precision", "error_auroc" and "error_fpr95"
+      of finding errors by 1 - confidence, and its "reliability", but not of a file that gives labels; with
+      `fit_temperature` also "temperature", a dict with "value", "data", "nll_before" and "nll"; with `corruptions` also
+      "corruptions", see `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or
+      None. For the name of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or
+      None, its "source", "is_multi_scale" and "is_same_protocol". With a `reference`, or for a file whose metadata have
+      the mIoU of its run on this split, also "reference": "source", "mean_iou", "difference", "per_class_iou" and
+      "is_same_protocol".
 
     Raises:
       CheckpointError: No model can be read from `source`.
@@ -180,6 +192,7 @@ def evaluate_dataset(
       ['mean_accuracy', 'mean_boundary_iou', 'mean_dice']
     """
     began = time.perf_counter()
+    place = _place_of_temperature(source, temperature) if fit_temperature else None
     settings: dict[str, Any] = dict(
         mode=mode, crop=crop, stride=stride, scales=scales, flip=flip, size_divisor=size_divisor
     )
@@ -215,7 +228,12 @@ def evaluate_dataset(
     if isinstance(given.checkpoint.model, ExportedModel):
         settings = _of_own(given.protocol) if data is None else settings
         given = dataclasses.replace(given, protocol=protocol_for(given.checkpoint.model, settings, given.sizes))
-    checkpoint, classes, protocol = given.checkpoint, given.opened.spec, given.protocol
+    checkpoint, classes = given.checkpoint, given.opened.spec
+    own_temperature = _temperature.chosen(temperature, checkpoint.metadata, source)
+    protocol = dataclasses.replace(given.protocol, temperature=own_temperature)
+    given = dataclasses.replace(given, protocol=protocol)
+    if fit_temperature and protocol.passes > 1:
+        raise ValueError(f"a temperature is fitted at one scale, and these are scores {protocol}; omit scales and flip")
     refuse_other_images(checkpoint, given.opened.image_kind, classes.name)
     if corruptions and not given.opened.image_kind.is_rgb:
         raise ValueError(
@@ -233,8 +251,16 @@ def evaluate_dataset(
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
-    inference = inference_for(checkpoint, given.opened, protocol, batch=given.batch)
-    measured = _measured(inference, given, shown=0 if output is None else SHOWN, progress=progress)
+    gives_scores = not isinstance(model, ExportedModel) or model.output != "labels"
+    inference = inference_for(checkpoint, given.opened, protocol, batch=given.batch, counted=gives_scores)
+    counted = partial(
+        inference.begin_counted,
+        ignore_label=classes.ignore_label,
+        temperatures=temperature_scaling.GRID if fit_temperature else (),
+    )
+    shown = 0 if output is None else SHOWN
+    measured = _measured(inference, given, shown=shown, progress=progress, counted=counted if gives_scores else None)
+    fitted = {} if place is None else {"temperature": _kept_fit(measured, place, given)}
     summary = report.summarise(measured.confusion, classes)
     against: dict[str, Any] = (
         {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
@@ -260,8 +286,8 @@ def evaluate_dataset(
         )
     if output is not None:
         name = _name(source, checkpoint)
-        _write_report(output, measured, details, given, name, against, duration=time.perf_counter() - began)
-    return summary | details | {"step": checkpoint.metadata.get("step"), **against}
+        _write_report(output, measured, details | fitted, given, name, against, duration=time.perf_counter() - began)
+    return summary | details | fitted | {"step": checkpoint.metadata.get("step"), **against}
 
 
 def _name(source: object, loaded: Loaded) -> str:
@@ -270,8 +296,10 @@ def _name(source: object, loaded: Loaded) -> str:
     return str(source) if isinstance(source, str | Path) else loaded.model.spec.name
 
 
-def _measured(inference: Inference, given: _Given, *, shown: int, progress: bool) -> Measured:
-    """Evaluates a model on a split, with the protocol and batch of `given`."""
+def _measured(
+    inference: Inference, given: _Given, *, shown: int, progress: bool, counted: PredictCounted | None = None
+) -> Measured:
+    """Evaluates a model on a split, with the protocol and batch of `given`; see `measure`."""
     protocol = given.protocol
     return measure(
         inference.begin,
@@ -281,6 +309,7 @@ def _measured(inference: Inference, given: _Given, *, shown: int, progress: bool
         key=protocol.input_sizes,
         shown=shown,
         progress=progress,
+        counted=counted,
     )
 
 
@@ -288,6 +317,41 @@ def _of_own(protocol: Protocol) -> dict[str, Any]:
     """The settings of a run's protocol that are not defaults, which a file may replace."""
     fields = {field.name: getattr(protocol, field.name) for field in dataclasses.fields(Protocol)}
     return {name: value for name, value in fields.items() if value != getattr(Protocol(), name)}
+
+
+def _place_of_temperature(source: object, given: float | str | None) -> Path:
+    """The file for a temperature to be fitted. Raises ValueError if there is no place for it, or one was given."""
+    if given is not None:
+        raise ValueError("a temperature is either fitted or given; omit one of the two")
+    if exported_path(source) is not None:
+        raise ValueError(f"{source}: fit the temperature of the checkpoint, and export that with --temperature fitted")
+    place = _temperature.place_for(source)
+    if place is None:
+        name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
+        raise ValueError(
+            f"{name} is no file or folder of this machine, next to which a temperature could be kept; convert it to one"
+        )
+    if problem := why_not_writable(place.parent):
+        raise ValueError(f"the temperature cannot be written to {place}: {problem}; copy the checkpoint elsewhere")
+    return place
+
+
+def _kept_fit(measured: Measured, place: Path, given: _Given) -> Temperature:
+    """Fits a temperature, and writes it."""
+    model = given.checkpoint.model
+    assert isinstance(model, SegmentationModel) and measured.calibration is not None and measured.nlls is not None
+    found = temperature_scaling.fit(measured.nlls, int(measured.calibration.pixels.sum()))
+    if not found.is_inside:
+        logger.info(
+            "note: NLL is lowest at the end of the temperatures from 1/16 to 16; are there enough errors on %s?",
+            given.name,
+        )
+    kept = Temperature(value=found.temperature, data=given.name, nll_before=found.nll_before, nll=found.nll)
+    _temperature.keep(place, model, kept)
+    logger.info(
+        "temperature %.4g: NLL %.4f instead of %.4f; kept in %s", found.temperature, found.nll, found.nll_before, place
+    )
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,8 +527,10 @@ def _opened(
     return opened
 
 
-def inference_for(checkpoint: Loaded, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
-    """The inference of a checkpoint on a split; the program for its largest images is compiled.
+def inference_for(
+    checkpoint: Loaded, opened: OpenSplit, protocol: Protocol, *, batch: int, counted: bool = False
+) -> Inference:
+    """The inference of a checkpoint on a split, with its largest program compiled; see `Inference.refuse_too_large`.
 
     Raises:
       ValueError: The model has several classes and the protocol a threshold.
@@ -474,7 +540,7 @@ def inference_for(checkpoint: Loaded, opened: OpenSplit, protocol: Protocol, *, 
     inference = Inference(checkpoint.model, protocol, batch=batch, normalise=checkpoint.normalise, image_dtype=dtype)
     sizes = np.unique(records_of(opened.data).sizes, axis=0).tolist()
     at_a_time = protocol.images_at_a_time(batch)
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time, counted=counted)
     return inference
 
 

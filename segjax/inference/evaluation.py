@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,12 +15,16 @@ from segjax import metrics
 from segjax.data import specs
 from segjax.data.pipeline import evaluation_batches
 from segjax.data.records import Records, records_of
+from segjax.inference.certainty import CountedLabels
 from segjax.runtime import console
 
 SHOWN = 10  # images in the report
 
 # Images (H, W, C) -> train ids (H, W) of each, as arrays or as objects that `np.asarray` converts.
 Predict = Callable[[list[np.ndarray]], Sequence[ArrayLike]]
+# Images and their true train ids (H, W) -> what `Inference.begin_counted` returns.
+PredictCounted = Callable[[list[np.ndarray], list[np.ndarray]], Sequence[CountedLabels]]
+Outcome = TypeVar("Outcome")
 
 
 def evaluate(
@@ -70,22 +74,32 @@ def predictions(
     Raises:
       ValueError: There is no image.
     """
+    outcomes = _outcomes(lambda images, _: predict(images), data, spec, batch_size=batch_size, key=key)
+    for number, truth, predicted in outcomes:
+        yield number, truth, np.asarray(predicted)
+
+
+def _outcomes(
+    predict: Callable[[list[np.ndarray], list[np.ndarray]], Sequence[Outcome]],
+    data: specs.Split | Records,
+    spec: specs.DatasetSpec,
+    *,
+    batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None,
+) -> Iterator[tuple[int, np.ndarray, Outcome]]:
+    """`predictions` for a function of images and labels, whose results are not read."""
     if not len(records_of(data)):
         raise ValueError(f"there is no image in the evaluation split of {spec.name}")
     part = jax.process_index(), jax.process_count()
-    pending = ()
+    pending: tuple = ((), (), ())
     # Two batches are in flight: the device computes one while the host counts pixels of the other.
     with contextlib.closing(evaluation_batches(data, batch_size=batch_size, key=key, part=part)) as batches:
         for images, labels, numbers in batches:
-            batch = numbers.tolist(), labels, predict(images)
-            yield from _rows(*pending)
+            batch = numbers.tolist(), labels, predict(images, labels)
+            # The last batch of a key repeats its last image.
+            yield from zip(*pending, strict=False)
             pending = batch
-    yield from _rows(*pending)
-
-
-def _rows(numbers=(), labels=(), predicted=()) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    # The last batch of a key repeats its last image.
-    return zip(numbers, labels, map(np.asarray, predicted), strict=False)
+    yield from zip(*pending, strict=False)
 
 
 def _nothing_counted(spec: specs.DatasetSpec) -> np.ndarray:
@@ -118,6 +132,8 @@ class Measured(NamedTuple):
       worst: (mean IoU, number) of the images with the lowest mean IoU, the lowest first, without images that have no
         labelled pixel.
       predicted: Train ids (H, W) of the images in `worst`, by number.
+      calibration: Counters of confidence; None for predictions without.
+      nlls: Sums over pixels of NLL at further temperatures, float64 (G,); see `Inference.begin_counted`.
     """
 
     confusion: np.ndarray
@@ -125,18 +141,28 @@ class Measured(NamedTuple):
     by_image: np.ndarray
     worst: list[tuple[float, int]]
     predicted: dict[int, np.ndarray]
+    calibration: metrics.Calibration | None = None
+    nlls: np.ndarray | None = None
 
     def details(self) -> dict[str, object]:
-        """The measures of `metrics.boundary_iou` and `metrics.over_images`, and "mean_iou_interval".
+        """The measures of `metrics.boundary_iou` and `metrics.over_images`, "mean_iou_interval", and "calibration".
 
         The interval contains mIoU in 95% of data sets drawn from these images; see `metrics.bootstrap_interval`.
+        Calibration has `Calibration.figures`, those of errors found by a low confidence with "error_" before their
+        name, and "reliability", a dict for each of 15 equal bins. It is missing for predictions without counters.
         """
         interval = metrics.bootstrap_interval(self.by_image)
         return {
             **metrics.boundary_iou(self.boundary),
             **metrics.over_images(self.by_image),
             "mean_iou_interval": None if interval is None else list(interval),
+            **({} if self.calibration is None else {"calibration": _summary_of(self.calibration)}),
         }
+
+
+def _summary_of(calibration: metrics.Calibration) -> dict[str, object]:
+    of_errors = {f"error_{name}": figure for name, figure in calibration.error_figures().items()}
+    return {**calibration.figures(), **of_errors, "reliability": calibration.reliability()}
 
 
 def measure(
@@ -148,18 +174,35 @@ def measure(
     key: Callable[[tuple[int, int]], Hashable] | None = None,
     shown: int = SHOWN,
     progress: bool = False,
+    counted: PredictCounted | None = None,
 ) -> Measured:
-    """`evaluate` in one process, which also keeps the `shown` worst images; `progress` turns on a progress bar."""
+    """`evaluate` in one process, which also keeps the `shown` worst images; `progress` turns on a progress bar.
+
+    With `counted`, it is called in place of `predict`, and the result has a calibration.
+    """
+    calibration = None if counted is None else metrics.Calibration()
+    nlls: np.ndarray | None = None
+
+    def call(images: list[np.ndarray], labels: list[np.ndarray]) -> Sequence[Any]:
+        return predict(images) if counted is None else counted(images, labels)
+
     confusion = _nothing_counted(spec)
     boundary, by_image = np.zeros((3, len(confusion)), np.int64), []
     worst: list[tuple[float, int]] = []
     kept: dict[int, np.ndarray] = {}
-    found = predictions(predict, data, spec, batch_size=batch_size, key=key)
+    found = _outcomes(call, data, spec, batch_size=batch_size, key=key)
     if progress:
         found = console.ProgressBar("evaluating", len(records_of(data)), "images").over(found)
-    for number, truth, predicted in found:
+    for number, truth, outcome in found:
+        predicted = np.asarray(outcome if calibration is None else outcome.labels)
         counts = _count(truth, predicted, spec)
         confusion += counts
+        if calibration is not None:
+            sums = outcome.sums()
+            valid = truth != spec.ignore_label
+            counter, right = np.asarray(outcome.counter)[valid], (predicted == truth)[valid]
+            calibration.add_counted(counter, right, brier=float(sums[0]), nll=float(sums[1]))
+            nlls = sums[2:] if nlls is None else nlls + sums[2:]
         by_image.append(metrics.class_counts(counts).astype(np.int32))
         boundary += metrics.boundary_counts(
             truth, predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
@@ -168,4 +211,4 @@ def measure(
         if iou is not None:
             worst = sorted([*worst, (iou, number)])[:shown]
             kept = {k: predicted if k == number else kept[k] for _, k in worst}
-    return Measured(confusion, boundary, np.stack(by_image), worst, kept)
+    return Measured(confusion, boundary, np.stack(by_image), worst, kept, calibration, nlls)

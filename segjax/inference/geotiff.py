@@ -219,9 +219,37 @@ def label_map(path: Path, scene: Scene, spec: specs.DatasetSpec) -> Iterator[Cal
     Yields:
       Function that writes a part: top, left, labels (h, w) from `Scene.masked`.
     """
+    colours = None
+    if spec.label_dtype == np.uint8:
+        colours = {label: (*color, 255) for label, color in enumerate(spec.label_colors)}
+    with _raster(path, scene, np.dtype(spec.label_dtype), nodata=spec.ignore_label, colours=colours) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def certainty_map(path: Path, scene: Scene) -> Iterator[Callable[[int, int, np.ndarray], None]]:
+    """Writes one of `certainty.maps` as a GeoTIFF of uint8 like `label_map`; nodata is 0, and a value of 0 becomes 1.
+
+    Yields:
+      Function that writes a part: top, left, values (h, w).
+    """
+    with _raster(path, scene, np.dtype(np.uint8), nodata=0) as write:
+
+        def write_masked(top: int, left: int, values: np.ndarray) -> None:
+            part = np.s_[top : top + values.shape[0], left : left + values.shape[1]]
+            write(top, left, np.where(scene.nodata(part), 0, np.maximum(values, 1)).astype(np.uint8))
+
+        yield write_masked
+
+
+@contextlib.contextmanager
+def _raster(
+    path: Path, scene: Scene, dtype: np.dtype, *, nodata: int, colours: dict[int, tuple[int, ...]] | None = None
+) -> Iterator[Callable[[int, int, np.ndarray], None]]:
+    """The file of `label_map`, for values of a dtype."""
     import rasterio
 
-    profile = dict(count=1, dtype=np.dtype(spec.label_dtype).name, nodata=spec.ignore_label, compress="deflate")
+    profile = dict(count=1, dtype=dtype.name, nodata=nodata, compress="deflate")
     blocks = dict(tiled=True, blockxsize=_BLOCK, blockysize=_BLOCK, bigtiff="IF_SAFER")
     size = dict(height=scene.shape[0], width=scene.shape[1])
     # Not `replacing_file`: GDAL writes metadata that a TIFF cannot hold into a file next to it.
@@ -229,14 +257,13 @@ def label_map(path: Path, scene: Scene, spec: specs.DatasetSpec) -> Iterator[Cal
         with _writing():
             file = rasterio.open(temporary, "w", driver="GTiff", **size, **profile, **blocks, **scene.georeference)
         try:
-            if spec.label_dtype == np.uint8:
-                colours = {label: (*color, 255) for label, color in enumerate(spec.label_colors)}
+            if colours is not None:
                 file.write_colormap(1, colours)
 
-            def write(top: int, left: int, labels: np.ndarray) -> None:
-                part = np.s_[top : top + labels.shape[0], left : left + labels.shape[1]]
+            def write(top: int, left: int, values: np.ndarray) -> None:
+                part = np.s_[top : top + values.shape[0], left : left + values.shape[1]]
                 with _writing():
-                    file.write(labels, 1, window=_window(part))
+                    file.write(values, 1, window=_window(part))
 
             yield write
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from segjax.data import codec, specs
 from segjax.inference import geotiff
+from segjax.inference.certainty import MAPS
 from segjax.runtime import atomic
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
@@ -20,9 +22,11 @@ KINDS = {
     "overlay": (".jpg", ".mp4"),
     "sidebyside": (".jpg", ".mp4"),
     "probabilities": (".npz", ""),
+    "confidence": (".png", ""),
+    "entropy": (".png", ""),
 }
 DRAWN = {"overlay": overlay.over, "sidebyside": overlay.side_by_side}
-FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz"}
+FRAME_SUFFIX = {"labels": ".png", "probabilities": ".npz", "confidence": ".png", "entropy": ".png"}
 LARGEST_JPEG = 65500  # pixels per side
 LARGEST_PICTURE = 2048  # pixels per side of a scene's picture
 
@@ -51,10 +55,18 @@ class Prediction(NamedTuple):
     Attributes:
       labels: Train ids (H, W), uint8, or uint16 for more than 256 classes.
       probabilities: float32 (H, W, K), or None if they are not written.
+      maps: `certainty.maps`, uint8 (H, W, 2), or None if none is written.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray | None
+    maps: np.ndarray | None = None
+
+    def map_of(self, kind: str) -> np.ndarray:
+        """One of the maps, uint8 (H, W)."""
+        if self.maps is None:
+            raise ValueError("no maps were computed")
+        return np.ascontiguousarray(self.maps[..., MAPS.index(kind)])
 
 
 def save(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spec: specs.DatasetSpec) -> None:
@@ -71,6 +83,8 @@ def _write(path: Path, kind: str, image: np.ndarray, prediction: Prediction, spe
             np.savez(file, probabilities=prediction.probabilities, class_names=np.array(spec.class_names))
         elif kind == "labels":
             file.write(_label_png(prediction.labels, spec))
+        elif kind in MAPS:
+            file.write(codec.encode_mask(prediction.map_of(kind)))
         else:
             file.write(_jpeg(DRAWN[kind](image, prediction.labels, spec)))
 
@@ -95,27 +109,29 @@ def _jpeg(picture: np.ndarray) -> bytes:
 
 
 class SceneOutputs:
-    """The outputs of a scene that is predicted in parts: a GeoTIFF of labels, and pictures of every nth row and column.
+    """The outputs of a scene that is predicted in parts: GeoTIFFs, and pictures of every nth row and column.
 
     The files appear at their paths when the whole scene is done.
     """
 
     def __init__(self, job: Job, scene: geotiff.Scene, spec: specs.DatasetSpec):
         self._scene, self._spec, self._step = scene, spec, _step(scene.shape)
-        self._label_map = job.outputs.get("labels")
+        self._rasters = {kind: path for kind, path in job.outputs.items() if kind in ("labels", *MAPS)}
         self._pictures = {kind: path for kind, path in job.outputs.items() if kind in DRAWN}
         size = [-(-side // self._step) for side in scene.shape[:2]] if self._pictures else [0, 0]
         # Pictures show three bands; a fourth marks an image that is not RGB.
         channels = min(scene.shape[2], 4)
         self._image, self._labels = np.zeros((*size, channels), scene.dtype), np.zeros(size, spec.label_dtype)
-        self._stack, self._write = contextlib.ExitStack(), None
+        self._stack = contextlib.ExitStack()
+        self._writers: dict[str, Callable[[int, int, np.ndarray], None]] = {}
 
-    def write(self, top: int, left: int, labels: np.ndarray) -> None:
-        """Writes the labels (h, w) of a part with this upper left corner."""
+    def write(self, top: int, left: int, prediction: Prediction) -> None:
+        """Writes the prediction (h, w) for a part with this upper left corner."""
+        labels = prediction.labels
         bottom, right = top + labels.shape[0], left + labels.shape[1]
         labels = self._scene.masked(top, left, labels, self._spec)
-        if self._write:
-            self._write(top, left, labels)
+        for kind, write in self._writers.items():
+            write(top, left, labels if kind == "labels" else prediction.map_of(kind))
         if self._pictures:
             step = self._step
             part = np.s_[-top % step :: step, -left % step :: step]
@@ -124,8 +140,13 @@ class SceneOutputs:
             self._image[there] = self._scene[top:bottom, left:right][part][..., : self._image.shape[2]]
 
     def __enter__(self) -> SceneOutputs:
-        if self._label_map:
-            self._write = self._stack.enter_context(geotiff.label_map(self._label_map, self._scene, self._spec))
+        for kind, path in self._rasters.items():
+            raster = (
+                geotiff.label_map(path, self._scene, self._spec)
+                if kind == "labels"
+                else geotiff.certainty_map(path, self._scene)
+            )
+            self._writers[kind] = self._stack.enter_context(raster)
         return self
 
     def __exit__(self, *error) -> None:
@@ -159,6 +180,9 @@ def save_scene(
         for kind, path in job.outputs.items():
             if kind == "labels":
                 geotiff.save_labels(path, scene, labels, spec)
+            elif kind in MAPS:
+                with geotiff.certainty_map(path, scene) as write:
+                    write(0, 0, prediction.map_of(kind))
             elif kind in DRAWN:
                 reduced = Prediction(np.ascontiguousarray(labels[::step, ::step]), None)
                 save(path, kind, np.ascontiguousarray(image[::step, ::step]), reduced, spec)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from segjax.data import codec
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference import geotiff
+from segjax.inference.certainty import MAPS
 from segjax.inference.outputs import KINDS, Job
 from segjax.runtime import reading
 from segjax.runtime.reading import user_path
@@ -240,8 +241,8 @@ def reasons(skipped: Sequence[Skipped], *, most: int = 10) -> str:
 
 def _job(file: Path | video.Live, relative: Path, output: Path, kinds: Sequence[str], what: str) -> Job:
     suffixes = {kind: KINDS[kind][what == "video"] for kind in kinds}
-    if what == "scene" and "labels" in suffixes:
-        suffixes["labels"] = ".tif"
+    if what == "scene":
+        suffixes |= dict.fromkeys(suffixes.keys() & {"labels", *MAPS}, ".tif")
     # The end of "frame.0017" is not a suffix. A folder of frames keeps the suffix of its video, because a folder of
     # images may have the name without it.
     is_suffix = relative.suffix.lower() in (*IMAGES, *video.SUFFIXES)

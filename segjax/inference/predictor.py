@@ -9,13 +9,15 @@ For example:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segjax.checkpoints import temperature as _temperature
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.images import Image, Scale, as_image, check_scale
@@ -64,6 +66,7 @@ class Predictor:
         size_divisor: int = 1,
         base_size: tuple[int, int] | None = None,
         threshold: float | None = None,
+        temperature: float | str | None = None,
         pad_multiple: int = 1,
         batch: int = 1,
         scale: Scale | None = None,
@@ -88,6 +91,8 @@ class Predictor:
           base_size: (long, short) in pixels within which each image is first resized, with its aspect ratio; `scales`
             are factors of it. (2048, 512) for models of ADE20K.
           threshold: Probability above which a pixel belongs to the class, for a model of one class; by default 0.5.
+          temperature: Divisor of the logits before softmax or sigmoid; "fitted" for the one that `segjax evaluate
+            --fit-temperature` keeps with the checkpoint. By default 1.
           pad_multiple: Divisor of the padded sides: images are padded by reflection, at the bottom and right, up to
             multiples of it, so that images of many sizes share programs. With 1, labels are exact; larger values change
             some of them (64, for a SegFormer: in 8% of the pixels of scenes that are 96 to 160 pixels high).
@@ -113,7 +118,8 @@ class Predictor:
             raise ValueError(f"{' and '.join(wrong)} must be at least 1")
         check_scale(scale)
         loaded = opened(checkpoint_or_model)
-        self.protocol = protocol_for(loaded.model, settings)
+        chosen = _temperature.chosen(temperature, loaded.metadata, checkpoint_or_model)
+        self.protocol = dataclasses.replace(protocol_for(loaded.model, settings), temperature=chosen)
         self.classes, self.image_kind = loaded.classes, loaded.image_kind
         if scale is not None and not self.image_kind.is_rgb:
             raise ValueError(f"scale is for RGB of 8 bits, and the model takes {self.image_kind}, as they are; omit it")
@@ -153,11 +159,29 @@ class Predictor:
 
     def labels(self, images: Sequence[Image]) -> list[np.ndarray]:
         """Labels (H, W) of several images with the same `padded_size`."""
-        return self._of(self._inference.labels, images)
+        return [labels for (labels,) in self._of(lambda images: zip(self._inference.labels(images)), images)]
+
+    def mapped(self, images: Sequence[Image]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Labels and maps of certainty of several images with the same `padded_size`.
+
+        Returns:
+          For each image, its labels (H, W), and uint8 (H, W, 2): 255 times the probability of the predicted class, and
+          255 times the entropy of the probabilities over its largest value, log K (log 2 for a model of one class).
+
+        Example:
+          >>> import numpy as np
+          >>> import segjax
+          >>> model = segjax.create("segformer_b0", num_classes=5, dims=(4, 8, 10, 16), decoder_dim=8)
+          >>> ((labels, maps),) = segjax.Predictor(model).mapped([np.zeros((40, 56, 3), np.uint8)])
+          >>> maps.shape, maps.dtype
+          ((40, 56, 2), dtype('uint8'))
+        """
+        return [(labels, maps) for labels, maps in self._of(self._inference.mapped, images)]
 
     def probabilities_of(self, images: Sequence[Image]) -> list[np.ndarray]:
         """Probabilities, float32 (H, W, K), of several images with the same `padded_size`."""
-        return [scores.astype(np.float32, copy=False) for scores in self._of(self._inference.probabilities, images)]
+        found = self._of(lambda images: zip(self._inference.probabilities(images)), images)
+        return [scores.astype(np.float32, copy=False) for (scores,) in found]
 
     def label_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray]]:
         """Labels of an image of any size, in tiles that cover it: top, left, labels (h, w).
@@ -166,6 +190,10 @@ class Predictor:
         requires mode "slide" at one scale, without flips and padding.
         """
         return self._inference.label_tiles(image)
+
+    def mapped_tiles(self, image: Pixels) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """`label_tiles`, each with the maps (h, w, 2) of `mapped`."""
+        return self._inference.mapped_tiles(image)
 
     def refuse_too_large(self, size: tuple[int, int]) -> None:
         """Compiles the program for images of this size, (height, width).
@@ -183,8 +211,9 @@ class Predictor:
         return height, width
 
     def _of(
-        self, function: Callable[[list[np.ndarray]], list[np.ndarray]], images: Sequence[Image]
-    ) -> list[np.ndarray]:
+        self, function: Callable[[list[np.ndarray]], Iterable[tuple[np.ndarray, ...]]], images: Sequence[Image]
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The arrays (H, W, ...) of each image that `function` gives for groups of padded images."""
         kind, scale, most = self.image_kind, self.scale, self.max_pixels
         images = [as_image(image, kind, scale=scale, max_pixels=most) for image in images]
         for image in images:
@@ -195,7 +224,10 @@ class Predictor:
         groups = [filled[at : at + self.batch] for at in range(0, len(filled), self.batch)]
         outputs = [out for group in groups for out in function(group)]
         # Copied, because jax arrays are read-only, and a view would keep the whole group in memory.
-        return [np.array(out[: image.shape[0], : image.shape[1]]) for image, out in zip(images, outputs, strict=False)]
+        return [
+            tuple(np.array(array[: image.shape[0], : image.shape[1]]) for array in arrays)
+            for image, arrays in zip(images, outputs, strict=False)
+        ]
 
     def _padded(self, image: np.ndarray) -> np.ndarray:
         height, width = self.padded_size(image.shape)

@@ -84,7 +84,9 @@ def _line(old: int, new: int, length: int, mirrored: bool, align_corners: bool) 
 
 
 @partial(jax.jit, donate_argnums=0)
-def add_probabilities(total: jax.Array | None, logits: jax.Array, rows: Samples, columns: Samples) -> jax.Array:
+def add_probabilities(
+    total: jax.Array | None, logits: jax.Array, rows: Samples, columns: Samples, temperature: float = 1.0
+) -> jax.Array:
     """Probabilities of a tile, (B, *TILE, K), added to `total`.
 
     Args:
@@ -92,14 +94,20 @@ def add_probabilities(total: jax.Array | None, logits: jax.Array, rows: Samples,
       logits: (B, h, w, K).
       rows: Samples of the tile's rows.
       columns: Samples of the tile's columns.
+      temperature: Divisor of the logits.
     """
-
-    def resized(logits: jax.Array, rows: Samples, columns: Samples) -> jax.Array:
-        below = rows.weight[:, None, None]
-        lines = logits[rows.low] * (1 - below) + logits[rows.high] * below
-        right = columns.weight[:, None]
-        return lines[:, columns.low] * (1 - right) + lines[:, columns.high] * right
-
-    scores = jax.vmap(resized)(logits, rows, columns)
+    scores = _resized(logits, rows, columns) / temperature
     probabilities = jax.nn.sigmoid(scores) if scores.shape[-1] == 1 else jax.nn.softmax(scores)
     return probabilities if total is None else total + probabilities
+
+
+@jax.vmap
+def _resized(logits: jax.Array, rows: Samples, columns: Samples) -> jax.Array:
+    below = rows.weight[:, None, None]
+    lines = logits[rows.low] * (1 - below) + logits[rows.high] * below
+    right = columns.weight[:, None]
+    return lines[:, columns.low] * (1 - right) + lines[:, columns.high] * right
+
+
+# Logits of a tile, (B, *TILE, K), before any temperature; arguments as for `add_probabilities`.
+logits_of = jax.jit(_resized)

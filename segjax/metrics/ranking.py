@@ -61,17 +61,22 @@ class ScoreCounts:
           be found has a higher score than another pixel, ties counted as half. `fpr95`: fraction of the other pixels
           above the threshold that finds 95%.
         """
-        positive, negative = (np.cumsum(part[::-1]).astype(np.float64) for part in (self.found, self.others))
-        if not positive[-1] or not negative[-1]:
-            return dict.fromkeys(("average_precision", "auroc", "fpr95"))
-        recall, false = positive / positive[-1], negative / negative[-1]
-        taken = positive + negative
-        precision = np.divide(positive, taken, out=np.zeros_like(taken), where=taken > 0)
-        return {
-            "average_precision": float(np.sum(np.diff(recall, prepend=0) * precision)),
-            "auroc": float(np.sum(np.diff(false, prepend=0) * (recall + np.concatenate([[0], recall[:-1]])) / 2)),
-            "fpr95": float(false[np.searchsorted(recall, 0.95)]),
-        }
+        return figures_of(self.found, self.others)
+
+
+def figures_of(found: np.ndarray, others: np.ndarray) -> dict[str, float | None]:
+    """`ScoreCounts.figures` of numbers of pixels by their score, which rises: two integer arrays of one length."""
+    positive, negative = (np.cumsum(part[::-1]).astype(np.float64) for part in (found, others))
+    if not positive[-1] or not negative[-1]:
+        return dict.fromkeys(("average_precision", "auroc", "fpr95"))
+    recall, false = positive / positive[-1], negative / negative[-1]
+    taken = positive + negative
+    precision = np.divide(positive, taken, out=np.zeros_like(taken), where=taken > 0)
+    return {
+        "average_precision": float(np.sum(np.diff(recall, prepend=0) * precision)),
+        "auroc": float(np.sum(np.diff(false, prepend=0) * (recall + np.concatenate([[0], recall[:-1]])) / 2)),
+        "fpr95": float(false[np.searchsorted(recall, 0.95)]),
+    }
 
 
 def _sortable(score: np.ndarray) -> np.ndarray:

@@ -61,6 +61,9 @@ def read_result(path: Path) -> dict[str, Any]:
     config = schema.in_current_terms(result["config"])
     # The settings of the evaluation are used, not only compared.
     for name in (*(field.name for field in dataclasses.fields(Protocol)), "patience"):
+        if f"eval.{name}" not in schema.SETTINGS:
+            # Runs are evaluated at a temperature of 1.
+            continue
         value = config["eval"].get(name)
         if problem := schema.SETTINGS[f"eval.{name}"].problem(tuple(value) if isinstance(value, list) else value):
             raise UnreadableError(

@@ -24,6 +24,17 @@ DETAILS = {
     "image_iou": "mean IoU of an image",
     "worst_image_iou": "of the worst 5%",
 }
+# Figures of `details["calibration"]` in the page.
+CALIBRATION = {
+    "ece": "expected calibration error (ECE), 15 equal bins",
+    "adaptive_ece": "adaptive ECE, 15 bins of equal mass",
+    "brier": "Brier score",
+    "nll": "negative log-likelihood (NLL), nats",
+    "aurc": "area under risk over coverage (AURC)",
+    "error_auroc": "errors found by low confidence: AUROC",
+    "error_average_precision": "errors found by low confidence: average precision",
+    "error_fpr95": "errors found by low confidence: FPR95",
+}
 COLUMNS = ("iou", "accuracy", "precision", "recall", "dice", "pixels")
 
 
@@ -146,9 +157,24 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
         ],
         "confusion": confusion.tolist(),
         "corruptions": summary.get("corruptions"),
+        "calibration": _calibration(summary.get("calibration")),
         "images": [{**image, "name": _name(image["name"])} for image in images],
     }
     return pages.fill("report.html", data)
+
+
+def _calibration(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The figures by the names of the page, and the reliability diagram with its text; None without pixels."""
+    if figures is None or figures["ece"] is None:
+        return None
+    rows = figures["reliability"]
+    filled = [row for row in rows if row["pixels"]]
+    parts = (f"confidence {row['confidence']:.2f}, accuracy {row['accuracy']:.2f}" for row in filled)
+    return {
+        "figures": [(name, figures[key]) for key, name in CALIBRATION.items()],
+        "bins": rows,
+        "text": f"Reliability diagram. Bins of pixels from the lowest confidence: {'; '.join(parts)}.",
+    }
 
 
 def _interval(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

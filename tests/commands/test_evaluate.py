@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 from types import SimpleNamespace
 
 import cv2
@@ -217,6 +218,22 @@ def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(work
     assert_fits(printed.replace(str(output), "report").replace(str(workdir), "run"))
 
 
+def test_a_temperature_is_fitted_once_and_used_later(workdir, tmp_path, capsys):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    assert "no temperature was fitted for the weights" in refused(capsys, run, "--temperature", "fitted")
+    assert call(run, "--data", "streets:train", "--fit-temperature", "--output", tmp_path / "a") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    first, kept = results(tmp_path / "a"), json.loads((run / "temperature.json").read_text())["temperature"]
+    assert kept == first["temperature"] and kept["data"] == "streets train"
+    assert f"temperature {kept['value']:.4g}, with which NLL is {kept['nll']:.4f}" in said and "AUROC of errors" in said
+    assert kept["nll"] <= kept["nll_before"] == pytest.approx(first["calibration"]["nll"], abs=1e-5)
+    # On its own data, as during training: the labels are the same.
+    assert call(run, "--temperature", "fitted", "--output", tmp_path / "b") == 0
+    said, found = " ".join(capsys.readouterr().out.split()), results(tmp_path / "b")
+    assert "exactly as in" in said and f"at a temperature of {kept['value']:g}" in said
+    assert found["protocol"]["temperature"] == kept["value"] and found["mean_iou"] == runs.result_of(run)["mean_iou"]
+
+
 # ---------------------------------------------------------------------------------------------------- of any checkpoint
 
 
@@ -306,6 +323,9 @@ WRONG = {
     ("--workdir", "nowhere", "--base-size", "9", "8"): "--base-size: without --data a run is evaluated as",
     (*OF_CHECKPOINT, "streets", "--mode", "windows"): "invalid choice: 'windows'",
     ("--workdir", "nowhere", "--flip", "--batch", "3"): "--flip, --batch: without --data a run is evaluated as",
+    (*OF_CHECKPOINT, "streets", "--temperature", "0"): "argument --temperature: 0; must be greater than 0",
+    (*OF_CHECKPOINT, "streets", "--temperature", "2", "--fit-temperature"): "a temperature is either given or fitted",
+    (*OF_CHECKPOINT, "streets", "--fit-temperature"): "nowhere is no file or folder of this machine",
     ("--workdir", "nowhere"): "nowhere: there is no such file or folder",
     (*OF_CHECKPOINT, "streets"): "nowhere: there is no such file",
     (): "the following arguments are required: CHECKPOINT",

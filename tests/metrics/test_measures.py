@@ -198,7 +198,7 @@ def test_calibration_is_that_of_the_definitions(seed):
     order = np.argsort(confidence, kind="stable")
     bins = np.array_split(order, 15)
     adaptive = sum(len(part) * abs(right[part].mean() - confidence[part].mean()) for part in bins) / len(labels)
-    # Counters of 1/61,440, which an edge of a bin divides.
+    # Counters of 1/53,760 or less, which an edge of a bin divides.
     assert figures["adaptive_ece"] == pytest.approx(adaptive, abs=1e-4)
     wanted = np.eye(scores.shape[1])[labels]
     assert figures["brier"] == pytest.approx(((scores - wanted) ** 2).sum(axis=1).mean(), rel=1e-9)

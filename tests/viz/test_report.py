@@ -46,7 +46,14 @@ CONFUSION = sum(map(count, SHOWN))
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new"
     report.write(
-        folder, CONFUSION, SPEC, SHOWN, title="a <model>", facts=FACTS, metadata={"step": 7, "checkpoint": "x"}
+        folder,
+        CONFUSION,
+        SPEC,
+        SHOWN,
+        title="a <model>",
+        facts=FACTS,
+        metadata={"step": 7, "checkpoint": "x"},
+        details={"calibration": CALIBRATION},
     )
     return folder
 
@@ -96,6 +103,32 @@ def test_further_measures_are_in_the_results_and_their_means_in_the_page(tmp_pat
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for words in ('["mean boundary IoU",0.125]', '["mean IoU of an image",null]', "mean IoU 0.2500 to 0.5000"):
         assert words in page
+
+
+CALIBRATION = {"ece": 0.0625, "adaptive_ece": 0.125, "brier": 0.5, "nll": 0.75, "aurc": 0.03125}
+CALIBRATION |= {"error_auroc": 0.875, "error_average_precision": None, "error_fpr95": 0.25}
+EMPTY = {"pixels": 0, "confidence": None, "accuracy": None}
+CALIBRATION["reliability"] = [EMPTY] * 12 + [
+    {"pixels": 1000, "confidence": 0.83, "accuracy": 0.6},
+    {"pixels": 1000, "confidence": 0.9, "accuracy": 0.95},
+    {"pixels": 6000, "confidence": 0.97, "accuracy": 0.0},
+]
+
+
+def test_calibration_is_in_the_results_and_in_the_page(tmp_path):
+    arguments = dict(title="t", facts=FACTS, metadata={})
+    report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments, details={"calibration": CALIBRATION})
+    assert json.loads((tmp_path / "results.json").read_text())["calibration"] == CALIBRATION
+    found = page_data(tmp_path)["calibration"]
+    assert [figure for _, figure in found["figures"]] == [CALIBRATION[key] for key in report.CALIBRATION]
+    assert found["text"] == (
+        "Reliability diagram. Bins of pixels from the lowest confidence: confidence 0.83, accuracy 0.60; "
+        "confidence 0.90, accuracy 0.95; confidence 0.97, accuracy 0.00."
+    )
+    nothing = CALIBRATION | {"ece": None, "reliability": [EMPTY] * 15}
+    for details in ({}, {"calibration": nothing}):
+        report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], **arguments, details=details)
+        assert page_data(tmp_path)["calibration"] is None
 
 
 def test_tables_read_back_as_what_was_counted(folder):
@@ -258,6 +291,10 @@ press(6); seen.pixels = column(6);
 press(1); seen.sorted_names = column(1);
 seen.cells = $("#matrix rect.cell").length;
 seen.heights = ["#matrix text", "h2"].map((what) => $(what)[0].getBoundingClientRect().height);
+const drawn = (kind) => $(`#reliability .${kind}`).map((rect) => Number(rect.getAttribute("height")));
+seen.reliability = ["right", "gap", "share"].map(drawn);
+seen.diagram = [$("#reliability")[0].getAttribute("aria-label"), $("#reliability")[0].getBoundingClientRect().width];
+seen.calibrated = $("#calibrated dd").map((cell) => cell.textContent);
 seen.confused = $("#confused li").map((item) => item.textContent);
 const figure = $("#gallery figure")[0], input = figure.querySelector("input");
 const look = (layer) => getComputedStyle(figure.querySelector("." + layer));
@@ -326,6 +363,16 @@ def test_names_are_shown_as_they_are_and_never_as_code(visited):
     assert visited["title"] == ["a <model>"] * 2
     assert visited["names"] == list(NAMES) and visited["bold"] == 0
     assert "runs/x" in visited["text"] and f"{metrics.summarise(CONFUSION)['mean_iou']:.4f}" in visited["text"]
+
+
+def test_the_diagram_has_a_bar_for_each_bin_that_has_pixels(visited):
+    right, gap, share = visited["reliability"]
+    np.testing.assert_allclose(right, [280 * 0.6, 280 * 0.95, 0])
+    np.testing.assert_allclose(gap, [280 * 0.23, 280 * 0.05, 280 * 0.97])
+    np.testing.assert_allclose(share, [5, 5, 30])
+    text, width = visited["diagram"]
+    assert "confidence 0.83, accuracy 0.60" in text and width > 200
+    assert visited["calibrated"] == ["0.0625", "0.1250", "0.5000", "0.7500", "0.0313", "0.8750", "–", "0.2500"]
 
 
 def test_a_column_is_sorted_either_way_and_what_has_no_figure_comes_last(visited):
