@@ -29,6 +29,7 @@ ALLOWED = {
 # The commands and their entry points use everything, and nothing uses them.
 ON_TOP = (
     "commands",
+    "audit",
     "compare",
     "convert",
     "evaluate",
