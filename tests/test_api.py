@@ -18,18 +18,9 @@ from segjax.data.open import OpenSplit
 from tests.tiny import SIZES, tiny_model
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = (
-    "compare_models",
-    "create",
-    "evaluate_dataset",
-    "export_model",
-    "from_torch",
-    "list_weights",
-    "load",
-    "load_torch",
-    "save",
-)
+FUNCTIONS = ("create", "evaluate_dataset", "export_model", "from_torch", "list_weights", "load", "load_torch", "save")
 FUNCTIONS += ("to_torch",)
+FUNCTIONS += ("audit_dataset", "compare_models")
 NAMESPACES = ("data", "layers", "losses", "metrics", "models", "train")
 # Of extras, which are not installed everywhere.
 OPTIONAL = ("torch", "onnx", "onnxruntime", "onnxscript", "transformers")

@@ -96,32 +96,6 @@ def add_checkpoint(
     )
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Adds the data as the next positional argument, and where they are read from."""
-    parser.add_argument(
-        "data",
-        metavar="NAME[:SPLIT]",
-        help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
-    )
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
-
-
-def data_problems(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_data` and `add_protocol` together."""
-    name = options.data.partition(":")[0]
-    wrong = {
-        f"the data are NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
-            name not in specs.DATASETS
-        ),
-        f"{name} are generated and need neither --source nor --data-dir": (
-            specs.is_generated(name) and (options.source or options.data_dir)
-        ),
-        "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
-    }
-    return [message for message, is_wrong in wrong.items() if is_wrong]
-
-
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a `segjax.inference.engine.Protocol`."""
     parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
@@ -174,6 +148,32 @@ def less_memory(options: argparse.Namespace) -> str:
         given = {"--scales": options.scales, "--flip": options.flip, "--base-size": options.base_size}
         found.append(f"less of {' and '.join(name for name, value in given.items() if value)}")
     return f"use {', or '.join(found)}"
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the data as the next positional argument, and where they are read from."""
+    parser.add_argument(
+        "data",
+        metavar="NAME[:SPLIT]",
+        help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
+    )
+    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
+    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+
+
+def data_problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `add_data` and `add_protocol` together."""
+    name = options.data.partition(":")[0]
+    wrong = {
+        f"the data are NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
+            name not in specs.DATASETS
+        ),
+        f"{name} are generated and need neither --source nor --data-dir": (
+            specs.is_generated(name) and (options.source or options.data_dir)
+        ),
+        "--crop and --stride go with --mode slide": options.mode != "slide" and (options.crop or options.stride),
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:

@@ -113,11 +113,6 @@ def _run(options: argparse.Namespace) -> None:
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()
     output = options.output or (own_report if is_run else Path("report"))
     say(f"evaluates {checkpoint} on {options.data or 'its own data, as during training'}")
-    if options.corruptions:
-        say(
-            "and on corrupted images, of 5 kinds at 5 severities each: 25 more evaluations, about 26 times the time "
-            "of one"
-        )
     try:
         summary = evaluate_dataset(
             checkpoint,
@@ -125,9 +120,9 @@ def _run(options: argparse.Namespace) -> None:
             data_source=options.source,
             data_dir=options.data_dir,
             output=output,
+            corruptions=options.corruptions,
             progress=True,
             weights=options.weights,
-            corruptions=options.corruptions,
             **_settings(options),
         )
     except NoDataError as error:

@@ -142,7 +142,8 @@ def evaluate_dataset(
       progress: Whether to print a progress bar.
       weights: As for `segjax.load`; None for a run, whose folder holds one set.
       corruptions: Whether to evaluate on corrupted images too: 25 further evaluations, of five kinds at five severities
-        (`segjax.data.corruptions`). The images must be RGB of 8 bits.
+        (`segjax.data.corruptions`). The images must be RGB of 8 bits. The result has "corruptions" too, see
+        `segjax.inference.corrupted.evaluate_corrupted`.
 
     Returns:
       "mean_iou", "pixel_accuracy", "mean_accuracy", "mean_precision", "mean_recall" and "mean_dice" in [0, 1], or None
@@ -150,9 +151,8 @@ def evaluate_dataset(
       list of a dict per class with "class", "iou", "accuracy", "precision", "recall", "dice" and "pixels";
       "mean_boundary_iou" and "per_class_boundary_iou" (`segjax.metrics.boundary_iou`); "image_iou", "class_iou" and
       "worst_image_iou" (`segjax.metrics.over_images`); "mean_iou_interval", the ends of the 95% interval over images,
-      or None (`segjax.metrics.bootstrap_interval`); with `corruptions` also "corruptions", see
-      `segjax.inference.corrupted.evaluate_corrupted`; and "step", the step of a run's checkpoint or None. For the name
-      of published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
+      or None (`segjax.metrics.bootstrap_interval`); and "step", the step of a run's checkpoint or None. For the name of
+      published weights, on their dataset, also "published", a dict with "mean_iou" in [0, 1] or None, its "source",
       "is_multi_scale" and "is_same_protocol".
 
     Raises:
@@ -200,6 +200,10 @@ def evaluate_dataset(
         raise ValueError(
             f"corruptions are those of RGB images of 8 bits, and the images of {classes.name} have "
             f"{given.opened.image_kind}; omit corruptions"
+        )
+    if corruptions:
+        logger.info(
+            "corrupted images of 5 kinds at 5 severities too: 25 more evaluations, about 26 times the time of one"
         )
     if row is not None:
         published_figure.log_notes(row, classes.name)
@@ -333,22 +337,6 @@ def _of_checkpoint(
     protocol: Protocol,
 ) -> _Given:
     """A checkpoint, and a split with the classes of the checkpoint."""
-    opened, split = open_labelled(checkpoint, data, data_source=data_source, data_dir=data_dir)
-    return _Given(checkpoint, opened, split, batch or jax.local_device_count(), protocol)
-
-
-def open_labelled(
-    checkpoint: LoadedCheckpoint,
-    data: str | OpenSplit,
-    *,
-    data_source: str | Sequence[str] | None,
-    data_dir: str | os.PathLike[str] | None,
-) -> tuple[OpenSplit, str]:
-    """Opens a split with the classes of a checkpoint, as `data` of `evaluate_dataset`; and its name, or "" if unknown.
-
-    Raises:
-      ValueError: There is no such data, it cannot be used, or its classes are others.
-    """
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
@@ -361,7 +349,7 @@ def open_labelled(
     else:
         split = ""
     refuse_other_classes(checkpoint, data.spec)
-    return data, split
+    return _Given(checkpoint, data, split, batch or jax.local_device_count(), protocol)
 
 
 def _default_split(
@@ -397,21 +385,6 @@ def _opened(
         generated = dict(num_images=[number], size=tuple(run["size"]), seed=config["seed"])
     (opened,) = open_splits(name, [split], source=data_source, data_dir=data_dir, say=logger.info, **generated)
     return opened
-
-
-def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
-    """The inference of a checkpoint on a split; the program for its largest images is compiled.
-
-    Raises:
-      ValueError: The model has several classes and the protocol a threshold.
-      TooLittleMemoryError: A batch of the largest images needs more memory than a device has.
-    """
-    dtype = opened.image_kind.dtype
-    inference = Inference(checkpoint.model, protocol, batch=batch, normalise=checkpoint.normalise, image_dtype=dtype)
-    sizes = np.unique(records_of(opened.data).sizes, axis=0).tolist()
-    at_a_time = protocol.images_at_a_time(batch)
-    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
-    return inference
 
 
 def refuse_other_images(checkpoint: LoadedCheckpoint, images: specs.ImageKind, name: str) -> None:
@@ -456,6 +429,39 @@ def differing_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
         for number, (name, other) in enumerate(zip(names, others, strict=True))
         if name.strip().casefold() != other.strip().casefold()
     ]
+
+
+def open_labelled(
+    checkpoint: LoadedCheckpoint,
+    data: str | OpenSplit,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> tuple[OpenSplit, str]:
+    """Opens a split with the classes of a checkpoint, as `data` of `evaluate_dataset`; and its name, or "" if unknown.
+
+    Raises:
+      ValueError: There is no such data, it cannot be used, or its classes are others.
+    """
+    given = _of_checkpoint(
+        checkpoint, data, data_source=data_source, data_dir=data_dir, batch=None, protocol=Protocol()
+    )
+    return given.opened, given.split
+
+
+def inference_for(checkpoint: LoadedCheckpoint, opened: OpenSplit, protocol: Protocol, *, batch: int) -> Inference:
+    """The inference of a checkpoint on a split; the program for its largest images is compiled.
+
+    Raises:
+      ValueError: The model has several classes and the protocol a threshold.
+      TooLittleMemoryError: A batch of the largest images needs more memory than a device has.
+    """
+    dtype = opened.image_kind.dtype
+    inference = Inference(checkpoint.model, protocol, batch=batch, normalise=checkpoint.normalise, image_dtype=dtype)
+    sizes = np.unique(records_of(opened.data).sizes, axis=0).tolist()
+    at_a_time = protocol.images_at_a_time(batch)
+    inference.refuse_too_large(((height, width) for height, width in sizes), batch=at_a_time)
+    return inference
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -132,6 +132,7 @@ def _layers(shown: Shown, spec: specs.DatasetSpec) -> dict[str, str]:
 def _page(title, facts, summary, confusion, images, spec) -> str:
     data = {
         "title": console.one_line(title),
+        "corruptions": summary.get("corruptions"),
         "means": [
             ("mean IoU", summary["mean_iou"]),
             ("pixel accuracy", summary["pixel_accuracy"]),
@@ -145,7 +146,6 @@ def _page(title, facts, summary, confusion, images, spec) -> str:
             for entry, color in zip(summary["classes"], spec.label_colors, strict=True)
         ],
         "confusion": confusion.tolist(),
-        "corruptions": summary.get("corruptions"),
         "images": [{**image, "name": _name(image["name"])} for image in images],
     }
     return pages.fill("report.html", data)

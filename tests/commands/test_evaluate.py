@@ -252,7 +252,7 @@ def test_corrupted_images_are_announced_and_their_figures_printed(shapes, tmp_pa
     assert call(*given, "--corruptions", "--output", tmp_path / "out") == 0
     printed, corrupted = capsys.readouterr().out, results(tmp_path / "out")["corruptions"]
     words = " ".join(printed.split())
-    assert "of 5 kinds at 5 severities each: 25 more evaluations" in words
+    assert "of 5 kinds at 5 severities too: 25 more evaluations" in words
     assert words.index("25 more evaluations") < words.index("compiling")
     for kind, figures in corrupted["kinds"].items():
         assert " ".join([kind, f"{figures['mean_iou']:.4f}", *(f"{x:.4f}" for x in figures["severities"])]) in words
