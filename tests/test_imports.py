@@ -27,7 +27,10 @@ ALLOWED = {
     "benchmark": ("runtime", "layers", "models", "losses", "checkpoints", "torch_reference", "train", "recipes"),
 }
 # The commands and their entry points use everything, and nothing uses them.
-ON_TOP = ("commands", "convert", "evaluate", "export", "inspect", "predict", "summary", "weights", "__main__")
+ON_TOP = (
+    *("commands", "card", "convert", "evaluate", "export", "inspect", "predict", "push", "summary", "weights"),
+    "__main__",
+)
 # Slow to import or not installed everywhere: inside the function that needs it, or not at all.
 LATE = (
     "av",
