@@ -23,6 +23,7 @@ from segjax.checkpoints.state_dict import from_torch, logger, model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.models.segmentation_model import ModelInterface, SegmentationModel
+from segjax.runtime.reading import type_name
 
 # A model, or what stands in for one: `segjax.inference.exported_model.ExportedModel`.
 Model = TypeVar("Model", bound=ModelInterface, default=SegmentationModel, covariant=True)
@@ -105,8 +106,7 @@ def as_loaded(
     if not isinstance(source, nnx.Module):
         raise TypeError(
             "a checkpoint is a path, 'hf:owner/name', a name of segjax.list_weights, the result of segjax.load, or a "
-            f"model; got an object of type "
-            f"{type(source).__name__}. segjax.from_torch makes a model from a state dict"
+            f"model; got an object of type {type_name(source)}. segjax.from_torch makes a model from a state dict"
         )
     mean, std = (tuple(values) for values in metadata.default_normalisation(source.in_channels).values())
     return LoadedCheckpoint(source, metadata.classes_of({}, source.spec.num_classes), {}, mean, std)

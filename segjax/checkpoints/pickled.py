@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.errors import CheckpointError, shorten
-from segjax.runtime.reading import open_regular
+from segjax.runtime.reading import open_regular, type_name
 
 # Numbers by torch's name of their storage, and by the name of their dtype.
 _DTYPES: dict[str, np.dtype] = {
@@ -528,5 +528,5 @@ def _data(data: Any) -> bytes:
     if isinstance(data, _Inert) and data.origin == "_codecs.encode":
         data = data.content[0]
     if not isinstance(data, str | bytes | bytearray):
-        raise _BrokenError(f"an array whose bytes are a {type(data).__name__}")
+        raise _BrokenError(f"an array whose bytes are {type_name(data)}")
     return data.encode("latin1") if isinstance(data, str) else bytes(data)

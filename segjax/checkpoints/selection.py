@@ -18,7 +18,7 @@ import numpy as np
 from segjax.checkpoints.errors import CheckpointError, shorten, torch_module
 from segjax.checkpoints.pickled import MOST_ENTRIES, Standin, StoredTensor
 from segjax.checkpoints.recognition import network_prefix
-from segjax.runtime.reading import stated
+from segjax.runtime.reading import stated, type_name
 
 logger = logging.getLogger("segjax")
 
@@ -158,9 +158,7 @@ def as_array(key: str, value: Any) -> np.ndarray:
 
 
 def _kind(value: object) -> str:
-    if value is None:
-        return "None"
-    return value.origin if isinstance(value, Standin) else type(value).__name__
+    return value.origin if isinstance(value, Standin) else type_name(value)
 
 
 def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

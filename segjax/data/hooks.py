@@ -47,7 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.runtime.reading import user_path
+from segjax.runtime.reading import type_name, user_path
 
 
 def function_at(setting: str, address: str) -> Callable:
@@ -127,8 +127,7 @@ def _kinds(result: Any) -> str:
     """The dtypes and shapes of one or more arrays, and the types of anything else."""
     parts = result if isinstance(result, tuple | list) else (result,)
     return " and ".join(
-        f"{part.dtype} {part.shape}" if isinstance(part, jax.Array | np.ndarray) else type(part).__name__
-        for part in parts
+        f"{part.dtype} {part.shape}" if isinstance(part, jax.Array | np.ndarray) else type_name(part) for part in parts
     )
 
 

@@ -39,7 +39,7 @@ from segjax.inference.runtimes import exported_path
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import versions
 from segjax.runtime.atomic import recover, why_not_writable
-from segjax.runtime.reading import checked, user_path
+from segjax.runtime.reading import checked, type_name, user_path
 from segjax.viz import report
 
 
@@ -327,7 +327,7 @@ def _place_of_temperature(source: object, given: float | str | None) -> Path:
         raise ValueError(f"{source}: fit the temperature of the checkpoint, and export that with --temperature fitted")
     place = _temperature.place_for(source)
     if place is None:
-        name = source if isinstance(source, str | Path) else f"a {type(source).__name__}"
+        name = source if isinstance(source, str | Path) else f"a {type_name(source)}"
         raise ValueError(
             f"{name} is no file or folder of this machine, next to which a temperature could be kept; convert it to one"
         )
@@ -395,9 +395,7 @@ def _of_run(
 ) -> _Given:
     """The newest checkpoint of a run, with the run's own evaluation split and protocol."""
     if not isinstance(source, str | Path):
-        raise NoDataError(
-            f"a {type(source).__name__} is not the folder of a run, which has data of its own; name the data"
-        )
+        raise NoDataError(f"a {type_name(source)} is not the folder of a run, which has data of its own; name the data")
     if exported_path(source) is not None and user_path(source).exists():
         raise NoDataError(f"{source} is an exported file, which has no data of its own; name the data")
     folder = user_path(source)

@@ -59,6 +59,11 @@ def stated(error: BaseException) -> str:
     return first
 
 
+def type_name(value: object) -> str:
+    """The name of a value's type in messages; None for None, whose type nobody knows by its name."""
+    return "None" if value is None else type(value).__name__
+
+
 def user_path(path: str | os.PathLike[str]) -> Path:
     """The path with ~ or ~NAME at its beginning replaced by the home folder.
 
