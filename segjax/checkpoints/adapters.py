@@ -101,10 +101,10 @@ def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], co
     """The arrays of `base` with those of the adapter: low-rank changes added, and whole arrays in their place.
 
     Args:
-      adapter, base: arrays by key, as stored.
+      adapter, base: Arrays by key, as stored.
 
     Raises:
-      CheckpointError: an array of the adapter has no place in `base`, or another shape.
+      CheckpointError: An array of the adapter has no place in `base`, or another shape.
     """
     given = {own_name(key): value for key, value in adapter.items()}
     arrays, problems = dict(base), list[str]()

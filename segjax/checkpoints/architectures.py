@@ -169,12 +169,12 @@ class Family:
     """Models that share one constructor.
 
     Attributes:
-      title: its name, for messages.
-      names: of its models in `segjax.MODELS`.
-      head: patterns of the native keys outside the encoder.
-      stem: native key of the first convolution's weight, (out, C, h, w) or, of patches, (out, C * pixels, 1, 1).
+      title: Its name, for messages.
+      names: Of its models in `segjax.MODELS`.
+      head: Patterns of the native keys outside the encoder.
+      stem: Native key of the first convolution's weight, (out, C, h, w) or, of patches, (out, C * pixels, 1, 1).
       stem_pixels: 1, or the pixels of a patch.
-      read_encoder, read_head: read sizes from shapes by native key.
+      read_encoder, read_head: Read sizes from shapes by native key.
     """
 
     title: str
@@ -190,7 +190,7 @@ class Family:
         head.
 
         Raises:
-          MissingKeyError, UnreadableShapeError: a key that is needed.
+          MissingKeyError, UnreadableShapeError: A key that is needed.
         """
         reader = _Reader(shapes)
         try:

@@ -25,12 +25,12 @@ class Checkpoint:
     """A checkpoint, read once. Its keys are recognised at most once, when they are first needed.
 
     Attributes:
-      weights: arrays by key, as stored; of an orbax folder by dotted path in segjax's model.
-      metadata: the metadata next to them, as in `segjax.checkpoints.metadata`; of other packages a part of it, or none.
-      source: name of the file or folder, or address of the repository with its commit.
-      paths: the files of the weights, or the orbax folder; none where it was given as a state dict.
-      is_orbax: whether it is an orbax folder of segjax, whose metadata defines the model.
-      chosen: the set of weights that was asked for where it holds several, one of `key_maps.WEIGHT_SETS`; else None.
+      weights: Arrays by key, as stored; of an orbax folder by dotted path in segjax's model.
+      metadata: The metadata next to them, as in `segjax.checkpoints.metadata`; of other packages a part of it, or none.
+      source: Name of the file or folder, or address of the repository with its commit.
+      paths: The files of the weights, or the orbax folder; none where it was given as a state dict.
+      is_orbax: Whether it is an orbax folder of segjax, whose metadata defines the model.
+      chosen: The set of weights that was asked for where it holds several, one of `key_maps.WEIGHT_SETS`; else None.
       dialect: "auto", or the dialect to read it as. family: the family to read it as, or None.
     """
 

@@ -19,10 +19,10 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     """Rows of a name and a text.
 
     Args:
-      source, weights: as for `segjax.load`.
+      source, weights: As for `segjax.load`.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it fits no model; the message says what is there instead.
+      CheckpointError: There is no checkpoint, or it fits no model; the message says what is there instead.
     """
     checkpoint = read_checkpoint(source, weights=weights)
     encoder_only = not checkpoint.is_orbax and not checkpoint.recognised.has_head

@@ -50,7 +50,7 @@ def fetched(row: PublishedWeights) -> tuple[Path, str]:
     where the cache does not have them.
 
     Raises:
-      CheckpointError: they cannot be downloaded, or are others than published or than those of the first download.
+      CheckpointError: They cannot be downloaded, or are others than published or than those of the first download.
     """
     folder = cache_folder(row) / "weights" / row.name
     atomic.recover(folder)
@@ -203,7 +203,7 @@ def _checked(row: PublishedWeights, folder: Path) -> str:
     """The source of the weights in a folder, which are those that were published and first fetched.
 
     Raises:
-      CheckpointError: they are others.
+      CheckpointError: They are others.
     """
     digests = _digests(row, folder)
     remedy = f"remove {folder}, and it is fetched again"

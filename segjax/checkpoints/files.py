@@ -36,14 +36,14 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
     """Reads weights and metadata.
 
     Args:
-      source: a `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
+      source: A `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
         its Trainer, of an adapter of peft, or with one file of these; or the address hf:owner/name[@revision] of a
         repository; or the name of published weights.
-      weights: the set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
+      weights: The set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
         raw ones, or a student and a teacher. None: the raw ones.
 
     Raises:
-      CheckpointError: there is no checkpoint, it is damaged or of a newer format, or holds a student and a teacher; the
+      CheckpointError: There is no checkpoint, it is damaged or of a newer format, or holds a student and a teacher; the
         message says what to do.
     """
     try:
@@ -105,8 +105,8 @@ class _Located:
 
     Attributes:
       kind: "file", "orbax", "transformers" or "adapter".
-      place: the file or folder. name: its name, or the address with its commit.
-      paths: the files of the weights, or the orbax folder.
+      place: The file or folder. name: its name, or the address with its commit.
+      paths: The files of the weights, or the orbax folder.
     """
 
     kind: str
@@ -190,7 +190,7 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     """A LoRA adapter, merged into its base.
 
     Args:
-      adapters_of_it: folders of the adapters whose base it is, where there are such.
+      adapters_of_it: Folders of the adapters whose base it is, where there are such.
     """
     folder = found.place
     config = adapters.read_config(folder)

@@ -40,7 +40,7 @@ def file_kind(path: Path, head: bytes) -> str | None:
     """What a file is, and what to do, as a clause for a message; None where that is not known.
 
     Args:
-      head: its first 512 bytes.
+      head: Its first 512 bytes.
     """
     for offset, signature, kind, remedy in _SIGNATURES:
         if head[offset : offset + len(signature)] == signature:

@@ -61,7 +61,7 @@ def fetched(source: str | Path) -> tuple[Path, str]:
     address with the commit.
 
     Raises:
-      CheckpointError: nothing can be downloaded from the address; the message has the reason.
+      CheckpointError: Nothing can be downloaded from the address; the message has the reason.
     """
     if not is_address(source):
         path = user_path(source)
@@ -78,11 +78,11 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
     """The folder with the files of a repository, and its address with the commit.
 
     Args:
-      cache: folder of the downloads; huggingface_hub's by default.
+      cache: Folder of the downloads; huggingface_hub's by default.
 
     Raises:
-      UnreachableError: the Hub cannot be reached, and there is a `cache`, which is taken as empty.
-      CheckpointError: nothing can be downloaded from the address; the message has the reason.
+      UnreachableError: The Hub cannot be reached, and there is a `cache`, which is taken as empty.
+      CheckpointError: Nothing can be downloaded from the address; the message has the reason.
     """
     repository, revision = parsed_address(address)
     try:
@@ -208,7 +208,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of the weights.
 
     Raises:
-      CheckpointError: there are none, or one that an index names is missing.
+      CheckpointError: There are none, or one that an index names is missing.
     """
     found = _weights_in(folder)
     if found is None:
@@ -306,8 +306,8 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     Class names that are not numbered from 0 without gaps are under `metadata.NUMBERED_NAMES`.
 
     Raises:
-      CheckpointError: a model that segjax does not have.
-      UnreadableError: settings or a normalisation that cannot be.
+      CheckpointError: A model that segjax does not have.
+      UnreadableError: Settings or a normalisation that cannot be.
     """
     metadata, notes, channels = {}, [], 3
     if (folder / CONFIG).exists():
@@ -332,7 +332,7 @@ def names_and_normalisation(folder: Path) -> dict[str, Any]:
     """`metadata_of` for a file of any network that lies next to config.json and preprocessor_config.json.
 
     Raises:
-      UnreadableError: a normalisation that cannot be.
+      UnreadableError: A normalisation that cannot be.
     """
     metadata: dict[str, Any] = {}
     if (folder / CONFIG).exists():
@@ -416,7 +416,7 @@ def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
     """config.json for one of segjax's SegFormers.
 
     Raises:
-      CheckpointError: settings that transformers does not have.
+      CheckpointError: Settings that transformers does not have.
     """
     settings = settings_of(model)
     if any(ratio != int(ratio) for ratio in settings["mlp_ratios"]):

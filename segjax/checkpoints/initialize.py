@@ -49,8 +49,8 @@ class ReadSettings(NamedTuple):
     """Settings of a model that belong to a checkpoint; those of the encoder only where it has nothing else.
 
     Attributes:
-      known: read from its shapes and its metadata.
-      assumed: those that it does not contain, as published with its key format.
+      known: Read from its shapes and its metadata.
+      assumed: Those that it does not contain, as published with its key format.
     """
 
     known: dict[str, Any]
@@ -62,11 +62,11 @@ def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()
     channels to its images; they are not read.
 
     Args:
-      name: a name in `segjax.MODELS`; the checkpoint may be of another size of its family.
-      keep: as for `initialize`. If the whole decoder is among them, only the encoder is read.
+      name: A name in `segjax.MODELS`; the checkpoint may be of another size of its family.
+      keep: As for `initialize`. If the whole decoder is among them, only the encoder is read.
 
     Raises:
-      CheckpointError: the checkpoint is of another family (the message names the recipe to train it with), or its sizes
+      CheckpointError: The checkpoint is of another family (the message names the recipe to train it with), or its sizes
         cannot be read.
     """
     family, defaults = family_of(name), models.settings(name)
@@ -150,17 +150,17 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
     The classifiers of a checkpoint with another number of classes are not loaded: these parameters stay as initialised.
 
     Args:
-      source: a `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, the address
+      source: A `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, the address
         hf:owner/name[@revision] of one, the name of published weights, or one of these that was read. If it is an
         encoder only, the decoder stays as initialised.
-      keep: patterns (`*` and `?`) of parameters that stay as initialised even if the checkpoint has them, for example
+      keep: Patterns (`*` and `?`) of parameters that stay as initialised even if the checkpoint has them, for example
         "decode_head.linear_fuse.*". If the whole decoder is among them, the checkpoint may have any decoder.
 
     Returns:
       What was loaded, in words, such as "encoder; decoder random".
 
     Raises:
-      CheckpointError: a checkpoint that cannot be read or does not fit, or a pattern that matches no parameter; nothing
+      CheckpointError: A checkpoint that cannot be read or does not fit, or a pattern that matches no parameter; nothing
         is loaded.
     """
     names = [torch_name(path) for path in named_variables(model)]
@@ -218,7 +218,7 @@ def _with_channels(
     """The checkpoint with a first convolution for the channels of the model, and a sentence where it is another one.
 
     Raises:
-      CheckpointError: it has neither the channels of the model nor three.
+      CheckpointError: It has neither the channels of the model nor three.
     """
     found, channels = checkpoint.recognised, model.in_channels
     family = found.family

@@ -29,9 +29,9 @@ class Rule:
     """Native keys and foreign keys of the same numbers.
 
     Attributes:
-      native, foreign: templates; several stand for tensors concatenated along the first axis.
-      shares: relative lengths of the native tensors, where there are several.
-      as_conv: whether a native linear layer (out, in) is a foreign 1x1 convolution (out, in, 1, 1).
+      native, foreign: Templates; several stand for tensors concatenated along the first axis.
+      shares: Relative lengths of the native tensors, where there are several.
+      as_conv: Whether a native linear layer (out, in) is a foreign 1x1 convolution (out, in, 1, 1).
     """
 
     native: tuple[str, ...]
@@ -215,17 +215,17 @@ class KeyFormat:
     """How one package stores one family.
 
     Attributes:
-      dialect: as in `--dialect`. family: a key of `segjax.checkpoints.architectures.FAMILIES`.
-      package: its name, for messages.
-      key_maps: the first is written, all are read.
-      settings: settings of the published model that its checkpoints do not contain, (name, value).
-      of_classes: by number of classes, those of `settings` in which the model published with so many differs.
-      unused: patterns of keys that the package writes and its model never reads; they are skipped.
-      backbone_extras: patterns of keys that come with an encoder only (an ImageNet classifier).
+      dialect: As in `--dialect`. family: a key of `segjax.checkpoints.architectures.FAMILIES`.
+      package: Its name, for messages.
+      key_maps: The first is written, all are read.
+      settings: Settings of the published model that its checkpoints do not contain, (name, value).
+      of_classes: By number of classes, those of `settings` in which the model published with so many differs.
+      unused: Patterns of keys that the package writes and its model never reads; they are skipped.
+      backbone_extras: Patterns of keys that come with an encoder only (an ImageNet classifier).
       without_bias: (convolution, norm): convolutions that have no bias in the package, because a BatchNorm follows. The
         bias is read as zero, and written by subtracting it from the running mean of the norm.
-      encoder_only: whether the package has no decoder.
-      note: what the package computes differently with the same weights; logged with every conversion.
+      encoder_only: Whether the package has no decoder.
+      note: What the package computes differently with the same weights; logged with every conversion.
     """
 
     dialect: str

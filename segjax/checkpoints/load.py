@@ -34,12 +34,12 @@ class LoadedCheckpoint(Generic[Model]):
     """A model and everything that its checkpoint contains in addition to the weights.
 
     Attributes:
-      model: in evaluation mode; images (B, H, W, C), normalised, -> (logits, taps).
-      classes: names and colours of its classes, and the label to ignore.
-      metadata: as in `segjax.checkpoints.metadata`. Where `metadata["dataset"]["guessed"]` is set, the checkpoint names
+      model: In evaluation mode; images (B, H, W, C), normalised, -> (logits, taps).
+      classes: Names and colours of its classes, and the label to ignore.
+      metadata: As in `segjax.checkpoints.metadata`. Where `metadata["dataset"]["guessed"]` is set, the checkpoint names
         no classes, and `classes` are a guess from their number.
-      mean, std: of the training images, C numbers each, in the unit of their values; of RGB in 0..255.
-      provenance: name and hash of the checkpoint, and its own provenance under "made_from".
+      mean, std: Of the training images, C numbers each, in the unit of their values; of RGB in 0..255.
+      provenance: Name and hash of the checkpoint, and its own provenance under "made_from".
     """
 
     model: Model
@@ -70,14 +70,14 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
     """Loads the model of any checkpoint, with its classes, its normalisation and its metadata.
 
     Args:
-      source: a converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
+      source: A converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
         transformers, hf:owner/name[@revision] on the Hugging Face Hub, or the name of published weights, such as
         "segformer_b2.cityscapes" (`segjax.list_weights` has all; a path that exists wins), which are fetched once.
-      dtype: of the computation; float32 by default (float64 for an orbax folder in float64).
-      weights: the set to load where the checkpoint holds several: "ema" or "raw", "student" or "teacher".
+      dtype: Of the computation; float32 by default (float64 for an orbax folder in float64).
+      weights: The set to load where the checkpoint holds several: "ema" or "raw", "student" or "teacher".
 
     Raises:
-      CheckpointError: nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
+      CheckpointError: Nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
         only.
     """
     published.refuse_encoder(source)
@@ -126,12 +126,12 @@ def model_of(
     """The model of a checkpoint, in evaluation mode, and its complete metadata.
 
     Args:
-      name, num_classes, drop, keep, param_dtype, **overrides: as for `from_torch`; for a state dict only.
-      dtype: of the computation; by default float32, or float64 for an orbax folder in float64.
+      name, num_classes, drop, keep, param_dtype, **overrides: As for `from_torch`; for a state dict only.
+      dtype: Of the computation; by default float32, or float64 for an orbax folder in float64.
 
     Raises:
-      CheckpointError: the checkpoint fits no model, or its folder contradicts itself.
-      KeyError: unknown name or dialect.
+      CheckpointError: The checkpoint fits no model, or its folder contradicts itself.
+      KeyError: Unknown name or dialect.
     """
     if checkpoint.is_orbax:
         model = orbax_folder.build_model(checkpoint.weights, checkpoint.metadata, *checkpoint.paths, dtype=dtype)

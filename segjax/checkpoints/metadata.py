@@ -156,7 +156,7 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
     Origin and licence that are damaged are omitted, and the log says so: nothing depends on them.
 
     Raises:
-      UnreadableError: a part has another type, a value that cannot be, or contradicts another; the message begins with
+      UnreadableError: A part has another type, a value that cannot be, or contradicts another; the message begins with
         `name` and has the key.
     """
     try:
@@ -183,7 +183,7 @@ def checked_normalisation(content: Mapping[str, Any], *, name: object, key: str 
     """A normalisation from a file, whose types were checked; `key` stands before "mean" and "std" in messages.
 
     Raises:
-      UnreadableError: it has other types, or not as many means as deviations; the message begins with `name`.
+      UnreadableError: It has other types, or not as many means as deviations; the message begins with `name`.
     """
     checked(content, Normalisation, name=name)
     means, deviations = len(content["mean"]), len(content["std"])
@@ -239,7 +239,7 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
     """The classes that metadata names; where it names none, they are called by their numbers.
 
     Raises:
-      CheckpointError: more classes than a 16-bit label can hold, or metadata that contradicts itself.
+      CheckpointError: More classes than a 16-bit label can hold, or metadata that contradicts itself.
     """
     dataset = metadata.get("dataset")
     if not dataset and num_classes > specs.LARGEST_LABEL:
@@ -375,10 +375,10 @@ def completed(metadata: Mapping, *, channels: int) -> dict[str, Any]:
     that images are resized to.
 
     Args:
-      channels: of the images that the model takes.
+      channels: Of the images that the model takes.
 
     Raises:
-      CheckpointError: a normalisation of another number of channels.
+      CheckpointError: A normalisation of another number of channels.
     """
     known = {key: value for key, value in metadata.items() if value is not None}
     known = {"normalisation": default_normalisation(channels), "input_size": None, **known}

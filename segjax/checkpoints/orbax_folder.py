@@ -107,7 +107,7 @@ def save_model(folder: Path, model: SegmentationModel, *, metadata: Mapping[str,
     """Writes the weights of a model and how to build it to an orbax folder; an older one at that path is replaced.
 
     Raises:
-      CheckpointError: something that is not such a folder exists at that path.
+      CheckpointError: Something that is not such a folder exists at that path.
     """
     weights = {path: np.asarray(variable[...]) for path, variable in named_variables(model).items()}
     save_weights(folder, weights, metadata={"model": model_metadata(model), **metadata})
@@ -139,7 +139,7 @@ def build_model(
     """The model of the weights and metadata that `load_weights` read from `folder`.
 
     Raises:
-      CheckpointError: they contradict each other, or are in float64 while jax_enable_x64 is off.
+      CheckpointError: They contradict each other, or are in float64 while jax_enable_x64 is off.
     """
     described = metadata.get("model", {})
     if missing := [key for key in ("name", "num_classes", "overrides", "param_dtype") if key not in described]:
@@ -177,7 +177,7 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `found_in`.
 
     Raises:
-      CheckpointError: no checkpoint of segjax is there, it is damaged, or of a newer format.
+      CheckpointError: No checkpoint of segjax is there, it is damaged, or of a newer format.
     """
     found = _find(folder)
     metadata = read_metadata(found)
@@ -195,7 +195,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata of one checkpoint.
 
     Raises:
-      CheckpointError: it is damaged, or of a newer format.
+      CheckpointError: It is damaged, or of a newer format.
     """
     (metadata,) = read_items(folder, METADATA)
     refuse_newer(metadata, folder)
@@ -265,7 +265,7 @@ def read_items(folder: Path, *items: str) -> list:
     """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; or the metadata as a dict.
 
     Raises:
-      CheckpointError: the folder is damaged.
+      CheckpointError: The folder is damaged.
     """
     import orbax.checkpoint as ocp
 

@@ -82,7 +82,7 @@ class StoredTensor:
         """Reads it into a read-only array.
 
         Raises:
-          CheckpointError: the file holds fewer numbers than its shape says, or they do not have their checksum.
+          CheckpointError: The file holds fewer numbers than its shape says, or they do not have their checksum.
         """
         stored = min(self._count, self._file.sizes.get(self._key, 0) // self.dtype.itemsize)
         reach = self._offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self._strides, strict=True))
@@ -105,8 +105,8 @@ class Standin:
     """What stands for an object that is no container, number, text, array or tensor that can be read.
 
     Attributes:
-      origin: name of its class, or of the function that would have made it.
-      is_tensor: whether torch would make a tensor of it: a sparse or a quantized one, for example.
+      origin: Name of its class, or of the function that would have made it.
+      is_tensor: Whether torch would make a tensor of it: a sparse or a quantized one, for example.
     """
 
     origin: str
@@ -121,7 +121,7 @@ def opened(source: Path) -> Iterator[object]:
     Tensors can be read as long as the context lasts.
 
     Raises:
-      CheckpointError: the file is damaged, names an entry twice, or would unpack to more than is possible.
+      CheckpointError: The file is damaged, names an entry twice, or would unpack to more than is possible.
     """
     with open_regular(source) as stream, contextlib.ExitStack() as opened_files:
         with _damage(source):

@@ -32,23 +32,23 @@ class PublishedWeights:
     """One file of published weights, and what it does not contain itself.
 
     Attributes:
-      name: for `segjax.load` and wherever a checkpoint is named.
-      model: its name in `segjax.MODELS`.
-      dataset: name of the dataset that it was trained on; "" for an encoder that was trained on ImageNet.
+      name: For `segjax.load` and wherever a checkpoint is named.
+      model: Its name in `segjax.MODELS`.
+      dataset: Name of the dataset that it was trained on; "" for an encoder that was trained on ImageNet.
       classes: K; None for an encoder.
-      crop: of the training, as height x width in pixels; "" where it is not known.
-      schedule: length of the training.
-      source: address, https://... or hf:owner/name[@revision].
-      digits: the first eight of the sha256, as published; "" where none are.
-      miou, miou_multi_scale: mean IoU in percent as published, at a single scale and at several ones; None for none.
-      figure_source: where both are published.
-      licence: as stated by the source.
-      keys: dialects that the keys may have.
-      settings: of the model, as it was trained and in addition to what shapes contain; those of the encoder for one.
-      protocol: of `miou`, arguments of `segjax.inference.engine.Protocol`; {} for an encoder.
-      protocol_note: what the published evaluation does that `protocol` cannot express.
-      zero_label_ignored: whether the label 0 of the published masks is ignored, and label k is class k - 1.
-      note: anything else worth knowing.
+      crop: Of the training, as height x width in pixels; "" where it is not known.
+      schedule: Length of the training.
+      source: Address, https://... or hf:owner/name[@revision].
+      digits: The first eight of the sha256, as published; "" where none are.
+      miou, miou_multi_scale: Mean IoU in percent as published, at a single scale and at several ones; None for none.
+      figure_source: Where both are published.
+      licence: As stated by the source.
+      keys: Dialects that the keys may have.
+      settings: Of the model, as it was trained and in addition to what shapes contain; those of the encoder for one.
+      protocol: Of `miou`, arguments of `segjax.inference.engine.Protocol`; {} for an encoder.
+      protocol_note: What the published evaluation does that `protocol` cannot express.
+      zero_label_ignored: Whether the label 0 of the published masks is ignored, and label k is class k - 1.
+      note: Anything else worth knowing.
     """
 
     name: str
@@ -172,10 +172,10 @@ def list_weights(pattern: str = "*") -> WeightsList:
     see `segjax.checkpoints.published.PublishedWeights`.
 
     Args:
-      pattern: as a shell has it; without `*` and `?`, also a part of a name.
+      pattern: As a shell has it; without `*` and `?`, also a part of a name.
 
     Raises:
-      ValueError: nothing matches; the message has the nearest names.
+      ValueError: Nothing matches; the message has the nearest names.
     """
     if not set("*?[") & set(pattern):
         pattern = f"*{pattern}*"

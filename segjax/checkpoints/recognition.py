@@ -21,9 +21,9 @@ class Recognised:
     """A state dict in the key format and key map that match most of its keys.
 
     Attributes:
-      key_format, renaming: these two.
-      fitting: number of keys that match.
-      shapes: of all arrays, by the key in the state dict.
+      key_format, renaming: These two.
+      fitting: Number of keys that match.
+      shapes: Of all arrays, by the key in the state dict.
     """
 
     key_format: KeyFormat
@@ -52,7 +52,7 @@ class Recognised:
         """Settings of the model that shapes contain, and the number of classes; None without a head.
 
         Raises:
-          MissingKeyError, UnreadableShapeError: a native key that is needed.
+          MissingKeyError, UnreadableShapeError: A native key that is needed.
         """
         return self.family.read(self.native_shapes)
 
@@ -79,7 +79,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
       dialect: "auto", or one of `DIALECTS` to insist on it. family: a key of `FAMILIES` to insist on it.
 
     Raises:
-      KeyError: an unknown dialect, or one without a key format for `family`; lists those with one.
+      KeyError: An unknown dialect, or one without a key format for `family`; lists those with one.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are auto, {', '.join(DIALECTS)}")

@@ -34,15 +34,15 @@ def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, diale
     """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
 
     Args:
-      model: from `segjax.create`, `from_torch` or `load`. Classes, normalisation, licence and provenance of a loaded
+      model: From `segjax.create`, `from_torch` or `load`. Classes, normalisation, licence and provenance of a loaded
         checkpoint are saved, too, except in a `.pth`.
       path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder that
         transformers loads.
-      dialect: whose keys a file gets, one of `segjax.checkpoints.key_maps.DIALECTS`; "native" by default.
+      dialect: Whose keys a file gets, one of `segjax.checkpoints.key_maps.DIALECTS`; "native" by default.
 
     Raises:
-      CheckpointError: the dialect has no keys for this model, or the path is of something else; nothing is written.
-      KeyError: unknown dialect.
+      CheckpointError: The dialect has no keys for this model, or the path is of something else; nothing is written.
+      KeyError: Unknown dialect.
     """
     path = user_path(path)
     require_destination(path, dialect)

@@ -50,11 +50,11 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
     example) are not used; the log names them.
 
     Args:
-      weights: the set to read where it holds several, one of `key_maps.WEIGHT_SETS`. None: the raw weights rather than
+      weights: The set to read where it holds several, one of `key_maps.WEIGHT_SETS`. None: the raw weights rather than
         averaged ones; the log names the others.
 
     Raises:
-      CheckpointError: it contains no mapping of names to arrays, or not this set; it holds a student and a teacher, and
+      CheckpointError: It contains no mapping of names to arrays, or not this set; it holds a student and a teacher, and
         `weights` is None; or two arrays have one name.
     """
     if not isinstance(state_dict, Mapping):

@@ -18,8 +18,8 @@ def refuse_unsound(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dty
     """Raises CheckpointError for weights that are NaN or infinite, and variances below 0; names every tensor.
 
     Args:
-      arrays: by name, floating point. dtypes: the dtype that each is cast to; the cast may overflow, too.
-      variances: names of running variances.
+      arrays: By name, floating point. dtypes: the dtype that each is cast to; the cast may overflow, too.
+      variances: Names of running variances.
     """
     problems = []
     for name, array in arrays.items():

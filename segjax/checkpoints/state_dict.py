@@ -50,9 +50,9 @@ class MisfitError(CheckpointError):
     """Keys that are missing, unexpected or of another shape.
 
     Attributes:
-      problems: the message without advice.
-      parameters: parameters of the model, by native key, that are missing from the checkpoint or have another shape.
-      unexpected: keys of the checkpoint that the model does not have.
+      problems: The message without advice.
+      parameters: Parameters of the model, by native key, that are missing from the checkpoint or have another shape.
+      unexpected: Keys of the checkpoint that the model does not have.
     """
 
     def __init__(self, problems: str, advice: str, *, parameters: list[str], unexpected: list[str]):
@@ -100,15 +100,15 @@ def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, 
     """The weights of a model as a state dict that the original loads with `strict=True`.
 
     Args:
-      dialect: whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`. "backbone" and "timm" have no decoder: what is
+      dialect: Whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`. "backbone" and "timm" have no decoder: what is
         omitted is an INFO line of the logger `segjax`.
 
     Returns:
       Arrays in the model's param_dtype under the dialect's keys; `num_batches_tracked` is int64 0.
 
     Raises:
-      CheckpointError: the dialect has no keys for this family of models.
-      KeyError: unknown dialect.
+      CheckpointError: The dialect has no keys for this family of models.
+      KeyError: Unknown dialect.
     """
     key_format = key_format_of(model, dialect)
     native = {}
@@ -131,7 +131,7 @@ def key_format_of(model: SegmentationModel, dialect: str) -> KeyFormat:
     """The key format of a dialect for the family of `model`.
 
     Raises:
-      CheckpointError: it has none. KeyError: unknown dialect.
+      CheckpointError: It has none. KeyError: unknown dialect.
     """
     if dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are {', '.join(DIALECTS)}")
@@ -169,16 +169,16 @@ def load_torch(
     """Loads a PyTorch state dict into `model`: everything, or nothing and one error that lists every mismatch.
 
     Args:
-      model: from `segjax.create`.
+      model: From `segjax.create`.
       state_dict: numpy arrays or torch tensors under the keys of any dialect; wrapped as training scripts do, or not.
       dialect: "auto", or one of `segjax.checkpoints.key_maps.DIALECTS` to insist on it.
-      drop: patterns ("head.*") of checkpoint keys that are not used.
-      keep: patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
+      drop: Patterns ("head.*") of checkpoint keys that are not used.
+      keep: Patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
 
     Raises:
-      CheckpointError: missing, unexpected and misshapen keys, all of them, or weights that are not finite; the model is
+      CheckpointError: Missing, unexpected and misshapen keys, all of them, or weights that are not finite; the model is
         unchanged.
-      KeyError: unknown dialect.
+      KeyError: Unknown dialect.
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
     plan = _plan(model, checkpoint, drop=_patterns(drop), keep=_patterns(keep))
@@ -198,8 +198,8 @@ class _Plan:
     """A load that was checked.
 
     Attributes:
-      values: arrays in segjax's layout by dotted path. dropped: keys of the checkpoint that are not used.
-      kept: dotted paths that the checkpoint lacks.
+      values: Arrays in segjax's layout by dotted path. dropped: keys of the checkpoint that are not used.
+      kept: Dotted paths that the checkpoint lacks.
     """
 
     values: dict[str, np.ndarray]
@@ -236,12 +236,12 @@ class _Expected:
     """The arrays of a model under the keys of a checkpoint, so that messages name keys that its owner finds there.
 
     Attributes:
-      shapes: by key. Arrays that the dialect has no key for (of a decoder, where it has only encoders) have their
+      shapes: By key. Arrays that the dialect has no key for (of a decoder, where it has only encoders) have their
         native key.
-      native: key -> native keys that it holds.
-      paths: native key -> dotted path in the model. dtypes: native key -> dtype in the model.
-      folded: native bias that is not stored -> native running mean that it goes into.
-      counters: keys of batch counters, which may be there and are not used.
+      native: Key -> native keys that it holds.
+      paths: Native key -> dotted path in the model. dtypes: native key -> dtype in the model.
+      folded: Native bias that is not stored -> native running mean that it goes into.
+      counters: Keys of batch counters, which may be there and are not used.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -373,11 +373,11 @@ def from_torch(
     from key 0.
 
     Args:
-      state_dict: as for `load_torch`.
+      state_dict: As for `load_torch`.
       name: "auto", or a name in `segjax.MODELS` to insist on it.
       dialect: "auto", or the name of a dialect to insist on it.
-      num_classes: compared with the checkpoint, if that has a classifier.
-      drop, keep: as for `load_torch`; what is kept has initial values.
+      num_classes: Compared with the checkpoint, if that has a classifier.
+      drop, keep: As for `load_torch`; what is kept has initial values.
       dtype: Dtype of the computation, as for `segjax.create`.
       param_dtype: Dtype of the stored parameters.
       **overrides: Settings of the model, as for `segjax.create`.
@@ -386,8 +386,8 @@ def from_torch(
       The model in evaluation mode, as `segjax.create` returns it.
 
     Raises:
-      CheckpointError: the checkpoint fits no model; the message names the nearest one and the differences.
-      KeyError: unknown name or dialect.
+      CheckpointError: The checkpoint fits no model; the message names the nearest one and the differences.
+      KeyError: Unknown name or dialect.
     """
     if name != "auto":
         models.settings(name)
@@ -419,7 +419,7 @@ def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
     """`Recognised.sizes`: settings of the model that shapes contain, and the number of classes.
 
     Raises:
-      CheckpointError: the sizes cannot be read; the message names the nearest family and the differences.
+      CheckpointError: The sizes cannot be read; the message names the nearest family and the differences.
     """
     found = checkpoint.recognised
     try:

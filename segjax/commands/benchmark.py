@@ -218,7 +218,7 @@ def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float
     A row that cannot be measured has the reason in its result as "failed", and the next row follows.
 
     Args:
-      until: end of the time, on the clock of `time.monotonic`. A row that would take longer is not begun.
+      until: End of the time, on the clock of `time.monotonic`. A row that would take longer is not begun.
     """
     results = earlier
     for row in rows:
@@ -249,7 +249,7 @@ def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> l
     """Results of an earlier command, which this one continues.
 
     Raises:
-      BenchmarkError: they were measured for another dtype, number of classes or device.
+      BenchmarkError: They were measured for another dtype, number of classes or device.
     """
     if path is None or not path.exists():
         return []

@@ -116,7 +116,7 @@ def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple
     """Logs the settings in which the package that is written for computes otherwise than this model.
 
     Args:
-      stored: settings that the written checkpoint contains.
+      stored: Settings that the written checkpoint contains.
     """
     settings, key_format = settings_of(model), key_format_of(model, dialect)
     for setting, value in key_format.settings_for(model.spec.num_classes).items():

@@ -45,12 +45,12 @@ def show(
     """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
 
     Args:
-      settings: the `augment` part of a config.
-      mean, std: of each channel.
+      settings: The `augment` part of a config.
+      mean, std: Of each channel.
 
     Raises:
-      RecordError: an image or a label cannot be used.
-      TooLittleMemoryError: the samples do not fit into memory.
+      RecordError: An image or a label cannot be used.
+      TooLittleMemoryError: The samples do not fit into memory.
     """
     what = _refuse_too_large(num, settings.crop, len(mean))
     # Imported after parsing, because it imports jax, which takes a second.

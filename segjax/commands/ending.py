@@ -31,11 +31,11 @@ def run_command(
     """Runs a command; messages of the logger "segjax" are printed.
 
     Args:
-      name: name of the command as it is typed, "segjax convert"; every message begins with it.
-      run: function of the command; returns its exit status, or None for 0.
-      interrupted: state of the output after a signal, as the end of a sentence.
-      full_disk: remedy after a full disk, as the end of a sentence.
-      less_memory: remedy where there was not enough memory, as the end of a sentence; "" where there is none.
+      name: Name of the command as it is typed, "segjax convert"; every message begins with it.
+      run: Function of the command; returns its exit status, or None for 0.
+      interrupted: State of the output after a signal, as the end of a sentence.
+      full_disk: Remedy after a full disk, as the end of a sentence.
+      less_memory: Remedy where there was not enough memory, as the end of a sentence; "" where there is none.
 
     Returns:
       The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError, KeyError or too

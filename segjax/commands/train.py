@@ -163,7 +163,7 @@ def parse(arguments: list[str]) -> Options:
     """Loads the recipe and applies the flags to it. Nothing global is read or changed, not even sys.argv.
 
     Raises:
-      UsageError, recipes.ConfigError: a flag or a recipe that cannot be used.
+      UsageError, recipes.ConfigError: A flag or a recipe that cannot be used.
     """
     # Flags of absl's own. It would open any file, and accept mistyped flags.
     if found := next(filter(None, (re.match(r"--?(flagfile|undefok)(=|$)", argument) for argument in arguments)), None):
@@ -246,7 +246,7 @@ def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[s
       The settings of the model that the arguments name.
 
     Raises:
-      UsageError: the model has no such setting.
+      UsageError: The model has no such setting.
     """
     flagged = dict(_settings_in(arguments))
     keys = {key.removeprefix("model.") for key in flagged if key.startswith("model.")} - {"name", "dtype"}
@@ -311,7 +311,7 @@ def _in_one_line(model: str = "") -> Iterator[None]:
     """Turns all errors of absl and ml_collections about flags into UsageErrors of one line.
 
     Args:
-      model: its name, where the flags are settings.
+      model: Its name, where the flags are settings.
     """
     try:
         yield

@@ -46,11 +46,11 @@ class Reader:
     """How the examples of a dataset are found among the files of its archives.
 
     Attributes:
-      parts: folder that is read -> official archive that contains it.
-      above: folders of the archives that enclose those of `parts`; removed from paths.
-      layout: the files that are read, for messages.
+      parts: Folder that is read -> official archive that contains it.
+      above: Folders of the archives that enclose those of `parts`; removed from paths.
+      layout: The files that are read, for messages.
       find: (files, problems) -> examples by split; adds what is missing to the problems.
-      train_ids: int16 (256,), the train id of each mask value; the ignore label for a value that is ignored, -1 for
+      train_ids: Int16 (256,), the train id of each mask value; the ignore label for a value that is ignored, -1 for
         one that the masks cannot have.
     """
 
@@ -72,8 +72,8 @@ def locate(
     """The files and archives to read among the given paths.
 
     Args:
-      name: of the dataset, for messages.
-      skipped: gets the links to folders that are read already.
+      name: Of the dataset, for messages.
+      skipped: Gets the links to folders that are read already.
 
     Returns:
       (path inside the dataset, path on disk) of files in folders, and paths of archives.
@@ -129,10 +129,10 @@ def read(
     """The examples in the files and archives that `locate` found.
 
     Args:
-      spec: of the dataset; other numbers of images than its published ones are a problem.
-      scratch, opened: see `sources.in_archive`.
-      notes: gets lines about what a subset lacks.
-      subset: whether any number of images is taken, and files without their partner are skipped.
+      spec: Of the dataset; other numbers of images than its published ones are a problem.
+      scratch, opened: See `sources.in_archive`.
+      notes: Gets lines about what a subset lacks.
+      subset: Whether any number of images is taken, and files without their partner are skipped.
     """
     found: list[tuple[str, File]] = [(inside, file_of(path, inside)) for inside, path in loose]
     for path in archives:

@@ -51,16 +51,16 @@ def augment(
       batch: "image" uint8, uint16 or float32 (B, H, W, C), "label" uint8 or uint16 (B, H, W), "size" int32 (B, 2):
         height and width of the image without its padding, which is never read. "crop", optional: the `Crops` of the
         same keys, of a batch that holds only a window of each image.
-      settings: the `augment` section of a config.
-      ignore_label: label of the padding.
+      settings: The `augment` section of a config.
+      ignore_label: Label of the padding.
       class_pixels: (K,), pixels of each label value in the training split, for `class_balance`.
-      normalise: values (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
+      normalise: Values (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
 
     Returns:
       float32 (B, h, w, C), normalised, and labels (B, h, w) of the same dtype; (h, w) is settings.crop.
 
     Raises:
-      ValueError: statistics for another number of channels, or a function of `on_device` that cannot be used.
+      ValueError: Statistics for another number of channels, or a function of `on_device` that cannot be used.
     """
     crops = batch["crop"] if "crop" in batch else draw_crops(keys, batch["size"], settings)
     if "crop" not in batch and needs_labels(settings):
@@ -186,8 +186,8 @@ class Distortion(NamedTuple):
     """Random photometric changes; each has its neutral value with probability one half.
 
     Attributes:
-      brightness: is added, -32..32. contrast: is multiplied, 0.5..1.5. saturation: is multiplied, 0.5..1.5.
-      hue: is added, -0.1..0.1 of a full turn. contrast_first: whether contrast comes before saturation and hue.
+      brightness: Is added, -32..32. contrast: is multiplied, 0.5..1.5. saturation: is multiplied, 0.5..1.5.
+      hue: Is added, -0.1..0.1 of a full turn. contrast_first: whether contrast comes before saturation and hue.
     """
 
     brightness: jax.Array

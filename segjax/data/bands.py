@@ -32,7 +32,7 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
     and GIF, C is 1 for grey or else 3: alpha is dropped, a palette becomes its colours.
 
     Raises:
-      ImageError: it is no image, is damaged, has more than `max_pixels` pixels, or has numbers of another dtype.
+      ImageError: It is no image, is damaged, has more than `max_pixels` pixels, or has numbers of another dtype.
     """
     match codec.format_of(data[:32]):
         case "TIFF":
@@ -52,8 +52,8 @@ def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.Sto
     """A mask that is a TIFF of one band, upright, or a .npy of (H, W) or (H, W, 1); its values are kept exactly.
 
     Raises:
-      LayoutError: several bands, numbers that are not integers, or outside of 0..65535.
-      ImageError: it is damaged, or has more than `max_pixels` pixels.
+      LayoutError: Several bands, numbers that are not integers, or outside of 0..65535.
+      ImageError: It is damaged, or has more than `max_pixels` pixels.
     """
     palette = None
     if codec.format_of(data[:32]) == "TIFF":
@@ -88,7 +88,7 @@ def of_array(image: np.ndarray) -> np.ndarray:
     """An array (H, W) or (H, W, C) as (H, W, C), in the byte order of the machine.
 
     Raises:
-      LayoutError: another shape or dtype.
+      LayoutError: Another shape or dtype.
     """
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise LayoutError(f"has the shape {image.shape}; an image is (H, W, C), or (H, W) of one channel")
@@ -102,7 +102,7 @@ def of_npy(data: bytes) -> np.ndarray:
     """The array in the content of a .npy file, read-only; objects are never unpickled.
 
     Raises:
-      ImageError: it is damaged, or has objects.
+      ImageError: It is damaged, or has objects.
     """
     file = io.BytesIO(data)
     try:

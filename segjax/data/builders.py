@@ -73,19 +73,19 @@ def prepare(
     """Opens a prepared dataset; before its first use, checks and prepares it and prints the paths on stdout.
 
     Args:
-      name: one of `specs.prepared_names()`.
-      source: path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
+      name: One of `specs.prepared_names()`.
+      source: Path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
         "folder" needs it once the dataset is prepared.
       data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
-      subset: whether a part of a published dataset is prepared, instead of refused.
-      division: how the only split with labels is divided into train and val. None for the splits of the source; or for
+      subset: Whether a part of a published dataset is prepared, instead of refused.
+      division: How the only split with labels is divided into train and val. None for the splits of the source; or for
         those that were prepared before, of a folder the last ones.
 
     Returns:
       The prepared dataset; of a folder, always in its present state.
 
     Raises:
-      DataError: another name; no source where one is needed; one with problems, which are all listed; or a dataset that
+      DataError: Another name; no source where one is needed; one with problems, which are all listed; or a dataset that
         was prepared from other files, or divided in another way.
     """
     names = specs.prepared_names()
@@ -339,10 +339,10 @@ def _write(
     """Prints what is prepared, then checks, converts and writes.
 
     Args:
-      identity: metadata about the files from which the dataset was prepared: source, state, fingerprint; and about
+      identity: Metadata about the files from which the dataset was prepared: source, state, fingerprint; and about
         the division.
-      notes: printed too.
-      classes: see `masks.convert`.
+      notes: Printed too.
+      classes: See `masks.convert`.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})

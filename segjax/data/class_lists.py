@@ -81,7 +81,7 @@ def classes_of_dataset(name: str) -> DatasetSpec:
     """The classes of a dataset of `specs.DATASETS` or `CLASS_LISTS`.
 
     Raises:
-      KeyError: neither has it, or it is one that names its own.
+      KeyError: Neither has it, or it is one that names its own.
     """
     spec = DATASETS[name].spec if name in DATASETS else CLASS_LISTS[name]
     if spec is None:

@@ -17,11 +17,11 @@ def class_weights(
 
     Args:
       choice: None or "", a key of `BALANCED`, "cityscapes" (see `specs.DATASETS`), or the K numbers themselves.
-      pixel_counts: for a key of `BALANCED`: number of pixels of each label value, as `median_frequency` takes them. A
+      pixel_counts: For a key of `BALANCED`: number of pixels of each label value, as `median_frequency` takes them. A
         binary dataset has two label values; its one weight is that of class 1 divided by that of the background.
 
     Raises:
-      ValueError: another word; numbers that are negative, not finite, all zero or not one for each class; the weights
+      ValueError: Another word; numbers that are negative, not finite, all zero or not one for each class; the weights
         of Cityscapes for other classes; no counts, or none above zero.
     """
     match choice:
@@ -63,7 +63,7 @@ def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
         dataset as one image, so that a frequency is a share of all pixels.
 
     Raises:
-      ValueError: no pixel at all.
+      ValueError: No pixel at all.
     """
     counts = np.atleast_2d(np.asarray(pixel_counts, np.float64))
     of_class = counts.sum(axis=0)
@@ -84,10 +84,10 @@ def inverse_sqrt(pixel_counts: np.ndarray) -> np.ndarray:
     pixels has weight 0, since no pixel will be multiplied by it.
 
     Args:
-      pixel_counts: as for `median_frequency`.
+      pixel_counts: As for `median_frequency`.
 
     Raises:
-      ValueError: no pixel at all.
+      ValueError: No pixel at all.
     """
     of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
     if not of_class.any():

@@ -205,7 +205,7 @@ def fault_of_mask(data: bytes, *, binary: bool) -> str | None:
     `bands.decode_mask` finds it.
 
     Args:
-      binary: whether the labels of its data set are 0 and 1.
+      binary: Whether the labels of its data set are 0 and 1.
     """
     found = format_of(data[:32])
     if found in ("TIFF", "NPY"):
@@ -249,10 +249,10 @@ def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None
     pixels.
 
     Args:
-      upright: whether it is rotated as its EXIF demands.
+      upright: Whether it is rotated as its EXIF demands.
 
     Raises:
-      ImageError: pixels would be made up.
+      ImageError: Pixels would be made up.
     """
     import cv2
 
@@ -280,7 +280,7 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
       And the value of white; None where it is not known.
 
     Raises:
-      ImageError: it is no image, is damaged, or has more than `max_pixels` pixels.
+      ImageError: It is no image, is damaged, or has more than `max_pixels` pixels.
     """
     found = format_of(data[:32])
     if not data:
@@ -370,8 +370,8 @@ class StoredMask(NamedTuple):
     """A mask as it is in its file.
 
     Attributes:
-      values: uint8 or uint16 (H, W), values of grey or indices of the palette; or colours, uint8 (H, W, 3), RGB.
-      palette: uint8 (N, 3), RGB of each index; None for a mask without indices.
+      values: Uint8 or uint16 (H, W), values of grey or indices of the palette; or colours, uint8 (H, W, 3), RGB.
+      palette: Uint8 (N, 3), RGB of each index; None for a mask without indices.
     """
 
     values: np.ndarray
@@ -384,7 +384,7 @@ def decode_stored_mask(data: bytes) -> StoredMask | None:
     Alpha is dropped, and a palette of greys that equal their indices.
 
     Raises:
-      ImageError: it cannot be decoded, for a reason that is known.
+      ImageError: It cannot be decoded, for a reason that is known.
     """
     if data.startswith(PNG) and data[25] == 0:
         mask = decode_mask(data)

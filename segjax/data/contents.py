@@ -30,8 +30,8 @@ class RunData(TypedDict):
     """data.json of a run.
 
     Attributes:
-      path: folder of the prepared dataset.
-      source: what it was prepared from.
+      path: Folder of the prepared dataset.
+      source: What it was prepared from.
     """
 
     path: str
@@ -82,7 +82,7 @@ def read_run_data(path: Path) -> RunData | None:
     """The data.json of a run; None where there is none, for a run that began before there were hashes.
 
     Raises:
-      UnreadableError: it is damaged; the message names the key.
+      UnreadableError: It is damaged; the message names the key.
     """
     if not path.exists():
         return None

@@ -68,11 +68,11 @@ class Crops(NamedTuple):
     """Position of the crop of each sample, and of the window of its image that is stored.
 
     Attributes:
-      scaled: int32 (B, 2), height and width of the scaled image.
-      offset: int32 (B, 2), first row and column of the crop in the scaled image.
-      flip: bool (B,), whether the crop is mirrored horizontally.
-      angle: float32 (B,), radians by which the content of the crop is turned clockwise about the crop's centre.
-      origin: int32 (B, 2), first row and column of the image that are stored; 0 if the whole image is stored.
+      scaled: Int32 (B, 2), height and width of the scaled image.
+      offset: Int32 (B, 2), first row and column of the crop in the scaled image.
+      flip: Bool (B,), whether the crop is mirrored horizontally.
+      angle: Float32 (B,), radians by which the content of the crop is turned clockwise about the crop's centre.
+      origin: Int32 (B, 2), first row and column of the image that are stored; 0 if the whole image is stored.
     """
 
     scaled: jax.Array | np.ndarray
@@ -168,8 +168,8 @@ def crop_pixels(length, scaled, offset, *, flip=False):
     """Pixels of the scaled image in a crop, along one axis.
 
     Args:
-      length: of the crop. scaled: of the scaled image. offset: of the crop in the scaled image.
-      flip: mirrors the part of the crop that is inside the image.
+      length: Of the crop. scaled: of the scaled image. offset: of the crop in the scaled image.
+      flip: Mirrors the part of the crop that is inside the image.
 
     Returns:
       integers (length,), positions in the scaled image; bool (length,), False in the padding, where they mean nothing.
@@ -215,8 +215,8 @@ def place(
     several devices also reduces over them.
 
     Args:
-      label: integers (H, W). size: int32 (2,), its height and width without padding.
-      rarity: what `rarity_of` returned, for `class_balance`.
+      label: Integers (H, W). size: int32 (2,), its height and width without padding.
+      rarity: What `rarity_of` returned, for `class_balance`.
     """
     offset = crop.offset
     if settings.cat_max_ratio < 1:
@@ -279,9 +279,9 @@ class _Aim(NamedTuple):
     """The pixel that a crop is placed around.
 
     Attributes:
-      is_taken: whether the crop is placed so at all.
-      label: its class. nth: its number among the pixels of this class, row by row.
-      within: int32 (2,), the row and column of the crop in which the pixel lies, unless the image ends before.
+      is_taken: Whether the crop is placed so at all.
+      label: Its class. nth: its number among the pixels of this class, row by row.
+      within: Int32 (2,), the row and column of the crop in which the pixel lies, unless the image ends before.
     """
 
     is_taken: jax.Array
@@ -326,9 +326,9 @@ class HostPlacement:
         """Compiles the draws.
 
         Args:
-          key: key of the run.
-          sample_key: key of the run, int32 step and position in the batch -> the key of a sample.
-          ignore_label, rarity: as in `place`.
+          key: Key of the run.
+          sample_key: Key of the run, int32 step and position in the batch -> the key of a sample.
+          ignore_label, rarity: As in `place`.
         """
         self._settings, self._ignore_label = settings, ignore_label
 
@@ -351,7 +351,7 @@ class HostPlacement:
         """The placed crop of a sample.
 
         Args:
-          crop: the drawn one of this sample, without an axis of samples. label: (H, W), the whole label.
+          crop: The drawn one of this sample, without an axis of samples. label: (H, W), the whole label.
         """
         offset, scaled = (np.asarray(array, np.int64) for array in (crop.offset, crop.scaled))
         step_number = np.int32(step)

@@ -16,9 +16,9 @@ class Division:
     """How a split is divided. Equal names and equal settings give equal splits, on any machine.
 
     Attributes:
-      val_share: share of the images that go to val, between 0 and 1.
-      seed: decides which.
-      group_by: regular expression that finds the group of an image in its name: its first group, or all that it
+      val_share: Share of the images that go to val, between 0 and 1.
+      seed: Decides which.
+      group_by: Regular expression that finds the group of an image in its name: its first group, or all that it
         matches. Images of one group stay together. None for images that may be divided in any way.
     """
 
@@ -56,8 +56,8 @@ def divided(examples: Examples, division: Division, problems: Problems, notes: l
     its share, at least one and not all. Further images hardly change the places of the others.
 
     Args:
-      problems: gets why a dataset cannot be divided.
-      notes: gets a line about the groups.
+      problems: Gets why a dataset cannot be divided.
+      notes: Gets a line about the groups.
     """
     labelled = [split for split, found in examples.items() if found and all(example.label for example in found)]
     if len(labelled) != 1:

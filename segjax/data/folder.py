@@ -114,7 +114,7 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
     """Images with their masks, in the order of their stems, whose Unicode is composed (NFC).
 
     Args:
-      notes: gets a line about hidden files, which are skipped, and about names in different Unicode forms.
+      notes: Gets a line about hidden files, which are skipped, and about names in different Unicode forms.
     """
     found: dict[str, dict[str, dict[str, Path]]] = {"images": {}, "labels": {}}
     hidden: list[str] = []

@@ -54,10 +54,10 @@ def function_at(setting: str, address: str) -> Callable:
     """The function at an address; a file is executed once in a process.
 
     Args:
-      setting: name of the setting, for messages.
+      setting: Name of the setting, for messages.
 
     Raises:
-      ValueError: no such file, module or function, or one that fails when it is imported.
+      ValueError: No such file, module or function, or one that fails when it is imported.
     """
     source, colon, name = address.rpartition(":")
     if not (source and colon and name):
@@ -95,7 +95,7 @@ def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) 
     """The function of `augment.on_device` on one crop: float32 (h, w, C) in its own values, labels (h, w) -> the same.
 
     Raises:
-      ValueError: there is no such function, it fails, or it returns something else.
+      ValueError: There is no such function, it fails, or it returns something else.
     """
     return _applied("augment.on_device", address, key, image, label)
 
@@ -106,7 +106,7 @@ def on_host(
     """The function of `augment.on_host` on copies of one image: (H, W, C), labels (H, W) -> the same.
 
     Raises:
-      ValueError: there is no such function, it fails, or it returns something else.
+      ValueError: There is no such function, it fails, or it returns something else.
     """
     return _applied("augment.on_host", address, rng, image.copy(), label.copy())
 
@@ -135,7 +135,7 @@ def problem_on_device(address: str, crop: Sequence[int], channels: int | None = 
     """Why `augment.on_device` cannot be used with crops of this size, found without running it on data.
 
     Args:
-      channels: of the images; None where they are not known, and the function is only looked up.
+      channels: Of the images; None where they are not known, and the function is only looked up.
     """
     if channels is None:
         return _problem_of_address("augment.on_device", address)

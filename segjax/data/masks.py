@@ -160,15 +160,15 @@ class Measured:
     """What is found in the files of one example.
 
     Attributes:
-      size: height and width in pixels; zeros where the image does not decode.
-      values: mask values, each with the number of its pixels; empty for an RGB mask, and without a mask that decodes.
-      hashes: of image and mask; None for a mask that is not published.
-      colors: of a mask that is RGB or has a palette.
-      is_stored: whether the mask is stored unchanged, if its values are labels.
-      rotation: what EXIF does to the image.
-      channels, dtype: of the image as it is stored; zero and empty where it does not decode.
-      moments: of each channel, see `bands.moments`.
-      is_grey: whether it is a grey PNG or JPEG.
+      size: Height and width in pixels; zeros where the image does not decode.
+      values: Mask values, each with the number of its pixels; empty for an RGB mask, and without a mask that decodes.
+      hashes: Of image and mask; None for a mask that is not published.
+      colors: Of a mask that is RGB or has a palette.
+      is_stored: Whether the mask is stored unchanged, if its values are labels.
+      rotation: What EXIF does to the image.
+      channels, dtype: Of the image as it is stored; zero and empty where it does not decode.
+      moments: Of each channel, see `bands.moments`.
+      is_grey: Whether it is a grey PNG or JPEG.
     """
 
     size: tuple[int, int]
@@ -191,10 +191,10 @@ class Classes(NamedTuple):
     """What classes.json of a folder has in addition to the spec.
 
     Attributes:
-      absent: names of classes that no image shows.
-      palettes: those that masks may have, see `palettes.palettes_for`.
-      has_colors: whether it has the colours of the classes, which are the first palette then.
-      channels: of the images; None for three of PNG, JPEG, WebP, BMP and GIF, and for all that TIFF and .npy have.
+      absent: Names of classes that no image shows.
+      palettes: Those that masks may have, see `palettes.palettes_for`.
+      has_colors: Whether it has the colours of the classes, which are the first palette then.
+      channels: Of the images; None for three of PNG, JPEG, WebP, BMP and GIF, and for all that TIFF and .npy have.
     """
 
     absent: tuple[str, ...] = ()
@@ -225,9 +225,9 @@ def convert(
 
     Args:
       spec: None if it could not be read, which is among the problems already; label values are not checked then.
-      train_ids: int16 (256,), see `archives.Reader`. None for masks of a folder: of train ids, which are stored
+      train_ids: Int16 (256,), see `archives.Reader`. None for masks of a folder: of train ids, which are stored
         unchanged, except that 0 and 255 of a binary problem become 0 and 1; or of colours.
-      classes: what else is known of the classes.
+      classes: What else is known of the classes.
     """
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
@@ -459,8 +459,8 @@ def _add_absent(
     """Adds classes without a pixel, where many pixels have the ignore value: it probably stands for one of them.
 
     Args:
-      totals: pixels of each value in masks of values. of_values: the labelled ones among them by label.
-      pixels: labelled pixels of all masks.
+      totals: Pixels of each value in masks of values. of_values: the labelled ones among them by label.
+      pixels: Labelled pixels of all masks.
     """
     if spec.label_dtype is np.uint16:
         # Hardly any data set of so many classes has all of them, and 65535 is nobody's id.
@@ -519,7 +519,7 @@ def _common_kind(
     """What all images have in common; RGB of 8 bits where they differ, which is a problem.
 
     Args:
-      channels: what classes.json says.
+      channels: What classes.json says.
     """
     by_kind: dict[specs.ImageKind, list[str]] = {}
     for example, each in pairs:
@@ -724,7 +724,7 @@ def _rotation(data: bytes, stored: np.ndarray, size: tuple[int, ...]) -> tuple[R
     """What EXIF does to an image with a mask of a size, and the size of the image as it is used.
 
     Args:
-      data: content of the image file. stored: the image as it is stored.
+      data: Content of the image file. stored: the image as it is stored.
     """
     as_stored: tuple[int, int] = stored.shape[:2]
     turned = _decoded(data, upright=True) if codec.has_exif(data) else None

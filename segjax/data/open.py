@@ -21,11 +21,11 @@ class OpenSplit(NamedTuple):
     """One split of a dataset.
 
     Attributes:
-      data: a `Split`, which is in memory, or `Records`, which are read from disk one by one.
-      spec: classes, colours and ignore label.
+      data: A `Split`, which is in memory, or `Records`, which are read from disk one by one.
+      spec: Classes, colours and ignore label.
       pixel_counts: () -> int64 (K,), the number of pixels of each label value; (2,) for a single class.
-      prepared: the dataset that the split is of; None for a generated one.
-      kind: channels and dtype of its images, where they are read from disk.
+      prepared: The dataset that the split is of; None for a generated one.
+      kind: Channels and dtype of its images, where they are read from disk.
     """
 
     data: specs.Split | Records
@@ -57,22 +57,22 @@ def open_splits(
     """Opens labelled splits of a dataset; one that is not prepared yet is prepared from its source.
 
     Args:
-      name: of the dataset, a key of `specs.DATASETS`.
-      splits: names of splits, or sums of them such as "train+val"; one may occur several times. The images of a sum are
+      name: Of the dataset, a key of `specs.DATASETS`.
+      splits: Names of splits, or sums of them such as "train+val"; one may occur several times. The images of a sum are
         called SPLIT_NAME.
-      source, data_dir: of a dataset that is prepared, see `builders.prepare`.
-      resident_gb: gigabytes (1e9 bytes) of decoded, padded images that a prepared split may take to be read into
+      source, data_dir: Of a dataset that is prepared, see `builders.prepare`.
+      resident_gb: Gigabytes (1e9 bytes) of decoded, padded images that a prepared split may take to be read into
         memory.
-      num_images, size: of a generated dataset: the number of images of each split, in a sum of each of its parts, and
+      num_images, size: Of a generated dataset: the number of images of each split, in a sum of each of its parts, and
         their (height, width) in pixels; None selects the defaults in `specs.DATASETS`.
-      seed: of a generated dataset.
-      say: called with a line of text before images are generated, which takes seconds.
+      seed: Of a generated dataset.
+      say: Called with a line of text before images are generated, which takes seconds.
 
     Returns:
       One `OpenSplit` for each name in `splits`.
 
     Raises:
-      DataError: an unknown dataset; a source or a dataset that cannot be used; no such split, or one whose labels are
+      DataError: An unknown dataset; a source or a dataset that cannot be used; no such split, or one whose labels are
         not published. ValueError: no such split of a generated dataset, or a number or size it cannot generate.
     """
     if name not in specs.DATASETS:

@@ -31,8 +31,8 @@ class Palette(NamedTuple):
     """Labels by colour.
 
     Attributes:
-      name: whose colours they are, for messages.
-      labels: colour as 0xRRGGBB -> label, or `_SEVERAL`.
+      name: Whose colours they are, for messages.
+      labels: Colour as 0xRRGGBB -> label, or `_SEVERAL`.
     """
 
     name: str
@@ -110,8 +110,8 @@ def palettes_for(spec: specs.DatasetSpec, *, has_colors: bool, ignored: Iterable
     """The palettes that masks of these classes may have, in the order in which they are tried.
 
     Args:
-      has_colors: whether the colours of the classes were given, rather than chosen.
-      ignored: colours that stand for the ignore label.
+      has_colors: Whether the colours of the classes were given, rather than chosen.
+      ignored: Colours that stand for the ignore label.
     """
     found = []
     if has_colors:
@@ -170,8 +170,8 @@ class MaskColors:
     Attributes:
       listed: (0xRRGGBB, number of pixels, row and column of the first) of each colour; of an RGB mask those that some
         palette has, and the most frequent of the others.
-      others: the number of colours that are not listed, and of their pixels.
-      indices: the index of each listed colour in a palette mask; () for an RGB mask.
+      others: The number of colours that are not listed, and of their pixels.
+      indices: The index of each listed colour in a palette mask; () for an RGB mask.
     """
 
     listed: tuple[tuple[int, int, int, int], ...]
@@ -221,9 +221,9 @@ def choose(
     """Finds the palette that has all colours of all masks; else palette masks are read by their indices.
 
     Args:
-      found: name and colours of each mask of colours.
-      palettes, has_colors: see `palettes_for`.
-      problems: gets the colours that stand for nothing, and palette masks that could be read in two ways.
+      found: Name and colours of each mask of colours.
+      palettes, has_colors: See `palettes_for`.
+      problems: Gets the colours that stand for nothing, and palette masks that could be read in two ways.
     """
     if not found:
         return Reading()

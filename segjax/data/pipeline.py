@@ -52,7 +52,7 @@ class TrainBatches:
     `StreamBatches` has them.
 
     Attributes:
-      resident_bytes: of the split, on each device.
+      resident_bytes: Of the split, on each device.
     """
 
     waited = 0.0
@@ -93,12 +93,12 @@ class _WindowLoader:
     """Reads the part of a step's batch that belongs to this process, into host memory.
 
     Attributes:
-      order: step -> numbers of the images (B,).
-      rows: int32 (b,), positions in the batch that this process reads.
-      draw: step, sizes (b, 2) -> crops of these rows.
-      place: changes the crop of a sample by its label; None where no setting does.
-      window: height and width of the windows.
-      seed: of the random numbers of `settings.on_host`.
+      order: Step -> numbers of the images (B,).
+      rows: Int32 (b,), positions in the batch that this process reads.
+      draw: Step, sizes (b, 2) -> crops of these rows.
+      place: Changes the crop of a sample by its label; None where no setting does.
+      window: Height and width of the windows.
+      seed: Of the random numbers of `settings.on_host`.
     """
 
     records: CachedRecords
@@ -172,7 +172,7 @@ class StreamBatches:
     where at most two wait. Each of several processes reads what its own devices train on.
 
     Attributes:
-      waited: seconds that `at` has waited for images.
+      waited: Seconds that `at` has waited for images.
     """
 
     resident_bytes = 0
@@ -195,14 +195,14 @@ class StreamBatches:
         """Starts the threads.
 
         Args:
-          settings, ignore_label, class_pixels: as in `augment`.
-          key: random key of the run, the same that the training step gets.
-          start: the first step that `at` will be called with.
-          threads: number of threads that decode; `threads + 1` batches wait in host memory.
-          cache_bytes: bytes of decoded images that are kept in memory.
+          settings, ignore_label, class_pixels: As in `augment`.
+          key: Random key of the run, the same that the training step gets.
+          start: The first step that `at` will be called with.
+          threads: Number of threads that decode; `threads + 1` batches wait in host memory.
+          cache_bytes: Bytes of decoded images that are kept in memory.
 
         Raises:
-          ValueError: a batch that does not divide among the devices, or no `class_pixels` for `class_balance`.
+          ValueError: A batch that does not divide among the devices, or no `class_pixels` for `class_balance`.
         """
         parallel.check(batch_size)
         rows = parallel.rows(batch_size).astype(np.int32)
@@ -248,7 +248,7 @@ class StreamBatches:
         """The batch of step `step`, on the devices. A step that does not follow the previous one restarts the threads.
 
         Raises:
-          RecordError: an image or a label cannot be used.
+          RecordError: An image or a label cannot be used.
         """
         since = time.perf_counter()
         batches = self._batches
@@ -289,7 +289,7 @@ def evaluation_batches(
     """Every image once, at its own size, read in advance by threads.
 
     Args:
-      key: of a height and width in pixels. A batch has images whose sizes have equal keys; None for images of one size.
+      key: Of a height and width in pixels. A batch has images whose sizes have equal keys; None for images of one size.
       part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
@@ -297,7 +297,7 @@ def evaluation_batches(
       its last image up to B images, and only the first n images count.
 
     Raises:
-      RecordError: an image or a label cannot be used.
+      RecordError: An image or a label cannot be used.
     """
     records = records_of(data)
     sizes, which = np.unique(records.sizes, axis=0, return_inverse=True)

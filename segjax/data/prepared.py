@@ -27,11 +27,11 @@ class Prepared:
     """A dataset on disk, ready to be read. Methods take a split, or a sum of several such as "train+val".
 
     Attributes:
-      spec: classes, colours and ignore label, as stored with the data.
-      splits: number of images per split.
-      labelled: the splits whose labels are published.
-      path: the directory that TFDS wrote.
-      metadata: stored by `builders.py`: source, and for each split the names, sizes and pixel counts of its images.
+      spec: Classes, colours and ignore label, as stored with the data.
+      splits: Number of images per split.
+      labelled: The splits whose labels are published.
+      path: The directory that TFDS wrote.
+      metadata: Stored by `builders.py`: source, and for each split the names, sizes and pixel counts of its images.
     """
 
     spec: specs.DatasetSpec
@@ -50,7 +50,7 @@ class Prepared:
         """Mean and deviation of each channel, in the numbers of the images.
 
         Raises:
-          DataError: there is no such split, or the dataset was prepared before they were computed.
+          DataError: There is no such split, or the dataset was prepared before they were computed.
         """
         parts = self._parts(split)
         if "images" not in self.metadata:
@@ -67,7 +67,7 @@ class Prepared:
         """Number of pixels of each label value, in the order of `spec.label_names`: K numbers, or 2 for a single class.
 
         Raises:
-          DataError: there is no such split, or its labels are not published.
+          DataError: There is no such split, or its labels are not published.
         """
         return np.sum([self.metadata["pixels"][part] for part in self._labelled(split)], axis=0).tolist()
 
@@ -85,7 +85,7 @@ class Prepared:
           The split, in the order of its names (file stems); a sum in the order of its splits.
 
         Raises:
-          DataError: there is no such split, its labels are not published, or a record does not decode.
+          DataError: There is no such split, its labels are not published, or a record does not decode.
         """
         self._labelled(split)
         return records.load(
@@ -118,7 +118,7 @@ class PreparedRecords:
 
     Attributes:
       names: N names, as in `specs.Split`.
-      sizes: int32 (N, 2), height and width of each image, known without decoding.
+      sizes: Int32 (N, 2), height and width of each image, known without decoding.
     """
 
     def __init__(self, prepared: Prepared, split: str):
@@ -156,7 +156,7 @@ class PreparedRecords:
         """Image (H, W, C) of `Prepared.kind`, and label (H, W), train ids of the dtype `spec.label_dtype`.
 
         Raises:
-          DataError: the labels of this split are not published, or the record does not decode.
+          DataError: The labels of this split are not published, or the record does not decode.
         """
         self._prepared._labelled(self._split)
         record = self._read(index)
@@ -246,7 +246,7 @@ def open_prepared(path: Path) -> Prepared:
     """The dataset that TFDS wrote at `path`.
 
     Raises:
-      DataError: it is not complete, or damaged; the message names the file, and in JSON the key.
+      DataError: It is not complete, or damaged; the message names the file, and in JSON the key.
     """
     import tensorflow_datasets as tfds
 

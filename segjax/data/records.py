@@ -30,7 +30,7 @@ class Records(Protocol):
     """A split on disk, which several threads read at the same time.
 
     Attributes:
-      sizes: int32 (N, 2), height and width of each image.
+      sizes: Int32 (N, 2), height and width of each image.
       names: N names, for messages and file names.
     """
 
@@ -74,10 +74,10 @@ def parts_of(split: str, *, known: str = "") -> list[str]:
     """The names of the splits in a sum of them, "train+val" -> ["train", "val"]; of one split, its name.
 
     Args:
-      known: the splits that there are, for messages.
+      known: The splits that there are, for messages.
 
     Raises:
-      DataError: a name is missing, or occurs twice.
+      DataError: A name is missing, or occurs twice.
     """
     parts = [part.strip() for part in split.split("+")]
     hint = f"; there are {known}" if known else ""
@@ -92,7 +92,7 @@ class JoinedRecords:
     """The records of several splits, one after the other; the names begin with those of the splits.
 
     Attributes:
-      sizes, names: as in `Records`.
+      sizes, names: As in `Records`.
     """
 
     def __init__(self, parts: Mapping[str, Records]):
@@ -154,11 +154,11 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
     bits.
 
     Args:
-      ignore_label: label of the padding, which decides the dtype of the labels.
-      what: text of the progress bar.
+      ignore_label: Label of the padding, which decides the dtype of the labels.
+      what: Text of the progress bar.
 
     Raises:
-      RecordError: an image or a label cannot be used.
+      RecordError: An image or a label cannot be used.
     """
     canvas = (len(records), *records.sizes.max(axis=0))
     first, _ = read(records, 0)

@@ -25,12 +25,12 @@ def as_uint8(image: np.ndarray, scale: Scale | None, white: int | None) -> np.nd
     """uint8 of values of any scale.
 
     Args:
-      image: an array of any shape, of integers or float.
-      scale: values that become 0 and 255, values beyond are cut; None for the rule of this module.
-      white: the value of white where the file states it.
+      image: An array of any shape, of integers or float.
+      scale: Values that become 0 and 255, values beyond are cut; None for the rule of this module.
+      white: The value of white where the file states it.
 
     Raises:
-      UnknownScaleError: no scale is given, and the rule finds none. ImageError: values that are not finite.
+      UnknownScaleError: No scale is given, and the rule finds none. ImageError: values that are not finite.
     """
     if image.dtype == np.uint8 and white == 255:
         return image

@@ -54,8 +54,8 @@ class File:
     """One file in a folder or an archive.
 
     Attributes:
-      name: the path, for messages.
-      size: bytes.
+      name: The path, for messages.
+      size: Bytes.
       read: () -> content, from any thread; OSError or UnreadableError if it cannot be read.
     """
 
@@ -69,9 +69,9 @@ class Example:
     """One image of a split.
 
     Attributes:
-      name: unique in the split.
-      image: a JPEG or PNG.
-      label: its mask; None if it is not published.
+      name: Unique in the split.
+      image: A JPEG or PNG.
+      label: Its mask; None if it is not published.
     """
 
     name: str
@@ -143,12 +143,12 @@ def in_archive(
     """The files of a .zip, .tar or .tar.gz by their path inside; the type is detected from the content.
 
     Args:
-      scratch: creates and returns the folder that a .tar.gz is unpacked to; a .tar that is there already is used.
-      opened: closes the archive; files can be read until then.
-      problems: gets the members that are refused by name.
+      scratch: Creates and returns the folder that a .tar.gz is unpacked to; a .tar that is there already is used.
+      opened: Closes the archive; files can be read until then.
+      problems: Gets the members that are refused by name.
 
     Raises:
-      ArchiveError: the file is not such an archive, it is damaged, or it unpacks to far more than images do.
+      ArchiveError: The file is not such an archive, it is damaged, or it unpacks to far more than images do.
     """
     with reading.open_regular(path) as file:
         head = file.read(4)
@@ -278,7 +278,7 @@ def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes, numbers: bool = 
     """16 hex digits that identify the present state of files: a hash of their names, sizes and modification times.
 
     Args:
-      numbers: whether the number of each file in its file system (inode) counts too, which it keeps where it is moved.
+      numbers: Whether the number of each file in its file system (inode) counts too, which it keeps where it is moved.
     """
     digest = hashlib.sha256(b"\0".join(start))
     for name, path in paths:

@@ -29,7 +29,7 @@ class ImageKind:
 
     Attributes:
       channels: C.
-      dtype: one of `IMAGE_DTYPES`; None where a model does not tell.
+      dtype: One of `IMAGE_DTYPES`; None where a model does not tell.
     """
 
     channels: int = 3
@@ -78,10 +78,10 @@ class DatasetSpec:
     """Classes of a dataset and the one label value that losses and metrics ignore.
 
     Attributes:
-      name: name of the dataset, used in file names and messages.
+      name: Name of the dataset, used in file names and messages.
       class_names: K names, position = train id.
       colors: K RGB triples in 0..255, position = train id.
-      ignore_label: label value that is excluded everywhere; not a train id, at most `LARGEST_LABEL`.
+      ignore_label: Label value that is excluded everywhere; not a train id, at most `LARGEST_LABEL`.
       splits: (name, number of images) pairs as published; empty where any number is accepted.
     """
 
@@ -131,9 +131,9 @@ class Split(NamedTuple):
     """One split in host memory. Images smaller than the largest are padded at the bottom and right.
 
     Attributes:
-      images: uint8, uint16 or float32 (N, H, W, C), zeros in the padding; uint8 and RGB unless the data are others.
-      labels: uint8 or uint16 (N, H, W), train ids, ignore_label in the padding; see `DatasetSpec.label_dtype`.
-      sizes: int32 (N, 2), height and width of each image before padding.
+      images: Uint8, uint16 or float32 (N, H, W, C), zeros in the padding; uint8 and RGB unless the data are others.
+      labels: Uint8 or uint16 (N, H, W), train ids, ignore_label in the padding; see `DatasetSpec.label_dtype`.
+      sizes: Int32 (N, 2), height and width of each image before padding.
       names: N names, for messages and file names.
     """
 
@@ -300,8 +300,8 @@ class Scenes(NamedTuple):
     """Number and size of the scenes of a generated dataset, unless a config sets others.
 
     Attributes:
-      train_images: number of scenes to train on.
-      eval_images: number of scenes to evaluate on.
+      train_images: Number of scenes to train on.
+      eval_images: Number of scenes to evaluate on.
       size: (height, width) of each scene in pixels.
     """
 
@@ -317,13 +317,13 @@ class Dataset:
     Attributes:
       kind: "generated": drawn by a function in open.py; "archives": prepared from its official archives, by a reader in
         archives.py; "folder": prepared from a folder with the layout that folder.py describes.
-      spec: its classes; None where a folder names its own.
-      evaluated_split: the split that is evaluated unless another is named.
+      spec: Its classes; None where a folder names its own.
+      evaluated_split: The split that is evaluated unless another is named.
       crop: (height, width) in pixels of the training crop, unless a recipe has its own. None: a run chooses it from the
         sizes of the images.
       class_weights: K weights by which a published recipe multiplies the loss of each class.
-      guessed: whether a checkpoint with as many classes, but without names for them, is assumed to have these.
-      scenes: of a generated dataset; None for all others.
+      guessed: Whether a checkpoint with as many classes, but without names for them, is assumed to have these.
+      scenes: Of a generated dataset; None for all others.
     """
 
     kind: Literal["generated", "archives", "folder"]

@@ -760,8 +760,8 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     """Draws one street.
 
     Args:
-      seed: of the dataset, not negative.
-      index: of the scene, not negative. A scene is drawn from (seed, index) and nothing else.
+      seed: Of the dataset, not negative.
+      index: Of the scene, not negative. A scene is drawn from (seed, index) and nothing else.
       size: (height, width) in pixels, at least MIN_SIZE each. The layout is the same at every size: that of a picture
         twice as wide as high, stretched.
 
@@ -770,7 +770,7 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
       camera's own bonnet and along the border.
 
     Raises:
-      ValueError: size is too small, or seed or index is negative.
+      ValueError: Size is too small, or seed or index is negative.
     """
     import cv2
 
@@ -822,7 +822,7 @@ def load(split: str, *, num_images: int, size: tuple[int, int], seed: int) -> sp
     read streets_val_000012 and count within the split.
 
     Raises:
-      ValueError: split is none of SPLITS, num_images is less than 1, or what scene raises.
+      ValueError: Split is none of SPLITS, num_images is less than 1, or what scene raises.
     """
     if split not in SPLITS:
         raise ValueError(f"streets: no split '{split}'; use one of {', '.join(SPLITS)}")

@@ -45,15 +45,15 @@ class Layout(NamedTuple):
     """How the pixels of the first page of a TIFF are stored, by its tags.
 
     Attributes:
-      size: height and width.
-      colours: number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK; 0 if it is not known.
-      why_unknown: why its colours are not known, or "".
-      dtype: of a sample.
-      is_plain: whether samples are the values of grey or RGB, in whole bytes, for every decoder.
-      orientation: value of the tag, 1 to 8; 1 is upright.
-      parts, missing: number of strips or tiles, and of those that the file lacks.
-      largest_part: pixels that are decoded together: of a strip or tile, or of a row where strips are not compressed.
-      is_geotiff: whether it has tags of GeoTIFF.
+      size: Height and width.
+      colours: Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK; 0 if it is not known.
+      why_unknown: Why its colours are not known, or "".
+      dtype: Of a sample.
+      is_plain: Whether samples are the values of grey or RGB, in whole bytes, for every decoder.
+      orientation: Value of the tag, 1 to 8; 1 is upright.
+      parts, missing: Number of strips or tiles, and of those that the file lacks.
+      largest_part: Pixels that are decoded together: of a strip or tile, or of a row where strips are not compressed.
+      is_geotiff: Whether it has tags of GeoTIFF.
     """
 
     size: tuple[int, int]
@@ -72,7 +72,7 @@ def layout(path: Path) -> Layout:
     """The layout of a TIFF, of which only the tags are read.
 
     Raises:
-      ImageError: the tags are damaged, or the first page is no image. UnreadableError: it is no regular
+      ImageError: The tags are damaged, or the first page is no image. UnreadableError: it is no regular
         file. OSError: it cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
@@ -104,7 +104,7 @@ def has_more_images(path: Path) -> bool:
     """Whether a TIFF has a second page that is neither a preview, nor a reduced copy, nor a mask of another page.
 
     Raises:
-      ImageError: it is damaged. UnreadableError: it is no regular file. OSError: it cannot be opened.
+      ImageError: It is damaged. UnreadableError: it is no regular file. OSError: it cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         pages = itertools.islice(file.pages, 1, None)
@@ -145,7 +145,7 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
       of 16 bits or more, signed, or float. Alpha and other extra samples are dropped.
 
     Raises:
-      ImageError: the file is damaged, its bands are not known to be grey or RGB, or it has more than `max_pixels`
+      ImageError: The file is damaged, its bands are not known to be grey or RGB, or it has more than `max_pixels`
         pixels.
     """
     with _reported(), _opened(io.BytesIO(data)) as file:
@@ -163,7 +163,7 @@ def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
     Grey of which 0 is white is inverted; palettes, CMYK and YCbCr become RGB.
 
     Raises:
-      ImageError: the file is damaged, it has more than `max_pixels` pixels, or further images next to the first.
+      ImageError: The file is damaged, it has more than `max_pixels` pixels, or further images next to the first.
     """
     with _reported(), _opened(io.BytesIO(data)) as file:
         page = file.pages.first
@@ -189,7 +189,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, np.ndarray
       (H, W), its values as they are stored, of any dtype; and the palette, uint8 (N, 3), of indices of up to 8 bits.
 
     Raises:
-      ImageError: the file is damaged, it has more than `max_pixels` pixels, several bands, or further images.
+      ImageError: The file is damaged, it has more than `max_pixels` pixels, several bands, or further images.
     """
     with _reported(), _opened(io.BytesIO(data)) as file:
         page = file.pages.first

@@ -31,7 +31,7 @@ def evaluate_corrupted(
       predict: As for `evaluation.evaluate`.
       data: Split of RGB images of 8 bits.
       spec: Dataset of the split.
-      clean: mIoU on the images themselves.
+      clean: MIoU on the images themselves.
       batch_size: As for `evaluation.evaluate`.
       key: As for `evaluation.evaluate`.
       progress: Whether to print a progress bar over all of it.

@@ -16,7 +16,7 @@ class Reference(TypedDict):
 
     Attributes:
       source: Name of the checkpoint, or "its export" where the file itself has the figure.
-      mean_iou: mIoU of the checkpoint, in 0..1; None if no pixel counts.
+      mean_iou: MIoU of the checkpoint, in 0..1; None if no pixel counts.
       difference: Measured mIoU minus this one; None if one is missing.
       per_class_iou: IoU of each class; None where it is not known.
       is_same_protocol: Whether both were measured in the same way.

@@ -54,7 +54,7 @@ class Prediction(NamedTuple):
 
     Attributes:
       labels: Train ids (H, W), uint8, or uint16 for more than 256 classes.
-      probabilities: float32 (H, W, K), or None if they are not written.
+      probabilities: Float32 (H, W, K), or None if they are not written.
       maps: `certainty.maps`, uint8 (H, W, 2), or None if none is written.
     """
 

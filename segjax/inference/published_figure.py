@@ -25,10 +25,10 @@ class PublishedFigure(TypedDict):
     """A published mIoU to compare a measured one with.
 
     Attributes:
-      mean_iou: in 0..1; None where none is published.
-      source: where it is.
-      is_multi_scale: whether it is that of several scales.
-      is_same_protocol: whether it was measured in the same way on the same split, as far as that is known.
+      mean_iou: In 0..1; None where none is published.
+      source: Where it is.
+      is_multi_scale: Whether it is that of several scales.
+      is_same_protocol: Whether it was measured in the same way on the same split, as far as that is known.
     """
 
     mean_iou: float | None
@@ -52,7 +52,7 @@ def protocol_of(row: PublishedWeights | None, given: Mapping[str, Any]) -> Proto
     """The settings that were given, else those of the published figure, else the defaults.
 
     Raises:
-      ValueError: settings that contradict each other.
+      ValueError: Settings that contradict each other.
     """
     own = {} if row is None else dict(row.protocol)
     if _OF_WINDOW & given.keys():
@@ -78,7 +78,7 @@ def figure_of(row: PublishedWeights, protocol: Protocol, split: str) -> Publishe
     no other is published.
 
     Args:
-      split: that is evaluated; "" if it is unknown.
+      split: That is evaluated; "" if it is unknown.
     """
     own, has_several = Protocol(**row.protocol), len(protocol.scales) > 1
     is_multi_scale = has_several or row.miou is None

@@ -54,7 +54,7 @@ def save_samples(
 
     Args:
       path: File.
-      images: uint8 (B, H, W, 3).
+      images: Uint8 (B, H, W, 3).
       labels: Train ids (B, H, W).
       spec: Dataset.
       titles: Title of each image.

@@ -103,7 +103,7 @@ def read(source: Path) -> Found:
     """The images and regions of a folder with JSON files, or of one JSON file with images around it.
 
     Raises:
-      DataError: what the JSON files hold cannot be used; the message lists all reasons.
+      DataError: What the JSON files hold cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
@@ -238,9 +238,9 @@ class _Read:
     """The images of JSON files, one split after the other.
 
     Attributes:
-      annotations, crowds: number of objects or segments.
-      outlines, boxes: number of those that have an outline, and of those that have a box only.
-      masks: paths of panoptic PNGs.
+      annotations, crowds: Number of objects or segments.
+      outlines, boxes: Number of those that have an outline, and of those that have a box only.
+      masks: Paths of panoptic PNGs.
     """
 
     def __init__(self, files: Files, found: Found, problems: Problems):

@@ -41,8 +41,8 @@ class Drawn(NamedTuple):
     """The labels of an image.
 
     Attributes:
-      labels: uint16 (H, W), class ids and IGNORED.
-      objects: class id -> number of objects.
+      labels: Uint16 (H, W), class ids and IGNORED.
+      objects: Class id -> number of objects.
       skipped: (reason, place) of each annotation that could not be drawn, or only in part.
     """
 
@@ -56,11 +56,11 @@ class Annotated:
     """An image and its annotations.
 
     Attributes:
-      name: path from which the name of the output is made; need not be unique.
-      place: path inside the source, for messages.
+      name: Path from which the name of the output is made; need not be unique.
+      place: Path inside the source, for messages.
       read: () -> content of the image file; OSError or ValueError if it cannot be read.
       size: (height, width) that the annotations state; None if they state none.
-      is_upright: whether annotations belong to the image as its EXIF data turn it; None if only `size` can tell.
+      is_upright: Whether annotations belong to the image as its EXIF data turn it; None if only `size` can tell.
       draw: (height, width) -> labels; ValueError where they cannot be drawn at all.
     """
 
@@ -77,10 +77,10 @@ class Found:
     """The content of a source.
 
     Attributes:
-      names: of the classes; the first is BACKGROUND.
-      splits: split -> its images.
-      notes: lines about what was read.
-      skipped: reason -> places of what is not imported.
+      names: Of the classes; the first is BACKGROUND.
+      splits: Split -> its images.
+      notes: Lines about what was read.
+      skipped: Reason -> places of what is not imported.
     """
 
     names: list[str]

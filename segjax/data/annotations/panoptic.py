@@ -19,12 +19,12 @@ def draw(files: Files, mask: str, segments: Mapping[int, int], place: str, size:
     """The labels of an image of (height, width).
 
     Args:
-      mask: path of its PNG.
-      segments: id -> class id or IGNORED.
-      place: of the annotation, for messages.
+      mask: Path of its PNG.
+      segments: Id -> class id or IGNORED.
+      place: Of the annotation, for messages.
 
     Raises:
-      ImageError: the PNG cannot be read, has another size, or has an id that is not in `segments`.
+      ImageError: The PNG cannot be read, has another size, or has an id that is not in `segments`.
     """
     pixels = codec.decode_image(files.png(mask))
     if pixels is None or pixels.shape != (*size, 3):

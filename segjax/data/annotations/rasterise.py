@@ -40,8 +40,8 @@ class Outline(NamedTuple):
     """Polygons, the parts of an object.
 
     Attributes:
-      corners: x0, y0, x1, y1, ... of each, from the upper left corner of the image.
-      is_relative: whether they are shares of the width and height of the image, instead of pixels.
+      corners: X0, y0, x1, y1, ... of each, from the upper left corner of the image.
+      is_relative: Whether they are shares of the width and height of the image, instead of pixels.
     """
 
     corners: Sequence[Sequence[float]]

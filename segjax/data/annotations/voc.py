@@ -55,7 +55,7 @@ def read(source: Path) -> Found:
     """The images and masks of a folder, or of the only folder in it that has this layout.
 
     Raises:
-      DataError: files that cannot be used; the message lists all reasons.
+      DataError: Files that cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)

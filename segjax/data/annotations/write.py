@@ -36,13 +36,13 @@ class Written:
     """Counts of what was written.
 
     Attributes:
-      images, background: by split, of images, and of those without any annotation.
-      objects: split -> class id -> number of objects.
-      pixels: int64 (65536,), by label as it is drawn.
-      skipped: reason -> places.
-      renamed: names that had to be changed, since the output has one folder for each split.
-      encoded: images that are PNG in the output and were not before, or that EXIF turned.
-      undrawn: annotations that could not be drawn, or only in part.
+      images, background: By split, of images, and of those without any annotation.
+      objects: Split -> class id -> number of objects.
+      pixels: Int64 (65536,), by label as it is drawn.
+      skipped: Reason -> places.
+      renamed: Names that had to be changed, since the output has one folder for each split.
+      encoded: Images that are PNG in the output and were not before, or that EXIF turned.
+      undrawn: Annotations that could not be drawn, or only in part.
     """
 
     skipped: Problems
@@ -78,7 +78,7 @@ def write(found: Found, folder: Path) -> Written:
     Images that a training can use are copied byte for byte. Others become PNG: WebP, BMP and GIF, and what EXIF turns.
 
     Raises:
-      DataError: there is no image that can be used; the message lists the reasons.
+      DataError: There is no image that can be used; the message lists the reasons.
     """
     written = Written(found.skipped)
     with atomic.replacing_folder(folder, durable=False) as temporary:
@@ -161,8 +161,8 @@ class _One(NamedTuple):
     """What is kept of an image that was written, without its labels: threads may be far ahead of those who count.
 
     Attributes:
-      objects, skipped: see `Drawn`.
-      values, counts: int64 (N,), the labels that occur, and the number of pixels of each.
+      objects, skipped: See `Drawn`.
+      values, counts: Int64 (N,), the labels that occur, and the number of pixels of each.
     """
 
     objects: collections.Counter[int]

@@ -54,7 +54,7 @@ class _Lines:
     """Objects of all text files, by kind.
 
     Attributes:
-      names: path of the file with the names of their classes.
+      names: Path of the file with the names of their classes.
     """
 
     names: str
@@ -66,7 +66,7 @@ def read(source: Path) -> Found:
     """The images and regions of a folder, or of a YAML file and the folder around it.
 
     Raises:
-      DataError: files that cannot be used; the message lists all reasons.
+      DataError: Files that cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
