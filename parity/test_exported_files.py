@@ -1,9 +1,11 @@
 """Files of other exporters, run by onnxruntime, OpenVINO, PyTorch and LiteRT: their labels are those of NumPy."""
 
+import subprocess
+import sys
+
 import flatbuffers
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from ai_edge_litert import schema_py_generated as schema
@@ -13,6 +15,7 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.commands import export
 from segjax.data import specs
 from segjax.inference.open_exported import open_exported
+from segjax.inference.runtimes import import_openvino
 from tests.pixels import Pixels, scene
 from tests.tiny import tiny_model
 
@@ -44,7 +47,7 @@ def write_openvino(path, model):
 
 
 def convert(source, path):
-    """As `openvino.convert_model`, which would report its use over the network."""
+    openvino = import_openvino()
     openvino.save_model(openvino.Core().read_model(source), path, compress_to_fp16=False)
     return path
 
@@ -196,3 +199,10 @@ def test_a_broken_file_is_named(tmp_path):
         (tmp_path / name).write_bytes(b"nothing that could be run")
         with pytest.raises(CheckpointError, match=f"{name}: {package} cannot read it as"):
             open_exported(tmp_path / name)
+
+
+def test_openvino_reports_nothing_over_the_network():
+    code = "import os; os.register_at_fork(before=lambda: os._exit(3)); import segjax.inference.runtimes as runtimes; "
+    code += "runtimes.import_openvino().convert_model; import time; time.sleep(1); print('quiet')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "quiet"), done.stderr

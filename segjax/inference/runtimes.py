@@ -6,11 +6,14 @@ something else; StableHLO runs on the devices of jax. A file is a program: open 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -129,9 +132,18 @@ def open_onnx(path: Path) -> Runnable:
     )
 
 
-def open_openvino(path: Path) -> Runnable:
-    import openvino
+def import_openvino() -> ModuleType:
+    """The module openvino, which reports nothing over the network.
 
+    Its telemetry reports every import from a forked process, and JAX has threads, with which a fork may deadlock. Where
+    the package openvino_telemetry is missing, openvino does without.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
+    return importlib.import_module("openvino")
+
+
+def open_openvino(path: Path) -> Runnable:
+    openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(path)
     images = _only_input(model.inputs, path)
