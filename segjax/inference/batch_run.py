@@ -306,7 +306,7 @@ class Run:
                 tiles = own.mapped_tiles(scene) if self._has_maps else own.label_tiles(scene)
                 for top, left, labels, *maps in tiles:
                     self._begin()
-                    outputs.write(top, left, Prediction(labels, None, *maps))
+                    outputs.write(top, left, labels, *maps)
                     # In a wide scene, a part covers only some of its rows' pixels.
                     pixels += labels.size
                     progress.advance(pixels // width - progress.count)

@@ -125,9 +125,9 @@ class SceneOutputs:
         self._stack = contextlib.ExitStack()
         self._writers: dict[str, Callable[[int, int, np.ndarray], None]] = {}
 
-    def write(self, top: int, left: int, prediction: Prediction) -> None:
-        """Writes the prediction (h, w) for a part with this upper left corner."""
-        labels = prediction.labels
+    def write(self, top: int, left: int, labels: np.ndarray, maps: np.ndarray | None = None) -> None:
+        """Writes the labels (h, w) of a part with this upper left corner, and its maps, as in `Prediction`."""
+        prediction = Prediction(labels, None, maps)
         bottom, right = top + labels.shape[0], left + labels.shape[1]
         labels = self._scene.masked(top, left, labels, self._spec)
         for kind, write in self._writers.items():
