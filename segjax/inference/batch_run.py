@@ -19,7 +19,7 @@ from segjax.inference import certainty, geotiff
 from segjax.inference.engine import labels_of
 from segjax.inference.exported_model import ExportedModel
 from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
-from segjax.inference.outputs import Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
+from segjax.inference.outputs import MAPS, Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
 from segjax.models.functional import FunctionalModel, params_sha256
@@ -179,7 +179,7 @@ class Run:
         self.images = self.videos = self.frames = 0
         self.first_only: list[Path] = []
         self._predictor, self._kinds = predictor, kinds
-        self._has_maps = not set(certainty.MAPS).isdisjoint(kinds)
+        self._has_maps = not set(MAPS).isdisjoint(kinds)
         self._incomplete = dict(incomplete)
         self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []

@@ -21,8 +21,6 @@ from segjax.metrics.calibration import counter_of
 # Number of pixels that are computed together, on a CPU and on a GPU. On a CPU their exponentials stay in the cache:
 # 1024x2048 pixels of 19 classes take 0.2 s of processor time, and many times that all at once.
 _TOGETHER, _TOGETHER_ON_GPU = 2**13, 2**18
-# Maps of `maps`, in their order.
-MAPS = ("confidence", "entropy")
 Array = jax.Array | np.ndarray
 
 
@@ -113,8 +111,8 @@ def maps(scores: Array, labels: Array, *, are_logits: bool, temperature: float =
       temperature: Divisor of logits.
 
     Returns:
-      uint8 (B, H, W, 2), in the order of `MAPS`: 255 times the probability of the predicted class, and 255 times the
-      entropy over its largest value, log K (log 2 for models of one class).
+      uint8 (B, H, W, 2), in the order of `outputs.MAPS`: 255 times the probability of the predicted class, and 255
+      times the entropy over its largest value, log K (log 2 for models of one class).
     """
     rows = _rows_together(scores.shape)
     return _maps(scores, labels, np.float32(temperature), are_logits=are_logits, rows=rows)

@@ -557,7 +557,7 @@ class Inference:
 
     def _mapped_rows(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         labels = np.empty(image.shape[:2], specs.dtype_of_labels(self._num_classes - 1))
-        maps = np.empty((*image.shape[:2], len(certainty.MAPS)), np.uint8)
+        maps = np.empty((*image.shape[:2], 2), np.uint8)
         for top, left, *parts in self.mapped_tiles(image):
             there = np.s_[top : top + parts[0].shape[0], left : left + parts[0].shape[1]]
             labels[there], maps[there] = parts

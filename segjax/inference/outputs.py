@@ -11,10 +11,12 @@ import numpy as np
 
 from segjax.data import codec, specs
 from segjax.inference import geotiff
-from segjax.inference.certainty import MAPS
 from segjax.runtime import atomic
 from segjax.viz import overlay, video
 from segjax.viz.pictures import colourise
+
+# Kinds of output that `certainty.maps` computes, in its order.
+MAPS = ("confidence", "entropy")
 
 # Suffixes of each kind of output, for an image and for a video; "" for a folder of the video's frames.
 KINDS = {

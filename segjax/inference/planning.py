@@ -17,8 +17,7 @@ from typing import NamedTuple
 from segjax.data import codec
 from segjax.data.codec import MAX_PIXELS
 from segjax.inference import geotiff
-from segjax.inference.certainty import MAPS
-from segjax.inference.outputs import KINDS, Job
+from segjax.inference.outputs import KINDS, MAPS, Job
 from segjax.runtime import reading
 from segjax.runtime.reading import user_path
 from segjax.viz import video

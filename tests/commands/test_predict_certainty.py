@@ -9,7 +9,7 @@ from rasterio.transform import Affine
 import segjax
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import predict
-from segjax.inference import certainty, sliding_window
+from segjax.inference import outputs, sliding_window
 from tests.pixels import BINARY, SPEC, Pixels, scene
 
 MODELS = {5: (Pixels(5, 1, context=True), SPEC), 1: (Pixels(1, 2, context=True), BINARY)}
@@ -66,7 +66,7 @@ def test_maps_are_those_of_the_probabilities(name, classes, tmp_path):
     for file, image in images.items():
         labels = cv2.imread(str(tmp_path / "out" / "labels" / file), cv2.IMREAD_UNCHANGED)
         expected = expected_maps(predictor.probabilities(image), predictor(image))
-        for kind in certainty.MAPS:
+        for kind in outputs.MAPS:
             found = cv2.imread(str(tmp_path / "out" / kind / file), cv2.IMREAD_UNCHANGED)
             assert found.dtype == np.uint8 and found.shape == SIZE and labels.shape[:2] == SIZE
             assert len(np.unique(found)) > 20
@@ -86,12 +86,12 @@ def test_maps_of_a_scene_keep_its_place_and_its_nodata(classes, arguments, tmp_p
     size = dict(height=SIZE[0], width=SIZE[1], count=3, dtype="uint8", photometric="RGB", nodata=0)
     with rasterio.open(path, "w", driver="GTiff", **size, **PLACE) as file:
         file.write(np.moveaxis(image, -1, 0))
-    assert run(classes, path, *arguments, "--write", "labels", *certainty.MAPS, "--output", tmp_path / "out") == 0
+    assert run(classes, path, *arguments, "--write", "labels", *outputs.MAPS, "--output", tmp_path / "out") == 0
     settings = dict(mode="slide", crop=(32, 24)) if arguments else {}
     predictor = segjax.Predictor(loaded(tmp_path / str(classes)), **settings)
     expected = expected_maps(predictor.probabilities(image), predictor(image))
     nodata = (image == 0).all(axis=-1)
-    for kind in certainty.MAPS:
+    for kind in outputs.MAPS:
         with rasterio.open(tmp_path / "out" / kind / "a.tif") as file:
             found = file.read(1)
             assert (file.crs, file.transform, file.nodata) == (PLACE["crs"], PLACE["transform"], 0)
