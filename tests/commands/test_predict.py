@@ -209,6 +209,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
     out = tmp_path / "out"
     assert run(tmp_path / "in", "--output", out, "--write", *outputs.KINDS, checkpoint=checkpoint) == 0
     kinds = [("labels", "png"), ("overlay", "jpg"), ("sidebyside", "jpg"), ("probabilities", "npz")]
+    kinds += [("confidence", "png"), ("entropy", "png")]
     expected = [f"{kind}/{name}.{suffix}" for kind, suffix in kinds for name in images]
     assert below(out) == sorted([*expected, "predict.json"])
     for name, image in images.items():
@@ -223,7 +224,15 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
             assert saved["probabilities"].dtype == np.float32 and saved["class_names"].tolist() == list(
                 spec.class_names
             )
+            probabilities = saved["probabilities"].astype(float)
             np.testing.assert_array_equal(labels_of(saved["probabilities"], threshold=0.5), truth)
+        if checkpoint == 1:
+            probabilities = np.concatenate([1 - probabilities, probabilities], axis=-1)
+        entropy = -np.sum(probabilities * np.log(np.maximum(probabilities, 1e-30)), axis=-1)
+        certainty = {"confidence": probabilities.max(axis=-1), "entropy": entropy / np.log(probabilities.shape[-1])}
+        for kind, expected in certainty.items():
+            with Image.open(out / kind / f"{name}.png") as drawn:
+                assert drawn.mode == "L" and np.abs(np.array(drawn) - 255 * expected).max() <= 0.51
         drawn = cv2.imread(str(out / "overlay" / f"{name}.jpg"))[..., ::-1].astype(float)
         blended = (1 - overlay.OPACITY) * image + overlay.OPACITY * shown
         assert drawn.shape[0] > 33 and np.abs(drawn[: truth.shape[0], : truth.shape[1]] - blended).mean() < 6
