@@ -23,6 +23,7 @@ from segjax.data.sources import listed
 from segjax.inference import published_figure
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluate_dataset import (
+    are_the_same_classes,
     differing_names,
     inference_for,
     open_labelled,
@@ -169,11 +170,7 @@ def compare_models(
 
 
 def refuse_different_classes(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
-    """Raises ValueError if two models do not have the same classes in the same order.
-
-    Up to a quarter of the names may differ, because packages spell some differently, unless one is the name of another
-    class.
-    """
+    """Raises ValueError if two models do not have the same classes in the same order; see `are_the_same_classes`."""
     numbers = [checkpoint.model.spec.num_classes for checkpoint in (a, b)]
     of = [f" of {checkpoint.dataset['name']}" if checkpoint.dataset else "" for checkpoint in (a, b)]
     remedy = "compare models of the same classes in the same order"
@@ -182,10 +179,8 @@ def refuse_different_classes(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
     if not (a.dataset and b.dataset):
         return
     names = [checkpoint["class_names"] for checkpoint in (a.dataset, b.dataset)]
-    folded = [[name.strip().casefold() for name in each] for each in names]
     differing = differing_names(*names)
-    in_other_places = any(one != other and one in folded[1] for one, other in zip(*folded, strict=True))
-    if in_other_places or len(differing) > numbers[0] / 4:
+    if not are_the_same_classes(*names):
         raise ValueError(f"the classes of A{of[0]} are not those of B{of[1]}: {listed(differing)}; {remedy}")
     if differing:
         logger.info("classes with other names in A than in B: %s", listed(differing))

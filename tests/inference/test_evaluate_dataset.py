@@ -15,6 +15,7 @@ from segjax.data.augment import normalise
 from segjax.data.open import OpenSplit
 from segjax.inference import evaluate_dataset
 from segjax.inference.engine import Inference, predict_labels
+from segjax.inference.evaluate_dataset import are_the_same_classes
 from segjax.models.functional import FunctionalModel
 from segjax.runtime import memory
 from tests import runs
@@ -194,6 +195,16 @@ def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_pat
     assert any("other names in the checkpoint: 4 is 'purple', not 'violet'" in line for line in caplog.messages)
     with pytest.raises(ValueError, match="the classes of the model of other are not those of noise: 1 is 'green'"):
         segjax.evaluate_dataset(tmp_path / "2", opened)
+
+
+def test_two_swapped_classes_are_other_classes_and_a_synonym_is_not():
+    names = [f"class {k}" for k in range(11)]
+    assert are_the_same_classes(names, [*names[:9], "another", " Class 10"])
+    assert not are_the_same_classes(names, [*names[:9], names[10], names[9]])
+    assert not are_the_same_classes(names, [*names[:8], "x", "y", "z"])
+    screens = ["screen", "plate", "screen", *names]
+    assert are_the_same_classes(screens, ["screen", "plate", "crt screen", *names])
+    assert are_the_same_classes(["screen", "plate", "crt screen", *names], screens)
 
 
 @pytest.mark.parametrize(
