@@ -585,7 +585,7 @@ def are_the_same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     """
     folded = ([name.strip().casefold() for name in each] for each in (names, others))
     differing = [(one, other) for one, other in zip(*folded, strict=True) if one != other]
-    # ADE20K has two screens, one of which some packages call "crt screen": a name may be at a place that is not its own.
+    # ADE20K has two screens, one of which some packages call "crt screen": a name may also be at another place.
     moved = {one for one, _ in differing} & {other for _, other in differing}
     return len(differing) <= len(names) / 4 and not moved
 

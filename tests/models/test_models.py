@@ -233,7 +233,7 @@ def test_an_unknown_setting_is_refused_with_those_that_exist(name):
         (
             "hrnet_w18",
             dict(stage_modules=(1, 100, 4, 3)),
-            "stage_modules and stage_blocks make 900 blocks; at most 512",
+            "stage_modules and stage_blocks give 900 blocks; the maximum is 512",
         ),
     ],
 )
