@@ -99,8 +99,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
         return ""
     low, high = interval
     if low > 0 or high < 0:
-        return f"{'B' if low > 0 else 'A'} is better, also with other images of this kind"
-    return "with other images of this kind, either may be better" if low or high else "no difference"
+        return f"{'B' if low > 0 else 'A'} is better on images of this kind: the interval does not contain 0"
+    return "either may be better on images of this kind: the interval contains 0" if low or high else "no difference"
 
 
 def _css(color: tuple[int, int, int]) -> str:
