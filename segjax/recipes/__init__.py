@@ -25,7 +25,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from segjax.runtime.reading import type_name
 from segjax.train import schema
 
 RECIPES = ("segformer", "segformer_simple", "segformer_zuppichini", "hrnet", "segnext")
@@ -66,7 +65,7 @@ def load(reference: str) -> ConfigDict:
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{_place(error, path) or reference}: {_message(error)}") from error
     if not isinstance(config, ConfigDict):
-        found = type_name(config)
+        found = "None" if config is None else type(config).__name__
         raise ConfigError(
             f"{name}: get_config() returned {found}, not an ml_collections.ConfigDict; start from a recipe's config, "
             "as in segjax.recipes.segformer.get_config()"

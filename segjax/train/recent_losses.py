@@ -98,7 +98,7 @@ def not_finite_message(problem: NotFinite, culprit: str, workdir: Path) -> str:
     find = "" if culprit else "\n  to find the layer: --config.debug.nans=True"
     return (
         f"{problem.text}. {culprit}The state before it is saved in {workdir}/checkpoints/{problem.step}.\n"
-        "  to continue from there in another folder, with a lower learning rate or clipped gradients:\n"
+        "  to continue in another folder with a lower rate or clipped gradients:\n"
         f"    --workdir=NEW --config.init.checkpoint={workdir}\n"
         "    --config.optim.lr=... or --config.optim.clip_norm=1.0\n"
         f"  to skip such steps: --config.train.may_skip=N, at most N consecutive ones{find}"

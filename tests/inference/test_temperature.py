@@ -11,10 +11,10 @@ from segjax.checkpoints import orbax_folder
 from segjax.commands import convert, export, inspect, predict
 from segjax.data import specs
 from segjax.data.open import OpenSplit
-from segjax.exports.stablehlo import open_stablehlo
 from segjax.inference import evaluate_dataset as evaluation
 from segjax.inference import temperature_scaling
 from segjax.inference.predictor import Predictor
+from segjax.inference.runtimes import open_stablehlo
 from tests.pixels import BINARY, SPEC, Pixels, scene
 from tests.tiny import tiny_model
 
@@ -184,7 +184,7 @@ def test_an_export_divides_its_logits(folder, tmp_path, capsys):
     images = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
     for name, more in (("a", []), ("b", ["--temperature", "2.5"])):
         assert export.main([arguments[0], str(tmp_path / f"{name}.stablehlo"), *arguments[1:], *more]) == 0
-    plain, divided = (open_stablehlo(tmp_path / f"{name}.stablehlo")(images) for name in "ab")
+    plain, divided = (open_stablehlo(tmp_path / f"{name}.stablehlo").run(images) for name in "ab")
     np.testing.assert_allclose(divided, plain / 2.5, rtol=1e-5, atol=1e-6)
     assert json.loads((tmp_path / "b.stablehlo.json").read_text())["temperature"] == 2.5
     assert "temperature" not in json.loads((tmp_path / "a.stablehlo.json").read_text())
