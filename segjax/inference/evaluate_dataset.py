@@ -339,7 +339,7 @@ def _place_of_temperature(source: object, given: float | str | None) -> Path:
 def _kept_fit(measured: Measured, place: Path, given: _Given) -> Temperature:
     """Fits a temperature, and writes it."""
     model = given.checkpoint.model
-    assert isinstance(model, SegmentationModel) and measured.calibration is not None and measured.nlls is not None
+    assert not isinstance(model, ExportedModel) and measured.calibration is not None and measured.nlls is not None
     found = temperature_scaling.fit(measured.nlls, int(measured.calibration.pixels.sum()))
     if not found.is_inside:
         logger.info(
