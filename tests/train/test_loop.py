@@ -1072,7 +1072,7 @@ def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
     status, out, err = command_line.stopped
     assert status == 130
     said = " ".join(out.split())
-    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir} to go on" in said
+    assert f"stopped at step {command_line.newest} of {MANY} and saved in {command_line.workdir} to continue" in said
     assert "Traceback" not in err and "stopping after this step and saving" in err
 
 
