@@ -14,6 +14,7 @@ simplest one changes a recipe:
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import re
@@ -128,7 +129,9 @@ def _message(error: BaseException) -> str:
         return error.msg
     text = str(error)
     if isinstance(error, AttributeError | KeyError) and text[:1] in "\"'" and text[-1:] == text[:1]:
-        # A KeyError quotes its message, and ml_collections turns KeyErrors into AttributeErrors.
-        text = ast.literal_eval(text)
+        # A KeyError quotes its message, and ml_collections turns KeyErrors into AttributeErrors. Python's own begin and end
+        # with quotation marks, too: 'function' object has no attribute 'train'.
+        with contextlib.suppress(SyntaxError, ValueError):
+            text = ast.literal_eval(text)
     text = " ".join(text.split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

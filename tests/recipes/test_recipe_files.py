@@ -158,6 +158,11 @@ FAULTS = {
         START + "    config.optmi.lr = 3\n",
         ':5: AttributeError: \'optmi\' Did you mean "optim" instead of "optmi"?',
     ),
+    "forgets to call a function": (
+        "from segjax.recipes import segformer\n\n\ndef get_config(_=''):\n    segformer.get_config.train = 3\n"
+        "    return segformer.get_config.optim.lr\n",
+        ":6: AttributeError: 'function' object has no attribute 'optim'",
+    ),
     "gives a setting another type": (
         START + "    config.train.steps = 1e5\n",
         ":5: TypeError: Could not override field",
