@@ -798,7 +798,7 @@ def without(weights, pattern):
         (lambda: {"epoch": 3}, "epoch: int"),
         (lambda: {"state_dict": {}}, "it is empty"),
         (lambda: [1, 2], "got list"),
-        (lambda: None, "got NoneType"),
+        (lambda: None, "got None"),
         (lambda: {"a.b": np.array("text")}, "it lacks"),
         (lambda: {"a.b": np.array([None])}, "it lacks"),
         (lambda: {1: np.zeros(3)}, "it lacks"),

@@ -129,8 +129,8 @@ def _message(error: BaseException) -> str:
         return error.msg
     text = str(error)
     if isinstance(error, AttributeError | KeyError) and text[:1] in "\"'" and text[-1:] == text[:1]:
-        # A KeyError quotes its message, and ml_collections turns KeyErrors into AttributeErrors. Python's own begin and end
-        # with quotation marks, too: 'function' object has no attribute 'train'.
+        # A KeyError quotes its message, and ml_collections turns KeyErrors into AttributeErrors. Python's own may only
+        # begin and end with quoted names.
         with contextlib.suppress(SyntaxError, ValueError):
             text = ast.literal_eval(text)
     text = " ".join(text.split())
