@@ -193,5 +193,5 @@ def test_images_are_resized_to_the_same_pixels_within_a_base_size(base, seed):
 
 def test_a_protocol_has_no_setting_that_is_not_compared():
     compared = {name for given in PROTOCOLS.values() for name in given}
-    # What is above a threshold needs no PyTorch: tests/inference/test_binary.py.
-    assert compared | {"threshold"} == {field.name for field in dataclasses.fields(Protocol)}
+    # Thresholds and temperatures are compared with NumPy: tests/inference/test_binary.py, test_certainty.py.
+    assert compared | {"threshold", "temperature"} == {field.name for field in dataclasses.fields(Protocol)}
