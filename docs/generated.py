@@ -187,7 +187,7 @@ def errors(found: dict[str, Any]) -> str:
 
 def proof_rows(found: dict[str, Any]) -> Iterator[list[str]]:
     """The README's table of what is proven: largest float64 errors of four families."""
-    families = ("segformer", "hrnet", "ocr", "segnext")
+    families = ("segformer", "hrnet", "hrnet_ocr", "segnext")
     goldens = ("segformer_nvlabs", "hrnet_official", "hrnet_ocr_official", "segnext_official")
 
     def worst(kind: str, *names: str) -> str:
