@@ -161,6 +161,7 @@ def test_commands_fit_the_devices_that_they_name(lines, tmp_path, monkeypatch):
 
 # Flags in the text of the page, by their beginning: the recipe that they change, and how many devices they are for.
 IN_TEXT = {
+    "--config.init.checkpoint=segformer_b2.imagenet": ("segformer:b2,cityscapes", (1, 8)),
     "--config.train.accumulate=4": ("segformer:b2,cityscapes", (1, 2)),
     "--config.model.dtype=bfloat16": ("segformer:b2,cityscapes", (1, 8)),
     "--config.loss.cross_entropy=0 --config.loss.ohem=1": ("hrnet:w48,cityscapes", (1, 2, 4)),
