@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             # Folders of this machine are nobody's business, and the rest is the same for all seeds.
             config = run.pop("config")
             config["data"] |= {"source": None, "dir": None}
+            config["init"]["checkpoint"] = Path(config["init"]["checkpoint"]).name
             record["config"] = config | {"seed": None}
             record["runs"].append(run)
             record["summary"] = summary(record["runs"])

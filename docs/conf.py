@@ -1,21 +1,17 @@
 """Sphinx configuration: `sphinx-build -W --keep-going docs site` builds the pages offline; warnings are errors."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-import generated  # noqa: E402
-
-import segjax  # noqa: E402
 
 project = "segjax"
 author = "The segjax authors"
 copyright = "The segjax authors"
-release = version = segjax.__version__
+release = version = importlib.metadata.version("segjax")
 
 extensions = [
     "myst_nb",
@@ -67,4 +63,7 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app: Sphinx) -> None:
+    sys.path.insert(0, str(HERE))
+    import generated
+
     app.connect("builder-inited", lambda app: generated.write(HERE))

@@ -200,12 +200,13 @@ def _fault_of_size(data: bytes, what: str) -> str | None:
     return f"{what} of more than {MAX_PIXELS:,} pixels; cut them up" if height * width > MAX_PIXELS else None
 
 
-def fault_of_mask(data: bytes, *, binary: bool) -> str | None:
+def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
     """The reason, with its remedy, why a complete file cannot be used as a mask; None if it can. Of TIFF and .npy,
     `bands.decode_mask` finds it.
 
     Args:
-      binary: Whether the labels of its data set are 0 and 1.
+      wide: Whether the labels of its data set have 16 bits.
+      binary: Whether they are 0 and 1.
     """
     found = format_of(data[:32])
     if found in ("TIFF", "NPY"):
@@ -218,6 +219,8 @@ def fault_of_mask(data: bytes, *, binary: bool) -> str | None:
         depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
         if depth == 16 and color_type != 0:
             return "RGB or alpha masks of 16 bits a channel; save them with 8"
+        if depth == 16 and not wide:
+            return "masks of 16 bits, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
         if color_type == 0 and (depth in (2, 4) or (depth == 1 and not binary)):
             return "masks of fewer than 8 bits, whose values decoders stretch; save class ids as 8-bit grey"
     return _fault_of_size(data, "masks")

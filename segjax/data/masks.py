@@ -686,7 +686,8 @@ def _check(
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)
         return Measured(size, (), (hash_of_image, None), **of_image), ignored, faults
     if train_ids is None:
-        fault_of_mask = functools.partial(codec.fault_of_mask, binary=spec is None or len(spec.label_names) == 2)
+        wide, binary = (spec.label_dtype is np.uint16, len(spec.label_names) == 2) if spec else (True, True)
+        fault_of_mask = functools.partial(codec.fault_of_mask, wide=wide, binary=binary)
         mask, hash_of_mask = read(example.label, fault_of_mask, _decoded_mask, _OTHER_MASKS)
     else:
         values, hash_of_mask = read(example.label, codec.fault_of_published_mask, codec.decode_mask, _OTHER_MASKS)

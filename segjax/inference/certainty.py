@@ -41,7 +41,7 @@ class CountedLabels(NamedTuple):
 
     def sums(self) -> np.ndarray:
         """Sums over the labelled pixels, float64 (2 + G,): Brier score, NLL, and NLL at the G further temperatures."""
-        return sum(np.asarray(part, np.float64)[:, self.number].sum(axis=0) for part in self.parts)  # type: ignore
+        return np.sum([np.asarray(part, np.float64)[:, self.number].sum(axis=0) for part in self.parts], axis=0)
 
 
 def counts(

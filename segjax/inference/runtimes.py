@@ -222,14 +222,10 @@ def open_torch(path: Path) -> Runnable:
 
 def open_tflite(path: Path) -> Runnable:
     try:
-        from ai_edge_litert.interpreter import Interpreter
-
-        package = "ai-edge-litert"
+        module, package = importlib.import_module("ai_edge_litert.interpreter"), "ai-edge-litert"
     except ModuleNotFoundError:
-        from tflite_runtime.interpreter import Interpreter  # type: ignore[reportMissingImports]
-
-        package = "tflite-runtime"
-    interpreter = Interpreter(model_path=str(path))
+        module, package = importlib.import_module("tflite_runtime.interpreter"), "tflite-runtime"
+    interpreter = module.Interpreter(model_path=str(path))
     images = _only_input(interpreter.get_input_details(), path)
     quantised = _is_quantised(images)
     signature = images.get("shape_signature", images["shape"])

@@ -369,14 +369,13 @@ def test_a_training_that_fails_ends_it_with_its_status(monkeypatch, tmp_path, ca
 
 def test_the_record_has_no_folder_of_the_machine(called, monkeypatch, tmp_path):
     monkeypatch.setattr(recorded, "has_gpu", lambda: False)
-    monkeypatch.setattr(
-        camvid, "of_seed", lambda *_: {**RUNS[0], "config": {"seed": 0, "data": {"source": str(tmp_path)}}}
-    )
+    config = {"seed": 0, "data": {"source": str(tmp_path)}, "init": {"checkpoint": str(tmp_path / "first-run")}}
+    monkeypatch.setattr(camvid, "of_seed", lambda *_: {**RUNS[0], "config": config})
     path = tmp_path / "record.json"
     words = ["--source", str(tmp_path), "--seeds", "0", "1", "--json", str(path), "--", f"--config.data.dir={tmp_path}"]
     assert camvid.main(words) == 0
     text = path.read_text()
-    assert str(tmp_path) not in text and len(json.loads(text)["runs"]) == 2
+    assert str(tmp_path) not in text and "first-run" in text and len(json.loads(text)["runs"]) == 2
 
 
 @pytest.mark.parametrize("variant", ["w48_ocr", "w18", "small"])

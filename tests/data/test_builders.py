@@ -467,6 +467,7 @@ REFUSED = {
         bad_mask(png(np.zeros((5, 28), np.uint8), color_type=6)),
         ["[0, 0, 0]: 35 pixels in 1 masks, first in labels/train/b.png"],
     ),
+    "16-bit mask": (bad_mask(png(np.zeros((5, 7), ">u2"), depth=16)), ["masks of 16 bits", "8 bits", "train/b.png"]),
     "16-bit RGB mask": (bad_mask(png(np.zeros((5, 21), ">u2"), 16, 2)), ["16 bits a channel", "train/b.png"]),
     "1-bit mask": (bad_mask(png(np.zeros((5, 1), np.uint8), depth=1)), ["fewer than 8 bits", "train/b.png"]),
     "4-bit mask": (bad_mask(png(np.zeros((5, 4), np.uint8), depth=4)), ["fewer than 8 bits", "train/b.png"]),

@@ -161,7 +161,7 @@ def test_data_sets_refuse_bombs_too(name):
     assert codec.fault_of_image(data) == "images of more than 178,956,970 pixels; cut them up"
     if name == "PNG":
         grey = png_of((30_000, 40_000), b"", color_type=0)
-        of_mask = partial(codec.fault_of_mask, binary=False)
+        of_mask = partial(codec.fault_of_mask, wide=False, binary=False)
         assert all("178,956,970" in fault(grey) for fault in (of_mask, codec.fault_of_published_mask))
 
 
@@ -246,7 +246,7 @@ def test_a_gif_is_read_as_its_colours_also_for_data_sets():
     assert codec.damage(data) is None and codec.fault_of_image(data) is None
     np.testing.assert_array_equal(codec.decode_undamaged(data), few)
     np.testing.assert_array_equal(decode_upright(data)[0], few)
-    assert "GIF" in codec.fault_of_mask(data, binary=False)
+    assert "GIF" in codec.fault_of_mask(data, wide=False, binary=False)
     assert codec.damage(data[:-60])
 
 

@@ -229,7 +229,7 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
     is_index = data[25] in (0, 3) and not classes.by_color
     if data[24] == 16 and not is_index:
         raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")
-    if is_index and (fault := codec.fault_of_mask(data, binary=len(classes.names) == 2)):
+    if is_index and (fault := codec.fault_of_mask(data, wide=True, binary=len(classes.names) == 2)):
         raise codec.ImageError(f"its mask {mask}: {fault}")
     stored = codec.decode_stored_mask(data) if is_index else None
     values = stored and stored.values if is_index else codec.decode_image(data)
