@@ -90,7 +90,7 @@ def prepare(
     """
     names = specs.prepared_names()
     if name not in names:
-        raise DataError(f"no dataset '{name}' to prepare; there are {', '.join(names)}")
+        raise DataError(f"no dataset '{name}' to prepare; choose from {', '.join(names)}")
     dataset = specs.DATASETS[name]
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]

@@ -76,7 +76,7 @@ def open_splits(
         not published. ValueError: no such split of a generated dataset, or a number or size it cannot generate.
     """
     if name not in specs.DATASETS:
-        raise DataError(f"no dataset '{name}'; there are {', '.join(specs.DATASETS)}")
+        raise DataError(f"no dataset '{name}'; the datasets are {', '.join(specs.DATASETS)}")
     dataset = specs.DATASETS[name]
     if dataset.scenes is None or dataset.spec is None:
         prepared = builders.prepare(name, source=source, data_dir=data_dir)

@@ -56,7 +56,7 @@ def _white_of(image: np.ndarray) -> int:
     smallest, largest = image.min(), image.max()
     if image.dtype.kind != "u" or image.dtype.itemsize != 2:
         raise UnknownScaleError(
-            f"its numbers are {image.dtype}, from {smallest:.6g} to {largest:.6g}, whose scale is not known"
+            f"its dtype is {image.dtype}, from {smallest:.6g} to {largest:.6g}, and its scale is not known"
         )
     bright = np.count_nonzero(image >= 2**15) / image.size
     # Black is black at any scale.

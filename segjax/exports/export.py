@@ -306,13 +306,13 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
             destination.suffix != SUFFIXES[export_format.format]
         ),
         f"{destination} is a folder; choose another name": destination.is_dir(),
-        f"a file of the format {export_format.format} has no opset; that is ONNX's": (
+        f"opset applies only to ONNX files, not to {export_format.format}": (
             export_format.opset is not None and export_format.format != "onnx"
         ),
         "a threshold is for labels of models of one class; omit it": (
             export_format.threshold != 0.5 and not (export_format.argmax and model.spec.num_classes == 1)
         ),
-        f"opset {export_format.opset}: possible are {OPSETS[0]} to {OPSETS[-1]}": (
+        f"opset {export_format.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}": (
             export_format.opset is not None and export_format.opset not in OPSETS
         ),
     }
@@ -436,7 +436,7 @@ def export(
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"the sizes of this model cannot be dynamic ({reason}); export it for one size"
+                f"the sizes of this model cannot be dynamic ({reason}); export it with a fixed size"
             ) from error
         if not is_equal:
             raise UnequalError("not written, because the outputs differ")
@@ -465,7 +465,7 @@ def _is_equal(
       export_format: Format of the file.
       programs: Batches and sizes at which to compare, each with the result of `compiled` for `model`.
     """
-    logger.info("comparing it with the model")
+    logger.info("comparing the file with the model")
     bound, passed = BOUNDS[export_format.computes_in], True
     for batch, size, expected in programs:
         images = pictures(batch, size, export_format)
@@ -487,5 +487,5 @@ def _is_equal(
                 for scores in (output, exact)
             ]
             share = float((np.asarray(ends[0]) == np.asarray(ends[1])).mean())
-            logger.info("  %-14s %.2f%% of the labels are those of float32", where, 100 * share)
+            logger.info("  %-14s %.2f%% of the labels equal those in float32", where, 100 * share)
     return passed

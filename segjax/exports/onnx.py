@@ -47,8 +47,8 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
         _lower_to_17(proto)
     if export_format.opset not in (None, opset_of(proto)):
         raise CheckpointError(
-            f"opset {export_format.opset}: torch.onnx has written {opset_of(proto)}, since an operation has no other "
-            "form; choose that, or a later one"
+            f"opset {export_format.opset}: torch.onnx wrote {opset_of(proto)}, because an operation needs it; "
+            f"choose {opset_of(proto)} or a later one"
         )
     # The oldest IR version that has the opset, because a runtime refuses newer ones.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
@@ -61,7 +61,7 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
             raise
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"opset {export_format.opset} has no form of this model ({reason}); choose from 18 to {OPSETS[-1]}"
+            f"opset {export_format.opset} cannot express this model ({reason}); choose from 18 to {OPSETS[-1]}"
         ) from None
     onnx.save(proto, path)
 

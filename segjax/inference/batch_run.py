@@ -108,12 +108,14 @@ def done_before(
       ValueError: Outputs were made with other weights or settings, or the record of these is missing.
     """
     path = output / RECORD
-    remedy = "omit --resume to make everything anew, or choose another --output"
+    remedy = "omit --resume to predict everything again, or choose another --output"
     try:
         old = reading.read_json(path)
     except FileNotFoundError:
         if any(all(output.exists() for output in job.outputs.values()) for job in jobs):
-            raise ValueError(f"{path} is missing, which tells how the files next to it were made; {remedy}") from None
+            raise ValueError(
+                f"{path}, which records the settings of the files next to it, is missing; {remedy}"
+            ) from None
         return set(), {}
     except reading.UnreadableError as error:
         raise ValueError(f"{error}; {remedy}") from None
@@ -243,7 +245,7 @@ class Run:
         for job in jobs:
             missing = [path for path in job.outputs.values() if not path.exists()]
             if missing and job.source not in failed:
-                self.failures.append((job.source, f"{missing[0]} was written and is gone"))
+                self.failures.append((job.source, f"{missing[0]} was written but no longer exists"))
                 self.images -= not job.is_video
                 self.videos -= job.is_video
 
@@ -322,7 +324,7 @@ class Run:
     def _predict_video(self, job: Job) -> None:
         """Predicts a video. After Ctrl-C it raises KeyboardInterrupt; an endless stream is written up to that point."""
         if not self._predictor.image_kind.is_rgb:
-            raise ValueError(f"videos are RGB of 8 bits, and the model takes {self._predictor.image_kind}")
+            raise ValueError(f"videos are 8-bit RGB, but the model takes {self._predictor.image_kind}")
         broken: list[str] = []
         stopped: KeyboardInterrupt | None = None
         has_begun = False
@@ -430,13 +432,13 @@ class Run:
             self._warned.add("large")
             console.say(
                 f"images of {size[0]}x{size[1]} as a whole: some models need memory that grows with the square of the "
-                "size; if there is not enough of it, use --mode slide"
+                "size; if memory runs out, use --mode slide"
             )
         if len(self._sizes) == MANY_SIZES and "sizes" not in self._warned:
             self._warned.add("sizes")
             console.say(
                 f"{MANY_SIZES} input sizes so far, and each new one is compiled; "
-                f"{'--pad-multiple' if protocol.base_size is None else '--size-divisor'} 32 makes them fewer, but "
+                f"{'--pad-multiple' if protocol.base_size is None else '--size-divisor'} 32 reduces their number, but "
                 "changes some labels"
             )
 

@@ -125,7 +125,7 @@ class Protocol:
             (height, width), (down, across) = self.window
             parts = [f"sliding window of {height}x{width} every {down}x{across}"]
         if self.base_size is not None:
-            parts.append(f"resized to {self.base_size[0]}x{self.base_size[1]} with their proportions kept")
+            parts.append(f"resized to {self.base_size[0]}x{self.base_size[1]} with their aspect ratio kept")
         if self.scales != (1.0,):
             parts.append(f"at scales {' '.join(f'{scale:g}' for scale in self.scales)}")
         if self.flip:
@@ -189,7 +189,7 @@ def window_contradictions(mode: str, crop: Sequence[int] | None, stride: Sequenc
     found = {}
     for name, value in (("crop", crop), ("stride", stride)):
         if mode == "whole" and value is not None:
-            found[name] = f"{name} is that of a sliding window: give mode 'slide' too, or omit it"
+            found[name] = f"{name} needs mode 'slide'; add it, or omit {name}"
     if mode == "slide" and stride is not None:
         sides = (512, 512) if crop is None else crop
         if any(step > side for step, side in zip(stride, sides, strict=False)):
@@ -216,7 +216,7 @@ def scaled_size(size: tuple[int, int], scale: float, base_size: Sequence[int] | 
     factor = min(max(target) / max(size), min(target) / min(size))
     height, width = (int(side * factor + 0.5) for side in size)
     if not (height and width):
-        raise ValueError(f"nothing is left of an image of {size[0]}x{size[1]} at scale {scale:g}; use a larger scale")
+        raise ValueError(f"an image of {size[0]}x{size[1]} has no pixels at scale {scale:g}; use a larger scale")
     return height, width
 
 
@@ -348,7 +348,7 @@ class Inference:
         self._batch = batch
         self._dtype, self._channels = np.dtype(image_dtype or "float32"), model.in_channels
         if protocol.threshold != 0.5 and (classes := model.spec.num_classes) != 1:
-            raise ValueError(f"a threshold is for models of one class, and this one has {classes}; omit it")
+            raise ValueError(f"a threshold needs a model of one class, but this one has {classes}; omit it")
         self._parallel = JitParallel(devices)
         self._align_corners, self._num_classes = model.align_corners, model.spec.num_classes
         # Weights prepared for the programs, by `Prepared.key`. Copies with other arrays share only the programs.

@@ -395,16 +395,16 @@ def _of_run(
 ) -> _Given:
     """The newest checkpoint of a run, with the run's own evaluation split and protocol."""
     if not isinstance(source, str | Path):
-        raise NoDataError(f"a {type_name(source)} is not the folder of a run, which has data of its own; name the data")
+        raise NoDataError(f"a {type_name(source)} is not the folder of a run, which has its own data; name the data")
     if exported_path(source) is not None and user_path(source).exists():
-        raise NoDataError(f"{source} is an exported file, which has no data of its own; name the data")
+        raise NoDataError(f"{source} is an exported file, which has no data; name the data")
     folder = user_path(source)
     if not folder.exists() and not is_address(source) and published.find(source) is None:
         raise ValueError(f"{source}: there is no such file or folder{published.hint_for(source)}")
     recover(folder)
     config = orbax_folder.load_metadata(folder).get("config") if folder.is_dir() else None
     if not config:
-        raise NoDataError(f"{source} is not the folder of a run, which has data of its own; name the data")
+        raise NoDataError(f"{source} is not the folder of a run, which has its own data; name the data")
     checked(config, _RunConfig, name=f"{folder}: config")
     checkpoint = load(source, dtype=jnp.dtype(config["model"]["dtype"]))
     data = config["data"]
@@ -439,8 +439,8 @@ def _data_of_run(
         before = {part: run["contents"].get(part, {}) for part in parts}
         if now and (lines := contents.differences(before, now)):
             raise DataError(
-                f"{len(lines)} images are not those of {folder}:\n{contents.listed_differences(lines)}\n"
-                f"  give the --source that it began with, or --data {name}:{split} too to evaluate on others"
+                f"{len(lines)} images differ from those of {folder}:\n{contents.listed_differences(lines)}\n"
+                f"  give the original --source, or add --data {name}:{split} to evaluate on other data"
             )
     return opened
 
@@ -478,7 +478,7 @@ def open_labelled(
     if isinstance(data, str):
         name, _, split = data.partition(":")
         if name not in specs.DATASETS:
-            raise DataError(f"no dataset {name!r}; there are {', '.join(specs.DATASETS)}")
+            raise DataError(f"no dataset {name!r}; the datasets are {', '.join(specs.DATASETS)}")
         split = split or _default_split(name, data_source=data_source, data_dir=data_dir)
         config = checkpoint.metadata.get("config") or config
         data = _opened(name, split, config, data_source=data_source, data_dir=data_dir)
@@ -561,8 +561,8 @@ def refuse_other_classes(checkpoint: Loaded, classes: specs.DatasetSpec) -> None
     of = f" of {dataset['name']}" if dataset else ""
     if own != classes.num_classes:
         raise ValueError(
-            f"the model has {own} classes{of}, and {classes.name} has {classes.num_classes}: no figure would mean "
-            "anything; choose the dataset that it was trained on"
+            f"the model has {own} classes{of}, but {classes.name} has {classes.num_classes}: the metrics would be "
+            "meaningless; choose the dataset that it was trained on"
         )
     if not dataset:
         logger.info("the checkpoint does not name its classes; those of %s are assumed, in their order", classes.name)
@@ -574,7 +574,7 @@ def refuse_other_classes(checkpoint: Loaded, classes: specs.DatasetSpec) -> None
             "that it was trained on, or one with the same classes in the same order"
         )
     if differing:
-        logger.info("classes with other names in the checkpoint: %s", listed(differing))
+        logger.info("classes with different names in the checkpoint: %s", listed(differing))
 
 
 def are_the_same_classes(names: Sequence[str], others: Sequence[str]) -> bool:

@@ -164,7 +164,7 @@ def why_whole(path: Path, *, scale: Scale | None, max_pixels: int, images: specs
     if layout.largest_part > max_pixels:
         return "store it in tiles: gdal_translate -co TILED=YES IN.tif OUT.tif"
     if not layout.is_plain:
-        return "convert it to RGB of 8 bits"
+        return "convert it to 8-bit RGB"
     # The scale of 16-bit values depends on all values of an image.
     return None if not images.is_rgb or layout.dtype == np.uint8 or scale is not None else "give --scale LOW HIGH"
 
@@ -196,8 +196,8 @@ def read(
     if height * width > max_pixels:
         remedy = "; ".join(part for part in (in_parts, whole) if part)
         raise ImageError(
-            f"has {height}x{width} pixels, {height * width:,}, more than {max_pixels:,}; to predict it in parts, for "
-            f"which there is no limit: {remedy}; to decode it as a whole, raise the limit: --max-pixels"
+            f"has {height}x{width} pixels, {height * width:,}, more than {max_pixels:,}; to predict it in parts, "
+            f"without a limit: {remedy}; to decode it completely, raise --max-pixels"
         )
     if whole is None:
         with opened(path, scale=scale, images=images, fill=fill) as scene:

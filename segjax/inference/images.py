@@ -178,14 +178,14 @@ def _as_rgb(image: np.ndarray, scale: Scale | None, white: int | None) -> np.nda
     if image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
         problems.append(f"its shape is {image.shape}; an image is (H, W, 3), or grey (H, W), or RGBA (H, W, 4)")
     if image.dtype.kind not in "uif":
-        problems.append(f"its numbers are {image.dtype}; convert them to uint8, 0 to 255")
+        problems.append(f"its dtype is {image.dtype}; convert them to uint8, 0 to 255")
     if problems:
         raise ImageError(f"an image that cannot be used: {'; '.join(problems)}")
     try:
         image = scaling.as_uint8(image[..., :3] if image.ndim == 3 else image, scale, white)
     except scaling.UnknownScaleError as error:
         bits = image.dtype == np.uint16
-        remedy = "--scale 0 65535 takes it as it is" if bits else "or convert them to uint8"
+        remedy = "--scale 0 65535 keeps its values" if bits else "or convert them to uint8"
         raise ImageError(f"an image that cannot be used: {error}; {_SCALE}{'; ' if bits else ', '}{remedy}") from None
     if channels == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)

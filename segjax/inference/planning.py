@@ -138,7 +138,7 @@ def _files(given: str, output: Path, skipped: list[Skipped]) -> _Found:
     if path.is_dir():
         own = Path(os.path.realpath(output))
         if own in (here := Path(os.path.realpath(path)), *here.parents):
-            raise ValueError(f"{given}: lies in --output, whose files are not read; choose another --output")
+            raise ValueError(f"{given}: is inside --output, whose files are not read; choose another --output")
         return _Found(sorted(_below(path, output, skipped)), path)
     if not glob.has_magic(given):
         return _Found([], path)
@@ -202,7 +202,7 @@ def _below(root: Path, output: Path, skipped: list[Skipped]) -> Iterable[Path]:
             elif (identity := _identity(path)) == own:
                 skipped.append(Skipped(path, "the folder of outputs"))
             elif identity in around:
-                skipped.append(Skipped(path, "a link to a folder around it"))
+                skipped.append(Skipped(path, "a link to an enclosing folder"))
             elif identity in seen:
                 skipped.append(Skipped(path, f"the same folder as {seen[identity]}"))
             else:
@@ -270,7 +270,7 @@ def _collisions(jobs: Sequence[Job]) -> list[str]:
                 else:
                     is_near = first.parent == job.source.parent
                     remedy = "rename one of them" if is_near else "give the folder that has both"
-                together.append(f"{first} and {job.source} would both become {path}: {remedy}")
+                together.append(f"{first} and {job.source} would both be written to {path}: {remedy}")
                 break
             owner[place] = job.source
     if len(together) > 3:

@@ -122,7 +122,7 @@ class Predictor:
         self.protocol = dataclasses.replace(protocol_for(loaded.model, settings), temperature=chosen)
         self.classes, self.image_kind = loaded.classes, loaded.image_kind
         if scale is not None and not self.image_kind.is_rgb:
-            raise ValueError(f"scale is for RGB of 8 bits, and the model takes {self.image_kind}, as they are; omit it")
+            raise ValueError(f"scale is for 8-bit RGB, but the model takes {self.image_kind}, as they are; omit it")
         self.pad_multiple = pad_multiple
         self.batch = batch
         self.scale = scale

@@ -180,7 +180,7 @@ def opened(source: Path | Live, *, max_pixels: int = MAX_PIXELS) -> Iterator[tup
         stream.thread_type = "AUTO"
         rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
         if not rate or not time_base:
-            raise VideoError("does not say how many frames it has a second")
+            raise VideoError("does not state its frame rate")
         is_live = isinstance(source, Live)
         # A sequence of pictures has no times. FFmpeg would assume 25 frames per second.
         by_clock = "mpjpeg" in container.format.name
@@ -274,11 +274,11 @@ class Progress:
         if is_short and not (header.frames and self.count >= header.frames):
             expected = f"{header.frames} frames" if header.frames else f"{float(header.duration or 0):.2f} s"
             faults.append(
-                f"ends early: it has {self.count} frames ({float(seconds):.2f} s), and its header promises {expected}"
+                f"ends early: it has {self.count} frames ({float(seconds):.2f} s), and its header states {expected}"
             )
         if self._damaged:
             named = ", ".join(map(str, self._damaged[:10])) + " ..." * (len(self._damaged) > 10)
-            faults.append(f"parts of {len(self._damaged)} frames are damaged and made up: {named}")
+            faults.append(f"parts of {len(self._damaged)} frames are damaged and were filled in: {named}")
         return faults
 
 
@@ -418,5 +418,5 @@ def _as_video_error(av, what):
             raise
         # FFmpeg's message for a time limit is "Immediate exit requested".
         waited = isinstance(error, av.error.ExitError)
-        why = f"nothing came for {PATIENCE} seconds" if waited else error.strerror or error
+        why = f"no data for {PATIENCE} seconds" if waited else error.strerror or error
         raise VideoError(f"{what() if callable(what) else what} ({why})") from error

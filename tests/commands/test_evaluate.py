@@ -243,7 +243,7 @@ def test_a_folder_of_images_is_evaluated_in_windows_at_scales(shapes, tmp_path, 
     base = ("--base-size", 64, 48)
     assert call(*given, "--data", "folder:val", *protocol, *base, "--output", tmp_path) == 0
     printed, found = " ".join(capsys.readouterr().out.split()), results(tmp_path)
-    assert "sliding window of 32x32 every 24x24, resized to 64x48 with their proportions kept, at scales 1" in printed
+    assert "sliding window of 32x32 every 24x24, resized to 64x48 with their aspect ratio kept, at scales 1" in printed
     assert found["protocol"] == {
         "mode": "slide",
         "crop": [32, 32],
@@ -281,7 +281,7 @@ def test_corrupted_images_are_announced_and_their_figures_printed(shapes, tmp_pa
 def test_a_checkpoint_of_other_classes_is_refused(shapes, workdir, tmp_path, capsys):
     folder = ("--data", "folder:val", "--source", shapes.source, "--data-dir", shapes.data, "--output", tmp_path)
     message = refused(capsys, "--checkpoint", workdir, *folder)
-    assert "the model has 19 classes of streets, and source has 3" in message
+    assert "the model has 19 classes of streets, but source has 3" in message
     other = specs.DatasetSpec("other", ("ground", "other", "thing"), SPEC.colors, 255)
     known = {"dataset": dataset_metadata(other)}
     orbax_folder.save_model(tmp_path / "other", tiny_model(1, num_classes=3), metadata=known)

@@ -100,7 +100,7 @@ def test_everything_wrong_with_the_inputs_is_told_before_anything_starts(tmp_pat
     names = ("a/x.png", "b/x.jpg", "missing.png", "no*thing", "empty", "texts", "texts/x.txt")
     assert run(*(tmp_path / name for name in names), "--output", tmp_path / "out") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "a/x.png and" in said and "b/x.jpg would both become" in said and "out/labels/x.png" in said
+    assert "a/x.png and" in said and "b/x.jpg would both be written to" in said and "out/labels/x.png" in said
     assert "missing.png: there is no such file" in said and "no*thing: no file matches" in said
     assert (
         "empty: a folder without" in said
@@ -124,7 +124,7 @@ def test_images_of_one_name_in_a_folder_are_told_apart_by_nobody_so_they_are_ref
     for name in ("x.png", "x.bmp"):
         put(tmp_path / "in" / name, scene(0, 8, 9))
     assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
-    assert "both become" in capsys.readouterr().err
+    assert "would both be written to" in " ".join(capsys.readouterr().err.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -413,7 +413,7 @@ def test_a_base_size_and_a_divisor_are_settings_that_resume_compares(tmp_path, c
     )
     assert run(*arguments, *resized) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "resized to 60x48 with their proportions kept, resized to multiples of 8" in said
+    assert "resized to 60x48 with their aspect ratio kept, resized to multiples of 8" in said
     record = json.loads((tmp_path / "out" / "predict.json").read_text())
     assert record["base_size"] == [60, 48] and record["size_divisor"] == 8
     assert run(*arguments, *resized, "--resume") == 0
@@ -429,7 +429,7 @@ def test_a_base_size_and_a_divisor_are_settings_that_resume_compares(tmp_path, c
         (b"[" * 100_000, "predict.json: not JSON"),
         (b"\xff\xfe", "predict.json: not JSON"),
         (b"{}", "made with other classes, flip, mode,"),
-        (None, "predict.json is missing"),
+        (None, "files next to it, is missing; "),
         ("format_version", "predict.json: has format version 99"),
         ("classes", "made with other classes ("),
         ("weights_sha256", "made with other weights_sha256 ("),
@@ -588,7 +588,7 @@ def test_an_output_that_is_removed_while_others_are_written_is_told(tmp_path, mo
     assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
     said = capsys.readouterr()
     assert "wrote 2 images" in said.out and "1 of 3 inputs failed:" in said.err
-    assert "labels/1.png was written and is gone" in " ".join(said.err.split())
+    assert "labels/1.png was written but no longer exists" in " ".join(said.err.split())
 
 
 def test_the_checkpoint_is_the_first_argument_or_an_option(tmp_path, capsys):

@@ -615,7 +615,7 @@ def test_exif_that_turns_nothing_is_accepted(tree, data):
     ("folder", None, "folder needs a source, which holds images/<split>/x.jpg"),
     ("folder", "not/there", "folder: not/there is no directory"),
     ("camvid", "not/there", "camvid: not/there is no directory"),
-    ("kitti", None, "no dataset 'kitti' to prepare; there are camvid, cityscapes, ade20k, voc, pet, folder"),
+    ("kitti", None, "no dataset 'kitti' to prepare; choose from camvid, cityscapes, ade20k, voc, pet, folder"),
 ])  # fmt: skip
 def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, message):
     with pytest.raises(builders.DataError) as error:

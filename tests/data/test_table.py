@@ -145,7 +145,9 @@ def test_without_numbers_a_generator_is_asked_for_those_of_the_table(monkeypatch
 
 
 def test_an_unknown_dataset_is_refused_with_the_names_of_all():
-    with pytest.raises(segjax.data.DataError, match=re.escape(f"no dataset 'mars'; there are {', '.join(EXPECTED)}")):
+    with pytest.raises(
+        segjax.data.DataError, match=re.escape(f"no dataset 'mars'; the datasets are {', '.join(EXPECTED)}")
+    ):
         open_splits("mars", ["train"])
 
 

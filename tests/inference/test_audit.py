@@ -117,9 +117,9 @@ def test_masks_that_the_model_agrees_with_have_no_region(tmp_path, capsys):
     "data, settings, words",
     [
         ("mars", {}, "no dataset 'mars'"),
-        (split_of(0, Pixels(1), 4, (18, 19), BINARY), {}, "the model has 5 classes, and one has 1"),
+        (split_of(0, Pixels(1), 4, (18, 19), BINARY), {}, "the model has 5 classes, but one has 1"),
         (split_of(0, Pixels(5), 4, (18, 19)), {"data_dir": "x"}, "data that is given by its name"),
-        (split_of(0, Pixels(5), 4, (18, 19)), {"threshold": 0.3}, "a threshold is for models of one class"),
+        (split_of(0, Pixels(5), 4, (18, 19)), {"threshold": 0.3}, "a threshold needs a model of one class"),
         (split_of(0, Pixels(5), 4, (18, 19)), {"output": __file__}, "cannot be written to"),
     ],
 )

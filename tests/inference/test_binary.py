@@ -45,7 +45,7 @@ def test_labels_are_where_the_probability_is_above_the_threshold(seed, settings)
 
 
 def test_a_threshold_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="a threshold is for models of one class, and this one has 5"):
+    with pytest.raises(ValueError, match="a threshold needs a model of one class, but this one has 5"):
         Predictor(tiny_model(0), threshold=0.3)
     for wrong in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="threshold is a probability between 0 and 1"):

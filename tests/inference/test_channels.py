@@ -118,7 +118,7 @@ def test_a_model_of_unknown_numbers_takes_them_all():
     with pytest.raises(ValueError, match="has 3 channels of uint8, and the model takes 4 channels"):
         predictor(array(1, (40, 56), 3, "uint8"))
     assert of_kind(np.zeros((2, 3, 4), np.uint8), specs.ImageKind(4, None)).shape == (2, 3, 4)
-    with pytest.raises(ValueError, match="scale is for RGB"):
+    with pytest.raises(ValueError, match="scale is for 8-bit RGB, but the model takes"):
         segjax.Predictor(tiny_model(0, in_channels=4), scale=(0, 1))
 
 
@@ -168,7 +168,7 @@ def test_a_video_is_refused_by_a_model_that_does_not_take_rgb(tmp_path, capsys):
         file.mux(stream.encode())
     saved(tmp_path / "model", 4, "uint8")
     status, _, err = predict(tmp_path, capsys, tmp_path / "v.mp4")
-    assert status == 1 and "videos are RGB of 8 bits, and the model takes 4 channels of uint8" in err
+    assert status == 1 and "videos are 8-bit RGB, but the model takes 4 channels of uint8" in err
 
 
 # ------------------------------------------------------------------------------------------------------------- GeoTIFF

@@ -129,10 +129,10 @@ def test_models_of_other_classes_are_refused_by_the_difference(tmp_path, caplog)
     "data, settings, words",
     [
         ("mars", {}, "no dataset 'mars'"),
-        (split_of(0, 4, (8, 9), BINARY), {}, "the model has 5 classes, and one has 1"),
+        (split_of(0, 4, (8, 9), BINARY), {}, "the model has 5 classes, but one has 1"),
         (split_of(0, 4, (8, 9)), {"data_dir": "x"}, "data that is given by its name"),
-        (split_of(0, 4, (8, 9)), {"crop": (8, 8)}, "give mode 'slide' too"),
-        (split_of(0, 4, (8, 9)), {"threshold": 0.3}, "a threshold is for models of one class"),
+        (split_of(0, 4, (8, 9)), {"crop": (8, 8)}, "crop needs mode 'slide'; add it"),
+        (split_of(0, 4, (8, 9)), {"threshold": 0.3}, "a threshold needs a model of one class"),
         (split_of(0, 4, (8, 9)), {"output": __file__}, "cannot be written to"),
     ],
 )

@@ -82,11 +82,11 @@ def test_what_is_evaluated_is_logged(caplog):
         ("nowhere", None, {}, "nowhere: there is no such file or folder"),
         ("nowhere", "mars", {}, "nowhere"),
         (Pixels(3), "mars", {}, "no dataset 'mars'"),
-        (Pixels(3), split_of(0, 4, (8, 9)), {}, "the model has 3 classes, and noise has 5"),
+        (Pixels(3), split_of(0, 4, (8, 9)), {}, "the model has 3 classes, but noise has 5"),
         (Pixels(5), split_of(0, 4, (8, 9)), {"data_dir": "x"}, "data that is given by its name"),
         (Pixels(5), None, {"flip": True}, "name the data"),
         (Pixels(5), None, {"batch": 2}, "name the data"),
-        (Pixels(5), None, {"crop": (8, 8)}, "give mode 'slide' too"),
+        (Pixels(5), None, {"crop": (8, 8)}, "crop needs mode 'slide'; add it"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_the_reason(source, data, settings, words, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_classes_that_the_checkpoint_calls_otherwise_are_refused_or_told(tmp_pat
         orbax_folder.save_model(tmp_path / str(number), model, metadata={"dataset": dataset})
     with caplog.at_level(logging.INFO, "segjax"):
         segjax.evaluate_dataset(tmp_path / "1", opened)
-    assert any("other names in the checkpoint: 4 is 'purple', not 'violet'" in line for line in caplog.messages)
+    assert any("different names in the checkpoint: 4 is 'purple', not 'violet'" in line for line in caplog.messages)
     with pytest.raises(ValueError, match="the classes of the model of other are not those of noise: 1 is 'green'"):
         segjax.evaluate_dataset(tmp_path / "2", opened)
 

@@ -317,7 +317,7 @@ def test_the_figure_that_an_export_recorded_is_compared(tmp_path):
 
 def test_classes_of_another_number_are_refused(tmp_path):
     path = file_of(tmp_path / "a.stablehlo", Pixels(4), metadata={"normalisation": IMAGENET})
-    with pytest.raises(ValueError, match="the model has 4 classes, and noise has 5"):
+    with pytest.raises(ValueError, match="the model has 4 classes, but noise has 5"):
         segjax.evaluate_dataset(path, split_of(0, 2, (20, 28)))
     with pytest.raises(CheckpointError, match="has 4 classes, and its reference has 5"):
         segjax.evaluate_dataset(path, split_of(0, 2, (20, 28)), reference=LoadedCheckpoint(Pixels(5), SPEC, {}))
@@ -365,9 +365,7 @@ def test_a_file_of_the_command_is_evaluated_and_predicted_as_its_checkpoint(tmp_
     assert "a.stablehlo: segformer_b0, run by jax" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "of_file/labels/image.png").read_bytes() == (tmp_path / "of_model/labels/image.png").read_bytes()
     assert call(evaluate, "a.stablehlo") == 2
-    words = (
-        "is an exported file, which has no data of its own; name the data: --data NAME, or --reference RUN to take its"
-    )
+    words = "is an exported file, which has no data; name the data: --data NAME, or --reference RUN to take its"
     assert words in " ".join(capsys.readouterr().err.split())
 
 

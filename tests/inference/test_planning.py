@@ -120,7 +120,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
             "in/around",
             "in/day1/back",
         }
-        assert skipped["in/around"] == "a link to a folder around it"
+        assert skipped["in/around"] == "a link to an enclosing folder"
         assert skipped["in/day2"] == f"the same folder as {tmp_path / 'in' / 'day1'}"
 
 
@@ -185,14 +185,14 @@ def test_outputs_are_not_read_and_inputs_among_them_are_not_dropped_silently(tmp
     names, skipped = planned(tmp_path / "in", tmp_path / "in" / "out", tmp_path / "in")
     assert names == ["a.png"] and skipped == {"out": "the folder of outputs"}
     for output in (tmp_path / "in", tmp_path):
-        with pytest.raises(ValueError, match="in: lies in --output, whose files are not read"):
+        with pytest.raises(ValueError, match="in: is inside --output, whose files are not read"):
             planned(tmp_path / "in", output, tmp_path)
 
 
 def test_files_of_one_stem_are_named_with_a_remedy_that_helps(tmp_path):
     put(tmp_path / "in" / "a.jpg", "JPEG")
     put(tmp_path / "in" / "a.png", "PNG")
-    with pytest.raises(ValueError, match=r"a\.jpg and .*a\.png would both become .*rename one of them"):
+    with pytest.raises(ValueError, match=r"a\.jpg and .*a\.png would both be written to .*rename one of them"):
         planned(tmp_path / "in", tmp_path / "out", tmp_path)
     put(tmp_path / "b" / "a.png", "PNG")
     with pytest.raises(ValueError, match="give the folder that has both"):

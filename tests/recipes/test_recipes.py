@@ -285,8 +285,8 @@ WRONG = {
     "train.may_skip": (-1, "-1; must be at least 0"),
     "eval.patience": (2, "2; needs eval.every, the steps between two evaluations"),
     "eval.mode": ("windows", "'windows'; must be 'whole' or 'slide'"),
-    "eval.crop": ((64, 96), "(64, 96); crop is that of a sliding window: give mode 'slide' too, or omit it"),
-    "eval.stride": ((48, 64), "(48, 64); stride is that of a sliding window: give mode 'slide' too, or omit it"),
+    "eval.crop": ((64, 96), "(64, 96); crop needs mode 'slide'; add it, or omit crop"),
+    "eval.stride": ((48, 64), "(48, 64); stride needs mode 'slide'; add it, or omit stride"),
     "eval.scales": ((), "(); must be a tuple of one or more numbers, as in (0.75, 1.0, 1.25)"),
     "init.keep": (("head.*",), "('head.*',); names parameters of a checkpoint, and needs init.checkpoint"),
 }

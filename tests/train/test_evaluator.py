@@ -94,7 +94,7 @@ def test_the_best_of_another_protocol_is_forgotten(tmp_path, monkeypatch):
 
 
 def test_images_too_small_for_the_model_once_they_are_scaled_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing is left of an image of 40x64 at scale 0\.001"):
+    with pytest.raises(ValueError, match=r"an image of 40x64 has no pixels at scale 0\.001"):
         run(make_config(eval__scales=(1.0, 0.001)), tmp_path)
 
 

@@ -348,7 +348,7 @@ def test_frames_that_the_decoder_makes_up_are_named(tmp_path, capsys):
     cut(whole, tmp_path / "cut.ts", 0.62)
     assert run(tmp_path / "cut.ts", "--output", tmp_path / "out", "--write", "labels") == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "cut.ts: parts of 1 frames are damaged and made up: " in said
+    assert "cut.ts: parts of 1 frames are damaged and were filled in: " in said
     assert run(whole, "--output", tmp_path / "out", "--write", "labels") == 0
 
 
@@ -517,11 +517,11 @@ def test_a_stream_that_stops_sending_is_written_up_to_there_and_named_again(tmp_
     assert run(*arguments) == 1
     gone.set()
     told = " ".join(capsys.readouterr().err.split())
-    assert "nothing came for 0.5 seconds" in told and "secret" not in told
+    assert "no data for 0.5 seconds" in told and "secret" not in told
     written = len(list((tmp_path / "out" / "labels" / "live.ts").iterdir()))
     assert written >= 5
     assert run(*arguments, "--resume") == 1
-    assert "nothing came for" in " ".join(capsys.readouterr().err.split())
+    assert "no data for" in " ".join(capsys.readouterr().err.split())
 
 
 def test_pictures_without_times_have_those_at_which_they_come(tmp_path, served):
@@ -624,7 +624,7 @@ def test_an_address_without_a_video_is_named(tmp_path, capsys, served, settings,
         (["file:///etc/passwd"], "file:///etc/passwd: not one of"),
         (["http://[x"], "no address"),
         (["rtsp://host/a", "rtsp://host/a"], "rtsp://host/a: was given twice"),
-        (["rtsp://one/a", "rtsp://two/a"], "would both become"),
+        (["rtsp://one/a", "rtsp://two/a"], "would both be written to"),
     ],
 )
 def test_addresses_that_cannot_be_read_are_named_before_anything_starts(tmp_path, capsys, given, said):
