@@ -263,7 +263,7 @@ def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path, weights, ch
     refused(joined(tmp_path / "w.safetensors", header, data), NORM, word)
 
 
-def test_a_zip_that_unpacks_to_more_than_memory_is_refused_before_it_is_read(tmp_path):
+def test_a_zip_larger_than_memory_is_refused_before_it_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data.pkl", pickle.dumps({}, protocol=2))
         archive.writestr("w/data/0", bytes(1 << 24))
@@ -332,7 +332,7 @@ def test_json_that_is_nested_too_deeply_is_refused_by_the_name_of_its_file(tmp_p
         refused(folder, name, "nested")
 
 
-def test_an_orbax_folder_that_claims_terabytes_is_refused_before_they_are_read(tmp_path):
+def test_an_orbax_folder_that_claims_terabytes_is_refused_unread(tmp_path):
     class Claimed:
         shape, dtype = (10**6, 10**6), np.dtype(np.float32)
 

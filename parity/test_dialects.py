@@ -163,7 +163,7 @@ def test_wrapped_checkpoints_are_unwrapped(label, form, wrap):
     assert differing(as_arrays(wrapped), weights) == []
 
 
-def test_the_official_hrnet_loads_from_inside_its_wrapper_of_network_and_loss(caplog):
+def test_the_official_hrnet_loads_from_inside_its_loss_wrapper(caplog):
     caplog.set_level(logging.INFO, "segjax")
     weights = golden.weights("hrnet_ocr_official", native=False)
     wrapped = {f"model.{key}": value for key, value in weights.items()}
@@ -289,9 +289,7 @@ HEADS, HALVES = "num_heads=(1, 2, 5, 8)", ("block_norm_eps=1e-06", "patch_norm_e
         ("segnext_b", "cvpytorch", ("ham_rank=64",)),
     ],
 )
-def test_what_a_checkpoint_cannot_tell_is_assumed_as_its_package_has_it_and_said(
-    name, dialect, assumptions, ask, caplog
-):
+def test_what_a_checkpoint_cannot_tell_is_assumed_and_printed(name, dialect, assumptions, ask, caplog):
     (form,) = (form for form in KEY_FORMATS if (form.dialect, form.family) == (dialect, family_of(name)))
     weights = renamed(blank(name), form)
     found, _, overrides = ask(weights, num_classes=150)
@@ -361,7 +359,7 @@ def test_any_width_and_reduction_is_read_back(name, sizes):
 
 
 @pytest.mark.parametrize("file", golden.MODELS)
-def test_files_of_the_original_code_are_recognised_under_the_names_they_were_written_with(file, caplog):
+def test_files_of_the_original_code_are_recognised_by_their_own_names(file, caplog):
     caplog.set_level(logging.INFO, "segjax")
     name, sizes = golden.MODELS[file]
     weights = golden.weights(file, native=False)
@@ -467,7 +465,7 @@ def test_both_transformers_namings_give_the_same_model_and_its_output(transforme
     within("output", "float32", error, "hf, narrow")
 
 
-def test_what_we_write_for_transformers_is_what_transformers_writes_and_loads(transformers_narrow, tmp_path, within):
+def test_our_transformers_folder_is_what_transformers_writes_and_loads(transformers_narrow, tmp_path, within):
     on_disk = saved_by_transformers(transformers_narrow, tmp_path)
     model = segjax.from_torch(on_disk)
     written = segjax.to_torch(model, dialect="hf")
@@ -595,7 +593,7 @@ def encoder_of(weights, label):
 
 
 @pytest.mark.parametrize(("label", "dialect", "name", "extras"), ALONE, ids=[case[0] for case in ALONE])
-def test_an_encoder_alone_makes_a_model_once_the_number_of_classes_is_given(label, dialect, name, extras, caplog):
+def test_an_encoder_becomes_a_model_once_num_classes_is_given(label, dialect, name, extras, caplog):
     caplog.set_level(logging.INFO, "segjax")
     subject, weights = SUBJECTS[label], alone(label, dialect, extras)
     with pytest.raises(CheckpointError, match="give the number of classes"):
@@ -684,7 +682,7 @@ def test_a_lone_pattern_is_one_pattern_and_foreign_names_can_be_kept():
         segjax.load_torch(model, weights, drop="*", keep="*")
 
 
-def test_an_unused_classifier_of_the_original_is_dropped_by_itself_and_said(caplog):
+def test_an_unused_classifier_of_the_original_is_dropped_and_named(caplog):
     caplog.set_level(logging.INFO, "segjax")
     unused = {
         "decode_head.conv_seg.weight": np.ones((3, 128, 1, 1), np.float32),
@@ -891,7 +889,7 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
 
 
 @pytest.mark.parametrize("label", [label for label in SUBJECTS if label != "hrnet, corners"])
-def test_a_dialect_that_cannot_express_a_model_says_so_and_lists_those_that_can(label):
+def test_an_impossible_dialect_lists_those_that_can_express_a_model(label):
     model = model_of(label)
     family = family_of(model.spec.name)
     able = {form.dialect for form in KEY_FORMATS if form.family == family}

@@ -240,7 +240,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_same_export_gives_the_same_bytes_without_folders_of_this_machine(format, tmp_path):
+def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(format, tmp_path):
     write, files = FORMATS[format][0], []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

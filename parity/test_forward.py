@@ -206,7 +206,7 @@ def transformers_network(name, *, num_classes, seed):
 
 
 @pytest.mark.parametrize("variant", ["b0", "b1"])
-def test_a_transformers_model_loads_from_its_state_dict_and_gives_its_output(variant, float64, within):
+def test_a_transformers_state_dict_loads_and_gives_its_output(variant, float64, within):
     assert_equals_transformers(f"segformer_{variant}", within)
 
 
@@ -228,7 +228,7 @@ def assert_equals_transformers(name, within):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (160, 32)])
-def test_the_published_simple_package_loads_from_its_state_dict_and_gives_its_output(size, float64, within):
+def test_the_published_simple_packages_state_dict_gives_its_output(size, float64, within):
     from segformer_pytorch import Segformer
 
     torch.manual_seed(6)

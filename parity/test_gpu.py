@@ -60,7 +60,7 @@ def computed(name, dtype, platform):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_with_the_implementations_for_gpus_as_with_the_plain_ones(name, dtype):
+def test_a_model_trains_the_same_with_the_implementations_for_gpus(name, dtype):
     found, expected = (computed(name, dtype, platform) for platform in ("cuda", "plain"))
     within = BFLOAT16 if dtype == "bfloat16" else tolerances.bound("output", "float32")
     assert relative(found[0], expected[0]) <= within

@@ -72,7 +72,7 @@ def test_checkpoints_of_other_channels_go_to_transformers_and_back(tmp_path, wit
 
 
 @pytest.mark.parametrize(("eps", "heads"), [(1e-5, (1, 2, 4, 8)), (1e-6, None)])
-def test_transformers_loads_the_folder_and_computes_the_same_or_what_was_said(tmp_path, within, capsys, eps, heads):
+def test_transformers_loads_the_folder_and_computes_what_was_said(tmp_path, within, capsys, eps, heads):
     settings = dict(block_norm_eps=eps, patch_norm_eps=1e-5) | ({"num_heads": heads} if heads else {})
     model = model_of(1, **settings)
     assert convert.main([str(save(tmp_path / "a", model)), str(tmp_path / "b"), "--to", "hf"]) == 0

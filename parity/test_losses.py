@@ -99,9 +99,7 @@ def test_cross_entropy_with_weights_and_smoothing_is_torchs(weighted, smoothing,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
-    weighted, smoothing, dtype, float64, within
-):
+def test_binary_cross_entropy_is_torchs_with_the_weight_of_positives(weighted, smoothing, dtype, float64, within):
     ours, theirs = weights_of(1, dtype) if weighted else (None, None)
     torchs = torch.nn.BCEWithLogitsLoss(pos_weight=theirs, reduction="mean")
 
@@ -114,9 +112,7 @@ def test_binary_cross_entropy_is_torchs_with_logits_and_the_weight_of_positives(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_loss_of_aligned_corners_is_that_of_logits_that_torch_interpolates_so(
-    weighted, dtype, float64, within, monkeypatch
-):
+def test_a_loss_with_aligned_corners_is_that_of_torchs_interpolation(weighted, dtype, float64, within, monkeypatch):
     ours, theirs = weights_of(6, dtype) if weighted else (None, None)
     torchs = torch.nn.CrossEntropyLoss(weight=theirs, ignore_index=IGNORE)
     # In tiles of one row, if it were computed in row tiles.

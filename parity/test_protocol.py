@@ -141,7 +141,7 @@ def test_images_of_many_sizes_give_the_confusion_of_pytorch(name, num_classes, s
     np.testing.assert_array_equal(found, expected)
 
 
-def test_every_protocol_gives_the_probabilities_and_the_confusion_of_pytorch(float64, within):
+def test_every_protocol_gives_pytorchs_probabilities_and_confusion(float64, within):
     assert_protocols_equal("segformer", NUM_CLASSES, PROTOCOLS, 0, within)
 
 

@@ -161,7 +161,7 @@ def test_logits_of_the_seed_are_the_official_ones_resized_to_its_crop():
         ("hrnet_ocr_official", "ocr_distri_head.conv_bn_dropout.1.0"),
     ],
 )
-def test_running_statistics_move_by_a_tenth_towards_the_unbiased_ones_of_the_batch(name, layer):
+def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(name, layer):
     model, case = golden_model(name).train(), golden.cases(name)[0]
     norm = model.get_submodule(layer)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
@@ -346,13 +346,13 @@ def test_goldens_tell_a_misreading_that_leaves_every_shape_alone(name, misreadin
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_align_corners_is_by_default_what_the_published_cityscapes_model_has(name):
+def test_align_corners_defaults_to_the_published_cityscapes_models(name):
     """False without OCR, True with it; `the_other_align_corners` above shows that the golden tells."""
     _, settings = golden.MODELS[name]
     assert REFERENCES[name](num_classes=7, width=2).align_corners is settings["align_corners"]
 
 
-def test_resizing_twice_as_mmsegmentation_does_equals_the_original_at_multiples_of_32_only(monkeypatch):
+def test_resizing_twice_equals_the_original_only_at_multiples_of_32(monkeypatch):
     """It upsamples by the power of two first: from ceil(H / 8) to 2 * ceil(H / 8), and only then to ceil(H / 4)."""
     model = golden_model("hrnet_official")
     divisible, odd = golden.cases("hrnet_official")
@@ -371,7 +371,7 @@ def test_resizing_twice_as_mmsegmentation_does_equals_the_original_at_multiples_
 # --- object attention by other means ---------------------------------------------------------------------------------
 
 
-def test_region_is_the_mean_of_features_weighted_by_its_own_softmax_over_all_pixels():
+def test_a_region_is_the_softmax_weighted_mean_of_the_features():
     features, aux_logits = images(2, 5, 3, 4), images(2, 7, 3, 4, seed=1)
     regions = gather_regions(features, aux_logits)
     assert regions.shape == (2, 5, 7, 1)
@@ -419,7 +419,7 @@ def test_parameter_count_of_the_backbone_is_the_published_one(model, variant):
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 97), (97, 65), (40, 136), (33, 70)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_any_size_gives_branches_of_half_the_size_of_the_one_before_rounded_up(form, size):
+def test_each_branch_has_half_the_size_of_the_previous_rounded_up(form, size):
     model, settings = FORMS[form]
     model = randomise(model(**settings).double(), seed=1).eval()
     with torch.no_grad():
@@ -447,7 +447,7 @@ def test_more_than_one_module_in_stage_1_is_refused():
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_before_the_classifier_drops_whole_channels_with_probability_005():
+def test_dropout_before_the_classifier_drops_channels_at_rate_005():
     def classifier_input(**dropout) -> torch.Tensor:
         model = HRNetOCR(**NARROW, ocr_channels=200, ocr_key_channels=12, **dropout)
         randomise(model.double(), seed=4).train()
@@ -514,7 +514,7 @@ def test_every_running_statistic_shows_in_the_output_of_a_randomised_model(form,
         assert torch.equal(model(image)[0], logits)
 
 
-def test_a_wrong_relation_moves_a_randomised_model_far_beyond_float32_rounding():
+def test_a_wrong_relation_moves_outputs_far_beyond_float32_rounding():
     """In evaluation mode too, where the golden has no relation to get wrong. Measured 0.015."""
     model = randomise(HRNetOCR(**NARROW, **OCR).double(), seed=9).eval()
     image = images(2, 3, 64, 96)
@@ -550,7 +550,7 @@ def test_fresh_backbone_and_plain_head_have_the_published_spread():
     assert bias.std().item() == pytest.approx((3 * 270) ** -0.5, rel=0.1)
 
 
-def test_fresh_ocr_layers_have_the_spread_of_torch_and_the_backbone_the_published_one():
+def test_fresh_ocr_layers_have_torchs_spread_and_the_backbone_its_own():
     torch.manual_seed(0)
     model = HRNetOCR(num_classes=19, width=18, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1), ocr_channels=128)
     heads = ("conv3x3_ocr", "ocr_distri_head", "cls_head", "aux_head")

@@ -94,7 +94,7 @@ def test_gradient_of_every_parameter_equals_the_original_code():
 
 
 @pytest.mark.parametrize("update", ["update_coefficients", "update_bases"])
-def test_gradient_of_the_original_code_flows_through_the_steps_of_the_factorisation(monkeypatch, update):
+def test_the_originals_gradient_flows_through_the_factorisation(monkeypatch, update):
     """Geng et al. also propose to run the steps without gradient: outputs stay, gradients do not."""
     original = getattr(segnext, update)
     monkeypatch.setattr(segnext, update, lambda *arguments: original(*arguments).detach())
@@ -103,7 +103,7 @@ def test_gradient_of_the_original_code_flows_through_the_steps_of_the_factorisat
     assert max(gradient_errors(model).values()) > 0.1
 
 
-def test_gradient_of_the_original_code_flows_through_the_first_coefficients(monkeypatch):
+def test_the_originals_gradient_flows_through_the_first_coefficients(monkeypatch):
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: softmax(x, dim).detach())
     model = golden_model()
@@ -117,7 +117,7 @@ def test_training_forward_equals_the_original_code():
     assert error <= 1e-12
 
 
-def test_running_statistics_move_by_a_tenth_towards_the_unbiased_ones_of_the_batch():
+def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased():
     """By BatchNorm's definition: the golden's own statistics are those from before its training-mode forward."""
     case, weights = golden.cases(GOLDEN)[0], golden.weights(GOLDEN)
     model = golden_model(drop_path_rate=0.0, dropout_rate=0.0).train()
@@ -172,7 +172,7 @@ def test_bases_of_another_shape_are_refused():
             model(tensor(case.images), tensor(bases))
 
 
-def test_six_steps_in_training_and_seven_in_evaluation_differ_from_their_neighbours(monkeypatch):
+def test_six_training_and_seven_evaluation_steps_differ_from_others(monkeypatch):
     training = golden_model(drop_path_rate=0.0, dropout_rate=0.0).train()
     evaluation = golden_model()
     assert (segnext.TRAINING_STEPS, segnext.EVALUATION_STEPS) == (6, 7)
@@ -371,7 +371,7 @@ def test_dropout_before_the_classifier_drops_whole_channels():
 
 
 @pytest.mark.slow
-def test_every_parameter_and_statistic_shows_in_the_output_of_a_randomised_model():
+def test_every_parameter_and_statistic_changes_the_output():
     """Relative to the largest gradient of all; measured 4e-3 or more."""
     model = randomise(SegNeXt(**NARROW).double(), seed=5).eval()
     image, bases = images(2, 3, 64, 96), bases_for(model, 2)

@@ -206,7 +206,7 @@ def test_parameter_count_is_the_published_one(settings, count):
 
 
 @pytest.mark.parametrize("size", [(33, 64), (64, 48), (31, 31)], ids=str)
-def test_sizes_that_are_no_multiples_of_32_are_refused_here_and_in_the_package(size):
+def test_sizes_not_divisible_by_32_are_refused_as_in_the_package(size):
     with pytest.raises(ValueError, match=f"multiples of 32, got {size[0]} x {size[1]}"):
         SegFormerSimple(**NARROW)(torch.zeros(1, 3, *size))
     with pytest.raises((RuntimeError, ValueError)):
@@ -222,7 +222,7 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 
 @pytest.mark.parametrize(("patch_size", "stride"), [(7, 4), (3, 2)])
-def test_unfolded_patches_and_a_1x1_convolution_are_one_strided_convolution(patch_size, stride):
+def test_unfold_and_a_1x1_convolution_equal_a_strided_convolution(patch_size, stride):
     image, weight = images(2, 3, 16, 24), images(5, 3 * patch_size * patch_size, seed=1)
     unfolded = F.conv2d(Patches(patch_size, stride)(image), weight[:, :, None, None])
     kernel = weight.reshape(5, 3, patch_size, patch_size)
@@ -268,7 +268,7 @@ def test_every_parameter_shows_in_the_output_of_a_randomised_model():
 
 
 @pytest.mark.parametrize("num_heads", [(2, 2, 5, 8), (1, 1, 5, 8), (1, 2, 1, 8), (1, 2, 5, 4)], ids=str)
-def test_a_wrong_head_count_moves_a_randomised_model_far_beyond_float32_rounding(num_heads):
+def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads):
     image = images(2, 3, 64, 96)
     with torch.no_grad():
         right, _ = randomise(SegFormerSimple(**NARROW).double(), seed=5)(image)

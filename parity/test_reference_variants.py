@@ -139,12 +139,12 @@ def test_training_forward_equals_the_original_code(name):
     assert relative_error(logits, torch.from_numpy(case.outputs[-1])) > 1e-2
 
 
-def test_training_mode_of_the_plain_decoder_without_batchnorm_is_its_evaluation_mode():
+def test_the_plain_decoder_without_batchnorm_has_one_mode():
     assert golden_error(golden_model("segformer_jo_jstrm", drop_path_rate=0.0).train(), "segformer_jo_jstrm") <= 1e-12
 
 
 @pytest.mark.parametrize("case", golden.cases("segformer_nvlabs"), ids=["case0", "case1"])
-def test_mmseg_encoder_with_the_official_eps_gives_the_features_of_the_official_code(case):
+def test_mmseg_encoder_with_official_eps_gives_the_official_features(case):
     model = SegFormerMMSeg(**NARROW, patch_norm_eps=1e-5)
     weights = golden_weights("segformer_nvlabs")
     encoder = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
@@ -290,7 +290,7 @@ def test_the_mmseg_head_equals_its_formula(size):
 
 
 @pytest.mark.parametrize("name, norms", [("plain conv_bn", 1), ("mmseg", 5), ("mmseg style", 5), ("zuppichini", 1)])
-def test_running_statistics_move_by_a_tenth_towards_the_unbiased_ones_of_the_batch(name, norms):
+def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(name, norms):
     """By BatchNorm's definition: the goldens' own are those from before their training forward."""
     model = without_randomness(name).train()
     found = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -381,7 +381,7 @@ def test_mmseg_features_and_logits_equal_those_of_its_own_structure(sizes, size)
     assert_same_forward(ours.eval(), theirs.eval(), images(2, 3, *size))
 
 
-def test_mmseg_training_forward_and_gradients_equal_those_of_its_own_structure():
+def test_mmseg_training_outputs_and_gradients_equal_its_own_structures():
     ours, theirs = mmseg_pair(**NARROW)
     ours.train()
     theirs.train()
@@ -462,7 +462,7 @@ def test_parameter_count_of_the_plain_model_is_the_measured_one(variant, fuse, c
     assert parameter_count(model) == count
 
 
-def test_module_counts_and_figures_of_the_plain_b5_are_those_of_the_published_table():
+def test_counts_of_the_plain_b5_are_those_of_the_published_table():
     """The README's table. Its tool counts the wrappers of convolutions and Linears a second time, and no LayerNorm.
 
     Its operations are weights x output H x W for a convolution and output elements x tokens for a Linear, in 1024^3.
@@ -609,7 +609,7 @@ def test_dropout_before_the_classifier_drops_whole_channels(name, classifier):
     torch.testing.assert_close(dropped, torch.where(whole[:, :, None, None], 0.0, 2.0 * kept))
 
 
-def test_the_heads_of_zuppichinis_model_are_by_default_those_of_the_article():
+def test_zuppichinis_heads_default_to_those_of_the_article():
     with torch.device("meta"):
         model = SegFormerZuppichini(num_classes=100)
     heads = [module.num_heads for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
@@ -636,7 +636,7 @@ def test_default_rates_are_those_of_the_originals():
 
 
 @pytest.mark.parametrize("name", NARROW_MODELS)
-def test_every_parameter_and_statistic_shows_in_the_output_of_a_randomised_model(name):
+def test_every_parameter_and_statistic_changes_the_output(name):
     """Relative to the largest gradient of all; a packed in_proj is judged by its three parts.
 
     Only the keys' biases have no gradient, as softmax ignores a common shift.

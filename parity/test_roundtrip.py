@@ -126,9 +126,7 @@ def test_any_checkpoint_moves_through_all_dialects_that_can_express_it(label, tm
         ("segnext", "timm", "native, mmseg, cvpytorch, backbone"),
     ],
 )
-def test_a_dialect_that_cannot_express_a_checkpoint_is_refused_and_the_others_listed(
-    label, dialect, possible, tmp_path, capsys
-):
+def test_a_dialect_that_cannot_express_a_checkpoint_is_refused(label, dialect, possible, tmp_path, capsys):
     save_pth(tmp_path / "a.pth", original(label))
     for destination in ("b.pth", "b.safetensors"):
         assert run(tmp_path / "a.pth", tmp_path / destination, "--to", dialect) == 2
@@ -139,7 +137,7 @@ def test_a_dialect_that_cannot_express_a_checkpoint_is_refused_and_the_others_li
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_what_is_assumed_is_printed_and_what_the_target_computes_otherwise_is_noted(weights, tmp_path, capsys):
+def test_assumptions_are_printed_and_the_targets_differences_noted(weights, tmp_path, capsys):
     save_pth(tmp_path / "a.pth", weights)
     assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "hf") == 0
     said = printed(capsys)

@@ -197,7 +197,7 @@ def test_a_feed_forward_network_in_row_tiles_equals_its_layers_one_by_one(kind, 
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "several outputs"])
-def test_a_feed_forward_network_in_bfloat16_is_as_near_to_float64_as_its_layers(kind, tiles, float64, monkeypatch):
+def test_a_bfloat16_feed_forward_network_is_as_near_float64_as_its_layers(kind, tiles, float64, monkeypatch):
     network = feed_forward_of(kind, "bfloat16", channels=4, hidden=12)
     x = normal(2, 9, 8, 4, seed=23, dtype="float64").astype(jnp.bfloat16)
     run, arrays = of_arrays(network, by_rows)

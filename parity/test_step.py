@@ -126,7 +126,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("label", "name", "frozen", "clip_norm", "accumulate"), CASES)
-def test_steps_with_frozen_parts_clipping_and_micro_batches_end_where_torch_ends(
+def test_steps_with_frozen_parts_clipping_and_micro_batches_are_torchs(
     label, name, frozen, clip_norm, accumulate, float64, within
 ):
     subject = SUBJECTS[label]
@@ -173,7 +173,7 @@ def test_steps_with_frozen_parts_clipping_and_micro_batches_end_where_torch_ends
 # --------------------------------------------------------------------------------------------- the loss of OCR models
 
 
-def test_ocr_has_aligned_corners_hard_pixels_and_an_auxiliary_loss_as_published(float64, within):
+def test_ocr_has_published_corners_ohem_and_auxiliary_loss(float64, within):
     subject = SUBJECTS["ocr"]
     kinds = dict(num_classes=NUM_CLASSES, seed=4, dtype="float64")
     small = subject.fixed | dict(width=4, stage_modules=(1, 1, 1, 1), stage_blocks=(1, 1, 1, 1))

@@ -130,7 +130,7 @@ def test_published_convention_of_the_plain_segformer_is_what_hooks_hear(fuse):
     assert (ours.layers["Dropout"], ours.layers["GELU"]) == (4 * 22, 22)
 
 
-def test_published_convention_of_the_simple_segformer_is_what_hooks_hear_in_the_package():
+def test_the_simple_segformers_published_count_is_the_packages():
     size = (64, 96)
     settings = dict(dims=(8, 16, 20, 32), decoder_dim=24, num_classes=NUM_CLASSES)
     network = Segformer(heads=(1, 2, 5, 8), ff_expansion=(8, 8, 4, 4), num_layers=2, **settings).eval()

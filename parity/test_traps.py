@@ -65,7 +65,7 @@ def test_layer_norm_eps_is_the_one_of_its_place():
     assert (len(inner), len(eps) - len(inner)) == (4 + 6, 16 + 4)
 
 
-def test_layer_norm_keeps_its_digits_far_from_zero_where_the_one_pass_variance_does_not():
+def test_layer_norm_keeps_digits_far_from_zero_unlike_one_pass_variance():
     x = normal(4, 7, 9, 32, seed=2) + 100
     theirs = F.layer_norm(torch.from_numpy(x), (32,), eps=1e-5)
     ours = layers.LayerNorm(32, epsilon=1e-5, **F32)(jnp.asarray(x))
@@ -140,7 +140,7 @@ def test_a_square_linear_layer_is_transposed():
     assert differ(untransposed, theirs) > 0.1
 
 
-def test_labels_come_from_upsampled_logits_and_are_not_upsampled_themselves():
+def test_labels_come_from_upsampled_logits():
     logits = normal(2, 9, 13, 5, seed=7)
     size = (36, 52)
     upsampled = F.interpolate(verify.to_nchw(logits), size=size, mode="bilinear", align_corners=False)

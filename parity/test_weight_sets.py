@@ -130,7 +130,7 @@ def test_entries_that_are_passed_over_are_named(raw, averaged, caplog):
 
 
 @pytest.mark.parametrize("key", ["ema", "net", "state_dict"])
-def test_containers_that_are_named_any_number_of_times_are_looked_through_once(key):
+def test_containers_named_many_times_are_searched_once(key):
     nested = {"w": 1}
     for _ in range(60):
         nested = {"a": nested, "b": nested}

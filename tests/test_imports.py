@@ -1,6 +1,7 @@
-"""Who may import whom, read off the sources; and that importing segjax costs nothing it does not need."""
+"""Who may import whom and how tests are named, read off the sources; importing segjax costs nothing unneeded."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,9 @@ def test_importing_segjax_starts_no_backend_and_changes_no_setting_of_jax():
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_names_of_tests_have_at_most_70_letters():
+    sources = [path.read_text("utf-8") for name in ("tests", "parity") for path in (REPO / name).rglob("test_*.py")]
+    names = [name for source in sources for name in re.findall(r"^ *def (test_\w+)", source, re.MULTILINE)]
+    assert len(names) > 1000 and [name for name in names if len(name) > 70] == []

@@ -183,7 +183,7 @@ def test_extreme_binary_logits_neither_overflow_nor_lose_their_gradient(label, l
     np.testing.assert_array_equal(gradient, np.full(logits.shape, slope))
 
 
-def test_extreme_logits_of_many_classes_neither_overflow_nor_lose_their_gradient():
+def test_extreme_logits_neither_overflow_nor_lose_their_gradient():
     logits = jnp.array([[[[1e4, -1e4, 0.0], [1e4, -1e4, 0.0]]]])  # (1, 1, 2, 3)
     labels = jnp.array([[[0, 1]]])
     (value, _), gradient = loss_and_gradient(logits, labels, ignore_label=9)
@@ -191,7 +191,7 @@ def test_extreme_logits_of_many_classes_neither_overflow_nor_lose_their_gradient
     np.testing.assert_array_equal(gradient[0, 0], [[0, 0, 0], [1, -1, 0]])
 
 
-def test_predictions_are_the_argmax_of_upsampled_logits_not_upsampled_argmaxes():
+def test_predictions_are_the_argmax_of_upsampled_logits():
     # Second everywhere, class 2 wins halfway between a sure 0 and a sure 1.
     logits = jnp.array([[[[10.0, 0, 9], [0, 10, 9]]]])  # (1, 1, 2, 3)
     assert np.argmax(logits, -1).tolist() == [[[0, 1]]]
@@ -208,7 +208,7 @@ def test_predictions_equal_numpy_at_every_pixel(small, large, seed):
 
 
 @pytest.mark.parametrize("small, large", SIZES)
-def test_a_binary_prediction_is_a_probability_above_one_half_after_upsampling(small, large):
+def test_binary_labels_are_upsampled_probabilities_above_one_half(small, large):
     logits, _ = draw(7, small, large, classes=1)
     predicted = predictions(jnp.array(logits, jnp.float32), large)
     assert predicted.dtype == jnp.int32
@@ -651,7 +651,7 @@ def test_four_devices_give_the_loss_and_gradient_of_one(kind, float64):
 
 
 @pytest.mark.parametrize("kind, number", [("jit", 2), ("jit", 4), ("pmap", 1), ("pmap", 2), ("pmap", 4)])
-def test_hard_pixels_of_groups_and_the_mean_over_all_do_not_depend_on_devices(kind, number, float64):
+def test_ohem_groups_and_the_overall_mean_do_not_depend_on_devices(kind, number, float64):
     logits, labels = draw(20, (3, 5), (12, 20), batch=8)
     # A group with few labels, and one without.
     labels[2:4, 2:] = labels[6:] = 255
@@ -729,7 +729,7 @@ def test_in_row_tiles_loss_and_gradient_are_those_of_numpy(small, factors, ignor
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS[3]])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_in_row_tiles_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero(dtype, weights, in_row_tiles):
+def test_in_row_tiles_only_ignored_pixels_give_loss_and_gradient_zero(dtype, weights, in_row_tiles):
     logits, labels = draw(16, (3, 5), (12, 20), classes=3)
     labels[:] = 255
     loss, gradient = loss_of(build(CROSS_ENTROPY, classes=3, weights=weights), jnp.asarray(logits, dtype), labels)
@@ -737,7 +737,7 @@ def test_in_row_tiles_a_batch_of_ignored_pixels_alone_has_loss_and_gradient_zero
     assert loss == 0 and not np.asarray(gradient, np.float32).any()
 
 
-def test_in_row_tiles_extreme_logits_neither_overflow_nor_lose_their_gradient(in_row_tiles):
+def test_in_row_tiles_extreme_logits_keep_their_gradient(in_row_tiles):
     # The first image is right everywhere, the second wrong.
     logits = jnp.broadcast_to(jnp.array([1e4, -1e4, 0.0]), (2, 4, 3, 3))
     labels = np.zeros((2, 16, 12), np.uint8)
@@ -772,7 +772,7 @@ def test_in_row_tiles_narrow_logits_are_widened_before_they_are_upsampled(in_row
     np.testing.assert_array_equal(gradient, slope.astype(jnp.bfloat16))
 
 
-def test_bands_are_for_whole_factors_several_classes_and_the_fast_forms_of_a_cpu(monkeypatch):
+def test_row_tiles_need_whole_factors_several_classes_and_a_cpu(monkeypatch):
     logits, size = jnp.zeros((2, 6, 5, 3)), (24, 20)
     monkeypatch.setattr(kernels_cross_entropy, "TILE_BYTES", 1)
     assert kernels_cross_entropy.pays(logits, size)
@@ -976,7 +976,7 @@ def test_weights_by_median_frequency_are_of_the_labels_of_the_data_set():
             class_weights.class_weights("median_frequency", specs.CAMVID, wrong)
 
 
-def test_the_weight_of_a_binary_data_set_balances_it_against_the_background():
+def test_the_weight_of_a_binary_dataset_balances_the_background():
     spec = specs.DatasetSpec("cells", ("cell",), ((0, 0, 255),), 255)
     (weight,) = class_weights.class_weights("median_frequency", spec, np.array([900, 100]))
     np.testing.assert_allclose(weight, 9.0)

@@ -27,7 +27,7 @@ def evaluated(monkeypatch):
     return calls
 
 
-def test_rows_of_the_datasets_that_are_given_are_measured_once_and_failures_again(evaluated, tmp_path, capsys):
+def test_rows_of_given_datasets_are_measured_once_and_failures_again(evaluated, tmp_path, capsys):
     words = [
         "--data",
         "loveda=a",

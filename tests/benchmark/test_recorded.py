@@ -147,7 +147,7 @@ def test_the_tables_of_compiling_fit_80_columns():
     )
 
 
-def test_shapes_that_are_compiled_for_are_those_of_the_arrays_that_are_given():
+def test_compiled_shapes_are_those_of_the_given_arrays():
     _, abstract, arguments = compiling.training("segformer_b0", (1, 32, 64), "scan", SIZES | dict(depths=(1, 7, 1, 1)))
     assert "backbone.block2.0-6.mlp.fc1.kernel" in abstract[0].params
     described = [str((leaf.shape, leaf.dtype, leaf.sharding)) for leaf in leaves(abstract)]
@@ -313,7 +313,7 @@ def called(monkeypatch):
     return calls
 
 
-def test_a_seed_that_is_done_is_not_evaluated_again_unless_it_was_trained_on(called, tmp_path):
+def test_a_finished_seed_is_evaluated_again_only_after_more_training(called, tmp_path):
     run = camvid.of_seed(options(tmp_path), 3, "float32")
     assert (run["single"], run["multi"], run["step"], len(called)) == (0.5, 0.5, 5, 3)
     assert "--flip" not in called[1] and called[2][-3:] == ["--scales", "0.5", "--flip"]

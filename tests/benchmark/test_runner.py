@@ -61,7 +61,7 @@ def has_ended(number, within=10):
     return False
 
 
-def test_ctrl_c_of_a_terminal_ends_a_benchmark_and_its_contenders_with_one_line(tmp_path):
+def test_ctrl_c_ends_a_benchmark_and_its_contenders_with_one_line(tmp_path):
     process, contender = started(tmp_path)
     # A terminal sends it to every process of the group.
     os.killpg(process.pid, signal.SIGINT)

@@ -64,7 +64,7 @@ def test_metadata_keeps_channels_and_normalisation(tmp_path, suffix):
     assert rows["normalisation"] == "mean 1 2 3 4, deviation 5 6 7 8"
 
 
-def test_of_other_channels_without_normalisation_values_are_taken_as_they_are(tmp_path, caplog):
+def test_other_channels_without_normalisation_keep_their_values(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="segjax")
     np.savez(tmp_path / "w.npz", **to_torch(tiny_model(2, in_channels=2)))
     loaded = segjax.load(tmp_path / "w.npz")

@@ -69,7 +69,7 @@ def test_every_use_of_a_file_recognises_its_keys_once(use, dialect, tmp_path, ca
     assert len(calls) == 1
 
 
-def test_a_conversion_of_an_encoder_and_one_with_a_given_name_recognise_once_too(tmp_path, calls):
+def test_converting_an_encoder_or_with_a_given_name_recognises_once(tmp_path, calls):
     save_file(encoder_of(2), tmp_path / "a.safetensors")
     source, options = str(tmp_path / "a.safetensors"), ["--dialect", "backbone", "--model", "segformer_b0"]
     assert convert.main([source, str(tmp_path / "b.safetensors"), "--to", "backbone", *options]) == 0
@@ -98,7 +98,7 @@ def test_one_checkpoint_serves_several_uses(tmp_path, calls):
     assert calls == [("auto", None)]
 
 
-def test_read_as_returns_the_checkpoint_itself_unless_it_was_recognised_as_another(calls):
+def test_read_as_returns_the_checkpoint_unless_it_is_another_model(calls):
     checkpoint = Checkpoint.of(arrays_of(1))
     assert checkpoint.recognised.key_format.dialect == "native"
     assert checkpoint.read_as(family="segformer") is checkpoint
@@ -111,7 +111,7 @@ def test_read_as_returns_the_checkpoint_itself_unless_it_was_recognised_as_anoth
     assert len(calls) == 3
 
 
-def test_a_file_that_is_insisted_to_be_another_is_refused_by_its_best_guess(tmp_path):
+def test_a_file_taken_for_another_model_is_refused_by_its_best_guess(tmp_path):
     save_file(arrays_of(1), tmp_path / "a.safetensors")
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="It looks like SegFormer as native"):
@@ -184,7 +184,7 @@ def variants(key):
 
 
 @pytest.mark.parametrize("family", ["segformer", "mmseg", "plain", "hrnet", "ocr", "segnext", "simple", "zuppichini"])
-def test_the_pattern_of_a_key_map_matches_exactly_the_keys_that_its_rules_rename(family):
+def test_a_key_maps_pattern_matches_exactly_the_keys_it_renames(family):
     model = tiny_model(0, family)
     dialects = {each.dialect for each in KEY_FORMATS}
     matched = 0

@@ -285,9 +285,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_refused(web, hub, cache, monkey
         load(name)
 
 
-def test_a_redirection_is_followed_and_the_name_of_the_file_is_that_of_the_first_address(
-    web, hub, cache, monkeypatch, tmp_path
-):
+def test_a_redirection_keeps_the_file_name_of_the_first_address(web, hub, cache, monkeypatch, tmp_path):
     row = publish(UNSIGNED, web, hub, monkeypatch, tmp_path, how="moved")
     assert load(UNSIGNED).classes.name == "lip"
     assert len(web.asked) == 2 and [path.name for path in (cache / UNSIGNED).iterdir()] == [

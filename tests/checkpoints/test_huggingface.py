@@ -84,7 +84,7 @@ def same_weights(model, arrays):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_folder_of_transformers_brings_its_classes_heads_and_normalisation(tmp_path, parts, caplog):
+def test_a_transformers_folder_brings_classes_heads_and_normalisation(tmp_path, parts, caplog):
     caplog.set_level(logging.INFO, "segjax")
     arrays = arrays_of(1)
     loaded = load(write(tmp_path / "a", arrays, parts=parts, preprocessor=PREPROCESSOR))
@@ -103,7 +103,7 @@ def test_a_folder_of_transformers_brings_its_classes_heads_and_normalisation(tmp
     np.testing.assert_allclose(loaded.normalise(images), expected, atol=1e-6)
 
 
-def test_a_preprocessor_that_only_rescales_and_one_with_an_older_size_are_understood(tmp_path):
+def test_a_preprocessor_that_only_rescales_or_has_an_older_size_is_read(tmp_path):
     plain = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 128}
     loaded = load(write(tmp_path / "a", arrays_of(1), preprocessor=plain))
     assert loaded.metadata["input_size"] == [128, 128]
@@ -313,7 +313,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_a_repository_is_read_at_its_revision_with_the_files_that_are_needed_alone(hub):
+def test_only_needed_files_of_a_repository_are_read_at_its_revision(hub):
     loaded = load("hf:made/up")
     assert same_weights(loaded.model, arrays_of(1)) and loaded.classes.class_names == tuple(NAMES)
     assert loaded.metadata["provenance"]["source"] == f"hf:made/up@{FIRST}"

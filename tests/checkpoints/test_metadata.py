@@ -67,7 +67,7 @@ def refused(capsys, source):
 # ------------------------------------------------------------------------------------------------- there and carried on
 
 
-def test_what_a_folder_says_of_itself_goes_through_every_form_that_has_a_place_for_it(tmp_path, monkeypatch):
+def test_a_folders_metadata_survives_every_form_that_can_hold_it(tmp_path, monkeypatch):
     # Measured in parity/, where transformers is.
     monkeypatch.setattr(conversion, "_measure_transformers", lambda model: None)
     model = tiny_model(1, num_heads=(2, 4, 5, 8))
@@ -163,7 +163,7 @@ def test_any_other_number_of_classes_goes_by_numbers(tmp_path):
     converted(tmp_path / "b.safetensors", tmp_path / "c")
 
 
-def test_an_encoder_alone_goes_from_names_to_names_without_a_number_of_classes(tmp_path, capsys):
+def test_an_encoder_is_renamed_without_a_number_of_classes(tmp_path, capsys):
     model = tiny_model(1)
     encoder = to_torch(model, dialect="backbone")
     save_file(encoder | {"head.weight": np.ones((1000, 16), np.float32)}, tmp_path / "a.safetensors")
@@ -207,7 +207,7 @@ def test_a_record_that_is_none_or_contradicts_itself_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ trainings
 
 
-def test_a_training_tells_normalisation_crop_and_start_and_still_does_when_it_is_taken_up(tmp_path, monkeypatch):
+def test_a_run_prints_normalisation_crop_and_start_also_when_resumed(tmp_path, monkeypatch):
     cheap_step(monkeypatch)
     start = tmp_path / "start.safetensors"
     save_file(to_torch(tiny_model(3, num_classes=19)), start)

@@ -235,7 +235,7 @@ def two_saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_the_newest_checkpoint_that_is_whole_is_taken_and_damaged_ones_are_put_aside(two_saved, tmp_path, what):
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_set_aside(two_saved, tmp_path, what):
     saved, older = two_saved
     folder, said = tmp_path / "checkpoints", []
     shutil.copytree(saved, folder)
@@ -252,7 +252,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken_and_damaged_ones_are_put_a
     assert restore(folder, older)[0].step == 5
 
 
-def test_where_every_checkpoint_is_damaged_all_are_named_and_none_is_touched(two_saved, tmp_path):
+def test_if_every_checkpoint_is_damaged_all_are_named_and_kept(two_saved, tmp_path):
     saved, older = two_saved
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
@@ -498,7 +498,7 @@ def test_loading_a_whole_checkpoint_prints_nothing(harmed):
     assert harmed[1].splitlines()[0] == ""
 
 
-def test_a_damaged_checkpoint_gives_its_error_and_no_tracebacks_of_other_threads(harmed):
+def test_a_damaged_checkpoint_gives_its_error_without_threads_tracebacks(harmed):
     tracebacks = [line for line in harmed[1].splitlines() if "Traceback" in line or "never retrieved" in line]
     assert tracebacks == []
 

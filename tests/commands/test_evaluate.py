@@ -203,7 +203,7 @@ def test_a_training_that_is_not_what_it_says_is_told(workdir, tmp_path, capsys):
     assert float(printed.split("0.9000, ")[1].split(" ")[0]) == pytest.approx(0.9 - recorded["mean_iou"], rel=0.05)
 
 
-def test_its_checkpoint_is_evaluated_on_the_scenes_that_it_was_evaluated_on(workdir, tmp_path, capsys):
+def test_a_checkpoint_is_evaluated_on_the_scenes_of_its_run(workdir, tmp_path, capsys):
     output = tmp_path / "new" / "report"
     assert call("--checkpoint", workdir, "--data", "streets", "--output", output, "--batch", 4) == 0
     printed, found, recorded = capsys.readouterr().out, results(output), runs.result_of(workdir)
@@ -338,7 +338,7 @@ def test_what_is_wrong_with_the_arguments_is_said_with_status_2(arguments, capsy
     assert WRONG[arguments] in refused(capsys, *arguments)
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+def test_a_report_that_cannot_be_written_is_refused_first(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     message = refused(capsys, *OF_CHECKPOINT, "streets", "--output", tmp_path / "file" / "report")
     assert f"{tmp_path / 'file'} is a file; choose another folder" in message

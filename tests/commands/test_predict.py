@@ -120,7 +120,7 @@ def test_an_input_is_never_overwritten_and_outputs_never_become_inputs(tmp_path,
         assert below(tmp_path / "out") == ["labels/labels/x.png", "overlay/labels/x.jpg", "predict.json"]
 
 
-def test_images_of_one_name_in_a_folder_are_told_apart_by_nobody_so_they_are_refused(tmp_path, capsys):
+def test_images_of_one_name_in_a_folder_are_refused(tmp_path, capsys):
     for name in ("x.png", "x.bmp"):
         put(tmp_path / "in" / name, scene(0, 8, 9))
     assert run(tmp_path / "in", "--output", tmp_path / "out") == 2
@@ -247,7 +247,7 @@ def test_every_kind_of_output_says_what_the_model_said(checkpoint, tmp_path, cap
 
 @pytest.mark.parametrize("still", [True, False])
 @pytest.mark.parametrize("draw", [overlay.over, overlay.side_by_side])
-def test_the_legend_has_the_colours_of_the_classes_that_occur_and_of_no_others(draw, still):
+def test_the_legend_has_only_the_colours_of_classes_that_occur(draw, still):
     image, labels = np.full((60, 400, 3), 128, np.uint8), np.zeros((60, 400), np.uint8)
     labels[:, 100:] = 3
     picture = draw(image, labels, SPEC, still=still)
@@ -313,9 +313,7 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
         (("--flip", "--scales", "0.5", "2"), "an image of 20x30 that is resized to 40x60 needs"),
     ],
 )
-def test_what_does_not_fit_into_memory_is_one_message_before_anything_is_written(
-    given, words, tmp_path, capsys, monkeypatch
-):
+def test_what_exceeds_memory_is_one_message_before_writing(given, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "host", lambda: 1000)
     for seed, size in enumerate([(40, 70), (20, 30), (50, 40), (30, 30)]):
         put(tmp_path / "in" / f"{seed}.png", scene(seed, *size))
@@ -327,7 +325,7 @@ def test_what_does_not_fit_into_memory_is_one_message_before_anything_is_written
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_does_not_fit_into_memory_is_named_and_the_others_are_done(tmp_path, capsys, monkeypatch):
+def test_an_image_too_large_for_memory_is_named_and_the_others_are_done(tmp_path, capsys, monkeypatch):
     for name, size in (("a", (90, 80)), ("b", (20, 30)), ("c", (100, 80)), ("d", (20, 30))):
         put(tmp_path / "in" / f"{name}.png", scene(0, *size))
     # A label takes a byte.
@@ -626,9 +624,7 @@ def test_a_full_disk_stops_everything_and_says_how_to_go_on(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name, problem", [("labels", "labels is a file"), ("labels/sub", "sub is a file")])
-def test_a_folder_of_outputs_that_cannot_be_written_is_named_before_anything_is_computed(
-    name, problem, tmp_path, capsys, monkeypatch
-):
+def test_an_output_folder_that_cannot_be_written_is_refused_first(name, problem, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(batch_run.Predictor, "labels", lambda *_: pytest.fail("computes"))
     put(tmp_path / "in" / "a.png", scene(0, 20, 30))
     put(tmp_path / "in" / "sub" / "b.png", scene(1, 20, 30))

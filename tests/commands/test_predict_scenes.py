@@ -82,7 +82,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seed, layout", list(enumerate(LAYOUTS)))
-def test_labels_of_parts_are_those_of_the_whole_array_at_the_place_of_the_scene(seed, layout, batch, tmp_path, capfd):
+def test_labels_of_parts_are_those_of_the_whole_in_their_place(seed, layout, batch, tmp_path, capfd):
     image = scene(seed, 93 + seed, 171 - seed)
     path = put(tmp_path / "in" / "a.tif", image, **LAYOUTS[layout])
     assert run(path, "--output", tmp_path / "out", "--batch", batch, *SLIDE) == 0
@@ -197,7 +197,7 @@ def test_chips_go_through_the_model_as_a_batch_and_keep_their_places(tmp_path):
         assert file.transform == Affine.translation(40 * seed, 7)
 
 
-def test_a_scene_of_more_than_max_pixels_is_predicted_in_parts_and_refused_as_a_whole(tmp_path, capsys):
+def test_a_scene_above_max_pixels_is_predicted_only_in_parts(tmp_path, capsys):
     path = put(tmp_path / "a.tif", scene(8, 90, 130), crs="EPSG:32633", transform=NORTH_UP)
     plain = put(tmp_path / "plain.tif", scene(9, 90, 130))
     limit = ("--max-pixels", 5000)

@@ -289,7 +289,7 @@ def test_a_command_that_dies_leaves_the_old_or_the_new_result_whole(name, stage)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_dies_at_any_operation_leaves_the_old_or_the_new_result_whole(name, stage):
+def test_dying_at_any_operation_leaves_the_old_or_the_new_result_whole(name, stage):
     on, found = stage(name), []
     for moment in itertools.count():
         if on.die(moment) == 0:
@@ -301,9 +301,7 @@ def test_a_command_that_dies_at_any_operation_leaves_the_old_or_the_new_result_w
 
 @pytest.mark.parametrize("name", ["convert for orbax", "prepare a folder", "prepare archives"])
 @pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_command_that_is_killed_while_other_languages_write_leaves_the_old_or_the_new_result_whole(
-    name, kills, stage
-):
+def test_a_kill_while_native_code_writes_leaves_the_old_or_the_new_result(name, kills, stage):
     on, rng = stage(name), np.random.default_rng(0)
     most, found = on.kill(None), []
     for after in np.linspace(1, most, kills).round().astype(int):
@@ -319,7 +317,7 @@ ROOMS = [(name, room) for name, replacing in COMMANDS.items() for room in replac
 
 
 @pytest.mark.parametrize("name, room", ROOMS)
-def test_a_full_disk_is_one_message_and_leaves_the_old_result_and_nothing_else(name, room, stage):
+def test_a_full_disk_is_one_message_and_leaves_only_the_old_result(name, room, stage):
     on = stage(name)
     on.put_old()
     assert on.start(2, largest_file=room).wait() == 2, on.said()

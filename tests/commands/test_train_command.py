@@ -131,7 +131,7 @@ def test_every_setting_of_the_model_is_a_flag(recipe, argument, key, value, tmp_
     train_config.check(options.config, tmp_path)
 
 
-def test_a_setting_of_the_model_that_the_command_line_names_is_one_of_that_model():
+def test_a_model_setting_on_the_command_line_is_one_of_that_model():
     options = train.parse(["--config.model.name", "segnext_t", "--config.model.ham_rank=24"])
     assert (options.config.model.name, options.config.model.ham_rank) == ("segnext_t", 24)
 
@@ -151,7 +151,7 @@ def test_a_setting_of_the_model_that_the_command_line_names_is_one_of_that_model
         ),
     ],
 )
-def test_a_setting_of_the_model_of_another_type_is_refused_with_its_default(argument, said, tmp_path):
+def test_a_model_setting_of_another_type_is_refused_with_its_default(argument, said, tmp_path):
     options = train.parse([argument])
     with pytest.raises(train_config.RunError) as caught:
         train_config.check(options.config, tmp_path)

@@ -119,7 +119,7 @@ def complete_datasets(data: Path) -> list[Path]:
 # What is read back
 
 
-def test_png_images_and_masks_come_back_bit_for_bit_in_the_order_of_their_names(tree, data):
+def test_png_images_and_masks_come_back_bit_for_bit_in_order(tree, data):
     split = prepare(tree, data).load("train")
     np.testing.assert_array_equal(split.images, np.stack([random_image(0), random_image(1)]))
     np.testing.assert_array_equal(split.labels, np.stack([random_mask(0), random_mask(1)]))
@@ -666,7 +666,7 @@ builders.prepare("folder", source={str(tree)!r}, data_dir={str(data)!r})
     assert not list(data.rglob("*incomplete*")) and not list(data.rglob("*converting*"))
 
 
-def test_a_second_process_waits_for_the_one_that_prepares_and_says_which_it_is(tree, data):
+def test_a_second_process_waits_for_the_preparing_one_and_names_it(tree, data):
     """The first stops while it writes, the second must wait; killed, the first frees the lock by its death."""
     code = f"""
 import sys, time
@@ -746,9 +746,7 @@ def test_camvid_is_prepared_and_read_back_as_published(camvid_source, data):
 
 
 @pytest.mark.parametrize("name", ["images/train/b.png", "labels/val/a.png"])
-def test_a_file_that_changes_between_the_check_and_the_writing_is_named_and_the_next_call_reads_it_anew(
-    name, tree, data, monkeypatch
-):
+def test_a_file_that_changes_after_its_check_is_named_and_read_again(name, tree, data, monkeypatch):
     convert = masks.convert
     new = png(random_mask(9)) if "labels" in name else png(random_image(9).reshape(5, -1), color_type=2)
 

@@ -144,7 +144,7 @@ def test_the_only_split_is_divided_and_kept(splits, tmp_path, capsys):
             np.testing.assert_array_equal(opened.data[number][0], scene(names.index(name), *SIZE))
 
 
-def test_another_division_counts_from_then_on_and_the_first_one_when_it_is_asked_for_again(tmp_path):
+def test_another_division_counts_until_the_first_one_is_asked_for_again(tmp_path):
     root = make(tmp_path / "folder", NAMES[:12])
     assert prepare(root, tmp_path) == 0
     assert splits_of(root, tmp_path).keys() == {"all_images"}
@@ -253,7 +253,7 @@ def test_a_subset_without_any_mask_is_refused(tmp_path, capsys):
     assert "no image with its mask" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "data").exists()
 
 
-def test_a_subset_with_one_split_is_divided_and_refuses_to_be_divided_otherwise(tmp_path, capsys):
+def test_a_subset_with_one_split_is_divided_in_one_way_only(tmp_path, capsys):
     made = Made(tmp_path / "made", "cityscapes")
     for part in ("leftImg8bit", "gtFine"):
         shutil.rmtree(made.root / part / "val")

@@ -82,7 +82,7 @@ def prepare(root, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_every_kind_has_the_same_pixels_in_a_folder_in_prediction_and_for_other_readers(seed, tmp_path):
+def test_every_kind_of_image_has_the_same_pixels_for_all_readers(seed, tmp_path):
     files = kinds(seed)
     records = prepare(folder(tmp_path / "folder", files), tmp_path).records("train")
     assert sorted(records.names) == sorted(files)
@@ -114,7 +114,7 @@ def test_an_image_that_exif_rotates_is_upright_where_its_mask_is(kind, orientati
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_an_image_that_exif_rotates_stays_as_it_is_stored_where_its_mask_does(orientation, tmp_path):
+def test_an_image_rotated_by_exif_stays_as_stored_where_its_mask_does(orientation, tmp_path):
     image = scene(2, *SIZE)
     data = encoded(Image.fromarray(image), "PNG", exif=exif(orientation))
     records = prepare(folder(tmp_path / "folder", {"a": data}), tmp_path).records("train")

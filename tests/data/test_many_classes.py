@@ -105,7 +105,7 @@ def test_values_that_are_no_class_are_named(root, tmp_path):
 
 
 @pytest.mark.parametrize("seed, changes", [(0, {}), (2, {"cat_max_ratio": 0.6, "class_balance": 0.7})])
-def test_batches_from_memory_and_from_disk_are_the_same_and_keep_every_number(seed, changes, prepared):
+def test_batches_from_memory_and_from_disk_are_the_same(seed, changes, prepared):
     settings, key, parallel = default_config("folder").augment, jax.random.key(seed), JitParallel(jax.devices()[:1])
     settings.update(crop=(32, 40), **changes)
     pixels = np.array(prepared.pixel_counts("train"))

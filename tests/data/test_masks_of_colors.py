@@ -121,7 +121,7 @@ MEANS = {"Cityscapes": {254: 255, 253: 255}, "CamVid": {254: 1, 253: 2}}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_without_colours_masks_are_read_by_the_palette_of_a_published_dataset(name, tmp_path, capsys):
+def test_without_colours_masks_are_read_by_a_published_palette(name, tmp_path, capsys):
     names, colors = PUBLISHED[name]
     drawn = {stem: labels_of(seed, list(colors)) for seed, stem in enumerate("ab")}
     prepared = prepare(tmp_path, {stem: png(rgb_of(each, colors)) for stem, each in drawn.items()}, names=names)
@@ -269,7 +269,7 @@ def test_names_are_enough_for_masks_of_ids(tmp_path):
     assert len(set(specs.distinct_colors(5000))) == 5000
 
 
-def test_an_interrupted_preparation_knows_the_colours_of_what_it_has_checked(tmp_path):
+def test_an_interrupted_preparation_keeps_the_colours_it_has_seen(tmp_path):
     mask = StoredMask(rgb_of(labels_of(0, [0, 1]), dict(enumerate(COLORS))), None)
     colors = palettes.colors_of(mask, [])
     measured = masks.Measured(SIZE, ((3, 4), (5, 6)), ("x", None), colors, is_stored=True, rotation="either")

@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_integer_for_each_pixel_is_refused_with_its_value_and_a_remedy(tmp_path, case):
+def test_a_mask_without_an_integer_per_pixel_is_refused_with_a_remedy(tmp_path, case):
     contents, words = REFUSED[case]
     message = refused(tmp_path, contents)
     assert "TIFF or .npy masks that are not one integer from 0 to 65535 for each pixel; write the class ids" in message

@@ -34,7 +34,7 @@ def row_of(batches, steps):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("number, batch_size", [(12, 4), (7, 3), (5, 4), (10, 7), (3, 8)])
-def test_every_epoch_is_a_permutation_also_where_the_batch_does_not_divide_it(number, batch_size, seed):
+def test_every_epoch_is_a_permutation_whatever_the_batch(number, batch_size, seed):
     epochs = 6
     steps = -(-epochs * number // batch_size)
     batches = batches_of(number, batch_size, seed=seed)
@@ -113,7 +113,7 @@ def test_another_kind_of_parallelism_is_refused():
 
 
 @pytest.mark.parametrize("number, batch_size", [(8, 4), (7, 4), (3, 5), (1, 1), (5, 1)])
-def test_evaluation_sees_every_image_once_in_order_and_fills_the_last_batch(number, batch_size):
+def test_evaluation_sees_every_image_once_and_fills_the_last_batch(number, batch_size):
     split = make_split(number)
     seen = []
     for images, labels, numbers in evaluation_batches(split, batch_size=batch_size):
@@ -148,7 +148,7 @@ def test_evaluation_sees_images_at_their_own_size_and_groups_equal_ones(batch_si
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_evaluation_batches_have_images_of_one_key_and_equal_sizes_together(batch_size):
+def test_evaluation_batches_hold_images_of_one_key_and_size(batch_size):
     sizes = [(6, 9), (4, 9), (6, 9), (6, 5), (4, 7), (6, 9), (4, 9), (5, 9)]
     split, seen = make_split(8, sizes=sizes), []
     for images, labels, numbers in evaluation_batches(split, batch_size=batch_size, key=lambda size: size[1] > 5):

@@ -482,7 +482,7 @@ def test_crops_without_a_dominating_class_are_distributed_as_published(seed):
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.6, 0.9, 0.501])
-def test_a_class_dominates_from_its_ratio_on_and_ignored_pixels_do_not_count(ratio):
+def test_a_class_dominates_above_its_ratio_of_pixels_not_ignored(ratio):
     rng = np.random.default_rng(0)
     crop = (32, 50)
     dominated = jax.jit(

@@ -70,7 +70,7 @@ def refused(root: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("names, ignore", [(1, 255), (2, 255), (1, 2), (2, 254)])
-def test_masks_of_0_and_255_of_a_binary_problem_are_0_and_1_and_that_is_printed(tmp_path, capsys, names, ignore):
+def test_binary_masks_of_0_and_255_become_0_and_1_and_that_is_printed(tmp_path, capsys, names, ignore):
     root = folder(tmp_path / "x", names=names, ignore=ignore, values=[(0, 255), (0,), (0, 0, 255)])
     found = prepare(root, tmp_path)
     assert "masks of 0 and 255 are read as 0" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_masks_of_0_and_255_of_a_binary_problem_are_0_and_1_and_that_is_printed(
         assert found.pixel_counts(split) == [np.sum(np.stack(expected) == k) for k in range(2)]
 
 
-def test_masks_of_a_binary_problem_that_use_the_ignore_value_stay_as_they_are(tmp_path, capsys):
+def test_binary_masks_that_use_the_ignore_value_stay_as_they_are(tmp_path, capsys):
     found = prepare(folder(tmp_path / "x", names=2, values=[(0, 1, 255), (0, 255), (0, 1)]), tmp_path)
     assert np.unique(found.load("train").labels).tolist() == [0, 1, 255] and "0 and 255" not in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_masks_of_0_and_255_next_to_masks_of_0_and_1_are_refused_by_name(tmp_pat
         ({"absent": 3}, (0, 1, 2), ['"absent" is no list of some of "names"']),
     ],
 )
-def test_mask_values_that_contradict_classes_json_are_refused_with_the_remedy(tmp_path, settings, values, said):
+def test_mask_values_that_contradict_classes_json_are_refused(tmp_path, settings, values, said):
     report = refused(folder(tmp_path / "x", values=[values] * 3, **settings), tmp_path)
     assert [part for part in said if part not in report] == [], report
 
@@ -296,7 +296,7 @@ def test_a_gz_bomb_is_stopped_before_it_fills_the_disk(tmp_path):
 # Members of archives
 
 
-def test_two_zip_members_of_one_name_are_refused_and_the_last_of_a_tar_counts(tmp_path, capsys):
+def test_two_zip_members_of_one_name_are_refused_and_a_tars_last_counts(tmp_path, capsys):
     with pytest.warns(UserWarning), zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for content in (b"one", b"two"):
             archive.writestr("images/a.jpg", content)

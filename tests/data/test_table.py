@@ -84,7 +84,7 @@ def test_a_number_of_classes_is_a_guess_at_most_at_one_dataset():
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_generated_splits_are_those_of_the_generator_with_their_pixel_counts(seed):
+def test_generated_splits_have_the_pixel_counts_of_their_generator(seed):
     said = []
     training, evaluation = open_splits(
         "streets", ("train", "val"), num_images=(3, 2), size=(40, 64), seed=seed, say=said.append

@@ -113,7 +113,7 @@ def lowered_for(platform):
     return jax.jit(forward).lower(jnp.zeros((1, 32, 64, 3))).as_text()
 
 
-def test_the_same_export_gives_the_same_bytes_without_folders_of_this_machine(tmp_path):
+def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(tmp_path):
     programs = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -217,9 +217,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(family, arguments,
         (("--dynamic", "--with-argmax"), "limit", "give a smaller --size (with --dynamic the file takes larger images"),
     ],
 )
-def test_a_size_that_does_not_fit_into_memory_is_refused_before_anything_is_written(
-    given, of, words, tmp_path, capsys, monkeypatch
-):
+def test_a_size_too_large_for_memory_is_refused_before_writing(given, of, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, of, lambda *_, **__: 20_000)
     monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *_: pytest.fail("writes"))
     saved(tmp_path / "model", tiny_model(0))
@@ -265,7 +263,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
     assert "there is no such file" in " ".join(capsys.readouterr().err.split())
 
 
-def test_labels_are_right_where_classes_are_equal_but_for_rounding_and_nowhere_else():
+def test_labels_differ_only_where_classes_are_equal_up_to_rounding():
     logits = np.zeros((1, 1, 2, 3), np.float32)
     logits[0, 0] = [[1.0, 1.0 - 1e-6, 0.0], [0.0, 2.0, 1.5]]
     form = ExportFormat("stablehlo", (1, 2), argmax=True)

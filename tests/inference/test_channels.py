@@ -206,7 +206,7 @@ def test_scenes_of_any_bands_are_predicted_in_parts_as_as_a_whole(tmp_path, caps
     assert status == 0 and (tmp_path / "out" / "overlay" / "a.jpg").exists()
 
 
-def test_pixels_without_data_have_the_ignore_label_and_nan_there_is_the_mean(tmp_path, capsys):
+def test_pixels_without_data_are_ignored_and_their_nan_is_the_mean(tmp_path, capsys):
     of, image = saved(tmp_path / "model", 2, "float32"), array(3, (64, 96), 2, "float32")
     image[:20, :30] = np.nan
     path = put(tmp_path / "a.tif", image, nodata=np.nan)

@@ -42,7 +42,7 @@ def ious_of(truth, predicted, classes):
 
 @pytest.mark.parametrize("seed, spec", [(0, SPEC), (1, SPEC), (2, BINARY)])
 @pytest.mark.parametrize("settings", [{"batch": 3}, {"mode": "slide", "crop": (24, 32), "batch": 2}])
-def test_figures_are_those_of_each_model_and_the_images_those_that_differ_most(seed, spec, settings):
+def test_the_page_has_each_models_figures_and_the_most_differing_images(seed, spec, settings):
     opened, classes = split_of(seed, 13, (33, 41), spec), max(spec.num_classes, 2)
     models = [Pixels(spec.num_classes, seed + place) for place in (0, 5)]
     found = segjax.compare_models(*models, opened, **settings)

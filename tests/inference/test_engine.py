@@ -84,9 +84,7 @@ def test_one_row_of_windows_is_kept_at_a_time():
 @pytest.mark.parametrize(
     "width, crop, stride, widest", [(200, 16, 11, 64), (97, 16, 5, 1), (64, 16, 16, 64), (9, 9, 4, 40)]
 )
-def test_panels_cover_the_columns_once_and_have_every_crop_that_reaches_into_them(
-    width, crop, stride, widest, monkeypatch
-):
+def test_panels_cover_the_columns_once_with_every_crop_they_need(width, crop, stride, widest, monkeypatch):
     monkeypatch.setattr(sliding_window, "WIDEST", widest)
     starts, found = window_starts(width, crop, stride), sliding_window.panels(width, crop, stride)
     assert [column for panel in found for column in range(panel.left, panel.right)] == list(range(width))
@@ -148,7 +146,7 @@ def test_a_symmetric_image_has_symmetric_labels_once_mirrored():
     np.testing.assert_allclose(probabilities, probabilities[:, ::-1], rtol=1e-5)
 
 
-def test_a_model_that_takes_multiples_is_given_the_mean_colour_around_the_image():
+def test_a_model_that_takes_multiples_gets_the_mean_colour_as_padding():
     image = draw(5, 37, 50)
     inference = Inference(Blurred(3, size_multiple=32), Protocol())
     given = []
@@ -224,7 +222,7 @@ def test_a_real_model_goes_through_all_of_it():
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "slide", "crop": (16, 20)}])
-def test_an_image_that_is_too_large_once_it_is_resized_is_refused_before_it_is(mode, monkeypatch):
+def test_an_image_too_large_once_resized_is_refused_before_that(mode, monkeypatch):
     inference = Inference(Blurred(3), Protocol(scales=(1.0, 100.0), **mode))
     monkeypatch.setattr(memory, "host", lambda: 2**24)
     words = "an image of 37x50 that is resized to 3700x5000 needs 52.9 MiB, and the machine has 16.0 MiB"

@@ -51,7 +51,7 @@ def test_the_figures_are_those_of_all_pixels_counted_by_numpy(seed, number, size
     assert [entry["pixels"] for entry in found["classes"]] == counts.sum(1).tolist() and found["step"] is None
 
 
-def test_a_report_is_written_only_where_it_is_asked_for_and_nothing_is_printed(tmp_path, monkeypatch, capsys):
+def test_a_report_is_written_only_on_request_and_nothing_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     opened = split_of(1, 4, (20, 28))
     quiet = segjax.evaluate_dataset(Pixels(5), opened)
@@ -175,7 +175,7 @@ def test_a_run_whose_config_was_edited_is_refused_by_the_key(tmp_path, section, 
         segjax.evaluate_dataset(tmp_path / "run")
 
 
-def test_a_checkpoint_whose_config_lacks_its_data_is_evaluated_on_other_data(tmp_path):
+def test_a_checkpoint_without_data_in_its_config_takes_other_data(tmp_path):
     model = tiny_model(0)
     orbax_folder.save_model(tmp_path / "a", model, metadata={"config": {"augment": {}}})
     loaded = segjax.load(tmp_path / "a")
@@ -214,9 +214,7 @@ def test_two_swapped_classes_are_other_classes_and_a_synonym_is_not():
         ({"mode": "slide", "crop": (24, 32), "batch": 2}, "a batch of 2 crops of 24x32 needs"),
     ],
 )
-def test_images_that_do_not_fit_into_memory_are_refused_by_the_largest_before_any_is_evaluated(
-    settings, words, tmp_path, monkeypatch
-):
+def test_images_too_large_for_memory_are_refused_before_any_is_evaluated(settings, words, tmp_path, monkeypatch):
     opened = split_of(0, 4, (41, 50))
     opened.data.sizes[:2] = 30, 20
     # Enough for the small ones: a label takes a byte, and a score four.

@@ -107,7 +107,7 @@ def test_labels_of_a_quarter_of_the_size_are_repeated(tmp_path):
     np.testing.assert_array_equal(segjax.Predictor(path)(image), expected)
 
 
-def test_a_file_of_one_size_goes_over_larger_images_as_a_window_and_pads_smaller_ones(tmp_path):
+def test_a_file_of_one_size_slides_over_larger_images_and_pads_smaller(tmp_path):
     model = Pixels(5, 3)
     path = file_of(tmp_path / "a.stablehlo", model, size=(32, 48), batch=1)
     loaded = open_exported(path, mean=MEAN, std=STD)
@@ -263,7 +263,7 @@ def test_names_and_normalisation_of_transformers_next_to_a_file_are_read(tmp_pat
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_file_has_the_figures_of_its_model_and_a_broken_one_the_difference(seed, tmp_path, caplog):
+def test_a_file_has_its_models_figures_and_a_broken_one_the_difference(seed, tmp_path, caplog):
     model, split = Pixels(5, seed), split_of(seed, 4, (33, 50))
     reference = LoadedCheckpoint(model, SPEC, {})
     metadata = {"classes": list(SPEC.class_names), "dataset": SPEC.name, "normalisation": IMAGENET}
@@ -344,7 +344,7 @@ def call(command, *arguments):
     return command.main([str(argument) for argument in arguments])
 
 
-def test_a_file_of_the_command_is_evaluated_and_predicted_as_its_checkpoint(tmp_path, capsys, monkeypatch):
+def test_an_exported_file_is_evaluated_and_predicted_as_its_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("segjax.exports.export.checked_sizes", lambda form, multiple: [(1, form.size)])
     model = tiny_model(3, num_classes=19)

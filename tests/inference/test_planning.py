@@ -179,7 +179,7 @@ def test_a_pattern_may_match_folders_and_does_not_ask_for_hidden_files(tmp_path)
         assert (names, set(skipped)) == (wanted, passed), pattern
 
 
-def test_outputs_are_not_read_and_inputs_among_them_are_not_dropped_silently(tmp_path):
+def test_outputs_are_not_read_and_inputs_among_them_are_named(tmp_path):
     put(tmp_path / "in" / "a.png")
     put(tmp_path / "in" / "out" / "labels" / "a.png")
     names, skipped = planned(tmp_path / "in", tmp_path / "in" / "out", tmp_path / "in")

@@ -143,7 +143,7 @@ def test_one_program_is_compiled_for_each_size_or_for_each_padded_size():
 
 
 @pytest.mark.parametrize(("size", "multiple"), [((33, 50), 32), ((64, 31), 64), ((7, 9), 32), ((32, 64), 32)])
-def test_what_is_missing_to_a_multiple_is_the_image_mirrored_below_and_to_the_right(size, multiple):
+def test_padding_to_a_multiple_mirrors_the_image_below_and_right(size, multiple):
     model, predict = pixels(context=True, pad_multiple=multiple)
     image = scene(3, *size)
 
@@ -159,7 +159,7 @@ def test_what_is_missing_to_a_multiple_is_the_image_mirrored_below_and_to_the_ri
 
 
 @pytest.mark.slow
-def test_padding_by_the_mirrored_image_keeps_most_labels_of_a_trained_model(tmp_path):
+def test_reflection_padding_keeps_most_labels_of_a_trained_model(tmp_path):
     """With the default model after 300 steps, on unseen scenes of multiples of 32, where its levels fit as they are."""
     config = segformer.get_config("b0,streets")
     config.train.steps, config.eval.pictures = 300, 0
@@ -217,7 +217,7 @@ def test_windows_give_the_mean_of_all_scores_of_a_pixel(num_classes, size, batch
     np.testing.assert_array_equal(predict(image)[clear], truth[clear])
 
 
-def test_labels_of_a_sliding_window_never_hold_the_scores_of_the_whole_image(monkeypatch):
+def test_a_sliding_window_never_holds_the_scores_of_the_whole_image(monkeypatch):
     model, predict = pixels(mode="slide", crop=(16, 40), stride=(12, 30), batch=2)
     image, largest = scene(0, 400, 50), []
     original = predict._inference.row_tiles

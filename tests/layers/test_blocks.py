@@ -106,7 +106,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_outputs_gradients_statistics_and_counters_are_those_of_one_block_after_the_other(kind, execution, float64):
+def test_a_loop_over_blocks_equals_one_block_after_the_other(kind, execution, float64):
     _, ((loss, aux), gradients) = results(kind, EXECUTIONS[execution])
     _, ((expected_loss, expected_aux), expected_gradients) = results(kind, layers.PLAIN)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
@@ -155,7 +155,7 @@ def test_calls_in_a_row_draw_anew_and_in_a_loop_the_same(kind, float64):
     "family",
     ["segformer", "segnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simple", "zuppichini", "ocr"))],
 )
-def test_a_whole_model_in_training_gives_the_same_as_a_loop_that_is_computed_again(family, float64):
+def test_a_model_trains_the_same_as_with_recomputed_blocks(family, float64):
     functional, x = FunctionalModel(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
 
     def run(execution):
@@ -219,7 +219,7 @@ def test_equal_neighbours_become_one_loop_as_long_as_their_row():
     assert remats(traced("hrnet", EXECUTIONS["remat"], **hrnet)) == 3 + 5
 
 
-def test_the_settings_loop_over_long_rows_and_over_all_where_blocks_are_computed_again():
+def test_blocks_loop_over_long_rows_and_over_all_when_recomputed():
     assert BlockExecution.of(scan_blocks=False, remat=False) == layers.PLAIN
     assert BlockExecution.of(scan_blocks=False, remat=True) == EXECUTIONS["remat"]
     assert BlockExecution.of(scan_blocks=True, remat=True) == EXECUTIONS["scan, remat"]
@@ -258,7 +258,7 @@ def test_every_block_is_computed_again_in_the_backward_pass(family, blocks, grou
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_bfloat16_blocks_of_every_family_can_be_gone_through_in_every_way(family):
+def test_bfloat16_blocks_of_every_family_run_in_every_way(family):
     for execution in EXECUTIONS.values():
         found = traced(family, execution, dtype=jnp.bfloat16, **DEEP[family])
         assert bool(scans(found)) == bool(execution.scan_from) and bool(remats(found)) == execution.remat

@@ -149,7 +149,7 @@ def temporaries(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_a_row_tile_is_all_that_a_feed_forward_network_holds_of_its_widest_map(monkeypatch):
+def test_a_feed_forward_network_holds_one_row_tile_of_its_widest_map(monkeypatch):
     run, _ = feed_forward()
     x = normal(2, 64, 16, 4, seed=9)
     widest = 16 * x.nbytes

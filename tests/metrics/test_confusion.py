@@ -25,7 +25,7 @@ def by_loop(labels, predicted, classes, ignore):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("classes, ignore", [(2, 255), (5, 255), (11, 11), (19, 255), (4, 1)])
-def test_the_confusion_matrix_counts_every_pixel_once_by_truth_and_prediction(classes, ignore, seed):
+def test_the_confusion_matrix_counts_every_pixel_once(classes, ignore, seed):
     labels, predicted = draw(seed, (3, 7, 11), classes, ignore=ignore)
     counts = confusion_matrix(labels, predicted, num_classes=classes, ignore_label=ignore)
     assert counts.dtype == np.int64
@@ -58,7 +58,7 @@ def test_iou_is_intersection_over_union_and_its_mean_is_over_classes(seed):
     assert math.isclose(summary["pixel_accuracy"], (labels == predicted)[valid].mean(), rel_tol=1e-15)
 
 
-def test_a_class_in_neither_truth_nor_prediction_has_no_iou_and_no_part_in_the_mean():
+def test_a_class_in_neither_truth_nor_prediction_is_not_in_the_mean():
     # 1 is only predicted and 3 only labelled: both count as 0. 2 and 4 occur nowhere.
     labels, predicted = np.array([[0, 0, 3, 0]]), np.array([[0, 1, 0, 0]])
     summary = summarise(confusion_matrix(labels, predicted, num_classes=5, ignore_label=255))

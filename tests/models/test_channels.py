@@ -34,7 +34,7 @@ def test_only_the_first_convolution_depends_on_the_channels(family, channels):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_one_channel_with_summed_filters_sees_a_grey_image_as_rgb(family):
+def test_summed_filters_of_one_channel_see_a_grey_image_as_rgb(family):
     rgb = tiny_model(3, family)
     weights = state_dict.to_torch(rgb)
     stem = architectures.FAMILIES[architectures.family_of(rgb.spec.name)]
@@ -48,7 +48,7 @@ def test_a_model_of_one_channel_with_summed_filters_sees_a_grey_image_as_rgb(fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_other_channels_are_refused_with_the_number_that_is_wanted(family):
+def test_images_of_other_channels_are_refused_with_the_number_wanted(family):
     model = tiny_model(0, family, in_channels=4)
     assert model(images(4, family))[0].shape[-1] == 5
     with pytest.raises(ValueError, match=r"images must be \(B, H, W, 4\); got \(2, \d+, \d+, 3\)"):

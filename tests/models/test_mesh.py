@@ -58,7 +58,7 @@ def test_a_batch_sharded_over_an_explicit_mesh_goes_forward_and_back(family):
     assert all("data" not in x.sharding.spec for x in jax.tree.leaves(gradients))
 
 
-def test_explicit_axes_without_a_mesh_that_is_set_are_refused_with_the_remedy():
+def test_explicit_axes_without_a_set_mesh_are_refused_with_the_remedy():
     model = tiny_model(0)
     for axis_type, refused in ((AxisType.Explicit, True), (AxisType.Auto, False)):
         mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))

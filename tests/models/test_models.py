@@ -143,7 +143,7 @@ def test_parameter_counts_of_other_published_sizes(name, num_classes, overrides,
     assert dict(model.spec.overrides) == overrides
 
 
-def test_settings_are_those_that_create_takes_with_the_defaults_of_the_name():
+def test_settings_are_those_of_create_with_the_names_defaults():
     shared = ["in_channels", "dims", "depths", "decoder_dim", "num_heads", "mlp_ratios", "sr_ratios"]
     rates, eps = ["drop_path_rate", "dropout_rate"], ["block_norm_eps", "patch_norm_eps"]
     widths = ["in_channels", "width", "stage1_channels", "stage_modules", "stage_blocks", "align_corners"]
@@ -258,7 +258,7 @@ def test_images_of_another_rank_or_without_three_channels_are_refused(family):
 
 
 @pytest.mark.parametrize("family", ["segformer", "plain", "mmseg"])
-def test_images_too_small_for_the_spatial_reduction_are_refused_with_the_smallest_size(family):
+def test_images_too_small_for_the_reduction_name_the_smallest_size(family):
     with pytest.raises(ValueError, match="29x29"):
         outputs(family, (28, 64))
     assert outputs(family, (29, 64))[0].shape == (2, 8, 16, 5)
@@ -450,7 +450,7 @@ def differences(outputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_repeats_itself_in_evaluation_and_training_moves_its_statistics(family, float64):
+def test_evaluation_repeats_itself_and_training_moves_the_statistics(family, float64):
     # In float32 rounding looks like a difference: statistics of equal samples amplify it.
     model = tiny_model(0, family, dtype=jnp.float64, **RANDOM.get(family, ({},))[0])
     x = images(0, dtype=np.float64)
@@ -572,7 +572,7 @@ def test_evaluation_bases_are_these_numbers():
     assert np.unique(bases).size == bases.size
 
 
-def test_evaluation_takes_the_fixed_bases_whatever_the_seed_and_others_where_given():
+def test_evaluation_takes_the_fixed_bases_whatever_the_seed():
     model, x = tiny_model(0, "segnext"), images(0)
     expected = np.asarray(call(model, x))
     fixed = np.broadcast_to(segnext.evaluation_bases(32, 7), (4, 32, 7)).astype(np.float32)
@@ -635,7 +635,7 @@ def test_float64_is_float64_throughout(family, training, float64):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_bfloat16_norms_softmax_and_logits_are_float32_and_weights_keep_their_type(family):
+def test_in_bfloat16_norms_softmax_logits_and_weights_are_float32(family):
     model = abstract_family(family, dtype=jnp.bfloat16)
     assert {v.get_value().dtype for v in named_variables(model).values()} == {jnp.dtype("float32")}
     jaxpr = traced(family, training=False, dtype=jnp.bfloat16, param_dtype=jnp.float32)

@@ -39,7 +39,7 @@ def test_every_family_computes_the_same_with_prepared_weights(family, float64):
         assert float(jnp.abs(found - expected).max() / jnp.abs(expected).max()) < 1e-11
 
 
-def test_the_first_part_computes_what_depends_on_the_weights_and_does_not_grow(float64):
+def test_the_first_part_computes_only_what_depends_on_the_weights(float64):
     table = np.arange(6.0)
 
     def function(weights, x, y):

@@ -391,7 +391,7 @@ def test_least_work_is_the_formula_by_hand():
 
 
 @pytest.mark.parametrize("name", list(SMALL))
-def test_least_work_leaves_out_nothing_that_is_published_but_a_decoders_order(name):
+def test_least_work_leaves_out_only_a_published_decoders_order(name):
     published = summarise(name, (64, 96), **SMALL[name])
     least = least_work(name, (64, 96), batch=1, **SMALL[name])
     kept = sum(

@@ -232,7 +232,7 @@ def test_hrnet_has_one_rate_and_one_decay(reference):
 @pytest.mark.parametrize(
     "variant", ["segformer:b2", "segformer:plain_b0", "hrnet:w48_ocr", "segnext:s", "segformer_simple:b5"]
 )
-def test_data_without_a_published_recipe_says_so_and_has_none_of_cityscapes_values(variant, dataset):
+def test_data_without_a_recipe_says_so_and_has_no_cityscapes_values(variant, dataset):
     config = load(f"{variant},{dataset}")
     assert config.recipe.startswith("no recipe is published for ")
     assert (config.augment.crop, config.train.steps, config.optim.lr) == (None, None, None)
@@ -252,13 +252,13 @@ def test_data_without_a_published_recipe_says_so_and_has_none_of_cityscapes_valu
         "segformer_zuppichini:article,ade20k",
     ],
 )
-def test_a_recipe_of_another_size_is_not_called_published_and_expects_pretrained_weights(reference):
+def test_a_recipe_of_another_size_is_not_called_published(reference):
     config = load(reference)
     assert config.recipe.startswith("no recipe is published for ") and "; this is the one of " in config.recipe
     assert config.init.expected
 
 
-def test_the_simple_segformer_expects_pretrained_weights_where_it_has_a_recipe_for_them():
+def test_the_simple_segformer_expects_pretrained_weights_in_its_recipe():
     assert load("segformer_simple:b5,cityscapes").init.expected
 
 

@@ -91,7 +91,7 @@ def test_without_a_word_it_is_the_first_variant_on_streets(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("word", ["b9", "cityscape", "small-", "w18_ocr_", "B0"])
-def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists(name, word):
+def test_a_word_that_is_no_variant_or_dataset_is_refused_with_both_lists(name, word):
     with pytest.raises(ValueError) as caught:
         CONFIGS[name].get_config(f"{word},camvid")
     assert f"{word!r} is not a variant ({', '.join(CONFIGS[name].VARIANTS)}) or dataset (" in str(caught.value)
@@ -378,9 +378,7 @@ def test_gpus_that_a_batch_divides_among_are_named_as_a_shell_sets_them(tmp_path
         (12, 1, 12, 3, "train.batch=48, or 1 device"),
     ],
 )
-def test_groups_of_hard_pixels_that_do_not_divide_are_refused_with_what_does(
-    batch, accumulate, group, part, divide, tmp_path
-):
+def test_ohem_groups_that_do_not_divide_are_refused_with_what_does(batch, accumulate, group, part, divide, tmp_path):
     sizes = {"train.batch": batch, "train.accumulate": accumulate, "loss.ohem_images": group}
     check(changed(**sizes), tmp_path)
     with pytest.raises(RunError) as caught:

@@ -92,7 +92,7 @@ def test_a_full_disk_is_an_error_of_the_target_whatever_writes_it(replacing, kin
 
 
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
-def test_an_error_without_a_reason_is_one_of_a_full_disk_only_where_nothing_more_can_be_written(replacing, tmp_path):
+def test_an_error_without_a_reason_means_a_full_disk_only_where_it_is(replacing, tmp_path):
     def fails():
         with replacing(tmp_path / "x") as temporary:
             if replacing is atomic.replacing_folder:
@@ -155,7 +155,7 @@ DIES = """if True:
 
 
 @pytest.mark.parametrize("kind, can_exchange", [("file", True), ("folder", True), ("folder", False), ("files", True)])
-def test_a_writer_that_dies_at_any_operation_leaves_the_old_or_the_new_one_whole(kind, can_exchange, tmp_path):
+def test_a_writer_dying_at_any_operation_leaves_the_old_or_the_new_whole(kind, can_exchange, tmp_path):
     environment, pipe = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, subprocess.PIPE
     command = [sys.executable, "-c", DIES, kind, str(tmp_path), str(can_exchange)]
     found, status = set(), 99
@@ -184,7 +184,7 @@ def test_a_writer_that_dies_at_any_operation_leaves_the_old_or_the_new_one_whole
     assert found == {"old", "new"} and moment >= 5
 
 
-def test_a_folder_that_a_dead_writer_has_put_aside_is_there_for_a_writer_that_fails(tmp_path):
+def test_a_folder_put_aside_by_a_dead_writer_survives_a_failing_one(tmp_path):
     write_folder(tmp_path / "x", "old")
     (tmp_path / ".x.part2").mkdir()
     (tmp_path / "x").rename(tmp_path / ".x.part2" / "old")
@@ -244,7 +244,7 @@ def test_the_temporary_of_a_living_writer_is_left_alone(tmp_path):
     assert below(tmp_path) == {"x": "first"}
 
 
-def test_where_names_cannot_be_exchanged_a_folder_is_replaced_by_two_renames(tmp_path, monkeypatch):
+def test_without_exchange_a_folder_is_replaced_by_two_renames(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     for text in ("old", "new"):
         write_folder(tmp_path / "x", text)

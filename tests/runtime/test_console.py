@@ -119,7 +119,7 @@ def test_a_number_that_nobody_knows_and_bytes_are_counted_too(clock, monkeypatch
 
 
 @pytest.mark.parametrize("total, unit", [(40, "images"), (None, "frames"), (5 * 2**30, "B")])
-def test_on_a_terminal_there_is_one_bar_of_80_columns_and_nothing_in_the_end(total, unit, monkeypatch):
+def test_a_terminal_shows_one_bar_of_80_columns_and_clears_it(total, unit, monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
     with ProgressBar("a {strange} name", total, unit) as progress:
         for _ in range(10):
@@ -143,7 +143,7 @@ def test_lines_are_printed_above_the_bar(monkeypatch):
     assert terminal.getvalue().endswith("afterwards\n")
 
 
-def test_items_are_counted_as_the_next_is_asked_for_and_the_bar_goes_with_them(monkeypatch):
+def test_items_and_the_bar_count_as_the_next_item_is_asked_for(monkeypatch):
     terminal = both_streams(monkeypatch, Terminal())
     progress = ProgressBar("", 3, "images")
     seen = []
@@ -247,7 +247,7 @@ def test_a_bar_is_labelled_on_one_line(clock, capsys):
     assert "unpacking a\\nb\\x1b[2J 1/9 images" in capsys.readouterr().out
 
 
-def test_warnings_of_libraries_go_to_a_log_and_their_errors_to_the_terminal_too(tmp_path, capsys):
+def test_library_warnings_go_to_a_log_and_errors_to_the_terminal_too(tmp_path, capsys):
     with warnings.catch_warnings(), console.libraries_to(tmp_path / "log"):
         warnings.simplefilter("always")
         warnings.warn("a cache \x1b[2J\udc80", UserWarning, stacklevel=1)
@@ -262,7 +262,7 @@ def test_warnings_of_libraries_go_to_a_log_and_their_errors_to_the_terminal_too(
     assert capsys.readouterr() == ("", "") and not (tmp_path / "no folder").exists()
 
 
-def test_the_progress_of_a_training_moves_with_every_step_by_time_and_its_last_line_comes_once(clock, capsys):
+def test_training_progress_moves_by_time_and_its_last_line_comes_once(clock, capsys):
     Clock.now = 0.0
     with Progress(0, 4) as bar:
         meter = Meter(2)

@@ -19,7 +19,7 @@ def test_the_cpu_stays_beside_whatever_platform_is_asked_for(platforms, kept, mo
 
 
 @pytest.mark.parametrize("given, kept", [(None, 0.1), ("3", 1.0)])
-def test_programs_of_a_tenth_of_a_second_are_kept_unless_the_environment_says_otherwise(given, kept, monkeypatch):
+def test_programs_of_a_tenth_of_a_second_are_cached_by_default(given, kept, monkeypatch):
     name = "jax_persistent_cache_min_compile_time_secs"
     settings = {name: 1.0}
     monkeypatch.setattr(environment, "jax", SimpleNamespace(config=SimpleNamespace(update=settings.__setitem__)))

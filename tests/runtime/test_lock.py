@@ -77,7 +77,7 @@ def test_of_many_threads_one_at_a_time_holds_a_lock(tmp_path):
     assert most == [1] and not (tmp_path / "a" / "lock").exists()
 
 
-def test_the_end_removes_the_folders_that_were_made_unless_something_is_in_them(tmp_path):
+def test_empty_folders_that_were_made_are_removed_at_the_end(tmp_path):
     with pytest.raises(ValueError), lock.held(tmp_path / "a" / "b" / "lock", what="it", remedy=""):
         assert (tmp_path / "a" / "b").is_dir()
         raise ValueError

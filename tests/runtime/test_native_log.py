@@ -97,7 +97,7 @@ sys.exit(run_command("segjax try", fails))
     assert done.returncode == 1 and b"Traceback" in done.stderr and ALARM.splitlines()[0] in done.stderr
 
 
-def test_stderr_stays_a_terminal_and_a_second_signal_ends_the_process_without_records():
+def test_stderr_stays_a_terminal_and_a_second_signal_ends_the_process():
     ours, theirs = os.openpty()
     body = f"""
 import signal, time

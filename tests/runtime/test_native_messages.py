@@ -32,7 +32,7 @@ def test_lines_are_returned_and_others_are_passed_on(capfd):
     assert capfd.readouterr().err == "after\n"
 
 
-def test_an_error_of_the_function_is_raised_and_the_descriptor_is_as_before(capfd):
+def test_an_error_in_the_function_is_raised_and_the_descriptor_restored(capfd):
     def call():
         native("libpng error: no\n")
         raise ValueError("no")

@@ -150,7 +150,7 @@ def test_training_on_four_devices_equals_training_on_one(kind, family, float64):
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_training_of_the_comparison_moves_the_weights_by_far_more_than_they_may_differ(family, float64):
+def test_training_moves_weights_far_more_than_they_may_differ(family, float64):
     params, batch_stats = tiny_functional(parallel_of("jit", 1), family=family).arrays()
     _, state, scalars = trained("jit", 1, family)
     for before, after in ((params, state.params), (batch_stats, state.batch_stats)):
@@ -212,7 +212,7 @@ def test_pmap_is_jax_pmap_where_there_is_one_and_else_shard_map(monkeypatch):
     assert [parallel_for(kind).kind for kind in ("jit", "pmap")] == ["jit", "pmap"]
 
 
-def test_under_pmap_a_layer_that_does_not_know_its_axis_trains_to_something_else(float64, monkeypatch):
+def test_a_layer_that_ignores_pmaps_axis_trains_to_something_else(float64, monkeypatch):
     monkeypatch.setattr(segnext, "TRAINING_STEPS", 1)
     # The trap that axis_name is there for: statistics, masks and bases of each device's own part of the batch.
     expected, _ = trained_layers("jit", 1)

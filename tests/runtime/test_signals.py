@@ -74,7 +74,7 @@ def test_a_signal_ends_a_process_with_one_line_and_its_status(body, number, stat
 NATIVE = "ready()\nhashlib.pbkdf2_hmac('sha256', b'word', b'salt', 10**9)"
 
 
-def test_while_native_code_runs_the_first_signal_is_answered_within_a_second_and_the_second_ends_it():
+def test_during_native_code_one_signal_is_answered_and_a_second_ends_it():
     process = started(NATIVE)
     # From "ready" to the native code.
     time.sleep(0.5)
@@ -116,7 +116,7 @@ def test_the_import_of_a_native_module_ends_before_the_command_is_stopped():
     assert ended(started(IMPORTS), signal.SIGINT) == (130, "imported\nsegjax try: stopped\n")
 
 
-def test_a_signal_after_the_last_callback_at_exit_does_not_change_the_status():
+def test_a_signal_after_the_last_exit_callback_keeps_the_status():
     class_ = "class Late:\n    def __del__(self, kill=os.kill, own=os.getpid()):\n        kill(own, signal.SIGINT)\n"
     done = started("ready()", after=f"import builtins\n{class_}builtins.late = Late()")
     assert ended(done) == (0, "")

@@ -72,7 +72,7 @@ def built(config, workdir):
     return setup.build(config, workdir, None)
 
 
-def test_rgb_of_8_bits_is_normalised_by_imagenet_unless_it_is_to_be_measured(tmp_path):
+def test_8_bit_rgb_is_normalised_by_imagenet_unless_measured(tmp_path):
     made = folder(tmp_path / "given", 3, "uint8", suffix=".png")
     about = built(make_config(tmp_path), tmp_path / "auto")[0].metadata
     assert about["normalisation"]["mean"] == list(specs.IMAGENET_MEAN) and "image_dtype" not in about

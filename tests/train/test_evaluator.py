@@ -98,7 +98,7 @@ def test_images_too_small_for_the_model_once_they_are_scaled_are_refused(tmp_pat
         run(make_config(eval__scales=(1.0, 0.001)), tmp_path)
 
 
-def test_an_evaluation_that_does_not_fit_into_memory_is_refused_before_the_first_step(tmp_path, monkeypatch):
+def test_an_evaluation_too_large_for_memory_is_refused_before_training(tmp_path, monkeypatch):
     def step(*_):
         pytest.fail("a step was taken")
 
@@ -113,7 +113,7 @@ def test_an_evaluation_that_does_not_fit_into_memory_is_refused_before_the_first
     assert list((tmp_path / "checkpoints").iterdir()) == [] and not (tmp_path / "result.json").exists()
 
 
-def test_memory_that_runs_out_in_an_evaluation_names_the_settings_of_evaluations(tmp_path, monkeypatch):
+def test_memory_that_runs_out_in_evaluation_names_its_settings(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 

@@ -207,7 +207,7 @@ def test_a_run_says_what_it_does_in_lines_of_80_columns(finished):
         assert sum(phrase in line for line in lines) >= 1, phrase
 
 
-def test_a_second_run_elsewhere_is_the_same_bit_for_bit_and_another_seed_is_not(finished, tmp_path):
+def test_a_second_run_has_the_same_bits_and_another_seed_has_not(finished, tmp_path):
     run(make_config(), tmp_path / "again")
     again, first = result_of(tmp_path / "again"), result_of(finished[0])
     for same in ("params_sha256", "mean_iou", "per_class_iou"):
@@ -245,7 +245,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ocr", "segnext"])
-def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(family, tmp_path, monkeypatch):
+def test_a_run_of_another_family_trains_and_resumes_bit_for_bit(family, tmp_path, monkeypatch):
     seen = []
 
     def create_model(*args, original=setup.create_model, **kwargs):
@@ -286,7 +286,7 @@ def test_a_run_of_another_family_trains_goes_on_bit_for_bit_and_is_built_again(f
     assert dict(model.spec.overrides).items() >= FAMILIES[family][1].items()
 
 
-def test_a_run_that_was_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp_path, monkeypatch):
+def test_a_run_stopped_during_an_evaluation_has_saved_what_it_says(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch)
         status, printed = run(make_config(eval__every=3), tmp_path)
@@ -385,7 +385,7 @@ def loopless(tmp_path_factory):
     return changes, workdir
 
 
-def test_blocks_that_are_trained_otherwise_than_their_neighbours_are_in_no_row():
+def test_blocks_trained_unlike_their_neighbours_are_in_no_row():
     config = make_config(model__depths=(1, 9, 1, 1), train__scan_blocks=True, optim__frozen=(r"block2\.0\.attn",))
     stacks = functional_model(config, 19).stacks
     assert {key.split(".")[2] for key in stacks.members} == {"1-8"}
@@ -461,9 +461,7 @@ def test_other_settings_are_refused_by_key_and_change_nothing(finished, key, val
     assert contents(workdir) == before
 
 
-def test_a_run_of_other_data_and_settings_is_refused_with_all_of_them_and_stays_as_it_is(
-    finished, tmp_path, monkeypatch
-):
+def test_resuming_with_other_data_and_settings_is_refused_with_all(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "result.json").unlink()
@@ -664,7 +662,7 @@ def test_the_layer_where_it_began_is_named_on_request(finished, tmp_path):
 # --------------------------------------------------------------------------------------------- evaluations on the way
 
 
-def test_evaluations_on_the_way_change_neither_weights_nor_the_log_of_training(tmp_path, cheap):
+def test_evaluations_change_neither_weights_nor_the_training_log(tmp_path, cheap):
     for every in (0, 1, 3):
         run(make_config(eval__every=every, train__log_every=3), tmp_path / str(every))
     hashes = {result_of(tmp_path / str(every))["params_sha256"] for every in (0, 1, 3)}
@@ -729,7 +727,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypat
     assert result["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
 
 
-def test_an_evaluation_made_up_for_counts_though_the_run_is_torn_down_after_it(tmp_path, monkeypatch, cheap):
+def test_a_made_up_evaluation_counts_though_the_run_ends_after_it(tmp_path, monkeypatch, cheap):
     config = make_config(eval__every=2, checkpoint__every=6)
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -997,7 +995,7 @@ def test_the_word_after_the_colon_picks_variant_and_dataset_in_any_order(argumen
     check(config, Path("runs/name"))
 
 
-def test_a_word_that_is_neither_variant_nor_dataset_is_refused_with_both_lists():
+def test_a_word_that_is_no_variant_or_dataset_is_refused_with_both_lists():
     with pytest.raises(ValueError, match=r"'b9' is not a variant \(b0, .*b5\) or dataset \(streets, .*folder\)"):
         common.parse("b9,camvid", segformer.VARIANTS)
 
@@ -1076,7 +1074,7 @@ def test_ctrl_c_ends_train_py_with_130_after_saving(command_line):
     assert "Traceback" not in err and "stopping after this step and saving" in err
 
 
-def test_ctrl_c_before_the_first_step_ends_train_py_with_130_and_without_traceback(tmp_path):
+def test_ctrl_c_before_the_first_step_ends_train_py_with_130(tmp_path):
     with started(f"--workdir={tmp_path / 'run'}", "--config.data.train_images=5000") as process:
         assert any(line.startswith("drawing") for line in process.stdout)
         # Again where it was lost: code of others that is being imported may swallow the exception.

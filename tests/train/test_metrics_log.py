@@ -88,7 +88,7 @@ def test_a_log_touches_no_file_before_it_is_entered(tmp_path):
 
 
 @pytest.mark.parametrize("start", [0, 4, 8])
-def test_on_going_on_from_a_checkpoint_what_came_after_it_is_gone_and_the_rest_is_there(tmp_path, start):
+def test_resuming_drops_what_came_after_the_checkpoint_and_keeps_the_rest(tmp_path, start):
     with Log(tmp_path, 0, evaluated=False) as log:
         for cut in (4, 8):
             write(log, cut - 3, cut - 2, cut - 1, cut)
@@ -143,7 +143,7 @@ def test_two_stretches_that_begin_at_once_do_not_overwrite_one_another(tmp_path)
     assert events_of(tmp_path) == {"loss": [(step, step / 8) for step in range(1, 6)]}
 
 
-def test_a_process_that_is_not_the_one_that_writes_keeps_the_records_and_writes_nothing(tmp_path):
+def test_a_process_that_does_not_write_keeps_the_records_only(tmp_path):
     with Log(tmp_path, 0, evaluated=False, active=False) as log:
         write(log, 1)
         log.picture(1, "x", np.zeros((2, 3, 3), np.uint8), *np.zeros((2, 2, 3), np.uint8), SPEC)

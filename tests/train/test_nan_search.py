@@ -169,7 +169,7 @@ def _steep_jvp(primals, tangents):
         pytest.param("hrnet", "last_layer.3", None, marks=pytest.mark.slow),
     ],
 )
-def test_where_a_gradient_is_infinite_from_the_loss_on_the_last_layer_is_named(family, last, devices):
+def test_a_gradient_infinite_from_the_loss_on_names_the_last_layer(family, last, devices):
     found = asked(family, devices=devices, change=lambda logits: steep(jnp.sum(logits) * 1e-3))
     assert found.startswith(f"{FIRST_OF_THE_BACKWARD_PASS} {last}.")
 

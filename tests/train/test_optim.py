@@ -226,7 +226,7 @@ def test_names_are_searched_by_regular_expression_anywhere():
 @pytest.mark.parametrize(
     "setting, value", [("no_decay", "nrom"), ("lr_multipliers", (("head", 10.0), ("nrom", 2.0))), ("frozen", ("nrom",))]
 )
-def test_a_pattern_that_is_found_in_no_name_is_refused_by_setting_and_pattern(setting, value):
+def test_a_pattern_found_in_no_name_is_refused_by_setting_and_pattern(setting, value):
     settings = settings_of("adamw")
     settings[setting] = value
     message = rf"optim\.{setting}: 'nrom' is found in no parameter.*'backbone.fc.kernel' and 'decode_head.norm.bias'"
@@ -286,7 +286,7 @@ def test_multipliers_that_meet_in_a_parameter_are_multiplied():
         np.testing.assert_allclose(updates[name], -LR * factor, rtol=1e-6)
 
 
-def test_the_rates_of_a_log_are_the_base_and_one_for_every_factor_that_is_trained():
+def test_a_log_has_the_base_rate_and_one_for_every_trained_factor():
     settings = settings_of("adamw")
     settings.lr_multipliers = (("head", 10.0), (r"\.bias$", 0.25))
     rates = optim.learning_rates(settings, SHAPES, steps=STEPS)

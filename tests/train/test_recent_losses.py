@@ -22,7 +22,7 @@ def window_of(parallel, steps, *, rows=()):
 
 
 @ALL
-def test_finite_steps_are_averaged_and_the_others_are_named_with_their_images(parallel_class):
+def test_finite_steps_are_averaged_and_others_named_with_their_images(parallel_class):
     steps = [(1.0, 4.0, False), (math.nan, 1.0, False), (2.5, 0.5, False), (3.0, math.inf, False)]
     window = window_of(parallel_class(), steps, rows=[[0.5, 1.5]])
     assert window.read(9) == [

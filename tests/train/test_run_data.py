@@ -127,7 +127,7 @@ def test_a_damaged_data_json_is_named(tmp_path, text):
         contents.read_run_data(tmp_path / "data.json")
 
 
-def test_a_published_dataset_whose_files_have_changed_in_nothing_but_content_is_refused(tmp_path, monkeypatch):
+def test_a_published_dataset_with_other_content_is_refused(tmp_path, monkeypatch):
     from segjax.data import specs
 
     root = folder(tmp_path / "x")

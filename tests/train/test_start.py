@@ -145,7 +145,7 @@ def test_metadata_of_segjax_is_exact_but_for_rates(tmp_path):
     assert (found.model.num_heads, found.model.drop_path_rate) == ((1, 2, 4, 8), 0.0)
 
 
-def test_a_given_setting_that_contradicts_the_checkpoint_is_refused_with_both(tmp_path):
+def test_a_setting_that_contradicts_the_checkpoint_is_refused_with_both(tmp_path):
     path = saved(tmp_path / "a.safetensors", to_torch(odd_model("segnext"), dialect="mmseg"))
     config = config_for("segnext", path, dims=(8, 12, 20, 28), ham_rank=24)
     with pytest.raises(RunError) as caught:
@@ -259,7 +259,7 @@ def start_of(printed):
     return " ".join(line.split())
 
 
-def test_a_run_with_read_settings_resumes_without_its_checkpoint_and_is_evaluated(cheap, tmp_path, capsys):
+def test_a_run_with_read_settings_resumes_without_its_checkpoint(cheap, tmp_path, capsys):
     source = odd_model("segformer", num_classes=7)
     path = tmp_path / "odd.safetensors"
     save(source, path, dialect="hf")
@@ -328,7 +328,7 @@ def test_a_setting_that_a_recorded_config_lacks_has_its_default():
     assert "photometric" not in old["augment"] and "debug" not in old
 
 
-def test_an_older_run_without_a_setting_is_refused_where_it_is_not_the_default_now(tmp_path):
+def test_an_older_run_is_refused_where_a_new_setting_is_not_default(tmp_path):
     now = plain(make_config(augment__photometric=True))
     old = copy.deepcopy(now)
     del old["augment"]["photometric"], old["loss"]["dice"], old["model"]["drop_path_rate"]

@@ -294,7 +294,7 @@ def test_hard_pixels_of_groups_depend_on_neither_devices_nor_micro_batches(kind,
     assert changed(expected_states[0].params, expected_states[-1].params) == set(expected_states[0].params)
 
 
-def test_auxiliary_logits_have_their_own_loss_and_counts_and_the_corners_of_the_model(float64):
+def test_auxiliary_logits_have_their_own_loss_and_the_models_corners(float64):
     _, scalars = of_groups("jit", 1, 1)
     model, batch = TwoHeads(), make_batch(3)
     logits, taps = model(normalise(batch["image"]).astype(float))
@@ -338,7 +338,7 @@ def batch_norm_by_hand(model, images, momentum=0.1):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_with_batch_norm_every_micro_batch_is_normalised_by_itself_and_moves_the_statistics(seed, float64):
+def test_batch_norm_normalises_each_micro_batch_and_moves_statistics(seed, float64):
     model, batch = Net(seed, jnp.float64), make_batch(seed)
     x = np.asarray(normalise(batch["image"]).astype(float))
     found = {}
@@ -427,7 +427,7 @@ def test_the_moving_average_follows_its_recurrence(decay, kind, devices, float64
     assert changed(states[-1].ema, states[-1].params | states[-1].batch_stats) == set(average)
 
 
-def test_what_is_evaluated_is_the_average_where_there_is_one_and_training_goes_on_with_the_weights():
+def test_the_average_is_evaluated_and_training_continues_with_the_weights():
     batches = [make_batch(seed) for seed in range(3)]
     with_average, _ = run(*make_step(Net(0, jnp.float32), ema_decay=0.5), batches)
     without, _ = run(*make_step(Net(0, jnp.float32)), batches)
@@ -486,7 +486,7 @@ def test_the_schedule_does_not_advance_with_skipped_steps():
 
 
 @pytest.mark.parametrize("may_skip", [0, 1])
-def test_one_more_than_may_be_skipped_stops_the_training_with_the_state_before_it(may_skip):
+def test_too_many_skipped_steps_stop_training_with_the_state_before(may_skip):
     bad = [BAD] * (may_skip + 1)
     states, scalars = runs_through([GOOD, GOOD, *bad, GOOD, BAD, GOOD], may_skip=may_skip)
     last = 2 + may_skip

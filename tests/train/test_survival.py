@@ -178,7 +178,7 @@ def test_a_second_signal_ends_it_at_once_with_the_last_save_whole(hard_life):
         (RECORDS_ALONE, r"runs/name/(metrics\.jsonl|tensorboard): File too large\."),
     ],
 )
-def test_a_full_disk_ends_a_run_with_the_reason_and_leaves_the_last_save_whole(hard_life, room, where):
+def test_a_full_disk_ends_a_run_with_the_reason_and_a_whole_last_save(hard_life, room, where):
     _, stages = hard_life
     stage, before = stages[room], stages["told twice"].checkpoints
     assert stage.status == 2 and stage.checkpoints[-1] >= before[-1]
@@ -212,7 +212,7 @@ def test_what_finds_no_room_after_the_training_costs_nothing_of_it(train, alone,
 
 
 @pytest.mark.slow
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_bits(train, alone, tmp_path):
+def test_a_damaged_newest_checkpoint_leads_to_the_same_bits_from_an_older(train, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(alone[0], workdir)
     (workdir / "result.json").unlink()

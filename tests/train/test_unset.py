@@ -73,7 +73,7 @@ def test_val_is_evaluated_or_else_test(labelled, train_split, expected):
     assert unset.evaluated_split(labelled, data_of(train_split)) == expected
 
 
-def test_data_without_a_split_to_evaluate_is_refused_with_the_splits_there_are():
+def test_data_without_a_split_to_evaluate_is_refused_with_its_splits():
     with pytest.raises(RunError, match=r"the splits with labels are extra, train\..*--config.data.eval_split=train"):
         unset.evaluated_split(("train", "extra"), data_of("train"))
 

@@ -42,7 +42,7 @@ def test_a_part_of_an_image_has_the_box_and_its_surroundings():
     assert audit.part_around((0, 300, 200, 100), (400, 500)) == (slice(200, 400), slice(0, 300))
 
 
-def test_pictures_are_in_the_colours_of_the_classes_with_the_outline_of_the_region(folder):
+def test_pictures_have_class_colours_and_the_outline_of_the_region(folder):
     entries = page_data(folder)["regions"]
     assert len(entries) == 3
     for entry, shown in zip(entries, SHOWN, strict=True):

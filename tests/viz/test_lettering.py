@@ -86,7 +86,7 @@ def test_every_text_of_a_figure_is_drawn_as_it_is_in_a_font_that_has_it(tmp_path
 
 
 @pytest.mark.usefixtures("only_matplotlibs_fonts")
-def test_a_name_whose_letters_no_font_has_is_its_number_and_one_that_a_font_has_stays():
+def test_a_name_without_a_font_becomes_its_number_and_others_stay():
     assert not FT2Font(str(FONTS / "DejaVuSans.ttf")).get_char_index(ord(RARE))
     assert lettering.class_names(make_spec(["road", "道路", RARE, ""])) == ["road", "class 1", RARE, "class 3"]
     assert lettering.font_of(RARE) == ITS_FONT and lettering.font_of("road").name == "DejaVuSans.ttf"

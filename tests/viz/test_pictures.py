@@ -24,7 +24,7 @@ def test_every_class_has_its_colour_and_what_is_ignored_is_black(seed):
         assert tuple(colours[position]) == ((0, 0, 0) if label == 255 else spec.colors[label])
 
 
-def test_of_a_binary_model_the_background_is_not_in_the_colour_of_the_class():
+def test_the_background_of_a_binary_model_keeps_its_own_colour():
     spec = make_spec(1)
     colours = pictures.colourise(np.array([[0, 1, 255]], np.uint8), spec)
     assert tuple(colours[0, 1]) == spec.colors[0]

@@ -213,7 +213,7 @@ def test_a_report_that_is_torn_down_leaves_the_older_page_whole(tmp_path, monkey
     assert (tmp_path / "index.html").read_bytes() == before
 
 
-def test_a_report_that_cannot_be_written_whole_leaves_every_file_of_the_older_one(tmp_path, monkeypatch):
+def test_a_report_cut_off_leaves_every_file_of_the_older_one(tmp_path, monkeypatch):
     arguments = dict(facts={}, metadata={})
     report.write(tmp_path, CONFUSION, SPEC, SHOWN[:1], title="first", **arguments)
     before = contents(tmp_path)
@@ -385,7 +385,7 @@ def test_a_column_is_sorted_either_way_and_what_has_no_figure_comes_last(visited
     assert sorted(visited["sorted_names"]) == sorted(NAMES) and visited["sorted_names"] != list(NAMES)
 
 
-def test_the_matrix_has_a_cell_for_every_pair_that_occurs_and_names_the_worst(visited):
+def test_the_matrix_has_a_cell_for_every_pair_and_names_the_worst(visited):
     assert visited["cells"] == np.count_nonzero(CONFUSION)
     wrong = CONFUSION - np.diag(np.diag(CONFUSION))
     truth, guess = np.unravel_index(wrong.argmax(), wrong.shape)
@@ -419,7 +419,7 @@ def test_a_picture_compares_any_two_of_image_truth_and_prediction(visited):
     assert visited["layers"] == 4 and visited["loaded"] and visited["wide"] == 0
 
 
-def test_the_filter_shows_the_images_with_a_class_and_how_well_it_is_found_there(visited):
+def test_the_filter_shows_the_images_of_a_class_with_its_iou(visited):
     assert visited["options"] == ["any", "road (3)", "</script><b>sky (3)", 'a "quoted" & car (2)']
     assert len(visited["unfiltered"]) == 3 and visited["again"] == visited["unfiltered"]
     ious = [metrics.summarise(count(shown))["per_class_iou"][3] for shown in SHOWN[:2]]

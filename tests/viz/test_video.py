@@ -376,7 +376,7 @@ def test_repeated_times_are_moved_as_little_as_h264_needs(times, tmp_path):
         ([0, 40, 40, 80, 20, 60, 200], [0, 40, 41, 80, 81, 121, 200]),
     ],
 )
-def test_backward_times_go_on_from_the_last_one_until_the_source_is_ahead_again(times, expected, tmp_path):
+def test_backward_times_continue_until_the_source_is_ahead_again(times, expected, tmp_path):
     header = video.Header(len(times), Fraction(25), Fraction(1, 1000), False)
     frames = moving(len(times), 64, 96)
     with video.writer(tmp_path / "clip.mp4", header) as writer:
@@ -469,7 +469,7 @@ def stop_after(monkeypatch, number):
     monkeypatch.setattr(Run, "_predicted", predicted)
 
 
-def test_a_video_at_an_address_keeps_frames_and_times_and_its_password_is_not_printed(tmp_path, capsys, served):
+def test_a_video_at_an_address_keeps_its_times_and_hides_its_password(tmp_path, capsys, served):
     times = [0, 10, 55, 300, 310, 900]
     frames = moving(6, 64, 96)
     source = film(tmp_path / "clip.mkv", frames, times=times, time_base=Fraction(1, 1000))
@@ -509,7 +509,7 @@ def test_ctrl_c_in_a_video_with_an_end_leaves_nothing_of_it(tmp_path, monkeypatc
     assert not (tmp_path / "out" / "overlay" / "clip.mp4").exists() and not list(tmp_path.rglob(".*part*"))
 
 
-def test_a_stream_that_stops_sending_is_written_up_to_there_and_named_again(tmp_path, capsys, served, monkeypatch):
+def test_a_stream_that_stops_is_written_up_to_there_and_named_again(tmp_path, capsys, served, monkeypatch):
     monkeypatch.setattr(video, "PATIENCE", 0.5)
     gone = threading.Event()
     address = served(content=endless(12), more=lambda: gone.wait(20) or b"")

@@ -147,7 +147,7 @@ def test_crowds_are_counted_and_masks_that_are_all_crowds_have_a_hint(tmp_path, 
     assert "crowds, which become the ignore value: 2\n" in said and "set their iscrowd to 0" in said
 
 
-def test_classes_are_known_by_their_names_whatever_ids_each_file_gives_them(tmp_path, capsys):
+def test_classes_are_matched_by_name_whatever_ids_each_file_has(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     # Cat is 3 and dog is 7 here, and there is a second cat, as Roboflow has it.
     others = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}, {"id": 1, "name": "cow"}]
@@ -194,7 +194,7 @@ def test_images_of_lvis_are_found_by_the_ends_of_their_addresses(tmp_path, capsy
 
 
 @pytest.mark.parametrize("given", [[], [[]], [[1, 1, 2, 2]], None])
-def test_an_object_without_an_outline_that_can_be_drawn_is_ignored_in_its_box(tmp_path, capsys, given):
+def test_the_box_of_an_object_without_a_valid_outline_is_ignored(tmp_path, capsys, given):
     content = changed("annotations", 0, segmentation=given, bbox=[1, 1, 1, 2])
     said = imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
     assert "their boxes become the ignore value: 1" in " ".join(said.split())
@@ -288,7 +288,7 @@ def test_images_of_one_name_are_those_of_the_split_and_others_are_counted(tmp_pa
     assert "images that no JSON file lists: 2 more/a.png more/b.png" in " ".join(said.split())
 
 
-def test_names_that_are_paths_on_this_machine_are_found_inside_the_source_only(tmp_path, capsys):
+def test_absolute_paths_are_found_only_inside_the_source(tmp_path, capsys):
     content = instances()
     content["images"][0]["file_name"] = str(tmp_path / "x/train2017/a.png")
     content["images"][1]["file_name"] = str(tmp_path / "b.png")
@@ -332,7 +332,7 @@ def test_a_json_file_is_a_source_too(tmp_path, capsys):
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), EXPECTED)
 
 
-def test_names_that_would_be_one_file_or_hidden_or_odd_are_changed_and_named(tmp_path, capsys):
+def test_names_that_collide_or_are_hidden_or_odd_are_changed_and_named(tmp_path, capsys):
     names = ["x/1.png", "y/1.png", "x_1.png", "X_1.PNG", ".a.png", "ä\nb.png", "t" * 230 + ".png", "..\\windows.png"]
     images = [{"id": k, "file_name": name, "height": 4, "width": 6} for k, name in enumerate(names)]
     source = source_of(tmp_path / "x", instances(images=images, annotations=[]), images=())
@@ -466,7 +466,7 @@ def test_an_image_that_exif_turns_is_written_as_its_annotations_have_it(tmp_path
     np.testing.assert_array_equal(written, stored if height == 6 else np.rot90(stored, -1))
 
 
-def test_an_image_that_exif_turns_by_half_is_skipped_since_its_size_does_not_tell(tmp_path, capsys):
+def test_an_image_that_exif_turns_by_half_is_skipped(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write(source / "train2017/a.png", turned(4, 6, orientation=3))
     said = imported("coco", source, tmp_path / "out", capsys)

@@ -137,7 +137,7 @@ def test_a_bitmap_lies_at_its_corner_and_is_cut_at_the_border():
         (Bitmap(png(np.zeros((2, 2), np.uint8)), 0, 0), rasterise.NO_PIXEL),
     ],
 )
-def test_a_shape_that_is_damaged_or_has_no_pixel_is_named_and_nothing_is_drawn(shape, reason):
+def test_a_damaged_or_empty_shape_is_named_and_not_drawn(shape, reason):
     found = of(shape)
     assert found.skipped == [(reason, "here")]
     assert not found.labels.any() and not found.objects

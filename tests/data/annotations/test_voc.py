@@ -147,7 +147,7 @@ def made_png(rows, width, depth) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_masks_of_few_bits_whose_values_decoders_stretch_are_not_taken_for_ignored_pixels(tmp_path, capsys, depth):
+def test_masks_of_few_bits_are_not_stretched_to_ignored_pixels(tmp_path, capsys, depth):
     mask = mask_of([0, 2**depth - 1])
     source = source_of(tmp_path / "x", {"a": mask}, encode=lambda mask: grey_of_bits(mask, depth))
     assert "of fewer than 8 bits" in refused("voc", source, tmp_path / "out", capsys)

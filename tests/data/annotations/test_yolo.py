@@ -72,7 +72,7 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, yaml, images, labe
     assert (tmp_path / "out/images/train/b.png").exists() == ("two" in yaml)
 
 
-def test_a_yaml_file_is_a_source_too_and_shares_belong_to_the_image_as_exif_turns_it(tmp_path, capsys):
+def test_shares_of_a_yaml_source_belong_to_the_image_that_exif_turns(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write(source / "other.yaml", b"names: [x]")
     (source / "images/train/a.png").unlink()
