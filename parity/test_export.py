@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -196,7 +195,7 @@ def test_an_opset_that_cannot_be_is_refused_with_those_that_can(tmp_path, capsys
 def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer", num_classes=19), metadata={})
     assert run(tmp_path / "a", tmp_path / "a.onnx", "--format", "onnx", "--size", 64, 96) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    session = runtimes.import_onnxruntime().InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert said["classes"] == list(specs.CITYSCAPES.class_names)
     assert said["colors"][0] == [128, 64, 128] and said["ignore_label"] == 255
@@ -209,7 +208,7 @@ def test_an_onnx_file_says_what_its_labels_mean(tmp_path):
 @pytest.mark.slow
 def test_sides_left_open_have_names_in_onnx(tmp_path):
     onnx_export.write_onnx(tmp_path / "a.onnx", tiny("segformer"), ExportFormat("onnx", (64, 96), dynamic=True), {})
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    session = runtimes.import_onnxruntime().InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
 
 

@@ -1,7 +1,11 @@
 """Files of other exporters, run by onnxruntime, OpenVINO, PyTorch and LiteRT: their labels are those of NumPy."""
 
+import os
 import subprocess
 import sys
+import textwrap
+import zipfile
+from pathlib import Path
 
 import flatbuffers
 import numpy as np
@@ -19,6 +23,7 @@ from segjax.inference.runtimes import import_openvino
 from tests.pixels import Pixels, scene
 from tests.tiny import tiny_model
 
+REPO = Path(__file__).parents[1]
 MEAN, STD = specs.IMAGENET_MEAN, specs.IMAGENET_STD
 
 
@@ -158,6 +163,39 @@ def test_integers_that_stand_for_real_numbers_are_scaled(tmp_path):
     # Rounding of halves may go either way.
     assert np.abs(found[0] - scores).max() < 0.081 and np.abs(found[0] - scores).mean() < 0.002
     assert np.abs(scores).max() > 1
+
+
+def test_onnxruntime_reports_nothing_to_its_maker(tmp_path):
+    code = """
+        import os, sys
+        from segjax.inference.runtimes import open_onnx
+        open_onnx(sys.argv[1])
+        print(os.environ["ORT_DISABLE_TELEMETRY"])
+    """
+    path, scratch = write_onnx(tmp_path / "a.onnx", Pixels(4)), tmp_path / "scratch"
+    scratch.mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch), "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", textwrap.dedent(code), path]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    # Its telemetry keeps the file .ses there.
+    assert printed == "1\n" and list(scratch.iterdir()) == []
+
+
+def test_a_damaged_pt2_is_named_without_pytorchs_log(tmp_path, capfd):
+    path = write_torch(tmp_path / "a.pt2", Pixels(4))
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda member: member.file_size)
+    for at in (member.header_offset + 200, len(content) // 2):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"a\.pt2: is damaged: the CRC of .* differs"):
+            open_exported(path, mean=MEAN, std=STD)
+    path.write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt2: torch cannot read it as torch\.export \(File is not a zip file\)"
+    ):
+        open_exported(path, mean=MEAN, std=STD)
+    assert capfd.readouterr().err == ""
 
 
 def test_entries_of_others_in_an_onnx_file_are_no_metadata_of_segjax(tmp_path):

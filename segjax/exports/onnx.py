@@ -11,23 +11,24 @@ import torch
 from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.exports import torch_program
 from segjax.exports.format import OPSETS, ExportFormat
+from segjax.inference.runtimes import import_onnxruntime, quiet_torch
 from segjax.models.segmentation_model import SegmentationModel
 
 
 def require_onnx() -> None:
     """Raises ModuleNotFoundError if a package to write ONNX files and to run them is missing."""
     import onnx
-    import onnxruntime
     import onnxscript
 
-    del onnx, onnxruntime, onnxscript
+    import_onnxruntime()
+    del onnx, onnxscript
 
 
 def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
     """Writes one file with its weights. Each entry of `metadata` becomes JSON in the file's own metadata."""
     import onnx
 
-    with torch_program.quiet():
+    with quiet_torch():
         program = torch.onnx.export(
             torch_program.traced(model, export_format),
             input_names=["images"],

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segjax.exports.format import LEAST, ExportFormat
-from segjax.inference.runtimes import ABOUT
+from segjax.inference.runtimes import ABOUT, quiet_torch
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.segnext import SegNeXt, evaluation_bases
 from segjax.torch_reference.verify import reference_for
@@ -78,29 +74,13 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
         open_sizes = {0: torch.export.Dim("batch")} | {
             axis: side if multiple == 1 else multiple * side for axis, side in zip(axes, sides, strict=True)
         }
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet_torch():
         program = torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
     for graph_module in program.graph_module.modules():
         for node in getattr(getattr(graph_module, "graph", None), "nodes", ()):
             # Stack traces contain folders of this machine, and would be written with each operation.
             node.meta.pop("stack_trace", None)
     return program
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses warnings and log messages of PyTorch's exporters."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -111,5 +91,5 @@ def write_torch(path: Path, model: SegmentationModel, export_format: ExportForma
 
     It is not TorchScript, which is deprecated and checks no shapes.
     """
-    with quiet():
+    with quiet_torch():
         torch.export.save(traced(model, export_format), path, extra_files={ABOUT: json.dumps(metadata)})

@@ -11,9 +11,9 @@ import numpy as np
 
 from segjax.data import specs
 from segjax.data.augment import normalise
-from segjax.inference.runtimes import Runnable, first_line
+from segjax.inference.runtimes import Runnable
 from segjax.models.segmentation_model import ModelSpec
-from segjax.runtime import memory
+from segjax.runtime import memory, reading
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ class ExportedModel:
                 raise
             raise ValueError(
                 f"{self.path.name} does not run in {self.runnable.package} on images {given.shape} of {given.dtype} "
-                f"({first_line(error)})"
+                f"({reading.stated(error)})"
             ) from error
 
     def _labels(self, output: np.ndarray) -> np.ndarray:

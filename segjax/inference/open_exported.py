@@ -24,7 +24,7 @@ from segjax.checkpoints.metadata import Colour, Deviation, Mean
 from segjax.checkpoints.state_dict import logger
 from segjax.inference.engine import Protocol
 from segjax.inference.exported_model import ExportedModel
-from segjax.inference.runtimes import SUFFIXES, Runnable, exported_path, metadata_path, open_file
+from segjax.inference.runtimes import SUFFIXES, Runnable, exported_path, metadata_path, open_file, sha256_of
 from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
 
@@ -65,6 +65,7 @@ class _About(TypedDict):
     output: NotRequired[Literal["logits", "probabilities", "labels"]]
     threshold: NotRequired[Annotated[float, Field(gt=0, lt=1)]]
     evaluated: NotRequired[Evaluated]
+    sha256: NotRequired[str]
 
 
 def opened(
@@ -127,9 +128,10 @@ def open_exported(
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file")
     reference = None if reference is None else opened(reference)
-    runnable = open_file(path)
     try:
-        about = _about(path, runnable)
+        beside = _beside(path)
+        runnable = open_file(path)
+        about = _about(path, runnable, beside)
         known = _known(path, about, reference)
     except UnreadableError as error:
         raise CheckpointError(str(error)) from None
@@ -146,15 +148,33 @@ def open_exported(
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def _about(path: Path, runnable: Runnable) -> dict[str, Any]:
-    """The metadata in a file, or in the file next to it, which has precedence."""
-    place, beside = path, metadata_path(path)
-    about: dict[str, Any] = {}
-    if "segjax_version" in runnable.metadata:
-        # Files of other packages may have entries of the same names.
-        about = dict(runnable.metadata)
-    if beside.exists():
-        place, about = beside, about | read_json(beside)
+def _beside(path: Path) -> dict[str, Any]:
+    """The metadata next to a file; {} if there are none.
+
+    Raises:
+      CheckpointError: They are of another file, as their hash shows.
+      UnreadableError: They are damaged.
+    """
+    place = metadata_path(path)
+    if not place.exists():
+        return {}
+    content = read_json(place)
+    refuse_newer(content, place)
+    checked(content, _About, name=place)
+    if "sha256" in content and content["sha256"] != sha256_of(path):
+        raise CheckpointError(
+            f"{path}: is not the file that {place.name} describes, by its SHA-256: one of the two is damaged or was "
+            "replaced; export the model again, or copy both files again"
+        )
+    return content
+
+
+def _about(path: Path, runnable: Runnable, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata in a file and those next to it, which have precedence."""
+    # Files of other packages may have entries of the same names.
+    about = dict(runnable.metadata) if "segjax_version" in runnable.metadata else {}
+    about |= beside
+    place = metadata_path(path) if beside else path
     refuse_newer(about, place)
     checked(about, _About, name=place)
     if "normalisation" in about:
@@ -281,7 +301,7 @@ def _model(
             size_multiple=multiple,
         )
         try:
-            found.append((model, _trial(model)))
+            found.append((model, _trial(model, _counts(about, reference))))
         except (CheckpointError, ValueError) as error:
             problems.append(str(error))
     if not found:
@@ -318,8 +338,17 @@ def _shown(shape: Iterable[int | None]) -> str:
     return f"({', '.join('any' if side is None else str(side) for side in shape)})"
 
 
-def _trial(model: ExportedModel) -> _Trial:
-    """Runs the file once, on noise."""
+def _counts(about: Mapping[str, Any], reference: Loaded | None) -> set[int]:
+    """Numbers of classes that a file may have; empty if nothing names them."""
+    if reference is not None:
+        return {reference.model.spec.num_classes}
+    names = about.get("classes", ())
+    # Of two names, the first may be that of the background of a model of one class.
+    return {1, 2} if len(names) == 2 else {len(names)} - {0}
+
+
+def _trial(model: ExportedModel, counts: set[int]) -> _Trial:
+    """Runs the file once, on noise. `counts` decide which axis has the classes where the shape leaves it open."""
     size = model.size or _TRIAL
     noise = np.random.default_rng(0).integers(0, 256, (1, *size, model.in_channels), dtype=np.uint8)
     given, padded = model.input_of(noise)
@@ -343,6 +372,8 @@ def _trial(model: ExportedModel) -> _Trial:
         raise CheckpointError(
             f"{model.path.name} gives {shape} for images of {padded[0]}x{padded[1]}: no map of scores"
         )
+    if fits[True] and fits[False] and counts:
+        fits = {last: values.shape[3 if last else 1] in counts for last in (True, False)}
     scores_last = fits[True] if fits[True] != fits[False] else model.channels_last
     return _Trial(name, values, "logits", scores_last)
 

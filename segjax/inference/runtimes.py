@@ -6,11 +6,17 @@ something else; StableHLO runs on the devices of jax. A file is a program: open 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -75,16 +81,20 @@ def open_file(path: Path) -> Runnable:
         # Every package has errors of its own.
         if memory.is_exhausted(error):
             raise
-        raise CheckpointError(f"{path}: {form.package} cannot read it as {form.name} ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise CheckpointError(
+            f"{path}: {form.package} cannot read it as {form.name} ({reading.stated(error)})"
+        ) from None
 
 
 def metadata_path(path: Path) -> Path:
     """The path of metadata next to a file, of formats that cannot contain it."""
     return path.with_name(f"{path.name}.json")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits."""
+    with reading.open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _only_input(inputs: Sequence[Any], path: Path) -> Any:
@@ -116,9 +126,17 @@ def _version(package: str) -> str:
 _OF_ONNX = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
-def open_onnx(path: Path) -> Runnable:
-    import onnxruntime
+def import_onnxruntime() -> ModuleType:
+    """The module onnxruntime, which reports nothing over the network.
 
+    From 1.29 on, those for Linux and macOS report each session to Microsoft, with name and hash of the model.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("onnxruntime")
+
+
+def open_onnx(path: Path) -> Runnable:
+    onnxruntime = import_onnxruntime()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = _only_input(session.get_inputs(), path)
     names = [output.name for output in session.get_outputs()]
@@ -194,11 +212,31 @@ def open_stablehlo(path: Path) -> Runnable:
     return Runnable(outputs, shape, np.dtype(images.dtype), {}, _version("jax"))
 
 
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Suppresses warnings and log messages of PyTorch's exporters, which include tracebacks."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def open_torch(path: Path) -> Runnable:
     import torch
 
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise CheckpointError(f"{path}: is damaged: the CRC of {damaged} differs")
     extra: dict[str, Any] = {ABOUT: ""}
-    program = torch.export.load(path, extra_files=extra)
+    with quiet_torch():
+        program = torch.export.load(path, extra_files=extra)
     nodes = {node.name: node for node in program.graph.nodes}
     images = nodes[_only_input(list(program.graph_signature.user_inputs), path)].meta["val"]
     module = program.module()

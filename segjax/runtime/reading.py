@@ -53,7 +53,7 @@ def stated(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    first = next(iter(str(error).splitlines()), "")
+    first = next(filter(None, map(str.strip, str(error).splitlines())), "")
     if not first or isinstance(error, _PYTHONS_OWN) or _OF_VALUES.search(first):
         return "a value in it does not fit"
     return first

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
+import segjax
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.errors import CheckpointError
 from segjax.commands import export as command
 from segjax.data import specs
 from segjax.exports import export, stablehlo
@@ -174,6 +176,26 @@ def test_what_labels_mean_stands_beside_the_file(tmp_path):
     assert about["classes"] == ["floor", "wall", "door"] and about["colors"][2] == [7, 8, 9]
     assert about["dataset"] == "rooms" and about["normalisation"]["mean"] == [123.675, 116.28, 103.53]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_bit_that_differs_in_a_stablehlo_file_is_found_before_it_runs(seed, tmp_path):
+    path = tmp_path / "a.stablehlo"
+    export.export_model(tiny_model(seed), path, size=(32, 64))
+    content = bytearray(path.read_bytes())
+    assert segjax.open_exported(path).model.size == (32, 64)
+    for at in np.random.default_rng(seed).integers(0, len(content), 5).tolist():
+        content[at] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"a\.stablehlo: is not the file that a\.stablehlo\.json describes"):
+            segjax.open_exported(path)
+        content[at] ^= 4
+    # Metadata of another export.
+    path.write_bytes(content)
+    export.export_model(tiny_model(seed), tmp_path / "b.stablehlo", size=(40, 64))
+    (tmp_path / "b.stablehlo.json").replace(tmp_path / "a.stablehlo.json")
+    with pytest.raises(CheckpointError, match="one of the two is damaged or was replaced"):
+        segjax.open_exported(path)
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, monkeypatch):

@@ -41,6 +41,7 @@ PYTHONS_WORDS = re.compile(
 )
 # A config file is Python of its owner, whose errors are told in Python's words, by file and line.
 OWN_CODE = re.compile(r"mine\.py:\d+: .*")
+CACHE = "torchinductor_"  # of PyTorch, for all programs of a user
 LEFT_BEHIND = re.compile(r"\.part\d|\.converting-|incomplete\.|\.orbax-checkpoint-tmp")
 # Imported before the first fork, so that no trial waits for it. None of them starts a backend of JAX.
 HEAVY = (
@@ -190,7 +191,8 @@ def _left(work: Path, folder: Path, before: dict, outputs: tuple[str, ...], stat
     own = {path for path in after if path.relative_to(folder).parts[0] in outputs}
     left = [path for path in after.keys() - before.keys() if path not in own or LEFT_BEHIND.search(str(path))]
     left += [path for path in before.keys() - own if after.get(path) != before[path]]
-    return [str(path.relative_to(folder)) for path in left] + [f"tmp/{p.name}" for p in (work / "tmp").iterdir()]
+    scratch = [path for path in (work / "tmp").iterdir() if not path.name.startswith(CACHE)]
+    return [str(path.relative_to(folder)) for path in left] + [f"tmp/{path.name}" for path in scratch]
 
 
 def main() -> int:

@@ -239,8 +239,54 @@ def _mutate_transformers(folder: Path, rng: np.random.Generator) -> Mutation:
     return mutations.of_bytes(path, rng)
 
 
+def _make_temperature(folder: Path) -> None:
+    from segjax.checkpoints import load, temperature
+
+    _make_orbax(folder)
+    fitted = {"value": 1.3, "data": "streets:test", "nll_before": 0.5, "nll": 0.4}
+    temperature.keep(folder / "model/temperature.json", load.load(folder / "model").model, fitted)
+
+
+def _mutate_temperature(folder: Path, rng: np.random.Generator) -> Mutation:
+    path = folder / "model/temperature.json"
+    return mutations.of_json_file(path, rng) if rng.random() < 0.7 else mutations.of_bytes(path, rng)
+
+
 def _of_checkpoint(name: str) -> list[list[str]]:
     return [["inspect", name], ["convert", name, "out.safetensors"]]
+
+
+# ------------------------------------------------------------------------------------------------------- exported files
+
+
+def _make_exported(suffix: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        from PIL import Image
+
+        from segjax.exports.export import export_model
+        from tests.tiny import tiny_model
+
+        (folder / "exported").mkdir()
+        export_model(tiny_model(0), folder / f"exported/m{suffix}", size=(32, 48), preprocessing=True)
+        Image.fromarray(_scene(0, 32, 48)).save(folder / "in.png")
+
+    return make
+
+
+def _mutate_exported(folder: Path, rng: np.random.Generator) -> Mutation:
+    exported = folder / "exported"
+    files = sorted(exported.iterdir())
+    kind = rng.choice(["bytes", "bytes", "json", "folder"])
+    if kind == "folder":
+        return mutations.of_folder(exported, rng)
+    if kind == "json" and files[-1].suffix == ".json":
+        return mutations.of_json_file(files[-1], rng)
+    # The metadata have a hash of the file.
+    return mutations.of_bytes(files[0], rng, sealed=len(files) > 1)
+
+
+def _predict_with(name: str) -> list[str]:
+    return ["predict", "in.png", "--checkpoint", name, "--output", "out"]
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -818,6 +864,16 @@ SUBJECTS = {
         _of_checkpoint("hf"),
         ("out.safetensors",),
     ),
+    "temperature": Subject(_make_temperature, _mutate_temperature, _of_checkpoint("model"), ("out.safetensors",)),
+    "stablehlo": Subject(
+        _make_exported(".stablehlo"), _mutate_exported, [_predict_with("exported/m.stablehlo")], ("out",)
+    ),
+    **{
+        suffix[1:]: Subject(
+            _make_exported(suffix), _mutate_exported, [_predict_with(f"exported/m{suffix}")], ("out",), needs
+        )
+        for suffix, needs in ((".onnx", "onnxruntime"), (".pt2", "torch"))
+    },
     "image": Subject(_make_images, _mutate_image, [_read_image]),
     **{
         suffix[1:]: Subject(

@@ -87,6 +87,15 @@ def test_labels_of_a_file_in_any_layout_are_those_of_numpy(settings, seed, tmp_p
         np.testing.assert_array_equal(labels, model.labels(image))
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_names_of_classes_tell_which_axis_has_the_scores(last, tmp_path):
+    # For images of 20x24, scores of (5, 5, 6) may be 5 classes in maps of 5x6, or 6 classes in maps of 5x5.
+    given = {"size": (20, 24), "batch": 1, "factor": 4, "last": last}
+    names = {"classes": list(SPEC.class_names), "normalisation": IMAGENET}
+    loaded = open_exported(file_of(tmp_path / "a.stablehlo", Pixels(5, 2), metadata=names, **given))
+    assert loaded.model.spec.num_classes == 5 and loaded.model.scores_last is last
+
+
 @pytest.mark.parametrize("gives", ["logits", "probabilities"])
 @pytest.mark.parametrize("num_classes", [1, 5])
 def test_probabilities_are_those_of_the_scores(num_classes, gives, tmp_path):
