@@ -190,12 +190,31 @@ def test_a_damaged_pt2_is_named_without_pytorchs_log(tmp_path, capfd):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(CheckpointError, match=r"a\.pt2: is damaged: the CRC of .* differs"):
             open_exported(path, mean=MEAN, std=STD)
+    middle = len(content) // 2
+    path.write_bytes(content[: middle - 50] + content[middle:])
+    with pytest.raises(CheckpointError, match=r"a\.pt2: torch cannot read it as torch\.export"):
+        open_exported(path, mean=MEAN, std=STD)
     path.write_bytes(b"")
     with pytest.raises(
         CheckpointError, match=r"a\.pt2: torch cannot read it as torch\.export \(File is not a zip file\)"
     ):
         open_exported(path, mean=MEAN, std=STD)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_damaged_onnx_file_is_named_and_nothing_else_is_printed(seed, tmp_path, capfd):
+    path = write_onnx(tmp_path / "a.onnx", Pixels(4))
+    content, rng = path.read_bytes(), np.random.default_rng(seed)
+    refused = []
+    for at in rng.integers(0, len(content), 30).tolist():
+        path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+        try:
+            open_exported(path, mean=MEAN, std=STD)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert refused and all(message.startswith(f"{path}: ") for message in refused)
+    assert "codec can't" not in "".join(refused) and capfd.readouterr().out == ""
 
 
 def test_entries_of_others_in_an_onnx_file_are_no_metadata_of_segjax(tmp_path):

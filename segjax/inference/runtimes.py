@@ -73,13 +73,13 @@ def open_file(path: Path) -> Runnable:
     except ImportError as error:
         remedy = f': pip install "segjax[{form.extra}]"' if form.extra else f" ({error})"
         raise CheckpointError(f"{path}: to run {form.name} needs the package {form.package}{remedy}") from None
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
     except reading.UnreadableError as error:
         raise CheckpointError(str(error)) from None
     except Exception as error:
-        # Every package has errors of its own.
-        if memory.is_exhausted(error):
+        # Every package has errors of its own. An OSError without a file comes from reading a damaged one.
+        if memory.is_exhausted(error) or (isinstance(error, OSError) and error.filename is not None):
             raise
         raise CheckpointError(
             f"{path}: {form.package} cannot read it as {form.name} ({reading.stated(error)})"
@@ -137,7 +137,8 @@ def import_onnxruntime() -> ModuleType:
 
 def open_onnx(path: Path) -> Runnable:
     onnxruntime = import_onnxruntime()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # Its fallback prints errors, and tries the same provider again.
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"], enable_fallback=0)
     images = _only_input(session.get_inputs(), path)
     names = [output.name for output in session.get_outputs()]
     kind = images.type.removeprefix("tensor(").removesuffix(")")
