@@ -28,6 +28,7 @@ def write(folder: Path) -> None:
         "command_line.md": command_line(),
         "settings.md": settings(),
         "published_weights.md": published_weights(),
+        "tables/choice.md": choice(record("speed-cpu"), record("gpu-static")),
         "tables/speed.md": speed(record("speed-cpu")),
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
@@ -156,6 +157,28 @@ def speed(found: dict[str, Any]) -> str:
     """Table of time on a CPU next to PyTorch's."""
     head = ["model", "work", "segjax, ms", "over PyTorch eager", "over `torch.compile`"]
     return _table(head, speed_rows(found)) + _origin(found) + "\n"
+
+
+def choice(speed: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """Table to choose a model by: published mIoU at one scale, and the times that are known of its programs."""
+    figures: dict[str, dict[str, float]] = {}
+    for row in list_weights():
+        if not row.is_encoder and row.miou is not None and row.dataset in ("cityscapes", "ade20k"):
+            of_model = figures.setdefault(row.name.partition(".")[0], {})
+            of_model[row.dataset] = max(row.miou, of_model.get(row.dataset, 0))
+    inference = {row[0]: row[2] for row in speed_rows(speed) if row[1] == "inference 1x512x512"}
+    training = {row["name"]: f"{row['ms']:.0f}" for row in gpu["programs"] if row["mode"] == "train"}
+    head = ["model", "Cityscapes", "ADE20K", "an image on two CPU cores, ms", "a training step on an H200, ms"]
+    rows = (
+        [
+            f"`{name}`",
+            *(f"{found[key]:.1f}" if key in found else "-" for key in ("cityscapes", "ade20k")),
+            inference.get(f"`{name}`", "-"),
+            training.get(name, "-"),
+        ]
+        for name, found in figures.items()
+    )
+    return _table(head, rows) + f"{_origin(speed)} {_origin(gpu)}\n"
 
 
 def gpu(found: dict[str, Any]) -> str:
