@@ -75,12 +75,21 @@ def _page(summary: Mapping[str, Any], spec: specs.DatasetSpec, shown: Sequence[S
     data = {
         "title": f"Two models on {pages.name(spec.name)}",
         "means": [(name, summary[key]) for name, key in means],
+        "kind": _kind(summary["difference_interval"]),
         "facts": [(name, console.one_line(fact)) for name, fact in [*facts.items(), *_in_words(summary)]],
         "classes": classes,
         "images": images,
         "colors": {"A": _css(ONLY_A), "B": _css(ONLY_B), "neither": _css(NEITHER)},
     }
     return pages.fill("comparison.html", data)
+
+
+def _kind(interval: Sequence[float] | None) -> str:
+    """Whether B is "better" or "worse" than A; "" where the interval contains 0, or there is none."""
+    if not interval:
+        return ""
+    low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else ""
 
 
 def _in_words(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
