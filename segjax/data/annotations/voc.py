@@ -1,15 +1,15 @@
-"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others write too, and in that of Roboflow.
+"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others also write, and in Roboflow's.
 
     JPEGImages/a.jpg, SegmentationClass/a.png     images and masks, with the same names
     ImageSets/Segmentation/train.txt              names of a split, one per line; without lists all masks are train
     labelmap.txt                                  of CVAT: "name:r,g,b::" for each class; masks have these colours
-    class_names.txt                               of labelme: names in the order of the values in the masks
+    class_names.txt                               of labelme: class names in the order of the mask values
 
     train/a.jpg, train/a_mask.png                 of Roboflow
     train/_classes.csv                            its names: "Pixel Value, Class", "0, background", ...
 
-Without any of these files the masks have the classes of VOC 2012, and 255 is ignored. Masks of palettes or grey have
-class ids as values, those of RGB the colours of labelmap.txt or VOC.
+Without any of these files, masks have the classes of VOC 2012, and 255 is ignored. With labelmap.txt, all masks are
+read by colour. Otherwise, palette and grey masks hold class ids, and RGB masks the colours of VOC.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _MASKS = "SegmentationClass"
-_OLD_MASKS = "SegmentationClassPNG"  # of labelme, next to arrays of NumPy in SegmentationClass
+_OLD_MASKS = "SegmentationClassPNG"  # labelme's; its SegmentationClass holds NumPy arrays
 _TABLE = "_classes.csv"
 _LISTS = "ImageSets/Segmentation"
 _NO_MASK = "images of a list that have no mask"
@@ -39,12 +39,12 @@ _UNLISTED = "masks that no list names"
 _MOST_TEXT = 1 << 26
 
 
-# split -> stem -> paths of the image and of the mask, where they are there
+# split -> stem -> paths of the image and of the mask; None for one that is missing
 _Pairs = dict[str, dict[str, tuple[str | None, str | None]]]
 
 
 class _Classes(NamedTuple):
-    """The names of classes, in the order of mask values, and the colour of each; and whether colours decide."""
+    """Names and colours of classes, in the order of mask values; and whether masks are read by colour."""
 
     names: list[str]
     colors: list[tuple[int, int, int]]
@@ -52,10 +52,10 @@ class _Classes(NamedTuple):
 
 
 def read(source: Path) -> Found:
-    """The images and masks of a folder, or of the only folder in it that has this layout.
+    """Reads the images and masks of a folder, or of the only folder in it that has this layout.
 
     Raises:
-      DataError: Files that cannot be used; the message lists all reasons.
+      DataError: The files cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
@@ -69,7 +69,7 @@ def read(source: Path) -> Found:
         classes, splits = _voc(files, found)
     found.names, ids = classes_of(classes.names, problems)
     refuse(problems, str(source))
-    # By value of 8 or 16 bits.
+    # Label of each mask value of 8 or 16 bits; -1 for a value of no class.
     table = np.full(1 << 16, -1, np.int32)
     table[: len(classes.names)] = [ids[name] for name in classes.names]
     table[specs.default_ignore_label(len(classes.names))] = IGNORED
@@ -199,7 +199,7 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
 
 
 def _listed_stem(line: str, masks: Container[str]) -> str:
-    """The name in a line of a list: all of it, what is in quotation marks, or what is before a space and a number."""
+    """Name in a line of a list: the whole line or its quoted part, if a mask has this name; else the first word."""
     quoted = re.match(r'\s*"([^"]+)"', line)
     return next((name for name in (line.strip(), quoted[1] if quoted else "") if name in masks), line.split()[0])
 
@@ -219,7 +219,7 @@ def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...], found: Found)
 
 
 def _size(files: Files, mask: str) -> tuple[int, int] | None:
-    """The (height, width) that the header of a mask states; None for no PNG, which is reported when it is drawn."""
+    """(height, width) in the header of a mask; None if it has none, which `_draw` reports."""
     with reading.open_regular(files.paths[mask]) as file:
         return codec.size_of(file.read(32))
 
@@ -247,12 +247,12 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
 
 
 def _by_color(pixels: np.ndarray, classes: _Classes, table: np.ndarray) -> np.ndarray:
-    """int32 (H, W), labels of RGB pixels, -1 for a colour of no class."""
+    """Labels of RGB pixels, int32 (H, W); -1 for a colour of no class."""
 
     def packed(colors: np.ndarray) -> np.ndarray:
         return colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
-    # VOC's colours of the background and of 255, unless a class has them.
+    # VOC's colours of the background and of value 255, unless a class has them.
     known = {specs.voc_color(0): 0, specs.voc_color(255): IGNORED}
     known |= dict(zip(classes.colors, table.tolist(), strict=False))
     found, places = np.unique(packed(pixels.reshape(-1, 3)), return_inverse=True)
