@@ -12,7 +12,7 @@ def repository_of(address: str) -> str:
     """The repository "owner/name" of the address hf:owner/name.
 
     Raises:
-      CheckpointError: It is no such address, or huggingface_hub is not installed or has no token.
+      CheckpointError: The address is invalid, or huggingface_hub is not installed or has no token.
     """
     repository, revision = parsed_address(address)
     if revision is not None:
@@ -30,10 +30,10 @@ def repository_of(address: str) -> str:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Uploads all files of a folder in one commit, to a repository that is made if there is none.
+    """Uploads all files of a folder in one commit; creates the repository if there is none.
 
     Returns:
-      The address of the repository, for browsers.
+      The address of the repository for a browser.
 
     Raises:
       CheckpointError: The Hub refuses, or cannot be reached; the message has the reason.
@@ -56,7 +56,7 @@ def upload(folder: Path, repository: str) -> str:
             ) from None
         raise CheckpointError(f"hf:{repository}: the Hub answers {status}: {_first_line(error)}") from None
     except Exception as error:
-        # Networks, proxies and the Hub itself each have errors of their own.
+        # Networks, proxies and the Hub each raise their own errors.
         raise CheckpointError(f"hf:{repository}: cannot be uploaded ({_first_line(error)})") from None
     return address
 
