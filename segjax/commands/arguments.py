@@ -19,17 +19,14 @@ from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
-# The word of `segjax.checkpoints.temperature`, which imports jax.
+# As in `segjax.checkpoints.temperature`, which is not imported because it imports jax.
 FITTED = "fitted"
-# What an empty argument is answered with: as a path it would be the current folder.
+# Message for an empty argument, which as a path would mean the current folder.
 EMPTY = "the value is empty; a shell variable may be unset"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose messages cannot steer the terminal, and whose help ends like a command.
-
-    It refuses empty arguments.
-    """
+    """A parser that refuses empty arguments, escapes messages for the terminal, and ends its help like a command."""
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -52,7 +49,7 @@ def summary_of(docstring: str | None) -> str:
 
 
 def within(allowed: Integer | Real) -> Callable[[str], int | float]:
-    """The `type` of an argument: a number in a range, which the message of a refused one states."""
+    """The `type` of an argument: a number in a range; the message for other values states the range."""
 
     def parsed(text: str) -> int | float:
         try:
@@ -67,7 +64,7 @@ def within(allowed: Integer | Real) -> Callable[[str], int | float]:
 
 
 def as_path(text: str) -> Path:
-    """The `type` of an argument: a path, in which a shell has not replaced ~ behind an equals sign."""
+    """The `type` of an argument: a path; expands ~, which shells do not expand after an equals sign."""
     try:
         return user_path(text)
     except UnreadableError as error:
@@ -88,8 +85,16 @@ def add_checkpoint(
     names: Sequence[str] = ("--checkpoint",),
     takes: str = CHECKPOINT,
 ) -> None:
-    """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names; and
-    `--weights`, the set of weights to read in it. `takes` is what a checkpoint may be, in the help."""
+    """Adds the checkpoint, and `--weights`, the set of weights to read from it.
+
+    The checkpoint is the next positional argument, or an option if `arguments` contain one of its names.
+
+    Args:
+      parser: The parser.
+      arguments: Arguments of the command.
+      names: Names of the option.
+      takes: Possible checkpoints, for the help.
+    """
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
     means = "means" if len(names) == 1 else "mean"
     help = f"{takes}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
@@ -105,7 +110,7 @@ def add_checkpoint(
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Adds the data as the next positional argument, and where they are read from."""
+    """Adds the data as the next positional argument, and the options for its place."""
     parser.add_argument(
         "data",
         metavar="NAME[:SPLIT]",
@@ -116,7 +121,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def data_problems(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_data` and `add_protocol` together."""
+    """Problems of the options of `add_data` and `add_protocol`."""
     name = options.data.partition(":")[0]
     wrong = {
         f"the data are NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
@@ -144,7 +149,7 @@ def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
 
 
 def problems_of_exported(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_exported`."""
+    """Problems of the options of `add_exported`."""
     is_exported = exported_path(options.checkpoint) is not None
     given = options.mean is not None or options.std is not None
     wrong = {
@@ -191,7 +196,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def add_temperature(parser: argparse.ArgumentParser) -> None:
-    """Adds `--temperature`, a number or the word for the one that was fitted."""
+    """Adds `--temperature`, a number or `FITTED`."""
     number = within(Real(above=0, most=1000))
     parser.add_argument(
         "--temperature",
@@ -208,7 +213,7 @@ def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def less_memory(options: argparse.Namespace) -> str:
-    """The options of `add_protocol`, and `--batch`, that need less memory than those that were given."""
+    """Options of `add_protocol`, and `--batch`, that need less memory than the given ones, as text."""
     found = [f"a smaller --batch than {options.batch}"] if (options.batch or 1) > 1 else []
     if options.mode == "slide":
         found.append("a smaller --crop")
@@ -221,7 +226,7 @@ def less_memory(options: argparse.Namespace) -> str:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
-    """Python literals from KEY=VALUE; ValueError for anything else."""
+    """Parses KEY=VALUE with Python literals; ValueError for anything else."""
     overrides = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -238,7 +243,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def overrides_at_fault(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns Python's errors about settings of a wrong type into ValueErrors, if there are `overrides`."""
+    """Raises Python's errors about settings of a wrong type as ValueError, if there are `overrides`."""
     try:
         yield
     except (TypeError, ArithmeticError) as error:

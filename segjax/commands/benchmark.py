@@ -5,17 +5,18 @@
     segjax benchmark --table sizes --json sizes.json && segjax benchmark --chart sizes.json
     segjax benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
 
-Every contender runs in a process of its own, so that its allocator and threads do not disturb the others, and only one
-works at a time. First their results are compared: a contender that computes something else is not timed. Then each does
-a few steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU the
-contenders run one after the other instead, because they cannot share the memory of the card.
+Every contender runs in its own process, so that its allocator and threads do not disturb the others, and only one works
+at a time. First, the results are compared; a contender that computes something else is not timed. Then each does a few
+steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU, the
+contenders run one after the other instead, because they cannot share its memory.
 
 The floor is printed next to the times. It is the larger of two times: that of the matrix products at the rate of large
 matrix products, and that of the memory traffic at the rate of a copy. Both rates are measured on the machine in the
 dtype of the benchmark. A forward pass counts as `segjax.models.summary.least_work`, and a training step as three times
 that, since the gradients of a layer's input and weight are two more products, each of which reads two of the same three
 arrays and writes the third. AdamW adds seven float32 numbers per parameter: it reads parameter, gradient and two
-moments, and writes all but the gradient. The floor assumes one layer after the other: a kernel that computes two layers
+moments, and writes all except the gradient. The floor assumes one layer after the other: a kernel that computes two
+layers
 at once can be faster. Rates count only the necessary work: a contender that computes more, for example a decoder at
 full resolution, has a lower rate.
 """
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
-    # This process only counts and prints; a GPU is left to the contenders.
+    # This process only counts and prints; the contenders use the GPU.
     environment.prepare(cpu_only=True)
 
     def run() -> None:
@@ -137,7 +138,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     dtype = options.dtype or ("bfloat16" if of_gpus else "float32")
     rounds = options.rounds or (ROUNDS_ON_A_GPU if of_gpus else ROUNDS)
     until = None if options.minutes is None else since + 60 * options.minutes
-    # A contender's own process must be the only one that works, and may then have nearly all of a card.
+    # Only one contender works at a time, which may use nearly all of the GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -174,7 +175,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         measured = _one_after_the_other(rows, measure, say=say)
     for results in measured:
         if "failed" not in results[-1]:
-            # A table, whose lines are not prose.
+            # `show`, because the lines of a table are not wrapped.
             console.show("\n".join(report(results[-1], ceiling)))
         if options.json:
             record = {
@@ -192,7 +193,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _load_of_others() -> str | None:
-    """A warning where other programs keep half of the cores busy or more; this one has only begun."""
+    """A warning if other programs keep half of the cores or more busy; this process has just begun."""
     load, own = os.getloadavg()[0], cores()
     if load < own / 2:
         return None
@@ -204,7 +205,7 @@ def _title(row: Row) -> str:
 
 
 def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[dict]]:
-    """The results so far, after every row."""
+    """Yields all results so far, after every row."""
     results = []
     for row in rows:
         say(f"{_title(row)} ...")
@@ -213,12 +214,16 @@ def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[
 
 
 def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float | None, say) -> Iterator[list[dict]]:
-    """As `_one_after_the_other`, at batches that fit and within the time; complete rows of `earlier` are kept.
+    """Like `_one_after_the_other`, with batches that fit, until the time ends; complete rows of `earlier` are kept.
 
-    A row that cannot be measured has the reason in its result as "failed", and the next row follows.
+    If a row cannot be measured, its result has the reason as "failed", and the next row follows.
 
     Args:
+      rows: Rows of the table.
+      measure: Function that measures a row.
+      earlier: Results of an earlier command.
       until: End of the time, on the clock of `time.monotonic`. A row that would take longer is not begun.
+      say: Function that prints a line.
     """
     results = earlier
     for row in rows:
@@ -246,15 +251,15 @@ def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float
 
 
 def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> list[dict]:
-    """Results of an earlier command, which this one continues.
+    """Results of an earlier command, which this command continues.
 
     Raises:
-      BenchmarkError: They were measured for another dtype, number of classes or device.
+      BenchmarkError: The results are for another dtype, number of classes or device.
     """
     if path is None or not path.exists():
         return []
     record = read_record(path)
-    # A row that failed has no type.
+    # A failed row has no dtype.
     work = {(dtype, num_classes), *((r["dtype"], r.get("num_classes")) for r in record["results"] if "dtype" in r)}
     if record.get("device") != device or len(work) > 1:
         raise BenchmarkError(

@@ -6,9 +6,9 @@
                                   [--weights ema|raw|student|teacher]
 
 CHECKPOINT is a `.pth`, `.safetensors` or `.npz`, an orbax folder, a folder of transformers or of a LoRA adapter, or
-hf:owner/name[@revision] on the Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an
-orbax folder, or with --to hf a folder that transformers loads. Class names, normalisation and origin go with the
-weights, except into a `.pth`.
+hf:owner/name[@revision] on the Hub; its content decides the kind. DST is a `.pth` or `.safetensors` by its suffix; any
+other name becomes an orbax folder, or with --to hf a folder for transformers. Class names, normalisation and provenance
+are kept with the weights, except in a `.pth`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Prepares a dataset for training, shows what is in it, and imports annotations of other tools.
+"""Prepares a dataset for training, shows its images, and imports annotations of other tools.
 
     segjax data import coco|labelme|yolo|voc SRC DIR
     segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR] [--subset]
     segjax data prepare folder --source DIR --val-share 0.2 [--seed N] [--group-by REGEX]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
-A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source.
---val-share divides the only split into train and val, which trainings and evaluations from the same source then find.
-`show` writes a page of augmented samples, see `show --help`, and `import` a folder for `prepare folder`, see
-`import --help`.
+A PATH is a folder or an archive. A prepared dataset needs no source; the command then only describes it. --val-share
+divides the only split into train and val; training and evaluation from the same source use this division. `show` writes
+a page of augmented samples, see `show --help`; `import` writes a folder for `prepare folder`, see `import --help`.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(prepared: Prepared) -> list[str]:
-    """Images per split, and of the first labelled split the classes; lines of at most 80 columns, except the path."""
+    """Images per split, and classes of a labelled split, in lines of at most 80 columns, except the path."""
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
     published = _published(prepared)
     for split, count in prepared.splits.items():
@@ -116,6 +115,6 @@ def _of_images(prepared: Prepared, split: str) -> list[str]:
 
 
 def _published(prepared: Prepared) -> dict[str, int]:
-    """The published numbers of images of a dataset of which a subset is prepared; {} for any other."""
+    """Published numbers of images of a dataset if only a subset is prepared; {} for any other dataset."""
     dataset = specs.DATASETS.get(prepared.path.parent.name.removeprefix("segjax_"))
     return dict(dataset.spec.splits) if dataset and dataset.spec and not prepared.spec.splits else {}

@@ -11,11 +11,11 @@ yolo     data.yaml or classes.txt, images/ and labels/: polygons
 voc      JPEGImages/ and SegmentationClass/, or Roboflow's *_mask.png and
          _classes.csv: masks
 
-Images are copied. A pixel has the class of the polygon that covers its middle,
-as pycocotools finds it, and of several the smallest; crowds, and objects that
-have a box only, become the ignore value. Everything else is background. What
-is skipped is counted, and nothing is written where annotations are damaged.
-Of panoptic PNGs, what is not annotated becomes the ignore value.
+Images are copied. A pixel has the class of the polygon that covers its centre
+(COCO's rule, by pycocotools); of several polygons, the smallest counts. Crowds,
+and objects with only a box, get the ignore value. All other pixels are
+background; in panoptic PNGs, pixels without annotation get the ignore value.
+Skipped entries are counted. If annotations are damaged, nothing is written.
 """
 
 from __future__ import annotations

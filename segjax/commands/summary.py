@@ -33,7 +33,7 @@ def _title(summary: Summary | PublishedSummary) -> str:
 
 
 def _columns(counts: Mapping[str, int]) -> list[str]:
-    """Names and counts in two columns, downwards."""
+    """Names and counts in two columns, column by column."""
     cells = [f"{name:<26} {count:>9,}" for name, count in counts.items()]
     half = -(-len(cells) // 2)
     return [f"  {'    '.join(cells[row::half])}" for row in range(half)]
