@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         for before, argument in zip(["", *args], args, strict=False):
             if not argument or re.fullmatch(r"--[a-z-]+=", argument):
-                name = argument[:-1] or (before if before.startswith("-") else f"the argument behind {before or 'it'}")
+                name = argument[:-1] or (before if before.startswith("-") else f"the argument after {before or 'it'}")
                 self.error(f"{name}: {EMPTY}")
         return super().parse_args(args, namespace)
 
@@ -105,7 +105,7 @@ def add_checkpoint(
     parser.add_argument(
         "--weights",
         choices=WEIGHT_SETS,
-        help="the set to read, where CHECKPOINT holds averaged and raw weights, or a student and a teacher",
+        help="set of weights to read, if CHECKPOINT holds averaged and raw ones, or a student and a teacher",
     )
 
 
@@ -116,8 +116,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SPLIT]",
         help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
     )
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--source", nargs="+", metavar="PATH", help="source from which the data are prepared at first use"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
 
 
 def data_problems(options: argparse.Namespace) -> list[str]:
@@ -143,9 +147,11 @@ def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
         type=float,
         nargs="+",
         metavar="N",
-        help="normalisation of an exported file that does not say it, a number per channel in units of 0..255",
+        help="mean of each channel in units of 0..255, for an exported file that does not state it",
     )
-    parser.add_argument("--std", type=float, nargs="+", metavar="N", help="of the same")
+    parser.add_argument(
+        "--std", type=float, nargs="+", metavar="N", help="standard deviation of each channel, as --mean"
+    )
 
 
 def problems_of_exported(options: argparse.Namespace) -> list[str]:
@@ -164,17 +170,21 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a `segjax.inference.engine.Protocol`."""
     parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
     parser.add_argument(
-        "--crop", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512"
+        "--crop", type=within(SIDE), nargs=2, metavar=("H", "W"), help="size of the sliding window; default 512 512"
     )
     parser.add_argument(
-        "--stride", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop"
+        "--stride",
+        type=within(SIDE),
+        nargs=2,
+        metavar=("H", "W"),
+        help="step of the sliding window; default 3/4 of the crop",
     )
     parser.add_argument(
         "--scales",
         type=within(Real(above=0, most=100)),
         nargs="+",
         metavar="S",
-        help="average probabilities; default 1",
+        help="factors of the image size; probabilities are averaged; default 1",
     )
     parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
     parser.add_argument(
@@ -182,16 +192,19 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         type=within(SIDE),
         nargs=2,
         metavar=("LONG", "SHORT"),
-        help="resize each image to fit first, in its proportions; ADE20K: 2048 512",
+        help="first resize each image to fit, keeping its aspect ratio; ADE20K: 2048 512",
     )
     parser.add_argument(
-        "--size-divisor", type=within(Integer(1, 1024)), metavar="N", help="resize on to multiples of N (AlignedResize)"
+        "--size-divisor",
+        type=within(Integer(1, 1024)),
+        metavar="N",
+        help="then resize up to multiples of N (AlignedResize)",
     )
     parser.add_argument(
         "--threshold",
         type=within(Real(above=0, below=1)),
         metavar="P",
-        help="probability above which a pixel is of the class, of a model of one class; default 0.5",
+        help="probability above which a pixel belongs to the class of a one-class model; default 0.5",
     )
 
 
@@ -202,7 +215,7 @@ def add_temperature(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=lambda text: text if text == FITTED else number(text),
         metavar="T",
-        help=f"divide the logits by T, a number, or by the one that evaluate --fit-temperature has {FITTED}; default 1",
+        help=f"divide the logits by T, a number, or {FITTED!r} for that of evaluate --fit-temperature; default 1",
     )
 
 

@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype",
         type=lambda name: SPELLINGS.get(name, name),
         choices=["float32", "bfloat16"],
-        help="bf16 for short; float32 unless given, bfloat16 in the table of GPUs",
+        help="bf16 for short; default float32, or bfloat16 with --table gpu",
     )
     parser.add_argument(
-        "--num-classes", type=within(CLASSES), default=150, metavar="K", help="150 unless given: ADE20K's"
+        "--num-classes", type=within(CLASSES), default=150, metavar="K", help="default 150, as in ADE20K"
     )
     parser.add_argument(
         "--against", nargs="+", metavar="NAME", help="other contenders; default all that exist for the model"
@@ -65,26 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds",
         type=within(Integer(1, 10_000)),
-        help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu",
+        help=f"of about half a second each; default {ROUNDS}, or {ROUNDS_ON_A_GPU} for gpu",
     )
     parser.add_argument(
         "--table",
         nargs="?",
         const="cpu",
         choices=list(TABLES),
-        help="cpu, the README's; gpu; or sizes, those that people use",
+        help="cpu, as in the README; gpu; or sizes, with common image sizes",
     )
     parser.add_argument(
         "--minutes",
         type=within(Real(above=0, most=100_000)),
-        help="of --table gpu: begin no row that takes longer than what is left",
+        help="for --table gpu: begin no row that takes longer than the time left",
     )
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="file for the record; --table gpu continues it")
+    parser.add_argument("--markdown", type=as_path, metavar="FILE", help="print the README's table of a record")
     parser.add_argument(
-        "--json", type=as_path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
-    )
-    parser.add_argument("--markdown", type=as_path, metavar="FILE", help="prints the README's table of a record")
-    parser.add_argument(
-        "--chart", type=as_path, metavar="FILE", help="draws time per megapixel over size, of a record, as FILE.png"
+        "--chart", type=as_path, metavar="FILE", help="draw time per megapixel over size, from a record, as FILE.png"
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -128,7 +126,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         raise BenchmarkError(f"--model: {options.model} is none of {', '.join(models.MODELS)}")
     of_gpus = options.table == "gpu"
     if options.minutes is not None and not of_gpus:
-        raise BenchmarkError("--minutes goes only with --table gpu")
+        raise BenchmarkError("--minutes needs --table gpu")
     one = Row(options.model, options.mode, options.batch, tuple(options.size))
     rows = TABLES[options.table] if options.table else (one,)
     known = dict.fromkeys(name for row in rows for name in rivals(row.model))
@@ -143,7 +141,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
     say = console.say
-    say("measuring what the machine can do ...")
+    say("measuring the rates of the machine ...")
     if loaded := _load_of_others():
         say(loaded)
     ceiling = floor.measured_ceilings(dtype)

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def add_licence(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--licence", metavar="ID", help="of the weights, as the Hub lists them, apache-2.0 say; default other"
+        "--licence",
+        metavar="ID",
+        help="licence of the weights, by its id on the Hub, such as apache-2.0; default other",
     )
 
 

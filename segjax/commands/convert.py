@@ -26,24 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="segjax convert", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=as_path, metavar="DST", help="*.pth, *.safetensors, else a folder")
-    parser.add_argument("--model", default="auto", help="insist on this model, a name of segjax.MODELS")
-    parser.add_argument("--num-classes", type=within(CLASSES), help="needed for an encoder only, else checked")
-    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names CHECKPOINT has")
+    parser.add_argument("--model", default="auto", help="allow only this model, a name in segjax.MODELS")
+    parser.add_argument("--num-classes", type=within(CLASSES), help="required for an encoder only, else checked")
+    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="key format of CHECKPOINT")
     parser.add_argument(
-        "--to", choices=DIALECTS, help="whose names DST gets, default native; of folders hf is one for transformers"
+        "--to", choices=DIALECTS, help="key format of DST, default native; with hf, a folder is for transformers"
     )
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not contain"
     )
     parser.add_argument(
-        "--drop", nargs="+", default=[], metavar="PATTERN", help="leave out these tensors of CHECKPOINT, as in 'head.*'"
+        "--drop", nargs="+", default=[], metavar="PATTERN", help="skip these tensors of CHECKPOINT, as in 'head.*'"
     )
     parser.add_argument(
         "--keep",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="parameters of the model that stay as initialised where CHECKPOINT lacks them, as in 'decode_head.*'",
+        help="parameters of the model that stay as initialised if CHECKPOINT lacks them, as in 'decode_head.*'",
     )
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)

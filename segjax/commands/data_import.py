@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("source", type=as_path, metavar="SRC", help="folder with images and annotations")
-    parser.add_argument("folder", type=as_path, metavar="DIR", help="where to; a new or empty folder")
+    parser.add_argument("folder", type=as_path, metavar="DIR", help="output folder, new or empty")
     options = parser.parse_args(arguments)
     return run_command("segjax data import", lambda: _run(options))
 
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
 
     write.refuse_occupied(options.folder)
     if not options.source.exists():
-        raise DataError(f"{options.source}: there is nothing")
+        raise DataError(f"{options.source} does not exist")
     found = _reader(options.format)(options.source)
     written = write.write(found, options.folder)
     console.say("\n".join(write.describe(found, written)))

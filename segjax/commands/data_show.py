@@ -109,10 +109,14 @@ def _refuse_too_large(num: int, crop: Sequence[int], channels: int = 3) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="segjax data show", description=summary_of(__doc__))
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--source", nargs="+", metavar="PATH", help="source from which the dataset is prepared at first use"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num", type=within(Integer(1, 100)), default=8, help="samples; default 8")
+    parser.add_argument("--num", type=within(Integer(1, 100)), default=8, help="number of samples; default 8")
     parser.add_argument(
         "--crop",
         type=within(SIDE),

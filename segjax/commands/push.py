@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="segjax push", description=summary_of(__doc__))
     parser.add_argument("workdir", type=as_path, metavar="RUN", help="folder of a run that has ended")
-    parser.add_argument("address", metavar="hf:USER/NAME", help="repository, which is made if there is none")
+    parser.add_argument("address", metavar="hf:USER/NAME", help="repository, created if there is none")
     add_licence(parser)
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
     environment.keep_compiled_programs()
-    return run_command("segjax push", lambda: _run(options), interrupted="the Hub has all of it or nothing")
+    return run_command("segjax push", lambda: _run(options), interrupted="the Hub has all files or none")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -40,20 +40,20 @@ PROGRAM = "segjax train"
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEFAULT_RECIPE = "segformer"
 MOST_PROCESSES = 1_000_000
-# Flags that are no settings, with the placeholder of their value and their text.
+# Flags that are not settings: name -> (placeholder of the value, text of the help).
 FLAGS = {
     "config": (
         "RECIPE",
         f"Packaged recipe or config file, RECIPE[:VARIANT,DATASET] or FILE[:ARGUMENT]; default {DEFAULT_RECIPE}. The "
         f"recipes are {', '.join(recipes.RECIPES)}.",
     ),
-    "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. A run that is there already is resumed."),
+    "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. An existing run is resumed."),
     "coordinator": (
         "HOST:PORT",
-        "Several processes: address of the first, or auto to use what SLURM, Open MPI, Kubernetes or Cloud TPU set.",
+        "Several processes: address of the first, or auto to use that of SLURM, Open MPI, Kubernetes or Cloud TPU.",
     ),
-    "num_processes": ("N", "Several processes: how many there are."),
-    "process_id": ("I", "Several processes: which one this is, from 0."),
+    "num_processes": ("N", "Several processes: their number."),
+    "process_id": ("I", "Several processes: number of this one, from 0."),
 }
 
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(options)
 
     with _stops_at_once():
-        full_disk = "what was saved before is complete: make room, and run the same command again"
+        full_disk = "earlier saves are complete: make room, and run the same command again"
         return run_command(PROGRAM, run, full_disk=full_disk)
 
 
@@ -167,7 +167,7 @@ def parse(arguments: list[str]) -> Options:
     """
     # absl's own flags would open any file, and accept mistyped flags.
     if found := next(filter(None, (re.match(r"--?(flagfile|undefok)(=|$)", argument) for argument in arguments)), None):
-        raise UsageError(f"there is no flag --{found[1]}; settings in a file are those of a recipe: --config FILE.py")
+        raise UsageError(f"there is no flag --{found[1]}; a file with settings is a recipe: --config FILE.py")
     recipe, arguments = _split_off_config(arguments)
     config = recipes.load(recipe)
     model_flags = _add_model_settings(arguments, config)
@@ -352,7 +352,7 @@ def help_text() -> str:
     for name in recipes.RECIPES:
         lines.append(_filled(f"{name}: {', '.join(_variants(name))}", "  "))
     lines += ["", "datasets, the first is the default:", _filled(", ".join(DATASETS), "  ")]
-    lines += ["", "settings and their defaults, of which a recipe changes some:"]
+    lines += ["", "settings and their defaults; a recipe changes some of them:"]
     for section in schema.SECTIONS:
         lines += ["", f"{section.name}: {section.title}" if section.name else section.title]
         for setting in section.settings:

@@ -63,7 +63,7 @@ class Reader:
     @property
     def needs(self) -> str:
         """The files that a source must hold, for messages."""
-        return f"{' and '.join(dict.fromkeys(self.parts.values()))}, or what they hold: {self.layout}"
+        return f"{' and '.join(dict.fromkeys(self.parts.values()))}, or their content: {self.layout}"
 
 
 def locate(
@@ -99,7 +99,7 @@ def locate(
         if not inside and not packed:
             names = listed(sorted(entry.name for entry in path.iterdir()))
             lower = [place for depth in ("*", "*/*") for place in sorted(path.glob(depth)) if _holds(place, reader)]
-            problems[f"folders with nothing of {name}; needed are {reader.needs}"].append(
+            problems[f"folders without files of {name}; needed are {reader.needs}"].append(
                 f"{path} holds {names or 'nothing'}" + (f"; give {lower[0]}, which holds some" if lower else "")
             )
     for path in archives:
@@ -145,7 +145,7 @@ def read(
         try:
             found += in_archive(path, scratch, opened, problems).items()
         except ArchiveError as error:
-            problems["archives that are no whole .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
+            problems["archives that are no complete .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
     files: Files = {}
     others = set()
     for name, file in found:
@@ -176,8 +176,8 @@ def read(
     counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
     if counts != dict(spec.splits):
         kind = (
-            f"images are not as many as in {spec.name}; fetch the archives again, or prepare the part that there is "
-            f"with `segjax data prepare {spec.name} --subset`"
+            f"numbers of images differ from those of {spec.name}; fetch the archives again, or prepare the available "
+            f"part with `segjax data prepare {spec.name} --subset`"
         )
         problems[kind].append(f"{counted(counts)} instead of {counted(dict(spec.splits))}")
     return examples
@@ -261,7 +261,7 @@ def _listed(files: Files, lists: Mapping[str, str], image: str, mask: str, probl
         for name in sorted({line.split()[0] for line in lines if line.strip() and line[0] != "#"}):
             missing = [each.format(name) for each in (image, mask) if each.format(name) not in files]
             if missing:
-                problems[f"files missing that {path} lists; fetch the archives again"] += missing
+                problems[f"missing files that {path} lists; fetch the archives again"] += missing
             else:
                 examples[split].append(Example(name, files[image.format(name)], files[mask.format(name)]))
     return examples
@@ -291,7 +291,7 @@ READERS = {
     "ade20k": Reader(
         parts={"images": _ADE, "annotations": _ADE},
         above=("ADEChallengeData2016",),
-        layout="images/training/*.jpg, annotations/training/*.png, and the same of validation",
+        layout="images/training/*.jpg, annotations/training/*.png, and the same for validation",
         find=_ade20k,
         train_ids=_train_ids({value: value - 1 for value in range(1, 151)}, ignored=[0]),
     ),

@@ -31,7 +31,7 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
     and GIF, C is 1 for grey and else 3: alpha is dropped, and a palette is replaced by its colours.
 
     Raises:
-      ImageError: The file is no image, is damaged, has more than `max_pixels` pixels, or has another dtype.
+      ImageError: The file is not an image, is damaged, has more than `max_pixels` pixels, or has another dtype.
     """
     match codec.format_of(data[:32]):
         case "TIFF":
@@ -73,7 +73,7 @@ def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.Sto
         row, column = np.argwhere(strange)[0].tolist()
         raise LayoutError(
             f"has {np.count_nonzero(strange):,} values of {values.dtype.name} that are "
-            + ("no whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
+            + ("not whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
             + f", the first at row {row}, column {column}: {values[row, column]}"
         )
     if is_float:
@@ -116,7 +116,7 @@ def of_npy(data: bytes) -> np.ndarray:
     if not all(type(side) is int and side >= 0 for side in shape) or type(is_fortran) is not bool:
         raise ImageError("is a .npy that cannot be read (its header is damaged)")
     if dtype.hasobject:
-        raise ImageError("is a .npy that cannot be read (it has objects of Python, not numbers)")
+        raise ImageError("is a .npy that cannot be read (it has Python objects, not numbers)")
     pixels = data[file.tell() :]
     # Compared before anything is allocated, because a header may state any size.
     if not dtype.itemsize or dtype.itemsize * math.prod(shape) != len(pixels):

@@ -95,7 +95,7 @@ def prepare(
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]
     if subset and dataset.spec is None:
-        raise DataError(f"{name} has no published number of images, so that there is no subset of it")
+        raise DataError(f"{name} has no published number of images, so it has no subset")
     if not given:
         return _refuse_other_division(_prepared_before(name, dataset, data_dir), division)
     paths = [Path(os.path.abspath(user_path(path))) for path in given]
@@ -114,13 +114,13 @@ def prepare(
 def _prepared_before(name: str, dataset: specs.Dataset, data_dir: StrPath | None) -> Prepared:
     needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
     if dataset.spec is None:
-        raise NoSourceError(f"{name} needs a source, which holds {needs}")
+        raise NoSourceError(f"{name} needs a source with {needs}")
     path = Path(_builder(name, None, data_dir).data_path)
     if not path.exists():
         splits = counted(dict(dataset.spec.splits))
         with_splits = f", with the splits {splits}" if splits else ""
         raise NoSourceError(
-            f"{name} is not prepared yet (nothing at {path}); it needs a source, which holds {needs}{with_splits}"
+            f"{name} is not prepared yet (nothing at {path}); it needs a source with {needs}{with_splits}"
         )
     return open_prepared(path)
 
@@ -137,8 +137,8 @@ def _prepare_folder(
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
         raise DataError(
-            f"{name}: {' '.join(given)} is no directory; it must be one, which holds {folder.LAYOUT}. If it was moved, "
-            "give its present place"
+            f"{name}: {' '.join(given)} is not a directory; give one with {folder.LAYOUT}. If it was moved, "
+            "give its new path"
         )
     (root,) = paths
     problems: Problems = collections.defaultdict(list)
@@ -219,7 +219,7 @@ def _refuse_other_division(prepared: Prepared, division: Division | None) -> Pre
     """The prepared dataset; DataError if it was divided differently."""
     before = Division.of(prepared.metadata)
     if division and division != before:
-        how = f"divided otherwise: {before}" if before else "not divided"
+        how = f"divided differently: {before}" if before else "not divided"
         raise DataError(
             f"{prepared.path} was {how}; omit the share for val to use it as it is, or delete that directory to divide "
             f"it again: {division}"
@@ -308,7 +308,7 @@ def _prepare_archives(
         return examples, {"source": " ".join(map(str, paths)), "state": state, "fingerprint": fingerprint}
 
     def write() -> Prepared:
-        notes = [f"links to folders that are read already, which are skipped: {listed(skipped)}"] if skipped else []
+        notes = [f"links to folders that are already read, which are skipped: {listed(skipped)}"] if skipped else []
         examples, identity = find(division, subset=subset, notes=notes)
         kind, metadata = _unpublished(spec) if subset else spec, identity | _about(division)
         return _write(builder, kind, examples, reader.train_ids, scratch, metadata, notes, masks.Classes())
@@ -364,7 +364,7 @@ def _write(
         raise _refusal(spec.name, [identity["source"]], problems)
     if not converted.kind.is_rgb:
         as_rgb = '; "channels": 3 in classes.json makes them RGB' if converted.kind.channels == 1 else ""
-        console.say(f"images of {converted.kind}, which are stored as they are{as_rgb}")
+        console.say(f"images of {converted.kind}, which are stored unchanged{as_rgb}")
         builder = _of_kind(builder, spec.label_dtype, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
@@ -427,7 +427,7 @@ def _refuse_other_files(before: Prepared, identity: dict[str, str], examples: Ex
                 atomic.write_text(before.path / "sources.json", json.dumps([*known[1:], state]) + "\n")
             return before
     raise DataError(
-        f"{before.path} was prepared from {before.metadata['source']}, which held other files than the present source"
+        f"{before.path} was prepared from {before.metadata['source']}, which held other files than the source now"
         + (":\n" + contents.listed_differences(changed) + "\n" if changed else ". ")
         + "Leave the source empty to use the prepared dataset; delete that directory to prepare it again"
     )
@@ -529,7 +529,7 @@ def _check_numbers(published: specs.DatasetSpec, examples: Examples, problems: P
     counts, expected = {split: len(found) for split, found in examples.items()}, dict(published.splits)
     if expected and counts != expected:
         kind = (
-            f"images with a mask are not as many as in {published.name}; complete them, prepare the part that there is "
-            f"with `segjax data prepare {published.name} --subset`, or prepare the data as 'folder'"
+            f"numbers of images with a mask differ from those of {published.name}; complete them, prepare the "
+            f"available part with `segjax data prepare {published.name} --subset`, or prepare the data as 'folder'"
         )
         problems[kind].append(f"{counted(counts) or 'none'} instead of {counted(expected)}")

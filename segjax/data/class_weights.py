@@ -70,7 +70,7 @@ def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
     of_class = counts.sum(axis=0)
     present = of_class > 0
     if not present.any():
-        raise ValueError("no class has a pixel, so that there is no frequency to take the median of")
+        raise ValueError("no class has a pixel, so there is no median frequency")
     in_its_images = (counts > 0).T @ counts.sum(axis=1)
     frequency = of_class[present] / in_its_images[present]
     weights = np.zeros(counts.shape[1])
@@ -92,7 +92,7 @@ def inverse_sqrt(pixel_counts: np.ndarray) -> np.ndarray:
     """
     of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
     if not of_class.any():
-        raise ValueError("no class has a pixel, so that no class has a share")
+        raise ValueError("no class has a pixel, so no class has a share")
     present = of_class > 0
     weights = np.zeros(len(of_class))
     weights[present] = np.sqrt(of_class.sum() / of_class[present])
@@ -122,7 +122,7 @@ def class_balanced(pixel_counts: np.ndarray, *, beta: float | None = None) -> np
     of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
     present = of_class > 0
     if not present.any():
-        raise ValueError("no class has a pixel, so that there is nothing to balance")
+        raise ValueError("no class has a pixel, so there is nothing to balance")
     rest = 1 / max(of_class[present].mean(), 1.0) if beta is None else 1 - beta
     weights = np.zeros(len(of_class))
     # 1 - β ** n = -expm1(n log β), exact for β near 1; β = 0 gives 1.

@@ -192,7 +192,7 @@ def fault_of_image(data: bytes) -> str | None:
     if fault := _fault_of_size(data, "images"):
         return fault
     if format_of(data[:32]) in BY_PILLOW and getattr(decode_by_pillow(data), "n_frames", 1) > 1:
-        return "GIF or WebP animations, of which a mask can label one image only; save that image as PNG"
+        return "GIF or WebP animations, of which a mask labels only one image; save that image as PNG"
     return None
 
 
@@ -222,9 +222,9 @@ def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
     if found == "PNG":
         depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
         if depth == 16 and color_type != 0:
-            return "RGB or alpha masks of 16 bits a channel; save them with 8"
+            return "RGB or alpha masks of 16 bits per channel; save them with 8"
         if depth == 16 and not wide:
-            return "masks of 16 bits, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
+            return "16-bit masks, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
         if color_type == 0 and (depth in (2, 4) or (depth == 1 and not binary)):
             return "masks of fewer than 8 bits, whose values decoders stretch; save class ids as 8-bit grey"
     return _fault_of_size(data, "masks")
@@ -234,7 +234,7 @@ def fault_of_published_mask(data: bytes) -> str | None:
     """`fault_of_mask` for published archives: masks are 8-bit grey, or palette images whose indices are the values."""
     if data.startswith(PNG) and (data[25] == 3 or (data[24], data[25]) == (8, 0)):
         return _fault_of_size(data, "masks")
-    return "masks that are no 8-bit grey or palette PNG, as published; fetch their archive again"
+    return "masks that are not 8-bit grey or palette PNG, as published; fetch their archive again"
 
 
 # ------------------------------------------------------------------------------------------------ decoding, encoding
@@ -290,13 +290,13 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
       its colours. And the value of white; None if it is not known.
 
     Raises:
-      ImageError: The file is no image, is damaged, or has more than `max_pixels` pixels.
+      ImageError: The file is not an image, is damaged, or has more than `max_pixels` pixels.
     """
     found = format_of(data[:32])
     if not data:
         raise ImageError("is empty")
     if found in (None, "TIFF", "NPY"):
-        raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
+        raise ImageError(f"is not an image that can be decoded; it begins with {data[:8]!r}")
     if found not in ("PNG", "JPEG"):
         return as_grey_or_rgb(_turned(decode_by_pillow(data, max_pixels=max_pixels))), 255
     if fault := damage(data):

@@ -28,11 +28,11 @@ class Division:
 
     def __post_init__(self):
         if not 0 < self.val_share < 1:
-            raise DataError(f"the share of val is between 0 and 1, not {self.val_share}")
+            raise DataError(f"the share of val must be between 0 and 1, not {self.val_share}")
         try:
             re.compile(self.group_by or "")
         except re.error as error:
-            raise DataError(f"{self.group_by!r} is no regular expression: {error}") from None
+            raise DataError(f"{self.group_by!r} is not a regular expression: {error}") from None
 
     def __str__(self) -> str:
         groups = "" if self.group_by is None else f", groups by {self.group_by}"
@@ -64,19 +64,19 @@ def divided(examples: Examples, division: Division, problems: Problems, notes: l
     """
     labelled = [split for split, found in examples.items() if found and all(example.label for example in found)]
     if len(labelled) != 1:
-        problems["a share for val divides the only split with labels, and there is not one; omit it"].append(
+        problems["a share for val needs exactly one split with labels; omit it"].append(
             f"splits with labels: {counted({split: len(examples[split]) for split in labelled}) or 'none'}"
         )
         return examples
     (split,) = labelled
     if taken := {"train", "val"} & (examples.keys() - {split}):
-        problems["splits without labels that have the names of those to be made; rename them"] += sorted(taken)
+        problems["splits without labels with the name of a new split; rename them"] += sorted(taken)
         return examples
     groups: dict[str, list[Example]] = {}
     for example in examples[split]:
         name = _group(example.name, division.group_by)
         if name is None:
-            problems[f"images whose name has no match of {division.group_by!r}, and so no group"].append(example.name)
+            problems[f"images without a group: their name does not match {division.group_by!r}"].append(example.name)
         else:
             groups.setdefault(name, []).append(example)
     if problems:

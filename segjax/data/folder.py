@@ -32,8 +32,8 @@ LAYOUT = (
 
 _CLASSES = (  # a kind of problem, with its remedy
     'classes.json, which needs "names" (K different strings), and may have "colors" (K of [r, g, b], 0..255), "ignore" '
-    "(the mask value that is not counted, at least K; 255 by default, 65535 for more than 255 classes), "
-    '"ignore_colors" (of [r, g, b], the colours in masks that are not counted), "name" (a string), "absent" (names '
+    "(the mask value of ignored pixels, at least K; 255 by default, 65535 for more than 255 classes), "
+    '"ignore_colors" (the colours [r, g, b] of ignored pixels), "name" (a string), "absent" (names '
     'of classes that no image shows) and "channels" (of the images; 1 for grey ones)'
 )
 LARGEST_CHANNELS = 65_536
@@ -77,9 +77,9 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, chann
         return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
     if not (isinstance(name, str) and name.strip()):
-        yield f'"name" is no string: {name!r:.80}'
+        yield f'"name" is not a string: {name!r:.80}'
     if not (isinstance(names, list) and names and all(isinstance(n, str) and n.strip() for n in names)):
-        yield f'"names" is missing or no list of strings: {names!r:.80}'
+        yield f'"names" is missing or not a list of strings: {names!r:.80}'
         names = []
     if repeated := [n for n, times in collections.Counter(names).items() if times > 1]:
         yield f'"names" repeats {listed(repeated)}'
@@ -87,16 +87,16 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, chann
         if value is None:
             continue
         if not isinstance(value, list):
-            yield f'"{key}" is no list: {value!r:.80}'
+            yield f'"{key}" is not a list: {value!r:.80}'
         elif wrong := [color for color in value if not is_color(color)]:
-            yield f'"{key}" has entries that are no [r, g, b] in 0..255: {listed(wrong)}'
+            yield f'"{key}" has entries that are not [r, g, b] in 0..255: {listed(wrong)}'
     if isinstance(colors, list) and names and len(names) != len(colors):
         yield f'{len(names)} "names" but {len(colors)} "colors"'
     both = isinstance(colors, list) and isinstance(ignore_colors, list)
     if both and (shared := [color for color in ignore_colors if color in colors]):
         yield f'"ignore_colors" has colours of classes: {listed(shared)}'
     if not (type(ignore) is int and 0 <= ignore <= specs.LARGEST_LABEL):
-        yield f'"ignore" is no integer in 0..{specs.LARGEST_LABEL}: {ignore!r:.80}'
+        yield f'"ignore" is not an integer in 0..{specs.LARGEST_LABEL}: {ignore!r:.80}'
     elif ignore < max(len(names), 2):
         # With a single class, the labels are 0 (background) and 1.
         meaning = repr(names[ignore]) if len(names) > 1 else "'background' or the one class"
@@ -106,9 +106,9 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, chann
             f"1 from all, and 0 becomes {specs.default_ignore_label(len(names))}"
         )
     if not isinstance(absent, list) or any(name not in names for name in absent):
-        yield f'"absent" is no list of some of "names": {absent!r:.80}'
+        yield f'"absent" is not a list of some of "names": {absent!r:.80}'
     if channels is not None and not (type(channels) is int and 1 <= channels <= LARGEST_CHANNELS):
-        yield f'"channels" is no number from 1 to {LARGEST_CHANNELS}: {channels!r:.80}'
+        yield f'"channels" is not a number from 1 to {LARGEST_CHANNELS}: {channels!r:.80}'
 
 
 def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
@@ -123,7 +123,7 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
     hidden: list[str] = []
     is_flat = all(_has_only_files(root / part) for part in found)
     if is_flat:
-        notes.append("images/ and labels/ have no folders of splits, so that all images are of the split train")
+        notes.append("images/ and labels/ have no folders of splits, so all images belong to the split train")
     for part in found:
         if is_flat:
             found[part]["train"] = _by_stem(root, part, part, problems, hidden)
@@ -153,7 +153,7 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
         images, masks = (found[part].get(split) for part in ("images", "labels"))
         if images is None or masks is None:
             has, lacks = ("labels", "images") if images is None else ("images", "labels")
-            problems["splits on one side only"].append(f"{has}/{split} without {lacks}/{split}")
+            problems["splits with only images or only labels"].append(f"{has}/{split} without {lacks}/{split}")
             continue
         examples[split] = [
             Example(stem, *(file_of(path, path.relative_to(root).as_posix()) for path in (images[stem], masks[stem])))
@@ -171,7 +171,7 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
                 problems[kind].append(f"{part}/{split}/{own[stem].name}" + f"; in other case: {close}" * bool(close))
     if renamed:
         notes.append(
-            f"images and masks whose names differ in nothing but the Unicode form of accents: {len(renamed)}, such as "
+            f"images and masks whose names differ only in the Unicode form of accents: {len(renamed)}, such as "
             f"{renamed[0]}; they belong together"
         )
     return examples
@@ -195,10 +195,10 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
             problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
         elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
             formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or .npy" if part == "images" else "PNG, BMP, TIFF or .npy"
-            problems[f"files that are no {formats}, neither by suffix nor inside; convert or remove them"].append(name)
+            problems[f"files that are not {formats}, by suffix or by content; convert or remove them"].append(name)
         elif stem in stems:
             names = f"{where}/{stems[stem].name} and {path.name}"
-            problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
+            problems["files of one split that differ only in the suffix; rename them"].append(names)
         else:
             stems[stem] = path
     return stems

@@ -33,19 +33,19 @@ from segjax.data.sources import DataError, Example, Examples, File, Problems, fi
 from segjax.runtime import atomic, console, reading
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
-_UNREADABLE = "files that are no whole image; copy or export them again"
+_UNREADABLE = "files that are not complete images; copy or export them again"
 _OTHER_SIZE = "masks of another size (height x width) than their image"
 _UNKNOWN_SCALE = (
-    "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
+    "16-bit images whose values of black and white are unknown; write them with 8 bits, or so that 65535 is white"
 )
-_OTHER_LAYOUT = "images of a shape or of numbers that are not read"
+_OTHER_LAYOUT = "images with an unsupported shape or dtype"
 _OTHER_MASKS = (
     "TIFF or .npy masks that are not one integer from 0 to 65535 for each pixel; write the class ids as uint8 or "
     "uint16, (H, W), and the ignore value where there is none"
 )
 _STRANGE = (
-    "images with values that are NaN or infinite; give these pixels a number, such as 0, and where there is no data "
-    "the ignore value in their masks"
+    "images with values that are NaN or infinite; give these pixels a number, such as 0, and the ignore value in their "
+    "masks where there is no data"
 )
 # Share of all pixels from which on the ignore value is suspected to mean a class.
 _MANY_IGNORED = 0.001
@@ -244,7 +244,7 @@ def convert(
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
     if taken := sum((split, example.name) in earlier for split, found in examples.items() for example in found):
-        console.say(f"Taking over {taken} of {total} images that an interrupted preparation has checked")
+        console.say(f"Taking over {taken} of {total} images that an interrupted preparation checked")
 
     def check(split: str, example: Example) -> tuple[Measured, list[tuple[str, str]]]:
         target = scratch.mask(split, example.name)
@@ -427,7 +427,7 @@ def _by_label(counts: np.ndarray, table: np.ndarray, spec: specs.DatasetSpec) ->
 
 
 def _add_stray(pairs: Sequence[tuple[Example, Measured]], table: np.ndarray, kind: str, problems: Problems) -> None:
-    """Adds masks with values that are no labels as problems of this kind."""
+    """Adds masks with values that are not labels as problems of this kind."""
     for example, each in pairs:
         if example.label and (stray := [(value, count) for value, count in each.values if table[value] < 0]):
             entries = [f"{value} ({count} pixels)" for value, count in stray]
@@ -439,7 +439,7 @@ def _add_rotated(pairs: Sequence[tuple[Example, Measured]], problems: Problems) 
     if any(each.rotation == "stored" for _, each in pairs):
         kind = (
             "images that EXIF rotates, with masks that would fit either way, while other masks fit only images as they "
-            "are stored; save these images without EXIF, turned as their masks are"
+            "are stored; save these images without EXIF, rotated as their masks are"
         )
         if found := [example.image.name for example, each in pairs if each.rotation == "either"]:
             problems[kind] += found
@@ -508,9 +508,7 @@ def _hint(spec: specs.DatasetSpec, totals: np.ndarray) -> str:
     if values.tolist() == list(range(1, number + 1)):
         return "; the values seem to begin at 1: subtract 1"
     if values.tolist() == list(range(number + 1)) and number != spec.ignore_label:
-        return (
-            f"; if 0 is no class, as where ids begin at 1, subtract 1 and give it the ignore value {spec.ignore_label}"
-        )
+        return f"; if 0 is not a class, but ids begin at 1, subtract 1 and give 0 the ignore value {spec.ignore_label}"
     if 1 < len(values) <= number and values[0] == 0 and values[-1] == 255 and np.ptp(np.diff(values)) <= 1:
         ids = ", ".join(f"{value} to {number}" for number, value in enumerate(values))
         return f"; ids seem to be spread over grey levels: change {ids}"
@@ -553,7 +551,7 @@ def _common_kind(
         return specs.RGB
     kind = next(iter(by_kind), specs.RGB)
     if channels not in (None, kind.channels) and by_kind:
-        problems[f'images of other channels than classes.json has, "channels": {channels}; correct it'].append(
+        problems[f'images with other channels than classes.json states, "channels": {channels}; correct it'].append(
             counted[kind]
         )
     return kind

@@ -253,7 +253,7 @@ def choose(
         ]
         if differing and are_labels and palette is not own:
             problems[
-                f"palette masks whose indices stand for other classes than their colours, which are those of "
+                f"palette masks whose indices mean other classes than their colours, which are those of "
                 f'{palette.name}; give "colors" in classes.json to read them by their colours, or save their indices '
                 "as 8-bit grey"
             ] += differing
@@ -286,7 +286,7 @@ def _add_unknown(
         palette = palettes[0]
         kind = (
             'RGB or palette masks with colours that no class has in "colors" of classes.json, or that several have; '
-            'correct the masks or the classes, or list colours that are not counted as "ignore_colors": [[r, g, b], '
+            'correct the masks or the classes, or list ignored colours as "ignore_colors": [[r, g, b], '
             "...]. Masks of 8-bit grey hold ids instead"
         )
     else:

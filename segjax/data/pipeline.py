@@ -168,7 +168,8 @@ def _sample_draws(
 
 
 class StreamBatches:
-    """Batches of records that need not fit into memory; after `augment`, bit for bit those of `TrainBatches`.
+    """Batches of records that need not fit into memory; after `augment`, they equal those of `TrainBatches` bit for
+    bit.
 
     Crops are drawn in advance, and only the window of the image that a crop needs is sent to the device. Threads decode
     images and cut windows; another thread sends batches to the devices, where at most two wait. With several processes,

@@ -55,7 +55,7 @@ class Prepared:
         parts = self._parts(split)
         if "images" not in self.metadata:
             raise DataError(
-                f"{self.path} was prepared before mean and deviation of its images were computed; delete that "
+                f"{self.path} was prepared by a version that computed no mean and deviation; delete that "
                 "directory and prepare the dataset again"
             )
         found = [self.metadata["images"]["moments"][part] for part in parts]
@@ -251,7 +251,7 @@ def open_prepared(path: Path) -> Prepared:
     import tensorflow_datasets as tfds
 
     if not (path / "dataset_info.json").is_file():
-        raise DataError(f"{path} is there but holds no complete dataset; delete it")
+        raise DataError(f"{path} exists, but holds no complete dataset; delete it")
     remedy = "delete that directory and prepare the dataset again"
     try:
         # Also the files of records, because array_record would wait for the writer of a FIFO.
@@ -320,7 +320,7 @@ def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Pa
 
 
 def _damaged_file(path: Path) -> str:
-    """Fault of the first of TFDS's files that is no JSON; "" if all are."""
+    """Fault of the first of TFDS's files that is not JSON; "" if all are."""
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         try:
             reading.read_json(path / name)

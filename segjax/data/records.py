@@ -105,7 +105,7 @@ class JoinedRecords:
         self._places = [(split, number) for split, records in parts.items() for number in range(len(records))]
 
     def __repr__(self) -> str:
-        # Without the address of the object, because Grain compares it to detect other data.
+        # Without the address of the object, because Grain compares the text to detect other data.
         return " + ".join(map(repr, self._parts.values()))
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         if (image.dtype, image.shape[2]) != (first.dtype, first.shape[2]):
             raise RecordError(
                 f"{records.names[number]} has {image.shape[2]} channels of {image.dtype}, and {records.names[0]} "
-                f"{first.shape[2]} of {first.dtype}; all images of a split are of one kind"
+                f"{first.shape[2]} of {first.dtype}; all images of a split must be alike"
             )
         images[number, :height, :width], labels[number, :height, :width] = image, label
 

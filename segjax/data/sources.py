@@ -80,7 +80,7 @@ class Example:
 
 
 class ArchiveError(ValueError):
-    """A file that is no archive, or a damaged one; the message states the reason."""
+    """A file that is not an archive, or is damaged; the message states the reason."""
 
 
 Examples = dict[str, list[Example]]  # split -> examples in the order of their names
@@ -125,7 +125,7 @@ NOT_REGULAR = "entries that are neither files nor folders; remove them"
 def kind_of(path: Path) -> str:
     """Describes an entry that is not a regular file."""
     if path.is_symlink() and not path.exists():
-        return f"a link to {os.readlink(path)}, where there is nothing"
+        return f"a broken link to {os.readlink(path)}"
     try:
         reading.refuse_irregular(path)
     except reading.UnreadableError as error:
@@ -150,7 +150,7 @@ def in_archive(
       problems: Receives the members that are refused.
 
     Raises:
-      ArchiveError: The file is no such archive, is damaged, or unpacks to far more bytes than images do.
+      ArchiveError: The file is not such an archive, is damaged, or unpacks to far more bytes than images do.
     """
     with reading.open_regular(path) as file:
         head = file.read(4)
@@ -192,7 +192,7 @@ def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dic
         elif info.is_dir():
             continue
         elif (name := posixpath.normpath(info.filename)) in files:
-            problems["files that come twice in an archive; fetch it again"].append(f"{path.name}: {info.filename}")
+            problems["files that occur twice in an archive; fetch it again"].append(f"{path.name}: {info.filename}")
         else:
             name_shown = f"{path.name}: {info.filename}"
             files[name] = File(name_shown, info.file_size, functools.partial(read, info))
@@ -219,9 +219,9 @@ def _fault_of_name(name: str, is_folder: bool) -> str | None:
 def _refuse_bomb(name: str, size: int, packed: int) -> None:
     """Raises UnreadableError if a file is larger than any image, or compressed more than images can be."""
     if size > MOST:
-        raise reading.UnreadableError(f"{name}: {size:,} bytes, more than any image or mask has")
+        raise reading.UnreadableError(f"{name}: {size:,} bytes, more than any image or mask")
     if size > _HARMLESS // 8 and size > _MOST_RATIO * max(packed, 1):
-        raise reading.UnreadableError(f"{name}: unpacks from {packed:,} to {size:,} bytes, as no image or mask does")
+        raise reading.UnreadableError(f"{name}: unpacks from {packed:,} to {size:,} bytes, which no image or mask does")
 
 
 def _in_tar(path: Path, shown: str, problems: Problems) -> dict[str, File]:
@@ -250,7 +250,7 @@ def _in_tar(path: Path, shown: str, problems: Problems) -> dict[str, File]:
                 reader = functools.partial(read, member.offset_data, member.size)
                 files[name] = File(f"{shown}: {member.name}", member.size, reader)
     if replaced:
-        console.say(f"{shown}: {replaced} files come twice, and as in every .tar the last of each counts")
+        console.say(f"{shown}: {replaced} files occur twice; as in every .tar, the last of each counts")
     return files
 
 
@@ -270,7 +270,7 @@ def _unpacked(path: Path, scratch: Path) -> Path:
                 written += destination.write(block)
                 if written > _HARMLESS and written > _MOST_RATIO * packed.tell():
                     raise ArchiveError(
-                        f"unpacks from {packed.tell():,} bytes to more than {written:,}, as no images do"
+                        f"unpacks from {packed.tell():,} bytes to more than {written:,}, which no images do"
                     )
                 progress.advance(packed.tell() - progress.count)
     return result

@@ -35,7 +35,7 @@ LANE, PARKING, TRACK = 3.4, 2.4, 3.2  # widths, metres
 class Mood(NamedTuple):
     tint: tuple[float, float, float]
     ambient: float  # light on every face
-    direct: float  # light of the sun on a face turned to it
+    direct: float  # light of the sun on a face towards it
     zenith: tuple[int, int, int]
     horizon: tuple[int, int, int]
     visibility: float  # metres over which contrast falls to 1/e

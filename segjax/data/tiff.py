@@ -73,8 +73,8 @@ def layout(path: Path) -> Layout:
     """Reads the layout of a TIFF from its tags only.
 
     Raises:
-      ImageError: The tags are damaged, or the first page is no image.
-      UnreadableError: The path is no regular file.
+      ImageError: The tags are damaged, or the first page is not an image.
+      UnreadableError: The path is not a regular file.
       OSError: The file cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
@@ -107,7 +107,7 @@ def has_more_images(path: Path) -> bool:
 
     Raises:
       ImageError: The file is damaged.
-      UnreadableError: The path is no regular file.
+      UnreadableError: The path is not a regular file.
       OSError: The file cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
@@ -228,7 +228,7 @@ def _samples(page: TiffPage) -> np.ndarray:
 
 def _refuse_no_image(page: TiffPage, has_more_pages: bool) -> None:
     if int(page.subfiletype) & 1 and has_more_pages:
-        raise ImageError("has a preview as its first page, as raw files of cameras have; convert it to RGB")
+        raise ImageError("has a preview as its first page, as in raw files of cameras; convert it to RGB")
     if page.imagedepth > 1:
         raise ImageError(f"is a volume of {page.imagedepth} slices, not an image")
     if not isinstance(page.bitspersample, int):
@@ -244,7 +244,7 @@ def _colours(page: TiffPage, has_more_pages: bool) -> int:
         if bands == 1 or (bands == 3 and photometric == _BLACK_IS_ZERO):
             return bands
         raise ImageError(
-            f"has {bands} bands, and its tags do not say which are red, green and blue, the 3 channels that the "
+            f"has {bands} bands, and its tags do not state which are red, green and blue, the 3 channels that the "
             "model takes; write these three as RGB, for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp "
             "red,green,blue IN.tif OUT.tif"
         )
@@ -253,7 +253,7 @@ def _colours(page: TiffPage, has_more_pages: bool) -> int:
         name = getattr(page.photometric, "name", photometric)
         raise ImageError(f"has colours of the kind {name} (tag PhotometricInterpretation); convert it to RGB")
     if samples < needed:
-        raise ImageError(f"is damaged: {samples} samples a pixel, where its kind of colours has {needed}")
+        raise ImageError(f"is damaged: {samples} samples per pixel, but its kind of colours needs {needed}")
     if photometric == _CMYK and (page.compression in _DECODED_TO_RGB or _value(page, _INK_SET, 1) != 1):
         raise ImageError("has inks as colours; convert it to RGB")
     if photometric == _YCBCR and page.compression not in _DECODED_TO_RGB and page.is_subsampled:
@@ -273,8 +273,8 @@ def _refuse_size(page: TiffPage, max_pixels: int) -> None:
     # The limit allows four 8-bit samples per pixel. All samples are decoded and copied before extra ones are dropped.
     if page.nbytes > 4 * max_pixels:
         raise ImageError(
-            f"has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel, {page.nbytes:,} bytes, and "
-            f"{4 * max_pixels:,} are read; write fewer of them, or parts of it"
+            f"has {page.samplesperpixel} samples of {page.bitspersample} bits per pixel, {page.nbytes:,} bytes; the "
+            f"limit is {4 * max_pixels:,}; write fewer samples, or parts of the image"
         )
 
 
@@ -333,7 +333,7 @@ def _palette_of(page: TiffPage) -> np.ndarray:
     """RGB of each index, uint8 (N, 3)."""
     table = np.asarray(page.colormap)
     if table.ndim != 2 or len(table) != 3:
-        raise ImageError("is damaged: its palette is no table of red, green and blue")
+        raise ImageError("is damaged: its palette is not a table of red, green and blue")
     # The standard has 16 bits; some writers store 8.
     return (table >> 8 if table.max() > 255 else table).astype(np.uint8).T
 

@@ -92,8 +92,8 @@ class _Instances(TypedDict):
 
 
 _NOT_INSTANCES = "JSON files that are neither instances nor panoptic segments of COCO"
-_BOXES = "objects that have a box but no outline; their boxes become the ignore value"
-_NO_SHAPE = "objects that have neither an outline nor a box"
+_BOXES = "objects with a box but no outline; their boxes get the ignore value"
+_NO_SHAPE = "objects with neither an outline nor a box"
 _UNLISTED = "images that no JSON file lists"
 _NO_IMAGE = "annotations of images that the same file does not list"
 
@@ -121,7 +121,7 @@ def read(source: Path) -> Found:
             problems["JSON files that are damaged"].append(f"{name}: {why}")
     if not contents and not problems:
         entries = found.skipped.pop(_NOT_INSTANCES, [f"{source}: no .json"])
-        problems["no JSON with images, annotations and categories, as COCO's instances have them"] = entries
+        problems["no JSON with images, annotations and categories, as in COCO's instances"] = entries
     names, categories = _categories(contents, found.notes, problems)
     found.names, ids = classes_of(names, problems)
     reader = _Read(files, found, problems)
@@ -134,12 +134,12 @@ def read(source: Path) -> Found:
     if source.is_dir() and (unlisted := sorted(set(files.images()) - used)):
         found.skipped[_UNLISTED] += unlisted
     if reader.crowds:
-        found.notes.append(f"crowds, which become the ignore value: {reader.crowds:,}")
+        found.notes.append(f"crowds, which get the ignore value: {reader.crowds:,}")
         if 2 * reader.crowds > reader.annotations:
-            found.notes.append("(CVAT calls every mask a crowd; for objects, set their iscrowd to 0)")
+            found.notes.append("(CVAT exports every mask as a crowd; for objects, set iscrowd to 0)")
     if reader.annotations and not reader.outlines and any(found.splits.values()) and not problems:
         if reader.boxes:
-            problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
+            problems["only boxes: no annotation has a segmentation; boxes have no outline, export masks"] += contents
         else:
             problems |= found.skipped
     refuse(problems, str(source))
@@ -169,7 +169,7 @@ def _json_files(source: Path, skipped: Problems) -> tuple[Files, list[str]]:
 def _no_instances(content: Any) -> str | None:
     """Reason why JSON content is neither instances nor panoptic segments; None if it may be."""
     if not isinstance(content, dict):
-        return "no object of JSON"
+        return "not a JSON object"
     if "shapes" in content:
         return "a file of labelme; segjax data import labelme"
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
@@ -198,7 +198,7 @@ def _categories(
         for category in content["categories"]:
             number, name = category["id"], category["name"]
             if (other := known.get(_key(number), name)) != name:
-                kind = "categories of one id and two names; give each name an id of its own"
+                kind = "categories with one id and two names; give each name its own id"
                 problems[kind].append(f"{file}: {number!r} is {other!r} and {name!r}")
             # Roboflow names one category after the project, and often a second one as well.
             if ids.setdefault(name, _key(number)) != _key(number):
@@ -207,7 +207,7 @@ def _categories(
             places.setdefault(name, (isinstance(number, str), number))
         of_files[file] = known
     if repeated:
-        notes.append(f"categories of one name, which are one class: {listed(list(repeated))}")
+        notes.append(f"categories with the same name, which are one class: {listed(list(repeated))}")
     return sorted(places, key=places.__getitem__), of_files
 
 
@@ -221,7 +221,7 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
             stem = re.sub(r"[^A-Za-z0-9]+", "_", _stem(name)).strip("_")
             split = "train" if len(names) == 1 or stem.lower() in ("", "all") else stem
         if split in splits:
-            problems["JSON files of one split; import them one by one, or merge them"].append(
+            problems["several JSON files of one split; import them one by one, or merge them"].append(
                 f"{split}: {splits[split]} and {name}"
             )
         splits[split] = name
@@ -295,7 +295,7 @@ class _Read:
                 self._problems["images that are described wrongly"].append(f"{name}: images.{index}: no file_name")
                 continue
             if _key(image["id"]) in images:
-                self._problems["images of one id"].append(f"{name}: {image['id']!r}")
+                self._problems["images with the same id"].append(f"{name}: {image['id']!r}")
             images[_key(image["id"])] = image
         return images
 
@@ -374,7 +374,7 @@ class _Read:
             self.masks.add(mask)
             segments = {part["id"]: self._label(part, labels, place) for part in annotation["segments_info"]}
             if len(segments) < len(annotation["segments_info"]):
-                self._problems["segments of one image that have one id; give each its own"].append(place)
+                self._problems["segments of one image with the same id; give each its own"].append(place)
             draw_of[image] = functools.partial(panoptic.draw, self._files, mask, segments, place)
         return draw_of
 

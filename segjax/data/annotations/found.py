@@ -79,7 +79,7 @@ class Found:
     Attributes:
       names: Names of the classes; the first is BACKGROUND.
       splits: Split -> its images.
-      notes: Lines about what was read.
+      notes: Lines of the report about the files.
       skipped: Reason -> places of the files and annotations that are not imported.
     """
 
@@ -105,10 +105,10 @@ class Files:
             if any(part[0] == "." or part == "__MACOSX" for part in name.split("/")):
                 continue
             if self.paths.setdefault(composed, path) != path:
-                skipped["files whose names differ from another one in the Unicode form of accents only"].append(name)
+                skipped["files whose names differ from another one only in the Unicode form of accents"].append(name)
         self.folders = {str(folder) for name in self.paths for folder in PurePosixPath(name).parents}
         if links:
-            skipped["links to folders that are read already"] += links
+            skipped["links to folders that are already read"] += links
 
     def images(self, folder: str = ".") -> Iterator[str]:
         """Paths of all images below a folder, by their suffixes."""
@@ -160,7 +160,7 @@ class Files:
     def png(self, name: str) -> bytes:
         """Content of a PNG. Raises ImageError for another format, and for a damaged or too large file."""
         data = reading.read_bytes(self.paths[name], most=MOST)
-        damage = codec.damage(data) if data.startswith(codec.PNG) else "is no PNG"
+        damage = codec.damage(data) if data.startswith(codec.PNG) else "is not a PNG"
         if fault := damage or codec.fault_of_image(data):
             raise codec.ImageError(f"its mask {name}: {fault}")
         return data
@@ -189,7 +189,7 @@ def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dic
     known = {name: 0 for name in names if is_background(name)}
     others = [name for name in names if name not in known]
     if repeated := [name for name, times in collections.Counter(names).items() if times > 1]:
-        problems["classes of one name; rename them"] += repeated
+        problems["classes with the same name; rename them"] += repeated
     if len(others) >= MOST_CLASSES:
         problems[f"more classes than the {MOST_CLASSES - 1} that fit a 16-bit mask next to the background"].append(
             f"{len(others)} classes"

@@ -32,8 +32,8 @@ from segjax.runtime import reading
 _IGNORE = "__ignore__"
 # Corners of a circle. At a radius of 1,000 pixels, the sides lie at most 0.04 pixels inside the circle.
 _CORNERS = 360
-_NO_JSON = "images without a JSON, which are background; remove them if they are not annotated yet"
-_NO_LABEL = 'shapes without a label; in labelme, give each the name of a class, or "__ignore__" for what is not counted'
+_NO_JSON = "images without a JSON file, which are background; remove them if they are not annotated yet"
+_NO_LABEL = 'shapes without a label; in labelme, give each the name of a class, or "__ignore__" for ignored pixels'
 _LINES = "lines and points, which have no area"
 
 
@@ -83,7 +83,7 @@ def read(source: Path) -> Found:
         if image is None:
             continue
         if image.place in images:
-            problems["JSON files of one image; keep one"].append(f"{name}: {image.place}")
+            problems["several JSON files of one image; keep one"].append(f"{name}: {image.place}")
         images[image.place] = image
         shapes[image.place] = content["shapes"]
     if not shapes and not problems:
@@ -143,7 +143,7 @@ def _embedded(files: Files, name: str) -> bytes:
     try:
         return base64.b64decode(content["imageData"] or "", validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"imageData is no base64 ({error})") from None
+        raise ImageError(f"imageData is not base64 ({error})") from None
 
 
 def _regions(shapes: list[_Shape], ids: dict[str, int], place: str, found: Found) -> list[Region]:

@@ -31,8 +31,8 @@ _COMPRESSED = re.compile(r"(?:[P-o]{0,5}[0-O])+")
 NO_PIXEL = "objects that cover no pixel"
 OUTSIDE = "objects outside their image"
 CLIPPED = "objects that reach more than a pixel beyond their image, which are clipped"
-NO_AREA = "outlines of fewer than three corners, or half a corner"
-TOO_LONG = f"outlines longer than {_MOST_LENGTH:,} pixels, as no object has"
+NO_AREA = "outlines with fewer than three corners, or an incomplete one"
+TOO_LONG = f"outlines longer than {_MOST_LENGTH:,} pixels, which no object has"
 BAD_RUNS = "run-length encodings that are damaged, or of another size than their image"
 BAD_MASK = "masks inside annotations that are damaged, or do not fit their image"
 
@@ -77,7 +77,7 @@ class _UnusableError(ValueError):
 
 
 def pycocotools() -> ModuleType:
-    """Imports pycocotools' masks. Raises DataError, with the command that installs it, where it is missing."""
+    """Imports pycocotools' masks. Raises DataError, with the command that installs it, if it is missing."""
     try:
         from pycocotools import mask
     except ModuleNotFoundError:

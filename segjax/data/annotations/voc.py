@@ -34,8 +34,8 @@ _MASKS = "SegmentationClass"
 _OLD_MASKS = "SegmentationClassPNG"  # labelme's; its SegmentationClass holds NumPy arrays
 _TABLE = "_classes.csv"
 _LISTS = "ImageSets/Segmentation"
-_NO_MASK = "images of a list that have no mask"
-_UNLISTED = "masks that no list names"
+_NO_MASK = "listed images that have no mask"
+_UNLISTED = "masks that are in no list"
 _MOST_TEXT = 1 << 26
 
 
@@ -60,7 +60,7 @@ def read(source: Path) -> Found:
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
     if not source.is_dir():
-        raise DataError(f"{source} is no folder; it must be one, unpacked, with JPEGImages and {_MASKS}")
+        raise DataError(f"{source} is not a folder; give an unpacked one with JPEGImages and {_MASKS}")
     files = Files(source, found.skipped)
     tables = [name for name in files.paths if posixpath.basename(name) == _TABLE]
     if tables and not any(posixpath.basename(folder) == _MASKS for folder in files.folders):
@@ -117,7 +117,7 @@ def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, 
         masks = {stem.removesuffix("_mask"): path for stem, path in of_folder.items() if stem.endswith("_mask")}
         images = {stem: path for stem, path in of_folder.items() if not stem.endswith("_mask")}
         if split in splits:
-            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one with one of them")
+            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one of them")
         splits[split] = {stem: (images.get(stem), masks.get(stem)) for stem in sorted({*images, *masks})}
     if len(set(map(tuple, names.values()))) > 1:
         raise DataError(f"{files.root} cannot be imported: {listed(list(names))} have different classes")
@@ -128,7 +128,7 @@ def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, 
 def _names_of_table(name: str, text: str) -> list[str]:
     rows = [line.partition(",")[::2] for line in text.splitlines()[1:] if line.strip()]
     if not rows or [number.strip() for number, _ in rows] != [str(number) for number in range(len(rows))]:
-        raise DataError(f"{name}: its lines are not 0, NAME; 1, NAME; ... below a first line of titles")
+        raise DataError(f"{name}: its lines are not 0, NAME; 1, NAME; ... after a header line")
     return [label.strip() for _, label in rows]
 
 
@@ -141,7 +141,7 @@ def _root(files: Files) -> str:
         raise DataError(f"{files.root} has several folders with {_MASKS}, {listed(roots)}; give one of them")
     if any(re.search(r"(^|/)Annotations/[^/]+\.xml$", name) for name in files.paths):
         raise DataError(
-            f"{files.root} cannot be imported: it has boxes only (Annotations/*.xml) and no {_MASKS}; boxes show no "
+            f"{files.root} cannot be imported: it has only boxes (Annotations/*.xml) and no {_MASKS}; boxes have no "
             "outline, export masks"
         )
     raise DataError(f"{files.root} cannot be imported: it has no folder {_MASKS}")
@@ -159,7 +159,7 @@ def _classes(files: Files, root: str) -> _Classes:
     for line in lines:
         match = re.fullmatch(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})(:.*)?", line)
         if not match or max(map(int, match.groups()[1:4])) > 255:
-            raise DataError(f"labelmap.txt: {line!r:.80} is no name:r,g,b::")
+            raise DataError(f"labelmap.txt: {line!r:.80} is not name:r,g,b::")
         names.append(match[1])
         colors.append((int(match[2]), int(match[3]), int(match[4])))
     if len(set(colors)) < len(colors):
@@ -179,7 +179,7 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
     if {"train", "val"} <= lists.keys() and lists.pop("trainval", None):
         found.notes.append("ImageSets/Segmentation/trainval.txt is train and val together, and is not imported")
     if not lists:
-        found.notes.append("there is no list of a split: all masks are train")
+        found.notes.append("there are no lists of splits: all masks are train")
         return {"train": sorted(masks)}
     # CVAT has Train, Validation and, for tasks without a subset, default.
     known = {name: split_in(name) or ("train" if len(lists) == 1 else None) for name in lists}
@@ -213,7 +213,7 @@ def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...], found: Found)
     for name in sorted(name for name in files.paths if name.startswith(start) and name.lower().endswith(suffixes)):
         stem = posixpath.splitext(name.removeprefix(start))[0]
         if stem in by_stem:
-            found.skipped["images that differ from another one in nothing but the suffix"].append(name)
+            found.skipped["images that differ from another one only in the suffix"].append(name)
         by_stem.setdefault(stem, name)
     return by_stem
 
@@ -228,7 +228,7 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
     data = files.png(mask)
     is_index = data[25] in (0, 3) and not classes.by_color
     if data[24] == 16 and not is_index:
-        raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")
+        raise codec.ImageError(f"its mask {mask} has colours of 16 bits per channel; save it with 8")
     if is_index and (fault := codec.fault_of_mask(data, wide=True, binary=len(classes.names) == 2)):
         raise codec.ImageError(f"its mask {mask}: {fault}")
     stored = codec.decode_stored_mask(data) if is_index else None

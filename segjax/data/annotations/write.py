@@ -24,8 +24,7 @@ from segjax.runtime import atomic, console
 _UNREADABLE = "images that cannot be used"
 _OTHER_SIZE = "images of another size (height x width) than their annotations state"
 _TURNED = (
-    "images that EXIF turns, whose size does not tell whether the annotations turn too; save them upright, and correct "
-    "the annotations"
+    "images that EXIF rotates, with annotations that fit either way; save them upright, and correct the annotations"
 )
 # Maximum bytes of a name in the output; file systems allow 255.
 _LONGEST = 200
@@ -62,10 +61,10 @@ class Written:
 def refuse_occupied(folder: Path) -> None:
     """Raises DataError if the output folder is not empty, or cannot be written."""
     if os.path.lexists(folder) and not folder.is_dir():
-        raise DataError(f"{folder} is there and is no folder; name a new one")
+        raise DataError(f"{folder} exists and is not a folder; name a new one")
     # The folder is replaced as a whole; a shell in it would stay in the old one.
     if folder.is_dir() and os.path.samefile(folder, os.curdir):
-        raise DataError(f"{folder} is the present folder; name another one")
+        raise DataError(f"{folder} is the current folder; name another one")
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder, or remove it first")
     if why := atomic.why_not_writable(folder.parent):
@@ -181,7 +180,7 @@ def _usable(data: bytes, image: Annotated) -> tuple[bytes, tuple[int, int], bool
     """Content of the file to write, its (height, width), and whether it differs from the original."""
     kind = codec.format_of(data[:32])
     if not data or kind in (None, "TIFF"):
-        raise codec.ImageError("is empty" if not data else "is no PNG, JPEG, WebP, BMP or GIF; save it as PNG")
+        raise codec.ImageError("is empty" if not data else "is not PNG, JPEG, WebP, BMP or GIF; save it as PNG")
     is_stored = kind in ("PNG", "JPEG")
     if fault := (codec.damage(data) if is_stored else None) or codec.fault_of_image(data):
         raise codec.ImageError(fault)
@@ -273,14 +272,14 @@ def describe(found: Found, written: Written) -> list[str]:
         lines.append(f"{console.cell(name, 32)} {objects:>10} {100 * pixels[number] / every:>9.4f}")
     lines.append(f"{console.cell('(ignored)', 32)} {'':>10} {100 * pixels[IGNORED] / every:>9.4f}")
     if written.encoded:
-        lines += ["", f"images that became PNG, since their format or orientation cannot stay: {written.encoded:,}"]
+        lines += ["", f"images converted to PNG because of their format or orientation: {written.encoded:,}"]
     for what, entries in (
         ("images whose names were changed", written.renamed),
         ('classes that no image shows, "absent" in classes.json', written.absent(found.names)),
     ):
         if entries:
             lines += ["", f"{what}: {len(entries):,}", *(f"    {entry}" for entry in shorten(entries))]
-    lines += ["", "skipped, as a whole or in part:" if written.skipped else "nothing was skipped"]
+    lines += ["", "skipped, completely or in part:" if written.skipped else "nothing was skipped"]
     return lines + listed(written.skipped)
 
 

@@ -29,7 +29,7 @@ from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_BOXES = "objects that have a box but no outline; their boxes become the ignore value"
+_BOXES = "objects with a box but no outline; their boxes get the ignore value"
 _NO_IMAGE = "text files without an image"
 # Maximum bytes of a YAML file, and of the text file of an image.
 _MOST_YAML, _MOST_TEXT = 1 << 20, 1 << 26
@@ -75,7 +75,7 @@ def read(source: Path) -> Found:
     files = Files(source if source.is_dir() else source.parent, found.skipped)
     name, content = _yaml(files, None if source.is_dir() else source.name)
     if "kpt_shape" in content:
-        problems["keypoints, which are no segmentation"].append(f"{name}: kpt_shape")
+        problems["keypoints, which are not segmentation"].append(f"{name}: kpt_shape")
     names = _names(content, name, problems)
     found.names, ids = classes_of(names, problems)
     labels = [ids[each] for each in names]
@@ -92,9 +92,9 @@ def read(source: Path) -> Found:
                     Annotated(shown, place, files.reader(place), None, True, functools.partial(draw, regions))
                 )
     if lines.boxes and not lines.outlines:
-        problems["boxes only: no line has an outline; boxes show none, export polygons"] += lines.boxes
+        problems["only boxes: no line has an outline; export polygons"] += lines.boxes
     if not found.splits and not problems:
-        problems["no images"].append(f"{name} names none that are there")
+        problems["no images"].append(f"{name} names no existing images")
         for kind, entries in found.skipped.items():
             problems[kind] += entries
     refuse(problems, str(source))
@@ -127,9 +127,9 @@ def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
             else:
                 faults.append(f"{name}: without names")
         except yaml.YAMLError as error:
-            faults.append(f"{name}: no YAML ({' '.join(str(error).split())})")
+            faults.append(f"{name}: not YAML ({' '.join(str(error).split())})")
         except (RecursionError, UnicodeError) as error:
-            faults.append(f"{name}: no YAML ({error})")
+            faults.append(f"{name}: not YAML ({error})")
         except reading.UnreadableError as error:
             faults.append(str(error))
     if not found and given is None and "classes.txt" in files.paths:
@@ -220,7 +220,7 @@ def _regions(files: Files, name: str, labels: list[int], lines: _Lines, problems
         except ValueError:
             kind, numbers = math.nan, []
         if not all(map(math.isfinite, (kind, *numbers))) or kind != int(kind):
-            problems["lines that are no class and numbers"].append(f"{place}: {line!r:.80}")
+            problems["lines that are not a class and numbers"].append(f"{place}: {line!r:.80}")
         elif not 0 <= kind < len(labels):
             problems[f"classes that {lines.names} does not name"].append(f"{place}: {int(kind)}")
         elif any(abs(share - 0.5) > _FARTHEST - 0.5 for share in numbers):
