@@ -66,11 +66,11 @@ def read_config(folder: Path) -> Config:
     config = read_json(folder / CONFIG, Config)
     kind = "DoRA" if config.get("use_dora") else config["peft_type"]
     if kind.upper() != "LORA":
-        raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges LoRA alone: {_MERGE}")
+        raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges only LoRA: {_MERGE}")
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGE_BASE):
         raise CheckpointError(
-            f"{folder}: an adapter whose init_lora_weights, {initial}, has changed its base as well; {_MERGE}"
+            f"{folder}: an adapter whose init_lora_weights, {initial}, also changed its base; {_MERGE}"
         )
     return config
 
@@ -87,8 +87,7 @@ def base_of(folder: Path, config: Config) -> str:
         revision = config.get("revision")
         return f"hf:{name}" + (f"@{revision}" if revision else "")
     raise CheckpointError(
-        f"{folder}: an adapter of {name}, which is not there; set base_model_name_or_path in {CONFIG} to where it is, "
-        f"or {_MERGE}"
+        f"{folder}: its base {name} does not exist; set base_model_name_or_path in {CONFIG} to its path, or {_MERGE}"
     )
 
 
@@ -153,7 +152,7 @@ def _alpha(module: str, config: Config) -> float:
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         # Regular expressions from a file could take unlimited time.
         if not re.fullmatch(r"[\w.]+", pattern):
-            raise CheckpointError(f"alpha_pattern has the regular expression {pattern!r}, which is not read; {_MERGE}")
+            raise CheckpointError(f"alpha_pattern has the regular expression {pattern!r}, which is not used; {_MERGE}")
         if f".{module}".endswith(f".{pattern}"):
             return alpha
     return config.get("lora_alpha", 8)
@@ -163,6 +162,6 @@ def refuse_unmerged(keys: Iterable[str]) -> None:
     """Raises CheckpointError for low-rank matrices in a file without their scale."""
     if found := [key for key in keys if ".lora_" in key]:
         raise CheckpointError(
-            f"it holds matrices of LoRA ({shorten(found, most=2)}), and not the lora_alpha that they are scaled by; "
-            f"give the folder with {CONFIG}, or {_MERGE}"
+            f"it holds matrices of LoRA ({shorten(found, most=2)}) without their lora_alpha; give the folder with "
+            f"{CONFIG}, or {_MERGE}"
         )

@@ -278,7 +278,7 @@ def family_of(name: str) -> str:
 
 # Settings of the encoder in which the variants of a family differ.
 ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
-# Settings that an encoder alone does not determine. HRNet's align_corners is one: the encoder uses it too, but with the
+# Settings that do not follow from an encoder. HRNet's align_corners is one: the encoder uses it too, but with the
 # value with which the decoder was trained.
 DECODER_SETTINGS = (
     "decoder_dim",

@@ -31,7 +31,7 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     overrides = metadata["model"]["overrides"]
     settings = ", ".join(f"{key}={_value(value)}" for key, value in sorted(overrides.items()))
     mean, std = (" ".join(f"{number:g}" for number in metadata["normalisation"][key]) for key in ("mean", "std"))
-    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are taken as they are)"
+    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are not changed)"
     default = "" if "normalisation" in checkpoint.metadata else by_default
     images = specs.ImageKind(model.in_channels, metadata.get("image_dtype"))
     size = metadata["input_size"]
@@ -80,7 +80,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
         return
     classes = classes_of(metadata, num_classes)
     if dataset.get("guessed"):
-        yield "classes", f"{num_classes}, unnamed: a guess that they are those of {classes.name}, which has as many"
+        yield "classes", f"{num_classes}, unnamed: probably those of {classes.name}, which has the same number"
     else:
         yield "classes", f"{num_classes}" + (f" of {classes.name}" if classes.name != "unknown" else "")
     colors = ("#" + bytes(color).hex() for color in classes.colors)

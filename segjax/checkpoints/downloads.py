@@ -116,7 +116,7 @@ def _turn(row: PublishedWeights, folder: Path) -> Iterator[None]:
 
 def _download(row: PublishedWeights, folder: Path) -> None:
     # On stderr, with the progress, and not only in the log, so that every user sees the licence.
-    console.show(f"fetches {row.name} from {row.address}; licence: {row.licence}", to=sys.stderr)
+    console.show(f"fetching {row.name} from {row.address}; licence: {row.licence}", to=sys.stderr)
     with atomic.replacing_folder(folder) as new:
         new.mkdir()
         source = _from_hub(row, folder, new) if _is_hub(row) else _from_web(row, folder, new)
@@ -153,7 +153,7 @@ def _from_web(row: PublishedWeights, folder: Path, new: Path) -> str:
             answer.close()
     with place.open("rb") as file:
         if file.read(64).lstrip()[:1] in (b"", b"<"):
-            raise CheckpointError(_why_not(row, folder, "there is a page or nothing instead of a file"))
+            raise CheckpointError(_why_not(row, folder, "the answer is a web page or empty, not a file"))
     return row.source
 
 
@@ -192,8 +192,8 @@ def _from_hub(row: PublishedWeights, folder: Path, new: Path) -> str:
 def _why_not(row: PublishedWeights, folder: Path, reason: str) -> str:
     what = "its files, config.json among them, in" if _is_hub(row) else "the file at"
     return (
-        f"{row.name}: {row.address} cannot be fetched ({reason}); nothing was kept. Fetched on another machine, put "
-        f"{what} {_place(row, folder)}"
+        f"{row.name}: {row.address} cannot be fetched ({reason}); nothing was kept. Fetch it on another machine, and "
+        f"put {what} {_place(row, folder)}"
     )
 
 
@@ -228,16 +228,16 @@ def _refuse_others(row: PublishedWeights, digests: Mapping[str, str], folder: Pa
     for digest in digests.values():
         if row.digits and not digest.startswith(row.digits):
             raise CheckpointError(
-                f"{row.name}: {where} another file than was published: its sha256 begins with {digest[:8]}, not with "
-                f"{row.digits}; {remedy}"
+                f"{row.name}: {where} another file than the published one: its sha256 begins with {digest[:8]}, not "
+                f"with {row.digits}; {remedy}"
             )
     first = (_read_record(row, folder) or {"sha256": {}})["sha256"]
     if first and first != digests:
         record = _record_of(folder)
         changed = sorted(name for name in first.keys() | digests.keys() if first.get(name) != digests.get(name))
         raise CheckpointError(
-            f"{row.name}: {where} other weights than were first fetched: {', '.join(changed)} is not as in {record}; "
-            f"{remedy}. To take the others from now on, remove {record} too"
+            f"{row.name}: {where} other weights than the first download: {', '.join(changed)} is not as in {record}; "
+            f"{remedy}. To use them from now on, remove {record} too"
         )
 
 

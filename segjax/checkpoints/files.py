@@ -58,7 +58,7 @@ def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[str, ..
     found = _located(source)
     # Not Path.resolve, which raises an error for a link to itself.
     if os.path.realpath(found.place) in adapters_of_it:
-        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to what it was trained on")
+        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to the model it started from")
     if found.kind == "orbax":
         (folder,) = found.paths
         if weights is not None:
@@ -92,7 +92,7 @@ def provenance_at(source: str | Path, *, weights: str | None = None) -> dict[str
     return Checkpoint({}, known, found.name, found.paths, is_orbax=True).provenance
 
 
-# ------------------------------------------------------------------------------------------------------ where it lies
+# ------------------------------------------------------------------------------------------------------ the location
 
 # Suffixes of checkpoint files in a folder.
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".npz", ".pkl")
@@ -209,7 +209,7 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
     if before.is_orbax:
-        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no names of PyTorch")
+        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no PyTorch names")
     unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.weights)
     try:
         arrays = adapters.merged(adapter, unchanged, config)
@@ -245,7 +245,7 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
             stored = {str(number): value for number, value in enumerate(stored)}
         return stored if isinstance(stored, Mapping) else {"content": stored}, {}
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "binary"
-    hint = " (a page that says why the download failed?)" if kind == "text" else ""
+    hint = " (a web page about a failed download?)" if kind == "text" else ""
     raise CheckpointError(
         f"{source}: neither a PyTorch checkpoint, nor safetensors, nor an orbax folder; it begins with "
         f"{head[:24]!r}, which is {kind}{hint}"
@@ -337,7 +337,7 @@ def _checked_header(source: Path) -> dict[str, str]:
     for name, entry in entries.items():
         bits, (begin, end) = _BITS.get(entry["dtype"]), entry["data_offsets"]
         if end > size - 8 - length:
-            raise CheckpointError(f"{cut} ({name} ends behind the end of the file); fetch it again")
+            raise CheckpointError(f"{cut} ({name} ends after the end of the file); fetch it again")
         if bits is not None and math.prod(entry["shape"]) * bits != 8 * (end - begin):
             raise CheckpointError(
                 f"{source}: {name} has the shape {tuple(entry['shape'])} of {entry['dtype']}, and {end - begin:,} "

@@ -27,7 +27,7 @@ def refuse_newer(metadata: Mapping[str, Any], place: str | Path) -> None:
     """Raises CheckpointError for metadata of a newer format; the message names the version of segjax to install."""
     version = metadata.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{place}: damaged, since format_version is {version!r:.60} and no number from 1")
+        raise CheckpointError(f"{place}: damaged, since format_version is {version!r:.60}, not a number from 1")
     if version <= FORMAT_VERSION:
         return
     writer = metadata.get("segjax_version")

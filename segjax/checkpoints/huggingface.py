@@ -166,8 +166,8 @@ def _errors_of_the_hub(address: str, repository: str, revision: str | None, unre
         raise
     except errors.GatedRepoError:
         raise CheckpointError(
-            f"{address}: its owner asks for an agreement: give it at https://huggingface.co/{repository}, then log in "
-            "with `hf auth login`"
+            f"{address}: its owner requires an agreement: accept it at https://huggingface.co/{repository}, then log "
+            "in with `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(

@@ -261,7 +261,7 @@ _IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "cl
 _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
 _HRNET_KEYS: dict[str, Any] = dict(backbone_extras=_IMAGENET_HRNET)
-# HRNet-Semantic-Segmentation's configurations of ADE20K and COCO-Stuff, unlike those of its other datasets.
+# In HRNet-Semantic-Segmentation, only the configurations for ADE20K and COCO-Stuff align corners.
 _HRNET_ALIGNED: dict[int, dict[str, object]] = {150: {"align_corners": True}, 171: {"align_corners": True}}
 
 

@@ -183,7 +183,7 @@ def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str,
             logger.info("it names no classes; %d are assumed to be those of %s", classes, known["dataset"]["name"])
     if "normalisation" not in known and model.in_channels != 3:
         logger.info(
-            "it does not say how images of %s are normalised: values are taken as they are (mean 0, deviation 1)",
+            "it does not state how images of %s are normalised: values are not changed (mean 0, deviation 1)",
             specs.ImageKind(model.in_channels, None),
         )
     return metadata.completed(known, channels=model.in_channels)

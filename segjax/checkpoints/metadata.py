@@ -41,7 +41,7 @@ IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
 LASTING = ("dataset", "normalisation", "image_dtype", "input_size", "temperature", "licence")
 
 _NVIDIA = (
-    "NVIDIA's SegFormer and MiT weights, and what was trained from them, are under the NVIDIA Source Code License, "
+    "NVIDIA's SegFormer and MiT weights, and weights trained from them, are under the NVIDIA Source Code License, "
     "non-commercial"
 )
 _HRNET = "the weights that HRNet's authors publish are under the MIT licence"
@@ -188,7 +188,7 @@ def checked_normalisation(content: Mapping[str, Any], *, name: object, key: str 
     checked(content, Normalisation, name=name)
     means, deviations = len(content["mean"]), len(content["std"])
     if means != deviations:
-        raise UnreadableError(f"{name}: {key}mean has {means} numbers and {key}std {deviations}; they are of one image")
+        raise UnreadableError(f"{name}: {key}mean has {means} numbers and {key}std {deviations}; they must agree")
     return content
 
 
@@ -214,7 +214,7 @@ def _refuse_settings(model: Mapping, name: object) -> None:
         return
     place = f"{name}: model"
     if model["name"] not in models.MODELS:
-        raise UnreadableError(f"{place}.name {model['name']!r} is no model of segjax {', '.join(models.MODELS)}")
+        raise UnreadableError(f"{place}.name {model['name']!r} is not a model of segjax: {', '.join(models.MODELS)}")
     known = models.settings(model["name"])
     for key, value in model.get("overrides", {}).items():
         if key not in known:
@@ -244,8 +244,8 @@ def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
     dataset = metadata.get("dataset")
     if not dataset and num_classes > specs.LARGEST_LABEL:
         raise CheckpointError(
-            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 16 bits have "
-            f"room for {specs.LARGEST_LABEL:,}"
+            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and 16-bit labels have room "
+            f"for {specs.LARGEST_LABEL:,}"
         )
     try:
         return _spec_of(dataset or _unnamed(num_classes))
@@ -279,12 +279,12 @@ def of_names(
 ) -> dict[str, Any]:
     """{"dataset": ...} of class names, with name and colours of the known dataset that shares most of them.
 
-    {} if the classes do not fit into 16 bits, or a name is no string.
+    {} if the classes do not fit into 16 bits, or a name is not a string.
     """
     names = [_as_utf8(name) for name in names]
     if not 0 < len(names) <= specs.LARGEST_LABEL or not all(isinstance(name, str) for name in names):
         if names:
-            logger.info("its %d class names are not used: they are no text, or do not fit into 16 bits", len(names))
+            logger.info("its %d class names are not used: they are not text, or do not fit into 16 bits", len(names))
         return {}
     candidates = [spec for spec in (specs.guess(len(names)), *CLASS_LISTS.values()) if spec]
     known = next((spec for spec in candidates if _has_most(names, spec.class_names)), None)

@@ -130,7 +130,7 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: M
 def refuse_foreign(folder: Path) -> None:
     """Raises CheckpointError if something other than an orbax folder of segjax exists at this path."""
     if folder.exists() and not (folder / METADATA).is_dir():
-        raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint of segjax; choose another name or remove it")
 
 
 def build_model(
@@ -201,7 +201,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     (metadata,) = read_items(folder, METADATA)
     refuse_newer(metadata, folder)
     if METADATA_HASH in metadata and _hashed(metadata) != metadata:
-        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata is not what was saved)")
+        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata was changed)")
     try:
         return checked_metadata(metadata, name=f"{folder}: its metadata")
     except UnreadableError as error:
@@ -385,5 +385,5 @@ def failure(folder: Path) -> Iterator[None]:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise CheckpointError(
             f"{folder}: cannot be written ({_reason(error)}).\n"
-            "  What was saved before is complete: make room, and run the same command again"
+            "  Earlier saves are complete: make room, and run the same command again"
         ) from error

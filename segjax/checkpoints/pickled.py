@@ -89,7 +89,7 @@ class StoredTensor:
         numbers = math.prod(self.shape)
         if numbers and max(numbers, reach) > stored:
             raise CheckpointError(
-                f"has the shape {self.shape}, and {stored:,} numbers are stored. The file is damaged, or the tensor "
+                f"has the shape {self.shape}, but {stored:,} numbers are stored. The file is damaged, or the tensor "
                 "was expanded: save its clone()"
             )
         if not numbers:
@@ -162,7 +162,7 @@ def _damage(source: Path) -> Iterator[None]:
         reason = str(error).partition("\n")[0].removeprefix(f"[Errno {errno.EINVAL}] ") if in_words else ""
         raise CheckpointError(
             f"{source}: a PyTorch checkpoint that is damaged or cut short "
-            f"({reason or 'what it says of its tensors is broken'}); fetch it again"
+            f"({reason or 'its description of tensors is broken'}); fetch it again"
         ) from None
 
 
@@ -218,7 +218,7 @@ def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(f"{source}: two members are called {shorten(twice)}; fetch it again")
     unpacked = sum(member.file_size for member in members)
     if unpacked > _LARGEST_RATIO * source.stat().st_size:
-        raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
+        raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, too many for weights; fetch it again")
 
 
 def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
@@ -239,7 +239,7 @@ def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
         (count,) = struct.unpack("<q", stream.read(8))
         begin, size = stream.tell(), count * reader.item_size(str(key))
         if not 0 <= size <= end - begin:
-            raise _BrokenError(f"storage {key} ends behind the end of the file")
+            raise _BrokenError(f"storage {key} ends after the end of the file")
         places[str(key)] = begin, size
         stream.seek(begin + size)
 

@@ -44,7 +44,7 @@ class PublishedWeights:
       figure_source: Source of both figures.
       licence: Licence as stated by the source.
       keys: Dialects that the keys may have.
-      settings: Settings of the trained model that shapes do not contain; for an encoder, those of the encoder.
+      settings: Settings of the trained model, or of the trained encoder, that shapes do not contain.
       protocol: Protocol of `miou`, as arguments of `segjax.inference.engine.Protocol`; {} for an encoder.
       protocol_note: Differences of the published evaluation that `protocol` cannot express.
       zero_label_ignored: Whether label 0 of the published masks is ignored, and label k is class k - 1.

@@ -96,7 +96,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
         for renaming in renamings(key_format)
     ]
     if family and not candidates:
-        raise KeyError(f"the dialect {dialect!r} has no keys for {family}; those that have are {dialects_of(family)}")
+        raise KeyError(f"the dialect {dialect!r} has no keys for {family}; use one of {dialects_of(family)}")
     return max(candidates, key=lambda candidate: candidate.fitting)
 
 

@@ -108,7 +108,7 @@ def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str,
     config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}
     texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
     if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
-        raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
+        raise CheckpointError(f"{folder} exists and is not a folder of transformers; choose another name or remove it")
     with atomic.replacing_folder(folder) as new:
         new.mkdir()
         for name, content in texts.items():

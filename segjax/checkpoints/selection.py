@@ -65,7 +65,7 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
         state_dict, weights = _unwrapped(state_dict, weights, in_set=False)
         tensors, others = _flattened(state_dict)
     except RecursionError:
-        raise CheckpointError("this is not a state dict (names to arrays): it holds itself") from None
+        raise CheckpointError("this is not a state dict (names to arrays): it contains itself") from None
     if not tensors:
         raise CheckpointError(f"this is not a state dict (names to arrays): {_what_else(others)}")
     tensors = _renamed(tensors, {key: _AROUND.sub("", key) for key in tensors})
@@ -322,7 +322,7 @@ def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:
         return {key: value for key, value in arrays.items() if key not in others}
     if weights not in sets:
         raise CheckpointError(_no_such(weights, sets))
-    logger.info("reads the %s weights (%s and its like)", _TITLES[weights], shown[weights])
+    logger.info("reads the %s weights (%s and the like)", _TITLES[weights], shown[weights])
     # Some averages have names without dots, and no running statistics.
     dotted = {name.replace(".", by): name for name in raw.values() for by in ("_", "")}
     names = {key: dotted.get(name, name) for key, name in sets[weights].items() if name not in _COUNTERS}

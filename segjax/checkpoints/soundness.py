@@ -33,11 +33,11 @@ def refuse_unsound(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dty
             largest = np.abs(array.astype(np.float64)).max()
             problems.append(f"{name}: {largest:.1e} is infinite in {dtype}")
         elif name in variances and array.size and array.min() < 0:
-            problems.append(f"{name}: a running variance of {float(array.min()):g}, which is at least 0")
+            problems.append(f"{name}: a running variance of {float(array.min()):g}, which must be at least 0")
     if problems:
         rest = f"\n    and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
         raise CheckpointError(
-            "weights that cannot be; the file is damaged, or its training diverged: take an earlier one\n    "
+            "impossible weights; the file is damaged, or its training diverged: use an earlier one\n    "
             + "\n    ".join(problems[:_MOST])
             + rest
         )

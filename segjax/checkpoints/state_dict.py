@@ -142,7 +142,7 @@ def key_format_of(model: SegmentationModel, dialect: str) -> KeyFormat:
         if (key_format.dialect, key_format.family) == (dialect, family):
             return key_format
     raise CheckpointError(
-        f"{model.spec.name} cannot be written as {dialect}, which has no network that computes the same; "
+        f"{model.spec.name} cannot be written as {dialect}, which has no equivalent network; "
         f"{FAMILIES[family].title} can be written as {dialects_of(family)}"
     )
 
@@ -323,7 +323,7 @@ def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     if unexpected:
         patterns = list(dict.fromkeys(key.partition(".")[0] + ".*" * ("." in key) for key in unexpected))
         names = " ".join(f"'{pattern}'" for pattern in patterns[:3])
-        lines.append(f"`segjax convert --drop {names}` leaves out unexpected tensors of such a pattern")
+        lines.append(f"`segjax convert --drop {names}` skips unexpected tensors of such a pattern")
     if lines:
         lines.append("(in Python: segjax.from_torch or load_torch with keep=... and drop=...)")
     return "".join(f"\n  {line}" for line in lines)
@@ -449,7 +449,7 @@ def _number_of_classes(given: int | None, in_file: int | None) -> int:
         return given
     if given not in (None, in_file):
         raise CheckpointError(
-            f"the checkpoint has {in_file} classes, not {given}; training from it gives it a new classifier (`segjax "
+            f"the checkpoint has {in_file} classes, not {given}; training from it makes a new classifier (`segjax "
             "train --config.init.checkpoint=...`)"
         )
     return in_file

@@ -34,7 +34,7 @@ class _Kept(TypedDict):
 
 
 def place_for(source: object) -> Path | None:
-    """The file for the temperature of a checkpoint; None if the checkpoint is no local file or folder."""
+    """The file for the temperature of a checkpoint; None if the checkpoint is not a local file or folder."""
     if not isinstance(source, str | Path):
         return None
     path = user_path(source)

@@ -23,8 +23,8 @@ def repository_of(address: str) -> str:
         raise CheckpointError(f'{address}: needs huggingface_hub: pip install "segjax[hub]"') from None
     if huggingface_hub.get_token() is None:
         raise CheckpointError(
-            f"{address}: there is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may "
-            "write (https://huggingface.co/settings/tokens)"
+            f"{address}: there is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN to one with "
+            "write access (https://huggingface.co/settings/tokens)"
         )
     return repository
 
@@ -51,8 +51,8 @@ def upload(folder: Path, repository: str) -> str:
         status = error.response.status_code
         if status in (401, 403):
             raise CheckpointError(
-                f"hf:{repository}: the token may not write there (the Hub answers {status}); log in as one who may: "
-                "`hf auth login`, or choose a repository of your own"
+                f"hf:{repository}: the token has no write access (the Hub answers {status}); log in with another one: "
+                "`hf auth login`, or choose your own repository"
             ) from None
         raise CheckpointError(f"hf:{repository}: the Hub answers {status}: {_first_line(error)}") from None
     except Exception as error:
