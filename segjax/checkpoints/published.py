@@ -81,7 +81,7 @@ class PublishedWeights:
 
     @property
     def terms(self) -> str:
-        """The licence in one to three words."""
+        """The licence in one or two words."""
         if self.is_non_commercial:
             return NON_COMMERCIAL
         first = self.licence.partition(" ")[0].rstrip(";")

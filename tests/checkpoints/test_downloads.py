@@ -303,7 +303,7 @@ def test_later_weights_than_those_of_the_first_download_are_an_error(web, hub, c
         (cache / name).rmdir()
         publish(name, web, hub, monkeypatch, tmp_path, seed=2)
         with pytest.raises(
-            CheckpointError, match=r"other weights than the first download: .* nothing was kept\. To take"
+            CheckpointError, match=r"other weights than the first download: .* nothing was kept\. To use them"
         ):
             load(name)
         assert left_in(cache / name) == []
