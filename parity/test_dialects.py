@@ -880,9 +880,9 @@ def test_a_dialect_insisted_on_must_have_a_form_and_fit():
     weights = original("segformer")
     with pytest.raises(KeyError, match="no dialect 'keras'; the dialects are auto, native, hf"):
         segjax.from_torch(weights, dialect="keras")
-    with pytest.raises(KeyError, match="'mmseg' has no keys for segformer; those that have are native, hf, smp"):
+    with pytest.raises(KeyError, match="'mmseg' has no keys for segformer; use one of native, hf, smp"):
         segjax.from_torch(weights, dialect="mmseg", name="segformer_b0")
-    with pytest.raises(KeyError, match="'hf' has no keys for hrnet; those that have are native"):
+    with pytest.raises(KeyError, match="'hf' has no keys for hrnet; use one of native"):
         segjax.load_torch(model_of("hrnet"), original("hrnet"), dialect="hf")
     message = refused(weights, dialect="hf")
     assert "SegFormer as hf (transformers)" in message and "segformer.encoder.patch_embeddings.0.proj.weight" in message

@@ -148,5 +148,5 @@ def test_a_layer_that_is_called_like_a_set_is_a_layer(raw):
 def test_a_state_dict_that_holds_itself_is_refused():
     given = {}
     given["model"] = given
-    with pytest.raises(CheckpointError, match="holds itself"):
+    with pytest.raises(CheckpointError, match="contains itself"):
         as_arrays(given)

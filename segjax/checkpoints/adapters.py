@@ -1,4 +1,4 @@
-"""LoRA adapters as peft saves them: small matrices that change the weights of a checkpoint elsewhere, their base.
+"""LoRA adapters as peft saves them: small matrices that change the weights of another checkpoint, their base.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W + alpha / rank * B A.
 """
@@ -20,10 +20,10 @@ from segjax.runtime.reading import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# Initialisations that change the base, too: an adapter is added to the changed one, which nobody has saved.
+# Initialisations that also change the base: an adapter belongs to the changed base, which is not saved.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = "merge it where it was trained: model.merge_and_unload().save_pretrained(FOLDER)"
-# What peft puts around the network, and around modules in it.
+# Names of peft's wrappers around the network, and around modules in it.
 _NETWORK = "base_model.model."
 _AROUND = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _A, _B = re.compile(r"\.lora_A(?:\.default)?\.weight$"), ".lora_B"
@@ -49,7 +49,7 @@ def is_folder(folder: Path) -> bool:
 
 
 def weight_file(folder: Path) -> Path:
-    """The file of an adapter's weights. Raises CheckpointError where there is none."""
+    """The file of an adapter's weights. Raises CheckpointError if there is none."""
     for name in WEIGHTS:
         if (folder / name).exists():
             return folder / name
@@ -57,21 +57,26 @@ def weight_file(folder: Path) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """Raises CheckpointError for an adapter that cannot be merged, UnreadableError for a damaged file."""
+    """Reads adapter_config.json.
+
+    Raises:
+      CheckpointError: The adapter cannot be merged.
+      UnreadableError: The file is damaged.
+    """
     config = read_json(folder / CONFIG, Config)
     kind = "DoRA" if config.get("use_dora") else config["peft_type"]
     if kind.upper() != "LORA":
-        raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges LoRA alone: {_MERGE}")
+        raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges only LoRA: {_MERGE}")
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGE_BASE):
         raise CheckpointError(
-            f"{folder}: an adapter whose init_lora_weights, {initial}, has changed its base as well; {_MERGE}"
+            f"{folder}: an adapter whose init_lora_weights, {initial}, also changed its base; {_MERGE}"
         )
     return config
 
 
 def base_of(folder: Path, config: Config) -> str:
-    """Path or address (hf:owner/name) of the checkpoint that an adapter changes. Raises CheckpointError for none."""
+    """Path or address (hf:owner/name) of an adapter's base. Raises CheckpointError if the config names none."""
     name = config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{folder}: {CONFIG} names no base_model_name_or_path; {_MERGE}")
@@ -82,29 +87,29 @@ def base_of(folder: Path, config: Config) -> str:
         revision = config.get("revision")
         return f"hf:{name}" + (f"@{revision}" if revision else "")
     raise CheckpointError(
-        f"{folder}: an adapter of {name}, which is not there; set base_model_name_or_path in {CONFIG} to where it is, "
-        f"or {_MERGE}"
+        f"{folder}: its base {name} does not exist; set base_model_name_or_path in {CONFIG} to its path, or {_MERGE}"
     )
 
 
 def own_name(key: str) -> str:
-    """The key of a tensor of an adapter without the names of what peft puts around modules."""
+    """The key of an adapter's tensor without the names of peft's wrappers."""
     return _AROUND.sub("", key.removeprefix(_NETWORK))
 
 
 def changed_names(adapter: Iterable[str]) -> list[str]:
-    """The keys in the base of what an adapter changes or replaces."""
+    """Keys of the base that an adapter changes or replaces."""
     return [_A.sub(".weight", name) for name in map(own_name, adapter) if _B not in name]
 
 
 def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """The arrays of `base` with those of the adapter: low-rank changes added, and whole arrays in their place.
+    """Merges an adapter into its base: adds low-rank changes, and replaces whole arrays.
 
     Args:
       adapter, base: Arrays by key, as stored.
+      config: Content of adapter_config.json.
 
     Raises:
-      CheckpointError: An array of the adapter has no place in `base`, or another shape.
+      CheckpointError: `base` has no array for one of the adapter, or one of another shape.
     """
     given = {own_name(key): value for key, value in adapter.items()}
     arrays, problems = dict(base), list[str]()
@@ -133,7 +138,7 @@ def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], co
 
 
 def _change(a: np.ndarray, b: np.ndarray, *, is_transposed: bool) -> np.ndarray | None:
-    """B A of a linear layer, (out, in), or of a convolution, (out, in, h, w); None where they do not fit together."""
+    """B A of a linear layer, (out, in), or of a convolution, (out, in, h, w); None if the shapes do not match."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     if a.ndim == b.ndim == 2 and b.shape[1] == len(a):
         return (b @ a).T if is_transposed else b @ a
@@ -143,20 +148,20 @@ def _change(a: np.ndarray, b: np.ndarray, *, is_transposed: bool) -> np.ndarray 
 
 
 def _alpha(module: str, config: Config) -> float:
-    """lora_alpha of a module; alpha_pattern has the ends of names of modules."""
+    """lora_alpha of a module; the keys of alpha_pattern are ends of module names."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        # Regular expressions from elsewhere can take any time.
+        # Regular expressions from a file could take unlimited time.
         if not re.fullmatch(r"[\w.]+", pattern):
-            raise CheckpointError(f"alpha_pattern has the regular expression {pattern!r}, which is not read; {_MERGE}")
+            raise CheckpointError(f"alpha_pattern has the regular expression {pattern!r}, which is not used; {_MERGE}")
         if f".{module}".endswith(f".{pattern}"):
             return alpha
     return config.get("lora_alpha", 8)
 
 
 def refuse_unmerged(keys: Iterable[str]) -> None:
-    """Raises CheckpointError for low-rank matrices in a file that does not say how they are scaled."""
+    """Raises CheckpointError for low-rank matrices in a file without their scale."""
     if found := [key for key in keys if ".lora_" in key]:
         raise CheckpointError(
-            f"it holds matrices of LoRA ({shorten(found, most=2)}), and not the lora_alpha that they are scaled by; "
-            f"give the folder with {CONFIG}, or {_MERGE}"
+            f"it holds matrices of LoRA ({shorten(found, most=2)}) without their lora_alpha; give the folder with "
+            f"{CONFIG}, or {_MERGE}"
         )

@@ -1,4 +1,4 @@
-"""The families of models, and how the sizes of each are read from the keys and shapes of a state dict."""
+"""The families of models, and functions that read their sizes from the keys and shapes of a state dict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MissingKeyError(KeyError):
 
 
 class UnreadableShapeError(ValueError):
-    """A key that is needed to read the sizes has no such axis, or an empty one."""
+    """The array of a key that is needed to read the sizes lacks an axis, or has an empty one."""
 
 
 class _Reader(dict):
@@ -37,11 +37,11 @@ class _Reader(dict):
         raise MissingKeyError(key)
 
     def has(self, prefix: str) -> bool:
-        """Whether any key begins so: a layer that lacks a tensor counts, so that errors name the tensor."""
+        """Whether any key has this prefix. A layer that lacks a tensor counts, so that errors name the tensor."""
         return any(key.startswith(prefix) for key in self)
 
     def blocks(self, pattern: str) -> int:
-        """Number of blocks, which are numbered from zero at `{}`; the first must have the key."""
+        """Number of blocks, numbered from zero at `{}` in the pattern; the first block must have the key."""
         number = 1 if self[pattern.format(0)] else 0
         while self.has(f"{pattern.partition('{}')[0]}{number}."):
             number += 1
@@ -169,12 +169,12 @@ class Family:
     """Models that share one constructor.
 
     Attributes:
-      title: Its name, for messages.
-      names: Of its models in `segjax.MODELS`.
+      title: Name of the family, for messages.
+      names: Names of its models in `segjax.MODELS`.
       head: Patterns of the native keys outside the encoder.
-      stem: Native key of the first convolution's weight, (out, C, h, w) or, of patches, (out, C * pixels, 1, 1).
-      stem_pixels: 1, or the pixels of a patch.
-      read_encoder, read_head: Read sizes from shapes by native key.
+      stem: Native key of the first convolution's weight, (out, C, h, w), or (out, C * pixels, 1, 1) for patches.
+      stem_pixels: Number of pixels of a patch; 1 without patches.
+      read_encoder, read_head: Functions that read sizes from shapes by native key.
     """
 
     title: str
@@ -186,11 +186,11 @@ class Family:
     read_head: Callable[[_Reader], dict[str, Any]]
 
     def read(self, shapes: Shapes) -> tuple[dict[str, Any], int | None]:
-        """Settings of the model with arrays of these shapes, by native key, and its number of classes; None without a
-        head.
+        """Reads the settings of a model, and its number of classes (None without a head), from shapes by native key.
 
         Raises:
-          MissingKeyError, UnreadableShapeError: A key that is needed.
+          MissingKeyError: A needed key is missing.
+          UnreadableShapeError: The array of a needed key lacks an axis, or has an empty one.
         """
         reader = _Reader(shapes)
         try:
@@ -203,8 +203,7 @@ class Family:
         return sizes, sizes.pop("num_classes")
 
     def _channels(self, shapes: Shapes) -> dict[str, int]:
-        """{"in_channels": ...} by the first convolution; {} where it is missing or not of whole channels, which loading
-        reports."""
+        """{"in_channels": ...} of the first convolution; {} if it is missing or misshapen, which loading reports."""
         inputs = (*shapes.get(self.stem, ()), 0, 0)[1]
         return {} if not inputs or inputs % self.stem_pixels else {"in_channels": inputs // self.stem_pixels}
 
@@ -277,10 +276,10 @@ def family_of(name: str) -> str:
     return next(key for key, family in FAMILIES.items() if name in family.names)
 
 
-# Settings in which the variants of a family differ, apart from the decoder.
+# Settings of the encoder in which the variants of a family differ.
 ENCODER_SIZES = ("dims", "depths", "width", "stage_modules", "stage_blocks")
-# Settings that an encoder only does not determine. HRNet's align_corners is among them: its modules have it too, but it
-# follows what the decoder was trained with.
+# Settings that do not follow from an encoder. HRNet's align_corners is one: the encoder uses it too, but with the
+# value with which the decoder was trained.
 DECODER_SETTINGS = (
     "decoder_dim",
     "fuse",
@@ -293,7 +292,7 @@ DECODER_SETTINGS = (
 
 
 def nearest_variant(family: Family, sizes: Mapping[str, Any]) -> str:
-    """The model of a family that shares most sizes, those of the encoder first; the smallest of several."""
+    """The model of a family with the most equal sizes, first in the encoder; of several, the first in the family."""
 
     def fit(name: str) -> tuple[int, int]:
         settings = models.settings(name)

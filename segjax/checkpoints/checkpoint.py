@@ -1,4 +1,4 @@
-"""A checkpoint that was read: its weights, its metadata, and what its keys were recognised as."""
+"""A checkpoint that was read: its weights, its metadata, and the key format that was recognised."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class Checkpoint:
     """A checkpoint, read once. Its keys are recognised at most once, when they are first needed.
 
     Attributes:
-      weights: Arrays by key, as stored; of an orbax folder by dotted path in segjax's model.
-      metadata: The metadata next to them, as in `segjax.checkpoints.metadata`; of other packages a part of it, or none.
+      weights: Arrays by key, as stored; for an orbax folder, by dotted path in segjax's model.
+      metadata: Metadata of the checkpoint, see `segjax.checkpoints.metadata`; for other packages, a part of it or none.
       source: Name of the file or folder, or address of the repository with its commit.
-      paths: The files of the weights, or the orbax folder; none where it was given as a state dict.
+      paths: Files of the weights, or the orbax folder; none for a state dict.
       is_orbax: Whether it is an orbax folder of segjax, whose metadata defines the model.
-      chosen: The set of weights that was asked for where it holds several, one of `key_maps.WEIGHT_SETS`; else None.
-      dialect: "auto", or the dialect to read it as. family: the family to read it as, or None.
+      chosen: The requested set of weights, one of `key_maps.WEIGHT_SETS`; None if none was requested.
+      dialect: Dialect to read the checkpoint as, or "auto".
+      family: Family to read the checkpoint as, or None.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -45,19 +46,19 @@ class Checkpoint:
 
     @classmethod
     def of(cls, state_dict: Mapping | Checkpoint) -> Checkpoint:
-        """A state dict, as `as_arrays` takes it, as a checkpoint; a checkpoint itself."""
+        """A checkpoint from a state dict as for `as_arrays`; a checkpoint is returned unchanged."""
         return state_dict if isinstance(state_dict, Checkpoint) else cls(as_arrays(state_dict))
 
     @functools.cached_property
     def state_dict(self) -> Mapping[str, np.ndarray]:
-        """The weights under the keys and in the layout of PyTorch."""
+        """The weights with PyTorch's keys and layout."""
         if not self.is_orbax:
             return self.weights
         return {layout.torch_name(path): layout.to_torch_layout(path, value) for path, value in self.weights.items()}
 
     @functools.cached_property
     def recognised(self) -> Recognised:
-        """The key format of the state dict, its key map, the family and the sizes.
+        """Key format, key map, family and sizes of the state dict.
 
         Raises:
           KeyError: `dialect` is unknown, or has no key format for `family`.
@@ -66,7 +67,7 @@ class Checkpoint:
         return recognise(shapes, dialect=self.dialect, family=self.family)
 
     def read_as(self, *, dialect: str = "auto", family: str | None = None) -> Checkpoint:
-        """The checkpoint read as a dialect or family; itself where that changes nothing."""
+        """The checkpoint read as this dialect or family; the same object if nothing changes."""
         if "recognised" in vars(self):
             found = self.recognised.key_format
             if dialect in ("auto", found.dialect) and family in (None, found.family):
@@ -78,17 +79,17 @@ class Checkpoint:
 
     @property
     def param_dtype(self) -> jnp.dtype:
-        """The dtype of its floating-point arrays where all have the same one, so that none is rounded; else float32."""
+        """The dtype of all floating-point arrays, so that none is rounded; float32 if they differ."""
         dtypes = {value.dtype for value in self.weights.values() if jnp.issubdtype(value.dtype, jnp.floating)}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        """Name and hash of the checkpoint, and its own provenance under "made_from", as JSON."""
+        """Name and hash of the checkpoint, as JSON; "made_from" has the provenance that it stores."""
         before = self.metadata.get("provenance")
         made_from = {"made_from": before} if before else {}
         if self.is_orbax:
-            # Its metadata has a hash of the arrays.
+            # The metadata has a hash of the arrays.
             kept = {key: self.metadata[key] for key in ("sha256", "step") if key in self.metadata}
             return {"source": self.source, **kept, **made_from}
         digest = {"sha256": sha256_of(self.paths)} if self.paths else {}

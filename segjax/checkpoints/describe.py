@@ -1,4 +1,4 @@
-"""What a checkpoint holds and where it came from, in words: what `segjax inspect` prints."""
+"""Describes the content and origin of a checkpoint, for `segjax inspect`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from segjax.runtime.console import NO_BREAK, one_line
 
 
 def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]]:
-    """Rows of a name and a text.
+    """Describes a checkpoint in rows of a name and a text.
 
     Args:
       source, weights: As for `segjax.load`.
 
     Raises:
-      CheckpointError: There is no checkpoint, or it fits no model; the message says what is there instead.
+      CheckpointError: There is no checkpoint, or it fits no model; the message names the file's content.
     """
     checkpoint = read_checkpoint(source, weights=weights)
     encoder_only = not checkpoint.is_orbax and not checkpoint.recognised.has_head
@@ -31,14 +31,14 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     overrides = metadata["model"]["overrides"]
     settings = ", ".join(f"{key}={_value(value)}" for key, value in sorted(overrides.items()))
     mean, std = (" ".join(f"{number:g}" for number in metadata["normalisation"][key]) for key in ("mean", "std"))
-    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are taken as they are)"
+    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are not changed)"
     default = "" if "normalisation" in checkpoint.metadata else by_default
     images = specs.ImageKind(model.in_channels, metadata.get("image_dtype"))
     size = metadata["input_size"]
     return [
         ("checkpoint", _kind(checkpoint, metadata)),
         ("model", f"{model.spec.name}, its encoder only" if encoder_only else model.spec.name),
-        # The decoder that was made for an encoder does not count.
+        # A decoder that was added to an encoder does not count.
         ("parameters", f"{parameters_of(model, encoder_only=encoder_only):,}, {_dtypes(checkpoint)}"),
         ("overrides", settings or "none"),
         *([] if images == specs.ImageKind(dtype=None) else [("images", str(images))]),
@@ -63,13 +63,13 @@ def _kind(checkpoint: Checkpoint, metadata: Mapping) -> str:
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:
-    # Counters of batches are no weights.
+    # Batch counters are not weights.
     dtypes = Counter(str(array.dtype) for array in checkpoint.weights.values() if array.dtype.kind != "i")
     return ", ".join(name for name, _ in dtypes.most_common())
 
 
 def _value(value: object) -> str:
-    # Never broken across lines.
+    # Not broken across lines.
     return (str(tuple(value)) if isinstance(value, list) else str(value)).replace(" ", NO_BREAK)
 
 
@@ -80,7 +80,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
         return
     classes = classes_of(metadata, num_classes)
     if dataset.get("guessed"):
-        yield "classes", f"{num_classes}, unnamed: a guess that they are those of {classes.name}, which has as many"
+        yield "classes", f"{num_classes}, unnamed: probably those of {classes.name}, which has the same number"
     else:
         yield "classes", f"{num_classes}" + (f" of {classes.name}" if classes.name != "unknown" else "")
     colors = ("#" + bytes(color).hex() for color in classes.colors)
@@ -92,7 +92,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
 
 
 def _origin(provenance: Mapping) -> Iterator[str]:
-    """Lines, the nearest origin first."""
+    """Lines that describe the provenance, the nearest origin first."""
     if "initial_weights" in provenance:
         if provenance["initial_weights"] is None:
             yield "trained from random weights"
@@ -103,7 +103,7 @@ def _origin(provenance: Mapping) -> Iterator[str]:
     if "source" in provenance:
         yield str(provenance["source"]) + (f", step {provenance['step']}" if "step" in provenance else "")
     if "sha256" in provenance:
-        # Its beginning identifies it; the metadata has all of it.
+        # The first digits identify it; the metadata has all digits.
         yield f"sha256 {provenance['sha256'][:16]}..."
     if "weights" in provenance:
         yield f"its {provenance['weights']} weights"

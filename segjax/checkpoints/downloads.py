@@ -1,12 +1,12 @@
-"""Fetches published weights into one cache, once: complete, checked, or not at all.
+"""Downloads published weights into a cache, once; a download is kept only if it is complete and checked.
 
-The cache is SEGJAX_CACHE, by default pooch's folder for segjax (on Linux ~/.cache/segjax). In it,
+The cache is the folder SEGJAX_CACHE, by default pooch's folder for segjax (on Linux ~/.cache/segjax). It contains
 
-    weights/NAME/       what was fetched: one file, or the files of a repository of the Hub
-    weights/NAME.json   its source, with the commit, and the sha256 of each file of weights
+    weights/NAME/       the downloaded file, or the files of a repository of the Hub
+    weights/NAME.json   the source, with the commit, and the sha256 of each file of weights
 
-Files that somebody has put there by hand are taken as well. All of them are checked whenever they are loaded: against
-the published digits, and against NAME.json, which stays when the folder is removed.
+Files may also be put there by hand. Every load checks the files: against the published digits, and against NAME.json,
+which stays if the folder is removed.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ class _Record(TypedDict):
 
 
 def fetched(row: PublishedWeights) -> tuple[Path, str]:
-    """The local path of published weights, a file or a folder, and their name with their source. They are downloaded
-    where the cache does not have them.
+    """Local path of published weights, a file or folder, and a text with name and source.
+
+    The weights are downloaded if the cache does not have them.
 
     Raises:
-      CheckpointError: They cannot be downloaded, or are others than published or than those of the first download.
+      CheckpointError: The weights cannot be downloaded, or differ from the published or first downloaded ones.
     """
     folder = cache_folder(row) / "weights" / row.name
     atomic.recover(folder)
     if not _is_there(row, folder):
-        # Another process may be at it: it is waited for.
+        # Another process may be downloading them.
         with _turn(row, folder):
             if not _is_there(row, folder):
                 _download(row, folder)
@@ -63,7 +64,7 @@ def fetched(row: PublishedWeights) -> tuple[Path, str]:
 
 
 def cache_folder(row: PublishedWeights) -> Path:
-    """The cache. Raises CheckpointError where pooch, which chooses it, is not installed."""
+    """Path of the cache. Raises CheckpointError if pooch, which chooses the default, is not installed."""
     if given := os.environ.get(CACHE):
         return user_path(given).absolute()
     return Path(_pooch(row).os_cache("segjax"))
@@ -82,7 +83,7 @@ def _is_hub(row: PublishedWeights) -> bool:
 
 
 def _place(row: PublishedWeights, folder: Path) -> Path:
-    """The folder of a repository, or the one file, which has the name of its address."""
+    """The folder of a repository, or the only file, named after its address."""
     if _is_hub(row):
         return folder
     name = urlsplit(row.source).path.rpartition("/")[2]
@@ -95,7 +96,7 @@ def _is_there(row: PublishedWeights, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _turn(row: PublishedWeights, folder: Path) -> Iterator[None]:
-    """Holds the lock of a download; waits for a process that has it."""
+    """Holds the lock of a download; waits while another process holds it."""
     waited = False
     with contextlib.ExitStack() as held:
         while True:
@@ -114,8 +115,8 @@ def _turn(row: PublishedWeights, folder: Path) -> Iterator[None]:
 
 
 def _download(row: PublishedWeights, folder: Path) -> None:
-    # To stderr, where the progress goes, and not only to the log: whoever takes the weights has seen the terms.
-    console.show(f"fetches {row.name} from {row.address}; licence: {row.licence}", to=sys.stderr)
+    # On stderr, with the progress, and not only in the log, so that every user sees the licence.
+    console.show(f"fetching {row.name} from {row.address}; licence: {row.licence}", to=sys.stderr)
     with atomic.replacing_folder(folder) as new:
         new.mkdir()
         source = _from_hub(row, folder, new) if _is_hub(row) else _from_web(row, folder, new)
@@ -132,14 +133,14 @@ def _from_web(row: PublishedWeights, folder: Path, new: Path) -> str:
     place = _place(row, new)
     logger = pooch.get_logger()
     level = logger.level
-    # It would print the address and the hash.
+    # pooch would print the address and the hash.
     logger.setLevel(logging.WARNING)
     answers: list[requests.Response] = []
-    # Any, because pooch declares another signature than its own downloaders have.
+    # Any, because pooch declares a signature that differs from its own downloaders.
     downloader: Any = pooch.HTTPDownloader(
         progressbar=sys.stderr is not None and sys.stderr.isatty(),
         timeout=30,
-        # pooch leaves an answer open that it could not read.
+        # Responses are collected, because pooch does not close one that it could not read.
         hooks={"response": lambda answer, **_: answers.append(answer)},
     )
     try:
@@ -152,12 +153,12 @@ def _from_web(row: PublishedWeights, folder: Path, new: Path) -> str:
             answer.close()
     with place.open("rb") as file:
         if file.read(64).lstrip()[:1] in (b"", b"<"):
-            raise CheckpointError(_why_not(row, folder, "there is a page or nothing instead of a file"))
+            raise CheckpointError(_why_not(row, folder, "the answer is a web page or empty, not a file"))
     return row.source
 
 
 def _reason(error: requests.RequestException) -> str:
-    """An error of requests in a few words."""
+    """A short description of an error of requests."""
     import requests
 
     host = urlsplit(error.request.url).hostname if error.request is not None and error.request.url else "it"
@@ -173,8 +174,8 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def _from_hub(row: PublishedWeights, folder: Path, new: Path) -> str:
-    """Fetches the files of a repository; returns its address with the commit."""
-    # Its own folder of links and blobs, of which only the files are kept.
+    """Downloads the files of a repository; returns its address with the commit."""
+    # The Hub's folder of links and blobs, of which only the files are kept.
     around = new / "hub"
     try:
         files, source = huggingface.downloaded(row.source, around)
@@ -191,8 +192,8 @@ def _from_hub(row: PublishedWeights, folder: Path, new: Path) -> str:
 def _why_not(row: PublishedWeights, folder: Path, reason: str) -> str:
     what = "its files, config.json among them, in" if _is_hub(row) else "the file at"
     return (
-        f"{row.name}: {row.address} cannot be fetched ({reason}); nothing was kept. Fetched on another machine, put "
-        f"{what} {_place(row, folder)}"
+        f"{row.name}: {row.address} cannot be fetched ({reason}); nothing was kept. Fetch it on another machine, and "
+        f"put {what} {_place(row, folder)}"
     )
 
 
@@ -200,43 +201,43 @@ def _why_not(row: PublishedWeights, folder: Path, reason: str) -> str:
 
 
 def _checked(row: PublishedWeights, folder: Path) -> str:
-    """The source of the weights in a folder, which are those that were published and first fetched.
+    """Checks the weights in a folder, and returns their source.
 
     Raises:
-      CheckpointError: They are others.
+      CheckpointError: The weights differ from the published or first downloaded ones.
     """
     digests = _digests(row, folder)
     remedy = f"remove {folder}, and it is fetched again"
     _refuse_others(row, digests, folder, where=f"{folder} holds", remedy=remedy)
     record = _read_record(row, folder)
     if record is None:
-        # Put there by hand.
+        # The files were put there by hand.
         with contextlib.suppress(OSError):
             _write_record(folder, row.source, digests)
     return record["source"] if record else row.source
 
 
 def _digests(row: PublishedWeights, folder: Path) -> dict[str, str]:
-    """sha256 by name of the files of weights."""
+    """sha256 of each file of weights, by name."""
     paths = huggingface.weight_files(folder) if _is_hub(row) else [_place(row, folder)]
     return {path.name: sha256_of([path]) for path in paths}
 
 
 def _refuse_others(row: PublishedWeights, digests: Mapping[str, str], folder: Path, *, where: str, remedy: str) -> None:
-    """Raises CheckpointError where files have other digits than published, or are not those of the first download."""
+    """Raises CheckpointError if files differ from the published digits, or from the first download."""
     for digest in digests.values():
         if row.digits and not digest.startswith(row.digits):
             raise CheckpointError(
-                f"{row.name}: {where} another file than was published: its sha256 begins with {digest[:8]}, not with "
-                f"{row.digits}; {remedy}"
+                f"{row.name}: {where} another file than the published one: its sha256 begins with {digest[:8]}, not "
+                f"with {row.digits}; {remedy}"
             )
     first = (_read_record(row, folder) or {"sha256": {}})["sha256"]
     if first and first != digests:
         record = _record_of(folder)
         changed = sorted(name for name in first.keys() | digests.keys() if first.get(name) != digests.get(name))
         raise CheckpointError(
-            f"{row.name}: {where} other weights than were first fetched: {', '.join(changed)} is not as in {record}; "
-            f"{remedy}. To take the others from now on, remove {record} too"
+            f"{row.name}: {where} other weights than the first download: {', '.join(changed)} is not as in {record}; "
+            f"{remedy}. To use them from now on, remove {record} too"
         )
 
 

@@ -1,4 +1,4 @@
-"""The error of every checkpoint that cannot be used, and what its messages share."""
+"""The error for checkpoints that cannot be used, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CheckpointError(ValueError):
 
 
 def torch_module() -> ModuleType:
-    """PyTorch. Raises CheckpointError where it is not installed."""
+    """The module torch. Raises CheckpointError if PyTorch is not installed."""
     try:
         import torch
     except ModuleNotFoundError:

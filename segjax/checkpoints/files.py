@@ -1,5 +1,7 @@
-"""Reads checkpoints: `.pth`, `.safetensors`, `.npz`, orbax folders, folders of transformers and of peft, repositories
-of the Hugging Face Hub. The kind is recognised by content. `segjax.checkpoints.save` writes them."""
+"""Reads checkpoints: `.pth`, `.safetensors`, `.npz`, orbax folders, folders of transformers and peft, Hub repositories.
+
+The content decides the kind. `segjax.checkpoints.save` writes checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import logger
 from segjax.runtime.reading import UnreadableError, checked, open_regular, parse_json, stated
 
-# The key of segjax's metadata in the header of a `.safetensors`, and in them the key of a hash of its tensors.
+# Key of segjax's metadata in the header of a `.safetensors`; and key of the tensors' hash in this metadata.
 METADATA, TENSORS_HASH = "segjax", "xxh3_128_tensors"
 
 
@@ -37,14 +39,14 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
 
     Args:
       source: A `.pth`, `.safetensors` or `.npz`; an orbax folder or the folder of a run; a folder of transformers, of
-        its Trainer, of an adapter of peft, or with one file of these; or the address hf:owner/name[@revision] of a
+        its Trainer, of a peft adapter, or with a single checkpoint file; the address hf:owner/name[@revision] of a
         repository; or the name of published weights.
-      weights: The set to read where the checkpoint holds several, one of `key_maps.WEIGHT_SETS`: averaged ones next to
-        raw ones, or a student and a teacher. None: the raw ones.
+      weights: Set of weights to read from a checkpoint with several, one of `key_maps.WEIGHT_SETS`; by default the raw
+        weights.
 
     Raises:
-      CheckpointError: There is no checkpoint, it is damaged or of a newer format, or holds a student and a teacher; the
-        message says what to do.
+      CheckpointError: There is no checkpoint, it is damaged or of a newer format, or it holds a student and a teacher
+        and `weights` names neither; the message has the remedy.
     """
     try:
         return _read(source, weights)
@@ -54,9 +56,9 @@ def read_checkpoint(source: str | Path, *, weights: str | None = None) -> Checkp
 
 def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[str, ...] = ()) -> Checkpoint:
     found = _located(source)
-    # Not Path.resolve, which raises for links to themselves.
+    # Not Path.resolve, which raises an error for a link to itself.
     if os.path.realpath(found.place) in adapters_of_it:
-        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to what it was trained on")
+        raise CheckpointError(f"{source}: it is its own base; set base_model_name_or_path to the model it started from")
     if found.kind == "orbax":
         (folder,) = found.paths
         if weights is not None:
@@ -82,7 +84,7 @@ def _read(source: str | Path, weights: str | None, adapters_of_it: tuple[str, ..
 
 
 def provenance_at(source: str | Path, *, weights: str | None = None) -> dict[str, Any]:
-    """`Checkpoint.provenance` of a checkpoint, without reading its weights."""
+    """`Checkpoint.provenance` of a checkpoint, without loading its weights."""
     found = _located(source)
     if found.kind != "orbax":
         return Checkpoint({}, {}, found.name, found.paths, chosen=weights).provenance
@@ -90,23 +92,24 @@ def provenance_at(source: str | Path, *, weights: str | None = None) -> dict[str
     return Checkpoint({}, known, found.name, found.paths, is_orbax=True).provenance
 
 
-# ------------------------------------------------------------------------------------------------------ where it lies
+# ------------------------------------------------------------------------------------------------------ the location
 
-# Suffixes of files of which a folder is expected to hold one.
+# Suffixes of checkpoint files in a folder.
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar", ".npz", ".pkl")
 _OF_TRAINER = re.compile(r"checkpoint-(\d+)")
-# The beginnings of pickles: of protocol 2 and later, and of 0 and 1 where a dict, list, tuple or object is kept.
+# First bytes of pickles: of protocol 2 and later; and of protocols 0 and 1 for a dict, list, tuple or object.
 _PICKLE = re.compile(rb"\x80|\(+[dl]p\d|\(*[]}]q|\(*c(__builtin__|copy_reg|collections|\w+\.[\w.]+)\n\w+\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Located:
-    """What was found at a path or an address.
+    """The checkpoint at a path or address.
 
     Attributes:
       kind: "file", "orbax", "transformers" or "adapter".
-      place: The file or folder. name: its name, or the address with its commit.
-      paths: The files of the weights, or the orbax folder.
+      place: Path of the file or folder.
+      name: Name of the file or folder, or address with the commit.
+      paths: Files of the weights, or the orbax folder.
     """
 
     kind: str
@@ -116,12 +119,12 @@ class _Located:
 
 
 def _located(source: str | Path) -> _Located:
-    """Raises CheckpointError where there is no checkpoint, or more than one."""
+    """Finds the checkpoint at a path or address. Raises CheckpointError if there is none, or more than one."""
     row = published.find(source)
     place, name = huggingface.fetched(source) if row is None else downloads.fetched(row)
     if not place.is_dir():
         if place.name.endswith(huggingface.INDEX):
-            # The index of weights in several files stands for its folder.
+            # An index of several weight files means its folder.
             return _Located("transformers", place.parent, place.parent.name, tuple(huggingface.parts_of(place)))
         return _Located("file", place, name, (place,))
     return _in_folder(place, name)
@@ -136,7 +139,7 @@ def _in_folder(folder: Path, name: str) -> _Located:
         return _Located("orbax", folder, name, (orbax,))
     saved = {int(match[1]): child for child in folder.iterdir() if (match := _OF_TRAINER.fullmatch(child.name))}
     if saved := {step: child for step, child in saved.items() if child.is_dir()}:
-        # The output of a Trainer of transformers.
+        # The output folder of transformers' Trainer.
         newest = saved[max(saved)]
         logger.info("reads %s, the newest of %d in %s", newest.name, len(saved), folder)
         return _in_folder(newest, f"{name}/{newest.name}")
@@ -166,7 +169,7 @@ def _in_folder(folder: Path, name: str) -> _Located:
 
 
 def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:
-    """A folder of transformers, with weights in one file or several."""
+    """Reads a folder of transformers, with weights in one or several files."""
     known, notes = huggingface.metadata_of(found.place)
     arrays: dict = {}
     for path in found.paths:
@@ -174,7 +177,7 @@ def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[M
         if twice := [key for key in part if key in arrays]:
             raise CheckpointError(f"{path}: an earlier part has {shorten(twice, most=6)}, too; fetch the folder again")
         arrays |= part
-        # segjax's own metadata has more than config.json can hold.
+        # segjax's own metadata is more complete than config.json.
         known |= in_file
     if "dataset" in known:
         known.pop(metadata.NUMBERED_NAMES, None)
@@ -187,10 +190,12 @@ def _read_folder(found: _Located, opened_files: contextlib.ExitStack) -> tuple[M
 
 
 def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[str, ...]) -> Checkpoint:
-    """A LoRA adapter, merged into its base.
+    """Reads a LoRA adapter and merges it into its base.
 
     Args:
-      adapters_of_it: Folders of the adapters whose base it is, where there are such.
+      found: Place of the adapter.
+      weights: As for `read_checkpoint`.
+      adapters_of_it: Folders of the adapters whose base it is itself.
     """
     folder = found.place
     config = adapters.read_config(folder)
@@ -204,7 +209,7 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
     if before.is_orbax:
-        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no names of PyTorch")
+        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no PyTorch names")
     unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.weights)
     try:
         arrays = adapters.merged(adapter, unchanged, config)
@@ -215,8 +220,10 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
 
 
 def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:
-    """The content of a file as it is stored, and segjax's metadata. Tensors of a `.pth` are not read yet: the file is
-    open as long as `opened_files`."""
+    """The stored content of a file, and segjax's metadata.
+
+    Tensors of a `.pth` are read later; its file stays open until `opened_files` is closed.
+    """
     if not source.exists():
         raise CheckpointError(f"{source}: there is no such file{published.hint_for(source)}")
     with open_regular(source) as file:
@@ -234,11 +241,11 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
     if head[:2] == b"PK" or _PICKLE.match(head):
         stored = opened_files.enter_context(pickled.opened(source))
         if isinstance(stored, list | tuple):
-            # Weights next to an epoch, for example.
+            # For example, weights and an epoch.
             stored = {str(number): value for number, value in enumerate(stored)}
         return stored if isinstance(stored, Mapping) else {"content": stored}, {}
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head) else "binary"
-    hint = " (a page that says why the download failed?)" if kind == "text" else ""
+    hint = " (a web page about a failed download?)" if kind == "text" else ""
     raise CheckpointError(
         f"{source}: neither a PyTorch checkpoint, nor safetensors, nor an orbax folder; it begins with "
         f"{head[:24]!r}, which is {kind}{hint}"
@@ -246,11 +253,11 @@ def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mappin
 
 
 def _members(file: BinaryIO) -> list[str] | None:
-    """Names in a zip; None for a damaged one."""
+    """Names of the members of a zip; None if it is damaged."""
     try:
         return zipfile.ZipFile(file).namelist()
     except Exception:
-        # Whatever a damaged directory can raise; the reader of a `.pth` has the message for it.
+        # A damaged directory can raise any error; the reader of `.pth` has the message for it.
         return None
 
 
@@ -263,7 +270,7 @@ def _read_npz(source: Path) -> dict[str, np.ndarray]:
             try:
                 with archive.open(member) as stream:
                     found[name] = np.lib.format.read_array(cast(BinaryIO, stream), allow_pickle=False)
-            # A damaged member raises errors of many kinds; MemoryError, where its header has a shape of any size.
+            # A damaged member raises many kinds of errors, such as MemoryError for a damaged shape.
             except Exception as error:
                 raise CheckpointError(
                     f"{source}: an .npz that cannot be read: its array {name} is damaged or encrypted, or has objects "
@@ -276,7 +283,7 @@ def _read_npz(source: Path) -> dict[str, np.ndarray]:
 
 
 class _Entry(TypedDict):
-    """A tensor in the header; offsets from its end."""
+    """A tensor in the header; offsets count from the end of the header."""
 
     dtype: str
     shape: list[Annotated[int, Field(ge=0)]]
@@ -296,7 +303,7 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, An
         arrays = load_file(source)
     except (SafetensorError, AttributeError) as error:
         if isinstance(error, AttributeError):
-            # A dtype that numpy does not have, such as float8.
+            # A dtype that numpy lacks, such as float8.
             raise CheckpointError(f"{source}: holds a number type that cannot be read ({error})") from None
         raise CheckpointError(
             f"{source}: a safetensors file that is damaged or cut short ({stated(error)}); fetch it again"
@@ -314,7 +321,7 @@ def _read_safetensors(source: Path) -> tuple[dict[str, np.ndarray], dict[str, An
 
 
 def _checked_header(source: Path) -> dict[str, str]:
-    """`__metadata__` of a safetensors file whose header is consistent."""
+    """Checks the header of a safetensors file, and returns its `__metadata__`."""
     size = source.stat().st_size
     with open_regular(source) as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -330,7 +337,7 @@ def _checked_header(source: Path) -> dict[str, str]:
     for name, entry in entries.items():
         bits, (begin, end) = _BITS.get(entry["dtype"]), entry["data_offsets"]
         if end > size - 8 - length:
-            raise CheckpointError(f"{cut} ({name} ends behind the end of the file); fetch it again")
+            raise CheckpointError(f"{cut} ({name} ends after the end of the file); fetch it again")
         if bits is not None and math.prod(entry["shape"]) * bits != 8 * (end - begin):
             raise CheckpointError(
                 f"{source}: {name} has the shape {tuple(entry['shape'])} of {entry['dtype']}, and {end - begin:,} "
@@ -345,11 +352,11 @@ def _checked_header(source: Path) -> dict[str, str]:
 
 
 def _given_twice(header: bytes) -> list[str]:
-    """The names that a JSON object, of which parsers keep the last, has more than once."""
+    """Names that occur more than once in a JSON object, of which parsers keep only the last."""
     names: list[str] = []
 
     def of_object(pairs: list[tuple[str, Any]]) -> None:
-        # The outermost object comes last.
+        # The hook gets the outermost object last.
         names[:] = [name for name, _ in pairs]
 
     json.loads(header, object_pairs_hook=of_object)

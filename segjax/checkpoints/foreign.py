@@ -1,4 +1,4 @@
-"""Names of files that hold no weights that can be read, by their content, with what to do instead."""
+"""Recognises foreign files and folders whose weights cannot be read, by their content, and names the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segjax.checkpoints.errors import shorten
 
-# (offset, bytes there, what it is, what to do)
+# (offset, bytes at the offset, kind, remedy)
 _SAVE = "save model.state_dict() where it was made"
 _NO_TENSORFLOW = "segjax reads weights of PyTorch and of its own"
 _UNPACK = "unpack it, and give the checkpoint in it"
@@ -28,7 +28,7 @@ _SIGNATURES = (
     (0, b"\x93NUMPY", "a single array of numpy", "save the arrays by name, with numpy.savez or safetensors"),
     (0, b"version https://git-lfs", "a git-lfs pointer, not the file itself", "fetch it with `git lfs pull`"),
 )
-# The suffixes of TensorFlow's and Flax's files, whose content has no signature at its beginning.
+# Suffixes of TensorFlow's and Flax's files, whose content begins with no signature.
 _NAMES = (
     (".index", "the index of a checkpoint of TensorFlow", _NO_TENSORFLOW),
     (".data-00000-of-00001", "a checkpoint of TensorFlow", _NO_TENSORFLOW),
@@ -37,10 +37,11 @@ _NAMES = (
 
 
 def file_kind(path: Path, head: bytes) -> str | None:
-    """What a file is, and what to do, as a clause for a message; None where that is not known.
+    """Kind of a file and the remedy, as a clause for a message; None if the kind is unknown.
 
     Args:
-      head: Its first 512 bytes.
+      path: Path of the file.
+      head: First 512 bytes of the file.
     """
     for offset, signature, kind, remedy in _SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
@@ -54,7 +55,7 @@ def file_kind(path: Path, head: bytes) -> str | None:
 
 
 def zip_kind(names: Sequence[str]) -> str | None:
-    """The same for a zip with these members; None for a checkpoint of `torch.save`."""
+    """`file_kind` for a zip with these members; None for a checkpoint of `torch.save`."""
     last = {name.rpartition("/")[2] for name in names}
     if {"constants.pkl", "code"} & last or any("/code/" in name for name in names):
         return "a TorchScript program; load it with torch.jit.load, and save its state_dict()"
@@ -68,7 +69,7 @@ def zip_kind(names: Sequence[str]) -> str | None:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """The same for a folder without a checkpoint that can be read."""
+    """`file_kind` for a folder without a checkpoint that can be read."""
     names = sorted(child.name for child in folder.iterdir())
     if "saved_model.pb" in names:
         return f"a SavedModel of TensorFlow; {_NO_TENSORFLOW}"

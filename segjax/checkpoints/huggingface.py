@@ -1,8 +1,7 @@
 """Folders that transformers writes, and repositories of the Hugging Face Hub, which are such folders.
 
 `hf:owner/name` or `hf:owner/name@revision` may replace the path of a checkpoint everywhere. huggingface_hub downloads
-the files that are needed into its cache (HF_HOME); with HF_HUB_OFFLINE=1 it only looks there. `key_maps.py`
-has the names of the keys.
+the needed files into its cache (HF_HOME); with HF_HUB_OFFLINE=1 it only reads the cache. `key_maps.py` has the keys.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from segjax.runtime import atomic
 from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-# The first that exists is read; an index lists the files of weights in several parts.
+# The first existing file is read; an index lists the files of weights in several parts.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADDRESS = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _SPELLING = "a repository is written hf:owner/name or hf:owner/name@revision"
-# transformers' SegFormer computes with this, whatever the layer_norm_eps in its config.json.
+# transformers' SegFormer computes with this value and ignores layer_norm_eps in config.json.
 LAYER_NORM_EPS = 1e-5
 INDEX = ".index.json"
 _WANTED = f"{WEIGHTS[0]} or {WEIGHTS[2]}, or an index of either with its parts"
@@ -40,12 +39,12 @@ def is_address(source: str | Path) -> bool:
 
 
 def problem_of(address: str | Path) -> str | None:
-    """Why this is no valid address; None for a valid one."""
+    """Reason why an address is not valid; None if it is."""
     return None if _ADDRESS.fullmatch(str(address)) else _SPELLING
 
 
 def parsed_address(address: str) -> tuple[str, str | None]:
-    """Repository and revision of an address. Raises CheckpointError for no valid one."""
+    """Repository and revision of an address. Raises CheckpointError if it is not valid."""
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise CheckpointError(f"{address}: {_SPELLING}")
@@ -57,11 +56,12 @@ def parsed_address(address: str) -> tuple[str, str | None]:
 
 
 def fetched(source: str | Path) -> tuple[Path, str]:
-    """The local path of a checkpoint and its name. An address is downloaded: its path is a folder, and its name the
-    address with the commit.
+    """Local path and name of a checkpoint.
+
+    An address is downloaded to a folder; its name is the address with the commit.
 
     Raises:
-      CheckpointError: Nothing can be downloaded from the address; the message has the reason.
+      CheckpointError: The download fails; the message has the reason.
     """
     if not is_address(source):
         path = user_path(source)
@@ -75,14 +75,15 @@ class UnreachableError(CheckpointError):
 
 
 def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
-    """The folder with the files of a repository, and its address with the commit.
+    """Downloads a repository; returns the folder with its files, and its address with the commit.
 
     Args:
-      cache: Folder of the downloads; huggingface_hub's by default.
+      address: hf:owner/name[@revision].
+      cache: Folder of the downloads; by default huggingface_hub's.
 
     Raises:
-      UnreachableError: The Hub cannot be reached, and there is a `cache`, which is taken as empty.
-      CheckpointError: Nothing can be downloaded from the address; the message has the reason.
+      UnreachableError: The Hub cannot be reached, and `cache` is given, which is assumed to be empty.
+      CheckpointError: The download fails for another reason, which the message has.
     """
     repository, revision = parsed_address(address)
     try:
@@ -99,14 +100,14 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
 
 
 def _why_unreachable(repository: str, revision: str | None) -> str | None:
-    """Why the Hub does not answer; None where it does. Without a network, a download would try for half a minute."""
+    """Reason why the Hub does not answer; None if it does. Saves the half minute of a download without a network."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, CONFIG, revision=revision))
     except errors.HfHubHTTPError:
-        # It answers; the download below reports what it says.
+        # The Hub answers; the download reports its error.
         return None
     except Exception as error:
         return _first_line(error)
@@ -114,11 +115,11 @@ def _why_unreachable(repository: str, revision: str | None) -> str | None:
 
 
 def _download(address: str, repository: str, revision: str | None, *, offline: bool, cache: Path | None) -> Path:
-    """The folder in the cache with the files of one commit."""
+    """Downloads the files of one commit; returns their folder in the cache."""
     where: Any = dict(offline=offline, cache=cache)
     config = _file(repository, revision, CONFIG, **where)
     if config is not None:
-        # The same commit for all files, whatever is pushed to the branch in the meantime.
+        # All files come from one commit, even if the branch changes in the meantime.
         revision = config.parent.name
         try:
             refuse_other_models(config)
@@ -137,7 +138,7 @@ def _download(address: str, repository: str, revision: str | None, *, offline: b
 
 
 def _file(repository: str, revision: str | None, name: str, *, offline: bool, cache: Path | None) -> Path | None:
-    """A file of a repository in the cache; None where the repository does not have it."""
+    """Downloads a file of a repository to the cache; None if the repository does not have it."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -145,7 +146,7 @@ def _file(repository: str, revision: str | None, name: str, *, offline: bool, ca
         where: Any = dict(cache_dir=cache, local_files_only=offline)
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, **where))
     except errors.LocalEntryNotFoundError:
-        # Offline, the cache distinguishes a file that the repository does not have from one that was never requested.
+        # Offline, the cache distinguishes a file that the repository lacks from a file that was never requested.
         known = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
         if known is None or isinstance(known, str):
             raise
@@ -156,7 +157,7 @@ def _file(repository: str, revision: str | None, name: str, *, offline: bool, ca
 
 @contextlib.contextmanager
 def _errors_of_the_hub(address: str, repository: str, revision: str | None, unreachable: str | None) -> Iterator[None]:
-    """Turns every error of a download into a CheckpointError."""
+    """Raises every error of a download as CheckpointError."""
     from huggingface_hub import constants, errors
 
     try:
@@ -165,8 +166,8 @@ def _errors_of_the_hub(address: str, repository: str, revision: str | None, unre
         raise
     except errors.GatedRepoError:
         raise CheckpointError(
-            f"{address}: its owner asks for an agreement: give it at https://huggingface.co/{repository}, then log in "
-            "with `hf auth login`"
+            f"{address}: its owner requires an agreement: accept it at https://huggingface.co/{repository}, then log "
+            "in with `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
@@ -178,7 +179,7 @@ def _errors_of_the_hub(address: str, repository: str, revision: str | None, unre
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be reached ({unreachable})"
         raise CheckpointError(f"{address}: {why}, and it is not in the cache, {constants.HF_HUB_CACHE}") from None
     except Exception as error:
-        # Networks, proxies, full disks and the Hub itself each have errors of their own.
+        # Networks, proxies, full disks and the Hub each raise their own errors.
         raise CheckpointError(f"{address}: cannot be downloaded ({_first_line(error)})") from None
 
 
@@ -190,7 +191,7 @@ def _first_line(error: Exception) -> str:
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether this is a folder that transformers loads a model from."""
+    """Whether transformers can load a model from this folder."""
     return any((folder / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
@@ -199,7 +200,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    """The file of the weights, or their index: also one by another name, as of diffusers and accelerate."""
+    """The file of the weights, or their index, which may have another name, as in diffusers and accelerate."""
     named = (folder / name for name in WEIGHTS if (folder / name).exists())
     return next(named, None) or next(iter(sorted(folder.glob(f"*{INDEX}"))), None)
 
@@ -208,7 +209,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of the weights.
 
     Raises:
-      CheckpointError: There are none, or one that an index names is missing.
+      CheckpointError: There are no weights, or a file that the index names is missing.
     """
     found = _weights_in(folder)
     if found is None:
@@ -217,7 +218,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def parts_of(index: Path) -> list[Path]:
-    """The files that an index names, which lie next to it. Raises CheckpointError where one is missing."""
+    """The files that an index names, next to the index. Raises CheckpointError if one is missing."""
     names = _shards(index)
     if missing := [name for name in names if not (index.parent / name).exists()]:
         raise CheckpointError(f"{index}: names {shorten(missing, most=6)}, and there is no such file next to it")
@@ -225,7 +226,7 @@ def parts_of(index: Path) -> list[Path]:
 
 
 def keys_of_shards(folder: Path) -> set[str] | None:
-    """The keys in the index; None where the weights are one file."""
+    """The keys in the index; None if the weights are one file."""
     found = _weights_in(folder)
     return set(_index(found)) if found and found.suffix == ".json" else None
 
@@ -243,7 +244,7 @@ def _index(path: Path) -> dict[str, str]:
 
 def _shards(index: Path) -> list[str]:
     names = sorted(set(_index(index).values()))
-    # An index may come from anybody, and its names must not lead out of the folder.
+    # Names in an untrusted index must not lead out of the folder.
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: not an index (`weight_map` from keys to names of files next to it)")
     return names
@@ -257,7 +258,7 @@ _Side = Annotated[int, Field(ge=1)]
 
 
 class _Config(TypedDict):
-    """The settings in config.json that are read from a SegFormer; sizes are read from shapes."""
+    """The settings of a SegFormer that are read from config.json; sizes are read from shapes."""
 
     model_type: NotRequired[str | None]
     num_attention_heads: NotRequired[
@@ -294,7 +295,7 @@ class _Resize(TypedDict):
 
 
 def refuse_other_models(config: Path) -> None:
-    """Raises CheckpointError for the config.json of another network of transformers. Other packages write no type."""
+    """Raises CheckpointError for the config.json of another network of transformers; other packages write no type."""
     kind = read_json(config, _Type).get("model_type")
     if kind not in (None, "segformer"):
         raise CheckpointError(f"{config}: a model of type {kind!r}; segjax has only segformer of transformers' models")
@@ -303,11 +304,11 @@ def refuse_other_models(config: Path) -> None:
 def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The metadata in config.json and preprocessor_config.json, and notes for the user.
 
-    Class names that are not numbered from 0 without gaps are under `metadata.NUMBERED_NAMES`.
+    Class names are under `metadata.NUMBERED_NAMES` if they are not numbered from 0 without gaps.
 
     Raises:
-      CheckpointError: A model that segjax does not have.
-      UnreadableError: Settings or a normalisation that cannot be.
+      CheckpointError: segjax does not have the model.
+      UnreadableError: Settings or normalisation are invalid.
     """
     metadata, notes, channels = {}, [], 3
     if (folder / CONFIG).exists():
@@ -329,10 +330,10 @@ def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def names_and_normalisation(folder: Path) -> dict[str, Any]:
-    """`metadata_of` for a file of any network that lies next to config.json and preprocessor_config.json.
+    """`metadata_of` for a file of any network next to config.json and preprocessor_config.json.
 
     Raises:
-      UnreadableError: A normalisation that cannot be.
+      UnreadableError: The normalisation is invalid.
     """
     metadata: dict[str, Any] = {}
     if (folder / CONFIG).exists():
@@ -345,11 +346,11 @@ def names_and_normalisation(folder: Path) -> dict[str, Any]:
 
 
 def _classes(config: Mapping, path: Path) -> dict[str, Any]:
-    """Metadata of the class names; none where they are transformers' placeholders, or of other types."""
+    """Metadata of the class names; {} if they are transformers' placeholders, or of other types."""
     try:
         names = checked(config, _Names, name=path)
         numbered = {int(number): name for number, name in (names.get("id2label") or {}).items()}
-        # transformers writes both; a config made by hand may have only the second.
+        # transformers writes id2label and label2id; a config made by hand may have only label2id.
         numbered = numbered or {number: name for name, number in (names.get("label2id") or {}).items()}
     except (UnreadableError, ValueError) as error:
         why = error if isinstance(error, UnreadableError) else f"{path}: id2label should have numbers as its keys"
@@ -363,7 +364,7 @@ def _classes(config: Mapping, path: Path) -> dict[str, Any]:
     return {NUMBERED_NAMES: (numbered, ignored)}
 
 
-# Settings of config.json that segjax's SegFormer has fixed; and those that it can change, by segjax's name.
+# Settings of config.json with one value in segjax's SegFormer; and settings that it has, by segjax's name.
 _FIXED = {"strides": [4, 2, 2, 2], "patch_sizes": [7, 3, 3, 3], "hidden_act": "gelu"}
 _SETTINGS = {
     "in_channels": "num_channels",
@@ -376,7 +377,7 @@ _SIZES = {"dims": "hidden_sizes", "depths": "depths", "sr_ratios": "sr_ratios", 
 
 
 def _overrides(config: Mapping, path: Path) -> dict[str, Any]:
-    """Settings that the weights do not contain; others are read from shapes."""
+    """Settings that the weights do not contain; all others are read from shapes."""
     other = [f"{key}={config[key]}" for key, value in _FIXED.items() if config.get(key, value) != value]
     if other:
         raise CheckpointError(f"{path}: a SegFormer with {', '.join(other)}, which segjax does not have")
@@ -403,7 +404,7 @@ def _images(preprocessor: Mapping, path: Path, *, channels: int) -> dict[str, An
             checked(size, _Resize, name=f"{path}: size")
             metadata["input_size"] = [size["height"], size["width"]]
         except UnreadableError as error:
-            # Other processors resize to a shortest edge.
+            # Other processors resize the shortest edge.
             if not isinstance(size, Mapping) or {"height", "width"} & size.keys():
                 logger.info("%s; it is not used", error)
     return metadata
@@ -416,13 +417,13 @@ def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
     """config.json for one of segjax's SegFormers.
 
     Raises:
-      CheckpointError: Settings that transformers does not have.
+      CheckpointError: transformers does not support the settings.
     """
     settings = settings_of(model)
     if any(ratio != int(ratio) for ratio in settings["mlp_ratios"]):
         raise CheckpointError(f"transformers takes whole numbers for mlp_ratios, not {settings['mlp_ratios']}")
     classes = classes_of(metadata, model.spec.num_classes)
-    # Without names, transformers' placeholders, which `_classes` takes for none.
+    # Without names, transformers' placeholders, which `_classes` ignores.
     names = classes.class_names if metadata.get("dataset") else [f"LABEL_{k}" for k in range(classes.num_classes)]
     kept = {foreign: settings[name] for name, foreign in (_SETTINGS | _SIZES).items()}
     return {
@@ -441,9 +442,9 @@ def config_of(model: SegmentationModel, metadata: Mapping) -> dict[str, Any]:
 
 
 def preprocessor_of(metadata: Mapping) -> dict[str, Any]:
-    """preprocessor_config.json; images keep their size where the metadata has none."""
+    """preprocessor_config.json; images keep their size if the metadata has none."""
     size, normalisation = metadata.get("input_size"), metadata["normalisation"]
-    # Of images other than RGB of 8 bits, the numbers are not of 255.
+    # Only the statistics of 8-bit RGB images are in units of 0..255.
     is_rgb = "image_dtype" not in metadata and len(normalisation["mean"]) == 3
     resize = {"size": dict(zip(("height", "width"), size, strict=True)), "resample": 2} if size else {}
     return {

@@ -1,5 +1,7 @@
-"""Initial weights of a run, and the model's settings that go with them: from a converted or PyTorch checkpoint, from an
-encoder only, or from parts of either."""
+"""Initial weights of a run, and the model's settings that belong to them.
+
+They come from a converted or PyTorch checkpoint, from an encoder only, or from parts of either.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,11 @@ from segjax.models.segmentation_model import SegmentationModel
 
 
 class ReadSettings(NamedTuple):
-    """Settings of a model that belong to a checkpoint; those of the encoder only where it has nothing else.
+    """Settings of the model of a checkpoint; only the encoder's settings for an encoder.
 
     Attributes:
-      known: Read from its shapes and its metadata.
-      assumed: Those that it does not contain, as published with its key format.
+      known: Settings that were read from shapes and metadata.
+      assumed: Settings that the checkpoint does not contain, as published with its key format.
     """
 
     known: dict[str, Any]
@@ -58,19 +60,21 @@ class ReadSettings(NamedTuple):
 
 
 def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()) -> ReadSettings:
-    """The settings with which the model `name` fits a checkpoint. Rates of dropout belong to a run and the number of
-    channels to its images; they are not read.
+    """Reads the settings with which the model `name` fits a checkpoint.
+
+    Dropout rates, which belong to the run, and the number of channels, which belongs to its images, are not read.
 
     Args:
-      name: A name in `segjax.MODELS`; the checkpoint may be of another size of its family.
-      keep: As for `initialize`. If the whole decoder is among them, only the encoder is read.
+      checkpoint: The checkpoint.
+      name: A name in `segjax.MODELS`; the checkpoint may be another variant of its family.
+      keep: As for `initialize`. If it covers the whole decoder, only the encoder is read.
 
     Raises:
-      CheckpointError: The checkpoint is of another family (the message names the recipe to train it with), or its sizes
-        cannot be read.
+      CheckpointError: The checkpoint belongs to another family (the message names its recipe), or its sizes cannot be
+        read.
     """
     family, defaults = family_of(name), models.settings(name)
-    # First without the family: where it is the right one, the keys are recognised once.
+    # First without the family, so that keys are recognised only once if the family is right.
     free = checkpoint.recognised
     checkpoint = checkpoint.read_as(family=family)
     found = checkpoint.recognised
@@ -79,11 +83,11 @@ def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()
     if free.key_format.family != family and free.fitting > found.fitting and not (encoder_only and sizes is not None):
         raise CheckpointError(_why_other_family(found, free, name, has_encoder=sizes is not None))
     if not encoder_only:
-        # Loading reports all that a decoder lacks.
+        # Loading reports everything that a decoder lacks.
         with contextlib.suppress(MissingKeyError, UnreadableShapeError):
             sizes, _ = found.sizes
     if sizes is None:
-        # Raises, with what an encoder lacks.
+        # Raises an error that names the missing keys of the encoder.
         sizes, _ = read_sizes(checkpoint)
     nearest = nearest_variant(found.family, sizes)
     published = found.key_format.settings_for(_num_classes(found, encoder_only=encoder_only))
@@ -99,13 +103,13 @@ def read_settings(checkpoint: Checkpoint, name: str, *, keep: Sequence[str] = ()
 
 
 def recipe_of(name: str) -> str:
-    """The packaged recipe of a model, as `--config` takes it: "segformer_b2" -> "segformer:b2"."""
+    """The recipe of a model, as for `--config`: "segformer_b2" -> "segformer:b2"."""
     recipe, _, variant = name.partition("_")
     return name if variant in ("simple", "zuppichini") else f"{recipe}:{variant}"
 
 
 def _num_classes(found: Recognised, *, encoder_only: bool) -> int | None:
-    """Number of classes of a whole model; None for an encoder, or where the classifier cannot be read."""
+    """Number of classes of a whole model; None for an encoder, or if the classifier cannot be read."""
     if not encoder_only:
         with contextlib.suppress(MissingKeyError, UnreadableShapeError):
             return found.sizes[1]
@@ -121,7 +125,7 @@ def _sizes_of_encoder(found: Recognised) -> dict[str, Any] | None:
 
 
 def _keeps_decoder(name: str, keep: Sequence[str]) -> bool:
-    """Whether every parameter of the decoder of the model `name` is among `keep`."""
+    """Whether `keep` covers every parameter of the decoder of the model `name`."""
     if not keep:
         return False
     model = nnx.eval_shape(functools.partial(models.create, name, num_classes=2))
@@ -145,23 +149,25 @@ def _why_other_family(found: Recognised, free: Recognised, name: str, *, has_enc
 
 
 def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()) -> str:
-    """Fills a model from any checkpoint; the log has what was loaded and what was not.
+    """Loads the initial weights of a model from any checkpoint; the log lists loaded and skipped parts.
 
-    The classifiers of a checkpoint with another number of classes are not loaded: these parameters stay as initialised.
+    If the checkpoint has another number of classes, its classifiers are not loaded, and the parameters of the model's
+    classifiers stay as initialised.
 
     Args:
-      source: A `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, the address
-        hf:owner/name[@revision] of one, the name of published weights, or one of these that was read. If it is an
-        encoder only, the decoder stays as initialised.
+      model: The model to fill.
+      source: A `.pth`, a `.safetensors`, an orbax folder, the folder of a run or of transformers, an address
+        hf:owner/name[@revision], the name of published weights, or a `Checkpoint`. With an encoder only, the decoder
+        stays as initialised.
       keep: Patterns (`*` and `?`) of parameters that stay as initialised even if the checkpoint has them, for example
-        "decode_head.linear_fuse.*". If the whole decoder is among them, the checkpoint may have any decoder.
+        "decode_head.linear_fuse.*". If they cover the whole decoder, the checkpoint may have any decoder.
 
     Returns:
-      What was loaded, in words, such as "encoder; decoder random".
+      Description of the loaded parts, such as "encoder; decoder random".
 
     Raises:
-      CheckpointError: A checkpoint that cannot be read or does not fit, or a pattern that matches no parameter; nothing
-        is loaded.
+      CheckpointError: The checkpoint cannot be read or does not fit, or a pattern matches no parameter; nothing is
+        loaded.
     """
     names = [torch_name(path) for path in named_variables(model)]
     if unknown := [pattern for pattern in keep if not any(matches(name, (pattern,)) for name in names)]:
@@ -215,10 +221,10 @@ def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], gi
 def _with_channels(
     model: SegmentationModel, checkpoint: Checkpoint, keep: Sequence[str]
 ) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with a first convolution for the channels of the model, and a sentence where it is another one.
+    """The checkpoint with its first convolution adapted to the channels of the model, and a note if it was adapted.
 
     Raises:
-      CheckpointError: It has neither the channels of the model nor three.
+      CheckpointError: The checkpoint has neither the channels of the model nor three.
     """
     found, channels = checkpoint.recognised, model.in_channels
     family = found.family
@@ -248,16 +254,18 @@ def _with_channels(
 
 
 def adapted_stem(weight: np.ndarray, channels: int, pixels: int = 1) -> np.ndarray:
-    """A first convolution of three channels for images of another number of them, as timm adapts it.
+    """Adapts a first convolution of three channels to another number of channels, as timm does.
 
-    For one channel, filters are summed: on grey images the output is that of RGB images with this grey. For others they
-    are repeated in turn and scaled by 3 / channels, so that outputs keep their magnitude.
+    For one channel, the filters are summed, so that a grey image gives the output of the same image in RGB. For other
+    numbers, the filters are repeated in turn and scaled by 3 / channels, so that outputs keep their magnitude.
 
     Args:
-      weight: (out, 3, h, w), or of patches (out, 3 * pixels, 1, 1), a channel's pixels together.
+      weight: Weight (out, 3, h, w), or (out, 3 * pixels, 1, 1) for patches, with the pixels of a channel together.
+      channels: Number of channels of the images.
+      pixels: Number of pixels of a patch.
 
     Returns:
-      The same with `channels` in place of 3.
+      Weight of the same shape with `channels` in place of 3.
     """
     out, _, height, width = weight.shape
     filters = weight.reshape(out, 3, pixels, height, width).astype(np.float64)
@@ -271,15 +279,15 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def _is_encoder(found: Recognised) -> bool:
-    """Whether a checkpoint has an encoder and nothing that a decoder could be filled from."""
+    """Whether a checkpoint has an encoder and no weights for a decoder."""
     return not found.shapes.keys() - found.of_encoder(found.shapes) - _extras_of_encoders(found)
 
 
 def _other_classes(model: SegmentationModel, found: Recognised, keep: Sequence[str]) -> tuple[int | None, list[str]]:
-    """The number of classes of a checkpoint, and the parameters of `model` that do not fit because of it only.
+    """Number of classes of a checkpoint, and the parameters of `model` that do not fit only because of it.
 
-    These are the parameters outside `keep` that have another shape in the same model with that number of classes,
-    which is the shape in the checkpoint.
+    These are the parameters outside `keep` whose shape in the checkpoint is not that of `model`, but that of the same
+    model with the checkpoint's number of classes.
     """
     try:
         _, classes = found.sizes
@@ -307,26 +315,26 @@ def _unused(found: Recognised, names: list[str], keep: tuple[str, ...]) -> list[
     unused = {key for name in kept for key in found.renaming.foreign_names(name)}
     unused -= {key for name in names if name not in kept for key in found.renaming.foreign_names(name)}
     if kept.issuperset(filter(found.family.in_head, names)):
-        # Every key outside the encoder. Keys inside it that the model does not have are those of another size.
+        # Every key outside the encoder. Unknown keys in the encoder belong to a larger variant and remain errors.
         unused |= found.shapes.keys() - found.of_encoder(found.shapes)
     return [key for key in found.shapes if key in unused]
 
 
 def _extras_of_encoders(found: Recognised) -> set[str]:
-    """Keys that come with an encoder in any dialect, and have no meaning in a whole model."""
+    """Keys that accompany an encoder in any dialect, without a meaning in a whole model."""
     key_formats = [key_format for key_format in KEY_FORMATS if key_format.family == found.key_format.family]
     extras = [pattern for each in key_formats for pattern in (*each.backbone_extras, *each.unused)]
     return {key for key in found.shapes if matches(key, extras) and not found.renaming.fits(key)}
 
 
 def _advice(error: MisfitError, found: Recognised) -> str:
-    """The setting to change, where only the decoder does not fit."""
+    """Advice on the setting to change."""
     in_head = found.family.in_head
     if not all(map(in_head, error.parameters)) or found.of_encoder(error.unexpected):
         return "\n  its encoder is another one: choose the model, and the sizes, of the checkpoint"
     if not error.parameters:
         return ""
-    # With layers that the model does not have, the decoder is of another kind; else parts of it have another size.
+    # If the checkpoint has other layers, its decoder is of another kind; else parts of it have another size.
     layers = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in error.parameters)
     patterns = found.family.head if error.unexpected else tuple(layers)
     return f'\n  to leave that part random: "--config.init.keep={patterns}"'

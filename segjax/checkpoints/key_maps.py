@@ -3,13 +3,13 @@
 The packages are Hugging Face's transformers, mmsegmentation, timm, segmentation-models-pytorch and others.
 
 Native keys are the attribute paths of segjax's modules, which are the keys of the first publisher of a family. A *rule*
-pairs native keys with foreign ones. Templates have these fields: `{t}` the name of the tensor (`weight`, `running_var`,
-...), added at the end of a template that does not contain it; `{s}` the stage, 1 to 4; `{z}` the stage, 0 to 3; `{r}`
-the stage counted from the deepest, 0 to 3; `{b}` a number; `{rest}` anything. Where one side of a rule has several
-keys, their tensors concatenated along the first axis equal the tensors of the other side.
+pairs native keys with foreign ones. Templates have these fields: `{t}` is the name of the tensor (`weight`,
+`running_var`, ...), appended to a template without it; `{s}` is the stage, 1 to 4; `{z}` is the stage, 0 to 3; `{r}` is
+the stage counted from the deepest, 0 to 3; `{b}` is a number; `{rest}` is any text. If one side of a rule has several
+keys, their tensors are concatenated along the first axis.
 
-A *key map* is a tuple of rules. A *key format* describes how one package (the dialect) stores one family: its key map,
-older key maps that are read too, and the settings that its checkpoints do not contain.
+A *key map* is a tuple of rules. A *key format* describes how one package (the dialect) stores one family: the key map
+to write, older key maps to read, and the settings that checkpoints do not contain.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 BATCH_COUNTER = "num_batches_tracked"
-# A setting that a checkpoint does not contain and that differs between the published variants of a family.
+# A setting that a checkpoint does not contain, and that differs between the published variants of a family.
 OF_VARIANT = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Native keys and foreign keys of the same numbers.
+    """Native and foreign keys of the same tensors.
 
     Attributes:
-      native, foreign: Templates; several stand for tensors concatenated along the first axis.
-      shares: Relative lengths of the native tensors, where there are several.
+      native, foreign: Templates; tensors of several templates are concatenated along the first axis.
+      shares: Relative lengths of several native tensors.
       as_conv: Whether a native linear layer (out, in) is a foreign 1x1 convolution (out, in, 1, 1).
     """
 
@@ -79,7 +79,7 @@ _MIT = _same(
     *("block{s}.{b}.attn.sr", "block{s}.{b}.attn.norm", "block{s}.{b}.attn.proj", "block{s}.{b}.norm2"),
     *("block{s}.{b}.mlp.fc1", "block{s}.{b}.mlp.dwconv.dwconv", "block{s}.{b}.mlp.fc2", "norm{s}"),
 )
-# transformers: files, and models of version 5 in memory.
+# transformers: keys in files, and keys of models in memory since version 5.
 _MIT_HF = (
     _rule("patch_embed{s}.proj", "patch_embeddings.{z}.proj"),
     _rule("patch_embed{s}.norm", "patch_embeddings.{z}.layer_norm"),
@@ -111,7 +111,7 @@ _MIT_HF5 = (
     _rule("block{s}.{b}.mlp.fc2", "stages.{z}.blocks.{b}.mlp.fc2"),
     _rule("norm{s}", "stages.{z}.layer_norm"),
 )
-# mmsegmentation: torch's joint projection of queries, keys and values; the Mix-FFN's linear layers as convolutions.
+# mmsegmentation: torch's joint projection of queries, keys and values; linear layers of the Mix-FFN as convolutions.
 _MIT_MMSEG = (
     _rule("patch_embed{s}.proj", "layers.{z}.0.projection"),
     _rule("patch_embed{s}.norm", "layers.{z}.0.norm"),
@@ -212,20 +212,21 @@ def _segnext(encoder: str, dwconv: str, head: str, classifier: str) -> tuple[Rul
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyFormat:
-    """How one package stores one family.
+    """Format in which one package stores one family.
 
     Attributes:
-      dialect: As in `--dialect`. family: a key of `segjax.checkpoints.architectures.FAMILIES`.
-      package: Its name, for messages.
-      key_maps: The first is written, all are read.
-      settings: Settings of the published model that its checkpoints do not contain, (name, value).
-      of_classes: By number of classes, those of `settings` in which the model published with so many differs.
-      unused: Patterns of keys that the package writes and its model never reads; they are skipped.
-      backbone_extras: Patterns of keys that come with an encoder only (an ImageNet classifier).
-      without_bias: (convolution, norm): convolutions that have no bias in the package, because a BatchNorm follows. The
+      dialect: Value of `--dialect`.
+      family: Key of `segjax.checkpoints.architectures.FAMILIES`.
+      package: Name of the package, for messages.
+      key_maps: Key maps; the first is written, all are read.
+      settings: (name, value) of the settings that checkpoints do not contain, as in the published model.
+      of_classes: Number of classes -> the `settings` in which the model published with this number differs.
+      unused: Patterns of keys that the package writes but its model never reads; they are skipped.
+      backbone_extras: Patterns of keys that accompany an encoder (an ImageNet classifier).
+      without_bias: (convolution, norm) pairs: the package's convolution has no bias, because a BatchNorm follows. The
         bias is read as zero, and written by subtracting it from the running mean of the norm.
       encoder_only: Whether the package has no decoder.
-      note: What the package computes differently with the same weights; logged with every conversion.
+      note: Difference in the package's computation with the same weights; logged with every conversion.
     """
 
     dialect: str
@@ -241,17 +242,17 @@ class KeyFormat:
     note: str = ""
 
     def settings_for(self, num_classes: int | None) -> dict[str, object]:
-        """`settings` of the model published with this number of classes, by name; None for an encoder only."""
+        """`settings` by name, of the model published with this number of classes (None for an encoder)."""
         return dict(self.settings) | dict(self.of_classes.get(num_classes or 0, {}))
 
 
 def _eps(block: float, patch: float) -> tuple[tuple[str, object], ...]:
-    # Every package publishes every MiT with the same heads.
+    # All packages publish all MiTs with the same numbers of heads.
     return (("num_heads", (1, 2, 5, 8)), ("block_norm_eps", block), ("patch_norm_eps", patch))
 
 
-# What training scripts keep in the same module as the network: its loss and metrics, the normalisation of its input,
-# and heads that only a loss reads. Names of modules at the top.
+# Names of top-level modules that training scripts keep next to the network: loss and metrics, normalisation of the
+# input, and heads that only a loss reads.
 NEXT_TO_NETWORK = re.compile(
     r"(?:\w+_)?(?:criterion|criteria|loss(?:es)?|loss_fn|loss_func|metrics?|iou|miou|jaccard|accuracy|confmat|mean|std|"
     r"normali[sz]e|normali[sz]er|normali[sz]ation|data_preprocessor|preprocessor|class_weights?|auxiliary_head)(?:\.|$)"
@@ -260,7 +261,7 @@ _IMAGENET_HRNET = ("incre_modules.*", "downsamp_modules.*", "final_layer.*", "cl
 _SEED = "jo-jstrm/segmentation_pytorch"
 _MMSEG = "mmsegmentation"
 _HRNET_KEYS: dict[str, Any] = dict(backbone_extras=_IMAGENET_HRNET)
-# HRNet-Semantic-Segmentation's configurations of ADE20K and COCO-Stuff, unlike those of its other datasets.
+# In HRNet-Semantic-Segmentation, only the configurations for ADE20K and COCO-Stuff align corners.
 _HRNET_ALIGNED: dict[int, dict[str, object]] = {150: {"align_corners": True}, 171: {"align_corners": True}}
 
 
@@ -298,8 +299,8 @@ def _hrnet_encoder(family: str, *, align_corners: bool) -> tuple[KeyFormat, ...]
     )
 
 
-# Where several fit a file equally well, the first is taken: a MiT encoder is read as mmsegmentation's if it has those
-# keys, else as the official one; that of jo-jstrm, whose keys begin alike, comes after both.
+# Of several formats that fit a file equally well, the first is used: a MiT encoder is read as mmsegmentation's if it
+# has those keys, else as the official one; that of jo-jstrm, whose keys begin alike, comes after both.
 KEY_FORMATS = (
     KeyFormat(
         dialect="native",
@@ -316,7 +317,7 @@ KEY_FORMATS = (
         key_maps=(
             _segformer("segformer.encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
             _segformer("segformer.", _MIT_HF5, "decode_head.", _HF5_HEAD),
-            # SegformerModel saved on its own, in both key maps.
+            # SegformerModel, saved without its decoder, in both key maps.
             _segformer("encoder.", _MIT_HF, "decode_head.", _HF_HEAD),
             _segformer("", _MIT_HF5, "decode_head.", _HF5_HEAD),
         ),
@@ -473,7 +474,7 @@ KEY_FORMATS = (
         backbone_extras=("head.*",),
     ),
 )
-# Sets of weights that a training may keep in one file: averaged, raw, or those of a student and its teacher.
+# Sets of weights that one file may hold: averaged, raw, a student's and its teacher's.
 WEIGHT_SETS = ("ema", "raw", "student", "teacher")
 # Values of `dialect=`, in the order of their first appearance.
 DIALECTS = tuple(dict.fromkeys(key_format.dialect for key_format in KEY_FORMATS))

@@ -1,8 +1,8 @@
 """Names and layouts of arrays in segjax and in PyTorch.
 
-Attribute names of segjax's modules are the keys of the published checkpoints, so that one rule converts every model:
-`kernel` and `scale` are `weight`, `mean` and `var` are the running statistics, a convolution kernel HWIO is OIHW
-transposed, and a linear kernel (in, out) is (out, in) transposed.
+The attribute names of segjax's modules are the keys of the published checkpoints, so that one rule converts every
+model: `kernel` and `scale` are called `weight` in PyTorch, `mean` and `var` are the running statistics, a convolution
+kernel HWIO is transposed to OIHW, and a linear kernel (in, out) to (out, in).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def from_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def blank(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of this shape that takes no memory, for renaming where only shapes count."""
+    """An array of this shape that takes no memory, to rename where only shapes matter."""
     return np.broadcast_to(np.zeros((), np.int8), shape)
 
 
 def blank_of(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """`blank` in PyTorch's layout, for an array of segjax."""
+    """`blank` in PyTorch's layout, for an array of this shape in segjax's."""
     if not path.endswith(".kernel"):
         return blank(shape)
     return blank(shape).transpose((3, 2, 0, 1) if len(shape) == 4 else (1, 0))

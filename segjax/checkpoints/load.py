@@ -1,4 +1,4 @@
-"""`segjax.load`: a model together with its classes, its normalisation and its metadata, from any checkpoint."""
+"""`segjax.load`: loads a model with its classes, normalisation and metadata from any checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from segjax.data.augment import normalise
 from segjax.models.segmentation_model import ModelInterface, SegmentationModel
 from segjax.runtime.reading import type_name
 
-# A model, or what stands in for one: `segjax.inference.exported_model.ExportedModel`.
+# A model, or its stand-in `segjax.inference.exported_model.ExportedModel`.
 Model = TypeVar("Model", bound=ModelInterface, default=SegmentationModel, covariant=True)
 
 
@@ -34,12 +34,12 @@ class LoadedCheckpoint(Generic[Model]):
     """A model and everything that its checkpoint contains in addition to the weights.
 
     Attributes:
-      model: In evaluation mode; images (B, H, W, C), normalised, -> (logits, taps).
-      classes: Names and colours of its classes, and the label to ignore.
-      metadata: As in `segjax.checkpoints.metadata`. Where `metadata["dataset"]["guessed"]` is set, the checkpoint names
-        no classes, and `classes` are a guess from their number.
-      mean, std: Of the training images, C numbers each, in the unit of their values; of RGB in 0..255.
-      provenance: Name and hash of the checkpoint, and its own provenance under "made_from".
+      model: Model in evaluation mode: normalised images (B, H, W, C) -> (logits, taps).
+      classes: Names and colours of the classes, and the ignore label.
+      metadata: See `segjax.checkpoints.metadata`. If `metadata["dataset"]["guessed"]` is set, the checkpoint names no
+        classes, and `classes` is a guess from their number.
+      mean, std: Statistics of the training images, C numbers each, in the unit of their values (0..255 for RGB).
+      provenance: Name and hash of the checkpoint; "made_from" has the provenance that it stores.
     """
 
     model: Model
@@ -51,34 +51,34 @@ class LoadedCheckpoint(Generic[Model]):
 
     @property
     def dataset(self) -> Mapping | None:
-        """The metadata of the dataset, where the checkpoint itself names its classes."""
+        """The metadata of the dataset if the checkpoint names its classes, else None."""
         dataset = self.metadata.get("dataset")
         return None if not dataset or dataset.get("guessed") else dataset
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """Images (..., C) of any dtype, RGB in 0..255, -> float32 as the model takes it."""
+        """Normalises images (..., C) of any dtype, RGB in 0..255, to the float32 input of the model."""
         return normalise(images, self.mean, self.std)
 
     @property
     def image_kind(self) -> specs.ImageKind:
-        """Channels and dtype of the images that the model was trained on; the dtype is None where it is not known."""
+        """Channels and dtype of the training images; the dtype is None if it is not known."""
         channels = self.model.in_channels
         return specs.ImageKind(channels, self.metadata.get("image_dtype") or ("uint8" if channels == 3 else None))
 
 
 def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | None = None) -> LoadedCheckpoint:
-    """Loads the model of any checkpoint, with its classes, its normalisation and its metadata.
+    """Loads the model of any checkpoint, with its classes, normalisation and metadata.
 
     Args:
       source: A converted folder, the folder of a run, a PyTorch checkpoint (`.pth`, `.safetensors`), a folder of
         transformers, hf:owner/name[@revision] on the Hugging Face Hub, or the name of published weights, such as
-        "segformer_b2.cityscapes" (`segjax.list_weights` has all; a path that exists wins), which are fetched once.
-      dtype: Of the computation; float32 by default (float64 for an orbax folder in float64).
-      weights: The set to load where the checkpoint holds several: "ema" or "raw", "student" or "teacher".
+        "segformer_b2.cityscapes", which are downloaded once (`segjax.list_weights` lists all names; an existing path of
+        that name takes precedence).
+      dtype: Dtype of the computation; by default float32, or float64 for an orbax folder in float64.
+      weights: Set of weights to load from a checkpoint with several: "ema" or "raw", "student" or "teacher".
 
     Raises:
-      CheckpointError: Nothing is there, it cannot be read as a model, its weights are not finite, or it is an encoder
-        only.
+      CheckpointError: There is no checkpoint, it fits no model, its weights are not finite, or it is an encoder only.
     """
     published.refuse_encoder(source)
     checkpoint = read_checkpoint(source, weights=weights)
@@ -97,8 +97,7 @@ def load(source: str | Path, *, dtype: jnp.dtype | None = None, weights: str | N
 def as_loaded(
     source: str | Path | LoadedCheckpoint | SegmentationModel, *, weights: str | None = None
 ) -> LoadedCheckpoint:
-    """Loads a checkpoint that is not loaded yet, and of it the set `weights`; a model gets classes that are called by
-    their numbers."""
+    """Loads a checkpoint, with its set `weights`, unless it is loaded already; wraps a model with numbered classes."""
     if isinstance(source, LoadedCheckpoint):
         return source
     if isinstance(source, str | os.PathLike):
@@ -126,12 +125,13 @@ def model_of(
     """The model of a checkpoint, in evaluation mode, and its complete metadata.
 
     Args:
-      name, num_classes, drop, keep, param_dtype, **overrides: As for `from_torch`; for a state dict only.
-      dtype: Of the computation; by default float32, or float64 for an orbax folder in float64.
+      checkpoint: The checkpoint.
+      name, num_classes, drop, keep, param_dtype, **overrides: As for `from_torch`; only for a state dict.
+      dtype: Dtype of the computation; by default float32, or float64 for an orbax folder in float64.
 
     Raises:
-      CheckpointError: The checkpoint fits no model, or its folder contradicts itself.
-      KeyError: Unknown name or dialect.
+      CheckpointError: The checkpoint fits no model, or contradicts itself.
+      KeyError: The name or dialect is unknown.
     """
     if checkpoint.is_orbax:
         model = orbax_folder.build_model(checkpoint.weights, checkpoint.metadata, *checkpoint.paths, dtype=dtype)
@@ -153,26 +153,26 @@ def model_of(
 
 
 def settings_in(known: Mapping, name: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of the model by the metadata of a state dict, where `name` does not contradict it."""
+    """Name and settings of the model in the metadata of a state dict, unless `name` contradicts them."""
     kept = known.get("model", {})
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in kept.get("overrides", {}).items()}
     if "name" not in kept:
         return name, settings
     if name not in ("auto", kept["name"]):
         return name, {}
-    # Metadata of segjax: settings that it does not name are the model's defaults, not those of the dialect.
+    # In segjax's metadata, missing settings are the model's defaults, not those of the dialect.
     return kept["name"], models.settings(kept["name"]) | settings
 
 
 def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The metadata of a model that was made for a state dict."""
+    """The metadata of a model that was built for a state dict."""
     found = checkpoint.recognised
     provenance = {**checkpoint.provenance, "dialect": found.key_format.dialect, "package": found.key_format.package}
     known = {"licence": metadata.licence_of(model.spec.name), **checkpoint.metadata}
     known |= {"model": model_metadata(model), "provenance": provenance}
     dataset, classes = known.pop("dataset", None), model.spec.num_classes
     numbered, ignored = known.pop(metadata.NUMBERED_NAMES, ({}, None))
-    # The classes that an encoder names are ImageNet's.
+    # The class names of an encoder are ImageNet's.
     if found.has_head:
         if numbered and (names := metadata.matched(numbered, classes)):
             dataset = metadata.of_names(names, ignore_label=ignored).get("dataset")
@@ -183,14 +183,14 @@ def _metadata_for(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str,
             logger.info("it names no classes; %d are assumed to be those of %s", classes, known["dataset"]["name"])
     if "normalisation" not in known and model.in_channels != 3:
         logger.info(
-            "it does not say how images of %s are normalised: values are taken as they are (mean 0, deviation 1)",
+            "it does not state how images of %s are normalised: values are not changed (mean 0, deviation 1)",
             specs.ImageKind(model.in_channels, None),
         )
     return metadata.completed(known, channels=model.in_channels)
 
 
 def _dataset(dataset: Mapping | None, num_classes: int) -> dict[str, Any]:
-    """{"dataset": ...} of the metadata where it has as many names as the model classes; else a guess, or {}."""
+    """{"dataset": ...} of the metadata if it has a name for each class of the model; else a guess, or {}."""
     if dataset and len(dataset["class_names"]) == num_classes:
         return {"dataset": dataset}
     if dataset:

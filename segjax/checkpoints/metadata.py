@@ -1,19 +1,19 @@
-"""Metadata of a checkpoint: what predicting needs to know in addition to the weights.
+"""Metadata of a checkpoint: the information that prediction needs in addition to the weights.
 
-It is JSON: the item `about` of an orbax folder, the entry `segjax` in the metadata of a `.safetensors`. Its parts:
+Metadata is JSON: the item `about` of an orbax folder, or the entry `segjax` in the metadata of a `.safetensors`. Parts:
 
-    model           name, num_classes, overrides, param_dtype: how to build it
-    dataset         name, class_names, colors, ignore_label; "guessed" where all of it follows from a number of classes
-    normalisation   mean and std of the training images, a number for each channel, in the unit of their values
-    image_dtype     uint8, uint16 or float32; missing where the training images were RGB of 8 bits, or are unknown
-    input_size      height and width at which images are evaluated, or null where they have several
+    model           name, num_classes, overrides, param_dtype: the arguments to build the model
+    dataset         name, class_names, colors, ignore_label; "guessed" if they only follow from the number of classes
+    normalisation   mean and std of the training images, a number per channel, in the unit of their values
+    image_dtype     uint8, uint16 or float32; missing if the training images were 8-bit RGB, or are unknown
+    input_size      height and width at which images are evaluated, or null if these vary
     temperature     value, and data on which it was fitted; see `segjax.checkpoints.temperature`
     licence         a note
     provenance      the origin of the weights: source, sha256, dialect, package, verified
     format_version, segjax_version      see `segjax.checkpoints.format_version`
 
-Metadata of other packages is translated into these parts. `Metadata` has their types; whoever reads metadata from a
-file has them checked by `checked_metadata`, so that everybody else may rely on them.
+Metadata of other packages is translated into these parts. `Metadata` has their types. `checked_metadata` checks all
+metadata from files, so that other code can rely on the types.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from segjax.runtime.reading import UnreadableError, checked
 logger = logging.getLogger("segjax")
 
 IMAGENET = {"mean": list(specs.IMAGENET_MEAN), "std": list(specs.IMAGENET_STD)}
-# Parts that remain true when the weights are written to another file.
+# Parts that stay valid when the weights are written to another file.
 LASTING = ("dataset", "normalisation", "image_dtype", "input_size", "temperature", "licence")
 
 _NVIDIA = (
-    "NVIDIA's SegFormer and MiT weights, and what was trained from them, are under the NVIDIA Source Code License, "
+    "NVIDIA's SegFormer and MiT weights, and weights trained from them, are under the NVIDIA Source Code License, "
     "non-commercial"
 )
 _HRNET = "the weights that HRNet's authors publish are under the MIT licence"
@@ -57,18 +57,18 @@ _LICENCES = {
 
 # --------------------------------------------------------------------------------------------------------------- types
 
-# Class names by number, as other packages have them; matched with the number of classes once that is known.
+# Key of class names by number, from other packages; they are matched when the number of classes is known.
 NUMBERED_NAMES = "numbered_names"
 
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 Size = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
-# Numbers with which float32 stays finite.
+# Limits within which float32 stays finite.
 Mean = Annotated[list[Annotated[FiniteFloat, Field(ge=-1e12, le=1e12)]], Field(min_length=1, max_length=65536)]
 Deviation = Annotated[list[Annotated[FiniteFloat, Field(ge=1e-12, le=1e12)]], Field(min_length=1, max_length=65536)]
 
 
 class Normalisation(TypedDict):
-    """A number for each channel of the images, in the unit of their values; of RGB in 0..255."""
+    """Mean and standard deviation of each channel, in the unit of the images (0..255 for RGB)."""
 
     mean: Mean
     std: Deviation
@@ -83,7 +83,7 @@ class Dataset(TypedDict):
 
 
 class Temperature(TypedDict):
-    """What divides the logits; the data on which it was fitted, and NLL in nats there, before and with it."""
+    """Divisor of the logits, the data on which it was fitted, and the NLL there in nats, before and after."""
 
     value: Annotated[FiniteFloat, Field(ge=1e-3, le=1e3)]
     data: NotRequired[str]
@@ -92,7 +92,7 @@ class Temperature(TypedDict):
 
 
 class Model(TypedDict):
-    """Whether it has such settings is checked by `_refuse_settings`."""
+    """Arguments to build the model; `_refuse_settings` checks the settings."""
 
     name: NotRequired[str]
     num_classes: NotRequired[Annotated[int, Field(ge=1, le=65536)]]
@@ -105,13 +105,13 @@ class _Augment(TypedDict):
 
 
 class _Config(TypedDict):
-    """The part of a run's config that is read here."""
+    """The part of a run's config that prediction reads."""
 
     augment: NotRequired[_Augment]
 
 
 class Metadata(TypedDict):
-    """Keys that it lacks are those of runs, and are theirs to check."""
+    """Types of the metadata; training checks the further keys of runs."""
 
     model: NotRequired[Model | None]
     dataset: NotRequired[Dataset | None]
@@ -151,12 +151,12 @@ class _Licence(TypedDict):
 
 
 def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, Any]:
-    """Metadata from a file, whose types were checked: without the parts that are None, and with text that UTF-8 has.
+    """Checks the types of metadata from a file; drops parts that are None, and replaces text that UTF-8 cannot encode.
 
-    Origin and licence that are damaged are omitted, and the log says so: nothing depends on them.
+    A damaged provenance or licence is omitted and logged, because nothing depends on them.
 
     Raises:
-      UnreadableError: A part has another type, a value that cannot be, or contradicts another; the message begins with
+      UnreadableError: A part has another type or an invalid value, or contradicts another part; the message begins with
         `name` and has the key.
     """
     try:
@@ -180,20 +180,20 @@ def checked_metadata(content: Mapping[str, Any], *, name: object) -> dict[str, A
 
 
 def checked_normalisation(content: Mapping[str, Any], *, name: object, key: str = "") -> Any:
-    """A normalisation from a file, whose types were checked; `key` stands before "mean" and "std" in messages.
+    """Checks a normalisation from a file; `key` precedes "mean" and "std" in messages.
 
     Raises:
-      UnreadableError: It has other types, or not as many means as deviations; the message begins with `name`.
+      UnreadableError: Types are wrong, or the numbers of means and deviations differ; the message begins with `name`.
     """
     checked(content, Normalisation, name=name)
     means, deviations = len(content["mean"]), len(content["std"])
     if means != deviations:
-        raise UnreadableError(f"{name}: {key}mean has {means} numbers and {key}std {deviations}; they are of one image")
+        raise UnreadableError(f"{name}: {key}mean has {means} numbers and {key}std {deviations}; they must agree")
     return content
 
 
 def _as_utf8(content: Any) -> Any:
-    """JSON in which lone surrogates, which no encoding has, are replaced."""
+    """JSON with lone surrogates, which UTF-8 cannot encode, replaced."""
     if isinstance(content, str):
         return content.encode("utf-8", "replace").decode() if not content.isascii() else content
     if isinstance(content, Mapping):
@@ -209,12 +209,12 @@ def _refuse_dataset(dataset: Mapping, name: object) -> None:
 
 
 def _refuse_settings(model: Mapping, name: object) -> None:
-    """Raises UnreadableError for settings that the model does not have, or with which none can be built."""
+    """Raises UnreadableError for settings that the model does not have, or values that it does not accept."""
     if "name" not in model:
         return
     place = f"{name}: model"
     if model["name"] not in models.MODELS:
-        raise UnreadableError(f"{place}.name {model['name']!r} is no model of segjax {', '.join(models.MODELS)}")
+        raise UnreadableError(f"{place}.name {model['name']!r} is not a model of segjax: {', '.join(models.MODELS)}")
     known = models.settings(model["name"])
     for key, value in model.get("overrides", {}).items():
         if key not in known:
@@ -236,16 +236,16 @@ def dataset_metadata(spec: specs.DatasetSpec) -> dict[str, Any]:
 
 
 def classes_of(metadata: Mapping, num_classes: int) -> specs.DatasetSpec:
-    """The classes that metadata names; where it names none, they are called by their numbers.
+    """The classes in the metadata; if it names none, they are named by their numbers.
 
     Raises:
-      CheckpointError: More classes than a 16-bit label can hold, or metadata that contradicts itself.
+      CheckpointError: There are more classes than 16-bit labels, or the metadata contradicts itself.
     """
     dataset = metadata.get("dataset")
     if not dataset and num_classes > specs.LARGEST_LABEL:
         raise CheckpointError(
-            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and labels of 16 bits have "
-            f"room for {specs.LARGEST_LABEL:,}"
+            f"the classes of this checkpoint cannot be used: there are {num_classes:,}, and 16-bit labels have room "
+            f"for {specs.LARGEST_LABEL:,}"
         )
     try:
         return _spec_of(dataset or _unnamed(num_classes))
@@ -269,7 +269,7 @@ def _palette(num_classes: int) -> list[list[int]]:
 
 
 def guessed(num_classes: int) -> dict[str, Any]:
-    """{"dataset": ...} of the known dataset with this number of classes; {} where there is none."""
+    """{"dataset": ...} of the known dataset with this number of classes; {} if there is none."""
     spec = specs.guess(num_classes)
     return {"dataset": dataset_metadata(spec) | {"guessed": True}} if spec else {}
 
@@ -277,14 +277,14 @@ def guessed(num_classes: int) -> dict[str, Any]:
 def of_names(
     names: Sequence[str], *, colors: Sequence | None = None, ignore_label: int | None = None
 ) -> dict[str, Any]:
-    """{"dataset": ...} of class names, with name and colours of the known dataset that has most of them.
+    """{"dataset": ...} of class names, with name and colours of the known dataset that shares most of them.
 
-    {} where the classes do not fit into 16 bits, or a name is no string.
+    {} if the classes do not fit into 16 bits, or a name is not a string.
     """
     names = [_as_utf8(name) for name in names]
     if not 0 < len(names) <= specs.LARGEST_LABEL or not all(isinstance(name, str) for name in names):
         if names:
-            logger.info("its %d class names are not used: they are no text, or do not fit into 16 bits", len(names))
+            logger.info("its %d class names are not used: they are not text, or do not fit into 16 bits", len(names))
         return {}
     candidates = [spec for spec in (specs.guess(len(names)), *CLASS_LISTS.values()) if spec]
     known = next((spec for spec in candidates if _has_most(names, spec.class_names)), None)
@@ -295,20 +295,20 @@ def of_names(
     )
     dataset["class_names"] = names
     dataset["colors"] = _colors(colors, len(names)) or dataset.get("colors") or _palette(len(names))
-    # Other values, such as -100 or 0, are no label that could be ignored: the file has none.
+    # Other values, such as -100 or 0, cannot be ignore labels; the file then has none.
     if isinstance(ignore_label, int) and max(len(names), 2) <= ignore_label <= specs.LARGEST_LABEL:
         dataset["ignore_label"] = ignore_label
     return {"dataset": dataset}
 
 
 def _has_most(names: Sequence[str], known: Sequence[str]) -> bool:
-    """Whether as many names are, for the most part, the known ones in their order."""
+    """Whether more than half of the names equal the known ones, in the same order, and their numbers are equal."""
     same = sum(a.lower() == b for a, b in zip(names, known, strict=False))
     return len(names) == len(known) and 2 * same > len(names)
 
 
 def matched(numbered: Mapping[int, str], num_classes: int) -> list[str] | None:
-    """Class names by number as the names of all classes, and a line of the log where they do not fit; None for none."""
+    """Names of all classes from names by number; logs numbers that do not fit, and returns None if none can be used."""
     numbers = sorted(numbered)
     place = "id2label in config.json"
     if numbers == list(range(num_classes)):
@@ -333,8 +333,11 @@ def _colors(colors: object, count: int) -> list[list[int]] | None:
 
 
 def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Metadata from a file of mmsegmentation: `meta` with CLASSES and PALETTE, from 1.0 on in its `dataset_meta` in
-    lower case; and mean and standard deviation of its preprocessor, where they were saved."""
+    """Metadata from a file of mmsegmentation.
+
+    `meta` has CLASSES and PALETTE; since version 1.0, its `dataset_meta` has them in lower case. Mean and standard
+    deviation come from the preprocessor if they were saved.
+    """
     translated = {}
     meta = loaded.get("meta") if isinstance(loaded, Mapping) else None
     if isinstance(meta, Mapping):
@@ -354,14 +357,17 @@ def of_mmseg(loaded: object, weights: Mapping[str, np.ndarray]) -> dict[str, Any
 
 
 def licence_of(name: str) -> str:
-    """A note for weights from elsewhere, by the name of their model."""
+    """Note on the licence of weights from other sources, by the name of their model."""
     published = _LICENCES.get(family_of(name))
     return "that of the source" + (f"; {published}" if published else "")
 
 
 def with_published(metadata: Mapping[str, Any], row: PublishedWeights) -> dict[str, Any]:
-    """The metadata of published weights: that of their file, with what only the table has. Settings are those of the
-    table, which the published figures were measured with; class names are those of the file, where it has any."""
+    """Metadata of published weights: that of their file, completed from the table.
+
+    The table's settings take precedence, because the published figures were measured with them. The file's class names
+    take precedence over the table's.
+    """
     model = metadata.get("model") or {}
     model = {**model, "overrides": {**model.get("overrides", {}), **row.settings}}
     known = {**metadata, "model": model, "licence": row.licence}
@@ -371,14 +377,14 @@ def with_published(metadata: Mapping[str, Any], row: PublishedWeights) -> dict[s
 
 
 def completed(metadata: Mapping, *, channels: int) -> dict[str, Any]:
-    """Metadata with defaults for parts that older files and other packages lack: `default_normalisation`, and no size
-    that images are resized to.
+    """Adds defaults for parts that older files and other packages lack: `default_normalisation`, and no input size.
 
     Args:
-      channels: Of the images that the model takes.
+      metadata: Metadata of a checkpoint.
+      channels: Number of channels that the model takes.
 
     Raises:
-      CheckpointError: A normalisation of another number of channels.
+      CheckpointError: The normalisation has another number of channels.
     """
     known = {key: value for key, value in metadata.items() if value is not None}
     known = {"normalisation": default_normalisation(channels), "input_size": None, **known}
@@ -392,10 +398,10 @@ def completed(metadata: Mapping, *, channels: int) -> dict[str, Any]:
 
 
 def default_normalisation(channels: int) -> dict[str, list[float]]:
-    """ImageNet's for three channels; for others, whose values are not known, none: mean 0 and deviation 1."""
+    """ImageNet's normalisation for three channels; for other numbers, mean 0 and deviation 1, which change nothing."""
     return IMAGENET if channels == 3 else {"mean": [0.0] * channels, "std": [1.0] * channels}
 
 
 def carried(metadata: Mapping, provenance: Mapping) -> dict[str, Any]:
-    """The metadata of a file that is written from a checkpoint with `metadata`, which is called `provenance`."""
+    """Metadata for a file that is written from a checkpoint with this metadata and provenance."""
     return {key: metadata[key] for key in LASTING if key in metadata} | {"provenance": dict(provenance)}

@@ -1,8 +1,8 @@
-"""Orbax folders: weights by name, their metadata, and whatever else a run needs to resume.
+"""Orbax folders: weights by name, their metadata, and the training state that a run needs to resume.
 
 A folder contains the items `weights` (parameters and running statistics by dotted path) and `about` (metadata, JSON); a
-checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`); checkpoints of a run are written
-by `train/run_checkpoints.py`.
+checkpoint of a run also contains `training`. Writes are atomic (`runtime/atomic.py`).
+`train/run_checkpoints.py` writes the checkpoints of a run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is incomplete, truncated or changed since it was written."""
+    """A checkpoint that is incomplete or truncated, or was changed after it was written."""
 
 
 WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
@@ -49,13 +49,13 @@ WEIGHTS, METADATA, TRAINING = "weights", "about", "training"
 HASH, TRAINING_HASH, METADATA_HASH = "sha256", "sha256_training", "sha256_record"
 
 
-# The file of the metadata in its item, and the names of all files that are JSON.
+# Name of the metadata's file in its item, and names of all JSON files.
 _METADATA_FILE = "metadata"
 _JSON_FILES = (_METADATA_FILE, "_METADATA", "_CHECKPOINT_METADATA", "_sharding")
 
 
 def this_process_alone() -> MultiprocessingOptions:
-    """Options with which orbax does not make this process wait for all others at each file."""
+    """Options with which orbax does not wait for all other processes at each file."""
     from orbax.checkpoint.options import MultiprocessingOptions
 
     if jax.process_count() == 1:
@@ -68,15 +68,15 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def report_errors_once() -> None:
-    """Orbax logs an error, with a traceback, from each of its threads before it raises it: a hundred lines."""
+    """Hides orbax's log of errors: each of its threads logs a traceback, a hundred lines, before raising the error."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     previous = sys.unraisablehook
     if previous.__module__ == __name__:
         return
 
     def hook(unraisable):
-        # At the first error orbax closes its event loop. Every read or write that is still in flight reports that, a
-        # hundred of them, after the error was raised.
+        # At the first error, orbax closes its event loop. Every read or write in flight, about a hundred, reports this
+        # after the error was raised.
         if "Event loop is closed" not in str(unraisable.exc_value):
             previous(unraisable)
 
@@ -84,7 +84,7 @@ def report_errors_once() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The end of an error's first line, without tensorstore's path in front and its array specification behind."""
+    """The reason in an error's first line, without tensorstore's path before it and array specification after it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).splitlines() or [""])[0]
@@ -96,7 +96,7 @@ def _checkpointer(**handlers):
 
     report_errors_once()
     options = this_process_alone()
-    # The handler has a barrier of its own.
+    # The handler has its own barrier, and so its own options.
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers
     )
@@ -104,17 +104,17 @@ def _checkpointer(**handlers):
 
 
 def save_model(folder: Path, model: SegmentationModel, *, metadata: Mapping[str, Any]) -> None:
-    """Writes the weights of a model and how to build it to an orbax folder; an older one at that path is replaced.
+    """Writes a model's weights and the metadata to build it to an orbax folder, and replaces an older one.
 
     Raises:
-      CheckpointError: Something that is not such a folder exists at that path.
+      CheckpointError: Something else exists at this path, or the folder cannot be written.
     """
     weights = {path: np.asarray(variable[...]) for path, variable in named_variables(model).items()}
     save_weights(folder, weights, metadata={"model": model_metadata(model), **metadata})
 
 
 def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: Mapping[str, Any]) -> None:
-    """The same for arrays by dotted path; `metadata["model"]` says how to build their model."""
+    """`save_model` for arrays by dotted path; `metadata["model"]` has the arguments to build their model."""
     import orbax.checkpoint as ocp
 
     folder = folder.absolute()
@@ -128,18 +128,19 @@ def save_weights(folder: Path, weights: Mapping[str, np.ndarray], *, metadata: M
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises CheckpointError where something exists at this path that is no orbax folder of segjax."""
+    """Raises CheckpointError if something other than an orbax folder of segjax exists at this path."""
     if folder.exists() and not (folder / METADATA).is_dir():
-        raise CheckpointError(f"{folder} exists and is no checkpoint of segjax; choose another name or remove it")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint of segjax; choose another name or remove it")
 
 
 def build_model(
     weights: Mapping[str, np.ndarray], metadata: Mapping, folder: Path, *, dtype: jnp.dtype | None = None
 ) -> SegmentationModel:
-    """The model of the weights and metadata that `load_weights` read from `folder`.
+    """Builds the model of the weights and metadata that `load_weights` read from `folder`.
 
     Raises:
-      CheckpointError: They contradict each other, or are in float64 while jax_enable_x64 is off.
+      CheckpointError: Weights and metadata contradict each other, weights are not finite, or they are in float64 while
+        jax_enable_x64 is off.
     """
     described = metadata.get("model", {})
     if missing := [key for key in ("name", "num_classes", "overrides", "param_dtype") if key not in described]:
@@ -159,7 +160,7 @@ def build_model(
         raise CheckpointError(f"{folder}: the model in its metadata cannot be built: {error}") from error
     variables = named_variables(model)
     expected = {path: variable.get_value().shape for path, variable in variables.items()}
-    # Orbax does not compare the tree that it restores with the expected one.
+    # Orbax does not compare the restored tree with the expected one.
     if differing := differences(expected, {path: value.shape for path, value in weights.items()}):
         listed = "\n".join(differing)
         raise CheckpointError(
@@ -174,10 +175,10 @@ def build_model(
 
 
 def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by dotted path, and their metadata, of an orbax folder of segjax, see `found_in`.
+    """Reads arrays by dotted path, and their metadata, from an orbax folder of segjax, see `found_in`.
 
     Raises:
-      CheckpointError: No checkpoint of segjax is there, it is damaged, or of a newer format.
+      CheckpointError: There is no checkpoint of segjax, or it is damaged, or of a newer format.
     """
     found = _find(folder)
     metadata = read_metadata(found)
@@ -187,20 +188,20 @@ def load_weights(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load_metadata(folder: Path) -> dict[str, Any]:
-    """Only the metadata of such a folder; its arrays are neither read nor checked."""
+    """Reads only the metadata of such a folder; arrays are neither read nor checked."""
     return read_metadata(_find(folder))
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of one checkpoint.
+    """Reads the metadata of one checkpoint.
 
     Raises:
-      CheckpointError: It is damaged, or of a newer format.
+      CheckpointError: The metadata is damaged, or of a newer format.
     """
     (metadata,) = read_items(folder, METADATA)
     refuse_newer(metadata, folder)
     if METADATA_HASH in metadata and _hashed(metadata) != metadata:
-        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata is not what was saved)")
+        raise DamagedError(f"{folder}: a damaged checkpoint (its metadata was changed)")
     try:
         return checked_metadata(metadata, name=f"{folder}: its metadata")
     except UnreadableError as error:
@@ -208,7 +209,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
-    """A line for every name that is missing, unexpected, or of another shape (and dtype, if the tuples contain it)."""
+    """A line per name that is missing, unexpected, or of another shape (and dtype, if the tuples contain it)."""
     lines = [f"  missing: {path}" for path in expected if path not in found]
     lines += [f"  unexpected: {path}" for path in found if path not in expected]
     return lines + [
@@ -219,7 +220,7 @@ def differences(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> li
 
 
 def signed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as it is written: with the format version, and a hash of itself."""
+    """Metadata to be written: with the format version, and a hash of itself."""
     return _hashed(stamped(metadata))
 
 
@@ -229,21 +230,21 @@ def _hashed(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_changed(folder: Path, metadata: Mapping, weights: Mapping, training: Mapping | None = None) -> None:
-    """Raises DamagedError where arrays do not have the hashes that were saved in the metadata."""
-    # Orbax keeps no checksum of arrays: a flipped bit would load as another number.
+    """Raises DamagedError if arrays do not have the hashes in the metadata."""
+    # Orbax has no checksums of arrays: a flipped bit would load as another number.
     for arrays, key in ((weights, HASH), (training, TRAINING_HASH)):
         if arrays is not None and key in metadata and params_sha256(arrays) != metadata[key]:
             raise DamagedError(f"{folder}: a damaged checkpoint (its arrays are not those that were saved)")
 
 
 def is_step(folder: Path) -> bool:
-    """Whether this is named by a number, as the checkpoints of a run are."""
-    # Digits of other scripts and "²" are digits too.
+    """Whether the name of a folder is a number, as for the checkpoints of a run."""
+    # str.isdecimal also accepts digits of other scripts.
     return folder.name.isascii() and folder.name.isdecimal()
 
 
 def found_in(folder: Path) -> Path | None:
-    """The folder itself, or the newest step in it or in its `checkpoints`; None where neither is there."""
+    """The folder itself, or the newest step in it or in its `checkpoints`; None if there is none."""
     for place in (folder, folder / "checkpoints"):
         if (place / METADATA).is_dir():
             return place
@@ -262,10 +263,10 @@ def _find(folder: Path) -> Path:
 
 
 def read_items(folder: Path, *items: str) -> list:
-    """Items of a checkpoint: dicts of numpy arrays, whatever devices they were saved from; or the metadata as a dict.
+    """Reads items of a checkpoint: dicts of numpy arrays, saved from any devices; or the metadata as a dict.
 
     Raises:
-      CheckpointError: The folder is damaged.
+      CheckpointError: The folder is damaged, or cannot be read at the moment.
     """
     import orbax.checkpoint as ocp
 
@@ -276,7 +277,7 @@ def read_items(folder: Path, *items: str) -> list:
     read = {METADATA: _read_json(folder / METADATA / _METADATA_FILE)} if METADATA in items else {}
     if items == (METADATA,):
         return [read[METADATA]]
-    # Also for items that are not read, because orbax warns of every item without a handler.
+    # Also for items that are not read, because orbax warns about items without a handler.
     handlers = {WEIGHTS: ocp.PyTreeCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()}
     if (folder / TRAINING).exists():
         handlers[TRAINING] = ocp.PyTreeCheckpointHandler()
@@ -308,7 +309,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_odd_files(folder: Path) -> None:
-    """Raises DamagedError for FIFOs, devices and sockets, which orbax would wait for, and for JSON that is none."""
+    """Raises DamagedError for FIFOs, devices and sockets, on which orbax would wait, and for damaged JSON."""
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
@@ -323,12 +324,12 @@ def _refuse_odd_files(folder: Path) -> None:
                 raise DamagedError(f"{path}: a damaged checkpoint ({why})") from None
 
 
-# Orbax compresses arrays; of equal numbers by some thousands.
+# Orbax compresses arrays of equal numbers by factors of some thousands.
 _LARGEST_RATIO, _SMALL = 10_000, 1 << 30
 
 
 def _refuse_too_large(folder: Path, item: str, arrays: Mapping[str, Any]) -> None:
-    """Raises DamagedError where the shapes of an item claim more than its files can hold."""
+    """Raises DamagedError if the shapes of an item need more bytes than its files can hold."""
     stored = sum(path.stat().st_size for path in (folder / item).rglob("*") if path.is_file())
     claimed = {name: math.prod(array.shape) * np.dtype(array.dtype).itemsize for name, array in arrays.items()}
     if sum(claimed.values()) > max(_SMALL, _LARGEST_RATIO * stored):
@@ -339,7 +340,7 @@ def _refuse_too_large(folder: Path, item: str, arrays: Mapping[str, Any]) -> Non
         )
 
 
-# What a system has, and no file: the same checkpoint can be read later, or by another user.
+# Errors of the system, not of the file: the checkpoint can be read later, or by another user.
 _TROUBLE = (
     errno.EMFILE,
     errno.ENFILE,
@@ -353,9 +354,8 @@ _TROUBLE = (
 
 
 def _refuse_trouble(folder: Path, error: BaseException) -> None:
-    """Raises CheckpointError where an error is the system's, and no damage: a run must not leave its newest checkpoint
-    behind for it."""
-    # tensorstore has the number in its text, "[OS error 24: EMFILE Too many open files]".
+    """Raises CheckpointError for an error of the system, so that a run does not skip its newest checkpoint."""
+    # tensorstore's text has the number: "[OS error 24: EMFILE Too many open files]".
     found = re.search(r"OS error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _TROUBLE:
@@ -364,26 +364,26 @@ def _refuse_trouble(folder: Path, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _damage(folder: Path) -> Iterator[None]:
-    """Turns every error of orbax and tensorstore into a DamagedError."""
+    """Raises every error of orbax and tensorstore as DamagedError, except errors of the system."""
     try:
         yield
     except (DamagedError, MemoryError):
         raise
     except Exception as error:
         _refuse_trouble(folder, error)
-        # Errors of operations that were in flight.
+        # Hides errors of operations in flight.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise DamagedError(f"{folder}: a damaged checkpoint ({_reason(error)})") from error
 
 
 @contextlib.contextmanager
 def failure(folder: Path) -> Iterator[None]:
-    """Turns errors of orbax and tensorstore on a full or broken disk into a CheckpointError."""
+    """Raises errors of orbax and tensorstore for a full or broken disk as CheckpointError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise CheckpointError(
             f"{folder}: cannot be written ({_reason(error)}).\n"
-            "  What was saved before is complete: make room, and run the same command again"
+            "  Earlier saves are complete: make room, and run the same command again"
         ) from error

@@ -1,8 +1,8 @@
-"""Reads what `torch.save` and `pickle` have written, without PyTorch: nothing in a file is imported or called.
+"""Reads files of `torch.save` and `pickle` without PyTorch; nothing in a file is imported or called.
 
-Stand-ins take the place of everything that a pickle would import, so that weights are read whatever objects lie next
-to them. `torch.save` writes a zip (since PyTorch 1.6), or pickles that the bytes of storages follow. Unlike torch.load,
-this compares the checksums of the zip, notices two entries of one name, and refuses a tensor of terabytes made from one
+Stand-ins replace everything that a pickle would import, so that weights can be read next to any other objects.
+`torch.save` writes a zip (since PyTorch 1.6), or pickles followed by the bytes of storages. Unlike torch.load, this
+module compares the checksums of the zip, notices duplicate names, and refuses a tensor of terabytes made from one
 number with stride 0.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 from segjax.checkpoints.errors import CheckpointError, shorten
 from segjax.runtime.reading import open_regular, type_name
 
-# Numbers by torch's name of their storage, and by the name of their dtype.
+# Dtypes by torch's name of the storage, and by the name of the dtype.
 _DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for names, dtype in (
@@ -54,21 +54,21 @@ _DTYPES: dict[str, np.dtype] = {
     )
     for name in names
 }
-# A zip of torch is not compressed; one that somebody has packed again shrinks weights by little.
+# torch's zip is not compressed; in a zip that was packed again, weights shrink only a little.
 _LARGEST_RATIO = 20
-# More entries than any checkpoint has: a pickle can make billions of a few hundred bytes.
+# More entries than any checkpoint has; a few hundred bytes of pickle can make billions.
 MOST_ENTRIES = 1_000_000
-# What the first of the pickles in a file without a zip holds, as torch.serialization.MAGIC_NUMBER.
+# Content of the first pickle in a file without a zip (torch.serialization.MAGIC_NUMBER).
 _MAGIC = 0x1950A86A20F9469CFC6C
 
-# The bytes of a storage by its key; the number of bytes that the file has of it.
+# Key of a storage -> its bytes; and key -> number of bytes in the file.
 Read = Callable[[str], bytes]
 Sizes = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor whose bytes were not read yet."""
+    """A tensor whose bytes are not read yet."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -79,17 +79,17 @@ class StoredTensor:
     _file: _File
 
     def read(self) -> np.ndarray:
-        """Reads it into a read-only array.
+        """Reads the tensor into a read-only array.
 
         Raises:
-          CheckpointError: The file holds fewer numbers than its shape says, or they do not have their checksum.
+          CheckpointError: The file holds fewer numbers than the shape needs, or their checksum is wrong.
         """
         stored = min(self._count, self._file.sizes.get(self._key, 0) // self.dtype.itemsize)
         reach = self._offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self._strides, strict=True))
         numbers = math.prod(self.shape)
         if numbers and max(numbers, reach) > stored:
             raise CheckpointError(
-                f"has the shape {self.shape}, and {stored:,} numbers are stored. The file is damaged, or the tensor "
+                f"has the shape {self.shape}, but {stored:,} numbers are stored. The file is damaged, or the tensor "
                 "was expanded: save its clone()"
             )
         if not numbers:
@@ -102,11 +102,11 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Standin:
-    """What stands for an object that is no container, number, text, array or tensor that can be read.
+    """Stand-in for an object that cannot be read: no container, number, text, array or plain tensor.
 
     Attributes:
       origin: Name of its class, or of the function that would have made it.
-      is_tensor: Whether torch would make a tensor of it: a sparse or a quantized one, for example.
+      is_tensor: Whether torch would make a tensor of it, for example a sparse or quantized one.
     """
 
     origin: str
@@ -115,13 +115,13 @@ class Standin:
 
 @contextlib.contextmanager
 def opened(source: Path) -> Iterator[object]:
-    """Opens a `.pth` or a pickle. Gives its content, in which tensors are `StoredTensor`, whole modules are mappings of
-    their parameters, buffers and modules, arrays and numbers of numpy are read, and all else is a `Standin`.
+    """Opens a `.pth` or a pickle, and yields its content.
 
-    Tensors can be read as long as the context lasts.
+    In the content, tensors are `StoredTensor`, whole modules are mappings of their parameters, buffers and modules,
+    arrays and numbers of numpy are read, and all other objects are `Standin`. Tensors can be read inside the context.
 
     Raises:
-      CheckpointError: The file is damaged, names an entry twice, or would unpack to more than is possible.
+      CheckpointError: The file is damaged, has two entries of one name, or would unpack to too many bytes.
     """
     with open_regular(source) as stream, contextlib.ExitStack() as opened_files:
         with _damage(source):
@@ -140,12 +140,12 @@ def opened(source: Path) -> Iterator[object]:
 
 
 class _BrokenError(ValueError):
-    """Content that no writer has made; the message is the reason in English."""
+    """Content that no writer makes; the message is the reason."""
 
 
 @contextlib.contextmanager
 def _damage(source: Path) -> Iterator[None]:
-    """Turns whatever a damaged file raises into a CheckpointError; nearly everything may come from a pickle."""
+    """Raises the errors of a damaged file as CheckpointError; a damaged pickle may raise almost any error."""
     try:
         yield
     except (CheckpointError, MemoryError):
@@ -155,14 +155,14 @@ def _damage(source: Path) -> Iterator[None]:
             f"{source}: this is not a state dict (names to arrays): it is nested too deeply"
         ) from None
     except Exception as error:
-        # A damaged zip may point to before the file's beginning; other errors of the system are its own.
+        # EINVAL: a damaged zip may point before the beginning of the file. Other errors of the system pass.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         in_words = isinstance(error, _BrokenError | zipfile.BadZipFile | zlib.error | OSError)
         reason = str(error).partition("\n")[0].removeprefix(f"[Errno {errno.EINVAL}] ") if in_words else ""
         raise CheckpointError(
             f"{source}: a PyTorch checkpoint that is damaged or cut short "
-            f"({reason or 'what it says of its tensors is broken'}); fetch it again"
+            f"({reason or 'its description of tensors is broken'}); fetch it again"
         ) from None
 
 
@@ -170,7 +170,7 @@ def _damage(source: Path) -> Iterator[None]:
 
 
 class _File:
-    """Storages in a file, each read once."""
+    """The storages in a file; each is read once."""
 
     def __init__(self, read: Read, sizes: Sizes, *, is_swapped: bool = False):
         self.sizes, self.is_swapped = sizes, is_swapped
@@ -196,7 +196,7 @@ def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
         try:
             return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            # Python's words for a name that is no text.
+            # Python's message about a damaged name does not help the user.
             reason = "its name is damaged" if isinstance(error, UnicodeError) else str(error)
             why = "does not have its checksum" if "CRC" in reason else f"cannot be unpacked ({reason})"
             raise CheckpointError(f"{source}: damaged, since {name} {why}; fetch it again") from None
@@ -212,17 +212,17 @@ def _read_zip(source: Path, archive: zipfile.ZipFile) -> tuple[_Reader, _File]:
 
 
 def refuse_odd_zip(source: Path, archive: zipfile.ZipFile) -> None:
-    """Raises CheckpointError for a zip with two members of one name, or of which one would not fit into memory."""
+    """Raises CheckpointError for a zip with two members of one name, or that unpacks to too many bytes."""
     members = archive.infolist()
     if twice := sorted(name for name, n in Counter(member.filename for member in members).items() if n > 1):
         raise CheckpointError(f"{source}: two members are called {shorten(twice)}; fetch it again")
     unpacked = sum(member.file_size for member in members)
     if unpacked > _LARGEST_RATIO * source.stat().st_size:
-        raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, which are no weights; fetch it again")
+        raise CheckpointError(f"{source}: would unpack to {unpacked:,} bytes, too many for weights; fetch it again")
 
 
 def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
-    """A file without a zip: that of a PyTorch before 1.6, or one pickle without tensors of torch."""
+    """Reads a file without a zip: of PyTorch before 1.6, or a single pickle without torch's tensors."""
     reader = _Reader(stream)
     reader.content = reader.load()
     if reader.content != _MAGIC:
@@ -239,7 +239,7 @@ def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
         (count,) = struct.unpack("<q", stream.read(8))
         begin, size = stream.tell(), count * reader.item_size(str(key))
         if not 0 <= size <= end - begin:
-            raise _BrokenError(f"storage {key} ends behind the end of the file")
+            raise _BrokenError(f"storage {key} ends after the end of the file")
         places[str(key)] = begin, size
         stream.seek(begin + size)
 
@@ -256,7 +256,7 @@ def _read_pickles(stream: BinaryIO | io.BytesIO) -> tuple[_Reader, _File]:
 
 
 class _Inert:
-    """Stands for everything that a pickle would import, call or make; keeps what it was given."""
+    """Replaces everything that a pickle would import, call or make; keeps the arguments."""
 
     origin = ""
     content: list
@@ -293,7 +293,7 @@ _CONTAINERS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A storage that a pickle refers to: name of its class, key in the file, numbers, and the first of them."""
+    """A storage that a pickle refers to: name of its class, key in the file, number of elements, and first element."""
 
     kind: str
     key: str
@@ -302,7 +302,7 @@ class _Storage:
 
 
 class _Bounded:
-    """A file that is not asked for more bytes than it has, for which it would take the memory first."""
+    """A file whose `read` is limited to its size, because a larger request would first allocate the memory."""
 
     def __init__(self, file: BinaryIO | io.BytesIO):
         self._file, self.readline, self.tell = file, file.readline, file.tell
@@ -315,9 +315,9 @@ class _Bounded:
 
 
 class _Reader(pickle._Unpickler):
-    """Reads the structure of a pickle, in which every class and function is inert: nothing is imported or called.
+    """Reads the structure of a pickle with every class and function inert: nothing is imported or called.
 
-    Python's own reader rather than C's, which takes any memory that a damaged pickle asks for.
+    It extends the reader in Python, because the reader in C allocates any memory that a damaged pickle requests.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -328,7 +328,7 @@ class _Reader(pickle._Unpickler):
 
     def __init__(self, file: BinaryIO | io.BytesIO):
         bounded = _Bounded(file)
-        # Text of Python 2, in which bytes of arrays may be text too.
+        # The encoding of Python 2, whose pickles may store bytes of arrays as text.
         super().__init__(bounded, encoding="latin1")
         self._bounded = bounded
         self.twice: list[str] = []
@@ -344,7 +344,7 @@ class _Reader(pickle._Unpickler):
             raise _BrokenError(f"its pickle is broken before byte {self._bounded.tell():,}") from error
 
     def find_class(self, module, name):
-        # By what they were called in Python 2, too.
+        # Also by their names in Python 2.
         if (found := _CONTAINERS.get((module.replace("__builtin__", "builtins"), name))) is not None:
             return found
         return type(name, (_Inert,), {"origin": f"{module}.{name}"})
@@ -353,7 +353,7 @@ class _Reader(pickle._Unpickler):
         if not isinstance(pid, tuple) or not pid:
             return _Inert(pid)
         if pid[0] == "module":
-            # Before torch 1.6, a class with its source.
+            # Before torch 1.6: a class with its source.
             return pid[1]
         _, kind, key, _, count, *view = pid
         storage = _Storage(kind.__name__, str(key), count)
@@ -365,7 +365,7 @@ class _Reader(pickle._Unpickler):
         return storage
 
     def item_size(self, key: str) -> int:
-        """Bytes of each number of a storage that the pickle refers to."""
+        """Number of bytes per element of a storage that the pickle refers to."""
         return _DTYPES[self._storages[key].kind].itemsize
 
     def load_setitem(self):
@@ -391,7 +391,7 @@ class _Reader(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
-        # A dict stands for an OrderedDict, whose attributes have no tensors.
+        # A dict replaces an OrderedDict, whose attributes have no tensors.
         if isinstance(target := self.stack[-1], _Inert):
             target.content.append(state)
 
@@ -410,11 +410,11 @@ _NUMPY = ("numpy.core.", "numpy._core.")
 
 
 class _Resolver:
-    """Replaces what is inert by what it stands for, in place."""
+    """Replaces inert objects by the objects that they mean, in place."""
 
     def __init__(self, file: _File):
         self._file = file
-        # The objects themselves are kept so that no other gets their id.
+        # Objects are kept, so that no other object gets their id.
         self._done: dict[int, tuple[object, object]] = {}
 
     def resolved(self, value: Any) -> Any:
@@ -458,7 +458,7 @@ class _Resolver:
         return Standin(origin, origin.startswith("torch._utils._rebuild_"))
 
     def _module(self, state: dict) -> dict[str, Any]:
-        """A module that was saved as a whole, as its state dict would have it."""
+        """The state dict of a module that was saved as a whole."""
         passing = state.get("_non_persistent_buffers_set", ())
         passing = passing if isinstance(passing, set) else ()
         buffers = {key: part for key, part in state.get("_buffers", {}).items() if key not in passing}
@@ -476,12 +476,12 @@ class _Resolver:
         storage, offset, shape, strides, *rest = arguments
         file = self._file
         if isinstance(storage, _Inert) and storage.origin == "torch.storage._load_from_bytes":
-            # pickle without torch.save: each storage is a file of its own.
+            # pickle without torch.save: each storage is a separate file.
             reader, file = _read_pickles(io.BytesIO(_data(storage.content[0])))
             storage = reader.content
         if not isinstance(storage, _Storage):
             return Standin(getattr(storage, "origin", "torch.Tensor"), is_tensor=True)
-        # The third kind names the dtype of its numbers.
+        # _rebuild_tensor_v3 names the dtype.
         dtype = next((part.__name__ for part in rest if isinstance(part, type)), storage.kind)
         if dtype not in _DTYPES:
             return Standin(f"tensor of {dtype}", is_tensor=True)
@@ -495,7 +495,7 @@ class _Resolver:
         )
 
     def _numpy(self, value: _Inert) -> object:
-        """An array of numbers, or a number, of numpy; other arrays stay inert."""
+        """A number or array of numbers of numpy; other arrays stay inert."""
         name, content = value.origin.rpartition(".")[2], value.content
         if name == "scalar":
             dtype, data, shape, order = content[0], content[1:], (), "C"
@@ -514,8 +514,7 @@ class _Resolver:
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype | None:
-    """A dtype of numbers as numpy pickles it: numpy.dtype("f4", False, True) with the state (3, "<", ...). None for
-    another."""
+    """A numeric dtype as numpy pickles it, numpy.dtype("f4", False, True) with state (3, "<", ...); None for others."""
     if not isinstance(dtype, _Inert) or not dtype.content or not isinstance(dtype.content[0], str):
         return None
     state = next((part for part in dtype.content if isinstance(part, tuple)), ())
@@ -524,7 +523,7 @@ def _numpy_dtype(dtype: Any) -> np.dtype | None:
 
 
 def _data(data: Any) -> bytes:
-    """Bytes as pickles of different protocols hold them: as text, too, to be encoded in Latin-1."""
+    """Bytes from a pickle of any protocol; old protocols store them as text, in Latin-1."""
     if isinstance(data, _Inert) and data.origin == "_codecs.encode":
         data = data.content[0]
     if not isinstance(data, str | bytes | bytearray):

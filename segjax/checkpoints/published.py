@@ -1,8 +1,8 @@
 """The table of published weights, published.csv: each row is one file that can be loaded by its name.
 
-A name is MODEL.DATASET with what distinguishes further rows of that pair: size of the crop, length of the schedule,
-`-small`, and the source. MODEL.imagenet is an encoder only. The columns are the attributes of `PublishedWeights`;
-`settings` and `protocol` are written as KEY=VALUE with Python literals, between semicolons.
+A name is MODEL.DATASET, with a suffix if there are several rows of this pair: size of the crop, length of the schedule,
+`-small`, or the source. MODEL.imagenet is an encoder only. The columns are the attributes of `PublishedWeights`;
+`settings` and `protocol` have the format KEY=VALUE; KEY=VALUE, with Python literals.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ NON_COMMERCIAL = "non-commercial"
 
 @dataclasses.dataclass(frozen=True)
 class PublishedWeights:
-    """One file of published weights, and what it does not contain itself.
+    """One file of published weights, with information that it does not contain itself.
 
     Attributes:
-      name: For `segjax.load` and wherever a checkpoint is named.
-      model: Its name in `segjax.MODELS`.
-      dataset: Name of the dataset that it was trained on; "" for an encoder that was trained on ImageNet.
-      classes: K; None for an encoder.
-      crop: Of the training, as height x width in pixels; "" where it is not known.
+      name: Name for `segjax.load`, and in place of the path of a checkpoint.
+      model: Name of the model in `segjax.MODELS`.
+      dataset: Name of the training dataset; "" for an encoder trained on ImageNet.
+      classes: Number of classes, K; None for an encoder.
+      crop: Training crop, height x width in pixels; "" if it is not known.
       schedule: Length of the training.
       source: Address, https://... or hf:owner/name[@revision].
-      digits: The first eight of the sha256, as published; "" where none are.
-      miou, miou_multi_scale: Mean IoU in percent as published, at a single scale and at several ones; None for none.
-      figure_source: Where both are published.
-      licence: As stated by the source.
+      digits: First eight digits of the sha256, if published, else "".
+      miou, miou_multi_scale: Published mean IoU in percent, at a single scale and at several; None if there is none.
+      figure_source: Source of both figures.
+      licence: Licence as stated by the source.
       keys: Dialects that the keys may have.
-      settings: Of the model, as it was trained and in addition to what shapes contain; those of the encoder for one.
-      protocol: Of `miou`, arguments of `segjax.inference.engine.Protocol`; {} for an encoder.
-      protocol_note: What the published evaluation does that `protocol` cannot express.
-      zero_label_ignored: Whether the label 0 of the published masks is ignored, and label k is class k - 1.
-      note: Anything else worth knowing.
+      settings: Settings of the trained model, or of the trained encoder, that shapes do not contain.
+      protocol: Protocol of `miou`, as arguments of `segjax.inference.engine.Protocol`; {} for an encoder.
+      protocol_note: Differences of the published evaluation that `protocol` cannot express.
+      zero_label_ignored: Whether label 0 of the published masks is ignored, and label k is class k - 1.
+      note: Further remarks.
     """
 
     name: str
@@ -72,7 +72,7 @@ class PublishedWeights:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether it is an encoder only, which a training can start from."""
+        """Whether the file has only an encoder, from which a training can start."""
         return not self.dataset
 
     @property
@@ -81,7 +81,7 @@ class PublishedWeights:
 
     @property
     def terms(self) -> str:
-        """The licence in a word or two."""
+        """The licence in one or two words."""
         if self.is_non_commercial:
             return NON_COMMERCIAL
         first = self.licence.partition(" ")[0].rstrip(";")
@@ -89,7 +89,7 @@ class PublishedWeights:
 
     @property
     def address(self) -> str:
-        """The address as a browser takes it."""
+        """The address for a browser."""
         repository, _, revision = self.source.removeprefix("hf:").partition("@")
         if not self.source.startswith("hf:"):
             return self.source
@@ -97,7 +97,7 @@ class PublishedWeights:
 
     @property
     def publisher(self) -> str:
-        """Who publishes the file: hf:owner, github/owner, or the name in the host."""
+        """Publisher of the file: hf:owner, github/owner, or a part of the host name."""
         if self.source.startswith("hf:"):
             return self.source.partition("/")[0]
         host, owner = self.source.split("/")[2:4]
@@ -115,7 +115,7 @@ def _cells(row: PublishedWeights) -> tuple[str, ...]:
 
 
 def _short(protocol: Mapping[str, Any]) -> str:
-    """A protocol in few columns: whole images or the side of the sliding window; behind @ the short side before."""
+    """A protocol in few columns: "whole", or the side of the sliding window; after @, the resized short side."""
     if not protocol:
         return "-"
     how = f"slide {protocol['crop'][0]}" if protocol["mode"] == "slide" else "whole"
@@ -123,8 +123,10 @@ def _short(protocol: Mapping[str, Any]) -> str:
 
 
 class WeightsList(tuple[PublishedWeights, ...]):
-    """Rows of the table, which print as one line each; columns are aligned among rows of one model and dataset, so that
-    most lines have 80 columns."""
+    """Rows of the table, printed as one line each.
+
+    Only rows of the same model and dataset are aligned, to keep most lines within 80 columns.
+    """
 
     def __repr__(self) -> str:
         groups = itertools.groupby(self, key=lambda row: (row.model, row.dataset))
@@ -144,7 +146,7 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
 
 @functools.cache
 def table() -> Mapping[str, PublishedWeights]:
-    """The rows by name, in the order of the file."""
+    """Rows by name, in the order of the file."""
     text = resources.files("segjax.checkpoints").joinpath(FILE).read_text(encoding="utf-8")
     return {entry["name"]: _row(entry) for entry in csv.DictReader(text.splitlines())}
 
@@ -158,21 +160,21 @@ def _row(entry: Mapping[str, str]) -> PublishedWeights:
 
 
 def _literals(text: str) -> dict[str, Any]:
-    """{KEY: VALUE} of "KEY=VALUE; KEY=VALUE"."""
+    """Parses "KEY=VALUE; KEY=VALUE" into {KEY: VALUE}."""
     pairs = (pair.partition("=") for pair in text.split("; ") if pair)
     return {key: ast.literal_eval(value) for key, _, value in pairs}
 
 
 def list_weights(pattern: str = "*") -> WeightsList:
-    """The published weights with a name that matches a pattern (`*` and `?`), sorted as in the table.
+    """The published weights whose name matches a pattern, in the order of the table.
 
-    Printed, each is one line: name, size of the training crop (height x width), mean IoU in percent as published (with
-    a star that of several scales, where there is no other), protocol of the evaluation ("slide 1024" is a sliding
-    window, "whole@512" resizes the short side first), licence and publisher. The attributes of a row have all of it,
-    see `segjax.checkpoints.published.PublishedWeights`.
+    Each row prints as one line: name, size of the training crop (height x width), published mean IoU in percent (with a
+    star if only that of several scales is published), protocol of the evaluation ("slide 1024" is a sliding window,
+    "whole@512" resizes the short side first), licence and publisher. A row has more attributes, see
+    `segjax.checkpoints.published.PublishedWeights`.
 
     Args:
-      pattern: As a shell has it; without `*` and `?`, also a part of a name.
+      pattern: Shell-style pattern (`*` and `?`), or a part of a name.
 
     Raises:
       ValueError: Nothing matches; the message has the nearest names.
@@ -186,7 +188,7 @@ def list_weights(pattern: str = "*") -> WeightsList:
 
 
 def find(source: object) -> PublishedWeights | None:
-    """The row of a name; None for everything else, and where a file or folder of that name exists."""
+    """The row with this name; None if there is none, or if a file or folder of this name exists."""
     row = table().get(str(source))
     if row is None:
         return None
@@ -197,14 +199,13 @@ def find(source: object) -> PublishedWeights | None:
 
 
 def hint_for(source: str | Path) -> str:
-    """The end of a message about a path at which there is nothing: the published names that it may be meant as; ""
-    where there are none."""
+    """End of a message about a missing path, with similar names of published weights; "" if there are none."""
     near = nearest(str(source))
     return f", and no published weights have this name; the nearest: {', '.join(near)}" if near else ""
 
 
 def nearest(name: str) -> list[str]:
-    """The names in the table that begin with another one, or are most like it; at most three."""
+    """At most three names of the table: those that begin with `name` and a dot, or else the most similar ones."""
     if "/" in name or not name:
         return []
     same = [other for other in table() if other.startswith(f"{name}.")]
@@ -217,7 +218,7 @@ def _nearest_named(name: str) -> str:
 
 
 def refuse_encoder(source: object) -> None:
-    """Raises CheckpointError for the name of an encoder, with what it is for."""
+    """Raises CheckpointError for the name of an encoder; the message states its use."""
     row = find(source)
     if row is not None and row.is_encoder:
         raise CheckpointError(
@@ -227,7 +228,7 @@ def refuse_encoder(source: object) -> None:
 
 
 def _trained(row: PublishedWeights) -> str:
-    """Names of whole models with the same architecture, or the nearest."""
+    """Names of up to three whole models, of the same architecture if there are any."""
     names = [other.name for other in table().values() if other.model == row.model and not other.is_encoder]
     names = names or [other.name for other in table().values() if not other.is_encoder]
     return console.one_line(", ".join(names[:3]))

@@ -1,4 +1,4 @@
-"""Recognises a state dict: whose keys it has, and the family and sizes of its model."""
+"""Recognises a state dict: its key format, and the family and sizes of its model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from segjax.checkpoints.renaming import Renaming, renamings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recognised:
-    """A state dict in the key format and key map that match most of its keys.
+    """A state dict with the key format and key map that match most of its keys.
 
     Attributes:
-      key_format, renaming: These two.
+      key_format: The key format.
+      renaming: The key map.
       fitting: Number of keys that match.
-      shapes: Of all arrays, by the key in the state dict.
+      shapes: Shapes of all arrays, by key in the state dict.
     """
 
     key_format: KeyFormat
@@ -37,28 +38,31 @@ class Recognised:
 
     @functools.cached_property
     def native_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by native key, as `Renaming.to_native` renames arrays."""
+        """Shapes by native key, renamed by `Renaming.to_native`."""
         blanks = {key: blank(shape) for key, shape in self.shapes.items()}
         return {key: value.shape for key, value in self.renaming.to_native(blanks).items()}
 
     @functools.cached_property
     def has_head(self) -> bool:
-        """Whether there is more than an encoder."""
+        """Whether the state dict has more than an encoder."""
         groups = self.renaming.groups(self.shapes, foreign=True)
         return any(self.family.in_head(key) for group in groups for key in group.native)
 
     @functools.cached_property
     def sizes(self) -> tuple[dict[str, Any], int | None]:
-        """Settings of the model that shapes contain, and the number of classes; None without a head.
+        """Settings of the model that are read from shapes, and the number of classes (None without a head).
 
         Raises:
-          MissingKeyError, UnreadableShapeError: A native key that is needed.
+          MissingKeyError: A needed native key is missing.
+          UnreadableShapeError: The array of a needed native key lacks an axis, or has an empty one.
         """
         return self.family.read(self.native_shapes)
 
     def renamed_like(self, keys: Iterable[str], arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """The arrays of the state dict under the names of another key map of its package, where `keys` have these: in
-        memory, transformers has other names than in files."""
+        """The arrays of the state dict, renamed to that key map of its package which fits most of `keys`.
+
+        Transformers, for example, has other names in memory than in files.
+        """
         keys = list(keys)
         best = max((self.renaming, *renamings(self.key_format)), key=lambda one: sum(map(one.fits, keys)))
         if best is self.renaming:
@@ -67,7 +71,7 @@ class Recognised:
         return others | best.to_foreign(self.renaming.to_native(arrays))
 
     def of_encoder(self, keys: Iterable[str]) -> set[str]:
-        """Those of `keys`, of a state dict, that are parameters of the encoder."""
+        """The `keys` of a state dict that belong to the encoder."""
         groups = self.renaming.groups(keys, foreign=True)
         return {key for group in groups if not any(map(self.family.in_head, group.native)) for key in group.foreign}
 
@@ -76,10 +80,12 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
     """The most likely key format of a state dict with these keys.
 
     Args:
-      dialect: "auto", or one of `DIALECTS` to insist on it. family: a key of `FAMILIES` to insist on it.
+      shapes: Shapes of the arrays by key.
+      dialect: One of `DIALECTS` to allow only this one; "auto" for any.
+      family: Key of `FAMILIES` to allow only this one; None for any.
 
     Raises:
-      KeyError: An unknown dialect, or one without a key format for `family`; lists those with one.
+      KeyError: The dialect is unknown, or has no key format for `family`; the message lists the possible ones.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are auto, {', '.join(DIALECTS)}")
@@ -90,24 +96,24 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], *, dialect: str = "auto", f
         for renaming in renamings(key_format)
     ]
     if family and not candidates:
-        raise KeyError(f"the dialect {dialect!r} has no keys for {family}; those that have are {dialects_of(family)}")
+        raise KeyError(f"the dialect {dialect!r} has no keys for {family}; use one of {dialects_of(family)}")
     return max(candidates, key=lambda candidate: candidate.fitting)
 
 
 def dialects_of(family: str) -> str:
-    """The dialects that a family can be written in, as text."""
+    """The dialects in which a family can be written, as text."""
     return ", ".join(key_format.dialect for key_format in KEY_FORMATS if key_format.family == family)
 
 
 def network_prefix(keys: Iterable[str]) -> str:
-    """The prefix below which the most keys fit a key map: the shortest of several, "" where none fits better."""
+    """The prefix below which most keys fit a key map; the shortest of several, "" if no prefix fits better."""
     keys = list(keys)
     best, fitting = "", _most_fitting(keys)
     below: dict[str, list[str]] = {}
     for key in keys:
         for dot in re.finditer(r"\.", key):
             below.setdefault(key[: dot.end()], []).append(key[dot.end() :])
-    # By their number, since no more keys can fit than there are.
+    # By descending number of keys, which limits the number of fitting keys.
     for prefix, names in sorted(below.items(), key=lambda item: (-len(item[1]), len(item[0]))):
         if len(names) <= fitting:
             break

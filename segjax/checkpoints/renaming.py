@@ -17,7 +17,7 @@ from segjax.checkpoints.key_maps import KeyFormat, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Native and foreign keys that hold the same numbers, by one rule."""
+    """Native and foreign keys of the same tensors, by one rule."""
 
     native: tuple[str, ...]
     foreign: tuple[str, ...]
@@ -38,7 +38,7 @@ class Group:
 
 
 def _joined(values: list[np.ndarray]) -> np.ndarray:
-    # A counter is a scalar: each part has its own, all equal.
+    # A counter is a scalar; all parts have an equal one.
     return values[0] if len(values) == 1 or not values[0].ndim else np.concatenate(values)
 
 
@@ -63,7 +63,7 @@ def _pattern_of(template: str, expressions: Mapping[str, str]) -> str:
 
 
 class _Template:
-    """A key with fields `{b}`, `{t}`, `{rest}`; its pattern is compiled when a key begins like it."""
+    """A key with fields `{b}`, `{t}`, `{rest}`; its pattern is compiled when a key with its prefix is first matched."""
 
     def __init__(self, text: str):
         self.text = text
@@ -84,7 +84,7 @@ class _Template:
 
 
 def _at_each_stage(rule: Rule) -> Iterable[tuple[tuple[_Template, ...], tuple[_Template, ...], Rule]]:
-    """Native and foreign templates of a rule with the stage filled in, once for each stage where it has one."""
+    """Yields the native and foreign templates of a rule, for each stage if it has a field for the stage."""
     for stage in range(1, 5) if any("{s}" in name for name in rule.native) else (0,):
         fields = {"{s}": str(stage), "{z}": str(stage - 1), "{r}": str(4 - stage)}
 
@@ -100,11 +100,11 @@ def _at_each_stage(rule: Rule) -> Iterable[tuple[tuple[_Template, ...], tuple[_T
 
 
 class Renaming:
-    """One key map, ready to rename whole state dicts in both directions."""
+    """A key map that renames whole state dicts in both directions."""
 
     def __init__(self, key_map: tuple[Rule, ...], without_bias: tuple[tuple[str, str], ...] = ()):
         self._key_map = key_map
-        # (bias, running mean) by native keys.
+        # (native key of the bias, native key of the running mean)
         self.folded = tuple((f"{layer}.bias", f"{norm}.running_mean") for layer, norm in without_bias)
 
     @functools.cached_property
@@ -113,13 +113,13 @@ class Renaming:
 
     @functools.cached_property
     def _foreign(self) -> re.Pattern:
-        # All foreign templates in one pattern, because recognition asks every key map about every key.
+        # All foreign templates in one pattern, because recognition matches every key with every key map.
         anonymous = {field: pattern.replace(f"?P<{field[1:-1]}>", "?:") for field, pattern in _FIELDS.items()}
         names = dict.fromkeys(name for rule in self._key_map for name in rule.foreign)
         return re.compile("|".join(_pattern_of(name, anonymous | _STAGES) for name in names))
 
     def groups(self, keys: Iterable[str], *, foreign: bool = False) -> list[Group]:
-        """The groups of native (or foreign) keys; keys that match no rule are skipped."""
+        """Groups of native (or foreign) keys; keys that match no rule are skipped."""
         found = {}
         for key in keys:
             group = self._group(key, foreign)
@@ -144,12 +144,16 @@ class Renaming:
         return self._foreign.fullmatch(key) is not None
 
     def foreign_names(self, key: str) -> tuple[str, ...]:
-        """The foreign keys of a native one; empty where no rule matches."""
+        """Foreign keys of a native key; empty if no rule matches."""
         group = self._group(key, foreign=False)
         return () if group is None else group.foreign
 
     def to_foreign(self, native: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames, splits and merges. Raises KeyError for a native key that matches no rule."""
+        """Renames, splits and merges arrays by native key.
+
+        Raises:
+          KeyError: A native key matches no rule, or another key of its group is missing.
+        """
         native = dict(native)
         for bias, mean in self.folded:
             if bias in native and mean in native:
@@ -166,8 +170,10 @@ class Renaming:
         return foreign
 
     def to_native(self, foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames, splits and merges. Skips keys that match no rule, groups of which a key is missing, and groups whose
-        arrays cannot be concatenated."""
+        """Renames, splits and merges arrays by foreign key.
+
+        Keys that match no rule, incomplete groups, and groups whose arrays cannot be concatenated are skipped.
+        """
         native = {}
         for group in self.groups(foreign, foreign=True):
             parts = [foreign[key] for key in group.foreign if key in foreign]
@@ -181,5 +187,5 @@ class Renaming:
 
 @functools.cache
 def renamings(key_format: KeyFormat) -> tuple[Renaming, ...]:
-    """The key maps of a format; the first is the one to write with."""
+    """The key maps of a format; the first is for writing."""
     return tuple(Renaming(key_map, key_format.without_bias) for key_map in key_format.key_maps)

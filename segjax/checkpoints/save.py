@@ -23,7 +23,7 @@ from segjax.runtime import atomic
 from segjax.runtime.reading import user_path
 
 FILES = (".pth", ".safetensors")
-# Suffixes of files that are not written, so that a folder of that name is a mistake.
+# Suffixes of files that are not supported; a folder with such a name would be a mistake.
 _OTHER_FILES = {
     *(".pt", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".pkl", ".onnx", ".pt2", ".stablehlo", ".keras", ".h5", ".hdf5"),
     *(".msgpack", ".pb", ".tflite", ".engine", ".trt", ".gguf", ".json", ".zip", ".gz"),
@@ -31,18 +31,19 @@ _OTHER_FILES = {
 
 
 def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
-    """Saves a model so that `load` and `segjax convert` read it; an older checkpoint at that path is replaced.
+    """Saves a model for `load` and `segjax convert`, and replaces an older checkpoint at this path.
 
     Args:
-      model: From `segjax.create`, `from_torch` or `load`. Classes, normalisation, licence and provenance of a loaded
-        checkpoint are saved, too, except in a `.pth`.
-      path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder that
-        transformers loads.
-      dialect: Whose keys a file gets, one of `segjax.checkpoints.key_maps.DIALECTS`; "native" by default.
+      model: Model from `segjax.create` or `from_torch`, or the result of `load`, whose classes, normalisation, licence
+        and provenance are saved too, except in a `.pth`.
+      path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder for
+        transformers.
+      dialect: Key format of a file, one of `segjax.checkpoints.key_maps.DIALECTS`; by default "native".
 
     Raises:
-      CheckpointError: The dialect has no keys for this model, or the path is of something else; nothing is written.
-      KeyError: Unknown dialect.
+      CheckpointError: The dialect has no keys for this model, or something else exists at this path; nothing is
+        written.
+      KeyError: The dialect is unknown.
     """
     path = user_path(path)
     require_destination(path, dialect)
@@ -53,12 +54,12 @@ def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, diale
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a checkpoint of this name is a folder."""
+    """Whether a checkpoint with this name is a folder."""
     return path.suffix not in FILES
 
 
 def require_destination(path: Path, dialect: str | None) -> None:
-    """Raises CheckpointError for a path that no checkpoint in this dialect can be written to."""
+    """Raises CheckpointError if no checkpoint in this dialect can be written to a path."""
     if path.suffix not in FILES and path.suffix.lower() in (*FILES, *_OTHER_FILES):
         raise CheckpointError(f"{path}: write *.pth or *.safetensors; a name without suffix is a folder")
     if not is_folder(path):
@@ -102,12 +103,12 @@ def _save_safetensors(weights: Mapping[str, np.ndarray], path: str | Path, metad
 
 
 def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str, Any]) -> None:
-    """A folder of transformers: config.json, preprocessor_config.json, model.safetensors."""
+    """Writes a folder for transformers: config.json, preprocessor_config.json, model.safetensors."""
     weights, metadata = to_torch(model, dialect="hf"), completed(metadata, channels=model.in_channels)
     config = huggingface.config_of(model, metadata) | {"dtype": str(next(iter(weights.values())).dtype)}
     texts = {huggingface.CONFIG: config, huggingface.PREPROCESSOR: huggingface.preprocessor_of(metadata)}
     if folder.exists() and not (folder.is_dir() and huggingface.is_folder(folder)):
-        raise CheckpointError(f"{folder} exists and is no folder of transformers; choose another name or remove it")
+        raise CheckpointError(f"{folder} exists and is not a folder of transformers; choose another name or remove it")
     with atomic.replacing_folder(folder) as new:
         new.mkdir()
         for name, content in texts.items():

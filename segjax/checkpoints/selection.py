@@ -1,7 +1,7 @@
-"""A state dict as it was given: unwrapped, one set of weights where it holds several, as numpy arrays.
+"""Selects the weights in the content of a checkpoint file: unwraps them, and chooses one of several sets.
 
-Training scripts keep averaged weights next to the raw ones: as entries of a file (`state_dict_ema`), as prefixes of
-keys (`model_ema.`, `teacher.`) or as names without dots (`ema_backbone_conv1_weight`).
+Training scripts keep averaged weights next to the raw ones: as separate entries of a file (`state_dict_ema`), under
+prefixes of keys (`model_ema.`, `teacher.`), or under names without dots (`ema_backbone_conv1_weight`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from segjax.runtime.reading import stated, type_name
 
 logger = logging.getLogger("segjax")
 
-# How training scripts wrap a state dict, where it does not lie alone next to other values.
+# Keys under which training scripts put the state dict next to other values.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-# Prefixes of the network in a wrapper; in front of the names of averaged weights they are not part of them.
+# Prefixes of the network in a wrapper; they may precede the prefix of a set of weights.
 _PREFIXES = ("module.", "model.", "online.")
-# Modules that torch.compile, FSDP, activation checkpoints, DeepSpeed and Opacus put around others, at any depth.
+# Modules with which torch.compile, FSDP, activation checkpoints, DeepSpeed and Opacus wrap others, at any depth.
 _AROUND = re.compile(
     r"(?:(?<=\.)|^)_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module|module)\."
 )
@@ -38,24 +38,24 @@ _WORDS = {
 _OF_TRAINING = {"optimizer", "optim", "scheduler", "scaler", "sampler"}
 _NO_WEIGHTS = {*_OF_TRAINING, "loss", "criterion"}
 _TITLES = {"ema": "averaged", "raw": "raw", "student": "student's", "teacher": "teacher's"}
-# Numbers that averages keep next to their weights.
+# Counters that averages keep next to their weights.
 _COUNTERS = ("decay", "num_updates", "n_averaged", "step", "steps", "initted")
 
 
 def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, np.ndarray]:
-    """Finds the weights of the network in what a training script saved, and turns torch tensors into numpy arrays
-    without importing torch.
+    """Finds the network's weights in the content of a checkpoint, as numpy arrays, without importing torch.
 
-    The keys are those below the prefix under which most keys fit a model of segjax. Tensors elsewhere (of a loss, for
-    example) are not used; the log names them.
+    The keys are those below the prefix under which most keys fit a model of segjax. Other tensors, for example of a
+    loss, are not used; the log names them.
 
     Args:
-      weights: The set to read where it holds several, one of `key_maps.WEIGHT_SETS`. None: the raw weights rather than
-        averaged ones; the log names the others.
+      state_dict: State dict, possibly wrapped and next to other values.
+      weights: Set of weights to read, one of `key_maps.WEIGHT_SETS`; by default the raw weights. The log names the
+        other sets.
 
     Raises:
-      CheckpointError: It contains no mapping of names to arrays, or not this set; it holds a student and a teacher, and
-        `weights` is None; or two arrays have one name.
+      CheckpointError: There are no names with arrays; the set is missing; there are a student and a teacher, and
+        `weights` names neither; or two arrays have one name.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
@@ -65,7 +65,7 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
         state_dict, weights = _unwrapped(state_dict, weights, in_set=False)
         tensors, others = _flattened(state_dict)
     except RecursionError:
-        raise CheckpointError("this is not a state dict (names to arrays): it holds itself") from None
+        raise CheckpointError("this is not a state dict (names to arrays): it contains itself") from None
     if not tensors:
         raise CheckpointError(f"this is not a state dict (names to arrays): {_what_else(others)}")
     tensors = _renamed(tensors, {key: _AROUND.sub("", key) for key in tensors})
@@ -82,7 +82,7 @@ def as_arrays(state_dict: Mapping, *, weights: str | None = None) -> dict[str, n
 
 
 def _what_else(others: Mapping[str, object]) -> str:
-    """What a file without one tensor holds."""
+    """Describes the content of a file without tensors."""
     found = [f"{key}: {_kind(value)}" for key, value in others.items()]
     if any(isinstance(value, Standin) for value in others.values()):
         return (
@@ -93,7 +93,7 @@ def _what_else(others: Mapping[str, object]) -> str:
 
 
 def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
-    """Tensors and other values of nested mappings, by the dotted path of their keys."""
+    """Tensors and other values of nested mappings, by dotted path."""
     tensors: dict[str, Any] = {}
     others: dict[str, object] = {}
     visited = 0
@@ -116,7 +116,7 @@ def _flattened(given: Mapping) -> tuple[dict[str, Any], dict[str, object]]:
 
 
 def _of_network(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Those below the prefix that the network's names have in this file, without it."""
+    """The tensors below the network's prefix in this file, by key without the prefix."""
     prefix = network_prefix(tensors)
     network = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if elsewhere := [key for key in tensors if not key.startswith(prefix)]:
@@ -134,10 +134,10 @@ def log_unused(keys: Collection[str]) -> None:
 
 
 def as_array(key: str, value: Any) -> np.ndarray:
-    """One tensor or array. Raises CheckpointError, which names its key, for one that numpy cannot hold."""
+    """Converts a tensor or array to numpy. Raises CheckpointError, which names its key, if numpy cannot hold it."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         array = np.asarray(value)
-        # JAX has no arrays of another byte order.
+        # JAX supports only the native byte order.
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     if isinstance(value, Standin):
         raise CheckpointError(f"{key}: a tensor of the kind {value.origin}, which cannot be read as numbers")
@@ -146,13 +146,13 @@ def as_array(key: str, value: Any) -> np.ndarray:
             return value.read()
         tensor = value.detach().cpu()
         if str(tensor.dtype) == "torch.bfloat16":
-            # numpy has no bfloat16; jax's is bit for bit torch's.
+            # numpy has no bfloat16; that of jax has the same bits as torch's.
             return tensor.contiguous().view(torch_module().int16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from None
     except (TypeError, RuntimeError, AttributeError) as error:
-        # torch's own for a tensor that numpy cannot hold: sparse, quantized, without storage, float8.
+        # torch raises these for tensors that numpy cannot hold: sparse, quantized, without storage, float8.
         kind = f"{_kind(value)} of {getattr(value, 'dtype', 'no dtype')}"
         raise CheckpointError(f"{key}: a {kind} that cannot be read as numbers ({stated(error)})") from None
 
@@ -176,7 +176,7 @@ def _renamed(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 
 def _set_of(name: object) -> str | None:
-    """The set that an entry or a prefix of this name holds; None for other names."""
+    """The set of weights under an entry or prefix of this name; None for other names."""
     words = _words(name) if isinstance(name, str) else []
     return None if _NO_WEIGHTS.intersection(words) else next((_WORDS[word] for word in words if word in _WORDS), None)
 
@@ -186,7 +186,7 @@ def _words(name: str) -> list[str]:
 
 
 def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Mapping, str | None]:
-    """The mapping of names to arrays inside all wrappers, and the set that is still to be chosen in it."""
+    """The mapping of names to arrays inside all wrappers, and the set that remains to be chosen in it."""
     entries: dict[str, str] = {}
     for key, value in given.items():
         if isinstance(value, Mapping) and (found := _set_of(key)) and _holds_tensors(value):
@@ -196,7 +196,7 @@ def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Ma
         wrapper = _only_other(given, entries.values())
     meta = given.get("meta")
     if entries.get("ema") == "ema_state_dict" and wrapper and isinstance(meta, Mapping) and "mmengine_version" in meta:
-        # mmengine exchanges the two when it saves, so that `state_dict` is what it evaluates.
+        # mmengine swaps the two when it saves, so that `state_dict` has the weights that it evaluates.
         entries = {"raw": "ema_state_dict", "ema": wrapper}
         weights = weights or "ema"
     if wrapper is not None:
@@ -226,7 +226,7 @@ def _unwrapped(given: Mapping, weights: str | None, *, in_set: bool) -> tuple[Ma
 
 
 def _only_other(given: Mapping, of_sets: Collection[str]) -> str | None:
-    """The key of the only entry with tensors besides those of sets and of optimizers; None for several or none."""
+    """The key of the only entry with tensors, apart from sets and optimizers; None if there are several or none."""
     if any(map(_is_tensor, given.values())):
         return None
     holders = [
@@ -239,7 +239,7 @@ def _only_other(given: Mapping, of_sets: Collection[str]) -> str | None:
 
 
 def _log_passed_over(given: Mapping, used: set[str]) -> None:
-    """Logs other entries with more than a few tensors, which may be weights under names that nobody foresaw."""
+    """Logs unused entries with more than a few tensors, which may be weights under unknown names."""
     passed = [
         key
         for key, value in given.items()
@@ -257,7 +257,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _holds_tensors(given: Mapping, *, more_than: int = 0) -> bool:
-    # Each container once, because a pickle can name one any number of times.
+    # Visits each container once, because a pickle can repeat a container any number of times.
     waiting: list[Any] = [given]
     seen, found = {id(given)}, 0
     while waiting:
@@ -277,7 +277,7 @@ def _without_counters(given: Mapping) -> Mapping:
 
 
 def _require_choice(found: Mapping[str, str], weights: str | None) -> None:
-    """Raises CheckpointError where the sets of these names do not say which one is meant."""
+    """Raises CheckpointError if there are a student and a teacher, and `weights` names neither."""
     if {"student", "teacher"} <= found.keys() and weights not in ("student", "teacher"):
         raise CheckpointError(
             f"it holds the weights of a student ({found['student']}) and of a teacher ({found['teacher']}); choose "
@@ -296,7 +296,7 @@ def _log_others(found: Mapping[str, str]) -> None:
 
 
 def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:
-    """The arrays of one set, where prefixes of keys name several."""
+    """The arrays of one set, if prefixes of keys name several."""
     sets: dict[str, dict[str, str]] = {}
     for key in arrays:
         name = _bare(key)
@@ -304,7 +304,7 @@ def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:
         found = _set_of(part) if dot else "ema" if name.startswith("ema_") else None
         sets.setdefault(found or "raw", {})[key] = name if found is None else rest if dot else name.removeprefix("ema_")
     raw, largest = sets.pop("raw", {}), max(map(len, sets.values()), default=0)
-    # A few arrays are an additional layer that is called so.
+    # A few arrays are only an additional layer with such a name.
     sets = {found: keys for found, keys in sets.items() if 4 * len(keys) >= max(largest, len(raw))}
     if not sets:
         if weights not in (None, "raw"):
@@ -322,8 +322,8 @@ def _of_set(arrays: dict[str, Any], weights: str | None) -> dict[str, Any]:
         return {key: value for key, value in arrays.items() if key not in others}
     if weights not in sets:
         raise CheckpointError(_no_such(weights, sets))
-    logger.info("reads the %s weights (%s and its like)", _TITLES[weights], shown[weights])
-    # Some averages write names without dots, and average no running statistics.
+    logger.info("reads the %s weights (%s and the like)", _TITLES[weights], shown[weights])
+    # Some averages have names without dots, and no running statistics.
     dotted = {name.replace(".", by): name for name in raw.values() for by in ("_", "")}
     names = {key: dotted.get(name, name) for key, name in sets[weights].items() if name not in _COUNTERS}
     chosen = _renamed({key: arrays[key] for key in names}, names)

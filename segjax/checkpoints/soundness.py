@@ -1,4 +1,4 @@
-"""What no weights can be, and a hash that shows whether they are those that were written."""
+"""Refuses impossible weights, and computes a hash that detects damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xxhash
 
 from segjax.checkpoints.errors import CheckpointError
 
-# Tensors that a message names.
+# Maximum number of tensors that a message names.
 _MOST = 8
 
 
@@ -18,7 +18,8 @@ def refuse_unsound(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dty
     """Raises CheckpointError for weights that are NaN or infinite, and variances below 0; names every tensor.
 
     Args:
-      arrays: By name, floating point. dtypes: the dtype that each is cast to; the cast may overflow, too.
+      arrays: Floating-point arrays by name.
+      dtypes: Dtype to which each array will be cast; an overflow in the cast is refused too.
       variances: Names of running variances.
     """
     problems = []
@@ -32,11 +33,11 @@ def refuse_unsound(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dty
             largest = np.abs(array.astype(np.float64)).max()
             problems.append(f"{name}: {largest:.1e} is infinite in {dtype}")
         elif name in variances and array.size and array.min() < 0:
-            problems.append(f"{name}: a running variance of {float(array.min()):g}, which is at least 0")
+            problems.append(f"{name}: a running variance of {float(array.min()):g}, which must be at least 0")
     if problems:
         rest = f"\n    and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
         raise CheckpointError(
-            "weights that cannot be; the file is damaged, or its training diverged: take an earlier one\n    "
+            "impossible weights; the file is damaged, or its training diverged: use an earlier one\n    "
             + "\n    ".join(problems[:_MOST])
             + rest
         )
@@ -48,11 +49,11 @@ def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers are finite; of float32 and float64 at the speed of memory."""
+    """Whether all numbers are finite; float32 and float64 are checked at the speed of memory."""
     if array.dtype in (np.float32, np.float64) and array.flags.c_contiguous:
         flat = array.reshape(-1)
-        # No sum of squares hides NaN or infinity: squares are not negative. It may overflow, and then decides nothing.
-        # BLAS computes it three times as fast as isfinite.
+        # A finite sum of squares proves that all numbers are finite. It may overflow; isfinite decides then. BLAS
+        # computes it three times as fast as isfinite.
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(np.dot(flat, flat)):
                 return True
@@ -62,7 +63,8 @@ def _is_finite(array: np.ndarray) -> bool:
 def tensors_hash(arrays: Mapping[str, np.ndarray]) -> str:
     """Hash over names, dtypes, shapes and bytes of all arrays.
 
-    XXH3 takes a tenth of the time of SHA-256, which would double the time to read a file; it finds damage, not forgery.
+    XXH3 detects damage, but not forgery. It takes a tenth of the time of SHA-256, which would double the time to read a
+    file.
     """
     whole = xxhash.xxh3_128()
     for name, array in sorted(arrays.items()):
@@ -72,5 +74,5 @@ def tensors_hash(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    # No copy of a contiguous array. Hashes take no bfloat16.
+    # Contiguous arrays are not copied. A view of bytes, because hashes do not accept bfloat16.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

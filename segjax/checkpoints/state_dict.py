@@ -1,7 +1,7 @@
-"""Weights of segjax's models as PyTorch state dicts, in both directions: everything is loaded, or nothing.
+"""Converts weights of segjax's models to PyTorch state dicts and back; loads all weights or none.
 
-`segjax.checkpoints.layout` has the rule that converts every model; keys of other packages are renamed by
-`segjax.checkpoints.key_maps`.
+`segjax.checkpoints.layout` has the rule that converts every model; `segjax.checkpoints.key_maps` renames the keys of
+other packages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger("segjax")
 
 
 class MisfitError(CheckpointError):
-    """Keys that are missing, unexpected or of another shape.
+    """A checkpoint with keys that are missing, unexpected or of another shape.
 
     Attributes:
       problems: The message without advice.
@@ -70,7 +70,7 @@ def named_variables(model: SegmentationModel) -> dict[str, nnx.Variable]:
 
 
 def parameters_of(model: SegmentationModel, *, encoder_only: bool = False) -> int:
-    """Number of learned numbers; running statistics do not count."""
+    """Number of learned parameters; running statistics do not count."""
     in_head = FAMILIES[family_of(model.spec.name)].in_head
     return sum(
         variable.get_value().size
@@ -85,7 +85,7 @@ def settings_of(model: SegmentationModel) -> dict[str, Any]:
 
 
 def model_metadata(model: SegmentationModel) -> dict[str, Any]:
-    """How to build the model again, as JSON."""
+    """The arguments to build the model again, as JSON."""
     variables = named_variables(model).values()
     (param_dtype,) = {variable.get_value().dtype for variable in variables if isinstance(variable, nnx.Param)}
     return {
@@ -97,18 +97,19 @@ def model_metadata(model: SegmentationModel) -> dict[str, Any]:
 
 
 def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, np.ndarray]:
-    """The weights of a model as a state dict that the original loads with `strict=True`.
+    """The weights of a model as a state dict, which the original package loads with `strict=True`.
 
     Args:
-      dialect: Whose keys, one of `segjax.checkpoints.key_maps.DIALECTS`. "backbone" and "timm" have no decoder: what is
-        omitted is an INFO line of the logger `segjax`.
+      model: The model.
+      dialect: Key format, one of `segjax.checkpoints.key_maps.DIALECTS`. "backbone" and "timm" have no decoder: an INFO
+        line of the logger `segjax` lists the omitted layers.
 
     Returns:
       Arrays in the model's param_dtype under the dialect's keys; `num_batches_tracked` is int64 0.
 
     Raises:
       CheckpointError: The dialect has no keys for this family of models.
-      KeyError: Unknown dialect.
+      KeyError: The dialect is unknown.
     """
     key_format = key_format_of(model, dialect)
     native = {}
@@ -131,7 +132,8 @@ def key_format_of(model: SegmentationModel, dialect: str) -> KeyFormat:
     """The key format of a dialect for the family of `model`.
 
     Raises:
-      CheckpointError: It has none. KeyError: unknown dialect.
+      CheckpointError: The dialect has none for this family.
+      KeyError: The dialect is unknown.
     """
     if dialect not in DIALECTS:
         raise KeyError(f"no dialect {dialect!r}; the dialects are {', '.join(DIALECTS)}")
@@ -140,7 +142,7 @@ def key_format_of(model: SegmentationModel, dialect: str) -> KeyFormat:
         if (key_format.dialect, key_format.family) == (dialect, family):
             return key_format
     raise CheckpointError(
-        f"{model.spec.name} cannot be written as {dialect}, which has no network that computes the same; "
+        f"{model.spec.name} cannot be written as {dialect}, which has no equivalent network; "
         f"{FAMILIES[family].title} can be written as {dialects_of(family)}"
     )
 
@@ -166,19 +168,19 @@ def load_torch(
     drop: Iterable[str] = (),
     keep: Iterable[str] = (),
 ) -> None:
-    """Loads a PyTorch state dict into `model`: everything, or nothing and one error that lists every mismatch.
+    """Loads a PyTorch state dict into `model`: all weights, or none and one error that lists every mismatch.
 
     Args:
-      model: From `segjax.create`.
-      state_dict: numpy arrays or torch tensors under the keys of any dialect; wrapped as training scripts do, or not.
-      dialect: "auto", or one of `segjax.checkpoints.key_maps.DIALECTS` to insist on it.
+      model: Model from `segjax.create`.
+      state_dict: numpy arrays or torch tensors with the keys of any dialect, possibly wrapped by a training script.
+      dialect: One of `segjax.checkpoints.key_maps.DIALECTS` to allow only this one; "auto" for any.
       drop: Patterns ("head.*") of checkpoint keys that are not used.
-      keep: Patterns ("decode_head.*") of parameters of the model that stay unchanged where the checkpoint lacks them.
+      keep: Patterns ("decode_head.*") of model parameters that stay unchanged if the checkpoint lacks them.
 
     Raises:
-      CheckpointError: Missing, unexpected and misshapen keys, all of them, or weights that are not finite; the model is
-        unchanged.
-      KeyError: Unknown dialect.
+      CheckpointError: Keys are missing, unexpected or of another shape, which the message lists, or weights are not
+        finite; the model is unchanged.
+      KeyError: The dialect is unknown.
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
     plan = _plan(model, checkpoint, drop=_patterns(drop), keep=_patterns(keep))
@@ -195,10 +197,11 @@ def _patterns(given: Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A load that was checked.
+    """Weights that were checked and can be loaded.
 
     Attributes:
-      values: Arrays in segjax's layout by dotted path. dropped: keys of the checkpoint that are not used.
+      values: Arrays in segjax's layout, by dotted path.
+      dropped: Keys of the checkpoint that are not used.
       kept: Dotted paths that the checkpoint lacks.
     """
 
@@ -208,7 +211,7 @@ class _Plan:
 
 
 def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
-    """Raises MisfitError where the checkpoint does not fit the model, CheckpointError for weights that cannot be."""
+    """Raises MisfitError if the checkpoint does not fit the model, CheckpointError for impossible weights."""
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     expected = _expected(model, found.renaming)
     dropped = sorted(
@@ -233,15 +236,16 @@ def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Expected:
-    """The arrays of a model under the keys of a checkpoint, so that messages name keys that its owner finds there.
+    """The arrays of a model by the keys of a checkpoint, so that messages name the keys in the user's file.
 
     Attributes:
-      shapes: By key. Arrays that the dialect has no key for (of a decoder, where it has only encoders) have their
-        native key.
-      native: Key -> native keys that it holds.
-      paths: Native key -> dotted path in the model. dtypes: native key -> dtype in the model.
-      folded: Native bias that is not stored -> native running mean that it goes into.
-      counters: Keys of batch counters, which may be there and are not used.
+      shapes: Key -> shape. Arrays without a key in the dialect, such as a decoder's in a dialect of encoders, have
+        their native key.
+      native: Key -> its native keys.
+      paths: Native key -> dotted path in the model.
+      dtypes: Native key -> dtype in the model.
+      folded: Native key of a bias that is not stored -> native key of the running mean that absorbs it.
+      counters: Keys of batch counters, which are optional and not used.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -252,7 +256,7 @@ class _Expected:
     counters: frozenset[str]
 
     def kept(self, given: Mapping[str, np.ndarray], keep: tuple[str, ...]) -> set[str]:
-        """Native keys that the checkpoint lacks and that `keep` names: by key, native key or dotted path."""
+        """Native keys that the checkpoint lacks, and that `keep` matches by key, native key or dotted path."""
         kept = set()
         for key in self.shapes.keys() - given.keys():
             native = self.native[key]
@@ -285,7 +289,7 @@ def _expected(model: SegmentationModel, renaming: Renaming) -> _Expected:
 def _refuse_misfit(
     model: SegmentationModel, found: Recognised, expected: _Expected, given: Mapping[str, np.ndarray], kept: set[str]
 ) -> None:
-    """Raises MisfitError, which lists every key that is missing, unexpected, of another shape or not floating point."""
+    """Raises MisfitError if keys are missing, unexpected, of another shape or not floating point; lists all of them."""
     shapes = expected.shapes
     missing = [key for key in shapes if key not in given and not kept.issuperset(expected.native[key])]
     unexpected = [key for key in given if key not in shapes]
@@ -319,7 +323,7 @@ def _advice(missing: list[str], unexpected: list[str], head: str) -> str:
     if unexpected:
         patterns = list(dict.fromkeys(key.partition(".")[0] + ".*" * ("." in key) for key in unexpected))
         names = " ".join(f"'{pattern}'" for pattern in patterns[:3])
-        lines.append(f"`segjax convert --drop {names}` leaves out unexpected tensors of such a pattern")
+        lines.append(f"`segjax convert --drop {names}` skips unexpected tensors of such a pattern")
     if lines:
         lines.append("(in Python: segjax.from_torch or load_torch with keep=... and drop=...)")
     return "".join(f"\n  {line}" for line in lines)
@@ -329,13 +333,13 @@ def _log_plan(plan: _Plan) -> None:
     if plan.dropped:
         log_unused(plan.dropped)
     if plan.kept:
-        # By module, because a list of every kernel and bias is not read.
+        # By module, because a list of every kernel and bias would be too long.
         modules = dict.fromkeys(path.rpartition(".")[0] for path in plan.kept)
         logger.info("left as initialised (%d): %s", len(plan.kept), shorten(modules))
 
 
 def _filled(model: SegmentationModel, values: Mapping[str, np.ndarray]) -> nnx.State:
-    """The model's state with `values` in place of its own, in its dtypes."""
+    """The model's state with `values` in the model's dtypes."""
     flat = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
         value = values.get(".".join(map(str, path)))
@@ -346,7 +350,7 @@ def _filled(model: SegmentationModel, values: Mapping[str, np.ndarray]) -> nnx.S
 
 
 def _copied(value: np.ndarray | jax.Array, variable: nnx.Variable) -> jax.Array:
-    """A copy in the variable's dtype: jnp.asarray may share memory with a tensor that its owner goes on changing."""
+    """A copy in the variable's dtype; jnp.asarray could share memory with a tensor that the caller changes later."""
     return jnp.array(value, variable.get_value().dtype, copy=True)
 
 
@@ -368,16 +372,16 @@ def from_torch(
     """Builds the model of a PyTorch checkpoint and loads it.
 
     Sizes and the number of classes are read from shapes. Settings that no checkpoint contains (heads, eps) are those
-    published with the dialect, or overrides; each assumption is an INFO line of the logger `segjax`. For an encoder
-    only, `num_classes` is required and the decoder stays as initialised. Streams of dropout and of random bases start
-    from key 0.
+    published with the dialect, or overrides; an INFO line of the logger `segjax` reports each assumption. For an
+    encoder only, `num_classes` is required, and the decoder stays as initialised. Random streams of dropout and random
+    bases start from key 0.
 
     Args:
       state_dict: As for `load_torch`.
-      name: "auto", or a name in `segjax.MODELS` to insist on it.
-      dialect: "auto", or the name of a dialect to insist on it.
-      num_classes: Compared with the checkpoint, if that has a classifier.
-      drop, keep: As for `load_torch`; what is kept has initial values.
+      name: Name in `segjax.MODELS` to allow only this model; "auto" for any.
+      dialect: Name of a dialect to allow only this one; "auto" for any.
+      num_classes: Number of classes; compared with the checkpoint if it has a classifier.
+      drop, keep: As for `load_torch`; kept parameters have initial values.
       dtype: Dtype of the computation, as for `segjax.create`.
       param_dtype: Dtype of the stored parameters.
       **overrides: Settings of the model, as for `segjax.create`.
@@ -387,7 +391,7 @@ def from_torch(
 
     Raises:
       CheckpointError: The checkpoint fits no model; the message names the nearest one and the differences.
-      KeyError: Unknown name or dialect.
+      KeyError: The name or dialect is unknown.
     """
     if name != "auto":
         models.settings(name)
@@ -416,10 +420,10 @@ def from_torch(
 
 
 def read_sizes(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
-    """`Recognised.sizes`: settings of the model that shapes contain, and the number of classes.
+    """`Recognised.sizes`: settings of the model that are read from shapes, and the number of classes.
 
     Raises:
-      CheckpointError: The sizes cannot be read; the message names the nearest family and the differences.
+      CheckpointError: The sizes cannot be read; the message has the reason.
     """
     found = checkpoint.recognised
     try:
@@ -445,7 +449,7 @@ def _number_of_classes(given: int | None, in_file: int | None) -> int:
         return given
     if given not in (None, in_file):
         raise CheckpointError(
-            f"the checkpoint has {in_file} classes, not {given}; training from it gives it a new classifier (`segjax "
+            f"the checkpoint has {in_file} classes, not {given}; training from it makes a new classifier (`segjax "
             "train --config.init.checkpoint=...`)"
         )
     return in_file
@@ -454,10 +458,10 @@ def _number_of_classes(given: int | None, in_file: int | None) -> int:
 def _settings(
     found: Recognised, sizes: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The name of the model, and its settings that differ from the defaults of that name.
+    """The name of the model, and its settings that differ from the defaults of this name.
 
     Raises:
-      CheckpointError: `name` is given, and the encoder of the checkpoint is another one.
+      CheckpointError: The checkpoint has another encoder than the given `name`.
     """
     nearest = nearest_variant(found.family, sizes)
     name = nearest if name == "auto" else name
@@ -484,7 +488,7 @@ def _settings(
 
 
 def _assumed(found: Recognised, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a checkpoint of this format does not contain, except those in `overrides`; each one is logged."""
+    """Settings that checkpoints of this format do not contain, except those in `overrides`; each is logged."""
     assumed, key_format, (_, classes) = {}, found.key_format, found.sizes
     for setting, value in key_format.settings_for(classes).items():
         if setting in overrides:
@@ -503,19 +507,19 @@ def _assumed(found: Recognised, name: str, overrides: Mapping[str, Any]) -> dict
 
 
 def _initial(create: Callable[[], SegmentationModel], paths: list[str]) -> dict[str, jax.Array]:
-    """Initial values at these dotted paths of the model that `create` makes."""
+    """Initial values at these dotted paths, from the model that `create` makes."""
 
     def draw():
         variables = named_variables(create())
         return {path: variables[path].get_value() for path in paths}
 
-    # As one program, from which the compiler removes the rest of the model. `create` itself compiles one for each
+    # One program, from which the compiler removes the rest of the model. Calling `create` would compile a program per
     # shape, which takes 20 s.
     return jax.jit(draw)()
 
 
 def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
-    """Why a state dict without the native key `missing` fits no model: the nearest family, and the differences."""
+    """Message that a state dict without the native key `missing` fits no model, with the nearest family."""
     found, keys = checkpoint.recognised, checkpoint.state_dict
     unknown = [key for key in keys if not found.renaming.fits(key)]
     differences = f"it lacks {' and '.join(found.renaming.foreign_names(missing) or (missing,))}"
@@ -527,7 +531,7 @@ def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
         return f"{found.family.title} as {found.key_format.dialect} ({found.key_format.package}) writes it"
 
     if free.fitting > found.fitting:
-        # Only where a name or a dialect was given.
+        # Only if a name or dialect was given.
         return (
             f"the checkpoint is not {described(found)}: {differences}. It looks like {described(free)}: "
             f"{free.fitting} of {len(keys)} keys fit"
@@ -539,8 +543,10 @@ def _why_no_model(checkpoint: Checkpoint, missing: str) -> str:
 
 
 def from_values(abstract: SegmentationModel, values: Mapping[str, np.ndarray | jax.Array]) -> SegmentationModel:
-    """A model from an abstract one and all of its parameters and running statistics by dotted path; random streams
-    start from key 0."""
+    """Fills an abstract model with all parameters and running statistics by dotted path.
+
+    Random streams start from key 0.
+    """
     graphdef, weights, streams = nnx.split(abstract, nnx.Any(nnx.Param, nnx.BatchStat), ...)
     flat = []
     for path, variable in nnx.to_flat_state(weights):

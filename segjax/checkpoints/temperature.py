@@ -1,8 +1,9 @@
-"""The temperature of a checkpoint: a divisor of its logits, with which it is as sure as it is right.
+"""The temperature of a checkpoint: a divisor of its logits that calibrates its probabilities.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. `segjax evaluate --fit-temperature` fits it on a
-split and keeps it next to the weights: in a folder as `temperature.json`, for a file as `FILE.temperature.json`. From
-there `load` and conversions take it over into the metadata, as the part `temperature`, if it is that of these weights.
+split and stores it next to the weights: in a folder as `temperature.json`, for a file as `FILE.temperature.json`.
+`load`
+and conversions copy it into the metadata, as the part `temperature`, if it was fitted for the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from segjax.runtime import atomic
 from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
 
 FILE = "temperature.json"
-# In place of a number: the temperature that was fitted.
+# Value for the stored temperature, in place of a number.
 FITTED = "fitted"
 
 
@@ -33,7 +34,7 @@ class _Kept(TypedDict):
 
 
 def place_for(source: object) -> Path | None:
-    """The file for the temperature of a checkpoint; None if it is no file or folder of this machine."""
+    """The file for the temperature of a checkpoint; None if the checkpoint is not a local file or folder."""
     if not isinstance(source, str | Path):
         return None
     path = user_path(source)
@@ -43,15 +44,15 @@ def place_for(source: object) -> Path | None:
 
 
 def keep(place: Path, model: SegmentationModel, temperature: Temperature) -> None:
-    """Writes the file of a temperature that was fitted for the weights of a model, atomically."""
+    """Writes the temperature that was fitted for the weights of a model, atomically."""
     content = stamped({"weights_sha256": _hash(model), "temperature": temperature})
     atomic.write_text(place, json.dumps(content, indent=1) + "\n")
 
 
 def kept_with(source: object, model: SegmentationModel) -> dict[str, Temperature]:
-    """{"temperature": ...} for the metadata of a model that was loaded from `source`; {} if none is kept for it.
+    """{"temperature": ...} for the metadata of a model that was loaded from `source`; {} if none is stored.
 
-    The log says so if the file is of other weights, such as those before a training went on.
+    A temperature of other weights, for example of an earlier step, is not used, which is logged.
 
     Raises:
       CheckpointError: The file is damaged or of a newer format.
@@ -74,7 +75,7 @@ def kept_with(source: object, model: SegmentationModel) -> dict[str, Temperature
 
 
 def chosen(temperature: float | str | None, metadata: Mapping[str, Any], source: object) -> float:
-    """The temperature that was asked for.
+    """The requested temperature.
 
     Args:
       temperature: A number, `FITTED`, or None for 1.
@@ -82,7 +83,7 @@ def chosen(temperature: float | str | None, metadata: Mapping[str, Any], source:
       source: Checkpoint, for messages.
 
     Raises:
-      ValueError: It is neither, or none was fitted for the checkpoint.
+      ValueError: The temperature is other text than `FITTED`, or none was fitted for the checkpoint.
     """
     if temperature is None:
         return 1.0

@@ -12,7 +12,7 @@ def repository_of(address: str) -> str:
     """The repository "owner/name" of the address hf:owner/name.
 
     Raises:
-      CheckpointError: It is no such address, or huggingface_hub is not installed or has no token.
+      CheckpointError: The address is invalid, or huggingface_hub is not installed or has no token.
     """
     repository, revision = parsed_address(address)
     if revision is not None:
@@ -23,17 +23,17 @@ def repository_of(address: str) -> str:
         raise CheckpointError(f'{address}: needs huggingface_hub: pip install "segjax[hub]"') from None
     if huggingface_hub.get_token() is None:
         raise CheckpointError(
-            f"{address}: there is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may "
-            "write (https://huggingface.co/settings/tokens)"
+            f"{address}: there is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN to one with "
+            "write access (https://huggingface.co/settings/tokens)"
         )
     return repository
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Uploads all files of a folder in one commit, to a repository that is made if there is none.
+    """Uploads all files of a folder in one commit; creates the repository if there is none.
 
     Returns:
-      The address of the repository, for browsers.
+      The address of the repository for a browser.
 
     Raises:
       CheckpointError: The Hub refuses, or cannot be reached; the message has the reason.
@@ -51,12 +51,12 @@ def upload(folder: Path, repository: str) -> str:
         status = error.response.status_code
         if status in (401, 403):
             raise CheckpointError(
-                f"hf:{repository}: the token may not write there (the Hub answers {status}); log in as one who may: "
-                "`hf auth login`, or choose a repository of your own"
+                f"hf:{repository}: the token has no write access (the Hub answers {status}); log in with another one: "
+                "`hf auth login`, or choose your own repository"
             ) from None
         raise CheckpointError(f"hf:{repository}: the Hub answers {status}: {_first_line(error)}") from None
     except Exception as error:
-        # Networks, proxies and the Hub itself each have errors of their own.
+        # Networks, proxies and the Hub each raise their own errors.
         raise CheckpointError(f"hf:{repository}: cannot be uploaded ({_first_line(error)})") from None
     return address
 

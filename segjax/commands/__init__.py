@@ -1,1 +1,1 @@
-"""The commands, a module each: it parses arguments, calls the library and prints. Nothing imports them."""
+"""The commands, one module each, which parses arguments, calls the library and prints. Nothing imports them."""

@@ -19,23 +19,20 @@ from segjax.runtime import console
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
-# The word of `segjax.checkpoints.temperature`, which imports jax.
+# As in `segjax.checkpoints.temperature`, which is not imported because it imports jax.
 FITTED = "fitted"
-# What an empty argument is answered with: as a path it would be the current folder.
+# Message for an empty argument, which as a path would mean the current folder.
 EMPTY = "the value is empty; a shell variable may be unset"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose messages cannot steer the terminal, and whose help ends like a command.
-
-    It refuses empty arguments.
-    """
+    """A parser that refuses empty arguments, escapes messages for the terminal, and ends its help like a command."""
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         for before, argument in zip(["", *args], args, strict=False):
             if not argument or re.fullmatch(r"--[a-z-]+=", argument):
-                name = argument[:-1] or (before if before.startswith("-") else f"the argument behind {before or 'it'}")
+                name = argument[:-1] or (before if before.startswith("-") else f"the argument after {before or 'it'}")
                 self.error(f"{name}: {EMPTY}")
         return super().parse_args(args, namespace)
 
@@ -52,7 +49,7 @@ def summary_of(docstring: str | None) -> str:
 
 
 def within(allowed: Integer | Real) -> Callable[[str], int | float]:
-    """The `type` of an argument: a number in a range, which the message of a refused one states."""
+    """The `type` of an argument: a number in a range; the message for other values states the range."""
 
     def parsed(text: str) -> int | float:
         try:
@@ -67,7 +64,7 @@ def within(allowed: Integer | Real) -> Callable[[str], int | float]:
 
 
 def as_path(text: str) -> Path:
-    """The `type` of an argument: a path, in which a shell has not replaced ~ behind an equals sign."""
+    """The `type` of an argument: a path; expands ~, which shells do not expand after an equals sign."""
     try:
         return user_path(text)
     except UnreadableError as error:
@@ -88,8 +85,16 @@ def add_checkpoint(
     names: Sequence[str] = ("--checkpoint",),
     takes: str = CHECKPOINT,
 ) -> None:
-    """Adds the checkpoint as the next positional argument, or as an option if `arguments` contain one of its names; and
-    `--weights`, the set of weights to read in it. `takes` is what a checkpoint may be, in the help."""
+    """Adds the checkpoint, and `--weights`, the set of weights to read from it.
+
+    The checkpoint is the next positional argument, or an option if `arguments` contain one of its names.
+
+    Args:
+      parser: The parser.
+      arguments: Arguments of the command.
+      names: Names of the option.
+      takes: Possible checkpoints, for the help.
+    """
     by_name = any(argument.partition("=")[0] in names for argument in arguments)
     means = "means" if len(names) == 1 else "mean"
     help = f"{takes}; {' and '.join(f'{name} CHECKPOINT' for name in names)} {means} the same"
@@ -100,23 +105,27 @@ def add_checkpoint(
     parser.add_argument(
         "--weights",
         choices=WEIGHT_SETS,
-        help="the set to read, where CHECKPOINT holds averaged and raw weights, or a student and a teacher",
+        help="set of weights to read, if CHECKPOINT holds averaged and raw ones, or a student and a teacher",
     )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Adds the data as the next positional argument, and where they are read from."""
+    """Adds the data as the next positional argument, and the options for its place."""
     parser.add_argument(
         "data",
         metavar="NAME[:SPLIT]",
         help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
     )
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--source", nargs="+", metavar="PATH", help="source from which the data are prepared at first use"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
 
 
 def data_problems(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_data` and `add_protocol` together."""
+    """Problems of the options of `add_data` and `add_protocol`."""
     name = options.data.partition(":")[0]
     wrong = {
         f"the data are NAME or NAME:SPLIT with NAME one of {', '.join(specs.DATASETS)}, not {options.data!r}": (
@@ -138,13 +147,15 @@ def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
         type=float,
         nargs="+",
         metavar="N",
-        help="normalisation of an exported file that does not say it, a number per channel in units of 0..255",
+        help="mean of each channel in units of 0..255, for an exported file that does not state it",
     )
-    parser.add_argument("--std", type=float, nargs="+", metavar="N", help="of the same")
+    parser.add_argument(
+        "--std", type=float, nargs="+", metavar="N", help="standard deviation of each channel, as --mean"
+    )
 
 
 def problems_of_exported(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_exported`."""
+    """Problems of the options of `add_exported`."""
     is_exported = exported_path(options.checkpoint) is not None
     given = options.mean is not None or options.std is not None
     wrong = {
@@ -159,17 +170,21 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a `segjax.inference.engine.Protocol`."""
     parser.add_argument("--mode", choices=("whole", "slide"), help="slide: a sliding window; default whole images")
     parser.add_argument(
-        "--crop", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of the sliding window; default 512 512"
+        "--crop", type=within(SIDE), nargs=2, metavar=("H", "W"), help="size of the sliding window; default 512 512"
     )
     parser.add_argument(
-        "--stride", type=within(SIDE), nargs=2, metavar=("H", "W"), help="of it; default 3/4 of the crop"
+        "--stride",
+        type=within(SIDE),
+        nargs=2,
+        metavar=("H", "W"),
+        help="step of the sliding window; default 3/4 of the crop",
     )
     parser.add_argument(
         "--scales",
         type=within(Real(above=0, most=100)),
         nargs="+",
         metavar="S",
-        help="average probabilities; default 1",
+        help="factors of the image size; probabilities are averaged; default 1",
     )
     parser.add_argument("--flip", action="store_true", default=None, help="score each scale mirrored too")
     parser.add_argument(
@@ -177,27 +192,30 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         type=within(SIDE),
         nargs=2,
         metavar=("LONG", "SHORT"),
-        help="resize each image to fit first, in its proportions; ADE20K: 2048 512",
+        help="first resize each image to fit, keeping its aspect ratio; ADE20K: 2048 512",
     )
     parser.add_argument(
-        "--size-divisor", type=within(Integer(1, 1024)), metavar="N", help="resize on to multiples of N (AlignedResize)"
+        "--size-divisor",
+        type=within(Integer(1, 1024)),
+        metavar="N",
+        help="then resize up to multiples of N (AlignedResize)",
     )
     parser.add_argument(
         "--threshold",
         type=within(Real(above=0, below=1)),
         metavar="P",
-        help="probability above which a pixel is of the class, of a model of one class; default 0.5",
+        help="probability above which a pixel belongs to the class of a one-class model; default 0.5",
     )
 
 
 def add_temperature(parser: argparse.ArgumentParser) -> None:
-    """Adds `--temperature`, a number or the word for the one that was fitted."""
+    """Adds `--temperature`, a number or `FITTED`."""
     number = within(Real(above=0, most=1000))
     parser.add_argument(
         "--temperature",
         type=lambda text: text if text == FITTED else number(text),
         metavar="T",
-        help=f"divide the logits by T, a number, or by the one that evaluate --fit-temperature has {FITTED}; default 1",
+        help=f"divide the logits by T, a number, or {FITTED!r} for that of evaluate --fit-temperature; default 1",
     )
 
 
@@ -208,7 +226,7 @@ def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def less_memory(options: argparse.Namespace) -> str:
-    """The options of `add_protocol`, and `--batch`, that need less memory than those that were given."""
+    """Options of `add_protocol`, and `--batch`, that need less memory than the given ones, as text."""
     found = [f"a smaller --batch than {options.batch}"] if (options.batch or 1) > 1 else []
     if options.mode == "slide":
         found.append("a smaller --crop")
@@ -221,7 +239,7 @@ def less_memory(options: argparse.Namespace) -> str:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
-    """Python literals from KEY=VALUE; ValueError for anything else."""
+    """Parses KEY=VALUE with Python literals; ValueError for anything else."""
     overrides = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -238,7 +256,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def overrides_at_fault(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns Python's errors about settings of a wrong type into ValueErrors, if there are `overrides`."""
+    """Raises Python's errors about settings of a wrong type as ValueError, if there are `overrides`."""
     try:
         yield
     except (TypeError, ArithmeticError) as error:

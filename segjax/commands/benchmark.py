@@ -5,17 +5,18 @@
     segjax benchmark --table sizes --json sizes.json && segjax benchmark --chart sizes.json
     segjax benchmark --table gpu --minutes 9 --json benchmarks/records/2026-11-28-gpu.json
 
-Every contender runs in a process of its own, so that its allocator and threads do not disturb the others, and only one
-works at a time. First their results are compared: a contender that computes something else is not timed. Then each does
-a few steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU the
-contenders run one after the other instead, because they cannot share the memory of the card.
+Every contender runs in its own process, so that its allocator and threads do not disturb the others, and only one works
+at a time. First, the results are compared; a contender that computes something else is not timed. Then each does a few
+steps in turn, round after round; a ratio is the median over rounds of the ratios within a round. On a GPU, the
+contenders run one after the other instead, because they cannot share its memory.
 
 The floor is printed next to the times. It is the larger of two times: that of the matrix products at the rate of large
 matrix products, and that of the memory traffic at the rate of a copy. Both rates are measured on the machine in the
 dtype of the benchmark. A forward pass counts as `segjax.models.summary.least_work`, and a training step as three times
 that, since the gradients of a layer's input and weight are two more products, each of which reads two of the same three
 arrays and writes the third. AdamW adds seven float32 numbers per parameter: it reads parameter, gradient and two
-moments, and writes all but the gradient. The floor assumes one layer after the other: a kernel that computes two layers
+moments, and writes all except the gradient. The floor assumes one layer after the other: a kernel that computes two
+layers
 at once can be faster. Rates count only the necessary work: a contender that computes more, for example a decoder at
 full resolution, has a lower rate.
 """
@@ -53,10 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype",
         type=lambda name: SPELLINGS.get(name, name),
         choices=["float32", "bfloat16"],
-        help="bf16 for short; float32 unless given, bfloat16 in the table of GPUs",
+        help="bf16 for short; default float32, or bfloat16 with --table gpu",
     )
     parser.add_argument(
-        "--num-classes", type=within(CLASSES), default=150, metavar="K", help="150 unless given: ADE20K's"
+        "--num-classes", type=within(CLASSES), default=150, metavar="K", help="default 150, as in ADE20K"
     )
     parser.add_argument(
         "--against", nargs="+", metavar="NAME", help="other contenders; default all that exist for the model"
@@ -64,33 +65,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds",
         type=within(Integer(1, 10_000)),
-        help=f"of about half a second each; {ROUNDS}, or {ROUNDS_ON_A_GPU} of gpu",
+        help=f"of about half a second each; default {ROUNDS}, or {ROUNDS_ON_A_GPU} for gpu",
     )
     parser.add_argument(
         "--table",
         nargs="?",
         const="cpu",
         choices=list(TABLES),
-        help="cpu, the README's; gpu; or sizes, those that people use",
+        help="cpu, as in the README; gpu; or sizes, with common image sizes",
     )
     parser.add_argument(
         "--minutes",
         type=within(Real(above=0, most=100_000)),
-        help="of --table gpu: begin no row that takes longer than what is left",
+        help="for --table gpu: begin no row that takes longer than the time left",
     )
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="file for the record; --table gpu continues it")
+    parser.add_argument("--markdown", type=as_path, metavar="FILE", help="print the README's table of a record")
     parser.add_argument(
-        "--json", type=as_path, metavar="FILE", help="where the record is written; --table gpu goes on with it"
-    )
-    parser.add_argument("--markdown", type=as_path, metavar="FILE", help="prints the README's table of a record")
-    parser.add_argument(
-        "--chart", type=as_path, metavar="FILE", help="draws time per megapixel over size, of a record, as FILE.png"
+        "--chart", type=as_path, metavar="FILE", help="draw time per megapixel over size, from a record, as FILE.png"
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
-    # This process only counts and prints; a GPU is left to the contenders.
+    # This process only counts and prints; the contenders use the GPU.
     environment.prepare(cpu_only=True)
 
     def run() -> None:
@@ -127,7 +126,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         raise BenchmarkError(f"--model: {options.model} is none of {', '.join(models.MODELS)}")
     of_gpus = options.table == "gpu"
     if options.minutes is not None and not of_gpus:
-        raise BenchmarkError("--minutes goes only with --table gpu")
+        raise BenchmarkError("--minutes needs --table gpu")
     one = Row(options.model, options.mode, options.batch, tuple(options.size))
     rows = TABLES[options.table] if options.table else (one,)
     known = dict.fromkeys(name for row in rows for name in rivals(row.model))
@@ -137,12 +136,12 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
     dtype = options.dtype or ("bfloat16" if of_gpus else "float32")
     rounds = options.rounds or (ROUNDS_ON_A_GPU if of_gpus else ROUNDS)
     until = None if options.minutes is None else since + 60 * options.minutes
-    # A contender's own process must be the only one that works, and may then have nearly all of a card.
+    # Only one contender works at a time, which may use nearly all of the GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
     say = console.say
-    say("measuring what the machine can do ...")
+    say("measuring the rates of the machine ...")
     if loaded := _load_of_others():
         say(loaded)
     ceiling = floor.measured_ceilings(dtype)
@@ -174,7 +173,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
         measured = _one_after_the_other(rows, measure, say=say)
     for results in measured:
         if "failed" not in results[-1]:
-            # A table, whose lines are not prose.
+            # `show`, because the lines of a table are not wrapped.
             console.show("\n".join(report(results[-1], ceiling)))
         if options.json:
             record = {
@@ -192,7 +191,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> None:
 
 
 def _load_of_others() -> str | None:
-    """A warning where other programs keep half of the cores busy or more; this one has only begun."""
+    """A warning if other programs keep half of the cores or more busy; this process has just begun."""
     load, own = os.getloadavg()[0], cores()
     if load < own / 2:
         return None
@@ -204,7 +203,7 @@ def _title(row: Row) -> str:
 
 
 def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[dict]]:
-    """The results so far, after every row."""
+    """Yields all results so far, after every row."""
     results = []
     for row in rows:
         say(f"{_title(row)} ...")
@@ -213,12 +212,16 @@ def _one_after_the_other(rows: Sequence[Row], measure, *, say) -> Iterator[list[
 
 
 def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float | None, say) -> Iterator[list[dict]]:
-    """As `_one_after_the_other`, at batches that fit and within the time; complete rows of `earlier` are kept.
+    """Like `_one_after_the_other`, with batches that fit, until the time ends; complete rows of `earlier` are kept.
 
-    A row that cannot be measured has the reason in its result as "failed", and the next row follows.
+    If a row cannot be measured, its result has the reason as "failed", and the next row follows.
 
     Args:
+      rows: Rows of the table.
+      measure: Function that measures a row.
+      earlier: Results of an earlier command.
       until: End of the time, on the clock of `time.monotonic`. A row that would take longer is not begun.
+      say: Function that prints a line.
     """
     results = earlier
     for row in rows:
@@ -246,15 +249,15 @@ def _going_on(rows: Sequence[Row], measure, earlier: list[dict], *, until: float
 
 
 def _recorded(path: Path | None, dtype: str, num_classes: int, device: str) -> list[dict]:
-    """Results of an earlier command, which this one continues.
+    """Results of an earlier command, which this command continues.
 
     Raises:
-      BenchmarkError: They were measured for another dtype, number of classes or device.
+      BenchmarkError: The results are for another dtype, number of classes or device.
     """
     if path is None or not path.exists():
         return []
     record = read_record(path)
-    # A row that failed has no type.
+    # A failed row has no dtype.
     work = {(dtype, num_classes), *((r["dtype"], r.get("num_classes")) for r in record["results"] if "dtype" in r)}
     if record.get("device") != device or len(work) > 1:
         raise BenchmarkError(

@@ -2,8 +2,8 @@
 
     segjax card RUN [--licence apache-2.0]
 
-It has the figures of the run that has ended, their interval where `segjax evaluate RUN` has measured it, data, protocol
-and licence, a picture, and how to load the weights. `segjax push` uploads it, with what was changed in it by hand.
+The card has the figures of the finished run, their confidence interval if `segjax evaluate RUN` measured it, data,
+protocol, licence, a picture, and code that loads the weights. `segjax push` uploads the card with all manual changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def add_licence(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--licence", metavar="ID", help="of the weights, as the Hub lists them, apache-2.0 say; default other"
+        "--licence",
+        metavar="ID",
+        help="licence of the weights, by its id on the Hub, such as apache-2.0; default other",
     )
 
 

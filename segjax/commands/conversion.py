@@ -1,4 +1,4 @@
-"""What `segjax convert` does after its arguments were parsed."""
+"""Converts a checkpoint by the parsed arguments of `segjax convert`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def convert(options: argparse.Namespace) -> None:
     """Converts by the options of `segjax.commands.convert`.
 
     Raises:
-      CheckError: `--verify` found other outputs. ValueError, KeyError, OSError: what its user can correct.
+      CheckError: `--verify` found different outputs.
+      ValueError, KeyError, OSError: The user can correct the cause.
     """
     logger.info("%s -> %s", options.checkpoint, options.destination)
     _refuse_destination(options)
@@ -49,7 +50,7 @@ def convert(options: argparse.Namespace) -> None:
             _model_of_folder(checkpoint, options) if checkpoint.is_orbax else _model_of(checkpoint, options)
         )
         metadata |= temperature.kept_with(options.checkpoint, model)
-        # Before the verification, so that keys which cannot express this model are refused at once.
+        # Before the verification, so that a dialect without keys for this model is refused at once.
         if not to_folder or dialect == "hf":
             _log_other_settings(model, dialect, stored=("num_heads",) if to_folder else ())
         if options.verify:
@@ -94,7 +95,7 @@ def _model_of(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[Segm
     model, metadata = model_of(
         checkpoint,
         name=options.model,
-        # The decoder that is made for an encoder is not written.
+        # A decoder that is added to an encoder is not written.
         num_classes=1 if encoder_only else options.num_classes,
         drop=options.drop,
         keep=options.keep,
@@ -113,9 +114,11 @@ def _log_model(model: SegmentationModel, *, encoder_only: bool = False) -> None:
 
 
 def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple[str, ...]) -> None:
-    """Logs the settings in which the package that is written for computes otherwise than this model.
+    """Logs the settings in which the package of the dialect differs from this model.
 
     Args:
+      model: The model.
+      dialect: Dialect that is written.
       stored: Settings that the written checkpoint contains.
     """
     settings, key_format = settings_of(model), key_format_of(model, dialect)
@@ -131,7 +134,7 @@ def _log_other_settings(model: SegmentationModel, dialect: str, *, stored: tuple
 
 
 def _measure_transformers(model: SegmentationModel) -> None:
-    """Logs how far the logits of a random image move with the LayerNorm eps of transformers, the only difference."""
+    """Logs the change of the logits of a random image with transformers' LayerNorm eps, the only difference."""
     eps = dict.fromkeys(("block_norm_eps", "patch_norm_eps"), huggingface.LAYER_NORM_EPS)
     settings = settings_of(model)
     if settings == settings | eps:
@@ -153,7 +156,7 @@ def _logits(model: SegmentationModel, images: jax.Array) -> jax.Array:
 
 
 def _verified(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The result of comparing the model with PyTorch on the checkpoint. Raises CheckError where they differ."""
+    """Compares the model with PyTorch on the checkpoint; returns the result. Raises CheckError if they differ."""
     report = _verify(model, checkpoint)
     if not report.passed:
         raise CheckError("not written, because the outputs differ")
@@ -161,7 +164,7 @@ def _verified(model: SegmentationModel, checkpoint: Checkpoint) -> dict[str, Any
 
 
 def _verify(model: SegmentationModel, checkpoint: Checkpoint):
-    """-> torch_reference.verify.Report."""
+    """Returns a torch_reference.verify.Report."""
     try:
         from segjax.torch_reference import verify
     except ModuleNotFoundError as error:

@@ -6,9 +6,9 @@
                                   [--weights ema|raw|student|teacher]
 
 CHECKPOINT is a `.pth`, `.safetensors` or `.npz`, an orbax folder, a folder of transformers or of a LoRA adapter, or
-hf:owner/name[@revision] on the Hub, recognised by its content. DST is a `.pth` or `.safetensors` by its suffix; else an
-orbax folder, or with --to hf a folder that transformers loads. Class names, normalisation and origin go with the
-weights, except into a `.pth`.
+hf:owner/name[@revision] on the Hub; its content decides the kind. DST is a `.pth` or `.safetensors` by its suffix; any
+other name becomes an orbax folder, or with --to hf a folder for transformers. Class names, normalisation and provenance
+are kept with the weights, except in a `.pth`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="segjax convert", description=summary_of(__doc__))
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=as_path, metavar="DST", help="*.pth, *.safetensors, else a folder")
-    parser.add_argument("--model", default="auto", help="insist on this model, a name of segjax.MODELS")
-    parser.add_argument("--num-classes", type=within(CLASSES), help="needed for an encoder only, else checked")
-    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="whose names CHECKPOINT has")
+    parser.add_argument("--model", default="auto", help="allow only this model, a name in segjax.MODELS")
+    parser.add_argument("--num-classes", type=within(CLASSES), help="required for an encoder only, else checked")
+    parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="key format of CHECKPOINT")
     parser.add_argument(
-        "--to", choices=DIALECTS, help="whose names DST gets, default native; of folders hf is one for transformers"
+        "--to", choices=DIALECTS, help="key format of DST, default native; with hf, a folder is for transformers"
     )
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings that CHECKPOINT does not contain"
     )
     parser.add_argument(
-        "--drop", nargs="+", default=[], metavar="PATTERN", help="leave out these tensors of CHECKPOINT, as in 'head.*'"
+        "--drop", nargs="+", default=[], metavar="PATTERN", help="skip these tensors of CHECKPOINT, as in 'head.*'"
     )
     parser.add_argument(
         "--keep",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="parameters of the model that stay as initialised where CHECKPOINT lacks them, as in 'decode_head.*'",
+        help="parameters of the model that stay as initialised if CHECKPOINT lacks them, as in 'decode_head.*'",
     )
     parser.add_argument("--verify", action="store_true", help="compare with PyTorch on one image before writing")
     options = parser.parse_args(arguments)

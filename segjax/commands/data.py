@@ -1,14 +1,13 @@
-"""Prepares a dataset for training, shows what is in it, and imports annotations of other tools.
+"""Prepares a dataset for training, shows its images, and imports annotations of other tools.
 
     segjax data import coco|labelme|yolo|voc SRC DIR
     segjax data prepare NAME --source PATH [PATH ...] [--data-dir DIR] [--subset]
     segjax data prepare folder --source DIR --val-share 0.2 [--seed N] [--group-by REGEX]
     segjax data show NAME [--crop H W] [--num N] [--output FILE] ...
 
-A PATH is a folder or an archive. A dataset that is already prepared is described again and needs no source.
---val-share divides the only split into train and val, which trainings and evaluations from the same source then find.
-`show` writes a page of augmented samples, see `show --help`, and `import` a folder for `prepare folder`, see
-`import --help`.
+A PATH is a folder or an archive. A prepared dataset needs no source; the command then only describes it. --val-share
+divides the only split into train and val; training and evaluation from the same source use this division. `show` writes
+a page of augmented samples, see `show --help`; `import` writes a folder for `prepare folder`, see `import --help`.
 """
 
 from __future__ import annotations
@@ -42,18 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
     names = specs.prepared_names()
     parser.add_argument("command", choices=["prepare", "show", "import"])
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="folder, or the archives, or a folder with them")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
-    parser.add_argument("--subset", action="store_true", help="prepare the part of a published dataset that there is")
+    parser.add_argument(
+        "--source", nargs="+", metavar="PATH", help="folder of the dataset, its archives, or a folder with them"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
+    parser.add_argument("--subset", action="store_true", help="prepare the available part of a published dataset")
     share = within(Real(above=0, below=1))
     parser.add_argument("--val-share", type=share, metavar="SHARE", help="divide the only split into train and val")
-    parser.add_argument("--seed", type=within(SEED), metavar="N", help="which images go to val; default 0")
+    parser.add_argument("--seed", type=within(SEED), metavar="N", help="seed of the choice of val images; default 0")
     parser.add_argument(
-        "--group-by", metavar="REGEX", help="images whose names agree in this, or in its first group, stay together"
+        "--group-by",
+        metavar="REGEX",
+        help="images whose names have the same match of it, or of its first group, stay together",
     )
     options = parser.parse_args(arguments)
     if options.val_share is None and (options.seed is not None or options.group_by is not None):
-        parser.error("--seed and --group-by go with --val-share")
+        parser.error("--seed and --group-by need --val-share")
 
     def run() -> None:
         from segjax.data import builders
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(prepared: Prepared) -> list[str]:
-    """Images per split, and of the first labelled split the classes; lines of at most 80 columns, except the path."""
+    """Images per split, and classes of a labelled split, in lines of at most 80 columns, except the path."""
     lines = ["", f"{'split':<20} {'images':>9}  labels"]
     published = _published(prepared)
     for split, count in prepared.splits.items():
@@ -107,15 +112,15 @@ def describe(prepared: Prepared) -> list[str]:
 def _of_images(prepared: Prepared, split: str) -> list[str]:
     """Channels and dtype of the images, and mean and deviation of each channel."""
     measured = prepared.moments(split)
-    lines = [f"images of {prepared.kind}; of each channel in {split}, which a training normalises by:"]
+    lines = [f"images of {prepared.kind}; channels of {split}, by which training normalises:"]
     lines.append(f"{'channel':>7} {'mean':>14} {'deviation':>14}")
     for number, (mean, (_, squares)) in enumerate(zip(measured.mean, measured.of, strict=True)):
-        deviation = f"{measured.std[number]:.6g}" if squares else "0, taken for 1"
+        deviation = f"{measured.std[number]:.6g}" if squares else "0, used as 1"
         lines.append(f"{number:>7} {mean:>14.6g} {deviation:>14}")
     return lines
 
 
 def _published(prepared: Prepared) -> dict[str, int]:
-    """The published numbers of images of a dataset of which a subset is prepared; {} for any other."""
+    """Published numbers of images of a dataset if only a subset is prepared; {} for any other dataset."""
     dataset = specs.DATASETS.get(prepared.path.parent.name.removeprefix("segjax_"))
     return dict(dataset.spec.splits) if dataset and dataset.spec and not prepared.spec.splits else {}

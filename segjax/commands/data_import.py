@@ -11,11 +11,11 @@ yolo     data.yaml or classes.txt, images/ and labels/: polygons
 voc      JPEGImages/ and SegmentationClass/, or Roboflow's *_mask.png and
          _classes.csv: masks
 
-Images are copied. A pixel has the class of the polygon that covers its middle,
-as pycocotools finds it, and of several the smallest; crowds, and objects that
-have a box only, become the ignore value. Everything else is background. What
-is skipped is counted, and nothing is written where annotations are damaged.
-Of panoptic PNGs, what is not annotated becomes the ignore value.
+Images are copied. A pixel has the class of the polygon that covers its centre
+(COCO's rule, by pycocotools); of several polygons, the smallest counts. Crowds,
+and objects with only a box, get the ignore value. All other pixels are
+background; in panoptic PNGs, pixels without annotation get the ignore value.
+Skipped entries are counted. If annotations are damaged, nothing is written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("source", type=as_path, metavar="SRC", help="folder with images and annotations")
-    parser.add_argument("folder", type=as_path, metavar="DIR", help="where to; a new or empty folder")
+    parser.add_argument("folder", type=as_path, metavar="DIR", help="output folder, new or empty")
     options = parser.parse_args(arguments)
     return run_command("segjax data import", lambda: _run(options))
 
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
 
     write.refuse_occupied(options.folder)
     if not options.source.exists():
-        raise DataError(f"{options.source}: there is nothing")
+        raise DataError(f"{options.source} does not exist")
     found = _reader(options.format)(options.source)
     written = write.write(found, options.folder)
     console.say("\n".join(write.describe(found, written)))

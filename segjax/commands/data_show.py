@@ -1,4 +1,4 @@
-"""Draws augmented samples, as a training sees them, next to their labels, on one page.
+"""Draws augmented training samples next to their labels, on one page.
 
 segjax data show
 segjax data show camvid --source DIR --crop 360 480 --scale 0.5 2.0 --num 12
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from segjax.data.open import OpenSplit
     from segjax.data.records import Records
 
-# No crop is larger than this where none is given, nor than the largest image.
+# Maximum side of the default crop, which is not larger than the largest image either.
 LARGEST_CROP = 512
 
 
@@ -42,11 +42,16 @@ def show(
     mean: Sequence[float] = specs.IMAGENET_MEAN,
     std: Sequence[float] = specs.IMAGENET_STD,
 ) -> None:
-    """Writes a PNG of the first batch, of `num` samples, that a run of this seed trains on.
+    """Writes a PNG of the first batch, of `num` samples, on which a run with this seed trains.
 
     Args:
-      settings: The `augment` part of a config.
-      mean, std: Of each channel.
+      data: The split.
+      spec: Classes of the dataset.
+      settings: The `augment` section of a config.
+      seed: Seed of the run.
+      num: Number of samples.
+      path: Path of the PNG.
+      mean, std: Mean and standard deviation of each channel, C numbers each.
 
     Raises:
       RecordError: An image or a label cannot be used.
@@ -94,9 +99,9 @@ def show(
 
 
 def _refuse_too_large(num: int, crop: Sequence[int], channels: int = 3) -> str:
-    """Raises TooLittleMemoryError where the samples alone do not fit into memory; returns what they are called."""
+    """Raises TooLittleMemoryError if the samples do not fit into memory; returns their name for messages."""
     what = f"a page of {num} samples of {crop[0]}x{crop[1]}"
-    # float32 on the device and normalised back, then uint8, and labels.
+    # float32 on the device and after the inverse normalisation, then uint8, and labels.
     memory.refuse_more_than_host(num * math.prod(crop) * (9 * channels + 1), what=what)
     return what
 
@@ -104,10 +109,14 @@ def _refuse_too_large(num: int, crop: Sequence[int], channels: int = 3) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="segjax data show", description=summary_of(__doc__))
     parser.add_argument("name", nargs="?", default="streets", metavar="NAME", help="dataset; default streets")
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the dataset is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--source", nargs="+", metavar="PATH", help="source from which the dataset is prepared at first use"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="folder of prepared data; default TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num", type=within(Integer(1, 100)), default=8, help="samples; default 8")
+    parser.add_argument("--num", type=within(Integer(1, 100)), default=8, help="number of samples; default 8")
     parser.add_argument(
         "--crop",
         type=within(SIDE),
@@ -137,7 +146,7 @@ def _run(options: argparse.Namespace) -> None:
     from segjax.train.schema import default_config
 
     if options.crop:
-        # Before a dataset is prepared.
+        # Checked before a dataset is prepared.
         _refuse_too_large(options.num, options.crop)
     try:
         opened = _data(options)

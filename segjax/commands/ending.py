@@ -1,4 +1,4 @@
-"""The end of every command: one message for errors that its user can correct, a traceback for all others."""
+"""Ends every command: with one message for errors that the user can correct, with a traceback for all others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class CheckError(Exception):
-    """A comparison before the output is written has failed; the message states the consequence."""
+    """A comparison failed before the output was written; the message states the consequence."""
 
 
 def run_command(
@@ -28,25 +28,25 @@ def run_command(
     full_disk: str = "make room, and run the same command again",
     less_memory: str = "",
 ) -> int:
-    """Runs a command; messages of the logger "segjax" are printed.
+    """Runs a command, and prints messages of the logger "segjax".
 
     Args:
       name: Name of the command as it is typed, "segjax convert"; every message begins with it.
       run: Function of the command; returns its exit status, or None for 0.
       interrupted: State of the output after a signal, as the end of a sentence.
       full_disk: Remedy after a full disk, as the end of a sentence.
-      less_memory: Remedy where there was not enough memory, as the end of a sentence; "" where there is none.
+      less_memory: Remedy for too little memory, as the end of a sentence; "" if there is none.
 
     Returns:
       The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError, KeyError or too
-      little memory, with a message in lines of 80 columns on stderr; 130 after Ctrl-C, 143 after SIGTERM; 141 where the
-      reader of stdout has closed it. One of several processes exits here instead of returning 1 or 2, so that the
-      others do not wait for it.
+      little memory, with a message in lines of 80 columns on stderr; 130 after Ctrl-C, 143 after SIGTERM; 141 if the
+      reader of stdout closed it. With several processes, the process exits here instead of returning 1 or 2, so that
+      the others do not wait for it.
     """
     try:
         with signals.raising(), console.log_to(console.say), console.libraries_to():
             status = run()
-        # Flushed here, because at exit Python could only print that the pipe is closed or the disk full.
+        # Flushed here, because at exit, Python could only print that the pipe is closed or the disk is full.
         if sys.stdout is not None:
             sys.stdout.flush()
         if not signals.received():
@@ -55,7 +55,7 @@ def run_command(
     except (KeyboardInterrupt, Exception) as raised:
         error = raised
     _drop_what_stdout_refuses()
-    # What is interrupted may raise another exception, or none.
+    # Interrupted code may raise another exception, or none.
     if number := signals.received():
         error = signals.Stopped(signals.status_of(number))
     if isinstance(error, KeyboardInterrupt):
@@ -66,7 +66,7 @@ def run_command(
     if isinstance(error, CheckError):
         _complain(f"{name}: {error}")
         return FAILED_CHECK
-    # Errors of segjax have the remedy themselves.
+    # Errors of segjax already have the remedy.
     is_own = type(error).__module__.startswith("segjax.")
     if not is_own and (number := atomic.full_disk(error)):
         is_named = isinstance(error, OSError) and error.filename
@@ -87,7 +87,7 @@ def run_command(
 
 
 def _drop_what_stdout_refuses() -> None:
-    """Python would flush it again at exit."""
+    """Redirects stdout to nowhere if it cannot be flushed, because Python would flush it again at exit."""
     if sys.stdout is None:
         return
     try:
@@ -101,7 +101,7 @@ def _complain(text: str) -> None:
 
 
 def message_of(error: Exception) -> str:
-    """The text of an error, in which line breaks that belong to paths are escaped, unlike those of the text itself."""
+    """The text of an error, with line breaks in paths escaped; the text's own line breaks remain."""
     text = _text(error)
     if "\n" in text:
         for name in sorted(_broken_names(error), key=len, reverse=True):
@@ -110,7 +110,7 @@ def message_of(error: Exception) -> str:
 
 
 def _broken_names(error: BaseException) -> set[str]:
-    """Paths with a line break among the variables of the functions that an error has passed through."""
+    """Paths with a line break among the variables of all functions that an error passed through."""
     found, pending, seen = set(), [error], set()
     while pending:
         error = pending.pop()
@@ -122,7 +122,7 @@ def _broken_names(error: BaseException) -> set[str]:
                 values = list(vars(value).values()) if is_parsed else [value]
                 for entry in values:
                     parts = [*entry] if isinstance(entry, list | tuple | set | dict) else [entry]
-                    # Other text may be a message. What was typed is none, and is a path or begins with one.
+                    # Other text may be a message. A typed argument is not, but may be a path or begin with one.
                     kinds = (PurePath, str) if is_parsed else PurePath
                     names = [str(part) for part in parts if isinstance(part, kinds)]
                     found |= {part for name in names for part in (name, PurePath(name).name) if "\n" in part.strip()}
@@ -131,10 +131,10 @@ def _broken_names(error: BaseException) -> set[str]:
 
 def _text(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
-        # str() would quote it.
+        # str() would quote the text.
         return str(error.args[0])
     if isinstance(error, OSError) and error.strerror and not error.filename2:
-        # Without the number that Python puts in front.
+        # Without Python's error number.
         where = f"{console.one_line(os.fsdecode(error.filename))}: " if error.filename else ""
         return f"{where}{error.strerror}"
     return str(error) or type(error).__name__

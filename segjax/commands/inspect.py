@@ -1,10 +1,9 @@
-"""Shows what a checkpoint holds and where it came from.
+"""Shows the content and origin of a checkpoint.
 
     segjax inspect CHECKPOINT [--weights ema|raw|student|teacher]
 
-reads everything that `segjax convert` reads: also the folder of a run, a folder of transformers, and
-hf:owner/name[@revision] on the Hub. For checkpoints of other packages it shows the model that segjax would make of
-them.
+reads all checkpoints that `segjax convert` reads, for example the folder of a run, a folder of transformers, and
+hf:owner/name[@revision] on the Hub. For checkpoints of other packages, it shows the model that segjax would build.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ WIDTH, INDENT = 80, 15
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Rows in 80 columns, with texts next to their names."""
+    """Formats rows in 80 columns, with texts next to their names."""
     lines = []
     for name, text in rows:
         # Escapes first, because they make a line longer.
@@ -51,7 +50,7 @@ def _run(source: str, weights: str | None) -> None:
 
     notes = []
     try:
-        # For float64 weights; others keep their type.
+        # For float64 weights; others keep their dtype.
         with log_to(notes.append), jax.enable_x64(True):
             rows = describe(source, weights=weights)
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -63,7 +62,7 @@ def _run(source: str, weights: str | None) -> None:
     show(table(rows))
 
 
-# Log messages that repeat a row, or that are about the decoder that is made for an encoder.
+# Log messages that repeat a row, or are about a decoder that was added to an encoder.
 _IN_ROWS = (
     *("read as", "it names no classes", "the checkpoint does not name", "unlike"),
     *("encoder only", "the decoder is as wide", "left as initialised"),

@@ -1,10 +1,10 @@
-"""Uploads model card and weights of a run to the Hugging Face Hub.
+"""Uploads the model card and weights of a run to the Hugging Face Hub.
 
     segjax push RUN hf:USER/NAME [--licence apache-2.0]
 
-A SegFormer becomes a folder of transformers, other models a model.safetensors of segjax; both are loaded by
-segjax.load("hf:USER/NAME"). The card is RUN/README.md, or what `segjax card RUN` would write. It needs segjax[hub], and
-a token that may write: `hf auth login`, or HF_TOKEN.
+A SegFormer becomes a folder for transformers, other models a model.safetensors of segjax;
+segjax.load("hf:USER/NAME") loads both. The card is RUN/README.md if it exists, else the card of `segjax card RUN`. The
+command needs segjax[hub] and a token with write access: `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="segjax push", description=summary_of(__doc__))
     parser.add_argument("workdir", type=as_path, metavar="RUN", help="folder of a run that has ended")
-    parser.add_argument("address", metavar="hf:USER/NAME", help="repository, which is made if there is none")
+    parser.add_argument("address", metavar="hf:USER/NAME", help="repository, created if there is none")
     add_licence(parser)
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
     environment.keep_compiled_programs()
-    return run_command("segjax push", lambda: _run(options), interrupted="the Hub has all of it or nothing")
+    return run_command("segjax push", lambda: _run(options), interrupted="the Hub has all files or none")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _write(workdir: Path, folder: Path, repository: str, licence: str | None) -> None:
-    """Writes everything that is uploaded to a folder."""
+    """Writes all files to upload into a folder."""
     from segjax.checkpoints.save import save
     from segjax.train.card import NAME, PLACEHOLDER, card_of, is_transformers
 

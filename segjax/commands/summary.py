@@ -33,7 +33,7 @@ def _title(summary: Summary | PublishedSummary) -> str:
 
 
 def _columns(counts: Mapping[str, int]) -> list[str]:
-    """Names and counts in two columns, downwards."""
+    """Names and counts in two columns, column by column."""
     cells = [f"{name:<26} {count:>9,}" for name, count in counts.items()]
     half = -(-len(cells) // 2)
     return [f"  {'    '.join(cells[row::half])}" for row in range(half)]
@@ -55,7 +55,7 @@ def _table(summary: Summary) -> str:
         if count:
             lines.append(f"  {KINDS[kind]:<34} {count:>19,} {100 * count / summary.total_multiply_adds:>6.1f}%")
     if any(summary.not_counted.values()):
-        lines += ["", "not counted, since it only moves pixels"]
+        lines += ["", "not counted, since they only move pixels"]
         lines += [f"  {NOT_COUNTED[kind]:<34} {count:>19,}" for kind, count in summary.not_counted.items() if count]
     return "\n".join([*lines, "", "layers (calls by class)", *_columns(summary.layers)])
 
@@ -86,19 +86,19 @@ def _json(summary: Summary | PublishedSummary) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="segjax summary", description=summary_of(__doc__))
     parser.add_argument(
-        "name", metavar="NAME", help="a name of segjax.MODELS, such as segformer_b2; another one lists them"
+        "name", metavar="NAME", help="a name in segjax.MODELS, such as segformer_b2; any other word lists them"
     )
     parser.add_argument(
-        "--size", type=within(SIDE), nargs=2, required=True, metavar=("H", "W"), help="of the image, in pixels"
+        "--size", type=within(SIDE), nargs=2, required=True, metavar=("H", "W"), help="size of the image in pixels"
     )
-    parser.add_argument("--num-classes", type=within(CLASSES), default=19, metavar="K", help="19 unless given")
+    parser.add_argument("--num-classes", type=within(CLASSES), default=19, metavar="K", help="default 19")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--convention",
         choices=["true", "modelsummary"],
         default="true",
-        help="modelsummary: the figures of jo-jstrm/segmentation_pytorch, which are no parameter counts",
+        help="modelsummary: the figures of jo-jstrm/segmentation_pytorch, which are not parameter counts",
     )
     options = parser.parse_args(arguments)
     # Imported after parsing, because it imports jax, which takes a second.

@@ -4,9 +4,9 @@
     python train.py --config configs/segformer.py:b2,camvid
 
 --config takes a packaged recipe or a Python file with a function get_config(argument); the words after the colon
-select a variant and a dataset. Every setting is a flag, and so are all settings of the model, as in
---config.model.decoder_dim=512; --config.eval.crop=None unsets an optional one. A run is kept in --workdir, and the
-same command resumes it.
+select a variant and a dataset. Every setting is a flag, also every setting of the model, for example
+--config.model.decoder_dim=512; --config.eval.crop=None unsets an optional setting. The run is saved in --workdir, and
+the same command resumes it.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ PROGRAM = "segjax train"
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEFAULT_RECIPE = "segformer"
 MOST_PROCESSES = 1_000_000
-# Flags that are no settings, with the placeholder of their value and their text.
+# Flags that are not settings: name -> (placeholder of the value, text of the help).
 FLAGS = {
     "config": (
         "RECIPE",
         f"Packaged recipe or config file, RECIPE[:VARIANT,DATASET] or FILE[:ARGUMENT]; default {DEFAULT_RECIPE}. The "
         f"recipes are {', '.join(recipes.RECIPES)}.",
     ),
-    "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. A run that is there already is resumed."),
+    "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. An existing run is resumed."),
     "coordinator": (
         "HOST:PORT",
-        "Several processes: address of the first, or auto to use what SLURM, Open MPI, Kubernetes or Cloud TPU set.",
+        "Several processes: address of the first, or auto to use that of SLURM, Open MPI, Kubernetes or Cloud TPU.",
     ),
-    "num_processes": ("N", "Several processes: how many there are."),
-    "process_id": ("I", "Several processes: which one this is, from 0."),
+    "num_processes": ("N", "Several processes: their number."),
+    "process_id": ("I", "Several processes: number of this one, from 0."),
 }
 
 
@@ -62,7 +62,7 @@ class UsageError(ValueError):
 
 
 class Options(NamedTuple):
-    """The parsed command line; `recipe` is the value of --config, `model_flags` the settings of the model on it."""
+    """The parsed command line; `recipe` is the value of --config, `model_flags` names the model's settings on it."""
 
     recipe: str
     config: ConfigDict
@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-      Exit status: 0, 130 or 143 where Ctrl-C or SIGTERM stopped the run, 2 for an error that the user can correct, 1
-      for a bug.
+      Exit status: 0; 130 or 143 if Ctrl-C or SIGTERM stopped the run; 2 for an error that the user can correct; 1 for a
+      bug.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if set(HELP) & set(arguments):
@@ -97,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(options)
 
     with _stops_at_once():
-        full_disk = "what was saved before is complete: make room, and run the same command again"
+        full_disk = "earlier saves are complete: make room, and run the same command again"
         return run_command(PROGRAM, run, full_disk=full_disk)
 
 
 def _run(options: Options) -> int:
-    # Imported here, because a command line that cannot be used is refused without waiting for JAX.
+    # Imported here, so that an invalid command line is refused without waiting for JAX.
     from segjax.data.sources import NoSourceError
     from segjax.runtime import console, distributed, environment
     from segjax.train import config as train_config
@@ -118,9 +118,9 @@ def _run(options: Options) -> int:
         workdir = user_path(options.workdir or loop.default_workdir(config))
 
         def changes(config: ConfigDict) -> list[str]:
-            # Called once `train` has checked the settings; before, the dataset may be one that does not exist.
+            # Called after `train` checked the settings; before that, the dataset may not exist.
             default = common.get_config(config.data.name)
-            # Printed before.
+            # `main` printed it.
             default.recipe = config.recipe
             return train_config.changes(config, default)
 
@@ -135,7 +135,7 @@ def _run(options: Options) -> int:
 
 
 def _not_of_recipes(config: ConfigDict) -> frozenset[str]:
-    """The settings of the model with values that no packaged recipe has for it: those that a config file has set."""
+    """The model's settings with values that no packaged recipe has, which a config file must have set."""
     packaged = [
         recipes.load(f"{recipe}:{words}").model
         for recipe in recipes.RECIPES
@@ -147,7 +147,7 @@ def _not_of_recipes(config: ConfigDict) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _stops_at_once() -> Iterator[None]:
-    """Ends the process at once after Ctrl-C; otherwise each thread that saves or reads would report the shutdown."""
+    """Ends the process at once after Ctrl-C; else each thread that saves or reads would report the shutdown."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -160,14 +160,14 @@ def _stops_at_once() -> Iterator[None]:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Loads the recipe and applies the flags to it. Nothing global is read or changed, not even sys.argv.
+    """Loads the recipe and applies the flags to it. No global state is read or changed, not even sys.argv.
 
     Raises:
-      UsageError, recipes.ConfigError: A flag or a recipe that cannot be used.
+      UsageError, recipes.ConfigError: A flag or recipe cannot be used.
     """
-    # Flags of absl's own. It would open any file, and accept mistyped flags.
+    # absl's own flags would open any file, and accept mistyped flags.
     if found := next(filter(None, (re.match(r"--?(flagfile|undefok)(=|$)", argument) for argument in arguments)), None):
-        raise UsageError(f"there is no flag --{found[1]}; settings in a file are those of a recipe: --config FILE.py")
+        raise UsageError(f"there is no flag --{found[1]}; a file with settings is a recipe: --config FILE.py")
     recipe, arguments = _split_off_config(arguments)
     config = recipes.load(recipe)
     model_flags = _add_model_settings(arguments, config)
@@ -179,7 +179,7 @@ def parse(arguments: list[str]) -> Options:
     for name in ("num_processes", "process_id"):
         flags.DEFINE_integer(name, None, FLAGS[name][1], lower_bound=0, upper_bound=MOST_PROCESSES, flag_values=values)
     with _in_one_line(config.model.name):
-        # It defines a flag for each setting that the arguments name, and changes `config` as they are parsed.
+        # Defines a flag for each setting that the arguments name; parsing then changes `config`.
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         _, *stray = values(argv)
     if stray:
@@ -209,10 +209,11 @@ def _split_off_config(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _split_off_unset(arguments: list[str]) -> tuple[set[str], list[str]]:
-    """The settings that are to be unset, and the other arguments.
+    """The settings to unset, and the other arguments.
 
-    --config.KEY=None unsets an optional setting; the last flag of a setting counts. With --config.eval.mode=whole, the
-    sliding window of a recipe is unset too.
+    --config.KEY=None unsets an optional setting; the last flag of a setting counts. --config.eval.mode=whole also
+    unsets
+    the sliding window of a recipe.
     """
     last = dict(_settings_in(arguments))
     unset = {
@@ -233,17 +234,17 @@ def _split_off_unset(arguments: list[str]) -> tuple[set[str], list[str]]:
 
 
 def _settings_in(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Key and value of each --config.KEY=VALUE or --config.KEY VALUE."""
+    """Yields key and value of each --config.KEY=VALUE or --config.KEY VALUE."""
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if match := re.match(r"--?(?:no)?config\.([\w.]+)(?:(=)|$)", argument):
             yield match[1], argument.partition("=")[2] if match[2] else following
 
 
 def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[str]:
-    """Adds the settings of the model that the arguments name to a recipe that does not set them, with their defaults.
+    """Adds the model's settings that the arguments name to the config, with their defaults, if the recipe lacks them.
 
     Returns:
-      The settings of the model that the arguments name.
+      The model's settings that the arguments name.
 
     Raises:
       UsageError: The model has no such setting.
@@ -254,7 +255,7 @@ def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[s
         return frozenset(config.model)
     if keys <= set(config.model):
         return frozenset(keys)
-    # Imported here, because the settings of models are those of their constructors, which import JAX.
+    # Imported here, because the settings of a model are the arguments of its constructor, and models import JAX.
     from segjax import models
     from segjax.train.config import why_no_model_setting
 
@@ -271,7 +272,7 @@ def _add_model_settings(arguments: list[str], config: ConfigDict) -> frozenset[s
 
 
 def _refuse_unknown_settings(arguments: list[str], config: ConfigDict) -> None:
-    """Raises UsageError for --config.KEY where the config has no such setting, or where a section gets no dict."""
+    """Raises UsageError for --config.KEY if there is no such setting, or if the value of a section is not a dict."""
     keys = schema.flattened(config)
     for argument in arguments:
         key = argument.partition("=")[0].partition("config.")
@@ -308,10 +309,10 @@ def _did_you_mean(settings: list[str]) -> str:
 
 @contextlib.contextmanager
 def _in_one_line(model: str = "") -> Iterator[None]:
-    """Turns all errors of absl and ml_collections about flags into UsageErrors of one line.
+    """Raises all errors of absl and ml_collections about flags as UsageErrors of one line.
 
     Args:
-      model: Its name, where the flags are settings.
+      model: Name of the model, if the flags are settings.
     """
     try:
         yield
@@ -351,7 +352,7 @@ def help_text() -> str:
     for name in recipes.RECIPES:
         lines.append(_filled(f"{name}: {', '.join(_variants(name))}", "  "))
     lines += ["", "datasets, the first is the default:", _filled(", ".join(DATASETS), "  ")]
-    lines += ["", "settings and their defaults, of which a recipe changes some:"]
+    lines += ["", "settings and their defaults; a recipe changes some of them:"]
     for section in schema.SECTIONS:
         lines += ["", f"{section.name}: {section.title}" if section.name else section.title]
         for setting in section.settings:
@@ -382,7 +383,7 @@ def _filled(text: str, indent: str) -> str:
 
 
 def _as_typed(value: object) -> str:
-    """A default as a person types it in a shell; nothing for one that is unset."""
+    """A default as it is typed in a shell; "" if it is unset."""
     if value is None:
         return ""
     return f'"{value}"' if isinstance(value, tuple) else str(value)

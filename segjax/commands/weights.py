@@ -2,11 +2,11 @@
 
     segjax weights [PATTERN]
 
-One line each: name, training crop (height x width), mIoU in percent as published
-(a star: of several scales), protocol of the evaluation, licence and publisher.
-"slide 1024" is a sliding window of that side, "whole@512" resizes the short side
-first; "ask": the authors want to hear of commercial use. Encoders are names to
-start a training from. PATTERN is '*cityscapes*', or a part of a name.
+Prints one line each: name, training crop (height x width), published mIoU in
+percent (a star: at several scales), protocol of the evaluation, licence and
+publisher. "slide 1024" is a sliding window of that side; "whole@512" resizes the
+short side first. "ask": ask the authors about commercial use. A training can
+start from an encoder. PATTERN is '*cityscapes*', or a part of a name.
 """
 
 from __future__ import annotations

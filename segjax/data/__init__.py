@@ -3,11 +3,11 @@
     training, test = segjax.data.open_splits("camvid", ["train", "test"], source="DIR")
     image, label = segjax.data.records_of(training.data)[0]    # uint8 (H, W, 3), RGB, and train ids (H, W)
 
-`specs.py` has the table of datasets, and `open.py` opens one by its name. In the order in which images pass through the
-other files: `archives.py` and `folder.py` find them, or `streets.py` draws them; `division.py` divides them; `masks.py`
-checks them and converts their masks, by `palettes.py` those of colours; `builders.py` stores them; `prepared.py` and
-`records.py` read them; `pipeline.py` makes batches, whose crops `crops.py` draws, and which `augment.py` augments on
-the device; `hooks.py` calls a person's own functions.
+`specs.py` has the table of datasets, and `open.py` opens a dataset by its name. Images pass through the other files in
+this order: `archives.py` and `folder.py` find them, or `streets.py` draws them; `division.py` divides them into splits;
+`masks.py` checks them and converts their masks, with `palettes.py` for colours; `builders.py` stores them;
+`prepared.py` and `records.py` read them; `pipeline.py` makes batches of crops that `crops.py` draws and `augment.py`
+augments on the device; `hooks.py` calls the user's own augmentations.
 """
 
 import importlib
@@ -43,7 +43,7 @@ __all__ = [
     "prepare",
     "records_of",
 ]
-# File of each name. It is imported when the name is first used, because `pipeline` and `augment` import jax.
+# File of each name. Files are imported when a name is first used, because `pipeline` and `augment` import jax.
 _FILES = {
     "augment": ("normalise",),
     "builders": ("prepare",),

@@ -1,4 +1,4 @@
-"""Readers of published datasets, whose images and masks lie in their official archives, extracted or not.
+"""Readers of published datasets, from their official archives or the extracted files.
 
     cityscapes  leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip; raw label ids, of which 19 are evaluated
     ade20k      ADEChallengeData2016.zip; 0 is unlabelled, 1..150 are the classes
@@ -43,15 +43,15 @@ Files = dict[str, File]  # by the path inside the dataset
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How the examples of a dataset are found among the files of its archives.
+    """Rules by which the examples of a dataset are found among the files of its archives.
 
     Attributes:
       parts: Folder that is read -> official archive that contains it.
       above: Folders of the archives that enclose those of `parts`; removed from paths.
       layout: The files that are read, for messages.
-      find: (files, problems) -> examples by split; adds what is missing to the problems.
-      train_ids: Int16 (256,), the train id of each mask value; the ignore label for a value that is ignored, -1 for
-        one that the masks cannot have.
+      find: (files, problems) -> examples by split; adds missing files to the problems.
+      train_ids: Train id of each mask value, int16 (256,); the ignore label for an ignored value, -1 for an invalid
+        one.
     """
 
     parts: Mapping[str, str]
@@ -62,21 +62,24 @@ class Reader:
 
     @property
     def needs(self) -> str:
-        """What a source must hold, for messages."""
-        return f"{' and '.join(dict.fromkeys(self.parts.values()))}, or what they hold: {self.layout}"
+        """The files that a source must hold, for messages."""
+        return f"{' and '.join(dict.fromkeys(self.parts.values()))}, or their content: {self.layout}"
 
 
 def locate(
     name: str, reader: Reader, given: list[Path], problems: Problems, skipped: list[str]
 ) -> tuple[list[tuple[str, Path]], list[Path]]:
-    """The files and archives to read among the given paths.
+    """Finds the files and archives to read among the given paths.
 
     Args:
-      name: Of the dataset, for messages.
-      skipped: Gets the links to folders that are read already.
+      name: Name of the dataset, for messages.
+      reader: Reader of the dataset.
+      given: Paths of folders and archives.
+      problems: Receives the paths that cannot be used.
+      skipped: Receives the links to folders that are read already.
 
     Returns:
-      (path inside the dataset, path on disk) of files in folders, and paths of archives.
+      (path inside the dataset, path on disk) of each file in the folders, and paths of the archives.
     """
     loose, archives = [], []
     known = {*reader.parts, *reader.above}
@@ -96,7 +99,7 @@ def locate(
         if not inside and not packed:
             names = listed(sorted(entry.name for entry in path.iterdir()))
             lower = [place for depth in ("*", "*/*") for place in sorted(path.glob(depth)) if _holds(place, reader)]
-            problems[f"folders with nothing of {name}; needed are {reader.needs}"].append(
+            problems[f"folders without files of {name}; needed are {reader.needs}"].append(
                 f"{path} holds {names or 'nothing'}" + (f"; give {lower[0]}, which holds some" if lower else "")
             )
     for path in archives:
@@ -129,17 +132,20 @@ def read(
     """The examples in the files and archives that `locate` found.
 
     Args:
-      spec: Of the dataset; other numbers of images than its published ones are a problem.
+      spec: Spec of the dataset, with the published numbers of images; any other number is a problem.
+      reader: Reader of the dataset.
+      loose, archives: Result of `locate`.
       scratch, opened: See `sources.in_archive`.
-      notes: Gets lines about what a subset lacks.
-      subset: Whether any number of images is taken, and files without their partner are skipped.
+      problems: Receives everything that is wrong.
+      notes: Receives lines about the missing files of a subset.
+      subset: Whether to accept any number of images and skip images without a mask, and masks without an image.
     """
     found: list[tuple[str, File]] = [(inside, file_of(path, inside)) for inside, path in loose]
     for path in archives:
         try:
             found += in_archive(path, scratch, opened, problems).items()
         except ArchiveError as error:
-            problems["archives that are no whole .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
+            problems["archives that are no complete .zip, .tar or .tar.gz; fetch them again"].append(f"{path}: {error}")
     files: Files = {}
     others = set()
     for name, file in found:
@@ -170,15 +176,15 @@ def read(
     counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
     if counts != dict(spec.splits):
         kind = (
-            f"images are not as many as in {spec.name}; fetch the archives again, or prepare the part that there is "
-            f"with `segjax data prepare {spec.name} --subset`"
+            f"numbers of images differ from those of {spec.name}; fetch the archives again, or prepare the available "
+            f"part with `segjax data prepare {spec.name} --subset`"
         )
         problems[kind].append(f"{counted(counts)} instead of {counted(dict(spec.splits))}")
     return examples
 
 
 def _part(spec: specs.DatasetSpec, reader: Reader, files: Files, problems: Problems, notes: list[str]) -> Examples:
-    """The examples that are complete, in the splits that have some."""
+    """The complete examples, in the splits that have any."""
     gaps: Problems = collections.defaultdict(list)
     examples = {split: found for split, found in reader.find(files, gaps).items() if found}
     counts = {split: len(examples.get(split, ())) for split, _ in spec.splits}
@@ -197,7 +203,7 @@ def _part(spec: specs.DatasetSpec, reader: Reader, files: Files, problems: Probl
 
 def _cityscapes(files: Files, problems: Problems) -> Examples:
     images = _matched(files, r"leftImg8bit/(train|val|test)/[^/]+/([^/]+)_leftImg8bit\.png")
-    # The masks of test are dummies: its labels are not published.
+    # The masks of test are dummies, because its labels are not published.
     masks = _matched(files, r"gtFine/(train|val)/[^/]+/([^/]+)_gtFine_labelIds\.png")
     examples = {split: _paired(images.get(split, {}), masks.get(split, {}), problems) for split in ("train", "val")}
     return examples | {"test": [Example(name, file, None) for name, file in sorted(images.get("test", {}).items())]}
@@ -223,7 +229,7 @@ def _pet(files: Files, problems: Problems) -> Examples:
 
 
 def _matched(files: Files, pattern: str) -> dict[str, dict[str, File]]:
-    """split -> name -> file, for the paths that match; the groups of the pattern are split and name."""
+    """split -> name -> file, for the paths that match; the two groups of the pattern are split and name."""
     found: dict[str, dict[str, File]] = {}
     for path, file in files.items():
         if match := re.fullmatch(pattern, path):
@@ -244,7 +250,7 @@ def _paired(images: Files, masks: Files, problems: Problems) -> list[Example]:
 
 
 def _listed(files: Files, lists: Mapping[str, str], image: str, mask: str, problems: Problems) -> Examples:
-    """Examples named by text files, which have one name per line, in the first column."""
+    """The examples that text files list, one name per line, in the first column."""
     examples: Examples = {}
     for split, path in lists.items():
         examples[split] = []
@@ -255,14 +261,14 @@ def _listed(files: Files, lists: Mapping[str, str], image: str, mask: str, probl
         for name in sorted({line.split()[0] for line in lines if line.strip() and line[0] != "#"}):
             missing = [each.format(name) for each in (image, mask) if each.format(name) not in files]
             if missing:
-                problems[f"files missing that {path} lists; fetch the archives again"] += missing
+                problems[f"missing files that {path} lists; fetch the archives again"] += missing
             else:
                 examples[split].append(Example(name, files[image.format(name)], files[mask.format(name)]))
     return examples
 
 
 def _train_ids(classes: Mapping[int, int], ignored: Iterable[int]) -> np.ndarray:
-    """int16 (256,), the train id of each mask value; -1 for a value that is neither a class nor ignored."""
+    """Train id of each mask value, int16 (256,); -1 for a value that is neither a class nor ignored."""
     table = np.full(256, -1, np.int16)
     table[list(ignored)] = 255
     table[list(classes)] = list(classes.values())
@@ -271,7 +277,7 @@ def _train_ids(classes: Mapping[int, int], ignored: Iterable[int]) -> np.ndarray
 
 _ADE = "ADEChallengeData2016.zip"
 _VOC = "VOCtrainval_11-May-2012.tar"
-# The label ids of Cityscapes' 19 evaluated classes, in the order of the train ids; ids 0..33 are in use (labels.py).
+# Label ids of Cityscapes' 19 evaluated classes, in the order of the train ids; masks have ids 0..33 (labels.py).
 _EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 READERS = {
@@ -285,7 +291,7 @@ READERS = {
     "ade20k": Reader(
         parts={"images": _ADE, "annotations": _ADE},
         above=("ADEChallengeData2016",),
-        layout="images/training/*.jpg, annotations/training/*.png, and the same of validation",
+        layout="images/training/*.jpg, annotations/training/*.png, and the same for validation",
         find=_ade20k,
         train_ids=_train_ids({value: value - 1 for value in range(1, 151)}, ignored=[0]),
     ),

@@ -1,10 +1,10 @@
-"""Augmentation on the device, one compiled function from integers, or float32, to normalised float32.
+"""Augmentation on the device: one compiled function from uint8, uint16 or float32 images to normalised float32.
 
 The order is mmsegmentation's for Cityscapes and ADE20K: random scale, rotation, crop, flip, photometric distortion,
-normalise, pad. Padding comes last, so that a padded pixel is 0 after normalisation and carries the ignore label.
+normalisation, padding. Padding comes last, so that a padded pixel is 0 after normalisation and has the ignore label.
 
-Values of uint16 and float32 images have no range of their own. Their brightness and contrast change after the
-normalisation, where the mean is 0 and a deviation 1.
+The values of uint16 and float32 images have no fixed range. Brightness and contrast of these images are changed after
+the normalisation, where the mean is 0 and the standard deviation 1.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 from segjax.data import hooks, specs
 from segjax.data.crops import AugmentSettings, crop_pixels, draw_crops, nearest_pixels, place, rarity_of
 
-# `jax.random.split(key)` makes the keys that fold_in makes of 0 and 1, and `crops` folds from 2, 3 and 4.
+# Number that is folded into the key of a sample for `on_device`. `jax.random.split(key)` gives the keys of 0 and 1, and
+# `crops` uses 2, 3 and 4.
 _ON_DEVICE = 5
-# A level of 8 bits in deviations of ImageNet's images.
+# One 8-bit grey level in standard deviations of ImageNet's pixels.
 _LEVEL = float(1 / np.mean(specs.IMAGENET_STD))
 
 
@@ -31,7 +32,15 @@ def normalise(
     mean: Sequence[float] = specs.IMAGENET_MEAN,
     std: Sequence[float] = specs.IMAGENET_STD,
 ) -> jax.Array:
-    """(images - mean) / std: (..., C) of any dtype -> float32, C numbers each; defaults are ImageNet's, of 0..255."""
+    """Normalises images: (images - mean) / std.
+
+    Args:
+      images: (..., C), of any dtype.
+      mean, std: C numbers in the units of the images; by default ImageNet's, for values in 0..255.
+
+    Returns:
+      float32 (..., C).
+    """
     return (jnp.asarray(images, jnp.float32) - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 
@@ -48,19 +57,19 @@ def augment(
 
     Args:
       keys: (B,) random keys.
-      batch: "image" uint8, uint16 or float32 (B, H, W, C), "label" uint8 or uint16 (B, H, W), "size" int32 (B, 2):
-        height and width of the image without its padding, which is never read. "crop", optional: the `Crops` of the
-        same keys, of a batch that holds only a window of each image.
+      batch: "image", uint8, uint16 or float32 (B, H, W, C); "label", uint8 or uint16 (B, H, W); "size", int32 (B, 2),
+        height and width of each image without its padding, which is never read. "crop", optional: the `Crops` of the
+        same keys, for a batch that holds only a window of each image.
       settings: The `augment` section of a config.
       ignore_label: Label of the padding.
-      class_pixels: (K,), pixels of each label value in the training split, for `class_balance`.
+      class_pixels: Number of pixels of each label value in the training split, (K,), for `class_balance`.
       normalise: Values (..., C) -> float32 (..., C); `partial(normalise, mean=..., std=...)` for other statistics.
 
     Returns:
-      float32 (B, h, w, C), normalised, and labels (B, h, w) of the same dtype; (h, w) is settings.crop.
+      Normalised images, float32 (B, h, w, C), and labels (B, h, w) of the dtype in the batch; (h, w) is settings.crop.
 
     Raises:
-      ValueError: Statistics for another number of channels, or a function of `on_device` that cannot be used.
+      ValueError: Mean and deviation are for another number of channels, or the function of `on_device` cannot be used.
     """
     crops = batch["crop"] if "crop" in batch else draw_crops(keys, batch["size"], settings)
     if "crop" not in batch and needs_labels(settings):
@@ -94,12 +103,12 @@ def augment(
 
 
 def needs_labels(settings: AugmentSettings) -> bool:
-    """Whether the places of crops depend on labels."""
+    """Whether the positions of crops depend on labels."""
     return settings.cat_max_ratio < 1 or settings.class_balance > 0
 
 
 def rarity_for(settings: AugmentSettings, class_pixels: np.ndarray | None) -> np.ndarray | None:
-    """What `place` takes as `rarity`, from the pixels of each class (K,); None without `class_balance`."""
+    """Argument `rarity` of `place`, from the number of pixels of each class (K,); None without `class_balance`."""
     if not settings.class_balance:
         return None
     if class_pixels is None:
@@ -108,10 +117,10 @@ def rarity_for(settings: AugmentSettings, class_pixels: np.ndarray | None) -> np
 
 
 def _resample(image, label, size, crop, lengths, ignore_label):
-    """-> float32 (h, w, C), labels (h, w), bool (h, w): False in the padding."""
+    """Crop, float32 (h, w, C), its labels (h, w), and bool (h, w), False in the padding."""
     rows, rows_inside = crop_pixels(lengths[0], crop.scaled[0], crop.offset[0])
     columns, columns_inside = crop_pixels(lengths[1], crop.scaled[1], crop.offset[1], flip=crop.flip)
-    # One axis after the other: two small gathers instead of four of every pixel.
+    # One axis after the other: two small gathers instead of four per pixel.
     resampled = image.astype(jnp.float32)
     for axis, pixels in enumerate((rows, columns)):
         positions = _source_positions(pixels, size[axis], crop.scaled[axis])
@@ -123,11 +132,11 @@ def _resample(image, label, size, crop, lengths, ignore_label):
 
 
 def _resample_rotated(image, label, size, crop, lengths, ignore_label):
-    """`_resample`, turned about the centre of the crop, or of the part of it that is inside the image.
+    """`_resample`, rotated about the centre of the part of the crop that is inside the image.
 
-    It equals `RandomRotate` of mmsegmentation on the scaled image, with this centre, before the crop: clockwise,
-    bilinear and nearest, and what comes from outside the image is padding. The image is resampled once, not twice. At
-    the edge of the image pixels are not blended with the padding.
+    The result is that of mmsegmentation's `RandomRotate` on the scaled image, about this centre, before the crop:
+    clockwise, bilinear for the image and nearest for labels. Pixels from outside the image are padding. But the image
+    is resampled once, not twice, and pixels at its edge are not blended with the padding.
     """
     (rows, rows_inside), (columns, columns_inside) = (
         crop_pixels(lengths[0], crop.scaled[0], crop.offset[0]),
@@ -151,7 +160,7 @@ def _resample_rotated(image, label, size, crop, lengths, ignore_label):
     resampled = jnp.zeros((*lengths, image.shape[-1]), jnp.float32)
     for row, row_weight in zip(positions[0], weights[0], strict=True):
         for column, column_weight in zip(positions[1], weights[1], strict=True):
-            # Clipped, because padding may lie outside the window.
+            # Clipped, because pixels of the padding may lie outside the window.
             corner = image.at[row, column].get(mode="clip").astype(jnp.float32)
             resampled += (row_weight * column_weight)[..., None] * corner
     return resampled, _padded(label.at[tuple(nearest)].get(mode="clip"), inside, ignore_label), inside
@@ -162,12 +171,12 @@ def _padded(label, inside, ignore_label):
 
 
 def _source_positions(pixels, size, scaled):
-    """Positions in the image of pixels of the scaled image, along one axis, half-pixel centres as in cv2.resize."""
+    """Positions in the image of pixels of the scaled image, along one axis; half-pixel centres as in cv2.resize."""
     return (pixels + 0.5) * (size / scaled) - 0.5
 
 
 def _neighbours(positions, size):
-    """The pixels before and after positions, edges repeated, int32, and the weight of the latter."""
+    """Pixels before and after each position, int32, with edges repeated; and the weight of the pixel after it."""
     position = jnp.clip(positions, 0, size - 1)
     before = jnp.floor(position).astype(jnp.int32)
     return before, jnp.minimum(before + 1, size - 1), position - before
@@ -186,8 +195,11 @@ class Distortion(NamedTuple):
     """Random photometric changes; each has its neutral value with probability one half.
 
     Attributes:
-      brightness: Is added, -32..32. contrast: is multiplied, 0.5..1.5. saturation: is multiplied, 0.5..1.5.
-      hue: Is added, -0.1..0.1 of a full turn. contrast_first: whether contrast comes before saturation and hue.
+      brightness: Summand in -32..32.
+      contrast: Factor in 0.5..1.5.
+      saturation: Factor in 0.5..1.5.
+      hue: Summand in -0.1..0.1 of a full turn.
+      contrast_first: Whether contrast comes before saturation and hue.
     """
 
     brightness: jax.Array
@@ -198,7 +210,7 @@ class Distortion(NamedTuple):
 
 
 def draw_distortion(key: jax.Array) -> Distortion:
-    """The random numbers of `distort`."""
+    """Draws the random numbers of `distort`."""
     keys = jax.random.split(key, 9)
 
     def maybe(index, neutral, low, high):
@@ -213,9 +225,9 @@ def draw_distortion(key: jax.Array) -> Distortion:
 def distort(key: jax.Array, image: jax.Array) -> jax.Array:
     """Photometric distortion of SSD (Liu et al., 2016) with mmsegmentation's ranges: float32 (h, w, C) in 0..255.
 
-    Each with probability one half: brightness ±32, contrast 0.5..1.5 (before or after the colour changes),
-    saturation 0.5..1.5, hue ±36 degrees. Images of other than three channels have no colours: brightness and contrast
-    only.
+    Each change is made with probability one half: brightness ±32, contrast 0.5..1.5 (before or after the colour
+    changes), saturation 0.5..1.5, hue ±36 degrees. Only the brightness and contrast of images without three channels
+    are changed.
     """
     brightness, contrast, saturation, hue, contrast_first = draw_distortion(key)
     image = jnp.clip(image + brightness, 0, 255)
@@ -227,15 +239,15 @@ def distort(key: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def change_brightness(key: jax.Array, image: jax.Array, largest: int) -> jax.Array:
-    """With probability one half, adds an integer from -largest to largest, as HRNet: float32 (h, w, C) in 0..255."""
+    """Adds an integer in -largest..largest with probability one half, as in HRNet: float32 (h, w, C) in 0..255."""
     return jnp.clip(image + _drawn_brightness(key, largest), 0, 255)
 
 
 def change_normalised(key: jax.Array, image: jax.Array, settings: AugmentSettings) -> jax.Array:
-    """`distort` or `change_brightness` of a normalised image, float32 (h, w, C), whose values had no range.
+    """`distort` or `change_brightness` for a normalised image, float32 (h, w, C), whose values have no fixed range.
 
-    Brightness is in levels of 8 bits, of which a deviation has as many as ImageNet's; contrast is about the mean.
-    Nothing is clipped, and colours do not change.
+    One standard deviation counts as ImageNet's, about 58 grey levels of 8 bits. Contrast changes about the mean. Values
+    are not clipped, and colours do not change.
     """
     if settings.photometric:
         brightness, contrast, *_ = draw_distortion(key)
@@ -246,7 +258,7 @@ def change_normalised(key: jax.Array, image: jax.Array, settings: AugmentSetting
 
 
 def _drawn_brightness(key: jax.Array, largest: int) -> jax.Array:
-    """With probability one half an integer from -largest to largest, else 0."""
+    """An integer in -largest..largest with probability one half, else 0."""
     value_key, is_key = jax.random.split(key)
     value = jax.random.randint(value_key, (), -largest, largest + 1)
     return jnp.where(jax.random.bernoulli(is_key), value, 0)
@@ -258,7 +270,7 @@ def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) ->
     chroma = value - jnp.min(image, axis=-1)
     safe = jnp.where(chroma > 0, chroma, 1.0)
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    # Not value == red: a compiler that computes a channel twice, with other rounding, would find it equal to none.
+    # Not value == red: if the compiler computes a channel twice, with different rounding, no channel equals the value.
     sector = jnp.where(
         (red >= green) & (red >= blue),
         ((green - blue) / safe) % 6,
@@ -274,6 +286,6 @@ def change_colour(image: jax.Array, *, saturation: jax.Array, hue: jax.Array) ->
 
 
 def step_keys(key: jax.Array, step: jax.Array | int, positions: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Random keys of a step: (B,), one for each sample at `positions` of the batch, and one for dropout."""
+    """Random keys of a step: one per sample at `positions` of the batch, (B,), and one for dropout."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
     return jax.vmap(partial(jax.random.fold_in, augment_key))(positions), dropout_key

@@ -1,7 +1,6 @@
-"""Images of any number of channels, in the numbers of their files: TIFF with all of its bands, NumPy's .npy, grey PNG.
-And masks that are such files.
+"""Reads images with any number of channels, unscaled: TIFF with all bands, NumPy's .npy, grey PNG; and such masks.
 
-Pixels are uint8, uint16 or float32 (H, W, C), in the unit of the data: nothing is scaled, and no band is dropped.
+Pixels are uint8, uint16 or float32 (H, W, C), in the unit of the data: values are not scaled, and no band is dropped.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ import numpy as np
 from segjax.data import codec, specs, tiff
 from segjax.data.codec import ImageError, LayoutError
 
-# Percentiles of a band that become black and white in pictures.
+# Percentiles of a band that are black and white in pictures.
 _DARK, _BRIGHT = 2, 98
-# Pixels of which percentiles are computed; more would be the same within a grey level.
+# Number of pixels for percentiles; with more pixels, the result changes by less than a grey level.
 _SAMPLED = 1 << 16
-# Version of a .npy -> bytes of the length of its header; and the longest header that NumPy reads.
+# Version of a .npy -> number of bytes that hold the header's length; and the longest header that NumPy reads.
 _LENGTHS_OF_HEADERS, _LONGEST_HEADER = {(1, 0): 2, (2, 0): 4, (3, 0): 4}, 10_000
 _CONVERT = f"images are {', '.join(specs.IMAGE_DTYPES[:-1])} or {specs.IMAGE_DTYPES[-1]}; convert it to one of them"
 
 
 def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
-    """uint8, uint16 or float32 (H, W, C) of an image file of any format, upright.
+    """Decodes an image file of any format, upright, to uint8, uint16 or float32 (H, W, C).
 
-    Of a TIFF every sample is a channel, alpha too; one with a palette, CMYK or YCbCr is RGB. Of PNG, JPEG, WebP, BMP
-    and GIF, C is 1 for grey or else 3: alpha is dropped, a palette becomes its colours.
+    Every sample of a TIFF is a channel, including alpha; palette, CMYK and YCbCr become RGB. For PNG, JPEG, WebP, BMP
+    and GIF, C is 1 for grey and else 3: alpha is dropped, and a palette is replaced by its colours.
 
     Raises:
-      ImageError: It is no image, is damaged, has more than `max_pixels` pixels, or has numbers of another dtype.
+      ImageError: The file is not an image, is damaged, has more than `max_pixels` pixels, or has another dtype.
     """
     match codec.format_of(data[:32]):
         case "TIFF":
@@ -43,17 +42,17 @@ def decode(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> np.ndarray:
         case _:
             image, _ = codec.decode_upright(data, max_pixels=max_pixels)
             if image.ndim == 3 and image.shape[2] == 3 and codec.is_grey(data):
-                # The decoder repeats grey.
+                # The decoder repeated the grey channel.
                 image = image[..., :1]
     return of_array(image)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.StoredMask:
-    """A mask that is a TIFF of one band, upright, or a .npy of (H, W) or (H, W, 1); its values are kept exactly.
+    """Decodes a mask: a TIFF with one band, upright, or a .npy (H, W) or (H, W, 1); its values are kept exactly.
 
     Raises:
-      LayoutError: Several bands, numbers that are not integers, or outside of 0..65535.
-      ImageError: It is damaged, or has more than `max_pixels` pixels.
+      LayoutError: The mask has several bands, or values that are not integers in 0..65535.
+      ImageError: The file is damaged, or has more than `max_pixels` pixels.
     """
     palette = None
     if codec.format_of(data[:32]) == "TIFF":
@@ -74,7 +73,7 @@ def decode_mask(data: bytes, *, max_pixels: int = codec.MAX_PIXELS) -> codec.Sto
         row, column = np.argwhere(strange)[0].tolist()
         raise LayoutError(
             f"has {np.count_nonzero(strange):,} values of {values.dtype.name} that are "
-            + ("no whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
+            + ("not whole numbers" if is_float else f"outside of 0..{specs.LARGEST_LABEL}")
             + f", the first at row {row}, column {column}: {values[row, column]}"
         )
     if is_float:
@@ -88,7 +87,7 @@ def of_array(image: np.ndarray) -> np.ndarray:
     """An array (H, W) or (H, W, C) as (H, W, C), in the byte order of the machine.
 
     Raises:
-      LayoutError: Another shape or dtype.
+      LayoutError: The array has another shape or dtype.
     """
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise LayoutError(f"has the shape {image.shape}; an image is (H, W, C), or (H, W) of one channel")
@@ -102,24 +101,24 @@ def of_npy(data: bytes) -> np.ndarray:
     """The array in the content of a .npy file, read-only; objects are never unpickled.
 
     Raises:
-      ImageError: It is damaged, or has objects.
+      ImageError: The file is damaged, or has objects.
     """
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         length = int.from_bytes(file.read(_LENGTHS_OF_HEADERS[version]), "little")
-        # Beyond what NumPy itself reads, an expression could exhaust the stack.
+        # Limited as in NumPy, because a long expression could exhaust the stack.
         header: Any = ast.literal_eval(file.read(min(length, _LONGEST_HEADER)).decode("latin1"))
         dtype, shape, is_fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
-    # A header of any content is an error of any kind, in words of Python.
+    # A damaged header can raise any exception.
     except Exception as error:
         raise ImageError("is a .npy that cannot be read (its header is damaged)") from error
     if not all(type(side) is int and side >= 0 for side in shape) or type(is_fortran) is not bool:
         raise ImageError("is a .npy that cannot be read (its header is damaged)")
     if dtype.hasobject:
-        raise ImageError("is a .npy that cannot be read (it has objects of Python, not numbers)")
+        raise ImageError("is a .npy that cannot be read (it has Python objects, not numbers)")
     pixels = data[file.tell() :]
-    # Compared before anything is allocated: a header may have any numbers.
+    # Compared before anything is allocated, because a header may state any size.
     if not dtype.itemsize or dtype.itemsize * math.prod(shape) != len(pixels):
         raise ImageError(
             f"is a .npy that cannot be read (its header has {dtype} of the shape {shape}, and {len(pixels):,} bytes "
@@ -127,20 +126,20 @@ def of_npy(data: bytes) -> np.ndarray:
         )
     try:
         return np.ndarray(shape, dtype, pixels, order="F" if is_fortran else "C")
-    # NumPy has a limit to the number of axes, and to sides next to one of 0.
+    # NumPy limits the number of axes, and sides even if another side is 0.
     except ValueError as error:
         raise ImageError(f"is a .npy that cannot be read (no array has the shape {shape})") from error
 
 
 def to_npy(image: np.ndarray) -> bytes:
-    """The content of a .npy file of an array."""
+    """Content of a .npy file of an array."""
     file = io.BytesIO()
     np.save(file, image, allow_pickle=False)
     return file.getvalue()
 
 
 def strange_values(image: np.ndarray) -> str | None:
-    """How many numbers of an image (H, W, C) are NaN or infinite, and where the first is; None if all are finite."""
+    """Number of NaN or infinite values in an image (H, W, C), and place of the first; None if all are finite."""
     if image.dtype.kind != "f" or (is_finite := np.isfinite(image)).all():
         return None
     row, column, channel = np.argwhere(~is_finite)[0].tolist()
@@ -149,10 +148,10 @@ def strange_values(image: np.ndarray) -> str | None:
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) to look at, of an image (H, W, C); RGB of 8 bits itself.
+    """A picture, uint8 (H, W, 3), of an image (H, W, C) for viewing; 8-bit RGB is returned unchanged.
 
-    The first three bands, or the only one or the first of two in grey, each from its 2nd percentile, black, to its
-    98th, white.
+    The picture shows the first three bands, or the first band in grey if there are fewer. In each band, the 2nd
+    percentile is black and the 98th white.
     """
     if image.dtype == np.uint8 and image.shape[2] == 3:
         return image
@@ -168,7 +167,7 @@ def as_picture(image: np.ndarray) -> np.ndarray:
 
 
 class Moments(NamedTuple):
-    """Number of pixels, and of each channel the mean and the sum of squared deviations from it."""
+    """Number of pixels; and for each channel, the mean and the sum of squared deviations from it."""
 
     pixels: int
     of: tuple[tuple[float, float], ...]
@@ -179,16 +178,16 @@ class Moments(NamedTuple):
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Deviations; 1 for a channel that is constant, which nothing can be divided by."""
+        """Standard deviations; 1 for a constant channel, so that values can be divided by it."""
         return tuple(math.sqrt(squares / self.pixels) or 1.0 for _, squares in self.of)
 
 
 def moments(image: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """Of each channel of an image (H, W, C) its mean and the sum of squared deviations from it, in float64."""
+    """Mean of each channel of an image (H, W, C) and sum of squared deviations from it, in float64."""
     found = []
     for channel in np.moveaxis(image, 2, 0):
         if channel.dtype.kind == "u":
-            # In exact integers; by rows, because they are counted as numbers of 64 bits.
+            # Exact integers. By rows, because np.bincount copies its input to 64 bits.
             rows = max(_SAMPLED * 16 // channel.shape[1], 1)
             counts = np.zeros(256**channel.itemsize, np.int64)
             for top in range(0, len(channel), rows):
@@ -205,7 +204,7 @@ def moments(image: np.ndarray) -> tuple[tuple[float, float], ...]:
 
 
 def merged(first: Moments, second: Moments) -> Moments:
-    """The moments of two sets of pixels together (Chan, Golub and LeVeque, 1979)."""
+    """Moments of the union of two sets of pixels (Chan, Golub and LeVeque, 1979)."""
     (n, ours), (m, theirs) = first, second
     both = n + m
     together = []

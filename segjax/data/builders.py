@@ -1,20 +1,20 @@
 """Prepares a dataset once, with TensorFlow Datasets (TFDS) but without TensorFlow; `prepared.py` reads it.
 
-Every dataset is prepared in the same steps: its reader (`archives.py` or `folder.py`) finds the examples in the source;
-they are checked, and masks from archives are converted to train ids (`masks.py`); TFDS writes them as array_record to
-its data directory. One error lists everything that is wrong, and then nothing is left on disk. JPEG and PNG images are
-stored byte for byte, and so are masks of train ids; what readers could not use as it is becomes PNG, see `masks.py`.
-Images of other channels or numbers than RGB of 8 bits are stored as compressed arrays.
+Every dataset is prepared in the same steps. Its reader (`archives.py` or `folder.py`) finds the examples in the source.
+`masks.py` checks them and converts masks from archives to train ids. TFDS writes the examples as array_record to its
+data directory. One error lists everything that is wrong, and nothing is left on disk then. JPEG and PNG images and
+masks of train ids are stored byte for byte; other files become PNG if readers cannot use them as they are, see
+`masks.py`. Images that are not 8-bit RGB are stored as compressed arrays.
 
     segjax_cityscapes/1.1.0                    one directory for each dataset of the table, see `specs.DATASETS`
     segjax_folder/<name>-<state>/1.1.0         one directory for each state of a folder, see `folder.state_of`
     segjax_folder/<name>-<state>-<division>/.. the same, divided into train and val, see `division.py`
-    .../1.1.0/sources.json                     states of other sources that were found to contain the same files
-    segjax_<dataset>/.converting-<state>       during a preparation; one that was interrupted continues there
-    .../.1.1.0.lock                            during a preparation; other processes wait for the one that holds it
+    .../1.1.0/sources.json                     states of other sources that contain the same files
+    segjax_<dataset>/.converting-<state>       during a preparation; an interrupted preparation continues there
+    .../.1.1.0.lock                            during a preparation; other processes wait for its holder
 
-The first two are atomic: TFDS writes to `incomplete.*` next to them and renames it at the end.
-`tfds.builder_from_directory` reads them too.
+Dataset directories are written atomically: TFDS writes to `incomplete.*` next to them and renames it at the end.
+`tfds.builder_from_directory` also reads them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from segjax.runtime import atomic, console, lock, reading
 from segjax.runtime.reading import user_path
 
 StrPath = str | os.PathLike[str]
-_SHARD_BYTES = 1 << 29  # so that no file is too large to copy easily
+_SHARD_BYTES = 1 << 29  # keeps files small enough to copy easily
 _VERSION = "1.1.0"
 
 
@@ -70,23 +70,23 @@ def prepare(
     subset: bool = False,
     division: Division | None = None,
 ) -> Prepared:
-    """Opens a prepared dataset; before its first use, checks and prepares it and prints the paths on stdout.
+    """Opens a prepared dataset. Before its first use, checks and prepares it, and prints the paths on stdout.
 
     Args:
-      name: One of `specs.prepared_names()`.
-      source: Path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Only
-        "folder" needs it once the dataset is prepared.
-      data_dir: TFDS's data directory; None is TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
-      subset: Whether a part of a published dataset is prepared, instead of refused.
-      division: How the only split with labels is divided into train and val. None for the splits of the source; or for
-        those that were prepared before, of a folder the last ones.
+      name: Name of the dataset, one of `specs.prepared_names()`.
+      source: Path of its files, see `folder.LAYOUT` and `archives.READERS`; several paths for several archives. Once a
+        dataset is prepared, only "folder" needs it.
+      data_dir: TFDS's data directory; by default TFDS's own (TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      subset: Whether to prepare a part of a published dataset instead of refusing it.
+      division: Division of the only split with labels into train and val. With None, the splits are those of the source
+        or of the earlier preparation, for a folder the latest one.
 
     Returns:
-      The prepared dataset; of a folder, always in its present state.
+      The prepared dataset; for a folder, always in its present state.
 
     Raises:
-      DataError: Another name; no source where one is needed; one with problems, which are all listed; or a dataset that
-        was prepared from other files, or divided in another way.
+      DataError: The name is unknown; a source is missing, or has problems, which are all listed; or the dataset was
+        prepared from other files, or divided differently.
     """
     names = specs.prepared_names()
     if name not in names:
@@ -95,7 +95,7 @@ def prepare(
     sources = [source] if isinstance(source, str | os.PathLike) else source or ()
     given = [os.fspath(path) for path in sources if path]
     if subset and dataset.spec is None:
-        raise DataError(f"{name} has no published number of images, so that there is no subset of it")
+        raise DataError(f"{name} has no published number of images, so it has no subset")
     if not given:
         return _refuse_other_division(_prepared_before(name, dataset, data_dir), division)
     paths = [Path(os.path.abspath(user_path(path))) for path in given]
@@ -105,7 +105,7 @@ def prepare(
         else:
             prepared = _prepare_folder(name, dataset.spec, paths, given, data_dir, opened, subset, division)
     if _lock_of(prepared.path).exists():
-        # Of a process that was killed right after it had written the dataset, unless it is still at work.
+        # The lock belongs to a process that was killed just after it wrote the dataset, or that is still running.
         with contextlib.suppress(lock.HeldError), _locked(prepared.spec.name, prepared.path):
             _clear(prepared.path, prepared.metadata["state"])
     return prepared
@@ -114,13 +114,13 @@ def prepare(
 def _prepared_before(name: str, dataset: specs.Dataset, data_dir: StrPath | None) -> Prepared:
     needs = archives.READERS[name].needs if dataset.kind == "archives" else folder.LAYOUT
     if dataset.spec is None:
-        raise NoSourceError(f"{name} needs a source, which holds {needs}")
+        raise NoSourceError(f"{name} needs a source with {needs}")
     path = Path(_builder(name, None, data_dir).data_path)
     if not path.exists():
         splits = counted(dict(dataset.spec.splits))
         with_splits = f", with the splits {splits}" if splits else ""
         raise NoSourceError(
-            f"{name} is not prepared yet (nothing at {path}); it needs a source, which holds {needs}{with_splits}"
+            f"{name} is not prepared yet (nothing at {path}); it needs a source with {needs}{with_splits}"
         )
     return open_prepared(path)
 
@@ -137,8 +137,8 @@ def _prepare_folder(
 ) -> Prepared:
     if len(paths) > 1 or not paths[0].is_dir():
         raise DataError(
-            f"{name}: {' '.join(given)} is no directory; it must be one, which holds {folder.LAYOUT}. If it was moved, "
-            "give its present place"
+            f"{name}: {' '.join(given)} is not a directory; give one with {folder.LAYOUT}. If it was moved, "
+            "give its new path"
         )
     (root,) = paths
     problems: Problems = collections.defaultdict(list)
@@ -149,13 +149,13 @@ def _prepare_folder(
     if published:
         _check_classes(published, spec, problems)
         path = Path(_builder(name, None, data_dir).data_path)
-        # Once a subset is prepared, it is what the name stands for.
+        # Once a subset is prepared, the name means the subset.
         subset = subset or (path.exists() and not open_prepared(path).spec.splits)
         if not subset:
             _check_numbers(published, found, problems)
         spec = _unpublished(published) if subset else published
     if problems or spec is None:
-        # The contents of the files are checked too, so that one report lists everything.
+        # The files are checked too, so that one report lists everything.
         scratch = masks.Scratch(Path(opened.enter_context(tempfile.TemporaryDirectory())))
         masks.convert(examples, spec, None, scratch, problems, classes)
         raise _refusal(name, paths, problems)
@@ -164,7 +164,7 @@ def _prepare_folder(
     fingerprint = fingerprint_of(examples, reading.read_bytes(root / "classes.json"))
     identity = {"source": str(root), "state": state, "fingerprint": fingerprint}
     if not published and (known := _of_state(name, state, division, data_dir)):
-        # The folder may have been moved since, and is named after its present place unless classes.json names it.
+        # The folder may have been moved since; unless classes.json names it, its present path does.
         return dataclasses.replace(known, spec=dataclasses.replace(known.spec, name=spec.name))
     end = f"-{division.digest}" if division else ""
     config = None if published else f"{re.sub(r'[^A-Za-z0-9_]+', '_', spec.name)[:40]}-{state}{end}"
@@ -178,7 +178,7 @@ def _prepare_folder(
         return prepared
     before = _refuse_other_division(open_prepared(Path(builder.data_path)), division)
     if division is None and (kept := Division.of(before.metadata)):
-        # The same files as a source, in the splits that they were divided into.
+        # The files are compared in the splits into which they were divided.
         examples = divided(found, kept, problems, notes)
         if problems:
             raise _refusal(name, paths, problems)
@@ -187,9 +187,9 @@ def _prepare_folder(
 
 
 def _of_state(name: str, state: str, division: Division | None, data_dir: StrPath | None) -> Prepared | None:
-    """The dataset that was prepared from a folder in this state and divided like this; None where there is none yet.
+    """The dataset that was prepared from a folder in this state with this division; None if there is none.
 
-    Without a division, it is the one that was prepared last.
+    Without a division, the dataset that was prepared last.
     """
     builder = _builder(name, None, data_dir)
     root = Path(builder.data_dir_root) / builder.name
@@ -204,22 +204,22 @@ def _of_state(name: str, state: str, division: Division | None, data_dir: StrPat
         return None
     newest = max(found, key=age)
     if division:
-        # It becomes the last one again.
+        # Makes it the latest preparation again.
         with contextlib.suppress(OSError):
             os.utime(newest / "dataset_info.json")
     return open_prepared(newest)
 
 
 def _about(division: Division | None) -> dict[str, Any]:
-    """The entry of the metadata about how a dataset was divided."""
+    """The metadata's entry about the division."""
     return {"division": dataclasses.asdict(division)} if division else {}
 
 
 def _refuse_other_division(prepared: Prepared, division: Division | None) -> Prepared:
-    """The prepared dataset; DataError where it has other splits than those of a division."""
+    """The prepared dataset; DataError if it was divided differently."""
     before = Division.of(prepared.metadata)
     if division and division != before:
-        how = f"divided otherwise: {before}" if before else "not divided"
+        how = f"divided differently: {before}" if before else "not divided"
         raise DataError(
             f"{prepared.path} was {how}; omit the share for val to use it as it is, or delete that directory to divide "
             f"it again: {division}"
@@ -228,12 +228,12 @@ def _refuse_other_division(prepared: Prepared, division: Division | None) -> Pre
 
 
 def _unpublished(spec: specs.DatasetSpec) -> specs.DatasetSpec:
-    """The spec of a part of a dataset, which has any number of images."""
+    """The spec of a subset, which has any number of images."""
     return dataclasses.replace(spec, splits=())
 
 
 def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
-    """What `write` returns, in one process at a time; None where the dataset is there, perhaps from another process."""
+    """Result of `write`, in one process at a time; None if the dataset exists, perhaps from another process."""
     path = Path(builder.data_path)
     if path.exists():
         return None
@@ -243,8 +243,7 @@ def _once(builder, name: str, write: Callable[[], Prepared]) -> Prepared | None:
 
 @contextlib.contextmanager
 def _waiting(name: str, path: Path) -> Iterator[None]:
-    """Holds the lock of a dataset, and waits while another process does: those of one run on several hosts begin
-    together."""
+    """Holds the lock of a dataset, and waits while another process holds it: a run on several hosts starts several."""
     for attempt in itertools.count():
         with contextlib.ExitStack() as stack:
             try:
@@ -267,8 +266,8 @@ def _locked(name: str, path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _clear(path: Path, state: str) -> None:
-    """Removes what is left of a preparation, and of earlier ones that were killed."""
-    # That of a folder is next to all of its states.
+    """Removes the temporary files of this preparation, and of earlier ones that were killed."""
+    # For a folder, the scratch folder is next to the directories of all states.
     left = [path.parent.with_name(f".converting-{state}"), *path.parent.glob(".converting-*")]
     for place in (*left, *path.parent.glob(f"incomplete.*_{path.name}")):
         shutil.rmtree(place, ignore_errors=True)
@@ -309,7 +308,7 @@ def _prepare_archives(
         return examples, {"source": " ".join(map(str, paths)), "state": state, "fingerprint": fingerprint}
 
     def write() -> Prepared:
-        notes = [f"links to folders that are read already, which are skipped: {listed(skipped)}"] if skipped else []
+        notes = [f"links to folders that are already read, which are skipped: {listed(skipped)}"] if skipped else []
         examples, identity = find(division, subset=subset, notes=notes)
         kind, metadata = _unpublished(spec) if subset else spec, identity | _about(division)
         return _write(builder, kind, examples, reader.train_ids, scratch, metadata, notes, masks.Classes())
@@ -317,7 +316,7 @@ def _prepare_archives(
     if prepared := _once(builder, spec.name, write):
         return prepared
     before = _refuse_other_division(open_prepared(path), division)
-    # The same files as a source, in the splits that they were divided into.
+    # The files are compared in the splits into which they were divided.
     with _waiting(spec.name, path):
         examples, identity = find(Division.of(before.metadata), subset=subset or not before.spec.splits, notes=[])
         try:
@@ -336,17 +335,17 @@ def _write(
     notes: Sequence[str],
     classes: masks.Classes,
 ) -> Prepared:
-    """Prints what is prepared, then checks, converts and writes.
+    """Prints the numbers and paths, then checks, converts and writes.
 
     Args:
-      identity: Metadata about the files from which the dataset was prepared: source, state, fingerprint; and about
-        the division.
-      notes: Printed too.
+      identity: Metadata about the files from which the dataset is prepared (source, state, fingerprint) and about the
+        division.
+      notes: Lines that are printed too.
       classes: See `masks.convert`.
     """
     path = Path(builder.data_path)
     counts = counted({split: len(found) for split, found in examples.items()})
-    # Indented lines are not wrapped, so that the paths stay whole.
+    # Indented lines are not wrapped, so that paths stay whole.
     console.say(f"Preparing {spec.name}, images per split: {counts}\n  from {identity['source']}\n  to {path}")
     for note in notes:
         console.say(note)
@@ -365,24 +364,23 @@ def _write(
         raise _refusal(spec.name, [identity["source"]], problems)
     if not converted.kind.is_rgb:
         as_rgb = '; "channels": 3 in classes.json makes them RGB' if converted.kind.channels == 1 else ""
-        console.say(f"images of {converted.kind}, which are stored as they are{as_rgb}")
+        console.say(f"images of {converted.kind}, which are stored unchanged{as_rgb}")
         builder = _of_kind(builder, spec.label_dtype, converted.kind)
     builder.examples = converted.examples
     builder.info.metadata.update(identity, spec=dataclasses.asdict(spec), **_metadata(converted))
     with quiet(), contextlib.redirect_stdout(io.StringIO()), atomic.naming(path):
-        # TFDS creates a directory for downloads, although there are none.
+        # TFDS creates a download directory even without downloads.
         try:
             builder.download_and_prepare(file_format="array_record", download_dir=scratch.make() / "downloads")
         except DataError as error:
-            # TFDS puts a line with the name of the feature in front.
+            # TFDS prepends a line with the name of the feature.
             raise DataError(str(error).rpartition("\n")[2]) from None
     _clear(path, identity["state"])
     return open_prepared(path)
 
 
 def _metadata(converted: masks.Converted) -> dict[str, Any]:
-    """Kind, statistics, names, sizes, hashes and pixel counts by split, as JSON, so that no image need be decoded for
-    them."""
+    """Kind, statistics, names, sizes, hashes and pixel counts per split, as JSON; reading them decodes no image."""
     moments = {split: _moments(found) for split, found in converted.measured.items() if found}
     return {
         "images": {
@@ -398,23 +396,23 @@ def _metadata(converted: masks.Converted) -> dict[str, Any]:
 
 
 def _moments(found: Sequence[masks.Measured]) -> bands.Moments:
-    """The moments of all pixels of a split."""
+    """Moments of all pixels of a split."""
     return functools.reduce(bands.merged, (bands.Moments(math.prod(each.size), each.moments) for each in found))
 
 
 def _known_states(prepared: Prepared) -> list[str]:
-    """The states of all sources that are known to contain the files of a prepared dataset."""
+    """States of all sources that are known to contain the files of a prepared dataset."""
     path, states = prepared.path / "sources.json", [prepared.metadata["state"]]
-    # A damaged one costs that the files are read once more.
+    # If sources.json is damaged, the files are read once more.
     with contextlib.suppress(FileNotFoundError, reading.UnreadableError):
         states += reading.read_json(path, list[str])
     return states
 
 
 def _refuse_other_files(before: Prepared, identity: dict[str, str], examples: Examples) -> Prepared:
-    """The prepared dataset; DataError where the examples are not those that it was prepared from.
+    """The prepared dataset; DataError if it was prepared from other examples.
 
-    Contents are hashed once for each state of a source, which is then kept in sources.json.
+    Contents are hashed once per state of a source; sources.json then keeps the state.
     """
     changed = []
     if before.metadata["fingerprint"] == identity["fingerprint"]:
@@ -424,12 +422,12 @@ def _refuse_other_files(before: Prepared, identity: dict[str, str], examples: Ex
             return before
         changed = contents.differences(stored, masks.contents_of(examples))
         if not changed:
-            # A folder of prepared datasets that cannot be written costs that the files are read once more.
+            # If the folder cannot be written, the files are read again next time.
             with contextlib.suppress(OSError):
                 atomic.write_text(before.path / "sources.json", json.dumps([*known[1:], state]) + "\n")
             return before
     raise DataError(
-        f"{before.path} was prepared from {before.metadata['source']}, which held other files than the present source"
+        f"{before.path} was prepared from {before.metadata['source']}, which held other files than the source now"
         + (":\n" + contents.listed_differences(changed) + "\n" if changed else ". ")
         + "Leave the source empty to use the prepared dataset; delete that directory to prepare it again"
     )
@@ -455,7 +453,7 @@ def _builder(dataset: str, config: str | None, data_dir: StrPath | None, *, labe
 
 
 def _of_kind(builder: Any, label_dtype: type[np.generic], kind: specs.ImageKind):
-    """A builder of the same dataset that stores arrays instead of files of images."""
+    """A builder of the same dataset that stores arrays instead of image files."""
     name = builder.name.removeprefix("segjax_")
     with quiet():
         return _builder_class(name, label_dtype, kind)(config=builder.builder_config, data_dir=builder.data_dir_root)
@@ -473,13 +471,13 @@ def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.Imag
         def initialize_from_bucket(self):
             """Does nothing: TFDS would ask a server for published statistics and leave a temporary directory."""
 
-    # Not GeneratorBasedBuilder, whose shuffling needs TensorFlow for a split of more than 1 GB.
+    # Not GeneratorBasedBuilder, which needs TensorFlow to shuffle a split of more than 1 GB.
     class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Writes examples in their order. `_write` sets `examples` and the metadata."""
 
         name = f"segjax_{dataset}"
         VERSION = tfds.core.Version(_VERSION)
-        url_infos = None  # nothing is downloaded; to look for it, TFDS would import importlib_resources, which it lacks
+        url_infos = None  # no downloads; to look for them, TFDS would import importlib_resources, which it lacks
         examples: Examples
 
         def _info(self):
@@ -510,12 +508,12 @@ def _builder_class(dataset: str, label_dtype: type[np.generic], kind: specs.Imag
 
 def _records(examples: list[Example], what: str):
     for example in console.ProgressBar(what, len(examples), "images").over(examples):
-        # Files that are read later, not bytes: TFDS keeps all examples of a shard in memory until it has counted them.
+        # Lazy files instead of bytes, because TFDS holds all examples of a shard in memory to count them.
         yield example.name, {"image": example.image, "label": example.label, "name": os.fsencode(example.name)}
 
 
 def _check_classes(published: specs.DatasetSpec, spec: specs.DatasetSpec | None, problems: Problems) -> None:
-    """Compares the classes of a folder with those of the published dataset that it should contain."""
+    """Compares the classes of a folder with those of the published dataset."""
     for field in ("class_names", "colors", "ignore_label") if spec else ():
         found, expected = getattr(spec, field), getattr(published, field)
         if found != expected:
@@ -527,11 +525,11 @@ def _check_classes(published: specs.DatasetSpec, spec: specs.DatasetSpec | None,
 
 
 def _check_numbers(published: specs.DatasetSpec, examples: Examples, problems: Problems) -> None:
-    """Compares the numbers of images of a folder with those of the published dataset that it should contain."""
+    """Compares the numbers of images of a folder with those of the published dataset."""
     counts, expected = {split: len(found) for split, found in examples.items()}, dict(published.splits)
     if expected and counts != expected:
         kind = (
-            f"images with a mask are not as many as in {published.name}; complete them, prepare the part that there is "
-            f"with `segjax data prepare {published.name} --subset`, or prepare the data as 'folder'"
+            f"numbers of images with a mask differ from those of {published.name}; complete them, prepare the "
+            f"available part with `segjax data prepare {published.name} --subset`, or prepare the data as 'folder'"
         )
         problems[kind].append(f"{counted(counts) or 'none'} instead of {counted(expected)}")

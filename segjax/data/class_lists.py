@@ -1,4 +1,4 @@
-"""Classes of datasets that weights are published for and that segjax has no reader for: folder.py reads them."""
+"""Classes of datasets for which weights are published, but segjax has no reader; `folder.py` can read them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PASCAL_CONTEXT = """
     keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep, shelves,
     sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood
 """
-# Caesar et al., "COCO-Stuff: Thing and Stuff Classes in Context", CVPR 2018: 80 things and 91 stuff classes in the
-# order of their 182 numbers, of which 11 mark nothing.
+# Caesar et al., "COCO-Stuff: Thing and Stuff Classes in Context", CVPR 2018: 80 thing and 91 stuff classes in the
+# order of their ids; 11 of the 182 ids are unused.
 _COCO_STUFF = """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
     parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
@@ -52,7 +52,7 @@ _ISAID = """
 
 
 def _unpainted(name: str, text: str, *first: str) -> DatasetSpec:
-    """Classes that have no colours of their own."""
+    """Classes without published colours."""
     names = (*first, *(entry.strip() for entry in text.split(",")))
     return DatasetSpec(name, names, tuple(distinct_colors(len(names))), 255)
 
@@ -81,7 +81,7 @@ def classes_of_dataset(name: str) -> DatasetSpec:
     """The classes of a dataset of `specs.DATASETS` or `CLASS_LISTS`.
 
     Raises:
-      KeyError: Neither has it, or it is one that names its own.
+      KeyError: Neither table has the dataset, or its classes are named by its files.
     """
     spec = DATASETS[name].spec if name in DATASETS else CLASS_LISTS[name]
     if spec is None:

@@ -1,4 +1,4 @@
-"""Class weights of the loss: those of a published recipe (Cityscapes; numbers in specs.py), given, or computed."""
+"""Class weights of the loss: from a published recipe (Cityscapes; numbers in specs.py), given, or computed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def class_weights(
 
     Args:
       choice: None or "", a key of `BALANCED`, "cityscapes" (see `specs.DATASETS`), or the K numbers themselves.
-      pixel_counts: For a key of `BALANCED`: number of pixels of each label value, as `median_frequency` takes them. A
-        binary dataset has two label values; its one weight is that of class 1 divided by that of the background.
+      spec: Spec of the dataset.
+      pixel_counts: Number of pixels of each label value, as for `median_frequency`; required for a key of `BALANCED`. A
+        binary dataset has two label values, and one weight: that of class 1 divided by that of the background.
 
     Raises:
-      ValueError: Another word; numbers that are negative, not finite, all zero or not one for each class; the weights
-        of Cityscapes for other classes; no counts, or none above zero.
+      ValueError: The word is unknown; the numbers are negative, not finite, all zero or not K; Cityscapes' weights are
+        selected for other classes; or counts are missing or all zero.
     """
     match choice:
         case None | "":
@@ -55,21 +56,21 @@ def class_weights(
 def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
     """Median of the class frequencies / frequency of the class, float64 (K,) (Eigen and Fergus, ICCV 2015).
 
-    The frequency of a class is its share of the pixels of those images that contain it. A class without pixels has
-    weight 0 and is excluded from the median: its true weight is infinite, and no pixel will be multiplied by it.
+    The frequency of a class is its share of the pixels in the images that contain it. A class without pixels has weight
+    0 and is excluded from the median: its true weight is infinite, and no pixel is multiplied by it.
 
     Args:
-      pixel_counts: (N, K), number of labelled pixels by image and class; or (K,), their sums, which treat the whole
-        dataset as one image, so that a frequency is a share of all pixels.
+      pixel_counts: Number of labelled pixels per image and class, (N, K); or their sums (K,), which treat the dataset
+        as one image.
 
     Raises:
-      ValueError: No pixel at all.
+      ValueError: There is no pixel at all.
     """
     counts = np.atleast_2d(np.asarray(pixel_counts, np.float64))
     of_class = counts.sum(axis=0)
     present = of_class > 0
     if not present.any():
-        raise ValueError("no class has a pixel, so that there is no frequency to take the median of")
+        raise ValueError("no class has a pixel, so there is no median frequency")
     in_its_images = (counts > 0).T @ counts.sum(axis=1)
     frequency = of_class[present] / in_its_images[present]
     weights = np.zeros(counts.shape[1])
@@ -80,18 +81,18 @@ def median_frequency(pixel_counts: np.ndarray) -> np.ndarray:
 def inverse_sqrt(pixel_counts: np.ndarray) -> np.ndarray:
     """1 / sqrt(share of the class among all pixels), float64 (K,), as in SalsaNext (Cortinhal et al., 2020).
 
-    Milder than `median_frequency`: a class that is a hundred times as rare weighs ten times as much. A class without
-    pixels has weight 0, since no pixel will be multiplied by it.
+    Milder than `median_frequency`: a class with a hundredth of the pixels has ten times the weight. A class without
+    pixels has weight 0, since no pixel is multiplied by it.
 
     Args:
       pixel_counts: As for `median_frequency`.
 
     Raises:
-      ValueError: No pixel at all.
+      ValueError: There is no pixel at all.
     """
     of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
     if not of_class.any():
-        raise ValueError("no class has a pixel, so that no class has a share")
+        raise ValueError("no class has a pixel, so no class has a share")
     present = of_class > 0
     weights = np.zeros(len(of_class))
     weights[present] = np.sqrt(of_class.sum() / of_class[present])
@@ -105,9 +106,9 @@ def class_balanced(pixel_counts: np.ndarray, *, beta: float | None = None) -> np
 
     Args:
       pixel_counts: As for `median_frequency`.
-      beta: β in [0, 1), or None for 1 - 1 / (pixels of an average class): rarer classes then weigh in inverse
-        proportion to their pixels, and more frequent ones hardly less than an average class. The published 0.9999 is
-        for data sets of some thousand images; classes of millions of pixels would all have the same weight.
+      beta: β in [0, 1). By default 1 - 1 / (mean number of pixels per class): much rarer classes then have weights
+        inversely proportional to their pixels, and more frequent ones hardly less weight than an average class. The
+        published 0.9999 counts images; with millions of pixels per class, it would give all classes the same weight.
 
     Raises:
       ValueError: There is no pixel at all.
@@ -121,7 +122,7 @@ def class_balanced(pixel_counts: np.ndarray, *, beta: float | None = None) -> np
     of_class = np.atleast_2d(np.asarray(pixel_counts, np.float64)).sum(axis=0)
     present = of_class > 0
     if not present.any():
-        raise ValueError("no class has a pixel, so that there is nothing to balance")
+        raise ValueError("no class has a pixel, so there is nothing to balance")
     rest = 1 / max(of_class[present].mean(), 1.0) if beta is None else 1 - beta
     weights = np.zeros(len(of_class))
     # 1 - β ** n = -expm1(n log β), exact for β near 1; β = 0 gives 1.
@@ -131,7 +132,7 @@ def class_balanced(pixel_counts: np.ndarray, *, beta: float | None = None) -> np
     return weights
 
 
-# Class weights that are computed from the pixels of the training split.
+# Class weights computed from the pixels of the training split.
 BALANCED = {
     "median_frequency": median_frequency,
     "inverse_sqrt": inverse_sqrt,
@@ -149,13 +150,13 @@ def _balancing(scheme: str, spec: specs.DatasetSpec, pixel_counts: np.ndarray | 
     weights = BALANCED[scheme](pixel_counts)
     if spec.num_classes == 1:
         background, positive = weights
-        # If one of them is absent there is nothing to balance.
+        # If one of the two is absent, there is nothing to balance.
         weights = [positive / background if background and positive else 1.0]
     return tuple(float(weight) for weight in weights)
 
 
 def problems_of_weights(weights: tuple[float, ...], num_classes: int) -> list[str]:
-    """The reasons why weights cannot be used, each beginning with the name of the setting."""
+    """Reasons why weights cannot be used, each beginning with the name of the setting."""
     wrong = {
         f"class_weights has {len(weights)} numbers for {num_classes} classes": len(weights) != num_classes,
         f"class_weights must be finite and not negative: {weights}": not all(map(_is_weight, weights)),

@@ -14,20 +14,20 @@ from segjax.runtime import native_messages, reading
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what such a file begins with
-# Pixels of the largest image that is decoded by default: half a GiB as RGB. Pillow refuses as many.
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # first bytes of such files
+# Default limit of the pixels of an image: half a GiB as RGB. Pillow has the same limit.
 MAX_PIXELS = 2**29 // 3
-# The remedy where an image has more, of commands that have such an option.
+# Remedy for larger images, for commands that have this option.
 HIGHER_LIMIT = "; to decode it, raise the limit: --max-pixels, or max_pixels in Python"
-# Formats that Pillow decodes; OpenCV decodes PNG and JPEG, of data sets in half the time.
+# Formats that Pillow decodes. OpenCV decodes PNG and JPEG, in half of Pillow's time.
 BY_PILLOW = ("GIF", "WebP", "BMP")
-# Frame headers of JPEG, which hold the size; C4, C8 and CC among them are other segments.
+# Markers of JPEG's frame headers, which hold the size; C4, C8 and CC mark other segments.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-# libjpeg's reports of pixels that it has made up.
+# libjpeg's warnings about pixels that it made up.
 _MADE_UP = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
-# libpng's of pixels that do not belong to an image of the size in the header.
+# libpng's warning about more pixels than an image of the stated size has.
 _LEFT_OVER = "Too much image data"
-# PIL's modes with alpha: first to the mode in which colours are not multiplied by it, then without it.
+# PIL's modes with alpha -> the mode in which colours are not multiplied by alpha.
 _PIL_ALPHA = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
 
@@ -36,14 +36,14 @@ class ImageError(ValueError):
 
 
 class LayoutError(ImageError):
-    """A whole image, of a shape or of numbers that are not read."""
+    """An undamaged image whose shape or dtype cannot be used."""
 
 
 # ------------------------------------------------------------------------------------------------------------- headers
 
 
 def format_of(head: bytes) -> str | None:
-    """The format by the first 32 bytes of a file: "PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF", "NPY" or None."""
+    """Format by the first 32 bytes of a file: "PNG", "JPEG", "TIFF", "WebP", "BMP", "GIF", "NPY" or None."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -52,7 +52,7 @@ def format_of(head: bytes) -> str | None:
         return "NPY"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WebP"
-    # Two letters could begin a text; bytes 14 to 17 are the size of the second header.
+    # A text could also begin with "BM"; bytes 14 to 17 are the size of the second header.
     if head.startswith(b"BM") and head[14:18] in (bytes([size, 0, 0, 0]) for size in (12, 40, 52, 56, 64, 108, 124)):
         return "BMP"
     if head.startswith((b"GIF87a", b"GIF89a")):
@@ -71,7 +71,7 @@ def size_of(data: bytes) -> tuple[int, int] | None:
             case "BMP" if data[14] == 12:
                 width, height = struct.unpack_from("<HH", data, 18)
             case "BMP":
-                # A negative height stands for rows from top to bottom.
+                # A negative height means rows from top to bottom.
                 width, height = map(abs, struct.unpack_from("<ii", data, 18))
             case "WebP":
                 return _size_of_webp(data)
@@ -106,7 +106,7 @@ def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError for a (height, width) of no pixels, or of more than `max_pixels`."""
+    """Raises ImageError if a size (height, width) has no pixels, or more than `max_pixels`."""
     if size[0] * size[1] > max_pixels:
         raise ImageError(
             f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}{HIGHER_LIMIT}"
@@ -116,13 +116,13 @@ def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def is_grey(data: bytes) -> bool:
-    """Whether a file is a PNG or JPEG with one channel of colour, by its header."""
+    """Whether a file is a PNG or JPEG with one colour channel, by its header."""
     if data.startswith(PNG):
         # Colour types grey, and grey with alpha.
         return data[25] in (0, 4)
     if not data.startswith(JPEG):
         return False
-    at = len(JPEG)  # segments as in `_size_of_jpeg`; behind the size stands the number of components
+    at = len(JPEG)  # segments as in `_size_of_jpeg`; the number of components follows the size
     while at + 10 <= len(data) and data[at : at + 2] != b"\xff\xda":
         if data[at] == 0xFF and data[at + 1] in _FRAMES:
             return data[at + 9] == 1
@@ -134,12 +134,14 @@ def is_grey(data: bytes) -> bool:
 
 
 def damage(data: bytes) -> str | None:
-    """Why a file is not a complete image of any format but TIFF and .npy, whose decoders find damage themselves; None
-    if it is. Other decoders fill a truncated one."""
+    """Reason why a file is not a complete image; None if it is. Needed because decoders fill truncated images.
+
+    Not for TIFF and .npy, whose decoders in `bands` find damage themselves.
+    """
     if not data:
         return "is empty"
     if data.startswith(PNG):
-        if data[12:16] != b"IHDR":  # so that bytes 24 and 25 are bit depth and colour type
+        if data[12:16] != b"IHDR":  # other functions read bit depth and colour type at bytes 24 and 25
             return "has no PNG header"
         at = len(PNG)  # chunks: 4 bytes length, 4 bytes type, content, 4 bytes CRC of type and content
         while at + 12 <= len(data):
@@ -156,10 +158,10 @@ def damage(data: bytes) -> str | None:
         at = len(JPEG)  # segments: 2 bytes marker, 2 bytes length that counts itself, content
         while at + 4 <= len(data) and data[at : at + 2] != b"\xff\xda":
             at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]  # 0xFF may be repeated
-        # Searched from the scan on, because a thumbnail before it has an end marker of its own.
+        # Searched from the scan on, because an earlier thumbnail has its own end marker.
         return None if data.find(b"\xff\xd9", at) >= 0 else "is truncated"
     if format_of(data[:32]) in BY_PILLOW:
-        # One that is too large is a fault of its own.
+        # `fault_of_image` reports an image that is too large.
         if _fault_of_size(data, "images") is None:
             try:
                 decode_by_pillow(data)
@@ -170,7 +172,7 @@ def damage(data: bytes) -> str | None:
 
 
 def damage_of_scan(data: bytes) -> str | None:
-    """Why pixels of a complete JPEG cannot be decoded; None if they can. libjpeg makes up those that are damaged."""
+    """Reason why pixels of a complete JPEG are damaged, so that libjpeg makes them up; None if they are not."""
     import cv2
 
     _, messages = native_messages.captured(lambda: _decode(data, cv2.IMREAD_COLOR))
@@ -178,7 +180,7 @@ def damage_of_scan(data: bytes) -> str | None:
 
 
 def made_up(messages: list[str]) -> str | None:
-    """The fault of a JPEG or PNG by the messages of libjpeg or libpng; None if there is none."""
+    """Fault of a JPEG or PNG according to the messages of libjpeg or libpng; None if there is none."""
     if any(_LEFT_OVER in line for line in messages):
         return "is damaged: it has more pixels than the size in its header"
     faults = [line for line in messages if line.startswith(_MADE_UP) and "bad ICC" not in line]
@@ -186,27 +188,29 @@ def made_up(messages: list[str]) -> str | None:
 
 
 def fault_of_image(data: bytes) -> str | None:
-    """The reason, with its remedy, why a complete file cannot be used as an image; None if it can."""
+    """Reason and remedy if a complete file cannot be used as an image; None if it can."""
     if fault := _fault_of_size(data, "images"):
         return fault
     if format_of(data[:32]) in BY_PILLOW and getattr(decode_by_pillow(data), "n_frames", 1) > 1:
-        return "GIF or WebP animations, of which a mask can label one image only; save that image as PNG"
+        return "GIF or WebP animations, of which a mask labels only one image; save that image as PNG"
     return None
 
 
 def _fault_of_size(data: bytes, what: str) -> str | None:
-    """A fault where the header has more pixels than are decoded."""
+    """Fault of a header with more than `MAX_PIXELS` pixels; None if it has fewer."""
     height, width = size_of(data) or (0, 0)
     return f"{what} of more than {MAX_PIXELS:,} pixels; cut them up" if height * width > MAX_PIXELS else None
 
 
 def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
-    """The reason, with its remedy, why a complete file cannot be used as a mask; None if it can. Of TIFF and .npy,
-    `bands.decode_mask` finds it.
+    """Reason and remedy if a complete file cannot be used as a mask; None if it can.
+
+    `bands.decode_mask` checks TIFF and .npy.
 
     Args:
-      wide: Whether the labels of its data set have 16 bits.
-      binary: Whether they are 0 and 1.
+      data: Content of the file.
+      wide: Whether the labels of the data set have 16 bits.
+      binary: Whether the labels are 0 and 1.
     """
     found = format_of(data[:32])
     if found in ("TIFF", "NPY"):
@@ -218,28 +222,28 @@ def fault_of_mask(data: bytes, *, wide: bool, binary: bool) -> str | None:
     if found == "PNG":
         depth, color_type = data[24], data[25]  # colour type 0 is grey, 3 palette
         if depth == 16 and color_type != 0:
-            return "RGB or alpha masks of 16 bits a channel; save them with 8"
+            return "RGB or alpha masks of 16 bits per channel; save them with 8"
         if depth == 16 and not wide:
-            return "masks of 16 bits, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
+            return "16-bit masks, although the ids of these classes fit into 8 bits; save them as 8-bit grey"
         if color_type == 0 and (depth in (2, 4) or (depth == 1 and not binary)):
             return "masks of fewer than 8 bits, whose values decoders stretch; save class ids as 8-bit grey"
     return _fault_of_size(data, "masks")
 
 
 def fault_of_published_mask(data: bytes) -> str | None:
-    """The same for masks from archives, which may also be palette images; the indices are the values."""
+    """`fault_of_mask` for published archives: masks are 8-bit grey, or palette images whose indices are the values."""
     if data.startswith(PNG) and (data[25] == 3 or (data[24], data[25]) == (8, 0)):
         return _fault_of_size(data, "masks")
-    return "masks that are no 8-bit grey or palette PNG, as published; fetch their archive again"
+    return "masks that are not 8-bit grey or palette PNG, as published; fetch their archive again"
 
 
 # ------------------------------------------------------------------------------------------------ decoding, encoding
 
 
 def decode_image(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3), RGB, of a PNG or JPEG as it is stored; None if it cannot be decoded.
+    """Decodes a PNG or JPEG to RGB, uint8 (H, W, 3), as it is stored; None if it cannot be decoded.
 
-    For prepared data sets, whose files were checked: what libjpeg makes up in a damaged JPEG is not reported.
+    For prepared data sets, whose files were checked: pixels that libjpeg makes up in a damaged JPEG are not reported.
     """
     import cv2
 
@@ -248,14 +252,17 @@ def decode_image(data: bytes) -> np.ndarray | None:
 
 
 def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None:
-    """(H, W, 3), RGB, of an image of any format but TIFF and .npy, uint8 or of the 16 bits of a PNG; None if it has no
-    pixels.
+    """Decodes an image of any format except TIFF and .npy to RGB (H, W, 3), uint8, or uint16 for a 16-bit PNG.
 
     Args:
-      upright: Whether it is rotated as its EXIF demands.
+      data: Content of the file.
+      upright: Whether to rotate the image according to its EXIF data.
+
+    Returns:
+      The image; None if it cannot be decoded.
 
     Raises:
-      ImageError: Pixels would be made up.
+      ImageError: Pixels are damaged and would be made up, or Pillow cannot decode the image.
     """
     import cv2
 
@@ -271,32 +278,32 @@ def decode_undamaged(data: bytes, *, upright: bool = False) -> np.ndarray | None
 
 
 def has_exif(data: bytes) -> bool:
-    """Whether an image may have an orientation."""
+    """Whether an image file may have EXIF data, and so an orientation."""
     return any(mark in data for mark in (b"Exif\0\0", b"eXIf", b"EXIF"))
 
 
 def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int | None]:
-    """The first image in the content of a file of any format but TIFF and .npy, rotated as its EXIF demands.
+    """Decodes the first image of a file of any format except TIFF and .npy, rotated according to its EXIF data.
 
     Returns:
-      (H, W, 1) or (H, W, 3), grey or RGB, in the depth of the file: alpha is dropped, a palette becomes its colours.
-      And the value of white; None where it is not known.
+      Grey (H, W) or RGB (H, W, 3), uint8, or uint16 for a 16-bit PNG; alpha is dropped, and a palette is replaced by
+      its colours. And the value of white; None if it is not known.
 
     Raises:
-      ImageError: It is no image, is damaged, or has more than `max_pixels` pixels.
+      ImageError: The file is not an image, is damaged, or has more than `max_pixels` pixels.
     """
     found = format_of(data[:32])
     if not data:
         raise ImageError("is empty")
     if found in (None, "TIFF", "NPY"):
-        raise ImageError(f"is no image that can be decoded; it begins with {data[:8]!r}")
+        raise ImageError(f"is not an image that can be decoded; it begins with {data[:8]!r}")
     if found not in ("PNG", "JPEG"):
         return as_grey_or_rgb(_turned(decode_by_pillow(data, max_pixels=max_pixels))), 255
     if fault := damage(data):
         raise ImageError(fault)
     if (size := size_of(data)) is None:
         raise ImageError(f"is damaged: a {found} without a size")
-    # A pixel of 16 bits takes the memory of two.
+    # A 16-bit pixel takes the memory of two.
     refuse_size(size, max_pixels // 2 if found == "PNG" and data[24:25] == b"\x10" else max_pixels)
     import cv2
 
@@ -309,10 +316,14 @@ def decode_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nda
 
 
 def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """The first image of a WebP, BMP, GIF or PNG. Raises ImageError; Pillow, unlike OpenCV, makes nothing up."""
+    """Decodes the first image of a WebP, BMP, GIF or PNG; unlike OpenCV, Pillow makes up no pixels.
+
+    Raises:
+      ImageError: The file is damaged, or has more than `max_pixels` pixels.
+    """
     from PIL import BmpImagePlugin, GifImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    # By class, because Image.open has limits of its own to the number of pixels.
+    # By class, because Image.open has its own limit of pixels.
     opened = {
         "WebP": WebPImagePlugin.WebPImageFile,
         "BMP": BmpImagePlugin.BmpImageFile,
@@ -326,27 +337,30 @@ def decode_by_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     try:
         image = opened[found or ""](io.BytesIO(data))
         image.load()
-    # Its decoders raise errors of many kinds for damaged files.
+    # Pillow's decoders raise many kinds of errors for damaged files.
     except Exception as error:
         raise ImageError(f"is a damaged {found} ({reading.stated(error)})") from error
     return image
 
 
 def _turned(image: Image) -> Image:
-    """An image, rotated as its EXIF demands; as it is where that is damaged."""
+    """An image rotated according to its EXIF data; unchanged if these are damaged."""
     from PIL import ImageOps
 
     try:
         return ImageOps.exif_transpose(image)
-    # Pillow raises errors of many kinds for damaged EXIF, of which OpenCV takes no notice.
+    # Pillow raises many kinds of errors for damaged EXIF data, which OpenCV ignores.
     except Exception:
         return image
 
 
 def as_grey_or_rgb(image: Image) -> np.ndarray:
-    """The array of a PIL image: (H, W) or (H, W, 3), of 8 bits; of mode "I;16" uint16, "I" int32, "F" float32.
+    """The array of a PIL image, (H, W) or (H, W, 3), uint8; uint16 for mode "I;16", int32 for "I", float32 for "F".
 
-    Alpha is dropped, so that hidden colours show, and colours that are multiplied by it are restored.
+    Alpha is dropped, so that transparent colours show; colours that were multiplied by alpha are restored.
+
+    Raises:
+      ImageError: The mode has no conversion to RGB.
     """
     mode = image.mode
     if mode in ("L", "RGB", "I", "F") or mode.startswith("I;16"):
@@ -360,7 +374,7 @@ def as_grey_or_rgb(image: Image) -> np.ndarray:
 
 
 def decode_mask(data: bytes) -> np.ndarray | None:
-    """(H, W), the values of a grey PNG of 8 or 16 bits, or the indices of a palette PNG; None without pixels."""
+    """Values of a grey PNG of 8 or 16 bits, or indices of a palette PNG, (H, W); None if it cannot be decoded."""
     import cv2
 
     if data.startswith(PNG) and data[25:26] == b"\3":
@@ -373,8 +387,8 @@ class StoredMask(NamedTuple):
     """A mask as it is in its file.
 
     Attributes:
-      values: Uint8 or uint16 (H, W), values of grey or indices of the palette; or colours, uint8 (H, W, 3), RGB.
-      palette: Uint8 (N, 3), RGB of each index; None for a mask without indices.
+      values: Grey values or palette indices, uint8 or uint16 (H, W); or RGB colours, uint8 (H, W, 3).
+      palette: RGB of each index, uint8 (N, 3); None for a mask without indices.
     """
 
     values: np.ndarray
@@ -382,12 +396,12 @@ class StoredMask(NamedTuple):
 
 
 def decode_stored_mask(data: bytes) -> StoredMask | None:
-    """A PNG or BMP without `fault_of_mask`; None if it cannot be decoded. Of 1 bit, it has the values 0 and 1.
+    """Decodes a PNG or BMP without `fault_of_mask`; None if it cannot be decoded. A 1-bit mask has values 0 and 1.
 
-    Alpha is dropped, and a palette of greys that equal their indices.
+    Alpha is dropped. A palette is dropped if each used colour is the grey of its index.
 
     Raises:
-      ImageError: It cannot be decoded, for a reason that is known.
+      ImageError: The file is damaged, with a known reason.
     """
     if data.startswith(PNG) and data[25] == 0:
         mask = decode_mask(data)
@@ -403,7 +417,7 @@ def decode_stored_mask(data: bytes) -> StoredMask | None:
 
 
 def of_indices(indices: np.ndarray, palette: np.ndarray) -> StoredMask:
-    """A mask of indices (H, W), and uint8 (N, 3), RGB of each index. Raises ImageError for indices beyond it."""
+    """A mask of indices (H, W) with their RGB, uint8 (N, 3). Raises ImageError for indices of N or more."""
     if indices.max() >= len(palette):
         raise ImageError("is damaged: its palette lacks colours that occur")
     used = np.unique(indices)
@@ -411,21 +425,21 @@ def of_indices(indices: np.ndarray, palette: np.ndarray) -> StoredMask:
 
 
 def encode_mask(labels: np.ndarray) -> bytes:
-    """A grey PNG of uint8 or uint16 (H, W), of as many bits."""
+    """Encodes labels, uint8 or uint16 (H, W), as a grey PNG of 8 or 16 bits."""
     import cv2
 
     return cv2.imencode(".png", labels)[1].tobytes()
 
 
 def encode_image(image: np.ndarray) -> bytes:
-    """A PNG of uint8 (H, W, 3), RGB."""
+    """Encodes RGB, uint8 (H, W, 3), as PNG."""
     import cv2
 
     return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
 def encode_palette(labels: np.ndarray, palette: np.ndarray) -> bytes:
-    """An 8-bit palette PNG of uint8 (H, W) labels, which become its indices; palette: RGB, uint8 (256, 3)."""
+    """Encodes labels, uint8 (H, W), as the indices of an 8-bit palette PNG; palette: RGB, uint8 (256, 3)."""
     from PIL import Image
 
     image = Image.fromarray(labels)
@@ -440,12 +454,12 @@ def _decode(data: bytes, flags: int) -> np.ndarray | None:
 
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # raised for sizes beyond OpenCV's limits; other faults give None
+    except cv2.error:  # for sizes beyond OpenCV's limits; other faults give None
         return None
 
 
 def _decode_palette(data: bytes) -> np.ndarray | None:
-    # With Pillow, because OpenCV gives the colours of a palette PNG.
+    # Pillow, because OpenCV returns the colours of a palette PNG, not its indices.
     from PIL import Image
 
     try:

@@ -1,6 +1,6 @@
-"""What a dataset contains, as hashes of its files, by which a run notices that its data have changed.
+"""Hashes of a dataset's files, by which a run notices that its data have changed.
 
-They are computed as a dataset is prepared, when every file is read anyway, and kept with it. A run keeps those of its
+They are computed and stored when a dataset is prepared, because every file is read then. A run keeps the hashes of its
 splits in data.json.
 """
 
@@ -20,7 +20,7 @@ from segjax.runtime import reading
 if TYPE_CHECKING:
     from segjax.data.prepared import Prepared
 
-# File in the folder of a run.
+# Name of the file in the folder of a run.
 RUN_DATA = "data.json"
 # split -> name of an example -> hash of its image, and of its mask; None for a mask that is not published
 Contents = dict[str, dict[str, Annotated[list[str | None], Field(min_length=2, max_length=2)]]]
@@ -31,7 +31,8 @@ class RunData(TypedDict):
 
     Attributes:
       path: Folder of the prepared dataset.
-      source: What it was prepared from.
+      source: Source from which the dataset was prepared.
+      contents: Hashes of the splits of the run.
     """
 
     path: str
@@ -40,12 +41,12 @@ class RunData(TypedDict):
 
 
 def hash_of(data: bytes) -> str:
-    """32 hex digits, 128 bits, that identify the content of a file."""
+    """Hash of the content of a file, 32 hex digits (128 bits)."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def contents_of(prepared: Prepared, splits: Iterable[str]) -> Contents | None:
-    """The contents of some splits of a prepared dataset; None for one that was prepared before there were hashes."""
+    """Hashes of some splits of a prepared dataset; None if it was prepared by a version that stored none."""
     hashes, names = prepared.metadata.get("hashes"), prepared.metadata["names"]
     if hashes is None:
         return None
@@ -53,7 +54,7 @@ def contents_of(prepared: Prepared, splits: Iterable[str]) -> Contents | None:
 
 
 def json_name(name: str) -> str:
-    """The name of an example as JSON can have it, where bytes that are not UTF-8 are escaped."""
+    """The name of an example for JSON, with bytes that are not UTF-8 escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -74,15 +75,15 @@ def differences(before: Contents, now: Contents) -> list[str]:
 
 
 def listed_differences(lines: list[str]) -> str:
-    """The first of them, indented, and the number of the others."""
+    """The first lines of `differences`, indented, and the number of the others."""
     return "\n".join(f"  {line}" for line in shorten(lines))
 
 
 def read_run_data(path: Path) -> RunData | None:
-    """The data.json of a run; None where there is none, for a run that began before there were hashes.
+    """Reads the data.json of a run; None if the run has none, because an older version began it.
 
     Raises:
-      UnreadableError: It is damaged; the message names the key.
+      UnreadableError: The file is damaged; the message names the key.
     """
     if not path.exists():
         return None

@@ -1,8 +1,8 @@
 """Corrupted images: Gaussian noise, blur, JPEG, brightness and contrast, each at five severities.
 
 Kinds and constants are those of ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations", ICLR 2019, arXiv:1903.12261), which Kamann and Rother (CVPR 2020) took over for
-segmentation. The constants are for images of any size: a blur of 6 pixels changes a small image more.
+Corruptions and Perturbations", ICLR 2019, arXiv:1903.12261), which Kamann and Rother (CVPR 2020) adopted for
+segmentation. The constants do not depend on the size of the image: a blur of 6 pixels changes a small image more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def blur(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
 
 
 def jpeg(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Encodes and decodes as JPEG, with colours at half the resolution."""
+    """Encodes and decodes as JPEG, with colours at half resolution."""
     import cv2
 
     _, data = cv2.imencode(".jpg", image[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, JPEG[severity - 1]))
@@ -43,10 +43,10 @@ def jpeg(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
 
 
 def brightness(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Adds to the value of HSV, which is the largest of the three; hue and saturation stay."""
+    """Adds to the value of HSV, the maximum of the three channels; hue and saturation do not change."""
     value = image.max(axis=-1, keepdims=True).astype(np.float32)
     brighter = np.minimum(value + 255 * BRIGHTNESS[severity - 1], 255)
-    # Black has no hue, and becomes grey.
+    # Black has no hue and becomes grey.
     return _as_uint8(np.where(value > 0, image * (brighter / np.maximum(value, 1)), brighter))
 
 
@@ -67,9 +67,9 @@ KINDS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] =
 
 
 class CorruptedRecords:
-    """Records of RGB images of 8 bits, corrupted; labels are unchanged.
+    """Records of 8-bit RGB images, corrupted; labels are unchanged.
 
-    Noise is drawn by the name of the image: it depends neither on the order nor on the number of the images.
+    The name of an image seeds its noise, which therefore depends neither on the order nor on the number of images.
 
     Attributes:
       sizes: As in `Records`.

@@ -1,9 +1,9 @@
-"""Crops: how an image is scaled and rotated, where its crop lies, and which window of the image holds the crop.
+"""Crops: the scale and rotation of an image, the position of its crop, and the window of the image that holds the crop.
 
-`draw_crops` draws what depends on the size of an image only. A crop that its labels have a say in, by `cat_max_ratio`
-or `class_balance`, is then placed: by `place` on the device, for a split in its memory, or by `HostPlacement` in NumPy,
-for a streamed split, whose windows are cut before they are sent. Both use the same random numbers and only integers, so
-that they place every crop alike.
+`draw_crops` draws everything that depends only on the size of an image. With `cat_max_ratio` or `class_balance`, labels
+then decide the position of the crop: `place` finds it on the device, for a split in device memory; `HostPlacement`
+finds it in NumPy, for a streamed split, whose windows are cut on the host. Both use the same random numbers and only
+integers, so that they find the same positions.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# `jax.random.split(key)` makes the keys that fold_in makes of 0 and 1. Other keys of a sample are folded from these.
+# Numbers that are folded into the key of a sample. `jax.random.split(key)` gives the keys of 0 and 1.
 _ANGLE, _REDRAWS, _BALANCE = 2, 3, 4
-# `RandomCrop` of mmsegmentation draws once, and again up to ten times.
+# mmsegmentation's `RandomCrop` draws once, and then up to ten times again.
 REDRAWS = 10
 
 
 class AugmentSettings(Protocol):
-    """The `augment` section of a config, see `segjax.train.schema`."""
+    """The `augment` section of a config; see `segjax.train.schema`."""
 
     @property
     def crop(self) -> Sequence[int]: ...
@@ -68,11 +68,11 @@ class Crops(NamedTuple):
     """Position of the crop of each sample, and of the window of its image that is stored.
 
     Attributes:
-      scaled: Int32 (B, 2), height and width of the scaled image.
-      offset: Int32 (B, 2), first row and column of the crop in the scaled image.
-      flip: Bool (B,), whether the crop is mirrored horizontally.
-      angle: Float32 (B,), radians by which the content of the crop is turned clockwise about the crop's centre.
-      origin: Int32 (B, 2), first row and column of the image that are stored; 0 if the whole image is stored.
+      scaled: Height and width of the scaled image, int32 (B, 2).
+      offset: First row and column of the crop in the scaled image, int32 (B, 2).
+      flip: Whether the crop is mirrored horizontally, bool (B,).
+      angle: Radians by which the content of the crop is rotated clockwise about the crop's centre, float32 (B,).
+      origin: First row and column of the image that are stored, int32 (B, 2); 0 if the whole image is stored.
     """
 
     scaled: jax.Array | np.ndarray
@@ -86,7 +86,7 @@ class Crops(NamedTuple):
 
 
 def draw_crops(keys: jax.Array, sizes: jax.Array | np.ndarray, settings: AugmentSettings) -> Crops:
-    """Random scale, position, flip and angle of each sample, from its key (B,) and the size (B, 2) of its image."""
+    """Draws scale, position, flip and angle of each sample, from its key (B,) and the size (B, 2) of its image."""
 
     def one(key, size):
         geometry, _ = jax.random.split(key)
@@ -104,7 +104,7 @@ def draw_crops(keys: jax.Array, sizes: jax.Array | np.ndarray, settings: Augment
 
 
 def discrete_scales(scale: Sequence[float], step: float) -> list[float]:
-    """The factors of `scale_step`, each as likely as any other: 0.5, 0.6 ... 2.1 in the training of HRNet."""
+    """The scales of `scale_step`, which are equally likely: 0.5, 0.6 ... 2.1 in the training of HRNet."""
     low, high = scale
     return [low + step * i for i in range(round((high - low) / step) + 1)]
 
@@ -123,7 +123,7 @@ def _draw_offset(keys, scaled, crop):
 
 
 def _redraw_offset(key, number, scaled, crop):
-    """The offset that replaces a rejected one, number 0 to 9, int32 (2,)."""
+    """Offset that replaces a rejected one, int32 (2,); `number` counts the replacements, 0 to 9."""
     redraw_key = jax.random.fold_in(jax.random.fold_in(key, _REDRAWS), number)
     return _draw_offset(jax.random.split(redraw_key), scaled, crop)
 
@@ -131,10 +131,10 @@ def _redraw_offset(key, number, scaled, crop):
 def scaled_size(size: jax.Array | np.ndarray, scale: jax.Array | float, base_size: Sequence[int] | None) -> jax.Array:
     """Height and width of a scaled image: int32 (..., 2) -> int32 (..., 2).
 
-    Without a base size, round(side * scale). With one, as `Resize` of mmsegmentation 0.x rounds: the edges of the base
-    size times the scale are rounded down, and the image is resized, its ratio kept, to the largest size that fits into
-    them, long side in long edge and short in short, with each side rounded to the nearest integer, halves up.
-    Evaluation follows mmcv 2.x, whose sizes differ by a pixel at times: `segjax.inference.engine.scaled_size`.
+    Without a base size, round(side * scale). With a base size, as in `Resize` of mmsegmentation 0.x: the edges of the
+    base size times the scale are rounded down; the image is resized, with its aspect ratio, to the largest size whose
+    long side fits the long edge and whose short side fits the short edge; each side is rounded to the nearest integer,
+    halves up. Evaluation follows mmcv 2.x, whose sizes may differ by a pixel: `segjax.inference.engine.scaled_size`.
     """
     size = jnp.asarray(size)
     if base_size is None:
@@ -143,7 +143,7 @@ def scaled_size(size: jax.Array | np.ndarray, scale: jax.Array | float, base_siz
         long, short = ((edge * scale).astype(jnp.int32) for edge in map(jnp.float32, (max(base_size), min(base_size))))
         of_long = _rounded_fraction(size, long, size.max(axis=-1, keepdims=True))
         of_short = _rounded_fraction(size, short, size.min(axis=-1, keepdims=True))
-        # That of the smaller factor: rounding keeps the order.
+        # The size for the smaller factor, because rounding keeps the order.
         scaled = jnp.minimum(of_long, of_short).astype(jnp.int32)
     return jnp.maximum(scaled, 1)
 
@@ -154,9 +154,9 @@ def _rounded_fraction(number, numerator, denominator):
 
 
 def _divide_product(a, b, divisor):
-    """Quotient and remainder of a * b / divisor, exact although a * b may exceed int32; the quotient may not."""
+    """Quotient and remainder of a * b / divisor; exact even if a * b exceeds int32, but not if the quotient does."""
     guess = jnp.floor(a * (b / divisor)).astype(jnp.int32)
-    # float32 misses the quotient by a few at most. Both products may wrap around, but not their difference.
+    # float32 misses the quotient by a few at most. Both products may overflow, but their difference does not.
     remainder = a * b - guess * divisor
     return guess + remainder // divisor, remainder % divisor
 
@@ -168,11 +168,14 @@ def crop_pixels(length, scaled, offset, *, flip=False):
     """Pixels of the scaled image in a crop, along one axis.
 
     Args:
-      length: Of the crop. scaled: of the scaled image. offset: of the crop in the scaled image.
-      flip: Mirrors the part of the crop that is inside the image.
+      length: Length of the crop.
+      scaled: Length of the scaled image.
+      offset: Offset of the crop in the scaled image.
+      flip: Whether to mirror the part of the crop that is inside the image.
 
     Returns:
-      integers (length,), positions in the scaled image; bool (length,), False in the padding, where they mean nothing.
+      Positions in the scaled image, integers (length,); and bool (length,), False in the padding, where positions have
+      no meaning.
     """
     inside_length = jnp.minimum(length, scaled - offset)
     target = jnp.arange(length)
@@ -181,9 +184,9 @@ def crop_pixels(length, scaled, offset, *, flip=False):
 
 
 def nearest_pixels(pixels, size, scaled):
-    """Pixels of the image whose centres are nearest to those of pixels of the scaled image, along one axis.
+    """Pixels of the image that are nearest to pixels of the scaled image, by their centres, along one axis.
 
-    floor((pixel + 1/2) * size / scaled), of two at the same distance the later one, in exact integer arithmetic.
+    floor((pixel + 1/2) * size / scaled) in exact integer arithmetic; of two equally near pixels, the later one.
     """
     nearest, _ = _divide_product(2 * pixels + 1, size, 2 * scaled)
     return jnp.clip(nearest, 0, size - 1)
@@ -204,19 +207,24 @@ def place(
 ) -> Crops:
     """Places the crop of one sample by the labels of its whole image, on the device.
 
-    With `cat_max_ratio`, as `RandomCrop` of mmsegmentation: while one class has at least that share of the labelled
-    pixels of the crop, or no pixel is labelled, another offset is drawn, up to ten times. The tenth is not examined.
-    The labels are those before `rotation`. With `class_balance`, some crops are placed around a pixel of a class, and
-    `cat_max_ratio` does not apply to them.
+    `cat_max_ratio` works as in mmsegmentation's `RandomCrop`: while one class has at least this share of the labelled
+    pixels of the crop, or no pixel is labelled, another offset is drawn, up to ten times; the tenth is accepted without
+    a check. The labels are those before `rotation`. With `class_balance`, some crops are placed around a pixel of a
+    class, and `cat_max_ratio` does not apply to them.
 
-    On a GPU, a histogram by scatter would make all threads add to the counters of a few classes; `_is_dominated` needs
-    plain sums only. All samples of a batch leave the loop together, mostly before its first round. Each examination
-    gathers the label of each pixel of the crops, and before each round the host waits for a flag, which `jit` over
-    several devices also reduces over them.
+    `_is_dominated` uses plain sums, because in a histogram by scatter, all threads of a GPU would add to the counters
+    of a few classes. All samples of a batch leave the loop together, mostly before its first round. Each check gathers
+    the label of each pixel of the crops. Before each round, the host waits for a flag, which `jit` over several devices
+    also reduces over the devices.
 
     Args:
-      label: Integers (H, W). size: int32 (2,), its height and width without padding.
-      rarity: What `rarity_of` returned, for `class_balance`.
+      key: Key of the sample.
+      crop: Drawn crop of the sample.
+      label: Labels of the whole image, integers (H, W).
+      size: Height and width of the image without padding, int32 (2,).
+      settings: The `augment` section of a config.
+      ignore_label: Label of pixels that do not count.
+      rarity: Result of `rarity_of`, for `class_balance`.
     """
     offset = crop.offset
     if settings.cat_max_ratio < 1:
@@ -245,10 +253,10 @@ def place(
 
 
 def _is_dominated(label, size, scaled, offset, settings, ignore_label):
-    """Whether a class has the share `cat_max_ratio` of the labelled pixels of a crop, or none is labelled.
+    """Whether a class has the share `cat_max_ratio` of the labelled pixels of a crop, or no pixel is labelled.
 
-    A class with more than half of them, as it must have, has the majority in every bit of its number: a sum for each
-    bit gives the only class that may be it, and one more counts it.
+    The share is more than one half, so such a class has the majority in every bit of its number. One sum per bit
+    therefore finds the only candidate, and one more sum counts its pixels.
     """
     pixels = [crop_pixels(*axis) for axis in zip(settings.crop, scaled, offset, strict=True)]
     (rows, rows_inside), (columns, columns_inside) = pixels
@@ -261,15 +269,15 @@ def _is_dominated(label, size, scaled, offset, settings, ignore_label):
 
 
 def dominant_count(number, ratio: float):
-    """The least count that is at least `ratio` of `number` pixels, exact for a ratio of up to three decimals."""
+    """The smallest count that is at least `ratio` of `number` pixels; exact for ratios of up to three decimals."""
     share = Fraction(ratio).limit_denominator(1000)
     p, q = share.numerator, share.denominator
-    # ceil(number * p / q), without the product that may exceed int32.
+    # ceil(number * p / q), without the product, which may exceed int32.
     return number // q * p - (-(number % q) * p) // q
 
 
 def rarity_of(class_pixels: np.ndarray) -> np.ndarray:
-    """Integers in proportion to 1 / pixels of each class, int32 (K,), whose sum is below 2**31; 0 without a pixel."""
+    """Integers proportional to 1 / pixels of each class, int32 (K,), with a sum below 2**31; 0 without a pixel."""
     pixels = np.where(class_pixels > 0, class_pixels, np.inf)
     weights = np.maximum(pixels.min() / np.maximum(class_pixels, 1) * (2**30 // len(pixels)), 1)
     return np.where(class_pixels > 0, weights, 0).astype(np.int32)
@@ -279,9 +287,10 @@ class _Aim(NamedTuple):
     """The pixel that a crop is placed around.
 
     Attributes:
-      is_taken: Whether the crop is placed so at all.
-      label: Its class. nth: its number among the pixels of this class, row by row.
-      within: Int32 (2,), the row and column of the crop in which the pixel lies, unless the image ends before.
+      is_taken: Whether the crop is placed around this pixel.
+      label: Class of the pixel.
+      nth: Number of the pixel among those of its class, row by row.
+      within: Row and column of the crop at which the pixel lies, int32 (2,), unless the image ends before.
     """
 
     is_taken: jax.Array
@@ -291,9 +300,9 @@ class _Aim(NamedTuple):
 
 
 def _draw_aim(key, counts, settings, rarity):
-    """The `_Aim` of a sample whose whole image has `counts` pixels of each class, int32 (K,)."""
+    """Draws the `_Aim` of a sample whose whole image has `counts` pixels of each class, int32 (K,)."""
     taken_key, label_key, nth_key, *within_keys = jax.random.split(jax.random.fold_in(key, _BALANCE), 5)
-    # A class among those that the image has. Integers, because a sum of floats may differ between host and device.
+    # A class of the image. Integers, because sums of floats may differ between host and device.
     ends = jnp.cumsum(jnp.where(counts > 0, jnp.array(rarity), 0))
     label = jnp.sum(ends <= jax.random.randint(label_key, (), 0, jnp.maximum(ends[-1], 1)))
     is_taken = jax.random.bernoulli(taken_key, settings.class_balance) & (ends[-1] > 0)
@@ -303,7 +312,7 @@ def _draw_aim(key, counts, settings, rarity):
 
 
 def _nth_pixel(mask, nth):
-    """Row and column, int32 (2,), of the n-th True of bool (H, W), row by row."""
+    """Row and column, int32 (2,), of the n-th True of a mask, bool (H, W), row by row."""
     in_rows = jnp.sum(mask, axis=1, dtype=jnp.int32)
     ends = jnp.cumsum(in_rows)
     row = jnp.sum(ends <= nth)
@@ -327,8 +336,8 @@ class HostPlacement:
 
         Args:
           key: Key of the run.
-          sample_key: Key of the run, int32 step and position in the batch -> the key of a sample.
-          ignore_label, rarity: As in `place`.
+          sample_key: (key of the run, int32 step, position in the batch) -> key of a sample.
+          settings, ignore_label, rarity: As in `place`.
         """
         self._settings, self._ignore_label = settings, ignore_label
 
@@ -348,15 +357,18 @@ class HostPlacement:
             self._aim = compiled_on_host(aim, key, number, number, np.zeros(self._classes, np.int32))
 
     def __call__(self, step: int, position: np.int32, crop: Crops, label: np.ndarray) -> Crops:
-        """The placed crop of a sample.
+        """Places the crop of a sample.
 
         Args:
-          crop: The drawn one of this sample, without an axis of samples. label: (H, W), the whole label.
+          step: Step of the training, from 0.
+          position: Position of the sample in the batch.
+          crop: Drawn crop of the sample, without a batch axis.
+          label: Labels of the whole image, (H, W).
         """
         offset, scaled = (np.asarray(array, np.int64) for array in (crop.offset, crop.scaled))
         step_number = np.int32(step)
         if self._settings.cat_max_ratio < 1 and self._is_dominated(label, scaled, offset):
-            # Drawn at once, since most of the time of a call goes into calling.
+            # All are drawn at once, because most of the time of a call is overhead.
             offsets = np.asarray(self._redraw(step_number, position, crop.scaled), np.int64)
             accepted = (number for number in range(REDRAWS) if not self._is_dominated(label, scaled, offsets[number]))
             offset = offsets[next(accepted, REDRAWS - 1)]
@@ -380,9 +392,10 @@ class HostPlacement:
 
 
 def compiled_on_host(function: Callable, key: jax.Array, *arguments: np.ndarray | np.generic) -> Callable:
-    """`function(key, ...)`, with a fixed key, as a function of arguments like the given ones, compiled for the CPU.
+    """Compiles `function(key, ...)` for the CPU, with this key and arguments of the shapes and dtypes of the given
+    ones.
 
-    Compiled here, because `jax.enable_x64` around this thread does not apply to the threads that call it.
+    It is compiled here, because `jax.enable_x64` of this thread does not apply to the threads that call the result.
     """
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
     return partial(jax.jit(function).lower(key, *arguments).compile(), key)
@@ -390,16 +403,16 @@ def compiled_on_host(function: Callable, key: jax.Array, *arguments: np.ndarray 
 
 # ------------------------------------------------------------------------------------------------------------- windows
 
-# Rows of an image that a crop may need in addition to the distance between its first and last row: 1, since both ends
-# count, 2 for interpolation and 2 for rounding on the device, one on each side.
+# Number of image rows that a crop may need in addition to the distance between its first and last row: 1 because both
+# ends count, 2 for interpolation and 2 for rounding on the device (one on each side).
 _MARGIN = 5
 
 
 def window_size(sizes: np.ndarray, settings: AugmentSettings) -> tuple[int, int]:
     """Height and width of the smallest window that contains any crop of any image of the sizes (N, 2).
 
-    It is the whole image where that is small, or scaled to less than the crop. One image that a base size shrinks very
-    much is enough to make all windows large.
+    The window is the whole image if the image is small, or is scaled to less than the crop. A single image that a base
+    size reduces very much makes all windows large.
     """
     kinds = np.unique(sizes, axis=0)
     scaled = np.asarray(scaled_size(kinds, settings.scale[0], settings.base_size))
@@ -409,7 +422,7 @@ def window_size(sizes: np.ndarray, settings: AugmentSettings) -> tuple[int, int]
 
 
 def _largest_box(settings):
-    """Height and width of an upright box around a crop that is turned by any angle up to `rotation`: float (2,)."""
+    """Height and width of an upright box around a crop that is rotated by up to `rotation`, float (2,)."""
     height, width = settings.crop
     largest = math.radians(settings.rotation)
 
@@ -422,9 +435,9 @@ def _largest_box(settings):
 
 
 def with_origins(crops: Crops, sizes: np.ndarray, window: tuple[int, int], settings: AugmentSettings) -> Crops:
-    """The same crops, taken from windows (h, w) of images of the sizes (..., 2); computed on the host."""
+    """The same crops with the origins of windows (h, w), for images of the sizes (..., 2); computed on the host."""
     scaled, offset, angle = np.asarray(crops.scaled), np.asarray(crops.offset), np.asarray(crops.angle, np.float64)
-    # The crop spans `half` to both sides of its centre, and turned about it, `turned`.
+    # The crop extends by `half` on both sides of its centre; after its rotation, by `turned`.
     half = (np.minimum(settings.crop, scaled - offset) - 1) / 2
     turned = np.abs(np.cos(angle))[..., None] * half + np.abs(np.sin(angle))[..., None] * half[..., ::-1]
     first = np.floor((offset + (half - turned) + 0.5) * (sizes / scaled) - 0.5).astype(np.int32) - _MARGIN // 2

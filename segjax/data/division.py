@@ -1,4 +1,4 @@
-"""Divides the only split of a dataset into train and val: by a share, with groups that stay together."""
+"""Divides the only labelled split of a dataset into train and val, by a share; groups stay together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from segjax.data.sources import DataError, Example, Examples, Problems, counted
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How a split is divided. Equal names and equal settings give equal splits, on any machine.
+    """Settings of a division. Equal names and equal settings give equal splits, on any machine.
 
     Attributes:
       val_share: Share of the images that go to val, between 0 and 1.
-      seed: Decides which.
-      group_by: Regular expression that finds the group of an image in its name: its first group, or all that it
-        matches. Images of one group stay together. None for images that may be divided in any way.
+      seed: Seed of the choice of images.
+      group_by: Regular expression that finds the group of an image in its name, as the first group of the match, or
+        else the whole match. Images of one group stay together. None if every image is its own group.
     """
 
     val_share: float
@@ -28,11 +28,11 @@ class Division:
 
     def __post_init__(self):
         if not 0 < self.val_share < 1:
-            raise DataError(f"the share of val is between 0 and 1, not {self.val_share}")
+            raise DataError(f"the share of val must be between 0 and 1, not {self.val_share}")
         try:
             re.compile(self.group_by or "")
         except re.error as error:
-            raise DataError(f"{self.group_by!r} is no regular expression: {error}") from None
+            raise DataError(f"{self.group_by!r} is not a regular expression: {error}") from None
 
     def __str__(self) -> str:
         groups = "" if self.group_by is None else f", groups by {self.group_by}"
@@ -40,40 +40,43 @@ class Division:
 
     @property
     def digest(self) -> str:
-        """8 hex digits that identify the division, for the name of a folder."""
+        """Identifier of the division, 8 hex digits, for the name of a folder."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Division | None:
-        """The division of a prepared dataset with these metadata; None where it has the splits of its source."""
+        """The division of a prepared dataset with this metadata; None if it has the splits of its source."""
         return cls(**metadata["division"]) if metadata.get("division") else None
 
 
 def divided(examples: Examples, division: Division, problems: Problems, notes: list[str]) -> Examples:
-    """Examples in the splits train and val, instead of in the only one with labels; other splits stay.
+    """Divides the only split with labels into train and val; other splits do not change.
 
-    Each group has a number by its name and the seed. Those with the lowest go to val, as many as bring it closest to
-    its share, at least one and not all. Further images hardly change the places of the others.
+    Each group is numbered by a hash of its name and the seed. The groups with the lowest numbers go to val, until its
+    size is closest to its share; at least one group goes to val, and at least one to train. If images are added later,
+    few of the others change their split.
 
     Args:
-      problems: Gets why a dataset cannot be divided.
-      notes: Gets a line about the groups.
+      examples: Examples by split.
+      division: Settings of the division.
+      problems: Receives the reasons why the dataset cannot be divided.
+      notes: Receives a line about the groups.
     """
     labelled = [split for split, found in examples.items() if found and all(example.label for example in found)]
     if len(labelled) != 1:
-        problems["a share for val divides the only split with labels, and there is not one; omit it"].append(
+        problems["a share for val needs exactly one split with labels; omit it"].append(
             f"splits with labels: {counted({split: len(examples[split]) for split in labelled}) or 'none'}"
         )
         return examples
     (split,) = labelled
     if taken := {"train", "val"} & (examples.keys() - {split}):
-        problems["splits without labels that have the names of those to be made; rename them"] += sorted(taken)
+        problems["splits without labels with the name of a new split; rename them"] += sorted(taken)
         return examples
     groups: dict[str, list[Example]] = {}
     for example in examples[split]:
         name = _group(example.name, division.group_by)
         if name is None:
-            problems[f"images whose name has no match of {division.group_by!r}, and so no group"].append(example.name)
+            problems[f"images without a group: their name does not match {division.group_by!r}"].append(example.name)
         else:
             groups.setdefault(name, []).append(example)
     if problems:
@@ -104,7 +107,7 @@ def divided(examples: Examples, division: Division, problems: Problems, notes: l
 
 
 def _group(name: str, group_by: str | None) -> str | None:
-    """The group of an image; None where the expression does not match."""
+    """The group of an image; None if the expression does not match."""
     if group_by is None:
         return name
     if (match := re.search(group_by, name)) is None:

@@ -1,16 +1,16 @@
-"""Reader of a folder of images and masks in segjax's own layout, and of everything that is wrong with it.
+"""Reads a folder of images and masks in segjax's own layout, and finds everything that is wrong with it.
 
-    images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif: RGB, grey is repeated, alpha is dropped; or .tif, with all
-                                of its bands, or .npy, an array (H, W, C) or (H, W): uint8, uint16 or float32
-    labels/<split>/<stem>.png   or .bmp, .tif of one band, .npy of (H, W): integers, one train id (0..K-1; 0 and 1 for
-                                a single class) or the ignore value for each pixel; or a palette, or RGB in PNG and BMP,
-                                in the colours of the classes
-    classes.json                {"names": [K strings]}, and optionally "colors": [K of [r, g, b]], "ignore": 255,
-                                "ignore_colors": [of [r, g, b]], "name": "...", "absent": [names of classes that no
-                                image shows], "channels": how many the images have; 1 keeps grey PNG and JPEG grey
+    images/<split>/<stem>.jpg   or .png, .webp, .bmp, .gif: RGB; grey is repeated, alpha is dropped. Or .tif with all
+                                bands, or .npy with an array (H, W, C) or (H, W): uint8, uint16 or float32
+    labels/<split>/<stem>.png   or .bmp, .tif with one band, .npy (H, W): integers, for each pixel a train id (0..K-1; 0
+                                and 1 for a single class) or the ignore value. Or a palette, or RGB in PNG and BMP, in
+                                the colours of the classes
+    classes.json                {"names": [K strings]}, and optionally "colors": [K times [r, g, b]], "ignore": 255,
+                                "ignore_colors": [any number of [r, g, b]], "name": "...", "absent": [names of classes
+                                that no image shows], "channels": number of channels; 1 keeps grey PNG and JPEG grey
 
-Without folders of splits, all images are of the split train. The content of a file counts, not its suffix. Nothing here
-writes. Problems are collected by kind, and each kind states its remedy, so that one report lists them all.
+Without folders of splits, all images belong to the split train. The content of a file counts, not its suffix. This
+module does not write. Problems are collected by kind, and each kind states its remedy, so that one report lists all.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ LAYOUT = (
     'classes) and classes.json ("names", "colors", "ignore")'
 )
 
-_CLASSES = (  # A kind of problem, with its remedy.
+_CLASSES = (  # a kind of problem, with its remedy
     'classes.json, which needs "names" (K different strings), and may have "colors" (K of [r, g, b], 0..255), "ignore" '
-    "(the mask value that is not counted, at least K; 255 by default, 65535 for more than 255 classes), "
-    '"ignore_colors" (of [r, g, b], the colours in masks that are not counted), "name" (a string), "absent" (names '
+    "(the mask value of ignored pixels, at least K; 255 by default, 65535 for more than 255 classes), "
+    '"ignore_colors" (the colours [r, g, b] of ignored pixels), "name" (a string), "absent" (names '
     'of classes that no image shows) and "channels" (of the images; 1 for grey ones)'
 )
 LARGEST_CHANNELS = 65_536
-# Suffixes of files whose content is only looked at when it is decoded; others are opened first.
+# Suffixes of files that are opened only when they are decoded; the format of other files is checked before.
 _USUAL = {"images": (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"), "labels": (".png", ".tif", ".tiff", ".npy")}
 _KEYS = ("name", "names", "colors", "ignore", "ignore_colors", "absent", "channels")
 
 
 def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | None, masks.Classes]:
-    """The classes in classes.json; colours that it lacks are those of a known palette with these classes, or chosen.
+    """Reads classes.json. Without "colors", the colours are those of a known palette with these classes, or chosen.
 
-    The first is None, and the reasons are in `problems`, if it cannot be used.
+    Returns:
+      The spec, and the other entries. If the file cannot be used, the spec is None, and `problems` has the reasons.
     """
     content, path = {}, root / "classes.json"
     try:
@@ -72,13 +73,13 @@ def read_classes(root: Path, problems: Problems) -> tuple[specs.DatasetSpec | No
 
 def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, channels) -> Iterator[str]:
     def is_color(value):
-        # isinstance would let true and false pass.
+        # isinstance would accept true and false.
         return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value)
 
     if not (isinstance(name, str) and name.strip()):
-        yield f'"name" is no string: {name!r:.80}'
+        yield f'"name" is not a string: {name!r:.80}'
     if not (isinstance(names, list) and names and all(isinstance(n, str) and n.strip() for n in names)):
-        yield f'"names" is missing or no list of strings: {names!r:.80}'
+        yield f'"names" is missing or not a list of strings: {names!r:.80}'
         names = []
     if repeated := [n for n, times in collections.Counter(names).items() if times > 1]:
         yield f'"names" repeats {listed(repeated)}'
@@ -86,18 +87,18 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, chann
         if value is None:
             continue
         if not isinstance(value, list):
-            yield f'"{key}" is no list: {value!r:.80}'
+            yield f'"{key}" is not a list: {value!r:.80}'
         elif wrong := [color for color in value if not is_color(color)]:
-            yield f'"{key}" has entries that are no [r, g, b] in 0..255: {listed(wrong)}'
+            yield f'"{key}" has entries that are not [r, g, b] in 0..255: {listed(wrong)}'
     if isinstance(colors, list) and names and len(names) != len(colors):
         yield f'{len(names)} "names" but {len(colors)} "colors"'
     both = isinstance(colors, list) and isinstance(ignore_colors, list)
     if both and (shared := [color for color in ignore_colors if color in colors]):
         yield f'"ignore_colors" has colours of classes: {listed(shared)}'
     if not (type(ignore) is int and 0 <= ignore <= specs.LARGEST_LABEL):
-        yield f'"ignore" is no integer in 0..{specs.LARGEST_LABEL}: {ignore!r:.80}'
+        yield f'"ignore" is not an integer in 0..{specs.LARGEST_LABEL}: {ignore!r:.80}'
     elif ignore < max(len(names), 2):
-        # A single class has the labels 0, background, and 1.
+        # With a single class, the labels are 0 (background) and 1.
         meaning = repr(names[ignore]) if len(names) > 1 else "'background' or the one class"
         yield (
             f'"ignore" is {ignore}, which is also the id of class {meaning}; give ignored pixels another value in the '
@@ -105,22 +106,24 @@ def _faults_of_classes(name, names, colors, ignore, ignore_colors, absent, chann
             f"1 from all, and 0 becomes {specs.default_ignore_label(len(names))}"
         )
     if not isinstance(absent, list) or any(name not in names for name in absent):
-        yield f'"absent" is no list of some of "names": {absent!r:.80}'
+        yield f'"absent" is not a list of some of "names": {absent!r:.80}'
     if channels is not None and not (type(channels) is int and 1 <= channels <= LARGEST_CHANNELS):
-        yield f'"channels" is no number from 1 to {LARGEST_CHANNELS}: {channels!r:.80}'
+        yield f'"channels" is not a number from 1 to {LARGEST_CHANNELS}: {channels!r:.80}'
 
 
 def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
-    """Images with their masks, in the order of their stems, whose Unicode is composed (NFC).
+    """Pairs images with their masks, in the order of their stems in composed Unicode (NFC).
 
     Args:
-      notes: Gets a line about hidden files, which are skipped, and about names in different Unicode forms.
+      root: Path of the folder.
+      problems: Receives everything that is wrong.
+      notes: Receives lines about hidden files, which are skipped, and names in different Unicode forms.
     """
     found: dict[str, dict[str, dict[str, Path]]] = {"images": {}, "labels": {}}
     hidden: list[str] = []
     is_flat = all(_has_only_files(root / part) for part in found)
     if is_flat:
-        notes.append("images/ and labels/ have no folders of splits, so that all images are of the split train")
+        notes.append("images/ and labels/ have no folders of splits, so all images belong to the split train")
     for part in found:
         if is_flat:
             found[part]["train"] = _by_stem(root, part, part, problems, hidden)
@@ -150,7 +153,7 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
         images, masks = (found[part].get(split) for part in ("images", "labels"))
         if images is None or masks is None:
             has, lacks = ("labels", "images") if images is None else ("images", "labels")
-            problems["splits on one side only"].append(f"{has}/{split} without {lacks}/{split}")
+            problems["splits with only images or only labels"].append(f"{has}/{split} without {lacks}/{split}")
             continue
         examples[split] = [
             Example(stem, *(file_of(path, path.relative_to(root).as_posix()) for path in (images[stem], masks[stem])))
@@ -168,20 +171,20 @@ def find_examples(root: Path, problems: Problems, notes: list[str]) -> Examples:
                 problems[kind].append(f"{part}/{split}/{own[stem].name}" + f"; in other case: {close}" * bool(close))
     if renamed:
         notes.append(
-            f"images and masks whose names differ in nothing but the Unicode form of accents: {len(renamed)}, such as "
+            f"images and masks whose names differ only in the Unicode form of accents: {len(renamed)}, such as "
             f"{renamed[0]}; they belong together"
         )
     return examples
 
 
 def _has_only_files(place: Path) -> bool:
-    """Whether a folder contains something, and no folder, apart from what is hidden."""
+    """Whether a folder contains files and no folders; hidden entries do not count."""
     inside = [path for path in place.iterdir() if path.name[0] != "."] if place.is_dir() else []
     return bool(inside) and all(path.is_file() for path in inside)
 
 
 def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list[str]) -> dict[str, Path]:
-    """The images or masks in a directory by their stems, in composed Unicode: systems write accents differently."""
+    """Images or masks in a directory, by stem in composed Unicode, because systems encode accents differently."""
     stems: dict[str, Path] = {}
     for path in _visible(root, where, hidden):
         name = f"{where}/{path.name}"
@@ -192,23 +195,23 @@ def _by_stem(root: Path, where: str, part: str, problems: Problems, hidden: list
             problems[NOT_REGULAR].append(f"{name}: {kind_of(path)}")
         elif path.suffix.lower() not in _USUAL[part] and not _is_image(path):
             formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or .npy" if part == "images" else "PNG, BMP, TIFF or .npy"
-            problems[f"files that are no {formats}, neither by suffix nor inside; convert or remove them"].append(name)
+            problems[f"files that are not {formats}, by suffix or by content; convert or remove them"].append(name)
         elif stem in stems:
             names = f"{where}/{stems[stem].name} and {path.name}"
-            problems["files of one split that differ in nothing but the suffix; rename them"].append(names)
+            problems["files of one split that differ only in the suffix; rename them"].append(names)
         else:
             stems[stem] = path
     return stems
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file begins as an image or mask does that can be read, whatever its suffix is."""
+    """Whether a file begins like an image or mask that can be read, whatever its suffix is."""
     with reading.open_regular(path) as file:
         return codec.format_of(file.read(32)) is not None
 
 
 def _other_place(root: Path) -> str:
-    """Where a dataset lies that is not where it should be; "" where none is near."""
+    """Hint at a dataset in a nearby folder; "" if there is none, or if `root` is one."""
 
     def is_dataset(place: Path) -> bool:
         return (place / "images").is_dir() and (place / "labels").is_dir()
@@ -228,18 +231,18 @@ def _other_place(root: Path) -> str:
 
 
 def _visible(root: Path, where: str, hidden: list[str]) -> list[Path]:
-    """What is in a directory, sorted; what is hidden is added to `hidden`."""
+    """Entries of a directory, sorted; hidden ones are added to `hidden` instead."""
     inside = sorted((root / where).iterdir()) if (root / where).is_dir() else []
     hidden += [f"{where}/{path.name}" for path in inside if path.name[0] == "."]
     return [path for path in inside if path.name[0] != "."]
 
 
 def state_of(root: Path, examples: Examples) -> str:
-    """16 hex digits that identify the present state of a folder, wherever it lies.
+    """Hash that identifies the present state of a folder, 16 hex digits, independent of the folder's path.
 
-    They are a hash of classes.json, and of the path inside, the size, the time of modification and the inode of every
-    file. A folder that was moved keeps them all, and one that was copied is prepared again. An edited file changes
-    them even if its size is the same, and two folders differ even if an archive has set equal times.
+    It covers classes.json, and the relative path, size, modification time and inode of every file. A moved folder
+    keeps its state; a copied one is prepared again. An edited file changes the state even if its size is the same, and
+    two folders have different states even if an archive set equal times.
     """
     names = (file.name for found in examples.values() for each in found for file in (each.image, each.label) if file)
     classes = reading.read_bytes(root / "classes.json")

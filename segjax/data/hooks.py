@@ -1,23 +1,23 @@
-"""A person's own augmentation, by the settings `augment.on_device` and `augment.on_host`.
+"""The user's own augmentations: the settings `augment.on_device` and `augment.on_host`.
 
-Each is the address of a function, FILE.py:function or package.module:function.
+Each setting is the address of a function, FILE.py:function or package.module:function.
 
     def on_device(key, image, label): ...    # jax: float32 (h, w, C) in 0..255 and uint8 (h, w), of one crop
     def on_host(rng, image, label): ...      # NumPy: uint8 (H, W, C) and uint8 (H, W), of one whole image
 
-Images of uint16 and float32 have that dtype in `on_host`, and values in their own unit in both. Both return an image
-and a label of the same shapes and dtypes. Labels are uint16 where the ignore label is above 255.
+Images of uint16 and float32 keep their dtype in `on_host`, and their unit in both functions. Both functions return an
+image and a label of the given shapes and dtypes. Labels are uint16 if the ignore label is above 255.
 
-`on_device` is traced into the training step, after the geometric and photometric changes and before the image is
-normalised and padded. `key` is a key of the sample's own. Where a crop reaches beyond its image, it repeats the edge of
-the image and has the ignore label; whatever the function writes there is overwritten. Gamma, for example:
+`on_device` is traced into the training step, after the geometric and photometric changes and before normalisation and
+padding. Each sample has its own `key`. Outside of the image, the crop repeats the edge of the image and has the ignore
+label; values that the function writes there are overwritten. Gamma, for example:
 
     def gamma(key, image, label):
         return 255 * (image / 255) ** jax.random.uniform(key, minval=0.7, maxval=1.5), label
 
-`on_host` changes each decoded image before its crop is drawn, in threads that read ahead. The data are streamed then,
-also from memory. `rng`, a `np.random.Generator`, depends only on the seed, the step and the sample's position in the
-batch. With Albumentations, whose pipeline is built in the function, because several threads call it at the same time:
+`on_host` changes each decoded image before its crop is drawn, in threads that read ahead. The data are then streamed,
+even from memory. `rng`, a `np.random.Generator`, depends only on the seed, the step and the sample's position in the
+batch. An example with Albumentations; the function builds the pipeline, because several threads call it concurrently:
 
     import albumentations as A
 
@@ -51,13 +51,14 @@ from segjax.runtime.reading import type_name, user_path
 
 
 def function_at(setting: str, address: str) -> Callable:
-    """The function at an address; a file is executed once in a process.
+    """The function at an address; a file is executed once per process.
 
     Args:
       setting: Name of the setting, for messages.
+      address: FILE.py:function or package.module:function.
 
     Raises:
-      ValueError: No such file, module or function, or one that fails when it is imported.
+      ValueError: There is no such file, module or function, or its import fails.
     """
     source, colon, name = address.rpartition(":")
     if not (source and colon and name):
@@ -92,7 +93,7 @@ def _described(error: BaseException) -> str:
 
 
 def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The function of `augment.on_device` on one crop: float32 (h, w, C) in its own values, labels (h, w) -> the same.
+    """Applies the function of `augment.on_device` to a crop: float32 (h, w, C) and labels (h, w) -> the same shapes.
 
     Raises:
       ValueError: There is no such function, it fails, or it returns something else.
@@ -103,7 +104,8 @@ def on_device(address: str, key: jax.Array, image: jax.Array, label: jax.Array) 
 def on_host(
     address: str, rng: np.random.Generator, image: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The function of `augment.on_host` on copies of one image: (H, W, C), labels (H, W) -> the same.
+    """Applies the function of `augment.on_host` to copies of an image (H, W, C) and its labels (H, W) -> the same
+    shapes.
 
     Raises:
       ValueError: There is no such function, it fails, or it returns something else.
@@ -132,10 +134,12 @@ def _kinds(result: Any) -> str:
 
 
 def problem_on_device(address: str, crop: Sequence[int], channels: int | None = 3) -> str | None:
-    """Why `augment.on_device` cannot be used with crops of this size, found without running it on data.
+    """Reason why `augment.on_device` cannot be used; None if it can. The function is traced, not run on data.
 
     Args:
-      channels: Of the images; None where they are not known, and the function is only looked up.
+      address: Address of the function.
+      crop: (height, width) of the crops in pixels.
+      channels: Number of channels of the images; None if it is not known, to only look the function up.
     """
     if channels is None:
         return _problem_of_address("augment.on_device", address)
@@ -148,7 +152,7 @@ def problem_on_device(address: str, crop: Sequence[int], channels: int | None = 
 
 
 def problem_on_host(address: str) -> str | None:
-    """Why `augment.on_host` cannot be used; it is not called."""
+    """Reason why `augment.on_host` cannot be used; None if it can. The function is not called."""
     return _problem_of_address("augment.on_host", address)
 
 

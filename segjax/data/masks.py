@@ -1,11 +1,11 @@
 """Checks every image and mask of a dataset, counts pixels by class, and converts masks to train ids.
 
-Masks from archives have values that a table converts; those of a folder may have colours, see `palettes.py`. RGB images
-of unusual formats, of 16 bits in PNG, or rotated by EXIF become PNG. Images of other channels or numbers, see
-`bands.py`, become arrays.
+A table converts the values of masks from archives; masks of a folder may have colours, see `palettes.py`. RGB images
+become 8-bit PNG if their format is unusual, their PNG has 16 bits, or EXIF rotates them. Images that are not 8-bit RGB,
+see `bands.py`, become arrays.
 
-Decoding takes most of the time. It runs in threads, and results are kept in a scratch folder, where a preparation that
-was interrupted continues.
+Decoding takes most of the time and runs in threads. Results are kept in a scratch folder, from which an interrupted
+preparation continues.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from segjax.data.sources import DataError, Example, Examples, File, Problems, fi
 from segjax.runtime import atomic, console, reading
 
 THREADS = min(8, os.cpu_count() or 1)  # OpenCV decodes outside the interpreter's lock
-_UNREADABLE = "files that are no whole image; copy or export them again"
+_UNREADABLE = "files that are not complete images; copy or export them again"
 _OTHER_SIZE = "masks of another size (height x width) than their image"
 _UNKNOWN_SCALE = (
-    "images of 16 bits of which black and white are not known; write them with 8 bits, or so that 65535 is white"
+    "16-bit images whose values of black and white are unknown; write them with 8 bits, or so that 65535 is white"
 )
-_OTHER_LAYOUT = "images of a shape or of numbers that are not read"
+_OTHER_LAYOUT = "images with an unsupported shape or dtype"
 _OTHER_MASKS = (
     "TIFF or .npy masks that are not one integer from 0 to 65535 for each pixel; write the class ids as uint8 or "
     "uint16, (H, W), and the ignore value where there is none"
 )
 _STRANGE = (
-    "images with values that are NaN or infinite; give these pixels a number, such as 0, and where there is no data "
-    "the ignore value in their masks"
+    "images with values that are NaN or infinite; give these pixels a number, such as 0, and the ignore value in their "
+    "masks where there is no data"
 )
-# Share of all pixels above which the ignore value is suspected to stand for a class.
+# Share of all pixels from which on the ignore value is suspected to mean a class.
 _MANY_IGNORED = 0.001
 
 
-# What EXIF does to an image: nothing; it is used as it is stored, or upright, as the size of its mask demands; or the
-# mask fits either way.
+# Effect of EXIF data on an image: none; used as stored, or upright, by the size of its mask; or the mask fits either
+# way.
 Rotation = Literal["none", "stored", "upright", "either"]
 
 
@@ -82,9 +82,9 @@ class _Line(TypedDict):
 
 
 class Scratch:
-    """A folder next to the dataset for the time of its preparation; created when the first file is written to it.
+    """A folder next to the dataset during its preparation; created when the first file is written.
 
-    It contains the train ids of each mask as <split>/<name>.png, and checked.jsonl: a line for each valid example.
+    It contains the train ids of each mask, as <split>/<name>.png, and checked.jsonl, with a line per valid example.
     """
 
     def __init__(self, path: Path):
@@ -108,12 +108,12 @@ class Scratch:
         return self.path / split / f"{name}.png"
 
     def checked(self) -> dict[tuple[str, str], Measured]:
-        """(split, name) -> measurement of the examples that earlier attempts found valid."""
+        """(split, name) -> measurement, for the examples that earlier attempts found valid."""
         path, found = self.path / "checked.jsonl", {}
         if not path.exists():
             return found
         for line in reading.read_bytes(path).splitlines():
-            # The last line may be cut where the process was killed; an odd one is an example that is checked again.
+            # A killed process may leave a truncated last line; the example of an invalid line is checked again.
             with contextlib.suppress(reading.UnreadableError):
                 entry = reading.parse_json(line, _Line, name=path)
                 colors = entry["colors"] and MaskColors(**{key: _tuples(of) for key, of in entry["colors"].items()})
@@ -133,7 +133,7 @@ class Scratch:
 
     @contextlib.contextmanager
     def journal(self) -> Iterator:
-        """Gives a function (split, name, measured) that records that an example is valid."""
+        """Yields a function (split, name, measured) that records a valid example."""
         path = self.make() / "checked.jsonl"
         cut = path.exists() and not reading.read_bytes(path).endswith(b"\n")
         try:
@@ -142,33 +142,33 @@ class Scratch:
 
                 def write(split: str, name: str, measured: Measured) -> None:
                     file.write(json.dumps({"split": split, "name": name, **dataclasses.asdict(measured)}) + "\n")
-                    file.flush()  # a process that is killed loses its buffer
+                    file.flush()  # a killed process loses its buffer
 
                 yield write
         except OSError as error:
-            # A full disk has no name; other files that are written meanwhile have one.
+            # An error of a full disk has no file name; errors of other files have one.
             raise OSError(error.errno, error.strerror, error.filename or os.fspath(path)) from error
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as tuples."""
+    """Nested lists of JSON as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is found in the files of one example.
+    """Measurements of one example.
 
     Attributes:
-      size: Height and width in pixels; zeros where the image does not decode.
-      values: Mask values, each with the number of its pixels; empty for an RGB mask, and without a mask that decodes.
-      hashes: Of image and mask; None for a mask that is not published.
-      colors: Of a mask that is RGB or has a palette.
-      is_stored: Whether the mask is stored unchanged, if its values are labels.
-      rotation: What EXIF does to the image.
-      channels, dtype: Of the image as it is stored; zero and empty where it does not decode.
-      moments: Of each channel, see `bands.moments`.
-      is_grey: Whether it is a grey PNG or JPEG.
+      size: Height and width in pixels; zeros if the image does not decode.
+      values: (mask value, number of pixels) pairs; empty for an RGB mask, and if no mask decodes.
+      hashes: Hashes of image and mask; None for a mask that is not published.
+      colors: Colours of a mask that is RGB or has a palette.
+      is_stored: Whether the mask is stored unchanged if its values are labels.
+      rotation: Effect of EXIF data on the image.
+      channels, dtype: Channels and dtype of the image as stored; 0 and "" if it does not decode.
+      moments: Moments of each channel, see `bands.moments`.
+      is_grey: Whether the image is a grey PNG or JPEG.
     """
 
     size: tuple[int, int]
@@ -188,13 +188,14 @@ class Measured:
 
 
 class Classes(NamedTuple):
-    """What classes.json of a folder has in addition to the spec.
+    """Entries of a folder's classes.json in addition to the spec.
 
     Attributes:
       absent: Names of classes that no image shows.
-      palettes: Those that masks may have, see `palettes.palettes_for`.
-      has_colors: Whether it has the colours of the classes, which are the first palette then.
-      channels: Of the images; None for three of PNG, JPEG, WebP, BMP and GIF, and for all that TIFF and .npy have.
+      palettes: Palettes that masks may have, see `palettes.palettes_for`.
+      has_colors: Whether the file has the colours of the classes, which then are the first palette.
+      channels: Number of channels of the images; None for three in PNG, JPEG, WebP, BMP and GIF, and for all of TIFF
+        and .npy.
     """
 
     absent: tuple[str, ...] = ()
@@ -204,8 +205,14 @@ class Classes(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """The examples with the files to be stored; their measurements, in the same order; of each labelled split the
-    number of pixels of each label value, in the order of `spec.label_names`; and what all images have in common."""
+    """Result of `convert`.
+
+    Attributes:
+      examples: Examples with the files to store, by split.
+      measured: Measurements, in the order of the examples, by split.
+      pixels: Number of pixels of each label value, in the order of `spec.label_names`, by labelled split.
+      kind: Channels and dtype of all images.
+    """
 
     examples: Examples
     measured: dict[str, list[Measured]]
@@ -224,15 +231,20 @@ def convert(
     """Decodes every file and adds all errors to `problems`.
 
     Args:
-      spec: None if it could not be read, which is among the problems already; label values are not checked then.
-      train_ids: Int16 (256,), see `archives.Reader`. None for masks of a folder: of train ids, which are stored
-        unchanged, except that 0 and 255 of a binary problem become 0 and 1; or of colours.
-      classes: What else is known of the classes.
+      examples: Examples by split.
+      spec: Spec of the dataset. None if it could not be read, which `problems` lists already; label values are not
+        checked then.
+      train_ids: Train id of each mask value, int16 (256,), see `archives.Reader`. None for masks of a folder, which
+        have colours or train ids; train ids are stored unchanged, except that 0 and 255 of a binary problem become 0
+        and 1.
+      scratch: Folder for results.
+      problems: Receives all errors.
+      classes: Further entries of a folder's classes.json.
     """
     earlier = scratch.checked()
     total = sum(map(len, examples.values()))
     if taken := sum((split, example.name) in earlier for split, found in examples.items() for example in found):
-        console.say(f"Taking over {taken} of {total} images that an interrupted preparation has checked")
+        console.say(f"Taking over {taken} of {total} images that an interrupted preparation checked")
 
     def check(split: str, example: Example) -> tuple[Measured, list[tuple[str, str]]]:
         target = scratch.mask(split, example.name)
@@ -294,7 +306,7 @@ def _convert_folder(
     classes: Classes,
     problems: Problems,
 ) -> tuple[Examples, dict[str, list[int]]]:
-    """The part of `convert` that is about the labels of a folder: the examples and the number of pixels by label."""
+    """Converts the labels of a folder, for `convert`; returns the examples, and the number of pixels per label."""
     table = _own_ids(spec)
     pairs = [pair for split, found in examples.items() for pair in zip(found, measured[split], strict=True)]
     colored = [(example.label.name, each.colors) for example, each in pairs if example.label and each.colors]
@@ -302,7 +314,7 @@ def _convert_folder(
     read = palettes.choose(colored, classes.palettes, spec, problems, has_colors=has_colors)
 
     def palette_of(each: Measured) -> Palette | None:
-        """The palette by which a mask is read; None for values that are labels."""
+        """The palette by which a mask is read; None if its values are labels."""
         return each.colors and (read.indexed if each.colors.indices else read.rgb)
 
     def of_values(found: Iterable[Measured]) -> list[Measured]:
@@ -355,7 +367,7 @@ def _convert_folder(
 
 
 def _say_how(spec: specs.DatasetSpec, found: list[Measured], read: palettes.Reading, *, is_binary: bool) -> None:
-    """Prints what was decided about the masks and images of a folder as a whole."""
+    """Prints the decisions about the masks and images of a folder."""
     if is_binary:
         zero, one = spec.label_names
         console.say(f"masks of 0 and 255 are read as 0, {zero}, and 1, {one}; none of their pixels is ignored")
@@ -380,7 +392,7 @@ def _has_labels(found: list[Example]) -> bool:
 
 
 def _unchanged(example: Example, measured: Measured) -> Example:
-    """An example whose files, when they are read again, must be what was checked."""
+    """An example whose files, when read again, raise DataError if they differ from the checked ones."""
 
     def read(file: File, expected: str) -> bytes:
         data = file.read()
@@ -398,7 +410,7 @@ def _unchanged(example: Example, measured: Measured) -> Example:
 
 
 def _histogram(found: Iterable[Measured], size: int) -> np.ndarray:
-    """int64 (size,), the number of pixels of each mask value."""
+    """Number of pixels of each mask value, int64 (size,)."""
     counts = np.zeros(size, np.int64)
     for each in found:
         for value, count in each.values:
@@ -407,7 +419,7 @@ def _histogram(found: Iterable[Measured], size: int) -> np.ndarray:
 
 
 def _by_label(counts: np.ndarray, table: np.ndarray, spec: specs.DatasetSpec) -> np.ndarray:
-    """The number of pixels of each label value, of those of each mask value."""
+    """Number of pixels of each label value, from that of each mask value."""
     found = np.zeros(len(table), np.int64)
     known = table >= 0
     np.add.at(found, table[known], counts[known])
@@ -415,7 +427,7 @@ def _by_label(counts: np.ndarray, table: np.ndarray, spec: specs.DatasetSpec) ->
 
 
 def _add_stray(pairs: Sequence[tuple[Example, Measured]], table: np.ndarray, kind: str, problems: Problems) -> None:
-    """Adds masks with values that are no labels, as a problem of this kind."""
+    """Adds masks with values that are not labels as problems of this kind."""
     for example, each in pairs:
         if example.label and (stray := [(value, count) for value, count in each.values if table[value] < 0]):
             entries = [f"{value} ({count} pixels)" for value, count in stray]
@@ -423,18 +435,18 @@ def _add_stray(pairs: Sequence[tuple[Example, Measured]], table: np.ndarray, kin
 
 
 def _add_rotated(pairs: Sequence[tuple[Example, Measured]], problems: Problems) -> None:
-    """Adds images that EXIF rotates and whose masks fit either way, where other masks fit images as they are stored."""
+    """Adds images that EXIF rotates, if their masks fit either way and other masks fit images only as stored."""
     if any(each.rotation == "stored" for _, each in pairs):
         kind = (
             "images that EXIF rotates, with masks that would fit either way, while other masks fit only images as they "
-            "are stored; save these images without EXIF, turned as their masks are"
+            "are stored; save these images without EXIF, rotated as their masks are"
         )
         if found := [example.image.name for example, each in pairs if each.rotation == "either"]:
             problems[kind] += found
 
 
 def _add_mixed(spec: specs.DatasetSpec, pairs: Sequence[tuple[Example, Measured]], problems: Problems) -> None:
-    """Adds masks of a binary problem that have 0 and 255 next to others of 0 and 1: 255 may be the class in some."""
+    """Adds masks of 0 and 255 in a binary problem, if others have 0 and 1: 255 may mean the class in some."""
     ignore, found = spec.ignore_label, []
     if len(spec.label_names) != 2 or ignore != 255:
         return
@@ -456,14 +468,18 @@ def _add_absent(
     known: Collection[str],
     problems: Problems,
 ) -> None:
-    """Adds classes without a pixel, where many pixels have the ignore value: it probably stands for one of them.
+    """Adds classes without a pixel if many pixels have the ignore value, which then probably means one of them.
 
     Args:
-      totals: Pixels of each value in masks of values. of_values: the labelled ones among them by label.
-      pixels: Labelled pixels of all masks.
+      spec: Spec of the dataset.
+      totals: Number of pixels of each value, in the masks that are not read by colour.
+      of_values: Number of labelled pixels of each label, in the same masks.
+      pixels: Number of labelled pixels of each label in all masks, by split.
+      known: Names of classes that no image shows, from classes.json.
+      problems: Receives the classes.
     """
     if spec.label_dtype is np.uint16:
-        # Hardly any data set of so many classes has all of them, and 65535 is nobody's id.
+        # Hardly any data set with so many classes shows all of them, and 65535 is not used as an id.
         return
     by_label = np.sum(list(pixels.values()), axis=0)
     absent = [f"{number}, {name}" for number, name in enumerate(spec.label_names) if not by_label[number]]
@@ -481,20 +497,18 @@ def _add_absent(
 
 
 def _ranges(values: np.ndarray) -> str:
-    """Ascending numbers in words: "0..2, 255"."""
+    """Ascending numbers as text: "0..2, 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs if len(run))
 
 
 def _hint(spec: specs.DatasetSpec, totals: np.ndarray) -> str:
-    """What masks with these values probably hold, as the end of a sentence; "" where nothing is likely."""
+    """The probable meaning of the mask values, as the end of a sentence; "" if there is none."""
     values, number = np.flatnonzero(totals), len(spec.label_names)
     if values.tolist() == list(range(1, number + 1)):
         return "; the values seem to begin at 1: subtract 1"
     if values.tolist() == list(range(number + 1)) and number != spec.ignore_label:
-        return (
-            f"; if 0 is no class, as where ids begin at 1, subtract 1 and give it the ignore value {spec.ignore_label}"
-        )
+        return f"; if 0 is not a class, but ids begin at 1, subtract 1 and give 0 the ignore value {spec.ignore_label}"
     if 1 < len(values) <= number and values[0] == 0 and values[-1] == 255 and np.ptp(np.diff(values)) <= 1:
         ids = ", ".join(f"{value} to {number}" for number, value in enumerate(values))
         return f"; ids seem to be spread over grey levels: change {ids}"
@@ -516,10 +530,12 @@ def _as_labels(file: File, labels_of: Callable[[codec.StoredMask], np.ndarray], 
 def _common_kind(
     pairs: Sequence[tuple[Example, Measured]], channels: int | None, problems: Problems
 ) -> specs.ImageKind:
-    """What all images have in common; RGB of 8 bits where they differ, which is a problem.
+    """Channels and dtype of all images. If they differ, which is a problem, 8-bit RGB.
 
     Args:
-      channels: What classes.json says.
+      pairs: Examples and their measurements.
+      channels: Number of channels in classes.json.
+      problems: Receives the kinds if they differ.
     """
     by_kind: dict[specs.ImageKind, list[str]] = {}
     for example, each in pairs:
@@ -535,14 +551,14 @@ def _common_kind(
         return specs.RGB
     kind = next(iter(by_kind), specs.RGB)
     if channels not in (None, kind.channels) and by_kind:
-        problems[f'images of other channels than classes.json has, "channels": {channels}; correct it'].append(
+        problems[f'images with other channels than classes.json states, "channels": {channels}; correct it'].append(
             counted[kind]
         )
     return kind
 
 
 def _with_stored_image(example: Example, measured: Measured, kind: specs.ImageKind) -> Example:
-    """The example with an image as it is stored: a JPEG, or a PNG of 8 bits, and aligned with the mask; or an array."""
+    """The example with its image as stored: a JPEG or 8-bit PNG that is aligned with the mask, or an array."""
     image, upright = example.image, measured.rotation in ("upright", "either")
     if not kind.is_rgb:
         array = _ArrayFile(image.name, image.size, lambda: bands.to_npy(_bands(image.read(), kind.channels)))
@@ -553,23 +569,22 @@ def _with_stored_image(example: Example, measured: Measured, kind: specs.ImageKi
 
 
 class _ArrayFile(File):
-    """The content of a .npy file, and for NumPy its array, which is read then."""
+    """A file whose content is a .npy, and which NumPy reads as an array."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return bands.of_npy(self.read())
 
 
 def _bands(data: bytes, channels: int | None) -> np.ndarray:
-    """An image as `bands.decode` gives it; grey is repeated where RGB is asked for."""
+    """An image by `bands.decode`; grey is repeated if three channels are requested."""
     image = bands.decode(data)
     return np.repeat(image, 3, axis=2) if channels == 3 and image.shape[2] == 1 else image
 
 
 def _stored(data: bytes, *, upright: bool) -> bytes:
-    """The content of an image file unchanged, or as PNG what readers of records cannot use as it is.
+    """The content of an image file: unchanged, or as PNG if readers of records cannot use it as it is.
 
-    That are formats other than PNG and JPEG, such as the GIFs among Oxford's pets, 16 bits, and images that are to be
-    rotated. PNG loses nothing.
+    The latter are formats other than PNG and JPEG, such as the GIFs among Oxford's pets; 16 bits; and images to rotate.
     """
     is_usual = codec.format_of(data[:32]) == "JPEG" or (data.startswith(codec.PNG) and data[24] <= 8)
     if is_usual and not upright:
@@ -581,12 +596,12 @@ def _stored(data: bytes, *, upright: bool) -> bytes:
 
 
 def _has_bands(data: bytes) -> bool:
-    """Whether a file is of a format that may have any number of channels."""
+    """Whether the format of a file allows any number of channels."""
     return codec.format_of(data[:32]) in ("TIFF", "NPY")
 
 
 def _decoded(data: bytes, *, upright: bool = False) -> np.ndarray | None:
-    """uint8 (H, W, 3), RGB, of an image; see `codec.decode_undamaged`. Those of TIFF and .npy are RGB of 8 bits."""
+    """Decodes an image to RGB, uint8 (H, W, 3), see `codec.decode_undamaged`; TIFF and .npy in their own dtype."""
     if _has_bands(data):
         return _bands(data, 3)
     image = codec.decode_undamaged(data, upright=upright)
@@ -594,12 +609,12 @@ def _decoded(data: bytes, *, upright: bool = False) -> np.ndarray | None:
 
 
 def _decoded_mask(data: bytes) -> codec.StoredMask | None:
-    """A mask of a folder; None if it cannot be decoded."""
+    """Decodes a mask of a folder; None if it cannot be decoded."""
     return bands.decode_mask(data) if _has_bands(data) else codec.decode_stored_mask(data)
 
 
 def contents_of(examples: Examples) -> Contents:
-    """The hashes of all files, as `contents.contents_of` gives those of a prepared dataset."""
+    """Hashes of all files, in the format of `contents.contents_of`."""
 
     def hashes(example: Example) -> list[str | None]:
         return [file and hash_of(file.read()) for file in (example.image, example.label)]
@@ -614,7 +629,7 @@ def contents_of(examples: Examples) -> Contents:
 
 
 def in_threads(function: Callable, items: Iterable) -> Generator:
-    """Results in the order of the items. Closing the generator cancels the calls that have not begun."""
+    """Yields `function(item)` in the order of the items. Closing the generator cancels calls that have not begun."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield from pool.map(function, items)
@@ -632,7 +647,7 @@ def _check(
     train_ids: np.ndarray | None,
     classes: Classes,
 ) -> tuple[Measured, np.ndarray | None, list[tuple[str, str]]]:
-    """The measurement of one example, its train ids if its mask is converted, and (kind, entry) for each problem."""
+    """Measurement of one example, its train ids if its mask is converted, and (kind, entry) of each problem."""
     faults: list[tuple[str, str]] = []
     contents: dict[str, bytes] = {}
 
@@ -643,7 +658,7 @@ def _check(
         try:
             data = contents[file.name] = file.read()
             found = hash_of(data)
-            # Their decoders find it.
+            # The decoders of TIFF and .npy find damage.
             damage = None if train_ids is None and _has_bands(data) else codec.damage(data)
         except (OSError, reading.UnreadableError) as error:
             data, damage = b"", getattr(error, "strerror", None) or str(error).removeprefix(f"{file.name}: ")
@@ -665,7 +680,7 @@ def _check(
         return decoded, found
 
     def decode_published(data: bytes) -> np.ndarray | None:
-        # Published archives have damaged images, Oxford-IIIT Pet two.
+        # Published archives have damaged images, which are accepted: Oxford-IIIT Pet has two.
         return codec.decode_image(data) if codec.format_of(data[:32]) == "JPEG" else _decoded(data)
 
     def decode_own(data: bytes) -> np.ndarray | None:
@@ -682,7 +697,7 @@ def _check(
             of_image = {"channels": image.shape[2], "dtype": image.dtype.name, "moments": bands.moments(image)}
             of_image["is_grey"] = codec.is_grey(contents[example.image.name])
     if example.label is None:
-        # A mask of ignored pixels, because readers expect one.
+        # A mask of ignored pixels, because readers expect a mask.
         ignored = np.full(size, spec.ignore_label if spec else 255, np.uint8)
         return Measured(size, (), (hash_of_image, None), **of_image), ignored, faults
     if train_ids is None:
@@ -694,7 +709,7 @@ def _check(
         mask = None if values is None else codec.StoredMask(values, None)
     rotation: Rotation = "none"
     if image is not None and mask is not None:
-        # Masks from archives are aligned with the images as stored, not as EXIF rotates them.
+        # Masks from archives are aligned with the stored images, without EXIF rotation.
         if train_ids is None:
             data = contents[example.image.name]
             if not _has_bands(data) and classes.channels != 1:
@@ -722,10 +737,12 @@ def _check(
 
 
 def _rotation(data: bytes, stored: np.ndarray, size: tuple[int, ...]) -> tuple[Rotation, tuple[int, int]]:
-    """What EXIF does to an image with a mask of a size, and the size of the image as it is used.
+    """Effect of EXIF data on an image, and the size of the image as it is used.
 
     Args:
-      data: Content of the image file. stored: the image as it is stored.
+      data: Content of the image file.
+      stored: The image as stored, (H, W, 3).
+      size: (height, width) of its mask.
     """
     as_stored: tuple[int, int] = stored.shape[:2]
     turned = _decoded(data, upright=True) if codec.has_exif(data) else None
@@ -738,7 +755,7 @@ def _rotation(data: bytes, stored: np.ndarray, size: tuple[int, ...]) -> tuple[R
 
 
 def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:
-    """The same table as `train_ids`, int32 (65536,), for masks of train ids, whose values may have 16 bits."""
+    """Table like `train_ids`, int32 (65536,), for masks of train ids, which may have 16 bits."""
     table = np.full(specs.LARGEST_LABEL + 1, -1, np.int32)
     values = [*range(len(spec.label_names)), spec.ignore_label]
     table[values] = values
@@ -746,7 +763,7 @@ def _own_ids(spec: specs.DatasetSpec) -> np.ndarray:
 
 
 def _kind_of_stray(spec: specs.DatasetSpec, train_ids: np.ndarray | None, totals: np.ndarray) -> str:
-    """The kind of problem that strange mask values are; totals: pixels of each value in all masks."""
+    """Kind of problem for invalid mask values; totals: number of pixels of each value in all masks."""
     if train_ids is None:
         return (
             f"mask values that are neither a class (0..{len(spec.label_names) - 1}) nor the ignore value "

@@ -13,7 +13,7 @@ from segjax.data.prepared import Prepared
 from segjax.data.records import Records, padded_gigabytes, parts_of
 from segjax.data.sources import DataError
 
-# (split, *, num_images, size, seed) -> specs.Split; one for each dataset of kind "generated" in `specs.DATASETS`.
+# (split, *, num_images, size, seed) -> specs.Split, for each dataset of kind "generated" in `specs.DATASETS`.
 GENERATORS = {"streets": streets.load}
 
 
@@ -21,11 +21,11 @@ class OpenSplit(NamedTuple):
     """One split of a dataset.
 
     Attributes:
-      data: A `Split`, which is in memory, or `Records`, which are read from disk one by one.
+      data: A `Split` in memory, or `Records` that are read from disk one by one.
       spec: Classes, colours and ignore label.
-      pixel_counts: () -> int64 (K,), the number of pixels of each label value; (2,) for a single class.
-      prepared: The dataset that the split is of; None for a generated one.
-      kind: Channels and dtype of its images, where they are read from disk.
+      pixel_counts: () -> number of pixels of each label value, int64 (K,); (2,) for a single class.
+      prepared: The prepared dataset of the split; None for a generated one.
+      kind: Channels and dtype of the images, if they are read from disk.
     """
 
     data: specs.Split | Records
@@ -54,26 +54,28 @@ def open_splits(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[OpenSplit]:
-    """Opens labelled splits of a dataset; one that is not prepared yet is prepared from its source.
+    """Opens labelled splits of a dataset. A dataset that is not prepared yet is prepared from its source.
 
     Args:
-      name: Of the dataset, a key of `specs.DATASETS`.
-      splits: Names of splits, or sums of them such as "train+val"; one may occur several times. The images of a sum are
-        called SPLIT_NAME.
-      source, data_dir: Of a dataset that is prepared, see `builders.prepare`.
-      resident_gb: Gigabytes (1e9 bytes) of decoded, padded images that a prepared split may take to be read into
+      name: Name of the dataset, a key of `specs.DATASETS`.
+      splits: Names of splits, or sums of them such as "train+val"; a name may occur several times. The images of a sum
+        are named SPLIT_NAME.
+      source, data_dir: Arguments of `builders.prepare`, for a prepared dataset.
+      resident_gb: Limit in gigabytes (1e9 bytes) of decoded, padded images, up to which a prepared split is read into
         memory.
-      num_images, size: Of a generated dataset: the number of images of each split, in a sum of each of its parts, and
-        their (height, width) in pixels; None selects the defaults in `specs.DATASETS`.
-      seed: Of a generated dataset.
-      say: Called with a line of text before images are generated, which takes seconds.
+      num_images: Number of images of each split of a generated dataset, for a sum of each of its parts; by default as
+        in `specs.DATASETS`.
+      size: (height, width) of generated images in pixels; by default as in `specs.DATASETS`.
+      seed: Seed of a generated dataset.
+      say: Function that receives a line of text before images are generated, which takes seconds.
 
     Returns:
       One `OpenSplit` for each name in `splits`.
 
     Raises:
-      DataError: An unknown dataset; a source or a dataset that cannot be used; no such split, or one whose labels are
-        not published. ValueError: no such split of a generated dataset, or a number or size it cannot generate.
+      DataError: The dataset is unknown; the source or the dataset cannot be used; or a split does not exist, or has no
+        published labels.
+      ValueError: A generated dataset has no such split, or cannot generate the number or size of images.
     """
     if name not in specs.DATASETS:
         raise DataError(f"no dataset '{name}'; the datasets are {', '.join(specs.DATASETS)}")
@@ -94,7 +96,7 @@ def open_splits(
 
 
 def shared_splits(one: str, other: str) -> str:
-    """The splits that two sums of splits have in common, as text; empty for none."""
+    """The splits that two sums of splits share, as text; "" for none."""
     return " and ".join(part for part in parts_of(one) if part in parts_of(other))
 
 
@@ -117,8 +119,8 @@ def _generated(data: specs.Split, spec: specs.DatasetSpec) -> OpenSplit:
 
 
 def open_prepared_splits(prepared: Prepared, splits: Sequence[str], resident_gb: float = 0.0) -> list[OpenSplit]:
-    """The same for a dataset that is prepared already."""
-    # All of them first, because a split without labels is refused here, before any image is decoded.
+    """`open_splits` for a dataset that is prepared already."""
+    # All counts come first, because they refuse a split without labels, before any image is decoded.
     counts = [partial(np.array, prepared.pixel_counts(split)) for split in splits]
 
     def read(split: str) -> specs.Split | Records:

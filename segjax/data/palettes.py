@@ -1,8 +1,8 @@
-"""Masks of colours, RGB or with a palette: the colours they have, and the label that each colour stands for.
+"""Coloured masks, RGB or with a palette: the colours of a mask, and the label of each colour.
 
-The colours of classes.json count first; then those of known palettes, whose classes are found by name: Cityscapes
-(labels.py of cityscapesScripts), VOC (its development kit), ADE20K (color150) and CamVid (label_colors.txt, of which
-SegNet's 11 classes are groups). All masks of a data set are read by one palette, so that a colour means one thing.
+The colours of classes.json are tried first, then known palettes, whose classes are found by name: Cityscapes (labels.py
+of cityscapesScripts), VOC (its development kit), ADE20K (color150) and CamVid (label_colors.txt, whose classes form
+SegNet's 11 groups). All masks of a data set are read by one palette, so that a colour has one meaning.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from segjax.data import specs
 from segjax.data.codec import StoredMask
 from segjax.data.sources import Problems
 
-_SHOWN = 10  # unknown colours of a mask that are kept with their pixels and places
-_SEVERAL = -1  # stands for the label of a colour that several classes have
-# Stands for the class of a colour that a benchmark does not evaluate.
+_SHOWN = 10  # number of unknown colours of a mask that are kept with their pixels and places
+_SEVERAL = -1  # label of a colour that several classes have
+# Class of a colour that a benchmark does not evaluate.
 _IGNORED = ""
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -31,7 +31,7 @@ class Palette(NamedTuple):
     """Labels by colour.
 
     Attributes:
-      name: Whose colours they are, for messages.
+      name: Origin of the colours, for messages.
       labels: Colour as 0xRRGGBB -> label, or `_SEVERAL`.
     """
 
@@ -39,7 +39,7 @@ class Palette(NamedTuple):
     labels: dict[int, int]
 
     def of(self, colors: np.ndarray) -> np.ndarray:
-        """Labels uint16 (...) of colours (...) as 0xRRGGBB that the palette has."""
+        """Labels, uint16 (...), of colours (...) as 0xRRGGBB, all of which the palette must have."""
         keys = np.array(sorted(self.labels))
         return np.array([self.labels[key] for key in keys.tolist()], np.uint16)[np.searchsorted(keys, colors)]
 
@@ -51,7 +51,7 @@ _CITYSCAPES = """
     dynamic 6f4a00, ground 510051, parking faaaa0, rail track e6968c, guard rail b4a5b4, bridge 966464, tunnel 96785a,
     caravan 00005a, trailer 00006e
 """
-# By the class of SegNet that they belong to.
+# SegNet's class -> the classes of CamVid that belong to it.
 _CAMVID = {
     "building": "archway c00080, bridge 008040, tunnel 400040, wall 40c000",
     "pole": "column_pole c0c080, trafficcone 000040",
@@ -66,7 +66,7 @@ _CAMVID = {
 
 
 class _Entry(NamedTuple):
-    """A colour of a palette: the class it has there, and the class it counts as where that one does not exist."""
+    """A colour of a palette: its class there, and the class it counts as if a data set lacks that class."""
 
     name: str
     color: Color
@@ -98,7 +98,7 @@ KNOWN = {
 
 
 def known_colors(names: Sequence[str]) -> list[Color] | None:
-    """The colours of classes in the first known palette that has all of their names; None where none has."""
+    """Colours of the classes in the first known palette that has all of their names; None if none has."""
     for entries in KNOWN.values():
         colors = {_plain(entry.name): entry.color for entry in reversed(entries)}
         if all(_plain(name) in colors for name in names):
@@ -107,11 +107,12 @@ def known_colors(names: Sequence[str]) -> list[Color] | None:
 
 
 def palettes_for(spec: specs.DatasetSpec, *, has_colors: bool, ignored: Iterable[Color]) -> list[Palette]:
-    """The palettes that masks of these classes may have, in the order in which they are tried.
+    """Palettes that masks of these classes may have, in the order in which they are tried.
 
     Args:
-      has_colors: Whether the colours of the classes were given, rather than chosen.
-      ignored: Colours that stand for the ignore label.
+      spec: Classes and their colours.
+      has_colors: Whether the colours of the classes were given, not chosen.
+      ignored: Colours of the ignore label.
     """
     found = []
     if has_colors:
@@ -155,7 +156,7 @@ def _packed(color: Color) -> int:
 
 
 def packed(colors: np.ndarray) -> np.ndarray:
-    """int32 (...), 0xRRGGBB, of uint8 (..., 3)."""
+    """Packs colours, uint8 (..., 3), into integers 0xRRGGBB, int32 (...)."""
     red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
     return red << 16 | green << 8 | blue
 
@@ -168,10 +169,10 @@ class MaskColors:
     """The colours of one mask.
 
     Attributes:
-      listed: (0xRRGGBB, number of pixels, row and column of the first) of each colour; of an RGB mask those that some
-        palette has, and the most frequent of the others.
-      others: The number of colours that are not listed, and of their pixels.
-      indices: The index of each listed colour in a palette mask; () for an RGB mask.
+      listed: (0xRRGGBB, number of pixels, row and column of the first pixel) of each colour; for an RGB mask, of the
+        colours that some palette has, and of the most frequent others.
+      others: Number of colours that are not listed, and of their pixels.
+      indices: Index of each listed colour in a palette mask; () for an RGB mask.
     """
 
     listed: tuple[tuple[int, int, int, int], ...]
@@ -179,7 +180,7 @@ class MaskColors:
     indices: tuple[int, ...] = ()
 
     def counts(self, palette: Palette) -> list[tuple[int, int]]:
-        """(label, number of pixels) of each colour."""
+        """(label, number of pixels) of each listed colour."""
         return [(palette.labels[color], pixels) for color, pixels, *_ in self.listed]
 
 
@@ -201,9 +202,11 @@ def colors_of(mask: StoredMask, palettes: Collection[Palette]) -> MaskColors:
 
 
 class Reading(NamedTuple):
-    """How masks of colours become labels: the palette of RGB masks, and that of palette masks.
+    """Palettes by which coloured masks are read.
 
-    None stands for masks that there are none of, or for palette masks whose indices are the labels.
+    Attributes:
+      rgb: Palette of RGB masks; None if there are none.
+      indexed: Palette of palette masks; None if there are none, or if their indices are the labels.
     """
 
     rgb: Palette | None = None
@@ -218,12 +221,14 @@ def choose(
     *,
     has_colors: bool,
 ) -> Reading:
-    """Finds the palette that has all colours of all masks; else palette masks are read by their indices.
+    """Finds the palette that has all colours of all masks; if there is none, palette masks are read by their indices.
 
     Args:
-      found: Name and colours of each mask of colours.
-      palettes, has_colors: See `palettes_for`.
-      problems: Gets the colours that stand for nothing, and palette masks that could be read in two ways.
+      found: Name and colours of each coloured mask.
+      palettes: Result of `palettes_for`.
+      spec: Classes of the data set.
+      problems: Receives colours without a meaning, and palette masks that could be read in two ways.
+      has_colors: As for `palettes_for`.
     """
     if not found:
         return Reading()
@@ -232,7 +237,7 @@ def choose(
     def fits(palette: Palette, masks: Sequence[tuple[str, MaskColors]]) -> bool:
         if any(_unknown(colors, palette) for _, colors in masks):
             return False
-        # Black is ignored in most known palettes: it takes a colour of a class to recognise one.
+        # Most known palettes ignore black, so that only the colour of a class identifies a palette.
         counts = (count for _, colors in masks for count in colors.counts(palette))
         return palette is own or any(label != spec.ignore_label for label, _ in counts)
 
@@ -248,12 +253,12 @@ def choose(
         ]
         if differing and are_labels and palette is not own:
             problems[
-                f"palette masks whose indices stand for other classes than their colours, which are those of "
+                f"palette masks whose indices mean other classes than their colours, which are those of "
                 f'{palette.name}; give "colors" in classes.json to read them by their colours, or save their indices '
                 "as 8-bit grey"
             ] += differing
         return Reading(palette if rgb else None, palette if indexed else None)
-    # Colours of classes that other indices have speak against the indices.
+    # The indices are not labels if one of them has the colour of another class.
     agree = own is None or all(
         own.labels.get(color, index) == index
         for _, of in indexed
@@ -270,7 +275,7 @@ def choose(
 
 def _unknown(colors: MaskColors, palette: Palette) -> list[tuple[int, int, int, int]]:
     """The listed colours that a palette lacks, or that several of its classes have."""
-    # Those that are not listed are in no palette, and then some that are listed are not either.
+    # Listed colours suffice: if a mask has colours that are not listed, some listed ones are in no palette either.
     return [entry for entry in colors.listed if palette.labels.get(entry[0], _SEVERAL) == _SEVERAL]
 
 
@@ -281,11 +286,11 @@ def _add_unknown(
         palette = palettes[0]
         kind = (
             'RGB or palette masks with colours that no class has in "colors" of classes.json, or that several have; '
-            'correct the masks or the classes, or list colours that are not counted as "ignore_colors": [[r, g, b], '
+            'correct the masks or the classes, or list ignored colours as "ignore_colors": [[r, g, b], '
             "...]. Masks of 8-bit grey hold ids instead"
         )
     else:
-        # Of known palettes, the one that lacks the fewest pixels.
+        # The known palette that lacks the colours of the fewest pixels.
         lacks = {
             each.name: sum(entry[1] for _, colors in found for entry in _unknown(colors, each)) for each in palettes
         }

@@ -1,6 +1,6 @@
-"""Batches: for training from device memory or streamed from disk, for evaluation in groups of one image size.
+"""Batches: for training, from device memory or streamed from disk; for evaluation, in groups of one image size.
 
-A split is given as a `Split`, which is in memory, or as `Records`, which are decoded when they are read.
+A split is a `Split` in memory, or `Records` that are decoded when they are read.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from segjax.runtime.parallel import Parallel
 
 
 def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """Numbers of the images that step `step` (from 0) trains on: int64 (B,).
+    """Numbers of the images in the batch of step `step` (from 0), int64 (B,).
 
-    The samples are an endless sequence of permutations, a new one each epoch, so that every image is used once per
-    epoch even if the batch size does not divide the number of images.
+    The samples are an endless sequence of permutations, a new one per epoch. Every image is therefore used once per
+    epoch, even if the batch size does not divide the number of images.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, places = np.divmod(positions, num_images)
@@ -48,11 +48,11 @@ def order(step: int, *, num_images: int, batch_size: int, seed: int) -> np.ndarr
 class TrainBatches:
     """Training batches as a pure function of (seed, step), so that a resumed run needs only its step.
 
-    Every device holds the whole split as integers. Nothing waits here; `waited` and `close` exist because
-    `StreamBatches` has them.
+    Every device holds the whole split in the dtype of its images. `waited` and `close` exist for the interface of
+    `StreamBatches`.
 
     Attributes:
-      resident_bytes: Of the split, on each device.
+      resident_bytes: Bytes of the split, on each device.
     """
 
     waited = 0.0
@@ -62,7 +62,7 @@ class TrainBatches:
         self.indices = partial(order, num_images=len(split.images), batch_size=batch_size, seed=seed)
 
         def everywhere(array):
-            # Not device_put, which sends the array between all processes to check that it is the same in each.
+            # Not device_put, which sends the array between all processes to check that it is equal in each.
             return jax.make_array_from_callback(array.shape, parallel.whole, lambda index: array[index])
 
         def gather(resident, rows):
@@ -90,15 +90,17 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class _WindowLoader:
-    """Reads the part of a step's batch that belongs to this process, into host memory.
+    """Reads this process's part of the batch of a step into host memory.
 
     Attributes:
+      records: Records of the split.
       order: Step -> numbers of the images (B,).
-      rows: Int32 (b,), positions in the batch that this process reads.
-      draw: Step, sizes (b, 2) -> crops of these rows.
-      place: Changes the crop of a sample by its label; None where no setting does.
+      rows: Positions in the batch that this process reads, int32 (b,).
+      draw: (step, sizes (b, 2)) -> crops of these rows.
+      place: Function that places the crop of a sample by its label; None if no setting needs labels.
       window: Height and width of the windows.
-      seed: Of the random numbers of `settings.on_host`.
+      settings: The `augment` section of a config.
+      seed: Seed of the random numbers for `settings.on_host`.
     """
 
     records: CachedRecords
@@ -129,21 +131,22 @@ class _WindowLoader:
         return {**samples, "position": self.rows, "crop": crop}
 
     def _read(self, number: int, step: int, position: np.int32) -> tuple[np.ndarray, np.ndarray]:
-        """An image and its label, changed by the function of `on_host`."""
+        """An image and its label, after the function of `on_host`."""
         image, label = self.records[number]
         if not self.settings.on_host:
             return image, label
-        # The spawn key, because zeros at the end of a seed do not count: [seed, epoch] is that of an epoch's order.
+        # With a spawn key, because SeedSequence ignores zeros at the end, and [seed, epoch] is the seed of an epoch's
+        # order.
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, step, int(position)), spawn_key=(0,)))
         try:
             return hooks.on_host(self.settings.on_host, rng, image, label)
         except BaseException as error:
-            # BaseException, because a thread that ends without a result leaves the training waiting for it.
+            # BaseException, because the training would wait forever for a thread that ends without a result.
             reason = str(error) or type(error).__name__
             raise RecordError(f"{self.records.names[number]} cannot be augmented: {reason}") from error
 
     def _cut(self, whole: np.ndarray, origin: np.ndarray) -> np.ndarray:
-        """The window of an array (H, W, ...), filled up with zeros."""
+        """The window of an array (H, W, ...), padded with zeros."""
         top, left = origin
         height, width = self.window
         part = whole[top : top + height, left : left + width]
@@ -155,7 +158,7 @@ class _WindowLoader:
 def _sample_draws(
     key: jax.Array, rows: np.ndarray, settings: AugmentSettings
 ) -> Callable[[np.int32, np.ndarray], Crops]:
-    """`(step, sizes (b, 2)) -> Crops`, the same as in the training step, computed on the host."""
+    """A function (step, sizes (b, 2)) -> `Crops`, which draws on the host the same crops as the training step."""
 
     def draw(key, step, sizes):
         sample_keys, _ = step_keys(key, step, rows)
@@ -165,14 +168,15 @@ def _sample_draws(
 
 
 class StreamBatches:
-    """Batches of records that need not fit into memory; after `augment`, bit for bit those of `TrainBatches`.
+    """Batches of records that need not fit into memory; after `augment`, they equal those of `TrainBatches` bit for
+    bit.
 
-    The crop of a sample depends only on the key of the run. It is drawn in advance, and only the window of the image
-    that it needs is sent to the device. Threads decode and cut windows; one more thread sends batches to the devices,
-    where at most two wait. Each of several processes reads what its own devices train on.
+    Crops are drawn in advance, and only the window of the image that a crop needs is sent to the device. Threads decode
+    images and cut windows; another thread sends batches to the devices, where at most two wait. With several processes,
+    each reads only the samples of its own devices.
 
     Attributes:
-      waited: Seconds that `at` has waited for images.
+      waited: Seconds that `at` has waited for images, in total.
     """
 
     resident_bytes = 0
@@ -195,14 +199,18 @@ class StreamBatches:
         """Starts the threads.
 
         Args:
+          records: Records of the split.
+          batch_size: Number of samples of a batch, over all processes.
+          seed: Seed of the order of the images, and of `settings.on_host`.
+          parallel: Devices of the run.
           settings, ignore_label, class_pixels: As in `augment`.
-          key: Random key of the run, the same that the training step gets.
-          start: The first step that `at` will be called with.
+          key: Random key of the run, the same as for the training step.
+          start: First step for which `at` will be called.
           threads: Number of threads that decode; `threads + 1` batches wait in host memory.
-          cache_bytes: Bytes of decoded images that are kept in memory.
+          cache_bytes: Maximum bytes of decoded images that are kept in memory.
 
         Raises:
-          ValueError: A batch that does not divide among the devices, or no `class_pixels` for `class_balance`.
+          ValueError: The batch does not divide among the devices, or `class_balance` lacks `class_pixels`.
         """
         parallel.check(batch_size)
         rows = parallel.rows(batch_size).astype(np.int32)
@@ -217,7 +225,7 @@ class StreamBatches:
                 ignore_label=ignore_label,
                 rarity=rarity_for(settings, class_pixels),
             )
-        # An object of its own: threads that refer to `self`, and `self` to them, would keep each other alive.
+        # A separate object: threads that refer to `self` would keep it alive, and it would keep the threads alive.
         self._load = _WindowLoader(
             CachedRecords(records, cache_bytes),
             self.indices,
@@ -233,7 +241,7 @@ class StreamBatches:
         self._go_to(start)
 
     def _go_to(self, step: int) -> Iterator:
-        """The batches from step `step` on, which threads begin to compute."""
+        """Starts threads that compute the batches from step `step` on, and returns the batches."""
         import grain
 
         self.close()
@@ -245,7 +253,7 @@ class StreamBatches:
         return self._batches
 
     def at(self, step: int) -> dict[str, Any]:
-        """The batch of step `step`, on the devices. A step that does not follow the previous one restarts the threads.
+        """The batch of step `step`, on the devices. Any other step than the next one restarts the threads.
 
         Raises:
           RecordError: An image or a label cannot be used.
@@ -264,7 +272,7 @@ class StreamBatches:
         return batch
 
     def close(self) -> None:
-        """Stops the threads after the batches that they are working on."""
+        """Stops the threads after their current batches."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -286,15 +294,17 @@ def evaluation_batches(
     key: Callable[[tuple[int, int]], Hashable] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Generator[tuple[list[np.ndarray], list[np.ndarray], np.ndarray], None, None]:
-    """Every image once, at its own size, read in advance by threads.
+    """Yields every image once, at its own size; threads read ahead.
 
     Args:
-      key: Of a height and width in pixels. A batch has images whose sizes have equal keys; None for images of one size.
-      part: (i, n) yields the i-th of n parts, which have almost equal numbers of batches.
+      data: The split.
+      batch_size: Number of images per batch, B.
+      key: (height, width) -> key. The images of a batch have equal keys; by default equal sizes.
+      part: (i, n) selects the i-th of n parts, which have almost equal numbers of batches.
 
     Yields:
-      B images (H, W, C), their labels (H, W), and int64 (n,) image numbers. The last batch of a key repeats
-      its last image up to B images, and only the first n images count.
+      B images (H, W, C), their labels (H, W), and the numbers of the first n images, int64 (n,). The last batch of a
+      key repeats its last image up to B images; only the first n images count.
 
     Raises:
       RecordError: An image or a label cannot be used.

@@ -1,4 +1,4 @@
-"""Reads a dataset that `builders.py` has prepared: a whole split at once, or image by image."""
+"""Reads a dataset that `builders.py` prepared: a whole split at once, or image by image."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from segjax.runtime import console, reading
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A dataset on disk, ready to be read. Methods take a split, or a sum of several such as "train+val".
+    """A prepared dataset on disk. Methods take a split, or a sum of splits such as "train+val".
 
     Attributes:
       spec: Classes, colours and ignore label, as stored with the data.
       splits: Number of images per split.
       labelled: The splits whose labels are published.
       path: The directory that TFDS wrote.
-      metadata: Stored by `builders.py`: source, and for each split the names, sizes and pixel counts of its images.
+      metadata: Metadata that `builders.py` stored: source, and names, sizes and pixel counts of each split.
     """
 
     spec: specs.DatasetSpec
@@ -42,20 +42,20 @@ class Prepared:
 
     @property
     def kind(self) -> specs.ImageKind:
-        """Channels and dtype of the images; RGB of 8 bits of a dataset that was prepared before there were others."""
+        """Channels and dtype of the images; 8-bit RGB if an older version prepared the dataset."""
         images = self.metadata.get("images")
         return specs.ImageKind(images["channels"], images["dtype"]) if images else specs.RGB
 
     def moments(self, split: str) -> bands.Moments:
-        """Mean and deviation of each channel, in the numbers of the images.
+        """Moments of each channel, in the unit of the images.
 
         Raises:
-          DataError: There is no such split, or the dataset was prepared before they were computed.
+          DataError: There is no such split, or the dataset was prepared by a version that computed no moments.
         """
         parts = self._parts(split)
         if "images" not in self.metadata:
             raise DataError(
-                f"{self.path} was prepared before mean and deviation of its images were computed; delete that "
+                f"{self.path} was prepared by a version that computed no mean and deviation; delete that "
                 "directory and prepare the dataset again"
             )
         found = [self.metadata["images"]["moments"][part] for part in parts]
@@ -72,17 +72,17 @@ class Prepared:
         return np.sum([self.metadata["pixels"][part] for part in self._labelled(split)], axis=0).tolist()
 
     def records(self, split: str) -> PreparedRecords | JoinedRecords:
-        """A split, of which images are read in any order; DataError where there is no such split."""
+        """Records of a split, readable in any order; DataError if there is no such split."""
         parts = {part: PreparedRecords(self, part) for part in self._parts(split)}
         return JoinedRecords(parts) if len(parts) > 1 else next(iter(parts.values()))
 
     def load(self, split: str) -> specs.Split:
-        """Decodes a split into host memory: of RGB 4 * H * W bytes per image, or 5 with labels of 16 bits.
+        """Decodes a split into host memory.
 
-        H and W are the largest of the split.
+        An RGB image takes 4 * H * W bytes, or 5 * H * W with 16-bit labels; H and W are the maxima of the split.
 
         Returns:
-          The split, in the order of its names (file stems); a sum in the order of its splits.
+          The split, in the order of its names (file stems); a sum, in the order of its splits.
 
         Raises:
           DataError: There is no such split, its labels are not published, or a record does not decode.
@@ -100,7 +100,7 @@ class Prepared:
         return parts
 
     def _labelled(self, split: str) -> list[str]:
-        """`_parts`, all of which have labels."""
+        """`_parts`; DataError if one of them has no published labels."""
         parts = self._parts(split)
         for part in parts:
             if part not in self.labelled:
@@ -112,13 +112,13 @@ class Prepared:
 
 
 class PreparedRecords:
-    """The `records.Records` of a prepared split: decoded one by one, in any order and from any thread.
+    """The `records.Records` of a prepared split: decoded one by one, in any order and by any thread.
 
     A pickle contains the path of the dataset, not the images.
 
     Attributes:
       names: N names, as in `specs.Split`.
-      sizes: Int32 (N, 2), height and width of each image, known without decoding.
+      sizes: Height and width of each image, int32 (N, 2), known without decoding.
     """
 
     def __init__(self, prepared: Prepared, split: str):
@@ -127,11 +127,11 @@ class PreparedRecords:
         self.names = tuple(prepared.metadata["names"][split])
         self.sizes = np.array(prepared.metadata["sizes"][split], np.int32).reshape(-1, 2)
         self._prepared, self._split = prepared, split
-        # Arrays are decoded by TFDS, files of images here.
+        # TFDS decodes arrays; image files are decoded here.
         encoded = ("image", "label") if prepared.kind.is_rgb else ("label",)
         decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())
         with quiet():
-            # Any: the decorators of as_data_source hide its parameters from type checkers.
+            # Any, because the decorators of as_data_source hide its parameters from type checkers.
             builder: Any = tfds.builder_from_directory(prepared.path)
             try:
                 self._source = builder.as_data_source(split, decoders=decoders)
@@ -146,14 +146,14 @@ class PreparedRecords:
         return PreparedRecords, (self._prepared, self._split)
 
     def __repr__(self) -> str:
-        # Without the address of the object, because Grain compares it to detect other data.
+        # Without the address of the object, because Grain compares the text to detect other data.
         return f"PreparedRecords({self._prepared.spec.name} {self._split}, {len(self)} images)"
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, C) of `Prepared.kind`, and label (H, W), train ids of the dtype `spec.label_dtype`.
+        """Image (H, W, C) of `Prepared.kind`, and train ids (H, W) of dtype `spec.label_dtype`.
 
         Raises:
           DataError: The labels of this split are not published, or the record does not decode.
@@ -163,7 +163,7 @@ class PreparedRecords:
         return self._decoded(index, record, "image"), self._decoded(index, record, "label")
 
     def image(self, index: int) -> np.ndarray:
-        """Only the image, (H, W, C), also of a split without labels; DataError where it does not decode."""
+        """Only the image, (H, W, C), even in a split without labels; DataError if it does not decode."""
         return self._decoded(index, self._read(index), "image")
 
     def _read(self, index: int) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class PreparedRecords:
             raise self._damaged(index, f"its {part} does not decode")
         if part == "image":
             return array
-        # A mask of 8 bits may be one of many that have 16.
+        # An 8-bit mask may belong to a data set with 16-bit labels.
         return array.astype(self._prepared.spec.label_dtype, copy=False)
 
     def _damaged_split(self, fault: str) -> DataError:
@@ -202,7 +202,7 @@ class _Spec(TypedDict):
     class_names: Annotated[list[str], Field(min_length=1)]
     colors: list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]]
     ignore_label: int
-    # Pairs, as TFDS keeps them: name and number of images.
+    # Pairs of name and number of images, as TFDS stores them.
     splits: list[tuple[str, int] | list[str | int]]
 
 
@@ -228,7 +228,7 @@ class _Images(TypedDict):
 
 
 class _Metadata(TypedDict):
-    """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are no text."""
+    """metadata.json of a prepared dataset, as `builders.py` writes it; names may have bytes that are not UTF-8."""
 
     spec: _Spec
     source: Any
@@ -243,18 +243,18 @@ class _Metadata(TypedDict):
 
 
 def open_prepared(path: Path) -> Prepared:
-    """The dataset that TFDS wrote at `path`.
+    """Opens the dataset that TFDS wrote at `path`.
 
     Raises:
-      DataError: It is not complete, or damaged; the message names the file, and in JSON the key.
+      DataError: The dataset is incomplete or damaged; the message names the file, and in JSON the key.
     """
     import tensorflow_datasets as tfds
 
     if not (path / "dataset_info.json").is_file():
-        raise DataError(f"{path} is there but holds no complete dataset; delete it")
+        raise DataError(f"{path} exists, but holds no complete dataset; delete it")
     remedy = "delete that directory and prepare the dataset again"
     try:
-        # Records too: array_record would wait for the writer of a FIFO.
+        # Also the files of records, because array_record would wait for the writer of a FIFO.
         for file in sorted(path.iterdir()):
             reading.refuse_irregular(file)
         with quiet():
@@ -274,7 +274,7 @@ def open_prepared(path: Path) -> Prepared:
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror or error}; {remedy}") from None
     except Exception as error:
-        # The type of exception depends on what TFDS does with the damaged file, and its words are Python's.
+        # TFDS raises various exceptions for damaged files, with messages that do not help the user.
         reason = _damaged_file(path) or "its dataset_info.json or features.json is not as TFDS writes it"
         raise DataError(f"{path} is damaged ({reason}); {remedy}") from error
     return Prepared(spec, splits, tuple(metadata["pixels"]), path, metadata)
@@ -299,7 +299,7 @@ def _spec_of(fields: Mapping[str, Any], path: Path) -> specs.DatasetSpec:
 
 
 def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Path) -> None:
-    """Raises UnreadableError where the metadata are not of as many images, splits and labels as there are."""
+    """Raises UnreadableError if the numbers of images, splits, channels or labels disagree with the metadata."""
     number = len(metadata["spec"]["class_names"])
     for key in ("names", "sizes", "hashes"):
         for split, count in splits.items() if key in metadata else ():
@@ -320,7 +320,7 @@ def _check_lengths(metadata: dict[str, Any], splits: Mapping[str, int], path: Pa
 
 
 def _damaged_file(path: Path) -> str:
-    """The first of TFDS's files that is no JSON; "" where all are."""
+    """Fault of the first of TFDS's files that is not JSON; "" if all are."""
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         try:
             reading.read_json(path / name)
@@ -333,7 +333,7 @@ def _damaged_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses TFDS's log, which warns that the config of a folder is not built in."""
+    """Suppresses TFDS's warnings that the config of a folder is not built in."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

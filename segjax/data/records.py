@@ -27,10 +27,10 @@ class RecordError(ValueError):
 
 
 class Records(Protocol):
-    """A split on disk, which several threads read at the same time.
+    """A split on disk, which several threads may read at the same time.
 
     Attributes:
-      sizes: Int32 (N, 2), height and width of each image.
+      sizes: Height and width of each image, int32 (N, 2).
       names: N names, for messages and file names.
     """
 
@@ -43,14 +43,14 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, C), all of one C and one dtype (uint8, uint16 or float32), RGB of uint8 unless the data are
-        others; and uint8 or uint16 label (H, W), train ids."""
+        """Image (H, W, C), uint8, uint16 or float32, with C and dtype equal for all images; and its train ids, uint8 or
+        uint16 (H, W)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitRecords:
-    """The images of a split in memory, without the padding that they are stored with."""
+    """The images of a split in memory, without their padding."""
 
     split: specs.Split
 
@@ -71,10 +71,11 @@ class SplitRecords:
 
 
 def parts_of(split: str, *, known: str = "") -> list[str]:
-    """The names of the splits in a sum of them, "train+val" -> ["train", "val"]; of one split, its name.
+    """Names of the splits in a sum, "train+val" -> ["train", "val"]; a single split is a sum of one.
 
     Args:
-      known: The splits that there are, for messages.
+      split: A split, or a sum of splits.
+      known: Text that lists the existing splits, for messages.
 
     Raises:
       DataError: A name is missing, or occurs twice.
@@ -89,22 +90,22 @@ def parts_of(split: str, *, known: str = "") -> list[str]:
 
 
 class JoinedRecords:
-    """The records of several splits, one after the other; the names begin with those of the splits.
+    """The records of several splits, one after the other; names begin with the name of the split.
 
     Attributes:
       sizes, names: As in `Records`.
     """
 
     def __init__(self, parts: Mapping[str, Records]):
-        """Takes the records of each split by its name."""
+        """Joins the records, by name of their split."""
         self._parts = dict(parts)
         self.sizes = np.concatenate([records.sizes for records in parts.values()])
         self.names = tuple(f"{split}_{name}" for split, records in parts.items() for name in records.names)
-        # Of each image, its split and its number there.
+        # Split of each image, and its number there.
         self._places = [(split, number) for split, records in parts.items() for number in range(len(records))]
 
     def __repr__(self) -> str:
-        # Without the address of the object, because Grain compares it to detect other data.
+        # Without the address of the object, because Grain compares the text to detect other data.
         return " + ".join(map(repr, self._parts.values()))
 
     def __len__(self) -> int:
@@ -121,10 +122,10 @@ def records_of(data: specs.Split | Records) -> Records:
 
 
 def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image and its label, checked against the size that is stored for it.
+    """Reads an image and its label, and checks their sizes against the stored size.
 
     Raises:
-      RecordError or DataError: any failure; the message names the image.
+      RecordError or DataError: Reading fails for any reason; the message names the image.
     """
     name, size = records.names[number], tuple(records.sizes[number].tolist())
     try:
@@ -133,7 +134,7 @@ def read(records: Records, number: int) -> tuple[np.ndarray, np.ndarray]:
         # The message names the record already.
         raise
     except BaseException as error:
-        # BaseException, because a thread that ends without a result leaves the training waiting for it.
+        # BaseException, because the training would wait forever for a thread that ends without a result.
         raise RecordError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error
     # np.shape, because an image that does not decode may be None.
     shapes = np.shape(image), np.shape(label)
@@ -150,11 +151,13 @@ def padded_gigabytes(records: Records, *, ignore_label: int, kind: specs.ImageKi
 
 
 def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs.Split:
-    """Reads a split into host memory, padded to its largest image: of RGB 4 * N * H * W bytes, or 5 for labels of 16
-    bits.
+    """Reads a split into host memory, padded to the largest height H and width W of its N images.
+
+    RGB takes 4 * N * H * W bytes, or 5 * N * H * W with 16-bit labels.
 
     Args:
-      ignore_label: Label of the padding, which decides the dtype of the labels.
+      records: Records of the split.
+      ignore_label: Label of the padding; it decides the dtype of the labels.
       what: Text of the progress bar.
 
     Raises:
@@ -171,7 +174,7 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
         if (image.dtype, image.shape[2]) != (first.dtype, first.shape[2]):
             raise RecordError(
                 f"{records.names[number]} has {image.shape[2]} channels of {image.dtype}, and {records.names[0]} "
-                f"{first.shape[2]} of {first.dtype}; all images of a split are of one kind"
+                f"{first.shape[2]} of {first.dtype}; all images of a split must be alike"
             )
         images[number, :height, :width], labels[number, :height, :width] = image, label
 
@@ -182,9 +185,9 @@ def load(records: Records, *, ignore_label: int, what: str = "loading") -> specs
 
 
 class CachedRecords:
-    """Records that keep decoded images in memory until they take `limit` bytes.
+    """Records that keep decoded images in memory, up to `limit` bytes.
 
-    An image that is kept is never dropped: every image is read once per epoch, and a cache of the newest ones would
+    Kept images are never dropped. Every image is read once per epoch, so that a cache of the most recent ones would
     drop each image just before it is read again.
     """
 
@@ -210,7 +213,7 @@ class CachedRecords:
 
 
 def ahead(items: Sequence, work: Callable, *, threads: int) -> grain.IterDataset:
-    """A Grain dataset of `work(item)` in the order of the items, which threads compute in advance."""
+    """A Grain dataset of `work(item)`, in the order of the items; threads compute ahead."""
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

@@ -1,8 +1,9 @@
-"""The scale of an image's values, by one rule for files of data sets and of predictions.
+"""Scales the values of images to 8 bits, by one rule for data sets and predictions.
 
-8 bits have their own, and so have the bit depths below 16 of a TIFF. 16 bits are taken for 0 to 65535, as PNG and TIFF
-define them, only if at least 1% of the values are in the upper half: cameras and satellites store 12 bits or
-reflectances in 16, which would be black to a model. All other numbers need a `scale`: the values of black and white.
+The scale of 8-bit images, and of TIFF with fewer than 16 bits, is the full range. 16-bit images have the range 0 to
+65535, as PNG and TIFF define it, only if at least 1% of their values are in the upper half: cameras and satellites
+store 12-bit values or reflectances in 16 bits, which a model would see as black. All other images need a `scale`: the
+values of black and white.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from segjax.data.codec import ImageError
 
 Scale = tuple[float, float]
 
-# Share of 16-bit values in the upper half from which on an image uses all of its 16 bits.
+# Minimum share of 16-bit values in the upper half for an image that uses all 16 bits.
 LEAST_BRIGHT = 0.01
 
 
 class UnknownScaleError(ImageError):
-    """Values of which black and white are not known; the message lacks the remedy, which depends on the command."""
+    """The values of black and white are not known; the message has no remedy, which depends on the command."""
 
 
 def as_uint8(image: np.ndarray, scale: Scale | None, white: int | None) -> np.ndarray:
-    """uint8 of values of any scale.
+    """Scales values to uint8.
 
     Args:
-      image: An array of any shape, of integers or float.
-      scale: Values that become 0 and 255, values beyond are cut; None for the rule of this module.
-      white: The value of white where the file states it.
+      image: Integers or floats, of any shape.
+      scale: Values that become 0 and 255; values outside are clipped. By default, the rule of this module applies.
+      white: Value of white, if the file states it.
 
     Raises:
-      UnknownScaleError: No scale is given, and the rule finds none. ImageError: values that are not finite.
+      UnknownScaleError: No scale is given, and the rule finds none.
+      ImageError: Some values are not finite.
     """
     if image.dtype == np.uint8 and white == 255:
         return image
@@ -38,7 +40,7 @@ def as_uint8(image: np.ndarray, scale: Scale | None, white: int | None) -> np.nd
         white = _white_of(image)
     low, high = scale or (0, white or 0)
     if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
-        # A table: to compute with wider numbers would take four times the memory of the image.
+        # With a table, because float64 would take four times the memory of the image.
         values = np.arange(256**image.dtype.itemsize)
         return _linear(values, low, high)[image]
     if image.dtype.kind == "f" and (strange := image.size - int(np.isfinite(image).sum())):
@@ -52,14 +54,14 @@ def _linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _white_of(image: np.ndarray) -> int:
-    """The value of white of 16 bits that are used as such. Raises UnknownScaleError for all others."""
+    """Value of white of an image that uses all 16 bits. Raises UnknownScaleError for any other image."""
     smallest, largest = image.min(), image.max()
     if image.dtype.kind != "u" or image.dtype.itemsize != 2:
         raise UnknownScaleError(
             f"its dtype is {image.dtype}, from {smallest:.6g} to {largest:.6g}, and its scale is not known"
         )
     bright = np.count_nonzero(image >= 2**15) / image.size
-    # Black is black at any scale.
+    # An image that is all black is black at any scale.
     if largest and bright < LEAST_BRIGHT:
         raise UnknownScaleError(
             f"its brightest value is {largest} of 65535, and {100 * bright:.2g}% are in the upper half, so that 65535 "

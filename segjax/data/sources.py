@@ -1,7 +1,7 @@
-"""Files in folders and in zip and tar archives, which readers look for examples in; and their error, `DataError`.
+"""Files in folders and in zip and tar archives, among which readers find examples; and `DataError`.
 
-Files are read one by one from an archive, which is never extracted. Only a .tar.gz, which has no random access, is
-unpacked to a .tar in a scratch folder first.
+Files are read one by one from an archive, without extracting it. Only a .tar.gz, which has no random access, is first
+unpacked to a .tar in a scratch folder.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class DataError(ValueError):
 
 
 class NoSourceError(DataError):
-    """A dataset that is not prepared, and no source to prepare it from; commands add the flag that names one."""
+    """A dataset is not prepared, and has no source; commands add the name of the flag to the message."""
 
 
-_SHOWN = 10  # entries of one kind that a report lists
-# Bytes of the largest image or mask: several threads hold one each.
+_SHOWN = 10  # maximum entries of one kind in a report
+# Maximum bytes of an image or mask file; several threads hold one each.
 MOST = 1 << 28
-# More than real images shrink in an archive; and bytes below which nothing is called a bomb.
+# Compression ratio that images never reach in an archive; and bytes up to which a file may have any ratio.
 _MOST_RATIO, _HARMLESS = 200, 1 << 26
-# What a damaged archive makes the standard library raise. RuntimeError: a password, or a method that it lacks.
+# Errors of the standard library for damaged archives. RuntimeError: a password, or an unknown compression method.
 _DAMAGED = (
     *(zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, ValueError, OverflowError, RuntimeError),
 )
 
-Problems = collections.defaultdict[str, list[str]]  # kind, with its remedy -> the files, with the values found there
+Problems = collections.defaultdict[str, list[str]]  # kind, with its remedy -> files, with the values found there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class File:
     """One file in a folder or an archive.
 
     Attributes:
-      name: The path, for messages.
-      size: Bytes.
+      name: Path, for messages.
+      size: Number of bytes.
       read: () -> content, from any thread; OSError or UnreadableError if it cannot be read.
     """
 
@@ -69,9 +69,9 @@ class Example:
     """One image of a split.
 
     Attributes:
-      name: Unique in the split.
-      image: A JPEG or PNG.
-      label: Its mask; None if it is not published.
+      name: Name of the image, unique in the split.
+      image: File of the image.
+      label: File of its mask; None if it is not published.
     """
 
     name: str
@@ -80,17 +80,17 @@ class Example:
 
 
 class ArchiveError(ValueError):
-    """A file that is not an archive, or a damaged one; the message states what was found."""
+    """A file that is not an archive, or is damaged; the message states the reason."""
 
 
 Examples = dict[str, list[Example]]  # split -> examples in the order of their names
 
 
 def in_folder(root: Path, parts: Iterable[str], problems: Problems, skipped: list[str]) -> Iterator[tuple[str, Path]]:
-    """(path relative to `root`, path) of all files below those folders of `parts` that `root` contains.
+    """Yields (path relative to `root`, path) of all files below the folders of `parts` that `root` contains.
 
-    Links are followed, and each folder is read once: further links to it, or to one around it, are added to `skipped`.
-    FIFOs, devices, sockets and links to nothing are added to `problems`.
+    Links are followed, and each folder is read once: further links to it, or to a folder around it, are added to
+    `skipped`. FIFOs, devices, sockets and broken links are added to `problems`.
     """
     seen: set[tuple[int, int]] = set()
 
@@ -123,9 +123,9 @@ NOT_REGULAR = "entries that are neither files nor folders; remove them"
 
 
 def kind_of(path: Path) -> str:
-    """What is at a path other than a regular file, in words."""
+    """Describes an entry that is not a regular file."""
     if path.is_symlink() and not path.exists():
-        return f"a link to {os.readlink(path)}, where there is nothing"
+        return f"a broken link to {os.readlink(path)}"
     try:
         reading.refuse_irregular(path)
     except reading.UnreadableError as error:
@@ -140,15 +140,17 @@ def file_of(path: Path, name: str) -> File:
 def in_archive(
     path: Path, scratch: Callable[[], Path], opened: contextlib.ExitStack, problems: Problems
 ) -> dict[str, File]:
-    """The files of a .zip, .tar or .tar.gz by their path inside; the type is detected from the content.
+    """The files of a .zip, .tar or .tar.gz, by path inside; the type is detected from the content.
 
     Args:
-      scratch: Creates and returns the folder that a .tar.gz is unpacked to; a .tar that is there already is used.
-      opened: Closes the archive; files can be read until then.
-      problems: Gets the members that are refused by name.
+      path: Path of the archive.
+      scratch: Function that creates and returns the folder for the unpacked .tar of a .tar.gz; an existing .tar there
+        is used.
+      opened: Stack that closes the archive; files can be read until then.
+      problems: Receives the members that are refused.
 
     Raises:
-      ArchiveError: The file is not such an archive, it is damaged, or it unpacks to far more than images do.
+      ArchiveError: The file is not such an archive, is damaged, or unpacks to far more bytes than images do.
     """
     with reading.open_regular(path) as file:
         head = file.read(4)
@@ -180,7 +182,7 @@ def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dic
 
     files: dict[str, File] = {}
     for info in archive.infolist():
-        # The type of a file on Unix; 0 where another system wrote the archive.
+        # Unix file type; 0 if another system wrote the archive.
         kind = stat.S_IFMT(info.external_attr >> 16)
         fault = _fault_of_name(info.filename, info.filename.endswith("/"))
         if not fault and kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -190,7 +192,7 @@ def _in_zip(path: Path, opened: contextlib.ExitStack, problems: Problems) -> dic
         elif info.is_dir():
             continue
         elif (name := posixpath.normpath(info.filename)) in files:
-            problems["files that come twice in an archive; fetch it again"].append(f"{path.name}: {info.filename}")
+            problems["files that occur twice in an archive; fetch it again"].append(f"{path.name}: {info.filename}")
         else:
             name_shown = f"{path.name}: {info.filename}"
             files[name] = File(name_shown, info.file_size, functools.partial(read, info))
@@ -204,7 +206,7 @@ _UNSAFE = (
 
 
 def _fault_of_name(name: str, is_folder: bool) -> str | None:
-    """Why no file can lie at the name of an archive member."""
+    """Reason why the name of an archive member is not safe; None if it is."""
     if re.match(r"[/\\]|[A-Za-z]:[/\\]", name):
         return "has an absolute name"
     if ".." in re.split(r"[/\\]", name):
@@ -215,11 +217,11 @@ def _fault_of_name(name: str, is_folder: bool) -> str | None:
 
 
 def _refuse_bomb(name: str, size: int, packed: int) -> None:
-    """Raises UnreadableError where a file is larger than any image, or was packed more tightly than images are."""
+    """Raises UnreadableError if a file is larger than any image, or compressed more than images can be."""
     if size > MOST:
-        raise reading.UnreadableError(f"{name}: {size:,} bytes, more than any image or mask has")
+        raise reading.UnreadableError(f"{name}: {size:,} bytes, more than any image or mask")
     if size > _HARMLESS // 8 and size > _MOST_RATIO * max(packed, 1):
-        raise reading.UnreadableError(f"{name}: unpacks from {packed:,} to {size:,} bytes, as no image or mask does")
+        raise reading.UnreadableError(f"{name}: unpacks from {packed:,} to {size:,} bytes, which no image or mask does")
 
 
 def _in_tar(path: Path, shown: str, problems: Problems) -> dict[str, File]:
@@ -248,12 +250,12 @@ def _in_tar(path: Path, shown: str, problems: Problems) -> dict[str, File]:
                 reader = functools.partial(read, member.offset_data, member.size)
                 files[name] = File(f"{shown}: {member.name}", member.size, reader)
     if replaced:
-        console.say(f"{shown}: {replaced} files come twice, and as in every .tar the last of each counts")
+        console.say(f"{shown}: {replaced} files occur twice; as in every .tar, the last of each counts")
     return files
 
 
 def _unpacked(path: Path, scratch: Path) -> Path:
-    """The .tar of a .tar.gz, written atomically; ArchiveError for a bomb, before it has filled the disk."""
+    """Unpacks a .tar.gz to a .tar, atomically; ArchiveError for a decompression bomb, before it fills the disk."""
     result = scratch / f"{path.name}.tar"
     if not result.exists():
         with (
@@ -268,17 +270,19 @@ def _unpacked(path: Path, scratch: Path) -> Path:
                 written += destination.write(block)
                 if written > _HARMLESS and written > _MOST_RATIO * packed.tell():
                     raise ArchiveError(
-                        f"unpacks from {packed.tell():,} bytes to more than {written:,}, as no images do"
+                        f"unpacks from {packed.tell():,} bytes to more than {written:,}, which no images do"
                     )
                 progress.advance(packed.tell() - progress.count)
     return result
 
 
 def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes, numbers: bool = False) -> str:
-    """16 hex digits that identify the present state of files: a hash of their names, sizes and modification times.
+    """Hash of the present state of files, 16 hex digits: of their names, sizes and modification times.
 
     Args:
-      numbers: Whether the number of each file in its file system (inode) counts too, which it keeps where it is moved.
+      paths: (name, path) of each file.
+      start: Bytes that are hashed first.
+      numbers: Whether the inode of each file counts too, which a file keeps when it is moved.
     """
     digest = hashlib.sha256(b"\0".join(start))
     for name, path in paths:
@@ -289,9 +293,9 @@ def digest_of(paths: Iterable[tuple[str, Path]], *start: bytes, numbers: bool = 
 
 
 def fingerprint_of(examples: Examples, *start: bytes) -> str:
-    """16 hex digits that identify the examples of a dataset, wherever its files are: a hash of splits, names and sizes.
+    """Hash of the examples of a dataset, 16 hex digits: of splits, names and sizes, but not of paths.
 
-    A hash of the contents is exact, but takes minutes to compute; see `contents.py`.
+    Hashes of the contents are exact, but take minutes to compute; see `contents.py`.
     """
     digest = hashlib.sha256(b"\0".join(start))
     for split, found in examples.items():
@@ -302,7 +306,7 @@ def fingerprint_of(examples: Examples, *start: bytes) -> str:
 
 
 def shorten(entries: list) -> list[str]:
-    """The first entries, each as text on one line, and the number of the others."""
+    """The first entries, each as one line of text, and the number of the others."""
     rest = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
     return [console.one_line(entry, most=300) for entry in entries[:_SHOWN]] + rest
 

@@ -1,8 +1,8 @@
-"""The table of datasets, and the classes and colours of each. Nothing here reads a file or imports more than NumPy.
+"""The table of datasets, and the classes and colours of each. This module reads no file and imports only NumPy.
 
 `DATASETS`, at the end, is the only list of datasets: commands, recipes and readers look names up in it. The reader of a
-dataset with official archives is in `archives.READERS`, that of a generated one in `open.GENERATORS`. To add one:
-CONTRIBUTING.md, "Add a dataset", which names the tests too.
+dataset with official archives is in `archives.READERS`, that of a generated one in `open.GENERATORS`. CONTRIBUTING.md,
+"Add a dataset", has the steps and the tests.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Mean and standard deviation of ImageNet's RGB pixels in units of 0..255, the normalisation every published checkpoint
-# of these models was trained with (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of full scale).
+# Mean and standard deviation of ImageNet's RGB pixels in 0..255, with which every published checkpoint of these models
+# was trained (0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of full scale).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-# What the numbers of images may be.
+# Possible dtypes of images.
 IMAGE_DTYPES = ("uint8", "uint16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageKind:
-    """What all images of a dataset have in common, or all that a model takes.
+    """Channels and dtype of all images of a dataset, or of the images that a model takes.
 
     Attributes:
-      channels: C.
-      dtype: One of `IMAGE_DTYPES`; None where a model does not tell.
+      channels: Number of channels, C.
+      dtype: One of `IMAGE_DTYPES`; None if a model does not state it.
     """
 
     channels: int = 3
@@ -37,7 +37,7 @@ class ImageKind:
 
     @property
     def is_rgb(self) -> bool:
-        """Whether they are RGB of 8 bits, as cameras make them."""
+        """Whether the images are 8-bit RGB."""
         return self == RGB
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class ImageKind:
 
 RGB = ImageKind()
 
-# Largest value of a label: labels have 16 bits where 8 are not enough.
+# Largest label; labels have 16 bits if 8 are not enough.
 LARGEST_LABEL = 2**16 - 1
 
 
@@ -57,15 +57,15 @@ def dtype_of_labels(largest: int) -> type[np.uint8] | type[np.uint16]:
 
 
 def default_ignore_label(num_classes: int) -> int:
-    """The ignore label of classes for which none is given: the largest value of their labels' dtype."""
+    """Default ignore label: the largest value of the labels' dtype."""
     return 255 if num_classes < 256 else LARGEST_LABEL
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Colours for classes that have none, all different: hues by the golden ratio, three brightnesses."""
+    """Different colours for classes that have none: hues by the golden ratio, three brightnesses."""
     golden, colors, number = 0.618033988749895, {}, 0
     while len(colors) < count:
-        # After 600, of which each pair differs, hues repeat in other saturations.
+        # The first 600 are different; then hues repeat, with other saturations.
         saturation = 0.75 - 0.5 * (golden * (number // 600) % 1)
         rgb = colorsys.hsv_to_rgb(golden * number % 1, saturation, (1.0, 0.8, 0.6)[number % 3])
         colors[tuple(round(255 * part) for part in rgb)] = None
@@ -79,10 +79,10 @@ class DatasetSpec:
 
     Attributes:
       name: Name of the dataset, used in file names and messages.
-      class_names: K names, position = train id.
-      colors: K RGB triples in 0..255, position = train id.
+      class_names: K names, in the order of the train ids.
+      colors: K RGB triples in 0..255, in the order of the train ids.
       ignore_label: Label value that is excluded everywhere; not a train id, at most `LARGEST_LABEL`.
-      splits: (name, number of images) pairs as published; empty where any number is accepted.
+      splits: (name, number of images) pairs as published; empty if any number is accepted.
     """
 
     name: str
@@ -108,12 +108,12 @@ class DatasetSpec:
 
     @property
     def num_classes(self) -> int:
-        """K, the width of a model's output; 1 is a binary task."""
+        """K, the number of output channels of a model; 1 for a binary task."""
         return len(self.class_names)
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Name of each label value: the classes, or for a single class "background" (0) and the class (1)."""
+        """Name of each label value: the classes; for a single class, "background" (0) and the class (1)."""
         return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
 
     @property
@@ -131,9 +131,9 @@ class Split(NamedTuple):
     """One split in host memory. Images smaller than the largest are padded at the bottom and right.
 
     Attributes:
-      images: Uint8, uint16 or float32 (N, H, W, C), zeros in the padding; uint8 and RGB unless the data are others.
-      labels: Uint8 or uint16 (N, H, W), train ids, ignore_label in the padding; see `DatasetSpec.label_dtype`.
-      sizes: Int32 (N, 2), height and width of each image before padding.
+      images: Images, uint8, uint16 or float32 (N, H, W, C), with zeros in the padding; mostly RGB of uint8.
+      labels: Train ids, uint8 or uint16 (N, H, W), with ignore_label in the padding; see `DatasetSpec.label_dtype`.
+      sizes: Height and width of each image without its padding, int32 (N, 2).
       names: N names, for messages and file names.
     """
 
@@ -175,7 +175,7 @@ CITYSCAPES = DatasetSpec(
     splits=(("train", 2975), ("val", 500), ("test", 1525)),
 )
 
-# Scenes that streets.py draws, with the classes of Cityscapes.
+# Scenes that `streets.py` draws, with the classes of Cityscapes.
 STREETS = dataclasses.replace(CITYSCAPES, name="streets", splits=())
 
 # Brostow et al., "Semantic object classes in video", 2009, with the 11 classes of SegNet (Badrinarayanan et al., 2017);
@@ -241,7 +241,7 @@ _ADE20K = """
 
 
 def named_colors(text: str) -> dict[str, tuple[int, int, int]]:
-    """name -> RGB, of "name rrggbb" entries between commas."""
+    """name -> RGB, from comma-separated "name rrggbb" entries."""
     pairs = (entry.strip().rpartition(" ") for entry in text.split(","))
     return {name: (int(color[:2], 16), int(color[2:4], 16), int(color[4:], 16)) for name, _, color in pairs}
 
@@ -256,7 +256,7 @@ ADE20K = DatasetSpec(
 
 
 def voc_color(value: int) -> tuple[int, int, int]:
-    """Colour of a mask value in the development kit.
+    """Colour of a mask value in VOC's development kit.
 
     Bits 0, 3 and 6 of the value are the highest bits of red, bits 1, 4 and 7 those of green, 2 and 5 those of blue.
     """
@@ -279,8 +279,8 @@ VOC = DatasetSpec(
     splits=(("train", 1464), ("val", 1449)),
 )
 
-# Parkhi et al., "Cats and Dogs", CVPR 2012: the animal against its background; the colour is segjax's own. The train
-# split is the one that is published as trainval.
+# Parkhi et al., "Cats and Dogs", CVPR 2012: the animal against its background; segjax chose the colour. The train split
+# is published as trainval.
 PET = DatasetSpec(
     name="pet",
     class_names=("pet",),
@@ -297,7 +297,7 @@ _CITYSCAPES_WEIGHTS = (
 
 
 class Scenes(NamedTuple):
-    """Number and size of the scenes of a generated dataset, unless a config sets others.
+    """Default number and size of the scenes of a generated dataset.
 
     Attributes:
       train_images: Number of scenes to train on.
@@ -312,18 +312,18 @@ class Scenes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Everything that is known of a dataset before any of its files are read.
+    """Properties of a dataset that are known before any of its files is read.
 
     Attributes:
-      kind: "generated": drawn by a function in open.py; "archives": prepared from its official archives, by a reader in
-        archives.py; "folder": prepared from a folder with the layout that folder.py describes.
-      spec: Its classes; None where a folder names its own.
-      evaluated_split: The split that is evaluated unless another is named.
-      crop: (height, width) in pixels of the training crop, unless a recipe has its own. None: a run chooses it from the
-        sizes of the images.
+      kind: "generated": drawn by a function in `open.py`. "archives": prepared from the official archives, by a reader
+        in `archives.py`. "folder": prepared from a folder with the layout of `folder.py`.
+      spec: Classes, colours and ignore label; None if the folder itself names its classes.
+      evaluated_split: The split that is evaluated by default.
+      crop: Default (height, width) of the training crop in pixels; recipes may have their own. With None, a run chooses
+        it from the sizes of the images.
       class_weights: K weights by which a published recipe multiplies the loss of each class.
-      guessed: Whether a checkpoint with as many classes, but without names for them, is assumed to have these.
-      scenes: Of a generated dataset; None for all others.
+      guessed: Whether a checkpoint with the same number of unnamed classes is assumed to have these classes.
+      scenes: Defaults of a generated dataset; None for all others.
     """
 
     kind: Literal["generated", "archives", "folder"]
@@ -377,7 +377,7 @@ DATASETS = {
     "folder": Dataset(kind="folder", spec=None, evaluated_split="test"),
 }
 
-# Class names and weights of each dataset for which a recipe weights the loss; `loss.class_weights` names the dataset.
+# Class names and weights of each dataset with published weights; `loss.class_weights` names the dataset.
 CLASS_WEIGHTS = {
     name: (dataset.spec.class_names, dataset.class_weights)
     for name, dataset in DATASETS.items()
@@ -386,17 +386,17 @@ CLASS_WEIGHTS = {
 
 
 def is_generated(name: str) -> bool:
-    """Whether a dataset of the table is drawn, in the number and size that one asks for, rather than prepared."""
+    """Whether the table has a dataset of this name that is generated, not prepared."""
     return name in DATASETS and DATASETS[name].kind == "generated"
 
 
 def prepared_names() -> tuple[str, ...]:
-    """Names of the datasets that are prepared from files: all of the table but the generated ones."""
+    """Names of the datasets that are prepared from files: all except the generated ones."""
     return tuple(name for name in DATASETS if not is_generated(name))
 
 
 def guess(num_classes: int) -> DatasetSpec | None:
-    """The dataset that a checkpoint with so many unnamed classes was most likely trained on; None if none is known."""
+    """The most likely training dataset of a checkpoint with this number of unnamed classes; None if there is none."""
     for dataset in DATASETS.values():
         if dataset.guessed and dataset.spec and dataset.spec.num_classes == num_classes:
             return dataset.spec

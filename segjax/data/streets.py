@@ -2,10 +2,10 @@
 
 A scene is a list of objects in metres (a car, a facade, a person) in front of a pinhole camera in a car. Objects are
 made of polygons; all polygons of a scene are projected at once and painted back to front. Image and label are the four
-channels of one canvas and every polygon writes all four, so a label is never off its pixels.
+channels of one canvas, and every polygon writes all four, so that labels always match the image.
 
-World coordinates are x right of the road's middle, y up, z ahead of the camera, in metres. An object has its own along,
-up and across, turned about y: along points away from the camera at turn 0 and to the right at 90 degrees.
+World coordinates are in metres: x to the right of the road's middle, y up, z ahead of the camera. An object has its own
+axes along, up and across, rotated about y: along points away from the camera at turn 0, and to the right at 90 degrees.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ IGNORE = specs.STREETS.ignore_label
 
 SUPERSAMPLE = 2  # canvas pixels per image pixel, each way: the image is antialiased, the label unmixed
 SHIFT = 4  # fractional bits of the corners that cv2 gets
-NEAR = 0.8  # metres; what is nearer to the camera is moved here, below the picture's lower edge
+NEAR = 0.8  # metres; nearer points are moved to this distance, below the picture's lower edge
 LANE, PARKING, TRACK = 3.4, 2.4, 3.2  # widths, metres
 
 
 class Mood(NamedTuple):
     tint: tuple[float, float, float]
     ambient: float  # light on every face
-    direct: float  # light of the sun on a face turned to it
+    direct: float  # light of the sun on a face towards it
     zenith: tuple[int, int, int]
     horizon: tuple[int, int, int]
     visibility: float  # metres over which contrast falls to 1/e
     cover: float  # 0..1, the clouds' share of the sky
-    elevation: float  # the sun's tangent; high under clouds, where shadows stay below their objects
+    elevation: float  # tangent of the sun's elevation; large under clouds, to keep shadows below their objects
 
 
 DAY = Mood((1.00, 1.00, 1.00), 0.68, 0.52, (72, 128, 205), (196, 218, 236), 420, 0.45, 0.9)
@@ -86,7 +86,7 @@ RED, AMBER, GREEN, BLUE = (206, 38, 34), (244, 170, 40), (60, 220, 120), (30, 84
 WHITE, BEAM = (240, 240, 236), (244, 240, 214)
 
 
-# Shapes: corners (..., 2), right and up, in metres or in shares of a face; (n, corners, 2) is n polygons of one colour.
+# Shapes: corners (..., 2), right and up, in metres or fractions of a face; (n, corners, 2) is n polygons of one colour.
 
 CIRCLE = np.array([(math.cos(math.tau * i / 20), math.sin(math.tau * i / 20)) for i in range(20)])
 
@@ -132,13 +132,14 @@ def _pick(rng, options):
 
 
 def _tone(rng, palette):
-    """One colour of a palette, lighter or darker and slightly off hue. May leave 0..255; painting clips."""
+    """A random colour of a palette, with random brightness and hue. Values may leave 0..255; painting clips them."""
     noise = rng.standard_normal(4) * 12.0
     return _pick(rng, palette) + noise[3] + noise[:3] / 3
 
 
 # Objects are lists of faces. A face has a label and (shape, colour) pairs, the first of which is the whole face; its
-# plane is an origin and two axes in (along, up, across). Solid faces are lit by the sun and seen from their front only.
+# plane is an origin and two axes in (along, up, across). Solid faces are lit by the sun and visible only from their
+# front.
 
 
 class Face(NamedTuple):
@@ -153,10 +154,15 @@ def _cutout(label, *shapes):
 
 
 def _solid(label, color, profile, half, side=(), skin=None):
-    """Sweeps a profile ((along, up), ...), from its rear foot over the top, over across = -half..half.
+    """Extrudes a profile ((along, up), ...), from the rear foot over the top, to across = -half..half.
 
-    side: details on the two profile faces, in (along, up). skin: for the face between the profile's points i and i + 1,
-    details in 0..1 across and 0..1 from i to i + 1.
+    Args:
+      label: Label of all faces.
+      color: Their colour.
+      profile: Points of the profile.
+      half: Half of the width in metres.
+      side: Details on the two profile faces, in (along, up).
+      skin: i -> details on the face between points i and i + 1, in 0..1 across and 0..1 from i to i + 1.
     """
     faces = []
     for sign in (-1, 1):
@@ -185,7 +191,7 @@ def _person(rng):
     return _cutout(PERSON, *((shape * size, color) for shape, color in shapes))
 
 
-# Two-wheelers are drawn from the side; turned by 60 degrees and more they read as seen from behind.
+# Two-wheelers are drawn from the side; rotated by 60 degrees or more, they look as if seen from behind.
 
 
 def _bicycle(rng):
@@ -209,7 +215,7 @@ def _motorcycle(rng):
 
 
 def _rider(rng):
-    """Someone on a bicycle or a motorcycle, with the machine."""
+    """A rider on a bicycle or motorcycle."""
     machine = _bicycle(rng) if rng.random() < 0.6 else _motorcycle(rng)
     legs, top, skin, helmet = (_tone(rng, palette) for palette in (CLOTHES, CLOTHES, SKIN, LIVERY))
     return machine + _cutout(
@@ -222,12 +228,12 @@ def _rider(rng):
     )
 
 
-# A crown's clumps in shares of its width and height: x, y, half width, half height, brightness.
+# Clumps of a tree's crown, in fractions of its width and height: x, y, half width, half height, brightness.
 CLUMPS = np.array([(0, 0.5, 0.5, 0.5, 0.8), *((0, 0.25 + 0.14 * i, 0.24, 0.2, 0.62 + 0.145 * i) for i in range(5))])
 
 
 def _plant(rng, width, height, trunk):
-    """A tree, or with trunk 0 a hedge; trunk is the bare share of its height."""
+    """A tree, or a hedge if trunk is 0; trunk is the share of the height without leaves."""
     leaf, moved = _tone(rng, LEAVES), rng.uniform(-1, 1, (6, 1, 2)) * (0.28, 0.06)
     ragged = CIRCLE * (1 + 0.14 * rng.standard_normal((6, 20, 1)))
     moved[0] = 0
@@ -245,7 +251,7 @@ def _lamp(rng, s):
 
 
 def _traffic_light(rng, s):
-    """On a pole, or on a mast with a second head over the lane. Heads are 1.5 m high, to be legible at 128 pixels."""
+    """A light on a pole, or on a mast with a second head over the lane. Heads of 1.5 m are visible at 128 pixels."""
     lit, foot, reach, mast = rng.uniform((0, 2.2, 3.0, 0), (3, 2.9, 4.2, 1)).tolist()
     heads, bars = [(0.0, foot)], [(0, 0, 0, foot + 1.5)]
     if mast < 0.4:
@@ -382,7 +388,7 @@ def _tram(rng):
 VEHICLES = (_car, _truck, _bus, _tram)
 
 
-# What lines the street, as (faces, height in metres). Along is 0 at the street and grows away from it.
+# Objects along the street, as (faces, height in metres). Along is 0 at the street and grows away from it.
 
 
 def _building(rng, length, depth, dusk):
@@ -431,7 +437,7 @@ def _barrier(rng, kind, length):
     return _solid(kind, base, profile, length / 2, (), {0: front}), height
 
 
-# The street: where the objects stand.
+# The street: positions of the objects.
 
 
 class Camera(NamedTuple):
@@ -449,7 +455,7 @@ class Camera(NamedTuple):
         return np.stack((0.5 + 0.5 * self.focal * x / z, self.horizon + self.focal * (self.height - y) / z), -1)
 
 
-AHEAD = np.geomspace(NEAR, 400.0, 16)  # a long strip has corners on the way, to follow the road's bend
+AHEAD = np.geomspace(NEAR, 400.0, 16)  # intermediate corners let a long strip follow the road's bend
 
 
 def _strip(x0, x1):
@@ -471,7 +477,7 @@ class Street:
         depth: float | None = None,
         foot: tuple[float, float, float, float] = (-0.15, 0.15, 0.25, 1.7),
     ) -> None:
-        """Stands an object at (x, z). Larger depths are painted first; foot is the block whose shadow it throws."""
+        """Places an object at (x, z). Larger depths are painted first; foot is the block that casts its shadow."""
         self.footprints.append((len(self.objects), *foot))
         self._add(faces, x, z, turn, z if depth is None else depth)
 
@@ -494,7 +500,7 @@ DISTRICTS = (
 
 
 def _backdrop(street, rng, s, back, odds, crossing, dusk):
-    """Closes the view on one side, s = -1 or 1, back metres from the middle."""
+    """Closes the view on one side, s = -1 or 1, `back` metres from the road's middle."""
     turn, z = s * math.pi / 2, rng.uniform(3, 7)
     while z < 75:
         kind, length = (BUILDING, WALL, FENCE, PLANT)[rng.choice(4, p=odds)], rng.uniform(8, 16)
@@ -511,7 +517,7 @@ def _backdrop(street, rng, s, back, odds, crossing, dusk):
         else:
             faces, height = _building(rng, length, 10.0, dusk) if kind == BUILDING else _barrier(rng, kind, length)
             street.put(faces, s * back, middle, turn, end, (0, 0.3, length / 2, height))
-        if kind != BUILDING and rng.random() < 0.4:  # something rises behind what is low
+        if kind != BUILDING and rng.random() < 0.4:  # a building behind low objects
             faces, height = _building(rng, length * 0.8, 9.0, dusk)
             street.put(faces, s * (back + rng.uniform(4, 9)), middle, turn, end + 1, (0, 9, length * 0.4, height))
         elif kind != BUILDING:
@@ -532,7 +538,7 @@ def _row(rng, start, gap, crossing):
 
 
 def _roadside(street, rng, s, edge, crossing, dusk):
-    """Everything on one side of the road, s = -1 left or 1 right, from the kerb at edge metres outwards."""
+    """Fills one side of the road, s = -1 left or 1 right, from the kerb at `edge` metres outwards."""
     odds, low, high = _pick(rng, DISTRICTS)
     verge, walk, yard = rng.uniform(low, high).tolist()
     x1, x2 = edge + verge, edge + verge + walk
@@ -560,7 +566,7 @@ def _roadside(street, rng, s, edge, crossing, dusk):
 
 
 def _drive(street, rng, x, z, turn, odds):
-    """Puts a vehicle with its nearer end at z, or its middle at x if it goes across, and returns its length, metres."""
+    """Places a vehicle with its nearer end at z, or its middle at x if it crosses; returns its length in metres."""
     faces, length = VEHICLES[rng.choice(4, p=odds)](rng)
     x, start = x - math.sin(turn) * length / 2, z + length * (turn == math.pi)
     street.put(faces, x, start, turn, z, (0, length, 1.0, 1.5 if length < 5 else 3.2))
@@ -568,7 +574,7 @@ def _drive(street, rng, x, z, turn, odds):
 
 
 def _lane(street, rng, x, turn, z, gap, odds):
-    """Fills a lane from z on with vehicles and gaps of that mean, metres."""
+    """Fills a lane from z on with vehicles; `gap` is the mean gap in metres."""
     while z < 70:
         z += _drive(street, rng, x + rng.normal(0, 0.15), z, turn, odds) + 1.0 + rng.exponential(gap)
 
@@ -623,7 +629,7 @@ def _layout(rng, dusk):
     for x, turn, free in zip((-1, 1) * (edges - PARKING / 2), (math.pi, 0.0), parking, strict=True):
         if free:
             _lane(street, rng, x, turn, max(clear, rng.uniform(5, 14)), 4, (0.88, 0.12, 0.0, 0.0))
-    if rng.random() < 0.5:  # someone on two wheels beside the traffic, with it, turned away from edge-on
+    if rng.random() < 0.5:  # a rider next to the traffic, in its direction, but not seen edge-on
         s, turn = _pick(rng, (-1, 1)), rng.uniform(0.5, 1.15)
         x = s * ((edges - parking)[(s + 1) // 2] - 0.7)
         street.put(_rider(rng), x, rng.uniform(5.5, 10), math.pi + s * turn, foot=(-0.15, 0.15, 0.6, 1.6))
@@ -640,7 +646,7 @@ def _layout(rng, dusk):
 
 
 def _pixels(shares, size):
-    """Shares of a picture's width and height to cv2's fixed point, which counts from the first pixel's middle."""
+    """Converts fractions of a picture's width and height to cv2's fixed point, with 0 at the first pixel's centre."""
     height, width = size
     pixels = shares * (width, height) - 0.5
     return np.rint(pixels.clip(-20 * width, 20 * width) * (1 << SHIFT)).astype(np.int32)
@@ -670,7 +676,7 @@ def _paint(street, camera, mood, sun, canvas):
     world = planes[:, 0] + points[:, :1] * planes[:, 1] + points[:, 1:] * planes[:, 2]
     shares = camera.project(*world.T)
 
-    a, b, c = (shares[first[leader] + i] for i in range(3))  # turn clockwise on a face that looks at the camera
+    a, b, c = (shares[first[leader] + i] for i in range(3))  # clockwise on a face that faces the camera
     facing = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) < (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
     distance = (np.add.reduceat(world[:, 2], first) / corners)[leader]
     normal = np.cross(plane[:, 1], plane[:, 2])
@@ -693,7 +699,7 @@ def _paint(street, camera, mood, sun, canvas):
 
 
 def _shadows(street, camera, sun, size):
-    """float32 (H, W): 1 where the sun does not reach the ground."""
+    """Shadows on the ground, float32 (H, W); 1 is full shadow."""
     import cv2
 
     owner, along0, along1, half, height = np.array(street.footprints).T[..., None]
@@ -708,7 +714,7 @@ def _shadows(street, camera, sun, size):
 
 
 def _noise(rng, size, *grids):
-    """float32 (H, W): the mean of normal noise on grids of (rows, columns), each upsampled to the picture."""
+    """Mean of normal noise on grids of (rows, columns), each upsampled to the picture, float32 (H, W)."""
     import cv2
 
     fields = [rng.standard_normal(grid, dtype=np.float32) for grid in grids]
@@ -718,7 +724,7 @@ def _noise(rng, size, *grids):
 
 
 def _sky(rng, camera, mood, size):
-    """float32 (H, W, 3): zenith to horizon, with clouds."""
+    """Sky from zenith to horizon with clouds, float32 (H, W, 3)."""
     zenith, horizon = np.array(mood.zenith, np.float32), np.array(mood.horizon, np.float32)
     t = np.linspace(0, 1 / camera.horizon, size[0], dtype=np.float32).clip(0, 1)[:, None, None] ** 1.4
     clear = zenith + (horizon - zenith) * t
@@ -727,7 +733,7 @@ def _sky(rng, camera, mood, size):
 
 
 def _ground(rng, camera, mood, size):
-    """In perspective, float32: brightness (H, W, 4) of road, sidewalk, terrain and the rest, and haze (H, 1)."""
+    """Brightness of road, sidewalk, terrain and the rest in perspective, (H, W, 4), and haze (H, 1), float32."""
     import cv2
 
     tile = rng.standard_normal((128, 128, 3), dtype=np.float32) * np.array((0.07, 0.045, 0.16), np.float32)  # 8 × 8 m
@@ -760,17 +766,17 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     """Draws one street.
 
     Args:
-      seed: Of the dataset, not negative.
-      index: Of the scene, not negative. A scene is drawn from (seed, index) and nothing else.
+      seed: Seed of the dataset, not negative.
+      index: Number of the scene, not negative. A scene depends only on (seed, index).
       size: (height, width) in pixels, at least MIN_SIZE each. The layout is the same at every size: that of a picture
         twice as wide as high, stretched.
 
     Returns:
-      image uint8 (H, W, 3) in RGB and label uint8 (H, W): train ids of specs.STREETS, and its ignore label on the
-      camera's own bonnet and along the border.
+      Image, RGB, uint8 (H, W, 3), and labels, uint8 (H, W): train ids of specs.STREETS, and its ignore label on the
+      car's own bonnet and along the border.
 
     Raises:
-      ValueError: Size is too small, or seed or index is negative.
+      ValueError: `size` is too small, or `seed` or `index` is negative.
     """
     import cv2
 
@@ -793,7 +799,7 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     label = canvas[1::SUPERSAMPLE, 1::SUPERSAMPLE, 3].copy()
     image = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)[..., :3].astype(np.float32)
 
-    # The ground is too large a polygon to be shaded as one: its texture, shadows and haze come per pixel.
+    # The ground is too large for one shade; its texture, shadows and haze are computed per pixel.
     texture, haze = _ground(rng, camera, mood, size)
     ground = GROUND[label]
     brightness = np.take_along_axis(texture, ground[..., None], 2)[..., 0]
@@ -810,19 +816,19 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
     image = (grey + (image - grey) * saturation) * (np.array(mood.tint, np.float32) * exposure)
     image = cv2.GaussianBlur(image, (0, 0), focus)
     image += sensor * rng.standard_normal((height, width, 3), dtype=np.float32)
-    border = max(1, height // 128)  # one pixel in 128, as rectified pictures have
+    border = max(1, height // 128)  # one pixel in 128, as in rectified pictures
     label[:border], label[:, :border], label[:, -border:] = IGNORE, IGNORE, IGNORE
     return np.rint(image).clip(0, 255).astype(np.uint8), label
 
 
 def load(split: str, *, num_images: int, size: tuple[int, int], seed: int) -> specs.Split:
-    """Draws the first num_images scenes of a split, of size (height, width) in pixels.
+    """Draws the first `num_images` scenes of a split, of `size` (height, width) in pixels.
 
-    The splits share no scene: of a seed's scenes, the first split holds 0, 3, 6, ..., the second 1, 4, 7, ... Names
-    read streets_val_000012 and count within the split.
+    The splits share no scene: the first split has the scenes 0, 3, 6, ... of a seed, the second 1, 4, 7, ... Names are
+    streets_val_000012 and the like, and count within the split.
 
     Raises:
-      ValueError: Split is none of SPLITS, num_images is less than 1, or what scene raises.
+      ValueError: `split` is none of SPLITS, `num_images` is less than 1, or `scene` refuses `size` or `seed`.
     """
     if split not in SPLITS:
         raise ValueError(f"streets: no split '{split}'; use one of {', '.join(SPLITS)}")

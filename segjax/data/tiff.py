@@ -1,7 +1,7 @@
-"""Reads TIFF by its tags: every layout of samples, and an error for what the tags do not explain.
+"""Reads TIFF by its tags, in every layout of samples; raises an error if the tags do not explain the samples.
 
-A TIFF may hold anything: reflectances, elevations, twelve bands. `decode` reads grey or RGB; `decode_bands` reads all
-bands, in their numbers.
+A TIFF may hold anything, such as reflectances, elevations or twelve bands. `decode` reads grey or RGB; `decode_bands`
+reads all bands, unscaled.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from segjax.runtime import reading
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
-# Its messages would reach the terminal; what is wrong is raised.
+# Keeps tifffile's messages off the terminal; faults are raised as errors.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 # Values of the tag PhotometricInterpretation.
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _ALPHA = (1, 2)  # values of the tag ExtraSamples, associated and unassociated
-# Values of the tag Compression: none, JPEG as TIFF 6.0 first defined it, JPEG, and two names of it in raw files.
+# Values of the tag Compression: none, JPEG as TIFF 6.0 first defined it, JPEG, and two more values for JPEG in raw
+# files.
 _NONE, _OLD_JPEG, _JPEG = 1, 6, 7
 _JPEGS = (_OLD_JPEG, _JPEG, 34892, 33007)
-# Those whose decoders turn YCbCr into RGB.
+# Compressions whose decoders convert YCbCr to RGB.
 _DECODED_TO_RGB = (_OLD_JPEG, _JPEG)
 _ORIENTATION, _SUB_IFDS, _INK_SET = 274, 330, 332
 _COPY_OR_MASK = 1 | 4  # bits of the tag NewSubfileType
@@ -42,18 +43,18 @@ _GEOTIFF = (33550, 33922, 34264, 34735, 50844)
 
 
 class Layout(NamedTuple):
-    """How the pixels of the first page of a TIFF are stored, by its tags.
+    """Storage of the pixels on the first page of a TIFF, by its tags.
 
     Attributes:
-      size: Height and width.
-      colours: Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK; 0 if it is not known.
-      why_unknown: Why its colours are not known, or "".
-      dtype: Of a sample.
-      is_plain: Whether samples are the values of grey or RGB, in whole bytes, for every decoder.
-      orientation: Value of the tag, 1 to 8; 1 is upright.
+      size: Height and width in pixels.
+      colours: Number of leading samples of a pixel that form its colour: 1, 3, or 4 for CMYK; 0 if unknown.
+      why_unknown: Reason why the colours are unknown, or "".
+      dtype: Dtype of a sample.
+      is_plain: Whether every decoder reads the samples as values of grey or RGB, in whole bytes.
+      orientation: Value of the tag Orientation, 1 to 8; 1 is upright.
       parts, missing: Number of strips or tiles, and of those that the file lacks.
-      largest_part: Pixels that are decoded together: of a strip or tile, or of a row where strips are not compressed.
-      is_geotiff: Whether it has tags of GeoTIFF.
+      largest_part: Number of pixels that are decoded together: a strip or tile, or a row of an uncompressed strip.
+      is_geotiff: Whether the file has tags of GeoTIFF.
     """
 
     size: tuple[int, int]
@@ -69,11 +70,12 @@ class Layout(NamedTuple):
 
 
 def layout(path: Path) -> Layout:
-    """The layout of a TIFF, of which only the tags are read.
+    """Reads the layout of a TIFF from its tags only.
 
     Raises:
-      ImageError: The tags are damaged, or the first page is no image. UnreadableError: it is no regular
-        file. OSError: it cannot be opened.
+      ImageError: The tags are damaged, or the first page is not an image.
+      UnreadableError: The path is not a regular file.
+      OSError: The file cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         page, length = file.pages.first, os.fstat(opened.fileno()).st_size
@@ -101,10 +103,12 @@ def layout(path: Path) -> Layout:
 
 
 def has_more_images(path: Path) -> bool:
-    """Whether a TIFF has a second page that is neither a preview, nor a reduced copy, nor a mask of another page.
+    """Whether a TIFF has a further page that is neither a preview or reduced copy nor a mask of another page.
 
     Raises:
-      ImageError: It is damaged. UnreadableError: it is no regular file. OSError: it cannot be opened.
+      ImageError: The file is damaged.
+      UnreadableError: The path is not a regular file.
+      OSError: The file cannot be opened.
     """
     with reading.open_regular(path) as opened, _reported(), _opened(opened) as file:
         pages = itertools.islice(file.pages, 1, None)
@@ -118,13 +122,13 @@ def _pixels_of_part(page: TiffPage) -> int:
 def _opened(file: BinaryIO) -> TiffFile:
     import tifffile
 
-    # With a name, which it would otherwise ask of the file, and `open_regular` gives it none.
+    # With a name, because files of `open_regular` have none.
     return tifffile.TiffFile(file, name="TIFF")
 
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """Turns the errors of tifffile and its codecs for damaged files, which are of many kinds, into ImageError."""
+    """Raises the many kinds of errors of tifffile and its codecs for damaged files as ImageError."""
     try:
         yield
     except ImageError:
@@ -138,11 +142,11 @@ def _has_more_pages(file: TiffFile) -> bool:
 
 
 def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
-    """The first page of a TIFF, upright.
+    """Decodes the first page of a TIFF, upright, to grey or RGB.
 
     Returns:
-      (H, W, 1) or (H, W, 3), grey or RGB, of any dtype; and its value of white. None stands for an unknown one: values
-      of 16 bits or more, signed, or float. Alpha and other extra samples are dropped.
+      Grey (H, W, 1) or RGB (H, W, 3), of any dtype, without alpha and other extra samples; and the value of white, or
+      None if it is unknown: for values of 16 bits or more, signed values and floats.
 
     Raises:
       ImageError: The file is damaged, its bands are not known to be grey or RGB, or it has more than `max_pixels`
@@ -158,12 +162,12 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, int | None]:
 
 
 def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
-    """The first page of a TIFF with all of its samples, upright: (H, W, C) of any dtype.
+    """Decodes the first page of a TIFF with all of its samples, upright: (H, W, C) of any dtype.
 
-    Grey of which 0 is white is inverted; palettes, CMYK and YCbCr become RGB.
+    Grey with 0 as white is inverted; palette, CMYK and YCbCr become RGB.
 
     Raises:
-      ImageError: The file is damaged, it has more than `max_pixels` pixels, or further images next to the first.
+      ImageError: The file is damaged, has more than `max_pixels` pixels, or has several images.
     """
     with _reported(), _opened(io.BytesIO(data)) as file:
         page = file.pages.first
@@ -183,13 +187,13 @@ def decode_bands(data: bytes, *, max_pixels: int) -> np.ndarray:
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The first page of a TIFF of one band, upright.
+    """Decodes the first page of a TIFF with one band, upright.
 
     Returns:
-      (H, W), its values as they are stored, of any dtype; and the palette, uint8 (N, 3), of indices of up to 8 bits.
+      The stored values (H, W), of any dtype; and the palette, uint8 (N, 3), or None without a palette of up to 8 bits.
 
     Raises:
-      ImageError: The file is damaged, it has more than `max_pixels` pixels, several bands, or further images.
+      ImageError: The file is damaged, has more than `max_pixels` pixels, several bands, or several images.
     """
     with _reported(), _opened(io.BytesIO(data)) as file:
         page = file.pages.first
@@ -201,7 +205,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, np.ndarray
         if page.compression in _JPEGS:
             raise LayoutError("is compressed as JPEG, which blurs class ids")
         if int(page.photometric) == _WHITE_IS_ZERO:
-            # Some readers invert it, and some do not.
+            # Some readers invert such values, and some do not.
             raise LayoutError("has values of which 0 is white (tag PhotometricInterpretation)")
         _refuse_size(page, max_pixels)
         _refuse_damaged(page, data, max_pixels)
@@ -210,7 +214,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _pages(file: TiffFile) -> int:
-    """The number of images; overviews and masks are none of their own."""
+    """Number of images; reduced copies and masks do not count."""
     return sum(not int(each.aspage().subfiletype) & _COPY_OR_MASK for each in file.pages)
 
 
@@ -224,7 +228,7 @@ def _samples(page: TiffPage) -> np.ndarray:
 
 def _refuse_no_image(page: TiffPage, has_more_pages: bool) -> None:
     if int(page.subfiletype) & 1 and has_more_pages:
-        raise ImageError("has a preview as its first page, as raw files of cameras have; convert it to RGB")
+        raise ImageError("has a preview as its first page, as in raw files of cameras; convert it to RGB")
     if page.imagedepth > 1:
         raise ImageError(f"is a volume of {page.imagedepth} slices, not an image")
     if not isinstance(page.bitspersample, int):
@@ -232,7 +236,7 @@ def _refuse_no_image(page: TiffPage, has_more_pages: bool) -> None:
 
 
 def _colours(page: TiffPage, has_more_pages: bool) -> int:
-    """Number of leading samples of a pixel that are its colour: 1, 3, or 4 for CMYK."""
+    """Number of leading samples of a pixel that form its colour: 1, 3, or 4 for CMYK; ImageError if it is unknown."""
     _refuse_no_image(page, has_more_pages)
     photometric, samples = int(page.photometric), page.samplesperpixel
     if photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
@@ -240,7 +244,7 @@ def _colours(page: TiffPage, has_more_pages: bool) -> int:
         if bands == 1 or (bands == 3 and photometric == _BLACK_IS_ZERO):
             return bands
         raise ImageError(
-            f"has {bands} bands, and its tags do not say which are red, green and blue, the 3 channels that the "
+            f"has {bands} bands, and its tags do not state which are red, green and blue, the 3 channels that the "
             "model takes; write these three as RGB, for example: gdal_translate -b 3 -b 2 -b 1 -colorinterp "
             "red,green,blue IN.tif OUT.tif"
         )
@@ -249,7 +253,7 @@ def _colours(page: TiffPage, has_more_pages: bool) -> int:
         name = getattr(page.photometric, "name", photometric)
         raise ImageError(f"has colours of the kind {name} (tag PhotometricInterpretation); convert it to RGB")
     if samples < needed:
-        raise ImageError(f"is damaged: {samples} samples a pixel, where its kind of colours has {needed}")
+        raise ImageError(f"is damaged: {samples} samples per pixel, but its kind of colours needs {needed}")
     if photometric == _CMYK and (page.compression in _DECODED_TO_RGB or _value(page, _INK_SET, 1) != 1):
         raise ImageError("has inks as colours; convert it to RGB")
     if photometric == _YCBCR and page.compression not in _DECODED_TO_RGB and page.is_subsampled:
@@ -266,23 +270,23 @@ def _refuse_size(page: TiffPage, max_pixels: int) -> None:
     codec.refuse_size((page.imagelength, page.imagewidth), max_pixels)
     if page.is_tiled:
         codec.refuse_size((page.tilelength, page.tilewidth), max_pixels)
-    # Four samples of 8 bits, or half as many pixels of 16: all are decoded, and copied, before extra ones are dropped.
+    # The limit allows four 8-bit samples per pixel. All samples are decoded and copied before extra ones are dropped.
     if page.nbytes > 4 * max_pixels:
         raise ImageError(
-            f"has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel, {page.nbytes:,} bytes, and "
-            f"{4 * max_pixels:,} are read; write fewer of them, or parts of it"
+            f"has {page.samplesperpixel} samples of {page.bitspersample} bits per pixel, {page.nbytes:,} bytes; the "
+            f"limit is {4 * max_pixels:,}; write fewer samples, or parts of the image"
         )
 
 
 def _missing(page: TiffPage, size: int) -> int:
-    """Number of strips and tiles that a file of so many bytes lacks."""
+    """Number of strips or tiles that a file of `size` bytes lacks."""
     places = zip(page.dataoffsets, page.databytecounts, strict=False)
     there = sum(start > 0 and 0 < length <= size - start for start, length in places)
     return max(math.prod(page.chunked) - there, 0)
 
 
 def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
-    """Refuses missing strips and tiles, which tifffile fills with zeros, and JPEG of which parts are made up."""
+    """Refuses missing strips and tiles, which tifffile fills with zeros, and damaged JPEG, which libjpeg completes."""
     if missing := _missing(page, len(data)):
         raise ImageError(f"is truncated: {missing} of its {math.prod(page.chunked)} strips or tiles are missing")
     if page.compression in _JPEGS:
@@ -290,7 +294,7 @@ def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
         for start, length in zip(page.dataoffsets, page.databytecounts, strict=False):
             segment = data[start : start + length]
             if page.compression == _OLD_JPEG and not segment.startswith(codec.JPEG):
-                # Its tables are elsewhere in the file, where each writer had its own way.
+                # Its tables are elsewhere in the file, and each writer stored them differently.
                 raise ImageError("is JPEG of an obsolete kind (tag Compression 6); convert it, with magick for example")
             codec.refuse_size(codec.size_of(segment) or (0, 0), max_pixels)
             if fault := codec.damage(segment) or codec.damage_of_scan(tables + segment[2:]):
@@ -298,7 +302,7 @@ def _refuse_damaged(page: TiffPage, data: bytes, max_pixels: int) -> None:
 
 
 def _as_grey_or_rgb(page: TiffPage, image: np.ndarray) -> tuple[np.ndarray, int | None]:
-    """Grey or RGB of the colours of a page, and the value of white, as `decode` returns it."""
+    """Converts the colours of a page to grey or RGB; also returns the value of white, as in `decode`."""
     from PIL import Image
 
     photometric, bits = int(page.photometric), page.bitspersample
@@ -321,22 +325,22 @@ def _as_grey_or_rgb(page: TiffPage, image: np.ndarray) -> tuple[np.ndarray, int 
         return image, None
     if photometric == _WHITE_IS_ZERO:
         image = np.asarray(2**bits - 1, image.dtype) - image
-    # Numbers of 16 bits are often of another scale; of any other number of bits, a writer has chosen the scale.
+    # Values of 16 bits or more often have another scale; with fewer bits, the writer chose the full range.
     return image, 2**bits - 1 if bits < 16 else None
 
 
 def _palette_of(page: TiffPage) -> np.ndarray:
-    """uint8 (N, 3), RGB of each index."""
+    """RGB of each index, uint8 (N, 3)."""
     table = np.asarray(page.colormap)
     if table.ndim != 2 or len(table) != 3:
-        raise ImageError("is damaged: its palette is no table of red, green and blue")
-    # 16 bits by the standard; some writers store 8.
+        raise ImageError("is damaged: its palette is not a table of red, green and blue")
+    # The standard has 16 bits; some writers store 8.
     return (table >> 8 if table.max() > 255 else table).astype(np.uint8).T
 
 
 def _upright(image: np.ndarray, white: int | None, page: TiffPage) -> tuple[np.ndarray, int | None]:
     orientation = _value(page, _ORIENTATION, 1)
-    # From 5 on, rows are columns; then each of the two may run backwards.
+    # From 5 on, rows and columns are swapped. Then rows, columns or both may be reversed.
     if orientation in (5, 6, 7, 8):
         image = image.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""Checkpoints of any number of channels: recognised, kept, written back, and adapted where a run starts from three."""
+"""Checkpoints with any number of channels are recognised, kept and written, and adapted if a run starts from three."""
 
 import json
 import logging
@@ -70,8 +70,8 @@ def test_other_channels_without_normalisation_keep_their_values(tmp_path, caplog
     loaded = segjax.load(tmp_path / "w.npz")
     assert (loaded.mean, loaded.std) == ((0, 0), (1, 1))
     assert loaded.image_kind.dtype is None
-    assert "does not say how images of 2 channels are normalised" in caplog.text
-    assert "values are taken as they are" in dict(describe(str(tmp_path / "w.npz")))["normalisation"]
+    assert "does not state how images of 2 channels are normalised" in caplog.text
+    assert "values are not changed" in dict(describe(str(tmp_path / "w.npz")))["normalisation"]
     bare = loading.as_loaded(tiny_model(2, in_channels=2))
     assert (bare.mean, bare.std) == ((0, 0), (1, 1))
 

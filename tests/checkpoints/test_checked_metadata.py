@@ -1,4 +1,4 @@
-"""Metadata from files: what cannot be is refused by file and key, what nothing depends on is omitted."""
+"""Metadata from files: invalid values are refused by file and key; damaged parts that nothing needs are omitted."""
 
 import copy
 import json

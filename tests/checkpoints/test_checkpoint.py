@@ -1,4 +1,4 @@
-"""A checkpoint that was read is one object: its keys are recognised once, and every user takes it as it is."""
+"""A checkpoint that was read is one object, whose keys are recognised once for all users."""
 
 import hashlib
 import json

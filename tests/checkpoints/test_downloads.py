@@ -1,5 +1,4 @@
-"""Published weights by name, through the real downloaders, from servers of this machine: in the format of every source,
-and what is refused."""
+"""Published weights by name, through the real downloaders, from local servers in every format; and refusals."""
 
 import contextlib
 import dataclasses
@@ -200,7 +199,7 @@ def test_a_name_is_fetched_once_and_has_what_its_file_does_not_contain(
     assert loaded.metadata["provenance"]["source"] == f"{name} ({source})"
     # Before the download: where from, and under which terms.
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "licence" in line]
-    assert line == f"fetches {name} from {row.address}; licence: {row.licence}"
+    assert line == f"fetching {name} from {row.address}; licence: {row.licence}"
     web.files.clear()
     hub.repositories.clear()
     assert same(to_torch(load(name).model, dialect=dialect), arrays_of(name))
@@ -243,7 +242,7 @@ UNSIGNED = "hrnet_w48.lip"
 WRONG = {
     "cut": "the connection ended before the file did",
     "missing": "it answers 404 Not Found",
-    "page": "a page or nothing instead of a file",
+    "page": "a web page or empty, not a file",
 }
 
 
@@ -304,7 +303,7 @@ def test_later_weights_than_those_of_the_first_download_are_an_error(web, hub, c
         (cache / name).rmdir()
         publish(name, web, hub, monkeypatch, tmp_path, seed=2)
         with pytest.raises(
-            CheckpointError, match=r"other weights than were first fetched: .* nothing was kept\. To take"
+            CheckpointError, match=r"other weights than the first download: .* nothing was kept\. To use them"
         ):
             load(name)
         assert left_in(cache / name) == []

@@ -1,4 +1,4 @@
-"""Folders that people have: of a Trainer, with one file, in parts, with a LoRA adapter; and files without weights."""
+"""Common folders: of a Trainer, with one file, in parts, with a LoRA adapter; and files without weights."""
 
 import gzip
 import io
@@ -127,7 +127,7 @@ def test_the_advice_to_drop_names_the_tensors_that_are_unexpected(tmp_path, weig
     convert_to = ["--to", "hf", str(tmp_path / "w.safetensors"), str(tmp_path / "out.safetensors")]
     assert convert.main(convert_to) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--drop 'extra.*' 'rng_state'` leaves out" in said or "--drop 'rng_state' 'extra.*'` leaves out" in said
+    assert "--drop 'extra.*' 'rng_state'` skips" in said or "--drop 'rng_state' 'extra.*'` skips" in said
     assert convert.main([*convert_to, "--drop", "rng_state", "extra.*"]) == 0
 
 
@@ -292,7 +292,7 @@ FAULTS = {
     "a type": ({"lora_alpha": "x"}, "lora_alpha"),
     # Both subtract the first matrices from the base that is trained.
     "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
-    "OLoRA": ({"init_lora_weights": "OLoRA"}, "has changed its base as well; merge it where it was trained"),
+    "OLoRA": ({"init_lora_weights": "OLoRA"}, "also changed its base; merge it where it was trained"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Folders of transformers and repositories of the Hub, which is a server of this machine here; and what is refused."""
+"""Folders of transformers, and repositories of the Hub, for which a local server stands in; and refusals."""
 
 import contextlib
 import hashlib
@@ -205,7 +205,7 @@ def test_a_folder_that_is_written_reads_back_with_everything(tmp_path, capsys):
     assert convert.main([str(source), str(tmp_path / "b"), "--to", "hf"]) == 0
     (tmp_path / "c").mkdir()
     assert convert.main([str(source), str(tmp_path / "c"), "--to", "hf"]) == 2
-    assert "c exists and is no folder of transformers" in " ".join(capsys.readouterr().err.split())
+    assert "c exists and is not a folder of transformers" in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
@@ -374,7 +374,7 @@ def free_port():
 
 PROBLEMS = {
     "hf:made/nothing": "the Hub has no such repository, or it is private",
-    "hf:made/gated": r"its owner asks for an agreement: give it at https://huggingface\.co/made/gated",
+    "hf:made/gated": r"its owner requires an agreement: accept it at https://huggingface\.co/made/gated",
     "hf:made/up@lost": "the repository has no branch, tag or commit 'lost'",
     "hf:made/bert": r"hf:made/bert, config\.json: a model of type 'bert'",
     "hf:made/empty": r"has no weights that can be read \(model\.safetensors or pytorch_model\.bin",

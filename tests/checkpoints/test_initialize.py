@@ -1,4 +1,4 @@
-"""Weights to start from: files of every dialect, encoders alone, folders of runs, parts of either, and refusals."""
+"""Initial weights: files of every dialect, encoders only, folders of runs, parts of either, and refusals."""
 
 import ast
 import logging

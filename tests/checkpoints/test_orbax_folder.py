@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, and what is not whole or does not fit is refused before it is used."""
+"""Checkpoints are restored bit for bit; incomplete and unfit ones are refused before they are used."""
 
 import errno
 import json
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_written_is_named_once_with_the_reason(tmp_path,
     monkeypatch.setattr(epath.Path, "write_text", dump)
     run.save(3, weights_of(state), training_of(state), {})
     with pytest.raises(
-        CheckpointError, match=r"run: cannot be written \(No space left on device\)\.\n  What was saved"
+        CheckpointError, match=r"run: cannot be written \(No space left on device\)\.\n  Earlier saves are"
     ):
         run.wait()
     with pytest.raises(CheckpointError, match=r"model: cannot be written \(No space left on device\)"):
@@ -353,7 +353,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
     file = tmp_path / "file"
     file.write_text("also dear")
     for place in (foreign, file):
-        with pytest.raises(CheckpointError, match=f"{place} exists and is no checkpoint of segjax"):
+        with pytest.raises(CheckpointError, match=f"{place} exists and is not a checkpoint of segjax"):
             save_model(place, tiny_model(0), metadata={})
     assert files_below(tmp_path) == [file, foreign / "holiday.jpg"]
     assert file.read_text() == "also dear" and (foreign / "holiday.jpg").read_bytes() == b"dear"

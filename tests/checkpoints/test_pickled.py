@@ -1,4 +1,4 @@
-"""Pickles without PyTorch: what is broken is named in plain English, and what would grow without end is refused."""
+"""Pickles without PyTorch: faults are named in plain English, and unbounded growth is refused."""
 
 import pickle
 import pickletools

@@ -1,4 +1,4 @@
-"""The network in what training scripts save: below any prefix, next to tensors of other things."""
+"""The network in a training script's file is found below any prefix, next to other tensors."""
 
 import logging
 

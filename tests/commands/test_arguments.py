@@ -219,9 +219,9 @@ def test_a_home_folder_of_nobody_is_refused_with_the_name(capsys):
     [
         (["predict", "a", "b", "--output", ""], "--output"),
         (["predict", "a", "b", "--output="], "--output"),
-        (["predict", "a", "", "--output", "c"], "the argument behind a"),
+        (["predict", "a", "", "--output", "c"], "the argument after a"),
         (["data", "prepare", "folder", "--source", "a", "--data-dir", ""], "--data-dir"),
-        (["evaluate", ""], "the argument behind it"),
+        (["evaluate", ""], "the argument after it"),
     ],
 )
 def test_an_empty_argument_is_refused_by_name(arguments, name, capsys, monkeypatch, tmp_path):

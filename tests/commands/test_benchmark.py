@@ -1,4 +1,4 @@
-"""What `segjax benchmark` says when it is stopped."""
+"""The messages of `segjax benchmark` when it is stopped."""
 
 import pytest
 

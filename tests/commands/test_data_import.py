@@ -1,4 +1,4 @@
-"""`segjax data import` writes nothing where it should not, and its folder appears as a whole."""
+"""`segjax data import` writes nothing to a wrong place, and its folder appears as a whole."""
 
 import builtins
 import contextlib
@@ -28,11 +28,11 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(source, tmp_p
     assert "is not empty" in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert main(["import", "coco", str(source), str(tmp_path / "full/mine.txt")]) == 2
-    assert "is no folder" in " ".join(capsys.readouterr().err.split())
+    assert "is not a folder" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "empty").mkdir()
     with contextlib.chdir(tmp_path / "empty"):
         assert main(["import", "coco", str(source), "."]) == 2
-    assert "is the present folder" in " ".join(capsys.readouterr().err.split())
+    assert "is the current folder" in " ".join(capsys.readouterr().err.split())
     assert main(["import", "coco", str(source), str(tmp_path / "empty")]) == 0
     assert f"segjax data prepare folder --source {tmp_path / 'empty'}" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["classes.json", "images", "labels"]
@@ -40,7 +40,7 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(source, tmp_p
 
 def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
     assert main(["import", "voc", str(tmp_path / "x"), str(tmp_path / "out")]) == 2
-    assert "there is nothing" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
+    assert "does not exist" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -1,4 +1,4 @@
-"""The page of samples shows what the model gets, and the command says what it wrote."""
+"""The page of samples shows the input of the model, and the command reports the file."""
 
 import cv2
 import jax

@@ -1,4 +1,4 @@
-"""How commands end: status, and one message on stderr in lines of 80 columns."""
+"""The end of commands: exit status, and one message on stderr in lines of 80 columns."""
 
 import errno
 import logging

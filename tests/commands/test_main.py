@@ -1,4 +1,4 @@
-"""The command `segjax`: what it lists, what it imports, and which module a word stands for."""
+"""The command `segjax`: its list of commands, its imports, and the module of each word."""
 
 import importlib
 import os

@@ -537,7 +537,7 @@ def test_every_input_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_pa
         "large.webp: has 90x120 pixels, 10,800, more than 10,288; to decode it, raise the limit: --max-pixels",
         "nowhere.png: No such file or directory",
         "pipe.png: a FIFO, not a file",
-        "text.png: is no image that can be decoded",
+        "text.png: is not an image that can be decoded",
     ):
         assert words in told
     assert run(*arguments) == 1

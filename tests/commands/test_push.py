@@ -1,4 +1,4 @@
-"""Model cards, and uploads to a stand-in for the Hub, from which the weights are loaded again."""
+"""Model cards, and uploads to a stand-in for the Hub, from which the weights are loaded."""
 
 import base64
 import http.server
@@ -173,7 +173,7 @@ def test_what_cannot_be_uploaded_is_refused(workdir, hub, tmp_path, monkeypatch,
     assert hub.posted == []
     hub.status = 403
     message = refused(capsys, workdir, "hf:made/new")
-    assert "hf:made/new: the token may not write there (the Hub answers 403)" in message
+    assert "hf:made/new: the token has no write access (the Hub answers 403)" in message
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     assert "hf:made/new: cannot be uploaded" in refused(capsys, workdir, "hf:made/new")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

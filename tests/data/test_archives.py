@@ -1,4 +1,4 @@
-"""Datasets in archives made up for the test: every way of giving them is the same dataset, and faults are refused."""
+"""Datasets in made-up archives: every way to give them makes the same dataset, and faults are refused."""
 
 import errno
 import io
@@ -475,7 +475,7 @@ def test_other_numbers_of_images_than_published_are_refused(name, tmp_path, data
     made_numbers = ", ".join(f"{split} {count}" for split, count in COUNTS[name].items())
     for source in ([made.root], made.packed(tmp_path / "archives")):
         report = refused(name, data, *source)
-        assert f"{made_numbers} instead of {published_numbers}" in report and f"as many as in {name}" in report
+        assert f"{made_numbers} instead of {published_numbers}" in report and f"differ from those of {name}" in report
         assert all(str(path) in report for path in source)
 
 
@@ -531,7 +531,7 @@ def test_masks_of_another_kind_or_size_are_refused(name, few, tmp_path, data):
     made = Made(tmp_path / "made", name)
     mask = made.root / FIRST_MASK[name]
     write(mask, encoded(".png", np.zeros((30, 50, 3), np.uint8)))
-    assert "no 8-bit grey or palette PNG, as published" in refused(name, data, made.root)
+    assert "not 8-bit grey or palette PNG, as published" in refused(name, data, made.root)
     write(mask, encoded(".png", np.full((50, 30), 1, np.uint8)))
     assert f"{FIRST_MASK[name]} is 50 x 30, its image 30 x 50" in refused(name, data, made.root)
 
@@ -547,7 +547,7 @@ def test_images_and_masks_without_the_other_are_refused(name, few, tmp_path, dat
             assert kind in report and other in report
         else:
             # What is listed by name is missed by name.
-            assert "files missing that" in report and Path(missing).name in report
+            assert "missing files that" in report and Path(missing).name in report
         assert "train 2" in report and "instead of train 3" in report
 
 
@@ -591,7 +591,7 @@ def test_what_is_no_archive_is_refused(few, tmp_path, data):
     cut = Made(tmp_path / "made", "cityscapes").packed(tmp_path / "archives")[1]
     cut.write_bytes(cut.read_bytes()[:-100])
     report = refused("cityscapes", data, page, cut)
-    assert "no whole .zip, .tar or .tar.gz; fetch them again" in report
+    assert "no complete .zip, .tar or .tar.gz; fetch them again" in report
     assert f"{page}: begins with b'<htm'" in report and f"{cut}: a .zip that is cut short" in report
     report = refused("cityscapes", data, tmp_path / "nowhere.zip", tmp_path / "made")
     assert "neither a file nor a folder" in report and "nowhere.zip" in report and "made\n" not in report

@@ -1,4 +1,4 @@
-"""Augmentation against cv2, colorsys and counting, with settings that turn one thing on at a time."""
+"""Augmentation against cv2, colorsys and counting, with one setting at a time."""
 
 import colorsys
 from functools import partial

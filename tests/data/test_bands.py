@@ -1,4 +1,4 @@
-"""Images of any number of channels are read, prepared, cached and streamed in the numbers of their files."""
+"""Images with any number of channels are read, prepared, cached and streamed unscaled."""
 
 import json
 import pickle
@@ -246,7 +246,7 @@ def test_images_of_several_kinds_are_refused_with_a_file_of_each(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"), [(3, "4 channels of uint16: 6"), (0, "no number from 1"), (True, "no number")]
+    ("given", "words"), [(3, "4 channels of uint16: 6"), (0, "not a number from 1"), (True, "not a number")]
 )
 def test_channels_in_classes_json_are_checked(tmp_path, given, words):
     folder(tmp_path / "given", 4, "uint16", channels=given)

@@ -1,4 +1,4 @@
-"""Preparing and reading back image folders: what is stored is what was given, and what is wrong is refused whole."""
+"""Image folders are prepared and read back unchanged; folders with faults are refused as a whole."""
 
 import dataclasses
 import json
@@ -467,14 +467,14 @@ REFUSED = {
         bad_mask(png(np.zeros((5, 28), np.uint8), color_type=6)),
         ["[0, 0, 0]: 35 pixels in 1 masks, first in labels/train/b.png"],
     ),
-    "16-bit mask": (bad_mask(png(np.zeros((5, 7), ">u2"), depth=16)), ["masks of 16 bits", "8 bits", "train/b.png"]),
-    "16-bit RGB mask": (bad_mask(png(np.zeros((5, 21), ">u2"), 16, 2)), ["16 bits a channel", "train/b.png"]),
+    "16-bit mask": (bad_mask(png(np.zeros((5, 7), ">u2"), depth=16)), ["16-bit masks", "8 bits", "train/b.png"]),
+    "16-bit RGB mask": (bad_mask(png(np.zeros((5, 21), ">u2"), 16, 2)), ["16 bits per channel", "train/b.png"]),
     "1-bit mask": (bad_mask(png(np.zeros((5, 1), np.uint8), depth=1)), ["fewer than 8 bits", "train/b.png"]),
     "4-bit mask": (bad_mask(png(np.zeros((5, 4), np.uint8), depth=4)), ["fewer than 8 bits", "train/b.png"]),
     "JPEG as mask": (bad_mask(jpeg(random_image(0))), ["JPEG inside", "labels/train/b.png"]),
     "16-bit image that is dark": (
         bad_image(png(np.full((5, 21), 4000, ">u2"), 16, 2)),
-        ["images of 16 bits", "images/train/b.png: its brightest value is 4000 of 65535"],
+        ["16-bit images", "images/train/b.png: its brightest value is 4000 of 65535"],
     ),
     "empty image": (bad_image(b""), ["images/train/b.png: is empty"]),
     "empty mask": (bad_mask(b""), ["labels/train/b.png: is empty"]),
@@ -505,12 +505,12 @@ REFUSED = {
     ),
     "one stem twice": (
         lambda root: write(root / "images/train/b.jpg", jpeg(random_image(0))),
-        ["nothing but the suffix", "images/train/b.jpg and b.png"],
+        ["only in the suffix", "images/train/b.jpg and b.png"],
     ),
     "other suffix": (lambda root: write(root / "images/train/c.bmp", b"BM"), ["images/train/c.bmp"]),
     "no picture by suffix or content": (
         lambda root: (remove("labels/train/b.png")(root), write(root / "labels/train/b.txt", b"0 1 2")),
-        ["neither by suffix nor inside", "labels/train/b.txt", "images without a mask", "images/train/b.png"],
+        ["by suffix or by content", "labels/train/b.txt", "images without a mask", "images/train/b.png"],
     ),
     "directory in a split": (lambda root: (root / "images/train/city").mkdir(), ["images/train/city"]),
     "dangling link": (
@@ -526,8 +526,8 @@ REFUSED = {
     "empty images/": (empty_directory("images"), ["without a split in them", "\n    images\n"]),
     "empty labels/": (empty_directory("labels"), ["without a split in them", "\n    labels\n"]),
     "empty split": (empty_directory("labels/val"), ["without a usable file", "\n    labels/val"]),
-    "split without masks": (remove("labels/val"), ["splits on one side only", "images/val without labels/val"]),
-    "split without images": (remove("images/val"), ["splits on one side only", "labels/val without images/val"]),
+    "split without masks": (remove("labels/val"), ["splits with only images", "images/val without labels/val"]),
+    "split without images": (remove("images/val"), ["splits with only images", "labels/val without images/val"]),
     "split called all": (
         lambda root: [(root / part / "val").rename(root / part / "all") for part in ("images", "labels")],
         ["TFDS cannot name", "images/all", "labels/all"],
@@ -537,21 +537,21 @@ REFUSED = {
     "JSON in no UTF-8": (bad_classes(b'{"names": ["\xff"]}'), ["not JSON", "unicode"]),
     "JSON of another kind": (bad_classes([1, 2]), ["should be a valid dictionary, not [1, 2]"]),
     "no keys": (bad_classes({}), ['"names" is missing']),
-    "colours no list": (with_classes(colors="red"), ["\"colors\" is no list: 'red'"]),
-    "ignored colours no colours": (with_classes(ignore_colors=[5]), ['"ignore_colors" has entries that are no [r, g,']),
+    "colours no list": (with_classes(colors="red"), ["\"colors\" is not a list: 'red'"]),
+    "ignored colours no colours": (with_classes(ignore_colors=[5]), ['"ignore_colors" has entries that are not [r,']),
     "an ignored colour of a class": (with_classes(ignore_colors=[[9, 8, 7]]), ["has colours of classes: [9, 8, 7]"]),
-    "names no list": (with_classes(names="road"), ["\"names\" is missing or no list of strings: 'road'"]),
-    "names no strings": (with_classes(names=["a", 1, "c"]), ['"names" is missing or no list of strings']),
-    "no names": (with_classes(names=[], colors=[]), ['"names" is missing or no list of strings: []']),
+    "names no list": (with_classes(names="road"), ["\"names\" is missing or not a list of strings: 'road'"]),
+    "names no strings": (with_classes(names=["a", 1, "c"]), ['"names" is missing or not a list of strings']),
+    "no names": (with_classes(names=[], colors=[]), ['"names" is missing or not a list of strings: []']),
     "names twice": (with_classes(names=["car", "tree", "car"]), ['"names" repeats car']),
     "fewer colours": (with_classes(colors=[[0, 0, 0]]), ['3 "names" but 1 "colors"']),
     "a colour of two": (with_classes(colors=[[1, 2], [1, 2, 3], [1, 2, 3]]), ["in 0..255: [1, 2]"]),
     "a colour too bright": (with_classes(colors=[[1, 2, 3], [0, 0, 256], [0.5, 0, 0]]), ["[0, 0, 256], [0.5, 0, 0]"]),
-    "ignore no number": (with_classes(ignore="255"), ["\"ignore\" is no integer in 0..65535: '255'"]),
-    "ignore true": (with_classes(ignore=True), ['"ignore" is no integer in 0..65535: True']),
-    "ignore beyond 16 bits": (with_classes(ignore=65536), ['"ignore" is no integer in 0..65535: 65536']),
+    "ignore no number": (with_classes(ignore="255"), ["\"ignore\" is not an integer in 0..65535: '255'"]),
+    "ignore true": (with_classes(ignore=True), ['"ignore" is not an integer in 0..65535: True']),
+    "ignore beyond 16 bits": (with_classes(ignore=65536), ['"ignore" is not an integer in 0..65535: 65536']),
     "ignore is a class": (with_classes(ignore=2), ["\"ignore\" is 2, which is also the id of class 'car'"]),
-    "dataset name no string": (with_classes(name=5), ['"name" is no string: 5']),
+    "dataset name no string": (with_classes(name=5), ['"name" is not a string: 5']),
 }  # fmt: skip
 
 
@@ -612,9 +612,9 @@ def test_exif_that_turns_nothing_is_accepted(tree, data):
 
 
 @pytest.mark.parametrize("name, source, message", [
-    ("folder", None, "folder needs a source, which holds images/<split>/x.jpg"),
-    ("folder", "not/there", "folder: not/there is no directory"),
-    ("camvid", "not/there", "camvid: not/there is no directory"),
+    ("folder", None, "folder needs a source with images/<split>/x.jpg"),
+    ("folder", "not/there", "folder: not/there is not a directory"),
+    ("camvid", "not/there", "camvid: not/there is not a directory"),
     ("kitti", None, "no dataset 'kitti' to prepare; choose from camvid, cityscapes, ade20k, voc, pet, folder"),
 ])  # fmt: skip
 def test_a_missing_source_or_an_unknown_name_is_refused(data, name, source, message):

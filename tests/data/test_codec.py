@@ -1,4 +1,4 @@
-"""Files of images: told by content, sized by their header, refused where a decoder would make pixels up."""
+"""Image files: recognised by content, sized by their header, refused if a decoder would make up pixels."""
 
 import io
 import resource

@@ -1,4 +1,4 @@
-"""Corruptions against Pillow, scipy and colorsys, and against their definitions written out."""
+"""Corruptions against Pillow, scipy and colorsys, and against their definitions."""
 
 import colorsys
 import io

@@ -89,7 +89,7 @@ def test_two_groups_are_one_for_each_split():
 @pytest.mark.parametrize(
     "names, how, said",
     [
-        (["a1", "b"], (0.5, 0, r"\d"), "images whose name has no match of '\\\\d', and so no group: b"),
+        (["a1", "b"], (0.5, 0, r"\d"), "images without a group: their name does not match '\\\\d': b"),
         (["a1", "a2"], (0.5, 0, "^a"), "too few groups to divide; there must be two: 1 in images: a"),
         (["a1"], (0.5,), "too few groups"),
     ],
@@ -102,7 +102,9 @@ def test_what_cannot_be_divided_is_named(names, how, said):
     assert said in "; ".join(f"{kind}: {', '.join(entries)}" for kind, entries in problems.items())
 
 
-@pytest.mark.parametrize("how, said", [((0.0,), "between 0 and 1"), ((1.0,), "between"), ((0.5, 0, "("), "no regular")])
+@pytest.mark.parametrize(
+    "how, said", [((0.0,), "between 0 and 1"), ((1.0,), "between"), ((0.5, 0, "("), "not a regular")]
+)
 def test_a_division_that_is_none_is_refused(how, said):
     with pytest.raises(DataError, match=said):
         Division(*how)
@@ -159,7 +161,7 @@ def test_what_has_two_splits_is_not_divided(tmp_path, capsys):
     root = make(tmp_path / "folder", NAMES[:3], splits=("train", "val"))
     assert prepare(root, tmp_path, "--val-share", "0.5") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "divides the only split with labels, and there is not one" in said and "train 3, val 3" in said
+    assert "needs exactly one split with labels" in said and "train 3, val 3" in said
     assert not (tmp_path / "data").exists()
 
 
@@ -167,7 +169,7 @@ def test_flags_of_a_division_need_a_share(tmp_path, capsys):
     for more in (("--group-by", "x"), ("--seed", "3"), ("--val-share", "1.5")):
         with pytest.raises(SystemExit):
             prepare(tmp_path, tmp_path, *more)
-    assert "go with --val-share" in " ".join(capsys.readouterr().err.split())
+    assert "need --val-share" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_training_without_a_split_to_evaluate_names_the_command(tmp_path):
@@ -267,7 +269,7 @@ def test_a_subset_with_one_split_is_divided_in_one_way_only(tmp_path, capsys):
     again = builders.prepare("cityscapes", source=copy, data_dir=tmp_path / "data")
     assert again.metadata["names"] == prepared.metadata["names"]
     assert prepare_subset("cityscapes", made, tmp_path, "--subset", "--val-share", "0.5") == 2
-    assert "divided otherwise: val 0.4 of the images" in " ".join(capsys.readouterr().err.split())
+    assert "divided differently: val 0.4 of the images" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_subset_of_a_published_folder(tmp_path):

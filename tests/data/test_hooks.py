@@ -1,4 +1,4 @@
-"""A person's own augmentation runs where it should and is reproducible; errors name its setting."""
+"""The user's own augmentation runs at the right place and is reproducible; errors name its setting."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""More than 254 classes on every path: no number of a class is cut to 8 bits."""
+"""More than 254 classes on every path: no label is truncated to 8 bits."""
 
 import io
 import json

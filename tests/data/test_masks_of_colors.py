@@ -1,4 +1,4 @@
-"""Masks of colours, RGB or with a palette: every colour becomes the label that it stands for, or is named."""
+"""Coloured masks, RGB or with a palette: every colour becomes its label, or is named in an error."""
 
 import io
 import json
@@ -224,7 +224,7 @@ def test_palette_masks_that_could_be_read_in_two_ways_are_refused(tmp_path):
     colors = [(0, 0, 142), (107, 142, 35), (128, 64, 128)]
     mask = png(indexed(labels_of(0, [0, 1, 2]), colors))
     message = refused(tmp_path, {"a": mask}, names=["road", "vegetation", "car"])
-    assert "palette masks whose indices stand for other classes than their colours" in message
+    assert "palette masks whose indices mean other classes than their colours" in message
     names = {"names": ["road", "vegetation", "car"], "colors": [colors[2], colors[1], colors[0]]}
     prepared = builders.prepare("folder", source=folder(tmp_path / "b", {"a": mask}, names), data_dir=tmp_path / "data")
     expect(prepared, {"a": 2 - labels_of(0, [0, 1, 2])})

@@ -1,4 +1,4 @@
-"""Masks that are TIFF of one band or .npy, of any integers: values are kept exactly, or refused with their place."""
+"""Masks as TIFF with one band or as .npy, of any integers: values are kept exactly, or refused with their place."""
 
 import io
 import json
@@ -176,11 +176,11 @@ REFUSED = {
     "float": ({"a.npy": npy(VALUES.astype(np.float32))}, "a.npy: has numbers of float32, from 0 to 255"),
     "fractions": (
         {"a.tif": tiff(with_one(0.5))},
-        "a.tif: has 1 values of float64 that are no whole numbers, the first at row 2, column 4: 0.5",
+        "a.tif: has 1 values of float64 that are not whole numbers, the first at row 2, column 4: 0.5",
     ),
     "NaN": (
         {"a.npy": npy(with_one(np.nan))},
-        "a.npy: has 1 values of float64 that are no whole numbers, the first at row 2, column 4: nan",
+        "a.npy: has 1 values of float64 that are not whole numbers, the first at row 2, column 4: nan",
     ),
     "complex": ({"a.npy": npy(VALUES.astype(np.complex64))}, "a.npy: has numbers of complex64"),
     "large": (
@@ -229,7 +229,7 @@ def test_damaged_and_transposed_masks_are_named(tmp_path):
     assert "labels/train/cut.npy: is a .npy that cannot be read" in message
     assert re.search(r"labels/train/part\.tif: is (truncated|a TIFF that cannot be decoded)", message)
     assert "labels/train/turned.npy is 47 x 34, its image 34 x 47" in message
-    assert "differ in nothing but the suffix; rename them: labels/train/same.npy and same.tif" in message
+    assert "differ only in the suffix; rename them: labels/train/same.npy and same.tif" in message
 
 
 def test_evaluate_reads_them_as_png(tmp_path, capsys):

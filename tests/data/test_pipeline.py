@@ -1,4 +1,4 @@
-"""Batches: every image once an epoch in an order that follows from (seed, step); evaluation sees each image once."""
+"""Batches: every image once per epoch, in an order that depends only on (seed, step); evaluation too sees each once."""
 
 from collections import Counter
 

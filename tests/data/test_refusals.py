@@ -1,4 +1,4 @@
-"""No image or mask is dropped, misread or waited for in silence, whatever lies in a data folder or an archive."""
+"""No image or mask is silently dropped, misread or waited for, whatever a data folder or an archive contains."""
 
 import gzip
 import io
@@ -100,14 +100,14 @@ def test_masks_of_0_and_255_next_to_masks_of_0_and_1_are_refused_by_name(tmp_pat
         ({"ignore": 3}, (1, 2, 3), ["0, class0", "subtract 1"]),
         ({"names": 5}, (0, 1, 2, 3, 255), ["4, class4"]),
         ({}, (1, 2, 3), ["neither a class", "3 (", "subtract 1"]),
-        ({}, (0, 1, 2, 3), ["neither a class", "if 0 is no class"]),
+        ({}, (0, 1, 2, 3), ["neither a class", "if 0 is not a class"]),
         ({}, (0, 128, 255), ["neither a class", "128 (", "128 to 1, 255 to 2"]),
         ({"names": 4}, (0, 85, 170, 255), ["85 to 1, 170 to 2, 255 to 3"]),
         ({}, (7, 8, 255), ["neither a class", "7 ("]),
         ({"names": 2}, (0, 254), ["neither a class", "254 ("]),
         ({"ignore": 0}, (0, 1, 2), ["also the id of class", "subtract 1"]),
-        ({"absent": ["class9"]}, (0, 1, 2), ['"absent" is no list of some of "names"']),
-        ({"absent": 3}, (0, 1, 2), ['"absent" is no list of some of "names"']),
+        ({"absent": ["class9"]}, (0, 1, 2), ['"absent" is not a list of some of "names"']),
+        ({"absent": 3}, (0, 1, 2), ['"absent" is not a list of some of "names"']),
     ],
 )
 def test_mask_values_that_contradict_classes_json_are_refused(tmp_path, settings, values, said):
@@ -155,7 +155,7 @@ def test_names_in_two_unicode_forms_belong_together(tmp_path, capsys):
     assert prepare(root, tmp_path).load("train").names == ("b", "\xe9")
     assert "Unicode form" in capsys.readouterr().out
     write(root / "images/train" / unicodedata.normalize("NFC", "é.jpg"), saved(image(3), "JPEG"))
-    with pytest.raises(builders.DataError, match="differ in nothing but the suffix"):
+    with pytest.raises(builders.DataError, match="differ only in the suffix"):
         prepare(root, tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_two_zip_members_of_one_name_are_refused_and_a_tars_last_counts(tmp_path
         for content in (b"one", b"two"):
             archive.addfile(member("images/a.jpg", len(content)), io.BytesIO(content))
     assert in_archive(tmp_path / "x.tar", tmp_path) == ({"images/a.jpg": b"two"}, {})
-    assert "x.tar: 1 files come twice" in capsys.readouterr().out
+    assert "x.tar: 1 files occur twice" in capsys.readouterr().out
 
 
 def member(name: str, size: int = 0, **settings) -> tarfile.TarInfo:

@@ -1,4 +1,4 @@
-"""Streamed batches are those of the resident split, bit for bit; what goes wrong is said and never waited for."""
+"""Streamed batches equal those of the resident split bit for bit; faults are reported and never waited for."""
 
 import gc
 import json

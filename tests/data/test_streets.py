@@ -1,4 +1,4 @@
-"""The procedural streets: repeatable, with every class large enough to be learnt, and labelled to the pixel."""
+"""The procedural streets are repeatable; every class is large enough to be learned, and labels match the pixels."""
 
 import hashlib
 import subprocess

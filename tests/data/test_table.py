@@ -1,4 +1,4 @@
-"""The table of datasets: what it says of each, and that one entry and one reader are all that a dataset needs."""
+"""The table of datasets: its entries, and that a dataset needs only one entry and one reader."""
 
 import json
 import re

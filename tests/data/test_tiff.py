@@ -1,4 +1,4 @@
-"""TIFF is read by its tags, whatever the layout; what they do not explain, or what is damaged, is refused."""
+"""TIFF is read by its tags in any layout; damaged files, and files that the tags do not explain, are refused."""
 
 import io
 import itertools
@@ -147,7 +147,7 @@ def test_bands_that_the_tags_do_not_explain_are_refused_with_their_number(bands,
     data = written(
         np.moveaxis(array, -1, 0) if planar == "separate" else array, photometric="minisblack", planarconfig=planar
     )
-    with pytest.raises(ValueError, match=rf"x\.tif: has {bands} bands, and its tags do not say which are red.*gdal"):
+    with pytest.raises(ValueError, match=rf"x\.tif: has {bands} bands, and its tags do not state which are red.*gdal"):
         seen(data)
 
 

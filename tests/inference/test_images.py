@@ -196,7 +196,7 @@ def test_a_predictor_takes_a_path_a_pil_image_and_an_array(tmp_path):
     for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(picture), picture):
         np.testing.assert_array_equal(predict(image), expected)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.png: is no image that can be decoded"):
+    with pytest.raises(ValueError, match=r"text\.png: is not an image that can be decoded"):
         predict(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError):
         predict(tmp_path / "absent.png")

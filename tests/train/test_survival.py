@@ -64,7 +64,7 @@ def flat(text):
     return " ".join(text.split())
 
 
-FULL = "[Ww]hat was saved before is complete: make room, and run the same command again"
+FULL = "[Ee]arlier saves are complete: make room, and run the same command again"
 
 
 def differing(alone, workdir):

@@ -2,12 +2,11 @@
 
     annotations/instances_train2017.json, train2017/          COCO, CVAT, LVIS
     train/_annotations.coco.json, train/a.jpg                 Roboflow
-    data/, labels.json; images/, result.json; ...             FiftyOne, Label Studio and others: any JSON of the kind
-    annotations/panoptic_val2017.json, panoptic_val2017/      panoptic: a PNG for each image, see `panoptic`
+    data/, labels.json; images/, result.json; ...             FiftyOne, Label Studio and others: any such JSON file
+    annotations/panoptic_val2017.json, panoptic_val2017/      panoptic: a PNG per image, see `panoptic`
 
-Crowds, and objects that have a box but no outline, become the ignore value. A category named "background" is the
-background. Classes have the order of the categories' ids, which need not follow one another; files may give one name
-different ids.
+Crowds, and objects with a box but no outline, get the ignore value. A category named "background" is the background.
+Classes are sorted by the ids of their categories, which need not be consecutive. Files may give one name different ids.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class _Runs(TypedDict):
 class _Annotation(TypedDict):
     image_id: _Id
     category_id: _Id
-    # Some write the only polygon of an object without the list around it.
+    # Some tools write an object's only polygon without the enclosing list.
     segmentation: NotRequired[list[list[FiniteFloat]] | list[FiniteFloat] | _Runs | None]
     bbox: NotRequired[list[FiniteFloat] | None]
     iscrowd: NotRequired[float | bool | None]
@@ -74,7 +73,7 @@ class _Segment(TypedDict):
 
 
 class _Panoptic(TypedDict):
-    """An annotation of a panoptic file: all segments of an image, whose ids are the colours of a PNG."""
+    """All segments of an image, an annotation of a panoptic file. The colours of a PNG encode the segment ids."""
 
     image_id: _Id
     file_name: str
@@ -93,17 +92,17 @@ class _Instances(TypedDict):
 
 
 _NOT_INSTANCES = "JSON files that are neither instances nor panoptic segments of COCO"
-_BOXES = "objects that have a box but no outline; their boxes become the ignore value"
-_NO_SHAPE = "objects that have neither an outline nor a box"
+_BOXES = "objects with a box but no outline; their boxes get the ignore value"
+_NO_SHAPE = "objects with neither an outline nor a box"
 _UNLISTED = "images that no JSON file lists"
 _NO_IMAGE = "annotations of images that the same file does not list"
 
 
 def read(source: Path) -> Found:
-    """The images and regions of a folder with JSON files, or of one JSON file with images around it.
+    """Reads the images and regions of a folder with JSON files, or of one JSON file with its images around it.
 
     Raises:
-      DataError: What the JSON files hold cannot be used; the message lists all reasons.
+      DataError: The JSON files cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
@@ -117,12 +116,12 @@ def read(source: Path) -> Found:
             else:
                 contents[name] = reading.checked(content, _Instances, name=name)
         except reading.UnreadableError as error:
-            # It has the path in front, or the name inside the source.
+            # The message begins with the path, or with the name inside the source.
             why = str(error).removeprefix(f"{files.paths[name]}: ").removeprefix(f"{name}: ")
             problems["JSON files that are damaged"].append(f"{name}: {why}")
     if not contents and not problems:
         entries = found.skipped.pop(_NOT_INSTANCES, [f"{source}: no .json"])
-        problems["no JSON with images, annotations and categories, as COCO's instances have them"] = entries
+        problems["no JSON with images, annotations and categories, as in COCO's instances"] = entries
     names, categories = _categories(contents, found.notes, problems)
     found.names, ids = classes_of(names, problems)
     reader = _Read(files, found, problems)
@@ -131,16 +130,16 @@ def read(source: Path) -> Found:
         found.splits[split] = reader.images(split, name, contents[name], labels)
         found.notes.append(f"{split}: {name}")
     used = {image.place for images in found.splits.values() for image in images} | reader.masks
-    # What lies around a single file may belong to others.
+    # Images around a single JSON file may belong to other files.
     if source.is_dir() and (unlisted := sorted(set(files.images()) - used)):
         found.skipped[_UNLISTED] += unlisted
     if reader.crowds:
-        found.notes.append(f"crowds, which become the ignore value: {reader.crowds:,}")
+        found.notes.append(f"crowds, which get the ignore value: {reader.crowds:,}")
         if 2 * reader.crowds > reader.annotations:
-            found.notes.append("(CVAT calls every mask a crowd; for objects, set their iscrowd to 0)")
+            found.notes.append("(CVAT exports every mask as a crowd; for objects, set iscrowd to 0)")
     if reader.annotations and not reader.outlines and any(found.splits.values()) and not problems:
         if reader.boxes:
-            problems["boxes only: no annotation has a segmentation; boxes show no outline, export masks"] += contents
+            problems["only boxes: no annotation has a segmentation; boxes have no outline, export masks"] += contents
         else:
             problems |= found.skipped
     refuse(problems, str(source))
@@ -148,7 +147,7 @@ def read(source: Path) -> Found:
 
 
 def _json_files(source: Path, skipped: Problems) -> tuple[Files, list[str]]:
-    """The files of a source, and the JSON files among them that may be instances."""
+    """The files of a source, and the names of the JSON files that may hold instances."""
     if not source.is_dir():
         # annotations/x.json has its images next to the folder.
         root = source.parent.parent if source.parent.name == "annotations" else source.parent
@@ -168,9 +167,9 @@ def _json_files(source: Path, skipped: Problems) -> tuple[Files, list[str]]:
 
 
 def _no_instances(content: Any) -> str | None:
-    """Why JSON is something else than instances; None if it is to be read as such."""
+    """Reason why JSON content is neither instances nor panoptic segments; None if it may be."""
     if not isinstance(content, dict):
-        return "no object of JSON"
+        return "not a JSON object"
     if "shapes" in content:
         return "a file of labelme; segjax data import labelme"
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
@@ -182,14 +181,14 @@ def _no_instances(content: Any) -> str | None:
 
 
 def _key(number: _Id) -> str:
-    """An id as text: VIA writes one number as text in one place only, pandas as a float."""
+    """An id as text. VIA writes the same id as a number and as text; pandas writes it as a float."""
     return f"{number:.0f}" if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _categories(
     contents: dict[str, _Instances], notes: list[str], problems: Problems
 ) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The names of all categories, in the order of their ids in the first file with each; for each file, id -> name."""
+    """Names of all categories, sorted by the id in the first file that has the name; and id -> name of each file."""
     places: dict[str, tuple[bool, Any]] = {}
     of_files: dict[str, dict[str, str]] = {}
     repeated: dict[str, None] = {}
@@ -199,21 +198,21 @@ def _categories(
         for category in content["categories"]:
             number, name = category["id"], category["name"]
             if (other := known.get(_key(number), name)) != name:
-                kind = "categories of one id and two names; give each name an id of its own"
+                kind = "categories with one id and two names; give each name its own id"
                 problems[kind].append(f"{file}: {number!r} is {other!r} and {name!r}")
-            # Roboflow names one category by its project, and often a second one, too.
+            # Roboflow names one category after the project, and often a second one as well.
             if ids.setdefault(name, _key(number)) != _key(number):
                 repeated[name] = None
             known[_key(number)] = name
             places.setdefault(name, (isinstance(number, str), number))
         of_files[file] = known
     if repeated:
-        notes.append(f"categories of one name, which are one class: {listed(list(repeated))}")
+        notes.append(f"categories with the same name, which are one class: {listed(list(repeated))}")
     return sorted(places, key=places.__getitem__), of_files
 
 
 def _splits(names: list[str], problems: Problems) -> dict[str, str]:
-    """split -> JSON file, by what their names or those of their folders mention."""
+    """split -> JSON file; the name of the file or of its folder mentions the split."""
     splits: dict[str, str] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -222,7 +221,7 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
             stem = re.sub(r"[^A-Za-z0-9]+", "_", _stem(name)).strip("_")
             split = "train" if len(names) == 1 or stem.lower() in ("", "all") else stem
         if split in splits:
-            problems["JSON files of one split; import them one by one, or merge them"].append(
+            problems["several JSON files of one split; import them one by one, or merge them"].append(
                 f"{split}: {splits[split]} and {name}"
             )
         splits[split] = name
@@ -230,16 +229,17 @@ def _splits(names: list[str], problems: Problems) -> dict[str, str]:
 
 
 def _stem(name: str) -> str:
-    """The name of a JSON file without what says its kind: val2017 of instances_val2017.json."""
+    """Name of a JSON file without its kind and suffix: val2017 for instances_val2017.json."""
     return re.sub("^(instances|panoptic)_", "", PurePosixPath(name).stem)
 
 
 class _Read:
-    """The images of JSON files, one split after the other.
+    """Reads the images of JSON files, one split after the other.
 
     Attributes:
-      annotations, crowds: Number of objects or segments.
-      outlines, boxes: Number of those that have an outline, and of those that have a box only.
+      annotations, crowds: Number of objects or segments, and of the crowds among them.
+      outlines: Number of objects with an outline, and of panoptic annotations with a PNG.
+      boxes: Number of objects with only a box.
       masks: Paths of panoptic PNGs.
     """
 
@@ -249,14 +249,14 @@ class _Read:
         self._files, self._found, self._problems = files, found, problems
 
     def images(self, split: str, name: str, content: _Instances, labels: dict[str, int]) -> list[Annotated]:
-        """The images of a split, which a JSON file of this name lists; labels: class id by id of category."""
+        """The images that the JSON file of this name lists for a split; `labels` is category id -> class id."""
         here, stem = posixpath.dirname(name), _stem(name)
         listed_images = self._listed(name, content["images"])
         if is_panoptic := _is_panoptic(content):
             draw_of = self._segments(name, content["annotations"], labels, listed_images)
         else:
             draw_of = self._regions(name, content["annotations"], labels, listed_images)
-        # From the most specific: two splits may have images of the same names.
+        # The most specific folder comes first, because two splits may have images with the same names.
         folders = [f"images/{stem}", stem, here, f"{here}/images"]
         folders += sorted(folder for folder in self._files.folders if split_in(posixpath.basename(folder)) == split)
         folders += ["images", "data", "JPEGImages", "."]
@@ -277,13 +277,13 @@ class _Read:
             seen[place] = file_name
             height, width = entry.get("height"), entry.get("width")
             size = (int(height), int(width)) if height and width else None
-            # The folders in a relative name tell images apart; those of an absolute one are of this machine.
+            # The folders of a relative name distinguish images; those of an absolute name belong to one machine.
             shown = spelled if "file_name" in entry and spelled[0] != "/" else posixpath.basename(place)
             images.append(Annotated(shown, place, self._files.reader(place), size, None, draw_of[number]))
         return images
 
     def _listed(self, name: str, entries: list[Any]) -> dict[str, _Image]:
-        """Images by their ids."""
+        """Images by id."""
         images: dict[str, _Image] = {}
         for index, entry in enumerate(entries):
             try:
@@ -295,14 +295,14 @@ class _Read:
                 self._problems["images that are described wrongly"].append(f"{name}: images.{index}: no file_name")
                 continue
             if _key(image["id"]) in images:
-                self._problems["images of one id"].append(f"{name}: {image['id']!r}")
+                self._problems["images with the same id"].append(f"{name}: {image['id']!r}")
             images[_key(image["id"])] = image
         return images
 
     def _checked(
         self, name: str, entries: list[Any], type_: Any, images: Collection[str]
     ) -> Iterator[tuple[str, Any, str]]:
-        """Annotations of images that are listed, with the key of the image, and their place."""
+        """Yields the key of the image, the annotation and its place, for each annotation of a listed image."""
         for index, entry in enumerate(entries):
             place = f"{name}: annotations.{index}"
             self.annotations += 1
@@ -335,7 +335,7 @@ class _Read:
         return {number: functools.partial(draw, of_image) for number, of_image in regions.items()}
 
     def _region(self, annotation: _Annotation, label: int, place: str) -> Region | None:
-        """What an annotation marks; None where it marks nothing, which is counted."""
+        """The region that an annotation marks; None, and counted as skipped, if there is none."""
         given, skipped = annotation.get("segmentation"), self._found.skipped
         if isinstance(given, dict):
             self.outlines += 1
@@ -363,7 +363,7 @@ class _Read:
         here, stem = posixpath.dirname(name), PurePosixPath(name).stem
         draw_of = {}
         for image, annotation, place in self._checked(name, entries, _Panoptic, images):
-            # The annotation of an image counts as all of its segments.
+            # `_checked` counted one annotation; each of its segments counts.
             self.annotations += len(annotation["segments_info"]) - 1
             mask, _ = self._files.located(annotation["file_name"], [posixpath.join(here, stem), stem, here])
             if mask is None:
@@ -374,7 +374,7 @@ class _Read:
             self.masks.add(mask)
             segments = {part["id"]: self._label(part, labels, place) for part in annotation["segments_info"]}
             if len(segments) < len(annotation["segments_info"]):
-                self._problems["segments of one image that have one id; give each its own"].append(place)
+                self._problems["segments of one image with the same id; give each its own"].append(place)
             draw_of[image] = functools.partial(panoptic.draw, self._files, mask, segments, place)
         return draw_of
 
@@ -385,12 +385,12 @@ def _is_panoptic(content: _Instances) -> bool:
 
 
 def _file_name(image: _Image) -> str:
-    """LVIS has addresses instead, whose ends are folder and name; "" for neither."""
+    """Name of the image file: `file_name`, or the path in `coco_url` (LVIS); "" without either."""
     return image.get("file_name") or re.sub(r"^\w+://[^/]*/", "", image.get("coco_url") or "")
 
 
 def _polygons(given: list[Any]) -> list[list[float]]:
-    """Polygons x0, y0, x1, ...; some write one without the list around it, or as pairs of coordinates."""
+    """Polygons x0, y0, x1, ..., also from one without the enclosing list, and from one in pairs of coordinates."""
     if not given or not isinstance(given[0], list):
         return [given] if given else []
     if len(given) >= 3 and all(len(part) == 2 for part in given):

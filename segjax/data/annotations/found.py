@@ -1,4 +1,4 @@
-"""What the readers of annotations return, and the files that they look among."""
+"""The result of the annotation readers, and the files that they search."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from segjax.data.sources import MOST, Problems, in_folder
 from segjax.runtime import reading
 
 BACKGROUND = "background"  # name of class 0
-IGNORED = specs.LARGEST_LABEL  # label of pixels that are not counted, while labels are drawn
-MOST_CLASSES = specs.LARGEST_LABEL  # with the background, in 16 bits next to IGNORED
-# Suffixes of images; those that cannot be used are counted.
+IGNORED = specs.LARGEST_LABEL  # label of ignored pixels while labels are drawn
+MOST_CLASSES = specs.LARGEST_LABEL  # with the background; 16 bits also hold IGNORED
+# Suffixes of images; images whose format cannot be used are counted.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".dng", ".heic")
 IMAGES += (".heif", ".avif", ".jp2", ".pfm")
-# Height or width of an image in JSON, in which pandas makes every number a float.
+# Height or width of an image in JSON; a float, because pandas writes every number as one.
 Side = With[FiniteFloat, Field(ge=0, multiple_of=1)]
-# Names by which splits are known, and segjax's name for each.
+# Common names of splits, and segjax's name for each.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "trainval": "trainval"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 OUTSIDE = "images whose names lead out of the source; put them inside it, and correct the names"
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     Attributes:
       labels: Uint16 (H, W), class ids and IGNORED.
       objects: Class id -> number of objects.
-      skipped: (reason, place) of each annotation that could not be drawn, or only in part.
+      skipped: (reason, place) of each annotation that was not drawn, or only in part.
     """
 
     labels: np.ndarray
@@ -56,12 +56,12 @@ class Annotated:
     """An image and its annotations.
 
     Attributes:
-      name: Path from which the name of the output is made; need not be unique.
+      name: Path from which the name of the output is made; it need not be unique.
       place: Path inside the source, for messages.
       read: () -> content of the image file; OSError or ValueError if it cannot be read.
-      size: (height, width) that the annotations state; None if they state none.
-      is_upright: Whether annotations belong to the image as its EXIF data turn it; None if only `size` can tell.
-      draw: (height, width) -> labels; ValueError where they cannot be drawn at all.
+      size: (height, width) in the annotations; None if they have no size.
+      is_upright: Whether the annotations belong to the image after its EXIF rotation; None if only `size` can decide.
+      draw: (height, width) -> labels; ValueError if nothing can be drawn.
     """
 
     name: str
@@ -77,10 +77,10 @@ class Found:
     """The content of a source.
 
     Attributes:
-      names: Of the classes; the first is BACKGROUND.
+      names: Names of the classes; the first is BACKGROUND.
       splits: Split -> its images.
-      notes: Lines about what was read.
-      skipped: Reason -> places of what is not imported.
+      notes: Lines of the report about the files.
+      skipped: Reason -> places of the files and annotations that are not imported.
     """
 
     names: list[str]
@@ -90,7 +90,7 @@ class Found:
 
 
 class Files:
-    """The files below a folder, by their paths inside in composed Unicode (NFC). Nothing else can be read.
+    """The files below a folder, by their relative paths in composed Unicode (NFC). No other file can be read.
 
     Links are followed, as everywhere; hidden files are skipped.
     """
@@ -105,10 +105,10 @@ class Files:
             if any(part[0] == "." or part == "__MACOSX" for part in name.split("/")):
                 continue
             if self.paths.setdefault(composed, path) != path:
-                skipped["files whose names differ from another one in the Unicode form of accents only"].append(name)
+                skipped["files whose names differ from another one only in the Unicode form of accents"].append(name)
         self.folders = {str(folder) for name in self.paths for folder in PurePosixPath(name).parents}
         if links:
-            skipped["links to folders that are read already"] += links
+            skipped["links to folders that are already read"] += links
 
     def images(self, folder: str = ".") -> Iterator[str]:
         """Paths of all images below a folder, by their suffixes."""
@@ -116,7 +116,7 @@ class Files:
         return (name for name in self.paths if name.startswith(start) and name.lower().endswith(IMAGES))
 
     def find(self, name: str, folders: Iterable[str]) -> str | None:
-        """The path of a file by a name that was written on any system, relative to the first folder that has it."""
+        """Path of the file with this name in the first folder that has one; the name may have Windows separators."""
         name = unicodedata.normalize("NFC", name).removeprefix(f"{self.root.absolute()}/")
         for folder in folders:
             for spelling in (name, name.replace("\\", "/")):
@@ -126,8 +126,7 @@ class Files:
         return None
 
     def only(self, name: str, *, split: str | None = None) -> str | None:
-        """The path of a file by the end of it in any case of letters, where no other ends like that, or no other of
-        this split."""
+        """Path of the only file whose path ends with this name, in any case; of several, the only one in `split`."""
         name = posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
         same = self._by_name.get(posixpath.basename(name), ())
         found = [path for path in same if f"/{path}".casefold().endswith(f"/{name}")]
@@ -136,8 +135,10 @@ class Files:
         return found[0] if len(found) == 1 else None
 
     def located(self, name: str, folders: Sequence[str]) -> tuple[str | None, str]:
-        """What `find` or else `only` gives for a name as it is written, or else without percent-encoding, as in
-        my%20image.jpg; and the name that was found, or as it is written."""
+        """Path that `find` or else `only` finds, or None; and the spelling of the name that was found.
+
+        Names are tried as written, then without percent-encoding (my%20image.jpg).
+        """
         for spelling in dict.fromkeys((name, urllib.parse.unquote(name))):
             if (path := self.find(spelling, folders) or self.only(spelling)) is not None:
                 return path, spelling
@@ -151,15 +152,15 @@ class Files:
         return found
 
     def reason_missing(self, name: str) -> str:
-        """Why `find` has found nothing, as a reason of `Found.skipped`."""
+        """Reason for `Found.skipped` why `find` returned None."""
         name = name.replace("\\", "/")
         leads_out = re.match(r"/|[A-Za-z]:|\w+://", name) or posixpath.normpath(name).startswith("../")
         return OUTSIDE if leads_out else MISSING
 
     def png(self, name: str) -> bytes:
-        """The content of a PNG. Raises ImageError for another file, and a damaged or too large one."""
+        """Content of a PNG. Raises ImageError for another format, and for a damaged or too large file."""
         data = reading.read_bytes(self.paths[name], most=MOST)
-        damage = codec.damage(data) if data.startswith(codec.PNG) else "is no PNG"
+        damage = codec.damage(data) if data.startswith(codec.PNG) else "is not a PNG"
         if fault := damage or codec.fault_of_image(data):
             raise codec.ImageError(f"its mask {name}: {fault}")
         return data
@@ -169,13 +170,13 @@ class Files:
 
 
 def split_in(text: str) -> str | None:
-    """The split that a name of a file or folder mentions, "val" in instances_val2017; None for none or several."""
+    """Split that the name of a file or folder mentions, "val" in instances_val2017; None for none or several."""
     found = {_SPLITS[word] for word in re.split(r"[^a-z]+", text.lower()) if word in _SPLITS}
     return found.pop() if len(found) == 1 else None
 
 
 def split_around(path: str) -> tuple[str | None, str]:
-    """The split that the outermost of the folders around a file mentions, and the path without this folder."""
+    """Split that a folder of the path mentions, outermost first, and the path without this folder."""
     *folders, name = path.split("/")
     for place, folder in enumerate(folders):
         if split := split_in(folder):
@@ -184,11 +185,11 @@ def split_around(path: str) -> tuple[str | None, str]:
 
 
 def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dict[str, int]]:
-    """All classes with the background as number 0, and the number of each of `names`; adds what is wrong."""
+    """All classes, with the background as class 0, and the class id of each of `names`; faults go to `problems`."""
     known = {name: 0 for name in names if is_background(name)}
     others = [name for name in names if name not in known]
     if repeated := [name for name, times in collections.Counter(names).items() if times > 1]:
-        problems["classes of one name; rename them"] += repeated
+        problems["classes with the same name; rename them"] += repeated
     if len(others) >= MOST_CLASSES:
         problems[f"more classes than the {MOST_CLASSES - 1} that fit a 16-bit mask next to the background"].append(
             f"{len(others)} classes"
@@ -199,5 +200,5 @@ def classes_of(names: Sequence[str], problems: Problems) -> tuple[list[str], dic
 
 
 def is_background(name: str) -> bool:
-    """Whether a class is what has no annotation; labelme writes _background_."""
+    """Whether a class name means the background; labelme writes _background_."""
     return name.strip("_").casefold() == BACKGROUND

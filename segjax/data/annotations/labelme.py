@@ -1,10 +1,10 @@
-"""Reads labelme's JSON files, one for each image, in a folder and the folders below it.
+"""Reads labelme's JSON files, one per image, in a folder and the folders below it.
 
 Polygons, rectangles, circles and masks are drawn; lines and points have no area. "__ignore__" becomes the ignore value
 and "_background_" the background, as in labelme's own converters; other labels become classes in alphabetical order.
-Folders named like splits (train, val, test) are splits; what lies elsewhere is train. An image is the file that its
-JSON names, the one of the same name next to it or, if there is only one, elsewhere, or else the one inside it. Images
-without a JSON are background.
+Folders named after splits (train, val, test) are splits; all other images are train. The image of a JSON file is the
+first of these that exists: the file that it names; a file of the same name next to it; the only file elsewhere with the
+name that it gives; the image inside it. Images without a JSON file are background.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from segjax.data.sources import Problems
 from segjax.runtime import reading
 
 _IGNORE = "__ignore__"
-# Corners of a circle: of one with a radius of 1,000 pixels the sides lie 0.04 pixels inside.
+# Corners of a circle. At a radius of 1,000 pixels, the sides lie at most 0.04 pixels inside the circle.
 _CORNERS = 360
-_NO_JSON = "images without a JSON, which are background; remove them if they are not annotated yet"
-_NO_LABEL = 'shapes without a label; in labelme, give each the name of a class, or "__ignore__" for what is not counted'
+_NO_JSON = "images without a JSON file, which are background; remove them if they are not annotated yet"
+_NO_LABEL = 'shapes without a label; in labelme, give each the name of a class, or "__ignore__" for ignored pixels'
 _LINES = "lines and points, which have no area"
 
 
@@ -53,10 +53,10 @@ class _File(TypedDict):
 
 
 def read(source: Path) -> Found:
-    """The images and regions of a folder.
+    """Reads the images and regions of a folder.
 
     Raises:
-      DataError: JSON files that cannot be used; the message lists all reasons.
+      DataError: The JSON files cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
@@ -83,7 +83,7 @@ def read(source: Path) -> Found:
         if image is None:
             continue
         if image.place in images:
-            problems["JSON files of one image; keep one"].append(f"{name}: {image.place}")
+            problems["several JSON files of one image; keep one"].append(f"{name}: {image.place}")
         images[image.place] = image
         shapes[image.place] = content["shapes"]
     if not shapes and not problems:
@@ -116,7 +116,7 @@ def _label(shape: _Shape) -> str:
 
 
 def _image(files: Files, name: str, content: _File, found: Found) -> Annotated | None:
-    """The image of a JSON file, not drawn yet; None where there is none, which is counted."""
+    """The image of a JSON file, whose `draw` is set later; None, and counted as skipped, if it has none."""
     height, width = content.get("imageHeight"), content.get("imageWidth")
     size = (int(height), int(width)) if height and width else None
     given = content.get("imagePath") or ""
@@ -138,12 +138,12 @@ def _image(files: Files, name: str, content: _File, found: Found) -> Annotated |
 
 
 def _embedded(files: Files, name: str) -> bytes:
-    """The image inside a JSON file, which is read again: all of them at once may not fit the memory."""
+    """The image inside a JSON file. The file is read again, because all images together may not fit in memory."""
     content = reading.read_json(files.paths[name], _File)
     try:
         return base64.b64decode(content["imageData"] or "", validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"imageData is no base64 ({error})") from None
+        raise ImageError(f"imageData is not base64 ({error})") from None
 
 
 def _regions(shapes: list[_Shape], ids: dict[str, int], place: str, found: Found) -> list[Region]:
@@ -164,7 +164,7 @@ def _regions(shapes: list[_Shape], ids: dict[str, int], place: str, found: Found
 
 
 def _shape(kind: str, points: list[list[float]], mask: str) -> Outline | Bitmap | None:
-    """None for a shape with too few points."""
+    """The outline or mask of a shape; None if it has too few points."""
     if kind == "mask":
         return Bitmap(mask, round(points[0][0]), round(points[0][1])) if points and mask else None
     if kind == "circle":

@@ -1,6 +1,6 @@
-"""The masks of COCO's panoptic segmentation: a PNG for each image, whose colours R + 256 G + 65,536 B are segment ids.
+"""Draws the masks of COCO's panoptic segmentation: a PNG per image, in which R + 256 G + 65,536 B is the segment id.
 
-Id 0, which has no segment, is not annotated and becomes the ignore value.
+Pixels of id 0 are not annotated and get the ignore value.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from segjax.data.annotations.rasterise import NO_PIXEL
 
 
 def draw(files: Files, mask: str, segments: Mapping[int, int], place: str, size: tuple[int, int]) -> Drawn:
-    """The labels of an image of (height, width).
+    """Draws the labels of an image of size (height, width).
 
     Args:
-      mask: Path of its PNG.
-      segments: Id -> class id or IGNORED.
-      place: Of the annotation, for messages.
+      files: Files of the source.
+      mask: Path of the image's PNG.
+      segments: Segment id -> class id or IGNORED.
+      place: Place of the annotation, for messages.
+      size: (height, width) of the image in pixels.
 
     Raises:
       ImageError: The PNG cannot be read, has another size, or has an id that is not in `segments`.

@@ -1,8 +1,9 @@
-"""Regions as class ids of pixels, by the rule of COCO (pycocotools), for every format.
+"""Rasterises regions as class ids, by COCO's rule (pycocotools), for every format.
 
-A pixel belongs to a polygon where the polygon covers its middle, as pycocotools finds it in fifths of a pixel: one with
-corners (2, 3) and (5, 7) has the 3 x 4 pixels between them. The parts of an object are united. Where objects overlap,
-the smaller one is on top, and of two with as many pixels the later one; regions that are ignored lie below all objects.
+A pixel belongs to a polygon if the polygon covers its centre, which pycocotools computes in fifths of a pixel: a
+rectangle with corners (2, 3) and (5, 7) has the 3 x 4 pixels between them. The parts of an object are united. Where
+objects overlap, the smaller one is on top; of two with equally many pixels, the later one. Ignored regions lie below
+all objects.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from segjax.data import codec
 from segjax.data.annotations.found import IGNORED, Drawn
 from segjax.data.sources import DataError
 
-# Length in pixels of the longest outline, which takes 250 MB to rasterise.
+# Maximum length of an outline in pixels; such an outline takes 250 MB to rasterise.
 _MOST_LENGTH = 1 << 21
-# Digits of a run in COCO's compressed form: all but the last have bit 5 set (above their offset, "0"), and six
-# digits are enough for any image.
+# Digits of a run in COCO's compressed format, each offset by "0". All digits but the last have bit 5 set. Six digits
+# are enough for any image.
 _COMPRESSED = re.compile(r"(?:[P-o]{0,5}[0-O])+")
 
 NO_PIXEL = "objects that cover no pixel"
 OUTSIDE = "objects outside their image"
 CLIPPED = "objects that reach more than a pixel beyond their image, which are clipped"
-NO_AREA = "outlines of fewer than three corners, or half a corner"
-TOO_LONG = f"outlines longer than {_MOST_LENGTH:,} pixels, as no object has"
+NO_AREA = "outlines with fewer than three corners, or an incomplete one"
+TOO_LONG = f"outlines longer than {_MOST_LENGTH:,} pixels, which no object has"
 BAD_RUNS = "run-length encodings that are damaged, or of another size than their image"
 BAD_MASK = "masks inside annotations that are damaged, or do not fit their image"
 
@@ -40,8 +41,8 @@ class Outline(NamedTuple):
     """Polygons, the parts of an object.
 
     Attributes:
-      corners: X0, y0, x1, y1, ... of each, from the upper left corner of the image.
-      is_relative: Whether they are shares of the width and height of the image, instead of pixels.
+      corners: Coordinates x0, y0, x1, y1, ... of each polygon; the origin is the upper left corner of the image.
+      is_relative: Whether the coordinates are fractions of the image's width and height instead of pixels.
     """
 
     corners: Sequence[Sequence[float]]
@@ -49,14 +50,14 @@ class Outline(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """COCO's run-length encoding of a mask of (height, width), column by column: lengths or their compressed form."""
+    """COCO's run-length encoding of a mask (height, width), column by column: lengths, or compressed text."""
 
     counts: Sequence[int] | str
     size: tuple[int, int]
 
 
 class Bitmap(NamedTuple):
-    """A PNG in base64 at (left, top), in which values other than 0 are the object."""
+    """A PNG in base64, placed at (left, top); its non-zero pixels are the object."""
 
     png: str
     left: int
@@ -76,7 +77,7 @@ class _UnusableError(ValueError):
 
 
 def pycocotools() -> ModuleType:
-    """Imports pycocotools' masks. Raises DataError, with the command that installs it, where it is missing."""
+    """Imports pycocotools' masks. Raises DataError, with the command that installs it, if it is missing."""
     try:
         from pycocotools import mask
     except ModuleNotFoundError:
@@ -85,7 +86,7 @@ def pycocotools() -> ModuleType:
 
 
 def draw(regions: Sequence[Region], size: tuple[int, int]) -> Drawn:
-    """The labels of an image of (height, width) in which there is background where no region is."""
+    """Draws regions on an image of size (height, width); all other pixels are background."""
     masks = pycocotools()
     objects: collections.Counter[int] = collections.Counter()
     skipped: list[tuple[str, str]] = []
@@ -114,8 +115,10 @@ def draw(regions: Sequence[Region], size: tuple[int, int]) -> Drawn:
 
 
 def _runs(masks: ModuleType, shape: Outline | Runs | Bitmap, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """int64, the lengths of runs outside and inside a region by turns, down the columns of the image; and whether the
-    image cuts a part of it off."""
+    """Run lengths of a region, int64, and whether the image clips it.
+
+    The lengths alternate between outside and inside, column by column.
+    """
     if isinstance(shape, Runs):
         return _of_runs(shape, size), False
     if isinstance(shape, Bitmap):
@@ -125,7 +128,7 @@ def _runs(masks: ModuleType, shape: Outline | Runs | Bitmap, size: tuple[int, in
 
 def _of_outline(masks: ModuleType, shape: Outline, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
     height, width = size
-    # pycocotools takes four numbers for a box, and fills fewer corners in some way.
+    # pycocotools reads four numbers as a box, and does not refuse fewer than three corners.
     if any(len(corners) < 6 or len(corners) % 2 for corners in shape.corners) or not shape.corners:
         raise _UnusableError(NO_AREA)
     polygons = [np.asarray(corners, np.float64).reshape(-1, 2) for corners in shape.corners]
@@ -144,7 +147,7 @@ def _of_outline(masks: ModuleType, shape: Outline, size: tuple[int, int]) -> tup
 
 
 def _of_runs(shape: Runs, size: tuple[int, int]) -> np.ndarray:
-    # Not by pycocotools, which reads and writes beyond its arrays where runs are damaged.
+    # Without pycocotools, which reads and writes outside its arrays if runs are damaged.
     if isinstance(shape.counts, str):
         if not _COMPRESSED.fullmatch(shape.counts):
             raise _UnusableError(BAD_RUNS)
@@ -159,9 +162,10 @@ def _of_runs(shape: Runs, size: tuple[int, int]) -> np.ndarray:
 
 
 def _decompressed(data: bytes) -> np.ndarray:
-    """int64, the lengths in COCO's compressed form: five bits a digit, the lowest first, the highest bit is the sign.
+    """Run lengths, int64, of COCO's compressed format.
 
-    From the fourth on, each is the difference to the last but one.
+    A digit has five bits. The lowest digit of a number comes first; the highest bit of the last one is the sign. From
+    the fourth number on, each is the difference to the length two places before.
     """
     digits = np.frombuffer(data, np.uint8).astype(np.int64) - ord("0")
     last = np.flatnonzero(digits & 32 == 0)
@@ -179,7 +183,7 @@ def _of_bitmap(shape: Bitmap, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
         data = base64.b64decode(shape.png, validate=True)
     except (binascii.Error, ValueError):
         raise _UnusableError(BAD_MASK) from None
-    # One that is larger than the image by far is a bomb, or another image's.
+    # A much larger mask is a decompression bomb, or belongs to another image.
     found = codec.size_of(data) if codec.format_of(data[:32]) == "PNG" and not codec.damage(data) else None
     if found is None or found[0] > 2 * size[0] + 2 or found[1] > 2 * size[1] + 2:
         raise _UnusableError(BAD_MASK)
@@ -194,6 +198,6 @@ def _of_bitmap(shape: Bitmap, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
     whole = np.zeros(size, bool)
     whole[top : top + part.shape[0], left : left + part.shape[1]] = part != 0
     changes = np.flatnonzero(np.diff(whole.T.ravel(), prepend=False, append=False))
-    # As for outlines, a pixel is forgiven.
+    # As for outlines, one pixel outside the image is allowed.
     is_clipped = mask.shape[0] - part.shape[0] > 1 or mask.shape[1] - part.shape[1] > 1
     return np.diff(changes, prepend=0, append=height * width), is_clipped

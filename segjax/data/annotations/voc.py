@@ -1,15 +1,15 @@
-"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others write too, and in that of Roboflow.
+"""Reads masks in the layout of Pascal VOC, which labelme, CVAT and others also write, and in Roboflow's.
 
     JPEGImages/a.jpg, SegmentationClass/a.png     images and masks, with the same names
     ImageSets/Segmentation/train.txt              names of a split, one per line; without lists all masks are train
     labelmap.txt                                  of CVAT: "name:r,g,b::" for each class; masks have these colours
-    class_names.txt                               of labelme: names in the order of the values in the masks
+    class_names.txt                               of labelme: class names in the order of the mask values
 
     train/a.jpg, train/a_mask.png                 of Roboflow
     train/_classes.csv                            its names: "Pixel Value, Class", "0, background", ...
 
-Without any of these files the masks have the classes of VOC 2012, and 255 is ignored. Masks of palettes or grey have
-class ids as values, those of RGB the colours of labelmap.txt or VOC.
+Without any of these files, masks have the classes of VOC 2012, and 255 is ignored. With labelmap.txt, all masks are
+read by colour. Otherwise, palette and grey masks hold class ids, and RGB masks the colours of VOC.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _MASKS = "SegmentationClass"
-_OLD_MASKS = "SegmentationClassPNG"  # of labelme, next to arrays of NumPy in SegmentationClass
+_OLD_MASKS = "SegmentationClassPNG"  # labelme's; its SegmentationClass holds NumPy arrays
 _TABLE = "_classes.csv"
 _LISTS = "ImageSets/Segmentation"
-_NO_MASK = "images of a list that have no mask"
-_UNLISTED = "masks that no list names"
+_NO_MASK = "listed images that have no mask"
+_UNLISTED = "masks that are in no list"
 _MOST_TEXT = 1 << 26
 
 
-# split -> stem -> paths of the image and of the mask, where they are there
+# split -> stem -> paths of the image and of the mask; None for one that is missing
 _Pairs = dict[str, dict[str, tuple[str | None, str | None]]]
 
 
 class _Classes(NamedTuple):
-    """The names of classes, in the order of mask values, and the colour of each; and whether colours decide."""
+    """Names and colours of classes, in the order of mask values; and whether masks are read by colour."""
 
     names: list[str]
     colors: list[tuple[int, int, int]]
@@ -52,15 +52,15 @@ class _Classes(NamedTuple):
 
 
 def read(source: Path) -> Found:
-    """The images and masks of a folder, or of the only folder in it that has this layout.
+    """Reads the images and masks of a folder, or of the only folder in it that has this layout.
 
     Raises:
-      DataError: Files that cannot be used; the message lists all reasons.
+      DataError: The files cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
     if not source.is_dir():
-        raise DataError(f"{source} is no folder; it must be one, unpacked, with JPEGImages and {_MASKS}")
+        raise DataError(f"{source} is not a folder; give an unpacked one with JPEGImages and {_MASKS}")
     files = Files(source, found.skipped)
     tables = [name for name in files.paths if posixpath.basename(name) == _TABLE]
     if tables and not any(posixpath.basename(folder) == _MASKS for folder in files.folders):
@@ -69,7 +69,7 @@ def read(source: Path) -> Found:
         classes, splits = _voc(files, found)
     found.names, ids = classes_of(classes.names, problems)
     refuse(problems, str(source))
-    # By value of 8 or 16 bits.
+    # Label of each mask value of 8 or 16 bits; -1 for a value of no class.
     table = np.full(1 << 16, -1, np.int32)
     table[: len(classes.names)] = [ids[name] for name in classes.names]
     table[specs.default_ignore_label(len(classes.names))] = IGNORED
@@ -117,7 +117,7 @@ def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, 
         masks = {stem.removesuffix("_mask"): path for stem, path in of_folder.items() if stem.endswith("_mask")}
         images = {stem: path for stem, path in of_folder.items() if not stem.endswith("_mask")}
         if split in splits:
-            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one with one of them")
+            raise DataError(f"{files.root} has several folders of {split} with {_TABLE}; give one of them")
         splits[split] = {stem: (images.get(stem), masks.get(stem)) for stem in sorted({*images, *masks})}
     if len(set(map(tuple, names.values()))) > 1:
         raise DataError(f"{files.root} cannot be imported: {listed(list(names))} have different classes")
@@ -128,7 +128,7 @@ def _roboflow(files: Files, tables: list[str], found: Found) -> tuple[_Classes, 
 def _names_of_table(name: str, text: str) -> list[str]:
     rows = [line.partition(",")[::2] for line in text.splitlines()[1:] if line.strip()]
     if not rows or [number.strip() for number, _ in rows] != [str(number) for number in range(len(rows))]:
-        raise DataError(f"{name}: its lines are not 0, NAME; 1, NAME; ... below a first line of titles")
+        raise DataError(f"{name}: its lines are not 0, NAME; 1, NAME; ... after a header line")
     return [label.strip() for _, label in rows]
 
 
@@ -141,7 +141,7 @@ def _root(files: Files) -> str:
         raise DataError(f"{files.root} has several folders with {_MASKS}, {listed(roots)}; give one of them")
     if any(re.search(r"(^|/)Annotations/[^/]+\.xml$", name) for name in files.paths):
         raise DataError(
-            f"{files.root} cannot be imported: it has boxes only (Annotations/*.xml) and no {_MASKS}; boxes show no "
+            f"{files.root} cannot be imported: it has only boxes (Annotations/*.xml) and no {_MASKS}; boxes have no "
             "outline, export masks"
         )
     raise DataError(f"{files.root} cannot be imported: it has no folder {_MASKS}")
@@ -159,7 +159,7 @@ def _classes(files: Files, root: str) -> _Classes:
     for line in lines:
         match = re.fullmatch(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})(:.*)?", line)
         if not match or max(map(int, match.groups()[1:4])) > 255:
-            raise DataError(f"labelmap.txt: {line!r:.80} is no name:r,g,b::")
+            raise DataError(f"labelmap.txt: {line!r:.80} is not name:r,g,b::")
         names.append(match[1])
         colors.append((int(match[2]), int(match[3]), int(match[4])))
     if len(set(colors)) < len(colors):
@@ -179,7 +179,7 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
     if {"train", "val"} <= lists.keys() and lists.pop("trainval", None):
         found.notes.append("ImageSets/Segmentation/trainval.txt is train and val together, and is not imported")
     if not lists:
-        found.notes.append("there is no list of a split: all masks are train")
+        found.notes.append("there are no lists of splits: all masks are train")
         return {"train": sorted(masks)}
     # CVAT has Train, Validation and, for tasks without a subset, default.
     known = {name: split_in(name) or ("train" if len(lists) == 1 else None) for name in lists}
@@ -199,7 +199,7 @@ def _splits(files: Files, root: str, masks: dict[str, str], found: Found) -> dic
 
 
 def _listed_stem(line: str, masks: Container[str]) -> str:
-    """The name in a line of a list: all of it, what is in quotation marks, or what is before a space and a number."""
+    """Name in a line of a list: the whole line or its quoted part, if a mask has this name; else the first word."""
     quoted = re.match(r'\s*"([^"]+)"', line)
     return next((name for name in (line.strip(), quoted[1] if quoted else "") if name in masks), line.split()[0])
 
@@ -213,13 +213,13 @@ def _by_stem(files: Files, folder: str, suffixes: tuple[str, ...], found: Found)
     for name in sorted(name for name in files.paths if name.startswith(start) and name.lower().endswith(suffixes)):
         stem = posixpath.splitext(name.removeprefix(start))[0]
         if stem in by_stem:
-            found.skipped["images that differ from another one in nothing but the suffix"].append(name)
+            found.skipped["images that differ from another one only in the suffix"].append(name)
         by_stem.setdefault(stem, name)
     return by_stem
 
 
 def _size(files: Files, mask: str) -> tuple[int, int] | None:
-    """The (height, width) that the header of a mask states; None for no PNG, which is reported when it is drawn."""
+    """(height, width) in the header of a mask; None if it has none, which `_draw` reports."""
     with reading.open_regular(files.paths[mask]) as file:
         return codec.size_of(file.read(32))
 
@@ -228,7 +228,7 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
     data = files.png(mask)
     is_index = data[25] in (0, 3) and not classes.by_color
     if data[24] == 16 and not is_index:
-        raise codec.ImageError(f"its mask {mask} has colours of 16 bits a channel; save it with 8")
+        raise codec.ImageError(f"its mask {mask} has colours of 16 bits per channel; save it with 8")
     if is_index and (fault := codec.fault_of_mask(data, wide=True, binary=len(classes.names) == 2)):
         raise codec.ImageError(f"its mask {mask}: {fault}")
     stored = codec.decode_stored_mask(data) if is_index else None
@@ -247,12 +247,12 @@ def _draw(files: Files, mask: str, classes: _Classes, table: np.ndarray, size: t
 
 
 def _by_color(pixels: np.ndarray, classes: _Classes, table: np.ndarray) -> np.ndarray:
-    """int32 (H, W), labels of RGB pixels, -1 for a colour of no class."""
+    """Labels of RGB pixels, int32 (H, W); -1 for a colour of no class."""
 
     def packed(colors: np.ndarray) -> np.ndarray:
         return colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
-    # VOC's colours of the background and of 255, unless a class has them.
+    # VOC's colours of the background and of value 255, unless a class has them.
     known = {specs.voc_color(0): 0, specs.voc_color(255): IGNORED}
     known |= dict(zip(classes.colors, table.tolist(), strict=False))
     found, places = np.unique(packed(pixels.reshape(-1, 3)), return_inverse=True)

@@ -1,4 +1,4 @@
-"""Writes what a reader has found as a folder of images and masks, see `segjax.data.folder`."""
+"""Writes the result of a reader as a folder of images and masks; see `segjax.data.folder`."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ from segjax.runtime import atomic, console
 _UNREADABLE = "images that cannot be used"
 _OTHER_SIZE = "images of another size (height x width) than their annotations state"
 _TURNED = (
-    "images that EXIF turns, whose size does not tell whether the annotations turn too; save them upright, and correct "
-    "the annotations"
+    "images that EXIF rotates, with annotations that fit either way; save them upright, and correct the annotations"
 )
-# Bytes of a name in the output; file systems allow 255.
+# Maximum bytes of a name in the output; file systems allow 255.
 _LONGEST = 200
 
 
 @dataclasses.dataclass
 class Written:
-    """Counts of what was written.
+    """Counts of the images and annotations that were written.
 
     Attributes:
-      images, background: By split, of images, and of those without any annotation.
+      images, background: Split -> number of images, and of images that are all background.
       objects: Split -> class id -> number of objects.
-      pixels: Int64 (65536,), by label as it is drawn.
+      pixels: Number of pixels of each label, int64 (65536,), with IGNORED for ignored pixels.
       skipped: Reason -> places.
-      renamed: Names that had to be changed, since the output has one folder for each split.
-      encoded: Images that are PNG in the output and were not before, or that EXIF turned.
-      undrawn: Annotations that could not be drawn, or only in part.
+      renamed: Names that were changed to fit into one folder per split.
+      encoded: Number of images that were converted to PNG, because of their format or EXIF rotation.
+      undrawn: Number of annotations that were not drawn, or only in part.
     """
 
     skipped: Problems
@@ -55,17 +54,17 @@ class Written:
     undrawn: int = 0
 
     def absent(self, names: Sequence[str]) -> list[str]:
-        """Classes of which there is no pixel."""
+        """Names of the classes without any pixel."""
         return [name for number, name in enumerate(names) if not self.pixels[number]]
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raises DataError where a folder that is to be written has something in it, or cannot be written."""
+    """Raises DataError if the output folder is not empty, or cannot be written."""
     if os.path.lexists(folder) and not folder.is_dir():
-        raise DataError(f"{folder} is there and is no folder; name a new one")
-    # It is replaced as a whole, and a shell would stay in the old one.
+        raise DataError(f"{folder} exists and is not a folder; name a new one")
+    # The folder is replaced as a whole; a shell in it would stay in the old one.
     if folder.is_dir() and os.path.samefile(folder, os.curdir):
-        raise DataError(f"{folder} is the present folder; name another one")
+        raise DataError(f"{folder} is the current folder; name another one")
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; name a new folder, or remove it first")
     if why := atomic.why_not_writable(folder.parent):
@@ -73,17 +72,17 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def write(found: Found, folder: Path) -> Written:
-    """Writes images, masks and classes.json; `folder` appears when all is done.
+    """Writes images, masks and classes.json; `folder` appears only when all files are written.
 
-    Images that a training can use are copied byte for byte. Others become PNG: WebP, BMP and GIF, and what EXIF turns.
+    PNG and JPEG images are copied byte for byte. WebP, BMP and GIF images, and images that EXIF rotates, become PNG.
 
     Raises:
-      DataError: There is no image that can be used; the message lists the reasons.
+      DataError: No image can be used, or no annotation marks a pixel; the message lists the reasons.
     """
     written = Written(found.skipped)
     with atomic.replacing_folder(folder, durable=False) as temporary:
         temporary.mkdir()
-        # 0 and 255 in masks of two classes can mean both classes, and then 255 would be no ignore value.
+        # In masks of two classes, 0 and 255 can mean the classes; 255 would then not be an ignore value.
         ignore = specs.default_ignore_label(len(found.names)) if len(found.names) > 2 else 254
         for split, images in found.splits.items():
             _write_split(temporary, split, images, ignore, written)
@@ -104,7 +103,7 @@ def write(found: Found, folder: Path) -> Written:
 
 
 def _colors(count: int) -> list[tuple[int, int, int]]:
-    """Those of VOC, which has as many as 8 bits have values; others for more classes."""
+    """VOC's colours for up to 256 classes, else `specs.distinct_colors`."""
     return list(map(specs.voc_color, range(count))) if count <= 256 else specs.distinct_colors(count)
 
 
@@ -151,18 +150,19 @@ def _write_split(root: Path, split: str, images: Sequence[Annotated], ignore: in
             written.pixels[result.values] += result.counts
             objects.update(result.objects)
     if not written.images[split]:
-        # A split without images is refused when the folder is prepared.
+        # Preparing the folder would refuse a split without images.
         del written.images[split]
         for part in ("images", "labels"):
             (root / part / split).rmdir()
 
 
 class _One(NamedTuple):
-    """What is kept of an image that was written, without its labels: threads may be far ahead of those who count.
+    """Counts of one written image. Labels are not kept, because threads may be far ahead of the counting loop.
 
     Attributes:
       objects, skipped: See `Drawn`.
-      values, counts: Int64 (N,), the labels that occur, and the number of pixels of each.
+      values, counts: Labels that occur, and number of pixels of each, int64 (N,).
+      is_encoded: Whether the image was converted to PNG.
     """
 
     objects: collections.Counter[int]
@@ -173,14 +173,14 @@ class _One(NamedTuple):
 
 
 class _SkippedError(ValueError):
-    """An image that is skipped: the reason, and its place with what was found."""
+    """An image that is skipped: the reason, and its place with details."""
 
 
 def _usable(data: bytes, image: Annotated) -> tuple[bytes, tuple[int, int], bool]:
-    """The content of the file to write, its (height, width), and whether it differs from the original."""
+    """Content of the file to write, its (height, width), and whether it differs from the original."""
     kind = codec.format_of(data[:32])
     if not data or kind in (None, "TIFF"):
-        raise codec.ImageError("is empty" if not data else "is no PNG, JPEG, WebP, BMP or GIF; save it as PNG")
+        raise codec.ImageError("is empty" if not data else "is not PNG, JPEG, WebP, BMP or GIF; save it as PNG")
     is_stored = kind in ("PNG", "JPEG")
     if fault := (codec.damage(data) if is_stored else None) or codec.fault_of_image(data):
         raise codec.ImageError(fault)
@@ -198,7 +198,7 @@ def _usable(data: bytes, image: Annotated) -> tuple[bytes, tuple[int, int], bool
 
 
 def _turned(stored: np.ndarray, upright: np.ndarray, image: Annotated) -> np.ndarray:
-    """Whichever of the two the annotations belong to."""
+    """The stored or the upright pixels, whichever the annotations belong to."""
     if image.is_upright is not None:
         return upright if image.is_upright else stored
     fitting = [pixels for pixels in (upright, stored) if pixels.shape[:2] == image.size]
@@ -212,7 +212,7 @@ def _by(size: tuple[int, int] | None) -> str:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """A PNG of grey or RGB, uint8 or uint16 (H, W), (H, W, 1) or (H, W, 3)."""
+    """Encodes grey (H, W) or (H, W, 1), or RGB (H, W, 3), uint8 or uint16, as PNG."""
     import cv2
 
     rgb = pixels.ndim == 3 and pixels.shape[2] == 3
@@ -220,7 +220,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _stems(images: Sequence[Annotated], renamed: list[str]) -> list[str]:
-    """A name for each image, which is visible, differs from all others in any case of letters, and fits a file."""
+    """A file name for each image: not hidden, short enough, and unique when case is ignored."""
     taken: set[str] = set()
     stems = []
     for image in images:
@@ -239,7 +239,7 @@ def _stems(images: Sequence[Annotated], renamed: list[str]) -> list[str]:
 
 
 def _shortened(stem: str) -> str:
-    # Hidden files are no images of a folder.
+    # The folder reader skips hidden files.
     stem = f"_{stem}" if stem[:1] in (".", "") else stem
     encoded = os.fsencode(stem)
     if len(encoded) <= _LONGEST:
@@ -249,7 +249,7 @@ def _shortened(stem: str) -> str:
 
 
 def listed(skipped: Problems) -> list[str]:
-    """Lines: each reason with its number, and below it the first places."""
+    """Lines of a report: each reason with its count, followed by the first places."""
     lines = []
     for reason, places in skipped.items():
         lines += [f"- {reason}: {len(places):,}", *(f"    {entry}" for entry in shorten(places))]
@@ -257,7 +257,7 @@ def listed(skipped: Problems) -> list[str]:
 
 
 def describe(found: Found, written: Written) -> list[str]:
-    """Lines of at most 80 columns: images by split, objects by class, and what was skipped."""
+    """Lines of at most 80 columns: images per split, objects per class, and everything that was skipped."""
     lines = [*found.notes, "", f"{'split':<20} {'images':>9} {'background':>11} {'objects':>10}"]
     for split, count in written.images.items():
         total = written.objects[split].total()
@@ -267,24 +267,24 @@ def describe(found: Found, written: Written) -> list[str]:
     pixels, every = written.pixels, max(int(written.pixels.sum()), 1)
     lines += ["", f"{'class':<32} {'objects':>10} {'% pixels':>9}"]
     for number, name in enumerate(found.names):
-        # Masks of whole images have no objects that could be counted.
+        # Masks of whole images have no objects to count.
         objects = f"{counted[number]:,}" if counted and name != BACKGROUND else "-"
         lines.append(f"{console.cell(name, 32)} {objects:>10} {100 * pixels[number] / every:>9.4f}")
     lines.append(f"{console.cell('(ignored)', 32)} {'':>10} {100 * pixels[IGNORED] / every:>9.4f}")
     if written.encoded:
-        lines += ["", f"images that became PNG, since their format or orientation cannot stay: {written.encoded:,}"]
+        lines += ["", f"images converted to PNG because of their format or orientation: {written.encoded:,}"]
     for what, entries in (
         ("images whose names were changed", written.renamed),
         ('classes that no image shows, "absent" in classes.json', written.absent(found.names)),
     ):
         if entries:
             lines += ["", f"{what}: {len(entries):,}", *(f"    {entry}" for entry in shorten(entries))]
-    lines += ["", "skipped, as a whole or in part:" if written.skipped else "nothing was skipped"]
+    lines += ["", "skipped, completely or in part:" if written.skipped else "nothing was skipped"]
     return lines + listed(written.skipped)
 
 
 def refuse(problems: Problems, what: str) -> None:
-    """Raises DataError where there are problems; the message lists them all."""
+    """Raises DataError if there are problems; the message lists them all."""
     if problems:
         lines = [f"{what} cannot be imported, and nothing was written:"]
         for kind, entries in problems.items():

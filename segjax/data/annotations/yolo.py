@@ -1,13 +1,13 @@
 """Reads the segmentation format of Ultralytics' YOLO: data.yaml, images, and a text file next to each.
 
     data.yaml                 names, and the images of train, val and test: folders, or text files that list them
-    classes.txt               instead of it, of Label Studio: names, one per line; the images are those in images/
+    classes.txt               of Label Studio, instead of data.yaml: names, one per line; the images are in images/
     train/images/a.jpg        or images/train/a.jpg
-    train/labels/a.txt        or labels/train/a.txt: a line for each object, "class x1 y1 x2 y2 ...", shares of the
-                              width and height of the image that EXIF has turned
+    train/labels/a.txt        or labels/train/a.txt: a line per object, "class x1 y1 x2 y2 ...", in fractions of the
+                              width and height after the EXIF rotation
 
-Images without a text file are background, as they are for YOLO. Lines with a box only become the ignore value where
-others have outlines; a source of boxes only is refused.
+Images without a text file are background, as in YOLO. Lines with only a box get the ignore value if other lines have
+outlines; a source with only boxes is refused.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from segjax.data.sources import DataError, Problems, listed
 from segjax.runtime import reading
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_BOXES = "objects that have a box but no outline; their boxes become the ignore value"
+_BOXES = "objects with a box but no outline; their boxes get the ignore value"
 _NO_IMAGE = "text files without an image"
-# Bytes of the largest YAML file, and of the largest text file of an image.
+# Maximum bytes of a YAML file, and of the text file of an image.
 _MOST_YAML, _MOST_TEXT = 1 << 20, 1 << 26
-# Shares of width and height that an outline may reach; beyond them numbers are pixels.
+# Largest fraction of width or height that an outline may reach; larger numbers are probably pixels.
 _FARTHEST = 1.5
 
 
@@ -51,10 +51,12 @@ class _Yaml(TypedDict):
 
 @dataclasses.dataclass
 class _Lines:
-    """Objects of all text files, by kind.
+    """Objects in all text files, by kind.
 
     Attributes:
-      names: Path of the file with the names of their classes.
+      names: Path of the file with the class names.
+      outlines: Number of outlines.
+      boxes: Places of the lines with only a box.
     """
 
     names: str
@@ -63,17 +65,17 @@ class _Lines:
 
 
 def read(source: Path) -> Found:
-    """The images and regions of a folder, or of a YAML file and the folder around it.
+    """Reads the images and regions of a folder, or of a YAML file and the folder around it.
 
     Raises:
-      DataError: Files that cannot be used; the message lists all reasons.
+      DataError: The files cannot be used; the message lists all reasons.
     """
     found = Found([], {})
     problems: Problems = collections.defaultdict(list)
     files = Files(source if source.is_dir() else source.parent, found.skipped)
     name, content = _yaml(files, None if source.is_dir() else source.name)
     if "kpt_shape" in content:
-        problems["keypoints, which are no segmentation"].append(f"{name}: kpt_shape")
+        problems["keypoints, which are not segmentation"].append(f"{name}: kpt_shape")
     names = _names(content, name, problems)
     found.names, ids = classes_of(names, problems)
     labels = [ids[each] for each in names]
@@ -90,9 +92,9 @@ def read(source: Path) -> Found:
                     Annotated(shown, place, files.reader(place), None, True, functools.partial(draw, regions))
                 )
     if lines.boxes and not lines.outlines:
-        problems["boxes only: no line has an outline; boxes show none, export polygons"] += lines.boxes
+        problems["only boxes: no line has an outline; export polygons"] += lines.boxes
     if not found.splits and not problems:
-        problems["no images"].append(f"{name} names none that are there")
+        problems["no images"].append(f"{name} names no existing images")
         for kind, entries in found.skipped.items():
             problems[kind] += entries
     refuse(problems, str(source))
@@ -101,7 +103,7 @@ def read(source: Path) -> Found:
     pictures = {image.place for images in found.splits.values() for image in images}
     if unlisted := sorted(set(files.images()) - pictures):
         found.skipped[f"images of no split of {name}"] += unlisted
-    # Others are lists of images, or notes.
+    # Text files outside of labels/ are lists of images, or notes.
     unused = [path for path in files.paths if path.endswith(".txt") and "labels/" in path and path not in used]
     if unused:
         found.skipped[_NO_IMAGE] += unused
@@ -109,14 +111,15 @@ def read(source: Path) -> Found:
 
 
 def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
-    """The path of the file with the names of classes, and what it says."""
+    """Path and content of the file with the class names."""
     import yaml
 
     names = [given] if given else sorted(name for name in files.paths if name.endswith((".yaml", ".yml")))
     found, faults = {}, []
     for name in names:
         try:
-            # Everything as text: a class may be named "no". This loader has no merge keys, which grow without end.
+            # BaseLoader reads everything as text, because a class may be named "no". It has no merge keys, whose
+            # expansion can grow without bound.
             data = reading.read_bytes(files.paths[name] if name in files.paths else files.root / name, most=_MOST_YAML)
             content = yaml.load(data, Loader=yaml.BaseLoader)
             if isinstance(content, dict) and "names" in content:
@@ -124,9 +127,9 @@ def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
             else:
                 faults.append(f"{name}: without names")
         except yaml.YAMLError as error:
-            faults.append(f"{name}: no YAML ({' '.join(str(error).split())})")
+            faults.append(f"{name}: not YAML ({' '.join(str(error).split())})")
         except (RecursionError, UnicodeError) as error:
-            faults.append(f"{name}: no YAML ({error})")
+            faults.append(f"{name}: not YAML ({error})")
         except reading.UnreadableError as error:
             faults.append(str(error))
     if not found and given is None and "classes.txt" in files.paths:
@@ -140,7 +143,7 @@ def _yaml(files: Files, given: str | None) -> tuple[str, _Yaml]:
 
 
 def _of_classes(files: Files) -> _Yaml:
-    """What data.yaml would say of a source with classes.txt."""
+    """The content of data.yaml that corresponds to classes.txt."""
     text = reading.read_bytes(files.paths["classes.txt"], most=_MOST_YAML).decode("utf-8-sig", "surrogateescape")
     splits = {key: f"images/{key}" for key in _SPLITS if f"images/{key}" in files.folders}
     names = {"names": list(filter(None, map(str.strip, text.splitlines())))}
@@ -159,7 +162,7 @@ def _names(content: _Yaml, name: str, problems: Problems) -> list[str]:
 
 
 def _listed(files: Files, path: str, value: str, place: str, found: Found, problems: Problems) -> list[tuple[str, str]]:
-    """Images of a split: each one's path, and a name for it; `value` is a folder, or a text file of paths."""
+    """Path and name of each image of a split; `value` is a folder, or a text file of paths."""
     where = _inside(files, path, value)
     if where is None:
         problems["folders of images that are not in the source; put them inside it"].append(f"{place}: {value}")
@@ -180,9 +183,9 @@ def _listed(files: Files, path: str, value: str, place: str, found: Found, probl
 
 
 def _inside(files: Files, path: str, value: str) -> str | None:
-    """The file or folder that a path stands for, which may have been written on another machine.
+    """The file or folder in the source that a path means, even if the path was written on another machine.
 
-    The longest end of it that is in the source is taken: of /home/me/pets/train/images perhaps train/images.
+    It is the longest end of the path that exists in the source: train/images for /home/me/pets/train/images, perhaps.
     """
     value = value.replace("\\", "/")
     parts = [part for part in posixpath.normpath(posixpath.join(path, value)).split("/") if part not in ("", "..")]
@@ -194,7 +197,7 @@ def _inside(files: Files, path: str, value: str) -> str | None:
 
 
 def _text_of(files: Files, image: str) -> str | None:
-    """The text file of an image: in the folder "labels" for that of "images", else next to it."""
+    """The text file of an image: in the folder "labels" that corresponds to "images", else next to the image."""
     stem = posixpath.splitext(image)[0]
     before, separator, after = f"/{stem}".rpartition("/images/")
     paths = [f"{before}/labels/{after}.txt".removeprefix("/")] if separator else []
@@ -217,7 +220,7 @@ def _regions(files: Files, name: str, labels: list[int], lines: _Lines, problems
         except ValueError:
             kind, numbers = math.nan, []
         if not all(map(math.isfinite, (kind, *numbers))) or kind != int(kind):
-            problems["lines that are no class and numbers"].append(f"{place}: {line!r:.80}")
+            problems["lines that are not a class and numbers"].append(f"{place}: {line!r:.80}")
         elif not 0 <= kind < len(labels):
             problems[f"classes that {lines.names} does not name"].append(f"{place}: {int(kind)}")
         elif any(abs(share - 0.5) > _FARTHEST - 0.5 for share in numbers):

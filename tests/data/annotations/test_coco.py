@@ -1,4 +1,4 @@
-"""COCO's instances, as several tools write them, become a folder that can be prepared; damaged ones are refused."""
+"""COCO's instances, as several tools write them, become a folder that can be prepared; damaged files are refused."""
 
 import io
 import json
@@ -139,12 +139,12 @@ def test_layouts_of_several_tools_are_found(tmp_path, capsys, annotations, image
 
 def test_crowds_are_counted_and_masks_that_are_all_crowds_have_a_hint(tmp_path, capsys):
     said = imported("coco", source_of(tmp_path / "x"), tmp_path / "out", capsys)
-    assert "crowds, which become the ignore value: 1\n" in said and "CVAT" not in said
+    assert "crowds, which get the ignore value: 1\n" in said and "CVAT" not in said
     content = instances()
     for annotation in content["annotations"][1:]:
         annotation["iscrowd"] = 1
     said = imported("coco", source_of(tmp_path / "y", content), tmp_path / "out y", capsys)
-    assert "crowds, which become the ignore value: 2\n" in said and "set their iscrowd to 0" in said
+    assert "crowds, which get the ignore value: 2\n" in said and "set iscrowd to 0" in said
 
 
 def test_classes_are_matched_by_name_whatever_ids_each_file_has(tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_classes_are_matched_by_name_whatever_ids_each_file_has(tmp_path, capsys
         annotation["category_id"] = category
     source_of(source, content, split="val2017")
     said = imported("coco", source, tmp_path / "out", capsys)
-    assert "categories of one name, which are one class: cat\n" in said
+    assert "categories with the same name, which are one class: cat\n" in said
     assert names_of(tmp_path / "out") == ["background", "cow", "dog", "cat", "unused"]
     expected = np.where(EXPECTED == 255, 255, np.array([0, 2, 3], np.uint8)[np.where(EXPECTED == 255, 0, EXPECTED)])
     for split in ("train", "val"):
@@ -197,7 +197,7 @@ def test_images_of_lvis_are_found_by_the_ends_of_their_addresses(tmp_path, capsy
 def test_the_box_of_an_object_without_a_valid_outline_is_ignored(tmp_path, capsys, given):
     content = changed("annotations", 0, segmentation=given, bbox=[1, 1, 1, 2])
     said = imported("coco", source_of(tmp_path / "x", content), tmp_path / "out", capsys)
-    assert "their boxes become the ignore value: 1" in " ".join(said.split())
+    assert "their boxes get the ignore value: 1" in " ".join(said.split())
     # Objects lie above what is ignored.
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), drawn("1110## 1110## 1110## 1110##"))
 
@@ -243,7 +243,7 @@ def test_panoptic_segments_are_read_from_the_colours_of_their_png(tmp_path, caps
     assert (tmp_path / "out/images/val/a.png").read_bytes() == (source / "val2017/a.png").read_bytes()
     rows = [line.split() for line in said.splitlines()]
     assert ["val", "1", "0", "2"] in rows and ["cat", "1", f"{100 * 9 / 24:.4f}"] in rows
-    assert "crowds, which become the ignore value: 1\n" in said and "nothing was skipped" in said
+    assert "crowds, which get the ignore value: 1\n" in said and "nothing was skipped" in said
     json_file = source / "annotations/panoptic_val2017.json"
     imported("coco", json_file, tmp_path / "of a file", capsys)
     np.testing.assert_array_equal(labels_of(tmp_path / "of a file", "val", "a"), expected)
@@ -256,7 +256,7 @@ def test_panoptic_faults_are_named(tmp_path, capsys):
     assert "a category that is not listed: annotations/panoptic_val2017.json: annotations.0: 99" in refused(
         "coco", category, tmp_path / "out", capsys
     )
-    for words in ("images with two panoptic annotations", "segments of one image that have one id"):
+    for words in ("images with two panoptic annotations", "segments of one image with the same id"):
         twice = panoptic_of(tmp_path / words, SEGMENTS)
         content = json.loads((twice / "annotations/panoptic_val2017.json").read_text())
         listed = content["annotations"] if "annotations" in words else content["annotations"][0]["segments_info"]
@@ -379,10 +379,10 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     flat = " ".join(said.split())
     for reason in (
         "annotations of images that the same file does not list: 1",
-        "objects that have a box but no outline; their boxes become the ignore value: 1",
-        "objects that have neither an outline nor a box: 1",
-        "outlines of fewer than three corners, or half a corner: 1",
-        "half a corner, of objects that have others: 1",
+        "objects with a box but no outline; their boxes get the ignore value: 1",
+        "objects with neither an outline nor a box: 1",
+        "outlines with fewer than three corners, or an incomplete one: 1",
+        "an incomplete one, of objects that have others: 1",
         "objects outside their image: 1",
         "run-length encodings that are damaged, or of another size than their image: 1",
         "images that are missing: 1",
@@ -392,7 +392,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         "JSON files next to those of the instances: 1",
     ):
         assert reason in flat, lines
-    assert "large.png: 8 x 12, annotated 4 x 6" in flat and "deep.png: is no PNG" in flat
+    assert "large.png: 8 x 12, annotated 4 x 6" in flat and "deep.png: is not PNG" in flat
     assert sorted(path.name for path in (tmp_path / "out/images/train").iterdir()) == ["a.png", "b.png"]
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "b"), drawn("000022 0##022 0##022 1##022"))
 
@@ -407,18 +407,18 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         (changed("annotations", 1, segmentation=[[1, 2, float("nan")] * 2]), ["annotations.1: segmentation"]),
         (changed("annotations", 1, image_id=None), ["annotations.1: image_id"]),
         (changed("images", 1, file_name=3), ["images.1: file_name"]),
-        (changed("images", 1, id=5), ["images of one id", "5"]),
+        (changed("images", 1, id=5), ["images with the same id", "5"]),
         (changed("images", 1, file_name="a.png"), ["lists twice", "a.png"]),
         (changed("categories", 1, id=7), ["one id and two names", "7 is 'cat' and 'dog'"]),
         (changed("categories", 1, name=" "), ["classes without a name"]),
         (instances(categories=[{"id": k, "name": f"c{k}"} for k in range(70_000)]), ["70000 classes", "65534"]),
-        (instances(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 3, 3]}]), ["boxes only"]),
+        (instances(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 3, 3]}]), ["only boxes"]),
         (instances(annotations=[{"image_id": 5, "segments_info": []}]), ["annotations.0: file_name is missing"]),
         (instances(annotations=[{"image_id": 5, "caption": "x"}]), ["captions"]),
         ({"images": []}, ["without annotations, categories"]),
         ({"shapes": []}, ["segjax data import labelme"]),
         (instances(images=[]), ["no image can be used"]),
-        ([], ["no object of JSON"]),
+        ([], ["not a JSON object"]),
     ],
 )
 def test_annotations_that_contradict_each_other_are_refused_and_named(tmp_path, capsys, content, said):
@@ -448,7 +448,7 @@ def test_two_files_of_one_split_are_refused(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write_json(source / "annotations/instances_train2014.json", instances())
     report = refused("coco", source, tmp_path / "out", capsys)
-    assert "JSON files of one split" in report and "instances_train2014.json" in report
+    assert "several JSON files of one split" in report and "instances_train2014.json" in report
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(6, 4, 4), (4, 6, 6)])
@@ -470,5 +470,5 @@ def test_an_image_that_exif_turns_by_half_is_skipped(tmp_path, capsys):
     source = source_of(tmp_path / "x")
     write(source / "train2017/a.png", turned(4, 6, orientation=3))
     said = imported("coco", source, tmp_path / "out", capsys)
-    assert "whose size does not tell" in said and "train2017/a.png" in said
+    assert "with annotations that fit either way" in said and "train2017/a.png" in said
     assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["b.png"]

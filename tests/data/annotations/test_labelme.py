@@ -42,7 +42,7 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
     flat = " ".join(said.split())
     # c.json names an image that is not there, and c.png is next to it.
     assert "which are background; remove them if they are not annotated yet: 1 d.bmp" in flat
-    assert "images that became PNG, since their format or orientation cannot stay: 1" in flat
+    assert "images converted to PNG because of their format or orientation: 1" in flat
     found = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
     assert found.splits == {"train": 3, "val": 1}
 
@@ -53,7 +53,7 @@ def test_the_image_inside_a_file_is_used_where_there_is_no_other(tmp_path, capsy
     write_json(tmp_path / "x/b.json", file_of(DOG, image="b.png", imageData="no base64"))
     said = imported("labelme", tmp_path / "x", tmp_path / "out", capsys)
     assert (tmp_path / "out/images/train/a.png").read_bytes() == data
-    assert "b.json: imageData is no base64" in " ".join(said.split())
+    assert "b.json: imageData is not base64" in " ".join(said.split())
 
 
 def test_images_that_were_moved_are_found_by_name_in_the_same_split(tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     flat = " ".join(imported("labelme", tmp_path / "x", tmp_path / "out", capsys).split())
     for reason in (
         "lines and points, which have no area: 2 a.png: shape 1, dog: line a.png: shape 2, dog: point",
-        "or half a corner: 1 a.png: shape 3, dog: polygon",
+        "or an incomplete one: 1 a.png: shape 3, dog: polygon",
         "shapes of an unknown type: 1 a.png: shape 4, dog: spline",
         "masks inside annotations that are damaged, or do not fit their image: 1 a.png: shape 5",
         "objects outside their image: 1 a.png: shape 6",
@@ -145,7 +145,7 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
         (b"{", ["JSON files that are damaged", "b.json"]),
         ({"shapes": [{"label": "cat"}]}, ["b.json: shapes.0.points is missing"]),
         ({"shapes": [{"label": "cat", "points": [[1, 2, 3]]}]}, ["b.json: shapes.0.points.0"]),
-        (file_of(CAT), ["JSON files of one image", "b.json: a.png"]),
+        (file_of(CAT), ["several JSON files of one image", "b.json: a.png"]),
         (file_of(DOG, {**CAT, "label": " "}), ["shapes without a label", "b.json: shape 1"]),
         (
             file_of({**CAT, "label": None}, DOG, {**CAT, "label": ""}),

@@ -1,4 +1,4 @@
-"""Polygons, encoded masks and bitmaps become the pixels that COCO's own tools give them, and damaged ones none."""
+"""Polygons, encoded masks and bitmaps give the pixels of COCO's own tools; damaged ones give none."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Masks in the layout of VOC, of labelme and CVAT too, become a folder that can be prepared."""
+"""Masks in the layout of VOC, also from labelme and CVAT, become a folder that can be prepared."""
 
 import io
 import struct
@@ -51,8 +51,8 @@ def test_the_folder_is_written_with_counts_and_can_be_prepared(tmp_path, capsys)
             copied = (tmp_path / f"out/images/{split}/{stem}.jpg").read_bytes()
             assert copied == (source / f"JPEGImages/{stem}.jpg").read_bytes()
     flat = " ".join(said.split())
-    assert "images of a list that have no mask: 1 test: x" in flat and "masks that no list names: 1 d" in flat
-    assert "in nothing but the suffix: 1 JPEGImages/a.png" in flat.replace("VOC2012/", "")
+    assert "listed images that have no mask: 1 test: x" in flat and "masks that are in no list: 1 d" in flat
+    assert "only in the suffix: 1 JPEGImages/a.png" in flat.replace("VOC2012/", "")
     assert "images that have no mask, which are not imported: 1" in flat
     found = builders.prepare("folder", source=tmp_path / "out", data_dir=tmp_path / "data")
     assert found.splits == {"train": 2, "val": 1}
@@ -66,7 +66,7 @@ def test_class_names_of_labelme_name_the_values_of_palette_and_grey_masks(tmp_pa
     said = imported("voc", source, tmp_path / "out", capsys)
     assert names_of(tmp_path / "out") == ["background", "Katze", "Hund"]
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "train", "a"), mask)
-    assert "there is no list of a split: all masks are train" in said
+    assert "there are no lists of splits: all masks are train" in said
 
 
 @pytest.mark.parametrize("background", ["background:0,0,0::\n", ""])
@@ -121,7 +121,7 @@ def test_names_with_spaces_are_found_with_and_without_quotation_marks(tmp_path, 
     said = " ".join(imported("voc", source_of(tmp_path / "x", masks, lists), tmp_path / "out", capsys).split())
     for split, name in (("train", "my image"), ("train", "other one"), ("val", "b"), ("test", "b")):
         np.testing.assert_array_equal(labels_of(tmp_path / "out", split, name), masks[name])
-    assert "images of a list that have no mask: 1 test: gone" in said
+    assert "listed images that have no mask: 1 test: gone" in said
 
 
 def test_lists_that_would_be_one_split_are_refused(tmp_path, capsys):
@@ -214,7 +214,7 @@ def test_masks_that_cannot_be_used_are_counted(tmp_path, capsys):
     write(source / "SegmentationClass/c.png", png(np.zeros((9, 9), np.uint8)))
     write(source / "SegmentationClass/d.png", picture(*SIZE, kind="JPEG"))
     flat = " ".join(imported("voc", source, tmp_path / "out", capsys).split())
-    assert "its mask SegmentationClass/b.png: is truncated" in flat and "d.png: is no PNG" in flat
+    assert "its mask SegmentationClass/b.png: is truncated" in flat and "d.png: is not a PNG" in flat
     assert "JPEGImages/c.jpg: 5 x 8, annotated 9 x 9" in flat
     assert [path.name for path in (tmp_path / "out/images/train").iterdir()] == ["a.jpg"]
 
@@ -232,7 +232,11 @@ def test_a_value_or_colour_of_no_class_is_refused_with_its_place(tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("cat\n", "'cat' is no name:r,g,b::"), ("cat:1,2,300::\n", "is no name"), ("a:1,2,3::\nb:1,2,3::\n", "(1, 2, 3)")],
+    [
+        ("cat\n", "'cat' is not name:r,g,b::"),
+        ("cat:1,2,300::\n", "is not name"),
+        ("a:1,2,3::\nb:1,2,3::\n", "(1, 2, 3)"),
+    ],
 )
 def test_a_labelmap_that_is_wrong_is_named(tmp_path, capsys, text, said):
     source = source_of(tmp_path / "x", {"a": mask_of([0, 1])})
@@ -243,10 +247,10 @@ def test_a_labelmap_that_is_wrong_is_named(tmp_path, capsys, text, said):
 def test_boxes_only_and_other_folders_are_refused_by_name(tmp_path, capsys):
     write(tmp_path / "x/Annotations/a.xml", b"<annotation/>")
     write(tmp_path / "x/JPEGImages/a.jpg", picture(4, 4, kind="JPEG"))
-    assert "boxes only (Annotations/*.xml)" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)
+    assert "only boxes (Annotations/*.xml)" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)
     (tmp_path / "x/Annotations/a.xml").unlink()
     assert "no folder SegmentationClass" in refused("voc", tmp_path / "x", tmp_path / "out", capsys)
-    assert "is no folder" in refused("voc", tmp_path / "x/JPEGImages/a.jpg", tmp_path / "out", capsys)
+    assert "is not a folder" in refused("voc", tmp_path / "x/JPEGImages/a.jpg", tmp_path / "out", capsys)
     for year in ("VOC2007", "VOC2012"):
         source_of(tmp_path / "y" / year, {"a": mask_of([0, 1])})
     assert "y has several folders" in refused("voc", tmp_path / "y", tmp_path / "out", capsys)

@@ -91,11 +91,11 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
     said = imported("yolo", source, tmp_path / "out", capsys)
     flat = " ".join(said.split())
     for reason in (
-        "their boxes become the ignore value: 2 labels/train/a.txt: line 2 labels/val/a.txt: line 2",
-        "or half a corner: 2 labels/train/a.txt: line 3",
+        "their boxes get the ignore value: 2 labels/train/a.txt: line 2 labels/val/a.txt: line 2",
+        "or an incomplete one: 2 labels/train/a.txt: line 3",
         "images of no split of data.yaml: 1 more/c.png",
         "text files without an image: 1 labels/val/gone.txt",
-        "images that cannot be used: 2 images/val/broken.png: is empty images/val/phone.heic: is no PNG, JPEG",
+        "images that cannot be used: 2 images/val/broken.png: is empty images/val/phone.heic: is not PNG, JPEG",
     ):
         assert reason in flat
     np.testing.assert_array_equal(labels_of(tmp_path / "out", "val", "a"), drawn("2222220# 2222220# 2222220# 0000000#"))
@@ -104,14 +104,14 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("0 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n", ["boxes only", "labels/train/a.txt: line 1"]),
+        ("0 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n", ["only boxes", "labels/train/a.txt: line 1"]),
         (CAT + "2 0 0 1 0 1 1\n", ["that data.yaml does not name", "line 2: 2"]),
         (CAT + "-1 0 0 1 0 1 1\n", ["that data.yaml does not name", "line 2: -1"]),
         (CAT + "0 10 10 60 10 60 30\n", ["numbers far from 0..1", "line 2"]),
-        (CAT + "0 0 0 nan 0 1 1\n", ["no class and numbers", "line 2"]),
-        (CAT + "0.5 0 0 1 0 1 1\n", ["no class and numbers", "line 2"]),
-        (CAT + "cat 0 0 1 0 1 1\n", ["no class and numbers", "line 2: 'cat 0"]),
-        ("\x89PNG\n", ["no class and numbers", "line 1"]),
+        (CAT + "0 0 0 nan 0 1 1\n", ["not a class and numbers", "line 2"]),
+        (CAT + "0.5 0 0 1 0 1 1\n", ["not a class and numbers", "line 2"]),
+        (CAT + "cat 0 0 1 0 1 1\n", ["not a class and numbers", "line 2: 'cat 0"]),
+        ("\x89PNG\n", ["not a class and numbers", "line 1"]),
     ],
 )
 def test_lines_that_are_no_outlines_are_refused_and_named(tmp_path, capsys, text, said):
@@ -129,14 +129,14 @@ BOMB = "".join(f"k{n}: &k{n}\n  <<: [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n i
         (f"train: /elsewhere/pictures\n{NAMES}", ["not in the source", "data.yaml: train: /elsewhere/pictures"]),
         (f"train: ..\n{NAMES}", ["not in the source"]),
         ("train: images/train\nnames: {0: cat, 2: dog}", ["not 0, 1, 2", "0, 2"]),
-        ("train: images/train\nnames: [cat, cat]", ["classes of one name", "cat"]),
+        ("train: images/train\nnames: [cat, cat]", ["classes with the same name", "cat"]),
         ("train: images/train\nnames: 3", ["names", "data.yaml"]),
         ("train: {a: b}\nnames: [cat, dog]", ["train", "data.yaml"]),
         (NAMES, ["no images"]),
-        ("train: [", ["no YAML", "data.yaml"]),
-        ("[" * 5000, ["no YAML", "data.yaml"]),
-        ("\0", ["no YAML", "data.yaml"]),
-        ("&a [*a]", ["no YAML"]),
+        ("train: [", ["not YAML", "data.yaml"]),
+        ("[" * 5000, ["not YAML", "data.yaml"]),
+        ("\0", ["not YAML", "data.yaml"]),
+        ("&a [*a]", ["not YAML"]),
         ("[a, b]", ["without names"]),
         ("names: &a [*a]\ntrain: x", ["names", "data.yaml"]),
         ("train: !!python/object/apply:os.mkdir [x]\nnames: [a, b]", ["not in the source"]),
@@ -170,7 +170,7 @@ def test_classes_txt_stands_for_data_yaml(tmp_path, capsys, splits):
 
 def test_lines_that_end_with_a_score_mark_nothing_and_are_refused(tmp_path, capsys):
     report = refused("yolo", source_of(tmp_path / "x", text=CAT.strip() + " 0.93\n"), tmp_path / "out", capsys)
-    assert "no annotation marks a pixel" in report and "half a corner: 2 labels/train/a.txt: line 1" in report
+    assert "no annotation marks a pixel" in report and "or an incomplete one: 2 labels/train/a.txt: line 1" in report
 
 
 def test_aliases_that_hold_others_twice_at_every_depth_are_refused_soon(tmp_path, capsys):
@@ -187,4 +187,4 @@ def test_names_of_two_unicode_forms_are_one_file_and_the_other_is_named(tmp_path
         name = unicodedata.normalize(form, "caf\u00e9.png")
         write(source / "images/train" / name, picture(4, 8, seed=number))
     said = " ".join(imported("yolo", source, tmp_path / "out", capsys).split())
-    assert "in the Unicode form of accents only: 1 images/train/caf" in said
+    assert "only in the Unicode form of accents: 1 images/train/caf" in said
