@@ -100,9 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch",
         type=within(BATCH),
-        default=1,
         metavar="B",
-        help="images of a size, or crops, at a time; a multiple of the devices uses them all",
+        help="images of a size, or crops, at a time; default one for each device",
     )
     parser.add_argument(
         "--scale",
@@ -158,16 +157,17 @@ def _run(options: argparse.Namespace) -> int:
     for folder in dict.fromkeys(path.parent for job in jobs for path in job.outputs.values()):
         if problem := why_not_writable(folder):
             raise ValueError(f"nothing can be written to {folder}: {problem}; choose another --output")
-    batch = options.batch
-    if options.mode != "slide" and not any(job.is_video for job in jobs):
-        # More than there are images would only be filled up with copies.
-        batch = min(batch, _rounded_up(len(jobs), jax.local_device_count()))
     if any(job.is_video for job in jobs):
         video.pyav()
     reference = None if options.reference is None else load(options.reference)
     checkpoint = opened(
         options.checkpoint, weights=options.weights, mean=options.mean, std=options.std, reference=reference
     )
+    # The package of an exported file does not divide a batch among devices.
+    batch = options.batch or (1 if isinstance(checkpoint.model, ExportedModel) else jax.local_device_count())
+    if options.mode != "slide" and not any(job.is_video for job in jobs):
+        # More than there are images would only be filled up with copies.
+        batch = min(batch, _rounded_up(len(jobs), jax.local_device_count()))
     gives_labels = isinstance(checkpoint.model, ExportedModel) and checkpoint.model.output == "labels"
     if gives_labels and "probabilities" in options.write:
         raise ValueError(f"{options.checkpoint} gives labels; --write probabilities needs a file that gives scores")
