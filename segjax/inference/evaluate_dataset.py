@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -33,11 +34,12 @@ from segjax.inference import difference, published_figure, temperature_scaling
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, PredictCounted, measure
-from segjax.inference.exported_model import ExportedModel
+from segjax.inference.exported_model import ExportedModel, weights_sha256
 from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.runtimes import exported_path
+from segjax.inference.unfinished import Unfinished
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import versions
+from segjax.runtime import distributed, versions
 from segjax.runtime.atomic import recover, why_not_writable
 from segjax.runtime.reading import checked, type_name, user_path
 from segjax.viz import report
@@ -127,6 +129,9 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
+    Each of several processes that `jax.distributed` has connected evaluates a part of the images on its own devices.
+    The result, in all of them, is that of one process, and the first writes the report.
+
     Args:
       source: Argument or result of `segjax.load`, or a model; or an exported file, as for `segjax.open_exported`.
       data: "NAME" or "NAME:SPLIT". NAME is a key of `segjax.data.DATASETS`. SPLIT is a split or a sum of splits, as in
@@ -157,6 +162,7 @@ def evaluate_dataset(
         or folder then, the model scores an image once, and the split should be none of those to evaluate on.
       batch: Number of images, or of crops with mode "slide", per call of the model; by default one per device.
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
+        The counts of an evaluation that is killed stay there, and the next one with the same arguments uses them.
       progress: Whether to print a progress bar.
       weights: As for `segjax.load`; None for a run, whose folder holds one set.
       corruptions: Whether to evaluate on corrupted images too: 25 further evaluations, of five kinds at five severities
@@ -201,7 +207,7 @@ def evaluate_dataset(
     protocol = published_figure.protocol_of(row, {key: value for key, value in settings.items() if value is not None})
     # Checked before an evaluation that may take hours.
     output = None if output is None else user_path(output)
-    if output is not None and (problem := why_not_writable(output)):
+    if output is not None and (problem := distributed.from_lead(partial(why_not_writable, output))):
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
@@ -248,7 +254,7 @@ def evaluate_dataset(
     logger.info("scored   %s", protocol)
     if isinstance(model, ExportedModel):
         logger.info("run by   %s", model.runnable.package)
-    logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
+    logger.info("device   %s", versions.devices_in_words())
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
     gives_scores = not isinstance(model, ExportedModel) or model.output != "labels"
@@ -259,8 +265,18 @@ def evaluate_dataset(
         temperatures=temperature_scaling.GRID if fit_temperature else (),
     )
     shown = 0 if output is None else SHOWN
-    measured = _measured(inference, given, shown=shown, progress=progress, counted=counted if gives_scores else None)
-    fitted = {} if place is None else {"temperature": _kept_fit(measured, place, given)}
+    identity = _identity(given, counted=gives_scores, fits=fit_temperature)
+    distributed.refuse_different(identity)
+    unfinished = None if output is None or identity["data"] is None else Unfinished(output, identity)
+    measured = _measured(
+        inference,
+        given,
+        shown=shown,
+        progress=progress,
+        counted=counted if gives_scores else None,
+        unfinished=unfinished,
+    )
+    fitted = {} if place is None else {"temperature": distributed.from_lead(partial(_kept_fit, measured, place, given))}
     summary = report.summarise(measured.confusion, classes)
     against: dict[str, Any] = (
         {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
@@ -285,8 +301,11 @@ def evaluate_dataset(
             progress=progress,
         )
     if output is not None:
-        name = _name(source, checkpoint)
-        _write_report(output, measured, details | fitted, given, name, against, duration=time.perf_counter() - began)
+        name, duration = _name(source, checkpoint), time.perf_counter() - began
+        write = partial(_write_report, output, measured, details | fitted, given, name, against, duration=duration)
+        distributed.from_lead(write)
+        if unfinished is not None:
+            unfinished.remove()
     return summary | details | fitted | {"step": checkpoint.metadata.get("step"), **against}
 
 
@@ -297,7 +316,13 @@ def _name(source: object, loaded: Loaded) -> str:
 
 
 def _measured(
-    inference: Inference, given: _Given, *, shown: int, progress: bool, counted: PredictCounted | None = None
+    inference: Inference,
+    given: _Given,
+    *,
+    shown: int,
+    progress: bool,
+    counted: PredictCounted | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Measured:
     """Evaluates a model on a split, with the protocol and batch of `given`; see `measure`."""
     protocol = given.protocol
@@ -310,7 +335,33 @@ def _measured(
         shown=shown,
         progress=progress,
         counted=counted,
+        unfinished=unfinished,
     )
+
+
+def _identity(given: _Given, *, counted: bool, fits: bool) -> dict[str, Any]:
+    """What the counts of an evaluation depend on, as JSON; its "data" is None where it cannot be told."""
+    checkpoint, opened = given.checkpoint, given.opened
+    config = checkpoint.metadata.get("config") or {}
+    content: Any = None
+    if isinstance(opened.data, specs.Split):
+        # In memory.
+        content = [contents.hash_of(array.tobytes()) for array in (opened.data.images, opened.data.labels)]
+    elif opened.prepared is not None and given.split:
+        content = contents.contents_of(opened.prepared, parts_of(given.split))
+    return {
+        "weights": weights_sha256(checkpoint.model),
+        "model": checkpoint.model.spec.name,
+        "dtype": config.get("model", {}).get("dtype"),
+        "normalisation": [list(map(float, checkpoint.mean)), list(map(float, checkpoint.std))],
+        "protocol": given.protocol.record(),
+        "data": None if content is None else contents.hash_of(json.dumps(content, sort_keys=True).encode()),
+        "split": given.address,
+        "classes": list(opened.spec.class_names),
+        "counted": [counted, fits],
+        "device": jax.devices()[0].device_kind,
+        "versions": versions.installed(),
+    }
 
 
 def _of_own(protocol: Protocol) -> dict[str, Any]:
@@ -648,7 +699,7 @@ def _write_report(
             "protocol": given.protocol.record(),
             # In the terms of a training's result.json.
             "duration_s": round(duration, 1),
-            "device": versions.of_devices(jax.local_devices()),
+            "device": versions.of_devices(jax.devices()),
             "versions": versions.installed(),
             **against,
         }
