@@ -154,13 +154,20 @@ def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
 
 
 def problems_of_exported(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `add_exported`."""
+    """What is wrong with the options of `add_exported`, for the argument of `add_checkpoint`."""
     is_exported = exported_path(options.checkpoint) is not None
+    weights = {"--weights: an exported file holds one set of weights; omit it": is_exported and options.weights}
+    return problems_of_normalisation(options, is_exported=is_exported) + [
+        message for message, is_wrong in weights.items() if is_wrong
+    ]
+
+
+def problems_of_normalisation(options: argparse.Namespace, *, is_exported: bool) -> list[str]:
+    """What is wrong with --mean and --std, where there is an exported file or not."""
     given = options.mean is not None or options.std is not None
     wrong = {
         "--mean and --std are for exported files: a checkpoint has its own": given and not is_exported,
         "--mean and --std belong together; give both": (options.mean is None) != (options.std is None),
-        "--weights: an exported file holds one set of weights; omit it": is_exported and options.weights,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 

@@ -23,7 +23,7 @@ from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import load
 from segjax.checkpoints.metadata import Size, Temperature
-from segjax.checkpoints.state_dict import logger, model_metadata
+from segjax.checkpoints.state_dict import logger
 from segjax.data import contents, specs
 from segjax.data.builders import prepare
 from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
@@ -34,7 +34,7 @@ from segjax.inference import difference, published_figure, temperature_scaling
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, PredictCounted, measure
-from segjax.inference.exported_model import ExportedModel, weights_sha256
+from segjax.inference.exported_model import ExportedModel, metadata_of, weights_sha256
 from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.runtimes import exported_path
 from segjax.inference.unfinished import Unfinished
@@ -233,10 +233,10 @@ def evaluate_dataset(
         )
     if isinstance(given.checkpoint.model, ExportedModel):
         settings = _of_own(given.protocol) if data is None else settings
-        given = dataclasses.replace(given, protocol=protocol_for(given.checkpoint.model, settings, given.sizes))
+        own = protocol_of_model(given.checkpoint, given.protocol, settings, given.opened)
+        given = dataclasses.replace(given, protocol=own)
     checkpoint, classes = given.checkpoint, given.opened.spec
-    own_temperature = _temperature.chosen(temperature, checkpoint.metadata, source)
-    protocol = dataclasses.replace(given.protocol, temperature=own_temperature)
+    protocol = with_temperature(checkpoint, given.protocol, temperature, source)
     given = dataclasses.replace(given, protocol=protocol)
     if fit_temperature and protocol.passes > 1:
         raise ValueError(f"a temperature is fitted at one scale, and these are scores {protocol}; omit scales and flip")
@@ -428,11 +428,6 @@ class _Given:
         return f"{self.opened.spec.name} {self.split}".strip()
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of the images, each size once."""
-        return [(height, width) for height, width in np.unique(records_of(self.opened.data).sizes, axis=0).tolist()]
-
-    @property
     def address(self) -> str:
         """As a command names it, "NAME:SPLIT"."""
         return f"{self.opened.spec.name}:{self.split}"
@@ -593,6 +588,27 @@ def inference_for(
     return inference
 
 
+def protocol_of_model(
+    checkpoint: Loaded, protocol: Protocol, settings: Mapping[str, Any], opened: OpenSplit
+) -> Protocol:
+    """The protocol on a split, which for an exported file depends on what it takes and gives; see `protocol_for`."""
+    if not isinstance(checkpoint.model, ExportedModel):
+        return protocol
+    return protocol_for(checkpoint.model, settings, _sizes_of(opened))
+
+
+def with_temperature(
+    checkpoint: Loaded, protocol: Protocol, temperature: float | str | None, source: object
+) -> Protocol:
+    """The protocol with the temperature that was asked for; see `temperature.chosen`."""
+    return dataclasses.replace(protocol, temperature=_temperature.chosen(temperature, checkpoint.metadata, source))
+
+
+def _sizes_of(opened: OpenSplit) -> list[tuple[int, int]]:
+    """Height and width of the images, each size once."""
+    return [(height, width) for height, width in np.unique(records_of(opened.data).sizes, axis=0).tolist()]
+
+
 def refuse_other_images(checkpoint: Loaded, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
@@ -694,7 +710,7 @@ def _write_report(
         {
             "checkpoint": name,
             "step": step,
-            "model": model.metadata if isinstance(model, ExportedModel) else model_metadata(model),
+            "model": metadata_of(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
             # In the terms of a training's result.json.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.runtimes import Runnable, first_line
@@ -162,6 +163,11 @@ def _logits(probabilities: np.ndarray) -> np.ndarray:
     if probabilities.shape[-1] == 1:
         return np.log(np.maximum(probabilities, tiny)) - np.log(np.maximum(1 - probabilities, tiny))
     return np.log(np.maximum(probabilities, tiny))
+
+
+def metadata_of(model: SegmentationModel | ExportedModel) -> dict[str, object]:
+    """What a report says of a model."""
+    return model.metadata if isinstance(model, ExportedModel) else model_metadata(model)
 
 
 def weights_sha256(model: SegmentationModel | ExportedModel) -> str:

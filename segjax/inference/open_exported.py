@@ -67,6 +67,11 @@ class _About(TypedDict):
     evaluated: NotRequired[Evaluated]
 
 
+def is_exported(source: object) -> bool:
+    """Whether a source is the path of an exported file."""
+    return exported_path(source) is not None
+
+
 def opened(
     source: str | Path | Loaded | SegmentationModel,
     *,
