@@ -112,7 +112,7 @@ def results(parallel):
         "read": len(read),
         "confusion": confusion.tolist(),
         "evaluated": sorted(kept),
-        "large sum": evaluation._sum_over_processes(np.array([2**40 + jax.process_index()])).tolist(),
+        "large sum": evaluation.sum_over_processes(np.array([2**40 + jax.process_index()])).tolist(),
     }
 
 

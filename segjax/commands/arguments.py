@@ -15,7 +15,7 @@ from segjax.checkpoints.key_maps import WEIGHT_SETS
 from segjax.commands.ending import run_command
 from segjax.data import specs
 from segjax.inference.runtimes import exported_path
-from segjax.runtime import console
+from segjax.runtime import console, distributed
 from segjax.runtime.reading import UnreadableError, user_path
 from segjax.train.constraints import SIDE, Integer, Real
 
@@ -23,6 +23,16 @@ from segjax.train.constraints import SIDE, Integer, Real
 FITTED = "fitted"
 # Message for an empty argument, which as a path would mean the current folder.
 EMPTY = "the value is empty; a shell variable may be unset"
+MOST_PROCESSES = 1_000_000
+# Flags of several processes, with the placeholder of their value and their text.
+PROCESSES = {
+    "coordinator": (
+        "HOST:PORT",
+        "Several processes: address of the first, or auto to use that of SLURM, Open MPI, Kubernetes or Cloud TPU.",
+    ),
+    "num_processes": ("N", "Several processes: their number."),
+    "process_id": ("I", "Several processes: number of this one, from 0."),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         for before, argument in zip(["", *args], args, strict=False):
-            if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            if not argument or re.fullmatch(r"--[a-z_-]+=", argument):
                 name = argument[:-1] or (before if before.startswith("-") else f"the argument after {before or 'it'}")
                 self.error(f"{name}: {EMPTY}")
         return super().parse_args(args, namespace)
@@ -155,13 +165,20 @@ def add_exported(parser: argparse.ArgumentParser, reference: str) -> None:
 
 
 def problems_of_exported(options: argparse.Namespace) -> list[str]:
-    """Problems of the options of `add_exported`."""
+    """Problems of the options of `add_exported`, for the argument of `add_checkpoint`."""
     is_exported = exported_path(options.checkpoint) is not None
+    weights = {"--weights: an exported file holds one set of weights; omit it": is_exported and options.weights}
+    return problems_of_normalisation(options, is_exported=is_exported) + [
+        message for message, is_wrong in weights.items() if is_wrong
+    ]
+
+
+def problems_of_normalisation(options: argparse.Namespace, *, is_exported: bool) -> list[str]:
+    """Problems of --mean and --std, with an exported file or without."""
     given = options.mean is not None or options.std is not None
     wrong = {
         "--mean and --std are for exported files: a checkpoint has its own": given and not is_exported,
         "--mean and --std belong together; give both": (options.mean is None) != (options.std is None),
-        "--weights: an exported file holds one set of weights; omit it": is_exported and options.weights,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
@@ -217,6 +234,32 @@ def add_temperature(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"divide the logits by T, a number, or {FITTED!r} for that of evaluate --fit-temperature; default 1",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of several processes, which are those of `segjax train`."""
+    types: dict[str, Callable[[str], Any]] = {
+        "num_processes": within(Integer(1, MOST_PROCESSES)),
+        "process_id": within(Integer(0, MOST_PROCESSES)),
+    }
+    for name, (value, text) in PROCESSES.items():
+        text = text[:1].lower() + text[1:].removesuffix(".")
+        parser.add_argument(f"--{name}", type=types.get(name, str), metavar=value, help=text)
+
+
+def problems_of_processes(options: argparse.Namespace) -> list[str]:
+    """Problems of the options of `add_processes` together."""
+    problem = distributed.problem(options.coordinator, options.num_processes, options.process_id)
+    return [problem] if problem else []
+
+
+def connect(options: argparse.Namespace) -> None:
+    """Connects to the other processes, as the options of `add_processes` say.
+
+    Raises:
+      ValueError: The processes did not connect.
+    """
+    distributed.connect(options.coordinator, options.num_processes, options.process_id)
 
 
 def protocol_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,18 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from segjax.commands.arguments import (
+    CHECKPOINT,
+    EXPORTED,
     Parser,
     add_checkpoint,
     add_data,
+    add_exported,
     add_protocol,
+    add_temperature,
     as_path,
     data_problems,
     less_memory,
+    problems_of_exported,
     protocol_of,
     summary_of,
     within,
 )
 from segjax.commands.ending import run_command
+from segjax.inference.runtimes import exported_path
 from segjax.runtime.console import cell, one_line, say
 from segjax.train.constraints import BATCH
 
@@ -36,17 +42,22 @@ PRINTED = 10  # regions
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="segjax audit", description=summary_of(__doc__))
-    add_checkpoint(parser, arguments)
+    add_checkpoint(parser, arguments, takes=f"{CHECKPOINT}; {EXPORTED}")
     add_data(parser)
     parser.add_argument(
         "--output", type=as_path, default=Path("audit"), metavar="DIR", help="of the report; default audit/"
     )
+    add_exported(parser, "that an exported file was made from: says what the file does not, normalisation and classes")
     add_protocol(parser)
+    add_temperature(parser)
     parser.add_argument(
         "--batch", type=within(BATCH), metavar="N", help="images or crops at a time; default one for each device"
     )
     options = parser.parse_args(arguments)
-    if problems := data_problems(options):
+    problems = data_problems(options) + problems_of_exported(options)
+    if options.reference is not None and exported_path(options.checkpoint) is None:
+        problems.append("--reference is for exported files: a checkpoint says all itself")
+    if problems:
         parser.error("; ".join(problems))
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
@@ -70,6 +81,10 @@ def _run(options: argparse.Namespace) -> None:
         regions = audit_dataset(
             options.checkpoint,
             options.data,
+            reference=options.reference,
+            mean=options.mean,
+            std=options.std,
+            temperature=options.temperature,
             data_source=options.source,
             data_dir=options.data_dir,
             output=options.output,

@@ -17,17 +17,22 @@ from typing import Any
 from segjax.checkpoints.key_maps import WEIGHT_SETS
 from segjax.commands.arguments import (
     CHECKPOINT,
+    EXPORTED,
     Parser,
     add_data,
+    add_exported,
     add_protocol,
+    add_temperature,
     as_path,
     data_problems,
     less_memory,
+    problems_of_normalisation,
     protocol_of,
     summary_of,
     within,
 )
 from segjax.commands.ending import run_command
+from segjax.inference.runtimes import exported_path
 from segjax.runtime.console import cell, say, score
 from segjax.train.constraints import BATCH
 
@@ -35,7 +40,7 @@ from segjax.train.constraints import BATCH
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="segjax compare", description=summary_of(__doc__))
-    parser.add_argument("run_a", type=as_path, metavar="RUN_A", help=CHECKPOINT)
+    parser.add_argument("run_a", type=as_path, metavar="RUN_A", help=f"{CHECKPOINT}; {EXPORTED}")
     parser.add_argument("run_b", type=as_path, metavar="RUN_B", help="the same; a model of the same classes")
     add_data(parser)
     parser.add_argument(
@@ -48,12 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
             help=f"the set to read, where RUN_{letter.upper()} holds averaged and raw weights, or a student and a "
             "teacher",
         )
+    add_exported(parser, "that exported files were made from: says what they do not, normalisation and classes")
     add_protocol(parser)
+    add_temperature(parser)
     parser.add_argument(
         "--batch", type=within(BATCH), metavar="N", help="images or crops at a time; default one for each device"
     )
     options = parser.parse_args(arguments)
-    if problems := data_problems(options):
+    if problems := data_problems(options) + _problems(options):
         parser.error("; ".join(problems))
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
@@ -65,6 +72,21 @@ def main(arguments: list[str] | None = None) -> int:
         interrupted="no report was written",
         less_memory=less_memory(options),
     )
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the options for exported files."""
+    given = {"a": options.weights_a, "b": options.weights_b}
+    is_exported = {letter: exported_path(getattr(options, f"run_{letter}")) is not None for letter in given}
+    wrong = {
+        f"--weights-{letter}: an exported file holds one set of weights; omit it": weights and is_exported[letter]
+        for letter, weights in given.items()
+    }
+    wrong["--reference is for exported files: a checkpoint says all itself"] = (
+        options.reference is not None and not any(is_exported.values())
+    )
+    problems = problems_of_normalisation(options, is_exported=any(is_exported.values()))
+    return problems + [message for message, is_wrong in wrong.items() if is_wrong]
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -79,6 +101,10 @@ def _run(options: argparse.Namespace) -> None:
             options.run_a,
             options.run_b,
             options.data,
+            reference=options.reference,
+            mean=options.mean,
+            std=options.std,
+            temperature=options.temperature,
             data_source=options.source,
             data_dir=options.data_dir,
             output=options.output,

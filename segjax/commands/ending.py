@@ -40,8 +40,8 @@ def run_command(
     Returns:
       The exit status: that of `run`; 1 after a `CheckError` or a bug; 2 after a ValueError, OSError, KeyError or too
       little memory, with a message in lines of 80 columns on stderr; 130 after Ctrl-C, 143 after SIGTERM; 141 if the
-      reader of stdout closed it. With several processes, the process exits here instead of returning 1 or 2, so that
-      the others do not wait for it.
+      reader of stdout closed it. With several processes, the process exits here after an error or a signal instead of
+      returning, so that the others do not wait for it. It prints its own errors, but not those that all have.
     """
     try:
         with signals.raising(), console.log_to(console.say), console.libraries_to():
@@ -60,12 +60,20 @@ def run_command(
         error = signals.Stopped(signals.status_of(number))
     if isinstance(error, KeyboardInterrupt):
         _complain(f"{name}: stopped; {interrupted}")
-        return error.args[0] if error.args else INTERRUPTED
+        return distributed.leave(error.args[0] if error.args else INTERRUPTED)
     if isinstance(error, BrokenPipeError):
-        return BROKEN_PIPE
+        return distributed.leave(BROKEN_PIPE)
     if isinstance(error, CheckError):
         _complain(f"{name}: {error}")
         return FAILED_CHECK
+    if not distributed.is_lead():
+        if distributed.is_everywhere(error):
+            return distributed.leave(WRONG_INPUT)
+        # Its own errors are printed nowhere else.
+        name = f"{name}, {distributed.name()}"
+    if isinstance(error, distributed.LostProcessError):
+        _complain(f"{name}: {error}; {interrupted}")
+        return distributed.leave(WRONG_INPUT)
     # Errors of segjax already have the remedy.
     is_own = type(error).__module__.startswith("segjax.")
     if not is_own and (number := atomic.full_disk(error)):
@@ -97,7 +105,7 @@ def _drop_what_stdout_refuses() -> None:
 
 
 def _complain(text: str) -> None:
-    console.say(text, to=sys.stderr)
+    console.say(text, to=sys.stderr, everywhere=True)
 
 
 def message_of(error: Exception) -> str:

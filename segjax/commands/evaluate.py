@@ -9,6 +9,8 @@ same way as during training; the second evaluates any checkpoint on any dataset 
 published weights, by a name of `segjax weights`, with the protocol of their published figure unless another is given;
 the third an exported file (.onnx, .xml of OpenVINO, .stablehlo, .pt2, .tflite) on the data of the run it came from, and
 its difference from the run. All write a report: index.html, and its figures next to it.
+
+Several processes, each started with the same command and its own --process_id, divide the images.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ from segjax.commands.arguments import (
     Parser,
     add_checkpoint,
     add_exported,
+    add_processes,
     add_protocol,
     add_temperature,
     as_path,
+    connect,
     less_memory,
     problems_of_exported,
+    problems_of_processes,
     protocol_of,
     summary_of,
     within,
@@ -83,8 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="evaluate on corrupted images too: noise, blur, JPEG, brightness and contrast at five severities each, "
         "which takes 25 more evaluations",
     )
+    add_processes(parser)
     options = parser.parse_args(arguments)
-    if problems := _problems(options) + problems_of_exported(options):
+    if problems := _problems(options) + problems_of_exported(options) + problems_of_processes(options):
         parser.error("; ".join(problems))
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
@@ -93,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         "segjax evaluate",
         lambda: _run(options),
-        interrupted="no report was written",
+        interrupted="no report was written; the same command goes on with what was counted until 30 s before",
         less_memory=less_memory(options) if options.data else f"give --data NAME too, and {less_memory(options)}",
     )
 
@@ -133,6 +139,7 @@ def _run(options: argparse.Namespace) -> None:
     from segjax.inference.difference import compared
     from segjax.inference.evaluate_dataset import NoDataError, evaluate_dataset
 
+    connect(options)
     checkpoint = options.checkpoint / "best" if options.best else options.checkpoint
     own_report = options.checkpoint / ("report-best" if options.best else "report")
     is_run = not options.data and (options.checkpoint / "checkpoints").is_dir()

@@ -26,13 +26,14 @@ alpha 0) they have their own nodata value, the ignore label of the classes: 255,
 or 65535 for more than 255 classes. With --mode slide, TIFFs of any size are
 read and written in parts, in memory that does not grow. Overlays of GeoTIFFs
 show every nth row and column, so that no side has more than 2048.
+
+Several processes, each started with the same command and its own --process_id,
+divide the inputs. They write to one folder, which all of them must reach.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -44,11 +45,14 @@ from segjax.commands.arguments import (
     Parser,
     add_checkpoint,
     add_exported,
+    add_processes,
     add_protocol,
     add_temperature,
     as_path,
+    connect,
     less_memory,
     problems_of_exported,
+    problems_of_processes,
     protocol_of,
     within,
 )
@@ -59,8 +63,8 @@ from segjax.inference import geotiff, planning
 from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
 from segjax.inference.runtimes import exported_path
-from segjax.runtime import console
-from segjax.runtime.atomic import why_not_writable, write_text
+from segjax.runtime import console, distributed, versions
+from segjax.runtime.atomic import why_not_writable
 from segjax.train.constraints import BATCH, SIDE
 from segjax.viz import video
 
@@ -100,9 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch",
         type=within(BATCH),
-        default=1,
         metavar="B",
-        help="images of a size, or crops, at a time; a multiple of the devices uses them all",
+        help="images of a size, or crops, at a time; default one for each device",
     )
     parser.add_argument(
         "--scale",
@@ -119,10 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"refuse larger images that are read as a whole; default {MAX_PIXELS:,}",
     )
     parser.add_argument("--resume", action="store_true", help="skip what is done")
+    add_processes(parser)
     options = parser.parse_args(arguments)
     if options.mode != "slide" and (options.crop or options.stride):
         parser.error("--crop and --stride go with --mode slide")
-    if problems := problems_of_exported(options):
+    if problems := problems_of_exported(options) + problems_of_processes(options):
         parser.error("; ".join(problems))
     if options.reference is not None and exported_path(options.checkpoint) is None:
         parser.error("--reference is for exported files: a checkpoint says all itself")
@@ -144,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    connect(options)
     import jax
 
     from segjax.checkpoints.load import load
@@ -153,21 +158,24 @@ def _run(options: argparse.Namespace) -> int:
     from segjax.inference.open_exported import opened
     from segjax.inference.predictor import Predictor
 
-    jobs, skipped = planning.plan(options.inputs, options.output, options.write, max_pixels=options.max_pixels)
+    jobs, skipped = distributed.from_lead(
+        lambda: planning.plan(options.inputs, options.output, options.write, max_pixels=options.max_pixels)
+    )
     # Asked before anything is computed.
     for folder in dict.fromkeys(path.parent for job in jobs for path in job.outputs.values()):
         if problem := why_not_writable(folder):
             raise ValueError(f"nothing can be written to {folder}: {problem}; choose another --output")
-    batch = options.batch
-    if options.mode != "slide" and not any(job.is_video for job in jobs):
-        # More than there are images would only be filled up with copies.
-        batch = min(batch, _rounded_up(len(jobs), jax.local_device_count()))
     if any(job.is_video for job in jobs):
         video.pyav()
     reference = None if options.reference is None else load(options.reference)
     checkpoint = opened(
         options.checkpoint, weights=options.weights, mean=options.mean, std=options.std, reference=reference
     )
+    # The package of an exported file does not divide a batch among devices.
+    batch = options.batch or (1 if isinstance(checkpoint.model, ExportedModel) else jax.local_device_count())
+    if options.mode != "slide" and not any(job.is_video for job in jobs):
+        # More than there are images would only be filled up with copies.
+        batch = min(batch, _rounded_up(-(-len(jobs) // jax.process_count()), jax.local_device_count()))
     gives_labels = isinstance(checkpoint.model, ExportedModel) and checkpoint.model.output == "labels"
     if gives_labels and "probabilities" in options.write:
         raise ValueError(f"{options.checkpoint} gives labels; --write probabilities needs a file that gives scores")
@@ -179,34 +187,35 @@ def _run(options: argparse.Namespace) -> int:
     )
     predictor = Predictor(checkpoint, **protocol_of(options), temperature=options.temperature, **settings)
     record = batch_run.record_of(predictor, checkpoint.model, options.checkpoint)
-    done, incomplete = batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
+    distributed.refuse_different({key: value for key, value in record.items() if key != "checkpoint"})
+    done, incomplete = distributed.from_lead(
+        lambda: batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
+    )
     _describe(checkpoint, predictor, jobs, skipped, len(done), options)
-
-    record_path = options.output / batch_run.RECORD
-    begun = record_path.stat().st_mtime_ns if options.resume and record_path.exists() else None
-
-    def write_record(incomplete: batch_run.AllIncomplete) -> None:
-        # Its time stays that at which the outputs that it describes were begun.
-        nonlocal begun
-        entry = {"incomplete": incomplete} if incomplete else {}
-        write_text(record_path, json.dumps(record | entry, indent=1) + "\n")
-        if begun is not None:
-            os.utime(record_path, ns=(begun, begun))
-        begun = record_path.stat().st_mtime_ns
-
+    written = batch_run.Record(options.output / batch_run.RECORD, record, keeps_time=options.resume)
     run = Run(
         predictor,
         options.write,
         less_memory=less_memory(options),
         incomplete=incomplete,
-        write_record=write_record,
+        write_record=written.write,
     )
     partly = [(source, entry["reason"]) for source in done if (entry := incomplete.get(batch_run.place_of(source)))]
     if len(done) == len(jobs) and not partly:
         console.say("everything is done already")
         return 0
     since = time.perf_counter()
-    run([job for job in jobs if job.source not in done])
+    remaining = [job for job in jobs if job.source not in done]
+    if jax.process_count() == 1:
+        run(remaining)
+    else:
+        # Before the first output of any process, because older outputs count as those of an earlier command.
+        distributed.from_lead(run.begin)
+        written.share()
+        run.has_begun = True
+        run(batch_run.part_of(remaining, jax.process_index(), jax.process_count()))
+        distributed.wait_for_all()
+        run.include(distributed.gathered(run.outcome()))
     # They would be the same again.
     run.failures += sorted(partly, key=str)
     _report(run, jobs, time.perf_counter() - since)
@@ -221,8 +230,6 @@ def _describe(
     done: int,
     options: argparse.Namespace,
 ) -> None:
-    import jax
-
     from segjax.inference.exported_model import ExportedModel
     from segjax.models.functional import FunctionalModel
 
@@ -255,7 +262,7 @@ def _describe(
         console.say(f"resuming    {done} of {len(jobs)} are done")
     padded = f", padded to multiples of {predictor.pad_multiple}" if predictor.pad_multiple > 1 else ""
     console.say(f"mode        {predictor.protocol}{padded}")
-    console.say(f"device      {len(jax.devices())} x {jax.devices()[0].device_kind}")
+    console.say(f"device      {versions.devices_in_words()}")
     console.say(f"output      {options.output}: {', '.join(options.write)}")
     console.say("compiling for the first size ...")
 

@@ -28,18 +28,17 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from segjax import recipes
-from segjax.commands.arguments import EMPTY
+from segjax.commands.arguments import EMPTY, MOST_PROCESSES, PROCESSES
 from segjax.commands.ending import message_of, run_command
 from segjax.data.specs import DATASETS
 from segjax.recipes import common
-from segjax.runtime import console, native_log
+from segjax.runtime import console, distributed, native_log
 from segjax.runtime.reading import user_path
 from segjax.train import constraints, schema
 
 PROGRAM = "segjax train"
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEFAULT_RECIPE = "segformer"
-MOST_PROCESSES = 1_000_000
 # Flags that are not settings: name -> (placeholder of the value, text of the help).
 FLAGS = {
     "config": (
@@ -48,12 +47,7 @@ FLAGS = {
         f"recipes are {', '.join(recipes.RECIPES)}.",
     ),
     "workdir": ("DIR", "Folder of the run; default runs/<label>-<dataset>. An existing run is resumed."),
-    "coordinator": (
-        "HOST:PORT",
-        "Several processes: address of the first, or auto to use that of SLURM, Open MPI, Kubernetes or Cloud TPU.",
-    ),
-    "num_processes": ("N", "Several processes: their number."),
-    "process_id": ("I", "Several processes: number of this one, from 0."),
+    **PROCESSES,
 }
 
 
@@ -98,22 +92,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     with _stops_at_once():
         full_disk = "earlier saves are complete: make room, and run the same command again"
-        return run_command(PROGRAM, run, full_disk=full_disk)
+        return run_command(PROGRAM, run, full_disk=full_disk, interrupted="the last complete save remains")
 
 
 def _run(options: Options) -> int:
     # Imported here, so that an invalid command line is refused without waiting for JAX.
     from segjax.data.sources import NoSourceError
-    from segjax.runtime import console, distributed, environment
+    from segjax.runtime import environment
     from segjax.train import config as train_config
     from segjax.train import loop
 
     logging.set_verbosity(logging.WARNING)
     environment.prepare()
     with _stops_at_once():
-        if options.coordinator:
-            address = None if options.coordinator == "auto" else options.coordinator
-            distributed.initialize(address, options.num_processes, options.process_id)
+        distributed.connect(options.coordinator, options.num_processes, options.process_id)
         config = options.config
         workdir = user_path(options.workdir or loop.default_workdir(config))
 
@@ -186,6 +178,8 @@ def parse(arguments: list[str]) -> Options:
         raise UsageError(_why_stray(stray))
     if empty := next((name for name in FLAGS if name != "config" and values[name].value == ""), None):
         raise UsageError(f"--{empty}: {EMPTY}")
+    if problem := distributed.problem(*(values[name].value for name in PROCESSES)):
+        raise UsageError(problem)
     for key in unset:
         schema.unset(config, key)
     # --config.optim="{...}" replaces a whole section.

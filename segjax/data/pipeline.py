@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -287,12 +287,35 @@ class StreamBatches:
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
+def evaluation_groups(
+    records: Records,
+    *,
+    batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None = None,
+    part: tuple[int, int] = (0, 1),
+    done: Collection[int] = (),
+) -> list[np.ndarray]:
+    """Numbers of the images of each batch of `evaluation_batches`."""
+    sizes, which = np.unique(records.sizes, axis=0, return_inverse=True)
+    omitted = np.fromiter(done, np.int64)
+    by_key: dict[Hashable, list[np.ndarray]] = {}
+    for row, (height, width) in enumerate(sizes.tolist()):
+        numbers = np.setdiff1d(np.flatnonzero(which.ravel() == row), omitted)
+        by_key.setdefault(key((height, width)) if key else row, []).append(numbers)
+    groups = []
+    for of_sizes in by_key.values():
+        numbers = np.concatenate(of_sizes)
+        groups += [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    return groups[part[0] :: part[1]]
+
+
 def evaluation_batches(
     data: specs.Split | Records,
     *,
     batch_size: int,
     key: Callable[[tuple[int, int]], Hashable] | None = None,
     part: tuple[int, int] = (0, 1),
+    done: Collection[int] = (),
 ) -> Generator[tuple[list[np.ndarray], list[np.ndarray], np.ndarray], None, None]:
     """Yields every image once, at its own size; threads read ahead.
 
@@ -301,6 +324,7 @@ def evaluation_batches(
       batch_size: Number of images per batch, B.
       key: (height, width) -> key. The images of a batch have equal keys; by default equal sizes.
       part: (i, n) selects the i-th of n parts, which have almost equal numbers of batches.
+      done: Numbers of images to omit.
 
     Yields:
       B images (H, W, C), their labels (H, W), and the numbers of the first n images, int64 (n,). The last batch of a
@@ -310,15 +334,7 @@ def evaluation_batches(
       RecordError: An image or a label cannot be used.
     """
     records = records_of(data)
-    sizes, which = np.unique(records.sizes, axis=0, return_inverse=True)
-    by_key: dict[Hashable, list[np.ndarray]] = {}
-    for row, (height, width) in enumerate(sizes.tolist()):
-        by_key.setdefault(key((height, width)) if key else row, []).append(np.flatnonzero(which.ravel() == row))
-    groups = []
-    for of_sizes in by_key.values():
-        numbers = np.concatenate(of_sizes)
-        groups += [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    groups = groups[part[0] :: part[1]]
+    groups = evaluation_groups(records, batch_size=batch_size, key=key, part=part, done=done)
     if not groups:
         return
 

@@ -23,15 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.format_version import stamped
-from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
-from segjax.checkpoints.state_dict import logger, model_metadata
+from segjax.checkpoints.state_dict import logger
 from segjax.data import specs
 from segjax.data.open import OpenSplit, shared_splits
 from segjax.data.pipeline import evaluation_batches
 from segjax.data.records import Records, records_of
 from segjax.inference import published_figure
 from segjax.inference.engine import Computed, Inference, labels_of
-from segjax.inference.evaluate_dataset import inference_for, open_labelled, refuse_other_images
+from segjax.inference.evaluate_dataset import (
+    inference_for,
+    open_labelled,
+    protocol_of_model,
+    refuse_other_images,
+    with_temperature,
+)
+from segjax.inference.exported_model import ExportedModel, metadata_of
+from segjax.inference.open_exported import Loaded, opened
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import console, versions
 from segjax.runtime.atomic import why_not_writable
@@ -47,9 +54,12 @@ LARGEST_NLL = 16.0
 
 
 def audit_dataset(
-    source: str | Path | LoadedCheckpoint | SegmentationModel,
+    source: str | Path | Loaded | SegmentationModel,
     data: str | OpenSplit,
     *,
+    reference: str | Path | Loaded | SegmentationModel | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     mode: str | None = None,
@@ -60,6 +70,7 @@ def audit_dataset(
     size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
     threshold: float | None = None,
+    temperature: float | str | None = None,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -70,8 +81,12 @@ def audit_dataset(
     The model should not be trained on the images: it would have learnt their errors.
 
     Args:
-      source: Argument or result of `segjax.load`, or a model.
+      source: Argument or result of `segjax.load`, or a model; or an exported file that gives scores, as for
+        `segjax.open_exported`.
       data: "NAME", "NAME:SPLIT" or an open split, as for `segjax.evaluate_dataset`.
+      reference: Checkpoint that an exported file was made from, as for `segjax.open_exported`.
+      mean: As for `segjax.open_exported`.
+      std: As for `segjax.open_exported`.
       data_source: As for `segjax.evaluate_dataset`.
       data_dir: As for `segjax.evaluate_dataset`.
       mode: As for `segjax.evaluate_dataset`, as the following settings.
@@ -82,6 +97,7 @@ def audit_dataset(
       size_divisor: As for `segjax.evaluate_dataset`.
       base_size: As for `segjax.evaluate_dataset`.
       threshold: As for `segjax.evaluate_dataset`.
+      temperature: As for `segjax.evaluate_dataset`; it changes the scores.
       batch: As for `segjax.evaluate_dataset`.
       output: Folder for a report (index.html, regions.json and regions.csv); by default none.
       progress: Whether to print a progress bar.
@@ -118,14 +134,20 @@ def audit_dataset(
     row = published_figure.row_of(source, data)
     protocol = published_figure.protocol_of(row, {key: value for key, value in settings.items() if value is not None})
     batch = batch or jax.local_device_count()
-    checkpoint = as_loaded(source, weights=weights)
-    opened, split = open_labelled(checkpoint, data, data_source=data_source, data_dir=data_dir)
-    refuse_other_images(checkpoint, opened.image_kind, opened.spec.name)
+    origin = None if reference is None else opened(reference)
+    checkpoint = opened(source, weights=weights, mean=mean, std=std, reference=origin)
+    if isinstance(checkpoint.model, ExportedModel) and checkpoint.model.output == "labels":
+        raise ValueError(f"{checkpoint.model.path}: gives labels, and an audit needs scores; export it without argmax")
+    config = origin.metadata.get("config") if origin else None
+    images, split = open_labelled(checkpoint, data, config=config, data_source=data_source, data_dir=data_dir)
+    protocol = protocol_of_model(checkpoint, protocol, settings, images)
+    protocol = with_temperature(checkpoint, protocol, temperature, source)
+    refuse_other_images(checkpoint, images.image_kind, images.spec.name)
     if row is not None:
-        published_figure.log_notes(row, opened.spec.name)
-    if trained_on := _trained_on(checkpoint, data, split):
+        published_figure.log_notes(row, images.spec.name)
+    if trained_on := _trained_on(origin or checkpoint, data, split):
         logger.info("note: the model was trained on %s, and may have learnt the errors of these masks", trained_on)
-    records, model, name = records_of(opened.data), checkpoint.model, f"{opened.spec.name} {split}".strip()
+    records, model, name = records_of(images.data), checkpoint.model, f"{images.spec.name} {split}".strip()
     if not len(records):
         raise ValueError(f"there is no image in {name}")
     logger.info("model    %s, %d classes", model.spec.name, model.spec.num_classes)
@@ -133,15 +155,15 @@ def audit_dataset(
     logger.info("scored   %s", protocol)
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
-    inference = inference_for(checkpoint, opened, protocol, batch=batch)
-    found = contradictions(inference, opened, batch=protocol.images_at_a_time(batch))
+    inference = inference_for(checkpoint, images, protocol, batch=batch)
+    found = contradictions(inference, images, batch=protocol.images_at_a_time(batch))
     if progress:
         found = console.ProgressBar("auditing", len(records), "images").over(found)
     ranking = _Ranking(shown=0 if output is None else SHOWN)
     for number, truth, contradiction in found:
-        regions = regions_of(truth, contradiction, opened.spec.ignore_label, above=ranking.least, most=LISTED)
+        regions = regions_of(truth, contradiction, images.spec.ignore_label, above=ranking.least, most=LISTED)
         ranking.add(number, contradiction.predicted, regions)
-    listed = [entry.as_dict(records.names, opened.spec) for entry in ranking.regions]
+    listed = [entry.as_dict(records.names, images.spec) for entry in ranking.regions]
     if output is not None:
         checkpoint_name = str(source) if isinstance(source, str | Path) else model.spec.name
         step = checkpoint.metadata.get("step")
@@ -155,8 +177,8 @@ def audit_dataset(
             {
                 "checkpoint": checkpoint_name,
                 "step": step,
-                "model": model_metadata(model),
-                "data": {"name": opened.spec.name, "split": split, "images": len(records)},
+                "model": metadata_of(model),
+                "data": {"name": images.spec.name, "split": split, "images": len(records)},
                 "protocol": protocol.record(),
                 "duration_s": round(time.perf_counter() - began, 1),
                 "device": versions.of_devices(jax.local_devices()),
@@ -165,11 +187,11 @@ def audit_dataset(
         )
         shown = [ranking.shown(entry, records) for entry in ranking.regions[:SHOWN]]
         title = f"Masks of {name} that {model.spec.name} contradicts"
-        page.write(output, listed, opened.spec, shown, title=title, facts=facts, metadata=metadata)
+        page.write(output, listed, images.spec, shown, title=title, facts=facts, metadata=metadata)
     return listed
 
 
-def _trained_on(checkpoint: LoadedCheckpoint, data: str | OpenSplit, split: str) -> str:
+def _trained_on(checkpoint: Loaded, data: str | OpenSplit, split: str) -> str:
     """The splits of the data that the run of a checkpoint was trained on; "" for none, or where it is not known."""
     config = checkpoint.metadata.get("config")
     trained = config.get("data") if isinstance(config, Mapping) else None

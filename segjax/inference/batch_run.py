@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -17,14 +19,13 @@ from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.inference import certainty, geotiff
 from segjax.inference.engine import labels_of
-from segjax.inference.exported_model import ExportedModel
+from segjax.inference.exported_model import ExportedModel, weights_sha256
 from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
 from segjax.inference.outputs import MAPS, Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
 from segjax.inference.predictor import LARGEST_WHOLE, Predictor
-from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import atomic, console, memory, reading
+from segjax.runtime import atomic, console, distributed, lock, memory, reading
 from segjax.runtime.console import ProgressBar
 from segjax.viz import video
 
@@ -35,19 +36,16 @@ MANY_SIZES = 8  # number of image sizes at which a hint about compilation is pri
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 RECORD = "predict.json"
+# Until a file that one machine has written is seen by another; network file systems take up to half a minute.
+SECONDS_OF_FOLDER = 60
 
 
 def record_of(
     predictor: Predictor, model: SegmentationModel | ExportedModel, checkpoint: str | Path
 ) -> dict[str, object]:
     """Metadata of an output folder, for its `RECORD`: checkpoint, protocol and classes."""
-    if isinstance(model, ExportedModel):
-        # The weights of an OpenVINO model are in a file of their own.
-        weights = reading.sha256_of(path for path in (model.path, model.path.with_suffix(".bin")) if path.is_file())
-        normalisation: dict[str, object] = {"mean": list(model.mean), "std": list(model.std)}
-    else:
-        params, batch_stats = FunctionalModel(model).arrays()
-        weights, normalisation = params_sha256(params | batch_stats), {}
+    is_exported = isinstance(model, ExportedModel)
+    normalisation: dict[str, object] = {"mean": list(model.mean), "std": list(model.std)} if is_exported else {}
     protocol = predictor.protocol.record()
     if protocol["size_divisor"] == 1:
         # Omitted, so that folders from before this setting can be resumed.
@@ -57,7 +55,7 @@ def record_of(
     return stamped(
         {
             "checkpoint": str(checkpoint),
-            "weights_sha256": weights,
+            "weights_sha256": weights_sha256(model),
             **normalisation,
             **protocol,
             **scale,
@@ -65,6 +63,71 @@ def record_of(
             "classes": [{"name": name, "color": list(color)} for name, color in labels],
         }
     )
+
+
+class Record:
+    """The `RECORD` of an output folder."""
+
+    def __init__(self, path: Path, content: Mapping[str, object], *, keeps_time: bool):
+        """Writes nothing yet.
+
+        Args:
+          path: Path of the record.
+          content: Result of `record_of`.
+          keeps_time: Whether a record that exists keeps its time, at which the outputs that it describes were begun.
+        """
+        self._path, self._content, self._is_shared = path, dict(content), False
+        self._begun = path.stat().st_mtime_ns if keeps_time and path.exists() else None
+
+    def write(self, incomplete: AllIncomplete) -> None:
+        """Writes the record with these incomplete videos; after `share`, in addition to those of other processes."""
+        if not self._is_shared:
+            self._replace(incomplete)
+            return
+        place = self._path.with_name(f".{self._path.name}.lock")
+        while True:
+            with (
+                contextlib.suppress(lock.HeldError),
+                lock.held(place, what=str(self._path), remedy="this process waits"),
+            ):
+                self._replace(reading.read_json(self._path).get("incomplete", {}) | incomplete)
+                return
+            time.sleep(0.1)
+
+    def _replace(self, incomplete: AllIncomplete) -> None:
+        entry = {"incomplete": incomplete} if incomplete else {}
+        atomic.write_text(self._path, json.dumps(self._content | entry, indent=1) + "\n")
+        if self._begun is not None:
+            os.utime(self._path, ns=(self._begun, self._begun))
+        self._begun = self._path.stat().st_mtime_ns
+
+    def share(self) -> None:
+        """Makes this the record of all processes, after the first one has written it.
+
+        Raises:
+          ValueError: This process does not see it: the folder is another one on each machine.
+        """
+        self._begun = distributed.gathered(self._begun)[0]
+        # The checkpoint may have another path on each machine.
+        expected = {name: value for name, value in self._content.items() if name != "checkpoint"}
+        expected = json.loads(json.dumps(expected))
+        until = time.monotonic() + SECONDS_OF_FOLDER
+        while not self._is_shared:
+            with contextlib.suppress(OSError, ValueError):
+                known = reading.read_json(self._path)
+                self._is_shared = all(known.get(name) == value for name, value in expected.items())
+            if not self._is_shared and time.monotonic() > until:
+                raise ValueError(
+                    f"{self._path}, which process 0 has written, is not there: choose an --output that all processes "
+                    "share, or give each machine a command of its own, with other inputs"
+                )
+            time.sleep(0 if self._is_shared else 0.5)
+
+
+def part_of(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
+    """The jobs of one of several processes, of which each gets as many images and as many videos as the others."""
+    by_kind = sorted(range(len(jobs)), key=lambda place: jobs[place].is_video)
+    return [jobs[place] for place in sorted(by_kind[number::count])]
 
 
 class Incomplete(TypedDict):
@@ -147,10 +210,21 @@ def done_before(
 # ----------------------------------------------------------------------------------------------------------- predicting
 
 
+class Outcome(NamedTuple):
+    """What a run has done; see `Run`."""
+
+    failures: list[tuple[Path | video.Live, str]]
+    images: int
+    videos: int
+    frames: int
+    first_only: list[Path]
+
+
 class Run:
     """Predicts jobs.
 
     Attributes:
+      has_begun: Whether the record is written.
       failures: Inputs that could not be predicted, each with the reason.
       images: Number of images written.
       videos: Number of videos written.
@@ -183,7 +257,7 @@ class Run:
         self._predictor, self._kinds = predictor, kinds
         self._has_maps = not set(MAPS).isdisjoint(kinds)
         self._incomplete = dict(incomplete)
-        self._less_memory, self._write_record, self._has_begun = less_memory, write_record, False
+        self._less_memory, self._write_record, self.has_begun = less_memory, write_record, False
         self._exhausted: list[Exception] = []
         # Remedies for scenes to be predicted in parts; "" if they already are.
         self._in_parts = "; ".join(_for_parts(predictor, kinds))
@@ -197,7 +271,8 @@ class Run:
           TooLittleMemoryError, or another out-of-memory error: There is not enough memory for any job; nothing was
             written.
         """
-        self._refuse_too_large(jobs)
+        if not self.has_begun:
+            self._refuse_too_large(jobs)
         for predict, group in itertools.groupby(jobs, self._way_of):
             if predict is None:
                 self._predict_images(list(group))
@@ -207,9 +282,21 @@ class Run:
                     predict(job)
                 except FAULTS as error:
                     self._failed(job, error)
-        if self._exhausted and len(self._exhausted) == len(self.failures) and not self._has_begun:
+        if self._exhausted and len(self._exhausted) == len(self.failures) and not self.has_begun:
             raise self._exhausted[0]
         self._look_for_outputs(jobs)
+
+    def outcome(self) -> Outcome:
+        """What this run has done so far."""
+        return Outcome(self.failures, self.images, self.videos, self.frames, self.first_only)
+
+    def include(self, outcomes: Sequence[Outcome]) -> None:
+        """Takes what the runs of all processes have done for what this one has done."""
+        self.failures = [failure for outcome in outcomes for failure in outcome.failures]
+        self.first_only = [path for outcome in outcomes for path in outcome.first_only]
+        self.images, self.videos, self.frames = (
+            sum(getattr(outcome, name) for outcome in outcomes) for name in ("images", "videos", "frames")
+        )
 
     def _way_of(self, job: Job) -> Callable[[Job], None] | None:
         """The function that predicts a job by itself; None for images, which are predicted in batches."""
@@ -307,7 +394,7 @@ class Run:
                 pixels = 0
                 tiles = own.mapped_tiles(scene) if self._has_maps else own.label_tiles(scene)
                 for top, left, labels, *maps in tiles:
-                    self._begin()
+                    self.begin()
                     outputs.write(top, left, labels, *maps)
                     # In a wide scene, a part covers only some of its rows' pixels.
                     pixels += labels.size
@@ -407,7 +494,7 @@ class Run:
             threshold = self._predictor.protocol.threshold
             labels = [labels_of(score, threshold=threshold).astype(dtype) for score in scores]
             predictions = [Prediction(*pair, self._maps_of(*pair)) for pair in zip(labels, scores, strict=True)]
-        self._begin()
+        self.begin()
         return predictions
 
     def _maps_of(self, labels: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
@@ -416,11 +503,11 @@ class Run:
             return None
         return np.asarray(certainty.maps(scores[None], labels[None], are_logits=False))[0]
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Writes the record before the first output."""
-        if not self._has_begun:
+        if not self.has_begun:
             self._write_record(self._incomplete)
-            self._has_begun = True
+            self.has_begun = True
 
     def _advise(self, shape: tuple[int, ...]) -> None:
         protocol = self._predictor.protocol

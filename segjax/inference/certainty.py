@@ -69,7 +69,7 @@ def counts(
       counter: `counter_of` the confidence, the probability of the predicted class, uint16 (B, H, W).
       sums: float32 (n, B, 2 + G), whose sums over n are Brier score, NLL, and NLL at the other temperatures.
     """
-    rows = _rows_together(scores.shape)
+    rows = _rows_together(scores)
     return _counts(
         scores, labels, truth, ignore_label, np.asarray(temperatures, np.float32), are_logits=are_logits, rows=rows
     )
@@ -114,7 +114,7 @@ def maps(scores: Array, labels: Array, *, are_logits: bool, temperature: float =
       uint8 (B, H, W, 2), in the order of `outputs.MAPS`: 255 times the probability of the predicted class, and 255
       times the entropy over its largest value, log K (log 2 for models of one class).
     """
-    rows = _rows_together(scores.shape)
+    rows = _rows_together(scores)
     return _maps(scores, labels, np.float32(temperature), are_logits=are_logits, rows=rows)
 
 
@@ -151,7 +151,9 @@ def _is_class(labels: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.arange(scores.shape[-1]) == labels[..., None].astype(jnp.int32)
 
 
-def _rows_together(shape: tuple[int, ...]) -> int:
+def _rows_together(scores: Array) -> int:
+    """Number of rows of a tile; it does not depend on how many devices share the images."""
+    shape = scores.sharding.shard_shape(scores.shape) if isinstance(scores, jax.Array) else scores.shape
     together = _TOGETHER_ON_GPU if layers.is_fast_on_gpu() else _TOGETHER
     return max(1, together // (shape[0] * shape[2]))
 

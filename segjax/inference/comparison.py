@@ -14,8 +14,7 @@ import numpy as np
 
 from segjax import metrics
 from segjax.checkpoints.format_version import stamped
-from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
-from segjax.checkpoints.state_dict import logger, model_metadata
+from segjax.checkpoints.state_dict import logger
 from segjax.data import specs
 from segjax.data.open import OpenSplit
 from segjax.data.records import Records, records_of
@@ -27,10 +26,14 @@ from segjax.inference.evaluate_dataset import (
     differing_names,
     inference_for,
     open_labelled,
+    protocol_of_model,
     refuse_other_classes,
     refuse_other_images,
+    with_temperature,
 )
 from segjax.inference.evaluation import SHOWN, Predict, predictions
+from segjax.inference.exported_model import metadata_of
+from segjax.inference.open_exported import Loaded, is_exported, opened
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import console, versions
 from segjax.runtime.atomic import why_not_writable
@@ -39,10 +42,13 @@ from segjax.viz import comparison
 
 
 def compare_models(
-    source_a: str | Path | LoadedCheckpoint | SegmentationModel,
-    source_b: str | Path | LoadedCheckpoint | SegmentationModel,
+    source_a: str | Path | Loaded | SegmentationModel,
+    source_b: str | Path | Loaded | SegmentationModel,
     data: str | OpenSplit,
     *,
+    reference: str | Path | Loaded | SegmentationModel | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     data_source: str | Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     mode: str | None = None,
@@ -53,6 +59,7 @@ def compare_models(
     size_divisor: int | None = None,
     base_size: tuple[int, int] | None = None,
     threshold: float | None = None,
+    temperature: float | str | None = None,
     batch: int | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -65,9 +72,12 @@ def compare_models(
     of `segjax.metrics.bootstrap_difference`.
 
     Args:
-      source_a: Argument or result of `segjax.load`, or a model.
+      source_a: Argument or result of `segjax.load`, or a model; or an exported file, as for `segjax.open_exported`.
       source_b: The same; a model of the same classes in the same order.
       data: "NAME", "NAME:SPLIT" or an open split, as for `segjax.evaluate_dataset`.
+      reference: Checkpoint that exported files were made from, as for `segjax.open_exported`.
+      mean: Of exported files, as for `segjax.open_exported`.
+      std: Of exported files, as for `segjax.open_exported`.
       data_source: As for `segjax.evaluate_dataset`.
       data_dir: As for `segjax.evaluate_dataset`.
       mode: As for `segjax.evaluate_dataset`; this and the following settings are those of both models. Without them,
@@ -79,6 +89,7 @@ def compare_models(
       size_divisor: As for `segjax.evaluate_dataset`.
       base_size: As for `segjax.evaluate_dataset`.
       threshold: As for `segjax.evaluate_dataset`.
+      temperature: As for `segjax.evaluate_dataset`; "fitted" is each model's own.
       batch: As for `segjax.evaluate_dataset`.
       output: Folder for a report (index.html and results.json); by default none.
       progress: Whether to print a progress bar.
@@ -120,28 +131,38 @@ def compare_models(
     rows = [published_figure.row_of(source, data) for source in (source_a, source_b)]
     protocols = [published_figure.protocol_of(row, given) for row in rows]
     batch = batch or jax.local_device_count()
-    loaded = as_loaded(source_a, weights=weights_a), as_loaded(source_b, weights=weights_b)
+    origin = None if reference is None else opened(reference)
+    normalisation: dict[str, Any] = dict(mean=mean, std=std, reference=origin)
+    loaded = [
+        opened(source, weights=weights, **(normalisation if is_exported(source) else {}))
+        for source, weights in ((source_a, weights_a), (source_b, weights_b))
+    ]
     refuse_different_classes(*loaded)
-    opened, split = open_labelled(loaded[0], data, data_source=data_source, data_dir=data_dir)
-    refuse_other_classes(loaded[1], opened.spec)
+    config = origin.metadata.get("config") if origin else None
+    images, split = open_labelled(loaded[0], data, config=config, data_source=data_source, data_dir=data_dir)
+    protocols = [
+        with_temperature(checkpoint, protocol_of_model(checkpoint, protocol, settings, images), temperature, source)
+        for source, checkpoint, protocol in zip((source_a, source_b), loaded, protocols, strict=True)
+    ]
+    refuse_other_classes(loaded[1], images.spec)
     for checkpoint in loaded:
-        refuse_other_images(checkpoint, opened.image_kind, opened.spec.name)
+        refuse_other_images(checkpoint, images.image_kind, images.spec.name)
     for row in rows:
         if row is not None:
-            published_figure.log_notes(row, opened.spec.name)
+            published_figure.log_notes(row, images.spec.name)
     for letter, checkpoint, protocol in zip("AB", loaded, protocols, strict=True):
         model = checkpoint.model
         logger.info("%s        %s, %d classes, %s", letter, model.spec.name, model.spec.num_classes, protocol)
-    records, name = records_of(opened.data), f"{opened.spec.name} {split}".strip()
+    records, name = records_of(images.data), f"{images.spec.name} {split}".strip()
     logger.info("data     %s, %d images", name, len(records))
     logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
     logger.info("compiling; the first image of each size takes longer ...")
     inferences = [
-        inference_for(checkpoint, opened, protocol, batch=batch)
+        inference_for(checkpoint, images, protocol, batch=batch)
         for checkpoint, protocol in zip(loaded, protocols, strict=True)
     ]
-    compared = _compared(inferences, opened, batch=batch, shown=SHOWN, progress=progress)
-    summary = compared.summary(opened.spec, records.names)
+    compared = _compared(inferences, images, batch=batch, shown=SHOWN, progress=progress)
+    summary = compared.summary(images.spec, records.names)
     if output is not None:
         names = [
             str(source) if isinstance(source, str | Path) else checkpoint.model.spec.name
@@ -152,7 +173,7 @@ def compare_models(
             {
                 "a": checkpoints[0],
                 "b": checkpoints[1],
-                "data": {"name": opened.spec.name, "split": split, "images": len(records)},
+                "data": {"name": images.spec.name, "split": split, "images": len(records)},
                 "duration_s": round(time.perf_counter() - began, 1),
                 "device": versions.of_devices(jax.local_devices()),
                 "versions": versions.installed(),
@@ -161,7 +182,7 @@ def compare_models(
         comparison.write(
             output,
             summary,
-            opened.spec,
+            images.spec,
             [_shown(records, number, pair) for number, pair in compared.predicted.items()],
             facts=_facts(checkpoints, protocols) | {"data": f"{name}, {len(records)} images"},
             metadata=metadata,
@@ -169,7 +190,7 @@ def compare_models(
     return summary
 
 
-def refuse_different_classes(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
+def refuse_different_classes(a: Loaded, b: Loaded) -> None:
     """Raises ValueError if two models do not have the same classes in the same order; see `are_the_same_classes`."""
     numbers = [checkpoint.model.spec.num_classes for checkpoint in (a, b)]
     of = [f" of {checkpoint.dataset['name']}" if checkpoint.dataset else "" for checkpoint in (a, b)]
@@ -311,11 +332,11 @@ def _shown(records: Records, number: int, pair: np.ndarray) -> comparison.Shown:
     return comparison.Shown(records.names[number], *records[number], *pair)
 
 
-def _metadata_of(name: str, checkpoint: LoadedCheckpoint, protocol: Protocol) -> dict[str, Any]:
+def _metadata_of(name: str, checkpoint: Loaded, protocol: Protocol) -> dict[str, Any]:
     return {
         "checkpoint": name,
         "step": checkpoint.metadata.get("step"),
-        "model": model_metadata(checkpoint.model),
+        "model": metadata_of(checkpoint.model),
         "protocol": protocol.record(),
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 from segjax import metrics
 from segjax.data import corruptions, specs
 from segjax.data.records import Records, records_of
-from segjax.inference.evaluation import Predict, predictions
+from segjax.inference.evaluation import Predict, labelled, own_number, predictions, sum_over_processes
 from segjax.runtime import console
 
 
@@ -25,7 +25,7 @@ def evaluate_corrupted(
     key: Callable[[tuple[int, int]], Hashable] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a split once for each kind and severity in `segjax.data.corruptions`.
+    """Evaluates a split once for each kind and severity in `segjax.data.corruptions`; of several processes each a part.
 
     Args:
       predict: As for `evaluation.evaluate`.
@@ -42,10 +42,11 @@ def evaluate_corrupted(
       if no pixel counts.
     """
     records = records_of(data)
-    total = len(records) * len(corruptions.KINDS) * len(corruptions.SEVERITIES)
+    number = own_number(records, batch_size=batch_size, key=key)
+    total = number * len(corruptions.KINDS) * len(corruptions.SEVERITIES)
     kinds = {}
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(console.ProgressBar("corrupted", total, "images")) if progress else None
+        bar = stack.enter_context(console.ProgressBar(labelled("corrupted"), total, "images")) if progress else None
         for kind in corruptions.KINDS:
             severities = []
             for severity in corruptions.SEVERITIES:
@@ -57,7 +58,7 @@ def evaluate_corrupted(
                     )
                     if bar is not None:
                         bar.advance()
-                severities.append(metrics.summarise(confusion)["mean_iou"])
+                severities.append(metrics.summarise(sum_over_processes(confusion))["mean_iou"])
             kinds[kind] = {"mean_iou": metrics.mean(severities), "severities": severities}
     mean = metrics.mean(figure for figures in kinds.values() for figure in figures["severities"])
     return {"mean_iou": mean, "relative": mean / clean if mean is not None and clean else None, "kinds": kinds}

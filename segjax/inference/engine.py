@@ -27,7 +27,7 @@ from segjax.data.augment import normalise
 from segjax.inference import certainty, resized_tiles
 from segjax.inference.certainty import CountedLabels
 from segjax.inference.exported_model import ExportedModel
-from segjax.inference.sliding_window import Pixels, RowTile, row_tiles, window_starts
+from segjax.inference.sliding_window import Pixels, RowTile, crops_together, row_tiles, window_starts
 from segjax.kernels import cells
 from segjax.models.functional import FunctionalModel
 from segjax.models.prepared import Prepared
@@ -349,7 +349,8 @@ class Inference:
         self._dtype, self._channels = np.dtype(image_dtype or "float32"), model.in_channels
         if protocol.threshold != 0.5 and (classes := model.spec.num_classes) != 1:
             raise ValueError(f"a threshold needs a model of one class, but this one has {classes}; omit it")
-        self._parallel = JitParallel(devices)
+        # Each of several processes predicts images of its own.
+        self._parallel = JitParallel(jax.local_devices() if devices is None else devices)
         self._align_corners, self._num_classes = model.align_corners, model.spec.num_classes
         # Weights prepared for the programs, by `Prepared.key`. Copies with other arrays share only the programs.
         self._prepared: dict[str, list[jax.Array]] = {}
@@ -398,7 +399,7 @@ class Inference:
             for size in inputs:
                 height, width = map(min, window.crop, size)
                 crops = len(window_starts(size[1], width, window.stride[1]))
-                shapes.add((min(self._batch, crops), height, width))
+                shapes.add((crops_together(crops, self._batch, len(self._parallel.devices)), height, width))
         program = self._labels_and_logits if counted else self._labels
         if window is not None or not self.protocol.is_one_pass:
             program = self._score
@@ -672,7 +673,8 @@ class Inference:
         def logits_of(crops: np.ndarray) -> jax.Array:
             return self._run(self._score, crops)
 
-        return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch)
+        number = len(self._parallel.devices)
+        return row_tiles(logits_of, image, crop=window.crop, stride=window.stride, batch=self._batch, devices=number)
 
     def _run(self, program: Program | FileProgram, images: Sequence[np.ndarray] | np.ndarray) -> Any:
         """Calls a program with images (B, H, W, C) if there is enough memory for it."""

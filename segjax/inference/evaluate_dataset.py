@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.huggingface import is_address
 from segjax.checkpoints.load import load
 from segjax.checkpoints.metadata import Size, Temperature
-from segjax.checkpoints.state_dict import logger, model_metadata
+from segjax.checkpoints.state_dict import logger
 from segjax.data import contents, specs
 from segjax.data.builders import prepare
 from segjax.data.open import OpenSplit, open_prepared_splits, open_splits
@@ -33,11 +34,12 @@ from segjax.inference import difference, published_figure, temperature_scaling
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, PredictCounted, measure
-from segjax.inference.exported_model import ExportedModel
+from segjax.inference.exported_model import ExportedModel, metadata_of, weights_sha256
 from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.runtimes import exported_path
+from segjax.inference.unfinished import Unfinished
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.runtime import versions
+from segjax.runtime import distributed, versions
 from segjax.runtime.atomic import recover, why_not_writable
 from segjax.runtime.reading import checked, type_name, user_path
 from segjax.viz import report
@@ -127,6 +129,9 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a split: one confusion matrix over all images, with logits resized to the labels' sizes.
 
+    Each of several processes that `jax.distributed` has connected evaluates a part of the images on its own devices.
+    The result, in all of them, is that of one process, and the first writes the report.
+
     Args:
       source: Argument or result of `segjax.load`, or a model; or an exported file, as for `segjax.open_exported`.
       data: "NAME" or "NAME:SPLIT". NAME is a key of `segjax.data.DATASETS`. SPLIT is a split or a sum of splits, as in
@@ -157,6 +162,7 @@ def evaluate_dataset(
         or folder then, the model scores an image once, and the split should be none of those to evaluate on.
       batch: Number of images, or of crops with mode "slide", per call of the model; by default one per device.
       output: Folder for a report (index.html, results.json, classes.csv, confusion.csv and pictures); by default none.
+        The counts of an evaluation that is killed stay there, and the next one with the same arguments uses them.
       progress: Whether to print a progress bar.
       weights: As for `segjax.load`; None for a run, whose folder holds one set.
       corruptions: Whether to evaluate on corrupted images too: 25 further evaluations, of five kinds at five severities
@@ -201,7 +207,7 @@ def evaluate_dataset(
     protocol = published_figure.protocol_of(row, {key: value for key, value in settings.items() if value is not None})
     # Checked before an evaluation that may take hours.
     output = None if output is None else user_path(output)
-    if output is not None and (problem := why_not_writable(output)):
+    if output is not None and (problem := distributed.from_lead(partial(why_not_writable, output))):
         raise ValueError(f"the report cannot be written to {output}: {problem}; choose another folder")
     if data is None:
         if protocol != Protocol() or batch is not None:
@@ -227,10 +233,10 @@ def evaluate_dataset(
         )
     if isinstance(given.checkpoint.model, ExportedModel):
         settings = _of_own(given.protocol) if data is None else settings
-        given = dataclasses.replace(given, protocol=protocol_for(given.checkpoint.model, settings, given.sizes))
+        own = protocol_of_model(given.checkpoint, given.protocol, settings, given.opened)
+        given = dataclasses.replace(given, protocol=own)
     checkpoint, classes = given.checkpoint, given.opened.spec
-    own_temperature = _temperature.chosen(temperature, checkpoint.metadata, source)
-    protocol = dataclasses.replace(given.protocol, temperature=own_temperature)
+    protocol = with_temperature(checkpoint, given.protocol, temperature, source)
     given = dataclasses.replace(given, protocol=protocol)
     if fit_temperature and protocol.passes > 1:
         raise ValueError(f"a temperature is fitted at one scale, and these are scores {protocol}; omit scales and flip")
@@ -248,7 +254,7 @@ def evaluate_dataset(
     logger.info("scored   %s", protocol)
     if isinstance(model, ExportedModel):
         logger.info("run by   %s", model.runnable.package)
-    logger.info("device   %d x %s", jax.local_device_count(), jax.devices()[0].device_kind)
+    logger.info("device   %s", versions.devices_in_words())
     logger.info("compiling; the first image of each size takes longer ...")
     kind = given.opened.image_kind
     gives_scores = not isinstance(model, ExportedModel) or model.output != "labels"
@@ -259,8 +265,18 @@ def evaluate_dataset(
         temperatures=temperature_scaling.GRID if fit_temperature else (),
     )
     shown = 0 if output is None else SHOWN
-    measured = _measured(inference, given, shown=shown, progress=progress, counted=counted if gives_scores else None)
-    fitted = {} if place is None else {"temperature": _kept_fit(measured, place, given)}
+    identity = _identity(given, counted=gives_scores, fits=fit_temperature)
+    distributed.refuse_different(identity)
+    unfinished = None if output is None or identity["data"] is None else Unfinished(output, identity)
+    measured = _measured(
+        inference,
+        given,
+        shown=shown,
+        progress=progress,
+        counted=counted if gives_scores else None,
+        unfinished=unfinished,
+    )
+    fitted = {} if place is None else {"temperature": distributed.from_lead(partial(_kept_fit, measured, place, given))}
     summary = report.summarise(measured.confusion, classes)
     against: dict[str, Any] = (
         {} if row is None else {"published": published_figure.figure_of(row, protocol, given.split)}
@@ -285,8 +301,11 @@ def evaluate_dataset(
             progress=progress,
         )
     if output is not None:
-        name = _name(source, checkpoint)
-        _write_report(output, measured, details | fitted, given, name, against, duration=time.perf_counter() - began)
+        name, duration = _name(source, checkpoint), time.perf_counter() - began
+        write = partial(_write_report, output, measured, details | fitted, given, name, against, duration=duration)
+        distributed.from_lead(write)
+        if unfinished is not None:
+            unfinished.remove()
     return summary | details | fitted | {"step": checkpoint.metadata.get("step"), **against}
 
 
@@ -297,7 +316,13 @@ def _name(source: object, loaded: Loaded) -> str:
 
 
 def _measured(
-    inference: Inference, given: _Given, *, shown: int, progress: bool, counted: PredictCounted | None = None
+    inference: Inference,
+    given: _Given,
+    *,
+    shown: int,
+    progress: bool,
+    counted: PredictCounted | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Measured:
     """Evaluates a model on a split, with the protocol and batch of `given`; see `measure`."""
     protocol = given.protocol
@@ -310,7 +335,33 @@ def _measured(
         shown=shown,
         progress=progress,
         counted=counted,
+        unfinished=unfinished,
     )
+
+
+def _identity(given: _Given, *, counted: bool, fits: bool) -> dict[str, Any]:
+    """What the counts of an evaluation depend on, as JSON; its "data" is None where it cannot be told."""
+    checkpoint, opened = given.checkpoint, given.opened
+    config = checkpoint.metadata.get("config") or {}
+    content: Any = None
+    if isinstance(opened.data, specs.Split):
+        # In memory.
+        content = [contents.hash_of(array.tobytes()) for array in (opened.data.images, opened.data.labels)]
+    elif opened.prepared is not None and given.split:
+        content = contents.contents_of(opened.prepared, parts_of(given.split))
+    return {
+        "weights": weights_sha256(checkpoint.model),
+        "model": checkpoint.model.spec.name,
+        "dtype": config.get("model", {}).get("dtype"),
+        "normalisation": [list(map(float, checkpoint.mean)), list(map(float, checkpoint.std))],
+        "protocol": given.protocol.record(),
+        "data": None if content is None else contents.hash_of(json.dumps(content, sort_keys=True).encode()),
+        "split": given.address,
+        "classes": list(opened.spec.class_names),
+        "counted": [counted, fits],
+        "device": jax.devices()[0].device_kind,
+        "versions": versions.installed(),
+    }
 
 
 def _of_own(protocol: Protocol) -> dict[str, Any]:
@@ -375,11 +426,6 @@ class _Given:
     @property
     def name(self) -> str:
         return f"{self.opened.spec.name} {self.split}".strip()
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of the images, each size once."""
-        return [(height, width) for height, width in np.unique(records_of(self.opened.data).sizes, axis=0).tolist()]
 
     @property
     def address(self) -> str:
@@ -542,6 +588,27 @@ def inference_for(
     return inference
 
 
+def protocol_of_model(
+    checkpoint: Loaded, protocol: Protocol, settings: Mapping[str, Any], opened: OpenSplit
+) -> Protocol:
+    """The protocol on a split, which for an exported file depends on what it takes and gives; see `protocol_for`."""
+    if not isinstance(checkpoint.model, ExportedModel):
+        return protocol
+    return protocol_for(checkpoint.model, settings, _sizes_of(opened))
+
+
+def with_temperature(
+    checkpoint: Loaded, protocol: Protocol, temperature: float | str | None, source: object
+) -> Protocol:
+    """The protocol with the temperature that was asked for; see `temperature.chosen`."""
+    return dataclasses.replace(protocol, temperature=_temperature.chosen(temperature, checkpoint.metadata, source))
+
+
+def _sizes_of(opened: OpenSplit) -> list[tuple[int, int]]:
+    """Height and width of the images, each size once."""
+    return [(height, width) for height, width in np.unique(records_of(opened.data).sizes, axis=0).tolist()]
+
+
 def refuse_other_images(checkpoint: Loaded, images: specs.ImageKind, name: str) -> None:
     """Raises ValueError if the model of a checkpoint does not take the images of a dataset."""
     takes = checkpoint.image_kind
@@ -643,12 +710,12 @@ def _write_report(
         {
             "checkpoint": name,
             "step": step,
-            "model": model.metadata if isinstance(model, ExportedModel) else model_metadata(model),
+            "model": metadata_of(model),
             "data": {"name": classes.name, "split": given.split, "images": len(records)},
             "protocol": given.protocol.record(),
             # In the terms of a training's result.json.
             "duration_s": round(duration, 1),
-            "device": versions.of_devices(jax.local_devices()),
+            "device": versions.of_devices(jax.devices()),
             "versions": versions.installed(),
             **against,
         }

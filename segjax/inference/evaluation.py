@@ -8,15 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from numpy.typing import ArrayLike
 
 from segjax import metrics
+from segjax.checkpoints.state_dict import logger
 from segjax.data import specs
-from segjax.data.pipeline import evaluation_batches
+from segjax.data.pipeline import evaluation_batches, evaluation_groups
 from segjax.data.records import Records, records_of
 from segjax.inference.certainty import CountedLabels
-from segjax.runtime import console
+from segjax.inference.unfinished import Counts, Unfinished, joined
+from segjax.runtime import console, distributed
 
 SHOWN = 10  # images in the report
 
@@ -58,7 +59,7 @@ def evaluate(
         confusion += _count(truth, predicted, spec)
         if number in keep:
             kept[number] = predicted
-    return _sum_over_processes(confusion), kept
+    return sum_over_processes(confusion), kept
 
 
 def predictions(
@@ -86,6 +87,7 @@ def _outcomes(
     *,
     batch_size: int,
     key: Callable[[tuple[int, int]], Hashable] | None,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[int, np.ndarray, Outcome]]:
     """`predictions` for a function of images and labels, whose results are not read."""
     if not len(records_of(data)):
@@ -93,7 +95,7 @@ def _outcomes(
     part = jax.process_index(), jax.process_count()
     pending: tuple = ((), (), ())
     # Two batches are in flight: the device computes one while the host counts pixels of the other.
-    with contextlib.closing(evaluation_batches(data, batch_size=batch_size, key=key, part=part)) as batches:
+    with contextlib.closing(evaluation_batches(data, batch_size=batch_size, key=key, part=part, done=done)) as batches:
         for images, labels, numbers in batches:
             batch = numbers.tolist(), labels, predict(images, labels)
             # The last batch of a key repeats its last image.
@@ -110,13 +112,27 @@ def _count(truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec) ->
     return metrics.confusion_matrix(truth, predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label)
 
 
-def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
+def sum_over_processes(counts: np.ndarray) -> np.ndarray:
     """Sum of the int64 arrays of all processes, equal in each process."""
-    if jax.process_count() == 1:
-        return counts
-    # Sent as halves of 32 bits, because jax without x64 would truncate the counts.
-    halves = multihost_utils.process_allgather(counts.view(np.uint32))
-    return np.ascontiguousarray(halves).view(np.int64).sum(axis=0)
+    return np.sum(distributed.gathered(counts), axis=0)
+
+
+def own_number(
+    data: specs.Split | Records,
+    *,
+    batch_size: int,
+    key: Callable[[tuple[int, int]], Hashable] | None,
+    done: Collection[int] = (),
+) -> int:
+    """Number of images in this process's part."""
+    part = jax.process_index(), jax.process_count()
+    return sum(map(len, evaluation_groups(records_of(data), batch_size=batch_size, key=key, part=part, done=done)))
+
+
+def labelled(what: str) -> str:
+    """The label of a progress bar, which is that of the first process."""
+    count = jax.process_count()
+    return f"{what}, 1 of {count} processes" if count > 1 else what
 
 
 # ------------------------------------------------------------------------------------------------------- with a report
@@ -175,40 +191,56 @@ def measure(
     shown: int = SHOWN,
     progress: bool = False,
     counted: PredictCounted | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Measured:
-    """`evaluate` in one process, which also keeps the `shown` worst images; `progress` turns on a progress bar.
+    """`evaluate` that also counts by image, and keeps the `shown` worst images; `progress` turns on a progress bar.
 
-    With `counted`, it is called in place of `predict`, and the result has a calibration.
+    With `counted`, it is called in place of `predict`, and the result has a calibration. With `unfinished`, images that
+    an evaluation that was killed has counted are not evaluated again. Each of several processes evaluates its part of
+    the split, and the result is equal in every process, whatever their number.
     """
-    calibration = None if counted is None else metrics.Calibration()
-    nlls: np.ndarray | None = None
 
     def call(images: list[np.ndarray], labels: list[np.ndarray]) -> Sequence[Any]:
         return predict(images) if counted is None else counted(images, labels)
 
-    confusion = _nothing_counted(spec)
-    boundary, by_image = np.zeros((3, len(confusion)), np.int64), []
-    worst: list[tuple[float, int]] = []
-    kept: dict[int, np.ndarray] = {}
-    found = _outcomes(call, data, spec, batch_size=batch_size, key=key)
+    counts = Counts.of_nothing(max(spec.num_classes, 2))
+    done: list[int] = []
+    if unfinished is not None:
+        # The first process goes on with what all have counted.
+        earlier = unfinished.collected(shown=shown) if distributed.is_lead() else None
+        counts = earlier or counts
+        done = distributed.gathered(sorted(counts.by_image))[0]
+    if done:
+        logger.info("%d of %d images were evaluated before", len(done), len(records_of(data)))
+    found = _outcomes(call, data, spec, batch_size=batch_size, key=key, done=done)
     if progress:
-        found = console.ProgressBar("evaluating", len(records_of(data)), "images").over(found)
+        number = own_number(data, batch_size=batch_size, key=key, done=done)
+        found = console.ProgressBar(labelled("evaluating"), number, "images").over(found)
+    settings = dict(num_classes=spec.num_classes, ignore_label=spec.ignore_label)
     for number, truth, outcome in found:
-        predicted = np.asarray(outcome if calibration is None else outcome.labels)
-        counts = _count(truth, predicted, spec)
-        confusion += counts
-        if calibration is not None:
-            sums = outcome.sums()
+        predicted = np.asarray(outcome if counted is None else outcome.labels)
+        confusion = _count(truth, predicted, spec)
+        counts.confusion += confusion
+        if counted is not None:
             valid = truth != spec.ignore_label
             counter, right = np.asarray(outcome.counter)[valid], (predicted == truth)[valid]
-            calibration.add_counted(counter, right, brier=float(sums[0]), nll=float(sums[1]))
-            nlls = sums[2:] if nlls is None else nlls + sums[2:]
-        by_image.append(metrics.class_counts(counts).astype(np.int32))
-        boundary += metrics.boundary_counts(
-            truth, predicted, num_classes=spec.num_classes, ignore_label=spec.ignore_label
-        )
-        iou = metrics.summarise(counts)["mean_iou"]
+            counts.pixels += np.bincount(counter, minlength=len(counts.pixels))
+            counts.right += np.bincount(counter[right], minlength=len(counts.right))
+            counts.sums[number] = outcome.sums()
+        counts.by_image[number] = metrics.class_counts(confusion).astype(np.int32)
+        counts.boundary += metrics.boundary_counts(truth, predicted, **settings)
+        iou = metrics.summarise(confusion)["mean_iou"]
         if iou is not None:
-            worst = sorted([*worst, (iou, number)])[:shown]
-            kept = {k: predicted if k == number else kept[k] for _, k in worst}
-    return Measured(confusion, boundary, np.stack(by_image), worst, kept, calibration, nlls)
+            counts.keep_worst(iou, number, predicted, shown=shown)
+        if unfinished is not None:
+            unfinished.keep(counts)
+    try:
+        parts = distributed.gathered(counts)
+    except distributed.LostProcessError:
+        if unfinished is not None:
+            unfinished.keep(counts, now=True)
+        raise
+    whole = joined(parts, shown=shown)
+    by_image = np.stack([whole.by_image[number] for number in sorted(whole.by_image)])
+    calibration, nlls = whole.calibration() or (None, None)
+    return Measured(whole.confusion, whole.boundary, by_image, whole.worst, whole.predicted, calibration, nlls)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
 from segjax.inference.runtimes import Runnable
-from segjax.models.segmentation_model import ModelSpec
+from segjax.models.functional import FunctionalModel, params_sha256
+from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 from segjax.runtime import memory, reading
 
 
@@ -161,3 +163,17 @@ def _logits(probabilities: np.ndarray) -> np.ndarray:
     if probabilities.shape[-1] == 1:
         return np.log(np.maximum(probabilities, tiny)) - np.log(np.maximum(1 - probabilities, tiny))
     return np.log(np.maximum(probabilities, tiny))
+
+
+def metadata_of(model: SegmentationModel | ExportedModel) -> dict[str, object]:
+    """What a report says of a model."""
+    return model.metadata if isinstance(model, ExportedModel) else model_metadata(model)
+
+
+def weights_sha256(model: SegmentationModel | ExportedModel) -> str:
+    """Hash of the weights of a model, or of an exported file."""
+    if isinstance(model, ExportedModel):
+        # The weights of an OpenVINO model are in a file of their own.
+        return reading.sha256_of(path for path in (model.path, model.path.with_suffix(".bin")) if path.is_file())
+    params, batch_stats = FunctionalModel(model).arrays()
+    return params_sha256(params | batch_stats)

@@ -68,6 +68,11 @@ class _About(TypedDict):
     sha256: NotRequired[str]
 
 
+def is_exported(source: object) -> bool:
+    """Whether a source is the path of an exported file."""
+    return exported_path(source) is not None
+
+
 def opened(
     source: str | Path | Loaded | SegmentationModel,
     *,

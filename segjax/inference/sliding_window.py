@@ -19,6 +19,11 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     return [min(start, max(length - crop, 0)) for start in range(0, max(length - crop, 0) + stride, stride)]
 
 
+def crops_together(crops: int, batch: int, devices: int) -> int:
+    """Number of crops scored at a time, at most `batch`: of a row of fewer crops, a multiple of the devices."""
+    return min(batch, -(-crops // devices) * devices)
+
+
 class Pixels(Protocol):
     """An image (H, W, C) that is read in parts, such as a NumPy array or a file."""
 
@@ -80,6 +85,7 @@ def row_tiles(
     crop: tuple[int, int],
     stride: tuple[int, int],
     batch: int,
+    devices: int = 1,
 ) -> Iterator[RowTile]:
     """Logits of an image by a sliding window, in tiles that cover it, panel by panel, each from top to bottom.
 
@@ -92,6 +98,7 @@ def row_tiles(
       crop: Height and width of a crop in pixels.
       stride: Height and width of the step between crops in pixels.
       batch: Number of crops that are scored at a time.
+      devices: Number of devices that share them.
     """
     height, width = map(min, crop, image.shape)
     tops = window_starts(image.shape[0], height, stride[0])
@@ -110,7 +117,7 @@ def row_tiles(
         counts[: end - start] = across[start:end]
         # All groups have one size; the last group repeats its last crop.
         groups = [lefts[at : at + batch] for at in range(0, len(lefts), batch)]
-        size = min(batch, len(lefts))
+        size = crops_together(len(lefts), batch, devices)
         for top, below in zip(tops, [*tops[1:], image.shape[0]], strict=True):
             band = image[top : top + height, start:end]
             for group in groups:

@@ -119,6 +119,18 @@ class Calibration:
         self.brier += brier
         self.nll += nll
 
+    @classmethod
+    def of_counters(cls, pixels: np.ndarray, right: np.ndarray, *, brier: float, nll: float) -> Calibration:
+        """The same as one call of `add_counted` for all pixels, from the numbers of pixels of each counter.
+
+        Args:
+          pixels: As in the attribute.
+          right: As in the attribute.
+          brier: As in the attribute.
+          nll: As in the attribute.
+        """
+        return cls(pixels, right, pixels * MIDDLES, brier, nll)
+
     def __add__(self, other: Calibration) -> Calibration:
         names = [field.name for field in dataclasses.fields(self)]
         return Calibration(*(getattr(self, name) + getattr(other, name) for name in names))

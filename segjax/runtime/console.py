@@ -45,12 +45,12 @@ def filled(line: str, *, indent: str = "", width: int = 80) -> str:
     return lines.replace(filler, "").replace(NO_BREAK, " ")
 
 
-def say(text: str, *, to: TextIO | None = None) -> None:
+def say(text: str, *, to: TextIO | None = None, everywhere: bool = False) -> None:
     """Prints text as `show` does, with prose `wrapped`."""
-    show(wrapped(printable(text)), to=to)
+    show(wrapped(printable(text)), to=to, everywhere=everywhere)
 
 
-def show(text: str, *, to: TextIO | None = None) -> None:
+def show(text: str, *, to: TextIO | None = None, everywhere: bool = False) -> None:
     """Prints lines unchanged except for `printable`; only the first of several processes prints.
 
     The lines appear above a visible `ProgressBar`. Characters that the stream cannot encode are printed as escapes.
@@ -58,8 +58,9 @@ def show(text: str, *, to: TextIO | None = None) -> None:
     Args:
       text: Lines to print.
       to: Stream to print to; by default stdout.
+      everywhere: Whether each of several processes prints.
     """
-    if not distributed.is_lead():
+    if not everywhere and not distributed.is_lead():
         return
     stream = sys.stdout if to is None else to
     if stream is None:

@@ -90,6 +90,12 @@ _FOLLOWING = re.compile(
     rb"\s*$|\*+\s*$|\s*%|\[?Compiling |\[.*Very slow compile\?|Very slow compile\?|The operation took "
     rb"|This isn't necessarily a bug|If you'd like to file a bug|.*run with envvar XLA_FLAGS"
 )
+# XLA's last words where another process of the run has died, and the ones that are printed in place of them.
+_LOST = b"Terminating process because the JAX distributed service detected fatal errors"
+_DIED = (
+    b"segjax: another process has died or cannot be reached, so that this one ends\n"
+    b"too; look at its messages, and start all of them again: what was written is\ncomplete\n"
+)
 _KEPT = 50  # number of records printed after a crash
 _PAUSE = 0.05  # seconds after which an unfinished line is passed on
 
@@ -98,7 +104,7 @@ class _Reader:
     """Handles the output to descriptor 2, line by line."""
 
     def __init__(self) -> None:
-        self.has_ended = False
+        self.has_ended = self._is_lost = False
         self._last: deque[bytes] = deque(maxlen=_KEPT)
         self._log: bytes = b""
         self._is_slow = False
@@ -110,6 +116,12 @@ class _Reader:
             if line[: match.start()]:
                 self.take(line[: match.start()])
             self._obey(match[0])
+        elif self._is_lost or _LOST in line:
+            if not self._is_lost:
+                _print(_DIED)
+            # Its stack trace follows.
+            self._is_lost = self.has_ended = True
+            self._write(line)
         elif _RECORD.match(line) or (self._is_slow and _FOLLOWING.match(line)):
             self._is_slow = _SLOW in line or not _RECORD.match(line)
             self._last.append(line)

@@ -24,6 +24,14 @@ def installed(packages: Iterable[str] = CORE) -> dict[str, str]:
     return versions
 
 
+def devices_in_words() -> str:
+    """Number and kind of the devices of all processes: "4 x cpu", or "4 x cpu of 2 processes"."""
+    import jax
+
+    of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{of}"
+
+
 def of_devices(devices: Sequence[Device]) -> dict[str, Any]:
     """What a record says of the devices of a computation, which are all of one kind."""
     return {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)}

@@ -87,6 +87,29 @@ def test_numbers_of_processes_are_checked(number, capsys):
     assert "num_processes" in capsys.readouterr().err
 
 
+PROCESSES = {
+    ("--num_processes=2",): "--num_processes: of several processes; give --coordinator=HOST:PORT too, or auto",
+    ("--num_processes=2", "--process_id=0"): "--num_processes and --process_id: of several processes; give",
+    ("--coordinator=localhost",): "--coordinator=localhost: must be HOST:PORT of the first process, or auto",
+    ("--coordinator=localhost:1", "--num_processes=2", "--process_id=2"): (
+        "--process_id=2: 2 processes have the numbers from 0 to 1"
+    ),
+    ("--coordinator=", "--num_processes=2"): "--coordinator: the value is empty",
+    ("--num_processes=", "--coordinator=auto"): "--num_processes",
+}
+
+
+@pytest.mark.parametrize("command", [("train",), PREDICT, EVALUATE], ids=lambda command: command[0])
+@pytest.mark.parametrize("given", PROCESSES, ids=" ".join)
+def test_flags_of_processes_that_do_not_fit_together_are_named(given, command, capsys):
+    try:
+        status = entry.main([*command, *given])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert PROCESSES[given] in " ".join(capsys.readouterr().err.split())
+
+
 # ------------------------------------------------------------------------------------------------------------- remedies
 
 

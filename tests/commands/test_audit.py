@@ -59,6 +59,9 @@ WRONG = {
     ("model", "mars:val"): "the data are NAME or NAME:SPLIT with NAME one of streets, camvid,",
     ("model", "streets", "--data-dir", "x"): "streets are generated and need neither --source nor --data-dir",
     ("model", "streets", "--stride", "8", "8"): "--crop and --stride go with --mode slide",
+    ("model", "streets", "--reference", "model"): "--reference is for exported files: a checkpoint says all itself",
+    ("model", "streets", "--mean", "0", "0", "0"): "--mean and --std are for exported files",
+    ("model", "streets", "--temperature", "fitted"): "no temperature was fitted for the weights of model:",
     ("nowhere", "streets"): "segjax audit: nowhere: there is no such file",
     ("model", "camvid"): "the model has 19 classes of streets, and camvid has 11",
 }

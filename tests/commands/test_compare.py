@@ -56,6 +56,11 @@ WRONG = {
     ("a", "b", "mars:val"): "the data are NAME or NAME:SPLIT with NAME one of streets, camvid,",
     ("a", "b", "streets", "--source", "x"): "streets are generated and need neither --source nor --data-dir",
     ("a", "b", "streets", "--crop", "8", "8"): "--crop and --stride go with --mode slide",
+    ("a", "b", "streets", "--mean", "0", "0", "0", "--std", "1", "1", "1"): "--mean and --std are for exported files",
+    ("a", "b", "streets", "--reference", "a"): "--reference is for exported files: a checkpoint says all itself",
+    ("a", "b.onnx", "streets", "--weights-b", "ema"): "--weights-b: an exported file holds one set of weights; omit it",
+    ("a", "b", "streets", "--temperature", "0"): "argument --temperature: 0; must be",
+    ("a", "b", "streets", "--temperature", "fitted"): "no temperature was fitted for the weights of a:",
     ("nowhere", "b", "streets"): "segjax compare: nowhere: there is no such file",
     ("a", "b", "camvid", "--data-dir", "empty"): "--source PATH",
 }

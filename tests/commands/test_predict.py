@@ -306,7 +306,7 @@ def test_an_image_that_the_model_refuses_is_told_with_the_models_words(tmp_path,
 @pytest.mark.parametrize(
     "given, words",
     [
-        ((), "an image of 20x30 needs"),
+        ((), "a batch of 4 images of 20x30 needs"),
         (("--batch", "2"), "a batch of 2 images of 20x30 needs"),
         (("--batch", "4096"), "a batch of 4 images of 20x30 needs"),
         (("--mode", "slide", "--crop", "16", "12", "--batch", "2"), "a batch of 2 crops of 16x12 needs"),
@@ -333,7 +333,7 @@ def test_an_image_too_large_for_memory_is_named_and_the_others_are_done(tmp_path
     monkeypatch.setattr(memory, "limit", lambda *_, **__: 25 * 30)
     assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels") == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "2 of 4 inputs failed" in told and "a.png: an image of 90x80 needs" in told and "c.png" in told
+    assert "2 of 4 inputs failed" in told and "a.png: a batch of 4 images of 90x80 needs" in told and "c.png" in told
     assert below(tmp_path / "out") == ["labels/b.png", "labels/d.png", "predict.json"]
 
 
@@ -349,6 +349,20 @@ def test_memory_that_runs_out_at_the_first_image_is_one_message(error, tmp_path,
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith("segjax predict: there is not enough memory; use --mode slide")
     assert not (tmp_path / "out" / "predict.json").exists()
+
+
+@pytest.mark.parametrize("settings, size", [((), (21, 30)), (("--mode", "slide", "--crop", "16", "14"), (16, 14))])
+def test_every_device_gets_an_image_or_a_crop_at_a_time(settings, size, tmp_path):
+    for seed in range(6):
+        put(tmp_path / "in" / f"{seed}.png", scene(seed, 21, 30))
+    PROGRAMS.clear()
+    assert run(tmp_path / "in", "--output", tmp_path / "out", "--write", "labels", *settings) == 0
+    assert set(PROGRAMS) == {(4, *size, 3)} and len(jax.devices()) == 4
+    for seed in range(6):
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / "out" / "labels" / f"{seed}.png")),
+            MODELS[5][0].labels(scene(seed, 21, 30)),
+        )
 
 
 def test_a_batch_is_no_larger_than_there_are_images(tmp_path):

@@ -11,6 +11,7 @@ import segjax
 from segjax.data import specs
 from segjax.data.open import OpenSplit
 from segjax.inference import audit
+from tests.inference.test_exported import MEAN, STD, file_of
 from tests.pixels import BINARY, SPEC, Pixels, scene
 
 
@@ -126,3 +127,23 @@ def test_masks_that_the_model_agrees_with_have_no_region(tmp_path, capsys):
 def test_what_cannot_be_audited_is_refused_with_the_reason(data, settings, words):
     with pytest.raises(ValueError, match=words):
         segjax.audit_dataset(Pixels(5), data, **settings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_an_exported_file_is_audited_at_a_temperature_as_a_model_of_smaller_logits(temperature, tmp_path):
+    model, cooled = Pixels(5, 6), Pixels(5, 6)
+    cooled.kernel[...] = cooled.kernel[...] / temperature
+    opened = split_of(2, model, 4, (40, 56))
+    path = file_of(tmp_path / "a.stablehlo", model)
+    found = segjax.audit_dataset(path, opened, mean=MEAN, std=STD, temperature=temperature, output=tmp_path / "out")
+    expected = {(region["image"], *region["box"]): region["score"] for region in expected_regions(cooled, opened)}
+    assert {(region["image"], *region["box"]): region["score"] for region in found} == pytest.approx(expected, abs=2e-3)
+    assert len(found) == len(expected) > 5
+    assert json.loads((tmp_path / "out/regions.json").read_text())["checkpoint"] == str(path)
+
+
+def test_a_file_that_gives_labels_is_refused(tmp_path):
+    model = Pixels(5, 6)
+    path = file_of(tmp_path / "a.stablehlo", model, gives="labels", metadata={"classes": list(SPEC.class_names)})
+    with pytest.raises(ValueError, match="gives labels, and an audit needs scores"):
+        segjax.audit_dataset(path, split_of(2, model, 4, (40, 56)), mean=MEAN, std=STD)

@@ -8,8 +8,10 @@ import pytest
 
 import segjax
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.data import specs
 from segjax.data.open import OpenSplit
+from tests.inference.test_exported import MEAN, STD, file_of
 from tests.pixels import BINARY, SPEC, Pixels, scene
 from tests.tiny import tiny_model
 
@@ -139,3 +141,24 @@ def test_models_of_other_classes_are_refused_by_the_difference(tmp_path, caplog)
 def test_what_cannot_be_compared_is_refused_with_the_reason(data, settings, words):
     with pytest.raises(ValueError, match=words):
         segjax.compare_models(Pixels(5), Pixels(5, 1), data, **settings)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_exported_file_is_compared_as_the_model_that_it_was_made_from(seed, tmp_path):
+    opened, other = split_of(seed, 5, (33, 50)), Pixels(5, seed + 7)
+    path = file_of(tmp_path / "a.stablehlo", other)
+    of_file = segjax.compare_models(Pixels(5, seed), path, opened, mean=MEAN, std=STD, output=tmp_path / "out")
+    assert of_file == segjax.compare_models(Pixels(5, seed), other, opened) and of_file["difference"] < 0
+    assert json.loads((tmp_path / "out/results.json").read_text())["b"]["checkpoint"] == str(path)
+    assert segjax.compare_models(other, path, opened, mean=MEAN, std=STD)["differing_pixels"] == 0
+    with pytest.raises(CheckpointError, match="does not say how its images are normalised"):
+        segjax.compare_models(path, other, opened)
+
+
+def test_the_temperature_is_that_of_both_models():
+    opened, (first, second) = split_of(3, 4, (33, 50)), (Pixels(5, 3, context=True), Pixels(5, 4, context=True))
+    protocol = dict(mode="slide", crop=(24, 32), scales=(0.5, 1.0), flip=True)
+    found = segjax.compare_models(first, second, opened, temperature=4.0, **protocol)
+    own = [segjax.evaluate_dataset(model, opened, temperature=4.0, **protocol) for model in (first, second)]
+    assert [found["mean_iou_a"], found["mean_iou_b"]] == [each["mean_iou"] for each in own]
+    assert found != segjax.compare_models(first, second, opened, **protocol)
