@@ -350,6 +350,13 @@ LOSS = Section(
         Setting("lovasz", 0.0, Real(least=0), "Factor of the Lovász loss."),
         Setting("tversky", 0.0, Real(least=0), "Factor of the Tversky loss."),
         Setting(
+            "rmi",
+            0.0,
+            Real(least=0),
+            "Factor of the region mutual information loss, a sum over classes that may be negative. Published with "
+            "0.5, and 0.5 for cross_entropy.",
+        ),
+        Setting(
             "class_weights",
             None,
             ClassWeights(),

@@ -528,7 +528,7 @@ BAD = {
     "train.may_skip": (-1, "-1; must be at least 0"),
     "init.keep": (("head.*",), "needs init.checkpoint"),
     "loss.ohem_threshold": (1.5, "1.5; must be at least 0 and at most 1"),
-    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz, tversky are all 0; set"),
+    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz, tversky, rmi are all 0; set"),
 }
 
 
