@@ -125,6 +125,9 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
         found["train.batch"] = why
     elif sound("train.batch", "train.accumulate", "loss.ohem", "loss.ohem_images"):
         found |= _problem_of_groups(config.loss, config.train)
+    for name in ("cutmix", "classmix"):
+        if sound("train.batch", f"augment.{name}") and config.augment[name] and config.train.batch == 1:
+            found[f"augment.{name}"] = f"{config.augment[name]}; mixes samples of a batch, and train.batch is 1"
     if sound("eval.batch") and (why := _why_uneven(config.eval.batch, 1)):
         found["eval.batch"] = why
     if sound("eval.patience", "eval.every") and config.eval.patience and not config.eval.every:
@@ -220,6 +223,11 @@ def _contradictions_of_augment(
     if sound("augment.photometric", "augment.brightness") and settings.photometric and settings.brightness:
         found["augment.brightness"] = (
             f"{settings.brightness}; augment.photometric changes the brightness too; set it to false, or this to 0"
+        )
+    if sound("augment.cutmix", "augment.classmix") and settings.cutmix + settings.classmix > 1:
+        found["augment.classmix"] = (
+            f"{settings.classmix}; the sum of the probabilities augment.cutmix, {settings.cutmix}, and "
+            "augment.classmix must be at most 1"
         )
     if sound("augment.scale", "augment.scale_step") and settings.scale_step:
         steps = (settings.scale[1] - settings.scale[0]) / settings.scale_step

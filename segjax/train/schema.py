@@ -271,6 +271,20 @@ AUGMENT = Section(
             "Maximum change of brightness (of 255) in half of the crops; 0 for none. An alternative to photometric.",
         ),
         Setting(
+            "cutmix",
+            0.0,
+            Real(least=0, most=1),
+            "Probability that a random box of a crop is replaced by that of the next crop of the batch, labels "
+            "included (CutMix).",
+        ),
+        Setting(
+            "classmix",
+            0.0,
+            Real(least=0, most=1),
+            "Probability that the pixels of half of the classes of the next crop of the batch replace those of a crop, "
+            "labels included (ClassMix). cutmix + classmix is at most 1.",
+        ),
+        Setting(
             "on_device",
             "",
             ADDRESS,

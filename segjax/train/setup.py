@@ -23,7 +23,7 @@ from segjax import layers, losses, models
 from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
 from segjax.checkpoints.state_dict import model_metadata
-from segjax.data import class_weights, hooks, pipeline, specs
+from segjax.data import class_weights, hooks, mixing, pipeline, specs
 from segjax.data.augment import augment, normalise
 from segjax.data.crops import AugmentSettings
 from segjax.data.open import OpenSplit, open_splits, shared_splits
@@ -114,6 +114,10 @@ def build(
         "ignore_label": spec.ignore_label,
         "class_pixels": training.pixel_counts() if balanced else None,
     }
+    mix = None
+    if mixing.is_mixed(config.augment):
+        classes = dict(num_classes=spec.num_classes, ignore_label=spec.ignore_label)
+        mix = partial(mixing.mix, settings=config.augment, **classes)
     train_step = TrainStep(
         model=model,
         optimizer=optimizer,
@@ -123,6 +127,7 @@ def build(
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema,
         may_skip=config.train.may_skip,
+        mix=mix,
     )
     key = jax.random.key(config.seed)
     batches = make_batches(

@@ -19,6 +19,8 @@ from segjax.train.state import TrainState
 
 # An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, C), labels (B, h, w)).
 Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
+# `mixing.mix` with its settings: (keys (B,), images, labels, axis_name=...) -> (images, labels).
+Mix = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class TrainStep:
       may_skip: Number of consecutive steps that may be skipped because loss or gradient is not finite. One more stops
         the training: no later step changes the state, so the host, which reads the losses later, still finds the state
         before that step.
+      mix: Function that mixes the augmented samples of a batch; None for none.
     """
 
     model: FunctionalModel
@@ -51,6 +54,7 @@ class TrainStep:
     accumulate: int = 1
     ema_decay: float = 0.0
     may_skip: int = 0
+    mix: Mix | None = None
 
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
@@ -64,7 +68,7 @@ class TrainStep:
           key: Key of the run; the key of the step is folded from it.
           axis_name: Name of the mapped axis under pmap.
         """
-        images, labels, dropout_key = self.inputs(state, batch, key)
+        images, labels, dropout_key = self.inputs(state, batch, key, axis_name=axis_name)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
         # Counts depend only on labels, so every micro-batch and device can divide by the counts of the whole batch.
         counts = across(self.counts(labels))
@@ -86,11 +90,13 @@ class TrainStep:
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
     def inputs(
-        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Augmented images and labels, and the key for the model's random streams."""
+        """Augmented and mixed images and labels, and the key for the model's random streams."""
         sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
         images, labels = self.augment(sample_keys, batch)
+        if self.mix is not None:
+            images, labels = self.mix(sample_keys, images, labels, axis_name=axis_name)
         return images, labels, dropout_key
 
     def counts(self, labels: jax.Array) -> list[jax.Array]:
