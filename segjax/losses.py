@@ -440,6 +440,65 @@ class Criterion:
         return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The divergence of a student's logits from a teacher's, for distillation; all pixels count, labelled or not.
+
+    Sources: channel-wise distillation, Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", 2021;
+    pixel-wise distillation, Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
+
+    Attributes:
+      channel_wise: Factor of τ² / K Σ_k KL(φ(teacher_k) | φ(student_k)), where φ is the softmax over all pixels of a
+        channel's logits divided by τ.
+      pixel_wise: Factor of the mean over pixels of τ² KL(softmax(teacher) | softmax(student)), where the softmax over
+        classes is that of the logits divided by τ; with one class, of the two probabilities of a sigmoid.
+      temperature: τ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import losses
+      >>> divergence = losses.Divergence(channel_wise=3.0, pixel_wise=0.0, temperature=4.0)
+      >>> student = jnp.zeros((1, 2, 2, 1))
+      >>> teacher = jnp.array([[[[4.0], [0.0]], [[0.0], [0.0]]]])
+      >>> print(f"{divergence.total(student, teacher, jnp.array(1)):.4f}")
+      5.6637
+    """
+
+    channel_wise: float
+    pixel_wise: float
+    temperature: float
+
+    def total(self, student: jax.Array, teacher: jax.Array, count: jax.Array) -> jax.Array:
+        """Compute the contribution of these images to the mean over the images of the whole batch.
+
+        Args:
+          student: Logits (B, h, w, K).
+          teacher: Logits of the same shape.
+          count: Number of images of the whole batch.
+
+        Returns:
+          Scalar in at least float32.
+        """
+        dtype = precision.at_least_float32(student.dtype)
+        student, teacher = (logits.astype(dtype) / self.temperature for logits in (student, teacher))
+        total = jnp.zeros((), dtype)
+        if self.channel_wise:
+            by_channel = _divergence(*(_pixels_last(logits) for logits in (student, teacher)))  # (B, K)
+            total += self.channel_wise * jnp.sum(jnp.mean(by_channel, axis=1))
+        if self.pixel_wise:
+            if student.shape[-1] == 1:
+                student, teacher = (jnp.concatenate([jnp.zeros_like(x), x], axis=-1) for x in (student, teacher))
+            by_pixel = _divergence(student, teacher)  # (B, h, w)
+            total += self.pixel_wise * jnp.sum(jnp.mean(by_pixel, axis=(1, 2)))
+        return self.temperature**2 * total / count.astype(dtype)
+
+
+def _divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(softmax(teacher) | softmax(student)) over the last axis."""
+    log_taught = jax.nn.log_softmax(teacher, axis=-1)
+    return jnp.sum(jnp.exp(log_taught) * (log_taught - jax.nn.log_softmax(student, axis=-1)), axis=-1)
+
+
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count, or 0 with gradient 0 where the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

@@ -1043,6 +1043,70 @@ def test_labels_too_small_for_a_region_are_refused():
         criterion.total(logits, labels, criterion.counts(labels))
 
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+def divergence(p, q):
+    return np.sum(p * np.log(p / q))
+
+
+def channel_wise_by_hand(student, teacher, temperature):
+    """Shu et al., equation 4, divided by the channels, mean over images."""
+    images = []
+    for one, other in zip(student, teacher, strict=True):
+        channels = [
+            divergence(softmax(other[..., c].ravel() / temperature), softmax(one[..., c].ravel() / temperature))
+            for c in range(one.shape[-1])
+        ]
+        images.append(temperature**2 * np.mean(channels))
+    return np.mean(images)
+
+
+def pixel_wise_by_hand(student, teacher, temperature):
+    """Hinton et al., of the probabilities of each pixel; those of a single class are p and 1 - p."""
+
+    def probabilities(logits):
+        if logits.shape[-1] > 1:
+            return softmax(logits / temperature)
+        p = 1 / (1 + np.exp(-logits / temperature))
+        return np.concatenate([p, 1 - p], axis=-1)
+
+    p, q = probabilities(teacher), probabilities(student)
+    return temperature**2 * np.mean([divergence(p[place], q[place]) for place in np.ndindex(p.shape[:3])])
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("factors, temperature", [((3.0, 0.0), 4.0), ((0.0, 0.5), 2.0), ((1.5, 0.25), 1.0)])
+def test_divergences_from_a_teacher_are_their_published_definitions(factors, temperature, classes, float64):
+    rng = np.random.default_rng(classes)
+    student, teacher = 3 * rng.standard_normal((2, 3, 4, 6, classes))
+    loss = losses.Divergence(*factors, temperature=temperature)
+
+    def by_hand(student):
+        channel_wise = channel_wise_by_hand(student, teacher, temperature)
+        return factors[0] * channel_wise + factors[1] * pixel_wise_by_hand(student, teacher, temperature)
+
+    found, gradient = jax.value_and_grad(loss.total)(student, teacher, jnp.array(3.0))
+    np.testing.assert_allclose(found, by_hand(student), rtol=1e-12)
+    direction = rng.standard_normal(student.shape)
+    slope = (by_hand(student + 1e-5 * direction) - by_hand(student - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-7)
+    parts = [loss.total(student[i : i + 1], teacher[i : i + 1], jnp.array(3.0)) for i in range(3)]
+    np.testing.assert_allclose(found, sum(parts), rtol=1e-13)
+    assert abs(loss.total(teacher, teacher, jnp.array(3.0))) < 1e-15
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_divergences_of_extreme_logits_are_finite(classes):
+    signs = np.random.default_rng(0).choice([-1e4, 1e4], (2, 2, 4, 5, classes))
+    loss = losses.Divergence(3.0, 1.0, temperature=1.0)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        student, teacher = jnp.asarray(signs, dtype)
+        found, gradient = jax.value_and_grad(loss.total)(student, teacher, jnp.array(2))
+        assert found.dtype == jnp.float32 and np.isfinite(found) and found > 0
+        assert np.isfinite(gradient.astype(jnp.float32)).all()
+
+
 # ----------------------------------------------------------------------------------------------------- class weights
 
 

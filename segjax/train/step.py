@@ -15,6 +15,7 @@ from segjax import losses
 from segjax.data.augment import step_keys
 from segjax.models.functional import FunctionalModel
 from segjax.train import optim
+from segjax.train.distillation import Teacher
 from segjax.train.state import TrainState
 
 # An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, C), labels (B, h, w)).
@@ -44,6 +45,7 @@ class TrainStep:
         the training: no later step changes the state, so the host, which reads the losses later, still finds the state
         before that step.
       mix: Function that mixes the augmented samples of a batch; None for none.
+      teacher: Model from whose logits the student also learns; the state then holds its arrays.
     """
 
     model: FunctionalModel
@@ -55,6 +57,7 @@ class TrainStep:
     ema_decay: float = 0.0
     may_skip: int = 0
     mix: Mix | None = None
+    teacher: Teacher | None = None
 
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
@@ -100,10 +103,11 @@ class TrainStep:
         return images, labels, dropout_key
 
     def counts(self, labels: jax.Array) -> list[jax.Array]:
-        """The counts of the loss, and those of the auxiliary loss if it is a different one."""
+        """The counts of the loss, of the auxiliary loss if it is another one, and of images if there is a teacher."""
         auxiliary = self.criterion.auxiliary
         criteria = [self.criterion] if auxiliary == self.criterion else [self.criterion, auxiliary]
-        return [criterion.counts(labels) for criterion in criteria]
+        counts = [criterion.counts(labels) for criterion in criteria]
+        return counts if self.teacher is None else [*counts, jnp.asarray(labels.shape[0], float)]
 
     def gradients(
         self, state: TrainState, images: jax.Array, labels: jax.Array, counts: list[jax.Array], dropout_key: jax.Array
@@ -118,6 +122,7 @@ class TrainStep:
           dropout_key: Key of the model's random streams.
         """
         align_corners = self.model.align_corners
+        of_auxiliary = counts[0 if self.criterion.auxiliary == self.criterion else 1]
 
         def loss_of(trained, batch_stats, images, labels, key):
             model = self.model.bind(state.params | trained, batch_stats, key=key)
@@ -126,8 +131,10 @@ class TrainStep:
             if "aux_logits" in taps:
                 auxiliary = self.criterion.auxiliary.total
                 total = total + self.aux_weight * auxiliary(
-                    taps["aux_logits"], labels, counts[-1], align_corners=align_corners
+                    taps["aux_logits"], labels, of_auxiliary, align_corners=align_corners
                 )
+            if self.teacher is not None:
+                total = total + self.teacher.total(state.teacher, images, logits, counts[-1])
             return total, self.model.batch_stats_of(model)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)

@@ -513,7 +513,7 @@ BAD = {
     "model.drop_path_rate": (1.0, "1.0; must be at least 0 and less than 1"),
     "model.dtype": ("float16", "'float16'; must be 'float32' or 'bfloat16'"),
     "parallel": ("vmap", "'vmap'; must be 'jit' or 'pmap'"),
-    "optim.name": ("adam", "'adam'; must be 'adamw' or 'sgd'"),
+    "optim.name": ("adam", "'adam'; must be 'adamw', 'sgd' or the dotted name of an optimizer of optax"),
     "optim.warmup_steps": (-1, "-1; must be at least 0"),
     "train.steps": (-1, "-1; must be at least 0"),
     "train.log_every": (0, "0; must be at least 1"),
@@ -546,9 +546,7 @@ def test_mixing_needs_a_partner_and_probabilities_of_at_most_one(tmp_path, no_da
     with pytest.raises(RunError, match=r"config\.augment\.classmix: 0\.6; the sum of .* augment\.cutmix, 0\.5, and"):
         run(make_config(augment__cutmix=0.5, augment__classmix=0.6), tmp_path / "run")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    with pytest.raises(
-        RunError, match=r"augment\.cutmix: 0\.5; mixes samples of a batch, and train.batch is 1"
-    ):
+    with pytest.raises(RunError, match=r"augment\.cutmix: 0\.5; mixes samples of a batch, and train.batch is 1"):
         run(make_config(augment__cutmix=0.5, train__batch=1), tmp_path / "run")
 
 
