@@ -319,11 +319,17 @@ def _function_of_optax(name: str) -> Callable[..., optax.GradientTransformation]
     for part in modules:
         found = getattr(found, part, None)
     function = getattr(found, last, None)
-    if not inspect.isfunction(function) or any(part.startswith("_") for part in (*modules, last)):
+    # Some are partial functions; classes and types are callable, too.
+    is_function = callable(function) and not isinstance(function, type)
+    if not is_function or any(part.startswith("_") for part in (*modules, last)):
         close = difflib.get_close_matches(last, [word for word in dir(found) if not word.startswith("_")], n=1)
         hint = f"; did you mean {'.'.join(('optax', *modules, *close))}?" if close else ""
         raise SettingError("optim.name", f"{name!r}; optax {optax.__version__} has no such function{hint}")
-    if "learning_rate" not in inspect.signature(function).parameters:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    if "learning_rate" not in parameters:
         raise SettingError("optim.name", f"{name!r}; has no learning_rate, so it cannot follow the schedule")
     if last.startswith("schedule_free"):
         raise SettingError("optim.name", f"{name!r}; needs other weights for evaluation, and no schedule")
