@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parents[1]
 IGNORED = 255
 LOSS = dict(cross_entropy=1, ohem=0, dice=0, focal=0, lovasz=0, label_smoothing=0, focal_gamma=2)
 LOSS |= dict(ohem_threshold=0.7, ohem_min_kept=0.05, ohem_images=0, mean_over="labelled", aux="same")
-LOSS |= dict(tversky=0, tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1)
+LOSS |= dict(tversky=0, rmi=0, tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1)
 AUX_WEIGHT = 0.4
 SEEDS = (0, 1, 2)
 # A row may take so much of its former time.

@@ -327,6 +327,31 @@ def test_tversky_is_salehis_with_a_smoothing_of_one(classes, power, dtype, float
     assert_equal("tversky", by_image(tversky), classes, dtype, within, **settings)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 4])
+def test_rmi_is_zhaos_on_averages_of_cells(classes, dtype, float64, within):
+    def regions(x):
+        vectors = F.unfold(F.avg_pool2d(x, 4, 4, padding=2), 3).view(len(x), classes, 9, -1).double()
+        return vectors - vectors.mean(-1, keepdim=True)
+
+    def rmi(logits, labels):
+        valid = (labels != IGNORE)[:, None]
+        values = torch.arange(classes) if classes > 1 else torch.ones(1, dtype=torch.long)
+        y = regions(((labels[:, None] == values[:, None, None]) & valid).to(logits.dtype))
+        p = regions(torch.where(valid, torch.sigmoid(logits), 0.0))
+        ridge = 5e-4 * torch.eye(9, dtype=torch.float64)
+        unexplained = y @ y.mT - y @ p.mT @ torch.inverse(p @ p.mT + ridge) @ p @ y.mT
+        return (torch.logdet(unexplained + ridge) / 2 / 9).sum(1).mean()
+
+    def drawn(seed, small, large, classes, dtype):
+        logits, labels = draw(seed, small, large, classes, dtype)
+        # Of one class in blocks, so that there is structure to predict.
+        blocks = np.kron(labels[:, ::6, ::6], np.ones((1, 6, 6), np.uint8))[:, : large[0], : large[1]]
+        return logits, np.where(labels == IGNORE, labels, blocks)
+
+    assert_equal("rmi", rmi, classes, dtype, within, drawn=drawn, sizes=[((11, 15), (44, 60)), ((10, 13), (37, 50))])
+
+
 def lovasz_gradient(truth):
     """Berman et al., algorithm 1, of the truth in decreasing order of the errors."""
     intersection = truth.sum() - truth.cumsum(0)

@@ -8,8 +8,9 @@ Sources: focal loss, Lin et al., "Focal Loss for Dense Object Detection", 2017. 
 2016. Hard pixels only (OHEM), Shrivastava et al., 2016, applied to pixels as in Wu et al., "Bridging Category-level and
 Instance-level Semantic Image Segmentation", 2016, and to groups of images as in HRNet-Semantic-Segmentation. Lovász
 losses, Berman et al., "The Lovász-Softmax loss", 2018. Tversky loss, Salehi et al., 2017, and its focal form, Abraham
-and Khan, "A novel Focal Tversky loss function", 2019. Weights by median frequency, Eigen and Fergus, "Predicting
-Depth, Surface Normals and Semantic Labels", 2015.
+and Khan, "A novel Focal Tversky loss function", 2019. Region mutual information (RMI), Zhao et al., "Region Mutual
+Information Loss for Semantic Segmentation", 2019. Weights by median frequency, Eigen and Fergus, "Predicting Depth,
+Surface Normals and Semantic Labels", 2015.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from segjax.kernels import cells, precision
 from segjax.kernels import cross_entropy as kernels_cross_entropy
 from segjax.kernels.cross_entropy import pays
 
-TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky", "rmi")
 ALL_ZERO = f"{', '.join(TERMS)} are all 0; set at least one above 0"
 # Settings that may be any finite number of at least 0.
 REALS = ("focal_gamma", "tversky_alpha", "tversky_beta", "tversky_power")
@@ -39,6 +40,11 @@ MEANS = ("labelled", "all")
 AUXILIARY = ("same", "cross_entropy")
 # Terms divided by the number or weight of pixels. The others are means over images, or ohem over groups of images.
 PER_PIXEL = ("cross_entropy", "focal")
+# RMI: side of the cells of the average pooling, and what is added to the diagonal of covariances; the values of the
+# published training script.
+_RMI_POOL, _RMI_RIDGE = 4, 5e-4
+# Side of the labels from which RMI has a region of 3x3 pooled pixels.
+_RMI_LEAST_SIDE = 2 * _RMI_POOL
 
 
 def criterion(
@@ -128,7 +134,7 @@ class Criterion:
         its alpha, and ohem) multiply a pixel's loss by the weight of its class. As in torch, K > 1 divides by the sum
         of the weights; K = 1 has one weight, of the pixels labelled 1 (torch's pos_weight), and divides by the number
         of pixels. `mean_over` "all" and ohem in groups divide by numbers of pixels for any K. Dice, Tversky and Lovász
-        are means over classes and use no weights.
+        are means over classes, RMI is a sum over them, and none of these uses weights.
       factors: Pairs of a term's name and its factor above 0, in the order of `counts`.
       label_smoothing: Share of the label that cross_entropy spreads over all classes, as in torch. Other terms have no
         smoothing.
@@ -240,10 +246,10 @@ class Criterion:
           align_corners: Alignment of the upsampling, `SegmentationModel.align_corners` of the model.
 
         Returns:
-          Scalar in at least float32. A term whose count is 0 has loss 0 and gradient 0.
+          Scalar in at least float32. A term whose count is 0 has loss 0 and gradient 0. RMI may be negative.
 
         Raises:
-          ValueError: B is not a multiple of `self.group`.
+          ValueError: B is not a multiple of `self.group`, or the labels are too small for RMI.
         """
         logits = logits.astype(precision.at_least_float32(logits.dtype))
         height, width = labels.shape[1:3]
@@ -261,6 +267,7 @@ class Criterion:
             "focal": self._focal,
             "lovasz": self._lovasz,
             "tversky": self._tversky,
+            "rmi": self._rmi,
         }
         parts = [
             factor * _mean(sums[name](scores, labels), count)
@@ -378,6 +385,37 @@ class Criterion:
         losses = _lovasz_extension(_pixels_last(errors), _pixels_last(truth))  # (B, K)
         return jnp.sum(_mean(jnp.sum(jnp.where(counted, losses, 0), axis=1), jnp.sum(counted, axis=1)))
 
+    def _rmi(self, scores: _Scores, labels: jax.Array) -> jax.Array:
+        """½ log det(Σ_Y - Σ_YP (Σ_P + εI)⁻¹ Σ_PY + εI) / 9 of an image, summed over classes and over images.
+
+        Y and P are the labels and the sigmoids of the logits of a class, averaged over cells of 4x4 pixels. Each 3x3
+        cells are a vector, and Σ is the sum over these vectors, without their mean, of outer products; ε is 5e-4. The
+        determinant bounds how much of the labels' structure the predictions leave unexplained. Ignored pixels are 0 in
+        Y and in P. An image without labelled pixels has loss 0. The authors add it, in equal shares, to cross-entropy.
+
+        The authors compute in float64. Here ε is at least the rounding error of the matrix, and the matrix is in the
+        equal form Σ_R + ε A Aᵀ, with A = Σ_YP (Σ_P + εI)⁻¹ and R = Y - A P, which no rounding makes indefinite.
+        """
+        if min(labels.shape[1:]) < _RMI_LEAST_SIDE:
+            size = "x".join(map(str, labels.shape[1:]))
+            raise ValueError(
+                f"loss.rmi needs labels of at least {_RMI_LEAST_SIDE}x{_RMI_LEAST_SIDE} pixels; got {size}"
+            )
+        valid = (labels != self.ignore_label)[..., None]
+        probability = jnp.where(valid, jax.nn.sigmoid(scores.logits), 0)
+        truth, predicted = _regions(self._truth(labels).astype(probability.dtype)), _regions(probability)
+        of_predicted = _covariance(predicted, predicted)
+        ridge = _ridge(of_predicted)
+        # (B, K, 9, 9), transposed: the linear prediction of `truth` from `predicted`.
+        linear = jnp.linalg.solve(_with_diagonal(of_predicted, ridge), _covariance(predicted, truth))
+        rest = truth - jnp.einsum("bkij,bihwk->bjhwk", linear, predicted, precision=lax.Precision.HIGHEST)
+        squares = jnp.einsum("bkpi,bkpj->bkij", linear, linear, precision=lax.Precision.HIGHEST)
+        unexplained = _covariance(rest, rest) + ridge[..., None, None] * squares
+        root = jnp.linalg.cholesky(_with_diagonal(unexplained, _ridge(unexplained)))
+        diagonal = jnp.diagonal(root, axis1=-2, axis2=-1)  # (B, K, 9)
+        loss = jnp.sum(jnp.log(diagonal), axis=(1, 2)) / diagonal.shape[-1]
+        return jnp.sum(jnp.where(jnp.any(valid, axis=(1, 2, 3)), loss, 0))
+
     def _weighted(self, loss: jax.Array, labels: jax.Array) -> jax.Array:
         """`loss` (B, H, W) times the weight of each pixel's class."""
         if self.class_weights is None:
@@ -402,9 +440,106 @@ class Criterion:
         return (labels[..., None] == classes) & (labels != self.ignore_label)[..., None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The divergence of a student's logits from a teacher's, for distillation; all pixels count, labelled or not.
+
+    Sources: channel-wise distillation, Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", 2021;
+    pixel-wise distillation, Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
+
+    Attributes:
+      channel_wise: Factor of τ² / K Σ_k KL(φ(teacher_k) | φ(student_k)), where φ is the softmax over all pixels of a
+        channel's logits divided by τ.
+      pixel_wise: Factor of the mean over pixels of τ² KL(softmax(teacher) | softmax(student)), where the softmax over
+        classes is that of the logits divided by τ; with one class, of the two probabilities of a sigmoid.
+      temperature: τ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from segjax import losses
+      >>> divergence = losses.Divergence(channel_wise=3.0, pixel_wise=0.0, temperature=4.0)
+      >>> student = jnp.zeros((1, 2, 2, 1))
+      >>> teacher = jnp.array([[[[4.0], [0.0]], [[0.0], [0.0]]]])
+      >>> print(f"{divergence.total(student, teacher, jnp.array(1)):.4f}")
+      5.6637
+    """
+
+    channel_wise: float
+    pixel_wise: float
+    temperature: float
+
+    def total(self, student: jax.Array, teacher: jax.Array, count: jax.Array) -> jax.Array:
+        """Compute the contribution of these images to the mean over the images of the whole batch.
+
+        Args:
+          student: Logits (B, h, w, K).
+          teacher: Logits of the same shape.
+          count: Number of images of the whole batch.
+
+        Returns:
+          Scalar in at least float32.
+        """
+        dtype = precision.at_least_float32(student.dtype)
+        student, teacher = (logits.astype(dtype) / self.temperature for logits in (student, teacher))
+        total = jnp.zeros((), dtype)
+        if self.channel_wise:
+            by_channel = _divergence(*(_pixels_last(logits) for logits in (student, teacher)))  # (B, K)
+            total += self.channel_wise * jnp.sum(jnp.mean(by_channel, axis=1))
+        if self.pixel_wise:
+            if student.shape[-1] == 1:
+                student, teacher = (jnp.concatenate([jnp.zeros_like(x), x], axis=-1) for x in (student, teacher))
+            by_pixel = _divergence(student, teacher)  # (B, h, w)
+            total += self.pixel_wise * jnp.sum(jnp.mean(by_pixel, axis=(1, 2)))
+        return self.temperature**2 * total / count.astype(dtype)
+
+
+def _divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(softmax(teacher) | softmax(student)) over the last axis."""
+    log_taught = jax.nn.log_softmax(teacher, axis=-1)
+    return jnp.sum(jnp.exp(log_taught) * (log_taught - jax.nn.log_softmax(student, axis=-1)), axis=-1)
+
+
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count, or 0 with gradient 0 where the count is 0."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+
+
+def _regions(x: jax.Array) -> jax.Array:
+    """The 3x3 neighbours of pixels that are averaged over cells of 4x4, without their mean.
+
+    Args:
+      x: (B, H, W, K); it is padded with 2 zeros on each side, which count in averages, as in torch's avg_pool2d.
+
+    Returns:
+      (B, 9, h, w, K).
+    """
+    batch, *size, classes = x.shape
+    before = _RMI_POOL // 2
+    # A negative padding removes a row that fills no cell.
+    edges = [(before, _RMI_POOL - before - side % _RMI_POOL, 0) for side in size]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    height, width = (side // _RMI_POOL for side in padded.shape[1:3])
+    pooled = jnp.mean(padded.reshape(batch, height, _RMI_POOL, width, _RMI_POOL, classes), axis=(2, 4))
+    height, width = height - 2, width - 2
+    neighbours = [pooled[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    regions = jnp.stack(neighbours, axis=1)
+    return regions - jnp.mean(regions, axis=(2, 3), keepdims=True)
+
+
+def _covariance(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sum of outer products over space: twice (B, 9, h, w, K) -> (B, K, 9, 9)."""
+    return jnp.einsum("bihwk,bjhwk->bkij", x, y, precision=lax.Precision.HIGHEST)
+
+
+def _ridge(matrix: jax.Array) -> jax.Array:
+    """ε of RMI for matrices (..., n, n): `_RMI_RIDGE`, or their rounding error if that is larger."""
+    rounding = 10 * float(jnp.finfo(matrix.dtype).eps) * jnp.trace(matrix, axis1=-2, axis2=-1)
+    return lax.stop_gradient(jnp.maximum(_RMI_RIDGE, rounding))
+
+
+def _with_diagonal(matrix: jax.Array, ridge: jax.Array) -> jax.Array:
+    """matrix (..., n, n) + ridge (...) * I."""
+    return matrix + ridge[..., None, None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 class _Scores:

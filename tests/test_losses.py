@@ -221,10 +221,11 @@ def test_a_binary_probability_of_exactly_one_half_is_background():
 
 # ------------------------------------------------------------------------------------------------------------- terms
 
+# The terms of single pixels; rmi, of regions, has a section of its own.
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
 SETTINGS = {"label_smoothing": 0.0, "focal_gamma": 2.0, "ohem_threshold": 0.7, "ohem_min_kept": 1 / 16}
 SETTINGS |= {"tversky_alpha": 0.3, "tversky_beta": 0.7, "tversky_power": 1.0}
-SETTINGS |= {"ohem_images": 0, "mean_over": "labelled", "aux": "same"}
+SETTINGS |= {"ohem_images": 0, "mean_over": "labelled", "aux": "same", "rmi": 0.0}
 # Of 5 classes, of 3, and of a binary model's positive one; a weight of 0 takes a class out.
 WEIGHTS = {5: (0.5, 2.0, 0.0, 1.25, 3.0), 3: (0.3, 1.0, 2.5), 1: (2.5,)}
 
@@ -867,7 +868,7 @@ def test_the_defaults_are_plain_cross_entropy():
 
 
 def test_a_loss_without_any_term_is_refused():
-    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz, tversky are all 0; set"):
+    with pytest.raises(ValueError, match="cross_entropy, ohem, dice, focal, lovasz, tversky, rmi are all 0; set"):
         build({"cross_entropy": 0.0}, classes=5)
 
 
@@ -915,6 +916,195 @@ def test_all_problems_of_class_weights_are_in_one_error():
         build({"dice": 1.0}, classes=3, weights=(1.0, -2.0))
     for part in ("loss.class_weights has 2 numbers for 3 classes", "finite and not negative: (1.0, -2.0)"):
         assert part in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- region mutual information
+
+
+def vectors_of_regions(channel):
+    """The 9 numbers of each 3x3 cells, cells of 4x4 pixels, averaged with two rows of zeros around: (9, N)."""
+    padded = np.pad(channel, 2)
+    height, width = (side // 4 for side in padded.shape)
+    cells = padded[: 4 * height, : 4 * width].reshape(height, 4, width, 4).mean((1, 3))
+    places = itertools.product(range(height - 2), range(width - 2))
+    return np.array([cells[i : i + 3, j : j + 3].ravel() for i, j in places]).T
+
+
+def rmi_by_hand(logits, labels, ignore):
+    """Zhao et al., equation 15, with the covariances as sums, as their code has them."""
+    values, ridge = [], 5e-4 * np.eye(9)
+    for scores, truth in zip(upsampled(logits, labels.shape[1:]), labels, strict=True):
+        if (truth == ignore).all():
+            continue
+        total = 0.0
+        for c in range(scores.shape[-1]):
+            sigmoid = np.where(truth == ignore, 0, 1 / (1 + np.exp(-scores[..., c])))
+            is_class = (truth == (1 if scores.shape[-1] == 1 else c)) & (truth != ignore)
+            y, p = (vectors_of_regions(channel) for channel in (is_class.astype(float), sigmoid))
+            y, p = y - y.mean(1, keepdims=True), p - p.mean(1, keepdims=True)
+            unexplained = y @ y.T - y @ p.T @ np.linalg.inv(p @ p.T + ridge) @ p @ y.T
+            total += np.linalg.slogdet(unexplained + ridge)[1] / 2 / 9
+        values.append(total)
+    return np.mean(values)
+
+
+def draw_regions(seed, *, classes, size=(42, 51), batch=3, ignore=255):
+    """Labels of blocks that do not fit the cells, with logits that partly agree."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, max(classes, 2), (batch, 9, 11)).astype(np.uint8)
+    labels = np.kron(blocks, np.ones((1, 5, 5), np.uint8))[:, : size[0], : size[1]]
+    labels[rng.random(labels.shape) < 0.1] = ignore
+    logits = rng.standard_normal((batch, 9, 11, classes))
+    logits += 2.0 * (blocks[..., None] == (np.arange(classes) if classes > 1 else [1]))
+    return logits, labels
+
+
+@pytest.mark.parametrize("classes, ignore", [(1, 255), (4, 255), (4, 2)])
+def test_rmi_is_its_published_definition_and_slope(classes, ignore, float64):
+    criterion = build({"rmi": 0.5}, classes=classes, ignore=ignore)
+    for seed in (0, 1):
+        logits, labels = draw_regions(seed, classes=classes, ignore=ignore)
+        labels[seed] = ignore  # an image that does not count
+        loss, gradient = loss_of(criterion, logits, labels)
+        np.testing.assert_allclose(loss, 0.5 * rmi_by_hand(logits, labels, ignore), rtol=1e-10)
+        rng = np.random.default_rng(seed + 9)
+        for _ in range(3):
+            direction = rng.standard_normal(logits.shape)
+            above, below = (rmi_by_hand(logits + step * direction, labels, ignore) for step in (1e-5, -1e-5))
+            np.testing.assert_allclose(np.vdot(gradient, direction), 0.5 * (above - below) / 2e-5, rtol=1e-5)
+        assert not np.asarray(gradient)[seed].any() and np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_rmi_in_float32_is_its_definition(classes):
+    criterion = build({"rmi": 1.0}, classes=classes)
+    logits, labels = draw_regions(2, classes=classes, size=(45, 55))
+    loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
+    assert loss.dtype == gradient.dtype == jnp.float32
+    np.testing.assert_allclose(loss, rmi_by_hand(logits, labels, 255), rtol=2e-5)
+
+
+def test_rmi_falls_as_predictions_take_the_structure_of_the_labels():
+    logits, labels = draw_regions(3, classes=4)
+    criterion = build({"rmi": 1.0}, classes=4)
+    right = 6.0 * (labels[:, 2::5, 2::5, None] == np.arange(4)) - 3
+    flat = np.zeros_like(right)
+    found = [float(loss_of(criterion, jnp.asarray(s, jnp.float32), labels)[0]) for s in (right, logits, flat)]
+    assert found == sorted(found) and found[1] - found[0] > 0.3 and found[2] - found[1] > 0.3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_rmi_of_structure_without_noise_is_finite_in_float32(classes, dtype):
+    # Straight edges make covariances singular, and large crops make them large: in float32 the published form of the
+    # matrix is indefinite here.
+    labels = np.zeros((3, 256, 512), np.uint8)
+    labels[0, 128:], labels[1, :, 200:], labels[2, :, ::2] = 1, 1, 255
+    criterion = build({"rmi": 1.0}, classes=classes)
+    is_class = labels[:, ::4, ::4, None] == (np.arange(classes) if classes > 1 else [1])
+    for scores in (np.where(is_class, 9.0, -9.0), np.where(is_class, 1e4, -1e4), np.zeros(is_class.shape)):
+        loss, gradient = loss_of(criterion, jnp.asarray(scores, dtype), labels)
+        assert np.isfinite(loss) and np.isfinite(gradient.astype(jnp.float32)).all()
+    ignored = np.full_like(labels, 255)
+    loss, gradient = loss_of(criterion, jnp.asarray(scores, dtype), ignored)
+    assert loss == 0 and not np.asarray(gradient, np.float32).any()
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_rmi_of_parts_adds_up_and_does_not_read_ignored_pixels(classes, float64):
+    logits, labels = draw_regions(4, classes=classes, size=(24, 29), batch=4)
+    # As large as the labels, so that an ignored pixel is a pixel of the logits.
+    logits = upsampled(logits, labels.shape[1:])
+    labels[1] = 255
+    criterion = build({"rmi": 1.0}, classes=classes)
+    counts = criterion.counts(labels)
+    np.testing.assert_array_equal(counts, [3])
+    loss, gradient = loss_of(criterion, logits, labels)
+    pieces = [loss_of(criterion, logits[i : i + 2], labels[i : i + 2], counts) for i in (0, 2)]
+    np.testing.assert_allclose(loss, sum(piece for piece, _ in pieces), rtol=1e-13)
+    np.testing.assert_allclose(gradient, np.concatenate([g for _, g in pieces]), rtol=0, atol=1e-12)
+    ignored = labels == 255
+    other = np.where(ignored[..., None], 100 * logits[::-1] + 7, logits)
+    assert loss == loss_of(criterion, other, labels)[0]
+    assert not np.asarray(gradient)[ignored].any() and np.asarray(gradient)[~ignored].any()
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_rmi_of_four_devices_is_that_of_one(kind, float64):
+    logits, labels = draw_regions(5, classes=3, size=(12, 21), batch=4)
+    labels[3] = 255
+    assert_devices_equal_one(kind, build({"rmi": 0.5, "cross_entropy": 0.5}, classes=3), logits, labels)
+
+
+def test_labels_too_small_for_a_region_are_refused():
+    logits, labels = jnp.zeros((1, 2, 5, 3)), jnp.zeros((1, 7, 20), jnp.uint8)
+    criterion = build({"rmi": 1.0}, classes=3)
+    with pytest.raises(ValueError, match=r"loss\.rmi needs labels of at least 8x8 pixels; got 7x20"):
+        criterion.total(logits, labels, criterion.counts(labels))
+
+
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+def divergence(p, q):
+    return np.sum(p * np.log(p / q))
+
+
+def channel_wise_by_hand(student, teacher, temperature):
+    """Shu et al., equation 4, divided by the channels, mean over images."""
+    images = []
+    for one, other in zip(student, teacher, strict=True):
+        channels = [
+            divergence(softmax(other[..., c].ravel() / temperature), softmax(one[..., c].ravel() / temperature))
+            for c in range(one.shape[-1])
+        ]
+        images.append(temperature**2 * np.mean(channels))
+    return np.mean(images)
+
+
+def pixel_wise_by_hand(student, teacher, temperature):
+    """Hinton et al., of the probabilities of each pixel; those of a single class are p and 1 - p."""
+
+    def probabilities(logits):
+        if logits.shape[-1] > 1:
+            return softmax(logits / temperature)
+        p = 1 / (1 + np.exp(-logits / temperature))
+        return np.concatenate([p, 1 - p], axis=-1)
+
+    p, q = probabilities(teacher), probabilities(student)
+    return temperature**2 * np.mean([divergence(p[place], q[place]) for place in np.ndindex(p.shape[:3])])
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("factors, temperature", [((3.0, 0.0), 4.0), ((0.0, 0.5), 2.0), ((1.5, 0.25), 1.0)])
+def test_divergences_from_a_teacher_are_their_published_definitions(factors, temperature, classes, float64):
+    rng = np.random.default_rng(classes)
+    student, teacher = 3 * rng.standard_normal((2, 3, 4, 6, classes))
+    loss = losses.Divergence(*factors, temperature=temperature)
+
+    def by_hand(student):
+        channel_wise = channel_wise_by_hand(student, teacher, temperature)
+        return factors[0] * channel_wise + factors[1] * pixel_wise_by_hand(student, teacher, temperature)
+
+    found, gradient = jax.value_and_grad(loss.total)(student, teacher, jnp.array(3.0))
+    np.testing.assert_allclose(found, by_hand(student), rtol=1e-12)
+    direction = rng.standard_normal(student.shape)
+    slope = (by_hand(student + 1e-5 * direction) - by_hand(student - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-7)
+    parts = [loss.total(student[i : i + 1], teacher[i : i + 1], jnp.array(3.0)) for i in range(3)]
+    np.testing.assert_allclose(found, sum(parts), rtol=1e-13)
+    assert abs(loss.total(teacher, teacher, jnp.array(3.0))) < 1e-15
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_divergences_of_extreme_logits_are_finite(classes):
+    signs = np.random.default_rng(0).choice([-1e4, 1e4], (2, 2, 4, 5, classes))
+    loss = losses.Divergence(3.0, 1.0, temperature=1.0)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        student, teacher = jnp.asarray(signs, dtype)
+        found, gradient = jax.value_and_grad(loss.total)(student, teacher, jnp.array(2))
+        assert found.dtype == jnp.float32 and np.isfinite(found) and found > 0
+        assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
 # ----------------------------------------------------------------------------------------------------- class weights

@@ -20,7 +20,7 @@ from segjax.inference.engine import window_contradictions
 from segjax.runtime import console, memory
 from segjax.runtime.atomic import why_not_writable
 from segjax.runtime.reading import UnreadableError, user_path
-from segjax.train import schema
+from segjax.train import optim, schema
 
 # Settings that may differ when a run is resumed: none of them affects the steps before.
 FREE_ON_RESUME = (
@@ -125,6 +125,9 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
         found["train.batch"] = why
     elif sound("train.batch", "train.accumulate", "loss.ohem", "loss.ohem_images"):
         found |= _problem_of_groups(config.loss, config.train)
+    for name in ("cutmix", "classmix"):
+        if sound("train.batch", f"augment.{name}") and config.augment[name] and config.train.batch == 1:
+            found[f"augment.{name}"] = f"{config.augment[name]}; mixes samples of a batch, and train.batch is 1"
     if sound("eval.batch") and (why := _why_uneven(config.eval.batch, 1)):
         found["eval.batch"] = why
     if sound("eval.patience", "eval.every") and config.eval.patience and not config.eval.every:
@@ -135,6 +138,13 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
             found[f"eval.{name}"] = f"{config.eval[name]}; {problem}"
     if sound("init.checkpoint") and not resumes and (reason := _why_no_start(config.init.checkpoint)):
         found["init.checkpoint"] = reason
+    if sound("loss.distill", "loss.distill_cwd", "loss.distill_kl") and config.loss.distill:
+        if reason := _why_no_start(config.loss.distill):
+            found["loss.distill"] = reason
+        elif not config.loss.distill_cwd and not config.loss.distill_kl:
+            found["loss.distill"] = (
+                f"{config.loss.distill}; teaches nothing, because loss.distill_cwd and loss.distill_kl are 0"
+            )
     if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
         found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
     if "data.train_images" in schema.flattened(config) and sound("data.train_images", "data.eval_images", "data.size"):
@@ -142,6 +152,11 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
     # The images of a folder may have other numbers of channels, which only `setup.build` knows.
     channels = None if config.data.name == "folder" else 3
     found |= _contradictions_of_augment(config.augment, sound, channels)
+    if sound(*(key for key in schema.SETTINGS if key.startswith("optim."))):
+        try:
+            optim.check(config.optim)
+        except optim.SettingError as error:
+            found[error.key] = error.problem
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
@@ -221,6 +236,11 @@ def _contradictions_of_augment(
         found["augment.brightness"] = (
             f"{settings.brightness}; augment.photometric changes the brightness too; set it to false, or this to 0"
         )
+    if sound("augment.cutmix", "augment.classmix") and settings.cutmix + settings.classmix > 1:
+        found["augment.classmix"] = (
+            f"{settings.classmix}; the sum of the probabilities augment.cutmix, {settings.cutmix}, and "
+            "augment.classmix must be at most 1"
+        )
     if sound("augment.scale", "augment.scale_step") and settings.scale_step:
         steps = (settings.scale[1] - settings.scale[0]) / settings.scale_step
         if abs(steps - round(steps)) > 1e-6 * max(steps, 1):
@@ -270,7 +290,7 @@ def check_crop(settings: AugmentSettings, sizes: np.ndarray) -> float:
 
 
 def _why_no_start(source: str | None) -> str | None:
-    """The reason why training cannot start from a checkpoint, or None. It downloads nothing."""
+    """The reason why a checkpoint cannot be read, or None. It downloads nothing."""
     if not source:
         return None
     if huggingface.is_address(source):
@@ -322,7 +342,11 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
       RunError: Settings or data differ; the message lists them.
     """
     compared = [
-        {"config": schema.in_current_terms(metadata.get("config", {})), "dataset": metadata.get("dataset", {})}
+        {
+            "config": schema.in_current_terms(metadata.get("config", {})),
+            "dataset": metadata.get("dataset", {}),
+            "teacher": metadata.get("teacher", {}),
+        }
         for metadata in (before, now)
     ]
     of_model = [entry["config"].get("model", {}) for entry in compared]

@@ -11,8 +11,10 @@ import dataclasses
 import math
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar, TypeGuard
+
+from ml_collections import ConfigDict
 
 from segjax.data import class_weights, specs
 
@@ -188,6 +190,32 @@ class Multipliers:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerName:
+    """The name of an optimizer. Whether optax has it is only known where optax is imported."""
+
+    kind: ClassVar[type] = str
+    words: ClassVar[str] = "'adamw', 'sgd' or the dotted name of an optimizer of optax, as in 'optax.lion'"
+
+    def problem(self, value: object) -> str | None:
+        is_name = isinstance(value, str) and re.fullmatch(r"adamw|sgd|optax(\.[A-Za-z]\w*)+", value)
+        return None if is_name else self.words
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A dict from names of arguments to numbers, words, bools or None."""
+
+    kind: ClassVar[type] = ConfigDict
+    words: ClassVar[str] = "a dict from names of arguments to numbers or words, as in {'b1': 0.95}"
+
+    def problem(self, value: object) -> str | None:
+        if not isinstance(value, Mapping | ConfigDict):
+            return self.words
+        is_right = all(isinstance(key, str) and key.isidentifier() and _is_plain(value[key]) for key in value)
+        return None if is_right else self.words
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassWeights:
     """The name of a published scheme, or a number for each class. The number of classes is known only with the data."""
 
@@ -204,7 +232,20 @@ class ClassWeights:
         return "finite, not negative and not all 0" if is_wrong else None
 
 
-Constraint = Integer | Real | Boolean | Choice | Text | RegularExpression | Pair | Several | Multipliers | ClassWeights
+Constraint = (
+    Integer
+    | Real
+    | Boolean
+    | Choice
+    | Text
+    | RegularExpression
+    | Pair
+    | Several
+    | Multipliers
+    | OptimizerName
+    | Options
+    | ClassWeights
+)
 
 
 # Ranges of settings and of command arguments. Their ends are far beyond any need, and close to the memory of large
@@ -213,6 +254,12 @@ SIDE = Integer(1, 16_384)  # pixels
 BATCH = Integer(1, 4096)  # images or crops
 CLASSES = Integer(1, 10_000)
 SEED = Integer(0, 2**32 - 1)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool | int) or (_is_number(value) and math.isfinite(value))
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,12 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from segjax.models.stacked import NO_STACKS, Stacks
+from segjax.train.depth import depths
+
+# Optimizers computed as in torch; any other name is that of a function of optax.
+OWN = ("adamw", "sgd")
+# Arguments of optax's optimizers that other settings give.
+_GIVEN = ("learning_rate", "weight_decay", "mask", "weight_decay_mask")
 
 
 def _with_warmup(decayed: optax.Schedule, *, warmup_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -150,6 +158,10 @@ def rules(settings: ConfigDict, names: Iterable[str]) -> dict[str, Rule]:
     frozen = frozen_names(settings.frozen, names)
     no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
     factors = lr_factors(settings.lr_multipliers, names)
+    if settings.layer_decay != 1:
+        depth_of = depths(names)
+        deepest = max(depth_of.values())
+        factors = {name: factors[name] * settings.layer_decay ** (deepest - depth_of[name]) for name in names}
     return {name: Rule(name not in frozen, name not in no_decay, factors[name]) for name in names}
 
 
@@ -218,53 +230,160 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
+class SettingError(ValueError):
+    """Raised for a setting that the optimizer of optax cannot follow.
+
+    Attributes:
+      key: Dotted name of the setting.
+      problem: Its value, and what it must be.
+    """
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+
+def can_stack(settings: ConfigDict) -> bool:
+    """Whether the optimizer treats each number by itself, so that parameters may be joined in one array.
+
+    AdamW and SGD do. Optimizers of optax may read shapes and norms of whole parameters, as Muon and LARS do.
+    """
+    return settings.name in OWN
+
+
+def check(settings: ConfigDict) -> None:
+    """Checks the settings of an optimizer of optax without the parameters of a model; `settings` is `config.optim`.
+
+    Raises:
+      SettingError: The optimizer does not exist, or cannot follow a setting.
+    """
+    if settings.name in OWN:
+        if settings.options:
+            options = settings.options.to_dict()
+            raise SettingError("optim.options", f"{options}; {settings.name} has settings of its own; omit it")
+        return
+    rule = _from_optax(settings, lambda step: 1e-3 * step, lambda tree: jax.tree.map(lambda _: True, tree))
+    params = {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32), "bias": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    try:
+        updates, state = jax.eval_shape(lambda params: rule.update(params, rule.init(params), params), params)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SettingError("optim.name", f"{settings.name!r}; cannot be used for training: {reason}") from error
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise SettingError("optim.name", f"{settings.name!r}; returns no update of each parameter")
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise SettingError("optim.name", f"{settings.name!r}; keeps a random key, which no checkpoint can hold")
+
+
+def _from_optax(
+    settings: ConfigDict, rate: optax.Schedule, decays: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """The optimizer of optax that `optim.name` names.
+
+    Args:
+      settings: `config.optim`.
+      rate: Learning rate by step.
+      decays: Function from a tree of parameters to bools of the same structure, False for those without decay.
+
+    Raises:
+      SettingError: As in `check`.
+    """
+    function, options = _function_of_optax(settings.name), settings.options.to_dict()
+    parameters = inspect.signature(function).parameters
+    arguments: dict[str, Any] = {"learning_rate": rate}
+    if given := [name for name in options if name in _GIVEN]:
+        raise SettingError("optim.options", f"{options}; {', '.join(given)} of {settings.name} are other settings")
+    if unknown := [name for name in options if name not in parameters]:
+        known = ", ".join(name for name in parameters if name not in _GIVEN)
+        raise SettingError("optim.options", f"{options}; {settings.name} has no {', '.join(unknown)}; it has {known}")
+    if "weight_decay" in parameters:
+        arguments["weight_decay"] = settings.weight_decay
+    elif settings.weight_decay:
+        raise SettingError("optim.weight_decay", f"{settings.weight_decay}; {settings.name} has no weight decay; set 0")
+    mask = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
+    if mask:
+        arguments[mask] = decays
+    elif settings.no_decay and settings.weight_decay:
+        raise SettingError("optim.no_decay", f"{settings.no_decay!r}; {settings.name} decays all parameters; set ''")
+    try:
+        return function(**arguments, **options)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SettingError("optim.options", f"{options}; {settings.name} refuses them: {reason}") from error
+
+
+def _function_of_optax(name: str) -> Callable[..., optax.GradientTransformation]:
+    """The function of a dotted name, which has an argument `learning_rate`."""
+    found: Any = optax
+    *modules, last = name.split(".")[1:]
+    for part in modules:
+        found = getattr(found, part, None)
+    function = getattr(found, last, None)
+    # Some are partial functions; classes and types are callable, too.
+    is_function = callable(function) and not isinstance(function, type)
+    if not is_function or any(part.startswith("_") for part in (*modules, last)):
+        close = difflib.get_close_matches(last, [word for word in dir(found) if not word.startswith("_")], n=1)
+        hint = f"; did you mean {'.'.join(('optax', *modules, *close))}?" if close else ""
+        raise SettingError("optim.name", f"{name!r}; optax {optax.__version__} has no such function{hint}")
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    if "learning_rate" not in parameters:
+        raise SettingError("optim.name", f"{name!r}; has no learning_rate, so it cannot follow the schedule")
+    if last.startswith("schedule_free"):
+        raise SettingError("optim.name", f"{name!r}; needs other weights for evaluation, and no schedule")
+    return cast("Callable[..., optax.GradientTransformation]", function)
+
+
 def optimizer(
     settings: ConfigDict, names: Iterable[str], *, steps: int, stacks: Stacks = NO_STACKS
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW or SGD as in torch, with the published exceptions by parameter name.
+    """AdamW or SGD as in torch, or an optimizer of optax, with the published exceptions by parameter name.
 
     Args:
       settings: `config.optim`.
       names: Dotted names of all parameters of the model. They include frozen ones: a pattern may match only those.
       steps: Length of the schedule in steps.
-      stacks: Stacked parameters, which the optimizer also accepts in place of their members.
+      stacks: Stacked parameters, which the optimizer also accepts in place of their members; see `can_stack`.
 
     Returns:
       Transform of the parameters that are not frozen. Its `update` takes the bool scalar `accepted`: if it is False,
       the state does not change, and the updates must not be used.
 
     Raises:
-      ValueError: A name other than adamw and sgd, or a pattern that is found in no parameter.
+      ValueError: A pattern that is found in no parameter, or a model without known depths.
+      SettingError: The optimizer does not exist, or cannot follow a setting.
     """
     by_name: dict[str, Any] = stacks.with_stacks(rules(settings, names))
-    decay = optax.add_decayed_weights(
-        settings.weight_decay, mask=partial(jax.tree.map_with_path, lambda path, _: by_name[path[0].key].decays)
-    )
+    decays = partial(jax.tree.map_with_path, lambda path, _: by_name[path[0].key].decays)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=decays)
+    rate, by_rule = schedule(settings, steps=steps), _scale_by_rule(by_name)
+    by_rate = _if_accepted(optax.scale_by_learning_rate(rate))
     if settings.name == "adamw":
         # torch's AdamW: decay is added to the moments' update, eps is outside the root, the learning rate scales both.
-        rule = [_scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay]
+        rule = [_scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps), decay, by_rule, by_rate]
     elif settings.name == "sgd":
         # torch's SGD: decay is part of the gradient that the momentum accumulates.
-        rule = [decay, _if_accepted(optax.trace(decay=settings.momentum))]
+        rule = [decay, _if_accepted(optax.trace(decay=settings.momentum)), by_rule, by_rate]
     else:
-        raise ValueError(f"optim.name is 'adamw' or 'sgd'; got {settings.name!r}")
-    return optax.chain(
-        *([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []),
-        *rule,
-        _scale_by_rule(by_name),
-        _if_accepted(optax.scale_by_learning_rate(schedule(settings, steps=steps))),
-    )
+        rule = [_if_accepted(_from_optax(settings, rate, decays)), by_rule]
+    return optax.chain(*([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []), *rule)
 
 
 def learning_rates(settings: ConfigDict, names: Iterable[str], *, steps: int) -> Callable[[int], dict[str, float]]:
     """Returns a function from a step to its learning rates for the log: "lr", and "lr x10" for a factor of 10.
+
+    They are those of `optim.lr_multipliers`, before the decay by depth, which is the same at every step.
 
     Args:
       settings: `config.optim`.
       names: Dotted names of all parameters of the model; frozen ones have no rate.
       steps: Length of the schedule in steps.
     """
-    factors = sorted({rule.factor for rule in rules(settings, names).values() if rule.is_trained} - {1.0})
+    names = list(names)
+    multipliers = lr_factors(settings.lr_multipliers, names)
+    factors = sorted({multipliers[name] for name, rule in rules(settings, names).items() if rule.is_trained} - {1.0})
     base = schedule(settings, steps=steps)
 
     def rates(step: int) -> dict[str, float]:

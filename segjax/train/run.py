@@ -90,7 +90,7 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save everything that a resumed run needs."""
         self.log.cut(step)
-        host = self.fetch(state)
+        host = self.fetch(dataclasses.replace(state, teacher=()))
         scores = dataclasses.asdict(self.evaluator.scores)
         metadata = {**self.metadata, "step": step, "scores": scores, "window": self.recent.rows}
         self.checkpoints.save(step, weights_of(host), training_of(host), metadata)

@@ -26,6 +26,8 @@ from segjax.train.constraints import (
     Constraint,
     Integer,
     Multipliers,
+    OptimizerName,
+    Options,
     Pair,
     Real,
     RegularExpression,
@@ -271,6 +273,20 @@ AUGMENT = Section(
             "Maximum change of brightness (of 255) in half of the crops; 0 for none. An alternative to photometric.",
         ),
         Setting(
+            "cutmix",
+            0.0,
+            Real(least=0, most=1),
+            "Probability that a random box of a crop is replaced by that of the next crop of the batch, labels "
+            "included (CutMix).",
+        ),
+        Setting(
+            "classmix",
+            0.0,
+            Real(least=0, most=1),
+            "Probability that the pixels of half of the classes of the next crop of the batch replace those of a crop, "
+            "labels included (ClassMix). cutmix + classmix is at most 1.",
+        ),
+        Setting(
             "on_device",
             "",
             ADDRESS,
@@ -350,6 +366,13 @@ LOSS = Section(
         Setting("lovasz", 0.0, Real(least=0), "Factor of the Lovász loss."),
         Setting("tversky", 0.0, Real(least=0), "Factor of the Tversky loss."),
         Setting(
+            "rmi",
+            0.0,
+            Real(least=0),
+            "Factor of the region mutual information loss, a sum over classes that may be negative. Published with "
+            "0.5, and 0.5 for cross_entropy.",
+        ),
+        Setting(
             "class_weights",
             None,
             ClassWeights(),
@@ -405,6 +428,26 @@ LOSS = Section(
             "Number of consecutive images from which ohem selects hard pixels together; 0 selects them per image. "
             "HRNet: the images of a GPU, 3 on Cityscapes.",
         ),
+        Setting(
+            "distill",
+            "",
+            Text(),
+            "Teacher whose logits the model also learns: a checkpoint of the same classes and of any family, "
+            "hf:owner/name, or a name of `segjax weights`; empty for none.",
+        ),
+        Setting(
+            "distill_cwd",
+            3.0,
+            Real(least=0),
+            "Factor of the channel-wise divergence from the teacher. Shu et al. (2021): 3 on logits.",
+        ),
+        Setting("distill_kl", 0.0, Real(least=0), "Factor of the pixel-wise divergence (KL) from the teacher."),
+        Setting(
+            "distill_temperature",
+            4.0,
+            Real(above=0, most=1000),
+            "Number that divides logits in both divergences. Shu et al. (2021): 4.",
+        ),
         Setting("aux_weight", 0.4, Real(least=0), "Weight of the loss of auxiliary logits; only OCR models have them."),
         Setting(
             "aux",
@@ -419,7 +462,19 @@ OPTIM = Section(
     "optim",
     "optimizer and learning rate",
     (
-        Setting("name", "adamw", Choice(("adamw", "sgd")), "Optimizer, computed as in torch."),
+        Setting(
+            "name",
+            "adamw",
+            OptimizerName(),
+            "Optimizer: adamw or sgd, computed as in torch, or a function of optax, such as optax.contrib.muon.",
+        ),
+        Setting(
+            "options",
+            {},
+            Options(),
+            "Arguments of an optimizer of optax by name. Learning rate, weight decay and no_decay are those of the "
+            "other settings.",
+        ),
         Setting(
             "lr",
             6e-5,
@@ -464,6 +519,13 @@ OPTIM = Section(
             "Factors of the learning rate by parameter name. Published: the head learns ten times as fast as the "
             "backbone.",
             optional=True,
+        ),
+        Setting(
+            "layer_decay",
+            1.0,
+            Real(above=0, most=1),
+            "Factor of the learning rate for each step of depth from the head down to the stem; 1 for none (see "
+            "segjax/train/depth.py).",
         ),
         Setting(
             "frozen",
@@ -674,14 +736,18 @@ def require_complete(config: Mapping | ConfigDict) -> None:
         raise ValueError(f"the settings cannot be used:\n{lines}")
 
 
-def flattened(config: Mapping | ConfigDict) -> dict[str, object]:
-    """The settings of a config by dotted key."""
+def flattened(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, object]:
+    """The settings of a config, or of its part of keys that begin with `prefix`, by dotted key."""
     flat = {}
     for name, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
-            flat |= {f"{name}.{key}": entry for key, entry in flattened(value).items()}
+        key = prefix + name
+        if not isinstance(value, Mapping | ConfigDict):
+            flat[key] = value
+        elif key in SETTINGS:
+            # The value of a single setting.
+            flat[key] = dict(value)
         else:
-            flat[name] = value
+            flat |= flattened(value, f"{key}.")
     return flat
 
 

@@ -23,7 +23,7 @@ from segjax import layers, losses, models
 from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
 from segjax.checkpoints.state_dict import model_metadata
-from segjax.data import class_weights, hooks, pipeline, specs
+from segjax.data import class_weights, hooks, mixing, pipeline, specs
 from segjax.data.augment import augment, normalise
 from segjax.data.crops import AugmentSettings
 from segjax.data.open import OpenSplit, open_splits, shared_splits
@@ -31,12 +31,13 @@ from segjax.data.records import Records, records_of
 from segjax.inference.engine import Protocol, predict_labels
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
-from segjax.models.stacked import stacks_for
+from segjax.models.stacked import NO_STACKS, stacks_for
 from segjax.runtime import console, memory
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.runtime.parallel import Parallel, parallel_for
 from segjax.train import optim
 from segjax.train.config import RunError, check_crop, model_overrides, plain
+from segjax.train.distillation import load_teacher
 from segjax.train.evaluator import Evaluator, Scores
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
@@ -95,12 +96,18 @@ def build(
     begins = load_initial_weights(module, config.init, checkpoint) if is_new else ""
     model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
     optimizer, state = make_optimizer(model, config.optim, config.train)
+    teacher = None
+    if config.loss.distill:
+        teacher = load_teacher(config.loss, spec, crop=config.augment.crop, mean=mean, std=std)
+        state = dataclasses.replace(state, teacher=teacher.arrays())
 
     size = _evaluated_size(records_of(evaluation.data).sizes, Protocol.of(config.eval))
     metadata = run_metadata(plain(config), model_metadata(module), spec, size)
     metadata["normalisation"] = {"mean": list(mean), "std": list(std)}
     if not kind.is_rgb:
         metadata["image_dtype"] = kind.dtype
+    if teacher is not None:
+        metadata["teacher"] = teacher.metadata(config.loss.distill)
     start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
@@ -114,6 +121,10 @@ def build(
         "ignore_label": spec.ignore_label,
         "class_pixels": training.pixel_counts() if balanced else None,
     }
+    mix = None
+    if mixing.is_mixed(config.augment):
+        classes = dict(num_classes=spec.num_classes, ignore_label=spec.ignore_label)
+        mix = partial(mixing.mix, settings=config.augment, **classes)
     train_step = TrainStep(
         model=model,
         optimizer=optimizer,
@@ -123,6 +134,8 @@ def build(
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema,
         may_skip=config.train.may_skip,
+        mix=mix,
+        teacher=teacher,
     )
     key = jax.random.key(config.seed)
     batches = make_batches(
@@ -222,6 +235,7 @@ def summary(
     return {
         "model": f"{model.spec.name}, {count:,} parameters, computes in {config.model.dtype}",
         "start": begins,
+        **({"teacher": config.loss.distill} if config.loss.distill else {}),
         "data": f"{training.spec.name}, {training.spec.num_classes} classes{images}",
         "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
         f"{len(records_of(evaluation.data))} to evaluate ({config.data.eval_split})",
@@ -433,11 +447,11 @@ def make_functional(
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
     params, batch_stats = FunctionalModel(module).arrays()
     execution = layers.BlockExecution.of(scan_blocks=training.scan_blocks, remat=training.remat)
+    stacks = NO_STACKS
+    if optim.can_stack(optimizer):
+        stacks = stacks_for(execution, params, batch_stats, alike=optim.rules(optimizer, params))
     return FunctionalModel(
-        module,
-        frozen=optim.frozen_names(optimizer.frozen, params),
-        execution=execution,
-        stacks=stacks_for(execution, params, batch_stats, alike=optim.rules(optimizer, params)),
+        module, frozen=optim.frozen_names(optimizer.frozen, params), execution=execution, stacks=stacks
     )
 
 

@@ -26,6 +26,7 @@ class TrainState:
       batch_stats: Running statistics by dotted name.
       opt_state: State of the optax transform.
       ema: Exponential moving average of parameters and statistics by dotted name, or None.
+      teacher: Arrays of `Teacher.arrays`, which are in no checkpoint; empty without a teacher.
     """
 
     step: jax.Array
@@ -34,6 +35,7 @@ class TrainState:
     batch_stats: dict[str, jax.Array]
     opt_state: optax.OptState
     ema: dict[str, jax.Array] | None
+    teacher: tuple[jax.Array, ...] = ()
 
     @classmethod
     def start(cls, params: dict, batch_stats: dict, opt_state: optax.OptState, *, ema: bool = False) -> TrainState:
@@ -85,6 +87,7 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
         batch_stats={name: own[name] for name in state.batch_stats},
         opt_state=rest["optimizer"],
         ema=None if state.ema is None else {name: weights[name] for name in state.ema},
+        teacher=state.teacher,
     )
 
 

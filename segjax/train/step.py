@@ -15,10 +15,13 @@ from segjax import losses
 from segjax.data.augment import step_keys
 from segjax.models.functional import FunctionalModel
 from segjax.train import optim
+from segjax.train.distillation import Teacher
 from segjax.train.state import TrainState
 
 # An augmentation: (keys (B,), {"image", "label", "size", ...}) -> (normalised images (B, h, w, C), labels (B, h, w)).
 Augment = Callable[[jax.Array, dict], tuple[jax.Array, jax.Array]]
+# `mixing.mix` with its settings: (keys (B,), images, labels, axis_name=...) -> (images, labels).
+Mix = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +44,8 @@ class TrainStep:
       may_skip: Number of consecutive steps that may be skipped because loss or gradient is not finite. One more stops
         the training: no later step changes the state, so the host, which reads the losses later, still finds the state
         before that step.
+      mix: Function that mixes the augmented samples of a batch; None for none.
+      teacher: Model from whose logits the student also learns; the state then holds its arrays.
     """
 
     model: FunctionalModel
@@ -51,6 +56,8 @@ class TrainStep:
     accumulate: int = 1
     ema_decay: float = 0.0
     may_skip: int = 0
+    mix: Mix | None = None
+    teacher: Teacher | None = None
 
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
@@ -64,7 +71,7 @@ class TrainStep:
           key: Key of the run; the key of the step is folded from it.
           axis_name: Name of the mapped axis under pmap.
         """
-        images, labels, dropout_key = self.inputs(state, batch, key)
+        images, labels, dropout_key = self.inputs(state, batch, key, axis_name=axis_name)
         across = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.psum(tree, axis_name))
         # Counts depend only on labels, so every micro-batch and device can divide by the counts of the whole batch.
         counts = across(self.counts(labels))
@@ -86,18 +93,21 @@ class TrainStep:
         return state, {"loss": loss, "gradient_norm": gradient_norm, "stopped": stopped}
 
     def inputs(
-        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+        self, state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Augmented images and labels, and the key for the model's random streams."""
+        """Augmented and mixed images and labels, and the key for the model's random streams."""
         sample_keys, dropout_key = step_keys(key, state.step, batch["position"])
         images, labels = self.augment(sample_keys, batch)
+        if self.mix is not None:
+            images, labels = self.mix(sample_keys, images, labels, axis_name=axis_name)
         return images, labels, dropout_key
 
     def counts(self, labels: jax.Array) -> list[jax.Array]:
-        """The counts of the loss, and those of the auxiliary loss if it is a different one."""
+        """The counts of the loss, of the auxiliary loss if it is another one, and of images if there is a teacher."""
         auxiliary = self.criterion.auxiliary
         criteria = [self.criterion] if auxiliary == self.criterion else [self.criterion, auxiliary]
-        return [criterion.counts(labels) for criterion in criteria]
+        counts = [criterion.counts(labels) for criterion in criteria]
+        return counts if self.teacher is None else [*counts, jnp.asarray(labels.shape[0], float)]
 
     def gradients(
         self, state: TrainState, images: jax.Array, labels: jax.Array, counts: list[jax.Array], dropout_key: jax.Array
@@ -112,6 +122,7 @@ class TrainStep:
           dropout_key: Key of the model's random streams.
         """
         align_corners = self.model.align_corners
+        of_auxiliary = counts[0 if self.criterion.auxiliary == self.criterion else 1]
 
         def loss_of(trained, batch_stats, images, labels, key):
             model = self.model.bind(state.params | trained, batch_stats, key=key)
@@ -120,8 +131,10 @@ class TrainStep:
             if "aux_logits" in taps:
                 auxiliary = self.criterion.auxiliary.total
                 total = total + self.aux_weight * auxiliary(
-                    taps["aux_logits"], labels, counts[-1], align_corners=align_corners
+                    taps["aux_logits"], labels, of_auxiliary, align_corners=align_corners
                 )
+            if self.teacher is not None:
+                total = total + self.teacher.total(state.teacher, images, logits, counts[-1])
             return total, self.model.batch_stats_of(model)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)

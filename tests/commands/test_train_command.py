@@ -90,6 +90,8 @@ def test_config_takes_a_recipe_or_a_file(spelled, reference):
         (["--config.init.keep=('decode_head.*',)"], "init.keep", ("decode_head.*",)),
         (["--config.optim.frozen=('patch_embed','block1')"], "optim.frozen", ("patch_embed", "block1")),
         (["--config.optim.lr_multipliers=(('head',3.0),)"], "optim.lr_multipliers", (("head", 3.0),)),
+        (["--config.optim.options={'b1': 0.95}"], "optim.options", {"b1": 0.95}),
+        (["--config.optim.name=optax.lion"], "optim.name", "optax.lion"),
         (["--config.loss.class_weights=median_frequency"], "loss.class_weights", "median_frequency"),
         (["--config.loss.class_weights=(1.0, 2.5)"], "loss.class_weights", (1.0, 2.5)),
         (["--config.model.drop_path_rate=0.25"], "model.drop_path_rate", 0.25),

@@ -20,7 +20,7 @@ from segjax.train.state import TrainState
 from segjax.train.step import TrainStep
 from tests.tiny import FAMILIES, abstract_family, abstract_model, tiny_model
 
-LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0, tversky=0.0)
+LOSS = dict(cross_entropy=1.0, ohem=0.0, dice=0.0, focal=0.0, lovasz=0.0, tversky=0.0, rmi=0.0)
 LOSS |= dict(label_smoothing=0.0, focal_gamma=2.0, ohem_threshold=0.7, ohem_min_kept=0.1)
 LOSS |= dict(tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1.0, ohem_images=0, mean_over="labelled", aux="same")
 

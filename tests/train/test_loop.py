@@ -506,11 +506,12 @@ BAD = {
     "augment.crop": ((8, 64), r"\(8, 64\); must be \(height, width\), each at least 32"),
     "augment.scale": ((2.0, 0.5), r"\(2.0, 0.5\); must be \(smallest, largest\)"),
     "augment.flip": (1.5, "1.5; must be at least 0 and at most 1"),
+    "augment.cutmix": (1.5, "1.5; must be at least 0 and at most 1"),
     "model.name": ("segformer_b7", "'segformer_b7'; no such model; did you mean 'segformer_b"),
     "model.drop_path_rate": (1.0, "1.0; must be at least 0 and less than 1"),
     "model.dtype": ("float16", "'float16'; must be 'float32' or 'bfloat16'"),
     "parallel": ("vmap", "'vmap'; must be 'jit' or 'pmap'"),
-    "optim.name": ("adam", "'adam'; must be 'adamw' or 'sgd'"),
+    "optim.name": ("adam", "'adam'; must be 'adamw', 'sgd' or the dotted name of an optimizer of optax"),
     "optim.warmup_steps": (-1, "-1; must be at least 0"),
     "train.steps": (-1, "-1; must be at least 0"),
     "train.log_every": (0, "0; must be at least 1"),
@@ -526,7 +527,7 @@ BAD = {
     "train.may_skip": (-1, "-1; must be at least 0"),
     "init.keep": (("head.*",), "needs init.checkpoint"),
     "loss.ohem_threshold": (1.5, "1.5; must be at least 0 and at most 1"),
-    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz, tversky are all 0; set"),
+    "loss.cross_entropy": (0.0, "0.0; cross_entropy, ohem, dice, focal, lovasz, tversky, rmi are all 0; set"),
 }
 
 
@@ -537,6 +538,14 @@ def test_a_setting_that_cannot_be_used_is_refused_before_anything_is_done(key, t
         run(make_config(**{key.replace(".", "__"): value}), tmp_path / "run")
     assert f"config.{key}" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_mixing_needs_a_partner_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
+    with pytest.raises(RunError, match=r"config\.augment\.classmix: 0\.6; the sum of .* augment\.cutmix, 0\.5, and"):
+        run(make_config(augment__cutmix=0.5, augment__classmix=0.6), tmp_path / "run")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(RunError, match=r"augment\.cutmix: 0\.5; mixes samples of a batch, and train.batch is 1"):
+        run(make_config(augment__cutmix=0.5, train__batch=1), tmp_path / "run")
 
 
 def test_all_settings_that_cannot_be_used_are_named_in_one_error(tmp_path, no_data):

@@ -16,6 +16,7 @@ from configs import segformer
 from segjax import layers
 from segjax.recipes import common
 from segjax.train import optim
+from tests.tiny import abstract_family
 
 # ---------------------------------------------------------------------------------------------------------- schedules
 
@@ -158,11 +159,6 @@ def test_three_updates_are_those_of_torch_with_param_groups(name, by_hand, seed,
         assert np.abs(expected - start[key]).max() > 1e-3, key
 
 
-def test_another_optimizer_is_refused_by_name():
-    with pytest.raises(ValueError, match="'adamw' or 'sgd'; got 'adam'"):
-        optim.optimizer(settings_of("adam"), SHAPES, steps=STEPS)
-
-
 # --------------------------------------------------------------------------------------------- which parameters it is
 
 
@@ -299,6 +295,217 @@ def test_a_log_has_the_base_rate_and_one_for_every_trained_factor():
     assert list(optim.learning_rates(settings, SHAPES, steps=STEPS)(0)) == ["lr", "lr x0.25"]
     settings.lr_multipliers = ()
     assert list(optim.learning_rates(settings, SHAPES, steps=STEPS)(0)) == ["lr"]
+
+
+# ------------------------------------------------------------------------------------------------------ decay by depth
+
+# Family of `tests.tiny.FAMILIES`, what its depths are, and the depth of names that begin so; all others are the head's.
+_TWO = dict(depths=(1, 2, 1, 1))
+_MIT = {
+    "backbone.patch_embed1": 0,
+    "backbone.block1.0.": 1,
+    "backbone.norm1.": 1,
+    "backbone.patch_embed2": 2,
+    "backbone.block2.0.": 2,
+    "backbone.block2.1.": 3,
+    "backbone.norm2.": 3,
+    "backbone.patch_embed3": 4,
+    "backbone.block3.0.": 4,
+    "backbone.norm3.": 4,
+    "backbone.patch_embed4": 5,
+    "backbone.block4.0.": 5,
+    "backbone.norm4.": 5,
+}
+_HRNET = {
+    ("conv1.", "conv2.", "bn1.", "bn2."): 0,
+    "layer1.0.": 1,
+    "layer1.1.": 2,
+    ("transition1.", "stage2.0.branches.0.0.", "stage2.0.branches.1.0.", "stage2.0.fuse_layers."): 3,
+    ("transition2.", "stage3.0.branches.0.0.", "stage3.0.branches.1.0.", "stage3.0.branches.2.0."): 4,
+    ("stage3.0.branches.0.1.", "stage3.0.branches.1.1.", "stage3.0.branches.2.1.", "stage3.0.fuse_layers."): 5,
+    ("stage3.1.branches.0.0.", "stage3.1.branches.1.0.", "stage3.1.branches.2.0."): 6,
+    ("stage3.1.branches.0.1.", "stage3.1.branches.1.1.", "stage3.1.branches.2.1.", "stage3.1.fuse_layers."): 7,
+    ("transition3.", *(f"stage4.0.branches.{branch}.0." for branch in range(4)), "stage4.0.fuse_layers."): 8,
+}
+_TWO_MODULES = dict(stage_modules=(1, 1, 2, 1), stage_blocks=(2, 1, 2, 1))
+DEPTHS = {
+    "segformer": (_TWO, _MIT, 6),
+    "plain": (_TWO, _MIT, 6),
+    "mmseg": (_TWO, _MIT, 6),
+    "segnext": (_TWO, _MIT, 6),
+    "simple": (
+        _TWO,
+        {
+            "mit.stages.0.1.": 0,
+            "mit.stages.0.2.0.": 1,
+            ("mit.stages.1.1.", "mit.stages.1.2.0."): 2,
+            "mit.stages.1.2.1.": 3,
+            ("mit.stages.2.1.", "mit.stages.2.2.0."): 4,
+            ("mit.stages.3.1.", "mit.stages.3.2.0."): 5,
+        },
+        6,
+    ),
+    "zuppichini": (
+        _TWO,
+        {
+            "encoder.stages.0.overlap_patch_merge.": 0,
+            ("encoder.stages.0.blocks.0.", "encoder.stages.0.norm."): 1,
+            ("encoder.stages.1.overlap_patch_merge.", "encoder.stages.1.blocks.0."): 2,
+            ("encoder.stages.1.blocks.1.", "encoder.stages.1.norm."): 3,
+            "encoder.stages.2.": 4,
+            "encoder.stages.3.": 5,
+        },
+        6,
+    ),
+    "hrnet": (_TWO_MODULES, _HRNET, 9),
+    "ocr": (_TWO_MODULES, _HRNET, 9),
+}
+
+
+@pytest.mark.parametrize("family", DEPTHS)
+def test_depths_are_those_of_the_table_and_the_rates_decay_with_the_distance_from_the_head(family):
+    sizes, table, head = DEPTHS[family]
+    names = parameter_names(abstract_family(family, **sizes))
+    settings = common.get_config("streets").optim
+    settings.update(layer_decay=0.5, no_decay="", lr_multipliers=((r"\.bias$", 3.0),))
+    found = optim.rules(settings, names)
+    used = set()
+    for name in names:
+        prefixes = [prefix for prefix in table if name.startswith(prefix)]
+        assert len(prefixes) <= 1, name
+        used.update(prefixes)
+        depth = table[prefixes[0]] if prefixes else head
+        expected = 0.5 ** (head - depth) * (3 if name.endswith(".bias") else 1)
+        assert found[name].factor == expected, name
+    assert used == set(table) and any(rule.factor == 1 for rule in found.values())
+
+
+def test_updates_decay_with_depth_and_the_log_has_the_multipliers_alone():
+    settings = settings_of("sgd")
+    settings.update(layer_decay=0.5, lr_multipliers=(("head", 10.0),), weight_decay=0.0, warmup_steps=0, momentum=0.0)
+    settings.no_decay = ""
+    names = ["backbone.patch_embed1.proj.kernel", "backbone.block1.0.fc.kernel", "decode_head.fc.kernel"]
+    ones = {name: jnp.ones((2, 3)) for name in names}
+    transform = optim.optimizer(settings, names, steps=STEPS)
+    updates, _ = transform.update(ones, transform.init(ones), ones)
+    for name, factor in zip(names, (0.25, 0.5, 10.0), strict=True):
+        np.testing.assert_allclose(updates[name], -LR * factor, rtol=1e-6)
+    assert list(optim.learning_rates(settings, names, steps=STEPS)(0)) == ["lr", "lr x10"]
+
+
+def test_a_decay_by_depth_of_unknown_parameters_is_refused():
+    settings = settings_of("sgd")
+    settings.layer_decay = 0.9
+    with pytest.raises(ValueError, match=r"optim\.layer_decay: the depths of a model with parameters like 'backbone"):
+        optim.rules(settings, SHAPES)
+    with pytest.raises(ValueError, match=r"optim\.layer_decay: the depth of the parameter 'backbone\.pos_embed' is"):
+        settings.update(no_decay="", lr_multipliers=())
+        optim.rules(settings, ["backbone.block1.0.fc.kernel", "backbone.pos_embed"])
+
+
+# ------------------------------------------------------------------------------------------------- optimizers of optax
+
+
+def lion_by_hand(name, values, gradients):
+    """Chen et al., 2023, algorithm 2, with b1 = 0.8 and optax's b2 = 0.99."""
+    multiplier, decay = group(name)
+    m = np.zeros_like(values)
+    for step, gradient in enumerate(gradients):
+        lr = multiplier * rate(step)
+        values = values - lr * (np.sign(0.8 * m + 0.2 * gradient) + decay * values)
+        m = 0.99 * m + 0.01 * gradient
+    return values
+
+
+def muon_by_hand(name, values, gradients):
+    """Jordan et al., 2024, for matrices, with Nesterov momentum and optax's factor of shape; otherwise Adam without
+    decay."""
+    multiplier, decay = group(name)
+    m, v = np.zeros_like(values), np.zeros_like(values)
+    for step, gradient in enumerate(gradients):
+        lr = multiplier * rate(step)
+        if values.ndim == 2:
+            m = 0.9 * m + (1 - 0.9) * gradient
+            ahead = 0.9 * m / (1 - 0.9 ** (step + 2)) + (1 - 0.9) * gradient / (1 - 0.9 ** (step + 1))
+            x = ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
+            x = x / (np.linalg.norm(x) + 1e-8)
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+            x = x.T if ahead.shape[0] > ahead.shape[1] else x
+            update = x * np.sqrt(max(1, x.shape[1] / x.shape[0])) + decay * values
+        else:
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            ahead = 0.9 * m / (1 - 0.9 ** (step + 2)) + 0.1 * gradient / (1 - 0.9 ** (step + 1))
+            update = ahead / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        values = values - lr * update
+    return values
+
+
+@pytest.mark.parametrize(
+    "name, options, by_hand",
+    [("optax.lion", {"b1": 0.8}, lion_by_hand), ("optax.contrib.muon", {"beta": 0.9}, muon_by_hand)],
+)
+def test_an_optimizer_of_optax_follows_schedule_decay_and_multipliers(name, options, by_hand, float64):
+    rng = np.random.default_rng(3)
+    start = {key: rng.standard_normal(shape) for key, shape in SHAPES.items()}
+    gradients = [{key: rng.standard_normal(shape) for key, shape in SHAPES.items()} for _ in range(3)]
+    settings = settings_of(name)
+    settings.options = options
+    optim.check(settings)
+    assert not optim.can_stack(settings)
+    transform = optim.optimizer(settings, SHAPES, steps=STEPS)
+    params = jax.tree.map(jnp.array, start)
+    state = transform.init(params)
+    for gradient in gradients:
+        updates, state = transform.update(jax.tree.map(jnp.array, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    for key in SHAPES:
+        expected = by_hand(key, start[key], [gradient[key] for gradient in gradients])
+        np.testing.assert_allclose(params[key], expected, rtol=1e-6, err_msg=key)
+    # A step that is not accepted leaves the state as it is.
+    _, after = transform.update(jax.tree.map(jnp.array, gradients[0]), state, params, accepted=jnp.array(False))
+    for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "name, given, key, problem",
+    [
+        ("optax.lyon", {}, "optim.name", "has no such function; did you mean optax.lion?"),
+        ("optax.contrib.munon", {}, "optim.name", "did you mean optax.contrib.muon?"),
+        ("optax._src.alias.lion", {}, "optim.name", "has no such function"),
+        ("optax.contrib.sam", {}, "optim.name", "has no learning_rate"),
+        ("optax.contrib", {}, "optim.name", "has no such function"),
+        ("optax.contribs.muon", {}, "optim.name", "has no such function"),
+        ("optax.AdaptState", {}, "optim.name", "has no such function"),
+        ("optax.ScaleByAdamState", {}, "optim.name", "has no such function"),
+        ("optax.ScalarOrSchedule", {}, "optim.name", "has no"),
+        ("optax.contrib.schedule_free_adamw", {}, "optim.name", "needs other weights for evaluation"),
+        ("optax.lbfgs", {"weight_decay": 0.0}, "optim.name", "'optax.lbfgs'; cannot be used for training: "),
+        ("optax.adam", {}, "optim.weight_decay", "0.05; optax.adam has no weight decay; set 0"),
+        ("optax.contrib.prodigy", {}, "optim.no_decay", "'norm'; optax.contrib.prodigy decays all parameters; set ''"),
+        ("optax.lion", {"options": {"beta": 0.9}}, "optim.options", "optax.lion has no beta; it has b1, b2, mu_dtype"),
+        ("optax.lion", {"options": {"learning_rate": 1.0}}, "optim.options", "learning_rate of optax.lion are other"),
+        ("adamw", {"options": {"b1": 0.9}}, "optim.options", "adamw has settings of its own"),
+    ],
+)
+def test_what_an_optimizer_of_optax_cannot_follow_is_refused_by_setting(name, given, key, problem):
+    settings = settings_of(name)
+    settings.update(given)
+    with pytest.raises(optim.SettingError) as caught:
+        optim.check(settings)
+    assert caught.value.key == key and problem in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "name", ["adam", "adamax", "lamb", "lars", "adan", "nadamw", "rmsprop", "sgd", "contrib.ademamix"]
+)
+def test_other_optimizers_of_optax_are_usable(name):
+    settings = settings_of(f"optax.{name}")
+    settings.update(weight_decay=0.0, no_decay="")
+    optim.check(settings)
 
 
 # ------------------------------------------------------------------------------------------------------------ clipping

@@ -87,6 +87,10 @@ def refused_by(allowed):
             yield from ("head", ("head", 10.0), (("head",),), (("head", 1.0, 2.0),), ((),))
             yield from ((("head", bad),) for bad in (-1.0, NAN, INF, "10", True, 10**400))
             yield from ((("(", 1.0),), ((1, 1.0),), (("head", 1.0), ["norm", 1.0]))
+        case constraints.OptimizerName():
+            yield from ("", "adam", "optax", "optax.", "optax._src.alias.lion", "torch.optim.Adam", "optax.lion()", 3)
+        case constraints.Options():
+            yield from ("b1", (("b1", 0.9),), {1: 0.9}, {"b 1": 0.9}, {"b1": NAN}, {"b1": {"b2": 1}}, {"b1": object()})
         case constraints.ClassWeights():
             yield from ("median", "Cityscapes", (), (0.0, 0.0), 3, (1.0, "2"))
             yield from ((1.0, bad) for bad in (-1.0, NAN, INF))
@@ -135,6 +139,9 @@ PUBLISHED = {
     "data.source": (None, "/data/camvid", "archive.zip"),
     "loss.class_weights": (None, "", "median_frequency", "cityscapes", (1.0, 2.5), [0, 1]),
     "optim.lr_multipliers": ((), (("head", 10.0),), (("head", 2), ("norm", 0.0))),
+    "optim.name": ("adamw", "sgd", "optax.lion", "optax.contrib.muon"),
+    "optim.options": ({}, {"b1": 0.95, "nesterov": False, "mu_dtype": None}, {"ns_coeffs": (3.4, -4.7, 2.0)}),
+    "optim.layer_decay": (1.0, 0.9, 0.65),
     "optim.no_decay": ("", "norm", r"blocks\.\d+"),
     "init.checkpoint": (None, "", "hf:nvidia/mit-b0", "runs/mine"),
     "init.keep": ((), ("decode_head.linear_pred.*",)),
