@@ -33,6 +33,7 @@ ON_TOP = (
     "card",
     "compare",
     "convert",
+    "demo",
     "evaluate",
     "export",
     "inspect",

@@ -39,6 +39,10 @@ class LayoutError(ImageError):
     """A whole image, of a shape or of numbers that are not read."""
 
 
+class TooManyPixelsError(ImageError):
+    """An image with more pixels than are decoded."""
+
+
 # ------------------------------------------------------------------------------------------------------------- headers
 
 
@@ -106,9 +110,9 @@ def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError for a (height, width) of no pixels, or of more than `max_pixels`."""
+    """Raises ImageError for a (height, width) of no pixels, TooManyPixelsError for one of more than `max_pixels`."""
     if size[0] * size[1] > max_pixels:
-        raise ImageError(
+        raise TooManyPixelsError(
             f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}{HIGHER_LIMIT}"
         )
     if 0 in size:
