@@ -20,12 +20,13 @@ from segjax.inference.engine import window_contradictions
 from segjax.runtime import console, memory
 from segjax.runtime.atomic import why_not_writable
 from segjax.runtime.reading import UnreadableError, user_path
-from segjax.train import schema
+from segjax.train import schema, trackers
 
 # Settings that may differ when a run is resumed: none of them affects the steps before.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
+    "train.trackers",
     "train.remat",
     "train.scan_blocks",
     "eval.",
@@ -142,6 +143,8 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
     # The images of a folder may have other numbers of channels, which only `setup.build` knows.
     channels = None if config.data.name == "folder" else 3
     found |= _contradictions_of_augment(config.augment, sound, channels)
+    if sound("train.trackers") and (why := trackers.why_missing(config.train.trackers)):
+        found["train.trackers"] = f"{config.train.trackers}; {why}"
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found
