@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": ("segjax.commands.compare", "the difference of two models on the same images"),
     "audit": ("segjax.commands.audit", "regions of masks that a model contradicts"),
     "predict": ("segjax.commands.predict", "label maps and overlays of images and videos"),
+    "demo": ("segjax.commands.demo", "a page that shows predictions of your images"),
     "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
     "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),

@@ -34,6 +34,7 @@ ON_TOP = (
     "card",
     "compare",
     "convert",
+    "demo",
     "evaluate",
     "export",
     "inspect",

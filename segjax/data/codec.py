@@ -39,6 +39,10 @@ class LayoutError(ImageError):
     """An undamaged image whose shape or dtype cannot be used."""
 
 
+class TooManyPixelsError(ImageError):
+    """An image with more pixels than are decoded."""
+
+
 # ------------------------------------------------------------------------------------------------------------- headers
 
 
@@ -106,9 +110,9 @@ def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError if a size (height, width) has no pixels, or more than `max_pixels`."""
+    """Raises ImageError if a size (height, width) has no pixels, TooManyPixelsError if it has more than `max_pixels`."""
     if size[0] * size[1] > max_pixels:
-        raise ImageError(
+        raise TooManyPixelsError(
             f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}{HIGHER_LIMIT}"
         )
     if 0 in size:

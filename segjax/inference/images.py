@@ -65,8 +65,7 @@ def read_image(path: Path, *, scale: Scale | None = None, max_pixels: int = MAX_
         data = reading.read_bytes(path, most=most)
     except reading.UnreadableError as error:
         raise ImageError(str(error).removeprefix(f"{path}: ")) from None
-    image, white = decode_upright(data, max_pixels=max_pixels)
-    return _as_rgb(image, scale, white)
+    return decode(data, specs.ImageKind(), scale=scale, max_pixels=max_pixels)
 
 
 def as_image(
@@ -104,7 +103,21 @@ def read_bands(path: Path, kind: specs.ImageKind, *, max_pixels: int = MAX_PIXEL
         data = reading.read_bytes(path, most=most)
     except reading.UnreadableError as error:
         raise ImageError(str(error).removeprefix(f"{path}: ")) from None
-    return of_kind(bands.decode(data, max_pixels=max_pixels), kind)
+    return decode(data, kind, max_pixels=max_pixels)
+
+
+def decode(
+    data: bytes, kind: specs.ImageKind, *, scale: Scale | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decodes a file's content as the image (H, W, C) of the kind that a model takes; `as_image` has the arguments.
+
+    Raises:
+      ValueError: It is no such image, is damaged, has too many pixels or values of an unknown scale.
+    """
+    if not kind.is_rgb:
+        return of_kind(bands.decode(data, max_pixels=max_pixels), kind)
+    image, white = decode_upright(data, max_pixels=max_pixels)
+    return _as_rgb(image, scale, white)
 
 
 def of_kind(image: np.ndarray, kind: specs.ImageKind) -> np.ndarray:

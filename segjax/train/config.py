@@ -20,12 +20,13 @@ from segjax.inference.engine import window_contradictions
 from segjax.runtime import console, memory
 from segjax.runtime.atomic import why_not_writable
 from segjax.runtime.reading import UnreadableError, user_path
-from segjax.train import optim, schema
+from segjax.train import optim, schema, trackers
 
 # Settings that may differ when a run is resumed: none of them affects the steps before.
 FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
+    "train.trackers",
     "train.remat",
     "train.scan_blocks",
     "eval.",
@@ -157,6 +158,8 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
             optim.check(config.optim)
         except optim.SettingError as error:
             found[error.key] = error.problem
+    if sound("train.trackers") and (why := trackers.why_missing(config.train.trackers)):
+        found["train.trackers"] = f"{config.train.trackers}; {why}"
     if not any(config.loss[name] for name in losses.TERMS):
         found["loss.cross_entropy"] = f"{config.loss.cross_entropy}; {losses.ALL_ZERO}"
     return found

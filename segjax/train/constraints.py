@@ -162,7 +162,7 @@ class Pair:
 class Several:
     """A tuple of at least `least` entries that meet the same constraint."""
 
-    of: Text | RegularExpression | Real
+    of: Text | RegularExpression | Real | Choice
     words: str
     least: int = 0
     kind: ClassVar[type] = tuple

@@ -65,8 +65,8 @@ def train(
 ) -> int:
     """Train a model, or resume its training.
 
-    It writes checkpoints/, best/, metrics.jsonl and tensorboard/ in `workdir`, and at the end result.json, curve.png
-    and predictions/.
+    It writes checkpoints/, best/, metrics.jsonl and, unless `config.train.trackers` lacks it, tensorboard/ in
+    `workdir`, and at the end result.json, curve.png and predictions/.
 
     Args:
       config: Config of the run, as a recipe returns it.
@@ -142,11 +142,12 @@ def _train(
     progress.describe(run.summary, run.warnings, start=run.first, steps=run.steps)
     program = setup.compile_step(run, state)
     run.evaluator.refuse_too_large(state)
-    with run.checkpoints, run.log, run.batches, StopRequest() as stop, Progress(run.first, run.steps) as bar:
-        step, state, evaluation = _fit(run, program, state, stop, bar)
-    if evaluation is None:
-        return stop.exit_status
-    _write_result(run, step, state, evaluation)
+    with run.log:
+        with run.checkpoints, run.batches, StopRequest() as stop, Progress(run.first, run.steps) as bar:
+            step, state, evaluation = _fit(run, program, state, stop, bar)
+        if evaluation is None:
+            return stop.exit_status
+        _write_result(run, step, state, evaluation)
     return 0
 
 
@@ -230,6 +231,8 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
         draw(run, evaluation.predicted)
         # Written last, because it marks a run as finished.
         atomic.write_text(run.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        for name in ("result.json", "curve.png"):
+            run.log.artifact(run.workdir / name, "result")
     progress.report(result, run.spec, run.workdir)
 
 

@@ -1,11 +1,9 @@
-"""The log of a run: metrics.jsonl, and the same records for TensorBoard."""
+"""The log of a run: metrics.jsonl, and the same records for TensorBoard and other trackers."""
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,9 @@ from typing_extensions import TypedDict
 from segjax.data import bands, specs
 from segjax.runtime import atomic, console
 from segjax.runtime.reading import UnreadableError, checked, parse_json, read_bytes
+from segjax.train import tensorboard
+from segjax.train.tensorboard import TensorBoard
+from segjax.train.trackers import GUESTS, TENSORBOARD, Guests, Position
 from segjax.viz import pictures
 
 
@@ -25,18 +26,25 @@ class _Record(TypedDict):
 
 
 class Log:
-    """metrics.jsonl, one record per line, and TensorBoard's event files, without gaps or duplicates in resumed runs.
+    """metrics.jsonl, one record per line, and the trackers, without gaps or duplicates in resumed runs.
 
-    Event files cannot be truncated. So there is one for each interval between two checkpoints, named after its first
-    step. When a run resumes, the files that begin at its checkpoint or later are removed and written again.
-
-    Entering the context truncates both to the checkpoint.
+    Entering the context truncates metrics.jsonl and TensorBoard's files to the checkpoint, and opens the other
+    trackers; its end closes them all.
 
     Attributes:
       records: All records so far, including those before the run was resumed.
     """
 
-    def __init__(self, workdir: Path, start: int, *, evaluated: bool, active: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        start: int,
+        *,
+        evaluated: bool,
+        active: bool = True,
+        trackers: Sequence[str] = (TENSORBOARD,),
+        settings: Mapping[str, Any] = {},
+    ):
         """Creates a log, which reads and writes no file yet.
 
         Args:
@@ -45,13 +53,16 @@ class Log:
           evaluated: Whether the checkpoint includes the evaluation after that step. Otherwise the run evaluates again,
             and the record of the evaluation is dropped too.
           active: Whether this process writes; only one of several processes does.
+          trackers: Names of trackers, of `trackers.NAMES`.
+          settings: Settings of the run, for the trackers.
         """
         self.records: list[dict[str, Any]] = []
-        self._path = workdir / "metrics.jsonl"
-        self._events = workdir / "tensorboard"
+        self._workdir, self._path, self._events = workdir, workdir / "metrics.jsonl", workdir / "tensorboard"
         self._start, self._evaluated, self._active = start, evaluated, active
-        self._writer = None
-        self._interval = f"from-{start:09d}"
+        self._settings = settings
+        self._guest_names = [name for name in trackers if name in GUESTS] if active else []
+        self._board = TensorBoard(self._events, start) if active and TENSORBOARD in trackers else None
+        self._guests: Guests | None = None
 
     def __enter__(self) -> Log:
         lines = read_bytes(self._path).split(b"\n") if self._path.exists() else []
@@ -62,16 +73,13 @@ class Log:
             console.say(f"{self._path}: {len(odd)} of {len(lines) - 1} lines are not records of a run and are skipped")
         if self._active:
             atomic.write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
-            for path in self._events.glob("*"):
-                # The folder may hold files of other programs, such as TensorBoard's profiler.
-                if found := re.search(r"\.(from|final)-(\d+)$", path.name):
-                    begins = int(found[2])
-                    if begins > self._start or (begins == self._start and (found[1] == "from" or not self._evaluated)):
-                        path.unlink()
+            tensorboard.remove_after(self._events, self._start, evaluated=self._evaluated)
+        reached = max((_position(record) for record, _ in records if record), default=(0, False))
+        self._guests = Guests(self._guest_names, self._workdir, self._settings, start=self._start, reached=reached)
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self.close(failed=kind is not None)
 
     def _is_kept(self, record: Mapping[str, Any]) -> bool:
         if record["step"] == self._start:
@@ -85,59 +93,49 @@ class Log:
             return
         with atomic.naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        from tensorboardX import summary
-
-        for tag, number in _scalars(record):
-            self._event(record["step"], summary.scalar(tag, number))
-        if self._writer is not None:
-            with atomic.naming(self._events):
-                self._writer.flush()
+        values = dict(_scalars(record))
+        if self._board is not None:
+            self._board.scalars(record["step"], values)
+        if self._guests is not None:
+            self._guests.scalars(_position(record), values)
 
     def picture(
         self, step: int, name: str, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec
     ) -> None:
-        """Writes image, truth and prediction, side by side, for TensorBoard only."""
-        if self._active:
-            from tensorboardX import summary
+        """Writes image, truth and prediction of an evaluation, side by side, for the trackers only."""
+        if not self._active:
+            return
+        row = [bands.as_picture(image), pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
+        name, joined = f"predictions/{console.one_line(name)}", np.concatenate(row, axis=1)
+        if self._board is not None:
+            self._board.image(step, name, joined)
+        if self._guests is not None:
+            self._guests.image((step, True), name, joined)
 
-            row = [bands.as_picture(image), pictures.colourise(truth, spec), pictures.colourise(predicted, spec)]
-            joined = np.concatenate(row, axis=1)
-            self._event(step, summary.image(f"predictions/{console.one_line(name)}", joined, dataformats="HWC"))
-
-    def _event(self, step: int, summary: Any) -> None:
-        # Not tensorboardX's SummaryWriter, which writes in a thread: a full disk ends that thread, and the run then
-        # waits for it forever.
-        from tensorboardX import RecordWriter
-
-        # protobuf creates the class at import, so type checkers do not see it.
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-        with atomic.naming(self._events):
-            if self._writer is None:
-                self._events.mkdir(parents=True, exist_ok=True)
-                # TensorBoard reads files in the order of their names, which begin with the time.
-                path = self._events / f"events.out.tfevents.{time.time():.6f}.{self._interval}"
-                self._writer = RecordWriter(str(path))
-                self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-            self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+    def artifact(self, path: Path, kind: str) -> None:
+        """Gives a file of the run's folder to the trackers."""
+        if self._guests is not None:
+            self._guests.artifact(path, kind)
 
     def cut(self, step: int) -> None:
         """Begins an event file for the records after the checkpoint of `step`; call it before saving the checkpoint."""
-        self._begin(f"from-{step:09d}")
+        if self._board is not None:
+            self._board.begin(f"from-{step:09d}")
 
     def begin_final(self, step: int) -> None:
         """Begins an event file for the evaluation after the last step, whose checkpoint is already saved."""
-        self._begin(f"final-{step:09d}")
+        if self._board is not None:
+            self._board.begin(f"final-{step:09d}")
 
-    def _begin(self, interval: str) -> None:
-        self.close()
-        self._interval = interval
+    def close(self, *, failed: bool = False) -> None:
+        if self._board is not None:
+            self._board.close(failed)
+        if self._guests is not None:
+            self._guests.close(failed)
 
-    def close(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            with atomic.naming(self._events):
-                writer.close()
+
+def _position(record: Mapping[str, Any]) -> Position:
+    return record["step"], "mean_iou" in record
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

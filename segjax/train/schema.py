@@ -34,6 +34,7 @@ from segjax.train.constraints import (
     Several,
     Text,
 )
+from segjax.train.trackers import NAMES, TENSORBOARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +348,15 @@ TRAIN = Section(
             "scan_blocks, which then applies to every group of equal blocks.",
         ),
         Setting("log_every", 50, Integer(1), "Steps between two lines of metrics.jsonl."),
+        Setting(
+            "trackers",
+            (TENSORBOARD,),
+            Several(
+                Choice(NAMES), f"a tuple of {', '.join(NAMES[:-1])} and {NAMES[-1]}, as in ('tensorboard', 'wandb')"
+            ),
+            "Programs that get the lines of metrics.jsonl, and pictures of predictions, too. The others have extras of "
+            "their names.",
+        ),
     ),
 )
 

@@ -149,7 +149,14 @@ def build(
         start=start.step,
         cache_gb=config.data.cache_gb,
     )
-    log = Log(workdir, start.step, evaluated=start.scores.evaluated == start.step, active=is_lead())
+    log = Log(
+        workdir,
+        start.step,
+        evaluated=start.scores.evaluated == start.step,
+        active=is_lead(),
+        trackers=config.train.trackers,
+        settings=plain(config),
+    )
     evaluator = Evaluator(
         config.eval,
         model,
