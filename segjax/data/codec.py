@@ -110,7 +110,7 @@ def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def refuse_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises ImageError if a size (height, width) has no pixels, TooManyPixelsError if it has more than `max_pixels`."""
+    """Raises ImageError if a size (height, width) is empty, TooManyPixelsError above `max_pixels` pixels."""
     if size[0] * size[1] > max_pixels:
         raise TooManyPixelsError(
             f"has {size[0]}x{size[1]} pixels, {size[0] * size[1]:,}, more than {max_pixels:,}{HIGHER_LIMIT}"

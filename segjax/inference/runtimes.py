@@ -93,8 +93,11 @@ def metadata_path(path: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
     with reading.open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _only_input(inputs: Sequence[Any], path: Path) -> Any:

@@ -326,7 +326,7 @@ def _function_of_optax(name: str) -> Callable[..., optax.GradientTransformation]
         hint = f"; did you mean {'.'.join(('optax', *modules, *close))}?" if close else ""
         raise SettingError("optim.name", f"{name!r}; optax {optax.__version__} has no such function{hint}")
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = inspect.signature(cast("Callable[..., Any]", function)).parameters
     except (TypeError, ValueError):
         parameters = {}
     if "learning_rate" not in parameters:

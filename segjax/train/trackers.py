@@ -116,6 +116,8 @@ class _Mlflow:
     MOST_PARAMS, MOST_METRICS, MOST_CHARACTERS = 100, 1000, 6000  # of one call, and of one value
 
     def __init__(self, workdir: Path, name: str, id: str):
+        # From 3.2 on, MLflow reports its use to its makers.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         mlflow: Any = importlib.import_module("mlflow")
         for logger in ("mlflow", "alembic"):
             logging.getLogger(logger).setLevel(logging.WARNING)
@@ -165,6 +167,8 @@ class _Trackio:
     def __init__(self, workdir: Path, name: str, id: str):
         # The name is what it knows a run by.
         self._name = f"{name}-{id}"
+        # Gradio, on which it is built, reports its use to its makers.
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         self._trackio: Any = importlib.import_module("trackio")
         self._run: Any = None
 
