@@ -213,6 +213,16 @@ def test_sides_left_open_have_names_in_onnx(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_of_torch_has_only_operations_of_inference(tmp_path):
+    # Core ML's converter takes no others.
+    export_model(tiny("segnext"), tmp_path / "a.pt2", size=(64, 96))
+    program = torch.export.load(tmp_path / "a.pt2")
+    operations = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert program.dialect == "ATEN"
+    assert "aten.batch_norm.default" not in operations and "aten.feature_dropout.default" not in operations
+    assert "aten._native_batch_norm_legit_no_training.default" in operations
+
+
 def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path):
     torch_program.write_torch(tmp_path / "a.pt2", tiny("simple"), ExportFormat("torch", (64, 96), dynamic=True), {})
     program = torch.export.load(tmp_path / "a.pt2").module()

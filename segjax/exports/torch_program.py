@@ -76,11 +76,16 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
         }
     with torch.no_grad(), quiet_torch():
         program = torch.export.export(Program(model, export_format).eval(), (images,), dynamic_shapes=(open_sizes,))
+    _forget_origins(program)
+    return program
+
+
+def _forget_origins(program: torch.export.ExportedProgram) -> None:
+    """Removes where operations come from: folders and numbers of this process, which would be written with each."""
     for graph_module in program.graph_module.modules():
         for node in getattr(getattr(graph_module, "graph", None), "nodes", ()):
-            # Stack traces contain folders of this machine, and would be written with each operation.
-            node.meta.pop("stack_trace", None)
-    return program
+            for origin in ("stack_trace", "from_node"):
+                node.meta.pop(origin, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -89,7 +94,10 @@ def traced(model: SegmentationModel, export_format: ExportFormat) -> torch.expor
 def write_torch(path: Path, model: SegmentationModel, export_format: ExportFormat, metadata: dict[str, object]) -> None:
     """Writes a program of `torch.export`, which PyTorch runs without segjax, with the metadata as an extra file.
 
-    It is not TorchScript, which is deprecated and checks no shapes.
+    It is not TorchScript, which is deprecated and checks no shapes. The operations are those of inference, which
+    converters such as Core ML's take.
     """
     with quiet_torch():
-        torch.export.save(traced(model, export_format), path, extra_files={ABOUT: json.dumps(metadata)})
+        program = traced(model, export_format).run_decompositions({})
+        _forget_origins(program)
+        torch.export.save(program, path, extra_files={ABOUT: json.dumps(metadata)})

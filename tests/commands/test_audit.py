@@ -63,7 +63,7 @@ WRONG = {
     ("model", "streets", "--mean", "0", "0", "0"): "--mean and --std are for exported files",
     ("model", "streets", "--temperature", "fitted"): "no temperature was fitted for the weights of model:",
     ("nowhere", "streets"): "segjax audit: nowhere: there is no such file",
-    ("model", "camvid"): "the model has 19 classes of streets, and camvid has 11",
+    ("model", "camvid"): "the model has 19 classes of streets, but camvid has 11",
 }
 
 
