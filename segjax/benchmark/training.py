@@ -27,7 +27,7 @@ def training_step(
     remat: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainStep, Callable[[Arrays, Arrays], TrainState]]:
-    """The step of a model for labels with the ignored value 255, uncompiled.
+    """The uncompiled step of a model, for labels that ignore 255.
 
     Args:
       model: Its arrays may be shapes and dtypes only.
@@ -35,8 +35,8 @@ def training_step(
       axis_name: `Parallel.axis_name`.
 
     Returns:
-      The step; and a function of parameters and running statistics that returns the state before the first step, which
-      shares arrays with them and may be traced.
+      The step; and a traceable function from parameters and running statistics to the initial state, which shares
+      their arrays.
     """
     config = common.get_config("folder")
     config.optim.update(lr=LR, weight_decay=WEIGHT_DECAY, no_decay="", warmup_steps=0, lr_multipliers=())

@@ -31,7 +31,7 @@ def describe(source: str, *, weights: str | None = None) -> list[tuple[str, str]
     overrides = metadata["model"]["overrides"]
     settings = ", ".join(f"{key}={_value(value)}" for key, value in sorted(overrides.items()))
     mean, std = (" ".join(f"{number:g}" for number in metadata["normalisation"][key]) for key in ("mean", "std"))
-    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: values are not changed)"
+    by_default = " (ImageNet's, by default)" if model.in_channels == 3 else " (unknown: not applied)"
     default = "" if "normalisation" in checkpoint.metadata else by_default
     images = specs.ImageKind(model.in_channels, metadata.get("image_dtype"))
     size = metadata["input_size"]
@@ -80,7 +80,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
         return
     classes = classes_of(metadata, num_classes)
     if dataset.get("guessed"):
-        yield "classes", f"{num_classes}, unnamed: probably those of {classes.name}, which has the same number"
+        yield "classes", f"{num_classes}, unnamed: probably {classes.name}'s, by their number"
     else:
         yield "classes", f"{num_classes}" + (f" of {classes.name}" if classes.name != "unknown" else "")
     colors = ("#" + bytes(color).hex() for color in classes.colors)
@@ -88,7 +88,7 @@ def _classes(metadata: Mapping, num_classes: int) -> Iterator[tuple[str, str]]:
     # A name and its colour stay on one line.
     entries = zip(map(str, range(len(classes.class_names))), names, colors, strict=True)
     yield "", ", ".join(map(NO_BREAK.join, entries))
-    yield "ignored label", str(classes.ignore_label)
+    yield "ignore label", str(classes.ignore_label)
 
 
 def _origin(provenance: Mapping) -> Iterator[str]:

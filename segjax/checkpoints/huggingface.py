@@ -82,7 +82,7 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
       cache: Folder of the downloads; by default huggingface_hub's.
 
     Raises:
-      UnreachableError: The Hub cannot be reached, and `cache` is given, which is assumed to be empty.
+      UnreachableError: The Hub cannot be reached, and `cache`, assumed to be empty, is given.
       CheckpointError: The download fails for another reason, which the message has.
     """
     repository, revision = parsed_address(address)
@@ -100,7 +100,7 @@ def downloaded(address: str, cache: Path | None = None) -> tuple[Path, str]:
 
 
 def _why_unreachable(repository: str, revision: str | None) -> str | None:
-    """Reason why the Hub does not answer; None if it does. Saves the half minute of a download without a network."""
+    """Reason why the Hub does not answer; None if it does. Avoids half a minute of retries without a network."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -191,7 +191,7 @@ def _first_line(error: Exception) -> str:
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether transformers can load a model from this folder."""
+    """Whether the folder has files that transformers writes."""
     return any((folder / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
@@ -221,7 +221,7 @@ def parts_of(index: Path) -> list[Path]:
     """The files that an index names, next to the index. Raises CheckpointError if one is missing."""
     names = _shards(index)
     if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise CheckpointError(f"{index}: names {shorten(missing, most=6)}, and there is no such file next to it")
+        raise CheckpointError(f"{index}: names {shorten(missing, most=6)}, not found next to it")
     return [index.parent / name for name in names]
 
 
@@ -298,7 +298,7 @@ def refuse_other_models(config: Path) -> None:
     """Raises CheckpointError for the config.json of another network of transformers; other packages write no type."""
     kind = read_json(config, _Type).get("model_type")
     if kind not in (None, "segformer"):
-        raise CheckpointError(f"{config}: a model of type {kind!r}; segjax has only segformer of transformers' models")
+        raise CheckpointError(f"{config}: a model of type {kind!r}; of transformers' models, segjax has only segformer")
 
 
 def metadata_of(folder: Path) -> tuple[dict[str, Any], list[str]]:

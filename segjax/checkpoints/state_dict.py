@@ -121,7 +121,7 @@ def to_torch(model: SegmentationModel, *, dialect: str = "native") -> dict[str, 
         head = [key for key in native if FAMILIES[key_format.family].in_head(key)]
         native = {key: value for key, value in native.items() if key not in head}
         modules = dict.fromkeys(key.rpartition(".")[0] for key in head)
-        logger.info("omitted, because %s has no place for it (%d): %s", key_format.package, len(head), shorten(modules))
+        logger.info("omitted, no place in %s (%d): %s", key_format.package, len(head), shorten(modules))
     _log_note(key_format)
     for convolution, norm in key_format.without_bias:
         logger.info("%s has no %s.bias: it goes into the running mean of %s", key_format.package, convolution, norm)
@@ -178,8 +178,8 @@ def load_torch(
       keep: Patterns ("decode_head.*") of model parameters that stay unchanged if the checkpoint lacks them.
 
     Raises:
-      CheckpointError: Keys are missing, unexpected or of another shape, which the message lists, or weights are not
-        finite; the model is unchanged.
+      CheckpointError: Keys are missing, unexpected or misshapen (all are listed), or weights are not finite; the
+        model is unchanged.
       KeyError: The dialect is unknown.
     """
     checkpoint = Checkpoint.of(state_dict).read_as(dialect=dialect, family=family_of(model.spec.name))
@@ -211,7 +211,7 @@ class _Plan:
 
 
 def _plan(model: SegmentationModel, checkpoint: Checkpoint, *, drop: tuple[str, ...], keep: tuple[str, ...]) -> _Plan:
-    """Raises MisfitError if the checkpoint does not fit the model, CheckpointError for impossible weights."""
+    """Raises MisfitError if the checkpoint does not fit the model, CheckpointError for unsound weights."""
     found, arrays = checkpoint.recognised, checkpoint.state_dict
     expected = _expected(model, found.renaming)
     dropped = sorted(
@@ -468,7 +468,7 @@ def _settings(
     defaults = models.settings(name)
     settings = {**sizes, **_assumed(found, name, overrides)}
     differing = [
-        f"{key} is {settings[key]}, in {name} {defaults[key]}"
+        f"{key} is {settings[key]}, {name} has {defaults[key]}"
         for key in ENCODER_SIZES
         if key in settings and key not in overrides and defaults[key] != settings[key]
     ]

@@ -18,7 +18,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, of values from 0 to 1
 BLUR = (1, 2, 3, 4, 6)  # standard deviation in pixels
 JPEG = (25, 18, 15, 10, 7)  # quality of libjpeg
-BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)  # added to the value of HSV, from 0 to 1
+BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)  # added to the HSV value, from 0 to 1
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # factor of the distance from the mean colour of the image
 
 
@@ -35,7 +35,7 @@ def blur(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
 
 
 def jpeg(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Encodes and decodes as JPEG, with colours at half resolution."""
+    """Encodes and decodes as JPEG, with 4:2:0 chroma subsampling."""
     import cv2
 
     _, data = cv2.imencode(".jpg", image[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, JPEG[severity - 1]))
@@ -43,7 +43,7 @@ def jpeg(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarr
 
 
 def brightness(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Adds to the value of HSV, the maximum of the three channels; hue and saturation do not change."""
+    """Adds to the HSV value, the maximum of the three channels; hue and saturation do not change."""
     value = image.max(axis=-1, keepdims=True).astype(np.float32)
     brighter = np.minimum(value + 255 * BRIGHTNESS[severity - 1], 255)
     # Black has no hue and becomes grey.

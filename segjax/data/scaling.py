@@ -14,12 +14,12 @@ from segjax.data.codec import ImageError
 
 Scale = tuple[float, float]
 
-# Minimum share of 16-bit values in the upper half for an image that uses all 16 bits.
+# Minimum share of values in the upper half for 65535 to be white.
 LEAST_BRIGHT = 0.01
 
 
 class UnknownScaleError(ImageError):
-    """The values of black and white are not known; the message has no remedy, which depends on the command."""
+    """The values of black and white are not known; the command adds the remedy to the message."""
 
 
 def as_uint8(image: np.ndarray, scale: Scale | None, white: int | None) -> np.ndarray:
@@ -40,7 +40,7 @@ def as_uint8(image: np.ndarray, scale: Scale | None, white: int | None) -> np.nd
         white = _white_of(image)
     low, high = scale or (0, white or 0)
     if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
-        # With a table, because float64 would take four times the memory of the image.
+        # A lookup table, because a float64 image would take four times the memory.
         values = np.arange(256**image.dtype.itemsize)
         return _linear(values, low, high)[image]
     if image.dtype.kind == "f" and (strange := image.size - int(np.isfinite(image).sum())):
@@ -58,7 +58,7 @@ def _white_of(image: np.ndarray) -> int:
     smallest, largest = image.min(), image.max()
     if image.dtype.kind != "u" or image.dtype.itemsize != 2:
         raise UnknownScaleError(
-            f"its dtype is {image.dtype}, from {smallest:.6g} to {largest:.6g}, and its scale is not known"
+            f"it has {image.dtype} values from {smallest:.6g} to {largest:.6g}, and its scale is not known"
         )
     bright = np.count_nonzero(image >= 2**15) / image.size
     # An image that is all black is black at any scale.

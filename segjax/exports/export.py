@@ -71,14 +71,14 @@ def rounded(model: SegmentationModel, *, stored: jnp.dtype, computes_in: jnp.dty
 def compiled(
     model: SegmentationModel, export_format: ExportFormat, batch: int, size: tuple[int, int]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from images (batch, H, W, C) of `image_kind`, which it normalises, to logits (batch, h, w, K).
+    """A function that normalises images (batch, H, W, C) of `image_kind` and returns logits (batch, h, w, K).
 
     Raises:
       TooLittleMemoryError: The program needs more memory than there is.
     """
     height, width = size
     what = f"the model on {f'{batch} images' if batch > 1 else 'an image'} of {height}x{width}"
-    # Memory for the images as float32, and for labels twice the scores at the images' size.
+    # Float32 images; for labels also two copies of the scores at full size.
     scores = 2 * model.spec.num_classes if export_format.argmax else 0
     memory.refuse_more_than_host(4 * batch * height * width * (model.in_channels + scores), what=what)
     functional = FunctionalModel(model)
@@ -96,7 +96,7 @@ def compiled(
 
 
 def _writer(export_format: ExportFormat) -> Callable:
-    """`write(path, model, export_format, metadata)`, when there are all packages to write a file and to run it."""
+    """`write(path, model, export_format, metadata)`, if all packages that write and run such a file are installed."""
     if export_format.format == "stablehlo":
         return stablehlo.write_stablehlo
     try:
@@ -122,8 +122,7 @@ def _dtype_of_images(export_format: ExportFormat) -> np.dtype:
 def pictures(batch: int, size: tuple[int, int], export_format: ExportFormat) -> np.ndarray:
     """Generated street scenes as images of a model, (batch, H, W, C) of its dtype.
 
-    In other images than 8-bit RGB, the channels repeat red, green and blue, each with the channel's own mean and
-    deviation.
+    Unless images are 8-bit RGB, channels repeat red, green and blue, each with its own mean and deviation.
     """
     scenes = np.stack([streets.scene(seed=0, index=46 + index, size=size)[0] for index in range(batch)])
     if export_format.image_kind.is_rgb:
@@ -246,7 +245,7 @@ def _evaluated(metadata: Mapping[str, Any], source: object) -> dict[str, Any]:
             result = read_json(user_path(source) / "result.json", _Result)
             figure = result["mean_iou"] if result["step"] == step else None
     except (OSError, TypeError, ValueError):
-        # Of another version of segjax, or of a run that has not ended; the file does not depend on it.
+        # Metadata of another version, or of an unfinished run; the export does not need it.
         return {}
     data = f"{config['data']['name']}:{config['data']['eval_split']}"
     known = {"mean_iou": figure, "step": step, "data": data, "protocol": protocol}
@@ -296,13 +295,13 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
     multiple = model.size_multiple
     nearest = [-(-side // multiple) * multiple for side in export_format.size]
     wrong = {
-        f"size {height} {width}: height and width are at least 1": min(export_format.size) < 1,
+        f"size {height} {width}: sides must be at least 1": min(export_format.size) < 1,
         f"size {height} {width}: {model.spec.name} takes multiples of {multiple}: {nearest[0]} {nearest[1]}": (
             min(export_format.size) > 0 and list(export_format.size) != nearest
         ),
-        f"size {height} {width}: dynamic sides are at least {LEAST}": export_format.dynamic
+        f"size {height} {width}: dynamic sides must be at least {LEAST}": export_format.dynamic
         and min(export_format.size) < LEAST,
-        f"{destination}: a file of the format {export_format.format} is named *{SUFFIXES[export_format.format]}": (
+        f"{destination}: {export_format.format} files must end in {SUFFIXES[export_format.format]}": (
             destination.suffix != SUFFIXES[export_format.format]
         ),
         f"{destination} is a folder; choose another name": destination.is_dir(),
@@ -337,7 +336,7 @@ def export_model(
     threshold: float = 0.5,
     temperature: float | str | None = None,
 ) -> None:
-    """Export a model to one file that runs without segjax. Before the file is kept, its outputs are compared.
+    """Export a model to one file that runs without segjax. It is kept only if its outputs equal the model's.
 
     Args:
       source: Argument or result of `segjax.load`, or a model.

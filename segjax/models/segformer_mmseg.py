@@ -29,7 +29,7 @@ VARIANTS = {name: sizes | dict(decoder_dim=256, patch_norm_eps=1e-6) for name, s
 
 
 class ConvModule(nnx.Module):
-    """1x1 convolution without bias, BatchNorm, ReLU: (B, H, W, in) -> (B, H, W, out)."""
+    """Bias-free 1x1 convolution, BatchNorm and ReLU: (B, H, W, in) -> (B, H, W, out)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -100,7 +100,7 @@ class SegFormerMMSeg(segformer.SegFormer):
       (2, 16, 24, 5)
     """
 
-    # mmsegmentation keeps torch's initial weights of the joint projection, and builds the Mix-FFN of 1x1 convolutions.
+    # mmsegmentation keeps torch's initial weights of the joint QKV projection; its Mix-FFN is 1x1 convolutions.
     ENCODER_INIT: Mapping[str, Any] = types.MappingProxyType(
         dict(qkv_init=layers.joint_projection_init, mlp_init=layers.fan_out_init)
     )

@@ -166,7 +166,7 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
 
 
 def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
-    """The problem of generated scenes, all kept in memory, that do not fit into the machine's memory."""
+    """The problem that the generated scenes, all kept in memory, do not fit into it."""
     height, width = data.size
     # Bytes of RGB and a label.
     needed = 4 * height * width * (data.train_images + data.eval_images)
@@ -180,7 +180,7 @@ def _problem_of_scenes(data: ConfigDict) -> dict[str, str]:
 
 
 def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]:
-    """The problem of groups of `loss.ohem_images` that do not divide the micro-batches of each device."""
+    """The problem that `loss.ohem_images` does not divide each device's micro-batches."""
     group, batch, devices, accumulate = loss.ohem_images, training.batch, jax.device_count(), training.accumulate
     if not loss.ohem or not group or batch % (devices * accumulate * group) == 0:
         return {}
@@ -191,7 +191,7 @@ def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]
     if fewer:
         remedies += f", or {' or '.join(map(str, fewer))} device{'s' * (fewer != [1])}{_visible(fewer[-1])}"
     return {
-        "loss.ohem_images": f"{group}; train.batch={batch} on {devices} devices, train.accumulate={accumulate}, gives "
+        "loss.ohem_images": f"{group}; train.batch={batch} on {devices} device{'s' * (devices > 1)}, train.accumulate={accumulate}, gives "
         f"parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; possible: "
         f"{remedies}"
     }
@@ -231,7 +231,7 @@ def _contradictions_of_augment(
 
     Args:
       settings: `config.augment`.
-      sound: Function that tells whether the own values of settings, by key, are right.
+      sound: Function from keys to whether their own values are valid.
       channels: Number of channels of the images; None if still unknown.
     """
     found = {}
@@ -366,7 +366,7 @@ def refuse_other_run(before: dict, now: dict, workdir: Path) -> None:
     if number[0] == number[1] and now["config"].get("data", {}).get("changed") == "accept":
         lines = [line for line in lines if line not in of_classes]
     elif of_classes and number[0] == number[1]:
-        lines.append("  --config.data.changed=accept continues with the present classes")
+        lines.append("  --config.data.changed=accept continues with the current classes")
     if lines:
         raise RunError(
             f"{workdir} holds a run with other settings:\n"

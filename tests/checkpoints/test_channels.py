@@ -71,7 +71,7 @@ def test_other_channels_without_normalisation_keep_their_values(tmp_path, caplog
     assert (loaded.mean, loaded.std) == ((0, 0), (1, 1))
     assert loaded.image_kind.dtype is None
     assert "does not state how images of 2 channels are normalised" in caplog.text
-    assert "values are not changed" in dict(describe(str(tmp_path / "w.npz")))["normalisation"]
+    assert "(unknown: not applied)" in dict(describe(str(tmp_path / "w.npz")))["normalisation"]
     bare = loading.as_loaded(tiny_model(2, in_channels=2))
     assert (bare.mean, bare.std) == ((0, 0), (1, 1))
 

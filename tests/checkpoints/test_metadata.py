@@ -268,7 +268,7 @@ def test_a_folder_is_printed_whole_at_80_columns(tmp_path, capsys):
         "5 of yard",
         "0 gate #010203, 1 front door #040506,",
         "4 hen #ff0080",
-        "ignored label 200",
+        "ignore label 200",
         "mean 1.5 2.5 3.5, deviation 10 20 40",
         "96x160",
         "for the yard alone",

@@ -216,10 +216,10 @@ def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, monkey
         (
             "segformer",
             ("a.onnx", "--size", 32, 64),
-            r"a\.onnx: a file of the format stablehlo is named \*\.stablehlo",
+            r"a\.onnx: stablehlo files must end in \.stablehlo",
         ),
         ("segformer", ("a.stablehlo", "--size", 16, 64), "the image is too small: stage 1 sees a map of 4x16"),
-        ("hrnet", ("a.stablehlo", "--size", 63, 64, "--dynamic"), "dynamic sides are at least 64"),
+        ("hrnet", ("a.stablehlo", "--size", 63, 64, "--dynamic"), "dynamic sides must be at least 64"),
         ("simple", ("a.stablehlo", "--size", 60, 64), "60 64: segformer_simple takes multiples of 32: 64 64"),
         ("zuppichini", ("a.stablehlo", "--size", 64, 33), "takes multiples of 32: 64 64"),
     ],

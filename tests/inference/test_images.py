@@ -115,7 +115,7 @@ def test_other_numbers_need_a_scale_and_are_cut_beyond_it(dtype):
     values = np.array([[-1, 0, 1, 50, 100, 120]] * 2).astype(dtype)
     if dtype == np.uint32:
         values[:, 0] = 0
-    with pytest.raises(ValueError, match=rf"dtype is {np.dtype(dtype)}, from .* to 120.*scale=\(low, high\)"):
+    with pytest.raises(ValueError, match=rf"it has {np.dtype(dtype)} values from .* to 120.*scale=\(low, high\)"):
         as_rgb(values)
     expected = [0, 0, 3, 128, 255, 255]
     np.testing.assert_array_equal(as_rgb(values, scale=(0, 100))[0, :, 1], expected)

@@ -478,7 +478,7 @@ def test_resuming_with_other_data_and_settings_is_refused_with_all(finished, tmp
         "  config.optim.lr",
         "  dataset.ignore_label",
         # Not the name: a folder that was moved is the same dataset.
-        "  --config.data.changed=accept continues with the present classes",
+        "  --config.data.changed=accept continues with the current classes",
     ]
     assert contents(workdir) == before
 
