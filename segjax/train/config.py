@@ -191,8 +191,8 @@ def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]
     if fewer:
         remedies += f", or {' or '.join(map(str, fewer))} device{'s' * (fewer != [1])}{_visible(fewer[-1])}"
     return {
-        "loss.ohem_images": f"{group}; train.batch={batch} on {devices} device{'s' * (devices > 1)}, train.accumulate={accumulate}, gives "
-        f"parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; possible: "
+        "loss.ohem_images": f"{group}; train.batch={batch} on {devices} device{'s' * (devices > 1)}, "
+        f"train.accumulate={accumulate}, gives parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; possible: "
         f"{remedies}"
     }
 

@@ -161,7 +161,7 @@ def large_tiff():
 
 
 REFUSED = {
-    "text": (b"no image", 400, "is no image that can be decoded; it begins with b'no image'"),
+    "text": (b"no image", 400, "is not an image that can be decoded; it begins with b'no image'"),
     "nothing": (b"", 400, "is empty"),
     "cut off": (file_of(scene(0, 40, 60))[:-200], 400, "is truncated"),
     "damaged WebP": (file_of(scene(0, 40, 60), "WEBP")[:80], 400, "is a damaged WebP"),
