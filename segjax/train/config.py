@@ -192,8 +192,8 @@ def _problem_of_groups(loss: ConfigDict, training: ConfigDict) -> dict[str, str]
         remedies += f", or {' or '.join(map(str, fewer))} device{'s' * (fewer != [1])}{_visible(fewer[-1])}"
     return {
         "loss.ohem_images": f"{group}; train.batch={batch} on {devices} device{'s' * (devices > 1)}, "
-        f"train.accumulate={accumulate}, gives parts of {batch // (devices * accumulate)} images, which do not divide into groups of {group}; possible: "
-        f"{remedies}"
+        f"train.accumulate={accumulate}, gives parts of {batch // (devices * accumulate)} images, which do not divide "
+        f"into groups of {group}; possible: {remedies}"
     }
 
 
