@@ -29,7 +29,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_the_size_that_the_model_was_evaluated_at_is_compiled_before_the_page_is_there(model, capsys, monkeypatch):
+def test_the_size_of_evaluation_is_compiled_before_the_page_is_there(model, capsys, monkeypatch):
     served = []
     monkeypatch.setattr(Server, "serve", lambda self, *parts: served.append((self.address, *parts)))
     assert demo.main([str(model), "--port", "0"]) == 0

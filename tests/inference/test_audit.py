@@ -130,7 +130,7 @@ def test_what_cannot_be_audited_is_refused_with_the_reason(data, settings, words
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_an_exported_file_is_audited_at_a_temperature_as_a_model_of_smaller_logits(temperature, tmp_path):
+def test_an_exported_file_is_audited_at_a_temperature(temperature, tmp_path):
     model, cooled = Pixels(5, 6), Pixels(5, 6)
     cooled.kernel[...] = cooled.kernel[...] / temperature
     opened = split_of(2, model, 4, (40, 56))

@@ -181,7 +181,7 @@ def test_what_is_no_image_or_too_large_is_refused_with_the_reason(name, server, 
     assert ask(server, data=file_of(scene(0, 40, 56)))[0] == 200
 
 
-def test_too_many_bytes_are_refused_and_the_client_that_still_sends_learns_it(server):
+def test_too_many_bytes_are_refused_while_the_client_still_sends(server):
     most = demo_server.MOST_BYTES
     status, answer, _ = ask(server, data=bytes(most + 1))
     assert status == 413 and answer["error"] == "has 32.0 MiB; the most is 32.0 MiB"

@@ -57,7 +57,7 @@ def steps_of(kind, devices, accumulate, taught=True):
     return run_steps(step, before, batches, parallel=parallel_for(kind, jax.devices()[:devices]))
 
 
-def test_the_loss_has_the_divergence_of_the_students_logits_from_the_resized_ones_of_the_teacher(float64):
+def test_the_loss_has_the_divergence_from_the_teachers_resized_logits(float64):
     _, plain = steps_of("jit", 1, 1, taught=False)
     states, scalars = steps_of("jit", 1, 1)
     images = np.asarray(normalise(make_batch(1)["image"]), float)
@@ -164,7 +164,7 @@ def test_settings_that_teach_nothing_are_refused_before_anything_is_done(tmp_pat
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_with_a_teacher_is_resumed_to_the_same_bits_and_refuses_another_teacher(tmp_path, monkeypatch):
+def test_a_run_with_a_teacher_resumes_bit_for_bit_and_refuses_another(tmp_path, monkeypatch):
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0, "segnext", num_classes=19))
     config = make_config(loss__distill=str(path), train__steps=4, checkpoint__every=2)
     _, printed = run(config, tmp_path / "whole")

@@ -38,9 +38,7 @@ def steps_of(kind, devices, accumulate):
 
 
 @pytest.mark.parametrize("kind, devices, accumulate", [("jit", 4, 1), ("pmap", 2, 2), ("pmap", 4, 1)])
-def test_mixed_samples_and_an_optimizer_of_optax_depend_on_neither_devices_nor_parts(
-    kind, devices, accumulate, float64
-):
+def test_mixing_and_optax_do_not_depend_on_devices_or_micro_batches(kind, devices, accumulate, float64):
     expected_states, expected_scalars = steps_of("jit", 1, 1)
     states, scalars = steps_of(kind, devices, accumulate)
     assert_close(states, expected_states, 1e-10)

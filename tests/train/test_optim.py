@@ -363,7 +363,7 @@ DEPTHS = {
 
 
 @pytest.mark.parametrize("family", DEPTHS)
-def test_depths_are_those_of_the_table_and_the_rates_decay_with_the_distance_from_the_head(family):
+def test_rates_decay_by_the_tables_depth_from_the_head(family):
     sizes, table, head = DEPTHS[family]
     names = parameter_names(abstract_family(family, **sizes))
     settings = common.get_config("streets").optim

@@ -135,7 +135,7 @@ def test_an_evaluation_that_is_made_again_at_the_checkpoint_is_sent_again(fake, 
     assert [values["mean_iou"] for _, values in fake.of("scalars") if "mean_iou" in values] == [0.5, 0.75]
 
 
-def test_a_run_that_begins_anew_is_another_record_and_so_is_one_whose_id_is_lost(fake, tmp_path, capsys):
+def test_a_run_that_starts_over_or_has_lost_its_id_is_another_record(fake, tmp_path, capsys):
     for start in (0, 0, 1):
         with begin(tmp_path, start) as log:
             write(log, start + 1)
@@ -185,7 +185,7 @@ def test_one_process_of_several_has_the_trackers(fake, tmp_path):
     assert fake.calls == [] and list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages_are_named_with_their_extras_before_anything_starts(tmp_path, monkeypatch):
+def test_missing_packages_are_named_with_their_extras_at_the_start(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in NAMES else found(name))
     config = make_config(train__trackers=("tensorboard", "wandb", "mlflow", "wandb"))
