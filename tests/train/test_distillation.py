@@ -164,6 +164,7 @@ def test_settings_that_teach_nothing_are_refused_before_anything_is_done(tmp_pat
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.one_python
 def test_a_run_with_a_teacher_resumes_bit_for_bit_and_refuses_another(tmp_path, monkeypatch):
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0, "segnext", num_classes=19))
     config = make_config(loss__distill=str(path), train__steps=4, checkpoint__every=2)

@@ -58,6 +58,7 @@ def test_a_step_that_mixes_nothing_is_the_same_program(float64):
     assert not mixing.is_mixed(augment_of())
 
 
+@pytest.mark.one_python
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     config = make_config(
         augment__cutmix=0.4, augment__classmix=0.6, train__ema=0.9, train__steps=4, checkpoint__every=2
