@@ -457,7 +457,7 @@ def endless(number=8):
 
 
 def stop_after(monkeypatch, number):
-    """Ctrl-C, in the main thread, when so many frames have been computed."""
+    """Ctrl-C, in the main thread, when so many batches have been computed."""
     original, count = Run._predicted, []
 
     def predicted(self, images):
@@ -491,7 +491,8 @@ def test_ctrl_c_ends_a_stream_without_an_end_with_a_whole_video(tmp_path, capsys
     ended = threading.Event()
     address = served(content=endless(), more=lambda: ended.wait(20) or b"")
     stop_after(monkeypatch, 3)
-    assert run(f"{address}/live", "--output", tmp_path / "out", "--write", "overlay", "labels") == 130
+    flags = ("--batch", 1, "--write", "overlay", "labels")
+    assert run(f"{address}/live", "--output", tmp_path / "out", *flags) == 130
     ended.set()
     drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "live.mp4")
     captured = capsys.readouterr()
@@ -505,7 +506,7 @@ def test_ctrl_c_ends_a_stream_without_an_end_with_a_whole_video(tmp_path, capsys
 def test_ctrl_c_in_a_video_with_an_end_leaves_nothing_of_it(tmp_path, monkeypatch):
     source = film(tmp_path / "clip.mkv", moving(8, 64, 96))
     stop_after(monkeypatch, 3)
-    assert run(source, "--output", tmp_path / "out", "--write", "overlay") == 130
+    assert run(source, "--output", tmp_path / "out", "--batch", 1, "--write", "overlay") == 130
     assert not (tmp_path / "out" / "overlay" / "clip.mp4").exists() and not list(tmp_path.rglob(".*part*"))
 
 
@@ -560,7 +561,7 @@ def test_a_camera_is_read_until_ctrl_c_with_times_from_zero(tmp_path, capsys, mo
     real = av.open
     monkeypatch.setattr(av, "open", lambda *given, **more: (real if len(given) > 1 else stand_in)(*given, **more))
     stop_after(monkeypatch, 4)
-    assert run(tmp_path / "video0", "--output", tmp_path / "out", "--write", "overlay") == 130
+    assert run(tmp_path / "video0", "--output", tmp_path / "out", "--batch", 1, "--write", "overlay") == 130
     monkeypatch.undo()
     assert opened == [(str(tmp_path / "video0"), "v4l2")]
     drawn, found, *_ = seen(tmp_path / "out" / "overlay" / "video0.mp4")
