@@ -83,7 +83,7 @@ def test_parts_are_read_by_their_index_which_stands_for_the_folder(tmp_path, wei
     for source in (tmp_path, index):
         assert_same(read_checkpoint(source).weights, weights)
     (tmp_path / f"{prefix}-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=f"{prefix}-00002-of-00003.safetensors, and there is no such file"):
+    with pytest.raises(CheckpointError, match=f"{prefix}-00002-of-00003.safetensors, not found next to it"):
         read_checkpoint(index)
 
 
