@@ -173,6 +173,24 @@ def problems_of_exported(options: argparse.Namespace) -> list[str]:
     ]
 
 
+def problems_of_prediction(options: argparse.Namespace) -> list[str]:
+    """Problems of the options of `add_protocol` and `add_exported`, and of --scale, for a command that predicts."""
+    from segjax.inference.images import check_scale
+
+    is_window = options.mode == "slide"
+    is_exported = exported_path(options.checkpoint) is not None
+    wrong = {
+        "--crop and --stride go with --mode slide": not is_window and (options.crop or options.stride),
+        "--reference is for exported files: a checkpoint says all itself": options.reference and not is_exported,
+    }
+    problems = [message for message, is_wrong in wrong.items() if is_wrong] + problems_of_exported(options)
+    try:
+        check_scale(options.scale)
+    except ValueError as error:
+        problems.append(f"--{error}")
+    return problems
+
+
 def problems_of_normalisation(options: argparse.Namespace, *, is_exported: bool) -> list[str]:
     """Problems of --mean and --std, with an exported file or without."""
     given = options.mean is not None or options.std is not None

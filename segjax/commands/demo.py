@@ -21,14 +21,12 @@ from segjax.commands.arguments import (
     add_protocol,
     add_temperature,
     less_memory,
-    problems_of_exported,
+    problems_of_prediction,
     protocol_of,
     summary_of,
     within,
 )
 from segjax.commands.ending import run_command
-from segjax.inference.images import check_scale
-from segjax.inference.runtimes import exported_path
 from segjax.runtime.console import say
 from segjax.train.constraints import Integer
 
@@ -58,16 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.set_defaults(batch=None)
     options = parser.parse_args(arguments)
-    if options.mode != "slide" and (options.crop or options.stride):
-        parser.error("--crop and --stride go with --mode slide")
-    if problems := problems_of_exported(options):
+    if problems := problems_of_prediction(options):
         parser.error("; ".join(problems))
-    if options.reference is not None and exported_path(options.checkpoint) is None:
-        parser.error("--reference is for exported files: a checkpoint says all itself")
-    try:
-        check_scale(options.scale)
-    except ValueError as error:
-        parser.error(f"--{error}")
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 

@@ -51,7 +51,7 @@ from segjax.commands.arguments import (
     as_path,
     connect,
     less_memory,
-    problems_of_exported,
+    problems_of_prediction,
     problems_of_processes,
     protocol_of,
     within,
@@ -60,9 +60,7 @@ from segjax.commands.ending import run_command
 from segjax.data.codec import MAX_PIXELS
 from segjax.data.sources import listed
 from segjax.inference import geotiff, planning
-from segjax.inference.images import check_scale
 from segjax.inference.outputs import KINDS, Job
-from segjax.inference.runtimes import exported_path
 from segjax.runtime import console, distributed, versions
 from segjax.runtime.atomic import why_not_writable
 from segjax.train.constraints import BATCH, SIDE
@@ -124,16 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="skip what is done")
     add_processes(parser)
     options = parser.parse_args(arguments)
-    if options.mode != "slide" and (options.crop or options.stride):
-        parser.error("--crop and --stride go with --mode slide")
-    if problems := problems_of_exported(options) + problems_of_processes(options):
+    if problems := problems_of_prediction(options) + problems_of_processes(options):
         parser.error("; ".join(problems))
-    if options.reference is not None and exported_path(options.checkpoint) is None:
-        parser.error("--reference is for exported files: a checkpoint says all itself")
-    try:
-        check_scale(options.scale)
-    except ValueError as error:
-        parser.error(f"--{error}")
     # Imported after parsing, because it imports jax, which takes a second.
     from segjax.runtime import environment
 
