@@ -85,7 +85,9 @@ def figure_of(row: PublishedWeights, protocol: Protocol, split: str) -> Publishe
     figure = row.miou_multi_scale if is_multi_scale else row.miou
     same_scales = has_several and protocol.flip if is_multi_scale else protocol.scales == (1.0,)
     same_flip = is_multi_scale or protocol.flip == own.flip
-    same_rest = dataclasses.replace(protocol, scales=own.scales, flip=own.flip) == own
+    # A temperature changes probabilities, and labels only where those of several passes are summed.
+    temperature = protocol.temperature if protocol.passes > 1 else own.temperature
+    same_rest = dataclasses.replace(protocol, scales=own.scales, flip=own.flip, temperature=temperature) == own
     same_split = row.dataset not in DATASETS or split in ("", DATASETS[row.dataset].evaluated_split)
     return PublishedFigure(
         mean_iou=None if figure is None else round(figure / 100, 6),

@@ -92,6 +92,8 @@ def test_which_figure_a_protocol_is_compared_with():
     assert not figure(CITY, scales=(0.75, 1, 1.25))["is_same_protocol"]
     assert not figure(CITY, flip=True)["is_same_protocol"] and not figure(CITY, mode="whole")["is_same_protocol"]
     assert not figure(CITY, scales=(0.5,))["is_same_protocol"]
+    assert figure(CITY, temperature=1.7)["is_same_protocol"]
+    assert not figure(CITY, scales=(0.75, 1, 1.25), flip=True, temperature=1.7)["is_same_protocol"]
     assert figure("hrnet_w48_ocr.pascal_context_59")["mean_iou"] == 0.562
     assert not figure("hrnet_w48_ocr.pascal_context_59")["is_same_protocol"]
     assert not figure("hrnet_w48.lip")["is_same_protocol"]
