@@ -299,6 +299,7 @@ def evaluate_dataset(
             batch_size=protocol.images_at_a_time(given.batch),
             key=protocol.input_sizes,
             progress=progress,
+            unfinished=unfinished,
         )
     if output is not None:
         name, duration = _name(source, checkpoint), time.perf_counter() - began

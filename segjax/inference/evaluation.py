@@ -234,13 +234,10 @@ def measure(
             counts.keep_worst(iou, number, predicted, shown=shown)
         if unfinished is not None:
             unfinished.keep(counts)
-    try:
-        parts = distributed.gathered(counts)
-    except distributed.LostProcessError:
-        if unfinished is not None:
-            unfinished.keep(counts, now=True)
-        raise
-    whole = joined(parts, shown=shown)
+    if unfinished is not None:
+        # Another process may be lost, and a reference or corrupted images may follow.
+        unfinished.keep(counts, now=True)
+    whole = joined(distributed.gathered(counts), shown=shown)
     by_image = np.stack([whole.by_image[number] for number in sorted(whole.by_image)])
     calibration, nlls = whole.calibration() or (None, None)
     return Measured(whole.confusion, whole.boundary, by_image, whole.worst, whole.predicted, calibration, nlls)

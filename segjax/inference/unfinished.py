@@ -143,6 +143,23 @@ class Unfinished:
             self._written = time.monotonic()
         return True
 
+    @property
+    def _corrupted(self) -> Path:
+        return self._folder / f"{self._name}-corrupted.json"
+
+    def corrupted(self) -> dict[str, float | None]:
+        """The mIoU on corrupted images that `keep_corrupted` has kept."""
+        with contextlib.suppress(OSError, ValueError):
+            figures = json.loads(self._corrupted.read_text())
+            if isinstance(figures, dict) and all(isinstance(figure, float | None) for figure in figures.values()):
+                return figures
+        return {}
+
+    def keep_corrupted(self, figures: Mapping[str, float | None]) -> None:
+        """Writes the mIoU of kinds and severities of corruption, by their name."""
+        with contextlib.suppress(OSError), atomic.replacing_file(self._corrupted, durable=False) as temporary:
+            temporary.write_text(json.dumps(figures))
+
     def remove(self) -> None:
         """Removes all files, after the end of the evaluation."""
         shutil.rmtree(self._folder, ignore_errors=True)

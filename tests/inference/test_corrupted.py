@@ -1,6 +1,7 @@
 """`segjax.evaluate_dataset(corruptions=True)` against NumPy, whatever the batch and the order of the images."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ from segjax.data import specs
 from segjax.data.corruptions import KINDS, CorruptedRecords
 from segjax.data.open import OpenSplit
 from segjax.data.records import SplitRecords
+from segjax.inference import corrupted
+from segjax.inference.unfinished import FOLDER
 from tests.pixels import BINARY, SPEC, Pixels, scene
 
 
@@ -29,9 +32,9 @@ def test_figures_are_those_of_every_corrupted_image(seed, spec, tmp_path):
     opened = split_of(seed, model, 3, (24, 37), spec)
     found = segjax.evaluate_dataset(model, opened, corruptions=True, batch=2, output=tmp_path)
     assert found["mean_iou"] == 1 and "corruptions" not in segjax.evaluate_dataset(model, opened)
-    corrupted, every = found["corruptions"], []
-    assert list(corrupted["kinds"]) == list(KINDS)
-    for kind, figures in corrupted["kinds"].items():
+    summary, every = found["corruptions"], []
+    assert list(summary["kinds"]) == list(KINDS)
+    for kind, figures in summary["kinds"].items():
         for severity, mean_iou in enumerate(figures["severities"], start=1):
             both, either = np.zeros((2, max(spec.num_classes, 2)))
             for image, truth in map(CorruptedRecords(SplitRecords(opened.data), kind, severity).__getitem__, range(3)):
@@ -44,10 +47,37 @@ def test_figures_are_those_of_every_corrupted_image(seed, spec, tmp_path):
             every.append(mean_iou)
         assert figures["mean_iou"] == pytest.approx(np.mean(figures["severities"]))
     assert len(every) == 25 and 0 < np.mean(every) < 1
-    assert corrupted["mean_iou"] == corrupted["relative"] == pytest.approx(np.mean(every))
-    assert json.loads((tmp_path / "results.json").read_text())["corruptions"] == corrupted
+    assert summary["mean_iou"] == summary["relative"] == pytest.approx(np.mean(every))
+    assert json.loads((tmp_path / "results.json").read_text())["corruptions"] == summary
     turned = OpenSplit(specs.Split(*(part[::-1] for part in opened.data)), spec, opened.pixel_counts)
-    assert segjax.evaluate_dataset(model, turned, corruptions=True, batch=1)["corruptions"] == corrupted
+    assert segjax.evaluate_dataset(model, turned, corruptions=True, batch=1)["corruptions"] == summary
+
+
+@pytest.mark.parametrize("ended, damaged", [(8, False), (17, False), (8, True)])
+def test_kinds_and_severities_of_a_stopped_evaluation_are_kept(ended, damaged, tmp_path, monkeypatch):
+    model = Pixels(SPEC.num_classes, 2)
+    opened = split_of(5, model, 3, (24, 37), SPEC)
+    expected = segjax.evaluate_dataset(model, opened, corruptions=True, batch=2)
+    begun = []
+
+    def counted(records, kind, severity):
+        begun.append((kind, severity))
+        if len(begun) > ended:
+            raise KeyboardInterrupt
+        return CorruptedRecords(records, kind, severity)
+
+    monkeypatch.setattr(corrupted.corruptions, "CorruptedRecords", counted)
+    with pytest.raises(KeyboardInterrupt):
+        segjax.evaluate_dataset(model, opened, corruptions=True, batch=2, output=tmp_path)
+    stopped_at, ended = begun.pop(), 99
+    begun.clear()
+    if damaged:
+        (kept,) = (tmp_path / FOLDER).glob("*.json")
+        kept.write_text(kept.read_text()[:-1])
+    assert segjax.evaluate_dataset(model, opened, corruptions=True, batch=2, output=tmp_path) == expected
+    every = list(itertools.product(KINDS, range(1, 6)))
+    assert begun == (every if damaged else every[every.index(stopped_at) :])
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_images_that_are_not_rgb_of_8_bits_are_refused(tmp_path):
