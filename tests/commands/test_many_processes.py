@@ -19,6 +19,7 @@ from segjax.commands import evaluate, predict
 from segjax.data import specs
 from tests.pixels import scene
 from tests.tiny import tiny_model
+from tests.viz.test_video import film, seen
 
 HERE = Path(__file__).parents[1]
 SPEC = specs.DatasetSpec("shapes", ("ground", "thing", "other"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)), 255)
@@ -28,7 +29,7 @@ SLIDE = ["--mode", "slide", "--crop", "32", "40"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint of three classes, a prepared folder of data, and a folder of images of several sizes and a video."""
+    """A checkpoint of three classes, a prepared folder of data, and folders of images of several sizes, and of videos."""
     root = tmp_path_factory.mktemp("made")
     model = tiny_model(5, num_classes=3)
     orbax_folder.save_model(root / "model", model, metadata={"dataset": dataset_metadata(SPEC)})
@@ -42,6 +43,8 @@ def made(tmp_path_factory):
     classes = {"names": SPEC.class_names, "colors": SPEC.colors, "ignore": 255}
     (root / "data/classes.json").write_text(json.dumps(classes))
     cv2.imwrite(str(root / "few/only.png"), scene(9, 33, 47))
+    for number, size in enumerate([(32, 48), (40, 36), (32, 48)]):
+        film(root / f"videos/{number}.mp4", [scene(7 * number + frame, *size) for frame in range(3 + number)])
     (root / "images/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing")
     return root
 
@@ -54,6 +57,7 @@ def commands(made, output):
         ["evaluate", f"{made}/model", *data, *SLIDE, "--output", f"{output}/slide"],
         ["predict", f"{made}/model", f"{made}/images", *written, "--output", f"{output}/images"],
         ["predict", f"{made}/model", f"{made}/few", *written, "--output", f"{output}/few"],
+        ["predict", f"{made}/model", f"{made}/videos", "--write", "labels", "overlay", "--output", f"{output}/videos"],
     ]
 
 
@@ -94,9 +98,9 @@ def both(made, tmp_path_factory):
     assert len(jax.devices()) == 4
     statuses = [run_here(*command) for command in commands(made, root / "one")]
     # A file that cannot be read.
-    assert statuses == [0, 0, 1, 0]
+    assert statuses == [0, 0, 1, 0, 0]
     for status, said, errors in ended:
-        assert status == 0 and "statuses [0, 0, 1, 0]" in said, errors
+        assert status == 0 and "statuses [0, 0, 1, 0, 0]" in said, errors
     return SimpleNamespace(one=root / "one", two=root / "two", ended=ended)
 
 
@@ -135,6 +139,22 @@ def test_the_files_of_two_processes_are_those_of_one(folder, both):
     assert len(of_one) == 1 + 3 * {"images": len(SIZES), "few": 1}[folder]
 
 
+def test_the_videos_of_two_processes_are_those_of_one(both):
+    def paths(root):
+        return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+
+    one, two = both.one / "videos", both.two / "videos"
+    assert paths(one) == paths(two)
+    frames = [path for path in paths(one) if path.suffix == ".png"]
+    videos = [path for path in paths(one) if path.suffix == ".mp4"]
+    assert (len(frames), len(videos)) == (3 + 4 + 5, 3)
+    assert all((one / path).read_bytes() == (two / path).read_bytes() for path in frames)
+    for path in videos:
+        (images, times, *_), (others, their_times, *_) = seen(one / path), seen(two / path)
+        np.testing.assert_array_equal(images, others)
+        assert times == their_times
+
+
 def test_the_first_process_reports_for_both(both):
     (_, first, errors), (_, second, others) = both.ended
     words = " ".join(first.split())
@@ -142,7 +162,7 @@ def test_the_first_process_reports_for_both(both):
     assert "1 of 8 inputs failed:" in errors and "broken.png" in errors
     # Gloo's own lines.
     (last,) = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-    assert last == "statuses [0, 0, 1, 0]" and others == ""
+    assert last == "statuses [0, 0, 1, 0, 0]" and others == ""
 
 
 def test_an_evaluation_goes_on_with_what_processes_counted_before_one_died(made, tmp_path, capsys, both):
