@@ -29,7 +29,7 @@ SLIDE = ["--mode", "slide", "--crop", "32", "40"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint of three classes, a prepared folder of data, and folders of images of several sizes, and of videos."""
+    """A checkpoint of three classes, a prepared folder of data, folders of images of several sizes, and of videos."""
     root = tmp_path_factory.mktemp("made")
     model = tiny_model(5, num_classes=3)
     orbax_folder.save_model(root / "model", model, metadata={"dataset": dataset_metadata(SPEC)})
