@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from segjax import models
 from segjax.__main__ import COMMANDS, main
 from segjax.checkpoints.published import PublishedWeights, list_weights
 from segjax.runtime.atomic import write_text
@@ -60,8 +61,8 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "Every command prints this help with `--help`. The exit status is 0, or 1 if a part of the work could not be",
-        "done, 2 if arguments or files are refused before anything is written, and 130 or 143 after Ctrl-C or SIGTERM.",
+        "Every command prints this help with `--help`. The exit status is 0; 1 if a part of the work or a check",
+        "failed, or after a bug; 2 for an error that you can correct; 130 or 143 after Ctrl-C or SIGTERM.",
         "`python -m segjax.convert` is the same as `segjax convert`, and so on.",
         "",
     ]
@@ -71,6 +72,8 @@ def command_line() -> str:
             lines += ["All settings, `--config.KEY=VALUE`, are on [a page of their own](settings.md).", ""]
         text = help_of(name).partition("\nsettings and their defaults")[0] if name == "train" else help_of(name)
         lines += ["```text", text.rstrip(), "```", ""]
+        for further in ("show", "import") if name == "data" else ():
+            lines += [f"### segjax data {further}", "", "```text", help_of(name, further), "```", ""]
     return "\n".join(lines)
 
 
@@ -81,7 +84,7 @@ def settings() -> str:
         "",
         "`--config.KEY=VALUE` of `segjax train` sets any of these. The defaults are those of a config without a",
         "recipe; a recipe changes some of them, and a run prints which. Every argument of the model's constructor is",
-        "also a setting, such as `--config.model.decoder_dim=512`. `None` unsets a setting that has no default.",
+        "also a setting, such as `--config.model.decoder_dim=512`. `None` unsets an optional setting.",
         "",
     ]
     for section in schema.SECTIONS:
@@ -93,7 +96,31 @@ def settings() -> str:
             only = " Only for generated datasets." if setting.generated else ""
             text = setting.text if setting.text.endswith(".") else f"{setting.text}."
             lines += [f"`{section.key(setting)}`, default {default}", f": {_escaped(text + only + allowed)}", ""]
+        if section.name == "model":
+            lines += _settings_of_models()
     return "\n".join(lines)
+
+
+# One model of each class, whose settings differ.
+_MODELS = (
+    "segformer_b0",
+    "segformer_plain_b0",
+    "segformer_mmseg_b0",
+    "segformer_simple",
+    "segformer_zuppichini",
+    "hrnet_w18",
+    "hrnet_w18_ocr",
+    "segnext_t",
+)
+
+
+def _settings_of_models() -> list[str]:
+    """Lines of a table with the constructor's arguments of every class of models."""
+    lines = ["| model | further settings `config.model.*`, and their defaults |", "|---|---|"]
+    for name in _MODELS:
+        own = ", ".join(f"`{key}={value!r}`" for key, value in models.settings(name).items())
+        lines.append(f"| `{name}` | {own} |")
+    return [*lines, ""]
 
 
 def _escaped(text: str) -> str:

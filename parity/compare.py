@@ -34,22 +34,7 @@ def images(batch: int, size: tuple[int, int], *, seed: int, dtype, channels: int
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_label: int, align_corners: bool = False) -> jax.Array:
     """The mean that a training minimises: logits (B, h, w, K) and labels (B, H, W) -> scalar."""
-    criterion = losses.Criterion(
-        num_classes=logits.shape[-1],
-        ignore_label=ignore_label,
-        class_weights=None,
-        factors=(("cross_entropy", 1.0),),
-        label_smoothing=0.0,
-        focal_gamma=0.0,
-        tversky_alpha=0.0,
-        tversky_beta=0.0,
-        tversky_power=1.0,
-        ohem_threshold=0.0,
-        ohem_min_kept=0.0,
-        ohem_images=0,
-        mean_over="labelled",
-        aux="same",
-    )
+    criterion = losses.Criterion(num_classes=logits.shape[-1], ignore_label=ignore_label)
     return criterion.total(logits, labels, criterion.counts(labels), align_corners=align_corners)
 
 

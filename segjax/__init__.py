@@ -18,6 +18,7 @@
     segjax.export_model("runs/mine", "mine.onnx", size=(512, 1024))
     segjax.evaluate_dataset("mine.onnx", reference="runs/mine")["reference"]["difference"]
 
+    segjax.initialize(model, "mit_b2.pth")        # initial weights: an encoder, or a model of other classes
     model = segjax.from_torch(state_dict)         # a PyTorch state dict
     segjax.load_torch(model, state_dict)
     state_dict = segjax.to_torch(model, dialect="hf")
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from segjax import data, layers, losses, metrics, models, train
+    from segjax.checkpoints.initialize import initialize
     from segjax.checkpoints.load import LoadedCheckpoint, load
     from segjax.checkpoints.published import list_weights
     from segjax.checkpoints.save import save
@@ -57,6 +59,7 @@ __all__ = [
     "evaluate_dataset",
     "export_model",
     "from_torch",
+    "initialize",
     "layers",
     "list_weights",
     "load",
@@ -80,6 +83,7 @@ _MODULE_OF = {
     "evaluate_dataset": "segjax.inference.evaluate_dataset",
     "export_model": "segjax.exports.export",
     "from_torch": "segjax.checkpoints.state_dict",
+    "initialize": "segjax.checkpoints.initialize",
     "list_weights": "segjax.checkpoints.published",
     "load": "segjax.checkpoints.load",
     "load_torch": "segjax.checkpoints.state_dict",

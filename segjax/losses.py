@@ -125,7 +125,8 @@ def _is_count(value: object) -> bool:
 class Criterion:
     """A sum of terms, each factor * sum over pixels, images or groups / count.
 
-    With K = 1 the model is binary: sigmoid, labels 0 and 1. `losses.criterion` creates a Criterion from settings.
+    With K = 1 the model is binary: sigmoid, labels 0 and 1. `losses.criterion` creates a Criterion from the section
+    `loss` of a config, whose defaults are the same.
 
     Attributes:
       num_classes: Number of classes K.
@@ -155,40 +156,25 @@ class Criterion:
     Example:
       >>> import jax.numpy as jnp
       >>> from segjax import losses
-      >>> criterion = losses.Criterion(
-      ...     num_classes=4,
-      ...     ignore_label=255,
-      ...     class_weights=None,
-      ...     factors=(("cross_entropy", 1.0), ("dice", 0.5)),
-      ...     label_smoothing=0.0,
-      ...     focal_gamma=2.0,
-      ...     tversky_alpha=0.3,
-      ...     tversky_beta=0.7,
-      ...     tversky_power=1.0,
-      ...     ohem_threshold=0.7,
-      ...     ohem_min_kept=0.1,
-      ...     ohem_images=0,
-      ...     mean_over="labelled",
-      ...     aux="same",
-      ... )
+      >>> criterion = losses.Criterion(num_classes=4, factors=(("cross_entropy", 1.0), ("dice", 0.5)))
       >>> criterion.counts(jnp.zeros((2, 16, 24), int)).tolist()  # pixels, images
       [768.0, 2.0]
     """
 
     num_classes: int
-    ignore_label: int
-    class_weights: tuple[float, ...] | None
-    factors: tuple[tuple[str, float], ...]
-    label_smoothing: float
-    focal_gamma: float
-    tversky_alpha: float
-    tversky_beta: float
-    tversky_power: float
-    ohem_threshold: float
-    ohem_min_kept: float
-    ohem_images: int
-    mean_over: str
-    aux: str
+    ignore_label: int = 255
+    class_weights: tuple[float, ...] | None = None
+    factors: tuple[tuple[str, float], ...] = (("cross_entropy", 1.0),)
+    label_smoothing: float = 0.0
+    focal_gamma: float = 2.0
+    tversky_alpha: float = 0.3
+    tversky_beta: float = 0.7
+    tversky_power: float = 1.0
+    ohem_threshold: float = 0.7
+    ohem_min_kept: float = 0.0625
+    ohem_images: int = 0
+    mean_over: str = "labelled"
+    aux: str = "same"
 
     @property
     def group(self) -> int:

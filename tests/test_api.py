@@ -25,6 +25,7 @@ FUNCTIONS = (
     "evaluate_dataset",
     "export_model",
     "from_torch",
+    "initialize",
     "list_weights",
     "load",
     "load_torch",
@@ -117,6 +118,32 @@ def test_what_was_loaded_is_saved_with_its_metadata(tmp_path):
         assert found.classes == classes and found.metadata["licence"] == "mine"
         assert (found.mean, found.std) == ((1.5, 2.5, 3.5), (10.0, 20.0, 40.0))
         assert "'source': 'a'" in str(found.metadata["provenance"])
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "c", "d"])
+def test_class_names_are_saved(name, tmp_path):
+    names, model = ["sky", "Straße", "a tree", "b", "c"], tiny_model(2)
+    segjax.save(model, tmp_path / name, class_names=names, dialect="hf" if name == "d" else None)
+    found = segjax.load(tmp_path / name)
+    assert list(found.classes.class_names) == names
+    segjax.save(found, tmp_path / "other.safetensors", class_names=names[::-1])
+    again = segjax.load(tmp_path / "other.safetensors").classes
+    assert list(again.class_names) == names[::-1] and len(set(again.colors)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "message"),
+    [
+        ("a.safetensors", list("abcd"), "must be 5 texts, one for each class; got"),
+        ("a.safetensors", "abcde", "must be 5 texts"),
+        ("a", [1, 2, 3, 4, 5], "must be 5 texts"),
+        ("a.pth", list("abcde"), r"a\.pth: a \.pth has no place for class names; write \*\.safetensors or a folder"),
+    ],
+)
+def test_class_names_that_cannot_be_saved_are_refused(name, names, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        segjax.save(tiny_model(1), tmp_path / name, class_names=names)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

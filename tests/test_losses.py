@@ -23,23 +23,14 @@ from segjax.train import schema
 
 def loss_under_test(logits, labels, *, ignore_label):
     """Sum over the pixels that count, as the loss of a part of a batch of one pixel; and how many there are."""
-    criterion = losses.Criterion(
-        num_classes=logits.shape[-1],
-        ignore_label=ignore_label,
-        class_weights=None,
-        factors=(("cross_entropy", 1.0),),
-        label_smoothing=0.0,
-        focal_gamma=0.0,
-        tversky_alpha=0.3,
-        tversky_beta=0.7,
-        tversky_power=1.0,
-        ohem_threshold=0.0,
-        ohem_min_kept=0.0,
-        ohem_images=0,
-        mean_over="labelled",
-        aux="same",
-    )
+    criterion = losses.Criterion(num_classes=logits.shape[-1], ignore_label=ignore_label)
     return criterion.total(logits, labels, jnp.ones(1)), criterion.counts(labels)[0]
+
+
+def test_defaults_are_those_of_a_run():
+    settings = {setting.name: setting.default for setting in schema.LOSS.settings}
+    made = losses.criterion(settings, num_classes=7, ignore_label=255)
+    assert made == losses.Criterion(num_classes=7)
 
 
 def predictions(logits, size):

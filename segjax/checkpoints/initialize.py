@@ -168,6 +168,16 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
     Raises:
       CheckpointError: The checkpoint cannot be read or does not fit, or a pattern matches no parameter; nothing is
         loaded.
+
+    Example:
+      >>> import tempfile
+      >>> import segjax
+      >>> small = dict(dims=(4, 8, 10, 16), decoder_dim=8)
+      >>> model = segjax.create("segformer_b0", num_classes=5, **small)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     segjax.save(segjax.create("segformer_b0", num_classes=3, **small), f"{folder}/three.safetensors")
+      ...     print(segjax.initialize(model, f"{folder}/three.safetensors"))
+      all weights, classifier random (3 classes there, 5 here)
     """
     names = [torch_name(path) for path in named_variables(model)]
     if unknown := [pattern for pattern in keep if not any(matches(name, (pattern,)) for name in names)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from segjax.checkpoints.checkpoint import CheckpointError, torch_module
 from segjax.checkpoints.files import METADATA, TENSORS_HASH
 from segjax.checkpoints.format_version import stamped
 from segjax.checkpoints.load import LoadedCheckpoint
-from segjax.checkpoints.metadata import carried, completed
+from segjax.checkpoints.metadata import carried, completed, of_names
 from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
 from segjax.models.segmentation_model import SegmentationModel
@@ -30,7 +30,13 @@ _OTHER_FILES = {
 }
 
 
-def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, dialect: str | None = None) -> None:
+def save(
+    model: SegmentationModel | LoadedCheckpoint,
+    path: str | Path,
+    *,
+    dialect: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Saves a model for `load` and `segjax convert`, and replaces an older checkpoint at this path.
 
     Args:
@@ -39,8 +45,11 @@ def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, diale
       path: `*.pth` or `*.safetensors`; any other name becomes an orbax folder, or with dialect "hf" a folder for
         transformers.
       dialect: Key format of a file, one of `segjax.checkpoints.key_maps.DIALECTS`; by default "native".
+      class_names: A name for each class, to be saved in place of those of a loaded checkpoint; not in a `.pth`. By
+        default the classes of a model are numbered.
 
     Raises:
+      ValueError: The names are not one text for each class, or `path` is a `.pth`.
       CheckpointError: The dialect has no keys for this model, or something else exists at this path; nothing is
         written.
       KeyError: The dialect is unknown.
@@ -50,7 +59,18 @@ def save(model: SegmentationModel | LoadedCheckpoint, path: str | Path, *, diale
     known = {}
     if isinstance(model, LoadedCheckpoint):
         model, known = model.model, carried(model.metadata, model.provenance)
+    if class_names is not None:
+        known = {**known, **_named(class_names, model.spec.num_classes, path)}
     write_checkpoint(path, model, dialect=dialect or "native", metadata=known)
+
+
+def _named(class_names: Sequence[str], num_classes: int, path: Path) -> dict[str, Any]:
+    names = list(class_names)
+    if len(names) != num_classes or isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names must be {num_classes} texts, one for each class; got {class_names!r}")
+    if path.suffix == ".pth":
+        raise ValueError(f"{path}: a .pth has no place for class names; write *.safetensors or a folder, or omit them")
+    return of_names(names)
 
 
 def is_folder(path: Path) -> bool:

@@ -126,6 +126,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SPLIT]",
         help=f"data: NAME is one of {', '.join(specs.DATASETS)}, SPLIT a split or a sum of them, as in train+val",
     )
+    add_place_of_data(parser)
+
+
+def add_place_of_data(parser: argparse.ArgumentParser) -> None:
+    """Adds `--source` and `--data-dir`."""
     parser.add_argument(
         "--source", nargs="+", metavar="PATH", help="source from which the data are prepared at first use"
     )

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_checkpoint(parser, arguments)
     parser.add_argument("destination", type=as_path, metavar="DST", help="*.pth, *.safetensors, else a folder")
     parser.add_argument("--model", default="auto", help="allow only this model, a name in segjax.MODELS")
-    parser.add_argument("--num-classes", type=within(CLASSES), help="required for an encoder only, else checked")
+    parser.add_argument(
+        "--num-classes", type=within(CLASSES), help="required if CHECKPOINT is an encoder, otherwise checked"
+    )
     parser.add_argument("--dialect", default="auto", choices=["auto", *DIALECTS], help="key format of CHECKPOINT")
     parser.add_argument(
         "--to", choices=DIALECTS, help="key format of DST, default native; with hf, a folder is for transformers"

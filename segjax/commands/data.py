@@ -37,7 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         from segjax.commands import data_import
 
         return data_import.main(arguments[1:])
-    parser = Parser(prog="segjax data", description=summary_of(__doc__))
+    parser = Parser(
+        prog="segjax data",
+        description=f"{summary_of(__doc__)} `segjax data show --help` and `segjax data import --help` list those of "
+        "the other two.",
+    )
     names = specs.prepared_names()
     parser.add_argument("command", choices=["prepare", "show", "import"])
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))

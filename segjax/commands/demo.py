@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=within(Integer(0, 65535)),
         default=PORT,
         metavar="N",
-        help=f"of the page's address; 0 for any that is free; default {PORT}",
+        help=f"port of the page; 0 takes any free one; default {PORT}",
     )
     add_exported(parser, "that an exported file was made from: says what the file does not, normalisation and classes")
     add_protocol(parser)

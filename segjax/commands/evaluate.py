@@ -27,6 +27,7 @@ from segjax.commands.arguments import (
     Parser,
     add_checkpoint,
     add_exported,
+    add_place_of_data,
     add_processes,
     add_protocol,
     add_temperature,
@@ -62,15 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluated in the same way, for the difference from it; of an exported file the run it came from, which also "
         "says what the file does not: normalisation and classes. Without --data, on the data of this run",
     )
-    parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
+    parser.add_argument("--best", action="store_true", help="the weights of the run's best evaluation")
     parser.add_argument(
         "--output",
         type=as_path,
         metavar="DIR",
-        help="of the report; default report/, without --data CHECKPOINT/report",
+        help="folder of the report; default report/, or CHECKPOINT/report without --data",
     )
-    parser.add_argument("--source", nargs="+", metavar="PATH", help="what the data is prepared from at first use")
-    parser.add_argument("--data-dir", metavar="DIR", help="where to; default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    add_place_of_data(parser)
     add_protocol(parser)
     add_temperature(parser)
     parser.add_argument(

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_checkpoint(parser, arguments, takes=f"{CHECKPOINT}; {EXPORTED}")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, video, folder, 'pattern', camera or address")
-    parser.add_argument("--output", required=True, type=as_path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--output", required=True, type=as_path, metavar="DIR", help="output folder")
     parser.add_argument(
         "--write",
         nargs="+",
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help=f"refuse larger images that are read as a whole; default {MAX_PIXELS:,}",
     )
-    parser.add_argument("--resume", action="store_true", help="skip what is done")
+    parser.add_argument("--resume", action="store_true", help="skip files whose outputs are complete")
     add_processes(parser)
     options = parser.parse_args(arguments)
     if problems := problems_of_prediction(options) + problems_of_processes(options):

@@ -251,7 +251,7 @@ AUGMENT = Section(
             "class_balance",
             0.0,
             Real(least=0, most=1),
-            "Probability to place a crop around a pixel of a class; the class is drawn from those of the image, by "
+            "Probability of placing a crop around a pixel of a class; the class is drawn from those of the image, by "
             "inverse frequency.",
         ),
         Setting(
