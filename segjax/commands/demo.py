@@ -101,5 +101,8 @@ def _run(options: argparse.Namespace) -> None:
         }
         for name, fact in facts.items():
             say(f"{name:<12}{fact}")
-        say(f"{'page':<12}{server.address}   Ctrl-C ends it")
-        server.serve(demonstration, demo.page(checkpoint.model.spec.name, facts))
+        server.serve(
+            demonstration,
+            demo.page(checkpoint.model.spec.name, facts),
+            announce=lambda: say(f"{'page':<12}{server.address}   Ctrl-C ends it"),
+        )

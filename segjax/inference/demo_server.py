@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from segjax.data import codec
+from segjax.inference.engine import resized
 from segjax.inference.exported_model import ExportedModel
 from segjax.inference.images import decode
 from segjax.inference.predictor import Predictor
@@ -89,10 +90,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """The address of the page."""
         return f"http://{HOST}:{self.server_address[1]}/"
 
-    def serve(self, demonstration: Demonstration, page: str) -> None:
-        """Answers requests until an exception ends it; a prediction that runs then is awaited."""
+    def serve(self, demonstration: Demonstration, page: str, *, announce: Callable[[], None] = lambda: None) -> None:
+        """Answers requests until an exception ends it; a prediction that runs then is awaited.
+
+        Args:
+          demonstration: Predictions.
+          page: HTML of the page.
+          announce: Function that is called once requests are accepted.
+        """
         self._page, self._predict = page.encode(), demonstration.predict
         self.server_activate()
+        announce()
         try:
             self.serve_forever(poll_interval=0.1)
         finally:
@@ -113,7 +121,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         host, origin = headers.get("Host", HOST), headers.get("Origin")
         if host.partition(":")[0] not in (HOST, "localhost") or origin not in (None, f"http://{host}"):
             raise RequestError(HTTPStatus.FORBIDDEN, "only the page of this server may ask it")
-        path = urlsplit(path).path
+        try:
+            path = urlsplit(path).path
+        except ValueError as error:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"the address is none: {error}") from error
         if path not in _METHODS:
             raise RequestError(HTTPStatus.NOT_FOUND, f"there is no {path}; there are {' and '.join(_METHODS)}")
         if method not in _METHODS[path]:
@@ -130,20 +141,26 @@ def _print(error: BaseException) -> None:
 
 def _content(headers: Any, body: Iterator[bytes]) -> bytes:
     """The body of a request. Raises RequestError if it is too large, incomplete, or no file by itself."""
-    length = headers.get("Content-Length", "")
-    if not (length.isascii() and length.isdecimal()):
+    length = _length(headers)
+    if length is None:
         raise RequestError(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-    if int(length) > MOST_BYTES:
-        too_many = f"has {console.amount(int(length))}; the most is {console.amount(MOST_BYTES)}"
+    if length > MOST_BYTES:
+        too_many = f"has {console.amount(length)}; the most is {console.amount(MOST_BYTES)}"
         raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_many)
     if headers.get_content_maintype() == "multipart":
         raise RequestError(
             HTTPStatus.BAD_REQUEST, "is a form; send the file itself as the body: curl --data-binary @FILE"
         )
     content = b"".join(body)
-    if len(content) < int(length):
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"ends after {len(content):,} of {int(length):,} bytes")
+    if len(content) < length:
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"ends after {len(content):,} of {length:,} bytes")
     return content
+
+
+def _length(headers: Any) -> int | None:
+    """Content-Length, of which 16 digits count: Python does not convert thousands of them. None without a number."""
+    text = headers.get("Content-Length", "")
+    return int(text.lstrip("0")[:16] or 0) if text.isascii() and text.isdecimal() else None
 
 
 class Demonstration:
@@ -161,6 +178,9 @@ class Demonstration:
         protocol = predictor.protocol
         has_size = isinstance(model, ExportedModel) and model.size is not None
         self._resizes = protocol.mode == "whole" and protocol.base_size is None and not has_size
+        # Other packages do not compile, and the programs of a sliding window are those of its crops.
+        by_jax = not isinstance(model, ExportedModel) or model.path.suffix == ".stablehlo"
+        self._compiles = by_jax and protocol.mode == "whole"
         self._compiled: set[tuple[int, ...]] = set()
         self._turn = threading.Lock()
 
@@ -185,7 +205,7 @@ class Demonstration:
         """`viz.demo.answer` for the content of an image file.
 
         And "given_size" and "size", (height, width) of the image and of what the model got; "seconds" of the
-        prediction; and "compiled_seconds" of the compilation before it, None where the size was known.
+        prediction; and "compiled_seconds" of the compilation before it, None where nothing was compiled for the size.
 
         Raises:
           RequestError: It is no image, or too large.
@@ -195,7 +215,7 @@ class Demonstration:
             image = decode(data, own.image_kind, scale=own.scale, max_pixels=own.max_pixels)
             given, image = image.shape[:2], self._fitting(image)
             compiled = None
-            if image.shape not in self._compiled:
+            if self._compiles and image.shape not in self._compiled:
                 since = time.perf_counter()
                 self._mapped(image)
                 compiled = time.perf_counter() - since
@@ -215,10 +235,8 @@ class Demonstration:
         factor = LARGEST_SIDE / max(image.shape[:2])
         if not self._resizes or factor >= 1:
             return image
-        import cv2
-
         height, width = (max(1, round(factor * side)) for side in image.shape[:2])
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).reshape(height, width, -1)
+        return resized(image, (height, width), is_smaller=True)
 
     def _mapped(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         if self._gives_labels:
@@ -256,8 +274,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Prints nothing."""
 
     def _answer(self) -> None:
-        left = self.headers.get("Content-Length", "")
-        self._left = int(left) if left.isascii() and left.isdecimal() else 0
+        self._left = _length(self.headers) or 0
         try:
             kind, content = self.server.answer(self.command, self.path, self.headers, self._body())
             self._send(HTTPStatus.OK, kind, content)

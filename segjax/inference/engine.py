@@ -231,22 +231,37 @@ def scaled(image: np.ndarray, scale: float, size_divisor: int, base_size: Sequen
     Raises:
       MemoryError: There is not enough memory.
     """
+    near = scaled_size(image.shape[:2], scale, base_size)
+    for size in (near, _rounded_up(near, size_divisor)):
+        if size != image.shape[:2]:
+            image = resized(image, size)
+    return image
+
+
+def resized(image: np.ndarray, size: tuple[int, int], *, is_smaller: bool = False) -> np.ndarray:
+    """An image (H, W, C) of any number of channels at another size, (height, width), bilinear or by areas.
+
+    Args:
+      image: Image.
+      size: Height and width of the result.
+      is_smaller: Whether each pixel of the result is the mean of an area, for sizes that are smaller.
+
+    Raises:
+      MemoryError: There is not enough memory.
+    """
     import cv2
 
-    near = scaled_size(image.shape[:2], scale, base_size)
-    for height, width in (near, _rounded_up(near, size_divisor)):
-        if (height, width) != image.shape[:2]:
-            try:
-                # OpenCV accepts at least four channels on all platforms, and returns a single channel without its axis.
-                parts = (image[..., first : first + 4] for first in range(0, image.shape[2], 4))
-                resized = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in parts]
-                resized = [part.reshape(height, width, -1) for part in resized]
-                image = resized[0] if len(resized) == 1 else np.concatenate(resized, axis=2)
-            except cv2.error as error:
-                if error.code == cv2.Error.StsNoMem:
-                    raise MemoryError(f"an image of {height}x{width}") from error
-                raise
-    return image
+    (height, width), interpolation = size, cv2.INTER_AREA if is_smaller else cv2.INTER_LINEAR
+    try:
+        # OpenCV accepts at least four channels on all platforms, and returns a single channel without its axis.
+        parts = (image[..., first : first + 4] for first in range(0, image.shape[2], 4))
+        done = [cv2.resize(part, (width, height), interpolation=interpolation) for part in parts]
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(f"an image of {height}x{width}") from error
+        raise
+    done = [part.reshape(height, width, -1) for part in done]
+    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
 
 
 def score(

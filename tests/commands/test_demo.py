@@ -31,7 +31,12 @@ def model(tmp_path_factory):
 
 def test_the_size_of_evaluation_is_compiled_before_the_page_is_there(model, capsys, monkeypatch):
     served = []
-    monkeypatch.setattr(Server, "serve", lambda self, *parts: served.append((self.address, *parts)))
+
+    def serve(self, *parts, announce):
+        announce()
+        served.append((self.address, *parts))
+
+    monkeypatch.setattr(Server, "serve", serve)
     assert demo.main([str(model), "--port", "0"]) == 0
     ((address, demonstration, page),) = served
     said = capsys.readouterr().out

@@ -136,7 +136,10 @@ def test_a_large_image_is_resized_and_with_a_sliding_window_it_is_not(demonstrat
     assert "at most 32 pixels" in demonstration.takes
     predictor = Predictor(LoadedCheckpoint(MODEL, SPEC, {}), mode="slide", crop=(32, 32), stride=(24, 24))
     sliding = Demonstration(predictor, MODEL)
-    assert sliding.predict(file_of(image))["size"] == [48, 64] and "at most" not in sliding.takes
+    answer = sliding.predict(file_of(image))
+    assert answer["size"] == [48, 64] and "at most" not in sliding.takes
+    # Its programs are those of crops.
+    assert answer["compiled_seconds"] is None
 
 
 def test_a_model_of_one_class_answers_with_background_and_class():
@@ -241,6 +244,9 @@ def test_the_page_itself_may_ask_under_either_name(server):
         (b"POST /predict HTTP/1.1\r\nHost: [\r\nContent-Length: 5\r\n\r\nhello", b"403"),
         (b"\x16\x03\x01\x02\x00\r\n\r\n", b"Bad"),
         (b"GET / HTTP/9.9\r\n\r\n", b"Invalid HTTP version"),
+        (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"the address is none: Invalid IPv6 URL"),
+        (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\nx" % (b"9" * 5000), b"413"),
+        (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s9\r\n\r\nx" % (b"0" * 20), b"of 9 bytes"),
     ],
 )
 def test_broken_requests_are_answered(request_, expected, server, capsys):
@@ -291,6 +297,20 @@ def test_images_of_other_channels_are_those_that_the_model_takes():
     assert shown.predict(file.getvalue())["size"] == [1024, 8]
     with pytest.raises(demo_server.RequestError, match="has 3 channels of uint8, and the model takes 3 channels of"):
         shown.predict(file_of(scene(0, 20, 30)))
+
+
+@pytest.mark.parametrize("channels, dtype", [(13, np.uint16), (5, np.float32), (1, np.uint8)])
+def test_a_large_image_of_any_number_of_channels_is_resized(channels, dtype):
+    model = tiny_model(channels, in_channels=channels)
+    mean, std = (0.0,) * channels, (100.0,) * channels
+    kind = {"channels": channels, "image_dtype": np.dtype(dtype).name, "normalisation": {"mean": mean, "std": std}}
+    shown = Demonstration(Predictor(LoadedCheckpoint(model, SPEC, kind, mean, std)), model)
+    image = np.random.default_rng(channels).integers(0, 256, (1100, 64, channels)).astype(dtype)
+    file = io.BytesIO()
+    np.save(file, image)
+    assert shown.predict(file.getvalue())["size"] == [1024, 60]
+    each = [cv2.resize(image[..., k], (60, 1024), interpolation=cv2.INTER_AREA) for k in range(channels)]
+    np.testing.assert_array_equal(shown._fitting(image), np.stack(each, axis=-1))
 
 
 def test_a_port_that_is_taken_is_named(server):
