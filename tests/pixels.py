@@ -33,7 +33,7 @@ class Pixels(nnx.Module):
         kernels = np.random.default_rng(seed).standard_normal((2, 3, num_classes)) * [[[1]], [[2 * context]]]
         self.kernel, self.context = (nnx.Param(jnp.asarray(kernel, jnp.float32)) for kernel in kernels)
         self.spec, self.size_multiple, self.align_corners = Spec("pixels", num_classes), 1, False
-        self.in_channels = 3
+        self.in_channels, self.dtype = 3, jnp.dtype(jnp.float32)
         self.eval()
 
     def __call__(self, images):

@@ -56,6 +56,7 @@ function fieldsOf(bytes) {
   const varint = () => {
     let value = 0;
     for (let factor = 1; ; factor *= 128) {
+      if (at >= bytes.length) throw new Error("the file is no ONNX model, or it is truncated");
       const byte = bytes[at++];
       value += (byte & 127) * factor;
       if (byte < 128) return value;

@@ -276,12 +276,14 @@ def _without_counters(given: Mapping) -> Mapping:
     return {k: v for k, v in given.items() if not (isinstance(k, str) and k.rpartition(".")[2] in _COUNTERS)}
 
 
+CHOOSE = "choose with --weights student or --weights teacher"
+
+
 def _require_choice(found: Mapping[str, str], weights: str | None) -> None:
     """Raises CheckpointError if there are a student and a teacher, and `weights` names neither."""
     if {"student", "teacher"} <= found.keys() and weights not in ("student", "teacher"):
         raise CheckpointError(
-            f"it holds the weights of a student ({found['student']}) and of a teacher ({found['teacher']}); choose "
-            "with --weights student or --weights teacher"
+            f"it holds the weights of a student ({found['student']}) and of a teacher ({found['teacher']}); {CHOOSE}"
         )
 
 

@@ -177,7 +177,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     predictor = Predictor(checkpoint, **protocol_of(options), temperature=options.temperature, **settings)
     record = batch_run.record_of(predictor, checkpoint.model, options.checkpoint)
-    distributed.refuse_different({key: value for key, value in record.items() if key != "checkpoint"})
+    same = {key: value for key, value in record.items() if key != "checkpoint"}
+    distributed.refuse_different(same | {"write": sorted(options.write), "resume": options.resume})
     done, incomplete = distributed.from_lead(
         lambda: batch_run.done_before(jobs, options.output, record) if options.resume else (set(), {})
     )

@@ -19,7 +19,7 @@ from segjax.checkpoints.format_version import refuse_newer, stamped
 from segjax.data import specs
 from segjax.inference import certainty, geotiff
 from segjax.inference.engine import labels_of
-from segjax.inference.exported_model import ExportedModel, weights_sha256
+from segjax.inference.exported_model import ExportedModel, identity_of, weights_sha256
 from segjax.inference.images import has_more_images, read_bands, read_image, upright_size
 from segjax.inference.outputs import MAPS, Job, Prediction, SceneOutputs, VideoOutputs, save, save_scene
 from segjax.inference.overlapped import FAULTS, THREADS, overlapped
@@ -56,6 +56,7 @@ def record_of(
         {
             "checkpoint": str(checkpoint),
             "weights_sha256": weights_sha256(model),
+            "model": identity_of(model),
             **normalisation,
             **protocol,
             **scale,
@@ -188,6 +189,9 @@ def done_before(
     except reading.UnreadableError as error:
         raise ValueError(f"{error}; {remedy}") from None
     compared = (record.keys() | old.keys()) - {"checkpoint", "format_version", "segjax_version", "incomplete"}
+    if "model" not in old:
+        # A folder from before this entry.
+        compared.discard("model")
     if differing := sorted(key for key in compared if old.get(key) != record.get(key)):
         raise ValueError(f"{output} was made with other {', '.join(differing)} ({path}); {remedy}")
     for target in (path, *(output for job in jobs if job.is_video for output in job.outputs.values())):

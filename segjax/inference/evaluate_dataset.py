@@ -34,7 +34,7 @@ from segjax.inference import difference, published_figure, temperature_scaling
 from segjax.inference.corrupted import evaluate_corrupted
 from segjax.inference.engine import Inference, Protocol
 from segjax.inference.evaluation import SHOWN, Measured, PredictCounted, measure
-from segjax.inference.exported_model import ExportedModel, metadata_of, weights_sha256
+from segjax.inference.exported_model import ExportedModel, identity_of, metadata_of, weights_sha256
 from segjax.inference.open_exported import Loaded, opened, protocol_for
 from segjax.inference.runtimes import exported_path
 from segjax.inference.unfinished import Unfinished
@@ -266,7 +266,8 @@ def evaluate_dataset(
     )
     shown = 0 if output is None else SHOWN
     identity = _identity(given, counted=gives_scores, fits=fit_temperature)
-    distributed.refuse_different(identity)
+    same = {"corruptions": corruptions, "reference": reference is not None, "output": output is not None}
+    distributed.refuse_different(identity | same)
     unfinished = None if output is None or identity["data"] is None else Unfinished(output, identity)
     measured = _measured(
         inference,
@@ -343,7 +344,6 @@ def _measured(
 def _identity(given: _Given, *, counted: bool, fits: bool) -> dict[str, Any]:
     """What the counts of an evaluation depend on, as JSON; its "data" is None where it cannot be told."""
     checkpoint, opened = given.checkpoint, given.opened
-    config = checkpoint.metadata.get("config") or {}
     content: Any = None
     if isinstance(opened.data, specs.Split):
         # In memory.
@@ -352,13 +352,13 @@ def _identity(given: _Given, *, counted: bool, fits: bool) -> dict[str, Any]:
         content = contents.contents_of(opened.prepared, parts_of(given.split))
     return {
         "weights": weights_sha256(checkpoint.model),
-        "model": checkpoint.model.spec.name,
-        "dtype": config.get("model", {}).get("dtype"),
+        "model": identity_of(checkpoint.model),
         "normalisation": [list(map(float, checkpoint.mean)), list(map(float, checkpoint.std))],
         "protocol": given.protocol.record(),
         "data": None if content is None else contents.hash_of(json.dumps(content, sort_keys=True).encode()),
         "split": given.address,
         "classes": list(opened.spec.class_names),
+        "ignore_label": opened.spec.ignore_label,
         "counted": [counted, fits],
         "device": jax.devices()[0].device_kind,
         "versions": versions.installed(),

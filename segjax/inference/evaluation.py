@@ -113,7 +113,8 @@ def _count(truth: np.ndarray, predicted: np.ndarray, spec: specs.DatasetSpec) ->
 
 
 def sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """Sum of the int64 arrays of all processes, equal in each process."""
+    """Sum of the int64 arrays of all processes, equal in each process, which waits for the others."""
+    distributed.wait_for_all()
     return np.sum(distributed.gathered(counts), axis=0)
 
 
@@ -237,6 +238,7 @@ def measure(
     if unfinished is not None:
         # Another process may be lost, and a reference or corrupted images may follow.
         unfinished.keep(counts, now=True)
+    distributed.wait_for_all()
     whole = joined(distributed.gathered(counts), shown=shown)
     by_image = np.stack([whole.by_image[number] for number in sorted(whole.by_image)])
     calibration, nlls = whole.calibration() or (None, None)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from segjax.checkpoints.state_dict import model_metadata
@@ -168,6 +169,14 @@ def _logits(probabilities: np.ndarray) -> np.ndarray:
 def metadata_of(model: SegmentationModel | ExportedModel) -> dict[str, object]:
     """What a report says of a model."""
     return model.metadata if isinstance(model, ExportedModel) else model_metadata(model)
+
+
+def identity_of(model: SegmentationModel | ExportedModel) -> dict[str, object]:
+    """What the predictions of a model depend on, except for its weights, as JSON."""
+    if isinstance(model, ExportedModel):
+        names = ("output", "output_name", "normalises", "align_corners", "size_multiple", "threshold")
+        return model.metadata | {name: getattr(model, name) for name in names}
+    return model_metadata(model) | {"dtype": jnp.dtype(model.dtype).name, "align_corners": model.align_corners}
 
 
 def weights_sha256(model: SegmentationModel | ExportedModel) -> str:

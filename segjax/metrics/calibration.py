@@ -84,7 +84,7 @@ class Calibration:
     nll: float = 0.0
 
     def add(self, confidence: np.ndarray, right: np.ndarray, of_label: np.ndarray, squares: np.ndarray) -> None:
-        """Counts pixels; pixels that are ignored must be left out before.
+        """Counts pixels; pixels that are ignored must be omitted before.
 
         Args:
           confidence: Probability of the predicted class of each pixel, floats (N,).

@@ -35,7 +35,7 @@ class ScoreCounts:
     others: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << BITS, np.int64))
 
     def add(self, score: np.ndarray, is_found: np.ndarray) -> None:
-        """Counts pixels; pixels that are ignored must be left out before.
+        """Counts pixels; pixels that are ignored must be omitted before.
 
         Args:
           score: Floats (N,), without NaN.

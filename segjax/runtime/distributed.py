@@ -32,10 +32,12 @@ def problem(coordinator: str | None, processes: int | None, number: int | None) 
         return f"{names}: of several processes; give --coordinator=HOST:PORT too, or auto" if names else ""
     if coordinator != "auto" and not re.fullmatch(r".+:\d{1,5}", coordinator):
         return f"--coordinator={coordinator}: must be HOST:PORT of the first process, or auto"
+    if processes is not None and processes < 1:
+        return f"--num_processes={processes}: must be at least 1"
     if processes is not None and number is not None and number >= processes:
         numbered = "is number 0" if processes == 1 else f"have the numbers from 0 to {processes - 1}"
         what = "the only process" if processes == 1 else f"{processes} processes"
-        return f"--process_id={number}: {what} {numbered}" if processes else "--num_processes=0: must be at least 1"
+        return f"--process_id={number}: {what} {numbered}"
     return ""
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from segjax import layers, losses
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.load import LoadedCheckpoint, load
+from segjax.checkpoints.selection import CHOOSE
 from segjax.data import specs
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import SegmentationModel
@@ -19,7 +21,7 @@ from segjax.train.config import RunError
 
 
 class Teacher:
-    """A model in evaluation mode without its arrays, which a training state holds next to those of the student.
+    """A model in evaluation mode, as a function of its arrays, which a training state holds next to the student's.
 
     Attributes:
       divergence: Loss between the logits of student and teacher.
@@ -86,6 +88,7 @@ class Teacher:
 def load_teacher(
     settings: ConfigDict,
     classes: specs.DatasetSpec,
+    images: specs.ImageKind,
     *,
     crop: Sequence[int],
     mean: Sequence[float],
@@ -96,6 +99,7 @@ def load_teacher(
     Args:
       settings: `config.loss`.
       classes: Classes of the run.
+      images: Channels and dtype of its images.
       crop: Height and width of training crops.
       mean: Mean of each channel, with which the student's images are normalised.
       std: Deviation of each channel.
@@ -105,14 +109,18 @@ def load_teacher(
 
     Raises:
       CheckpointError: The checkpoint cannot be read.
-      RunError: Its classes, channels or sizes do not fit the run.
+      RunError: Its classes, images or sizes do not fit the run.
     """
     source = settings.distill
     console.say(f"teacher from {source}")
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     with console.log_to(console.say):
-        loaded = load(source, dtype=dtype)
-    _refuse_other(loaded, classes, source, crop=crop, channels=len(mean))
+        try:
+            loaded = load(source, dtype=dtype)
+        except CheckpointError as error:
+            own_file = f"segjax convert {source} teacher.safetensors --weights teacher"
+            raise CheckpointError(str(error).replace(CHOOSE, f"name a file with one of them: {own_file}")) from None
+    _refuse_other(loaded, classes, source, crop=crop, images=images)
     own_mean, own_std = np.array(loaded.mean), np.array(loaded.std)
     return Teacher(
         loaded.model,
@@ -125,9 +133,14 @@ def load_teacher(
 
 
 def _refuse_other(
-    loaded: LoadedCheckpoint, classes: specs.DatasetSpec, source: str, *, crop: Sequence[int], channels: int
+    loaded: LoadedCheckpoint,
+    classes: specs.DatasetSpec,
+    source: str,
+    *,
+    crop: Sequence[int],
+    images: specs.ImageKind,
 ) -> None:
-    """Raises RunError if classes, channels or sizes of a teacher do not fit the run."""
+    """Raises RunError if classes, images or sizes of a teacher do not fit the run."""
     model, prefix = loaded.model, f"config.loss.distill={source}"
     if model.spec.num_classes != classes.num_classes:
         raise RunError(
@@ -143,8 +156,9 @@ def _refuse_other(
             f"{prefix}: classes of the data and of the teacher differ: {', '.join(other[:5])}{more}; a teacher must "
             "have the classes of the run"
         )
-    if model.in_channels != channels:
-        raise RunError(f"{prefix}: the teacher takes images of {model.in_channels} channels, the data have {channels}")
+    takes = loaded.image_kind
+    if takes.channels != images.channels or takes.dtype not in (None, images.dtype):
+        raise RunError(f"{prefix}: the teacher takes images of {takes}, and the data have {images}")
     if any(side % model.size_multiple for side in crop):
         raise RunError(
             f"{prefix}: the teacher takes images whose sides are multiples of {model.size_multiple}; "

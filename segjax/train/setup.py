@@ -98,7 +98,7 @@ def build(
     optimizer, state = make_optimizer(model, config.optim, config.train)
     teacher = None
     if config.loss.distill:
-        teacher = load_teacher(config.loss, spec, crop=config.augment.crop, mean=mean, std=std)
+        teacher = load_teacher(config.loss, spec, kind, crop=config.augment.crop, mean=mean, std=std)
         state = dataclasses.replace(state, teacher=teacher.arrays())
 
     size = _evaluated_size(records_of(evaluation.data).sizes, Protocol.of(config.eval))

@@ -1,7 +1,7 @@
 """Experiment trackers: programs that show the records of many runs next to each other.
 
 `Writer` is what a run needs of them. TensorBoard's, in `tensorboard.py`, is part of the run: an error of its files ends
-the run. The others are guests, which `Guests` holds: one that raises is reported and left out, and the run goes on.
+the run. The others are guests, which `Guests` holds: one that raises is reported and skipped, and the run goes on.
 
 Their servers, projects and accounts are set by their own environment variables: WANDB_MODE, WANDB_PROJECT,
 MLFLOW_TRACKING_URI, TRACKIO_DIR and so on.
@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, Protocol
 
@@ -231,10 +231,11 @@ def why_missing(names: Sequence[str]) -> str | None:
 class _State(TypedDict):
     id: Annotated[str, Field(pattern=r"^[0-9a-z]{1,64}$")]
     reached: NotRequired[dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]]
+    active: NotRequired[list[str]]
 
 
 class Guests:
-    """The trackers of other programs. One that raises is reported once and left out; the others and the run go on."""
+    """The trackers of other programs. One that raises is reported once and skipped; the others and the run go on."""
 
     def __init__(
         self, names: Sequence[str], workdir: Path, settings: Mapping[str, Any], *, start: int, reached: Position
@@ -250,20 +251,24 @@ class Guests:
             tracker that has them does not get them again.
         """
         self._writers: dict[str, Writer] = {}
-        self._start, self._reached = start, {}
-        if not names:
+        self._start, self._reached, self._path = start, {}, workdir / STATE
+        old = _state_of(self._path) if start else None
+        if not names and old is None:
             return
-        old = _state_of(workdir / STATE) if start else None
-        id = old["id"] if old else secrets.token_hex(4)
+        self._id = old["id"] if old else secrets.token_hex(4)
         found = old.get("reached", {}) if old else {}
-        before: dict[str, Position] = {name: (step, bool(evaluated)) for name, (step, evaluated) in found.items()}
-        self._reached = {name: max(reached, before[name]) for name in names if name in before}
-        kept = before | {name: self._reached.get(name, (start, True)) for name in names}
-        reached_now = {name: [step, int(evaluated)] for name, (step, evaluated) in kept.items()}
-        atomic.write_text(workdir / STATE, json.dumps({"id": id, "reached": reached_now}) + "\n")
+        # A tracker that was not active, or that had failed, has none of the last records.
+        active = old.get("active", list(found)) if old else []
+        self._has: dict[str, Position] = {
+            name: max(reached, (step, bool(evaluated))) if name in active else (step, bool(evaluated))
+            for name, (step, evaluated) in found.items()
+        }
+        self._reached = {name: self._has[name] for name in names if name in self._has}
+        self._has |= {name: (start, True) for name in names if name not in self._has}
+        self._keep(names)
         for name in dict.fromkeys(names):
             with self._guarded(name):
-                self._writers[name] = GUESTS[name](workdir, workdir.absolute().name, id)
+                self._writers[name] = GUESTS[name](workdir, workdir.absolute().name, self._id)
         self._each(lambda writer: writer.config(settings))
 
     def scalars(self, position: Position, values: Mapping[str, float]) -> None:
@@ -290,6 +295,13 @@ class Guests:
             if not is_known:
                 with self._guarded(name):
                     call(writer)
+                    self._has[name] = max(position or self._has[name], self._has[name])
+
+    def _keep(self, active: Iterable[str]) -> None:
+        """Writes the id of the record, what each tracker has of it, and which are active."""
+        reached = {name: [step, int(evaluated)] for name, (step, evaluated) in self._has.items()}
+        content = {"id": self._id, "reached": reached, "active": sorted(set(active))}
+        atomic.write_text(self._path, json.dumps(content) + "\n")
 
     @contextlib.contextmanager
     def _guarded(self, name: str):
@@ -297,8 +309,11 @@ class Guests:
             yield
         except Exception as error:
             self._writers.pop(name, None)
+            # No error of a guest, nor of its bookkeeping, ends the run.
+            with contextlib.suppress(OSError):
+                self._keep(self._writers)
             reason = console.one_line(f"{type(error).__name__}: {error}", most=200)
-            console.say(f"warning: {name} fails and is left out; the run goes on, and metrics.jsonl has all. {reason}")
+            console.say(f"warning: {name} fails and is skipped; the run goes on, and metrics.jsonl has all. {reason}")
 
 
 def _state_of(path: Path) -> _State | None:

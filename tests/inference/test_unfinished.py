@@ -1,8 +1,10 @@
 """An evaluation that was stopped leaves its counts, and the next one with the same arguments goes on with them."""
 
+import dataclasses
 import json
 import logging
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,9 +57,14 @@ def test_an_evaluation_goes_on_where_it_was_stopped(seed, settings, tmp_path, mo
     assert not (tmp_path / "a" / unfinished.FOLDER).exists()
 
 
-@pytest.mark.parametrize("other", ["model", "data", "protocol", "damaged", "temperature"])
+OTHERS = ["model", "data", "protocol", "damaged", "temperature", "align_corners", "dtype", "ignore_label"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_counts_of_another_evaluation_are_not_used(other, tmp_path, monkeypatch, caplog, at_once):
     model, opened, settings = Pixels(5, 2), split_of(4, 4, (33, 50)), {}
+    if other == "ignore_label":
+        opened.data.labels[opened.data.labels == opened.spec.ignore_label] = 0
     stopped_after(3, monkeypatch, model, opened, output=tmp_path)
     (kept,) = (tmp_path / unfinished.FOLDER).iterdir()
     if other == "model":
@@ -68,6 +75,12 @@ def test_counts_of_another_evaluation_are_not_used(other, tmp_path, monkeypatch,
         settings = {"scales": (0.5,)}
     elif other == "temperature":
         settings = {"temperature": 2.0}
+    elif other == "align_corners":
+        model.align_corners = True
+    elif other == "dtype":
+        model.dtype = jnp.dtype(jnp.bfloat16)
+    elif other == "ignore_label":
+        opened = opened._replace(spec=dataclasses.replace(opened.spec, ignore_label=7))
     else:
         kept.write_bytes(kept.read_bytes()[:-300])
     expected = evaluate_dataset.evaluate_dataset(model, opened, **settings)

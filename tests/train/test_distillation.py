@@ -13,7 +13,9 @@ import segjax
 from segjax import layers, losses
 from segjax.checkpoints import load as load_module
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.checkpoints.metadata import dataset_metadata
+from segjax.commands import convert
 from segjax.data import specs
 from segjax.recipes import common
 from segjax.runtime.parallel import parallel_for
@@ -100,8 +102,8 @@ def settings_of(**given):
     return settings
 
 
-def teacher_from(path, classes, *, crop=(32, 64), mean=specs.IMAGENET_MEAN, std=specs.IMAGENET_STD):
-    return distillation.load_teacher(settings_of(distill=str(path)), classes, crop=crop, mean=mean, std=std)
+def teacher_from(path, classes, images=specs.RGB, *, crop=(32, 64), mean=specs.IMAGENET_MEAN, std=specs.IMAGENET_STD):
+    return distillation.load_teacher(settings_of(distill=str(path)), classes, images, crop=crop, mean=mean, std=std)
 
 
 def classes_of(*names):
@@ -136,20 +138,36 @@ def test_a_teacher_sees_images_in_its_own_normalisation(tmp_path):
     assert total(teacher.arrays(), normalise(pixels), logits, count) > 0.01
 
 
+FOUR, DEEP = specs.ImageKind(4, "uint8"), specs.ImageKind(3, "uint16")
+
+
 @pytest.mark.parametrize(
-    "classes, crop, channels, message",
+    "classes, crop, images, message",
     [
-        (classes_of(*"abcd"), (32, 64), 3, "the teacher has 5 classes and the data 4; a teacher must"),
-        (classes_of(*"abced"), (32, 64), 3, "differ: 3 is 'e' and 'd', 4 is 'd' and 'e'; a teacher must"),
-        (classes_of(*"abcde"), (32, 64), 4, "the teacher takes images of 3 channels, the data have 4"),
-        (classes_of(*"abcde"), (32, 48), 3, r"multiples of 32; config\.augment\.crop=\(32, 48\)"),
+        (classes_of(*"abcd"), (32, 64), specs.RGB, "the teacher has 5 classes and the data 4; a teacher must"),
+        (classes_of(*"abced"), (32, 64), specs.RGB, "differ: 3 is 'e' and 'd', 4 is 'd' and 'e'; a teacher must"),
+        (classes_of(*"abcde"), (32, 64), FOUR, "takes images of 3 channels of uint8, and the data have 4 channels of"),
+        (classes_of(*"abcde"), (32, 64), DEEP, "of 3 channels of uint8, and the data have 3 channels of uint16"),
+        (classes_of(*"abcde"), (32, 48), specs.RGB, r"multiples of 32; config\.augment\.crop=\(32, 48\)"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused(classes, crop, channels, message, tmp_path):
+def test_a_teacher_that_does_not_fit_is_refused(classes, crop, images, message, tmp_path):
     path = saved(tmp_path / "teacher.safetensors", tiny_model(0, "simple"), classes_of(*"abcde"))
     with pytest.raises(RunError, match=message) as caught:
-        teacher_from(path, classes, crop=crop, mean=(0.0,) * channels, std=(1.0,) * channels)
+        teacher_from(path, classes, images, crop=crop, mean=(0.0,) * images.channels, std=(1.0,) * images.channels)
     assert str(caught.value).startswith(f"config.loss.distill={path}: ")
+
+
+def test_a_teacher_among_several_sets_of_weights_is_to_be_written_to_a_file(tmp_path):
+    weights = segjax.to_torch(tiny_model(0))
+    both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in weights.items()}
+    np.savez(tmp_path / "both.npz", **both)
+    with pytest.raises(
+        CheckpointError, match=r"a file with one of them: segjax convert .*both\.npz teacher\.safe"
+    ):
+        teacher_from(tmp_path / "both.npz", classes_of(*"abcde"))
+    assert convert.main([str(tmp_path / "both.npz"), str(tmp_path / "t.safetensors"), "--weights", "teacher"]) == 0
+    teacher_from(tmp_path / "t.safetensors", classes_of(*"abcde"))
 
 
 def test_settings_that_teach_nothing_are_refused_before_anything_is_done(tmp_path):

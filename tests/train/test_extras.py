@@ -46,14 +46,14 @@ def test_mixing_and_optax_do_not_depend_on_devices_or_micro_batches(kind, device
     assert changed(states[0].params, states[-1].params) == set(states[0].params)
 
 
-def test_a_step_that_mixes_nothing_is_the_same_program(float64):
+def test_only_a_step_that_mixes_permutes_the_batch(float64):
     def program(**options):
         step, state = make_step(TwoHeads(), **options)
         return str(jax.make_jaxpr(step)(state, make_batch(0), jax.random.key(0)))
 
     plain, mixes = program(), program(mix=mix_of(augment_of(cutmix=0.5)))
     # A permutation of the batch and a choice of pixels, of images and labels.
-    assert plain == program(mix=None) and plain.count("concatenate") < mixes.count("concatenate")
+    assert plain.count("concatenate") < mixes.count("concatenate")
     assert mixing.is_mixed(augment_of(classmix=0.1)) and mixing.is_mixed(augment_of(cutmix=0.1))
     assert not mixing.is_mixed(augment_of())
 

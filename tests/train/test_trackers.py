@@ -126,6 +126,29 @@ def test_a_resumed_run_continues_its_record_and_sends_nothing_twice(starts, fake
     assert steps_of(tmp_path) == [*range(1, 12), 11] and len(fake.of("image")) == 1
 
 
+def test_a_tracker_that_was_absent_for_a_while_gets_what_is_made_again(fake, tmp_path):
+    log = begin(tmp_path).__enter__()
+    write(log, *range(1, 5))
+    log = begin(tmp_path, 4, trackers=("tensorboard",)).__enter__()
+    write(log, *range(5, 9))
+    with begin(tmp_path, 6) as log:
+        write(log, 7, 8, 9)
+    assert [step for step, _ in fake.of("scalars")] == [1, 2, 3, 4, 7, 8, 9] and steps_of(tmp_path) == [*range(1, 10)]
+    assert len({settings["id"] for (settings,) in fake.of("init")}) == 1 and len(fake.of("init")) == 2
+
+
+def test_a_tracker_that_failed_gets_what_it_lacks_once_it_works(fake, tmp_path):
+    log = begin(tmp_path).__enter__()
+    write(log, 1, 2, 3)
+    fake.fails = ("scalars",)
+    write(log, 4, 5, 6)
+    assert [step for step, _ in fake.of("scalars")] == [1, 2, 3, 4]
+    fake.fails, fake.calls = (), []
+    with begin(tmp_path, 2) as log:
+        write(log, *range(3, 8))
+    assert [step for step, _ in fake.of("scalars")] == [4, 5, 6, 7]
+
+
 def test_an_evaluation_that_is_made_again_at_the_checkpoint_is_sent_again(fake, tmp_path):
     with begin(tmp_path) as log:
         write(log, 1, 2)
@@ -167,7 +190,7 @@ def test_a_tracker_that_raises_is_one_warning_and_the_run_goes_on(call, fake, tm
         log.artifact(tmp_path / "result.json", "result")
     assert steps_of(tmp_path) == [1, 2, 2, 3] and len(fake.of(call)) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning") == 1 and "wandb fails and is left out; the run goes on" in said
+    assert said.count("warning") == 1 and "wandb fails and is skipped; the run goes on" in said
     assert f"ConnectionError: no {call}\\nat all" in said and fake.calls[-1][0] == call
 
 
