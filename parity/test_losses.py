@@ -352,6 +352,32 @@ def test_rmi_is_zhaos_on_averages_of_cells(classes, dtype, float64, within):
     assert_equal("rmi", rmi, classes, dtype, within, drawn=drawn, sizes=[((11, 15), (44, 60)), ((10, 13), (37, 50))])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("factors", [(3.0, 0.0), (0.0, 1.5), (2.0, 0.5)])
+def test_distillation_is_torchs_kl_div(factors, classes, dtype, float64, within):
+    channel_wise, pixel_wise = factors
+    divergence = losses.Divergence(channel_wise=channel_wise, pixel_wise=pixel_wise, temperature=4.0)
+    for seed, size in enumerate([(5, 7), (9, 4)]):
+        rng = np.random.default_rng(seed)
+        student, teacher = (3 * rng.standard_normal((2, 3, *size, classes))).astype(dtype)
+        leaf, taught = verify.to_nchw(student).requires_grad_(), verify.to_nchw(teacher)
+        by_channel = [x.flatten(2).flatten(0, 1) / 4 for x in (leaf, taught)]  # (B K, h w)
+        expected = channel_wise * kl_div(*by_channel) / classes
+        # With one class, the other logit is 0.
+        both = [torch.cat([torch.zeros_like(x), x], 1) if classes == 1 else x for x in (leaf, taught)]
+        by_pixel = [x.movedim(1, -1).flatten(0, 2) / 4 for x in both]  # (B h w, K)
+        expected = (expected + pixel_wise * kl_div(*by_pixel) / np.prod(size)) * 16 / 3
+        (slope,) = torch.autograd.grad(expected, leaf)
+        loss, gradient = jax.jit(jax.value_and_grad(divergence.total))(student, teacher, np.array(3))
+        within("loss", dtype, verify.relative_error(loss, expected.detach()), "distillation = torch")
+        within("loss", dtype, verify.relative_error(gradient, verify.to_nhwc(slope)), "distillation = torch")
+
+
+def kl_div(student, teacher):
+    return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="sum")
+
+
 def lovasz_gradient(truth):
     """Berman et al., algorithm 1, of the truth in decreasing order of the errors."""
     intersection = truth.sum() - truth.cumsum(0)

@@ -377,7 +377,8 @@ class Criterion:
         Y and P are the labels and the sigmoids of the logits of a class, averaged over cells of 4x4 pixels. Each 3x3
         cells are a vector, and Σ is the sum over these vectors, without their mean, of outer products; ε is 5e-4. The
         determinant bounds how much of the labels' structure the predictions leave unexplained. Ignored pixels are 0 in
-        Y and in P. An image without labelled pixels has loss 0. The authors add it, in equal shares, to cross-entropy.
+        Y and in P. An image without labelled pixels has loss 0. The authors add it, in equal shares, to the
+        cross-entropy of sigmoids; cross_entropy is that of a softmax for K > 1.
 
         The authors compute in float64. Here ε is at least the rounding error of the matrix, and the matrix is in the
         equal form Σ_R + ε A Aᵀ, with A = Σ_YP (Σ_P + εI)⁻¹ and R = Y - A P, which no rounding makes indefinite.

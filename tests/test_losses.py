@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -973,6 +974,18 @@ def test_rmi_in_float32_is_its_definition(classes):
     loss, gradient = loss_of(criterion, logits.astype(np.float32), labels)
     assert loss.dtype == gradient.dtype == jnp.float32
     np.testing.assert_allclose(loss, rmi_by_hand(logits, labels, 255), rtol=2e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rmi_and_its_gradient_are_those_of_a_published_package(seed, float64):
+    # See parity/record_rmi.py.
+    with np.load(Path(__file__).with_name("rmi.npz")) as recorded:
+        logits, labels = recorded[f"logits{seed}"].astype(np.float64), recorded[f"labels{seed}"]
+        expected, slope = recorded[f"loss{seed}"], recorded[f"gradient{seed}"]
+    criterion = losses.Criterion(num_classes=3, factors=(("rmi", 1.0),))
+    loss, gradient = jax.jit(jax.value_and_grad(criterion.total))(logits, labels, criterion.counts(labels))
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+    np.testing.assert_allclose(gradient, slope, atol=1e-7 * np.abs(slope).max())
 
 
 def test_rmi_falls_as_predictions_take_the_structure_of_the_labels():

@@ -380,7 +380,7 @@ LOSS = Section(
             0.0,
             Real(least=0),
             "Factor of the region mutual information loss, a sum over classes that may be negative. Published with "
-            "0.5, and 0.5 for cross_entropy.",
+            "0.5, and 0.5 for the cross-entropy of sigmoids; cross_entropy is that of a softmax for several classes.",
         ),
         Setting(
             "class_weights",

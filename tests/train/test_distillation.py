@@ -162,9 +162,7 @@ def test_a_teacher_among_several_sets_of_weights_is_to_be_written_to_a_file(tmp_
     weights = segjax.to_torch(tiny_model(0))
     both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in weights.items()}
     np.savez(tmp_path / "both.npz", **both)
-    with pytest.raises(
-        CheckpointError, match=r"a file with one of them: segjax convert .*both\.npz teacher\.safe"
-    ):
+    with pytest.raises(CheckpointError, match=r"a file with one of them: segjax convert .*both\.npz teacher\.safe"):
         teacher_from(tmp_path / "both.npz", classes_of(*"abcde"))
     assert convert.main([str(tmp_path / "both.npz"), str(tmp_path / "t.safetensors"), "--weights", "teacher"]) == 0
     teacher_from(tmp_path / "t.safetensors", classes_of(*"abcde"))
