@@ -79,6 +79,10 @@ def test_a_block_of_python_runs_and_gives_what_it_says(block, files, monkeypatch
         changed, kept = jax.jit(names["gamma"])(jax.random.key(3), image, label)
         assert changed.shape == image.shape and np.ptp(changed) == 0 and changed[0, 0, 0] != 100
         np.testing.assert_array_equal(kept, label)
+    if "get_config" in names:
+        found.append("get_config")
+        config = names["get_config"]("b2,folder")
+        assert (config.model.name, config.data.name, config.optim.lr) == ("segformer_b2", "folder", 1e-4)
     assert found, "a block whose result nobody looks at"
 
 
