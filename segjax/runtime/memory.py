@@ -53,7 +53,7 @@ def needed(compiled: Any) -> int | None:
 def for_resident_data(device: Any) -> float:
     """Bytes of training data that a device of jax keeps by default.
 
-    2e9 on a CPU. On a GPU a third of its memory, and at most a third of the host's, which the data go through. The
+    2e9 on a CPU. On a GPU a third of its memory, and at most a third of the host's, through which the data pass. The
     training split of Cityscapes takes 25e9.
     """
     found = limit(device) if device.platform != "cpu" else None
