@@ -283,7 +283,7 @@ def dominant_count(number, ratio: float):
 
 
 def rarity_of(class_pixels: np.ndarray) -> np.ndarray:
-    """Integers proportional to 1 / pixels of each class, int32 (K,), with a sum below 2**31; 0 for no pixels."""
+    """Integers proportional to 1 / pixels of each class, int32 (K,), of sum below 2**31; 0 for one without pixels."""
     pixels = np.where(class_pixels > 0, class_pixels, np.inf)
     weights = np.maximum(pixels.min() / np.maximum(class_pixels, 1) * (2**30 // len(pixels)), 1)
     return np.where(class_pixels > 0, weights, 0).astype(np.int32)

@@ -86,7 +86,7 @@ RED, AMBER, GREEN, BLUE = (206, 38, 34), (244, 170, 40), (60, 220, 120), (30, 84
 WHITE, BEAM = (240, 240, 236), (244, 240, 214)
 
 
-# Shapes: corners (..., 2), right and up, in metres or fractions of a face; (n, corners, 2) is n polygons of one colour.
+# Shapes: corners (..., 2), (right, up), in metres or fractions of a face; (n, corners, 2) are n polygons of one colour.
 
 CIRCLE = np.array([(math.cos(math.tau * i / 20), math.sin(math.tau * i / 20)) for i in range(20)])
 

@@ -138,7 +138,7 @@ def _left_of_cgroup() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container, the path may be the host's, of which only the root exists here.
+        # In a container, the path may be that on the host. Only its root exists here then.
         inner = PurePosixPath(path.strip("/"))
         for folder in (inner, *inner.parents):
             most, used = (_text(root / folder / name) or "" for name in names)
