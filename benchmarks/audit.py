@@ -1,12 +1,12 @@
-"""How well `segjax audit` finds errors of masks: regions are relabelled on purpose, and looked for.
+"""Measures how many deliberately relabelled regions `segjax audit` finds.
 
     python -m benchmarks.audit CHECKPOINT --data camvid:test --source DIR [--seeds 0 1 2] --json FILE
 
-For each seed, 5% of the regions of the masks that have at least 100 pixels (connected pixels of one class) get another
-class, all other classes alike. The model must not be trained on these images. A region in a ranking is a hit if most of
-its pixels were relabelled; a relabelled region counts once. Errors that the masks had before count as no hits. Next to
-the ranking of `segjax audit` stand two baselines: the regions of the masks by the mean probability of their class, the
-lowest first; and the same without those below the 100 pixels, which a user does not know.
+For each seed, 5% of the masks' regions (connected pixels of one class, at least 100) get another class, drawn
+uniformly. The model must not have been trained on these images. A region in a ranking is a hit if most of its pixels
+were relabelled; a relabelled region counts once. Errors that the masks already had do not count as hits. The ranking of
+`segjax audit` is compared with two baselines: the masks' regions in ascending order of the mean probability of their
+class, and the same without regions below 100 pixels, a threshold that a user would not know.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIRST = (50, 200)
 
 
 def components(labels: np.ndarray, ignore_label: int) -> np.ndarray:
-    """Numbers from 1 of the connected regions (four neighbours) of one class, int32 (H, W); 0 where it is ignored."""
+    """Numbers the 4-connected regions of one class from 1, int32 (H, W); ignored pixels have 0."""
     import cv2
 
     found, total = np.zeros(labels.shape, np.int32), 0
@@ -41,11 +41,12 @@ def components(labels: np.ndarray, ignore_label: int) -> np.ndarray:
 
 
 class Relabelled:
-    """Records of which some regions have another class.
+    """Records in which some regions have another class.
 
     Attributes:
-      sizes, names: as in `Records`.
-      number: of regions that were large enough. changed: of those that have another class.
+      sizes, names: As in `Records`.
+      number: Number of regions that are large enough.
+      changed: Number of regions that got another class.
     """
 
     def __init__(self, records: Records, spec: specs.DatasetSpec, seed: int):
@@ -76,37 +77,37 @@ class Relabelled:
         return image, labels
 
     def where(self, number: int) -> np.ndarray:
-        """The numbers of the relabelled regions, int32 (H, W); 0 elsewhere."""
+        """Returns the numbers of the relabelled regions, int32 (H, W), with 0 elsewhere."""
         found = components(self._records[number][1], self._ignore_label)
         return np.where(np.isin(found, list(self._classes.get(number, {}))), found, 0)
 
 
 class Entry(NamedTuple):
-    """A region of a ranking: its score, and the relabelled region that it is a hit of, as (image, number), or None."""
+    """A ranked region: its score, and the relabelled region that it hits, as (image, number), or None."""
 
     score: float
     hit: tuple[int, int] | None
 
 
 def hit_of(number: int, relabelled: np.ndarray) -> tuple[int, int] | None:
-    """The relabelled region that most pixels of a region belong to.
+    """Returns the relabelled region that most pixels of a region belong to, or None.
 
     Args:
-      number: of the image.
-      relabelled: `Relabelled.where` in the pixels of the region, (n,).
+      number: Number of the image.
+      relabelled: `Relabelled.where` at the pixels of the region, (n,).
     """
     counts = np.bincount(relabelled)
     return (number, int(counts.argmax())) if counts.argmax() and 2 * counts.max() > len(relabelled) else None
 
 
 def precisions(entries: Sequence[Entry]) -> dict[str, float]:
-    """Relabelled regions among the first 50 and 200 entries, over 50 and 200."""
+    """Returns the precision among the first 50 and 200 entries; a relabelled region counts once."""
     ranked = sorted(entries, key=lambda entry: -entry.score)
     return {str(first): len({entry.hit for entry in ranked[:first] if entry.hit}) / first for first in FIRST}
 
 
 def measured(checkpoint: Any, opened: Any, seed: int) -> dict[str, Any]:
-    """Precisions of the rankings with one seed."""
+    """Returns the precisions of all rankings for one seed."""
     from segjax.data.records import records_of
     from segjax.inference.audit import LARGEST_NLL, contradictions, regions_of
     from segjax.inference.engine import Protocol

@@ -1,13 +1,13 @@
-"""CamVid from random weights: trains with several seeds, evaluates each on the test split, and gives mean and spread.
+"""Trains on CamVid from random weights with several seeds, and reports mean and spread of mIoU on the test split.
 
     python -m benchmarks.camvid --source DIR --seeds 0 1 2 --json FILE [-- FLAGS OF train.py]
 
-For every seed one run of `train.py` with the recipe of configs/hrnet.py, in bfloat16 where jax finds a GPU and else in
-float32; the variants `small` and `small_ocr`, which are trained on crops, then a second, short one on whole images. The
-last weights (their moving average) are evaluated on the 233 images of test, as whole images at one scale, and with
-several scales and mirrored (in float32), which is reported separately. No weights and no settings are chosen by a score
-on test. Given again, the same command goes on where it ended. `--train-split train+val` trains on 468 images instead of
-367. What follows `--` changes the runs, to rehearse them:
+Each seed is one run of `train.py` with the recipe of configs/hrnet.py, in bfloat16 if jax finds a GPU, otherwise in
+float32. The variants `small` and `small_ocr` are trained on crops, and then in a second, short run on whole images. The
+last weights (their moving average) are evaluated on the 233 whole images of test, at one scale and, reported
+separately, at several scales and mirrored (in float32). No weights or settings are chosen by a score on test. The same
+command continues where it ended. `--train-split train+val` trains on 468 images instead of 367. Arguments after `--`
+are flags of the runs, for example for a rehearsal:
 
     python -m benchmarks.camvid --source DIR --variant small --seeds 0 --scales 0.5 --workdir runs/rehearsal -- \\
         --config.train.steps=20 --config.optim.warmup_steps=2 --config.train.batch=2 "--config.augment.crop=(96,128)"
@@ -27,14 +27,14 @@ from pathlib import Path
 from benchmarks import recorded
 from configs import hrnet
 
-# Published from random weights at 360x480, by the images that were trained on: 367 of train, or 468 of train and val.
-# From the papers and repositories; which split LETNet and FBSNet were trained on is inferred from the name of a
-# checkpoint, and ENet's figure is that of a reimplementation, davidtvs/PyTorch-ENet.
+# Published results from random weights at 360x480, by training split: train (367 images), or train and val (468).
+# From papers and repositories. The split of LETNet and FBSNet is inferred from the name of a checkpoint, and ENet's
+# figure is that of a reimplementation, davidtvs/PyTorch-ENet.
 PUBLISHED = {
     "train": {"FC-DenseNet103": 0.669, "ENet": 0.52},
     "train+val": {"LETNet": 0.705, "LMFFNet": 0.691, "FBSNet": 0.689, "DABNet": 0.664, "CGNet": 0.656},
 }
-# A second run on whole images, at scales close to 1 and a low rate, for variants that are trained on crops.
+# A second run on whole images, at scales close to 1 and a low learning rate, for variants that are trained on crops.
 WHOLE_IMAGES = (
     "--config.augment.crop=(360,480)",
     "--config.augment.scale=(0.9,1.4)",
@@ -49,7 +49,7 @@ SINGLE, MULTI = "report", "report-scales"
 
 
 class FailedError(Exception):
-    """A command has failed; `status` is its own."""
+    """Raised when a command fails; `status` is its exit status."""
 
     def __init__(self, command: Sequence[str], status: int):
         super().__init__(f"ended with {status}: {' '.join(command)}\n  the same command again goes on from there")
@@ -57,10 +57,10 @@ class FailedError(Exception):
 
 
 def training(options: argparse.Namespace, seed: int, workdir: Path, dtype: str, *, start: Path | None) -> list[str]:
-    """The command that trains with one seed; what the user has given comes last and counts.
+    """Returns the command that trains with one seed; the user's flags come last and take precedence.
 
     Args:
-      start: the run on crops that a run on whole images starts from; None for the first run.
+      start: Run on crops that a run on whole images starts from; None for the first run.
     """
     flags = [
         f"--config=configs/hrnet.py:{options.variant},camvid",
@@ -77,7 +77,7 @@ def training(options: argparse.Namespace, seed: int, workdir: Path, dtype: str, 
 
 
 def evaluations(options: argparse.Namespace, workdir: Path) -> dict[str, list[str]]:
-    """The commands that evaluate what a run has ended with, by the folder in `workdir` of their report."""
+    """Returns the commands that evaluate the final weights of a run, by the folder of their report in `workdir`."""
     several = [
         "--checkpoint",
         workdir,
@@ -98,10 +98,10 @@ def evaluations(options: argparse.Namespace, workdir: Path) -> dict[str, list[st
 
 
 def call(command: Sequence[str]) -> None:
-    """Runs a command from the repository.
+    """Runs a command in the root of the repository.
 
     Raises:
-      FailedError: it has not ended well.
+      FailedError: The command fails.
     """
     print("$ " + " ".join(["python", *command[1:]]), flush=True)
     if status := subprocess.run(command, cwd=recorded.REPO).returncode:
@@ -109,11 +109,11 @@ def call(command: Sequence[str]) -> None:
 
 
 def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, object]:
-    """Trains and evaluates with one seed, as far as that is not done yet.
+    """Trains and evaluates with one seed, and skips what is already done.
 
     Returns:
-      "single" and "multi", mIoU; "per_class_iou" of the former by class; "step", "images_per_second" of the training,
-      its "params_sha256" and "config".
+      "single" and "multi" mIoU; "per_class_iou" of "single" by class; "step", "images_per_second", "params_sha256" and
+      "config" of the training.
     """
     workdir = options.workdir.absolute() / f"{options.variant}-{options.train_split}-seed-{seed}"
     call(training(options, seed, workdir, dtype, start=None))
@@ -124,7 +124,7 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
     reports = {}
     for folder, command in evaluations(options, workdir).items():
         path = workdir / folder / "results.json"
-        # A run that was made longer has to be evaluated anew.
+        # A run that was extended has to be evaluated again.
         if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["step"] != result["step"]:
             call(command)
         reports[folder] = json.loads(path.read_text(encoding="utf-8"))
@@ -139,13 +139,13 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, deviation of a sample (None of a single value), smallest and largest."""
+    """Returns mean, sample standard deviation (None for a single value), minimum and maximum."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "smallest": min(values), "largest": max(values)}
 
 
 def summary(runs: Sequence[Mapping]) -> dict[str, object]:
-    """What all seeds have reached together; a class that is nowhere has no IoU and no mean."""
+    """Summarises the runs of all seeds; a class without pixels has no IoU and no mean."""
     by_class = {}
     for name in runs[0]["per_class_iou"]:
         ious = [run["per_class_iou"][name] for run in runs if run["per_class_iou"][name] is not None]
@@ -154,7 +154,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, object]:
 
 
 def report(runs: Sequence[Mapping], train_split: str = "train") -> Iterator[str]:
-    """The table, at most 80 columns."""
+    """Yields the lines of the table, at most 80 columns wide."""
     total = summary(runs)
     yield f"{'seed':<22} {'one scale':>10} {'scales, flip':>13}"
     for run in runs:
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for seed in options.seeds:
             run = of_seed(options, seed, dtype)
-            # Folders of this machine are nobody's business, and the rest is the same for all seeds.
+            # Folders of this machine are private, and the rest is the same for all seeds.
             config = run.pop("config")
             config["data"] |= {"source": None, "dir": None}
             config["init"]["checkpoint"] = Path(config["init"]["checkpoint"]).name
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _cut(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is before `--`, and what comes after it."""
+    """Splits arguments at `--`."""
     words = list(words)
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]

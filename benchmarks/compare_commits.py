@@ -1,24 +1,25 @@
-"""Runs the same computations in two checkouts of segjax: are the numbers the same bit for bit, and is neither slower?
+"""Compares two checkouts of segjax: whether results are bitwise equal, and whether the new one is slower.
 
     git worktree add ../before COMMIT
     python -m benchmarks.compare_commits ../before
     python -m benchmarks.compare_commits ../before --family segnext hrnet --plain
     python -m benchmarks.compare_commits ../before --time
 
-The checkout that this is run in is the new one. Each checkout has a process of its own, whose PYTHONPATH is that
-checkout; both compute on the CPU. Every weight and running statistic is overwritten with random values that show in the
-output, float32 and float64, three seeds each.
+The new checkout is the one that runs this command. Each checkout computes in its own process, with the checkout as
+PYTHONPATH, on the CPU. Every weight and running statistic is overwritten with random values that affect the output, in
+float32 and float64, with three seeds each.
 
-Compared are the initial weights; logits and taps of an evaluation, for images whose sides divide by 32 and, where the
-model takes them, for images whose sides do not; and loss, gradients of all parameters, running statistics and counters
-of random streams of a training step with everything random on. Narrow models show every kind of layer; those of full
-width also go through row tiles, tiled cross-entropy and, SegFormer-B0, tiled attention. `--plain` compares the plain
-implementations instead of those that are fast on a CPU. Nothing is cached on disk. About half an hour on two cores.
+The comparison covers initial weights; logits and taps in evaluation, for images whose sides are multiples of 32 and,
+where the model accepts them, for other images; and loss, gradients of all parameters, running statistics and counters
+of random streams of a training step with all randomness enabled. Narrow models cover every kind of layer. Models of
+full width also cover row tiles, tiled cross-entropy and, with SegFormer-B0, tiled attention. `--plain` compares the
+plain implementations instead of the fast ones for CPUs. Nothing is cached on disk. This takes about half an hour on two
+cores.
 
-`--time` does the steps of the benchmark's table instead, the two checkouts turn by turn. About twenty minutes on two
-idle cores.
+`--time` times the steps of the benchmark's table instead; the two checkouts take turns. This takes about twenty minutes
+on two idle cores.
 
-The exit status is 1 where an array differs, and where a row of `--time` takes more than 1.05 of its former time.
+The exit status is 1 if an array differs, or if a row of `--time` takes more than 1.05 times as long as before.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ LOSS |= dict(ohem_threshold=0.7, ohem_min_kept=0.05, ohem_images=0, mean_over="l
 LOSS |= dict(tversky=0, rmi=0, tversky_alpha=0.3, tversky_beta=0.7, tversky_power=1)
 AUX_WEIGHT = 0.4
 SEEDS = (0, 1, 2)
-# A row may take so much of its former time.
+# Largest accepted ratio of the new time to the old.
 SLOWER = 1.05
 ROUNDS, ROUND_SECONDS, QUIET_SECONDS = 15, 0.5, 0.5
 
 
 class Subject(NamedTuple):
-    """A model and the images that it is given.
+    """A model and the shapes of its input.
 
     Attributes:
-      name: key of `segjax.MODELS`. overrides: for `segjax.create`.
-      evaluated: (B, H, W) of images in evaluation, a program each. trained: (B, H, W) in training.
-      dtypes: of computation and parameters.
+      name: Key of `segjax.MODELS`.
+      overrides: Further arguments of `segjax.create`.
+      evaluated: Shapes (B, H, W) of images in evaluation; each is a program.
+      trained: Shape (B, H, W) of images in training.
+      dtypes: Dtypes of computation and parameters.
     """
 
     name: str
@@ -71,7 +74,7 @@ _MULTIPLES = ((2, 64, 96), (3, 32, 160))
 _MIT = dict(dims=(8, 16, 20, 32), depths=(2, 1, 2, 1), decoder_dim=24, drop_path_rate=0.4, dropout_rate=0.4)
 _RATIOS = dict(mlp_ratios=(2, 3, 4, 5))
 _HRNET = dict(width=6, stage1_channels=8, stage_modules=(1, 1, 2, 1), stage_blocks=(2, 1, 1, 2))
-# 150 classes at this size go through tiled cross-entropy, and the first stages through row tiles.
+# 150 classes at this size use tiled cross-entropy, and the first stages use row tiles.
 _FULL = dict(num_classes=150, evaluated=((2, 256, 320),), trained=(2, 128, 160))
 
 
@@ -111,7 +114,7 @@ SUBJECTS = {
 
 
 def _first_of(*names: str):
-    """The first of "module:attribute" that this checkout has: internal modules have other names in other commits."""
+    """Returns the first "module:attribute" that this checkout has; names of internal modules differ between commits."""
     for name in names:
         module, _, attribute = name.partition(":")
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
@@ -124,7 +127,7 @@ def _plain_implementations():
 
 
 def _named(state) -> dict[str, np.ndarray]:
-    """The arrays of a state by dotted name."""
+    """Returns the arrays of a state by dotted name."""
     from flax import nnx
 
     flat = ((".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state))
@@ -139,14 +142,14 @@ def _created(subject: Subject, dtype: str):
 
 
 def _initial(subject: Subject) -> dict[str, np.ndarray]:
-    """Weights and statistics that a model starts from, by name."""
+    """Returns the initial weights and statistics of a model by name."""
     from flax import nnx
 
     return _named(nnx.state(_created(subject, "float32"), nnx.Any(nnx.Param, nnx.BatchStat)))
 
 
 class Model:
-    """A model of a subject in one dtype, and its two programs."""
+    """The model of a subject in one dtype, and its two programs."""
 
     def __init__(self, subject: Subject, dtype: str, *, plain: bool):
         import jax
@@ -155,7 +158,7 @@ class Model:
         from segjax import losses
 
         self.subject, self.dtype, self.plain = subject, dtype, plain
-        # Without its initial weights, whose many small programs take longer to compile than the model.
+        # Without initial weights: their many small programs take longer to compile than the model.
         model = nnx.eval_shape(lambda: _created(subject, dtype))
         evaluation, self.params, self.stats, self.rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
@@ -178,7 +181,7 @@ class Model:
         self._step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def _random(self, seed: int) -> tuple:
-        """Parameters, statistics and random streams whose values follow from their names and the seed."""
+        """Returns parameters, statistics and random streams; names and seed determine their values."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -197,14 +200,14 @@ class Model:
         )
 
     def evaluated(self, shape: tuple[int, int, int], seed: int) -> dict[str, np.ndarray]:
-        """Logits and taps by name."""
+        """Returns logits and taps by name."""
         images = _images(shape, seed).astype(self.dtype)
         with _plain_implementations() if self.plain else contextlib.nullcontext():
             logits, taps = self._forward(*self._random(seed), images)
         return {"logits": np.asarray(logits)} | {f"taps.{name}": np.asarray(tap) for name, tap in taps.items()}
 
     def trained(self, shape: tuple[int, int, int], seed: int) -> dict[str, np.ndarray]:
-        """Loss, gradients, running statistics and counters of random streams by name."""
+        """Returns loss, gradients, running statistics and counters of random streams by name."""
         images, labels = _images(shape, seed).astype(self.dtype), _labels(shape, seed, self.subject.num_classes)
         with _plain_implementations() if self.plain else contextlib.nullcontext():
             (loss, (stats, counts)), gradients = self._step(*self._random(seed), images, labels)
@@ -215,11 +218,11 @@ class Model:
 
 
 def _noise(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Kernels of variance 1 / fan-in, scales and variances around 1, biases and means around 0."""
+    """Draws kernels of variance 1 / fan-in, scales and variances around 1, biases and means around 0."""
     if name in ("scale", "g", "var"):
         return rng.uniform(0.5, 1.5, shape)
     if name.startswith("layer_scale"):
-        # As published; near 1 the products of gated blocks grow from block to block.
+        # As published; with values near 1 the products of gated blocks grow from block to block.
         return rng.uniform(0.005, 0.015, shape)
     if name in ("mean", "b") or name.endswith("bias"):
         return 0.2 * rng.standard_normal(shape)
@@ -233,7 +236,7 @@ def _images(shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 def _labels(shape: tuple[int, int, int], seed: int, num_classes: int) -> np.ndarray:
-    """(B, H, W) uint8, a tenth of the pixels ignored."""
+    """Draws labels, uint8 (B, H, W), a tenth of them ignored."""
     rng = np.random.default_rng([seed, 1])
     labels = rng.integers(0, num_classes, shape).astype(np.uint8)
     labels[rng.random(shape) < 0.1] = IGNORED
@@ -241,7 +244,7 @@ def _labels(shape: tuple[int, int, int], seed: int, num_classes: int) -> np.ndar
 
 
 def _results(subject: Subject, dtype: str, *, plain: bool) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Name and arrays of every case of a subject."""
+    """Yields name and arrays of every case of a subject."""
     import jax
 
     with jax.enable_x64(dtype == "float64"):
@@ -260,7 +263,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _checked(case: str, arrays: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
-    """Raises ValueError where equal numbers would say nothing."""
+    """Raises ValueError if the arrays are such that their equality would prove nothing."""
     if not_finite := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{case}: not finite: {', '.join(not_finite)}")
     for name in ("logits", "loss"):
@@ -270,7 +273,7 @@ def _checked(case: str, arrays: dict[str, np.ndarray]) -> tuple[str, dict[str, n
 
 
 def _contender(work: tuple):
-    """A step of the benchmark in this checkout."""
+    """Returns a step of the benchmark in this checkout."""
     _first_of("segjax.runtime.environment:keep_freed_memory", "segjax.runtime:keep_freed_memory")()
     contenders = ("segjax.benchmark.contenders", "benchmarks.contenders")
     make = _first_of(*(f"{module}:CONTENDERS" for module in contenders))["segjax"]
@@ -278,8 +281,8 @@ def _contender(work: tuple):
 
 
 def _serve(connection: Connection) -> None:
-    """Answers requests until there are no more: each answer is a stream that ends with None, or an error's text."""
-    # The finder of an editable install would serve modules that this checkout lacks from another one.
+    """Answers requests until the connection ends; an answer is a stream that ends with None or an error's text."""
+    # The finder of an editable install would load modules that this checkout lacks from another checkout.
     sys.meta_path[:] = [
         finder for finder in sys.meta_path if "__editable__" not in str(getattr(finder, "__module__", ""))
     ]
@@ -299,7 +302,7 @@ def _serve(connection: Connection) -> None:
                 connection.send((np.asarray(contender.outcome), contender.memory))
             else:
                 (steps,) = arguments
-                # Caches, and memory that the kernel took for idle, are this process's own again.
+                # Refills the caches, and brings back memory that the kernel reclaimed as idle.
                 contender.run()
                 since = time.perf_counter()
                 contender.run(steps)
@@ -316,11 +319,11 @@ def _serve(connection: Connection) -> None:
 
 
 class CheckoutError(ValueError):
-    """A checkout cannot be compared."""
+    """Raised when a checkout cannot be compared."""
 
 
 class Checkout:
-    """A process that computes with the segjax of one folder."""
+    """A process that computes with the segjax of one checkout."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -329,13 +332,13 @@ class Checkout:
         self._connection, theirs = Pipe()
         environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        # -P: without it the folder of this file would come before PYTHONPATH.
+        # Without -P, the folder of this file would precede PYTHONPATH.
         command = [sys.executable, "-P", __file__, "--serve", str(theirs.fileno()), str(folder)]
         self._process = subprocess.Popen(command, cwd=folder, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
 
     def check(self) -> None:
-        """Raises CheckoutError where the process has imported another segjax."""
+        """Raises CheckoutError if the process has imported another segjax."""
         imported = Path(self._received())
         if self.folder not in imported.parents:
             raise CheckoutError(f"{self.folder}: its process imported {imported}")
@@ -367,7 +370,7 @@ class Checkout:
 
 @contextlib.contextmanager
 def both(old: Path, new: Path):
-    """The processes of two checkouts, old first; ended afterwards."""
+    """Context of the processes of two checkouts, old first; they end with it."""
     with contextlib.ExitStack() as stack:
         checkouts = []
         for folder in (old, new):
@@ -379,14 +382,14 @@ def both(old: Path, new: Path):
 
 
 class Difference(NamedTuple):
-    """Of one array: its largest difference relative to its largest value; inf where shape or type differ."""
+    """Largest difference of an array relative to its largest value; inf if shape or dtype differ."""
 
     relative: float
     where: str
 
 
 def differences(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> list[Difference]:
-    """Of all arrays that are not equal bit for bit."""
+    """Returns the differences of all arrays that are not bitwise equal."""
     found = [Difference(float("inf"), f"{name} (only in one checkout)") for name in sorted(old.keys() ^ new.keys())]
     for name in sorted(old.keys() & new.keys()):
         one, other = old[name], new[name]
@@ -401,7 +404,7 @@ def differences(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) ->
 
 
 def compare(name: str, checkouts: Sequence[Checkout], *, plain: bool = False) -> bool:
-    """Whether all arrays of one of `SUBJECTS` are equal; prints the cases that differ, and a line for each dtype."""
+    """Returns whether all arrays of a subject are equal; prints the cases that differ, and a line for each dtype."""
     subject, all_equal = SUBJECTS[name], True
     for dtype in subject.dtypes:
         for checkout in checkouts:
@@ -431,14 +434,14 @@ def compare(name: str, checkouts: Sequence[Checkout], *, plain: bool = False) ->
 
 
 def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -> dict[str, object]:
-    """One row, turn by turn.
+    """Times one row; the checkouts take turns.
 
     Args:
-      work: fields of the benchmark's `Work`: model, size, batch, mode, dtype, number of classes.
+      work: Fields of the benchmark's `Work`: model, size, batch, mode, dtype, number of classes.
 
     Returns:
-      "milliseconds", medians of the old and the new; "ratio", quartiles over rounds of new over old, median first;
-      "bytes", temporaries of each; "difference" of their outcomes.
+      "milliseconds", medians of old and new; "ratio" of new to old, quartiles over rounds, median first; "bytes" of
+      temporaries of each; "difference" of their outputs.
     """
     outcomes, memory = [], []
     for checkout in checkouts:
@@ -455,9 +458,9 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
     steps = max(1, round(ROUND_SECONDS / seconds(checkouts[0], 2)))
     times = np.zeros((2, rounds))
     for number in range(rounds):
-        # Whoever comes second may find a warmer machine: the order changes.
+        # The second may find a warmer machine, so the order alternates.
         for which in (0, 1) if number % 2 else (1, 0):
-            # Threads of the other may go on looking for work for some tenths of a second.
+            # The other's threads may spin for some tenths of a second.
             time.sleep(QUIET_SECONDS)
             times[which, number] = seconds(checkouts[which], steps)
     ratio = np.percentile(times[1] / times[0], (50, 25, 75))
@@ -470,7 +473,7 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
 
 
 def _time_table(old: Path, new: Path, models: Sequence[str] | None) -> bool:
-    """Times the rows of the benchmark's table; whether none is slower."""
+    """Times the rows of the benchmark's table, and returns whether none is slower."""
     table = _first_of("segjax.benchmark.rows:TABLE", "segjax.benchmark:TABLE")
 
     good = True
@@ -478,7 +481,7 @@ def _time_table(old: Path, new: Path, models: Sequence[str] | None) -> bool:
     for row in table:
         if models and row.model not in models:
             continue
-        # A process of its own for every row: what another one left in memory would be part of it.
+        # A new process for every row, so that memory left by another row does not count.
         with both(old, new) as checkouts:
             result = timed((row.model, row.size, row.batch, row.mode, "float32", 150), checkouts)
         title = f"{row.model}, {row.mode} {_by((row.batch, *row.size))}"

@@ -1,11 +1,11 @@
-"""How long compiling and starting take, what memory a deep model's training step needs, and what that costs.
+"""Measures compile time, start-up time and memory of a deep model's training step, and the cost of reducing them.
 
     python -m benchmarks.compiling --json FILE
 
-SegFormer-B5, 150 classes, in three forms that compute the same: `unrolled`; `scan`, its long row of equal blocks
-compiled once (`train.scan_blocks`); `scan_remat`, every row, whose blocks are computed again in the backward pass
-(`train.remat`). Compiled in a process of its own each time, first with an empty cache of programs, then again from what
-the first left there. Then the three take steps in turn, in one process. About ten minutes on two idle CPU cores.
+SegFormer-B5 with 150 classes, in three equivalent forms: `unrolled`; `scan`, whose long group of equal blocks is
+compiled once (`train.scan_blocks`); `scan_remat`, where this holds for every group, and the backward pass recomputes
+the blocks (`train.remat`). Each is compiled in a new process, first with an empty compilation cache, then with the
+cache that the first left. Then the three take turns in one process. This takes about ten minutes on two idle CPU cores.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FORMS = {
 }
 # Batch, height, width: of compile time and run time, and of memory.
 TIMED, LARGE = (2, 256, 256), (1, 512, 512)
-# What is hoped for: seconds from nothing and from the cache, bytes, seconds to the first line, and run time over that
-# of the unrolled form.
+# Goals: seconds to compile with an empty and a full cache, bytes, seconds to the first line, and run time divided by
+# that of the unrolled form.
 TARGETS = {"cold": 15.0, "cached": 3.0, "temporaries": 1.2 * 2**30, "first_line": 2.0, "ratio": 1.1}
 ROUNDS, STARTS = 9, 5
 COMMANDS = {
@@ -47,10 +47,10 @@ COMMANDS = {
 
 
 def training(model_name: str, shape: tuple[int, int, int], form: str, overrides: Mapping[str, object]):
-    """A training step as `segjax.benchmark.contenders` times it: AdamW, nothing random, no augmentation.
+    """Returns a training step as in `segjax.benchmark.contenders`: AdamW, nothing random, no augmentation.
 
     Returns:
-      The jitted step; its arguments as shapes and types, on one device; and a function that makes real ones.
+      The jitted step; its arguments as shapes and dtypes on one device; and a function that creates the arguments.
     """
     import jax
     import jax.numpy as jnp
@@ -75,7 +75,7 @@ def training(model_name: str, shape: tuple[int, int, int], form: str, overrides:
         rng = np.random.default_rng(0)
         images = rng.normal(size=(*shape, 3)).astype(np.float32)
         batch = example(images, rng.integers(0, NUM_CLASSES, shape).astype(np.uint8))
-        # Copies, because a step uses its buffers up and a fresh optimizer shares zeros among its own.
+        # Copies, because a step donates its buffers, and the arrays of a new optimizer share zeros.
         state = jax.tree.map(jnp.copy, start(*FunctionalModel(create()).arrays()))
         return parallel.replicate((state, batch, jax.random.key(0)))
 
@@ -91,7 +91,7 @@ def _set_up(cache: str) -> None:
 
     from segjax.runtime import environment
 
-    # jax may have been imported by now, and has read its variables then.
+    # jax may be imported already, and has then read its environment variables.
     environment.prepare()
     jax.config.update("jax_compilation_cache_dir", cache)
 
@@ -99,10 +99,10 @@ def _set_up(cache: str) -> None:
 def compile_once(
     cache: str, model: str, shape: tuple[int, int, int], form: str, overrides: Mapping[str, object]
 ) -> dict[str, float]:
-    """Compiles a step in this process, with programs kept in the folder `cache`.
+    """Compiles a step in this process, with `cache` as the folder of the compilation cache.
 
     Returns:
-      "trace" and "compile", seconds of jax's part and of the compiler's or the cache's, and "temporaries", bytes.
+      "trace", seconds in jax; "compile", seconds in the compiler or the cache; and "temporaries", bytes.
     """
     _set_up(cache)
     step, abstract, _ = training(model, shape, form, overrides)
@@ -121,10 +121,10 @@ def compile_once(
 def run_in_turn(
     cache: str, model: str, shape: tuple[int, int, int], rounds: int, overrides: Mapping[str, object]
 ) -> dict[str, dict[str, list[float]]]:
-    """Steps of all forms, one after the other, each on a state of its own that began as the others'.
+    """Runs steps of all forms in turn, each on its own copy of the same initial state.
 
     Returns:
-      By form quartiles of "seconds" of a step, and of its "ratio" to the unrolled one of the same round.
+      By form: quartiles of "seconds" per step, and of its "ratio" to the unrolled step of the same round.
     """
     _set_up(cache)
     programs, states = {}, {}
@@ -133,9 +133,9 @@ def run_in_turn(
         programs[form] = step.lower(*abstract).compile()
         states[form], batch, key = arguments()
     seconds = {form: [] for form in FORMS}
-    # The first round warms up.
+    # The first round is a warm-up.
     for number in range(rounds + 1):
-        # Whoever comes after a heavy one may find a warmer machine: the order changes.
+        # A step after a heavy one may find a warmer machine, so the order alternates.
         names = list(FORMS)
         for form in names[number % len(names) :] + names[: number % len(names)]:
             since = time.perf_counter()
@@ -161,14 +161,15 @@ def forms(
     overrides: Mapping[str, object],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, object]]:
-    """What each form costs: see `compile_once` and `run_in_turn`.
+    """Returns the cost of each form; see `compile_once` and `run_in_turn`.
 
     Returns:
-      By form "cold" and "cached", of a step on `timed`, "large", cold on `large`, and what `run_in_turn` tells.
+      By form: "cold" and "cached" for a step on `timed`, "large" for a cold one on `large`, and the results of
+      `run_in_turn`.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        # One folder for all forms: no two of their programs are the same.
+        # One folder for all forms, because no two of their programs are equal.
         cache = str(Path(folder) / "cache")
         for form in FORMS:
             say(f"compiling, {form} ...")
@@ -189,10 +190,10 @@ def forms(
 
 
 def first_line(words: Sequence[str]) -> float:
-    """Seconds from the start of `python WORDS` to its first line; it is ended then.
+    """Returns the seconds from the start of `python WORDS` to its first line; the process is ended then.
 
     Raises:
-      RuntimeError: it ended without one.
+      RuntimeError: The process ends without a line.
     """
     since = time.perf_counter()
     command = [sys.executable, *words]
@@ -206,7 +207,7 @@ def first_line(words: Sequence[str]) -> float:
 
 
 def starts(times: int) -> dict[str, list[float]]:
-    """By command quartiles of the seconds to its first line; a start before those warms the disk's cache."""
+    """Returns, by command, quartiles of the seconds to its first line, after one start that warms the disk cache."""
     found = {}
     for name, words in COMMANDS.items():
         seconds = []
@@ -219,11 +220,11 @@ def starts(times: int) -> dict[str, list[float]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- what is said
+# -------------------------------------------------------------------------------------------------------------- report
 
 
 def report(record: Mapping) -> Iterator[str]:
-    """The tables, at most 80 columns."""
+    """Yields the lines of the tables, at most 80 columns wide."""
     (batch, height, width), (large_batch, large_height, large_width) = record["timed"], record["large"]
     yield f"{record['model']}, training step, {record['num_classes']} classes, float32"
     yield f"  at {batch}x{height}x{width}: seconds to compile (to trace), of a step, over unrolled"

@@ -1,16 +1,16 @@
-"""Whether data keeps up with training: images per second delivered and consumed, and the share of a step spent waiting.
+"""Measures whether data keeps up with training: images per second delivered and consumed, and the share spent waiting.
 
     python -m benchmarks.feeding --camvid DIR --json FILE
     python -m benchmarks.feeding --sizes --json FILE
 
-SegFormer-B0 by `train.py`, as its config has it, on CamVid in the device's memory; on CamVid streamed; and on streamed
-images of 1024x2048 pixels, which the script draws itself and stores as PNG files. Nothing decoded is kept between two
-epochs (data.cache_gb=0), as if the set were larger than any memory, so that every image is decoded every time. Each
-run is ended when it has been measured. About seven minutes on two CPU cores.
+`train.py` trains SegFormer-B0 with its config on CamVid in device memory, on CamVid streamed, and on streamed images of
+1024x2048 pixels, which the script draws and stores as PNG files. No decoded images are cached between epochs
+(data.cache_gb=0), as if the dataset were too large for memory, so every image is decoded at every use. Each run is
+ended once it has been measured. This takes about seven minutes on two CPU cores.
 
-`--sizes` measures batches only, of images as large as those of Cityscapes (PNG) and ADE20K (JPEG), which the script
-draws: decoded at every use, cut from decoded images in memory, and gathered on the device. It sets them against the
-images that an H200 would train on in a second by `benchmarks.gpu_static`, a lower bound of its time.
+`--sizes` measures only batches, of drawn images with the sizes of Cityscapes (PNG) and ADE20K (JPEG): decoded at every
+use, cropped from decoded images in memory, and gathered on the device. It compares them with the images per second that
+an H200 would train on according to `benchmarks.gpu_static`, which is a lower bound of the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from benchmarks import recorded
 
-# Steps before and while it is measured, and between two records of a run.
+# Steps before and during the measurement, and between two log records of a run.
 WARM, STEPS, EVERY = 10, 40, 5
 ROOFLINE = recorded.REPO / "benchmarks" / "records" / "2026-11-30-gpu-static.json"
 TARGET = 0.05
@@ -39,12 +39,12 @@ LARGE_SIZE, LARGE_IMAGES = (1024, 2048), 32
 
 
 def cases(camvid: Path, large: Path, prepared: Path, dtype: str) -> dict[str, tuple[str, dict[str, object]]]:
-    """Variant and dataset of configs/segformer.py and further settings, by what is measured."""
+    """Returns, by case, variant and dataset of configs/segformer.py, and further settings."""
     common = {"data.dir": str(prepared), "model.dtype": dtype, "train.log_every": EVERY, "eval.pictures": 0}
-    # Neither the end of the run nor a save comes in between.
+    # Neither a save nor the end of the run interrupts the measurement.
     common |= {"train.steps": 10**6, "checkpoint.every": 10**6}
     of_camvid = common | {"data.source": str(camvid)}
-    # Crops of SegFormer's 1024x1024 would give data four times as long.
+    # SegFormer's crops of 1024x1024 would give the data four times as long.
     of_large = common | {"data.source": str(large), "augment.crop": (512, 512), "train.batch": 4}
     return {
         "CamVid, resident": ("b0,camvid", of_camvid),
@@ -54,7 +54,7 @@ def cases(camvid: Path, large: Path, prepared: Path, dtype: str) -> dict[str, tu
 
 
 def draw_images(root: Path, *, size: tuple[int, int], number: int, suffix: str = "png") -> None:
-    """A folder as segjax.data.folder reads it, of street scenes; the one to evaluate on is never read here."""
+    """Draws street scenes into a folder for segjax.data.folder; its evaluation split is not read here."""
     import cv2
     import numpy as np
 
@@ -71,16 +71,18 @@ def draw_images(root: Path, *, size: tuple[int, int], number: int, suffix: str =
             cv2.imwrite(str(root / "images" / split / f"{index:04d}.{suffix}"), image[..., ::-1])
             cv2.imwrite(str(root / "labels" / split / f"{index:04d}.png"), label)
             shown.update(np.unique(label).tolist())
-    # Few scenes do not show every class.
+    # A few scenes do not show every class.
     described["absent"] = [name for number, name in enumerate(spec.class_names) if number not in shown]
     (root / "classes.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 class Official(NamedTuple):
-    """Images as large as those of a data set.
+    """Images with the size of a dataset's.
 
     Attributes:
-      size: (height, width) of the stored images. crop: that is trained on. base_size: as `augment.base_size`.
+      size: (height, width) of the stored images.
+      crop: Training crop.
+      base_size: Value of `augment.base_size`.
     """
 
     suffix: str
@@ -104,7 +106,7 @@ WAYS = {
 
 
 def official_settings(kind: Official, source: Path, prepared: Path, way: str) -> dict[str, object]:
-    """Settings of configs/segformer.py:b0,folder for `delivered`."""
+    """Returns settings of configs/segformer.py:b0,folder for `delivered`."""
     return {
         "data.source": str(source),
         "data.dir": str(prepared),
@@ -116,13 +118,13 @@ def official_settings(kind: Official, source: Path, prepared: Path, way: str) ->
 
 
 def needed(path: Path) -> dict[str, float]:
-    """Images per second that an H200 would train on, by model, in a record of `benchmarks.gpu_static`."""
+    """Returns images per second that an H200 would train on, by model, from a record of `benchmarks.gpu_static`."""
     programs = json.loads(path.read_text(encoding="utf-8"))["programs"]
     return {row["name"]: 1e3 * row["batch"] / row["ms"] for row in programs if row["mode"] == "train"}
 
 
 def report_of_sizes(results: Mapping[str, Mapping[str, float]], cores: int) -> Iterator[str]:
-    """Images per second of one core, at most 80 columns."""
+    """Yields the table of images per second and core, at most 80 columns wide."""
     yield f"{'images per second and core':<30}" + "".join(f" {way:>12}" for way in WAYS)
     for name, found in results.items():
         yield f"{name:<30}" + "".join(f" {found[way] / cores:>12.1f}" for way in WAYS)
@@ -131,7 +133,7 @@ def report_of_sizes(results: Mapping[str, Mapping[str, float]], cores: int) -> I
 def report_of_needs(
     results: Mapping[str, Mapping[str, float]], cores: int, models: Mapping[str, float]
 ) -> Iterator[str]:
-    """Cores that would feed each model crops of 512x512, at most 80 columns."""
+    """Yields the table of cores that would feed each model crops of 512x512, at most 80 columns wide."""
     rates = results["ADE20K, 512x512"]
     yield f"{'cores that feed one H200':<30} {'images/s':>12}" + "".join(f" {way:>12}" for way in ("decoded", "cut"))
     for name, rate in models.items():
@@ -144,7 +146,7 @@ def report_of_needs(
 
 
 def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> float:
-    """Images per second that batches come with when nothing else is done with them. Sets up its process."""
+    """Returns the images per second of batches when nothing else runs. Sets up its process."""
     from segjax.runtime import environment
 
     environment.prepare()
@@ -171,10 +173,10 @@ def delivered(argument: str, settings: Mapping[str, object], warm: int, steps: i
 
 
 def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int, folder: Path) -> dict[str, float]:
-    """What a run of train.py says of itself, see `between`; the run is ended when it has said it.
+    """Returns the figures that a run of train.py logs, see `between`; ends the run once it has logged them.
 
     Raises:
-      RuntimeError: it ended before.
+      RuntimeError: The run ends before that.
     """
     flags = [f"--config=configs/segformer.py:{argument}", f"--workdir={folder / 'run'}"]
     flags += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -199,7 +201,7 @@ def trained(argument: str, settings: Mapping[str, object], warm: int, steps: int
 
 
 def records(path: Path) -> dict[int, dict[str, float]]:
-    """By step what a run has written down so far, with the step; its last line may be half there."""
+    """Returns the records of a run so far by step; the last line may be incomplete."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -209,15 +211,15 @@ def records(path: Path) -> dict[int, dict[str, float]]:
 
 
 def between(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
-    """What a run did between two of its records.
+    """Returns the speed of a run between two of its records.
 
-    Each says the means up to there, counted from the end of step 1 (`segjax.train.progress.Meter`).
+    A record has the means since the end of step 1 (`segjax.train.progress.Meter`).
 
     Returns:
-      "waiting", share of the time; "rate" and "consumed", the parts of `first`'s and `last`'s images per second that
-      fall in between: of the run, and of its steps alone, without waiting.
+      "waiting", the share of the time; "rate", images per second of the run between `first` and `last`; "consumed", the
+      same without the time spent waiting.
     """
-    # Seconds divided by the images of a batch, so that what is divided by them comes in images per second.
+    # Seconds divided by the batch size, so that steps / value is in images per second.
     ends = [(record["step"] - 1) / record["images_per_second"] for record in (first, last)]
     waits = [(record["waiting"] or 0.0) * end for record, end in zip((first, last), ends, strict=True)]
     seconds, waited = ends[1] - ends[0], waits[1] - waits[0]
@@ -226,14 +228,14 @@ def between(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, 
 
 
 def measure(argument: str, settings: Mapping[str, object], warm: int, steps: int) -> dict[str, float]:
-    """`between` and "delivered", images per second."""
+    """Returns `between`, and "delivered" in images per second."""
     alone = recorded.in_a_process(delivered, argument, settings, warm, steps)
     with tempfile.TemporaryDirectory() as folder:
         return {"delivered": alone} | trained(argument, settings, warm, steps, Path(folder))
 
 
 def report(results: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """The table, at most 80 columns."""
+    """Yields the lines of the table, at most 80 columns wide."""
     yield f"{'images per second':<26} {'delivered':>10} {'consumed':>10} {'of the run':>11} {'waiting':>9}"
     for name, found in results.items():
         rates = f"{found['delivered']:>10.1f} {found['consumed']:>10.1f} {found['rate']:>11.1f}"
@@ -254,7 +256,7 @@ def _sizes(options: argparse.Namespace, words: list[str]) -> int:
             results[name] = {}
             for way in WAYS:
                 settings = official_settings(kind, source, Path(folder) / f"prepared-{source.name}", way)
-                # One epoch first, which fills the memory.
+                # The first epoch fills the memory.
                 warm = -(-kind.number // settings["train.batch"]) + 2
                 results[name][way] = recorded.in_a_process(delivered, "b0,folder", settings, warm, options.steps)
             recorded.write(options.json, record)

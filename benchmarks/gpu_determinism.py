@@ -1,10 +1,10 @@
-"""Whether two runs give the same bits on the GPU that is here, and what the flag that promises it costs.
+"""Measures whether two runs on this GPU are bitwise equal, and what the flag that guarantees it costs.
 
     python -m benchmarks.gpu_determinism segformer_b0 hrnet_w18 segnext_t --json FILE
 
-Every run is a process of its own: the training step of `segjax.benchmark`, in bfloat16, a few times. Two runs have
-XLA's defaults, two more `--xla_gpu_deterministic_ops=true`. The parameters of all are hashed, and the steps are timed.
-`--rehearse` has a tiny batch, for a CPU.
+Each run repeats the training step of `segjax.benchmark` a few times in its own process, in bfloat16. Two runs use XLA's
+defaults, and two use `--xla_gpu_deterministic_ops=true`. The final parameters are hashed, and the steps are timed.
+`--rehearse` uses a tiny batch, for a CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STEPS, WARM = 10, 3
 
 
 def run(name: str, size: tuple[int, int], batch: int, flag: str) -> dict[str, object]:
-    """In a process of its own: "params_sha256" after the steps, and "milliseconds", the median of the later steps."""
-    # Before jax is imported. A process with another flag must not find the programs of one without.
+    """Runs in a new process; returns "params_sha256" after the steps, and "milliseconds", the median of later steps."""
+    # Before jax is imported. A process with the flag must not load cached programs compiled without it.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     import jax
@@ -52,7 +52,7 @@ def run(name: str, size: tuple[int, int], batch: int, flag: str) -> dict[str, ob
 
 
 def compared(name: str, size: tuple[int, int], batch: int) -> dict[str, object]:
-    """Two runs without and two with the flag: their hashes and times, "equal" of each pair, and the flag's "cost"."""
+    """Compares two runs without and two with the flag: hashes, times, "equal" for each pair, the flag's "cost"."""
     runs = {flag: [recorded.in_a_process(run, name, size, batch, flag) for _ in range(2)] for flag in ("", FLAG)}
     equal = {flag or "default": len({one["params_sha256"] for one in both}) == 1 for flag, both in runs.items()}
     times = [min(one["milliseconds"] for one in both) for both in runs.values()]
@@ -64,7 +64,7 @@ def compared(name: str, size: tuple[int, int], batch: int) -> dict[str, object]:
 
 
 def line(name: str, found: dict) -> str:
-    """At most 80 columns."""
+    """Returns a line of at most 80 columns."""
     words = {True: "the same bits", False: "DIFFERENT bits"}
     default, flagged = (words[found["equal"][key]] for key in ("default", FLAG))
     return f"{name:<22} {default}; with the flag {flagged}, {found['cost']:.2f} of the time"[:80]

@@ -1,12 +1,12 @@
-"""Times equal forms of single layers against each other, so that the one a device runs is chosen from a measurement.
+"""Times equivalent implementations of single layers, to choose the one for each device from a measurement.
 
     python -m benchmarks.gpu_forms --json benchmarks/records/2026-11-28-gpu-forms.json
     python -m benchmarks.gpu_forms --rehearse --only attention
 
-Every form is first compared with the plain one, computed in float32: result and gradients. Only then it is timed, the
-forward pass and both passes, in milliseconds of a call when many are queued. Beside them stands what a copy of all that
-goes in and out would take. The sizes are those of SegFormer, SegNeXt and HRNet on 512x512 images, 16 at once: larger
-than a card's cache. `--rehearse` has tiny ones, for a CPU, where cuDNN's attention does not exist and is left out.
+Result and gradients of each implementation are first compared with those of the plain one in float32. Then the forward
+pass, and both passes, are timed, in milliseconds per call with many calls queued. The time of a copy of all inputs and
+outputs is printed next to them. The sizes are those of SegFormer, SegNeXt and HRNet for batches of 16 images of
+512x512, which exceed a card's cache. `--rehearse` uses tiny sizes for a CPU, and skips cuDNN's attention.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from segjax.kernels.attention import attention_plain, attention_recomputed
 from segjax.recipes import common
 from segjax.runtime import atomic
 
-# Norm of the difference to float32 over the norm: rounding of operands lies between 1e-3 and 1e-2 in bfloat16.
+# Norm of the difference from float32 divided by the norm; rounding operands to bfloat16 gives 1e-3 to 1e-2.
 CLOSE = {"float32": 1e-4, "bfloat16": 2e-2}
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "HWIO", "NCHW")
 
 
 class Form(NamedTuple):
-    """A function of arrays. axes: those of (B, H, W, C) in the order that its first argument and its result have."""
+    """A function of arrays. axes: Order of the axes (B, H, W, C) in its first argument and its result."""
 
     call: Callable
     axes: tuple[int, ...] = ()
 
 
 class Case(NamedTuple):
-    """A layer at a size. shapes: of its arguments. forms: by name, the plain one first."""
+    """A layer at one size. shapes: Shapes of its arguments. forms: Implementations by name, the plain one first."""
 
     what: str
     dtype: str
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A depthwise convolution as the sum over taps of the moved map: (B, H, W, C), (kh, kw, 1, C) -> (B, H, W, C)."""
+    """A depthwise convolution as a sum of shifted maps over taps: (B, H, W, C), (kh, kw, 1, C) -> (B, H, W, C)."""
     (rows, columns), (H, W) = kernel.shape[:2], x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
     taps = ((i, j) for i in range(rows) for j in range(columns))
@@ -83,7 +83,7 @@ def depthwise(rehearse: bool) -> Iterator[Case]:
 
 
 def ours_of_tokens(form: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Our attention from and to (B, N, h, D), which is how the layers around it have them."""
+    """segjax's attention, with inputs and output of shape (B, N, h, D), the layout of the layers around it."""
     heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     return form(*heads_first).transpose(0, 2, 1, 3)
 
@@ -188,7 +188,7 @@ CASES = {
 
 
 def both_passes(call: Callable) -> Callable:
-    """(gradient of the result, arguments) -> the result, and the gradients of all arguments."""
+    """Returns a function (gradient of the result, arguments) -> (result, gradients of all arguments)."""
 
     def run(gradient, *arguments):
         result, back = jax.vjp(call, *arguments)
@@ -207,16 +207,16 @@ def _distances(ours, theirs):
 
 
 def distance(ours, theirs) -> float:
-    """Norm of the difference over the norm of `theirs`, the worst of several arrays; infinite where one is not finite.
+    """Returns the norm of the difference divided by that of `theirs`, the worst over arrays; inf for non-finite values.
 
-    On the device, whose arrays of half a gigabyte would take seconds to fetch.
+    Computed on the device, because fetching arrays of half a gigabyte takes seconds.
     """
     worst = float(jnp.max(_distances(list(ours), list(theirs))))
     return worst if np.isfinite(worst) else float("inf")
 
 
 def milliseconds(program: Callable, arguments: tuple, *, rehearse: bool) -> list[float]:
-    """Of one call when many are queued, median and quartiles over repetitions of about 50 ms."""
+    """Returns the time of one call of many that are queued: median and quartiles over repetitions of about 50 ms."""
 
     def queued(calls: int) -> float:
         since = time.perf_counter()
@@ -231,7 +231,7 @@ def milliseconds(program: Callable, arguments: tuple, *, rehearse: bool) -> list
 
 
 def measured(case: Case, *, rehearse: bool, bytes_per_second: float) -> Iterator[dict[str, object]]:
-    """One row for each form."""
+    """Yields one row per implementation."""
     keys = jax.random.split(jax.random.key(0), len(case.shapes) + 1)
     wide = [jax.random.normal(key, shape) for key, shape in zip(keys[1:], case.shapes, strict=True)]
     narrow = [x.astype(case.dtype) for x in wide]
@@ -269,12 +269,12 @@ def _of_form(form: Form, gradient, arguments, exact, *, rehearse: bool) -> dict[
             "forward": milliseconds(forward, (first, *rest), rehearse=rehearse),
             "both": milliseconds(both, (gradient, first, *rest), rehearse=rehearse),
         }
-    except Exception as reason:  # A form that a card or a version of jax does not have must not end the others.
+    except Exception as reason:  # Continue if a card or a version of jax lacks one.
         return {"failed": f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"}
 
 
 def steps_per_dispatch(*, rehearse: bool) -> Iterator[dict[str, object]]:
-    """Whole steps of SegFormer-B0, one program each against several in a `lax.scan`: milliseconds of one step."""
+    """Times whole steps of SegFormer-B0, one per program or several in a `lax.scan`: milliseconds per step."""
     size, counts = ((32, 64), (1, 2)) if rehearse else ((512, 512), (1, 8))
     for mode, batch in (("infer", 1), ("train", 2)):
         work = contenders.Work("segformer_b0", size, batch, mode, dtype="bfloat16")
@@ -294,7 +294,7 @@ def steps_per_dispatch(*, rehearse: bool) -> Iterator[dict[str, object]]:
 
 
 def _inference(work: contenders.Work, count: int) -> Callable:
-    """A mean logit of each image; that of several images costs no more memory than that of one."""
+    """Returns a function that computes the mean logit of each image, with the memory of a single image."""
     from segjax.models.functional import FunctionalModel
 
     functional = FunctionalModel(_model(work))
@@ -310,7 +310,7 @@ def _inference(work: contenders.Work, count: int) -> Callable:
 
 
 def _training(work: contenders.Work, count: int) -> Callable:
-    """The losses of `count` steps."""
+    """Returns a function that computes the losses of `count` steps."""
     step, compile_train, state, batch, key = contenders.training(work, _model(work))
 
     def several(state, batch, key):
@@ -337,7 +337,7 @@ def _model(work: contenders.Work):
 
 
 def line(row: Mapping) -> str:
-    """One form, at most 80 columns: forward, both passes, error."""
+    """Returns a line for one implementation, at most 80 columns: forward, both passes, error."""
     if "failed" in row:
         return f"  {row['form']:<24} {row['failed']}"[:80]
     times = "".join(f" {row[name][0]:>12.4f}" if name in row else " " * 13 for name in ("forward", "both"))

@@ -1,11 +1,11 @@
-"""Measured time of every kernel next to its roofline: a training step or a forward pass, on the GPU that is here.
+"""Measures every kernel of a training step or forward pass on this GPU, and prints its time next to its roofline.
 
     python -m benchmarks.gpu_profile segformer_b0 hrnet_w48 --mode train --batch 32 --json FILE
 
-The program is that of `segjax.benchmark`, in bfloat16. The profiler of jax times the kernels of a few calls; the
-roofline of each is that of `benchmarks.gpu_static`, of the same compiled program. The twenty kernels that lose most
-against it are listed. `--rehearse` has tiny sizes, for a CPU, whose operations are no kernels: nothing it prints means
-anything.
+The program is that of `segjax.benchmark`, in bfloat16. jax's profiler times the kernels of a few calls;
+`benchmarks.gpu_static` computes their rooflines from the same compiled program. The twenty kernels that lose most
+against their roofline are listed. `--rehearse` uses tiny sizes on a CPU, which has no kernels, so its figures are
+meaningless.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALLS, WORST = 5, 20
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """Seconds of each instruction of compiled programs, by name, in a trace that `jax.profiler.trace` has written.
+    """Returns the seconds of each instruction of compiled programs, by name, from a trace of `jax.profiler.trace`.
 
     The trace is read as JSON: `jax.profiler.ProfileData` aborts the process in jax 0.12.
     """
@@ -45,7 +45,7 @@ def measured(folder: Path) -> dict[str, float]:
             operation = event.get("args", {}).get("hlo_op")
             if not operation or "dur" not in event or (devices and event["pid"] not in devices):
                 continue
-            # Of a device, lines of whole operations repeat what the streams have.
+            # A device's lines of whole operations repeat the events of its streams.
             if devices and not names["thread_name"].get((event["pid"], event["tid"]), "").startswith("Stream"):
                 continue
             seconds[operation] += event["dur"] * 1e-6
@@ -53,14 +53,16 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def joined(text: str, seconds: Mapping[str, float], calls: int) -> dict[str, object]:
-    """The kernels of an optimised program with their measured times, the one that loses most first.
+    """Returns the kernels of an optimised program with their measured times, the largest loss first.
 
     Args:
-      text: The program. seconds: Of `calls` calls, by instruction.
+      text: Text of the program.
+      seconds: Seconds by instruction, over all calls.
+      calls: Number of calls.
 
     Returns:
-      "milliseconds" and "roofline_ms" of a call; "unmatched_ms", of kernels that the program does not name; "kernels",
-      of which each has its "name", "kind", "shape", "source", "bound", "count", "milliseconds" and "roofline_ms".
+      "milliseconds" and "roofline_ms" per call; "unmatched_ms", the time of kernels that the program does not name;
+      "kernels", each with "name", "kind", "shape", "source", "bound", "count", "milliseconds" and "roofline_ms".
     """
     rows = []
     for kernel in gpu_static.Program(text).kernels:
@@ -84,7 +86,7 @@ def joined(text: str, seconds: Mapping[str, float], calls: int) -> dict[str, obj
 
 
 def profiled(work: contenders.Work, calls: int = CALLS) -> dict[str, object]:
-    """`joined` of the program that `segjax.benchmark` times for `work`."""
+    """Returns `joined` for the program that `segjax.benchmark` times for `work`."""
     model = segjax.create(work.model, num_classes=work.num_classes, dtype=work.dtype)
     wrapped, arguments = contenders.program(work, model)
     program = wrapped.lower(*arguments).compile()
@@ -98,7 +100,7 @@ def profiled(work: contenders.Work, calls: int = CALLS) -> dict[str, object]:
 
 
 def report(found: Mapping, worst: int = WORST) -> Iterator[str]:
-    """Lines of at most 80 columns."""
+    """Yields lines of at most 80 columns."""
     yield (
         f"  {found['milliseconds']:.2f} ms in kernels, roofline {found['roofline_ms']:.2f} ms; "
         f"{found['unmatched_ms']:.2f} ms are of no instruction"

@@ -1,43 +1,43 @@
-"""Compiles a segjax model for an NVIDIA GPU on a machine that has none, and prints what the program would do there.
+"""Compiles a segjax model for an NVIDIA GPU on a machine without one, and prints the work of the compiled program.
 
     python -m benchmarks.gpu_static segformer_b0 --mode train --batch 32 --dtype bfloat16
     python -m benchmarks.gpu_static segformer_b5 --mode train --top 25 --keep b5 --json b5.json
     python -m benchmarks.gpu_static hrnet_w48 segnext_b --mode infer --batch 1 32 --dtype bfloat16 float32  # a table
-    python -m benchmarks.gpu_static all --lower-only               # only: can every model be lowered for CUDA?
+    python -m benchmarks.gpu_static all --lower-only               # only checks that every model lowers for CUDA
     python -m benchmarks.gpu_static segformer_b0 --mode train --parallel pmap --devices 8
-    python -m benchmarks.gpu_static segformer_b0 --mode train --patch my_forms.py  # with something changed, below
-    python -m benchmarks.gpu_static forms.py                       # functions of arrays, below
+    python -m benchmarks.gpu_static segformer_b0 --mode train --patch my_forms.py  # with a change, see below
+    python -m benchmarks.gpu_static forms.py                       # functions of arrays, see below
 
-Needs no GPU, no driver and no torch, but jax's CUDA plugin (1.6 GB; `--no-deps` leaves out 3 GB of NVIDIA's libraries,
-which nothing here needs):
+It needs jax's CUDA plugin (1.6 GB), but no GPU, driver or torch. `--no-deps` omits 3 GB of NVIDIA's libraries, which
+are not needed here:
 
     python3.12 -m venv ~/gpu-static
     ~/gpu-static/bin/pip install "jax==0.11.2" "jaxlib==0.11.2" -e .
     ~/gpu-static/bin/pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
 
-XLA's own CUDA compiler runs for a card that is described to it in text (`H200` below, or `--target FILE`, a
-GpuTargetConfigProto), in a process of its own, which is ended as soon as the optimised program and its memory are
-known; --full goes on to machine code for sm_90, which takes as long again, and proves that it can be made. What the
-compiler cannot do without a card is to time: products and convolutions get a default algorithm. So the list of kernels,
-their shapes, layouts and traffic are the real ones for everything but the tiling of products; see "What differs" below.
+XLA's CUDA compiler runs for a card that is described in text (`H200` below, or `--target FILE`, a
+GpuTargetConfigProto), in a process that is ended once the optimised program and its memory are known. --full continues
+to machine code for sm_90, which takes as long again, and proves that the program compiles completely. Without a card
+the compiler cannot time algorithms, so products and convolutions get default ones. The kernels, their shapes, layouts
+and traffic are therefore those of a card, except for the tiling of products; see the list of differences below.
 
-Columns: kernels that are launched; GB that they read and write, each operand and result once (of a slice only the
-slice); TFLOP; the time of a roofline, the sum over kernels of max(bytes / 4.3e12, products / rate, other arithmetic /
-2e13) + 3 microseconds; memory as XLA assigns it, beside arguments. Lower bound and comparison, not a prediction: a
-kernel that runs at half the bandwidth takes twice as long.
+Columns: kernel launches; GB that they read and write, each operand and result once (only the slice of a sliced
+operand); TFLOP; roofline time, the sum over kernels of max(bytes / 4.3e12, products / rate, other arithmetic / 2e13) +
+3 microseconds; memory as XLA assigns it, without arguments. The roofline is a lower bound for comparisons, not a
+prediction: a kernel that runs at half the bandwidth takes twice as long.
 
-What differs from a compilation on the card:
- - Algorithms of convolutions (and their workspace) are not chosen: cuDNN convolutions count as bytes and FLOP alone.
- - Products are all Triton's with a default tiling here (--no-triton: all cuBLAS's, nothing fused into them). On a card
-   XLA times both and takes the faster. `split-K`, which a card may choose as well, is folded away by --no-triton.
- - Of a kernel of Pallas the arithmetic is not known, its traffic is.
- - No time was measured on a card. Grouped convolutions above all may be far slower than their traffic.
+Differences from a compilation on the card:
+ - Algorithms of convolutions and their workspace are not chosen: a cuDNN convolution counts only as bytes and FLOP.
+ - All products are Triton's, with a default tiling (--no-triton: all are cuBLAS's, with nothing fused into them). On a
+   card XLA times both and takes the faster. `split-K`, which a card may also choose, is folded away by --no-triton.
+ - The traffic of a Pallas kernel is known, its arithmetic is not.
+ - No time was measured on a card. Grouped convolutions in particular may be far slower than their traffic suggests.
 
-A name that ends in .py is a file with CASES = {"name": (function, [(shape, dtype), ...])}: each function is compiled
-forward, and (--mode train) with the gradients of all its arguments, to compare forms of a layer in seconds.
+A name that ends in .py is a file with CASES = {"name": (function, [(shape, dtype), ...])}. Each function is compiled
+forward and, with --mode train, with the gradients of all its arguments; this compares implementations in seconds.
 
---patch FILE: Python that is executed before the model is built, with `segjax` importable: to replace a function
-(`from segjax.layers import functional; functional.attention = ...`) and to see what changes.
+--patch FILE executes Python code before the model is built, with `segjax` importable, for example to replace a function
+(`from segjax.layers import functional; functional.attention = ...`) and compare the result.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before jax is imported: neither a GPU nor its driver is looked for.
+# Before jax is imported, so that it does not look for a GPU or a driver.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# What XLA asks about a device, of an H200 (SXM): public figures of the datasheet, and what a CUDA device query gives.
+# Properties of an H200 (SXM) that XLA queries: public figures of the datasheet, and the values of a CUDA device query.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32
@@ -93,8 +93,8 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 
-# Measured on such a card: a copy, and products of 8192 x 8192 in bfloat16. Assumed: TF32 half of that, as the datasheet
-# has it; flash attention with heads of 64; float32 products and other arithmetic of the datasheet's 67e12.
+# Measured on an H200: a copy, and products of 8192 x 8192 in bfloat16. Assumed: TF32 at half that rate, as in the
+# datasheet; flash attention with heads of 64; float32 products and other arithmetic, from the datasheet's 67e12.
 BYTES, LAUNCH = 4.3e12, 3e-6
 CUDNN_VERSION = 91300
 RATES = {
@@ -115,7 +115,7 @@ NO_KERNEL = {
     *("opt-barrier", "async-update", "copy-done", "async-done", "domain", "add-dependency"),
 }
 MOVES = {"parameter", "transpose", "copy", "bitcast", "reshape", "tuple", "get-tuple-element", "convert"}
-# Instructions for one value, roughly: of float32 on an SM.
+# Approximate number of instructions for one float32 value on an SM.
 COSTS = collections.defaultdict(lambda: 1)
 COSTS |= {"erf": 25, "exponential": 6, "log": 10, "tanh": 15, "rsqrt": 4, "sqrt": 8, "divide": 9, "power": 30}
 COSTS |= {"logistic": 15, "exponential-minus-one": 15, "log-plus-one": 15, "sine": 20, "cosine": 20, "erf-inv": 30}
@@ -127,13 +127,13 @@ COSTS |= dict.fromkeys(
 @dataclasses.dataclass
 class Instruction:
     name: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # several where it gives a tuple
+    shapes: list[tuple[str, tuple[int, ...]]]  # several if the result is a tuple
     layouts: list[tuple[int, ...]]
     opcode: str
     operands: list[str]
     rest: str
     is_root: bool
-    number: int | None = None  # of a parameter
+    number: int | None = None  # index of a parameter
 
     @property
     def elements(self) -> int:
@@ -163,7 +163,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Computations by name, and the name of the entry."""
+    """Returns the computations by name, and the name of the entry computation."""
     computations, current, entry = {}, None, ""
     for line in text.splitlines():
         if current is None:
@@ -197,7 +197,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 class Table(dict):
-    """Instructions by name; name#2 is the third part of what a name gives."""
+    """Instructions by name; name#2 is the third element of a tuple."""
 
     def __missing__(self, operand: str) -> Instruction:
         name, _, part = operand.partition("#")
@@ -215,7 +215,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 class Sources:
-    """Where in the program an instruction comes from: tables at the head of the text."""
+    """Source locations of instructions, from the tables at the head of the text."""
 
     def __init__(self, text: str):
         head = text[: text.find("\n\n\n")] if "StackFrames" in text else ""
@@ -229,7 +229,7 @@ class Sources:
         self._tables = tables
 
     def of(self, instruction: Instruction) -> str:
-        """function:line of the innermost frame inside segjax's models, losses or optimizer; else the innermost."""
+        """Returns function:line of the innermost frame in segjax's models, losses or optimizer, else of any frame."""
         frame = instruction.attribute(r"stack_frame_id=(\d+)")
         names, inner = self._tables, ""
         number = int(frame) if frame else 0
@@ -285,7 +285,7 @@ class Kernel:
 
 
 class Program:
-    """The kernels of an optimised module, loops multiplied out where their trip count is known."""
+    """The kernels of an optimised module; kernels in a loop count once per iteration if the trip count is known."""
 
     def __init__(self, text: str):
         self.computations, self.entry = parse(text)
@@ -366,7 +366,7 @@ class Program:
             self._sources.of(i) or self._sources.of(root),
             inside,
             times,
-            # XLA's model knows nothing of kernels by Triton.
+            # XLA's cost model does not know Triton kernels.
             float(found[0]) if found and "triton" not in kind else 0.0,
         )
 
@@ -418,7 +418,7 @@ def _gemm_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
 
 
 def _conv_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
-    """Twice the multiply-adds, from the labels of the dimensions; of a gradient those of its forward convolution."""
+    """Returns twice the multiply-adds, from the dimension labels; for a gradient, those of its forward convolution."""
     labels = i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if not labels:
         return 0.0
@@ -438,7 +438,7 @@ def _conv_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
 
 
 def _attention_flops(i: Instruction, shapes: dict[str, Instruction]) -> float:
-    """Of (B, N, h, D) and (B, M, h, D): two products forward, five back."""
+    """Returns the FLOP for (B, N, h, D) and (B, M, h, D): two products forward, five backward."""
     query, key = (shapes[o].shapes[0][1] for o in i.operands[:2])
     return (10.0 if "Backward" in i.rest else 4.0) * math.prod(query) * key[1]
 
@@ -452,7 +452,7 @@ def _rate(i: Instruction, shapes: dict[str, Instruction]) -> str:
 
 
 def _fusion_traffic(i: Instruction, body: list[Instruction], shapes: dict[str, Instruction]) -> tuple[float, float]:
-    """Bytes read and written. Of an operand that is only sliced, the slices; in place, only what is changed."""
+    """Returns bytes read and written: of a sliced operand only the slices, of an update in place only the update."""
     users = collections.defaultdict(list)
     for part in body:
         for operand in part.operands:
@@ -478,7 +478,7 @@ def _fusion_traffic(i: Instruction, body: list[Instruction], shapes: dict[str, I
     seen: dict[str, float] = {}
     for part in parameters:
         operand = i.operands[part.number] if part.number < len(i.operands) else part.name
-        # An operand given twice is one array.
+        # An operand that is passed twice is a single array.
         seen[operand] = max(seen.get(operand, 0.0), read(part, part.bytes))
     reads = sum(seen.values())
     writes = i.bytes
@@ -499,7 +499,7 @@ def _fusion_traffic(i: Instruction, body: list[Instruction], shapes: dict[str, I
 
 
 def described(target: str, devices: int):
-    """Devices that can be compiled for and nothing else."""
+    """Returns devices that support only compilation."""
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}").devices
@@ -519,7 +519,7 @@ def lowered(
     settings=None,
     implementations="cuda",
 ):
-    """The program of segjax that a user of such devices would get: lowered, not compiled."""
+    """Lowers, without compiling, the segjax program that a user of these devices would get."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -532,7 +532,7 @@ def lowered(
     from segjax.models.prepared import Prepared
     from segjax.runtime.parallel import parallel_for
 
-    # Shapes alone: no weight is drawn.
+    # Only shapes; no weights are drawn.
     model = nnx.eval_shape(
         lambda: segjax.create(name, num_classes=num_classes, dtype=jnp.dtype(dtype), **(settings or {}))
     )
@@ -611,7 +611,7 @@ def summary(program: Program, memory: dict, seconds: dict) -> dict:
 
 
 def memory_of(text: str) -> dict[str, float]:
-    """GiB, of XLA's assignment of buffers."""
+    """Returns memory in GiB from XLA's buffer assignment."""
     sums = collections.Counter()
     for size, what in re.findall(r"^allocation \d+: size (\d+), (.*)$", text, re.MULTILINE):
         if "preallocated-temp" in what:
@@ -676,11 +676,11 @@ def show(title: str, program: Program, found: dict, top: int) -> None:
 
 
 class CompilationError(Exception):
-    """What the compiling process said."""
+    """Raised with the output of the compiling process."""
 
 
 def compiled(job: dict, folder: str, *, full: bool) -> dict[str, float]:
-    """Compiles in a process of its own, which leaves the optimised program in `folder`; seconds that it took."""
+    """Compiles in a new process, which leaves the optimised program in `folder`; returns the seconds of its stages."""
     before_all = resource.getrusage(resource.RUSAGE_CHILDREN)
     flags = f"{job['flags']} --xla_gpu_collect_cost_model_stats=true --xla_dump_to={folder} --xla_dump_hlo_as_text"
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
@@ -716,7 +716,7 @@ def compiled(job: dict, folder: str, *, full: bool) -> dict[str, float]:
 
 
 def dumped(folder: str, ending: str) -> str | None:
-    """The largest optimised program for a GPU in a folder, or what stands beside it."""
+    """Returns the largest optimised GPU program in a folder, or the file next to it with another ending."""
     ends = [name for name in os.listdir(folder) if name.endswith("_gpu_after_optimizations.txt")]
     largest = max(ends, key=lambda name: os.path.getsize(os.path.join(folder, name)), default=None)
     path = os.path.join(folder, largest.removesuffix(".txt") + ending) if largest else ""
@@ -724,7 +724,7 @@ def dumped(folder: str, ending: str) -> str | None:
 
 
 def cases(path: str) -> dict:
-    """What a file of functions defines."""
+    """Returns the CASES of a file of functions."""
     space = {"__name__": "cases", "__file__": path}
     with open(path) as file:
         exec(compile(file.read(), path, "exec"), space)
@@ -732,7 +732,7 @@ def cases(path: str) -> dict:
 
 
 def lowered_case(name, mode, devices):
-    """One function of a file: forward, or forward and back."""
+    """Lowers one function of a file: forward, or forward and backward."""
     import jax
     import jax.numpy as jnp
 
@@ -752,7 +752,7 @@ def lowered_case(name, mode, devices):
 
 
 def work(job: dict) -> None:
-    """What the compiling process does."""
+    """Runs in the compiling process."""
     import jax
 
     if job["precision"]:
@@ -761,11 +761,11 @@ def work(job: dict) -> None:
         with open(job["patch"]) as file:
             exec(compile(file.read(), job["patch"], "exec"), {"__name__": "patch"})
     devices = described(Path(job["target"]).read_text() if job["target"] else H200, job["devices"])
-    # jax asks the installed cuDNN for its version before it writes a call of its attention; here it may be missing.
+    # jax queries the version of the installed cuDNN before it emits its attention; cuDNN may be missing here.
     from jax._src.cudnn import fused_attention_stablehlo
 
     fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION
-    # What Pallas asks about the device. A described one cannot be jax's default device.
+    # Pallas queries the device, and a described device cannot be jax's default device.
     abstract = jax.sharding.AbstractDevice(device_kind=devices[0].device_kind, num_cores=132, platform="gpu")
     since = time.perf_counter()
     names = ("name", "size", "batch", "mode", "dtype", "num_classes")

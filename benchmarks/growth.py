@@ -1,11 +1,12 @@
-"""Time and memory of inference per pixel, as images grow: flat, or the reason.
+"""Measures time and memory of inference per pixel for growing images, and compares growth with the architecture's.
 
     python -m benchmarks.growth --json FILE
 
-Each model in a process of its own, float32, one image, random weights; logits at the model's own stride, compiled once
-for each size. The sizes take turns. Beside what was measured stands what the architecture asks for: multiply-adds per
-pixel, which grow where attention does, since each pixel's query meets keys of the whole image. Time that grows as they
-do is the architecture's; time that grows more is the program's. About five minutes on two CPU cores.
+Each model runs in its own process, in float32, on one image, with random weights, and returns logits at the model's own
+stride. It is compiled once per size, and the sizes take turns. The measurements are printed next to the multiply-adds
+per pixel, which grow with attention because each query meets the keys of the whole image. Time that grows as the
+multiply-adds do is due to the architecture; time that grows more is due to the program. This takes about five minutes
+on two CPU cores.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from segjax.benchmark.machine import quartiles
 MODELS = ("segformer_b0", "segformer_b2", "hrnet_w18", "segnext_t", "segformer_simple", "segformer_zuppichini")
 SIZES = ((256, 256), (512, 512), (512, 1024), (1024, 2048))
 NUM_CLASSES = 19
-# Turns of each size, and how long a size is repeated in a turn, seconds.
+# Turns of each size, and seconds for which a size is repeated in a turn.
 ROUNDS, TURN = 5, 0.3
-# A growth up to here is called flat: single runs of one program lie as far apart.
+# Growth up to this factor counts as flat, because single runs of one program differ as much.
 FLAT = 1.15
 
 
 def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, object]]:
-    """One row for each size, from the smallest on. Sets up its process, of which it should be the only work.
+    """Measures each size, in ascending order. Sets up its process, which should do nothing else.
 
     Returns:
-      Rows of "size"; "milliseconds", quartiles of one image; "temporaries", bytes that XLA's program of the logits
-      takes beside weights and image; "peak", bytes that the process grew by at most, the logits included;
-      "labels_temporaries", those of the program that evaluation runs, from uint8 pixels to labels of every pixel;
-      "compile_seconds"; "multiply_adds", and "attention", those of them that are products of attention.
+      Rows of "size"; "milliseconds" per image, quartiles; "temporaries", bytes that XLA's program of the logits takes
+      in addition to weights and image; "peak", the largest growth of the process in bytes, including the logits;
+      "labels_temporaries", those of the evaluation program, from uint8 pixels to labels of every pixel;
+      "compile_seconds"; "multiply_adds"; and "attention", the multiply-adds in products of attention.
     """
     from segjax.runtime import environment
 
@@ -94,7 +95,7 @@ def measure(model: str, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
 
 
 def _turn_by_turn(calls: Sequence, rounds: int) -> list[list[float]]:
-    """Seconds of one call, by turn, for each of the calls; a turn of a short one is a mean over several."""
+    """Returns the seconds per call and turn for each of the calls; a turn of a short call is a mean over several."""
 
     def timed(call, times):
         since = time.perf_counter()
@@ -108,7 +109,7 @@ def _turn_by_turn(calls: Sequence, rounds: int) -> list[list[float]]:
 
 
 def per_pixel(row: Mapping) -> dict[str, float]:
-    """A row by its pixels: nanoseconds, bytes, and multiply-adds in thousands."""
+    """Divides a row by its pixels: nanoseconds, bytes, and thousands of multiply-adds."""
     pixels = math.prod(row["size"])
     return {
         "time, ns": 1e6 * row["milliseconds"][0] / pixels,
@@ -120,13 +121,13 @@ def per_pixel(row: Mapping) -> dict[str, float]:
 
 
 def growth(rows: Sequence[Mapping]) -> dict[str, float | None]:
-    """What each figure per pixel is at the last size, times that at the first; None where that is 0."""
+    """Returns each figure per pixel at the last size divided by that at the first; None if the first is 0."""
     first, last = per_pixel(rows[0]), per_pixel(rows[-1])
     return {name: last[name] / first[name] if first[name] else None for name in first}
 
 
 def verdict(rows: Sequence[Mapping]) -> str:
-    """Whether time per pixel is flat, and else whether the architecture's own work grows as much."""
+    """States whether time per pixel is flat, and if not, whether the architecture's work grows as much."""
     grown = growth(rows)
     time_grown, work_grown = grown["time, ns"], grown["multiply-adds, k"]
     if time_grown <= FLAT:
@@ -137,7 +138,7 @@ def verdict(rows: Sequence[Mapping]) -> str:
 
 
 def report(model: str, rows: Sequence[Mapping]) -> Iterator[str]:
-    """The lines of one model, at most 80 columns for four sizes."""
+    """Yields the lines of one model, at most 80 columns for four sizes."""
     names = [f"{height}x{width}" for height, width in (row["size"] for row in rows)]
     yield f"{model:<22}" + "".join(f"{name:>11}" for name in names) + f"{'growth':>9}"
     columns, grown = [per_pixel(row) for row in rows], growth(rows)

@@ -1,11 +1,11 @@
-"""The least hours that the recipes of docs/reproduce.md take on one H200: a computed bound, nothing is measured.
+"""Computes a lower bound of the hours that the recipes of docs/reproduce.md take on one H200.
 
     python -m benchmarks.hours [RECIPE ...]
 
-A training step has three times the products of a forward pass, and reads and writes three times its numbers. Both are
-counted by `segjax.models.summary.least_work` for the recipe's model, crop, batch and steps, in bfloat16. The bound is
-the larger of products at 790 TFLOP/s and of traffic at 4.3 TB/s, which an H200 reaches. The optimizer, the loss,
-augmentation and evaluation come on top.
+A training step has three times the products and three times the memory traffic of a forward pass.
+`segjax.models.summary.least_work` counts both for the recipe's model, crop, batch and steps, in bfloat16. The bound is
+the larger of the time for products at 790 TFLOP/s and that for traffic at 4.3 TB/s, rates that an H200 reaches. It does
+not include the optimizer, the loss, augmentation and evaluation. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from segjax.models.summary import least_work
 from segjax.train.config import model_overrides
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
-FLOPS, BYTES = 790e12, 4.3e12  # a second
+FLOPS, BYTES = 790e12, 4.3e12  # per second
 
 
 def hours(recipe: str) -> float:
-    """The bound for a recipe, `hrnet:w48,cityscapes`."""
+    """Returns the bound for a recipe such as `hrnet:w48,cityscapes`."""
     config = recipes.load(recipe)
     work = least_work(
         config.model.name,
@@ -38,7 +38,7 @@ def hours(recipe: str) -> float:
 
 
 def recipes_of_the_page() -> dict[str, float]:
-    """The hours in the table of docs/reproduce.md by recipe."""
+    """Returns the hours in the table of docs/reproduce.md by recipe."""
     rows = re.findall(r"^\| `(\S+)` \|.*\| ([\d.]+) \|$", PAGE.read_text(encoding="utf-8"), re.M)
     return {recipe: float(bound) for recipe, bound in rows}
 

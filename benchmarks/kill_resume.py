@@ -1,10 +1,10 @@
-"""Kills a training again and again at random moments and compares its files with those of an undisturbed run.
+"""Kills a training run repeatedly at random moments, and compares its files with those of an undisturbed run.
 
     python -m benchmarks.kill_resume --kills 100
 
-Two runs of `train.py` have settings that use every part of a run's state. The second run is ended by SIGKILL at moments
-drawn from a seeded generator: while it compiles, steps, saves and evaluates. At the end both must have the same bits. A
-kill takes 5 to 10 s; the record is written to benchmarks/records/. It needs a POSIX system.
+Two runs of `train.py` have settings that use every part of a run's state. The second run is killed by SIGKILL at
+moments drawn from a seeded generator: while it compiles, steps, saves and evaluates. At the end both must be bitwise
+equal. A kill takes 5 to 10 s. The record is written to benchmarks/records/. A POSIX system is required.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from segjax.checkpoints import orbax_folder
 from segjax.runtime import atomic
 
 REPO = Path(__file__).parents[1]
-# Measured by the clock, and the step that a process began with: nothing that a run could repeat.
+# Wall-clock measurements, and the first step of a process: values that no run can reproduce.
 MEASURED = ("images_per_second", "waiting", "duration_s", "from_step")
 # Averages, dropout, drop path, augmentation, evaluations and log lines between checkpoints.
 SETTINGS = (
@@ -56,17 +56,17 @@ SETTINGS = (
 PHASES = ("compile", "step", "save", "evaluate")
 
 
-# ------------------------------------------------------------------------------------------------- what a run has left
+# ------------------------------------------------------------------------------------------------- the files of a run
 
 
 def records_of(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what was measured by the clock."""
+    """Returns the records of metrics.jsonl without wall-clock measurements."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def events_of(workdir: Path) -> dict[str, list]:
-    """What TensorBoard would show: (step, number or hash of a picture) by tag, in the order of the files."""
+    """Returns the TensorBoard events by tag: (step, number or hash of a picture), in the order of the files."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = collections.defaultdict(list)
@@ -85,7 +85,7 @@ def events_of(workdir: Path) -> dict[str, list]:
 
 
 def remains(workdir: Path) -> dict[str, object]:
-    """All that two runs must share, by name: hashes of arrays as they are on the disk, records, scalars, pictures."""
+    """Returns what must be equal in two runs, by name: hashes of arrays on disk, records, scalars, pictures."""
     steps = {path.name: path for path in (workdir / "checkpoints").iterdir()}
     left = {"checkpoints": sorted(steps), "files": sorted(path.name for path in workdir.iterdir())}
     for step, folder in steps.items():
@@ -102,7 +102,7 @@ def remains(workdir: Path) -> dict[str, object]:
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """Names of what two runs do not share, and tags that have a step more than once."""
+    """Returns the names of items that differ between two runs, and tags that have a step more than once."""
     lines = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     for name, values in other.items():
         if name.startswith("TensorBoard") and len({step for step, _ in values}) < len(values):
@@ -121,7 +121,7 @@ def _hash(data) -> str:
 
 
 class Process(Protocol):
-    """What `subprocess.Popen` has of a run."""
+    """The part of `subprocess.Popen` that is used here."""
 
     pid: int
 
@@ -129,7 +129,7 @@ class Process(Protocol):
 
 
 def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
-    """Returns as soon as a run that has just been started is in a phase, or has ended."""
+    """Waits until a run that has just started is in a phase, or has ended."""
     records = workdir / "metrics.jsonl"
     before = len(records.read_text(encoding="utf-8")) if records.exists() else 0
 
@@ -142,7 +142,7 @@ def wait_for(phase: str, process: Process, workdir: Path, output: Path) -> None:
         if phase == "save":
             return any((workdir / "checkpoints").glob("*tmp*")) or any(workdir.glob(".best.new*"))
         if phase == "evaluate":
-            # After the twelfth step comes a record, and then an evaluation.
+            # The twelfth step is followed by a record, and then an evaluation.
             written = records.read_text(encoding="utf-8") if records.exists() else ""
             last = re.search(r'"step": (\d+), "loss".*\n\Z', written)
             return "evaluating" in said or (len(written) > before and last and int(last[1]) % 12 == 0)
@@ -161,13 +161,13 @@ def kill_until_finished(
     seed: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
-    """Kills a run so often, and then lets it finish.
+    """Kills a run a number of times, and then lets it finish.
 
     Args:
-      start: starts the run, whose output goes to the given file.
+      start: Function that starts the run with its output in the given file.
 
     Returns:
-      How many kills there were by phase. There are fewer than asked for where the run was finished before.
+      The number of kills by phase, fewer in total than requested if the run finished before.
     """
     rng = np.random.default_rng(seed)
     done = collections.Counter()

@@ -1,11 +1,11 @@
-"""Everything that can only be learned on a GPU, in the order of its importance, each part within ten minutes.
+"""Runs everything that only a GPU can answer, in order of importance, each part within ten minutes.
 
     python -m benchmarks.on_gpu --output DIR
     python -m benchmarks.on_gpu --output DIR --only parity implementations
 
-Each part is a command of its own, which is printed; its output goes to DIR/PART.log and its record to DIR/PART.json. A
-part that fails or takes longer than its limit does not stop the others. DIR/on-gpu.json says how each has ended. The
-parts that succeeded before are not run again, unless they are named by --only.
+Each part is a separate command, which is printed. Its output goes to DIR/PART.log and its record to DIR/PART.json. A
+part that fails or exceeds its time limit does not stop the others. DIR/on-gpu.json states how each part ended. Parts
+that succeeded are not run again unless --only names them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 class Part(NamedTuple):
-    """A command and what it is for.
+    """A command and its purpose.
 
     Attributes:
       words: The command. `{json}` is the path of its record.
-      rehearsal: The command that takes its place on a machine without a GPU.
+      rehearsal: The command that replaces it on a machine without a GPU.
     """
 
     what: str
@@ -46,7 +46,7 @@ def module(name: str, *words: str) -> tuple[str, ...]:
 
 
 def parts(camvid: Path | None) -> dict[str, Part]:
-    """The parts by name, in their order."""
+    """Returns the parts by name, in order of importance."""
     found = {
         "parity": Part(
             "parity with PyTorch, products of float32 as float32",
@@ -100,10 +100,10 @@ def parts(camvid: Path | None) -> dict[str, Part]:
 
 
 def run(words: Sequence[str], log: Path, limit: float) -> tuple[str, float]:
-    """Runs a command with its output in a file, and ends it with all its children after `limit` seconds.
+    """Runs a command with its output in a file, and ends it and all its children after `limit` seconds.
 
     Returns:
-      "ok", "failed (status N)" or "out of time"; and seconds.
+      "ok", "failed (status N)" or "out of time", and the seconds taken.
     """
     since = time.monotonic()
     # pytest's workers share the card.

@@ -1,13 +1,13 @@
-"""Published weights by name, evaluated as published: the measured mIoU next to the published one, for whoever has data.
+"""Evaluates published weights with their published protocol, and lists measured next to published mIoU.
 
     python -m benchmarks.published --data cityscapes=DIR ade20k=DIR loveda=DIR [--pattern '*cityscapes*']
                                    [--multi-scale] --json FILE
 
-Evaluates every row of `segjax weights PATTERN` whose dataset is given, with the protocol of its published figure; with
-`--multi-scale` once more at six scales and mirrored. DIR is what the dataset is prepared from; for one without a reader
-(LIP, Pascal Context, COCO-Stuff, LoveDA, Potsdam, Vaihingen, iSAID), a folder in the layout of segjax/data/folder.py.
-Weights are fetched where the cache does not have them. Each row is in FILE once it is done, also one that failed, with
-the reason; the same command again goes on where it ended, and tries those that failed again.
+It evaluates every row of `segjax weights PATTERN` whose dataset is given, with the protocol of its published figure;
+`--multi-scale` repeats this at six scales and mirrored. DIR is the source from which the dataset is prepared. For a
+dataset without a reader (LIP, Pascal Context, COCO-Stuff, LoveDA, Potsdam, Vaihingen, iSAID), it is a folder in the
+layout of segjax/data/folder.py. Weights that are not in the cache are downloaded. FILE is written after each row; a row
+that failed has the reason. The same command continues where it ended, and retries the rows that failed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from benchmarks import recorded
 from segjax.checkpoints.published import PublishedWeights, list_weights
 from segjax.data import specs
 
-# mmsegmentation's, which all of the sources use.
+# mmsegmentation's scales, which all sources use.
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 def pairs(words: Sequence[str]) -> dict[str, str]:
-    """Folders by dataset, of DATASET=DIR. Raises ValueError for anything else."""
+    """Returns the folders by dataset from words DATASET=DIR. Raises ValueError for any other word."""
     found = dict(word.partition("=")[::2] for word in words)
     known = {row.dataset for row in list_weights() if row.dataset}
     if wrong := [name for name, folder in found.items() if name not in known or not folder]:
@@ -38,7 +38,7 @@ def pairs(words: Sequence[str]) -> dict[str, str]:
 
 
 def measured(row: PublishedWeights, folder: str, **settings: Any) -> dict[str, Any]:
-    """The figures of a row, or why there are none."""
+    """Returns the figures of a row, or the reason why it has none."""
     from segjax import evaluate_dataset
 
     data = row.dataset if row.dataset in specs.DATASETS else "folder"

@@ -1,4 +1,4 @@
-"""Shared by the scripts that make records: a process of its own, its peak memory, the head of a record."""
+"""Functions for scripts that write records: separate processes, peak memory, the head of a record."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ REPO = Path(__file__).parents[1]
 
 
 def in_a_process(function: Callable, *arguments):
-    """`function(*arguments)` in a new process: its memory, its compiler and its threads are its own.
+    """Calls `function(*arguments)` in a new process, with its own memory, compiler and threads.
 
     Raises:
-      What the function raises; BrokenProcessPool where its process died, as one does for which memory is too small.
+      Any exception of the function; BrokenProcessPool if the process dies, for example for lack of memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
 
 
 def peak_of(function: Callable[[], object]) -> int:
-    """Largest resident memory of this process while `function` runs, beyond that of before: bytes. Only on Linux.
+    """Returns the bytes by which the resident memory of this process grows at most during `function`. Only on Linux.
 
-    Freed memory that the C library keeps is handed back to the kernel first, so that it counts when it is used again.
+    Freed memory that the C library keeps is first returned to the kernel, so that it counts when it is used again.
     """
     if not sys.platform.startswith("linux"):
         raise OSError("the peak of memory is read from /proc, which only Linux has")
@@ -45,16 +45,17 @@ def peak_of(function: Callable[[], object]) -> int:
 
 
 def has_gpu() -> bool:
-    """Whether jax finds one; asked in a process of its own, which gives its memory back."""
+    """Returns whether jax finds a GPU; a separate process checks this, so that its memory is released."""
     code = "import jax; print(jax.default_backend())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "gpu"
 
 
 def about(module: str, words: Sequence[str]) -> dict[str, object]:
-    """The head of a record: when, with what command, on what. Folders of this machine are not named.
+    """Returns the head of a record: date, command and machine, without names of folders. Starts no backend of jax.
 
     Args:
-      module: that was run. words: that it was given. Nothing here starts a backend of jax.
+      module: Module that was run.
+      words: Its arguments.
     """
     shown = [re.sub(r"(^|=)[/~].*", r"\1PATH", word) for word in words]
     return {
@@ -65,6 +66,6 @@ def about(module: str, words: Sequence[str]) -> dict[str, object]:
 
 
 def write(path: Path | None, record: Mapping) -> None:
-    """A record as JSON, whole or not at all; nothing where there is no path."""
+    """Writes a record as JSON, atomically, or nothing if there is no path."""
     if path is not None:
         atomic.write_text(path, json.dumps(record, indent=1) + "\n")

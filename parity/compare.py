@@ -1,8 +1,8 @@
-"""Our models beside PyTorch's, on the same weights and the same input.
+"""Compares segjax's models with PyTorch's, on the same weights and the same input.
 
     python -m parity.compare segformer_b0 [--size 64 96] [--batch 2] [--dtype float64] [--seed 0]
 
-prints the error of every layer given the reference's input to that layer, and of the whole model.
+It prints the error of the whole model, and of every layer if it receives the reference's input to that layer.
 """
 
 from __future__ import annotations

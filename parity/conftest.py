@@ -1,4 +1,4 @@
-"""Parity runs at float32 "highest", and ends with a table of every error that was measured."""
+"""Parity tests run at float32 precision "highest", and end with a table of all measured errors."""
 
 import datetime
 import importlib.metadata

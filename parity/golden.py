@@ -1,8 +1,8 @@
-"""Figures of the original code: what `goldens/*.npz` hold, under the key names that our models carry.
+"""Figures of the original code, read from `goldens/*.npz`, with the key names of segjax's models.
 
 Each file is one narrow model, run in float64 by the code that published it: weights, two inputs of different sizes,
-outputs, features, loss, gradients, and a forward pass in training mode. The running statistics that the files hold are
-those from before that pass (bit for bit the weights'), so that they say nothing and are not read here.
+outputs, features, loss, gradients, and a forward pass in training mode. The running statistics in the files are
+those before that pass (bitwise those of the weights), so they prove nothing and are not read here.
 """
 
 import dataclasses

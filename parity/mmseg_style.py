@@ -1,9 +1,9 @@
-"""The SegFormer of mmsegmentation 1.x a second time, built the way its checkpoints are: a check of their key names.
+"""A second SegFormer of mmsegmentation 1.x, built as its checkpoints are, to check their key names.
 
-The keys of `MMSegStyleSegFormer().state_dict()` are those of a checkpoint. Nothing is shared with the other
-references: attention is torch's own `nn.MultiheadAttention` with one packed `in_proj`, the feed-forward network works
-on maps by 1x1 convolutions, and the encoder nests `layers.{stage}.{0: patch embedding, 1: blocks, 2: norm}`. Stages
-and blocks count from 0. Weights are initialised by torch's defaults.
+The keys of `MMSegStyleSegFormer().state_dict()` are those of a checkpoint. It shares nothing with the other references:
+attention is torch's own `nn.MultiheadAttention` with one packed `in_proj`, the feed-forward network works on maps by
+1x1 convolutions, and the encoder nests `layers.{stage}.{0: patch embedding, 1: blocks, 2: norm}`. Stages and blocks
+count from 0. Weights are initialised by torch's defaults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How mmsegmentation tests a segmentor, in PyTorch: written from its documentation and from what it does.
+"""mmsegmentation's test protocol in PyTorch, written from its documentation and its behaviour.
 
 A test image goes through `Resize(scale_factor, keep_ratio=True)` of 1.x, or through 0.x's `MultiScaleFlipAug` with an
 `img_scale`, which SegFormer's code on ADE20K has; `ResizeToMultiple` where a config has it, and `RandomFlip`; the data

@@ -1,4 +1,4 @@
-"""Records figures of published packages on made-up probabilities, for tests/metrics/test_goldens.py.
+"""Records figures of published packages on generated probabilities, for tests/metrics/test_goldens.py.
 
     pip install numpy torch matplotlib scikit-learn
     pip install --no-deps torchmetrics lightning-utilities netcal torch-uncertainty

@@ -1,6 +1,6 @@
-"""One small model of every family, and what tests must know of it.
+"""A small model of every family, and the properties that tests need.
 
-Sizes keep a test in seconds while every stage, ratio and head count differs from its neighbours.
+Sizes are such that a test takes seconds, and every stage, ratio and head count differs from its neighbours.
 """
 
 import dataclasses

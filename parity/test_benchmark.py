@@ -1,4 +1,4 @@
-"""The contenders of a benchmark do the same work, and none that computes something else is timed."""
+"""The contenders of a benchmark do the same work, and one with other results is not timed."""
 
 import json
 import types

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights cannot be, or are not those that were written: refused in words that name the tensor."""
+"""Checkpoints with impossible or altered weights are refused; the error names the tensor."""
 
 import collections
 import json

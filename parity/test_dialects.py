@@ -1,4 +1,4 @@
-"""Other packages' checkpoints: recognised by themselves, loaded whole or not at all, and written back."""
+"""Other packages' checkpoints are recognised automatically, loaded completely or not at all, and written back."""
 
 import functools
 import logging

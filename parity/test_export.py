@@ -1,4 +1,4 @@
-"""Files of ONNX and `torch.export`: run by onnxruntime and PyTorch, compared with our model."""
+"""Files of ONNX and `torch.export`, run by onnxruntime and PyTorch, against segjax's model."""
 
 import json
 import re

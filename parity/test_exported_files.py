@@ -1,4 +1,4 @@
-"""Files of other exporters, run by onnxruntime, OpenVINO, PyTorch and LiteRT: their labels are those of NumPy."""
+"""Files of other exporters, run by onnxruntime, OpenVINO, PyTorch and LiteRT: their labels equal NumPy's."""
 
 import os
 import subprocess

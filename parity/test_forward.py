@@ -1,4 +1,4 @@
-"""Outputs: ours against the original code's goldens, the references and published packages, per layer and whole."""
+"""Outputs of segjax against the original code's goldens, the references and published packages, per layer and whole."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The implementations for GPUs, on a GPU, against the plain ones there. Without a GPU nothing of this is collected.
+"""The implementations for GPUs against the plain ones, on a GPU. Without a GPU, no test is collected.
 
 float32 products are multiplied as float32, as in all of parity.
 """

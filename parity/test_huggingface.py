@@ -1,4 +1,4 @@
-"""Folders that transformers loads, written by us and by itself; and what mmsegmentation keeps in a `.pth`."""
+"""Folders of transformers, written by segjax and by transformers; and the content of mmsegmentation's `.pth`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Every term of the loss against torch: its own losses where it has them, else the paper's formula and autograd."""
+"""Every term of the loss against torch: its own loss if it has one, otherwise the paper's formula and autograd."""
 
 import functools
 

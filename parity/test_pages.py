@@ -1,6 +1,6 @@
-"""The Python of README and docs runs as it stands, but for smaller images, in a folder with the files that it names.
+"""The Python code of README and docs runs unchanged, except for smaller images, next to the files that it names.
 
-tests/docs parses the blocks that this leaves out: those that need packages which the extra `test` does not have.
+tests/docs parses the blocks that are skipped here: those that need packages outside the extra `test`.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Evaluation of whole images, windows, scales and mirror images: ours against mmsegmentation's way, in PyTorch."""
+"""Evaluation of whole images, sliding windows, scales and flips, against mmsegmentation's protocol in PyTorch."""
 
 import dataclasses
 

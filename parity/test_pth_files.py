@@ -1,5 +1,5 @@
-"""What torch.save and pickle write, read without PyTorch: the same bits as torch.load gives, whatever lies next to the
-weights, and no code is run."""
+"""Files of torch.save and pickle, read without PyTorch: the same bits as from torch.load, whatever else the file
+contains, and no code is run."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""What goes through row tiles against its plain implementation and torch's: maps that fill one tile, some, or many."""
+"""Row tiles against the plain implementations and torch's, for maps that fill one tile, some, or many."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Clipping, frozen parts and micro-batches against what a loop in torch does; starts from its files."""
+"""Clipping, frozen parameters and micro-batches against a loop in torch; runs that start from its files."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""What `segjax.summary` counts, against torch's own FLOP counter and against hooks on PyTorch models."""
+"""The counts of `segjax.summary` against torch's FLOP counter and hooks on PyTorch models."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Twenty steps of training: ours, with its own step, loss, optimizer and schedule, against torch's."""
+"""Twenty training steps of segjax, with its own step, loss, optimizer and schedule, against torch's."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Each known way to get nearly the right network: ours equals torch, and the tempting form is shown to differ."""
+"""Every known near miss of the right network: segjax equals torch, and the tempting variant differs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A file with several sets of weights: which are read, and that it is said."""
+"""A file with several sets of weights: the set that is read, and the message about it."""
 
 import logging
 import time

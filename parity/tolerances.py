@@ -1,12 +1,12 @@
-"""Tolerances: how far segjax and the PyTorch reference may lie apart, each with its reason.
+"""Tolerances: the largest accepted differences between segjax and the PyTorch reference, each with its reason.
 
-Each bound holds for every family, whole models and single layers alike. Tests that compare something else state their
-own: the references against the original code (test_reference*.py), the optimizer step, key formats of transformers.
+Each bound holds for every family, for whole models and single layers. Tests of other comparisons state their own: the
+references against the original code (test_reference*.py), the optimizer step, key formats of transformers.
 
-Errors are relative: of outputs max |ours - theirs| / max |theirs|; of gradients the same for the worst single
-parameter (see test_grad.gradient_errors); of trajectories the norm of the difference over the
-norm of the distance moved. float64 shows mistakes: anything but rounding is orders above its bounds. float32 shows what
-a user gets: sums in another order, through up to 52 blocks.
+Errors are relative: for outputs max |segjax - reference| / max |reference|; for gradients the same for the worst
+parameter (see test_grad.gradient_errors); for trajectories the norm of the difference divided by the norm of the
+distance moved. float64 shows mistakes: everything except rounding exceeds its bounds by orders of magnitude. float32
+shows what a user gets: sums in another order, through up to 52 blocks.
 """
 
 import jax.numpy as jnp

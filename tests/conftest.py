@@ -1,4 +1,4 @@
-"""Set-up of tests that run on a CPU whatever else there is."""
+"""Set-up of tests, which run on a CPU even if there are other devices."""
 
 import os
 from unittest import mock

@@ -1,8 +1,8 @@
-"""What `test_many_processes.py` runs in each of two processes: the commands in a file of JSON, one after the other.
+"""The program that `test_many_processes.py` runs in each of two processes: it runs the commands in a JSON file in turn.
 
 python divided.py PORT NUMBER COMMANDS [evaluate|predict]
 
-With a last word, process 1 kills itself once that command has done something.
+With the last argument, process 1 kills itself once that command has done some work.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Commands in processes of their own that start at once: a server has imported everything, each command is a fork.
+"""Runs commands in processes that start at once: each is a fork of a server that has imported everything.
 
-`Forks` is the tests' side; run as a program, this file is the server. It forks before JAX has a backend, whose threads
-would not survive it.
+Tests use `Forks`; run as a program, this file is the server. It forks before JAX has a backend, whose threads would not
+survive a fork.
 """
 
 import gc

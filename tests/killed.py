@@ -1,6 +1,6 @@
-"""Commands that `commands/test_replacing.py` has killed: `forks` starts them, with models that take no time to make.
+"""Commands that `commands/test_replacing.py` kills. `forks` starts them, with models that are created instantly.
 
-The checkpoint `N`, which is no file, is a model of random weights from the seed N.
+The checkpoint `N`, which is not a file, is a model with random weights from the seed N.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Sources of annotations that tests make up, and the command that imports them."""
+"""Generated annotation files for tests, and the command that imports them."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Official archives made up for tests: a few random images in the folders and files of each published dataset."""
+"""Generated archives for tests: a few random images in the folders and files of each published dataset."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""A model whose labels NumPy can compute, and which tells how many programs were made of it."""
+"""A model whose labels NumPy can compute, and which counts the programs compiled from it."""
 
 from typing import NamedTuple
 

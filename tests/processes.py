@@ -1,4 +1,4 @@
-"""What `test_processes.py` runs in two processes of two devices each, and in one of one, to compare.
+"""The program that `test_processes.py` runs in two processes of two devices each, and in one process of one device.
 
 python processes.py PORT NUMBER
 """

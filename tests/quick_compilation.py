@@ -1,4 +1,4 @@
-"""More than `jax_disable_most_optimizations` does for a quick compilation on CPUs."""
+"""Compiles faster on CPUs than `jax_disable_most_optimizations` does."""
 
 import functools
 from typing import Any

@@ -1,9 +1,9 @@
-"""Runs commands of docs/reproduce.md on archives made up for tests, in one process of one device.
+"""Runs commands of docs/reproduce.md on generated archives, in one process with one device.
 
 python -m tests.reproduce_commands FLAGS COMMAND ...
 
-FLAGS is a JSON list that is added to every training command; it makes models, crops and runs small. Of several scales
-of an evaluation, the smallest and the largest are kept.
+FLAGS is a JSON list that is added to every training command; it makes models, crops and runs small. Evaluations
+at several scales keep only the smallest and the largest.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: settings of a tiny one, what it leaves, and stand-ins for its slow parts."""
+"""Shared by tests of whole runs: settings of a tiny run, its files, and stand-ins for its slow parts."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The public names of segjax: imported when they are used, and still functions once every module is imported."""
+"""The public names of segjax are imported on first use, and remain functions once every module is imported."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Who may import whom and how tests are named, read off the sources; importing segjax costs nothing unneeded."""
+"""Rules for imports between folders and for names of tests, checked in the sources; the cost of importing segjax."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Losses and predictions against float64 numpy, pixel by pixel, with a bilinear upsampling of its own."""
+"""Losses and predictions against float64 numpy, pixel by pixel, with an independent bilinear upsampling."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What several tests share: a model of every family, the smallest that has all of its parts."""
+"""Shared by several tests: the smallest model of every family that has all of its parts."""
 
 import contextlib
 import functools

@@ -219,7 +219,7 @@ def place(
     class, and `cat_max_ratio` does not apply to them.
 
     `_is_dominated` uses plain sums, because in a histogram by scatter, all threads of a GPU would add to the counters
-    of a few classes. All samples of a batch leave the loop together, mostly before its first round. Each check gathers
+    of a few classes. All samples of a batch leave the loop together, usually before its first round. Each check gathers
     the label of each pixel of the crops. Before each round, the host waits for a flag, which `jit` over several devices
     also reduces over the devices.
 
@@ -283,7 +283,7 @@ def dominant_count(number, ratio: float):
 
 
 def rarity_of(class_pixels: np.ndarray) -> np.ndarray:
-    """Integers proportional to 1 / pixels of each class, int32 (K,), with a sum below 2**31; 0 without a pixel."""
+    """Integers proportional to 1 / pixels of each class, int32 (K,), of sum below 2**31; 0 for one without pixels."""
     pixels = np.where(class_pixels > 0, class_pixels, np.inf)
     weights = np.maximum(pixels.min() / np.maximum(class_pixels, 1) * (2**30 // len(pixels)), 1)
     return np.where(class_pixels > 0, weights, 0).astype(np.int32)
@@ -296,7 +296,7 @@ class _Aim(NamedTuple):
       is_taken: Whether the crop is placed around this pixel.
       label: Class of the pixel.
       nth: Number of the pixel among those of its class, row by row.
-      within: Row and column of the crop at which the pixel lies, int32 (2,), unless the image ends before.
+      within: Row and column of the pixel in the crop, int32 (2,), unless a border of the image shifts the crop.
     """
 
     is_taken: jax.Array
@@ -398,8 +398,7 @@ class HostPlacement:
 
 
 def compiled_on_host(function: Callable, key: jax.Array, *arguments: np.ndarray | np.generic) -> Callable:
-    """Compiles `function(key, ...)` for the CPU, with this key and arguments of the shapes and dtypes of the given
-    ones.
+    """Compiles `function(key, ...)` for the CPU, for this key and for the shapes and dtypes of `arguments`.
 
     It is compiled here, because `jax.enable_x64` of this thread does not apply to the threads that call the result.
     """

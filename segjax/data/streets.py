@@ -26,7 +26,7 @@ ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, PLANT, TERRAIN = range
 SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
 IGNORE = specs.STREETS.ignore_label
 
-SUPERSAMPLE = 2  # canvas pixels per image pixel, each way: the image is antialiased, the label unmixed
+SUPERSAMPLE = 2  # canvas pixels per image pixel along each axis, to antialias the image; labels are not blended
 SHIFT = 4  # fractional bits of the corners that cv2 gets
 NEAR = 0.8  # metres; nearer points are moved to this distance, below the picture's lower edge
 LANE, PARKING, TRACK = 3.4, 2.4, 3.2  # widths, metres
@@ -86,7 +86,7 @@ RED, AMBER, GREEN, BLUE = (206, 38, 34), (244, 170, 40), (60, 220, 120), (30, 84
 WHITE, BEAM = (240, 240, 236), (244, 240, 214)
 
 
-# Shapes: corners (..., 2), right and up, in metres or fractions of a face; (n, corners, 2) is n polygons of one colour.
+# Shapes: corners (..., 2), (right, up), in metres or fractions of a face; (n, corners, 2) are n polygons of one colour.
 
 CIRCLE = np.array([(math.cos(math.tau * i / 20), math.sin(math.tau * i / 20)) for i in range(20)])
 
@@ -154,11 +154,11 @@ def _cutout(label, *shapes):
 
 
 def _solid(label, color, profile, half, side=(), skin=None):
-    """Extrudes a profile ((along, up), ...), from the rear foot over the top, to across = -half..half.
+    """Extrudes a profile ((along, up), ...), given from the rear foot over the top, to across = -half..half.
 
     Args:
       label: Label of all faces.
-      color: Their colour.
+      color: Colour of all faces.
       profile: Points of the profile.
       half: Half of the width in metres.
       side: Details on the two profile faces, in (along, up).
@@ -427,7 +427,7 @@ def _barrier(rng, kind, length):
     if kind == WALL:
         rows, columns = int(height / 0.45), int(length / 1.1)
         stones = _grid(0, 0, 1, 0.9, columns, rows, 0.9, 0.82).reshape(rows, columns, 4, 2)
-        stones[1::2, ..., 0] += 0.5 / columns  # every other course half a stone on
+        stones[1::2, ..., 0] += 0.5 / columns  # every second course is shifted by half a stone
         front = [(stones.reshape(-1, 4, 2).clip(0, 1), paint * 1.1), (_rects((0, 0.9, 1, 1)), paint * 1.25)]
     else:
         front = [(_grid(0, 0.03, 1, 0.97, int(length / spacing), 1, 0.45, 1), paint * 1.1)]
@@ -446,10 +446,10 @@ class Camera(NamedTuple):
     horizon: float  # share of the picture above it
     x: float  # metres right of the road's middle
     yaw: float  # tangent
-    bend: float  # of the road, metres aside per square metre ahead
+    bend: float  # of the road, metres sideways per square of metres ahead
 
     def project(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """World metres to shares of a picture's width and height, for a picture twice as wide as high."""
+        """World metres to shares of a picture's width and height, for a picture twice as wide as it is high."""
         z = np.maximum(z, NEAR)
         x = x - self.x + z * (self.yaw + self.bend * z)
         return np.stack((0.5 + 0.5 * self.focal * x / z, self.horizon + self.focal * (self.height - y) / z), -1)
@@ -598,7 +598,7 @@ def _markings(street, rng, edges, track, crossing):
 
 
 def _layout(rng, dusk):
-    """A street with everything on it, and the camera."""
+    """Draws a street with all its objects, and the camera."""
     street, track = Street(), TRACK * (rng.random() < 0.35)
     parking = PARKING * (rng.random(2) < 0.6)
     edges = track / 2 + LANE + parking  # left and right kerb, metres from the middle
@@ -769,7 +769,7 @@ def scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.
       seed: Seed of the dataset, not negative.
       index: Number of the scene, not negative. A scene depends only on (seed, index).
       size: (height, width) in pixels, at least MIN_SIZE each. The layout is the same at every size: that of a picture
-        twice as wide as high, stretched.
+        twice as wide as it is high, stretched.
 
     Returns:
       Image, RGB, uint8 (H, W, 3), and labels, uint8 (H, W): train ids of specs.STREETS, and its ignore label on the
@@ -828,7 +828,7 @@ def load(split: str, *, num_images: int, size: tuple[int, int], seed: int) -> sp
     streets_val_000012 and the like, and count within the split.
 
     Raises:
-      ValueError: `split` is none of SPLITS, `num_images` is less than 1, or `scene` refuses `size` or `seed`.
+      ValueError: `split` is not in SPLITS, `num_images` is less than 1, or `size` or `seed` is invalid for `scene`.
     """
     if split not in SPLITS:
         raise ValueError(f"streets: no split '{split}'; use one of {', '.join(SPLITS)}")

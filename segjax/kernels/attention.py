@@ -27,8 +27,8 @@ def _scores(query, key):
     return jnp.einsum("bhnd,bhmd->bhnm", scaled, key, preferred_element_type=wide)
 
 
-# Scores computed at once, 64 MiB in float32. An image of 1024x2048 has 1 GiB of scores in SegFormer's first stage. In
-# parts of this size the time of that stage stays the same; that of the second stage falls by a fifth.
+# Most scores computed at once, 64 MiB in float32. An image of 1024x2048 has 1 GiB of scores in SegFormer's first stage.
+# In parts of this size that stage takes the same time, and the second stage a fifth less.
 MOST_SCORES = 2**24
 
 

@@ -25,7 +25,7 @@ from jax import lax
 from segjax.kernels import resize
 
 MOST_OUTPUTS = 64  # per cell
-PARTS = 16  # into which the rows are split if logits are not upsampled by whole factors
+PARTS = 16  # groups of rows, for logits that are not upsampled by whole factors
 OPERANDS = 16  # per reduction: with 64, XLA stores the outputs instead of fusing them
 
 

@@ -19,7 +19,7 @@ _PREPARED = jax.make_user_context(False)
 
 
 def published_implementations() -> AbstractContextManager:
-    """Make models run every operation as published, without equal but cheaper implementations.
+    """Make models run every operation as published, without equivalent but cheaper implementations.
 
     `segjax summary` counts these operations, and tests compare fast implementations with them.
 
@@ -54,7 +54,7 @@ def meant_for(platform: str) -> AbstractContextManager:
 
 
 def weights_are_prepared() -> AbstractContextManager:
-    """Tell models that `segjax.models.prepared` computes once, ahead of time, what depends on weights only.
+    """Tell models that `segjax.models.prepared` runs operations on weights only once, ahead of time.
 
     Returns:
       A context manager.
@@ -63,7 +63,7 @@ def weights_are_prepared() -> AbstractContextManager:
 
 
 def are_weights_prepared() -> bool:
-    """Whether operations on weights only run once and ahead of time, and so cost nothing per image."""
+    """Whether operations on weights run once, ahead of time, and therefore cost nothing per image."""
     return _PREPARED.value
 
 

@@ -124,7 +124,7 @@ def _shifts(length: int, factor: int) -> list[tuple[int, np.ndarray]]:
     """Shifts of the repeated pixels and their weights (length * factor,), whose sum are the upsampled pixels.
 
     An upsampled pixel blends the pixel before its centre with the one after it. Shifts bring in zeros at the ends,
-    where the only neighbour has the whole weight.
+    where the single neighbour has the whole weight.
     """
     place = (np.arange(length * factor) + 0.5) / factor - 0.5
     before = np.floor(place)

@@ -99,7 +99,7 @@ class BlockExecution(NamedTuple):
         A scan copies weights in and gradients out; for short groups that costs more than compiling once saves. The
         figures of SegFormer-B5, with groups of 3, 6, 40 and 3, training 2x256x256 on two cores, are the time relative
         to no scans and the seconds to compile: all groups scanned 1.17 and 17, the two longest 1.14 and 16, the longest
-        1.09 and 19, none 1 and 38. With `remat` all groups are scanned, since it is there to save memory.
+        1.09 and 19, none 1 and 38. With `remat` all groups are scanned, because its purpose is to save memory.
         """
         return cls(scan_from=(2 if remat else 7) if scan_blocks else 0, remat=remat)
 

@@ -85,7 +85,7 @@ def require_images(images: jax.Array, *, channels: int, multiple: int = 1) -> No
             f"this model takes images whose height and width divide by {multiple}; got {images.shape[1]}x"
             f"{images.shape[2]}. Pad or crop them, for example to {height}x{width}"
         )
-    # Implementations are chosen by the mesh that is set; those with gradients of their own state no shardings.
+    # The mesh that is set decides which implementations run. Those with custom gradients state no shardings.
     explicit = {AxisType.Explicit}
     if explicit & set(_mesh_of(images).axis_types) and not explicit & set(jax.sharding.get_abstract_mesh().axis_types):
         raise ValueError(

@@ -64,8 +64,8 @@ def _sum_of_levels(
 ) -> jax.Array:
     """Sum of upsample(level @ kernel + bias): a 1x1 convolution of the upsampled and concatenated levels.
 
-    A 1x1 convolution commutes with resizing, since the weights of resizing sum to one. Over a concatenation it is a
-    sum. So each level is multiplied by its slice of the kernel at its own resolution.
+    A 1x1 convolution commutes with resizing, because the weights of resizing sum to one. Over a concatenation it is a
+    sum over levels. So each level is multiplied by its slice of the kernel at its own resolution.
     """
     products = (jnp.matmul(x, kernel) for x, kernel in zip(levels, kernels, strict=True))
     if biases is not None:
@@ -115,7 +115,7 @@ def project_and_fuse(
 def _fused_projections(projections: Sequence[Linear | Conv], fuse: Conv) -> tuple[list[jax.Array], list[jax.Array]]:
     """The product of each projection and its slice of `fuse`: a kernel (C_level, C) and a bias (C,) per level."""
     dtype = fuse.dtype
-    # The matrices are multiplied in at least float32: one rounding of the product loses less than one of each factor.
+    # The matrices are multiplied in at least float32: rounding the product once loses less than rounding both factors.
     wide = jnp.promote_types(fuse.kernel[...].dtype, precision.at_least_float32(dtype))
     slices = jnp.split(fuse.kernel[...][0, 0].astype(wide), len(projections))  # (C, C) each
     matrices = [p.kernel[...].reshape(p.kernel.shape[-2:]).astype(wide) for p in projections]  # (C_level, C) each

@@ -15,7 +15,7 @@ LINEAR_STD = 0.02
 
 
 def _drawn(draw: Callable[[jax.Array, Sequence[int]], jax.Array], key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """draw(key, shape), by one compiled program for all shapes of similar size.
+    """Returns draw(key, shape), computed by one compiled program for all shapes of similar size.
 
     A program takes half a second to compile, and the weights of SegFormer-B0 have 40 shapes. With jax's default
     generator a longer array begins with the values of a shorter one.

@@ -1,8 +1,8 @@
 """The SegFormer of jo-jstrm/segmentation_pytorch: the official encoder, and a decoder without activation.
 
-Encoder and decoder projections are those of `segformer.py` (Xie et al., arXiv:2105.15203). Unlike there, the decoder
-has no activation. `fuse="conv"` is a 1x1 convolution with bias; `fuse="conv_bn"`, of a later version of the
-repository (camlaedtke), adds a BatchNorm. Neither has a ReLU or dropout of channels.
+Encoder and decoder projections are those of `segformer.py` (Xie et al., arXiv:2105.15203). The decoder has no
+activation, unlike the official one. `fuse="conv"` is a 1x1 convolution with bias; `fuse="conv_bn"`, of a later version
+of the repository (camlaedtke), adds a BatchNorm. Neither has a ReLU or dropout of channels.
 
 Attribute names are the official ones. The repository omits their prefixes `backbone.` and `decode_head.` (key format
 "segmentation_pytorch").

@@ -1,7 +1,7 @@
 """The "simple" SegFormer of P. Wang (lucidrains, segformer-pytorch on PyPI), which is `segformer_simple.py` in
 jo-jstrm/segmentation_pytorch.
 
-It follows Xie et al., arXiv:2105.15203, but is another network. Patches are unfolded and pass a 1x1 convolution,
+It follows Xie et al., arXiv:2105.15203, but is a different network. Patches are unfolded and pass a 1x1 convolution,
 without a norm. LayerNorm is (x - mean) / (sqrt(var) + 1e-5) over channels. Attention has no biases; one strided
 convolution, without a norm, computes keys and values. A pointwise convolution follows the Mix-FFN's depthwise one.
 Stages end without a norm. The decoder is linear and upsamples by nearest neighbours. There is no dropout. Every stage

@@ -1,6 +1,6 @@
 """The SegFormer of F. Zuppichini's article "Implementing SegFormer in PyTorch" (2021).
 
-It follows Xie et al., arXiv:2105.15203, but is another network: patch convolutions without bias; torch's multi-head
+It follows Xie et al., arXiv:2105.15203, but is a different network: patch convolutions without bias; torch's multi-head
 attention with one joint projection; the reducing convolution and its norm at every ratio, including 1; a Mix-FFN of a
 1x1 from C to C, a grouped 3x3 from C to 4C, GELU and a 1x1; drop path only on the FFN branch and for the whole batch at
 once (torchvision's mode "batch"); levels upsampled with aligned corners before their 1x1 convolution; ReLU before

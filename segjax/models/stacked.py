@@ -2,7 +2,7 @@
 
 A scan over blocks, which `train.scan_blocks` turns on, reads stacks. With separate arrays, a training step of
 SegFormer-B5 would stack most of its 1065 parameters, unstack their gradients, and update each parameter by its own
-program. Stacked they are 285 arrays, or 113 if every group of equal blocks is scanned. The section "Compiling" of
+program. Stacked they are 285 arrays, or 113 if every group of equal blocks is scanned. The section "Compilation" of
 benchmarks/README.md records the cost.
 
 Vectors are for GPUs, where each kernel costs microseconds: a norm, an update or a check of all parameters takes one

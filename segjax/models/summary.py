@@ -148,7 +148,7 @@ class LeastWork:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedSummary:
-    """The figures of `modelsummary`; `layers` has the calls by class, in the order in which each class's first ends."""
+    """The figures of `modelsummary`; `layers` has the calls by class, in the order in which the first calls end."""
 
     name: str
     size: tuple[int, int]
@@ -177,7 +177,7 @@ class _Call:
       given: Shapes and dtypes of its array arguments.
       output: Shape and dtype of its result.
       is_leaf: Whether it called no other layer.
-      is_new: Whether its result is none of its arguments.
+      is_new: Whether its result is not one of its arguments.
     """
 
     name: str

@@ -211,7 +211,7 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
 def _name(path: Path, number: int) -> Path:
     name = path.name
-    # File systems allow 255 bytes. The digest is equal in every call, so later writers find the files of killed ones.
+    # File systems allow names of 255 bytes. The digest is always the same, so later writers find files of killed ones.
     if len(os.fsencode(name)) > 240:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(f".{name}.part{number}")

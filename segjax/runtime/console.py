@@ -38,7 +38,7 @@ def wrapped(text: str) -> str:
 def filled(line: str, *, indent: str = "", width: int = 80) -> str:
     """One paragraph in lines of `width` columns; each `NO_BREAK` becomes a space."""
     settings = {"width": width, "break_long_words": False, "break_on_hyphens": False}
-    # textwrap counts characters. With a filler after it, a wide one counts twice; `printable` escapes fillers in text.
+    # textwrap counts characters, so a filler follows each wide one. `printable` escapes fillers in the text itself.
     filler = "\ue000"
     line = "".join(character + filler * (columns(character) - 1) for character in line)
     lines = textwrap.fill(line, initial_indent=indent, subsequent_indent=indent, **settings)

@@ -1,6 +1,6 @@
 """Several processes of one run: connecting them, and work that the first one does for all.
 
-The import of this file imports neither jax nor numpy.
+Importing this module imports neither jax nor numpy.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Value = TypeVar("Value")
 
 
 class LostProcessError(ValueError):
-    """Raised when another process does not answer any more."""
+    """Raised when another process no longer answers."""
 
 
 def problem(coordinator: str | None, processes: int | None, number: int | None) -> str:
-    """What is wrong with the flags of several processes together; "" if nothing."""
+    """The problem of the flags of several processes, taken together; "" if there is none."""
     if coordinator is None:
         given = {"--num_processes": processes, "--process_id": number}
         names = " and ".join(name for name, value in given.items() if value is not None)
@@ -44,7 +44,7 @@ def problem(coordinator: str | None, processes: int | None, number: int | None) 
 def connect(coordinator: str | None, processes: int | None, number: int | None) -> None:
     """Connects to the other processes, if there is a coordinator. Call it before the first computation.
 
-    JAX reads arguments that are missing from the environment of the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
+    JAX reads missing arguments from the environment of the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
 
     Args:
       coordinator: HOST:PORT of the first process, "auto", or None for a process by itself.

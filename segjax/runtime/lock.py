@@ -1,4 +1,4 @@
-"""Locks, so that one process at a time writes a run or prepares a dataset. The death of its holder frees a lock."""
+"""Locks, so that one process at a time writes a run or prepares a dataset. A lock is released when its holder dies."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def needed(compiled: Any) -> int | None:
 def for_resident_data(device: Any) -> float:
     """Bytes of training data that a device of jax keeps by default.
 
-    2e9 on a CPU. On a GPU a third of its memory, and at most a third of the host's, which the data go through. The
+    2e9 on a CPU. On a GPU a third of its memory, and at most a third of the host's, through which the data pass. The
     training split of Cityscapes takes 25e9.
     """
     found = limit(device) if device.platform != "cpu" else None
@@ -138,7 +138,7 @@ def _left_of_cgroup() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container, the path may be the host's, of which only the root exists here.
+        # In a container, the path may be that on the host. Only its root exists here then.
         inner = PurePosixPath(path.strip("/"))
         for folder in (inner, *inner.parents):
             most, used = (_text(root / folder / name) or "" for name in names)

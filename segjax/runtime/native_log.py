@@ -90,7 +90,7 @@ _FOLLOWING = re.compile(
     rb"\s*$|\*+\s*$|\s*%|\[?Compiling |\[.*Very slow compile\?|Very slow compile\?|The operation took "
     rb"|This isn't necessarily a bug|If you'd like to file a bug|.*run with envvar XLA_FLAGS"
 )
-# XLA's last words where another process of the run has died, and the ones that are printed in place of them.
+# XLA's last message if another process of the run has died, and the text that is printed in its place.
 _LOST = b"Terminating process because the JAX distributed service detected fatal errors"
 _DIED = (
     b"segjax: another process has died or cannot be reached, so that this one ends\n"

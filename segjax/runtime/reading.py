@@ -26,11 +26,11 @@ MOST = 1 << 30
 
 Content = TypeVar("Content")
 
-# What Python raises when a library computes with a value of a damaged file that it did not check.
+# Errors that Python raises when a library computes with an unchecked value of a damaged file.
 _PYTHONS_OWN = (TypeError, AttributeError, LookupError, UnicodeError, ArithmeticError, AssertionError, struct.error)
 _OF_VALUES = re.compile(r"invalid literal|could not convert|values? to unpack|embedded null|negative count|math domain")
 
-# Of values in messages: bounded in depth and width, since aliases in YAML can hold one another twice at every depth.
+# For values in messages: bounded in depth and width, because YAML aliases can double a value at every level.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = _REPR.maxset = 20
@@ -42,7 +42,7 @@ class UnreadableError(ValueError):
 
 
 def stated(error: BaseException) -> str:
-    """The reason that a library's error states for a damaged file, on one line, without Python's own words.
+    """The reason that a library's error states for a damaged file, on one line, without messages of Python itself.
 
     Example:
       >>> from segjax.runtime import reading
@@ -60,7 +60,7 @@ def stated(error: BaseException) -> str:
 
 
 def type_name(value: object) -> str:
-    """The name of a value's type in messages; None for None, whose type nobody knows by its name."""
+    """The name of a value's type in messages; "None" for None, because the name NoneType is little known."""
     return "None" if value is None else type(value).__name__
 
 

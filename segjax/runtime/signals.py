@@ -100,7 +100,7 @@ def _watch(reader: socket.socket, ended: threading.Event, first: str, second: st
         if number == _END:
             return
         if number == _LOST and last:
-            # Sent after the callback that lost it has ended.
+            # Sends the signal again, after the callback that lost it has ended.
             time.sleep(0.02)
             if not ended.is_set():
                 resent += 1

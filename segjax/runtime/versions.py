@@ -33,5 +33,5 @@ def devices_in_words() -> str:
 
 
 def of_devices(devices: Sequence[Device]) -> dict[str, Any]:
-    """What a record says of the devices of a computation, which are all of one kind."""
+    """Metadata about the devices of a computation, which are all of one kind."""
     return {"kind": devices[0].device_kind, "platform": devices[0].platform, "number": len(devices)}

@@ -31,7 +31,7 @@ class Card(NamedTuple):
     Attributes:
       text: Markdown.
       checkpoint: The checkpoint that it describes.
-      picture: The picture in it, a path relative to the folder of the run; None without.
+      picture: Path of its picture relative to the folder of the run, or None.
     """
 
     text: str
@@ -48,7 +48,7 @@ class _Evaluated(TypedDict):
 
 
 def is_transformers(checkpoint: LoadedCheckpoint) -> bool:
-    """Whether transformers has this family, so that it is uploaded as a folder of it."""
+    """Whether transformers has this family, so that its folder format is uploaded."""
     return family_of(checkpoint.model.spec.name) == "segformer"
 
 
@@ -60,7 +60,7 @@ def card_of(workdir: Path, *, licence: str | None = None) -> Card:
       licence: Identifier of a licence as the Hub lists them, such as "apache-2.0"; None for "other".
 
     Raises:
-      CheckpointError: It is no folder of a run, or the run has not ended.
+      CheckpointError: The folder is not that of a run, or the run has not ended.
     """
     try:
         result = read_result(workdir / "result.json")
@@ -166,7 +166,7 @@ def _body(
 
 
 def _interval(workdir: Path, result: Mapping[str, Any]) -> list[float] | None:
-    """The interval of mIoU that `segjax evaluate RUN` measured of the same checkpoint; None where it did not."""
+    """The interval of mIoU that `segjax evaluate RUN` measured for the same checkpoint, or None."""
     try:
         found = read_json(workdir / "report" / "results.json", _Evaluated)
     except (OSError, UnreadableError):
@@ -189,7 +189,7 @@ def _origin(provenance: Mapping[str, Any]) -> str:
 
 
 def _plain(text: object) -> str:
-    """A text from elsewhere in which nothing is markup."""
+    """Text from elsewhere, with all markup escaped."""
     text = one_line(text)
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+!|~$&" else sign for sign in text)
 

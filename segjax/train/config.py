@@ -40,7 +40,7 @@ FREE_ON_RESUME = (
     "parallel",
     "recipe",
     "init.expected",
-    # The name of a folder without one in classes.json depends on its path.
+    # If classes.json has no name, the name of a data folder depends on its path.
     "dataset.name",
 )
 

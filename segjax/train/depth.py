@@ -3,8 +3,8 @@
 As in BEiT (Bao et al., 2022) and ConvNeXt (Liu et al., 2022), the stem has depth 0, blocks count from 1, and the head
 is one deeper than the last block:
 
-- SegFormer in all its forms, and SegNeXt: the stem is the first patch embedding; blocks count through the stages. The
-  patch embedding of a later stage has the depth of the stage's first block, the norm of a stage that of its last.
+- All SegFormer families, and SegNeXt: the stem is the first patch embedding; blocks count through the stages. The
+  patch embedding of a later stage has the depth of the stage's first block, the norm of a stage that of its last block.
 - HRNet, with and without OCR: the stem is the first two convolutions; the blocks of layer1 and of the modules of the
   stages follow each other. Parallel branches have the same depths. A transition has the depth of the first block after
   it, the fusion of a module that of the module's last block.

@@ -50,7 +50,7 @@ class Teacher:
     def arrays(self) -> tuple[jax.Array, ...]:
         """The parameters and running statistics, which no step changes.
 
-        They are no dict by name, because stacks of the student's parameters are looked for in every dict of a state.
+        They are not a dict by name, because every dict of a state is searched for the student's stacked parameters.
         """
         params, batch_stats = self._model.arrays()
         return (*params.values(), *batch_stats.values())

@@ -212,7 +212,7 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
     scores = run.evaluator.scores
     result = {
         **stamped(evaluation.metrics),
-        # Names of per_class_iou.
+        # Classes of the entries of per_class_iou.
         "classes": list(run.spec.label_names),
         "step": step,
         "stopped_early": step < run.steps,

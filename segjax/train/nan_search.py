@@ -1,4 +1,4 @@
-"""Finds the layer that produced the first number that is not finite."""
+"""Finds the layer that produced the first non-finite value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = "the model"
 
 
 def first_not_finite(train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> str:
-    """A sentence that names the first layer of a training step whose output, or else whose gradient, is not finite.
+    """Names, in a sentence, the first layer of a training step whose output, or otherwise gradient, is not finite.
 
     The step is computed again: first its forward pass, with a check of every layer's output, then its gradients.
 

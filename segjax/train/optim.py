@@ -22,7 +22,7 @@ from segjax.train.depth import depths
 
 # Optimizers computed as in torch; any other name is that of a function of optax.
 OWN = ("adamw", "sgd")
-# Arguments of optax's optimizers that other settings give.
+# Arguments of optax's optimizers that other settings determine.
 _GIVEN = ("learning_rate", "weight_decay", "mask", "weight_decay_mask")
 
 
@@ -208,7 +208,7 @@ def _if_accepted(rule: optax.GradientTransformation) -> optax.GradientTransforma
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """optax.scale_by_adam inside `_if_accepted`, with the update computed from the moments after selection.
 
-    From the moments before selection, accepted updates would be equal, but XLA would hold old and new moments at once:
+    Moments before selection would give equal accepted updates, but XLA would hold old and new moments at once:
     646 MiB more for SegFormer-B5, and the optimizer would take half as long again to compile.
     """
     plain = _if_accepted(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))

@@ -785,7 +785,7 @@ def _has(dataset: object, setting: Setting) -> bool:
 
 
 def similar(word: str) -> list[str]:
-    """At most three settings that `word` may mean: those whose last name it is, or else those with similar names."""
+    """At most three settings that `word` may mean: those with this last name, or else those with similar names."""
     word = word.replace("-", "_")
     names = {key: key.rpartition(".")[2] for key in SETTINGS}
     last_names = difflib.get_close_matches(word, set(names.values()), n=1, cutoff=0.75)

@@ -254,7 +254,7 @@ def summary(
 
 
 def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> list[str]:
-    """Sentences about settings and data with which a run trains, but hardly as intended. Those about data fit one line.
+    """Warnings about settings and data that are valid but probably unintended. Those about data fit one line.
 
     Args:
       config: Config of the run.

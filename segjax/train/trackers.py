@@ -1,7 +1,8 @@
 """Experiment trackers: programs that show the records of many runs next to each other.
 
-`Writer` is what a run needs of them. TensorBoard's, in `tensorboard.py`, is part of the run: an error of its files ends
-the run. The others are guests, which `Guests` holds: one that raises is reported and skipped, and the run goes on.
+`Writer` is the interface that a run uses. TensorBoard's writer, in `tensorboard.py`, is part of the run: an error of
+its files ends the run. The others are guests, which `Guests` holds: one that raises is reported and skipped, and the
+run continues.
 
 Their servers, projects and accounts are set by their own environment variables: WANDB_MODE, WANDB_PROJECT,
 MLFLOW_TRACKING_URI, TRACKIO_DIR and so on.
@@ -32,9 +33,9 @@ from segjax.runtime.reading import UnreadableError, checked, read_json
 
 # The project, or experiment, of all runs.
 PROJECT = "segjax"
-# The file in a workdir with the id of its record, and what the trackers have of it.
+# The file in a workdir with the id of its record, and the position that each tracker has reached in it.
 STATE = "trackers.json"
-# A record: its step, and whether it is that of an evaluation, which follows the others of its step.
+# A record's step, and whether it is that of an evaluation, which follows the others of its step.
 Position = tuple[int, bool]
 
 
@@ -80,7 +81,7 @@ class Writer(Protocol):
 
 
 class _Wandb:
-    """Weights & Biases; with WANDB_MODE=offline in the folder wandb/ of the run."""
+    """Weights & Biases; with WANDB_MODE=offline, it writes to the folder wandb/ of the run."""
 
     def __init__(self, workdir: Path, name: str, id: str):
         self._wandb: Any = importlib.import_module("wandb")
@@ -111,12 +112,12 @@ class _Wandb:
 
 
 class _Mlflow:
-    """MLflow; without MLFLOW_TRACKING_URI in mlflow.db next to the folder of the run, for all runs there."""
+    """MLflow; without MLFLOW_TRACKING_URI, it writes to mlflow.db next to the folder of the run, for all runs there."""
 
-    MOST_PARAMS, MOST_METRICS, MOST_CHARACTERS = 100, 1000, 6000  # of one call, and of one value
+    MOST_PARAMS, MOST_METRICS, MOST_CHARACTERS = 100, 1000, 6000  # per call, and per value
 
     def __init__(self, workdir: Path, name: str, id: str):
-        # From 3.2 on, MLflow reports its use to its makers.
+        # Since 3.2, MLflow sends telemetry to its developers.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         mlflow: Any = importlib.import_module("mlflow")
         for logger in ("mlflow", "alembic"):
@@ -162,12 +163,12 @@ class _Mlflow:
 
 
 class _Trackio:
-    """Trackio, which shows what it has with `trackio show`."""
+    """Trackio, which shows its records with `trackio show`."""
 
     def __init__(self, workdir: Path, name: str, id: str):
-        # The name is what it knows a run by.
+        # Trackio identifies a run by its name.
         self._name = f"{name}-{id}"
-        # Gradio, on which it is built, reports its use to its makers.
+        # Gradio, on which Trackio is built, sends telemetry to its developers.
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         self._trackio: Any = importlib.import_module("trackio")
         self._run: Any = None
@@ -195,7 +196,7 @@ class _Trackio:
 
     def close(self, failed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            # Not the run's own: at exit, trackio ends what it thinks is running.
+            # Not `self._run.finish()`: trackio would still consider the run active, and end it at exit.
             self._trackio.finish()
 
 
@@ -212,7 +213,7 @@ def _allowed(name: str) -> str:
 
 
 TENSORBOARD = "tensorboard"
-# Name of a guest, and of the package and the extra that it needs: its writer.
+# Writers by name of the guest, which is also the name of the package and the extra that it needs.
 GUESTS: dict[str, Callable[[Path, str, str], Writer]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 NAMES = (TENSORBOARD, *GUESTS)
 
@@ -235,7 +236,7 @@ class _State(TypedDict):
 
 
 class Guests:
-    """The trackers of other programs. One that raises is reported once and skipped; the others and the run go on."""
+    """The trackers of other programs. One that raises is reported once and skipped; the others and the run continue."""
 
     def __init__(
         self, names: Sequence[str], workdir: Path, settings: Mapping[str, Any], *, start: int, reached: Position
@@ -247,8 +248,8 @@ class Guests:
           workdir: Folder of the run.
           settings: Settings of the run.
           start: Step of the checkpoint; a run that begins at 0 begins a new record.
-          reached: Last record of the run before it was resumed; those after the checkpoint are made again, and a
-            tracker that has them does not get them again.
+          reached: Last record of the run before it was resumed. Records after the checkpoint are repeated, except for
+            trackers that already have them.
         """
         self._writers: dict[str, Writer] = {}
         self._start, self._reached, self._path = start, {}, workdir / STATE
@@ -257,7 +258,7 @@ class Guests:
             return
         self._id = old["id"] if old else secrets.token_hex(4)
         found = old.get("reached", {}) if old else {}
-        # A tracker that was not active, or that had failed, has none of the last records.
+        # A tracker that was not active, or had failed, lacks the last records.
         active = old.get("active", list(found)) if old else []
         self._has: dict[str, Position] = {
             name: max(reached, (step, bool(evaluated))) if name in active else (step, bool(evaluated))
@@ -290,7 +291,7 @@ class Guests:
 
     def _each(self, call: Callable[[Writer], None], position: Position | None = None) -> None:
         for name, writer in list(self._writers.items()):
-            # An evaluation at the checkpoint itself is made again where its protocol has changed.
+            # The evaluation at the checkpoint itself is repeated if its protocol has changed.
             is_known = position and self._start < position[0] and position <= self._reached.get(name, (0, False))
             if not is_known:
                 with self._guarded(name):
@@ -298,7 +299,7 @@ class Guests:
                     self._has[name] = max(position or self._has[name], self._has[name])
 
     def _keep(self, active: Iterable[str]) -> None:
-        """Writes the id of the record, what each tracker has of it, and which are active."""
+        """Writes the id of the record, the position that each tracker has reached, and which trackers are active."""
         reached = {name: [step, int(evaluated)] for name, (step, evaluated) in self._has.items()}
         content = {"id": self._id, "reached": reached, "active": sorted(set(active))}
         atomic.write_text(self._path, json.dumps(content) + "\n")
@@ -309,7 +310,7 @@ class Guests:
             yield
         except Exception as error:
             self._writers.pop(name, None)
-            # No error of a guest, nor of its bookkeeping, ends the run.
+            # Neither an error of a guest nor one of its bookkeeping ends the run.
             with contextlib.suppress(OSError):
                 self._keep(self._writers)
             reason = console.one_line(f"{type(error).__name__}: {error}", most=200)

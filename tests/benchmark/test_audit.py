@@ -1,4 +1,4 @@
-"""What `benchmarks.audit` relabels, and what it counts as found."""
+"""`benchmarks.audit`: the regions that it relabels, and those that it counts as found."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What runs on a GPU only, as far as it can be tried without one."""
+"""Code that runs only on a GPU, as far as it can be tested without one."""
 
 import gzip
 import importlib

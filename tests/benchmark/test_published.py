@@ -1,4 +1,4 @@
-"""The table of measured and published figures: which rows it measures, and how it goes on after a failure."""
+"""The table of measured and published figures: the rows that it measures, and how it continues after a failure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ that make records: what they derive from what they measure, and what they leave out."""
+"""The scripts of benchmarks/ that write records: the figures that they derive, and the content that they omit."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Records of benchmarks that are read again: damaged ones are refused by file and key."""
+"""Records of benchmarks are read again; the error for a damaged one names file and key."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Processes of contenders: they end with the command, and print nothing."""
+"""Processes of contenders end with the command and print nothing."""
 
 import os
 import signal

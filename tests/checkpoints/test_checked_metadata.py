@@ -1,4 +1,4 @@
-"""Metadata from files: invalid values are refused by file and key; damaged parts that nothing needs are omitted."""
+"""Metadata from files: errors name file and key of an invalid value; damaged parts that are not needed are omitted."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A checkpoint that was read is one object, whose keys are recognised once for all users."""
+"""A loaded checkpoint is one object, whose keys are recognised once for all users."""
 
 import hashlib
 import json

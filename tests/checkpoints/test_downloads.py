@@ -1,4 +1,4 @@
-"""Published weights by name, through the real downloaders, from local servers in every format; and refusals."""
+"""Published weights by name, downloaded by the real code from local servers, in every format; and refusals."""
 
 import contextlib
 import dataclasses

@@ -1,8 +1,8 @@
-"""Files of segjax carry a format version: newer ones are refused, and those from before it existed are read.
+"""Files of segjax have a format version: newer files are refused, and files without a version are read.
 
-data_files/format_0 was written by segjax 0.1.0 at bca60e4, before there was a version, with random weights: `run`, six
-steps of a SegFormer on streets; `converted`, a folder from names of smp; `segnext.safetensors`, in names of
-mmsegmentation. `labels.npz` has an image, and the labels that each of them gave it then.
+segjax 0.1.0 at bca60e4 wrote data_files/format_0, before versions existed, with random weights: `run`, six steps of a
+SegFormer on streets; `converted`, a folder made from smp's names; `segnext.safetensors`, in mmsegmentation's names.
+`labels.npz` has an image, and the labels that each of them predicted for it.
 """
 
 import json

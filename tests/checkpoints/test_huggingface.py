@@ -1,4 +1,4 @@
-"""Folders of transformers, and repositories of the Hub, for which a local server stands in; and refusals."""
+"""Folders of transformers, repositories of the Hub (replaced by a local server), and refusals."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Initial weights: files of every dialect, encoders only, folders of runs, parts of either, and refusals."""
+"""Initial weights: files in every key format, encoders only, folders of runs, parts of either, and refusals."""
 
 import ast
 import logging

@@ -1,4 +1,4 @@
-"""Checkpoints are restored bit for bit; incomplete and unfit ones are refused before they are used."""
+"""Checkpoints are restored bit for bit; incomplete and incompatible ones are refused before they are used."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Pickles without PyTorch: faults are named in plain English, and unbounded growth is refused."""
+"""Pickles are read without PyTorch: errors state the fault in plain English, and unbounded growth is refused."""
 
 import pickle
 import pickletools

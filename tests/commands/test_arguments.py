@@ -1,4 +1,4 @@
-"""Arguments of commands: numbers beyond any memory are refused by name and range, before anything is read."""
+"""Arguments of commands: numbers beyond any memory are refused by name and range before anything is read."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""The command `segjax audit`: what it prints, what it leaves, and what it says of what cannot be."""
+"""The command `segjax audit`: its output, its files, and its error messages."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`segjax data import` writes nothing to a wrong place, and its folder appears as a whole."""
+"""`segjax data import` writes nothing outside its folder, which appears atomically."""
 
 import builtins
 import contextlib

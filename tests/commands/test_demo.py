@@ -1,4 +1,4 @@
-"""The command `segjax demo`: its page is there until Ctrl-C, and what is wrong with its arguments is said."""
+"""The command `segjax demo`: it serves its page until Ctrl-C, and reports errors in its arguments."""
 
 import io
 import os

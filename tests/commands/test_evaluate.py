@@ -1,4 +1,4 @@
-"""The command: what it measures, what it leaves, and what it says of what cannot be."""
+"""The command `segjax evaluate`: its metrics, its files, and its error messages."""
 
 import csv
 import dataclasses

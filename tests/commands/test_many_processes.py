@@ -1,4 +1,4 @@
-"""`evaluate` and `predict` in two processes of two devices do what one of four does, and finish what was begun."""
+"""`evaluate` and `predict` in two processes of two devices equal one process of four, and finish interrupted work."""
 
 import json
 import os

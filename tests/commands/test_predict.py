@@ -1,4 +1,4 @@
-"""The command: what it is given becomes files that say what the model said, and what is wrong is told, not lost."""
+"""The command `segjax predict`: its output files equal the model's predictions, and every error is reported."""
 
 import errno
 import io

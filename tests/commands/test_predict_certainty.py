@@ -1,4 +1,4 @@
-"""Maps of confidence and entropy through the command, against probabilities in NumPy."""
+"""Maps of confidence and entropy from the command, against probabilities in NumPy."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""GeoTIFFs through the command: place, nodata and labels of what is read in parts and written in parts."""
+"""GeoTIFFs through the command: location, nodata and labels of scenes that are read and written in parts."""
 
 import json
 import os

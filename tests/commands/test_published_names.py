@@ -1,5 +1,5 @@
-"""The name of published weights in every command, with narrow weights that lie in the cache; and the published figure
-next to the measured one."""
+"""Names of published weights in every command, with narrow weights in the cache; and the published figure next to the
+measured one."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Model cards, and uploads to a stand-in for the Hub, from which the weights are loaded."""
+"""Model cards, and uploads to a stand-in for the Hub, from which the weights are loaded again."""
 
 import base64
 import http.server

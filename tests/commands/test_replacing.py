@@ -1,9 +1,9 @@
-"""Commands that replace a result, killed at any moment or out of room: the old or the new one is read whole.
+"""Commands that replace a result leave the complete old or the complete new one if they are killed or fill the disk.
 
-Each command runs in a process of its own (`tests/forks.py`) that ends right before its n-th operation on the disk: for
-each n under `-m slow`, otherwise for a few around the moves of files. What tensorstore and array_record do is not seen
-by Python: their commands are killed after any number of files, too. On a full disk they are told that a file is too
-large.
+Each command runs in its own process (`tests/forks.py`), which ends right before its n-th disk operation: for each n
+under `-m slow`, otherwise for a few n around the moves of files. Python does not see the operations of tensorstore and
+array_record, so commands that use them are also killed after any number of files. For a full disk, they receive the
+error that a file is too large.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""segjax train: flags, help and what it answers to a mistyped command line; nothing here trains for long."""
+"""`segjax train`: flags, help, and errors for a mistyped command line; nothing here trains for long."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Datasets in made-up archives: every way to give them makes the same dataset, and faults are refused."""
+"""Datasets in generated archives: every source makes the same dataset, and faults are refused."""
 
 import errno
 import io

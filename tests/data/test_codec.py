@@ -1,4 +1,4 @@
-"""Image files: recognised by content, sized by their header, refused if a decoder would make up pixels."""
+"""Image files are recognised by content, sized by their header, and refused if a decoder would invent pixels."""
 
 import io
 import resource

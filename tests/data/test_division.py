@@ -1,4 +1,4 @@
-"""Splits by a share, fixed by the seed, with groups that stay together; and subsets of published datasets."""
+"""Splits by a share, determined by the seed, that keep groups together; and subsets of published datasets."""
 
 import dataclasses
 import json

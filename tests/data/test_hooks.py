@@ -1,4 +1,4 @@
-"""The user's own augmentation runs at the right place and is reproducible; errors name its setting."""
+"""A user's augmentation runs at the right stage and is reproducible; errors name its setting."""
 
 import re
 import sys

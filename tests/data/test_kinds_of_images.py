@@ -1,4 +1,4 @@
-"""Every kind of image, in data folders and in prediction, against Pillow as another reader."""
+"""Every kind of image, in data folders and in prediction, against Pillow."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Coloured masks, RGB or with a palette: every colour becomes its label, or is named in an error."""
+"""Coloured masks, RGB or with a palette: every colour becomes its label, or an error names it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Masks as TIFF with one band or as .npy, of any integers: values are kept exactly, or refused with their place."""
+"""Masks of integers, as TIFF with one band or as .npy: values are kept exactly, or an error states their position."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""CutMix and ClassMix: by which source every pixel has its value, on one device and on several."""
+"""CutMix and ClassMix: the source of every pixel's value, on one device and on several."""
 
 import functools
 

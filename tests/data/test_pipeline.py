@@ -1,4 +1,4 @@
-"""Batches: every image once per epoch, in an order that depends only on (seed, step); evaluation too sees each once."""
+"""Batches have every image once per epoch, in an order that depends only on (seed, step); so does an evaluation."""
 
 from collections import Counter
 

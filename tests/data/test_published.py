@@ -1,7 +1,7 @@
-"""Augmentation against NumPy and OpenCV, written from the published definition: sizes, distributions, pixels, crops.
+"""Augmentation against NumPy and OpenCV code of the published definition: sizes, distributions, pixels, crops.
 
 The definition is that of mmsegmentation 0.x (Resize, RandomCrop, RandomRotate, RandomFlip, PhotoMetricDistortion) and
-mmcv, and for discrete scales and brightness that of HRNet's training.
+mmcv; for discrete scales and brightness, it is that of HRNet's training.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""No image or mask is silently dropped, misread or waited for, whatever a data folder or an archive contains."""
+"""No image or mask is silently dropped or misread, or blocks, whatever a data folder or an archive contains."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Streamed batches equal those of the resident split bit for bit; faults are reported and never waited for."""
+"""Streamed batches equal those of a resident split bit for bit; faults are reported and never block."""
 
 import gc
 import json

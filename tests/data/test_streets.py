@@ -1,4 +1,4 @@
-"""The procedural streets are repeatable; every class is large enough to be learned, and labels match the pixels."""
+"""The procedural streets are reproducible; every class is large enough to be learned, and labels match the pixels."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Files of StableHLO: what they compute, where they run, and what is refused. Other formats: parity/test_export.py."""
+"""StableHLO files: their results, the platforms that run them, and refusals. Other formats: parity/test_export.py."""
 
 import errno
 import json

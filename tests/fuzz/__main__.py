@@ -1,11 +1,11 @@
-"""Fuzzes everything that segjax reads, and fails where it behaves badly.
+"""Fuzzes everything that segjax reads, and fails if it behaves badly.
 
     python -m tests.fuzz --minutes 60               # prints every fault with the command that repeats it
-    python -m tests.fuzz --seed 0 --trial 117       # one trial again, with all that it printed; its files are kept
+    python -m tests.fuzz --seed 0 --trial 117       # repeats one trial, prints its whole output, keeps its files
 
-Each trial changes a real file (`subjects.py`, `mutations.py`) and runs what reads it in a forked process. At fault is a
-traceback, a crash, a message in Python's own words or without the name of the file, status 0 where the input is known
-to be bad, more than 60 s or 3 GiB, and files left behind. Trial n of a seed is always the same.
+Each trial changes a real file (`subjects.py`, `mutations.py`) and runs its reader in a forked process. Faults are a
+traceback, a crash, a message of Python itself or without the name of the file, status 0 for input that is known to be
+bad, more than 60 s or 3 GiB, and leftover files. Trial n of a seed is always the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Changes that happen to files: of bytes, of JSON values, of tensors, of archive members and of headers.
+"""Changes of files, as they occur in practice: bytes, JSON values, tensors, archive members and headers.
 
-Each function draws one change from a generator and returns its description, and whether what it made is known to be
-bad: then a reader that accepts it in silence is at fault.
+Each function draws one change from a generator. It returns a description, and whether the result is known to be bad; a
+reader that silently accepts a bad file is at fault.
 """
 
 from __future__ import annotations

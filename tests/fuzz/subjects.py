@@ -1,4 +1,4 @@
-"""What is fuzzed: real files of every kind that segjax reads, changes of them, and the commands that read them."""
+"""Fuzzed subjects: real files of every kind that segjax reads, their changes, and the commands that read them."""
 
 from __future__ import annotations
 

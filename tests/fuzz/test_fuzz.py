@@ -1,4 +1,4 @@
-"""A minute of the fuzzer finds nothing, and the fuzzer finds what it looks for."""
+"""A minute of fuzzing finds no fault, and the fuzzer detects the faults that it looks for."""
 
 import json
 import os

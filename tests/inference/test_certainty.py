@@ -1,4 +1,4 @@
-"""What is counted and drawn of a model's certainty, against its probabilities in NumPy."""
+"""Figures and pictures of a model's certainty, against its probabilities in NumPy."""
 
 import numpy as np
 import pytest

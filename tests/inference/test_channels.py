@@ -1,4 +1,4 @@
-"""Models of other channels than RGB predict and evaluate what they were trained on, and refuse anything else."""
+"""Models with other channels than RGB predict and evaluate such images, and refuse all others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`segjax.compare_models` against NumPy, and which models it refuses."""
+"""`segjax.compare_models` against NumPy, and the models that it refuses."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""`segjax.evaluate_dataset(corruptions=True)` against NumPy, whatever the batch and the order of the images."""
+"""`segjax.evaluate_dataset(corruptions=True)` against NumPy, for any batch size and any order of the images."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The server of `segjax demo`, asked as a browser and as others ask it: predictions, and refusals with a reason."""
+"""The server of `segjax demo`, with requests of browsers and other clients: predictions, and refusals with a reason."""
 
 import base64
 import io

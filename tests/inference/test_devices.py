@@ -1,4 +1,4 @@
-"""All devices of a process share the images and crops, with the results of one device."""
+"""All devices of a process share images and crops, and the results equal those of one device."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Windows, scales and mirror images against loops over single pixels and images; parity/ compares with PyTorch."""
+"""Sliding windows, scales and flips against loops over single pixels and images; parity/ compares with PyTorch."""
 
 import cv2
 import jax

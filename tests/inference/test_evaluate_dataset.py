@@ -1,4 +1,4 @@
-"""`segjax.evaluate_dataset` against NumPy, and the figures of runs against what their trainings have written."""
+"""`segjax.evaluate_dataset` against NumPy, and the figures of runs against those that their training recorded."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Exported files in place of models: what they take and give is found out, and their labels are those of NumPy.
+"""Exported files in place of models: their inputs and outputs are detected, and their labels equal NumPy's.
 
 The files are StableHLO, which jax runs. Other packages' files: parity/test_exported_files.py.
 """

@@ -1,4 +1,4 @@
-"""Scenes are read by GDAL as tifffile reads whole files, and what is damaged is refused by either."""
+"""Scenes read in parts by GDAL equal whole files read by tifffile; both refuse damaged files."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What becomes of the images that people have: PIL images of every mode, and files."""
+"""Conversion of users' images: PIL images of every mode, and files."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Which files are predicted: content decides, links are followed, each folder is read once, and no file is dropped
+"""The choice of files to predict: content decides, links are followed, each folder is read once, and no file is dropped
 without a reason."""
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Label maps from Python: what the model says of every pixel, for any image, from any checkpoint, in any thread."""
+"""Label maps from Python equal the model's predictions, for any image, from any checkpoint, in any thread."""
 
 import subprocess
 import sys

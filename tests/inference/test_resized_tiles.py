@@ -1,4 +1,4 @@
-"""Resizing in tiles against `layers.resize` of the whole, and how many programs it takes."""
+"""Resizing in tiles against `layers.resize` of the whole, and the number of programs that it compiles."""
 
 import jax
 import jax.numpy as jnp

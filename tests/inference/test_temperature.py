@@ -1,4 +1,4 @@
-"""The temperature of a checkpoint: fitted like scipy does, kept with the weights, and used by every command."""
+"""The temperature of a checkpoint: fitted as by scipy, stored with the weights, and used by every command."""
 
 import json
 

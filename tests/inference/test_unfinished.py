@@ -1,4 +1,4 @@
-"""An evaluation that was stopped leaves its counts, and the next one with the same arguments goes on with them."""
+"""An interrupted evaluation keeps its counts, and the next one with the same arguments continues from them."""
 
 import dataclasses
 import json

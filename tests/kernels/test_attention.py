@@ -1,4 +1,4 @@
-"""Attention with its own backward rule, and the choice of cuDNN's."""
+"""Attention with a custom backward pass, and the choice of cuDNN's attention."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Cross-entropy and labels of upsampled logits in cells, against logits that are upsampled by two matrices."""
+"""Cross-entropy and labels of upsampled logits in cells, against logits that two matrices upsample."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the programs for CUDA contain, lowered on a machine without a GPU."""
+"""The operations of programs for CUDA, lowered on a machine without a GPU."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Normalisation in one pass with its own backward rules, against the layers' plain equations and NumPy."""
+"""Normalisation in one pass with custom backward passes, against the layers' plain equations and NumPy."""
 
 import jax
 import jax.numpy as jnp

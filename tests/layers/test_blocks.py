@@ -1,4 +1,4 @@
-"""Rows of equal blocks as a loop, computed twice, or both: the same numbers as one after the other."""
+"""Groups of equal blocks in a scan, rematerialised, or both equal the same blocks called in turn."""
 
 import functools
 

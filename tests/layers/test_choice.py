@@ -1,4 +1,4 @@
-"""Which implementation runs is visible to jit, and layers call lax where other libraries look for them."""
+"""jit traces again for another choice of implementation, and layers call the lax functions that libraries intercept."""
 
 import sys
 

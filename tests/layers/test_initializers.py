@@ -1,4 +1,4 @@
-"""Initial weights drawn by shared programs: those that a program of their own would draw."""
+"""Initial weights drawn by shared programs equal those of a separate program per shape."""
 
 import jax
 import jax.numpy as jnp

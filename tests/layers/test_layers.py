@@ -1,4 +1,4 @@
-"""What is compiled apart stays apart in the optimised program: else all its readers compute it anew, and silently."""
+"""Compilation units remain separate in the optimised program; otherwise each reader would silently recompute them."""
 
 import re
 

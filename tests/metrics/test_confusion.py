@@ -1,4 +1,4 @@
-"""The confusion matrix against a loop over pixels, and IoU against its definition by sets."""
+"""The confusion matrix against a loop over pixels, and IoU against its definition with sets."""
 
 import math
 

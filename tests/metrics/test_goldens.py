@@ -1,6 +1,6 @@
 """Calibration against published packages: scikit-learn, torchmetrics, netcal and torch-uncertainty.
 
-parity/record_calibration.py has recorded their figures; goldens.json names their versions.
+parity/record_calibration.py recorded their figures; goldens.json states their versions.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Boundaries, single images, calibration and scores, against their definitions written out."""
+"""Metrics of boundaries, single images, calibration and scores, against their written-out definitions."""
 
 import math
 

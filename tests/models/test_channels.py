@@ -1,4 +1,4 @@
-"""Models of any number of channels: the first convolution is all that changes."""
+"""Models with any number of channels: only the first convolution changes."""
 
 import jax.numpy as jnp
 import numpy as np

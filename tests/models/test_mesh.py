@@ -1,4 +1,4 @@
-"""Models on several devices: under a mesh with explicit axes they trace, and a step communicates sums only."""
+"""Models on several devices: they trace under a mesh with explicit axes, and a step communicates only sums."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""A program in two parts computes what it computes in one, and its first part does what depends on the weights only."""
+"""A program in two parts equals the whole, and its first part computes everything that depends only on weights."""
 
 import jax
 import jax.numpy as jnp

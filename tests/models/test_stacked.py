@@ -1,4 +1,4 @@
-"""Parameters of equal blocks in one array: which, that nothing is lost, and that it costs nothing."""
+"""Parameters of equal blocks in one array: the groups, that nothing is lost, and that no copies are made."""
 
 import operator
 

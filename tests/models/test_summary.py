@@ -1,4 +1,4 @@
-"""What models cost: published figures, formulas written by hand, the command."""
+"""The cost of models: published figures, formulas written by hand, the command."""
 
 import contextlib
 import json

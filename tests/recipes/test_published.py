@@ -1,4 +1,4 @@
-"""Every published recipe against the values of its repository, written down here by hand.
+"""Every published recipe against the values of its repository, copied here by hand.
 
 Sources: NVlabs/SegFormer local_configs; Visual-Attention-Network/SegNeXt local_configs and section 4 of its paper;
 HRNet/HRNet-Semantic-Segmentation (branch HRNet-OCR) experiments and lib/datasets; open-mmlab/mmsegmentation configs;

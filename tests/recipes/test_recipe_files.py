@@ -1,4 +1,4 @@
-"""Recipes by name and by file give the same configs, and a mistake in a config file is one line that says where."""
+"""Recipes by name and by file give the same configs; a mistake in a config file is one line with its position."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Every recipe: what each variant and dataset builds, the published numbers, and which parameters are treated apart."""
+"""Every recipe: the model of each variant and dataset, the published numbers, and parameters with special rules."""
 
 import importlib
 import re

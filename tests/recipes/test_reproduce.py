@@ -1,4 +1,4 @@
-"""Every command of docs/reproduce.md, for two steps, on archives of the official structure and narrow models."""
+"""Every command of docs/reproduce.md runs for two steps, on archives of the official structure and narrow models."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Atomic writes: what a reader finds when writers fail, are killed at any moment, or write at the same time."""
+"""Atomic writes: what a reader finds if writers fail, are killed at any moment, or write at the same time."""
 
 import errno
 import itertools

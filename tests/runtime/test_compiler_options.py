@@ -1,4 +1,4 @@
-"""What programs are compiled with."""
+"""The compiler options of programs."""
 
 import jax
 import numpy as np

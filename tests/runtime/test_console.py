@@ -1,4 +1,4 @@
-"""What commands print: wrapped prose, and the progress of a loop on a terminal and elsewhere."""
+"""Output of commands: wrapped prose, and the progress of a loop on a terminal and elsewhere."""
 
 import io
 import logging

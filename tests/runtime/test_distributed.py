@@ -1,4 +1,4 @@
-"""Two processes on the loopback address train through train.py as one does, and end together."""
+"""Two processes on the loopback address train with train.py as a single one does, and end together."""
 
 import json
 import os

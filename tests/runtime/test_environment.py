@@ -1,4 +1,4 @@
-"""How a command sets up its process."""
+"""The set-up of a command's process."""
 
 from types import SimpleNamespace
 

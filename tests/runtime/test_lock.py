@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, which others can name, and which frees the lock by its death."""
+"""Locks have one holder at a time, which others can name, and are released when it dies."""
 
 import errno
 import fcntl

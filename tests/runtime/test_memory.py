@@ -1,4 +1,4 @@
-"""Memory of devices: what a CPU has within the limit of a container, and which errors are those of too little."""
+"""Memory of devices: that of a CPU within the limit of a container, and errors that mean too little memory."""
 
 import pytest
 

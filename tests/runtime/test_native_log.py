@@ -1,4 +1,4 @@
-"""What native libraries log on descriptor 2 goes to the run's log, and to the terminal only if the process crashes."""
+"""Log messages of native libraries on descriptor 2 go to the run's log, and to the terminal only after a crash."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What libjpeg prints belongs to the call that it printed in, also among threads; everything else gets through."""
+"""Messages of libjpeg belong to the call that caused them, also with threads; all other output is passed on."""
 
 import os
 import subprocess

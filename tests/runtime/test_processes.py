@@ -1,4 +1,4 @@
-"""Two processes give the numbers of one, and each reads its own part of the data alone."""
+"""Two processes give the results of one, and each reads only its own part of the data."""
 
 import json
 import os

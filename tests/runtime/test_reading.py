@@ -1,4 +1,4 @@
-"""Files from elsewhere are regular, of a bearable size, and JSON of the expected types, or they are refused by name."""
+"""Files from elsewhere are refused, by name, if they are irregular, too large, or JSON with unexpected types."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line and the status of the signal, whatever the process does when they come."""
+"""Ctrl-C and SIGTERM give one line and the status of the signal, whatever the process is doing."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Runs on images of any number of channels: normalised by what the training split measures, in memory and streamed."""
+"""Runs on images with any number of channels, normalised by statistics of the training split, resident or streamed."""
 
 import json
 

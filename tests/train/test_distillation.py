@@ -1,4 +1,4 @@
-"""A teacher: its part of the loss by hand, what it leaves alone, which teachers are refused, and runs with one."""
+"""A teacher: its part of the loss, computed by hand; what it must not change; refused teachers; and runs with one."""
 
 import dataclasses
 import functools

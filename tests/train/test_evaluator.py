@@ -1,4 +1,4 @@
-"""Runs that evaluate with a protocol: their figures, what they record, and a protocol that changes."""
+"""Runs that evaluate with a protocol: their figures, their records, and a changed protocol."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Mixed samples, optimizers of optax and decay by depth in whole steps and runs: devices, parts and resumption."""
+"""Mixed samples, optimizers of optax and decay by depth in whole steps and runs: devices, micro-batches, resumption."""
 
 import functools
 from functools import partial

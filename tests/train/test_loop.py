@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, that they go on as if never stopped, and what they refuse."""
+"""Whole runs: the files that they write, that they resume as if never stopped, and what they refuse."""
 
 import contextlib
 import io

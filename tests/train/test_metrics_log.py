@@ -1,4 +1,4 @@
-"""What a run writes down: each step once, in metrics.jsonl and for TensorBoard, however often the run was taken up."""
+"""The log of a run has each step once, in metrics.jsonl and for TensorBoard, however often the run was resumed."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""The layer that a number which is not finite comes from is found by name."""
+"""The layer that produced a non-finite value is found by name."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Schedules, clipping and optimizers against plain Python and numpy of what mmsegmentation and torch document."""
+"""Schedules, clipping and optimizers against Python and numpy code of what mmsegmentation and torch document."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Losses between two lines of the log: which are counted, which are reported, and which end the run."""
+"""Losses between two lines of the log: those that are counted, those that are reported, and those that end the run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Records of a run that are damaged or were edited by hand: file and key are named."""
+"""Damaged or manually edited records of a run: errors name file and key."""
 
 import json
 

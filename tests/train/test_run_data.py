@@ -1,4 +1,4 @@
-"""A run goes on with the images and masks that it began with, wherever they lie now; others are listed and refused."""
+"""A run continues with the images and masks that it began with, wherever they are; others are listed and refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The table of settings: which values are refused, that all problems are found at once, and what builds on it."""
+"""The table of settings: refused values, all problems in one error, and the functions that use the table."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Warnings of a run about its data: a line each, however many classes there are and whatever they are called."""
+"""A run's warnings about its data: one line each, for any number of classes with any names."""
 
 from types import SimpleNamespace
 

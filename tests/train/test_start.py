@@ -1,4 +1,4 @@
-"""What a run starts from: settings read from checkpoints, runs that resume without them, and older runs."""
+"""The start of a run: settings read from checkpoints, runs that resume without them, and older runs."""
 
 import copy
 import json

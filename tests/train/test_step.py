@@ -1,4 +1,4 @@
-"""One update: micro-batches, frozen parts, the moving average, and steps that are skipped or end the run."""
+"""One update: micro-batches, frozen parameters, the moving average, and steps that are skipped or end the run."""
 
 import functools
 import re

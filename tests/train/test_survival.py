@@ -1,6 +1,6 @@
-"""Runs of train.py that are killed, told to stop, damaged or out of room end in the same bits as one that is let alone.
+"""Runs of train.py that are killed, stopped, damaged or short of disk space end with the same bits as undisturbed ones.
 
-Each run is a process of its own; `forks` says how they start at once.
+Each run is a separate process; `forks` states how they start at once.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Trackers get what a run writes down, once, also when it is taken up again; none of them can end a run.
+"""Trackers receive each record of a run once, also when it is resumed; none of them can end a run.
 
-The guests are stand-ins with wandb's calls, and in the last tests the real packages, offline, where they are installed.
+The guests are stand-ins with wandb's calls; the last tests use the real packages, offline, if they are installed.
 """
 
 import importlib.machinery

@@ -1,4 +1,4 @@
-"""Settings that a recipe leaves unset: what a run on a person's own images chooses, and that a flag still counts."""
+"""Settings that a recipe leaves unset: a run on a user's images chooses them, and a flag takes precedence."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The page of an audit, in a browser where there is one, and its pictures."""
+"""The page of an audit, in a browser if there is one, and its pictures."""
 
 import numpy as np
 import pytest

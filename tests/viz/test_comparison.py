@@ -1,4 +1,4 @@
-"""The page of a comparison, in a browser where there is one, and its pictures."""
+"""The page of a comparison, in a browser if there is one, and its pictures."""
 
 import json
 

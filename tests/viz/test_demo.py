@@ -1,4 +1,4 @@
-"""The page of `segjax demo`, in a browser where there is one."""
+"""The page of `segjax demo`, in a browser if there is one."""
 
 import json
 

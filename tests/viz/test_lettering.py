@@ -1,4 +1,4 @@
-"""Names in pictures: whatever they hold, pictures are made without a warning, and their letters are drawn."""
+"""Names in pictures: whatever their characters, pictures are drawn without a warning, and the letters are visible."""
 
 import warnings
 from pathlib import Path

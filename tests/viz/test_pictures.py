@@ -1,4 +1,4 @@
-"""What a person looks at: colours say the class, and every dataset and every shape can be drawn."""
+"""Pictures: colours stand for classes, and every dataset and every shape can be drawn."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""The files of a report against the counts that they come from; the page in a browser, where there is one."""
+"""The files of a report against the counts that they are made from; the page in a browser, if there is one."""
 
 import base64
 import csv

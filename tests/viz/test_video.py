@@ -1,4 +1,4 @@
-"""Videos keep their frames, their order and their times; what is drawn has the classes' colours."""
+"""Videos keep their frames, order and times; predictions are drawn in the colours of the classes."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""Ultralytics' segmentation data become a folder that can be prepared; boxes and other tasks are refused by name."""
+"""Ultralytics' segmentation data become a folder that can be prepared; errors name boxes and other tasks."""
 
 import os
 import time
