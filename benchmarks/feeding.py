@@ -240,7 +240,7 @@ def report(results: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     for name, found in results.items():
         rates = f"{found['delivered']:>10.1f} {found['consumed']:>10.1f} {found['rate']:>11.1f}"
         yield f"{name:<26} {rates} {found['waiting']:>9.1%}"
-    yield f"delivered alone, consumed by steps that need not wait; waiting is to be below {TARGET:.0%}"
+    yield f"delivered without training, consumed without waiting; the goal is to wait less than {TARGET:.0%}"
 
 
 def _sizes(options: argparse.Namespace, words: list[str]) -> int:

@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.rehearse:
             print("gpu_forms: there is no GPU here; --rehearse runs tiny sizes on the CPU", file=sys.stderr)
             return 2
-        print("no GPU here: tiny sizes, and cuDNN's attention is left out")
+        print("no GPU here: tiny sizes, and cuDNN's attention is skipped")
     ceiling = floor.ceilings("bfloat16")
     print(f"{'milliseconds':<26} {'forward':>12} {'both passes':>12} {'error':>9}", flush=True)
     rows = []

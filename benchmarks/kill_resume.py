@@ -229,7 +229,7 @@ def main() -> int:
         alone = remains(folder / "alone")
         differing = differences(alone, remains(folder / "killed"))
     verdict = "the same bits" if not differing else f"{len(differing)} differences"
-    print(f"{sum(done.values())} kills in {seconds:.0f} s: {verdict}, {len(alone)} things compared")
+    print(f"{sum(done.values())} kills in {seconds:.0f} s: {verdict}, {len(alone)} results compared")
     print("\n".join(f"  differs: {line}" for line in differing))
     record = {
         "command": " ".join(["python -m benchmarks.kill_resume", *sys.argv[1:]]),

@@ -314,7 +314,9 @@ class Guests:
             with contextlib.suppress(OSError):
                 self._keep(self._writers)
             reason = console.one_line(f"{type(error).__name__}: {error}", most=200)
-            console.say(f"warning: {name} fails and is skipped; the run goes on, and metrics.jsonl has all. {reason}")
+            console.say(
+                f"warning: {name} fails and is skipped; the run continues, and metrics.jsonl has all records. {reason}"
+            )
 
 
 def _state_of(path: Path) -> _State | None:

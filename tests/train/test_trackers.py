@@ -190,7 +190,7 @@ def test_a_tracker_that_raises_is_one_warning_and_the_run_goes_on(call, fake, tm
         log.artifact(tmp_path / "result.json", "result")
     assert steps_of(tmp_path) == [1, 2, 2, 3] and len(fake.of(call)) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning") == 1 and "wandb fails and is skipped; the run goes on" in said
+    assert said.count("warning") == 1 and "wandb fails and is skipped; the run continues" in said
     assert f"ConnectionError: no {call}\\nat all" in said and fake.calls[-1][0] == call
 
 
