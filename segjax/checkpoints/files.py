@@ -208,11 +208,12 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
     # The set of weights that segjax's own adapter was trained on.
     initial = own.get("provenance", {}).get("initial_weights") or {}
+    of_base = weights or initial.get("weights")
     try:
-        before = _read(base, weights or initial.get("weights"), (*adapters_of_it, os.path.realpath(folder)))
+        before = _read(base, of_base, (*adapters_of_it, os.path.realpath(folder)))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
-    if (written := initial.get("sha256")) and written != before.provenance.get("sha256"):
+    if "sha256" in initial and initial["sha256"] != provenance_at(base, weights=of_base).get("sha256"):
         logger.warning("the base %s is not the file that the adapter %s was trained on", base, found.name)
     unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.state_dict)
     try:
@@ -222,7 +223,9 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     # Of the merged model, not of its base.
     known = {key: value for key, value in before.metadata.items() if key not in _OF_WEIGHTS}
     known |= huggingface.metadata_of(folder)[0] | own
-    return Checkpoint(arrays, known, found.name, (*found.paths, *before.paths), chosen=weights)
+    # The metadata of an orbax folder has the hash of its arrays.
+    files = map(orbax_folder.metadata_file, before.paths) if before.is_orbax else before.paths
+    return Checkpoint(arrays, known, found.name, (*found.paths, *files), chosen=weights)
 
 
 def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:
