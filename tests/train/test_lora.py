@@ -20,6 +20,7 @@ from segjax.checkpoints.load import load
 from segjax.checkpoints.state_dict import named_variables
 from segjax.models import lora as lora_models
 from segjax.models.functional import FunctionalModel
+from segjax.models.stacked import Vectors
 from segjax.runtime.parallel import parallel_for
 from segjax.train import lora, state
 from segjax.train.config import RunError
@@ -168,6 +169,51 @@ def test_devices_and_micro_batches_do_not_change_a_step(kind, devices, accumulat
     expected_states, expected_scalars = steps_of("jit", 1, 1)
     assert_close([one.params for one in states], [one.params for one in expected_states], 1e-9)
     assert_close(scalars, expected_scalars, 1e-10)
+
+
+def test_vectors_of_all_parameters_do_not_change_a_step(float64):
+    with layers.meant_for("cuda"):
+        step, before = make_step(
+            Mixed(),
+            adapters=adapters_of(Mixed()),
+            frozen=ALL_BUT_ADAPTERS_AND_HEAD,
+            ema_decay=0.5,
+            optimizer=LAST,
+        )
+        assert isinstance(step.model.stacks, Vectors)
+        states, scalars = run_steps(step, before, [make_batch(seed) for seed in (1, 2)])
+    expected_states, expected_scalars = steps_of("jit", 1, 1)
+    assert_close([one.params for one in states], [one.params for one in expected_states], 1e-9)
+    assert_close(scalars, expected_scalars, 1e-10)
+
+
+@pytest.mark.one_python
+def test_adapters_of_stacked_blocks_are_stacked_and_give_the_same_gradients(float64):
+    model = tiny_model(0, "plain", dtype=jnp.float64, depths=(1, 2, 1, 1))
+    targets = [name for name, may in lora_models.adaptable(model).items() if may and "block" in name]
+    options = dict(adapters=adapters_of(model, targets), frozen=(r"^(?!.*lora_)",))
+    arrays = []
+    for execution in (layers.PLAIN, layers.BlockExecution(scan_from=2)):
+        step, before = make_step(model, execution=execution, **options)
+        batch = make_batch(1, number=2, size=(64, 96))
+        images, labels, key = step.inputs(before, batch, jax.random.key(7))
+        stacked = step.model.stacks.stacked(before)
+        found = jax.jit(step.gradients)(stacked, images, labels, step.counts(labels), key)
+        arrays.append((set(stacked.params), *step.model.stacks.apart(found)))
+    (_, *expected), (names, *found) = arrays
+    assert "backbone.block2.0-1.attn.kv.lora_a" in names
+    assert_close(found[:2], expected[:2], 1e-10)
+    assert found[1].keys() == options["adapters"].initial.keys()
+
+
+def test_a_bfloat16_step_keeps_adapters_in_float32():
+    model = Mixed(dtype=jnp.float32)
+    model.set_attributes(dtype=jnp.bfloat16)
+    step, before = make_step(model, adapters=lora_models.Adapters.of(model, TARGETS, rank=2, alpha=3.0, seed=0))
+    states, _ = run_steps(step, before, [make_batch(1)])
+    moved = changed(states[0].params, states[-1].params)
+    assert {f"{name}.lora_b" for name in TARGETS} <= moved
+    assert {array.dtype for array in states[-1].params.values()} == {np.dtype(np.float32)}
 
 
 def test_the_state_of_a_checkpoint_is_restored_and_its_weights_are_merged(float64):
