@@ -17,6 +17,7 @@ from segjax.checkpoints import huggingface, published
 from segjax.checkpoints.checkpoint import shorten
 from segjax.checkpoints.metadata import LASTING
 from segjax.checkpoints.save import save_adapter
+from segjax.checkpoints.state_dict import named_variables
 from segjax.models import lora
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
@@ -43,7 +44,7 @@ def with_full(config: ConfigDict, module: SegmentationModel, random: Iterable[st
         config = config.copy_and_resolve_references()
         config.lora.full = tuple(f"^{re.escape(name)}$" for name in random)
         return config
-    full = full_modules(config.lora.full, FunctionalModel(module).arrays()[0])
+    full = full_modules(config.lora.full, named_variables(module))
     if frozen := [name for name in random if name not in full]:
         raise RunError(
             f"config.lora.full={config.lora.full} leaves modules frozen that config.init.checkpoint does not have, so "
@@ -91,8 +92,7 @@ def adapters_for(module: SegmentationModel, settings: ConfigDict, *, seed: int) 
     """
     if not settings.rank:
         return lora.NO_ADAPTERS
-    names = FunctionalModel(module).arrays()[0]
-    full, layers = full_modules(settings.full, names), lora.adaptable(module)
+    full, layers = full_modules(settings.full, named_variables(module)), lora.adaptable(module)
     matching = [name for name in layers if re.search(settings.targets, name)]
     chosen = [name for name in matching if layers[name] and name not in full]
     if chosen:

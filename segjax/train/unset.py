@@ -59,7 +59,7 @@ def kept(config: ConfigDict, recorded: Mapping[str, Any]) -> ConfigDict:
     values = schema.flattened(config)
     before = schema.flattened(ConfigDict(schema.in_current_terms(recorded)))
     keys = (*KEYS, OF_WEIGHTS)
-    missing = {key: before[key] for key in keys if values.get(key) is None and before.get(key) is not None}
+    missing = {key: before[key] for key in keys if values[key] is None and before.get(key) is not None}
     if not missing:
         return config
     config = config.copy_and_resolve_references()

@@ -188,7 +188,7 @@ def test_vectors_of_all_parameters_do_not_change_a_step(float64):
 
 
 @pytest.mark.one_python
-def test_adapters_of_stacked_blocks_are_stacked_and_give_the_same_gradients(float64):
+def test_adapters_of_stacked_blocks_are_stacked_with_the_same_gradients(float64):
     model = tiny_model(0, "plain", dtype=jnp.float64, depths=(1, 2, 1, 1))
     targets = [name for name, may in lora_models.adaptable(model).items() if may and "block" in name]
     options = dict(adapters=adapters_of(model, targets), frozen=(r"^(?!.*lora_)",))
