@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
+import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
+from segjax.checkpoints import published
 from segjax.checkpoints.errors import CheckpointError, shorten
 from segjax.runtime.reading import read_json
 
@@ -22,9 +24,21 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Initialisations that also change the base: an adapter belongs to the changed base, which is not saved.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Entries of the config that change the equation or the model.
+_OTHER_FORMS = (
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
 _MERGE = "merge it where it was trained: model.merge_and_unload().save_pretrained(FOLDER)"
 # Names of peft's wrappers around the network, and around modules in it.
-_NETWORK = "base_model.model."
+NETWORK = "base_model.model."
 _AROUND = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _A, _B = re.compile(r"\.lora_A(?:\.default)?\.weight$"), ".lora_B"
 
@@ -40,6 +54,15 @@ class Config(TypedDict):
     fan_in_fan_out: NotRequired[bool]
     use_rslora: NotRequired[bool]
     use_dora: NotRequired[bool]
+    use_qalora: NotRequired[bool | None]
+    use_bdlora: NotRequired[dict[str, Any] | None]
+    alora_invocation_tokens: NotRequired[list[int] | None]
+    arrow_config: NotRequired[dict[str, Any] | None]
+    kasa_config: NotRequired[dict[str, Any] | None]
+    monteclora_config: NotRequired[dict[str, Any] | None]
+    layer_replication: NotRequired[list[Any] | None]
+    target_parameters: NotRequired[list[str] | None]
+    trainable_token_indices: NotRequired[Any]
     r: NotRequired[Annotated[int, Field(ge=1)]]
     init_lora_weights: NotRequired[bool | str | None]
 
@@ -67,6 +90,10 @@ def read_config(folder: Path) -> Config:
     kind = "DoRA" if config.get("use_dora") else config["peft_type"]
     if kind.upper() != "LORA":
         raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges only LoRA: {_MERGE}")
+    if others := [name for name in _OTHER_FORMS if config.get(name)]:
+        raise CheckpointError(
+            f"{folder}: an adapter with {' and '.join(others)}, whose form is more than W + scale * B A; {_MERGE}"
+        )
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGE_BASE):
         raise CheckpointError(
@@ -83,6 +110,8 @@ def base_of(folder: Path, config: Config) -> str:
     for place in (Path(name), folder / name):
         if place.exists():
             return str(place)
+    if published.find(name) is not None:
+        return name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         revision = config.get("revision")
         return f"hf:{name}" + (f"@{revision}" if revision else "")
@@ -93,7 +122,7 @@ def base_of(folder: Path, config: Config) -> str:
 
 def own_name(key: str) -> str:
     """The key of an adapter's tensor without the names of peft's wrappers."""
-    return _AROUND.sub("", key.removeprefix(_NETWORK))
+    return _AROUND.sub("", key.removeprefix(NETWORK))
 
 
 def changed_names(adapter: Iterable[str]) -> list[str]:
@@ -131,7 +160,9 @@ def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], co
             problems.append(f"{key}: {value.shape} and {getattr(other, 'shape', None)} for {base[name].shape}")
             continue
         scale = _alpha(module, config) / (math.sqrt(len(value)) if config.get("use_rslora") else len(value))
-        arrays[name] = (base[name].astype(np.float64) + scale * change).astype(base[name].dtype)
+        # A base in float16 is not rounded again after the change.
+        dtype = jnp.promote_types(base[name].dtype, value.dtype)
+        arrays[name] = (base[name].astype(np.float64) + scale * change).astype(dtype)
     if problems:
         raise CheckpointError(f"its base has no place for {shorten(problems, most=6)}; {_MERGE}")
     return arrays

@@ -30,6 +30,8 @@ from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import logger
 from segjax.runtime.reading import UnreadableError, checked, open_regular, parse_json, stated
 
+# Metadata that describe the weights of a base, not those that an adapter changes.
+_OF_WEIGHTS = ("sha256", "step", "mean_iou", "temperature")
 # Key of segjax's metadata in the header of a `.safetensors`; and key of the tensors' hash in this metadata.
 METADATA, TENSORS_HASH = "segjax", "xxh3_128_tensors"
 
@@ -201,22 +203,29 @@ def _read_adapter(found: _Located, weights: str | None, adapters_of_it: tuple[st
     config = adapters.read_config(folder)
     base = adapters.base_of(folder, config)
     with contextlib.ExitStack() as opened_files:
-        stored, _ = _read_file(found.paths[0], opened_files)
+        stored, own = _read_file(found.paths[0], opened_files)
         adapter = {key: as_array(key, value) for key, value in stored.items()}
     logger.info("merges the LoRA adapter %s into its base, %s", found.name, base)
+    # The set of weights that segjax's own adapter was trained on.
+    initial = own.get("provenance", {}).get("initial_weights") or {}
+    of_base = weights or initial.get("weights")
     try:
-        before = _read(base, weights, (*adapters_of_it, os.path.realpath(folder)))
+        before = _read(base, of_base, (*adapters_of_it, os.path.realpath(folder)))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: an adapter, whose base cannot be read: {error}") from None
-    if before.is_orbax:
-        raise CheckpointError(f"{folder}: an adapter, whose base {base} has no PyTorch names")
-    unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.weights)
+    if "sha256" in initial and initial["sha256"] != provenance_at(base, weights=of_base).get("sha256"):
+        logger.warning("the base %s is not the file that the adapter %s was trained on", base, found.name)
+    unchanged = before.recognised.renamed_like(adapters.changed_names(adapter), before.state_dict)
     try:
         arrays = adapters.merged(adapter, unchanged, config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    known = {**before.metadata, **huggingface.metadata_of(folder)[0]}
-    return Checkpoint(arrays, known, found.name, (*found.paths, *before.paths), chosen=weights)
+    # Of the merged model, not of its base.
+    known = {key: value for key, value in before.metadata.items() if key not in _OF_WEIGHTS}
+    known |= huggingface.metadata_of(folder)[0] | own
+    # The metadata of an orbax folder has the hash of its arrays.
+    files = map(orbax_folder.metadata_file, before.paths) if before.is_orbax else before.paths
+    return Checkpoint(arrays, known, found.name, (*found.paths, *files), chosen=weights)
 
 
 def _read_file(source: Path, opened_files: contextlib.ExitStack) -> tuple[Mapping, dict[str, Any]]:

@@ -179,6 +179,16 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
       ...     print(segjax.initialize(model, f"{folder}/three.safetensors"))
       all weights, classifier random (3 classes there, 5 here)
     """
+    return load_initial(model, source, keep=keep)[0]
+
+
+def load_initial(
+    model: SegmentationModel, source: str | Path | Checkpoint, *, keep: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """`initialize`, which also returns the dotted paths of the arrays that the checkpoint does not have as they are.
+
+    They are those that stayed as initialised, and a first convolution that was adapted to other channels.
+    """
     names = [torch_name(path) for path in named_variables(model)]
     if unknown := [pattern for pattern in keep if not any(matches(name, (pattern,)) for name in names)]:
         raise CheckpointError(
@@ -193,7 +203,9 @@ def initialize(model: SegmentationModel, source: str | Path | Checkpoint, *, kee
         raise CheckpointError(f"{place}: {error}") from None
 
 
-def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], given: tuple[str, ...]) -> str:
+def _load(
+    model: SegmentationModel, checkpoint: Checkpoint, names: list[str], given: tuple[str, ...]
+) -> tuple[str, list[str]]:
     log_recognised(checkpoint.recognised)
     checkpoint, adapted = _with_channels(model, checkpoint, given)
     found, arrays = checkpoint.recognised, checkpoint.state_dict
@@ -212,7 +224,7 @@ def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], gi
         keep = (*keep, *map(glob.escape, of_classes))
     unused = _unused(found, names, keep)
     try:
-        load_torch(model, checkpoint, drop=map(glob.escape, unused), keep=keep)
+        left = load_torch(model, checkpoint, drop=map(glob.escape, unused), keep=keep)
     except MisfitError as error:
         raise CheckpointError(error.problems + _advice(error, found)) from None
     logger.info("loaded %d arrays", len(arrays) - len(unused))
@@ -225,7 +237,8 @@ def _load(model: SegmentationModel, checkpoint: Checkpoint, names: list[str], gi
     parts += adapted
     if kept := sorted(kept - head if no_decoder else kept):
         parts.append(f"random by init.keep: {shorten(_modules(kept), most=4)}")
-    return "; ".join(parts)
+    changed = [path for path in named_variables(model) if adapted and torch_name(path) == found.family.stem]
+    return "; ".join(parts), left + changed
 
 
 def _with_channels(

@@ -192,6 +192,11 @@ def load_metadata(folder: Path) -> dict[str, Any]:
     return read_metadata(_find(folder))
 
 
+def metadata_file(folder: Path) -> Path:
+    """The file of the metadata of one checkpoint."""
+    return folder / METADATA / _METADATA_FILE
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Reads the metadata of one checkpoint.
 
@@ -274,7 +279,7 @@ def read_items(folder: Path, *items: str) -> list:
     if missing := [item for item in items if not (folder / item).is_dir()]:
         raise DamagedError(f"{folder}: a damaged checkpoint (without {' and '.join(missing)})")
     _refuse_odd_files(folder)
-    read = {METADATA: _read_json(folder / METADATA / _METADATA_FILE)} if METADATA in items else {}
+    read = {METADATA: _read_json(metadata_file(folder))} if METADATA in items else {}
     if items == (METADATA,):
         return [read[METADATA]]
     # Also for items that are not read, because orbax warns about items without a handler.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from segjax.checkpoints.architectures import FAMILIES, Family
+from segjax.checkpoints.architectures import FAMILIES, Family, matches
 from segjax.checkpoints.key_maps import DIALECTS, KEY_FORMATS, KeyFormat
 from segjax.checkpoints.layout import blank
 from segjax.checkpoints.renaming import Renaming, renamings
@@ -59,15 +59,23 @@ class Recognised:
         return self.family.read(self.native_shapes)
 
     def renamed_like(self, keys: Iterable[str], arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """The arrays of the state dict, renamed to that key map of its package which fits most of `keys`.
+        """The arrays of the state dict, renamed to that key map of its family which fits most of `keys`.
 
-        Transformers, for example, has other names in memory than in files.
+        Transformers, for example, has other names in memory than in files, and the official SegFormer others again.
         """
         keys = list(keys)
-        best = max((self.renaming, *renamings(self.key_format)), key=lambda one: sum(map(one.fits, keys)))
+        formats = [one for one in KEY_FORMATS if one.family == self.key_format.family]
+        maps = [renaming for one in (self.key_format, *formats) for renaming in renamings(one)]
+        best = max((self.renaming, *maps), key=lambda one: sum(map(one.fits, keys)))
         if best is self.renaming:
             return arrays
-        others = {key: value for key, value in arrays.items() if not self.renaming.fits(key)}
+        skipped = ()
+        if best not in renamings(self.key_format):
+            # Another package has no place for them.
+            skipped = (*self.key_format.unused, *self.key_format.backbone_extras)
+        others = {
+            key: value for key, value in arrays.items() if not self.renaming.fits(key) and not matches(key, skipped)
+        }
         return others | best.to_foreign(self.renaming.to_native(arrays))
 
     def of_encoder(self, keys: Iterable[str]) -> set[str]:

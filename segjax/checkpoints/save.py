@@ -1,23 +1,28 @@
-"""Writes checkpoints: `.pth`, `.safetensors`, orbax folders and folders of transformers. Every write is atomic."""
+"""Writes checkpoints: `.pth`, `.safetensors`, orbax folders, folders of transformers and of peft, each atomically."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.checkpoints import huggingface, orbax_folder
+from segjax.checkpoints import adapters, huggingface, layout, orbax_folder
+from segjax.checkpoints.architectures import family_of
 from segjax.checkpoints.checkpoint import CheckpointError, torch_module
 from segjax.checkpoints.files import METADATA, TENSORS_HASH
 from segjax.checkpoints.format_version import stamped
+from segjax.checkpoints.key_maps import BATCH_COUNTER, KEY_FORMATS
 from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.checkpoints.metadata import carried, completed, of_names
+from segjax.checkpoints.renaming import renamings
 from segjax.checkpoints.soundness import tensors_hash
 from segjax.checkpoints.state_dict import key_format_of, model_metadata, to_torch
+from segjax.models.lora import Adapters, names_of
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic
 from segjax.runtime.reading import user_path
@@ -134,6 +139,86 @@ def _write_folder(folder: Path, model: SegmentationModel, metadata: Mapping[str,
         for name, content in texts.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _save_safetensors(weights, new / huggingface.WEIGHTS[0], metadata)
+
+
+def save_adapter(
+    folder: Path,
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    of_layers: Adapters,
+    full: Collection[str],
+    *,
+    base: str,
+    revision: str | None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes adapters, and modules that are trained in full, to a folder of peft, and replaces an older one.
+
+    The names are those of transformers' model in memory for the official SegFormer, and native ones for all others. The
+    joint projection of keys and values becomes two, with the same A and a part of B each.
+
+    Args:
+      folder: Folder for adapter_model.safetensors and adapter_config.json.
+      name: Name of the model in `segjax.MODELS`.
+      arrays: Parameters, with those of the adapters, and running statistics by dotted path.
+      of_layers: The adapters.
+      full: Dotted paths of the modules that are trained in full.
+      base: Path or name of the weights that the adapters belong to.
+      revision: Revision of the base on the Hub.
+      metadata: Metadata of the merged model.
+
+    Raises:
+      CheckpointError: Something else exists at this path; nothing is written.
+    """
+    if folder.exists() and not adapters.is_folder(folder):
+        raise CheckpointError(f"{folder} exists and is not an adapter; choose another name or remove it")
+    family = family_of(name)
+    formats = {one.dialect: one for one in KEY_FORMATS if one.family == family}
+    # The second key map of transformers is that of models in memory.
+    renaming = renamings(formats["hf"])[1] if "hf" in formats else renamings(formats["native"])[0]
+    native = {}
+    for path, value in arrays.items():
+        if path.rpartition(".")[0] in full:
+            native[layout.torch_name(path)] = layout.to_torch_layout(path, value)
+            if path.endswith(".var"):
+                native[path.removesuffix("var") + BATCH_COUNTER] = np.zeros((), np.int64)
+    tensors = renaming.to_foreign(native)
+    modules_to_save = _modules_of(tensors)
+    for layer in of_layers.layers:
+        kernel = f"{layer}.kernel"
+        a, b = (layout.to_torch_layout(kernel, arrays[part]) for part in names_of(layer))
+        if a.ndim == 4:
+            b = b[:, :, None, None]
+        keys = renaming.foreign_names(layout.torch_name(kernel))
+        for key, part in zip(keys, np.split(b, len(keys)), strict=True):
+            module = key.removesuffix(".weight")
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": np.ascontiguousarray(part)}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": of_layers.rank,
+        "lora_alpha": int(of_layers.alpha) if float(of_layers.alpha).is_integer() else of_layers.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": _modules_of(key for key in tensors if ".lora_A." in key),
+        "modules_to_save": modules_to_save or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with atomic.replacing_folder(folder) as new:
+        new.mkdir()
+        (new / adapters.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = {f"{adapters.NETWORK}{key}": value for key, value in tensors.items()}
+        _save_safetensors(weights, new / adapters.WEIGHTS[0], metadata)
+
+
+def _modules_of(keys: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(re.sub(r"(\.lora_A)?\.\w+$", "", key) for key in keys))
 
 
 def _as_tensor(torch, value: np.ndarray):

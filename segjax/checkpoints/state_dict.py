@@ -167,7 +167,7 @@ def load_torch(
     dialect: str = "auto",
     drop: Iterable[str] = (),
     keep: Iterable[str] = (),
-) -> None:
+) -> list[str]:
     """Loads a PyTorch state dict into `model`: all weights, or none and one error that lists every mismatch.
 
     Args:
@@ -176,6 +176,9 @@ def load_torch(
       dialect: One of `segjax.checkpoints.key_maps.DIALECTS` to allow only this one; "auto" for any.
       drop: Patterns ("head.*") of checkpoint keys that are not used.
       keep: Patterns ("decode_head.*") of model parameters that stay unchanged if the checkpoint lacks them.
+
+    Returns:
+      Dotted paths of the parameters and running statistics that stayed unchanged.
 
     Raises:
       CheckpointError: Keys are missing, unexpected or misshapen (all are listed), or weights are not finite; the
@@ -188,6 +191,7 @@ def load_torch(
         raise CheckpointError("drop and keep leave nothing of the checkpoint to load")
     _log_plan(plan)
     nnx.update(model, _filled(model, plan.values))
+    return plan.kept
 
 
 def _patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import layers
+from segjax.models.lora import NO_ADAPTERS, Adapters
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.stacked import NO_STACKS, Stacks
 
@@ -39,6 +40,7 @@ class FunctionalModel:
         frozen: frozenset[str] = frozenset(),
         execution: layers.BlockExecution = layers.PLAIN,
         stacks: Stacks = NO_STACKS,
+        adapters: Adapters = NO_ADAPTERS,
     ):
         """Splits a model into graph definitions and arrays.
 
@@ -48,9 +50,11 @@ class FunctionalModel:
             normalises with its running statistics and keeps them, as after `eval()` in torch.
           execution: Execution of groups of equal blocks in training.
           stacks: Stacks that `bind` accepts in place of their members.
+          adapters: Adapters whose arrays are parameters, too. `bind` accepts parameters with them or merged ones.
         """
         self.execution = execution
         self.stacks = stacks
+        self.adapters = adapters
         model.eval()
         self._evaluation, *_ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
         model.train()
@@ -63,16 +67,17 @@ class FunctionalModel:
         model.set_attributes(execution=layers.PLAIN, raise_if_not_found=False)
         model.eval()
         self._params, self._batch_stats = _by_name(params), _by_name(batch_stats)
-        self._is_trained = stacks.with_stacks({name: name not in frozen for name in self._params})
+        self._is_trained = stacks.with_stacks({name: name not in frozen for name in (*self._params, *adapters.initial)})
         self._streams = nnx.to_flat_state(streams)
+        self.frozen = frozen
         self.spec = model.spec
         self.in_channels = model.in_channels
         self.size_multiple = model.size_multiple
         self.align_corners = model.align_corners
 
     def arrays(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """The parameters and the running statistics that the model was created with."""
-        return _arrays(self._params), _arrays(self._batch_stats)
+        """The parameters, with those of adapters, and the running statistics that the model was created with."""
+        return _arrays(self._params) | dict(self.adapters.initial), _arrays(self._batch_stats)
 
     def trained(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The parameters that training changes."""
@@ -91,7 +96,7 @@ class FunctionalModel:
             streams.append((path, variable.replace(value)))
         return nnx.merge(
             self._evaluation if key is None else self._training,
-            _filled(self._params, self.stacks.apart(params)),
+            _filled(self._params, self.adapters.merged(self.stacks.apart(params))),
             _filled(self._batch_stats, self.stacks.apart(batch_stats)),
             nnx.from_flat_state(streams),
             # New variables: a BatchNorm that updates its statistics inside a gradient must not change a variable from

@@ -148,6 +148,15 @@ def _contradictions(config: ConfigDict, wrong: Collection[str], resumes: bool) -
             )
     if sound("init.keep", "init.checkpoint") and config.init.keep and not config.init.checkpoint:
         found["init.keep"] = f"{config.init.keep}; names parameters of a checkpoint, and needs init.checkpoint"
+    if sound("lora.rank", "optim.frozen", "init.checkpoint") and config.lora.rank:
+        if not config.init.checkpoint:
+            found["lora.rank"] = (
+                f"{config.lora.rank}; adapters change the weights of a checkpoint: give init.checkpoint"
+            )
+        if config.optim.frozen:
+            found["optim.frozen"] = (
+                f"{config.optim.frozen}; with lora.rank everything is frozen except adapters and lora.full; omit it"
+            )
     if "data.train_images" in schema.flattened(config) and sound("data.train_images", "data.eval_images", "data.size"):
         found |= _problem_of_scenes(config.data)
     # The images of a folder may have other numbers of channels, which only `setup.build` knows.

@@ -29,6 +29,9 @@ from segjax.train.metrics_log import Log
 from segjax.train.progress import StopRequest
 from segjax.train.state import TrainState, weights_of
 
+# A function of a state on the host, and of metadata.
+SaveAdapter = Callable[[TrainState, Mapping[str, object]], None]
+
 LESS_MEMORY = (
     "These need less:\n"
     "  --config.eval.mode=slide, with a smaller --config.eval.crop\n"
@@ -101,6 +104,7 @@ class Evaluator:
         scores: Scores,
         normalise: Callable[[jax.Array], jax.Array] = normalise,
         image_dtype: str | None = "uint8",
+        save_adapter: SaveAdapter | None = None,
     ):
         """Creates an evaluator, which compiles nothing yet.
 
@@ -117,10 +121,12 @@ class Evaluator:
           scores: Scores so far.
           normalise: Function from images to the model's input.
           image_dtype: Dtype of the images.
+          save_adapter: Function that also saves the adapters of the best weights.
         """
         self.scores, self.protocol = scores, Protocol.of(settings)
         self._settings, self._split, self._spec, self._steps = settings, split, spec, steps
         self._log, self._best, self._metadata = log, best, metadata
+        self._adapters, self._save_adapter = model.adapters, save_adapter
         self._fetch = lambda tree: model.stacks.apart(parallel.fetch(tree))
         self._parallel = parallel
         # Number of images, or crops of a sliding window, that this process computes at a time.
@@ -136,6 +142,11 @@ class Evaluator:
         self._records = records_of(split)
         shown = np.linspace(0, len(self._records) - 1, settings.pictures).astype(int)
         self._shown = np.unique(shown).tolist()
+
+    @property
+    def saves_best(self) -> bool:
+        """Whether the run saves its best weights."""
+        return bool(self._settings.every)
 
     @property
     def gave_up(self) -> bool:
@@ -160,6 +171,10 @@ class Evaluator:
 
     def _inference_of(self, state: TrainState) -> Inference:
         arrays = state.evaluated
+        if self._adapters.layers:
+            # On the host, so that exactly the saved weights are evaluated.
+            params, batch_stats = self._fetch(arrays)
+            return self._inference.with_arrays((self._adapters.merged(params), batch_stats))
         if self._parallel.kind == "pmap" or jax.process_count() > 1:
             arrays = self._parallel.fetch(arrays)
         return self._inference.with_arrays(arrays)
@@ -198,11 +213,14 @@ class Evaluator:
     def _score(self, step: int, state: TrainState, mean_iou: float | None) -> None:
         self.scores = self.scores.after(step, mean_iou)
         is_best = self.scores.step == step
-        if is_best and self._settings.every and is_lead():
+        if is_best and self.saves_best and is_lead():
             protocol = self.protocol.record()
             metadata = {**self._metadata, "step": step, "mean_iou": mean_iou, "protocol": protocol}
-            weights = {name: np.asarray(array) for name, array in weights_of(self._fetch(state)).items()}
+            host = self._fetch(state)
+            weights = {name: np.asarray(array) for name, array in weights_of(host, self._adapters).items()}
             orbax_folder.save_weights(self._best, weights, metadata=metadata)
+            if self._save_adapter is not None:
+                self._save_adapter(host, metadata)
         if step < self._steps:
             console.say(f"step {step}: mIoU {console.score(mean_iou)}{', the best so far' * is_best}")
 

@@ -12,6 +12,7 @@ depend only on (seed, step), so a resumed run is bitwise equal to an uninterrupt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -225,9 +226,13 @@ def _write_result(run: Run, step: int, state: TrainState, evaluation: Evaluation
         "versions": versions.installed(),
         "protocol": run.evaluator.protocol.record(),
         "config": run.metadata["config"],
-        "params_sha256": params_sha256(run.fetch(state.evaluated[0])),
+        "params_sha256": params_sha256(run.model.adapters.merged(run.fetch(state.evaluated[0]))),
     }
     if is_lead():
+        if run.save_adapter is not None and not run.evaluator.saves_best:
+            # Otherwise those of the best weights are saved.
+            metadata = {**run.metadata, "step": step, "mean_iou": evaluation.metrics["mean_iou"]}
+            run.save_adapter(run.fetch(dataclasses.replace(state, teacher=())), metadata)
         draw(run, evaluation.predicted)
         # Written last, because it marks a run as finished.
         atomic.write_text(run.workdir / "result.json", json.dumps(result, indent=2) + "\n")

@@ -148,14 +148,19 @@ class Rule(NamedTuple):
     factor: float
 
 
-def rules(settings: ConfigDict, names: Iterable[str]) -> dict[str, Rule]:
-    """The rule of each parameter by name; `settings` is `config.optim`.
+def rules(settings: ConfigDict, names: Iterable[str], *, frozen: frozenset[str] | None = None) -> dict[str, Rule]:
+    """The rule of each parameter by name.
+
+    Args:
+      settings: `config.optim`.
+      names: Dotted names of all parameters of the model.
+      frozen: Names of those that are not trained; by default `frozen_names` of `optim.frozen`.
 
     Raises:
       ValueError: A pattern is found in no name, or no parameter is left to train.
     """
     names = list(names)
-    frozen = frozen_names(settings.frozen, names)
+    frozen = frozen_names(settings.frozen, names) if frozen is None else frozen
     no_decay = found_in(settings.no_decay, names, setting="optim.no_decay") if settings.no_decay else ()
     factors = lr_factors(settings.lr_multipliers, names)
     if settings.layer_decay != 1:
@@ -371,7 +376,9 @@ def optimizer(
     return optax.chain(*([clip_by_norm(settings.clip_norm)] if settings.clip_norm else []), *rule)
 
 
-def learning_rates(settings: ConfigDict, names: Iterable[str], *, steps: int) -> Callable[[int], dict[str, float]]:
+def learning_rates(
+    settings: ConfigDict, names: Iterable[str], *, steps: int, frozen: frozenset[str] | None = None
+) -> Callable[[int], dict[str, float]]:
     """Returns a function from a step to its learning rates for the log: "lr", and "lr x10" for a factor of 10.
 
     They are those of `optim.lr_multipliers`, before the decay by depth, which is the same at every step.
@@ -380,10 +387,13 @@ def learning_rates(settings: ConfigDict, names: Iterable[str], *, steps: int) ->
       settings: `config.optim`.
       names: Dotted names of all parameters of the model; frozen ones have no rate.
       steps: Length of the schedule in steps.
+      frozen: As for `rules`.
     """
     names = list(names)
     multipliers = lr_factors(settings.lr_multipliers, names)
-    factors = sorted({multipliers[name] for name, rule in rules(settings, names).items() if rule.is_trained} - {1.0})
+    factors = sorted(
+        {multipliers[name] for name, rule in rules(settings, names, frozen=frozen).items() if rule.is_trained} - {1.0}
+    )
     base = schedule(settings, steps=steps)
 
     def rates(step: int) -> dict[str, float]:

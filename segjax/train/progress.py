@@ -89,7 +89,7 @@ def report(result: Mapping, spec: specs.DatasetSpec, workdir: Path) -> None:
     if result["images_per_second"]:
         console.say(f"trained at {result['images_per_second']:.1f} images per second")
     console.say(f"{workdir}/result.json")
-    others = ("curve.png", "predictions", "checkpoints", "tensorboard")
+    others = ("curve.png", "predictions", "checkpoints", "adapter", "tensorboard")
     found = [f"{name}{'/' * (workdir / name).is_dir()}" for name in others if (workdir / name).exists()]
     console.say(f"  next to it: {', '.join(found)}")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired
 
+import jax
 from ml_collections import ConfigDict
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
@@ -20,6 +21,7 @@ from segjax.data.contents import RunData
 from segjax.data.open import OpenSplit
 from segjax.data.records import parts_of
 from segjax.inference.engine import Protocol
+from segjax.models.lora import NO_ADAPTERS, Adapters
 from segjax.runtime import atomic, console
 from segjax.runtime.reading import UnreadableError, checked, read_json
 from segjax.train import schema
@@ -202,6 +204,7 @@ def resumed(
     ended: Mapping | None,
     *,
     may_skip: int,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Start | None:
     """The point at which a run resumes from its newest undamaged checkpoint; None without a checkpoint.
 
@@ -212,14 +215,16 @@ def resumed(
       workdir: Folder of the run.
       ended: Result of `earlier_result`.
       may_skip: `TrainStep.may_skip`.
+      adapters: Adapters of the run.
 
     Raises:
       RunError: The checkpoint is of a run with other settings or data.
       CheckpointError: The checkpoint does not fit, or every checkpoint is damaged.
     """
+    # Only shapes and dtypes: merging would compile a program for each shape.
+    expected = jax.eval_shape(lambda state: (weights_of(state, adapters), training_of(state, adapters)), state)
     found = checkpoints.restore(
-        weights_of(state),
-        training_of(state),
+        *expected,
         refuse=lambda before: refuse_other_run(before, metadata, workdir),
         say=console.say,
     )
@@ -234,7 +239,7 @@ def resumed(
     if ended and ended["step"] == found.step and Protocol.of(ended["config"]["eval"]) == protocols[1]:
         # The run had ended at this step. Its last evaluation came after the checkpoint, whose scores lack it.
         scores = scores.after(found.step, ended["mean_iou"])
-    state = restored(found.weights, found.training, state, may_skip=may_skip)
+    state = restored(found.weights, found.training, state, may_skip=may_skip, adapters=adapters)
     # Read from the checkpoint, because the initial weights may no longer exist.
     origin = {key: found.metadata[key] for key in ("licence", "provenance") if key in found.metadata}
     return Start(found.step, state, scores, found.metadata["window"], origin)

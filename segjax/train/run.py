@@ -16,7 +16,7 @@ from segjax.runtime import console
 from segjax.runtime.parallel import Parallel
 from segjax.train import nan_search
 from segjax.train.config import RunError
-from segjax.train.evaluator import Evaluator
+from segjax.train.evaluator import Evaluator, SaveAdapter
 from segjax.train.metrics_log import Log
 from segjax.train.progress import Meter
 from segjax.train.recent_losses import NotFinite, RecentLosses, not_finite_message
@@ -51,6 +51,7 @@ class Run:
       log: Log of metrics, which the loop opens.
       recent: Losses since the last line of the log.
       evaluator: Evaluations so far.
+      save_adapter: Function that saves the adapters of a state; None without adapters.
       meter: Speed so far.
       rates: Function from a step to its learning rates by name, for the log.
       metadata: Metadata of every checkpoint.
@@ -77,6 +78,7 @@ class Run:
     log: Log
     recent: RecentLosses
     evaluator: Evaluator
+    save_adapter: SaveAdapter | None
     meter: Meter
     rates: Callable[[int], dict[str, float]]
     metadata: Mapping[str, object]
@@ -93,7 +95,8 @@ class Run:
         host = self.fetch(dataclasses.replace(state, teacher=()))
         scores = dataclasses.asdict(self.evaluator.scores)
         metadata = {**self.metadata, "step": step, "scores": scores, "window": self.recent.rows}
-        self.checkpoints.save(step, weights_of(host), training_of(host), metadata)
+        adapters = self.model.adapters
+        self.checkpoints.save(step, weights_of(host, adapters), training_of(host, adapters), metadata)
 
     def read_losses(self, step: int, state: TrainState) -> None:
         """Waits for the losses of all steps up to `step`, and reports skipped steps.

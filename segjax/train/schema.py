@@ -581,6 +581,35 @@ INIT = Section(
     ),
 )
 
+LORA = Section(
+    "lora",
+    "low-rank adapters, which are trained in place of the weights of init.checkpoint",
+    (
+        Setting(
+            "rank",
+            0,
+            Integer(0, 4096),
+            "Rank of the adapters; 0 trains the weights themselves. Hu et al. (2021): 4 or 8.",
+        ),
+        Setting("alpha", 8.0, Real(above=0), "Factor of the adapters, divided by the rank (lora_alpha of peft)."),
+        Setting(
+            "targets",
+            r"attn\.(q|kv|proj)|mlp\.fc|\.fn\.",
+            RegularExpression(),
+            "Layers with adapters: a regular expression searched for in the dotted paths of linear layers and "
+            "convolutions; grouped convolutions get none. By default those of attention and feed-forward networks.",
+        ),
+        Setting(
+            "full",
+            None,
+            Several(RegularExpression(), "a tuple of regular expressions, as in ('decode_head',)"),
+            "Modules to train in full next to the adapters (modules_to_save of peft): regular expressions searched for "
+            "in their dotted paths. Unset: those that init.checkpoint does not have, such as a new classifier.",
+            optional=True,
+        ),
+    ),
+)
+
 EVAL = Section(
     "eval",
     "evaluation",
@@ -672,7 +701,7 @@ DEBUG = Section(
     ),
 )
 
-SECTIONS = (RUN, MODEL, DATA, AUGMENT, TRAIN, LOSS, OPTIM, INIT, EVAL, CHECKPOINT, DEBUG)
+SECTIONS = (RUN, MODEL, DATA, AUGMENT, TRAIN, LOSS, OPTIM, INIT, LORA, EVAL, CHECKPOINT, DEBUG)
 SETTINGS: dict[str, Setting] = {section.key(setting): setting for section in SECTIONS for setting in section.settings}
 
 # Names in runs and config files of segjax 0.1.0 -> present names.

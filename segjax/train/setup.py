@@ -20,7 +20,7 @@ import optax
 from ml_collections import ConfigDict
 
 from segjax import layers, losses, models
-from segjax.checkpoints.checkpoint import Checkpoint
+from segjax.checkpoints.checkpoint import Checkpoint, shorten
 from segjax.checkpoints.metadata import IMAGENET, dataset_metadata
 from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import class_weights, hooks, mixing, pipeline, specs
@@ -30,12 +30,13 @@ from segjax.data.open import OpenSplit, open_splits, shared_splits
 from segjax.data.records import Records, records_of
 from segjax.inference.engine import Protocol, predict_labels
 from segjax.models.functional import FunctionalModel
+from segjax.models.lora import NO_ADAPTERS, Adapters
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.models.stacked import NO_STACKS, stacks_for
 from segjax.runtime import console, memory
 from segjax.runtime.distributed import from_lead, is_lead
 from segjax.runtime.parallel import Parallel, parallel_for
-from segjax.train import optim
+from segjax.train import lora, optim
 from segjax.train.config import RunError, check_crop, model_overrides, plain
 from segjax.train.distillation import load_teacher
 from segjax.train.evaluator import Evaluator, Scores
@@ -93,8 +94,18 @@ def build(
     criterion = make_criterion(config.loss, training)
     parallel = parallel_for(config.parallel)
     module = create_model(config.model, num_classes=spec.num_classes, seed=config.seed, channels=kind.channels)
-    begins = load_initial_weights(module, config.init, checkpoint) if is_new else ""
-    model = make_functional(module, config.optim, config.train, axis_name=parallel.axis_name)
+    begins = ""
+    if is_new:
+        begins, random = load_initial_weights(module, config.init, checkpoint)
+        config = lora.with_full(config, module, random)
+    model = make_functional(
+        module,
+        config.optim,
+        config.train,
+        axis_name=parallel.axis_name,
+        adapters=lora.adapters_for(module, config.lora, seed=config.seed),
+        full=config.lora.full or (),
+    )
     optimizer, state = make_optimizer(model, config.optim, config.train)
     teacher = None
     if config.loss.distill:
@@ -108,12 +119,17 @@ def build(
         metadata["image_dtype"] = kind.dtype
     if teacher is not None:
         metadata["teacher"] = teacher.metadata(config.loss.distill)
-    start = resumed(checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip)
+    start = resumed(
+        checkpoints, state, metadata, workdir, ended, may_skip=config.train.may_skip, adapters=model.adapters
+    )
     if start is None:
         start = Start(0, state, Scores(), [], origin_metadata(config.model.name, config.init))
     else:
         begins = resumed_from(start.step, start.origin)
     metadata |= start.origin
+    save_adapter = None
+    if model.adapters.layers:
+        save_adapter = lora.AdapterFile(workdir / "adapter", model, config, metadata)
     _refuse_small_images(model, records_of(evaluation.data).sizes, Protocol.of(config.eval), normalised, kind)
 
     balanced = config.augment.class_balance > 0
@@ -170,6 +186,7 @@ def build(
         scores=start.scores,
         normalise=normalised,
         image_dtype=kind.dtype,
+        save_adapter=save_adapter,
     )
     steps = summary_of_steps(config.train, config.augment, config.optim, padding=padding)
     run = Run(
@@ -192,8 +209,9 @@ def build(
         log=log,
         recent=RecentLosses(parallel, partial(_image_names, batches, images), start.window),
         evaluator=evaluator,
+        save_adapter=save_adapter,
         meter=Meter(config.train.batch),
-        rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps),
+        rates=optim.learning_rates(config.optim, model.arrays()[0], steps=config.train.steps, frozen=model.frozen),
         metadata=metadata,
         summary=summary(
             workdir,
@@ -236,12 +254,14 @@ def summary(
       steps: Result of `summary_of_steps`.
       protocol: Protocol of evaluations.
     """
-    count, devices = sum(array.size for array in model.arrays()[0].values()), parallel.devices
+    params, devices = model.arrays()[0], parallel.devices
+    count = sum(array.size for name, array in params.items() if name not in model.adapters.initial)
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     images = "" if training.image_kind.is_rgb else f", images of {training.image_kind}"
     return {
         "model": f"{model.spec.name}, {count:,} parameters, computes in {config.model.dtype}",
         "start": begins,
+        **({"trained": _trained(model)} if model.frozen else {}),
         **({"teacher": config.loss.distill} if config.loss.distill else {}),
         "data": f"{training.spec.name}, {training.spec.num_classes} classes{images}",
         "images": f"{len(records_of(training.data))} to train on ({config.data.train_split}), "
@@ -251,6 +271,18 @@ def summary(
         "device": f"{len(devices)} x {devices[0].device_kind}{of}, {parallel.kind}",
         "workdir": f"{workdir}",
     }
+
+
+def _trained(model: FunctionalModel) -> str:
+    """A description of the trained parameters of a model with frozen ones."""
+    params = model.arrays()[0]
+    count, whole = (sum(array.size for array in part.values()) for part in (model.trained(params), params))
+    text = f"{count:,} of {whole:,} parameters ({count / whole:.1%})"
+    if layers := model.adapters.layers:
+        text += f": adapters of rank {model.adapters.rank} of {len(layers)} layers"
+        in_full = lora.modules_of(name for name in model.trained(params) if name not in model.adapters.initial)
+        text += f"; in full {shorten(in_full, most=6)}" if in_full else ""
+    return text
 
 
 def warnings_of(config: ConfigDict, training: OpenSplit, *, padding: float) -> list[str]:
@@ -441,7 +473,13 @@ def create_model(settings: ConfigDict, *, num_classes: int, seed: int, channels:
 
 
 def make_functional(
-    module: SegmentationModel, optimizer: ConfigDict, training: ConfigDict, *, axis_name: str | None
+    module: SegmentationModel,
+    optimizer: ConfigDict,
+    training: ConfigDict,
+    *,
+    axis_name: str | None,
+    adapters: Adapters = NO_ADAPTERS,
+    full: Sequence[str] = (),
 ) -> FunctionalModel:
     """The functional model for the training step.
 
@@ -450,16 +488,20 @@ def make_functional(
       optimizer: `config.optim`, which names the frozen parameters.
       training: `config.train`, which sets the execution of equal blocks.
       axis_name: `Parallel.axis_name`.
+      adapters: Adapters, which are trained in place of the parameters of the model.
+      full: `lora.full`, the modules that are trained in full next to adapters.
     """
     module.set_attributes(axis_name=axis_name, raise_if_not_found=False)
-    params, batch_stats = FunctionalModel(module).arrays()
+    params, batch_stats = FunctionalModel(module, adapters=adapters).arrays()
+    if adapters.layers:
+        frozen = lora.frozen_names(params, adapters, full)
+    else:
+        frozen = optim.frozen_names(optimizer.frozen, params)
     execution = layers.BlockExecution.of(scan_blocks=training.scan_blocks, remat=training.remat)
     stacks = NO_STACKS
     if optim.can_stack(optimizer):
-        stacks = stacks_for(execution, params, batch_stats, alike=optim.rules(optimizer, params))
-    return FunctionalModel(
-        module, frozen=optim.frozen_names(optimizer.frozen, params), execution=execution, stacks=stacks
-    )
+        stacks = stacks_for(execution, params, batch_stats, alike=optim.rules(optimizer, params, frozen=frozen))
+    return FunctionalModel(module, frozen=frozen, execution=execution, stacks=stacks, adapters=adapters)
 
 
 def make_criterion(settings: ConfigDict, training: OpenSplit) -> losses.Criterion:

@@ -12,7 +12,7 @@ from segjax import models
 from segjax.checkpoints import published
 from segjax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from segjax.checkpoints.files import provenance_at, read_checkpoint
-from segjax.checkpoints.initialize import initialize, read_settings
+from segjax.checkpoints.initialize import load_initial, read_settings
 from segjax.checkpoints.metadata import licence_of
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import console
@@ -131,19 +131,26 @@ def _with_model(config: ConfigDict, changed: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def load_initial_weights(module: SegmentationModel, settings: ConfigDict, checkpoint: Checkpoint | None = None) -> str:
-    """Loads initial weights into the model of a new run, and returns a description of their origin.
+def load_initial_weights(
+    module: SegmentationModel, settings: ConfigDict, checkpoint: Checkpoint | None = None
+) -> tuple[str, list[str]]:
+    """Loads initial weights into the model of a new run.
 
     Args:
       module: Model with random weights.
       settings: `config.init`.
       checkpoint: Result of `read_start`, if it was called.
+
+    Returns:
+      A description of the weights' origin, and the dotted paths of arrays that the checkpoint does not have, see
+      `load_initial`; none without a checkpoint.
     """
     checkpoint = checkpoint or read_start(settings)
     if checkpoint is None:
-        return "random weights"
+        return "random weights", []
     with console.log_to(console.say):
-        return f"{settings.checkpoint}: {initialize(module, checkpoint, keep=settings.keep)}"
+        text, random = load_initial(module, checkpoint, keep=settings.keep)
+    return f"{settings.checkpoint}: {text}", random
 
 
 def origin_metadata(model_name: str, settings: ConfigDict) -> dict[str, object]:

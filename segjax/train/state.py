@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from segjax.models.lora import NO_ADAPTERS, Adapters
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class TrainState:
       step: Number of batches taken, int32 scalar.
       skipped: Number of those batches that were skipped because loss or gradient was not finite, in total and
         consecutively up to now, int32 (2,).
-      params: Parameters by dotted name. Those of blocks that run as a loop are stacked (`Stacks`), and so are their
-        moments and their average.
+      params: Parameters by dotted name, with those of adapters. Those of blocks that run as a loop are stacked
+        (`Stacks`), and so are their moments and their average.
       batch_stats: Running statistics by dotted name.
       opt_state: State of the optax transform.
       ema: Exponential moving average of parameters and statistics by dotted name, or None.
@@ -52,19 +54,21 @@ class TrainState:
         return params, batch_stats
 
 
-def weights_of(state: TrainState) -> dict[str, jax.Array]:
-    """The part of a checkpoint from which a model is built: `state.evaluated` in one dict by dotted name."""
+def weights_of(state: TrainState, adapters: Adapters = NO_ADAPTERS) -> dict[str, jax.Array]:
+    """The part of a checkpoint from which a model is built: `state.evaluated`, merged, in one dict by dotted name."""
     params, batch_stats = state.evaluated
-    return params | batch_stats
+    return adapters.merged(params) | batch_stats
 
 
-def training_of(state: TrainState) -> dict[str, jax.Array]:
+def training_of(state: TrainState, adapters: Adapters = NO_ADAPTERS) -> dict[str, jax.Array]:
     """The part of a checkpoint that only training needs, by dotted name."""
-    leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
+    leaves = jax.tree_util.tree_leaves_with_path(_rest(state, adapters))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip: int) -> TrainState:
+def restored(
+    weights: Mapping, training: Mapping, state: TrainState, *, may_skip: int, adapters: Adapters = NO_ADAPTERS
+) -> TrainState:
     """The state in a checkpoint.
 
     Args:
@@ -72,26 +76,30 @@ def restored(weights: Mapping, training: Mapping, state: TrainState, *, may_skip
       training: Part of the checkpoint with the names of `training_of`.
       state: Any state of the run, for its structure.
       may_skip: `TrainStep.may_skip`.
+      adapters: Adapters of the run.
     """
-    arrays = {name: training[name] for name in training_of(state)}
+    arrays = {name: training[name] for name in training_of(state, adapters)}
     skipped, in_a_row = arrays["skipped"]
     if in_a_row > may_skip:
         # The checkpoint was saved because a loss was not finite: the run tries the batch again.
         arrays["skipped"] = np.array([skipped, 0], np.int32)
-    rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), list(arrays.values()))
-    own = rest.get("own", weights)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(state, adapters)), list(arrays.values()))
+    evaluated = {**weights, **rest["unmerged"]}
+    own = rest.get("own", evaluated)
     return TrainState(
         step=rest["step"],
         skipped=rest["skipped"],
         params={name: own[name] for name in state.params},
         batch_stats={name: own[name] for name in state.batch_stats},
         opt_state=rest["optimizer"],
-        ema=None if state.ema is None else {name: weights[name] for name in state.ema},
+        ema=None if state.ema is None else {name: evaluated[name] for name in state.ema},
         teacher=state.teacher,
     )
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
+def _rest(state: TrainState, adapters: Adapters) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.opt_state}
+    # The weights of the checkpoint are merged: those that differ are saved as they are, too.
+    rest["unmerged"] = adapters.unmerged(state.evaluated[0])
     # With a moving average, the average is saved as the weights of the checkpoint, and the trained weights as "own".
     return rest if state.ema is None else rest | {"own": state.params | state.batch_stats}

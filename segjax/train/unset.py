@@ -36,6 +36,8 @@ HEADS = {
     "hrnet_ocr": _HRNET,
 }
 KEYS = ("data.eval_split", "augment.crop", "train.steps", "optim.warmup_steps", "optim.lr", "optim.lr_multipliers")
+# `lora.with_full` chooses this one, which depends on the initial weights.
+OF_WEIGHTS = "lora.full"
 
 
 class Chosen(NamedTuple):
@@ -56,7 +58,8 @@ def kept(config: ConfigDict, recorded: Mapping[str, Any]) -> ConfigDict:
     """
     values = schema.flattened(config)
     before = schema.flattened(ConfigDict(schema.in_current_terms(recorded)))
-    missing = {key: before[key] for key in KEYS if values[key] is None and before.get(key) is not None}
+    keys = (*KEYS, OF_WEIGHTS)
+    missing = {key: before[key] for key in keys if values[key] is None and before.get(key) is not None}
     if not missing:
         return config
     config = config.copy_and_resolve_references()

@@ -326,7 +326,7 @@ def start(source, **settings):
     config.optim.lr_multipliers = ()
     with numpy_draws():
         module = setup.create_model(config.model, num_classes=5, seed=config.seed)
-    begins = load_initial_weights(module, config.init)
+    begins, _ = load_initial_weights(module, config.init)
     return setup.make_functional(module, config.optim, config.train, axis_name=None), begins
 
 

@@ -13,6 +13,7 @@ from segjax import layers, losses
 from segjax.data.augment import normalise
 from segjax.layers import BlockExecution
 from segjax.models.functional import FunctionalModel
+from segjax.models.lora import NO_ADAPTERS
 from segjax.models.stacked import Vectors, stacks_for
 from segjax.recipes import common
 from segjax.runtime.parallel import JitParallel, parallel_for
@@ -55,16 +56,30 @@ def criterion_of(class_weights=None, **terms):
 
 
 def make_step(
-    model, *, frozen=(), execution=layers.PLAIN, augmentation=as_it_is, criterion=None, optimizer=None, **options
+    model,
+    *,
+    frozen=(),
+    execution=layers.PLAIN,
+    augmentation=as_it_is,
+    criterion=None,
+    optimizer=None,
+    adapters=NO_ADAPTERS,
+    **options,
 ):
     """A training step by SGD with momentum, and the state before the first; a loop of blocks takes stacks, a GPU takes
     vectors."""
     settings = common.get_config("folder").optim
     settings.update(name="sgd", lr=0.05, warmup_steps=3, warmup_ratio=0.1, no_decay="", lr_multipliers=())
     settings.update(optimizer or {}, frozen=frozen)
-    params, batch_stats = FunctionalModel(model).arrays()
+    params, batch_stats = FunctionalModel(model, adapters=adapters).arrays()
     stacks = stacks_for(execution, params, batch_stats, alike=optim.rules(settings, params))
-    functional = FunctionalModel(model, frozen=optim.frozen_names(frozen, params), execution=execution, stacks=stacks)
+    functional = FunctionalModel(
+        model,
+        frozen=optim.frozen_names(frozen, params),
+        execution=execution,
+        stacks=stacks,
+        adapters=adapters,
+    )
     transform = optim.optimizer(settings, params, steps=20, stacks=stacks)
     state = TrainState.start(
         params, batch_stats, transform.init(functional.trained(params)), ema=options.get("ema_decay", 0) > 0
