@@ -106,7 +106,7 @@ def test_weights_of_an_int8_onnx_file_are_rounded_channel_by_channel(family, fil
     assert sorted(found) == sorted(expected) and len(found) > 10
 
 
-def test_the_range_of_an_activation_is_from_its_smallest_to_its_largest_value(file_of, tmp_path):
+def test_a_range_is_from_the_smallest_to_the_largest_value(file_of, tmp_path):
     graph = onnx.load(quantised(file_of("hrnet"), "onnx", tmp_path)[1]).graph
     constants = constants_of(graph)
     (node,) = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images"]

@@ -118,9 +118,10 @@ def _run(options: argparse.Namespace) -> None:
 
     source = user_path(options.checkpoint)
     loaded = as_loaded(source, weights=options.weights)
+    height, width = options.size or default_size(loaded)
     export_format = ExportFormat(
         options.format,
-        tuple(options.size or default_size(loaded)),
+        (height, width),
         dynamic=options.dynamic,
         preprocessing=options.with_preprocessing,
         argmax=options.with_argmax,

@@ -77,7 +77,7 @@ def test_at_most_half_of_the_images_calibrate_and_the_others_are_measured(number
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_inputs_are_the_windows_that_evaluation_takes_another_for_each_image(seed, tmp_path):
+def test_inputs_are_windows_of_evaluation_another_for_each_image(seed, tmp_path):
     model, size = Pixels(5, seed), (24, 40)
     file = open_exported(write(tmp_path / "a.stablehlo", model, (1, *size, 3)))
     data = calibration.open_data(loaded(model), split(model.labels, 12, (30, 44)))
