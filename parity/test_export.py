@@ -1,4 +1,4 @@
-"""Files of ONNX and `torch.export`, run by onnxruntime and PyTorch, against segjax's model."""
+"""Files of ONNX, `torch.export` and OpenVINO, run by their packages, against segjax's model."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+import segjax
 from parity import compare
 from parity.subjects import SUBJECTS
 from segjax.checkpoints import orbax_folder
@@ -18,7 +19,7 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.commands import export
 from segjax.data import specs
 from segjax.exports import onnx as onnx_export
-from segjax.exports import torch_program
+from segjax.exports import openvino, torch_program
 from segjax.exports.export import export_model
 from segjax.exports.format import SUFFIXES, ExportFormat
 from segjax.inference import runtimes
@@ -29,6 +30,7 @@ FORMATS = {
     "onnx": (onnx_export.write_onnx, lambda path: runtimes.open_onnx(path).run),
     "torch": (torch_program.write_torch, lambda path: runtimes.open_torch(path).run),
 }
+OPENVINO = {"openvino": (openvino.write_openvino, lambda path: runtimes.open_openvino(path).run)}
 
 
 def tiny(label, num_classes=5, seed=0, **settings):
@@ -59,7 +61,7 @@ def logits_of(model, images):
 def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, within, quick_to_compile):
     model = tiny(label)
     programs = {}
-    for format, (write, opened) in FORMATS.items():
+    for format, (write, opened) in (FORMATS | OPENVINO).items():
         path = tmp_path / f"a{SUFFIXES[format]}"
         write(path, model, ExportFormat(format, (64, 96), dynamic=True), {})
         programs[format] = opened(path)
@@ -69,6 +71,18 @@ def test_files_with_open_sizes_equal_our_model_at_other_sizes(label, tmp_path, w
         for format, program in programs.items():
             error = verify.relative_error(program(images), ours)
             within("output", np.float32, error, f"{format} file of {label}")
+            # Told to compute in float32, OpenVINO is as near as the others.
+            assert error < 5e-6 or format != "openvino"
+
+
+@pytest.mark.parametrize("label", ["segformer", "hrnet", "segnext"])
+def test_openvino_gives_the_logits_of_our_model(label, tmp_path):
+    model, path = tiny(label, seed=2), tmp_path / "a.xml"
+    openvino.write_openvino(path, model, ExportFormat("openvino", (72, 100)), {"classes": ["a"]})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml", "a.xml.json"]
+    opened, images = runtimes.open_openvino(path), noise(1, (72, 100), 0)
+    assert opened.metadata == {"classes": ["a"]}
+    assert verify.relative_error(opened.run(images), logits_of(model, images)) < 5e-6
 
 
 @pytest.mark.slow
@@ -131,8 +145,10 @@ def test_files_take_images_of_other_channels_in_their_own_numbers(format, channe
     assert verify.relative_error(found, logits_of(model, normal)) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [pytest.param("torch", "bfloat16", marks=pytest.mark.slow), ("torch", "float16"), ("onnx", "bfloat16")],
+)
 @pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
 def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format, dtype, tmp_path, capsys):
     orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
@@ -150,6 +166,27 @@ def test_weights_of_16_bits_are_kept_and_computed_with_in_float32(label, format,
         wanted = getattr(onnx.TensorProto, dtype.upper())
         large = {tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 8192}
         assert large == {wanted}
+
+
+@pytest.mark.parametrize("name", ["a.onnx", pytest.param("a.xml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("label", ["segformer", pytest.param("segnext", marks=pytest.mark.slow)])
+def test_a_file_in_float16_is_half_as_large_and_takes_float32(label, name, tmp_path, capsys):
+    orbax_folder.save_model(tmp_path / "a", tiny(label), metadata={})
+    assert run(tmp_path / "a", tmp_path / name, "--size", 64, 96, "--dtype", "float16") == 0
+    (error,) = re.findall(r"worst relative error of logits (\S+): equal", capsys.readouterr().out)
+    assert float(error) < 1e-2
+    opened = runtimes.open_file(tmp_path / name)
+    assert opened.dtype == np.float32 and opened.metadata["weights"] == "float16"
+    assert opened.run(noise(1, (64, 96), 0)).dtype == np.float32
+    if name == "a.onnx":
+        kinds = {
+            tensor.data_type for tensor in onnx.load(tmp_path / name).graph.initializer if len(tensor.raw_data) > 8192
+        }
+        assert kinds == {onnx.TensorProto.FLOAT16}
+    else:
+        # SegNeXt's bases too.
+        count = sum(value.size for value in segjax.to_torch(tiny(label)).values())
+        assert (tmp_path / "a.bin").stat().st_size < 2.6 * count
 
 
 # Older onnxruntimes refuse files of a newer ir_version than they have.
@@ -230,7 +267,7 @@ def test_a_program_of_torch_refuses_sizes_that_its_model_does_not_take(tmp_path)
         program(torch.zeros(1, 3, 64, 80))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS | OPENVINO)
 def test_a_file_that_differs_from_our_model_is_not_kept(format, tmp_path, capsys, monkeypatch):
     orbax_folder.save_model(tmp_path / "a", tiny("segformer"), metadata={})
     other = verify.reference_for(tiny("segformer", seed=1))
@@ -248,9 +285,9 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     assert "the format onnx needs onnxscript: pip install 'segjax[export]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS | OPENVINO)
 def test_an_export_has_the_same_bytes_and_no_folders_of_this_machine(format, tmp_path):
-    write, files = FORMATS[format][0], []
+    write, files = (FORMATS | OPENVINO)[format][0], []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         files.append(tmp_path / folder / f"m{SUFFIXES[format]}")

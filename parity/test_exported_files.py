@@ -19,7 +19,7 @@ from segjax.checkpoints.checkpoint import CheckpointError
 from segjax.commands import export
 from segjax.data import specs
 from segjax.inference.open_exported import open_exported
-from segjax.inference.runtimes import import_openvino
+from segjax.inference.runtimes import import_openvino, write_metadata
 from tests.pixels import Pixels, scene
 from tests.tiny import tiny_model
 
@@ -249,6 +249,19 @@ def test_our_files_say_all_themselves_also_through_openvino(options, tmp_path, m
         assert predictor.classes.num_classes == 3
         found = predictor.labels(images)
         assert np.mean(np.stack(found) == np.stack(expected)) > 0.999, name
+
+
+def test_weights_of_another_openvino_model_are_found_before_it_runs(tmp_path):
+    about = {"normalisation": {"mean": list(MEAN), "std": list(STD)}, "segjax_version": "0"}
+    for name, seed in (("a", 0), ("b", 1)):
+        path = write_openvino(tmp_path / f"{name}.xml", Pixels(4, seed))
+        write_metadata(path, about)
+        assert open_exported(path).model.spec.num_classes == 4
+    (tmp_path / "b.bin").replace(tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a\.xml: is not the file with the weights in a\.bin that a\.xml\.json"):
+        open_exported(tmp_path / "a.xml")
+    with pytest.raises(CheckpointError, match=r"b\.xml: b\.bin, its weights, is not next to it; copy it too"):
+        open_exported(tmp_path / "b.xml")
 
 
 def test_a_broken_file_is_named(tmp_path):

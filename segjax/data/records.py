@@ -116,6 +116,26 @@ class JoinedRecords:
         return self._parts[split][place]
 
 
+class PickedRecords:
+    """Some of the images of a split.
+
+    Attributes:
+      sizes, names: As in `Records`.
+    """
+
+    def __init__(self, records: Records, numbers: Sequence[int]):
+        """`numbers` are those of the images, in their order."""
+        self._records, self._numbers = records, list(numbers)
+        self.sizes = records.sizes[self._numbers]
+        self.names = tuple(records.names[number] for number in self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._records[self._numbers[number]]
+
+
 def records_of(data: specs.Split | Records) -> Records:
     """The interface of `Records` for a split that is in memory or on disk."""
     return SplitRecords(data) if isinstance(data, specs.Split) else data

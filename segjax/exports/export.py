@@ -3,7 +3,7 @@
 Input and output of a file:
 
     stablehlo         float32 (B, H, W, C), normalised -> `logits` float32 (B, H/4, W/4, K); SegNeXt's at 1/8
-    onnx, torch       float32 (B, C, H, W), normalised -> `logits` float32 (B, K, H/4, W/4)
+    others            float32 (B, C, H, W), normalised -> `logits` float32 (B, K, H/4, W/4)
     preprocessing     input of every format: (B, H, W, C), unscaled, in the dtype of the training images; uint8 for RGB
     argmax            output of every format: `labels` uint8 (B, H, W), int32 for more than 256 classes, from logits
                       upsampled bilinearly in float32 with the model's `align_corners`; the metadata contain
@@ -11,17 +11,21 @@ Input and output of a file:
 
 A StableHLO file is the model through `jax.export`, for CPUs and NVIDIA GPUs in one file. ONNX and torch files
 (`torch.export`) come from the model's PyTorch reference in segjax.torch_reference, with the same weights, because no
-converter from JAX to ONNX supports dynamic sizes; tests prove that model and reference are equal. Every file is run and
-compared with the model before it is kept.
+converter from JAX to ONNX supports dynamic sizes; tests prove that model and reference are equal. OpenVINO files come
+from the ONNX file. Every file is run and compared with the model before it is kept.
 
-Weights are stored in `dtype`. A StableHLO program also computes in it, except norms, softmax and logits. ONNX and torch
-files compute in float32, because onnxruntime has no bfloat16 convolution on CPUs and PyTorch has no float32 norms of
-bfloat16 inputs.
+Weights are stored in `dtype`. A StableHLO program also computes in it, except norms, softmax and logits, and so does an
+ONNX file in float16, except as `segjax.exports.float16` says; its input and logits stay float32. With bfloat16, ONNX
+files compute in float32, as torch files do with both, because onnxruntime has no bfloat16 convolution on CPUs and
+PyTorch has no float32 norms of bfloat16 inputs. OpenVINO stores float16 for any computation. INT8 is described in
+`segjax.exports.int8`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,14 +45,17 @@ from segjax.checkpoints.load import LoadedCheckpoint, as_loaded
 from segjax.checkpoints.state_dict import from_values, logger, named_variables
 from segjax.data import specs, streets
 from segjax.data.augment import normalise
+from segjax.data.open import OpenSplit
+from segjax.exports import calibration as calibrating
 from segjax.exports import stablehlo
-from segjax.exports.format import BOUNDS, LEAST, OPSETS, SUFFIXES, ExportFormat
+from segjax.exports.calibration import CalibrationData
+from segjax.exports.format import BOUNDS, INT8_FORMATS, LEAST, OPSETS, SUFFIXES, ExportFormat
 from segjax.inference.engine import Protocol, labels_of
-from segjax.inference.runtimes import open_file
+from segjax.inference.runtimes import metadata_path, open_file
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
 from segjax.runtime import atomic, console, memory
-from segjax.runtime.reading import checked, read_json, user_path
+from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
 
 # ------------------------------------------------------------------------------------------------------ segjax's side
 
@@ -99,17 +106,23 @@ def _writer(export_format: ExportFormat) -> Callable:
     """`write(path, model, export_format, metadata)`, if all packages that write and run such a file are installed."""
     if export_format.format == "stablehlo":
         return stablehlo.write_stablehlo
+    is_openvino = export_format.format == "openvino"
     try:
-        from segjax.exports import onnx, torch_program
+        from segjax.exports import int8, onnx, openvino, torch_program
 
         if export_format.format == "torch":
             return torch_program.write_torch
-        onnx.require_onnx()
-        return onnx.write_onnx
+        if not is_openvino:
+            onnx.require_onnx()
+            return onnx.write_onnx
+        openvino.require_openvino()
+        if export_format.int8:
+            int8.import_nncf()
+        return openvino.write_openvino
     except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"the format {export_format.format} needs {error.name}: pip install 'segjax[export]'"
-        ) from None
+        what = f"the format {export_format.format}{' with INT8' * export_format.int8}"
+        extras = "export,openvino" if is_openvino else "export"
+        raise CheckpointError(f"{what} needs {error.name}: pip install 'segjax[{extras}]'") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -212,7 +225,7 @@ def file_metadata(loaded: LoadedCheckpoint, export_format: ExportFormat) -> dict
         **({"threshold": export_format.threshold} if classes.num_classes == 1 and export_format.argmax else {}),
         # The logits have been divided by it.
         **({"temperature": export_format.temperature} if export_format.temperature != 1 else {}),
-        "weights": export_format.dtype,
+        "weights": export_format.weights,
     }
     return stamped(metadata)
 
@@ -308,6 +321,22 @@ def _require(export_format: ExportFormat, destination: Path, model: Segmentation
         f"opset applies only to ONNX files, not to {export_format.format}": (
             export_format.opset is not None and export_format.format != "onnx"
         ),
+        f"{destination.with_suffix('.bin')} would be overwritten, and belongs to no {destination.name}: choose another "
+        "name": (
+            export_format.format == "openvino" and destination.with_suffix(".bin").exists() and not destination.exists()
+        ),
+        "OpenVINO files have weights of float32 or float16, not of bfloat16": (
+            (export_format.format, export_format.dtype) == ("openvino", "bfloat16")
+        ),
+        f"INT8 is for files of {' and '.join(INT8_FORMATS)}, not of {export_format.format}": (
+            export_format.int8 and export_format.format not in INT8_FORMATS
+        ),
+        f"INT8 is made from weights in float32; omit the dtype {export_format.dtype}": (
+            export_format.int8 and export_format.dtype != "float32"
+        ),
+        "an INT8 file of OpenVINO has a fixed size; omit dynamic": (
+            export_format.int8 and export_format.dynamic and export_format.format == "openvino"
+        ),
         "a threshold is for labels of models of one class; omit it": (
             export_format.threshold != 0.5 and not (export_format.argmax and model.spec.num_classes == 1)
         ),
@@ -327,11 +356,16 @@ def export_model(
     source: str | Path | LoadedCheckpoint | SegmentationModel,
     path: str | Path,
     *,
-    size: tuple[int, int],
+    size: tuple[int, int] | None = None,
     dynamic: bool = False,
     preprocessing: bool = False,
     argmax: bool = False,
     dtype: str = "float32",
+    int8: bool = False,
+    calibration: str | os.PathLike[str] | OpenSplit | None = None,
+    data_source: str | Sequence[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    accept_loss: bool = False,
     opset: int | None = None,
     threshold: float = 0.5,
     temperature: float | str | None = None,
@@ -340,15 +374,25 @@ def export_model(
 
     Args:
       source: Argument or result of `segjax.load`, or a model.
-      path: `*.stablehlo`, `*.onnx` or `*.pt2` (`torch.export`); the suffix selects the format. The last two need the
-        extra `export`. The docstring of `segjax.exports.export` describes input and output of the file. The file
-        contains classes and normalisation; for StableHLO they are in `*.stablehlo.json` next to it.
-      size: (height, width) of the images in pixels.
+      path: `*.stablehlo`, `*.onnx`, `*.xml` (OpenVINO) or `*.pt2` (`torch.export`); the suffix selects the format. All
+        but the first need the extra `export`, OpenVINO also the extra `openvino`. The docstring of
+        `segjax.exports.export` describes input and output of the file. The file contains classes and normalisation; for
+        StableHLO, OpenVINO and INT8 they are in `FILE.json` next to it. The weights of `m.xml` are in `m.bin`.
+      size: (height, width) of the images in pixels; by default the one that the checkpoint was evaluated at or trained
+        on.
       dynamic: Whether batch, height and width are dynamic; otherwise the batch is 1.
       preprocessing: Whether the file normalises its images, (B, H, W, C), RGB of uint8 or in the dtype of the training
         images.
       argmax: Whether the output is labels of the images' size instead of logits.
       dtype: Dtype of the stored weights: "float32", "bfloat16" or "float16".
+      int8: Whether to quantise the file, ONNX or OpenVINO, see `segjax.exports.int8`. mIoU, agreement, size and time
+        before and after are logged, and kept in `FILE.json`.
+      calibration: Images for the ranges of INT8: "NAME" or "NAME:SPLIT" or an open split, as `data` of
+        `segjax.evaluate_dataset`, or a folder of images. At most 32 of them, and at most half, set the ranges; the
+        others are measured on.
+      data_source: As for `segjax.evaluate_dataset`.
+      data_dir: As for `segjax.evaluate_dataset`.
+      accept_loss: Whether to keep an INT8 file that loses more than a point of mIoU.
       opset: Opset of an ONNX file, from 17 to 25; by default that of torch.onnx.
       threshold: Probability above which a pixel belongs to the class, in labels of a model of one class.
       temperature: Divisor of the logits; "fitted" for the one that `segjax evaluate --fit-temperature` keeps with the
@@ -359,6 +403,7 @@ def export_model(
         lists every reason.
       ValueError: The model does not take images of this size.
       UnequalError: The outputs of the file differ from the model's.
+      LossError: The INT8 file loses more than a point of mIoU.
 
     Example:
       >>> import pathlib, tempfile
@@ -375,7 +420,8 @@ def export_model(
         raise CheckpointError(f"{path}: the suffix selects the format: {', '.join(formats)}")
     if dtype not in BOUNDS:
         raise CheckpointError(f"dtype is one of {', '.join(BOUNDS)}, not {dtype!r}")
-    height, width = size
+    loaded = as_loaded(source)
+    height, width = default_size(loaded) if size is None else size
     export_format = ExportFormat(
         formats[path.suffix],
         (height, width),
@@ -383,10 +429,35 @@ def export_model(
         preprocessing=preprocessing,
         argmax=argmax,
         dtype=dtype,
+        int8=int8,
         opset=opset,
         threshold=threshold,
     )
-    export(source, path, export_format, temperature=temperature)
+    export(
+        source,
+        path,
+        export_format,
+        loaded=loaded,
+        temperature=temperature,
+        calibration=calibration,
+        data_source=data_source,
+        data_dir=data_dir,
+        accept_loss=accept_loss,
+    )
+
+
+def default_size(loaded: LoadedCheckpoint[SegmentationModel]) -> tuple[int, int]:
+    """Height and width at which a checkpoint was evaluated, or else of the crops that it was trained on.
+
+    Raises:
+      CheckpointError: It does not say.
+    """
+    metadata = loaded.metadata
+    found = metadata.get("input_size") or (metadata.get("config") or {}).get("augment", {}).get("crop")
+    if not found:
+        raise CheckpointError("the checkpoint does not say at which size it is used; give the size (--size H W)")
+    height, width = found
+    return height, width
 
 
 def export(
@@ -394,13 +465,19 @@ def export(
     destination: Path,
     export_format: ExportFormat,
     *,
-    weights: str | None = None,
+    loaded: LoadedCheckpoint[SegmentationModel],
     temperature: float | str | None = None,
+    calibration: str | os.PathLike[str] | OpenSplit | None = None,
+    data_source: str | Sequence[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    accept_loss: bool = False,
 ) -> None:
-    """`export_model` with its settings in one object, and the same errors; `weights` is as for `segjax.load`."""
+    """`export_model` with the settings of the file in one object, and the same errors.
+
+    `loaded` is the checkpoint that was read from `source`.
+    """
     logger.info("%s -> %s", source if isinstance(source, str | Path) else "model", destination)
     write = _writer(export_format)
-    loaded = as_loaded(source, weights=weights)
     chosen = _temperature.chosen(temperature, loaded.metadata, source)
     if not 0 < chosen < np.inf:
         raise CheckpointError(f"a temperature is a positive number, not {chosen}")
@@ -408,6 +485,7 @@ def export(
         export_format, mean=loaded.mean, std=loaded.std, image_kind=loaded.image_kind, temperature=chosen
     )
     _require(export_format, destination, loaded.model)
+    data = _calibration_data(loaded, export_format, calibration, data_source=data_source, data_dir=data_dir)
     evaluated = _evaluated(loaded.metadata, source)
     model = rounded(
         loaded.model, stored=jnp.dtype(export_format.dtype), computes_in=jnp.dtype(export_format.computes_in)
@@ -415,19 +493,23 @@ def export(
     # Traced before anything is compiled, to refuse at once a size that the model does not take.
     image = jax.ShapeDtypeStruct((1, *export_format.size, model.in_channels), jnp.float32)
     logits = jax.eval_shape(lambda image: model(image)[0], image).shape
-    logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.dtype)
+    logger.info("%s, %d classes, weights in %s", model.spec.name, model.spec.num_classes, export_format.weights)
     logger.info("exporting as %s; large models take minutes", export_format.format)
     # Compiled before the export, to refuse programs at once that need too much memory.
     programs = [
         (batch, size, compiled(model, export_format, batch, size))
         for batch, size in checked_sizes(export_format, model.size_multiple)
     ]
-    with atomic.replacing_files(destination) as path:
+    metadata = file_metadata(loaded, export_format) | evaluated
+    with atomic.replacing_files(destination, stale=_own_metadata(destination)) as path:
+        # An INT8 file is made of a float32 file.
+        exact = path if data is None else path.parent / "float32" / path.name
+        exact.parent.mkdir(exist_ok=True)
         try:
             # torch's error for a full disk does not state the reason.
             with atomic.naming(destination, path.parent):
-                write(path, model, export_format, file_metadata(loaded, export_format) | evaluated)
-                is_equal = _is_equal(open_file(path).run, loaded.model, model, export_format, programs)
+                write(exact, model, export_format, metadata)
+                is_equal = _is_equal(open_file(exact).run, loaded.model, model, export_format, programs)
         except Exception as error:
             # Neither jax nor torch has an error class for a program that depends on a size.
             is_known = isinstance(error, OSError | CheckpointError) or memory.is_exhausted(error)
@@ -439,6 +521,11 @@ def export(
             ) from error
         if not is_equal:
             raise UnequalError("not written, because the outputs differ")
+        if data is not None:
+            with atomic.naming(destination, path.parent):
+                settings = calibrating.settings_of(loaded, export_format)
+                calibrating.quantise(exact, path, data, settings=settings, metadata=metadata, accept_loss=accept_loss)
+            shutil.rmtree(exact.parent)
         written = [destination.with_name(file.name) for file in sorted(path.parent.iterdir())]
     for file in written:
         size = file.stat().st_size
@@ -446,6 +533,36 @@ def export(
         logger.info("wrote %s, %s", file, amount)
     for line in _shapes(export_format, loaded, logits):
         logger.info("%s", line)
+
+
+def _calibration_data(
+    loaded: LoadedCheckpoint[SegmentationModel],
+    export_format: ExportFormat,
+    data: str | os.PathLike[str] | OpenSplit | None,
+    *,
+    data_source: str | Sequence[str] | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> CalibrationData | None:
+    """Opens the images for the ranges of INT8; None for another file."""
+    if not export_format.int8:
+        if data is not None or data_source is not None or data_dir is not None:
+            raise CheckpointError("calibration data are for INT8; add it, or omit them")
+        return None
+    if data is None:
+        raise CheckpointError("INT8 needs images for the ranges of its activations; give calibration data")
+    found = calibrating.open_data(loaded, data, data_source=data_source, data_dir=data_dir)
+    calibrating.refuse_larger(found, export_format)
+    return found
+
+
+def _own_metadata(path: Path) -> list[Path]:
+    """The metadata next to an earlier file of this name, if segjax wrote them: they do not describe the next file."""
+    place = metadata_path(path)
+    try:
+        is_own = "segjax_version" in read_json(place)
+    except (OSError, UnreadableError):
+        return []
+    return [place] if is_own else []
 
 
 def _is_equal(
@@ -465,7 +582,7 @@ def _is_equal(
       programs: Batches and sizes at which to compare, each with the result of `compiled` for `model`.
     """
     logger.info("comparing the file with the model")
-    bound, passed = BOUNDS[export_format.computes_in], True
+    bound, passed = export_format.bound, True
     for batch, size, expected in programs:
         images = pictures(batch, size, export_format)
         output = run_file(run, images, export_format)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from segjax.checkpoints.checkpoint import CheckpointError
-from segjax.exports import torch_program
+from segjax.exports import float16, torch_program
 from segjax.exports.format import OPSETS, ExportFormat
 from segjax.inference.runtimes import import_onnxruntime, quiet_torch
 from segjax.models.segmentation_model import SegmentationModel
@@ -17,10 +17,15 @@ from segjax.models.segmentation_model import SegmentationModel
 
 def require_onnx() -> None:
     """Raises ModuleNotFoundError if a package to write ONNX files and to run them is missing."""
+    require_writer()
+    import_onnxruntime()
+
+
+def require_writer() -> None:
+    """Raises ModuleNotFoundError if a package to write ONNX files is missing."""
     import onnx
     import onnxscript
 
-    import_onnxruntime()
     del onnx, onnxscript
 
 
@@ -37,7 +42,7 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
             external_data=False,
             verbose=False,
             # The optimiser would store 16-bit weights as float32.
-            optimize=export_format.dtype == "float32",
+            optimize=export_format.traced_dtype == "float32",
             # The exporter writes opset 18 and later.
             opset_version=None if export_format.opset is None else max(export_format.opset, 18),
         )
@@ -54,6 +59,8 @@ def write_onnx(path: Path, model: SegmentationModel, export_format: ExportFormat
     # The oldest IR version that has the opset, because a runtime refuses newer ones.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _name_sizes(proto, export_format)
+    if (export_format.format, export_format.dtype) == ("onnx", "float16"):
+        float16.convert(proto)
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from jax import lax
 from segjax import layers
 from segjax.exports.format import LEAST, PLATFORMS, ExportFormat
 from segjax.inference.engine import Arrays, labels_of
-from segjax.inference.runtimes import metadata_path, sha256_of
+from segjax.inference.runtimes import write_metadata
 from segjax.kernels import choice
 from segjax.models.functional import FunctionalModel
 from segjax.models.segmentation_model import SegmentationModel
@@ -67,9 +66,8 @@ def write_stablehlo(
     images = jax.ShapeDtypeStruct(shape, jnp.dtype(export_format.input_dtype))
     with _without_locations():
         path.write_bytes(jax_export.export(jax.jit(images_to_output), platforms=PLATFORMS)(images).serialize())
-    # A damaged program may run and give other labels.
-    metadata = metadata | {"sha256": sha256_of(path)}
-    metadata_path(path).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    # A damaged program may run and give other labels; the hash shows it.
+    write_metadata(path, metadata)
 
 
 @contextlib.contextmanager

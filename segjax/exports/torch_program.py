@@ -19,7 +19,7 @@ from segjax.torch_reference.verify import reference_for
 class Program(torch.nn.Module):
     """Images -> logits (B, K, h, w) or labels (B, H, W), as `export_format` describes.
 
-    Parameters are stored in the dtype of the format and converted to float32 for each use.
+    Parameters are stored in `traced_dtype` and converted to float32 for each use.
     """
 
     mean: Tensor
@@ -32,7 +32,7 @@ class Program(torch.nn.Module):
         self.num_classes = model.spec.num_classes
         self.align_corners = model.align_corners
         self.reference = reference_for(model).requires_grad_(False)
-        stored = getattr(torch, export_format.dtype)
+        stored = getattr(torch, export_format.traced_dtype)
         for parameter in self.reference.parameters():
             parameter.data = parameter.data.to(stored)
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (export_format.mean, export_format.std))

@@ -13,7 +13,7 @@ import numpy as np
 from segjax.checkpoints.state_dict import model_metadata
 from segjax.data import specs
 from segjax.data.augment import normalise
-from segjax.inference.runtimes import Runnable
+from segjax.inference.runtimes import Runnable, files_of
 from segjax.models.functional import FunctionalModel, params_sha256
 from segjax.models.segmentation_model import ModelSpec, SegmentationModel
 from segjax.runtime import memory, reading
@@ -182,7 +182,6 @@ def identity_of(model: SegmentationModel | ExportedModel) -> dict[str, object]:
 def weights_sha256(model: SegmentationModel | ExportedModel) -> str:
     """Hash of the weights of a model, or of an exported file."""
     if isinstance(model, ExportedModel):
-        # The weights of an OpenVINO model are in a file of their own.
-        return reading.sha256_of(path for path in (model.path, model.path.with_suffix(".bin")) if path.is_file())
+        return reading.sha256_of(files_of(model.path))
     params, batch_stats = FunctionalModel(model).arrays()
     return params_sha256(params | batch_stats)

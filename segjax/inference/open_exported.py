@@ -24,9 +24,9 @@ from segjax.checkpoints.metadata import Colour, Deviation, Mean
 from segjax.checkpoints.state_dict import logger
 from segjax.inference.engine import Protocol
 from segjax.inference.exported_model import ExportedModel
-from segjax.inference.runtimes import SUFFIXES, Runnable, exported_path, metadata_path, open_file, sha256_of
+from segjax.inference.runtimes import SUFFIXES, Runnable, exported_path, files_of, metadata_path, open_file
 from segjax.models.segmentation_model import ModelSpec, SegmentationModel
-from segjax.runtime.reading import UnreadableError, checked, read_json, user_path
+from segjax.runtime.reading import UnreadableError, checked, read_json, sha256_of, user_path
 
 Loaded = LoadedCheckpoint[SegmentationModel] | LoadedCheckpoint[ExportedModel]
 
@@ -166,10 +166,15 @@ def _beside(path: Path) -> dict[str, Any]:
     content = read_json(place)
     refuse_newer(content, place)
     checked(content, _About, name=place)
-    if "sha256" in content and content["sha256"] != sha256_of(path):
+    files = files_of(path)
+    if "sha256" in content and path.suffix.lower() == ".xml" and len(files) < 2:
+        raise CheckpointError(f"{path}: {path.with_suffix('.bin').name}, its weights, is not next to it; copy it too")
+    if "sha256" in content and content["sha256"] != sha256_of(files):
+        weights = f" with the weights in {files[1].name}" if len(files) > 1 else ""
         raise CheckpointError(
-            f"{path}: is not the file that {place.name} describes, by its SHA-256: one of the two is damaged or was "
-            "replaced; export the model again, or copy both files again"
+            f"{path}: is not the file{weights} that {place.name} describes, by its SHA-256: one of the "
+            f"{'three' if weights else 'two'} is damaged or was replaced; export the model again, or copy the files "
+            "again"
         )
     return content
 

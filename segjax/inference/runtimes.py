@@ -7,7 +7,6 @@ something else; StableHLO runs on the devices of jax. A file is a program: open 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -91,13 +90,16 @@ def metadata_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits."""
-    digest = hashlib.sha256()
-    with reading.open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def files_of(path: Path) -> list[Path]:
+    """An exported file, and the `.bin` next to an OpenVINO model, which has its weights."""
+    weights = path.with_suffix(".bin")
+    return [path, weights] if path.suffix.lower() == ".xml" and weights.is_file() else [path]
+
+
+def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Writes the metadata of an exported file next to it, with the SHA-256 of the file."""
+    content = {**metadata, "sha256": reading.sha256_of(files_of(path))}
+    metadata_path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _only_input(inputs: Sequence[Any], path: Path) -> Any:

@@ -19,7 +19,7 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 try:
@@ -101,11 +101,15 @@ def replacing_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_files(path: Path) -> Iterator[Path]:
+def replacing_files(path: Path, *, stale: Sequence[Path] = ()) -> Iterator[Path]:
     """Yields the name of `path` in an empty folder, for this file and its companions next to it or below.
 
     They replace the files of the same names around `path`; if the body raises, none is replaced. Old companions are
     removed first, and new ones arrive last, so a killed writer leaves no companions of another version.
+
+    Args:
+      path: Target; its folder is created if missing.
+      stale: Old companions to remove where the body writes no new ones.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path, is_folder=True) as folder:
@@ -115,7 +119,7 @@ def replacing_files(path: Path) -> Iterator[Path]:
             new = {file: path.parent / file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
             for file in new:
                 _flush(file)
-            for target in new.values():
+            for target in (*new.values(), *stale):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target != path:
                     target.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from jax import export as jax_export
 import segjax
 from segjax.checkpoints import orbax_folder
 from segjax.checkpoints.errors import CheckpointError
+from segjax.checkpoints.load import LoadedCheckpoint
 from segjax.commands import export as command
 from segjax.data import specs
 from segjax.exports import export, stablehlo
@@ -196,6 +197,29 @@ def test_a_bit_that_differs_in_a_stablehlo_file_is_found_before_it_runs(seed, tm
     (tmp_path / "b.stablehlo.json").replace(tmp_path / "a.stablehlo.json")
     with pytest.raises(CheckpointError, match="one of the two is damaged or was replaced"):
         segjax.open_exported(path)
+
+
+def test_metadata_of_an_earlier_file_go_and_those_of_others_stay(tmp_path):
+    path, place = tmp_path / "a.onnx", tmp_path / "a.onnx.json"
+    assert export._own_metadata(path) == []
+    place.write_text('{"segjax_version": "0.1.0", "quantisation": {}}')
+    assert export._own_metadata(path) == [place]
+    for text in ('{"classes": ["a"]}', "no JSON"):
+        place.write_text(text)
+        assert export._own_metadata(path) == []
+
+
+def test_the_size_is_by_default_that_of_the_checkpoint(tmp_path, capsys):
+    saved(tmp_path / "a", tiny_model(0), input_size=[40, 64])
+    assert run(tmp_path / "a", tmp_path / "a.stablehlo") == 0
+    assert "in images float32 normalised RGB (1, 40, 64, 3)" in " ".join(capsys.readouterr().out.split())
+    saved(tmp_path / "b", tiny_model(0))
+    assert run(tmp_path / "b", tmp_path / "b.stablehlo") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the checkpoint does not say at which size it is used; give the size (--size H W)" in said
+    assert export.default_size(
+        LoadedCheckpoint(tiny_model(0), specs.STREETS, {"config": {"augment": {"crop": [8, 9]}}})
+    ) == (8, 9)
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, capsys, monkeypatch):

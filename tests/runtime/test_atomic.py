@@ -52,6 +52,17 @@ def test_what_is_written_replaces_what_was_there_and_leaves_nothing_else(kind, t
     assert {path.name for path in (tmp_path / "sub").iterdir()} == expected
 
 
+def test_companions_that_a_new_version_does_not_have_go_with_the_old_one(tmp_path):
+    path, companion = tmp_path / "x", tmp_path / "x.json"
+    write_files(path, "old")
+    with pytest.raises(ValueError), atomic.replacing_files(path, stale=[companion]) as new:
+        raise ValueError
+    assert companion.read_text() == "old"
+    with atomic.replacing_files(path, stale=[companion, tmp_path / "never"]) as new:
+        new.write_text("new")
+    assert below(tmp_path) == {"x": "new", "below/c.txt": "old"}
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EIO, "x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("replacing", [atomic.replacing_file, atomic.replacing_folder, atomic.replacing_files])
 def test_a_body_that_raises_leaves_the_old_one_and_nothing_else(replacing, error, tmp_path):
