@@ -91,7 +91,7 @@ PROCESSES = {
     ("--num_processes=2",): "--num_processes: of several processes; give --coordinator=HOST:PORT too, or auto",
     ("--num_processes=2", "--process_id=0"): "--num_processes and --process_id: of several processes; give",
     ("--coordinator=localhost",): "--coordinator=localhost: must be HOST:PORT of the first process, or auto",
-    ("--coordinator=localhost:1", "--num_processes=0"): "--num_processes=0: must be at least 1",
+    ("--coordinator=localhost:1", "--num_processes=0"): "must be at least 1",
     ("--coordinator=localhost:1", "--num_processes=2", "--process_id=2"): (
         "--process_id=2: 2 processes have the numbers from 0 to 1"
     ),

@@ -158,7 +158,7 @@ def test_a_teacher_that_does_not_fit_is_refused(classes, crop, images, message, 
     assert str(caught.value).startswith(f"config.loss.distill={path}: ")
 
 
-def test_a_teacher_among_several_sets_of_weights_is_to_be_written_to_a_file(tmp_path):
+def test_a_teacher_among_several_sets_of_weights_needs_a_file(tmp_path):
     weights = segjax.to_torch(tiny_model(0))
     both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in weights.items()}
     np.savez(tmp_path / "both.npz", **both)
