@@ -15,9 +15,11 @@ from safetensors.numpy import load_file
 import segjax
 from segjax import layers
 from segjax.checkpoints import orbax_folder
+from segjax.checkpoints.checkpoint import Checkpoint
 from segjax.checkpoints.files import read_checkpoint
+from segjax.checkpoints.initialize import load_initial
 from segjax.checkpoints.load import load
-from segjax.checkpoints.state_dict import named_variables
+from segjax.checkpoints.state_dict import named_variables, to_torch
 from segjax.models import lora as lora_models
 from segjax.models.functional import FunctionalModel
 from segjax.models.stacked import Vectors
@@ -272,6 +274,30 @@ def test_layers_in_full_and_grouped_convolutions_have_no_adapter():
     names = FunctionalModel(model, adapters=found).arrays()[0]
     trained = names.keys() - lora.frozen_names(names, found, ("conv", "^bn"))
     assert trained == found.initial.keys() | {"conv.kernel", "bn.scale", "bn.bias"}
+
+
+HEAD = {f"linear_c{level}.proj" for level in range(1, 5)} | {"linear_fuse.conv", "linear_fuse.bn", "linear_pred"}
+
+
+@pytest.mark.parametrize(
+    "dialect, settings, expected",
+    [
+        ("native", {}, set()),
+        ("native", {"num_classes": 7}, {"decode_head.linear_pred"}),
+        ("backbone", {}, {f"decode_head.{name}" for name in HEAD}),
+        # A first convolution whose filters were made from those of red, green and blue is in no base.
+        ("native", {"in_channels": 4}, {"backbone.patch_embed1.proj"}),
+    ],
+)
+def test_modules_that_the_checkpoint_lacks_are_trained_in_full(dialect, settings, expected):
+    model = tiny_model(1, **settings)
+    _, random = load_initial(model, Checkpoint.of(to_torch(tiny_model(0), dialect=dialect)))
+    config = make_config(lora__rank=2)
+    full = lora.with_full(config, model, random).lora.full
+    names = FunctionalModel(model).arrays()[0]
+    assert lora.full_modules(full, names) == expected and config.lora.full is None
+    with_all = make_config(lora__rank=2, lora__full=("^",))
+    assert lora.with_full(with_all, model, random) is with_all
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
