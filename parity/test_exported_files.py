@@ -253,8 +253,12 @@ def test_our_files_say_all_themselves_also_through_openvino(options, tmp_path, m
 
 def test_weights_of_another_openvino_model_are_found_before_it_runs(tmp_path):
     about = {"normalisation": {"mean": list(MEAN), "std": list(STD)}, "segjax_version": "0"}
+    openvino = import_openvino()
     for name, seed in (("a", 0), ("b", 1)):
-        path = write_openvino(tmp_path / f"{name}.xml", Pixels(4, seed))
+        path = tmp_path / f"{name}.xml"
+        model = openvino.Core().read_model(write_onnx(tmp_path / "a.onnx", Pixels(4, seed)))
+        model.reshape([1, 3, 24, 40])
+        openvino.save_model(model, path, compress_to_fp16=False)
         write_metadata(path, about)
         assert open_exported(path).model.spec.num_classes == 4
     (tmp_path / "b.bin").replace(tmp_path / "a.bin")

@@ -174,8 +174,14 @@ def open_openvino(path: Path) -> Runnable:
     # By default it computes in bfloat16 on processors that have it.
     program = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = [_name_of(output, number) for number, output in enumerate(model.outputs)]
+    shapes: set[tuple[int, ...]] = set()
 
     def outputs(given: np.ndarray) -> dict[str, np.ndarray]:
+        if images.partial_shape.is_dynamic and given.shape not in shapes:
+            # Raises for images that do not fit, such as those of other channels. The program may crash or compute
+            # nonsense instead.
+            model.clone().reshape(list(given.shape))
+            shapes.add(given.shape)
         # Copied, because the next call reuses the memory.
         found = program(given)
         return {name: np.array(found[number]) for number, name in enumerate(names)}
