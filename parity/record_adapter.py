@@ -3,7 +3,8 @@
     pip install peft
     python -m parity.record_adapter
 
-It writes tests/checkpoints/peft: adapter/, as peft saves it, and logits.npz with peft's logits and the versions.
+It writes tests/checkpoints/peft: adapter_config.json, and recorded.npz with the bytes of adapter_model.safetensors, peft's
+logits and the versions.
 """
 
 import importlib.metadata
@@ -47,14 +48,16 @@ def main() -> None:
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
         logits = model(torch.from_numpy(recorded_images().transpose(0, 3, 1, 2))).logits.numpy()
-    model.save_pretrained(RECORDED / "adapter")
-    (RECORDED / "adapter" / "README.md").unlink()
-    path = RECORDED / "adapter" / "adapter_config.json"
-    # The place of a temporary folder.
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": "base"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        weights = np.fromfile(Path(folder) / "adapter_model.safetensors", np.uint8)
+    # The base was in a temporary folder.
+    config["base_model_name_or_path"] = "base"
+    (RECORDED / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
-    np.savez(RECORDED / "logits.npz", logits=logits.transpose(0, 2, 3, 1), versions=json.dumps(versions))
+    found = {"logits": logits.transpose(0, 2, 3, 1), "adapter_model": weights, "versions": json.dumps(versions)}
+    np.savez_compressed(RECORDED / "recorded.npz", **found)
 
 
 if __name__ == "__main__":

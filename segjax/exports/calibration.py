@@ -66,6 +66,11 @@ class CalibrationData(NamedTuple):
     kind: specs.ImageKind
     labelled: OpenSplit | None = None
 
+    @property
+    def shown(self) -> str:
+        """`name` for a line of text."""
+        return console.one_line(self.name, most=30)
+
 
 def open_data(
     loaded: LoadedCheckpoint[SegmentationModel],
@@ -106,9 +111,8 @@ def open_data(
         )
     files = sorted(file for file in path.rglob("*") if _is_image(file, path)) if path.is_dir() else [path]
     sizes = {size for file in files if (size := upright_size(file))}
-    return CalibrationData(
-        str(data), lambda number: as_image(files[number], kind), *_divided(len(files), str(path)), sizes, kind
-    )
+    numbers = _divided(len(files), str(path))
+    return CalibrationData(str(data), lambda number: as_image(files[number], kind), *numbers, sizes, kind)
 
 
 def _is_image(file: Path, folder: Path) -> bool:
@@ -130,19 +134,25 @@ def refuse_larger(data: CalibrationData, export_format: ExportFormat) -> None:
     larger = sorted(size for size in data.sizes if size[0] > height or size[1] > width)
     if larger and export_format.argmax and not export_format.dynamic:
         raise CheckpointError(
-            f"{data.name} has images of {larger[-1][0]}x{larger[-1][1]}, and a file that gives labels takes whole "
+            f"{data.shown} has images of {larger[-1][0]}x{larger[-1][1]}, and a file that gives labels takes whole "
             f"images of at most its size, {height}x{width}: give a larger --size, or omit --with-argmax"
         )
 
 
 def settings_of(loaded: LoadedCheckpoint[SegmentationModel], export_format: ExportFormat) -> dict[str, Any]:
-    """The protocol of a run's evaluation, as settings that differ from the defaults; {} for a file of labels."""
+    """The protocol of a run's evaluation, as settings that differ from the defaults; {} for a file of labels.
+
+    The sliding window of a file with one size has that size.
+    """
     config = loaded.metadata.get("config") or {}
     if export_format.argmax or "eval" not in config:
         return {}
     protocol = Protocol.of(config["eval"])
     fields = {field.name: getattr(protocol, field.name) for field in dataclasses.fields(Protocol)}
-    return {name: value for name, value in fields.items() if value != getattr(Protocol(), name)}
+    settings = {name: value for name, value in fields.items() if value != getattr(Protocol(), name)}
+    if not export_format.dynamic and settings.get("crop") not in (None, export_format.size):
+        del settings["crop"], settings["stride"]
+    return settings
 
 
 def quantise(
@@ -170,7 +180,7 @@ def quantise(
     """
     before = open_exported(source)
     number = len(data.calibrating)
-    logger.info("quantising to INT8, with %d image%s of %s", number, "s" * (number != 1), data.name)
+    logger.info("quantising to INT8, with %d image%s of %s", number, "s" * (number != 1), data.shown)
     protocol = protocol_for(before.model, settings, data.sizes)
     inputs = calibration_inputs(before, protocol, data)
     tool = int8.quantise(source, target, inputs)
@@ -195,14 +205,14 @@ def quantise(
         "timed_size": list(inputs[0].shape[1:3] if before.model.channels_last else inputs[0].shape[2:]),
         "cores": os.cpu_count(),
     }
-    for line in _table(record):
+    for line in _table(record, data.shown):
         logger.info("%s", line)
     loss = _loss(figures.mean_ious)
     if loss is None:
         logger.info("  without labels there is no mIoU: evaluate the file on data with labels")
     elif loss > LARGEST_LOSS and not accept_loss:
         raise LossError(
-            f"not written, because INT8 loses {100 * loss:.1f} points of mIoU on {data.name}, and more than "
+            f"not written, because INT8 loses {100 * loss:.1f} points of mIoU on {data.shown}, and more than "
             f"{100 * LARGEST_LOSS:.0f} is refused; --accept-loss writes it all the same"
         )
     write_metadata(target, {**metadata, "quantisation": record})
@@ -286,11 +296,11 @@ def _loss(mean_ious: tuple[float | None, float | None]) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _table(record: Mapping[str, Any]) -> Iterable[str]:
-    """The record as lines of at most 80 columns."""
+def _table(record: Mapping[str, Any], name: str) -> Iterable[str]:
+    """The record as lines of at most 80 columns; `name` is that of the data."""
     before, after = record["float32"], record["int8"]
     height, width = record["timed_size"]
-    yield f"  {'':<10} {'float32':>10} {'INT8':>10}   on {record['measured_images']} images of {record['data']}"
+    yield f"  {'':<10} {'float32':>10} {'INT8':>10}   on {record['measured_images']} images of {name}"
     if "mean_iou" in before and "mean_iou" in after:
         difference = after["mean_iou"] - before["mean_iou"]
         yield f"  {'mIoU':<10} {before['mean_iou']:>10.4f} {after['mean_iou']:>10.4f}   {difference:+.4f}"

@@ -583,7 +583,7 @@ INIT = Section(
 
 LORA = Section(
     "lora",
-    "low-rank adapters, which are trained in place of the weights of init.checkpoint",
+    "low-rank adapters, trained in place of the weights",
     (
         Setting(
             "rank",

@@ -18,7 +18,7 @@ from segjax.checkpoints.state_dict import from_torch, model_metadata, named_vari
 from segjax.models import lora
 from tests.tiny import FAMILIES, abstract_family, tiny_model
 
-# What parity/record_adapter.py recorded: an adapter of peft, images and peft's logits.
+# What parity/record_adapter.py recorded: an adapter of peft, and peft's logits.
 RECORDED = Path(__file__).parent / "peft"
 SHAPE = (2, 32, 64, 3)
 
@@ -54,15 +54,16 @@ def base(tmp_path_factory):
 def recorded(base, tmp_path):
     """The recorded adapter with its base."""
     (tmp_path / "lora").mkdir()
-    for path in (RECORDED / "adapter").iterdir():
-        (tmp_path / "lora" / path.name).write_bytes(path.read_bytes())
-    config = json.loads((RECORDED / "adapter" / "adapter_config.json").read_text())
+    with np.load(RECORDED / "recorded.npz") as found:
+        (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(found["adapter_model"].tobytes())
+    config = json.loads((RECORDED / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     return tmp_path / "lora"
 
 
 def test_an_adapter_that_peft_wrote_gives_its_outputs(recorded, base):
-    expected = np.load(RECORDED / "logits.npz")["logits"]
+    with np.load(RECORDED / "recorded.npz") as found:
+        expected = found["logits"]
     logits = np.asarray(load(recorded).model(recorded_images())[0])
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)

@@ -218,6 +218,17 @@ def test_data_that_cannot_calibrate_are_refused(tmp_path):
         data.read(0)
 
 
+def test_the_protocol_is_that_of_the_run_with_the_window_of_the_file():
+    config = {"eval": {"mode": "slide", "crop": [32, 48], "stride": [16, 24], "scales": [0.5, 1.0], "flip": True}}
+    run = LoadedCheckpoint(Pixels(5), SPEC, {"config": config})
+    found = {size: calibration.settings_of(run, ExportFormat("onnx", size, int8=True)) for size in ((32, 48), (24, 40))}
+    kept = {"mode": "slide", "scales": (0.5, 1.0), "flip": True}
+    assert found == {(32, 48): kept | {"crop": (32, 48), "stride": (16, 24)}, (24, 40): kept}
+    assert calibration.settings_of(run, ExportFormat("onnx", (24, 40), argmax=True)) == {}
+    open_sizes = ExportFormat("onnx", (24, 40), dynamic=True)
+    assert calibration.settings_of(run, open_sizes) == found[32, 48]
+
+
 def test_a_file_of_labels_must_be_as_large_as_the_images():
     model = Pixels(5)
     data = calibration.open_data(loaded(model), split(model.labels, 3, (30, 44)))
