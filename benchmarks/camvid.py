@@ -112,14 +112,16 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
     """Trains and evaluates with one seed, and skips what is already done.
 
     Returns:
-      "single" and "multi" mIoU; "per_class_iou" of "single" by class; "step", "images_per_second", "params_sha256" and
-      "config" of the training.
+      "single" and "multi" mIoU; "per_class_iou" of "single" by class; "curves", the result of `curve` for each training;
+      "step", "images_per_second", "params_sha256" and "config" of the last training.
     """
     workdir = options.workdir.absolute() / f"{options.variant}-{options.train_split}-seed-{seed}"
     call(training(options, seed, workdir, dtype, start=None))
+    curves = [curve(workdir)]
     if options.variant in TRAINED_ON_CROPS:
         crops, workdir = workdir, workdir.with_name(f"{workdir.name}-whole")
         call(training(options, seed, workdir, dtype, start=crops))
+        curves.append(curve(workdir))
     result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     reports = {}
     for folder, command in evaluations(options, workdir).items():
@@ -134,8 +136,19 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
         "single": single["mean_iou"],
         "multi": reports[MULTI]["mean_iou"],
         "per_class_iou": {entry["class"]: entry["iou"] for entry in single["classes"]},
+        "curves": curves,
         **{key: result[key] for key in ("step", "images_per_second", "params_sha256", "config")},
     }
+
+
+def curve(workdir: Path, most: int = 100) -> list[tuple[int, float]]:
+    """The steps of a run and their losses, at most `most` of them, evenly spaced."""
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [(line["step"], round(line["loss"], 4)) for line in map(json.loads, lines) if "loss" in line]
+    picked = (
+        range(len(points)) if len(points) <= most else [round(k * (len(points) - 1) / (most - 1)) for k in range(most)]
+    )
+    return [points[k] for k in picked]
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
