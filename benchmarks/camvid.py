@@ -112,8 +112,8 @@ def of_seed(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, obj
     """Trains and evaluates with one seed, and skips what is already done.
 
     Returns:
-      "single" and "multi" mIoU; "per_class_iou" of "single" by class; "curves", the result of `curve` for each training;
-      "step", "images_per_second", "params_sha256" and "config" of the last training.
+      "single" and "multi" mIoU; "per_class_iou" of "single" by class; "curves", the result of `curve` of each
+      training; "step", "images_per_second", "params_sha256" and "config" of the last training.
     """
     workdir = options.workdir.absolute() / f"{options.variant}-{options.train_split}-seed-{seed}"
     call(training(options, seed, workdir, dtype, start=None))
@@ -145,9 +145,7 @@ def curve(workdir: Path, most: int = 100) -> list[tuple[int, float]]:
     """The steps of a run and their losses, at most `most` of them, evenly spaced."""
     lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     points = [(line["step"], round(line["loss"], 4)) for line in map(json.loads, lines) if "loss" in line]
-    picked = (
-        range(len(points)) if len(points) <= most else [round(k * (len(points) - 1) / (most - 1)) for k in range(most)]
-    )
+    picked = sorted({round(k * (len(points) - 1) / (most - 1)) for k in range(most)})
     return [points[k] for k in picked]
 
 

@@ -3,8 +3,8 @@
     pip install peft
     python -m parity.record_adapter
 
-It writes tests/checkpoints/peft: adapter_config.json, and recorded.npz with the bytes of adapter_model.safetensors, peft's
-logits and the versions.
+It writes tests/checkpoints/peft: adapter_config.json, and recorded.npz with the bytes of adapter_model.safetensors,
+peft's logits and the versions.
 """
 
 import importlib.metadata
