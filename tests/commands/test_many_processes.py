@@ -168,11 +168,10 @@ def test_the_first_process_reports_for_both(both):
 def test_an_evaluation_goes_on_with_what_processes_counted_before_one_died(made, tmp_path, capsys, both):
     command = commands(made, tmp_path)[0]
     (first, _, errors), (second, _, _) = run_in_two(tmp_path, [command], death="evaluate")
-    assert (first, second) == (2, -9)
+    assert first not in (0, 1) and second == -9
     told = " ".join(errors.split())
-    assert (
-        "segjax evaluate: another process has died or cannot be reached" in told and "start all of them again" in told
-    )
+    assert "another process has died or cannot be reached" in told and "start all of them again" in told
+    assert "stack trace" not in told
     assert not (tmp_path / "report/index.html").exists()
     assert run_here(*command) == 0
     # Process 0 counted the first and the third batch, of two images and of one; process 1 died after an image.
