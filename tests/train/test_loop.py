@@ -33,6 +33,7 @@ from segjax.inference import evaluation
 from segjax.inference.engine import Protocol, labels_of
 from segjax.kernels import choice
 from segjax.models.functional import params_sha256
+from segjax.models.lora import NO_ADAPTERS
 from segjax.recipes import common
 from segjax.runtime import console, lock
 from segjax.train import loop, optim, setup
@@ -880,7 +881,10 @@ def test_the_description_of_every_default_fits_80_columns(dataset, counts, capsy
     )
     splits = [OpenSplit(range(count), spec, None) for count in counts]
     model = SimpleNamespace(
-        arrays=lambda: ({"w": np.empty((84_000_000,), np.int8)}, {}), spec=SimpleNamespace(name=config.model.name)
+        arrays=lambda: ({"w": np.empty((84_000_000,), np.int8)}, {}),
+        spec=SimpleNamespace(name=config.model.name),
+        adapters=NO_ADAPTERS,
+        frozen=frozenset(),
     )
     parallel = SimpleNamespace(devices=[SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")] * 8, kind="jit")
     steps = setup.summary_of_steps(config.train, config.augment, config.optim, padding=0.25)
