@@ -20,7 +20,7 @@ from tests.docs import test_pages
 from tests.tiny import numpy_draws, tiny_model
 
 # Packages that the extra `test` does not have. parity/test_deploy.py runs blocks of docs/deploy.md where they are.
-OTHERS = ("albumentations", "coremltools", "litert_torch", "tritonclient")
+OTHERS = ("albumentations", "coremltools", "litert_torch", "peft", "tritonclient")
 CLASSES = specs.STREETS.num_classes
 LARGE, SMALL = (512, 1024), (64, 96)
 BLOCKS = {

@@ -312,6 +312,7 @@ def called(monkeypatch):
             workdir = next(word.removeprefix("--workdir=") for word in command if word.startswith("--workdir="))
             result = {"images_per_second": 1.0, "params_sha256": "", "config": {}, "step": calls.step}
             recorded.write(camvid.Path(workdir) / "result.json", result)
+            (camvid.Path(workdir) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
         else:
             report = {"step": calls.step, "mean_iou": 0.5, "classes": [{"class": "sky", "iou": 0.5}]}
             recorded.write(camvid.Path(command[command.index("--output") + 1]) / "results.json", report)
