@@ -1,6 +1,5 @@
 """INT8 files of onnxruntime and nncf, and float16 files: their graphs, by NumPy, and their labels."""
 
-import importlib.util
 import json
 import os
 import re
@@ -28,8 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 SIZE = (64, 96)
 FAMILIES = ("segformer", "hrnet", "segnext")
 MEAN, STD = np.array(specs.IMAGENET_MEAN), np.array(specs.IMAGENET_STD)
-with_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs the extra openvino")
-TOOLS = ("onnx", pytest.param("openvino", marks=with_nncf))
+TOOLS = ("onnx", "openvino")
 
 
 def scenes(numbers):
@@ -134,7 +132,6 @@ def test_labels_of_int8_files_are_nearly_those_of_float32(family, tool, file_of,
     assert (wide.argmax(axis=1) == rolled.argmax(axis=1)).mean() < equal - 0.05
 
 
-@with_nncf
 @pytest.mark.filterwarnings("default")
 def test_openvino_quantises_convolutions_and_products_with_weights_only(file_of, tmp_path):
     openvino = runtimes.import_openvino()
@@ -152,7 +149,6 @@ def test_openvino_quantises_convolutions_and_products_with_weights_only(file_of,
     assert counts["segnext"] == counts["hrnet"] == 0 < counts["segformer"]
 
 
-@with_nncf
 def test_nncf_reports_nothing_over_the_network(tmp_path):
     # Telemetry goes through a forked process and a socket.
     kernel = onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "kernel")
@@ -216,7 +212,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["m.onnx", pytest.param("m.xml", marks=[pytest.mark.slow, with_nncf, pytest.mark.filterwarnings("default")])],
+    ["m.onnx", pytest.param("m.xml", marks=[pytest.mark.slow, pytest.mark.filterwarnings("default")])],
 )
 def test_an_int8_file_is_evaluated_and_predicts_like_any_other(name, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -247,9 +243,7 @@ def test_an_int8_file_is_evaluated_and_predicts_like_any_other(name, checkpoint,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["m.onnx", pytest.param("m.xml", marks=[with_nncf, pytest.mark.filterwarnings("default")])]
-)
+@pytest.mark.parametrize("name", ["m.onnx", pytest.param("m.xml", marks=pytest.mark.filterwarnings("default"))])
 def test_a_loss_leaves_the_file_before_as_it_was(name, checkpoint, tmp_path):
     folder, split = checkpoint
     for file in (name, f"{name}.json"):

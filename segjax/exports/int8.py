@@ -68,8 +68,9 @@ def _quantise_onnx(source: Path, target: Path, inputs: Sequence[np.ndarray]) -> 
         def __init__(self):
             self._remaining = iter(inputs)
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(({name: given} for given in self._remaining), None)  # type: ignore[return-value]
+        # None ends the calibration, which the annotation of the base class lacks.
+        def get_next(self) -> Any:
+            return next(({name: given} for given in self._remaining), None)
 
     # Shapes only. The exporter has optimised the graph, and onnxruntime's optimiser would turn each product with a bias
     # into a Gemm between two Reshapes.
