@@ -17,7 +17,7 @@ plain implementations instead of the fast ones for CPUs. Nothing is cached on di
 cores.
 
 `--time` times the steps of the benchmark's table instead; the two checkouts take turns. This takes about twenty minutes
-on two idle cores.
+on two idle cores. `--time --augmentation` times the augmentation of a batch instead, which takes five.
 
 The exit status is 1 if an array differs, or if a row of `--time` takes more than 1.05 times as long as before.
 """
@@ -31,8 +31,9 @@ import os
 import subprocess
 import sys
 import time
+import types
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,7 @@ SEEDS = (0, 1, 2)
 # Largest accepted ratio of the new time to the old.
 SLOWER = 1.05
 ROUNDS, ROUND_SECONDS, QUIET_SECONDS = 15, 0.5, 0.5
+AUGMENTATION_ROUNDS = 25
 
 
 class Subject(NamedTuple):
@@ -108,6 +110,29 @@ SUBJECTS = {
     "hrnet_w18_ocr": Subject("hrnet_w18_ocr", **_FULL),
     "segnext_t": Subject("segnext_t", **_FULL),
 }
+
+
+# Settings that add no work; the checkouts are compared with what both of them have.
+_NEUTRAL = dict(base_size=None, scale_step=0.0, cat_max_ratio=1.0, class_balance=0.0, rotation=0.0, flip=0.5)
+_NEUTRAL |= dict(photometric=True, brightness=0, cutmix=0.0, classmix=0.0, on_device="", on_host="", scale=(0.5, 2.0))
+
+
+class Augmentation(NamedTuple):
+    """A batch of images (B, H, W), the largest of a dataset, and the crops (h, w) taken from them."""
+
+    title: str
+    images: tuple[int, int, int]
+    crop: tuple[int, int]
+    photometric: bool = True
+
+
+AUGMENTATIONS = (
+    Augmentation("CamVid", (8, 360, 480), (352, 352)),
+    Augmentation("CamVid, no colour", (8, 360, 480), (352, 352), photometric=False),
+    Augmentation("ADE20K", (8, 512, 683), (512, 512)),
+    Augmentation("Cityscapes", (4, 1024, 2048), (512, 1024)),
+    Augmentation("Cityscapes, no colour", (4, 1024, 2048), (512, 1024), photometric=False),
+)
 
 
 # ------------------------------------------------------------------------------------------- in a checkout of its own
@@ -280,6 +305,42 @@ def _contender(work: tuple):
     return make(_first_of(*(f"{module}:Work" for module in contenders))(*work))
 
 
+class Augmenting:
+    """Augmentation as in a training step: each run is one batch, with the keys of its step."""
+
+    def __init__(self, case: Augmentation):
+        import jax
+        import jax.numpy as jnp
+
+        from segjax.data import augment
+
+        settings = types.SimpleNamespace(**_NEUTRAL | dict(crop=case.crop, photometric=case.photometric))
+        batch, (height, width) = case.images[0], case.images[1:]
+        rng = np.random.default_rng(0)
+        # Blocks of one value, as photographs have.
+        coarse = rng.integers(0, 256, (batch, height // 8 + 1, width // 8 + 1, 3), np.uint8)
+        self._batch = {
+            "image": jnp.asarray(coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]),
+            "label": jnp.asarray(rng.integers(0, 11, (batch, height, width), np.uint8)),
+            "size": jnp.tile(jnp.array([[height, width]], jnp.int32), (batch, 1)),
+        }
+
+        def step(number, batch):
+            keys, _ = augment.step_keys(jax.random.key(0), number, jnp.arange(len(batch["size"])))
+            return augment.augment(keys, batch, settings, ignore_label=IGNORED)
+
+        self._step = jax.jit(step).lower(0, self._batch).compile()
+        self.memory = self._step.memory_analysis().temp_size_in_bytes
+        self.outcome = self._step(0, self._batch)[0]
+        self._number = 0
+
+    def run(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._number += 1
+            result = self._step(self._number, self._batch)
+        result[0].block_until_ready()
+
+
 def _serve(connection: Connection) -> None:
     """Answers requests until the connection ends; an answer is a stream that ends with None or an error's text."""
     # The finder of an editable install would load modules that this checkout lacks from another checkout.
@@ -299,6 +360,10 @@ def _serve(connection: Connection) -> None:
                     connection.send(_checked(case, arrays))
             elif kind == "prepare":
                 contender = _contender(*arguments)
+                connection.send((np.asarray(contender.outcome), contender.memory))
+            elif kind == "prepare augmentation":
+                (fields,) = arguments
+                contender = Augmenting(Augmentation(*fields))
                 connection.send((np.asarray(contender.outcome), contender.memory))
             else:
                 (steps,) = arguments
@@ -433,11 +498,14 @@ def compare(name: str, checkouts: Sequence[Checkout], *, plain: bool = False) ->
     return all_equal
 
 
-def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -> dict[str, object]:
+def timed(request: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -> dict[str, object]:
     """Times one row; the checkouts take turns.
 
     Args:
-      work: Fields of the benchmark's `Work`: model, size, batch, mode, dtype, number of classes.
+      request: "prepare" and the fields of the benchmark's `Work` (model, size, batch, mode, dtype, number
+        of classes), or "prepare augmentation" and the fields of an `Augmentation`.
+      checkouts: The two processes, old first.
+      rounds: Number of turns of each.
 
     Returns:
       "milliseconds", medians of old and new; "ratio" of new to old, quartiles over rounds, median first; "bytes" of
@@ -445,7 +513,7 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
     """
     outcomes, memory = [], []
     for checkout in checkouts:
-        checkout.ask("prepare", work)
+        checkout.ask(*request)
         ((outcome, temporaries),) = checkout.answers()
         outcomes.append({"outcome": outcome})
         memory.append(temporaries)
@@ -472,19 +540,27 @@ def timed(work: tuple, checkouts: Sequence[Checkout], *, rounds: int = ROUNDS) -
     }
 
 
-def _time_table(old: Path, new: Path, models: Sequence[str] | None) -> bool:
-    """Times the rows of the benchmark's table, and returns whether none is slower."""
-    table = _first_of("segjax.benchmark.rows:TABLE", "segjax.benchmark:TABLE")
+def _rows_of_models(models: Sequence[str] | None) -> Iterator[tuple[str, tuple]]:
+    """Yields title and request of each row of the benchmark's table."""
+    for row in _first_of("segjax.benchmark.rows:TABLE", "segjax.benchmark:TABLE"):
+        if not models or row.model in models:
+            title = f"{row.model}, {row.mode} {_by((row.batch, *row.size))}"
+            yield title, ("prepare", (row.model, row.size, row.batch, row.mode, "float32", 150))
 
+
+def _rows_of_augmentation() -> Iterator[tuple[str, tuple]]:
+    for case in AUGMENTATIONS:
+        yield f"{case.title}, {_by(case.images)}", ("prepare augmentation", tuple(case))
+
+
+def _time_table(old: Path, new: Path, rows: Iterable[tuple[str, tuple]], *, rounds: int) -> bool:
+    """Times the rows, and returns whether none is slower."""
     good = True
     print(f"{'':34s}{'old':>9s}{'new':>9s}   new/old (quartiles)    temporaries MiB   outcome")
-    for row in table:
-        if models and row.model not in models:
-            continue
+    for title, request in rows:
         # A new process for every row, so that memory left by another row does not count.
         with both(old, new) as checkouts:
-            result = timed((row.model, row.size, row.batch, row.mode, "float32", 150), checkouts)
-        title = f"{row.model}, {row.mode} {_by((row.batch, *row.size))}"
+            result = timed(request, checkouts, rounds=rounds)
         before, now = result["milliseconds"]
         ratio, low, high = result["ratio"]
         slower = ratio > SLOWER
@@ -508,6 +584,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="the plain implementations instead of the fast ones")
     parser.add_argument("--time", action="store_true", help="time the rows of the benchmark's table")
     parser.add_argument("--model", nargs="+", help="with --time: only the rows of these models")
+    parser.add_argument("--augmentation", action="store_true", help="with --time: augmentation instead of models")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if sys.platform == "win32":
@@ -518,7 +595,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old = options.old.resolve()
     try:
         if options.time:
-            return 0 if _time_table(old, HERE, options.model) else 1
+            if options.augmentation:
+                good = _time_table(old, HERE, _rows_of_augmentation(), rounds=AUGMENTATION_ROUNDS)
+            else:
+                good = _time_table(old, HERE, _rows_of_models(options.model), rounds=ROUNDS)
+            return 0 if good else 1
         with both(old, HERE) as checkouts:
             names = options.family or list(SUBJECTS)
             equal = [compare(name, checkouts, plain=options.plain) for name in names]

@@ -160,11 +160,15 @@ def _rounded_fraction(number, numerator, denominator):
 
 
 def _divide_product(a, b, divisor):
-    """Quotient and remainder of a * b / divisor; exact even if a * b exceeds int32, but not if the quotient does."""
+    """Quotient and remainder of a * b / divisor; exact for quotients below 2**21, even if a * b exceeds int32.
+
+    The compiler repeats this for each pixel of a crop, where an integer division would cost more than reading the label.
+    """
     guess = jnp.floor(a * (b / divisor)).astype(jnp.int32)
-    # float32 misses the quotient by a few at most. Both products may overflow, but their difference does not.
+    # float32 misses the quotient by one at most. Both products may overflow, but their difference does not.
     remainder = a * b - guess * divisor
-    return guess + remainder // divisor, remainder % divisor
+    missing = (remainder >= divisor).astype(jnp.int32) - (remainder < 0).astype(jnp.int32)
+    return guess + missing, remainder - missing * divisor
 
 
 # --------------------------------------------------------------------------------------------------- pixels of a crop
