@@ -59,21 +59,17 @@ class Case(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------- forms
 
 
-def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A depthwise convolution as a sum of shifted maps over taps: (B, H, W, C), (kh, kw, 1, C) -> (B, H, W, C)."""
-    (rows, columns), (H, W) = kernel.shape[:2], x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
-    taps = ((i, j) for i in range(rows) for j in range(columns))
-    return sum(padded[:, i : i + H, j : j + W] * kernel[i, j, 0] for i, j in taps)
-
-
 def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns, _, channels = kernel.shape
     return convolution.conv_plain(x, kernel, stride=1, padding=(rows // 2, columns // 2), groups=channels)
 
 
 def depthwise(rehearse: bool) -> Iterator[Case]:
-    forms = {"lax, grouped": Form(grouped), "shifted": Form(shifted), "shifted, own rule": Form(convolution.depthwise)}
+    forms = {
+        "lax, grouped": Form(grouped),
+        "shifted": Form(convolution.depthwise_fused),
+        "shifted, own rule": Form(convolution.depthwise),
+    }
     # The Mix-FFN of SegFormer's first and third stage; SegNeXt's attention.
     maps = {(3, 3): [(16, 128, 128, 128), (16, 32, 32, 1280)]}
     maps |= {kernel: [(16, 128, 128, 64)] for kernel in ((5, 5), (1, 21), (21, 1))}

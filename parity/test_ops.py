@@ -59,7 +59,8 @@ def assert_forms_equal(fast, plain, arguments, dtype, within, what):
 @pytest.mark.parametrize("kernel_size", [(3, 3), (5, 5), (1, 7), (21, 1)])
 # The weight's gradient is summed over row tiles first: of a prime number one, of others up to eight.
 @pytest.mark.parametrize("shape", [(2, 13, 22, 6), (3, 5, 4, 1), (2, 24, 7, 3)])
-def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, kernel_size, dtype, float64, within):
+@pytest.mark.parametrize("form", [convolution.depthwise, convolution.depthwise_fused])
+def test_depthwise_as_shifted_products_equals_the_grouped_convolution(form, shape, kernel_size, dtype, float64, within):
     x = normal(*shape, seed=0, dtype=dtype)
     kernel = normal(*kernel_size, 1, shape[-1], seed=1, dtype=dtype)
     padding = (kernel_size[0] // 2, kernel_size[1] // 2)
@@ -68,7 +69,7 @@ def test_depthwise_as_shifted_products_equals_the_grouped_convolution(shape, ker
         return convolution.conv_plain(x, kernel, stride=1, padding=padding, groups=shape[-1])
 
     assert_forms_equal(
-        convolution.depthwise,
+        form,
         plain,
         (x, kernel),
         dtype,

@@ -162,7 +162,7 @@ def _rounded_fraction(number, numerator, denominator):
 def _divide_product(a, b, divisor):
     """Quotient and remainder of a * b / divisor; exact for quotients below 2**21, even if a * b exceeds int32.
 
-    The compiler repeats this for each pixel of a crop, where an integer division would cost more than reading the label.
+    The compiler repeats this for each pixel of a crop, where an integer division costs more than reading the label.
     """
     guess = jnp.floor(a * (b / divisor)).astype(jnp.int32)
     # float32 misses the quotient by one at most. Both products may overflow, but their difference does not.

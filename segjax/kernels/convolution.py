@@ -133,6 +133,56 @@ def sums_of_products(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> ja
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
+# Products up to which a sum of shifted products takes a GPU little longer than the launch of its kernel: about 5 us.
+MOST_PRODUCTS_OF_A_LAUNCH = 2**25
+
+
+def is_fused_on_gpu(x: jax.Array, kernel: jax.Array, *, is_inference: bool) -> bool:
+    """Whether a GPU computes `depthwise_fused` faster than cuDNN computes a grouped convolution and its neighbours.
+
+    cuDNN's grouped convolution is not fused with anything. A sum of shifted products is fused with the bias, GELU and
+    sums around it, but its arithmetic grows with the kernel: it pays for 3x3 in 16 bits (mix-FFN of SegFormer's first
+    stage, forward and backward, by roofline on an H200: 1.46 to 1.26 ms), and for larger kernels on small maps.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (kh, kw, 1, C), both sides odd.
+      is_inference: Whether no gradient is computed.
+    """
+    taps = kernel.shape[0] * kernel.shape[1]
+    if taps <= 9 and (is_inference or x.dtype.itemsize == 2):
+        return True
+    is_static = all(isinstance(side, int) for side in x.shape)
+    return is_inference and is_static and x.size * taps <= MOST_PRODUCTS_OF_A_LAUNCH
+
+
+@jax.custom_vjp
+def depthwise_fused(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`depthwise` for GPUs, where XLA fuses the sum with the operations around it.
+
+    The kernel's gradient is that of XLA's convolution, which cuDNN computes.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (kh, kw, 1, C), both sides odd.
+    """
+    return sum_of_taps(padded(x, kernel.shape[:2]), kernel)
+
+
+def _depthwise_fused_forward(x, kernel):
+    return depthwise_fused(x, kernel), (x, kernel)
+
+
+def _depthwise_fused_backward(residuals, gradient):
+    x, kernel = residuals
+    padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
+    _, transpose = jax.vjp(lambda k: conv_plain(x, k, stride=1, padding=padding, groups=x.shape[-1]), kernel)
+    return depthwise_fused(gradient, kernel[::-1, ::-1]), *transpose(gradient)
+
+
+depthwise_fused.defvjp(_depthwise_fused_forward, _depthwise_fused_backward)
+
+
 def _sum_over_row_tiles(x: jax.Array, y: jax.Array) -> jax.Array:
     """x * y, summed over row tiles in at least float32: (B, H, W, C) twice -> (B, H / tiles, W, C).
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | `conv`, 1x1, stride 1, no padding, no groups | matrix product | matrix product |
 | `conv`, kernel as large as its stride, no padding, no groups | `convolution.conv_of_patches` | XLA |
-| `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | XLA |
+| `conv`, depthwise, stride 1, size kept, odd kernel | `convolution.depthwise` | `convolution.depthwise_fused` or XLA |
 | `conv`, any other, weights prepared | XLA | `convolution.conv_by_output` |
 | `conv`, any other | XLA (`convolution.conv_plain`) | XLA |
 | `conv_norm`, running statistics | layer by layer | one convolution (`layers.norm`) |
@@ -135,8 +135,12 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: tuple[int, in
         # gradient of the grouped kernel would gather the batch from all devices.
         x, groups = jnp.repeat(x, out_channels // groups, axis=-1), out_channels
     keeps_size = padding == (kernel_height // 2, kernel_width // 2) and kernel_height % 2 and kernel_width % 2
-    if in_per_group == 1 and stride == 1 and keeps_size and choice.is_fast_on_cpu():
-        return convolution.depthwise(x, kernel)
+    if in_per_group == 1 and stride == 1 and keeps_size:
+        if choice.is_fast_on_cpu():
+            return convolution.depthwise(x, kernel)
+        is_inference = choice.are_weights_prepared()
+        if choice.is_fast_on_gpu() and convolution.is_fused_on_gpu(x, kernel, is_inference=is_inference):
+            return convolution.depthwise_fused(x, kernel)
     if choice.are_weights_prepared() and choice.is_fast_on_gpu():
         return convolution.conv_by_output(x, kernel, stride=stride, padding=padding, groups=groups)
     return convolution.conv_plain(x, kernel, stride=stride, padding=padding, groups=groups)

@@ -1,14 +1,17 @@
 """The operations of programs for CUDA, lowered on a machine without a GPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from segjax import layers, losses
 from segjax.benchmark.training import training_step
+from segjax.kernels import convolution
 from segjax.models.functional import FunctionalModel
 from segjax.models.prepared import Prepared
 from segjax.recipes import common
@@ -99,3 +102,33 @@ def test_norms_and_layouts_of_weights_are_no_operations_of_inference():
     # Maps are cast, in upsampling and in the head; no weight is.
     casts = [line for line in forward.splitlines() if "stablehlo.convert " in line]
     assert casts and all(f": (tensor<{BATCH}x" in line for line in casts)
+
+
+def grouped(text):
+    """Number of convolutions with groups."""
+    return len(re.findall(r"(?:feature|batch)_group_count = (?:[2-9]|[1-9]\d+) ", text))
+
+
+@pytest.mark.parametrize("family", ["segformer", "simple", "zuppichini", "segnext"])
+def test_inference_has_no_depthwise_convolution_that_nothing_is_fused_with(family):
+    forward, _ = programs(family, "bfloat16")
+    assert forward.count("stablehlo.convolution") >= 4 and grouped(forward) == 0
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("bfloat16", 1), pytest.param("float32", 3, marks=pytest.mark.slow)])
+def test_training_in_16_bits_leaves_only_weight_gradients_of_depthwise_convolutions_to_cudnn(dtype, each):
+    _, train = programs("segformer", dtype)
+    parameters = jax.tree.leaves(nnx.state(abstract_family("segformer"), nnx.Param))
+    layers_with_groups = sum(parameter.shape[:3] == (3, 3, 1) for parameter in parameters)
+    assert layers_with_groups >= 4 and grouped(train) == each * layers_with_groups
+
+
+def test_large_maps_and_kernels_are_left_to_cudnn():
+    def is_fused(height, side, *, is_inference=True, dtype=jnp.bfloat16):
+        x = jax.ShapeDtypeStruct((1, height, 2 * height, 32), dtype)
+        kernel = jax.ShapeDtypeStruct((side, side, 1, 32), dtype)
+        return convolution.is_fused_on_gpu(x, kernel, is_inference=is_inference)
+
+    assert is_fused(128, 5) and not is_fused(512, 5) and is_fused(512, 3)
+    assert not is_fused(128, 5, is_inference=False) and is_fused(128, 3, is_inference=False)
+    assert not is_fused(128, 3, is_inference=False, dtype=jnp.float32)
