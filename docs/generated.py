@@ -31,6 +31,8 @@ def write(folder: Path) -> None:
         "published_weights.md": published_weights(),
         "tables/choice.md": choice(record("speed-cpu"), record("gpu-static")),
         "tables/speed.md": speed(record("speed-cpu")),
+        "tables/sizes.md": sizes(record("sizes-cpu")),
+        "tables/feeding.md": feeding(record("feeding-sizes-cpu"), record("gpu-static")),
         "tables/gpu.md": gpu(record("gpu-static")),
         "tables/errors.md": errors(record("parity")),
     }
@@ -184,6 +186,44 @@ def speed(found: dict[str, Any]) -> str:
     """Table of time on a CPU next to PyTorch's."""
     head = ["model", "work", "segjax, ms", "over PyTorch eager", "over `torch.compile`"]
     return _table(head, speed_rows(found)) + _origin(found) + "\n"
+
+
+def sizes(found: dict[str, Any]) -> str:
+    """Tables of time on a CPU over the size of the image, one for inference and one for training."""
+    tables = []
+    for mode, title, others in (
+        ("infer", "Inference", ("torch", "torch-compile")),
+        ("train", "Training step", ("torch",)),
+    ):
+        cells: dict[str, dict[tuple[int, int], str]] = {}
+        for result in found["results"]:
+            if result["mode"] == mode:
+                rows = {row["name"]: row for row in result["contenders"] if "failed" not in row}
+                ratios = ", ".join(f"{rows[name]['ours_over_theirs'][0]:.2f}" for name in others)
+                time = f"{rows['segjax']['milliseconds'][0]:.0f} ({ratios})"
+                cells.setdefault(result["model"], {})[tuple(result["size"])] = time
+        columns = sorted({size for of_model in cells.values() for size in of_model}, key=lambda size: size[0] * size[1])
+        head = [title, *("x".join(map(str, size)) for size in columns)]
+        rows = ([f"`{name}`", *(of_model.get(size, "-") for size in columns)] for name, of_model in cells.items())
+        tables.append(_table(head, rows))
+    return "".join(tables) + _origin(found) + "\n"
+
+
+def feeding(found: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """Table of the images per second that the input delivers, and table of the CPU cores that feed an H200."""
+    cores, results = found["cores"], found["results"]
+    head = ["images per second and core", "decoded at every use", "cut from decoded images", "in device memory"]
+    ways = ("decoded", "cut", "gathered")
+    delivered = ([name, *(f"{rates[way] / cores:,.0f}" for way in ways)] for name, rates in results.items())
+    small = results["ADE20K, 512x512"]
+    needs = []
+    for row in gpu["programs"]:
+        if row["mode"] == "train":
+            rate = 1e3 * row["batch"] / row["ms"]
+            of_cores = (f"{rate * cores / small[way]:.1f}" for way in ("decoded", "cut"))
+            needs.append([f"`{row['name']}`", f"{rate:,.0f}", *of_cores])
+    second = ["model", "images per second at the lower bound", "cores that decode", "cores that cut"]
+    return _table(head, delivered) + _table(second, iter(needs)) + f"{_origin(found)} {_origin(gpu)}\n"
 
 
 def choice(speed: dict[str, Any], gpu: dict[str, Any]) -> str:

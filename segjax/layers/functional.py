@@ -11,7 +11,8 @@
 | `gelu` | `gelu.gelu_by_slope` | `gelu.gelu_recomputed` |
 | `attention`, bfloat16 or float16, widths by eights to 128 | as any other | cuDNN (`attention.attention_by_cudnn`) |
 | `attention`, static sizes, more than `MOST_SCORES` scores | `attention.attention_by_rows` | as any other |
-| `attention`, any other | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
+| `attention`, any other static sizes | `attention.attention_recomputed` | `attention.attention_recomputed` |
+| `attention`, symbolic sizes | XLA (`attention.attention_plain`) | `attention.attention_recomputed` |
 | `resize`, `align_corners=False`, whole factors | `resize.resize_by_phases` | `resize.resize_by_repeats` |
 | `resize`, `align_corners=True` | `resize.resize_aligned` | `resize.resize_aligned` |
 | `resize`, any other | XLA (`resize.resize_plain`) | XLA |
@@ -199,7 +200,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return attention_kernels.attention_plain(query, key, value)
     rows = max(1, attention_kernels.MOST_SCORES // (B * h * M))
     if rows >= N:
-        return attention_kernels.attention_plain(query, key, value)
+        return attention_kernels.attention_recomputed(query, key, value)
     return attention_kernels.attention_by_rows(query, key, value, rows=-(-N // -(-N // rows)))
 
 
