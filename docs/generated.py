@@ -69,7 +69,8 @@ def command_line() -> str:
         "",
     ]
     for name, (_, summary) in COMMANDS.items():
-        lines += [f"## segjax {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
+        sentence = summary if summary.startswith("mIoU") else summary[0].upper() + summary[1:]
+        lines += [f"## segjax {name}", "", f"{sentence}.", ""]
         if name == "train":
             lines += ["All settings, `--config.KEY=VALUE`, are on [a page of their own](settings.md).", ""]
         text = help_of(name).partition("\nsettings and their defaults")[0] if name == "train" else help_of(name)

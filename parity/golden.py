@@ -37,7 +37,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One input and what the original made of it, in evaluation mode. All NCHW, float64 but for the labels.
+    """One input and the original's results for it, in evaluation mode. All are NCHW and float64, except the labels.
 
     Attributes:
       images: (B, 3, H, W). labels: (B, H, W) uint8, 255 ignored.
@@ -60,7 +60,7 @@ class Case:
 
 
 def native_key(name: str, key: str) -> str:
-    """The key that our modules carry: jo-jstrm/segmentation_pytorch writes its SegFormer without prefixes."""
+    """The key in segjax's modules: jo-jstrm/segmentation_pytorch writes its SegFormer without prefixes."""
     if name not in ("segformer_jo_jstrm", "segformer_camlaedtke"):
         return key
     part = "backbone" if re.match(r"(patch_embed|block|norm)\d", key) else "decode_head"
@@ -69,14 +69,14 @@ def native_key(name: str, key: str) -> str:
 
 @functools.cache
 def weights(name: str, *, native: bool = True) -> dict[str, np.ndarray]:
-    """State dict of a golden, float32, under our keys or (`native=False`) under those it was written with."""
+    """State dict of a golden, float32, under segjax's keys or, with `native=False`, under those in the file."""
     found = {key.removeprefix("sd/"): value for key, value in _arrays(name).items() if key.startswith("sd/")}
     return {native_key(name, key): value for key, value in found.items()} if native else found
 
 
 @functools.cache
 def cases(name: str) -> tuple[Case, ...]:
-    """The two inputs of a golden (one of `hrnet_seed`) with all that is known of them."""
+    """The two inputs of a golden (`hrnet_seed` has one) with the recorded results."""
     arrays = _arrays(name)
     found = []
     for case in ("case0", "case1"):

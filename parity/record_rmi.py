@@ -15,7 +15,7 @@ import torch
 from rmi import RMILoss
 
 CLASSES = 3
-# Multiples of a cell of 4x4 pixels, and not.
+# A multiple of the 4x4 cells of the pooling, and a size that is not.
 SIZES = ((16, 28), (21, 18))
 
 

@@ -20,7 +20,7 @@ FAMILY, SUBJECT = each(FAMILIES), each(SUBJECTS)
 
 
 def golden_model(file, **overrides):
-    """Ours, in float64, holding the weights of a golden."""
+    """A segjax model in float64 with the weights of a golden."""
     name, sizes = golden.MODELS[file]
     return segjax.from_torch(
         golden.weights(file), name=name, dtype=jnp.float64, param_dtype=jnp.float64, **sizes | overrides
@@ -97,7 +97,7 @@ def assert_layers_equal(subject, batch, size, dtype, within):
         within("output", dtype, row.error, f"{family}, narrow, {what}")
 
 
-# In float32, where the compiler takes longer, at the size that is not even: what depends on the size shows in float64.
+# float32, which takes longer to compile, runs only at the odd size: float64 shows errors that depend on the size.
 @pytest.mark.parametrize(("dtype", "sizes"), [("float64", slice(None)), ("float32", slice(1, 2))])
 @SUBJECT
 def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, float64, within):
@@ -178,11 +178,11 @@ def test_layers_as_published_and_in_their_cheaper_order_give_the_same(subject, d
     plain, _ = jax.jit(is_published)(state, x, *bases)
     fast, _ = verify.compiled(model)(x, *bases)
     family = architectures.family_of(subject.name)
-    within("output", dtype, verify.relative_error(fast, plain), f"{family}, fast forms = published forms")
+    within("output", dtype, verify.relative_error(fast, plain), f"{family}, fast implementations = published ones")
 
 
 def transformers_network(name, *, num_classes, seed):
-    """A transformers SegFormer of our name's sizes with random weights and statistics, in float64."""
+    """A transformers SegFormer with the sizes of a segjax model, random weights and statistics, in float64."""
     import transformers
 
     sizes = segjax.models.settings(name)

@@ -71,7 +71,7 @@ def golden_model(golden: dict[str, torch.Tensor], **overrides) -> SegFormer:
 
 
 def segmentation_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of (B, K, h, w) logits brought to the label's (B, H, W), over pixels that are not ignored."""
+    """Mean cross-entropy of (B, K, h, w) logits resized to the label's (B, H, W), over pixels that are not ignored."""
     upsampled = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(upsampled, label.long(), ignore_index=IGNORE)
 
@@ -112,7 +112,7 @@ def test_training_forward_equals_the_original_code(golden):
 def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
     """By BatchNorm's definition, and against transformers below, not against the golden's `case0/train/buffer/*`.
 
-    Those are bit for bit the statistics from before the forward, so they tell nothing about the ones after it.
+    Those are bit for bit the statistics before the forward pass, so they say nothing about the ones after it.
     """
     model = golden_model(golden, drop_path_rate=0.0, dropout_rate=0.0).train()
     seen = []
@@ -141,7 +141,7 @@ def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
     ids=str,
 )
 def test_settings_that_weights_cannot_tell_change_the_output(golden, overrides):
-    """Heads and eps leave every shape alone, so only figures can catch a wrong one. 1e-8 is 1e5 times the bound above.
+    """Heads and eps change no shape, so only values can catch a wrong one. 1e-8 is 1e5 times the bound above.
 
     Measured 9e-7 to 2e-5: the golden's attention is nearly uniform, so in float32 it could not tell the heads.
     """
@@ -200,7 +200,7 @@ def to_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def transformers_model(*, num_classes: int, dims, depths, decoder_dim: int, **settings):
-    """transformers' own defaults decide everything else, heads and ratios among it."""
+    """transformers' own defaults decide everything else, including heads and ratios."""
     config = SegformerConfig(
         num_labels=num_classes,
         hidden_sizes=list(dims),
@@ -208,7 +208,7 @@ def transformers_model(*, num_classes: int, dims, depths, decoder_dim: int, **se
         decoder_hidden_size=decoder_dim,
         **settings,
     )
-    # sdpa is exact in float64; the eager form computes its softmax in float32.
+    # sdpa is exact in float64; the eager implementation computes its softmax in float32.
     config._attn_implementation = "sdpa"
     return SegformerForSemanticSegmentation(config).eval()
 
@@ -315,7 +315,7 @@ def test_a_block_that_drops_both_branches_is_the_identity_in_training_only():
 
 
 def test_each_branch_of_a_block_is_dropped_on_its_own():
-    """At rate 1/2 a sample meets four fates of equal probability; 64 samples miss one with probability 4e-8."""
+    """At rate 1/2 a sample has four equally likely outcomes; 64 samples miss one with probability 4e-8."""
     torch.manual_seed(0)
     block = Block(4, num_heads=1, mlp_ratio=4, sr_ratio=1, drop_path_rate=0.5, block_norm_eps=1e-6, patch_norm_eps=1e-5)
     randomise(block.double(), seed=3)

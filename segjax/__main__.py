@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": ("segjax.commands.demo", "a page that shows predictions of your images"),
     "convert": ("segjax.commands.convert", "weights between PyTorch, transformers and segjax"),
     "inspect": ("segjax.commands.inspect", "what a checkpoint holds and where it came from"),
-    "export": ("segjax.commands.export", "a model as a StableHLO, ONNX or torch.export file"),
+    "export": ("segjax.commands.export", "a model as a StableHLO, ONNX, OpenVINO or torch.export file"),
     "weights": ("segjax.commands.weights", "the published weights that have a name"),
     "card": ("segjax.commands.card", "the model card of a run, for the Hugging Face Hub"),
     "push": ("segjax.commands.push", "card and weights of a run to the Hugging Face Hub"),

@@ -92,7 +92,7 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(f"{folder}: an adapter of the kind {kind}; segjax merges only LoRA: {_MERGE}")
     if others := [name for name in _OTHER_FORMS if config.get(name)]:
         raise CheckpointError(
-            f"{folder}: an adapter with {' and '.join(others)}, whose form is more than W + scale * B A; {_MERGE}"
+            f"{folder}: an adapter with {' and '.join(others)}, which is more than W + scale * B A; {_MERGE}"
         )
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGE_BASE):
@@ -138,7 +138,7 @@ def merged(adapter: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], co
       config: Content of adapter_config.json.
 
     Raises:
-      CheckpointError: `base` has no array for one of the adapter, or one of another shape.
+      CheckpointError: `base` lacks an array that the adapter changes, or has it with another shape.
     """
     given = {own_name(key): value for key, value in adapter.items()}
     arrays, problems = dict(base), list[str]()

@@ -1,1 +1,1 @@
-"""Exports of models to files that run without segjax: StableHLO, ONNX and torch.export."""
+"""Exports of models to files that run without segjax: StableHLO, ONNX, OpenVINO and torch.export."""

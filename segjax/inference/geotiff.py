@@ -184,7 +184,7 @@ def read(
       path: File.
       scale: As for `opened`.
       max_pixels: Maximum number of pixels.
-      in_parts: Remedy for the scene to be read in parts, as the end of a sentence.
+      in_parts: Advice on reading the scene in parts, as the end of a sentence.
       images: As for `opened`.
       fill: As for `opened`.
 
@@ -325,7 +325,7 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
             yield dataset
     except ImageError:
         raise
-    # Tags may have any content, and lead to errors of numbers and text.
+    # Tags may have any content and cause any error in numbers or text.
     except (*_errors(), ValueError, ArithmeticError) as error:
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise ImageError(f"is a TIFF that cannot be decoded ({reason[0]})") from error

@@ -63,7 +63,7 @@ class SegFormerPlain(nn.Module):
     """Normalised images (B, C, H, W) -> logits (B, K, ceil(H / 4), ceil(W / 4)), taps.
 
     Arguments and taps are those of `segformer.SegFormer`, and `fuse`, "conv" or "conv_bn", see the docstring of this
-    file. The dropout of whole channels before the classifier exists, with a rate of 0.
+    file. The classifier is preceded by a dropout of whole channels, whose default rate is 0.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""More than 254 classes on every path: no label is truncated to 8 bits."""
+"""More than 255 classes on every path: no label is truncated to 8 bits."""
 
 import io
 import json
