@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from segjax import layers, losses
@@ -43,22 +44,24 @@ class Teacher:
           scale, shift: The teacher's images are scale * the student's + shift, a number for each channel.
         """
         self.divergence = divergence
-        self._model, self._scale, self._shift = FunctionalModel(model), scale, shift
-        params, batch_stats = self._model.arrays()
-        self._names = tuple(params), tuple(batch_stats)
+        self._scale, self._shift = scale, shift
+        # On the host, so that devices hold them once, in the state.
+        self._params, self._batch_stats = jax.device_get(FunctionalModel(model).arrays())
+        graph, params, batch_stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (params, batch_stats))
+        self._model = FunctionalModel(nnx.merge(graph, *shapes, rest))
 
-    def arrays(self) -> tuple[jax.Array, ...]:
+    def arrays(self) -> tuple[np.ndarray, ...]:
         """The parameters and running statistics, which no step changes.
 
         They are not a dict by name, because every dict of a state is searched for the student's stacked parameters.
         """
-        params, batch_stats = self._model.arrays()
-        return (*params.values(), *batch_stats.values())
+        return (*self._params.values(), *self._batch_stats.values())
 
     def metadata(self, source: str) -> dict[str, str]:
         """Metadata for checkpoints of a run: source, name, and SHA-256 of the weights."""
-        params, batch_stats = self._model.arrays()
-        return {"source": source, "model": self._model.spec.name, "sha256": params_sha256(params | batch_stats)}
+        digits = params_sha256(self._params | self._batch_stats)
+        return {"source": source, "model": self._model.spec.name, "sha256": digits}
 
     def total(self, arrays: tuple[jax.Array, ...], images: jax.Array, logits: jax.Array, count: jax.Array) -> jax.Array:
         """The contribution of these images to the mean divergence of the whole batch.
@@ -72,10 +75,9 @@ class Teacher:
         Returns:
           Scalar; its gradient with respect to the teacher is 0.
         """
-        params, batch_stats = self._names
-        by_name = dict(zip((*params, *batch_stats), arrays, strict=True))
+        by_name = dict(zip((*self._params, *self._batch_stats), arrays, strict=True))
         model = self._model.bind(
-            {name: by_name[name] for name in params}, {name: by_name[name] for name in batch_stats}
+            {name: by_name[name] for name in self._params}, {name: by_name[name] for name in self._batch_stats}
         )
         if not (np.all(self._scale == 1) and np.all(self._shift == 0)):
             images = images * jnp.asarray(self._scale, images.dtype) + jnp.asarray(self._shift, images.dtype)

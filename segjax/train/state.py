@@ -37,7 +37,7 @@ class TrainState:
     batch_stats: dict[str, jax.Array]
     opt_state: optax.OptState
     ema: dict[str, jax.Array] | None
-    teacher: tuple[jax.Array, ...] = ()
+    teacher: tuple[jax.Array | np.ndarray, ...] = ()
 
     @classmethod
     def start(cls, params: dict, batch_stats: dict, opt_state: optax.OptState, *, ema: bool = False) -> TrainState:

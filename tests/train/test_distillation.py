@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,21 @@ def test_stacks_of_the_student_leave_a_teacher_of_the_same_names_alone():
     stacked = step.model.stacks.stacked(before)
     assert set(step.model.stacks.members) & set(stacked.params)
     assert_same(stacked.teacher, before.teacher)
+
+
+def test_devices_hold_only_the_copy_in_the_state():
+    def copies():
+        gc.collect()
+        return sum(array.shape == (1, 1, 7, 11) for array in jax.live_arrays())
+
+    model = Coarse(jnp.float32)
+    model.head = layers.Conv(7, 11, 1, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(5))
+    teacher = distillation.Teacher(model, DIVERGENCE)
+    assert copies() > 0
+    del model
+    assert copies() == 0
+    held = jax.device_put(teacher.arrays())
+    assert copies() == 1 and len(held) == 8
 
 
 # ------------------------------------------------------------------------------------------------------ which teachers
