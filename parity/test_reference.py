@@ -109,7 +109,7 @@ def test_training_forward_equals_the_original_code(golden):
     assert_close("training logits", logits, golden["case0/train/output0"], 1e-13)
 
 
-def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
+def test_running_statistics_move_a_tenth_towards_unbiased_batch_statistics(golden):
     """By BatchNorm's definition, and against transformers below, not against the golden's `case0/train/buffer/*`.
 
     Those are bit for bit the statistics from before the forward, so they tell nothing about the ones after it.
@@ -140,7 +140,7 @@ def test_running_statistics_move_a_tenth_towards_the_batchs_unbiased(golden):
     ],
     ids=str,
 )
-def test_settings_that_weights_cannot_tell_change_the_output(golden, overrides):
+def test_settings_that_weights_do_not_determine_change_the_output(golden, overrides):
     """Heads and eps leave every shape alone, so only figures can catch a wrong one. 1e-8 is 1e5 times the bound above.
 
     Measured 9e-7 to 2e-5: the golden's attention is nearly uniform, so in float32 it could not tell the heads.
@@ -314,7 +314,7 @@ def test_a_block_that_drops_both_branches_is_the_identity_in_training_only():
     assert relative_error(block.eval()(tokens, 4, 6), tokens) > 0.1
 
 
-def test_each_branch_of_a_block_is_dropped_on_its_own():
+def test_the_branches_of_a_block_are_dropped_independently():
     """At rate 1/2 a sample meets four fates of equal probability; 64 samples miss one with probability 4e-8."""
     torch.manual_seed(0)
     block = Block(4, num_heads=1, mlp_ratio=4, sr_ratio=1, drop_path_rate=0.5, block_norm_eps=1e-6, patch_norm_eps=1e-5)
@@ -372,7 +372,7 @@ def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads)
     assert error > 1e-3
 
 
-def test_randomise_depends_on_its_seed_alone_and_on_no_dtype():
+def test_randomise_depends_only_on_its_seed_and_not_on_the_dtype():
     before = torch.random.get_rng_state()
     model = torch.nn.BatchNorm2d(6)
     single = {name: value.clone() for name, value in randomise(model, seed=7).state_dict().items()}
@@ -382,7 +382,7 @@ def test_randomise_depends_on_its_seed_alone_and_on_no_dtype():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_float32_and_float64_forms_agree_to_float32_rounding():
+def test_float32_and_float64_agree_up_to_float32_rounding():
     model = randomise(SegFormer(**NARROW), seed=9).eval()
     image = images(2, 3, 33, 70).float()
     with torch.no_grad():
