@@ -294,7 +294,7 @@ def test_a_table_ends_in_time_and_a_second_command_continues_it(table, tmp_path,
     ]
 
 
-def test_a_row_cut_short_is_measured_again_and_one_that_failed_is_not(table, fakes, tmp_path):
+def test_an_interrupted_row_is_measured_again_but_a_failed_one_is_not(table, fakes, tmp_path):
     path = tmp_path / "gpu.json"
     fakes.fails = {"torch": OutOfTimeError("torch: not done")}
     assert table("--minutes", 1, "--json", path) == (0, [("segformer_b0", 8)])

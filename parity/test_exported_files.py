@@ -225,7 +225,7 @@ def test_foreign_metadata_in_an_onnx_file_are_ignored(tmp_path):
 # The exporter takes half a minute.
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--with-preprocessing", "--with-argmax"]])
-def test_our_files_need_no_options_also_if_openvino_converts_them(options, tmp_path, monkeypatch):
+def test_our_files_need_no_options_even_if_openvino_converts_them(options, tmp_path, monkeypatch):
     monkeypatch.setattr("segjax.exports.export.checked_sizes", lambda form, multiple: [(1, form.size)])
     model = tiny_model(4, num_classes=3)
     segjax.save(model, tmp_path / "a.safetensors")

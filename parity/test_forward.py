@@ -111,7 +111,7 @@ def test_narrow_models_equal_the_reference_at_every_size(subject, dtype, sizes, 
 
 @pytest.mark.parametrize("channels", [1, 4, pytest.param(13, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("subject", FAMILIES.values(), ids=list(FAMILIES))
-def test_models_of_other_channels_equal_the_reference(subject, channels, float64, within):
+def test_models_with_other_channels_equal_the_reference(subject, channels, float64, within):
     model, reference = compare.randomised_pair(
         subject.name, num_classes=NUM_CLASSES, seed=channels, dtype="float64", in_channels=channels, **subject.sizes
     )

@@ -139,7 +139,7 @@ def test_a_file_of_mmsegmentation_is_read_with_its_classes(tmp_path):
     assert trained.classes.class_names == names and trained.classes.colors == tuple(map(tuple, palette))
 
 
-def test_the_older_head_of_cvpytorch_is_read_too():
+def test_the_older_head_of_cvpytorch_is_also_read():
     weights = original("segnext")
     renamed = {}
     for key, value in weights.items():

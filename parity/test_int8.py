@@ -118,7 +118,7 @@ def test_a_range_spans_the_smallest_to_the_largest_value(file_of, tmp_path):
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("default")
-def test_labels_of_int8_files_are_nearly_those_of_float32(family, tool, file_of, tmp_path):
+def test_labels_of_int8_files_nearly_equal_those_of_float32(family, tool, file_of, tmp_path):
     source, target = quantised(file_of(family), tool, tmp_path)
     before, after = (runtimes.open_file(path) for path in (source, target))
     assert after.metadata == before.metadata == {"classes": ["a"]}

@@ -303,7 +303,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert drop_path.eval()(x) is x
 
 
-def test_a_block_that_drops_both_branches_is_the_identity_in_training_only():
+def test_a_block_that_drops_both_branches_is_the_identity_only_in_training():
     torch.manual_seed(0)
     block = Block(
         8, num_heads=2, mlp_ratio=4, sr_ratio=2, drop_path_rate=1.0 - 1e-9, block_norm_eps=1e-6, patch_norm_eps=1e-5
@@ -362,7 +362,7 @@ def test_every_parameter_and_statistic_changes_the_output():
 
 
 @pytest.mark.parametrize("num_heads", [(2, 2, 5, 8), (1, 1, 5, 8), (1, 2, 1, 8), (1, 2, 5, 4)], ids=str)
-def test_a_wrong_head_count_moves_outputs_far_beyond_float32_rounding(num_heads):
+def test_a_wrong_head_count_changes_outputs_far_more_than_rounding(num_heads):
     image = images(2, 3, 64, 96)
     with torch.no_grad():
         right, _ = randomise(SegFormer(**NARROW).double(), seed=5).eval()(image)
@@ -400,7 +400,7 @@ def test_exported_program_equals_the_module():
         assert_close("exported logits", exported, model(image)[0], 1e-13)
 
 
-def test_fresh_weights_have_the_published_spread():
+def test_new_weights_have_the_published_spread():
     torch.manual_seed(0)
     model = SegFormer(num_classes=19, **VARIANTS["b0"])
     weights = model.state_dict()

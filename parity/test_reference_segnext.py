@@ -413,7 +413,7 @@ def test_float32_and_float64_agree_up_to_float32_rounding():
     assert error < 1e-5
 
 
-def test_fresh_weights_have_the_published_spread():
+def test_new_weights_have_the_published_spread():
     torch.manual_seed(0)
     weights = SegNeXt(num_classes=150, **VARIANTS["t"]).state_dict()
     # sqrt(2 / fan-out): kernel area times output channels over groups.

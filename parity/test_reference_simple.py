@@ -243,7 +243,7 @@ def test_attention_equals_torch_attention_head_by_head():
         assert_close("attention", attention(x), wanted, 1e-13)
 
 
-def test_training_and_evaluation_are_the_same():
+def test_training_and_evaluation_give_the_same_output():
     model = randomise(SegFormerSimple(**NARROW).double(), seed=4)
     with torch.no_grad():
         training, _ = model.train()(images(2, 3, 64, 32))

@@ -683,7 +683,7 @@ def test_exported_program_equals_the_module(name):
         assert_close("exported logits", exported, model(image)[0])
 
 
-def test_fresh_weights_have_the_spread_of_their_initialisation():
+def test_new_weights_have_the_spread_of_their_initialisation():
     torch.manual_seed(0)
     plain = SegFormerPlain(num_classes=19, **segformer_plain.VARIANTS["b0"]).state_dict()
     mmseg = SegFormerMMSeg(num_classes=19, **segformer_mmseg.VARIANTS["b0"]).state_dict()

@@ -378,7 +378,7 @@ def test_a_decoder_in_row_tiles_and_its_gradients_equal_torch(mode, name, dtype,
     within("output", dtype, verify.relative_error(in_one, theirs[0].detach()), "decoder in one tile = torch")
 
 
-def test_row_tiles_of_a_decoder_are_as_large_as_fits(tiles, float64, within, monkeypatch):
+def test_row_tiles_of_a_decoder_are_as_large_as_the_limit_allows(tiles, float64, within, monkeypatch):
     given = decoder_of("one coarse level", "float64")  # 20 rows, in steps of 5
     expected = given.call("plain", "half")(*given.levels, *given.arrays)
     row = 2 * 9 * 6 * 8

@@ -509,7 +509,7 @@ def test_losses_of_parts_divided_by_the_total_counts_add_up(classes, ignore, flo
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-def test_counts_are_of_weighted_pixels_or_of_labelled_images(classes):
+def test_counts_are_weighted_pixels_or_labelled_images(classes):
     _, labels = draw_uneven(7, (3, 5), (12, 20), classes=classes)
     labels[1] = 255
     every = dict.fromkeys(TERMS, 1.0)

@@ -20,7 +20,7 @@ def split_of(seed, number=30, size=(60, 45)):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_twentieth_of_the_regions_is_relabelled_as_a_whole(seed):
+def test_five_percent_of_the_regions_are_relabelled_completely(seed):
     records = split_of(seed)
     found = audit.Relabelled(records, SPEC, seed)
     assert found.number == 90 and found.changed == round(0.05 * 90)

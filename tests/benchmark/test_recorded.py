@@ -87,7 +87,7 @@ def test_figures_are_per_pixel_and_growth_is_last_over_first():
         (1.3, 1, "grows 1.30 times as much as the work"),
     ],
 )
-def test_the_verdict_is_flat_or_the_reason(time, work, said):
+def test_the_verdict_is_flat_or_names_the_reason(time, work, said):
     rows = grown(time=time, work=work)
     assert growth.verdict(rows) == f"time per pixel {said}"
     assert f"  {growth.verdict(rows)}" in list(growth.report("hrnet_w18", rows))
@@ -198,7 +198,7 @@ def test_an_incomplete_line_is_read_later(tmp_path):
     assert feeding.records(path) == {5: {"step": 5, "waiting": 0.5}}
 
 
-def test_images_are_fed_as_the_settings_state(tmp_path):
+def test_images_are_fed_as_specified_by_the_settings(tmp_path):
     cases = feeding.cases(tmp_path, tmp_path, tmp_path, "float32")
     assert len(cases) == 3
     for name, (argument, changes) in cases.items():
@@ -211,7 +211,7 @@ def test_images_are_fed_as_the_settings_state(tmp_path):
         assert feeding.WARM % config.train.log_every == 0 and config.train.steps > 10**5
 
 
-def test_the_images_that_are_drawn_can_be_trained_on(tmp_path):
+def test_generated_images_can_be_trained_on(tmp_path):
     feeding.draw_images(tmp_path / "large", size=(32, 64), number=3)
     prepared = builders.prepare("folder", source=str(tmp_path / "large"), data_dir=str(tmp_path / "data"))
     records = prepared.records("train")

@@ -214,7 +214,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_kinds_of_adapters_other_than_products_are_refused_by_name(recorded, name):
+def test_unsupported_kinds_of_adapters_are_refused_by_name(recorded, name):
     path = recorded / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: OTHERS[name]}))
     with pytest.raises(CheckpointError, match=rf"an adapter with {name}, .*merge_and_unload"):

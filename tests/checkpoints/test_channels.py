@@ -50,7 +50,7 @@ def test_three_channels_are_not_stored_as_an_override():
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])
-def test_metadata_keeps_channels_and_normalisation(tmp_path, suffix):
+def test_channels_and_normalisation_are_stored_in_the_metadata(tmp_path, suffix):
     model = tiny_model(2, in_channels=4)
     about = {"normalisation": {"mean": [1.0, 2.0, 3.0, 4.0], "std": [5.0, 6.0, 7.0, 8.0]}, "image_dtype": "uint16"}
     write_checkpoint(tmp_path / f"m{suffix}", model, dialect="native", metadata=about)
@@ -146,7 +146,7 @@ def test_settings_of_a_run_do_not_take_the_channels_of_a_checkpoint():
     assert "dims" in found.known and "in_channels" not in found.known | found.assumed
 
 
-def test_weights_for_other_than_rgb_are_not_adapted_but_may_stay_random():
+def test_non_rgb_weights_are_not_adapted_but_may_stay_random():
     weights, model = to_torch(tiny_model(1, in_channels=13)), tiny_model(2, in_channels=4)
     with pytest.raises(CheckpointError, match="takes 13 channels, and the images have 4") as caught:
         initialize(model, Checkpoint.of(weights))

@@ -127,7 +127,7 @@ def test_a_newer_file_is_refused_by_every_command_and_function(newer, name, caps
     assert unchanged(newer) == before
 
 
-def test_a_newer_run_is_neither_resumed_nor_put_aside_as_damaged(tmp_path, monkeypatch):
+def test_a_newer_run_is_neither_resumed_nor_set_aside_as_damaged(tmp_path, monkeypatch):
     cheap_step(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(format_version, "FORMAT_VERSION", 2)

@@ -333,7 +333,7 @@ def test_only_needed_files_of_a_repository_are_read_at_its_revision(hub):
     assert plain.classes.name == "camvid" and plain.metadata["dataset"]["guessed"]
 
 
-def test_a_repository_can_be_a_start_converted_and_inspected(hub, tmp_path, capsys):
+def test_a_repository_can_be_trained_from_converted_and_inspected(hub, tmp_path, capsys):
     model = tiny_model(5)
     initialize(model, "hf:made/up@next")
     assert same_weights(model, arrays_of(2))

@@ -228,7 +228,7 @@ def test_only_a_classifier_for_other_classes_stays_random(family, dialect, tmp_p
 @pytest.mark.parametrize(
     "family, wider", [("segformer", "decoder_dim"), ("ocr", "ocr_channels"), ("segnext", "ham_channels")]
 )
-def test_a_classifier_that_also_differs_otherwise_is_refused(family, wider, tmp_path):
+def test_a_classifier_with_other_classes_and_another_width_is_refused(family, wider, tmp_path):
     sizes = FAMILIES[family][1]
     source = tiny_model(1, family, num_classes=7, **{wider: 2 * sizes[wider]})
     message = refusal(tiny_model(2, family), save(tmp_path / "a.safetensors", to_torch(source)))
@@ -268,7 +268,7 @@ def test_a_summary_of_the_loaded_weights_is_returned(tmp_path):
         ("ocr", "hrnet"),
     ],
 )
-def test_an_encoder_under_another_head_starts_with_a_random_head(source, target, tmp_path):
+def test_an_encoder_from_another_model_gets_a_random_head(source, target, tmp_path):
     expected = weights(tiny_model(1, source))
     path = save(tmp_path / "a.safetensors", to_torch(tiny_model(1, source)))
     model = tiny_model(2, target, num_classes=7)

@@ -245,7 +245,7 @@ def test_the_size_in_metadata_of_a_run_is_that_of_its_evaluation(settings, sizes
     assert setup._evaluated_size(np.array(sizes), Protocol(**settings)) == expected
 
 
-def test_metadata_of_a_run_from_random_weights_are_json_and_state_that():
+def test_metadata_of_a_run_state_that_it_started_from_random_weights():
     config = make_config()
     model = state_dict.model_metadata(setup.create_model(config.model, num_classes=19, seed=0))
     of_run = setup.run_metadata(plain(config), model, specs.STREETS, [64, 96])

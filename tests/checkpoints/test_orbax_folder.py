@@ -338,7 +338,7 @@ def test_a_float64_model_is_restored_in_float64(tmp_path, float64):
     assert again.dtype == jnp.float64
 
 
-def test_an_older_model_at_the_same_place_is_replaced(tmp_path):
+def test_an_older_model_at_the_same_path_is_replaced(tmp_path):
     old, new = tiny_model(0), tiny_model(1, num_classes=3)
     save_model(tmp_path / "model", old, metadata={})
     save_model(tmp_path / "model", new, metadata={})
@@ -485,7 +485,7 @@ def harmed(saved_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("harm", ["removed", "halved", "flipped"])
-def test_a_model_with_a_damaged_file_is_refused_or_intact(harmed, harm):
+def test_a_model_with_a_damaged_file_is_refused_or_loaded_intact(harmed, harm):
     outcomes, _ = harmed
     whole = outcomes["whole"]
     assert whole != "refused"

@@ -68,7 +68,7 @@ def test_nested_modules_are_named_by_their_path(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_numbers_of_the_other_byte_order_are_read(tmp_path, protocol):
+def test_arrays_in_the_other_byte_order_are_read(tmp_path, protocol):
     swapped = {name: value.astype(value.dtype.newbyteorder()) for name, value in arrays(2).items()}
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(swapped, protocol))
     np.savez(tmp_path / "m.npz", **swapped)

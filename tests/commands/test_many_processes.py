@@ -155,7 +155,7 @@ def test_videos_of_two_processes_equal_those_of_one(both):
         assert times == their_times
 
 
-def test_the_first_process_reports_for_both(both):
+def test_only_the_first_process_reports(both):
     (_, first, errors), (_, second, others) = both.ended
     words = " ".join(first.split())
     assert "4 x cpu of 2 processes" in words and "wrote 7 images" in words and "wrote 1 image in" in words

@@ -124,7 +124,7 @@ def test_a_card_has_the_measurements_of_the_run(workdir, capsys):
     assert "interval" not in (workdir / "README.md").read_text()
 
 
-def test_uploaded_weights_load_again(workdir, trained, hub, capsys):
+def test_uploaded_weights_can_be_loaded_again(workdir, trained, hub, capsys):
     own = load(workdir)
     assert call(push, workdir, "hf:made/new") == 0
     printed = " ".join(capsys.readouterr().out.split())

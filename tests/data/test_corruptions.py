@@ -104,6 +104,6 @@ def test_corruption_of_an_image_does_not_depend_on_the_others(kind):
     assert np.abs(every[1][0] - scene(1, 20, 30).astype(int)).mean() > np.abs(milder - scene(1, 20, 30)).mean() > 0
 
 
-def test_constants_grow_with_the_severity():
+def test_constants_increase_with_the_severity():
     for constants in (corruptions.NOISE, corruptions.BLUR, corruptions.BRIGHTNESS):
         assert list(constants) == sorted(constants) and len(constants) == 5

@@ -68,7 +68,7 @@ def test_different_splits_and_seeds_share_no_scene():
     assert len(set(images)) == len(set(layouts)) == 48
 
 
-def test_labels_are_train_ids_and_little_is_ignored(train):
+def test_labels_are_train_ids_and_few_pixels_are_ignored(train):
     assert set(np.unique(train.labels)) == {*range(K), IGNORE}
     ignored = (train.labels == IGNORE).mean((1, 2))
     assert ignored.min() > 0.01 and ignored.max() < 0.06
@@ -126,7 +126,7 @@ def test_a_size_that_is_too_small_is_refused_with_the_smallest():
         streets.scene(0, 0, (31, 64))
 
 
-def test_no_images_and_negative_seeds_are_refused():
+def test_zero_images_and_negative_seeds_are_refused():
     with pytest.raises(ValueError, match="num_images is 0"):
         streets.load("train", num_images=0, size=SIZE, seed=0)
     with pytest.raises(ValueError, match="seed -1 and index 0 must not be negative"):

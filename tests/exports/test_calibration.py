@@ -169,7 +169,7 @@ def test_figures_before_and_after_equal_numpys(seed, tmp_path, stand_in, caplog)
     assert kept["classes"] == ABOUT["classes"] and segjax.open_exported(tmp_path / "a.stablehlo").model.size is None
 
 
-def test_a_loss_of_more_than_a_point_is_refused_unless_accepted(tmp_path, stand_in):
+def test_a_loss_of_more_than_one_point_of_miou_is_refused_unless_accepted(tmp_path, stand_in):
     model = Pixels(5, 1)
     data = split(model.labels, 6)
     stand_in(altered(1, 0.3))

@@ -143,7 +143,7 @@ def test_a_file_uses_the_normalisation_of_the_checkpoint(tmp_path):
     assert relative_error(np.asarray(model(normalised(images))[0]), np.asarray(by_hand)) > 0.01
 
 
-def test_a_file_of_one_class_gives_its_mask(tmp_path):
+def test_a_file_with_one_class_outputs_its_mask(tmp_path):
     model = tiny_model(2, num_classes=1)
     form = ExportFormat("stablehlo", (40, 64), preprocessing=True, argmax=True)
     stablehlo.write_stablehlo(tmp_path / "a", model, form, {})
@@ -309,7 +309,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "there is no such file" in " ".join(capsys.readouterr().err.split())
 
 
-def test_labels_differ_only_where_classes_are_equal_up_to_rounding():
+def test_labels_may_differ_only_where_classes_are_equal_up_to_rounding():
     logits = np.zeros((1, 1, 2, 3), np.float32)
     logits[0, 0] = [[1.0, 1.0 - 1e-6, 0.0], [0.0, 2.0, 1.5]]
     form = ExportFormat("stablehlo", (1, 2), argmax=True)

@@ -155,7 +155,7 @@ def test_draws_differ_between_calls_and_are_equal_in_every_execution(kind, float
     "family",
     ["segformer", "segnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simple", "zuppichini", "ocr"))],
 )
-def test_a_model_trains_the_same_as_with_recomputed_blocks(family, float64):
+def test_a_model_trains_the_same_with_recomputed_blocks(family, float64):
     functional, x = FunctionalModel(tiny_model(0, family, dtype=jnp.float64, **DEEP[family])), noise((2, 32, 64, 3))
 
     def run(execution):

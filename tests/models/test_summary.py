@@ -291,7 +291,7 @@ def test_the_published_table_states_that_it_does_not_count_parameters(capsys):
     assert "Not a parameter count" in out and "depths = (1, 1, 1, 1)" in out
 
 
-def test_json_is_the_summary_and_nothing_else(capsys):
+def test_json_output_has_only_the_summary(capsys):
     arguments = ["segnext_t", "--size", 64, 96, "--num-classes", 5, "--json", "--overrides", "depths=(1,1,1,1)"]
     status, out, err = run(capsys, *arguments)
     assert (status, err, out.count("\n")) == (0, "", 1)
@@ -322,7 +322,7 @@ def test_json_is_the_summary_and_nothing_else(capsys):
         (["segformer_bo", "--size", 64, 64, "--convention", "modelsummary"], "segformer_b0"),
     ],
 )
-def test_an_error_is_one_sentence_and_status_2(arguments, says, capsys):
+def test_an_error_gives_one_sentence_and_status_2(arguments, says, capsys):
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "") and err.startswith("segjax summary: ")
     assert max(map(len, err.splitlines())) <= 80 and says in " ".join(err.split())

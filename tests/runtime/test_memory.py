@@ -86,7 +86,7 @@ def test_a_cpu_has_the_available_memory_within_its_cgroup_limit(files, expected,
     assert memory.limit(Device(), shared_by=2) == expected // 2
 
 
-def test_this_machine_has_memory():
+def test_the_memory_of_this_machine_is_measured():
     assert memory._held() > 1 << 20 and (memory.limit(Device()) or 1 << 30) > memory._held()
 
 

@@ -88,7 +88,7 @@ def test_valid_json_is_returned_unchanged():
     assert reading.parse_json(with_mark, Known, name="f") == {"name": "ä"}
 
 
-def test_the_home_of_an_unknown_user_is_refused(tmp_path, monkeypatch):
+def test_the_home_folder_of_an_unknown_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reading.user_path("~/a") == tmp_path / "a" and reading.user_path("a/~b") == Path("a/~b")
     with pytest.raises(reading.UnreadableError, match=r"~nobody9/x: there is no user 'nobody9'.*\./~nobody9/x"):

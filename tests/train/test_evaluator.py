@@ -45,7 +45,7 @@ def counted(folder, protocol):
 
 
 @pytest.mark.parametrize("name, parallel", [("slide", "jit"), ("slide", "pmap"), ("base size", "jit")])
-def test_a_run_is_evaluated_by_its_protocol_and_repeatably(name, parallel, tmp_path, capsys):
+def test_evaluation_of_a_run_follows_its_protocol_and_is_repeatable(name, parallel, tmp_path, capsys):
     protocol = Protocol(**SETTINGS[name])
     status, printed = run(with_protocol(SETTINGS[name], parallel=parallel, eval__every=3), tmp_path)
     assert status == 0 and f"evaluation {protocol}"[:60] in printed

@@ -541,7 +541,7 @@ def test_an_invalid_setting_is_refused_before_anything_is_done(key, tmp_path, no
     assert not (tmp_path / "run").exists()
 
 
-def test_mixing_needs_a_partner_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
+def test_mixing_needs_two_samples_and_probabilities_of_at_most_one(tmp_path, no_data, monkeypatch):
     with pytest.raises(RunError, match=r"config\.augment\.classmix: 0\.6; the sum of .* augment\.cutmix, 0\.5, and"):
         run(make_config(augment__cutmix=0.5, augment__classmix=0.6), tmp_path / "run")
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -151,7 +151,7 @@ def hard_life(train, alone, tmp_path_factory):
     return workdir, stages
 
 
-def test_sigterm_ends_a_run_with_143_after_saving_with_advice(hard_life):
+def test_sigterm_ends_a_run_with_143_after_saving_and_prints_advice(hard_life):
     stage = hard_life[1]["told to stop"]
     newest = stage.checkpoints[-1]
     assert stage.status == 143 and 8 <= newest < STEPS

@@ -74,7 +74,7 @@ def test_a_curve_labels_its_axes_and_shows_the_score(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint16"), (2, "float32"), (13, "uint8")])
-def test_images_of_other_channels_are_drawn(channels, dtype, tmp_path):
+def test_images_with_other_channels_are_drawn(channels, dtype, tmp_path):
     image, labels = array(1, (40, 56), channels, dtype), np.random.default_rng(2).integers(0, 3, (40, 56))
     pictures.save_prediction(tmp_path / "a.png", image, labels, labels, make_spec(3), title="bands")
     assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3
