@@ -117,7 +117,9 @@ CEILING = {"flops_per_second": 1e4, "bytes_per_second": 1e3, "device": "a card",
         ("train", "float32", CEILING, 6000, 3 * 4 * 50 + 7 * 4 * 10, 880),
     ],
 )
-def test_the_floor_is_the_larger_of_compute_time_and_memory_time(monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds):
+def test_the_floor_is_the_larger_of_compute_time_and_memory_time(
+    monkeypatch, mode, dtype, ceiling, flops, moved, milliseconds
+):
     least = summary.LeastWork(multiply_adds=1000, values=50, parameters=10)
     monkeypatch.setattr(summary, "least_work", lambda name, size, *, batch, num_classes: least)
     floor = floor_of(("segformer_b0", (64, 96), 2, mode, dtype, 150), ceiling)

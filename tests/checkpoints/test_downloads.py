@@ -184,9 +184,7 @@ def left_in(cache):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_name_is_downloaded_once_and_adds_what_the_file_lacks(
-    name, web, hub, cache, tmp_path, monkeypatch, capsys
-):
+def test_a_name_is_downloaded_once_and_adds_what_the_file_lacks(name, web, hub, cache, tmp_path, monkeypatch, capsys):
     _, dialect, settings = TRAINED[name]
     row = publish(name, web, hub, monkeypatch, tmp_path)
     loaded = load(name)
@@ -248,7 +246,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", [FILE, UNSIGNED])
 @pytest.mark.parametrize("how", WRONG)
-def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(how, name, web, hub, cache, monkeypatch, tmp_path):
+def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(
+    how, name, web, hub, cache, monkeypatch, tmp_path
+):
     row = publish(name, web, hub, monkeypatch, tmp_path, how=how)
     with pytest.raises(CheckpointError) as caught:
         load(name)

@@ -378,7 +378,9 @@ def test_the_error_names_gpus_to_use_as_an_environment_variable(tmp_path, monkey
         (12, 1, 12, 3, "train.batch=48, or 1 device"),
     ],
 )
-def test_ohem_groups_that_do_not_divide_are_refused_with_groups_that_do(batch, accumulate, group, part, divide, tmp_path):
+def test_ohem_groups_that_do_not_divide_are_refused_with_groups_that_do(
+    batch, accumulate, group, part, divide, tmp_path
+):
     sizes = {"train.batch": batch, "train.accumulate": accumulate, "loss.ohem_images": group}
     check(changed(**sizes), tmp_path)
     with pytest.raises(RunError) as caught:
